@@ -1,0 +1,93 @@
+"""Package metadata, version ranges and extras. Tested pins are in constraints.txt, tool settings in pyproject.toml."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Ranges follow what the code leans on: torchrl and tensordict change private behaviour between minor versions
+# (collectors, samplers, step_mdp), so their minor version is bounded; torch is the one minor version tested.
+INSTALL_REQUIRES = [
+    "torch>=2.13,<2.14",
+    "torchrl>=0.14.1,<0.15",
+    "tensordict>=0.14.3,<0.15",
+    "gymnasium>=1.1,<1.5",
+    "numpy>=1.26",
+    "tqdm>=4.66",
+    "matplotlib>=3.8",
+    "tyro>=0.9",
+]
+
+TEST = [
+    "pytest>=8.2",
+    "pytest-benchmark>=5.0",
+    "hypothesis>=6.100",
+    "ruff>=0.12",
+    "tensorboard>=2.16",  # the trainer's TensorBoard option is tested by default
+]
+
+# Used by code that exists.
+FEATURES = {
+    "tensorboard": ["tensorboard>=2.16"],
+    "wandb": ["wandb>=0.19"],
+}
+
+# Environment and data packages. They work today through TorchRL's own wrappers (GymWrapper, DMControlEnv,
+# Minari's replay); factories of ours for them are planned, and so is the code behind the rest of this table.
+# All but flash and mamba install together when gymnasium is 1.3, which constraints.txt pins.
+PLANNED = {
+    "classic": ["gymnasium[classic-control,box2d]>=1.1,<1.5"],
+    "popgym": ["popgym[navigation]>=1.0.7,<2"],
+    "minigrid": ["minigrid>=3.0,<4"],
+    "atari": ["ale-py>=0.11,<0.13", "opencv-python-headless"],
+    "mujoco": ["mujoco>=3.3,<4", "dm_control>=1.0.28,<2", "imageio"],  # mujoco 4 breaks dm_control
+    "metaworld": ["metaworld>=3.1.1,<4"],
+    "crafter": ["crafter>=1.8.3,<2", "numba>=0.61"],  # numba makes it about five times faster
+    "retro": ["stable-retro>=1.0,<2"],
+    "offline": ["minari[hdf5]>=0.5.3,<0.6", "pillow"],  # minari imports pillow without declaring it
+    "jax": [
+        "gymnax>=1.0.1,<2",
+        "six",  # gymnax imports it without declaring it
+        "xminigrid>=0.9.3,<0.10",
+        "craftax>=1.6,<2",
+        "jax>=0.6,<0.12",
+    ],
+    "procgen": ["envpool>=1.2,<1.3"],  # procgen itself has no wheels for current Pythons
+    "pokemon": ["poke-env>=0.16,<0.17"],
+    "ray": ["ray>=2.40"],
+    # Source only: they need nvcc and `pip install --no-build-isolation`. Nothing ever requires them.
+    "flash": ["flash-attn>=2.6"],
+    "mamba": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
+}
+
+DOCS = ["sphinx>=7", "furo", "myst-parser>=3", "sphinx-design", "sphinx-copybutton"]
+
+setup(
+    name="torchrl-amago",
+    version="0.1.0",
+    description="TorchRL components for adaptive agents with long memory (the AMAGO method)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author="The torchrl_amago authors",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["torchrl_amago", "torchrl_amago.*"]),
+    install_requires=INSTALL_REQUIRES,
+    extras_require={
+        "test": TEST,
+        "docs": DOCS,
+        "dev": [*TEST, *DOCS, "pytest-cov>=5"],
+        **FEATURES,
+        **PLANNED,
+    },
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
