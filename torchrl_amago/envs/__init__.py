@@ -1,0 +1,11 @@
+"""Environments: native batched tasks and the transforms that make trials of any environment.
+
+``tasks`` holds environments of our own, ``transforms`` the pieces that turn an environment that can
+repeat a task into trials and show the agent its previous action and reward.
+"""
+
+from __future__ import annotations
+
+from torchrl_amago.envs.tasks import MetaFrozenLake
+
+__all__ = ["MetaFrozenLake"]

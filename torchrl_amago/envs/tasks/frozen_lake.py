@@ -1,0 +1,452 @@
+"""Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more.
+
+All rows of the batch are stepped by the same few tensor operations, so that 64 lakes cost about
+what one does. One episode of this environment is one attempt; k attempts at the same lake come
+from the trial transform, which resets rows with ``repeat_task``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
+from torchrl.envs import EnvBase
+
+from torchrl_amago.envs.tasks.frozen_lake_drawing import draw_lake
+from torchrl_amago.envs.tasks.frozen_lake_layouts import (
+    LakeSplit,
+    _check_size,
+    _check_split,
+    random_lakes,
+)
+
+__all__ = ["MetaFrozenLake"]
+
+# Stay, then one cell up or down each of the two axes.
+_MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
+
+# Constants of the reference task (AMAGO's MetaFrozenLake, hard and recover modes).
+_P_NOISY = 1 / 4
+_P_HOLE_BEHIND = 0.33
+_P_SWAPPED = 1 / 2
+_RECOVER_PENALTY = 0.1
+
+# A noisy position is one of 9 neighbours. Drawing from 36 outcomes, of which 27 mean "exact",
+# gives probability 1/4 with a single draw.
+_NEIGHBOURS = 9
+_NOISE_OUTCOMES = round(_NEIGHBOURS / _P_NOISY)
+
+
+class MetaFrozenLake(EnvBase):
+    """A frozen lake whose holes the agent cannot see, natively batched.
+
+    The agent starts at cell (0, 0) and gets reward 1 at the goal, cell (size-1, size-1). Holes end
+    the attempt with reward 0. Observations hold the position only, so that the lake must be
+    remembered from one attempt to the next. Every lake can be crossed; each other cell is safe with
+    probability 0.8 (Gymnasium's ``generate_random_map``). The task is the Meta-FrozenLake of
+    `AMAGO-2 <https://arxiv.org/abs/2411.11188>`_'s code base, without its loop over attempts.
+
+    Keys:
+        - ``observation``: float32 ``[*B, 2]``, the cell's two coordinates divided by ``size``.
+        - ``action``: 0 stays; 1 and 2 move along the first coordinate, up and down; 3 and 4 along
+          the second one. Moves into the shore stay.
+        - ``terminated`` at the goal or in a hole; ``truncated`` at the step limit, if not
+          terminated.
+
+    Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new attempt at the same lake in
+    the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
+    ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. The reset tensordict
+    may hold ``repeat_task`` instead; only the keyword also passes through
+    :class:`~torchrl.envs.ParallelEnv`, whose shared memory has no place for undeclared entries.
+
+    ``state_dict()`` holds all that changes (lakes, positions, drawn-ahead lakes, generator), so that
+    a loaded environment continues exactly.
+
+    Args:
+        size: cells per side, at least 2.
+        hard_mode: positions are observed off by up to one cell in each coordinate with probability
+            1/4; a cell that a move leaves becomes a hole with probability 0.33 until the attempt's
+            end (in recover mode also when the move fell into a hole and was undone); half of the
+            tasks swap the actions 1 and 3.
+        recover_mode: a hole costs 0.1 and puts the agent back where it came from, instead of ending
+            the attempt.
+        slip_chance: probability in [0, 1) that a move is replaced by staying.
+        max_episode_steps: step limit of an attempt. Defaults to size*size, doubled in hard mode and
+            divided by ``1 - slip_chance``.
+        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, 5]``.
+        batch_size: any shape; all rows are stepped together.
+        device: device of the state and of all tensors.
+        seed: as ``set_seed(seed)``; by default drawn from torch's global generator.
+        layouts: which lakes to draw: ``"all"``, or the ``"train"`` (about 3 in 4) or ``"heldout"``
+            ones of a fixed split with no lake in common. Each split is the distribution of all lakes,
+            conditioned on being in it.
+
+    Raises:
+        ValueError: if an argument is out of its range, or an action is (checked on CPU only: on
+            other devices the check would stall the step).
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks import MetaFrozenLake
+        >>> env = MetaFrozenLake(size=3, batch_size=[4], seed=0)
+        >>> env.rollout(3, break_when_any_done=False)["observation"].shape
+        torch.Size([4, 3, 2])
+        >>> lakes = env.holes
+        >>> _ = env.reset(repeat_task=True)
+        >>> torch.equal(env.holes, lakes)
+        True
+    """
+
+    repeats_task = True
+
+    def __init__(
+        self,
+        size: int = 3,
+        *,
+        hard_mode: bool = False,
+        recover_mode: bool = False,
+        slip_chance: float = 0.0,
+        max_episode_steps: int | None = None,
+        categorical_action_encoding: bool = True,
+        batch_size: torch.Size | tuple[int, ...] = (),
+        device: torch.device | str | int | None = None,
+        seed: int | None = None,
+        layouts: LakeSplit = "all",
+    ) -> None:
+        _check_size(size)
+        _check_split(layouts, size)
+        if not 0.0 <= slip_chance < 1.0:
+            raise ValueError(
+                f"slip_chance must be in [0, 1), got {slip_chance}. It is the probability that a "
+                "move is replaced by staying; at 1 the agent would never move."
+            )
+        if max_episode_steps is None:
+            max_episode_steps = int(size * size * (2 if hard_mode else 1) / (1.0 - slip_chance))
+        if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
+            raise ValueError(
+                "max_episode_steps must be an integer of at least 1, got "
+                f"{max_episode_steps!r}. It limits one attempt; leave it out for size*size."
+            )
+        super().__init__(device=device, batch_size=torch.Size(batch_size))
+        self.size = size
+        self.hard_mode = hard_mode
+        self.recover_mode = recover_mode
+        self.slip_chance = slip_chance
+        self.max_episode_steps = max_episode_steps
+        self.layouts = layouts
+        self._categorical = categorical_action_encoding
+        self._make_specs()
+        self._make_tables()
+        self._make_state()
+        self.set_seed(seed)
+
+    @property
+    def holes(self) -> Tensor:
+        """The holes of each row's lake, a new bool tensor ``[*B, size, size]``.
+
+        In hard mode without those that opened during the attempt.
+        """
+        return self._lake.view(*self.batch_size, self.size, self.size).clone()
+
+    # ------------------------------------------------------------------ set-up
+
+    def _make_specs(self) -> None:
+        batch_size, device = self.batch_size, self.device
+        flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=device)
+        self.observation_spec = Composite(
+            observation=Bounded(0.0, 1.0, shape=(*batch_size, 2), device=device),
+            shape=batch_size,
+            device=device,
+        )
+        if self._categorical:
+            self.action_spec = Categorical(len(_MOVES), shape=batch_size, device=device)
+        else:
+            shape = (*batch_size, len(_MOVES))
+            self.action_spec = OneHot(len(_MOVES), shape=shape, device=device)
+        self.reward_spec = Unbounded(shape=(*batch_size, 1), device=device)
+        self.done_spec = Composite(
+            done=flag,
+            terminated=flag.clone(),
+            truncated=flag.clone(),
+            shape=batch_size,
+            device=device,
+        )
+
+    def _make_tables(self) -> None:
+        """Look-up tables: moves ``[swapped, action, cell] -> cell``, positions ``[cell, noise]``."""
+        size = self.size
+        cell = torch.arange(size * size)
+        position = torch.stack([cell // size, cell % size], -1)
+
+        def shifted(offset: tuple[int, int]) -> Tensor:
+            return (position + torch.tensor(offset)).clamp(0, size - 1)
+
+        moves = torch.stack([shifted(move) @ torch.tensor([size, 1]) for move in _MOVES])
+        swapped = moves[[0, 3, 2, 1, 4]]
+        self._constant("_moves", torch.stack([moves, swapped]))
+        offsets = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)] if self.hard_mode else []
+        seen = torch.stack([shifted(offset) for offset in [*offsets, (0, 0)]], 1)
+        self._constant("_positions", (seen / size).view(-1, 2))
+
+    def _make_state(self) -> None:
+        rows, cells = self.batch_size.numel(), self.size**2
+        self._constant("_row_start", torch.arange(rows) * cells)
+        self._state("_lake", torch.zeros(rows, cells, dtype=torch.bool))
+        self._state("_has_task", torch.zeros(rows, dtype=torch.bool))
+        self._state("_cell", torch.zeros(rows, dtype=torch.int64))
+        self._state("_num_steps", torch.zeros(rows, dtype=torch.int64))
+        if self.hard_mode:
+            # The lake as the current attempt has left it, and the offset of the task's move table.
+            self._state("_broken_lake", torch.zeros(rows, cells, dtype=torch.bool))
+            self._state("_table_start", torch.zeros(rows, dtype=torch.int64))
+        # Lakes are drawn ahead: a partial reset then takes a few rows of a table instead of
+        # running the generator, whose cost barely depends on how many lakes it draws.
+        self._state("_pool", torch.zeros(max(1024, 8 * rows), cells, dtype=torch.bool))
+        self._pool_cursor = len(self._pool)
+
+    def _state(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.to(self.device))
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.to(self.device), persistent=False)
+
+    # ------------------------------------------------------------- randomness
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+        self._generator = torch.Generator(self._cell.device).manual_seed(seed)
+        self._pool_cursor = len(self._pool)
+        self._has_task.zero_()
+
+    def _random(self) -> Tensor:
+        cell = self._cell
+        return torch.rand(cell.shape, generator=self._generator, device=cell.device)
+
+    def _take_lakes(self, num: int) -> Tensor:
+        if self._pool_cursor + num > len(self._pool):
+            lakes = random_lakes(len(self._pool), self.size, self._generator, layouts=self.layouts)
+            self._pool.copy_(lakes.flatten(1))
+            self._pool_cursor = 0
+        start = self._pool_cursor
+        self._pool_cursor += num
+        return self._pool[start : start + num]
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What `state_dict` holds besides buffers: the generator and the place in the pool."""
+        return {"generator": self._generator.get_state(), "pool_cursor": self._pool_cursor}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`get_extra_state` gave."""
+        self._generator.set_state(state["generator"].cpu())
+        self._pool_cursor = state["pool_cursor"]
+
+    def to(self, device: torch.device | str | int) -> MetaFrozenLake:
+        """Move to a device. The state moves; randomness goes on from a new generator there."""
+        super().to(device)
+        if self._generator.device != self._cell.device:
+            # Generators of different devices cannot share a state: seed one from the other.
+            old = self._generator
+            seed = torch.randint(2**62, (), generator=old, device=old.device)
+            self._generator = torch.Generator(self._cell.device).manual_seed(int(seed))
+        return self
+
+    # ------------------------------------------------------------------ reset
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        repeat_task: bool | Tensor | None = None,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        selected = None
+        if tensordict is not None:
+            selected = tensordict.get("_reset", None)
+            if repeat_task is None:
+                repeat_task = tensordict.get("repeat_task", None)
+        selected = self._rows(True if selected is None else selected)
+        new_task = selected
+        if repeat_task is not None:
+            new_task = selected & ~(self._rows(repeat_task) & self._has_task)
+        self._draw_tasks(new_task)
+        self._cell.masked_fill_(selected, 0)
+        self._num_steps.masked_fill_(selected, 0)
+        if self.hard_mode:
+            torch.where(
+                selected.unsqueeze(-1), self._lake, self._broken_lake, out=self._broken_lake
+            )
+        flag_shape = (*self.batch_size, 1)
+        done = torch.zeros((3, *flag_shape), dtype=torch.bool, device=self._cell.device)
+        return TensorDict(
+            {
+                "observation": self._observe(),
+                "done": done[0],
+                "terminated": done[1],
+                "truncated": done[2],
+            },
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+
+    def _rows(self, mask: bool | Tensor) -> Tensor:
+        """A reset mask as bool ``[rows]``."""
+        if isinstance(mask, Tensor) and mask.numel() == self._cell.numel():
+            return mask.reshape(-1)
+        if isinstance(mask, Tensor) and mask.numel() != 1:
+            raise ValueError(
+                f"a reset mask must have shape {[*self.batch_size, 1]}, got {list(mask.shape)}. "
+                "Give _reset and repeat_task one flag per row of the batch."
+            )
+        return torch.full_like(self._has_task, bool(mask))
+
+    def _draw_tasks(self, new_task: Tensor) -> None:
+        rows = new_task.nonzero().squeeze(-1)
+        if not len(rows):
+            return
+        self._lake.index_copy_(0, rows, self._take_lakes(len(rows)))
+        self._has_task.index_fill_(0, rows, True)
+        if self.hard_mode:
+            swapped = self._random()[: len(rows)] < _P_SWAPPED
+            self._table_start.index_copy_(0, rows, swapped * self._moves[0].numel())
+
+    # ------------------------------------------------------------------- step
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        stepped = tensordict.get("_step", None)
+        if stepped is None:
+            return self._step_all(self._read_action(tensordict))
+        # Masked rows skip this step: advance every row, then put those back.
+        kept = ~stepped.reshape(-1)
+        before = {name: value.clone() for name, value in self._attempt_state().items()}
+        out = self._step_all(self._read_action(tensordict))
+        for name, value in self._attempt_state().items():
+            value[kept] = before[name][kept]
+        return torch.where(stepped.view(self.batch_size), out, self._skip_tensordict(tensordict))
+
+    def _attempt_state(self) -> dict[str, Tensor]:
+        names = ["_cell", "_num_steps", *(["_broken_lake"] if self.hard_mode else [])]
+        return {name: getattr(self, name) for name in names}
+
+    def _read_action(self, tensordict: TensorDictBase) -> Tensor:
+        action = tensordict.get("action")
+        if not self._categorical:
+            return action.reshape(-1, len(_MOVES)).to(torch.uint8).argmax(-1)
+        action = action.reshape(-1)
+        # Elsewhere than on CPU, looking at the values would wait for the device at every step.
+        if action.device.type == "cpu":
+            low, high = action.aminmax()
+            if low < 0 or high >= len(_MOVES):
+                raise ValueError(
+                    f"action must be in [0, {len(_MOVES) - 1}], got values from {int(low)} to "
+                    f"{int(high)}. 0 stays, 1 to 4 move; sample from env.action_spec to see them."
+                )
+        return action
+
+    def _step_all(self, action: Tensor) -> TensorDictBase:
+        cell = self._cell
+        moved = self._move(action)
+        ground = self._broken_lake if self.hard_mode else self._lake
+        in_hole = ground.take(self._row_start + moved)
+        at_goal = moved == self.size**2 - 1
+        if self.recover_mode:
+            reward = torch.where(in_hole, -_RECOVER_PENALTY, at_goal.float())
+            terminated = at_goal
+            cell.copy_(torch.where(in_hole, cell, moved))
+        else:
+            reward = at_goal.float()
+            terminated = at_goal | in_hole
+            cell.copy_(moved)
+        self._num_steps.add_(1)
+        truncated = (self._num_steps >= self.max_episode_steps) & ~terminated
+        flag_shape = (*self.batch_size, 1)
+        return TensorDict(
+            {
+                "observation": self._observe(),
+                "reward": reward.view(flag_shape),
+                "done": (terminated | truncated).view(flag_shape),
+                "terminated": terminated.view(flag_shape),
+                "truncated": truncated.view(flag_shape),
+            },
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+
+    def _move(self, action: Tensor) -> Tensor:
+        """The cells that actions lead to; in hard mode also opens holes behind the moves."""
+        if self.slip_chance > 0.0:
+            action = torch.where(self._random() < self.slip_chance, 0, action)
+        cell = self._cell
+        index = action * self.size**2 + cell
+        if not self.hard_mode:
+            return self._moves.take(index)
+        moved = self._moves.take(index + self._table_start)
+        opens = (moved != cell) & (self._random() < _P_HOLE_BEHIND)
+        left = self._row_start + cell
+        ground = self._broken_lake.view(-1)
+        ground.index_copy_(0, left, ground.take(left) | opens)
+        return moved
+
+    def _observe(self) -> Tensor:
+        index = self._cell
+        if self.hard_mode:
+            noise = torch.randint(
+                _NOISE_OUTCOMES, index.shape, generator=self._generator, device=index.device
+            )
+            index = index * (_NEIGHBOURS + 1) + noise.clamp_(max=_NEIGHBOURS)
+        return self._positions.index_select(0, index).view(*self.batch_size, 2)
+
+    # ----------------------------------------------------------------- render
+
+    def render(
+        self, row: int | tuple[int, ...] | None = None, *, cell_pixels: int = 32
+    ) -> np.ndarray:
+        """Draw one row's lake, with the holes that the agent cannot see.
+
+        The first coordinate runs down and the second one to the right, so that the start is top
+        left. Holes that opened during the attempt are drawn cracked.
+
+        Args:
+            row: which row of the batch: an index into the flattened batch or one index per batch
+                dimension. May be left out if there is only one.
+            cell_pixels: side of a cell, in pixels.
+
+        Returns:
+            uint8 ``[size * cell_pixels, size * cell_pixels, 3]``.
+
+        Raises:
+            ValueError: if row is missing although there are several.
+            IndexError: if there is no such row.
+        """
+        index = self._flat_row(row)
+        holes = self._lake[index]
+        ground = self._broken_lake[index] if self.hard_mode else holes
+        shape = (self.size, self.size)
+        return draw_lake(
+            holes.view(shape).cpu().numpy(),
+            divmod(int(self._cell[index]), self.size),
+            opened=(ground & ~holes).view(shape).cpu().numpy(),
+            cell_pixels=cell_pixels,
+        )
+
+    def _flat_row(self, row: int | tuple[int, ...] | None) -> int:
+        rows = self.batch_size.numel()
+        if row is None:
+            if rows != 1:
+                raise ValueError(
+                    f"render needs a row when there are several, got None for batch_size "
+                    f"{list(self.batch_size)}. Call render(0) for the first one."
+                )
+            return 0
+        if isinstance(row, tuple):
+            return int(np.arange(rows).reshape(self.batch_size)[row])
+        if not -rows <= row < rows:
+            raise IndexError(
+                f"row must be in [0, {rows - 1}], got {row}. It counts the rows of batch_size "
+                f"{list(self.batch_size)}."
+            )
+        return row
