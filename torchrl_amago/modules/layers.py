@@ -1,0 +1,347 @@
+"""Small building blocks: sigma-reparametrised linear, norms, MLP, positions, input normalisation.
+
+State (power-iteration vectors, running statistics) is in buffers that are updated in place, so that
+checkpoints, weight synchronisation and functional calls see it.
+
+Legend: B batch, T steps, D features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class SigmaReparamLinear(nn.Linear):
+    """Linear layer whose spectral norm is one learned number (arXiv 2303.06296, eq. 4).
+
+        weight_hat = gamma / sigma * weight,    sigma = u^T weight v
+
+    `u` and `v` track the first singular vectors of `weight`: in training each forward takes one step
+    of power iteration, `u` first, before `sigma` is computed. No gradient goes through them.
+
+    Args:
+        in_features: size of the input's last dimension.
+        out_features: size of the output's last dimension.
+        bias: add a learned bias.
+
+    Example:
+        >>> layer = SigmaReparamLinear(4, 3)
+        >>> round(float(torch.linalg.matrix_norm(layer.effective_weight(), 2)), 4)
+        1.0
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.gamma = nn.Parameter(torch.ones(1))
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        with torch.no_grad():
+            u_OR, _, v_RI = torch.linalg.svd(self.weight, full_matrices=False)
+        self.register_buffer("u", u_OR[:, 0].clone())
+        self.register_buffer("v", v_RI[0].clone())
+
+    def effective_weight(self, power_iteration: bool = False) -> Tensor:
+        """The matrix that multiplies the input, `[out_features, in_features]`.
+
+        Args:
+            power_iteration: first move `u` and `v` one step towards the singular vectors.
+        """
+        if power_iteration:
+            with torch.no_grad():
+                u = F.normalize(torch.mv(self.weight, self.v), dim=0)
+                v = F.normalize(torch.mv(self.weight.t(), u), dim=0)
+                self.u.copy_(u)
+                self.v.copy_(v)
+        else:
+            # Copies: autograd keeps them, and the next training forward writes into the buffers.
+            u, v = self.u.clone(), self.v.clone()
+        sigma = torch.dot(u, torch.mv(self.weight, v))
+        return self.weight * (self.gamma / sigma)
+
+    def forward(self, x: Tensor, power_iteration: bool | None = None) -> Tensor:
+        """Apply the layer to `[..., in_features]`; `power_iteration` defaults to `training`."""
+        if power_iteration is None:
+            power_iteration = self.training
+        return F.linear(x, self.effective_weight(power_iteration), self.bias)
+
+
+class RMSNorm(nn.Module):
+    """Divide by the root mean square of the last dimension, then scale (arXiv 1910.07467, eq. 4)."""
+
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`."""
+        return self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+
+
+class UnitBallNorm(nn.Module):
+    """Divide by the Euclidean norm of the last dimension, optionally without its gradient."""
+
+    def __init__(self, detach: bool = False, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.detach = detach
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) + self.eps
+        return x / (length.detach() if self.detach else length)
+
+
+class HypersphereNorm(nn.Module):
+    """Project on the sphere of radius sqrt(size)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`."""
+        return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
+
+
+class SimplicialNorm(nn.Module):
+    """Softmax over groups of neighbouring features (arXiv 2204.00616)."""
+
+    def __init__(self, group_size: int = 8) -> None:
+        super().__init__()
+        self.group_size = group_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`, size a multiple of `group_size`."""
+        return x.unflatten(-1, (-1, self.group_size)).softmax(-1).flatten(-2)
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "layer": nn.LayerNorm,
+    "rms": RMSNorm,
+    "unit_ball": lambda size: UnitBallNorm(),
+    "unit_ball_detached": lambda size: UnitBallNorm(detach=True),
+    "hypersphere": lambda size: HypersphereNorm(),
+    "simplicial": lambda size: SimplicialNorm(),
+    "none": lambda size: nn.Identity(),
+}
+
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "leaky_relu": nn.LeakyReLU,
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "mish": nn.Mish,
+}
+
+
+def make_norm(name: str, size: int) -> nn.Module:
+    """Build a norm over a last dimension of `size` features.
+
+    Args:
+        name: one of `layer`, `rms`, `unit_ball`, `unit_ball_detached` (no gradient through the
+            length), `hypersphere`, `simplicial`, `none`.
+        size: number of features.
+
+    Raises:
+        ValueError: if the name is unknown, or `simplicial` groups of 8 do not divide the size.
+    """
+    if name not in NORMS:
+        raise ValueError(f"norm must be one of {sorted(NORMS)}, got {name!r}. Use 'none' for none.")
+    if name == "simplicial" and size % 8:
+        raise ValueError(
+            f"norm='simplicial' needs a size that is a multiple of 8, got {size}. "
+            "Change the layer's width or choose another norm."
+        )
+    return NORMS[name](size)
+
+
+def make_activation(name: str) -> nn.Module:
+    """Build an activation: `leaky_relu` (slope 0.01), `relu`, `gelu` or `mish`.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if name not in ACTIVATIONS:
+        raise ValueError(
+            f"activation must be one of {sorted(ACTIVATIONS)}, got {name!r}. "
+            "Add yours to torchrl_amago.modules.layers.ACTIVATIONS."
+        )
+    return ACTIVATIONS[name]()
+
+
+class MLP(nn.Module):
+    """Feed-forward network: `num_layers` x (linear, norm, activation, dropout), then a linear.
+
+    Args:
+        input_size: size of the input's last dimension.
+        hidden_size: width of the hidden layers.
+        num_layers: number of hidden layers, at least 1.
+        output_size: size of the output's last dimension.
+        activation: see :func:`make_activation`.
+        norm: see :func:`make_norm`.
+        dropout: probability of zeroing a hidden feature in training.
+        linear: class of the linear layers, called with (inputs, outputs).
+
+    Raises:
+        ValueError: if `num_layers` is below 1, or a name is unknown.
+
+    Example:
+        >>> MLP(4, 16, 2, 3)(torch.zeros(5, 4)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        output_size: int,
+        activation: str = "leaky_relu",
+        norm: str = "none",
+        dropout: float = 0.0,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
+    ) -> None:
+        super().__init__()
+        if num_layers < 1:
+            raise ValueError(
+                f"num_layers must be at least 1, got {num_layers}. "
+                "It counts hidden layers; for a single linear map use torch.nn.Linear."
+            )
+        sizes = [input_size] + [hidden_size] * num_layers
+        self.hidden = nn.ModuleList(linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.norms = nn.ModuleList(make_norm(norm, hidden_size) for _ in range(num_layers))
+        self.activation = make_activation(activation)
+        self.dropout = nn.Dropout(dropout)
+        self.out = linear(hidden_size, output_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., input_size]` to `[..., output_size]`."""
+        for linear, norm in zip(self.hidden, self.norms):
+            x = self.dropout(self.activation(norm(linear(x))))
+        return self.out(x)
+
+
+def sinusoidal_positions(positions: Tensor, size: int) -> Tensor:
+    """Fixed position embedding (arXiv 1706.03762, section 3.5).
+
+        out[..., 2i] = sin(p / 10000^(2i/size)),    out[..., 2i+1] = cos(p / 10000^(2i/size))
+
+    Args:
+        positions: integers `[...]`, any non-negative value.
+        size: number of features, even.
+
+    Returns:
+        float32 `[..., size]`.
+
+    Raises:
+        ValueError: if the size is odd.
+
+    Example:
+        >>> sinusoidal_positions(torch.tensor([0]), 4)
+        tensor([[0., 1., 0., 1.]])
+    """
+    if size % 2:
+        raise ValueError(f"sinusoidal positions need an even size, got {size}. Use an even width.")
+    even = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    angle = positions.unsqueeze(-1) * torch.exp(even * (-math.log(10000.0) / size))
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
+
+
+def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotary position embedding (arXiv 2104.09864, eq. 34), first half paired with second half.
+
+    Args:
+        x_BHTD: queries or keys of every head; D is even.
+        positions_BT: integers.
+        base: wavelengths go up to 2 pi base.
+
+    Returns:
+        Same shape and dtype as `x_BHTD`; dot products depend on differences of positions only.
+    """
+    size = x_BHTD.shape[-1]
+    even = torch.arange(0, size, 2, device=x_BHTD.device, dtype=torch.float32)
+    angle = positions_BT[:, None, :, None] / base ** (even / size)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = x_BHTD.float().chunk(2, -1)
+    rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+    return rotated.to(x_BHTD.dtype)
+
+
+class InputNorm(nn.Module):
+    """Shift and scale features by moving averages of their first two moments.
+
+        beta_t = beta / (1 - (1 - beta)^t)
+        mu <- (1 - beta_t) mu + beta_t mean(x),    nu <- (1 - beta_t) nu + beta_t mean(x^2)
+        sigma = sqrt(nu - mu^2 + 1e-5), in [1e-3, 1e6]
+
+    Features that hardly vary (sigma <= 0.01) are shifted but not scaled. `t` starts at 1 and counts
+    before use, so that the first update moves half-way.
+
+    Args:
+        size: number of features.
+        beta: step size of the moving averages, once many updates were made.
+        init_nu: initial second moment.
+
+    Example:
+        >>> norm = InputNorm(2)
+        >>> norm.update(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([True, False]))
+        >>> norm.mu
+        tensor([0.5000, 1.0000])
+    """
+
+    #: Bound on normalised values, so that one outlier cannot overflow what follows.
+    limit = 1e4
+
+    def __init__(self, size: int, beta: float = 1e-4, init_nu: float = 1.0) -> None:
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("mu", torch.zeros(size))
+        self.register_buffer("nu", torch.full((size,), float(init_nu)))
+        self.register_buffer("t", torch.ones(1))
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation of every feature, `[size]`."""
+        # The variance of a constant feature may come out below zero by rounding.
+        variance = self.nu - self.mu.square() + 1e-5
+        return variance.clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Move the statistics towards a batch's, in float32.
+
+        Args:
+            x: `[*B, size]`.
+            mask: bool `[*B]` or `[*B, 1]`, True on real steps (default: all). What lies under False
+                has no influence, NaN included; without any True nothing changes.
+
+        Raises:
+            ValueError: if the shapes do not fit together.
+        """
+        if mask is None:
+            mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
+        if mask.ndim == x.ndim - 1:
+            mask = mask.unsqueeze(-1)
+        if mask.shape != (*x.shape[:-1], 1):
+            raise ValueError(
+                f"mask must have the shape of x without its last dimension, {tuple(x.shape[:-1])} "
+                f"(a last dimension of 1 is allowed), got {tuple(mask.shape)}. "
+                "Pass one bool per step, True on real steps."
+            )
+        x = torch.where(mask, x.float(), 0.0).flatten(0, -2)
+        total = mask.sum()
+        share = 1.0 / total.clamp(min=1)
+        t = self.t + 1
+        beta_t = self.beta / (1.0 - (1.0 - self.beta) ** t)
+        # A weight of zero, not a branch: a branch on data would stop torch.compile.
+        weight = torch.where(total > 0, beta_t, 0.0)
+        self.mu.lerp_((x.sum(0) * share).to(self.mu.dtype), weight.to(self.mu.dtype))
+        self.nu.lerp_((x.square().sum(0) * share).to(self.nu.dtype), weight.to(self.nu.dtype))
+        self.t.copy_(torch.where(total > 0, t, self.t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[..., size]`."""
+        sigma = self.sigma
+        shifted = x - self.mu
+        scaled = (shifted / sigma).clamp(-self.limit, self.limit)
+        return torch.where(sigma > 0.01, scaled, shifted)
