@@ -8,6 +8,7 @@ Legend: B batch, T steps, D features.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -208,7 +209,7 @@ class MLP(nn.Module):
                 "It counts hidden layers; for a single linear map use torch.nn.Linear."
             )
         sizes = [input_size] + [hidden_size] * num_layers
-        self.hidden = nn.ModuleList(linear(i, o) for i, o in zip(sizes, sizes[1:]))
+        self.hidden = nn.ModuleList(linear(i, o) for i, o in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(make_norm(norm, hidden_size) for _ in range(num_layers))
         self.activation = make_activation(activation)
         self.dropout = nn.Dropout(dropout)
@@ -216,7 +217,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., input_size]` to `[..., output_size]`."""
-        for linear, norm in zip(self.hidden, self.norms):
+        for linear, norm in zip(self.hidden, self.norms, strict=True):
             x = self.dropout(self.activation(norm(linear(x))))
         return self.out(x)
 
