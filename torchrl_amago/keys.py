@@ -1,0 +1,85 @@
+"""Every tensordict key of the project in one table: shape, dtype, who writes it, who reads it.
+
+Shapes: ``*B`` batch of environments (or ``B, T`` for a batch of slices), ``A`` action size,
+``D`` features, ``G`` discounts, ``P`` distribution parameters. These are defaults: every module,
+transform and loss takes its keys as arguments or through ``set_keys``.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tensordict import NestedKey
+
+OBSERVATION = "observation"
+SOFT_RESET = "soft_reset"
+TRIAL_PROGRESS = "trial_progress"
+EPISODE_IDX = "episode_idx"
+ATTEMPT_RETURN = "attempt_return"
+PREV_ACTION = "prev_action"
+PREV_REWARD = "prev_reward"
+TIME_IDX = "time_idx"
+IS_INIT = "is_init"
+ACTION = "action"
+STREAM = "_stream"
+EPSILON_SCALE = "_epsilon_scale"
+TIMESTEP = "timestep"
+STATE = "state"
+ACTION_PARAMS = "action_params"
+LOGITS = "logits"
+ACTION_VALUE = "action_value"
+MASK = ("collector", "mask")
+
+
+class KeySpec(NamedTuple):
+    """One row of the table."""
+
+    key: NestedKey
+    shape: str
+    dtype: str
+    written_by: str
+    read_by: str
+    meaning: str
+
+
+KEY_TABLE: tuple[KeySpec, ...] = (
+    KeySpec(OBSERVATION, "*B, ...", "any", "environment", "timestep encoder",
+            "what the task shows; any number of keys of any name"),
+    KeySpec(SOFT_RESET, "*B, 1", "bool", "TrialTransform", "timestep encoder, evaluation",
+            "this is the first step of an attempt"),
+    KeySpec(TRIAL_PROGRESS, "*B, 1", "float32", "TrialTransform", "timestep encoder",
+            "share of the trial that is used up, in [0, 1]; absent when hidden"),
+    KeySpec(EPISODE_IDX, "*B, 1", "int64", "TrialTransform", "evaluation",
+            "number of the attempt, from 0"),
+    KeySpec(ATTEMPT_RETURN, "*B, 1", "float32", "TrialTransform", "evaluation",
+            "return of the attempt that the last step belonged to, that step included"),
+    KeySpec(PREV_ACTION, "*B, A", "float32", "PreviousStepTransform", "timestep encoder",
+            "action of the previous step (one-hot if discrete, else in [-1, 1]); 0 at the start"),
+    KeySpec(PREV_REWARD, "*B, 1", "float32", "PreviousStepTransform", "timestep encoder",
+            "reward of the previous step; 0 at the start"),
+    KeySpec(TIME_IDX, "*B, 1", "int64", "PreviousStepTransform", "trajectory encoder, exploration",
+            "steps since the trial began; soft resets do not restart it"),
+    KeySpec(IS_INIT, "*B, 1", "bool", "InitTracker", "trajectory encoder, exploration",
+            "first step of a trial: memory is cleared here"),
+    KeySpec(STREAM, "*B, 1", "int64", "trajectory encoder", "trajectory encoder",
+            "which of the module's own memories belongs to this rollout"),
+    KeySpec(EPSILON_SCALE, "*B, 1", "float32", "exploration", "exploration",
+            "random factor of this trial's exploration schedule"),
+    KeySpec(TIMESTEP, "*B, D", "float32", "timestep encoder", "trajectory encoder",
+            "embedding of one step alone"),
+    KeySpec(STATE, "*B, D", "float32", "trajectory encoder", "actor, critics",
+            "embedding of the trial so far"),
+    KeySpec(ACTION_PARAMS, "*B, G, P", "float32", "actor head", "policy, loss",
+            "distribution parameters for every discount"),
+    KeySpec(LOGITS, "*B, P", "float32", "policy", "policy",
+            "distribution parameters for the discount acted with"),
+    KeySpec(ACTION_VALUE, "*B, C, G, A", "float32", "critic ensemble", "loss",
+            "raw values of every action, for every critic and discount"),
+    KeySpec(ACTION, "*B (categorical) or *B, A (one-hot)", "int64", "policy", "environment, loss",
+            "the action taken"),
+    KeySpec(("next", "reward"), "*B, 1", "float32", "environment", "loss", "reward of this step"),
+    KeySpec(("next", "terminated"), "*B, 1", "bool", "environment", "loss",
+            "the trial is over and worth nothing more: the only thing that stops bootstrapping"),
+    KeySpec(MASK, "B, T", "bool", "TrialSliceSampler", "timestep encoder, loss",
+            "True on real steps, False on padding"),
+)  # fmt: skip

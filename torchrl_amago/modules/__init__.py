@@ -1,0 +1,44 @@
+"""Networks: timestep encoders, trajectory encoders, heads, value codecs, exploration, the policy.
+
+Data flows through the files in this order::
+
+    timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
+    policy assembles them from an environment's specs
+"""
+
+from torchrl_amago.modules.actor import Actor
+from torchrl_amago.modules.critic import DiscreteCritic, EnsembleLinear
+from torchrl_amago.modules.distributions import ClippedCategorical, ClippedOneHotCategorical
+from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
+from torchrl_amago.modules.policy import (
+    DISCOUNTS,
+    SEQ_MODELS,
+    Policy,
+    SelectDiscount,
+    make_critic,
+    make_policy,
+)
+from torchrl_amago.modules.timestep import MLPTimestepEncoder, TimestepEncoder
+from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncoder
+from torchrl_amago.modules.value_codec import PopArt, ValueCodec
+
+__all__ = [
+    "DISCOUNTS",
+    "SEQ_MODELS",
+    "Actor",
+    "BilevelEpsilonGreedy",
+    "ClippedCategorical",
+    "ClippedOneHotCategorical",
+    "DiscreteCritic",
+    "EnsembleLinear",
+    "MLPTimestepEncoder",
+    "Policy",
+    "PopArt",
+    "SelectDiscount",
+    "TimestepEncoder",
+    "TrajectoryEncoder",
+    "TransformerEncoder",
+    "ValueCodec",
+    "make_critic",
+    "make_policy",
+]

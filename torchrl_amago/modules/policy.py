@@ -1,0 +1,278 @@
+"""Assemble encoders, heads and exploration into one policy, from an environment's specs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import (
+    InteractionType,
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+)
+from torchrl.data import Categorical, OneHot
+from torchrl.envs import EnvBase
+
+from torchrl_amago import keys
+from torchrl_amago.modules.actor import Actor
+from torchrl_amago.modules.critic import DiscreteCritic
+from torchrl_amago.modules.distributions import ClippedCategorical, ClippedOneHotCategorical
+from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
+from torchrl_amago.modules.timestep import MLPTimestepEncoder, TimestepEncoder
+from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncoder
+
+# AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
+DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
+
+SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {"transformer": TransformerEncoder}
+"""Trajectory encoders by name; each takes ``(input_size, context_length=..., **options)``."""
+
+# Bookkeeping entries of the trial: never shown to the timestep encoder unless asked for by name.
+_NOT_OBSERVATIONS = {keys.TIME_IDX, keys.IS_INIT, keys.EPISODE_IDX, keys.ATTEMPT_RETURN}
+
+
+class SelectDiscount(TensorDictModuleBase):
+    """Pick the distribution parameters of the discount to act with: ``[*B, G, P] -> [*B, P]``.
+
+    Args:
+        index: which discount; may be set anew at any time.
+        in_key: parameters for every discount.
+        out_key: parameters of the chosen one.
+    """
+
+    def __init__(
+        self,
+        index: int = -1,
+        in_key: NestedKey = keys.ACTION_PARAMS,
+        out_key: NestedKey = keys.LOGITS,
+    ) -> None:
+        super().__init__()
+        self.index, self.in_keys, self.out_keys = index, [in_key], [out_key]
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the chosen parameters."""
+        params = tensordict.get(self.in_keys[0])
+        return tensordict.set(self.out_keys[0], params[..., self.index, :])
+
+
+class Policy(TensorDictSequential):
+    """Encoders, actor head, choice of discount, sampling and exploration, in this order.
+
+    The parts stay reachable, since the loss trains :attr:`encoder` and :attr:`actor` directly.
+
+    Attributes:
+        encoder: timestep and trajectory encoder, ``obs_keys -> "state"``.
+        actor: actor head, ``"state" -> "action_params"``.
+        exploration: exploration module or None.
+        discounts: G discounts, the one acted with by default last.
+    """
+
+    def __init__(
+        self,
+        timestep_encoder: TensorDictModuleBase,
+        trajectory_encoder: TensorDictModuleBase,
+        actor: TensorDictModuleBase,
+        sampler: TensorDictModuleBase,
+        exploration: TensorDictModuleBase | None = None,
+        discounts: Sequence[float] = DISCOUNTS,
+    ) -> None:
+        encoder = TensorDictSequential(timestep_encoder, trajectory_encoder)
+        select = SelectDiscount()
+        parts = [encoder, actor, select, sampler]
+        out_keys = [*sampler.out_keys, keys.STREAM]
+        if exploration is not None:
+            parts.append(exploration)
+            out_keys += [key for key in exploration.out_keys if key not in out_keys]
+        super().__init__(*parts, selected_out_keys=out_keys)
+        self.discounts = tuple(discounts)
+
+    @property
+    def encoder(self) -> TensorDictSequential:
+        """Timestep and trajectory encoder."""
+        return self.module[0]
+
+    @property
+    def actor(self) -> TensorDictModule:
+        """Actor head."""
+        return self.module[1]
+
+    @property
+    def exploration(self) -> TensorDictModuleBase | None:
+        """Exploration module, or None."""
+        return self.module[4] if len(self.module) > 4 else None
+
+    @property
+    def state_size(self) -> int:
+        """D, size of ``"state"``."""
+        return self.encoder.module[1].output_size
+
+    def act_with(self, discount: float) -> Policy:
+        """Act with another of the trained discounts from now on.
+
+        Args:
+            discount: one of :attr:`discounts`.
+
+        Raises:
+            ValueError: if that discount was not trained.
+        """
+        if discount not in self.discounts:
+            raise ValueError(
+                f"can only act with a trained discount, {self.discounts}; got {discount}. "
+                "Choose one of them, or build the policy and the loss with more discounts."
+            )
+        self.module[2].index = self.discounts.index(discount)
+        return self
+
+
+def make_policy(
+    env: EnvBase,
+    *,
+    context_length: int,
+    seq_model: str | Callable[..., TrajectoryEncoder] = "transformer",
+    seq_model_options: dict[str, Any] | None = None,
+    timestep_encoder: TimestepEncoder | None = None,
+    timestep_options: dict[str, Any] | None = None,
+    actor_options: dict[str, Any] | None = None,
+    exploration: dict[str, Any] | None = None,
+    discounts: Sequence[float] = DISCOUNTS,
+    obs_keys: Sequence[NestedKey] | None = None,
+) -> Policy:
+    """Build a policy that fits an environment with trial and previous-step transforms.
+
+    Args:
+        env: environment whose specs say what is observed and done.
+        context_length: how many steps the policy remembers; the length of a trial, or less.
+        seq_model: trajectory encoder, by name (:data:`SEQ_MODELS`) or as a class or function called
+            with ``(input_size, context_length=..., **seq_model_options)``.
+        seq_model_options: further arguments of the trajectory encoder.
+        timestep_encoder: your own; default :class:`MLPTimestepEncoder` over all observations.
+        timestep_options: further arguments of the default timestep encoder.
+        actor_options: further arguments of :class:`~torchrl_amago.modules.actor.Actor`.
+        exploration: arguments of :class:`BilevelEpsilonGreedy` (``horizon`` defaults to
+            ``context_length``); None for no exploration beyond sampling.
+        discounts: G discounts, each in [0, 1); the last is acted with.
+        obs_keys: entries that the default timestep encoder reads besides the previous step; default
+            all observations but the trial's bookkeeping.
+
+    Returns:
+        A :class:`Policy`; on the environment's device.
+
+    Raises:
+        KeyError: if the environment lacks the previous step or one of ``obs_keys``.
+        ValueError: if the action space is not supported, or ``seq_model`` is unknown.
+
+    Example:
+        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+        >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
+        >>> policy = make_policy(env, context_length=45)
+        >>> policy(env.reset())["action"].shape
+        torch.Size([2])
+    """
+    num_actions, one_hot = discrete_actions(env)
+    if timestep_encoder is None:
+        shapes = observation_shapes(env, obs_keys)
+        timestep_encoder = MLPTimestepEncoder(shapes, **(timestep_options or {}))
+    trajectory_encoder = _seq_model(seq_model)(
+        timestep_encoder.output_size, context_length=context_length, **(seq_model_options or {})
+    )
+    actor = TensorDictModule(
+        Actor(
+            trajectory_encoder.output_size, num_actions, len(discounts), **(actor_options or {})
+        ),
+        in_keys=[keys.STATE],
+        out_keys=[keys.ACTION_PARAMS],
+    )
+    sampler = ProbabilisticTensorDictModule(
+        in_keys=[keys.LOGITS],
+        out_keys=[keys.ACTION],
+        distribution_class=ClippedOneHotCategorical if one_hot else ClippedCategorical,
+        default_interaction_type=InteractionType.RANDOM,
+    )
+    explore = None
+    if exploration is not None:
+        options = {"horizon": context_length, **exploration}
+        explore = BilevelEpsilonGreedy(num_actions, one_hot=one_hot, **options)
+    policy = Policy(timestep_encoder, trajectory_encoder, actor, sampler, explore, discounts)
+    return policy if env.device is None else policy.to(env.device)
+
+
+def make_critic(policy: Policy, env: EnvBase, **options: Any) -> TensorDictModule:
+    """Build the critic ensemble that goes with a policy.
+
+    Args:
+        policy: gives the state's size and the discounts.
+        env: gives the action space.
+        options: arguments of :class:`~torchrl_amago.modules.critic.DiscreteCritic`
+            (``num_critics``, ``hidden_size``, ...).
+
+    Returns:
+        ``"state" [*B, D] -> "action_value" [*B, C, G, A]``, on the environment's device.
+    """
+    num_actions, _ = discrete_actions(env)
+    critic = TensorDictModule(
+        DiscreteCritic(policy.state_size, num_actions, len(policy.discounts), **options),
+        in_keys=[keys.STATE],
+        out_keys=[keys.ACTION_VALUE],
+    )
+    return critic if env.device is None else critic.to(env.device)
+
+
+def discrete_actions(env: EnvBase) -> tuple[int, bool]:
+    """Number of actions, and whether they are one-hot encoded.
+
+    Raises:
+        ValueError: for any action space but a single discrete one.
+    """
+    spec = env.full_action_spec_unbatched[env.action_key]
+    if isinstance(spec, OneHot):
+        return spec.space.n, True
+    if type(spec) is Categorical and spec.shape == ():
+        return spec.space.n, False
+    raise ValueError(
+        "make_policy supports one discrete action per step (a Categorical spec of shape () or a "
+        f"OneHot spec), got {spec}. Discretise the actions, or compose a Policy from your own "
+        "actor head and sampler."
+    )
+
+
+def observation_shapes(
+    env: EnvBase, obs_keys: Sequence[NestedKey] | None = None
+) -> dict[NestedKey, tuple[int, ...]]:
+    """Entries a timestep encoder should read, in order, with the shape of one step of each.
+
+    Args:
+        env: environment with trial and previous-step transforms.
+        obs_keys: entries to read besides the previous step; default all observations but the
+            trial's bookkeeping, sorted by name.
+
+    Raises:
+        KeyError: if the previous step or one of ``obs_keys`` is missing from the specs.
+    """
+    spec = env.observation_spec_unbatched
+    available = list(spec.keys(True, True))
+    if obs_keys is None:
+        skip = _NOT_OBSERVATIONS | {keys.PREV_ACTION, keys.PREV_REWARD}
+        names = [k for k in available if k not in skip and not str(k).startswith("_")]
+        obs_keys = sorted(names, key=str)
+    wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]
+    missing = [key for key in wanted if key not in available]
+    if missing:
+        raise KeyError(
+            f"the policy reads {wanted}, but {missing} are not among the environment's observations "
+            f"{available}. Append the missing transforms (make_trial_env adds the previous step), "
+            "or choose entries with obs_keys."
+        )
+    return {key: tuple(spec[key].shape) for key in wanted}
+
+
+def _seq_model(seq_model: str | Callable[..., TrajectoryEncoder]) -> Callable[..., Any]:
+    if callable(seq_model):
+        return seq_model
+    if seq_model not in SEQ_MODELS:
+        raise ValueError(
+            f"seq_model must be one of {sorted(SEQ_MODELS)} or a class, got {seq_model!r}."
+        )
+    return SEQ_MODELS[seq_model]

@@ -1,0 +1,142 @@
+"""How critics write down a value: encode a target, compare it with a prediction, read it back.
+
+A codec turns TD targets into what critics predict and back: ``encode(target) -> label``,
+``loss(prediction, target)``, ``decode(prediction) -> value``, ``update(target, mask)``. Its running
+statistics are buffers, so they travel with checkpoints, devices and weight synchronisation.
+
+Legend: B batch, T steps, C critics, G discounts.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+
+class ValueCodec(nn.Module, abc.ABC):
+    """Interface between values in reward units and what critics predict."""
+
+    @abc.abstractmethod
+    def update(self, target_BTG: Tensor, mask_BT1: Tensor) -> None:
+        """Take a batch of targets into the running statistics, if there are any."""
+
+    @abc.abstractmethod
+    def encode(self, target_BTG: Tensor) -> Tensor:
+        """Turn targets in reward units into labels."""
+
+    @abc.abstractmethod
+    def decode(self, prediction: Tensor) -> Tensor:
+        """Turn raw predictions ``[..., G]`` into values in reward units ``[..., G]``."""
+
+    @abc.abstractmethod
+    def normalized(self, prediction: Tensor) -> Tensor:
+        """Turn raw predictions ``[..., G]`` into values of a scale that does not drift."""
+
+    @abc.abstractmethod
+    def loss(self, prediction_BTCG: Tensor, target_BTG: Tensor) -> Tensor:
+        """Loss of each prediction, unreduced: ``[B, T, C, G]``."""
+
+
+class PopArt(ValueCodec):
+    """Scalar values, normalised per discount while outputs are preserved (arXiv 1602.07714).
+
+    Targets' first and second moments are moving averages whose step size is corrected for its
+    start; whenever they move, an affine map of the raw prediction moves along, so that
+    :meth:`decode` of an unchanged critic stays what it was:
+
+        mu, nu   <- lerp(mu, mean(target)), lerp(nu, mean(target^2))
+        weight   <- weight * sigma_old / sigma
+        bias     <- (sigma_old * bias + mu_old - mu) / sigma
+
+    Args:
+        num_discounts: G, size of the predictions' last dimension.
+        beta: step size of the moving averages.
+        initial_nu: initial second moment; large values start with small normalised targets.
+        enabled: False makes every method the identity (plain regression on reward units).
+
+    Example:
+        >>> codec = PopArt(num_discounts=1)
+        >>> target, mask = torch.full((2, 3, 1), 5.0), torch.ones(2, 3, 1, dtype=torch.bool)
+        >>> before = codec.decode(torch.tensor([1.0]))
+        >>> codec.update(target, mask)
+        >>> torch.allclose(codec.decode(torch.tensor([1.0])), before)
+        True
+        >>> codec.mu
+        tensor([2.5006])
+    """
+
+    # Bounds of the public AMAGO code on the variance, in squared reward units.
+    MIN_VARIANCE, MAX_VARIANCE = 1e-4, 1e8
+
+    mu: Tensor
+    nu: Tensor
+    weight: Tensor
+    bias: Tensor
+    count: Tensor
+
+    def __init__(
+        self,
+        num_discounts: int,
+        beta: float = 5e-4,
+        initial_nu: float = 100.0,
+        enabled: bool = True,
+    ) -> None:
+        super().__init__()
+        self.beta, self.enabled = beta, enabled
+        self.register_buffer("mu", torch.zeros(num_discounts))
+        self.register_buffer("nu", torch.full((num_discounts,), float(initial_nu)))
+        self.register_buffer("weight", torch.ones(num_discounts))
+        self.register_buffer("bias", torch.zeros(num_discounts))
+        # Starts at 1, as in the public code: the first update moves half-way, not all the way.
+        self.register_buffer("count", torch.ones(()))
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation of targets, ``[G]``, within ``[0.01, 1e4]``."""
+        return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
+
+    @torch.no_grad()
+    def update(self, target_BTG: Tensor, mask_BT1: Tensor) -> None:
+        """Move the statistics towards a batch of targets; nothing moves if all is masked.
+
+        Args:
+            target_BTG: ``[B, T, G]``, reward units; masked entries may be anything, NaN too.
+            mask_BT1: ``[B, T, 1]``, bool.
+        """
+        if not self.enabled:
+            return
+        target_BTG = torch.where(mask_BT1, target_BTG, 0.0).float()
+        num_real = mask_BT1.sum()
+        mean_G = target_BTG.sum((0, 1)) / num_real.clamp_min(1)
+        square_mean_G = target_BTG.square().sum((0, 1)) / num_real.clamp_min(1)
+        any_real = (num_real > 0).to(self.count.dtype)
+        self.count += any_real
+        step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count)
+        old_sigma, old_mu = self.sigma, self.mu.clone()
+        # Not lerp_: its rounding differs from the two products of the recorded numbers.
+        self.mu.mul_(1.0 - step).add_(step * mean_G)
+        self.nu.mul_(1.0 - step).add_(step * square_mean_G)
+        sigma = self.sigma
+        self.weight.mul_(old_sigma / sigma)
+        self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
+
+    def encode(self, target_BTG: Tensor) -> Tensor:
+        """``(target - mu) / sigma``."""
+        return (target_BTG - self.mu) / self.sigma if self.enabled else target_BTG
+
+    def normalized(self, prediction: Tensor) -> Tensor:
+        """``weight * prediction + bias``, the space in which :meth:`loss` compares."""
+        return self.weight * prediction + self.bias if self.enabled else prediction
+
+    def decode(self, prediction: Tensor) -> Tensor:
+        """``sigma * normalized(prediction) + mu``."""
+        if not self.enabled:
+            return prediction
+        return self.sigma * self.normalized(prediction) + self.mu
+
+    def loss(self, prediction_BTCG: Tensor, target_BTG: Tensor) -> Tensor:
+        """Squared error of normalised values, ``[B, T, C, G]``; no gradient to the target."""
+        label_BT1G = self.encode(target_BTG.detach()).unsqueeze(2)
+        return (self.normalized(prediction_BTCG) - label_BT1G).square()

@@ -1,0 +1,209 @@
+"""The mathematics of the objective as functions of tensors: targets, filters, ensembles, masks.
+
+Legend: B batch, T steps, C critics, G discounts, A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+AdvantageFilter = Callable[[Tensor], Tensor]
+
+
+def n_step_target(
+    reward_BTG: Tensor,
+    terminated_BTG: Tensor,
+    next_value_BTG: Tensor,
+    gamma_G: Tensor,
+    mask_BT1: Tensor,
+    n: int = 1,
+) -> Tensor:
+    """n-step TD target for every discount at once (Sutton & Barto 2018, eq. 7.1).
+
+        target[t] = r[t] + g r[t+1] + ... + g^(n-1) r[t+n-1] + g^n v[t+n-1]
+
+    where ``v[t]`` is the value of the state that step t led to. A termination ends the sum without
+    a bootstrap; the end of the slice, or padding, ends it early with one.
+
+    Args:
+        reward_BTG: ``[B, T, G]`` (or broadcastable), float.
+        terminated_BTG: ``[B, T, G]`` (or broadcastable), bool.
+        next_value_BTG: ``[B, T, G]``, float, value of the state that step t led to.
+        gamma_G: ``[G]``, float, discounts.
+        mask_BT1: ``[B, T, 1]``, bool, True on real steps; real steps come first in a row.
+        n: number of rewards summed, at least 1.
+
+    Returns:
+        ``[B, T, G]``; entries under a False mask mean nothing but are finite if the inputs are.
+
+    Raises:
+        ValueError: if ``n`` is smaller than 1.
+
+    Example:
+        >>> reward, done = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([False, False, True])
+        >>> to_BTG = lambda x: x.view(1, 3, 1)
+        >>> n_step_target(to_BTG(reward), to_BTG(done), torch.full((1, 3, 1), 8.0),
+        ...               torch.tensor([0.5]), torch.ones(1, 3, 1, dtype=torch.bool), n=2).flatten()
+        tensor([3.5000, 1.5000, 1.0000])
+    """
+    if n < 1:
+        raise ValueError(f"n_step must be at least 1, got {n}. Use 1 for the usual TD target.")
+    go_on_BTG = ~terminated_BTG
+    if n == 1:
+        return reward_BTG + gamma_G * torch.where(go_on_BTG, next_value_BTG, 0.0)
+
+    def ahead(x: Tensor, steps: int) -> Tensor:
+        shifted = torch.zeros_like(x)
+        if steps < x.shape[1]:
+            shifted[:, : x.shape[1] - steps] = x[:, steps:]
+        return shifted
+
+    zero = torch.zeros((), dtype=next_value_BTG.dtype, device=next_value_BTG.device)
+    target_BTG = torch.zeros_like(next_value_BTG)
+    alive_BTG = mask_BT1.expand_as(next_value_BTG)
+    for i in range(n):
+        followed_BT1 = ahead(mask_BT1, i + 1) if i + 1 < n else torch.zeros_like(mask_BT1)
+        survives_BTG = alive_BTG & ahead(go_on_BTG, i)
+        last_BTG = survives_BTG & ~followed_BT1
+        target_BTG = target_BTG + gamma_G**i * torch.where(alive_BTG, ahead(reward_BTG, i), zero)
+        bootstrap_BTG = torch.where(last_BTG, ahead(next_value_BTG, i), zero)
+        target_BTG = target_BTG + gamma_G ** (i + 1) * bootstrap_BTG
+        alive_BTG = survives_BTG & followed_BT1
+    return target_BTG
+
+
+def draw_critic_subset(
+    shape: tuple[int, int, int, int], num_critics: int, device: torch.device | None = None
+) -> Tensor:
+    """Draw which ensemble members form each TD target (REDQ, arXiv 2101.05982).
+
+    Members are drawn with replacement, anew for every row, step and discount.
+
+    Args:
+        shape: ``(B, T, number drawn, G)``.
+        num_critics: size of the ensemble.
+
+    Returns:
+        int64 indices of that shape.
+
+    Example:
+        >>> draw_critic_subset((2, 3, 2, 7), num_critics=4).shape
+        torch.Size([2, 3, 2, 7])
+    """
+    return torch.randint(num_critics, shape, device=device)
+
+
+def reduce_ensemble(
+    value_BTCG: Tensor, subset_BTKG: Tensor, how: Literal["min", "mean"]
+) -> Tensor:
+    """Reduce an ensemble's values to one per step and discount, over the drawn members.
+
+    Args:
+        value_BTCG: ``[B, T, C, G]``.
+        subset_BTKG: ``[B, T, K, G]``, int64, members that count (:func:`draw_critic_subset`).
+        how: ``"min"`` (clipped double Q, arXiv 1802.09477) or ``"mean"``.
+
+    Returns:
+        ``[B, T, G]``.
+
+    Example:
+        >>> value = torch.tensor([3.0, 1.0, 2.0]).view(1, 1, 3, 1)
+        >>> reduce_ensemble(value, torch.tensor([0, 2]).view(1, 1, 2, 1), "min").item()
+        2.0
+    """
+    drawn_BTKG = value_BTCG.gather(2, subset_BTKG)
+    return drawn_BTKG.amin(2) if how == "min" else drawn_BTKG.mean(2)
+
+
+def binary_filter(advantage: Tensor, threshold: float = 0.0) -> Tensor:
+    """Imitate only actions better than the policy's average (CRR, arXiv 2006.15134, eq. 3).
+
+    Example:
+        >>> binary_filter(torch.tensor([-1.0, 0.0, 2.0]))
+        tensor([0., 0., 1.])
+    """
+    return (advantage > threshold).to(advantage.dtype)
+
+
+def exponential_filter(
+    advantage: Tensor,
+    beta: float = 1.0,
+    advantage_range: tuple[float | None, float | None] = (None, None),
+    weight_range: tuple[float | None, float | None] = (1e-7, None),
+) -> Tensor:
+    """Imitate actions by ``exp(beta * advantage)`` (AWAC, arXiv 2006.09359, eq. 8).
+
+    Args:
+        advantage: any shape.
+        beta: inverse temperature (some papers write ``advantage / beta``).
+        advantage_range: bounds applied to the advantage; None leaves a side open.
+        weight_range: bounds applied to the result; None leaves a side open.
+
+    Example:
+        >>> exponential_filter(torch.tensor([0.0, 9.0]), weight_range=(None, 5.0))
+        tensor([1., 5.])
+    """
+    weight = torch.exp(beta * _clamp(advantage, advantage_range))
+    return _clamp(weight, weight_range)
+
+
+def leaky_relu_filter(
+    advantage: Tensor,
+    beta: float = 2.0,
+    hinge: float = 1e-2,
+    negative_slope: float = 0.05,
+    weight_at_zero: float = 1e-2,
+    weight_range: tuple[float | None, float | None] = (1e-7, 10.0),
+    add_binary: bool = True,
+) -> Tensor:
+    """Imitate actions in proportion to their advantage, worse ones a little.
+
+    Args:
+        advantage: any shape.
+        beta: scale of the slope, ``1 / beta`` above the hinge.
+        hinge: advantage at which the main slope starts.
+        negative_slope: relative slope below the hinge.
+        weight_at_zero: weight of an action of no advantage (before bounds).
+        weight_range: bounds applied to the ramp; None leaves a side open.
+        add_binary: add :func:`binary_filter` to the ramp.
+
+    Example:
+        >>> leaky_relu_filter(torch.tensor([0.0, 2.0]), add_binary=False).round(decimals=3)
+        tensor([0.0100, 1.0050])
+    """
+    offset = weight_at_zero + negative_slope * hinge / beta
+    ramp = torch.nn.functional.leaky_relu((advantage - hinge) / beta, negative_slope)
+    weight = _clamp(offset + ramp, weight_range)
+    return weight + binary_filter(advantage) if add_binary else weight
+
+
+FILTERS: dict[str, AdvantageFilter] = {
+    "binary": binary_filter,
+    "exponential": exponential_filter,
+    "leaky_relu": leaky_relu_filter,
+}
+
+
+def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+    """Mean of ``x`` where ``mask`` is True; 0 where nothing is.
+
+    Masked entries are selected away, not multiplied, so they may be NaN.
+
+    Args:
+        x: any shape.
+        mask: bool, broadcastable to ``x``.
+
+    Example:
+        >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
+    mask = mask.expand_as(x)
+    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
+
+
+def _clamp(x: Tensor, bounds: tuple[float | None, float | None]) -> Tensor:
+    return x if bounds == (None, None) else x.clamp(*bounds)
