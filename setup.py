@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+# Read, not imported: the package's dependencies aren't there yet when this runs.
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "torchrl_amago/__init__.py").read_text("utf-8"), re.MULTILINE
+)[1]
 
 # Ranges follow what the code leans on: torchrl and tensordict change private behaviour between minor versions
 # (collectors, samplers, step_mdp), so their minor version is bounded; torch is the one minor version tested.
@@ -65,9 +72,9 @@ DOCS = ["sphinx>=7", "furo", "myst-parser>=3", "sphinx-design", "sphinx-copybutt
 
 setup(
     name="torchrl-amago",
-    version="0.1.0",
+    version=VERSION,
     description="TorchRL components for adaptive agents with long memory (the AMAGO method)",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text("utf-8"),
     long_description_content_type="text/markdown",
     author="The torchrl_amago authors",
     license="MIT",
