@@ -198,28 +198,30 @@ class TrialSliceSampler(Sampler):
                 "overwrote each other. Raise the capacity, or write fewer trials at once "
                 "(Collector(..., trajs_per_write=1))."
             )
+        # TorchRL's count of changes to the content, shared between processes.
         revision = storage._mutation_revision
         if revision == self._seen_revision:
             return self._table
         if self._saw_every_write(storage, revision):
             self._read_new_steps(storage)
         else:
-            self._table = self._scan(storage)
+            self._table = self._scan(storage, revision)
         self._seen_revision = revision
         self._new_steps = self._new_writes = 0
         return self._table
 
+    def _nobody_else_wrote(self, revision: int) -> bool:
+        return self._seen_revision in (None, revision - self._new_writes)
+
     def _saw_every_write(self, storage: Storage, revision: int) -> bool:
         table = self._table or TrialTable(storage.max_size)
-        writes_agree = self._seen_revision in (None, revision - self._new_writes)
-        total = table.written + self._new_steps
         return (
-            writes_agree
+            self._nobody_else_wrote(revision)
             and table.capacity == storage.max_size
             and self._new_steps <= storage.max_size
             and (not self._new_steps or self._new_first == table.written % table.capacity)
-            # Also False for a sampler that was put onto a storage that had content already.
-            and (min(total, storage.max_size) == len(storage))
+            # False for a sampler that was put onto a storage that had content already.
+            and min(table.written + self._new_steps, storage.max_size) == len(storage)
         )
 
     def _read_new_steps(self, storage: Storage) -> None:
@@ -234,9 +236,11 @@ class TrialSliceSampler(Sampler):
         new_ends = torch.cat([ends[first:stop], ends[: max(0, stop - storage.max_size)]])
         self._table.extend(new_ends)
 
-    def _scan(self, storage: Storage) -> TrialTable:
+    def _scan(self, storage: Storage, revision: int) -> TrialTable:
         last = storage._last_cursor_index
-        if last is not None:
+        if self._new_steps and self._nobody_else_wrote(revision):
+            cursor = self._new_first + self._new_steps
+        elif last is not None:
             cursor = last + 1
         else:  # nothing was written since the storage was loaded
             cursor = 0 if self._table is None else self._table.written

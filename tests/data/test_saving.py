@@ -1,0 +1,221 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from torchrl.data import RandomSampler
+
+from tests.data.trials import make_trial, make_trials
+from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
+
+
+def make_buffer(capacity: int = 30, **kwargs):
+    return make_trial_buffer(capacity, slice_len=4, batch_size=16, warn_short=False, **kwargs)
+
+
+def filled_buffer(lengths=(3, 9, 4, 11, 2, 7), **kwargs):
+    rb = make_buffer(**kwargs)
+    for trial in make_trials(list(lengths)):
+        rb.extend(trial)
+    return rb
+
+
+def assert_same_future(rb, other):
+    """Content, cursor, and the draws to come, before and after more writes, are equal."""
+    assert (rb[:] == other[:]).all()
+    assert rb.write_count == other.write_count
+    for lengths in ([], [5], [6, 8]):
+        for trial in make_trials(lengths, first_id=1000):
+            rb.extend(trial.clone())
+            other.extend(trial.clone())
+        torch.manual_seed(3)
+        expected = rb.sample()
+        torch.manual_seed(3)
+        assert (other.sample() == expected).all()
+    assert len(rb) == len(other)
+
+
+@pytest.mark.parametrize("lengths", [(3, 9), (3, 9, 4, 11, 2, 7)], ids=["part", "wrapped"])
+@pytest.mark.parametrize("target", ["fresh", "used"])
+@pytest.mark.parametrize("sampled", [True, False])
+def test_save_and_load_give_back_the_same_buffer(tmp_path, lengths, target, sampled):
+    rb = filled_buffer(lengths)
+    if sampled:
+        rb.sample()
+    save_replay(rb, tmp_path / "replay")
+    other = make_buffer() if target == "fresh" else filled_buffer((2, 20, 13, 4))
+    if target == "used":
+        other.sample()
+    load_replay(other, tmp_path / "replay")
+    assert_same_future(rb, other)
+
+
+@pytest.mark.parametrize("target", ["fresh", "used"])
+def test_dumps_and_loads_give_back_the_same_buffer(tmp_path, target):
+    rb = filled_buffer()
+    rb.dumps(tmp_path / "replay")
+    other = make_buffer() if target == "fresh" else filled_buffer((2, 20, 13, 4))
+    other.loads(tmp_path / "replay")
+    assert_same_future(rb, other)
+
+
+def test_own_generator_continues(tmp_path):
+    rb = filled_buffer(generator=torch.Generator().manual_seed(7))
+    rb.sample()
+    save_replay(rb, tmp_path / "replay")
+    other = make_buffer()
+    load_replay(other, tmp_path / "replay")
+    for _ in range(3):
+        assert torch.equal(rb.sample()["id"], other.sample()["id"])
+
+
+def test_loaded_buffer_can_be_saved_again(tmp_path):
+    rb = filled_buffer()
+    save_replay(rb, tmp_path / "first")
+    other = make_buffer()
+    load_replay(other, tmp_path / "first")
+    save_replay(other, tmp_path / "second")
+    third = make_buffer()
+    load_replay(third, tmp_path / "second")
+    assert_same_future(rb, third)
+
+
+def test_prefetched_batches_of_the_old_content_are_dropped(tmp_path):
+    save_replay(filled_buffer((5, 5)), tmp_path / "replay")
+    rb = make_buffer(prefetch=2)
+    for trial in make_trials([5, 5], first_id=500):
+        rb.extend(trial)
+    rb.sample()
+    load_replay(rb, tmp_path / "replay")
+    assert rb.sample()["id"].max() < 10
+
+
+def test_empty_buffer_round_trip(tmp_path):
+    save_replay(make_buffer(), tmp_path / "replay")
+    rb = filled_buffer()
+    load_replay(rb, tmp_path / "replay")
+    assert len(rb) == 0
+    assert not rb.can_sample()
+    rb.extend(make_trial(5))
+    assert set(rb.sample()["id"].unique().tolist()) <= set(range(5))
+
+
+def test_only_the_filled_part_is_written_and_nothing_is_pickled(tmp_path):
+    save_replay(filled_buffer((3, 9), capacity=100_000), tmp_path / "replay")
+    files = {file.name: file for file in (tmp_path / "replay").rglob("*") if file.is_file()}
+    assert files["observation.memmap"].stat().st_size == 12 * 2 * 4
+    assert {file.suffix for file in files.values()} == {".json", ".memmap"}
+
+
+def test_saving_replaces_a_replay_folder_and_nothing_else(tmp_path):
+    path = tmp_path / "replay"
+    save_replay(filled_buffer((3, 9)), path)
+    rb = filled_buffer((6, 6, 6))
+    save_replay(rb, path)
+    other = make_buffer()
+    load_replay(other, path)
+    assert_same_future(rb, other)
+    assert [file.name for file in tmp_path.iterdir()] == ["replay"]
+
+    (tmp_path / "thesis").mkdir()
+    with pytest.raises(FileExistsError, match=r"replaces only replay folders.*thesis.*Choose"):
+        save_replay(rb, tmp_path / "thesis")
+    assert (tmp_path / "thesis").exists()
+
+
+def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
+    path = tmp_path / "replay"
+    rb = filled_buffer((3, 9))
+    save_replay(rb, path)
+    monkeypatch.setattr(type(rb.writer), "dumps", lambda *_: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(OSError, match="full"):
+        save_replay(filled_buffer((6, 6, 6)), path)
+    monkeypatch.undo()
+    other = make_buffer()
+    load_replay(other, path)
+    assert_same_future(rb, other)
+
+
+def test_crash_between_the_renames_is_recovered(tmp_path):
+    path = tmp_path / "replay"
+    rb = filled_buffer((3, 9))
+    save_replay(rb, path)
+    path.rename(tmp_path / ".replay.previous")
+    other = make_buffer()
+    load_replay(other, path)
+    assert_same_future(rb, other)
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("storage/steps/observation.memmap", _truncate, r"observation\.memmap must have 240 bytes, it has 239"),
+        ("storage/steps/next/done.memmap", _flip, r"done\.memmap must have the checksum"),
+        ("storage/steps/id.memmap", lambda file: file.unlink(), r"id\.memmap must be there"),
+        ("sampler/trial_slice_sampler.json", _flip, r"sampler\.json must have the checksum"),
+        ("writer/metadata.json", _truncate, r"metadata\.json must have \d+ bytes"),
+        ("manifest.json", _truncate, r"manifest\.json is missing or damaged"),
+        ("manifest.json", lambda file: file.unlink(), r"manifest\.json is missing or damaged"),
+    ],
+)  # fmt: skip
+def test_damaged_folder_is_named_and_leaves_the_buffer_alone(tmp_path, name, damage, message):
+    path = tmp_path / "replay"
+    save_replay(filled_buffer(), path)
+    damage(path / name)
+    rb = filled_buffer((5, 6))
+    before, index = rb[:].clone(), rb.sampler.state_dict()
+    with pytest.raises(RuntimeError, match=message + r"[\s\S]*Load another checkpoint"):
+        load_replay(rb, path)
+    assert (rb[:] == before).all()
+    assert rb.sampler.state_dict() == index
+    assert rb.write_count == 11
+
+
+def test_loads_names_a_truncated_file(tmp_path):
+    rb = filled_buffer()
+    rb.dumps(tmp_path / "replay")
+    _truncate(tmp_path / "replay/storage/steps/next/reward.memmap")
+    with pytest.raises(RuntimeError, match=r"reward\.memmap must have 120 bytes, it has 119"):
+        make_buffer().loads(tmp_path / "replay")
+
+
+def test_a_folder_that_does_not_fit_is_refused(tmp_path):
+    path = tmp_path / "replay"
+    save_replay(filled_buffer(), path)
+    with pytest.raises(ValueError, match=r"same capacity.*30 steps, this buffer has 40"):
+        load_replay(make_buffer(capacity=40), path)
+
+    rb = make_buffer()
+    rb.set_sampler(RandomSampler())
+    with pytest.raises(ValueError, match=r"same sampler.*TrialSliceSampler.*RandomSampler"):
+        load_replay(rb, path)
+
+    rb = make_buffer()
+    trial = make_trial(4)
+    trial["observation"] = torch.zeros(4, 5)
+    rb.extend(trial)
+    with pytest.raises(ValueError, match=r"observation: saved \[\[2\].*here \[\[5\]"):
+        load_replay(rb, path)
+    assert len(rb) == 4
+
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["format"] = "torchrl_amago replay 9"
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"format 'torchrl_amago replay 1', got .* 9'"):
+        load_replay(make_buffer(), path)
+
+    shutil.rmtree(path)
+    with pytest.raises(RuntimeError, match="missing or damaged"):
+        load_replay(make_buffer(), path)
