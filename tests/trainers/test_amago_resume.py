@@ -1,0 +1,186 @@
+"""A run that was stopped and resumed equals the uninterrupted one, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+from tests.trainers.tiny import make_trainer
+from torchrl_amago.trainers import CLOCK_COLUMNS, read_progress
+
+TOTAL = 24
+
+
+def noisy_evaluator():
+    """Draws random numbers, as evaluating a stochastic policy does."""
+    return {"score": float(torch.rand(()))}
+
+
+def interrupt_at(trainer, update):
+    """Press Ctrl-C while this update runs."""
+    step = trainer.optimization_stepper.step
+
+    def pressing(*args):
+        if trainer._optim_count == update - 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(*args)
+
+    trainer.optimization_stepper.step = pressing
+
+
+def fingerprint(trainer):
+    """Every tensor and number a run is made of, then the next batch it would draw."""
+    state = trainer._run_state(0, {})
+    for clock in ("table", "trainer"):
+        state.pop(clock)
+    out = dict(flatten(state))
+    out |= {f"replay.{k}": v.clone() for k, v in trainer.replay_buffer[:].items(True, True)}
+    out["replay.written"] = trainer.replay_buffer.write_count
+    batch = trainer.replay_buffer.sample()
+    out |= {f"next.{k}": v for k, v in batch.items(True, True)}
+    return out
+
+
+def flatten(value, prefix=""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}{key}.")
+    elif isinstance(value, (tuple, list)):
+        yield from flatten(dict(enumerate(value)), prefix)
+    else:
+        yield prefix, value
+
+
+def finish(trainer):
+    """Train to the end and look at everything before anybody draws another random number."""
+    assert trainer.train() == "finished"
+    return fingerprint(trainer), trainer.run_dir
+
+
+def assert_same_run(one, other):
+    (a, run_a), (b, run_b) = one, other
+    assert a.keys() == b.keys()
+    assert len(a) > 100
+    for key, value in a.items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == b[key].dtype, key
+            assert torch.equal(value, b[key]), key
+        else:
+            assert value == b[key], key
+    assert_same_rows(run_a, run_b)
+
+
+def assert_same_rows(one, other):
+    a, b = read_progress(one), read_progress(other)
+    assert list(a) == list(b)
+    for name in a.keys() - set(CLOCK_COLUMNS):
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    torch.manual_seed(0)
+    run_dir = tmp_path_factory.mktemp("run") / "whole"
+    return finish(make_trainer(run_dir, total_updates=TOTAL, evaluator=noisy_evaluator))
+
+
+@pytest.mark.parametrize("end", [6, 12, 18])
+def test_finished_then_resumed(uninterrupted, tmp_path, end):
+    # 6 and 18 fall between two of the 4 updates of a collected batch.
+    first = make_trainer(tmp_path / "run", total_updates=end, evaluator=noisy_evaluator)
+    first.train()
+    torch.manual_seed(999)
+    second = make_trainer(
+        tmp_path / "run", total_updates=TOTAL, weights_seed=1, evaluator=noisy_evaluator
+    )
+    assert_same_run(uninterrupted, finish(second.resume()))
+
+
+@pytest.mark.parametrize("stops", [[8], [13, 14, 23], [19]])
+def test_interrupted_then_resumed(uninterrupted, tmp_path, stops):
+    for number, stop in enumerate(stops):
+        trainer = make_trainer(
+            tmp_path / "run", total_updates=TOTAL, weights_seed=number, evaluator=noisy_evaluator
+        )
+        if number:
+            trainer.resume()
+        interrupt_at(trainer, stop)
+        assert trainer.train() == "interrupted"
+        assert trainer._optim_count == stop
+    last = make_trainer(
+        tmp_path / "run", total_updates=TOTAL, weights_seed=9, evaluator=noisy_evaluator
+    )
+    assert_same_run(uninterrupted, finish(last.resume()))
+
+
+def test_killed_then_resumed(uninterrupted, tmp_path):
+    class Killed(BaseException):
+        pass
+
+    def kill():
+        if trainer._optim_count == 12:
+            raise Killed
+        return noisy_evaluator()
+
+    trainer = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=kill)
+    with pytest.raises(Killed):
+        trainer.train()
+    # What a death in the middle of a write would leave.
+    (tmp_path / "run/checkpoints/.update_0000012.partial/state").mkdir(parents=True)
+    with (tmp_path / "run/progress.csv").open("a") as file:
+        file.write("12,48,")
+    resumed = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator)
+    assert_same_run(uninterrupted, finish(resumed.resume()))
+    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+
+
+def test_another_seed_is_another_run(uninterrupted, tmp_path):
+    other = make_trainer(
+        tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator, seed=4
+    )
+    other = finish(other)
+    with pytest.raises(AssertionError):
+        assert_same_run(uninterrupted, other)
+
+
+def test_the_same_seed_is_the_same_run(uninterrupted, tmp_path):
+    torch.manual_seed(123)
+    torch.rand(5)
+    other = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator)
+    assert_same_run(uninterrupted, finish(other))
+
+
+def test_evaluating_changes_no_training(uninterrupted, tmp_path):
+    other = make_trainer(tmp_path / "run", total_updates=TOTAL)
+    a, b = uninterrupted[0], finish(other)[0]
+    assert a.keys() - b.keys() <= {"window.totals.eval/score"}
+    assert all(torch.equal(v, b[k]) for k, v in a.items() if isinstance(v, torch.Tensor))
+
+
+def test_resume_into_another_folder(uninterrupted, tmp_path):
+    make_trainer(tmp_path / "a", total_updates=12, evaluator=noisy_evaluator).train()
+    before = (tmp_path / "a/progress.csv").read_text()
+    fork = make_trainer(tmp_path / "b", total_updates=TOTAL, evaluator=noisy_evaluator)
+    assert_same_run(uninterrupted, finish(fork.resume(tmp_path / "a")))
+    assert (tmp_path / "a/progress.csv").read_text() == before
+
+
+def test_resume_from_a_chosen_checkpoint(uninterrupted, tmp_path):
+    make_trainer(tmp_path / "run", total_updates=12, evaluator=noisy_evaluator).train()
+    again = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator)
+    again.resume(tmp_path / "run/checkpoints/update_0000006")
+    assert_same_run(uninterrupted, finish(again))
+
+
+def test_off_interval_end_may_be_resumed(tmp_path):
+    make_trainer(tmp_path / "run", total_updates=7).train()
+    longer = make_trainer(tmp_path / "run", total_updates=15)
+    assert longer.resume().train() == "finished"
+    assert longer._optim_count == 15
+    assert [path.name for path in longer.checkpoints.paths()] == [
+        "update_0000015",
+        "update_0000012",
+    ]

@@ -1,0 +1,183 @@
+"""A task, a policy and a loss small enough that a run of the trainer takes a fraction of a second."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDict
+from tensordict.nn import (
+    ProbabilisticTensorDictModule,
+    TensorDictModule,
+    TensorDictParams,
+    TensorDictSequential,
+)
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import Binary, Categorical, Composite, Unbounded
+from torchrl.envs import EnvBase, InitTracker, TransformedEnv
+from torchrl.objectives import LossModule, SoftUpdate
+
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
+from torchrl_amago.trainers import AMAGOTrainer, make_optimizer
+
+
+class GuessTask(EnvBase):
+    """Guess a hidden number from 0 to 2 in attempts of 2 steps; trials of 4 or 6 steps.
+
+    Everything random comes from an own generator, which ``set_seed`` seeds. ``poison`` puts a
+    value that is not finite into an entry, from a given step on.
+    """
+
+    batch_locked = True
+
+    def __init__(self, rows: int = 4, poison: tuple[str, int, float] | None = None) -> None:
+        super().__init__(batch_size=[rows])
+        self.poison, self.steps = poison, 0
+        self.generator = torch.Generator().manual_seed(0)
+        shape, flag = (rows, 1), Binary(1, (rows, 1), dtype=torch.bool)
+        entries = {
+            "observation": Unbounded((rows, 3)),
+            "time_idx": Unbounded(shape, dtype=torch.int64),
+            "episode_idx": Unbounded(shape, dtype=torch.int64),
+            "attempt_return": Unbounded(shape),
+            "soft_reset": flag.clone(),
+        }
+        self.observation_spec = Composite(entries, shape=(rows,))
+        self.action_spec = Categorical(3, shape=(rows,))
+        self.reward_spec = Unbounded(shape)
+        done = {"done": flag.clone(), "terminated": flag.clone()}
+        self.full_done_spec = Composite(done, shape=(rows,))
+        self.hidden = torch.zeros(rows, dtype=torch.int64)
+        self.length = torch.zeros(rows, dtype=torch.int64)
+        self.time = torch.zeros(rows, dtype=torch.int64)
+        self.gain = torch.zeros(rows)
+
+    def _set_seed(self, seed: int | None) -> None:
+        self.generator.manual_seed(seed or 0)
+
+    def _reset(self, tensordict=None):
+        rows = torch.ones(self.batch_size, dtype=torch.bool)
+        if tensordict is not None and "_reset" in tensordict.keys():
+            rows = tensordict["_reset"].reshape(self.batch_size)
+        count = int(rows.sum())
+        self.hidden[rows] = torch.randint(3, (count,), generator=self.generator)
+        self.length[rows] = 4 + 2 * torch.randint(2, (count,), generator=self.generator)
+        self.time[rows] = 0
+        self.gain[rows] = 0.0
+        return self._observe(torch.zeros(self.batch_size))
+
+    def _step(self, tensordict):
+        self.steps += 1
+        hit = (tensordict["action"] == self.hidden).float()
+        self.gain = torch.where(self.time % 2 == 0, hit, self.gain + hit)
+        self.time += 1
+        out = self._observe(hit).set("reward", hit.unsqueeze(-1))
+        done = (self.time >= self.length).unsqueeze(-1)
+        out.update({"done": done, "terminated": done.clone()})
+        if self.poison is not None and self.steps >= self.poison[1]:
+            out.get(self.poison[0])[0] = self.poison[2]
+        return out
+
+    def _observe(self, hit):
+        noise = torch.rand(*self.batch_size, generator=self.generator)
+        observation = torch.stack([hit, (self.time % 2).float(), noise], -1)
+        out = TensorDict(observation=observation, batch_size=self.batch_size)
+        out.set("time_idx", self.time.clone().unsqueeze(-1))
+        out.set("episode_idx", (self.time // 2).unsqueeze(-1))
+        out.set("attempt_return", self.gain.clone().unsqueeze(-1))
+        return out.set("soft_reset", (self.time % 2 == 0).unsqueeze(-1))
+
+
+class TinyLoss(LossModule):
+    """Imitation of rewarded actions and a value regression, with target and running statistics."""
+
+    actor_network: TensorDictModule
+    actor_network_params: TensorDictParams
+    target_actor_network_params: TensorDictParams
+    critic_network: TensorDictModule
+    critic_network_params: TensorDictParams
+    target_critic_network_params: TensorDictParams
+
+    def __init__(self, actor: TensorDictModule, hidden_size: int) -> None:
+        super().__init__()
+        critic = TensorDictModule(_mlp(3, hidden_size, 1), ["observation"], ["value"])
+        self.convert_to_functional(actor, "actor_network", create_target_params=False)
+        self.convert_to_functional(critic, "critic_network", create_target_params=True)
+        self.register_buffer("mean_reward", torch.zeros(()))
+        self.scale = 1.0
+
+    def forward(self, tensordict):
+        mask = tensordict["collector", "mask"]
+        reward = tensordict["next", "reward"].squeeze(-1)
+        self.mean_reward.lerp_(reward[mask].mean(), 0.1)
+        with self.actor_network_params.to_module(self.actor_network):
+            logits = self.actor_network(tensordict.select("observation"))["logits"]
+        with self.critic_network_params.to_module(self.critic_network):
+            value = self.critic_network(tensordict.select("observation"))["value"].squeeze(-1)
+        with torch.no_grad(), self.target_critic_network_params.to_module(self.critic_network):
+            after = self.critic_network(tensordict["next"].select("observation"))["value"]
+        log_prob = logits.log_softmax(-1).gather(-1, tensordict["action"].unsqueeze(-1))[..., 0]
+        error = (value - reward - 0.5 * after.squeeze(-1)).square()
+        dropped = torch.rand(mask.shape) < 0.9  # a loss that draws random numbers, as dropout does
+        return TensorDict(
+            loss_actor=-self.scale * ((reward - self.mean_reward) * log_prob)[mask].mean(),
+            loss_qvalue=error[mask & dropped].sum() / mask.sum(),
+            td_error=error[mask].mean().detach(),
+        )
+
+
+def _mlp(size_in: int, hidden_size: int, size_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(size_in, hidden_size), nn.LayerNorm(hidden_size), nn.Linear(hidden_size, size_out)
+    )
+
+
+def make_trainer(
+    run_dir,
+    *,
+    total_updates=24,
+    weights_seed=0,
+    hidden_size=8,
+    frames_per_batch=12,
+    capacity=100,
+    poison=None,
+    **options,
+) -> AMAGOTrainer:
+    """A trainer of everything above. ``weights_seed`` decides the initial weights only."""
+    torch.manual_seed(weights_seed)
+    env = TransformedEnv(GuessTask(poison=poison), InitTracker())
+    actor = TensorDictModule(_mlp(3, hidden_size, 3), ["observation"], ["logits"])
+    explore = BilevelEpsilonGreedy(num_actions=3, horizon=6, anneal_frames=200)
+    sample = ProbabilisticTensorDictModule(
+        in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical
+    )
+    rb = make_trial_buffer(capacity, slice_len=5, batch_size=3, warn_short=False)
+    collector = Collector(
+        env,
+        TensorDictSequential(actor, sample, explore),
+        frames_per_batch=frames_per_batch,
+        total_frames=-1,
+        trajs_per_batch=1,
+        replay_buffer=rb,
+    )
+    loss = TinyLoss(actor, hidden_size)
+    defaults = {
+        "eval_interval": 6,
+        "checkpoint_interval": 6,
+        "log_interval": 4,
+        "warmup_updates": 10,
+        "updates_per_batch": 4,
+        "progress_bar": False,
+        "seed": 3,
+    }
+    return AMAGOTrainer(
+        collector=collector,
+        loss_module=loss,
+        optimizer=make_optimizer(loss, lr=1e-2),
+        replay_buffer=rb,
+        target_updater=SoftUpdate(loss, tau=0.1),
+        exploration=explore,
+        total_updates=total_updates,
+        run_dir=run_dir,
+        **(defaults | options),
+    )

@@ -1,0 +1,155 @@
+"""Pieces of the training loop: one optimiser step, and what is read off newly collected trials."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torchrl.data import ReplayBuffer
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import OptimizationStepper
+
+from torchrl_amago import keys
+from torchrl_amago.trainers.logging import MetricWindow
+from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
+from torchrl_amago.trainers.optim import parameters_of
+
+
+class AMAGOOptimizationStepper(OptimizationStepper):
+    """Loss, backward, clipping and optimiser step; nothing changes if anything is not finite.
+
+    The entries of the loss whose names begin with ``loss`` are added up. The batch is checked
+    before the forward (which updates running statistics), loss and gradient norm before the step.
+    The norm's check reads one number from the device: the only synchronisation of an update.
+
+    Args:
+        clip_norm: largest gradient norm, None for no clipping.
+        autocast: compute forward and loss in bfloat16 where autocast says so; weights stay as they
+            are.
+        run_dir: where the batch goes if it has to be looked at.
+    """
+
+    def __init__(self, clip_norm: float | None, autocast: bool, run_dir: Path) -> None:
+        self.clip_norm, self.autocast, self.run_dir = clip_norm, autocast, run_dir
+        self._parameters: list[torch.nn.Parameter] | None = None
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """One update; gives the losses, metrics and ``grad_norm``, detached."""
+        if self._parameters is None:
+            self._parameters = list(parameters_of(trainer.optimizer))
+            self._device_type = self._parameters[0].device.type
+        with self._autocast():
+            losses = trainer.compute_loss(sub_batch)
+        trainer._post_loss_hook(sub_batch)
+        total = sum(value for key, value in losses.items() if key.startswith("loss"))
+        total.backward()
+        losses = losses.detach()
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
+        if not math.isfinite(checked):
+            trainer.optimizer.zero_grad()
+            stop_on_loss(losses, grad_norm, sub_batch, self.run_dir)
+        # As clip_grad_norm_, which also multiplies where there is nothing to clip.
+        if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad()
+        return losses.set("grad_norm", norm)
+
+    def _autocast(self):
+        if not self.autocast:
+            return contextlib.nullcontext()
+        return torch.autocast(self._device_type, dtype=torch.bfloat16)
+
+
+class TrialMonitor:
+    """Looks once at every step the collector has written to the replay buffer.
+
+    Counts trials, feeds returns and successes to the metrics, and stops on NaN and infinity before
+    anything is trained on them. Relies on the buffer writing in a ring (``write_count`` modulo its
+    capacity), as TorchRL's default writer does.
+
+    Args:
+        replay_buffer: the buffer the collector writes to.
+        window: where the metrics go: ``train/trial_return``, ``train/trial_length``,
+            ``train/success_first`` and ``train/success_last`` (of the attempts in which a trial
+            began and ended), from exploring behaviour.
+        run_dir: where steps go if they have to be looked at.
+        success_threshold: an attempt succeeds if its return is larger.
+        reward_key: reward under ``next``.
+        end_key: end of a trial.
+    """
+
+    def __init__(
+        self,
+        replay_buffer: ReplayBuffer,
+        window: MetricWindow,
+        run_dir: Path,
+        success_threshold: float = 0.0,
+        reward_key: NestedKey = ("next", "reward"),
+        end_key: NestedKey = ("next", "done"),
+    ) -> None:
+        self.replay_buffer, self.window, self.run_dir = replay_buffer, window, run_dir
+        self.success_threshold = success_threshold
+        self.reward_key, self.end_key = reward_key, end_key
+        self.seen = self.trials = 0
+
+    def skip_existing(self) -> None:
+        """Count the trials that are there already, without logging them as collected."""
+        self.seen = self.replay_buffer.write_count
+        if len(self.replay_buffer):
+            steps = self.replay_buffer.storage[:]
+            self.trials = int(steps.get(self.end_key).sum())
+
+    def __call__(self) -> None:
+        """Read what is new."""
+        steps = self._new_steps()
+        if steps is None:
+            return
+        check_data(steps, self.run_dir, "collected observations and rewards")
+        ends = steps.get(self.end_key).reshape(-1)
+        trials = int(ends.sum())
+        if not trials:
+            return
+        self.trials += trials
+        reward = steps.get(self.reward_key)
+        self.window.add("train/trial_return", reward.sum().item(), trials)
+        self.window.add("train/trial_length", ends.numel(), trials)
+        self._add_successes(steps, ends)
+
+    def _add_successes(self, steps: TensorDictBase, ends: torch.Tensor) -> None:
+        attempt = steps.get(keys.EPISODE_IDX, None)
+        attempt_return = steps.get(("next", keys.ATTEMPT_RETURN), None)
+        soft_reset = steps.get(("next", keys.SOFT_RESET), None)
+        if attempt is None or attempt_return is None or soft_reset is None:
+            return  # not a task of attempts
+        success = (attempt_return > self.success_threshold).reshape(-1)
+        over = ends | soft_reset.reshape(-1)
+        for name, chosen in (
+            ("train/success_first", over & (attempt.reshape(-1) == 0)),
+            ("train/success_last", ends),
+        ):
+            self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))
+
+    def _new_steps(self) -> TensorDictBase | None:
+        written, capacity = self.replay_buffer.write_count, self.replay_buffer.storage.max_size
+        count = min(written - self.seen, capacity)
+        self.seen = written
+        if count <= 0:
+            return None
+        index = torch.arange(written - count, written) % capacity
+        return self.replay_buffer.storage[index]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters."""
+        return {"seen": self.seen, "trials": self.trials}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self.seen, self.trials = int(state["seen"]), int(state["trials"])

@@ -1,0 +1,116 @@
+"""NaN and infinity: found before they can reach the weights, named, and kept for inspection."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from torchrl_amago import keys
+
+DUMP_FOLDER = "nonfinite_batch"
+
+
+class NonFiniteError(RuntimeError):
+    """NaN or infinity in data or loss. The weights have not been touched.
+
+    Attributes:
+        dump: folder of the batch, for :meth:`tensordict.TensorDict.load_memmap`.
+    """
+
+    dump: Path | None = None
+
+
+def _float_entries(batch: TensorDictBase) -> dict[NestedKey, Tensor]:
+    entries = batch.items(include_nested=True, leaves_only=True)
+    return {key: x for key, x in entries if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def seems_finite(tensors: Iterable[Tensor]) -> bool:
+    """One cheap test over many tensors: their sums, added up, are finite.
+
+    NaN and infinity always survive a sum. So may an overflow of huge numbers, so a False is for
+    :func:`nonfinite_entries` to look into.
+    """
+    total = sum(x.sum(dtype=torch.float32) for x in tensors)
+    return bool(torch.isfinite(total)) if isinstance(total, Tensor) else True
+
+
+def nonfinite_entries(batch: TensorDictBase, mask_key: NestedKey = keys.MASK) -> list[str]:
+    """Describe each entry with NaN or infinity on real steps; padding may hold anything.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> nonfinite_entries(TensorDict(reward=torch.tensor([1.0, float("nan")]), batch_size=[2]))
+        ["'reward' (1 of 2 steps)"]
+    """
+    mask = batch.get(mask_key, None)
+    found = []
+    for key, value in _float_entries(batch).items():
+        is_bad = ~torch.isfinite(value)
+        is_bad = is_bad.flatten(batch.ndim).any(-1) if is_bad.ndim > batch.ndim else is_bad
+        if mask is not None:
+            is_bad = is_bad & mask.reshape(is_bad.shape)
+        if is_bad.any():
+            steps = is_bad.numel() if mask is None else int(mask.sum())
+            found.append(f"{key!r} ({int(is_bad.sum())} of {steps} steps)")
+    return found
+
+
+def check_data(batch: TensorDictBase, run_dir: Path, when: str) -> None:
+    """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity.
+
+    Args:
+        batch: any shape; ``("collector", "mask")`` tells real steps where it exists.
+        run_dir: the batch is written to ``run_dir/nonfinite_batch``.
+        when: where the batch came from, for the message.
+    """
+    if seems_finite(_float_entries(batch).values()):
+        return
+    found = nonfinite_entries(batch)
+    if found:
+        _stop(
+            f"{when} must be finite, but NaN or infinity is in {', '.join(found)}", batch, run_dir
+        )
+
+
+def stop_on_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path):
+    """Raise :class:`NonFiniteError` for a loss or gradient that is not finite."""
+    named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
+    bad = [f"{key!r} ({value})" for key, value in named.items() if abs(value) in (float("inf"),)]
+    bad += [f"{key!r} (nan)" for key, value in named.items() if value != value]
+    if not bad:
+        bad = [f"the gradients (norm {grad_norm})"]
+    found = nonfinite_entries(batch)
+    data = f"; in the batch: {', '.join(found)}" if found else "; the batch itself is finite"
+    _stop(
+        f"losses and gradients must be finite, but not so: {', '.join(bad)}{data}", batch, run_dir
+    )
+
+
+def _stop(problem: str, batch: TensorDictBase, run_dir: Path) -> None:
+    dump = dump_batch(batch, run_dir / DUMP_FOLDER)
+    error = NonFiniteError(
+        f"{problem}. The weights were not changed. The batch is in {dump}: look at it with "
+        "TensorDict.load_memmap(...), mend the environment or lower the learning rate, and resume "
+        "from the last checkpoint."
+    )
+    error.dump = dump
+    raise error
+
+
+def dump_batch(batch: TensorDictBase, path: Path) -> Path:
+    """Write the tensors of ``batch`` to the folder ``path``, as memory maps and JSON (no pickle)."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    leaves = [
+        key
+        for key, x in batch.items(include_nested=True, leaves_only=True)
+        if isinstance(x, Tensor)
+    ]
+    batch.select(*leaves).detach().cpu().contiguous().memmap(path, copy_existing=True)
+    return path

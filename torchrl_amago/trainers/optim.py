@@ -1,0 +1,98 @@
+"""The optimiser and its warm-up: AdamW, with weight decay on weight matrices only by default."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+# Last parts of parameter names that are shifts or scales, whatever their number of dimensions
+# (the biases of an ensemble are [C, out], the scales of attention heads [H, 1, 1]).
+_SHIFTS_AND_SCALES = ("bias", "gain", "gamma", "scale")
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether weight decay applies: at least 2 dimensions, and not a shift or scale by name.
+
+    Example:
+        >>> import torch
+        >>> decays("critic.0.weight", torch.zeros(4, 8, 3)), decays("critic.0.bias", torch.zeros(4, 3))
+        (True, False)
+    """
+    last = name.rpartition(".")[2].lower()
+    return parameter.ndim >= 2 and not any(word in last for word in _SHIFTS_AND_SCALES)
+
+
+def make_optimizer(
+    loss_module: nn.Module,
+    lr: float = 1e-4,
+    weight_decay: float = 1e-3,
+    *,
+    decay_all: bool = False,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+) -> AdamW:
+    """AdamW over every parameter of ``loss_module`` that requires a gradient.
+
+    Norms, biases, gains and scales are not decayed: :func:`decays` is the rule. The public AMAGO
+    code decays everything; ``decay_all=True`` does so too. The fused implementation is used: for
+    many small tensors on a CPU it takes about a fifth of the time of the others.
+
+    Args:
+        loss_module: an :class:`~torchrl_amago.objectives.AMAGOLoss` or any module.
+        lr: learning rate; 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
+        weight_decay: decoupled decay, multiplied by the learning rate at each update.
+        decay_all: decay every parameter.
+        betas: decay rates of Adam's moments.
+        eps: added to the root of the second moment.
+
+    Raises:
+        ValueError: if nothing requires a gradient.
+
+    Example:
+        >>> optimizer = make_optimizer(nn.Linear(3, 2), lr=3e-4)
+        >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
+        [(0.001, 1), (0.0, 1)]
+    """
+    named = [(name, p) for name, p in loss_module.named_parameters() if p.requires_grad]
+    if not named:
+        raise ValueError(
+            "make_optimizer needs a module with at least one parameter that requires a gradient, "
+            f"got {type(loss_module).__name__} with none. Pass the loss module itself, not its "
+            "frozen targets."
+        )
+    decayed = [p for name, p in named if decay_all or decays(name, p)]
+    kept = [p for name, p in named if not (decay_all or decays(name, p))]
+    groups = [{"params": decayed, "weight_decay": weight_decay}]
+    if kept:
+        groups.append({"params": kept, "weight_decay": 0.0})
+    groups = [group for group in groups if group["params"]]
+    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+
+def make_warmup(optimizer: Optimizer, warmup_updates: int) -> LambdaLR:
+    """Learning rate that rises linearly over ``warmup_updates`` updates, from 1/n of it to all of it.
+
+    Example:
+        >>> optimizer = make_optimizer(nn.Linear(3, 2), lr=1.0)
+        >>> _ = make_warmup(optimizer, 4)
+        >>> optimizer.param_groups[0]["lr"]
+        0.25
+    """
+    if warmup_updates < 0:
+        raise ValueError(
+            f"warmup_updates must be at least 0, got {warmup_updates}. It is the number of updates "
+            "over which the learning rate rises; 0 starts at the full rate."
+        )
+
+    def factor(update: int) -> float:
+        return min(1.0, (update + 1) / warmup_updates) if warmup_updates else 1.0
+
+    return LambdaLR(optimizer, factor)
+
+
+def parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:
+    """Every parameter that ``optimizer`` changes."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
