@@ -1,0 +1,266 @@
+"""The contract of every trajectory encoder: two modes, one meaning, memory owned by the module.
+
+Legend: *B batch, T steps, I input features, D state features, N rows (all batch dimensions, flat).
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.nn import TensorDictModuleBase
+from torch import Tensor
+from torchrl.modules import recurrent_mode
+
+from torchrl_amago import keys
+from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
+
+# So many rollouts in a row that begin in mid-trial are no coincidence: somebody drops the stream.
+_SUSPICIOUS_STARTS = 16
+
+
+class TrajectoryEncoder(TensorDictModuleBase):
+    """Base of all trajectory encoders: `(timestep, time_idx, is_init) -> state`.
+
+    Under :class:`torchrl.modules.set_recurrent_mode` the encoder reads whole sequences
+    `[*B, T, ...]` and is differentiable. Otherwise it takes one step `[*B, ...]`, without gradient
+    and always as in evaluation, and remembers. Both give the same states.
+
+    The memory of a rollout is in the module; the entry `_stream` of the tensordict says which one
+    it is. Rows where it is missing or 0 are new, a row with `is_init` starts empty. Copies
+    (`deepcopy`, `pickle`) start without memory. The table holds `max_streams` rollouts.
+
+    To write an encoder, implement :meth:`sequence`, :meth:`step` and :meth:`new_memory`.
+
+    Args:
+        input_size: I, features of a timestep embedding.
+        output_size: D, features of a state.
+        on_weight_update: what becomes of memories when the weights change during a rollout: `keep`
+            them (they hold what older weights computed), or `restart` them empty at the next step.
+        max_streams: how many rollouts may be under way at once; the one left alone for longest goes.
+        timestep_key: entry to read, `[*B, I]`.
+        time_idx_key: steps since the trial began, `[*B, 1]`, integer.
+        is_init_key: first step of a trial, `[*B, 1]`, bool; optional for sequences of one trial.
+        stream_key: entry to read and write, `[*B, 1]` int64.
+        mask_key: True on real steps, `[*B, T]`, for sequences; may be absent. Inputs under False
+            count as zeros.
+        state_key: entry to write, `[*B, D]`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        on_weight_update: Literal["keep", "restart"] = "keep",
+        max_streams: int = 8,
+        timestep_key: NestedKey = keys.TIMESTEP,
+        time_idx_key: NestedKey = keys.TIME_IDX,
+        is_init_key: NestedKey = keys.IS_INIT,
+        stream_key: NestedKey = keys.STREAM,
+        mask_key: NestedKey = keys.MASK,
+        state_key: NestedKey = keys.STATE,
+    ) -> None:
+        super().__init__()
+        if on_weight_update not in ("keep", "restart"):
+            raise ValueError(
+                f"on_weight_update must be 'keep' or 'restart', got {on_weight_update!r}. "
+                "'keep' is AMAGO's choice."
+            )
+        if max_streams < 1:
+            raise ValueError(
+                f"max_streams must be at least 1, got {max_streams}. It is how many rollouts may be "
+                "under way at once: 2 for a collector and an evaluator."
+            )
+        self.in_keys = [timestep_key, time_idx_key, is_init_key, stream_key]
+        self.out_keys = [state_key, stream_key]
+        self.mask_key = mask_key
+        self.input_size, self.output_size = input_size, output_size
+        self.on_weight_update = on_weight_update
+        self._streams = StreamTable(max_streams)
+        self._starts_in_mid_trial = 0
+        self._fingerprint: Tensor | None = None
+
+    # --- what an encoder implements ---
+
+    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        """Encode whole sequences, with gradient.
+
+        Args:
+            x_NTI: timestep embeddings.
+            positions_NT: steps since the trial began, int64.
+            is_init_NT: where trials begin; None if every row is a part of one trial.
+
+        Returns:
+            States `[N, T, D]`.
+        """
+        raise NotImplementedError
+
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: Memory) -> Tensor:
+        """Encode one step per row and remember it, as in evaluation whatever `training` says.
+
+        Called without gradient, after the memory's `clear` and `advance`.
+
+        Returns:
+            States `[N, D]`.
+        """
+        raise NotImplementedError
+
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> Memory:
+        """Make an empty memory for a rollout of `num_rows` environments."""
+        raise NotImplementedError
+
+    # --- what it gets ---
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Read the timestep's embedding, write the state (and, in step mode, the stream)."""
+        x, positions, is_init = self._inputs(tensordict)
+        if recurrent_mode():
+            return self._forward_sequence(tensordict, x, positions, is_init)
+        return self._forward_step(tensordict, x, positions, is_init)
+
+    def reset_streams(self) -> None:
+        """Forget all rollouts; those under way continue with empty memories."""
+        self._streams.drop()
+
+    def _inputs(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
+        x, positions, is_init = (tensordict.get(key, None) for key in self.in_keys[:3])
+        for key, value in zip(self.in_keys, (x, positions), strict=False):
+            if value is None:
+                raise KeyError(
+                    f"the trajectory encoder reads {key!r}, but the tensordict holds only "
+                    f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes "
+                    "the first of its inputs, PreviousStepTransform the second."
+                )
+        if x.shape[-1] != self.input_size:
+            raise ValueError(
+                f"{self.in_keys[0]!r} must have input_size={self.input_size} features, got shape "
+                f"{tuple(x.shape)}. Build the encoder with the timestep encoder's output_size."
+            )
+        for key, value in zip(self.in_keys[1:], (positions, is_init), strict=False):
+            if value is not None and value.shape != (*x.shape[:-1], 1):
+                raise ValueError(
+                    f"{key!r} must have shape {(*x.shape[:-1], 1)} to go with "
+                    f"{self.in_keys[0]!r} of shape {tuple(x.shape)}, got {tuple(value.shape)}. "
+                    "Keep a last dimension of 1."
+                )
+        return x, positions, is_init
+
+    def _forward_sequence(
+        self, tensordict: TensorDictBase, x: Tensor, positions: Tensor, is_init: Tensor | None
+    ) -> TensorDictBase:
+        if x.ndim < 2:
+            raise ValueError(
+                f"in recurrent mode {self.in_keys[0]!r} must have a time dimension, [*B, T, I]; got "
+                f"{tuple(x.shape)}. Leave set_recurrent_mode(True) to take single steps."
+            )
+        shape = x.shape[:-1]
+        mask = tensordict.get(self.mask_key, None)
+        if mask is not None:
+            mask = mask.reshape(*shape, 1)
+            x = torch.where(mask, x, 0.0)
+            positions = torch.where(mask, positions, 0)
+            is_init = None if is_init is None else is_init & mask
+        x_NTI = x.reshape(-1, *x.shape[-2:])
+        rows = x_NTI.shape[:2]
+        if is_init is not None:
+            is_init = is_init.reshape(rows)
+        state_NTD = self.sequence(x_NTI, positions.reshape(rows), is_init)
+        return tensordict.set(self.out_keys[0], state_NTD.reshape(*shape, -1))
+
+    @torch.no_grad()
+    def _forward_step(
+        self, tensordict: TensorDictBase, x: Tensor, positions: Tensor, is_init: Tensor | None
+    ) -> TensorDictBase:
+        shape = x.shape[:-1]
+        if is_init is None:
+            raise KeyError(
+                f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
+                "Append torchrl's InitTracker to the environment."
+            )
+        is_init_N = is_init.reshape(-1)
+        stream, memory = self._find_memory(tensordict, is_init_N, x)
+        memory.clear(is_init_N)
+        memory.advance()
+        state_ND = self.step(x.reshape(-1, self.input_size), positions.reshape(-1), memory)
+        tensordict.set(self.out_keys[0], state_ND.reshape(*shape, -1))
+        # A new tensor each time: environments zero it in place when they reset.
+        number = torch.full((*shape, 1), stream, dtype=torch.int64, device=x.device)
+        return tensordict.set(self.out_keys[1], number)
+
+    # --- the memory of rollouts ---
+
+    def _find_memory(
+        self, tensordict: TensorDictBase, is_init_N: Tensor, x: Tensor
+    ) -> tuple[int, Memory]:
+        if self.on_weight_update == "restart":
+            self._restart_if_weights_changed()
+        number = tensordict.get(self.out_keys[1], None)
+        stream = 0
+        if number is not None and number.numel():
+            # Rows of environments that were just reset hold 0, the others the rollout's stream.
+            low, stream = (int(bound) for bound in number.aminmax())
+            if low not in (0, stream):
+                raise ValueError(
+                    f"all rows of a step must belong to one rollout, got streams {low} and "
+                    f"{stream} in {self.out_keys[1]!r}. Call the policy on each rollout's tensordict "
+                    "separately, or remove the entry to start anew."
+                )
+        memory = self._streams.find(stream) if stream else None
+        num_rows = is_init_N.numel()
+        if memory is not None and memory.batch_size == num_rows and memory.device == x.device:
+            return stream, memory
+        self._check_start(stream, memory, is_init_N)
+        dtype = self._memory_dtype(x)
+        memory = self.new_memory(num_rows, x.device, dtype)
+        return self._streams.add(memory), memory
+
+    def _memory_dtype(self, x: Tensor) -> torch.dtype:
+        if torch.is_autocast_enabled(x.device.type):
+            return torch.get_autocast_dtype(x.device.type)
+        return next((p.dtype for p in self.parameters()), x.dtype)
+
+    def _check_start(self, stream: int, memory: Memory | None, is_init_N: Tensor) -> None:
+        """Speak up when a new memory means that one was lost."""
+        if is_init_N.all():
+            self._starts_in_mid_trial = 0
+            return
+        if memory is not None and memory.batch_size != is_init_N.numel():
+            raise ValueError(
+                f"a rollout's batch size must not change between trials: stream {stream} has "
+                f"{memory.batch_size} rows, got {is_init_N.numel()}, some of them in mid-trial. "
+                f"Step all rows of a rollout together, or remove {self.out_keys[1]!r} to start anew."
+            )
+        self._starts_in_mid_trial += 1
+        if stream:
+            warnings.warn(
+                f"the memory of stream {stream} is not in this module: the states of this rollout's "
+                "running trials start from nothing. Either it was evicted (raise max_streams, now "
+                f"{self._streams.max_streams}), or the module is a copy and the rollout isn't its own.",
+                stacklevel=2,
+            )
+        elif self._starts_in_mid_trial == _SUSPICIOUS_STARTS:
+            warnings.warn(
+                f"{_SUSPICIOUS_STARTS} rollouts in a row began in mid-trial: {self.out_keys[1]!r} is "
+                "probably lost between steps, and memory with it. Keep it in the tensordict and in "
+                "selected_out_keys.",
+                stacklevel=2,
+            )
+
+    def _restart_if_weights_changed(self) -> None:
+        # Version counters would miss writes through `.data` and from other processes. An update of
+        # weights moves every vector (gains, biases) and every matrix's first row.
+        parts = [p.detach().reshape(-1)[: p.shape[-1]] for p in self.parameters() if p.ndim]
+        fingerprint = torch.cat(parts)
+        if self._fingerprint is not None and not torch.equal(fingerprint, self._fingerprint):
+            self._streams.clear_rows()
+        self._fingerprint = fingerprint
+
+    def __getstate__(self) -> dict:
+        # A copy must not share memory with a rollout that the original goes on with.
+        state = self.__dict__.copy()
+        state["_streams"] = StreamTable(self._streams.max_streams)
+        state["_fingerprint"] = None
+        return state

@@ -1,0 +1,87 @@
+"""Where the memory of rollouts lives: in the module, one entry per rollout, addressed by a number.
+
+A key-value cache in the tensordict would be copied at every step; a cache per batch shape would be
+overwritten as soon as the same policy also runs an evaluation. So a rollout carries a number, its
+stream, and the module keeps a bounded table from streams to memories.
+"""
+
+from __future__ import annotations
+
+import abc
+import itertools
+import secrets
+from collections import OrderedDict
+
+import torch
+from torch import Tensor
+
+# One counter per process, from a random start: a tensordict that outlives its process, or comes from
+# another one, then meets no memory rather than a stranger's.
+_next_stream = itertools.count(1 + secrets.randbits(48))
+
+
+class Memory(abc.ABC):
+    """What an encoder keeps of a rollout between steps, for every row of the batch.
+
+    Attributes:
+        batch_size: number of rows.
+        device: device of the stored tensors.
+    """
+
+    batch_size: int
+    device: torch.device
+
+    @abc.abstractmethod
+    def clear(self, rows_B: Tensor) -> None:
+        """Forget everything about the rows where the bool `rows_B` is True."""
+
+    def advance(self) -> None:  # noqa: B027  (a hook, optional on purpose)
+        """Make room for one more step; called once before each, outside of compiled code."""
+
+
+class StreamTable:
+    """Bounded table of memories: the one that was not used for the longest time leaves first.
+
+    Args:
+        max_streams: how many are kept.
+    """
+
+    def __init__(self, max_streams: int) -> None:
+        self.max_streams = max_streams
+        self._memories: OrderedDict[int, Memory] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._memories)
+
+    def __contains__(self, stream: int) -> bool:
+        return stream in self._memories
+
+    def find(self, stream: int) -> Memory | None:
+        """Return a stream's memory, or None if the table doesn't hold it; count it as used."""
+        memory = self._memories.get(stream)
+        if memory is not None:
+            self._memories.move_to_end(stream)
+        return memory
+
+    def add(self, memory: Memory) -> int:
+        """Store a memory under a new stream and return that stream, a positive integer."""
+        stream = next(_next_stream)
+        self._memories[stream] = memory
+        while len(self._memories) > self.max_streams:
+            self._memories.popitem(last=False)
+        return stream
+
+    def clear_rows(self) -> None:
+        """Make every memory forget every row; streams stay valid."""
+        for memory in self._memories.values():
+            memory.clear(torch.ones(memory.batch_size, dtype=torch.bool, device=memory.device))
+
+    def drop(self) -> None:
+        """Forget every stream."""
+        self._memories.clear()
+
+    def __deepcopy__(self, memo: dict) -> StreamTable:
+        return StreamTable(self.max_streams)
+
+    def __getstate__(self) -> dict:
+        return {"max_streams": self.max_streams, "_memories": OrderedDict()}
