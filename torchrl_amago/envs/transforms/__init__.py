@@ -1,0 +1,20 @@
+"""Transforms that turn environments into adaptation tasks, and show the agent its own history.
+
+``trial.py`` joins attempts at one task into trials, ``repeat.py`` knows how to repeat a task,
+``previous_step.py`` gives previous action, previous reward and time, ``trial_env.py`` assembles
+them.
+"""
+
+from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
+from torchrl_amago.envs.transforms.repeat import RepeatFunction, RepeatMode, ResetOptions
+from torchrl_amago.envs.transforms.trial import TrialTransform
+from torchrl_amago.envs.transforms.trial_env import make_trial_env
+
+__all__ = [
+    "PreviousStepTransform",
+    "RepeatFunction",
+    "RepeatMode",
+    "ResetOptions",
+    "TrialTransform",
+    "make_trial_env",
+]

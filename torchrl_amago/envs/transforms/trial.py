@@ -1,0 +1,380 @@
+"""Trials: several attempts at one task, seen by the agent as one long episode.
+
+Memory can only help an agent to adapt if it outlives the end of an attempt. The trial transform
+hides the inner environment's ends from everything above it: the row that ended starts its next
+attempt at the same task within the same step, and is done only when the trial is.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from tensordict.utils import expand_as_right
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.envs import Compose, EnvBase, Transform
+
+from torchrl_amago import keys
+from torchrl_amago.envs.transforms.repeat import (
+    Below,
+    RepeatMode,
+    ResetOptions,
+    make_repeater,
+)
+
+__all__ = ["TrialTransform"]
+
+_DONE_KEYS = ("done", "terminated", "truncated")
+
+
+class TrialTransform(Transform):
+    """Joins attempts at one task into a trial of ``episodes`` attempts, of ``horizon`` steps, or both.
+
+    When the inner environment is done in a row, that row is soft-reset in the same step: the next
+    observation is the first one of the next attempt, the reward is kept, and ``done``,
+    ``terminated`` and ``truncated`` read False. The trial ends with its last attempt, or at the
+    horizon, whichever comes first; nothing is soft-reset in that step, so its next observation is
+    the attempt's own last one. The next reset of the row draws a new task.
+
+    Writes (``next`` of step t equals the root of step t+1 within a trial), also declared as state:
+
+    =================== ========= ==================================================================
+    key                 dtype     value, shape ``[*B, 1]``
+    =================== ========= ==================================================================
+    ``episode_idx``     int64     number of the attempt, from 0; at most ``episodes - 1``: the step
+                                  that ends the trial begins no attempt, so doesn't count up
+    ``soft_reset``      bool      first step of an attempt, the trial's first step included
+    ``attempt_return``  float32   return of the attempt that the last step belonged to, that step
+                                  included; 0 at the trial's start
+    ``trial_progress``  float32   share of the trial that is used up, in [0, 1): ``episode_idx /
+                                  episodes``, ``trial_step / horizon`` or the larger of both; kept
+                                  in the step that ends the trial; absent if ``show_progress=False``
+    ``trial_step``      int64     steps since the trial began; only with a ``horizon``
+    =================== ========= ==================================================================
+
+    Ways to repeat a task:
+
+    - ``"env"``: the environment says ``repeats_task = True`` and its ``_reset`` keeps the task in
+      the rows reset with the keyword ``repeat_task=True`` (or, without the keyword, with an entry
+      ``repeat_task`` in the reset tensordict, bool ``[*B, 1]``).
+    - ``"seed"``: for Gymnasium environments whose task depends on the reset seed. A new trial draws
+      a task seed and resets with it, each attempt resets with it again. So whatever else the seed
+      decides is repeated as well. A new trial costs two resets: TorchRL resets before it asks us.
+      ``set_seed`` makes the tasks reproducible.
+    - ``"options"``: soft resets call ``reset(options=options)``.
+    - a function ``(env, reset_mask, tensordict) -> tensordict`` that starts a new attempt in the
+      rows of ``reset_mask``, bool ``[*B, 1]``. It gets the environment under the transforms, and
+      the step's next tensordict.
+
+    Batched environments may be outside or inside: seeds and options reach each row of
+    ``SerialEnv``, ``ParallelEnv`` and ``GymWrapper(SyncVectorEnv(autoreset_mode=DISABLED))``.
+
+    Args:
+        episodes: number of attempts.
+        horizon: number of steps.
+        repeat: how the task is repeated; by default ``"env"`` where the environment can, else
+            ``"seed"`` for Gymnasium environments.
+        options: for ``repeat="options"``: a dict, or a function of the row's number.
+        show_progress: whether ``trial_progress`` is written.
+        trial_end: the flag set with ``done`` at the trial's end: ``"terminated"`` (worth nothing
+            more) or ``"truncated"`` (values bootstrap), whatever ended the last attempt.
+        reward_key: reward to sum up in ``attempt_return``.
+        soft_reset_key: where to write; likewise ``trial_progress_key``, ``episode_idx_key``,
+            ``attempt_return_key`` and ``trial_step_key``.
+
+    Raises:
+        ValueError: if an argument is out of its range, or, once the transform is used, if the
+            environment cannot repeat a task or has several done flags.
+
+    Examples:
+        >>> import gymnasium as gym
+        >>> from torchrl.envs import GymWrapper, TransformedEnv
+        >>> from torchrl_amago.envs.transforms import TrialTransform
+        >>> base = GymWrapper(gym.make("CartPole-v1", max_episode_steps=2))
+        >>> env = TransformedEnv(base, TrialTransform(episodes=3, repeat="seed"))
+        >>> trial = env.rollout(100)
+        >>> trial["episode_idx"].flatten().tolist()
+        [0, 0, 1, 1, 2, 2]
+        >>> trial["next", "attempt_return"].flatten().tolist()
+        [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]
+        >>> bool((trial["observation"][0] == trial["observation"][2]).all())
+        True
+    """
+
+    def __init__(
+        self,
+        episodes: int | None = None,
+        horizon: int | None = None,
+        *,
+        repeat: RepeatMode | None = None,
+        options: ResetOptions | None = None,
+        show_progress: bool = True,
+        trial_end: Literal["terminated", "truncated"] = "terminated",
+        reward_key: NestedKey = "reward",
+        soft_reset_key: NestedKey = keys.SOFT_RESET,
+        trial_progress_key: NestedKey = keys.TRIAL_PROGRESS,
+        episode_idx_key: NestedKey = keys.EPISODE_IDX,
+        attempt_return_key: NestedKey = keys.ATTEMPT_RETURN,
+        trial_step_key: NestedKey = "trial_step",
+    ) -> None:
+        _check_arguments(episodes, horizon, repeat, options, trial_end)
+        written = [episode_idx_key, soft_reset_key, attempt_return_key]
+        written += [trial_progress_key] if show_progress else []
+        written += [trial_step_key] if horizon is not None else []
+        super().__init__(in_keys=[], out_keys=written)
+        self.episodes = episodes
+        self.horizon = horizon
+        self.repeat = repeat
+        self.options = options
+        self.show_progress = show_progress
+        self.trial_end = trial_end
+        self.reward_key = reward_key
+        self.soft_reset_key = soft_reset_key
+        self.trial_progress_key = trial_progress_key
+        self.episode_idx_key = episode_idx_key
+        self.attempt_return_key = attempt_return_key
+        self.trial_step_key = trial_step_key
+        self._repeater = None
+        self._below_cache: Below | None = None
+
+    # ------------------------------------------------------------ life in an env
+
+    def set_container(self, container: Transform | EnvBase) -> None:
+        self._repeater = self._below_cache = None
+        super().set_container(container)
+
+    def reset_parent(self) -> None:
+        self._repeater = self._below_cache = None
+        super().reset_parent()
+
+    def empty_cache(self) -> None:
+        # Not the repeater: it knows the tasks that the rows are at.
+        self._below_cache = None
+        super().empty_cache()
+
+    def _below(self) -> Below:
+        """The base environment and the transforms between it and this one."""
+        if self._below_cache is None:
+            transforms: list[Transform] = []
+            inner, outer = self, self._container()
+            while isinstance(outer, Compose):
+                position = next(i for i, t in enumerate(outer.transforms) if t is inner)
+                transforms = [*outer.transforms[:position], *transforms]
+                inner, outer = outer, outer._container()
+            self._below_cache = Below(outer.base_env, transforms)
+        return self._below_cache
+
+    def _get_repeater(self):
+        if self._repeater is None:
+            self._repeater = make_repeater(self._below().env, self.repeat, self.options)
+        return self._repeater
+
+    # ----------------------------------------------------------------- stepping
+
+    def _reset(
+        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
+    ) -> TensorDictBase:
+        repeater = self._get_repeater()
+        mask = tensordict.get("_reset", None)
+        done = tensordict_reset.get("done")
+        mask = torch.ones_like(done) if mask is None else mask.view(done.shape)
+        again = repeater.hard_reset(self._below(), mask)
+        if again is not None:
+            tensordict_reset.update(again)
+        first = torch.ones_like(done)
+        zero = torch.zeros_like(done, dtype=torch.float32)
+        # Rows outside of the mask are dropped by the caller.
+        tensordict_reset.set(self.soft_reset_key, first)
+        tensordict_reset.set(self.attempt_return_key, zero)
+        tensordict_reset.set(self.episode_idx_key, zero.long())
+        if self.show_progress:
+            tensordict_reset.set(self.trial_progress_key, zero.clone())
+        if self.horizon is not None:
+            tensordict_reset.set(self.trial_step_key, zero.long())
+        return tensordict_reset
+
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+        attempt_over = next_tensordict.get("done")
+        stepped = tensordict.get("_step", None)
+        if stepped is not None:
+            stepped = stepped.view(attempt_over.shape)
+            attempt_over = attempt_over & stepped
+        written, soft_reset = self._advance(tensordict, next_tensordict, attempt_over)
+        if stepped is not None:
+            # Rows that skip this step (`break_when_all_done`) stay as they were.
+            written = {
+                key: torch.where(stepped, value, tensordict.get(key))
+                for key, value in written.items()
+            }
+        for key, value in written.items():
+            next_tensordict.set(key, value)
+        if soft_reset.any():
+            reset = self._get_repeater().soft_reset(self._below(), soft_reset, next_tensordict)
+            self._begin_attempts(next_tensordict, reset, soft_reset)
+        return next_tensordict
+
+    def _advance(
+        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase, attempt_over: Tensor
+    ) -> tuple[dict[NestedKey, Tensor], Tensor]:
+        """The entries after this step, and which rows begin another attempt."""
+        episode_idx = self._state(tensordict, self.episode_idx_key)
+        at_start = self._state(tensordict, self.soft_reset_key)
+        attempt_return = self._state(tensordict, self.attempt_return_key)
+        reward = next_tensordict.get(self.reward_key).to(torch.float32)
+        trial_over = torch.zeros_like(attempt_over)
+        if self.episodes is not None:
+            trial_over = attempt_over & (episode_idx >= self.episodes - 1)
+        if self.horizon is not None:
+            trial_step = self._state(tensordict, self.trial_step_key) + 1
+            trial_over = trial_over | (trial_step >= self.horizon)
+        soft_reset = attempt_over & ~trial_over
+        written = {
+            self.soft_reset_key: soft_reset,
+            self.episode_idx_key: episode_idx + soft_reset,
+            self.attempt_return_key: torch.where(at_start, reward, attempt_return + reward),
+            "done": trial_over,
+        }
+        for key in ("terminated", "truncated"):
+            is_end = key == self.trial_end
+            written[key] = trial_over.clone() if is_end else torch.zeros_like(trial_over)
+        progress = None
+        if self.horizon is not None:
+            written[self.trial_step_key] = trial_step
+            progress = trial_step.to(torch.float32) / self.horizon
+        if self.show_progress:
+            if self.episodes is not None:
+                done_share = written[self.episode_idx_key].to(torch.float32) / self.episodes
+                progress = done_share if progress is None else torch.maximum(done_share, progress)
+            if self.horizon is not None:
+                before = self._state(tensordict, self.trial_progress_key)
+                progress = torch.where(trial_over, before, progress)
+            written[self.trial_progress_key] = progress
+        return written, soft_reset
+
+    def _begin_attempts(
+        self, next_tensordict: TensorDictBase, reset: TensorDictBase, mask: Tensor
+    ) -> None:
+        """Put the reset rows' first observations in place."""
+        done = reset.get("done", None)
+        if done is not None and (done & mask).any():
+            raise RuntimeError(
+                "an attempt must not be done when it begins, but the environment was done right "
+                "after a soft reset. Check its reset, or what repeat= does."
+            )
+        everywhere = bool(mask.all())
+        for key in reset.keys(True, True):
+            if key in _DONE_KEYS or key in ("_reset", "repeat_task"):
+                continue
+            value = reset.get(key)
+            if not everywhere and key in next_tensordict.keys(True, True):
+                before = next_tensordict.get(key)
+                if isinstance(value, Tensor):
+                    value = torch.where(expand_as_right(mask.squeeze(-1), value), value, before)
+                else:
+                    rows = mask.view(next_tensordict.batch_size)
+                    kept = next_tensordict.select(key).where(~rows, other=reset.select(key))
+                    value = kept.get(key)
+            next_tensordict.set(key, value)
+
+    def _state(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"a step of a trial needs the entry {key!r} that reset or the previous step wrote, "
+                f"got {sorted(map(str, tensordict.keys()))}. Pass on the tensordict of env.reset() "
+                "or step_mdp(...), not a new one."
+            )
+        return value
+
+    # -------------------------------------------------------------------- specs
+
+    def _state_specs(self) -> dict[NestedKey, Bounded | Categorical | Unbounded]:
+        batch_size, device = self.parent.batch_size, self.parent.device
+        shape = (*batch_size, 1)
+
+        def count(limit: int | None):
+            if limit is None:
+                return Unbounded(shape=shape, dtype=torch.int64, device=device)
+            return Bounded(0, limit, shape=shape, dtype=torch.int64, device=device)
+
+        specs = {
+            self.episode_idx_key: count(None if self.episodes is None else self.episodes - 1),
+            self.soft_reset_key: Categorical(2, shape=shape, dtype=torch.bool, device=device),
+            self.attempt_return_key: Unbounded(shape=shape, device=device),
+        }
+        if self.show_progress:
+            specs[self.trial_progress_key] = Bounded(0.0, 1.0, shape=shape, device=device)
+        if self.horizon is not None:
+            specs[self.trial_step_key] = count(self.horizon)
+        return specs
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        self._check_env()
+        for key, spec in self._state_specs().items():
+            if key in observation_spec.keys(True, True):
+                raise ValueError(
+                    f"TrialTransform writes {key!r}, but the environment already has that entry. "
+                    "Give the transform another key, or remove a second TrialTransform."
+                )
+            observation_spec[key] = spec
+        return observation_spec
+
+    def transform_state_spec(self, state_spec: Composite) -> Composite:
+        for key, spec in self._state_specs().items():
+            state_spec[key] = spec
+        return state_spec
+
+    def transform_done_spec(self, done_spec: Composite) -> Composite:
+        for key in _DONE_KEYS:
+            if key not in done_spec.keys():
+                done_spec[key] = done_spec["done"].clone()
+        return done_spec
+
+    def _check_env(self) -> None:
+        env = self.parent
+        shape = (*env.batch_size, 1)
+        done = {key: tuple(env.full_done_spec[key].shape) for key in env.done_keys}
+        if not set(done) <= set(_DONE_KEYS) or set(done.values()) != {shape}:
+            raise ValueError(
+                f"a trial needs one done flag per row, entries {_DONE_KEYS} of shape {shape}, got "
+                f"{done}. Reduce the flags of several agents to one before the trial transform."
+            )
+        reward = tuple(env.full_reward_spec[self.reward_key].shape)
+        if reward != shape:
+            raise ValueError(
+                f"a trial needs one reward per row, of shape {shape}, got {reward} at "
+                f"{self.reward_key!r}. Sum it up before the trial transform, or name another reward_key."
+            )
+        self._get_repeater()
+
+
+def _check_arguments(episodes, horizon, repeat, options, trial_end) -> None:
+    for name, value in (("episodes", episodes), ("horizon", horizon)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"{name} must be an integer of at least 1 or None, got {value!r}. "
+                "A trial is a number of attempts (episodes), of steps (horizon), or both."
+            )
+    if episodes is None and horizon is None:
+        raise ValueError(
+            "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
+            "attempts, horizon=H for H steps, or both."
+        )
+    if trial_end not in ("terminated", "truncated"):
+        raise ValueError(
+            f"trial_end must be 'terminated' or 'truncated', got {trial_end!r}. "
+            "Only a terminated trial stops values from bootstrapping."
+        )
+    if not (repeat in (None, "env", "options", "seed") or callable(repeat)):
+        raise ValueError(
+            "repeat must be None, 'env', 'options', 'seed' or a function of (env, reset_mask, "
+            f"tensordict), got {repeat!r}. None chooses what the environment can do."
+        )
+    if (repeat == "options") != (options is not None):
+        raise ValueError(
+            "repeat='options' and options= belong together, got "
+            f"repeat={repeat!r}, options={options!r}. options is a dict, or a function of the "
+            "row's number that gives one."
+        )
