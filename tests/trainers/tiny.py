@@ -56,9 +56,10 @@ class GuessTask(EnvBase):
         self.generator.manual_seed(seed or 0)
 
     def _reset(self, tensordict=None):
-        rows = torch.ones(self.batch_size, dtype=torch.bool)
-        if tensordict is not None and "_reset" in tensordict.keys():
-            rows = tensordict["_reset"].reshape(self.batch_size)
+        rows = None if tensordict is None else tensordict.get("_reset", None)
+        if rows is None:
+            rows = torch.ones(self.batch_size, dtype=torch.bool)
+        rows = rows.reshape(self.batch_size)
         count = int(rows.sum())
         self.hidden[rows] = torch.randint(3, (count,), generator=self.generator)
         self.length[rows] = 4 + 2 * torch.randint(2, (count,), generator=self.generator)
@@ -105,6 +106,14 @@ class TinyLoss(LossModule):
         self.convert_to_functional(critic, "critic_network", create_target_params=True)
         self.register_buffer("mean_reward", torch.zeros(()))
         self.scale = 1.0
+
+    @property
+    def in_keys(self):
+        return ["observation", "action", ("next", "reward"), ("next", "observation")]
+
+    @property
+    def out_keys(self):
+        return ["loss_actor", "loss_qvalue", "td_error"]
 
     def forward(self, tensordict):
         mask = tensordict["collector", "mask"]

@@ -1,13 +1,18 @@
 """The training loop: collect, update, evaluate, log, checkpoint, resume.
 
 ``amago`` has the loop, ``hooks`` one optimiser step and what is read off collected trials,
-``optim`` the optimiser, ``nonfinite`` the guard against NaN, ``logging`` what a run tells, and
-``checkpoint`` how it is kept.
+``optim`` the optimiser, ``nonfinite`` the guard against NaN, ``logging`` and ``report`` what a run
+tells, ``run_state`` what a run is made of, ``checkpoint`` how it is kept on disk, and ``interrupt``
+what Ctrl-C does.
 """
 
-from torchrl_amago.trainers.amago import AMAGOTrainer, refuse_existing_run, summarize
-from torchrl_amago.trainers.checkpoint import CheckpointStore, describe_architecture
-from torchrl_amago.trainers.hooks import AMAGOOptimizationStepper, TrialMonitor
+from torchrl_amago.trainers.amago import AMAGOTrainer
+from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
+from torchrl_amago.trainers.hooks import (
+    AMAGOOptimizationStepper,
+    TrialMonitor,
+    evaluation_metrics,
+)
 from torchrl_amago.trainers.logging import (
     CLOCK_COLUMNS,
     MetricWindow,
@@ -17,6 +22,8 @@ from torchrl_amago.trainers.logging import (
 )
 from torchrl_amago.trainers.nonfinite import NonFiniteError
 from torchrl_amago.trainers.optim import decays, make_optimizer, make_warmup
+from torchrl_amago.trainers.report import RunReport
+from torchrl_amago.trainers.run_state import describe_architecture
 
 __all__ = [
     "CLOCK_COLUMNS",
@@ -26,13 +33,14 @@ __all__ = [
     "MetricWindow",
     "NonFiniteError",
     "ProgressTable",
+    "RunReport",
     "TrialMonitor",
     "decays",
     "describe_architecture",
+    "evaluation_metrics",
     "make_logger",
     "make_optimizer",
     "make_warmup",
     "read_progress",
     "refuse_existing_run",
-    "summarize",
 ]

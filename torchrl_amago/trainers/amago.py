@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import random
-import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,22 +21,17 @@ from torchrl.record.loggers import Logger
 from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer
 
 from torchrl_amago.evaluation import TrialResults
-from torchrl_amago.trainers.checkpoint import (
-    CHECKPOINTS_FOLDER,
-    CheckpointStore,
-    describe_architecture,
+from torchrl_amago.trainers import run_state
+from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
+from torchrl_amago.trainers.hooks import (
+    AMAGOOptimizationStepper,
+    TrialMonitor,
+    evaluation_metrics,
 )
-from torchrl_amago.trainers.hooks import AMAGOOptimizationStepper, TrialMonitor
-from torchrl_amago.trainers.logging import (
-    PROGRESS_FILE,
-    MetricWindow,
-    ProgressBar,
-    ProgressTable,
-    Stopwatch,
-    make_logger,
-)
+from torchrl_amago.trainers.interrupt import on_interrupt
 from torchrl_amago.trainers.nonfinite import check_data
 from torchrl_amago.trainers.optim import make_warmup
+from torchrl_amago.trainers.report import RunReport
 
 Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
 Outcome = Literal["finished", "interrupted"]
@@ -171,16 +163,13 @@ class AMAGOTrainer(Trainer):
         self.eval_interval, self.checkpoint_interval = eval_interval, checkpoint_interval
         self.collected_frames = self._optim_count = 0  # TorchRL keeps them on the class
         self.checkpoints = CheckpointStore(self.run_dir, keep_checkpoints)
-        self.table = ProgressTable(self.run_dir / PROGRESS_FILE)
-        self.stopwatch, self.window = Stopwatch(), MetricWindow()
-        self.monitor = TrialMonitor(replay_buffer, self.window, self.run_dir, success_threshold)
+        self.report = RunReport(self.run_dir, loggers, progress_bar)
+        self.monitor = TrialMonitor(
+            replay_buffer, self.report.window, self.run_dir, success_threshold
+        )
         self.scheduler = make_warmup(optimizer, warmup_updates)
         self._device = next(loss_module.parameters()).device
-        self._show_bar, self._logger_arguments = progress_bar, tuple(loggers)
-        self._loggers: list[Logger] = []
-        self._bar: ProgressBar | None = None
         self._updates_left = 0  # of the batch collected last
-        self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
         self._evaluated_at = self._saved_at = -1
         self._resumed: dict[str, Any] | None = None
         self._interrupted = False
@@ -207,7 +196,7 @@ class AMAGOTrainer(Trainer):
         if self._resumed is None:
             refuse_existing_run(self.run_dir)
         try:
-            with _sigint(self._on_sigint):
+            with on_interrupt(self._stop_on_interrupt):
                 self._begin()
                 self._loop()
                 self._end()
@@ -219,28 +208,27 @@ class AMAGOTrainer(Trainer):
                 raise
             torchrl_logger.debug(f"after the interruption: {error!r}")
         finally:
-            self._close()
+            self.report.close()
+            self.collector.shutdown(raise_on_error=not self._interrupted)
         if not self._interrupted:
             return "finished"
         self._tell_interruption()
         return "interrupted"
 
     def _begin(self) -> None:
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._loggers = [make_logger(logger, self.run_dir) for logger in self._logger_arguments]
-        self._bar = ProgressBar(self.total_updates, self._optim_count, self._show_bar)
+        self.report.open(self.total_updates, self._optim_count)
         if self._resumed is None:
             if self.seed is not None:
                 torch.manual_seed(self.seed)
                 np.random.seed(self.seed % 2**32)
                 random.seed(self.seed)
             self.monitor.skip_existing()
-            self._restart_trials(self._draw_seed(), self._collector_state())
+            seed, collector = run_state.draw_seed(), run_state.collector_state(self.collector)
         else:
             GlobalRNGState().load_state_dict(self._resumed["rng"])
-            self._restart_trials(self._resumed["env_seed"], self._resumed["collector"])
-            self._resumed = {}
-        self.stopwatch.start()
+            seed, collector = self._resumed["env_seed"], self._resumed["collector"]
+        run_state.restart_trials(self.collector, seed, collector)
+        self.report.stopwatch.start()
 
     def _loop(self) -> None:
         self._setup_hook()
@@ -255,7 +243,7 @@ class AMAGOTrainer(Trainer):
             self._post_steps_log_hook(None)
         self._shutdown_hook()
 
-    def _collect(self, batches: Iterator[Any]) -> bool:
+    def _collect(self, batches: Iterator[None]) -> bool:
         if next(batches, self) is self:
             return False  # the collector's own total_frames
         frames = self.collector.requested_frames_per_batch
@@ -278,7 +266,7 @@ class AMAGOTrainer(Trainer):
             self._updates_left -= 1
             self._post_optim_hook()
             self._post_optim_log(sub_batch)
-            self.window.add_scalars(metrics)
+            self.report.window.add_scalars(metrics)
             self._after_update()
 
     def _sample(self, _: TensorDictBase | None) -> TensorDictBase:
@@ -288,7 +276,7 @@ class AMAGOTrainer(Trainer):
 
     def _after_update(self) -> None:
         update = self._optim_count
-        self._bar.update()
+        self.report.tick()
         evaluation = self._evaluate() if update % self.eval_interval == 0 else {}
         if evaluation or update % self._log_interval == 0:
             self._write_row(evaluation)
@@ -303,24 +291,14 @@ class AMAGOTrainer(Trainer):
         )
 
     def _end(self) -> None:
-        update = self._optim_count
         if self._interrupted:
             if self.checkpoints.latest() is None:
                 self._checkpoint(restart=False)
             return
-        if self._saved_at != update:
+        if self._saved_at != self._optim_count:
             self._checkpoint(restart=False)
-        if self.evaluator is not None and self._evaluated_at != update:
+        if self.evaluator is not None and self._evaluated_at != self._optim_count:
             self._write_row(self._evaluate())
-
-    def _close(self) -> None:
-        self.stopwatch.stop()
-        self.table.close()
-        for logger in self._loggers:
-            logger.shutdown()
-        if self._bar is not None:
-            self._bar.close()
-        self.collector.shutdown(raise_on_error=not self._interrupted)
 
     # -- what is seen --------------------------------------------------------------------------
 
@@ -329,82 +307,38 @@ class AMAGOTrainer(Trainer):
             return {}
         rng = GlobalRNGState()
         before = rng.state_dict()
-        with self.stopwatch.apart("evaluation"):
+        with self.report.stopwatch.apart("evaluation"):
             results = self.evaluator()
         rng.load_state_dict(before)  # evaluating more or less often must not change training
         self._evaluated_at = self._optim_count
-        if isinstance(results, TrialResults):
-            results = summarize(results)
-        return {f"eval/{name}": float(value) for name, value in results.items()}
+        return evaluation_metrics(results)
 
     def _write_row(self, evaluation: Mapping[str, float]) -> None:
-        seconds = self.stopwatch.read()
-        counts = {"frames": self.collected_frames, "updates": self._optim_count}
-        elapsed = max(seconds["training"] - self._last_row["training"], 1e-9)
-        row = {"update": self._optim_count, "frames": self.collected_frames}
-        row["trials"] = self.monitor.trials
-        row |= {f"seconds_{activity}": value for activity, value in seconds.items()}
-        row |= {
-            f"{name}_per_second": (value - self._last_row[name]) / elapsed
-            for name, value in counts.items()
-        }
-        self._last_row = {**counts, "training": seconds["training"]}
-        row["learning_rate"] = self.optimizer.param_groups[0]["lr"]
-        row |= self.window.means()
-        row |= evaluation
-        self.table.append(row)
-        self._bar.show(row)
-        for logger in self._loggers:
-            for name, value in row.items():
-                logger.log_scalar(name, value, step=self._optim_count)
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        extra = {"trials": self.monitor.trials, "learning_rate": learning_rate}
+        self.report.row(self._optim_count, self.collected_frames, extra, evaluation)
 
     def _log(self, log_pbar: bool = False, **metrics: Any) -> None:
-        """What TorchRL's logging hooks give joins the same table, as means over its rows."""
+        # What TorchRL's logging hooks give joins the same table, as means over its rows.
         for name, value in metrics.items():
             if not isinstance(value, torch.Tensor) or value.numel() == 1:
-                self.window.add(name, float(value))
+                self.report.window.add(name, float(value))
 
     # -- checkpoints ---------------------------------------------------------------------------
 
     def _checkpoint(self, restart: bool) -> None:
-        with self.stopwatch.apart("checkpoint"):
-            seed, collector = self._draw_seed(), self._collector_state()
-            path = self.checkpoints.save(
-                self._optim_count,
-                self._run_state(seed, collector),
-                self.replay_buffer,
-                {
-                    "frames": self.collected_frames,
-                    "architecture": describe_architecture(self.loss_module),
-                },
-            )
+        with self.report.stopwatch.apart("checkpoint"):
+            seed, collector = run_state.draw_seed(), run_state.collector_state(self.collector)
             self._saved_at = self._optim_count
-            torchrl_logger.debug(f"wrote {path}")
+            self.checkpoints.save(
+                self._optim_count,
+                run_state.capture(self, seed, collector),
+                self.replay_buffer,
+                run_state.architecture(self),
+                self.collected_frames,
+            )
             if restart:
-                self._restart_trials(seed, collector)
-
-    def _run_state(self, env_seed: int, collector: dict[str, Any]) -> dict[str, Any]:
-        exploration = {} if self.exploration is None else self.exploration.state_dict()
-        return {
-            "loss": self.loss_module.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "exploration": exploration,
-            "collector": collector,
-            "env_seed": env_seed,
-            "rng": GlobalRNGState().state_dict(),
-            "trainer": {
-                "updates": self._optim_count,
-                "frames": self.collected_frames,
-                "updates_left": self._updates_left,
-                "evaluated_at": self._evaluated_at,
-                "last_row": self._last_row,
-                "seconds": self.stopwatch.read(),
-            },
-            "monitor": self.monitor.state_dict(),
-            "window": self.window.state_dict(),
-            "table": self.table.state_dict(),
-        }
+                run_state.restart_trials(self.collector, seed, collector)
 
     def resume(self, path: str | Path | None = None) -> AMAGOTrainer:
         """Go back to a checkpoint; :meth:`train` continues from there.
@@ -415,6 +349,7 @@ class AMAGOTrainer(Trainer):
 
         Raises:
             FileNotFoundError: if there is no checkpoint.
+            FileExistsError: if it is another run's, and ``run_dir`` holds one already.
             RuntimeError: if it is damaged; the message names the newest intact one.
             ValueError: if it is of another architecture. In each case nothing has been changed.
         """
@@ -422,92 +357,40 @@ class AMAGOTrainer(Trainer):
         source = found.parent.parent
         if source.resolve() != self.run_dir.resolve():
             refuse_existing_run(self.run_dir)
-        state = self.checkpoints.load(found, self.loss_module)
+        state = self.checkpoints.load(found, run_state.architecture(self))
         self.checkpoints.load_replay(found, self.replay_buffer)
-        self.table.load_state_dict(state["table"], source=source / PROGRESS_FILE)
-        self.loss_module.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        if self.exploration is not None:
-            self.exploration.load_state_dict(state["exploration"])
-        self.monitor.load_state_dict(state["monitor"])
-        self.window.load_state_dict(state["window"])
-        counters = state["trainer"]
-        self._optim_count = self._saved_at = counters["updates"]
-        self.collected_frames = counters["frames"]
-        self._updates_left = counters["updates_left"]
-        self._evaluated_at, self._last_row = counters["evaluated_at"], counters["last_row"]
-        self.stopwatch.seconds = dict(counters["seconds"])
+        self.report.load_state_dict(state["report"], source)
+        run_state.restore(self, state)
         self._resumed = {key: state[key] for key in ("rng", "env_seed", "collector")}
         return self
 
-    def _draw_seed(self) -> int:
-        return int(torch.randint(2**31 - 1, ()))
+    def counters(self) -> dict[str, int]:
+        """How far the run is."""
+        return {
+            "updates": self._optim_count,
+            "frames": self.collected_frames,
+            "updates_left": self._updates_left,
+            "evaluated_at": self._evaluated_at,
+        }
 
-    def _collector_state(self) -> dict[str, Any]:
-        """Counters (trial numbers are stored in the replay) and statistics of the transforms.
-
-        The policy's weights are the loss's, and saved there.
-        """
-        state = self.collector.state_dict()
-        return {key: value for key, value in state.items() if key != "policy_state_dict"}
-
-    def _restart_trials(self, seed: int, collector: dict[str, Any]) -> None:
-        """End the trials in progress and begin new ones that ``seed`` and torch's generator decide."""
-        env_state = collector.get("env_state_dict")
-        if env_state:
-            self.collector.env.load_state_dict(env_state)
-        counters = {key: value for key, value in collector.items() if key != "env_state_dict"}
-        self.collector.load_state_dict(counters, strict=False)
-        # Some environments seed torch's generator too, with which exploration draws its noise.
-        rng = torch.get_rng_state()
-        self.collector.set_seed(seed)
-        torch.set_rng_state(rng)
-        self.collector.reset()
+    def set_counters(self, counters: Mapping[str, int]) -> None:
+        """The inverse of :meth:`counters`."""
+        self._optim_count = self._saved_at = counters["updates"]
+        self.collected_frames = counters["frames"]
+        self._updates_left = counters["updates_left"]
+        self._evaluated_at = counters["evaluated_at"]
 
     # -- interruption --------------------------------------------------------------------------
 
-    def _on_sigint(self) -> None:
-        if self._interrupted:
-            raise KeyboardInterrupt
+    def _stop_on_interrupt(self) -> None:
         self._interrupted = True
         self.request_stop("interrupted")
 
     def _tell_interruption(self) -> None:
         latest = self.checkpoints.latest()
-        if latest is None:
-            torchrl_logger.warning(
-                f"Interrupted at update {self._optim_count}, before there was a checkpoint."
-            )
-            return
-        torchrl_logger.warning(
-            f"Interrupted at update {self._optim_count}. Last checkpoint: {latest}. "
-            f"To resume: {self.resume_command}"
-        )
-
-
-def summarize(results: TrialResults) -> dict[str, float]:
-    """Means over trials: return, length, and success at the first and the last attempt."""
-    return {
-        "trial_return": float(results.trial_return.float().mean()),
-        "trial_length": float(results.trial_length.float().mean()),
-        "success_first": float(results.attempt_success[:, 0].float().mean()),
-        "success_last": float(results.attempt_success[:, -1].float().mean()),
-    }
-
-
-def refuse_existing_run(run_dir: str | Path) -> None:
-    """Raise FileExistsError if the folder holds a run; nothing is touched.
-
-    Call it before expensive set-up; :meth:`AMAGOTrainer.train` does so in any case.
-    """
-    run_dir = Path(run_dir)
-    for name in (PROGRESS_FILE, CHECKPOINTS_FOLDER):
-        if (run_dir / name).exists():
-            raise FileExistsError(
-                f"a new run needs a folder without one, but {run_dir} holds {name}. Choose another "
-                "run_dir, resume that run, or delete the folder."
-            )
+        where = "No checkpoint was written." if latest is None else f"Last checkpoint: {latest}."
+        how = "" if latest is None else f" To resume: {self.resume_command}"
+        torchrl_logger.warning(f"Interrupted at update {self._optim_count}. {where}{how}")
 
 
 def _check_collector(collector: BaseCollector, replay_buffer: ReplayBuffer) -> None:
@@ -529,16 +412,3 @@ def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. Give a larger number.")
-
-
-@contextlib.contextmanager
-def _sigint(on_signal: Callable[[], None]) -> Iterator[None]:
-    """Call ``on_signal`` instead of raising KeyboardInterrupt; only the main thread may do so."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, lambda *_: on_signal())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -23,11 +23,11 @@ from typing import Any
 import tensordict
 import torch
 import torchrl
-from torch import nn
 from torchrl.checkpoint import StateDictCheckpointAdapter
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago.data import load_replay, save_replay
+from torchrl_amago.trainers.logging import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
@@ -46,22 +46,6 @@ class _StateHolder:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.state = state
-
-
-def describe_architecture(module: nn.Module) -> dict[str, Any]:
-    """Names, shapes and dtypes of all parameters and buffers, and a hash of them.
-
-    Example:
-        >>> describe_architecture(nn.Linear(2, 1))["tensors"]["weight"]
-        ['1x2', 'float32']
-    """
-    tensors = {
-        name: ["x".join(map(str, x.shape)) or "scalar", str(x.dtype).removeprefix("torch.")]
-        for name, x in module.state_dict().items()
-        if isinstance(x, torch.Tensor)
-    }
-    text = json.dumps(tensors, sort_keys=True)
-    return {"sha256": hashlib.sha256(text.encode()).hexdigest(), "tensors": tensors}
 
 
 class CheckpointStore:
@@ -125,7 +109,8 @@ class CheckpointStore:
         update: int,
         state: dict[str, Any],
         replay_buffer: ReplayBuffer,
-        description: Mapping[str, Any],
+        architecture: Mapping[str, str],
+        frames: int = 0,
     ) -> Path:
         """Write a checkpoint; it appears under its name only when complete and on the disk.
 
@@ -133,7 +118,8 @@ class CheckpointStore:
             update: number of updates done; names the folder.
             state: nested dict of tensors and plain values.
             replay_buffer: saved by :func:`~torchrl_amago.data.save_replay`.
-            description: more entries for the manifest, JSON values.
+            architecture: see :func:`~torchrl_amago.trainers.describe_architecture`.
+            frames: environment steps collected so far.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"update_{update:07d}"
@@ -144,7 +130,7 @@ class CheckpointStore:
         adapter = StateDictCheckpointAdapter(payload_format="consolidated")
         adapter.save(_StateHolder(state), stage / "state", args=(), kwargs={})
         save_replay(replay_buffer, stage / "replay")
-        self._write_manifest(stage, update, description)
+        self._write_manifest(stage, {"update": update, "frames": frames}, architecture)
         if final.exists():
             os.replace(final, previous)
         os.replace(stage, final)
@@ -153,13 +139,17 @@ class CheckpointStore:
         self._rotate()
         return final
 
-    def _write_manifest(self, stage: Path, update: int, description: Mapping[str, Any]) -> None:
+    def _write_manifest(
+        self, stage: Path, counts: dict[str, int], architecture: Mapping[str, str]
+    ) -> None:
         files = sorted(file for file in stage.rglob("*") if file.is_file())
+        text = json.dumps(architecture, sort_keys=True)
         manifest = {
             "format_version": FORMAT_VERSION,
-            "update": update,
             "sequence": 1 + max((_sequence(path, damaged=-1) for path in self.paths()), default=-1),
-            **description,
+            **counts,
+            "architecture": dict(architecture),
+            "architecture_sha256": hashlib.sha256(text.encode()).hexdigest(),
             "versions": {
                 "python": platform.python_version(),
                 "torch": torch.__version__,
@@ -208,17 +198,19 @@ class CheckpointStore:
         )
         raise RuntimeError(f"a checkpoint must be complete and unchanged, but {problem}. {remedy}")
 
-    def load(self, path: Path, module: nn.Module) -> dict[str, Any]:
-        """Verify a checkpoint, compare its architecture with ``module``'s and read its state.
+    def load(self, path: Path, architecture: Mapping[str, str]) -> dict[str, Any]:
+        """Verify a checkpoint, compare its architecture and read its state; nothing is changed.
 
-        ``module`` is only looked at.
+        Args:
+            path: the checkpoint.
+            architecture: that of the run it is for.
 
         Raises:
             RuntimeError: for a damaged checkpoint, see :meth:`verify`.
             ValueError: for one of another architecture or format.
         """
         manifest = self.verify(path)
-        _check_architecture(manifest["architecture"], describe_architecture(module), path)
+        _check_architecture(manifest["architecture"], architecture, path)
         holder = _StateHolder()
         StateDictCheckpointAdapter().load(
             holder,
@@ -234,6 +226,20 @@ class CheckpointStore:
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
         """Fill ``replay_buffer`` from a checkpoint."""
         load_replay(replay_buffer, path / "replay")
+
+
+def refuse_existing_run(run_dir: str | Path) -> None:
+    """Raise FileExistsError if the folder holds a run; nothing is touched.
+
+    Call it before expensive set-up; :meth:`AMAGOTrainer.train` does so in any case.
+    """
+    run_dir = Path(run_dir)
+    for name in (PROGRESS_FILE, CHECKPOINTS_FOLDER):
+        if (run_dir / name).exists():
+            raise FileExistsError(
+                f"a new run needs a folder without one, but {run_dir} holds {name}. Choose another "
+                "run_dir, resume that run, or delete the folder."
+            )
 
 
 def _problem(path: Path) -> str | None:
@@ -258,20 +264,19 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _check_architecture(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    if saved["sha256"] == here["sha256"]:
+def _check_architecture(saved: dict[str, str], here: Mapping[str, str], path: Path) -> None:
+    names = [*saved, *(name for name in here if name not in saved)]
+    differing = [name for name in names if saved.get(name) != here.get(name)]
+    if not differing:
         return
-    a, b = saved["tensors"], here["tensors"]
-    differing = [name for name in [*a, *(n for n in b if n not in a)] if a.get(name) != b.get(name)]
     shown = "; ".join(
-        f"{name}: {' '.join(a.get(name, ['absent']))} in the checkpoint, "
-        f"{' '.join(b.get(name, ['absent']))} here"
+        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} here"
         for name in differing[:3]
     )
     raise ValueError(
         f"a checkpoint can only be loaded into the architecture it was saved from; {path} differs "
-        f"in {len(differing)} tensors: {shown}. Build policy, critic and loss with the arguments "
-        "of that run, or start anew in another run_dir."
+        f"in {len(differing)} entries: {shown}. Build policy, critic, loss and optimizer with the "
+        "arguments of that run, or start anew in another run_dir."
     )
 
 

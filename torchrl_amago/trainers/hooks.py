@@ -15,6 +15,7 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago import keys
+from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers.logging import MetricWindow
 from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
 from torchrl_amago.trainers.optim import parameters_of
@@ -66,6 +67,21 @@ class AMAGOOptimizationStepper(OptimizationStepper):
         if not self.autocast:
             return contextlib.nullcontext()
         return torch.autocast(self._device_type, dtype=torch.bfloat16)
+
+
+def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str, float]:
+    """Columns of an evaluation: named numbers as they are, or means over trials.
+
+    Of ``TrialResults``: return, length, and success at the first and the last attempt.
+    """
+    if isinstance(results, TrialResults):
+        results = {
+            "trial_return": results.trial_return.float().mean(),
+            "trial_length": results.trial_length.float().mean(),
+            "success_first": results.attempt_success[:, 0].float().mean(),
+            "success_last": results.attempt_success[:, -1].float().mean(),
+        }
+    return {f"eval/{name}": float(value) for name, value in results.items()}
 
 
 class TrialMonitor:
