@@ -1,0 +1,298 @@
+"""Figures: learning curve, adaptation curve, picture strip of a trial.
+
+Drawn on matplotlib's own figure and Agg canvas, never through pyplot: no global state, no display.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
+
+from torchrl_amago.evaluation.evaluate import Measure, TrialResults
+from torchrl_amago.evaluation.statistics import bootstrap_mean
+
+# Okabe and Ito's palette: told apart in every kind of colour blindness, and in print.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_REFERENCE_COLOUR = "#444444"
+_DPI = 160
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def plot_learning_curve(
+    rows: Rows | str | Path | Mapping[str, Rows | str | Path],
+    path: str | Path,
+    *,
+    x: str = "frames",
+    panels: Mapping[str, Mapping[str, str]] | None = None,
+    reference: Mapping[str, float] | None = None,
+    title: str | None = None,
+) -> None:
+    """Draw what a run logged, over the steps it took.
+
+    Args:
+        rows: the table as rows of column -> number (missing or empty entries are skipped), or the
+            CSV file with it; or several runs by name, which then share the panels.
+        path: PNG (or PDF, SVG) to write.
+        x: column on the horizontal axis.
+        panels: panel title -> {column: label}. By default return per trial, and success at the
+            first and last attempt, in training (thin) and evaluation, as far as they are logged.
+        reference: panel title -> height of a dashed line, such as the optimum.
+        title: of the figure.
+
+    Raises:
+        ValueError: where no column of the panels was logged.
+
+    Example:
+        >>> import tempfile
+        >>> rows = [{"frames": 64 * t, "eval/trial_return": t / 10} for t in range(40)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_learning_curve(rows, f"{folder}/learning_curve.png")
+    """
+    runs = rows if isinstance(rows, Mapping) else {"": rows}
+    tables = {name: _read_rows(run) for name, run in runs.items()}
+    panels = panels or _DEFAULT_PANELS
+    logged = {key for table in tables.values() for row in table for key in row}
+    panels = {name: columns for name, columns in panels.items() if logged & columns.keys()}
+    if not panels or x not in logged:
+        raise ValueError(
+            f"The learning curve needs column {x!r} and a column to draw over it, got "
+            f"{sorted(logged)}. Name yours with x= and panels=."
+        )
+    figure, axes = _figure(len(panels), width=4.6, height=3.3)
+    for ax, (name, columns) in zip(axes, panels.items(), strict=True):
+        colours = iter(_COLOURS * (1 + len(tables) * len(columns) // len(_COLOURS)))
+        for run, table in tables.items():
+            for column, label in columns.items():
+                points = np.array(
+                    [[row[x], row[column]] for row in table if x in row and column in row]
+                )
+                if points.size:
+                    label = ", ".join(part for part in (run, label) if part)
+                    _draw_run(ax, points, next(colours), label, thin=column.startswith("train/"))
+        if reference and name in reference:
+            ax.axhline(reference[name], color=_REFERENCE_COLOUR, ls="--", lw=1.2, label="optimal")
+        ax.set_xlabel("environment steps" if x == "frames" else x)
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+        ax.set_ylabel(name)
+        if name.startswith("success"):
+            _percent_axis(ax)
+        ax.legend(frameon=False, fontsize=8)
+    _finish(figure, path, title)
+
+
+def plot_adaptation_curve(
+    results: TrialResults | Sequence[TrialResults] | Mapping[str, TrialResults],
+    path: str | Path,
+    *,
+    measure: Measure = "success",
+    pooled: bool = True,
+    reference: Sequence[float] | None = None,
+    reference_label: str = "Bayes-optimal",
+    label: str = "agent",
+    confidence: float = 0.95,
+    seed: int = 0,
+    title: str | None = None,
+) -> None:
+    """Draw success (or return) by attempt: whether the agent adapts within a trial, and how fast.
+
+    The band is the percentile-bootstrap interval of the mean, resampling whole trials.
+
+    Args:
+        results: of one agent; a sequence, of one agent trained with several seeds; or several
+            agents by name.
+        path: PNG (or PDF, SVG) to write.
+        measure: `"success"` or `"return"`.
+        pooled: whether seeds become one line with thin ones for each, or a line with a band each.
+        reference: value by attempt to draw beside it, such as an exact optimum's.
+        reference_label: what that is.
+        label: what the agent is called in the legend.
+        confidence: probability mass of the band.
+        seed: of the resampling.
+        title: of the figure.
+
+    Example:
+        >>> import tempfile, torch
+        >>> success = torch.rand(200, 5) < torch.tensor([0.5, 0.8, 0.9, 0.95, 0.95])
+        >>> results = TrialResults(
+        ...     success.float(), success, success.sum(1).float(), torch.full((200,), 30)
+        ... )
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_adaptation_curve(results, f"{folder}/adaptation_curve.png")
+    """
+    lines, thin = _lines_of(results, pooled, label)
+    figure, (ax,) = _figure(1, width=5.2, height=3.6)
+    colours = _COLOURS * (1 + len(lines) // len(_COLOURS))
+    most = max(line.attempt_return.shape[1] for line in lines.values())
+    marker = "o" if most <= 20 else None
+    for single in thin:
+        values = single.by_attempt(measure).nanmean(0).numpy()
+        ax.plot(_attempts(values), values, color=colours[0], lw=0.8, alpha=0.45)
+    for (name, line), colour in zip(lines.items(), colours, strict=False):
+        mean, low, high = bootstrap_mean(
+            line.by_attempt(measure).numpy(), confidence=confidence, seed=seed
+        )
+        attempts = _attempts(mean)
+        ax.fill_between(attempts, low, high, color=colour, alpha=0.2, lw=0)
+        ax.plot(attempts, mean, color=colour, marker=marker, ms=5, lw=2, label=name)
+    if reference is not None:
+        ax.plot(
+            _attempts(reference), reference, color=_REFERENCE_COLOUR, ls="--", lw=1.5,
+            marker=marker and "D", ms=3.5, label=reference_label,
+        )  # fmt: skip
+    ax.set_xlabel("attempt at the same task")
+    ax.set_ylabel("success rate" if measure == "success" else "return of the attempt")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+    if measure == "success":
+        _percent_axis(ax)
+    trials = sum(len(line) for line in lines.values())
+    ax.plot([], [], " ", label=f"{confidence:.0%} bootstrap, {trials:,} trials")
+    ax.legend(frameon=False, fontsize=9, loc="lower right" if measure == "success" else "best")
+    _finish(figure, path, title)
+
+
+def plot_trial_strip(
+    frames: Sequence[Sequence[np.ndarray]],
+    path: str | Path,
+    *,
+    titles: Sequence[str] | None = None,
+    title: str | None = None,
+    picture_inches: float = 0.85,
+) -> None:
+    """Draw one trial as a grid of pictures: a row for each attempt, a column for each step.
+
+    Args:
+        frames: pictures `[H, W, 3]` uint8 of each attempt, as `rollout_pictures` gives.
+        path: PNG (or PDF, SVG) to write.
+        titles: what to write beside each attempt; its number by default.
+        title: of the figure.
+        picture_inches: side of a picture.
+
+    Example:
+        >>> import tempfile
+        >>> frames = [[np.full((8, 8, 3), 200, np.uint8)] * steps for steps in (4, 3, 3)]
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_trial_strip(frames, f"{folder}/trial.png")
+    """
+    if not frames or not all(len(attempt) for attempt in frames):
+        raise ValueError(
+            "A trial strip needs at least one attempt, and one picture in each, got "
+            f"{[len(attempt) for attempt in frames]} pictures. Use rollout_pictures."
+        )
+    titles = titles or [f"attempt {number}" for number in range(1, len(frames) + 1)]
+    if len(titles) != len(frames):
+        raise ValueError(
+            f"titles must name each of the {len(frames)} attempts, got {len(titles)} of them. "
+            "Leave it out to number them."
+        )
+    columns = max(map(len, frames))
+    margin = 0.1 + 0.075 * max(map(len, titles))  # inches left of the grid, for the attempts' titles
+    header = 0.55 if title else 0.3
+    width = margin + columns * picture_inches
+    height = header + len(frames) * picture_inches
+    figure = Figure(figsize=(width, height))
+    for row, attempt in enumerate(frames):
+        for column, picture in enumerate(attempt):
+            side = 0.94 * picture_inches
+            left = margin + column * picture_inches
+            bottom = height - header - (row + 1) * picture_inches
+            ax = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            ax.imshow(picture, interpolation="nearest")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+            if row == 0 or column >= len(frames[0]):
+                top = row == 0 and column < len(frames[0])
+                if top:
+                    ax.set_title("start" if column == 0 else f"step {column}", fontsize=7, pad=3)
+            if column == 0:
+                ax.set_ylabel(
+                    titles[row], rotation=0, ha="right", va="center", fontsize=8, labelpad=6
+                )
+    if title:
+        figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
+    FigureCanvasAgg(figure).print_figure(path, dpi=_DPI)
+
+
+_DEFAULT_PANELS = {
+    "return per trial": {"train/trial_return": "training", "eval/trial_return": "evaluation"},
+    "success rate": {
+        "train/success_first": "training, first attempt",
+        "train/success_last": "training, last attempt",
+        "eval/success_first": "first attempt",
+        "eval/success_last": "last attempt",
+    },
+}
+
+
+def _read_rows(rows: Rows | str | Path) -> list[dict[str, float]]:
+    """Rows of numbers; entries that are no finite number are left out."""
+    if isinstance(rows, str | Path):
+        with Path(rows).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+    return [
+        {key: number for key, value in row.items() if np.isfinite(number := _number(value))}
+        for row in rows
+    ]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def _lines_of(
+    results: TrialResults | Sequence[TrialResults] | Mapping[str, TrialResults],
+    pooled: bool,
+    label: str,
+) -> tuple[dict[str, TrialResults], Sequence[TrialResults]]:
+    """Lines with a band, by label, and lines without one."""
+    if isinstance(results, TrialResults):
+        return {label: results}, ()
+    if isinstance(results, Mapping):
+        return dict(results), ()
+    if pooled:
+        return {f"{label}, {len(results)} seeds": TrialResults.concatenate(results)}, results
+    return {f"{label}, seed {number}": single for number, single in enumerate(results, 1)}, ()
+
+
+def _attempts(values: Sequence[float]) -> np.ndarray:
+    return np.arange(1, len(values) + 1)
+
+
+def _draw_run(ax: Axes, points: np.ndarray, colour: str, label: str, thin: bool) -> None:
+    ax.plot(
+        points[:, 0], points[:, 1], color=colour, label=label,
+        lw=0.9 if thin else 1.8, alpha=0.6 if thin else 1.0,
+        marker=None if thin or len(points) > 40 else "o", ms=3.5,
+    )  # fmt: skip
+
+
+def _percent_axis(ax: Axes) -> None:
+    ax.set_ylim(-0.02, 1.02)
+    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(width * panels, height), layout="constrained")
+    axes = list(figure.subplots(1, panels, squeeze=False)[0])
+    for ax in axes:
+        ax.grid(color="#dddddd", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _finish(figure: Figure, path: str | Path, title: str | None) -> None:
+    if title:
+        figure.suptitle(title, fontsize=11)
+    FigureCanvasAgg(figure).print_figure(path, dpi=_DPI)
