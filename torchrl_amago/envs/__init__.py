@@ -6,6 +6,13 @@ repeat a task into trials and show the agent its previous action and reward.
 
 from __future__ import annotations
 
-from torchrl_amago.envs.tasks import MetaFrozenLake
+from torchrl_amago.envs.tasks import MetaFrozenLake, bayes_optimal_success
+from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform, make_trial_env
 
-__all__ = ["MetaFrozenLake"]
+__all__ = [
+    "MetaFrozenLake",
+    "PreviousStepTransform",
+    "TrialTransform",
+    "bayes_optimal_success",
+    "make_trial_env",
+]

@@ -16,11 +16,19 @@ from torchrl_amago.envs.tasks.frozen_lake_layouts import (
     is_crossable,
     random_lakes,
 )
+from torchrl_amago.envs.tasks.frozen_lake_planner import (
+    BayesOptimum,
+    LakePlanner,
+    bayes_optimal_success,
+)
 
 __all__ = [
     "LAKE_SPLITS",
+    "BayesOptimum",
+    "LakePlanner",
     "LakeSplit",
     "MetaFrozenLake",
+    "bayes_optimal_success",
     "draw_lake",
     "enumerate_lakes",
     "in_split",

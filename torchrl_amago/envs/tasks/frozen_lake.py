@@ -59,9 +59,9 @@ class MetaFrozenLake(EnvBase):
 
     Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new attempt at the same lake in
     the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
-    ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. The reset tensordict
-    may hold ``repeat_task`` instead; only the keyword also passes through
-    :class:`~torchrl.envs.ParallelEnv`, whose shared memory has no place for undeclared entries.
+    ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. Without the keyword, an
+    entry ``repeat_task`` of the reset tensordict is read, but TorchRL's ``TransformedEnv`` and
+    ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
 
     ``state_dict()`` holds all that changes (lakes, positions, drawn-ahead lakes, generator), so that
     a loaded environment continues exactly.

@@ -7,6 +7,7 @@ drawn at once, and only those that failed are redrawn, which leaves the same dis
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Literal, get_args
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 
 __all__ = [
     "LAKE_SPLITS",
-    "LakeSplit",
     "P_SAFE",
+    "LakeSplit",
     "enumerate_lakes",
     "in_split",
     "is_crossable",
@@ -65,13 +66,13 @@ def is_crossable(holes: Tensor) -> Tensor:
     wet = torch.zeros_like(safe)
     wet[0, 0] = safe[0, 0]
     # Unbound once: indexing anew costs more than the arithmetic on a line.
-    lines = [list(zip(wet.unbind(dim), safe.unbind(dim))) for dim in (0, 1)]
+    lines = [list(zip(wet.unbind(dim), safe.unbind(dim), strict=True)) for dim in (0, 1)]
     sweeps = lines + [line[::-1] for line in lines]
     before = torch.zeros_like(wet)
     while not torch.equal(wet, before):
         before.copy_(wet)
         for sweep in sweeps:
-            for (wet_from, _), (wet_to, safe_to) in zip(sweep, sweep[1:]):
+            for (wet_from, _), (wet_to, safe_to) in pairwise(sweep):
                 wet_to.bitwise_or_(wet_from & safe_to)
     return wet[-1, -1].reshape(holes.shape[:-2])
 
@@ -143,11 +144,7 @@ def random_lakes(
     """
     _check_size(size)
     _check_split(layouts, size)
-    if not 0.0 < p_safe <= 1.0:
-        raise ValueError(
-            f"p_safe must be in (0, 1], got {p_safe}. It is the probability that a cell is safe; "
-            f"Gymnasium's is {P_SAFE}."
-        )
+    _check_p_safe(p_safe)
     lakes = _draw(num, size, generator, p_safe)
     rejected = (~_accepted(lakes, layouts)).nonzero().squeeze(-1)
     for _ in range(_MAX_ROUNDS):
@@ -177,7 +174,7 @@ def enumerate_lakes(
         ``(holes, probability)``: bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
 
     Raises:
-        ValueError: if size is outside 2 to 4.
+        ValueError: if size is outside 2 to 4, or another argument is out of its range.
 
     Examples:
         >>> from torchrl_amago.envs.tasks.frozen_lake_layouts import enumerate_lakes
@@ -187,6 +184,7 @@ def enumerate_lakes(
     """
     _check_size(size)
     _check_split(layouts, size)
+    _check_p_safe(p_safe)
     if size > _MAX_ENUMERABLE_SIZE:
         raise ValueError(
             f"enumerating lakes is feasible for size <= {_MAX_ENUMERABLE_SIZE}, got {size}: there "
@@ -221,6 +219,14 @@ def _check_size(size: int) -> None:
         raise ValueError(
             f"size must be an integer of at least 2, got {size!r}. It is the number of cells per "
             "side; on a smaller lake the start would be the goal."
+        )
+
+
+def _check_p_safe(p_safe: float) -> None:
+    if not 0.0 < p_safe <= 1.0:
+        raise ValueError(
+            f"p_safe must be in (0, 1], got {p_safe}. It is the probability that a cell is safe; "
+            f"Gymnasium's is {P_SAFE}."
         )
 
 
