@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
+import os
 import re
 import shlex
 import subprocess
@@ -154,7 +155,15 @@ COMMANDS = sorted({(s, tuple(f)) for p in PAGES for s, f in command_scripts(p.re
 def test_commands_name_scripts_and_flags_that_exist(script):
     assert (ROOT / script).is_file()
     run = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, script, "--help"],
+        cwd=ROOT,
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+        },  # works without installation, as other tests do
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert run.returncode == 0, run.stderr
     wanted = {flag for name, flags in COMMANDS if name == script for flag in flags}
