@@ -135,7 +135,8 @@ class FunctionRepeater:
         self._function = function
 
     def soft_reset(self, below: Below, mask: Tensor, tensordict: TensorDictBase) -> TensorDictBase:
-        out = self._function(below.env, mask.clone(), tensordict.copy())
+        # Clones, because the tensors already belong to the step's result.
+        out = self._function(below.env, mask.clone(), tensordict.clone())
         if not isinstance(out, TensorDictBase) or out.batch_size != below.env.batch_size:
             got = tuple(out.batch_size) if isinstance(out, TensorDictBase) else type(out).__name__
             raise ValueError(

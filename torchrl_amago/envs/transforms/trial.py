@@ -328,7 +328,7 @@ class TrialTransform(Transform):
 
     def transform_done_spec(self, done_spec: Composite) -> Composite:
         for key in _DONE_KEYS:
-            if key not in done_spec.keys():
+            if key not in done_spec.keys():  # noqa: SIM118 - not a dict
                 done_spec[key] = done_spec["done"].clone()
         return done_spec
 
