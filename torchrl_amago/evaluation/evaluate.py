@@ -20,7 +20,6 @@ from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
-
 Measure = Literal["success", "return"]
 
 
@@ -154,7 +153,7 @@ def evaluate(
             "whole trials."
         )
     tally = _Tally(env.batch_size.numel(), trials_per_row, max_trial_steps)
-    with rollout_mode(policy, greedy=greedy):
+    with rollout_mode(policy, greedy=greedy, seed=seed):
         env.set_seed(seed)
         step = env.reset()
         while not tally.is_complete:
@@ -172,7 +171,7 @@ def evaluate(
 
 
 @contextmanager
-def rollout_mode(policy: Callable, *, greedy: bool) -> Iterator[None]:
+def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]:
     """Act without gradient, without dropout and with a random state of one's own; undo at exit."""
     modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
     was_training = [module.training for module in modules]
@@ -188,6 +187,11 @@ def rollout_mode(policy: Callable, *, greedy: bool) -> Iterator[None]:
             set_exploration_type(exploration),
             set_recurrent_mode(False),
         ):
+            # Not torch.manual_seed: it would also seed the devices that aren't forked.
+            torch.default_generator.manual_seed(seed)
+            for device in cuda:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(seed)
             yield
     finally:
         for module, training in zip(modules, was_training, strict=True):

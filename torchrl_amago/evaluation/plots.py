@@ -69,15 +69,21 @@ def plot_learning_curve(
         )
     figure, axes = _figure(len(panels), width=4.6, height=3.3)
     for ax, (name, columns) in zip(axes, panels.items(), strict=True):
-        colours = iter(_COLOURS * (1 + len(tables) * len(columns) // len(_COLOURS)))
+        # What is logged in training and in evaluation is one thing, so it has one colour.
+        things = list(
+            dict.fromkeys((run, key.rpartition("/")[2]) for run in tables for key in columns)
+        )
         for run, table in tables.items():
             for column, label in columns.items():
                 points = np.array(
                     [[row[x], row[column]] for row in table if x in row and column in row]
                 )
                 if points.size:
-                    label = ", ".join(part for part in (run, label) if part)
-                    _draw_run(ax, points, next(colours), label, thin=column.startswith("train/"))
+                    name_of_line = ", ".join(part for part in (run, label) if part)
+                    thing = things.index((run, column.rpartition("/")[2]))
+                    colour = _COLOURS[thing % len(_COLOURS)]
+                    thin = column.startswith("train/")
+                    _draw_run(ax, points, colour, name_of_line, thin=thin)
         if reference and name in reference:
             ax.axhline(reference[name], color=_REFERENCE_COLOUR, ls="--", lw=1.2, label="optimal")
         ax.set_xlabel("environment steps" if x == "frames" else x)
@@ -133,9 +139,12 @@ def plot_adaptation_curve(
     colours = _COLOURS * (1 + len(lines) // len(_COLOURS))
     most = max(line.attempt_return.shape[1] for line in lines.values())
     marker = "o" if most <= 20 else None
-    for single in thin:
+    for number, single in enumerate(thin):
         values = single.by_attempt(measure).nanmean(0).numpy()
-        ax.plot(_attempts(values), values, color=colours[0], lw=0.8, alpha=0.45)
+        ax.plot(
+            _attempts(values), values, color=colours[0], lw=0.8, alpha=0.45,
+            label=None if number else "each seed",
+        )  # fmt: skip
     for (name, line), colour in zip(lines.items(), colours, strict=False):
         mean, low, high = bootstrap_mean(
             line.by_attempt(measure).numpy(), confidence=confidence, seed=seed
@@ -154,7 +163,10 @@ def plot_adaptation_curve(
     if measure == "success":
         _percent_axis(ax)
     trials = sum(len(line) for line in lines.values())
-    ax.plot([], [], " ", label=f"{confidence:.0%} bootstrap, {trials:,} trials")
+    band = f"{confidence:.0%} bootstrap interval, {trials:,} trials"
+    ax.fill_between(
+        [], [], color=colours[0] if len(lines) == 1 else "#888888", alpha=0.2, lw=0, label=band
+    )
     ax.legend(frameon=False, fontsize=9, loc="lower right" if measure == "success" else "best")
     _finish(figure, path, title)
 
@@ -194,11 +206,17 @@ def plot_trial_strip(
             "Leave it out to number them."
         )
     columns = max(map(len, frames))
-    margin = 0.1 + 0.075 * max(map(len, titles))  # inches left of the grid, for the attempts' titles
+    margin = 0.1 + 0.075 * max(
+        map(len, titles)
+    )  # inches left of the grid, for the attempts' titles
     header = 0.55 if title else 0.3
     width = margin + columns * picture_inches
     height = header + len(frames) * picture_inches
     figure = Figure(figsize=(width, height))
+    for column in range(columns):
+        x, y = margin + (column + 0.47) * picture_inches, height - header + 0.08
+        text = "start" if column == 0 else f"step {column}"
+        figure.text(x / width, y / height, text, fontsize=7, ha="center")
     for row, attempt in enumerate(frames):
         for column, picture in enumerate(attempt):
             side = 0.94 * picture_inches
@@ -208,10 +226,6 @@ def plot_trial_strip(
             ax.imshow(picture, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
-            if row == 0 or column >= len(frames[0]):
-                top = row == 0 and column < len(frames[0])
-                if top:
-                    ax.set_title("start" if column == 0 else f"step {column}", fontsize=7, pad=3)
             if column == 0:
                 ax.set_ylabel(
                     titles[row], rotation=0, ha="right", va="center", fontsize=8, labelpad=6
@@ -224,10 +238,10 @@ def plot_trial_strip(
 _DEFAULT_PANELS = {
     "return per trial": {"train/trial_return": "training", "eval/trial_return": "evaluation"},
     "success rate": {
-        "train/success_first": "training, first attempt",
-        "train/success_last": "training, last attempt",
-        "eval/success_first": "first attempt",
-        "eval/success_last": "last attempt",
+        "train/success_last": "last attempt, training",
+        "eval/success_last": "last attempt, evaluation",
+        "train/success_first": "first attempt, training",
+        "eval/success_first": "first attempt, evaluation",
     },
 }
 

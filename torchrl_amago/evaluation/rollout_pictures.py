@@ -24,9 +24,7 @@ class _Camera(Transform):
         self.row = row
         self.picture: np.ndarray | None = None
 
-    def _step(
-        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         self.picture = self.parent.base_env.render(self.row)
         return next_tensordict
 
@@ -71,19 +69,19 @@ def rollout_pictures(
         (3, 3)
     """
     filmed, camera = _with_camera(env, row)
-    with rollout_mode(policy, greedy=greedy):
+    with rollout_mode(policy, greedy=greedy, seed=seed):
         filmed.set_seed(seed)
         step = filmed.reset()
         attempts = [[filmed.base_env.render(row)]]
         for _ in range(max_steps):
-            step = filmed.step(policy(step))
+            # Other rows may be done before this one: they begin a new trial.
+            step, following = filmed.step_and_maybe_reset(policy(step))
             attempts[-1].append(camera.picture)
             if step["next", done_key].reshape(-1)[row]:
                 return attempts
             if step["next", soft_reset_key].reshape(-1)[row]:
                 attempts.append([filmed.base_env.render(row)])
-            # Other rows may be done before this one: they begin a new trial.
-            _, step = filmed.maybe_reset(step), filmed._step_mdp(step)
+            step = following
     raise RuntimeError(
         f"The trial must end within max_steps={max_steps} steps, it did not. Give the trial "
         "transform episodes= or horizon=, or raise max_steps."
@@ -101,7 +99,7 @@ def _with_camera(env: EnvBase, row: int) -> tuple[TransformedEnv, _Camera]:
     if not 0 <= row < rows:
         raise IndexError(f"row must be in [0, {rows}), got {row}. The environment has {rows} rows.")
     camera = _Camera(row)
-    transforms = env.transform.clone() if isinstance(env, TransformedEnv) else Compose()
+    transforms = env.transform if isinstance(env, TransformedEnv) else Compose()
     layers = transforms if isinstance(transforms, Compose) else [transforms]
     # Copies of the transforms: the environment that was given keeps its own.
     return TransformedEnv(base, Compose(camera, *(layer.clone() for layer in layers))), camera

@@ -145,9 +145,12 @@ def stratified_bootstrap(
 
 
 def _percentiles(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
+    """The two ends over the first axis; NaN resamples (of missing values only) don't count."""
     tail = 50 * (1 - confidence)
-    low, high = np.percentile(values, [tail, 100 - tail], axis=0)
-    return low, high
+    known = ~np.isnan(values).all(axis=0)
+    ends = np.full((2, *values.shape[1:]), np.nan)
+    ends[:, known] = np.nanpercentile(values[:, known], [tail, 100 - tail], axis=0)
+    return ends[0], ends[1]
 
 
 def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:

@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.envs.utils import ExplorationType, exploration_type, set_exploration_type
+from torchrl.modules import recurrent_mode
+
+from tests.evaluation.scripted import ScriptedTrials, act
+from torchrl_amago.evaluation import TrialResults, evaluate
+
+NAN = float("nan")
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), equal_nan=True
+    )
+
+
+def test_every_number_of_two_scripted_rows():
+    env = ScriptedTrials(
+        [
+            [[[0.0, 1.0], [1.0]], [[0.5, -1.0], [0.0, 0.0, 2.0], [1.0]]],
+            [[[1.0]], [[0.0], [0.0, 1.0]]],
+        ]
+    )
+    results = evaluate(act, env, trials_per_row=2)
+    assert_equal(results.attempt_return, [[1, 1, NAN], [-0.5, 2, 1], [1, NAN, NAN], [0, 1, NAN]])
+    assert results.attempt_success.tolist() == [
+        [True, True, False], [False, True, True], [True, False, False], [False, True, False]
+    ]  # fmt: skip
+    assert_equal(results.trial_return, [2, 2.5, 1, 1])
+    assert_equal(results.trial_length, [3, 6, 1, 3])
+
+
+def test_short_trials_are_not_favoured():
+    # One row plays 1-step trials that succeed, the other 20-step trials that fail.
+    env = ScriptedTrials([[[[1.0]]], [[[0.0] * 20]]])
+    results = evaluate(act, env, trials_per_row=3)
+    assert results.summary()["success"] == 0.5
+    assert_equal(results.trial_length, [1, 1, 1, 20, 20, 20])
+    assert env.num_steps == 60
+
+
+def test_success_needs_more_than_the_threshold():
+    env = ScriptedTrials([[[[1.0], [2.0], [3.0]]]])
+    results = evaluate(act, env, trials_per_row=1, success_threshold=2.0)
+    assert results.attempt_success.tolist() == [[False, False, True]]
+
+
+def test_environment_is_seeded_and_begins_anew():
+    env = ScriptedTrials([[[[1.0]], [[0.0, 0.0]]]])
+    for _ in range(2):
+        assert_equal(evaluate(act, env, trials_per_row=1, seed=11).trial_length, [1])
+    assert env.seeds == [11, 11]
+
+
+class Sampler(nn.Module):
+    """Notes the circumstances it acts in, and draws from torch's global generator."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.frozen = nn.Dropout()
+        self.frozen.eval()
+        self.seen = []
+
+    def forward(self, observation):
+        self.seen.append(
+            (exploration_type(), torch.is_grad_enabled(), self.training, recurrent_mode())
+        )
+        self.draw = torch.rand(())
+        return (observation * self.weight).long().squeeze(-1)
+
+
+@pytest.mark.parametrize(
+    ("greedy", "expected"), [(True, ExplorationType.DETERMINISTIC), (False, ExplorationType.RANDOM)]
+)
+def test_training_is_not_disturbed(greedy, expected):
+    module = Sampler()
+    policy = TensorDictModule(module, ["observation"], ["action"])
+    env = ScriptedTrials([[[[1.0, 0.0]]]])
+    state = torch.get_rng_state()
+    with set_exploration_type(ExplorationType.MODE):
+        evaluate(policy, env, trials_per_row=1, greedy=greedy, seed=4)
+        first = module.draw
+        assert exploration_type() == ExplorationType.MODE
+    assert set(module.seen) == {(expected, False, False, False)}
+    assert torch.equal(torch.get_rng_state(), state)
+    assert module.training
+    assert not module.frozen.training
+    torch.rand(7)
+    evaluate(policy, env, trials_per_row=1, greedy=greedy, seed=4)
+    assert torch.equal(module.draw, first)
+
+
+def test_training_mode_comes_back_after_an_error():
+    policy = nn.Linear(1, 1)
+    with pytest.raises(TypeError):
+        evaluate(policy, ScriptedTrials([[[[1.0]]]]), trials_per_row=1)
+    assert policy.training
+
+
+def test_refuses_what_it_cannot_count():
+    env = ScriptedTrials([[[[0.0] * 8]]])
+    with pytest.raises(ValueError, match="trials_per_row must be at least 1, got 0"):
+        evaluate(act, env, trials_per_row=0)
+    with pytest.raises(
+        RuntimeError, match=r"within max_trial_steps=5 steps.*episodes= or horizon="
+    ):
+        evaluate(act, env, trials_per_row=1, max_trial_steps=5)
+    with pytest.raises(KeyError, match=r"reads 'score'.*'attempt_return'.*Append the trial transf"):
+        evaluate(act, env, trials_per_row=1, attempt_return_key="score")
+
+
+def make_results(attempt_return) -> TrialResults:
+    attempt_return = torch.tensor(attempt_return)
+    return TrialResults(
+        attempt_return,
+        attempt_return > 0,
+        attempt_return.nansum(1),
+        torch.arange(1, 1 + len(attempt_return)),
+    )
+
+
+def test_summary_uses_each_trials_own_last_attempt():
+    summary = make_results([[0.0, 1.0, NAN], [1.0, 0.0, 1.0]]).summary()
+    assert summary == pytest.approx(
+        {
+            "trial_return": 1.5,
+            "trial_length": 1.5,
+            "success": 3 / 5,
+            "success_first": 0.5,
+            "success_last": 1.0,
+        }
+    )
+
+
+def test_measures_mark_attempts_that_did_not_happen():
+    results = make_results([[-2.0, 3.0], [1.0, NAN]])
+    assert_equal(results.by_attempt("success"), [[0, 1], [1, NAN]])
+    assert_equal(results.by_attempt("return"), [[-2, 3], [1, NAN]])
+    assert len(results) == 2
+    with pytest.raises(ValueError, match="measure must be 'success' or 'return', got 'speed'"):
+        results.by_attempt("speed")
+
+
+def test_concatenate_fills_up_missing_attempts():
+    results = TrialResults.concatenate([make_results([[1.0]]), make_results([[0.0, 2.0]])])
+    assert_equal(results.attempt_return, [[1, NAN], [0, 2]])
+    assert results.attempt_success.tolist() == [[True, False], [False, True]]
+    assert_equal(results.trial_return, [1, 2])
+    assert_equal(results.trial_length, [1, 1])
+
+
+def test_on_the_frozen_lake_with_its_transforms():
+    from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+
+    env = make_trial_env(MetaFrozenLake(3, batch_size=(16,)), episodes=3)
+    results = evaluate(env.rand_action, env, trials_per_row=2, greedy=False)
+    assert results.attempt_happened.all()
+    assert results.attempt_return.shape == (32, 3)
+    torch.testing.assert_close(results.attempt_return.sum(1), results.trial_return)
+    assert 0 < results.summary()["success"] < 1
+    again = evaluate(env.rand_action, env, trials_per_row=2, greedy=False)
+    assert torch.equal(again.attempt_return, results.attempt_return)

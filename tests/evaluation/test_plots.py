@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import csv
+import sys
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+from torchrl_amago.evaluation import (
+    TrialResults,
+    plot_adaptation_curve,
+    plot_learning_curve,
+    plot_trial_strip,
+    plots,
+)
+
+
+@pytest.fixture
+def figure(monkeypatch):
+    """The figure drawn last."""
+    drawn = []
+
+    class Canvas(FigureCanvasAgg):
+        def __init__(self, figure):
+            drawn.append(figure)
+            super().__init__(figure)
+
+    monkeypatch.setattr(plots, "FigureCanvasAgg", Canvas)
+    return lambda: drawn[-1]
+
+
+def make_results(rate: list[float], trials: int = 40) -> TrialResults:
+    """Exactly the given share of the trials succeeds at each attempt."""
+    rank = (torch.arange(trials) + 0.5) / trials
+    success = rank.unsqueeze(-1) < torch.tensor(rate)
+    return TrialResults(
+        2 * success.float(), success, 2 * success.sum(1).float(), torch.full((trials,), 9)
+    )
+
+
+def lines_of(ax) -> dict[str, list[float]]:
+    return {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in ax.get_lines()}
+
+
+def is_png(path) -> bool:
+    return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_adaptation_curve_draws_success_by_attempt_and_the_reference(tmp_path, figure):
+    path = tmp_path / "adaptation_curve.png"
+    plot_adaptation_curve(
+        make_results([0.5, 0.75, 1.0]), path, reference=[0.6, 0.9, 1.0], reference_label="optimum"
+    )
+    (ax,) = figure().axes
+    lines = lines_of(ax)
+    assert lines["agent"] == pytest.approx([0.5, 0.75, 1.0])
+    assert lines["optimum"] == [0.6, 0.9, 1.0]
+    assert ax.get_lines()[0].get_xdata().tolist() == [1, 2, 3]
+    assert any("40 trials" in text.get_text() for text in ax.get_legend().get_texts())
+    assert is_png(path)
+
+
+def test_adaptation_curve_of_returns_of_several_agents(tmp_path, figure):
+    results = {"memory": make_results([0.5, 1.0]), "none": make_results([0.5, 0.5, 0.5])}
+    plot_adaptation_curve(results, tmp_path / "curve.png", measure="return")
+    lines = lines_of(figure().axes[0])
+    assert lines["memory"] == pytest.approx([1.0, 2.0])
+    assert lines["none"] == pytest.approx([1.0, 1.0, 1.0])
+
+
+def test_adaptation_curve_of_seeds_pooled_or_each(tmp_path, figure):
+    seeds = [make_results([0.25, 0.5]), make_results([0.75, 1.0])]
+    plot_adaptation_curve(seeds, tmp_path / "pooled.png")
+    lines = lines_of(figure().axes[0])
+    assert lines["agent, 2 seeds"] == pytest.approx([0.5, 0.75])
+    assert lines["each seed"] == pytest.approx([0.25, 0.5])
+    plot_adaptation_curve(seeds, tmp_path / "each.png", pooled=False)
+    assert lines_of(figure().axes[0])["agent, seed 2"] == pytest.approx([0.75, 1.0])
+
+
+def test_learning_curve_reads_rows_and_csv_alike(tmp_path, figure):
+    rows = [
+        {"frames": 10, "train/trial_return": 1.0},
+        {"frames": 20, "train/trial_return": 2.0, "eval/trial_return": 3.0, "note": "x"},
+        {"frames": 30, "train/trial_return": float("nan"), "eval/success_last": 0.5},
+    ]
+    with (tmp_path / "progress.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(
+            file, ["frames", "train/trial_return", "eval/trial_return", "eval/success_last", "note"]
+        )
+        writer.writeheader()
+        writer.writerows(rows)
+    for table in (rows, tmp_path / "progress.csv", str(tmp_path / "progress.csv")):
+        path = tmp_path / "learning_curve.png"
+        plot_learning_curve(table, path, reference={"return per trial": 4.5})
+        returns, success = figure().axes
+        lines = lines_of(returns)
+        assert lines["training"] == [1.0, 2.0]
+        assert lines["evaluation"] == [3.0]
+        assert set(lines["optimal"]) == {4.5}
+        assert lines_of(success) == {"last attempt, evaluation": [0.5]}
+        assert is_png(path)
+
+
+def test_learning_curve_of_several_runs_and_other_columns(tmp_path, figure):
+    runs = {name: [{"update": 1, "loss": height}] for name, height in [("a", 1.0), ("b", 2.0)]}
+    plot_learning_curve(
+        runs, tmp_path / "loss.png", x="update", panels={"loss": {"loss": "critic"}}
+    )
+    (ax,) = figure().axes
+    assert lines_of(ax) == {"a, critic": [1.0], "b, critic": [2.0]}
+    assert ax.get_xlabel() == "update"
+
+
+def test_learning_curve_needs_its_columns(tmp_path):
+    with pytest.raises(ValueError, match=r"needs column 'frames'.*got \['loss', 'update'\].*x="):
+        plot_learning_curve([{"update": 1, "loss": 2.0}], tmp_path / "x.png")
+
+
+def test_trial_strip_has_a_picture_per_step(tmp_path, figure):
+    frames = [
+        [np.full((4, 4, 3), 10 * a + s, np.uint8) for s in range(n)] for a, n in [(0, 2), (1, 3)]
+    ]
+    plot_trial_strip(frames, tmp_path / "trial.png", title="trial")
+    shown = [int(ax.get_images()[0].get_array()[0, 0, 0]) for ax in figure().axes]
+    assert shown == [0, 1, 10, 11, 12]
+    assert [ax.get_ylabel() for ax in figure().axes] == ["attempt 1", "", "attempt 2", "", ""]
+    assert [text.get_text() for text in figure().texts][:3] == ["start", "step 1", "step 2"]
+    assert is_png(tmp_path / "trial.png")
+
+
+def test_trial_strip_refuses_missing_pictures_and_titles(tmp_path):
+    with pytest.raises(ValueError, match=r"one picture in each, got \[1, 0\] pictures"):
+        plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)], []], tmp_path / "x.png")
+    with pytest.raises(ValueError, match="name each of the 1 attempts, got 2"):
+        plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", titles=["a", "b"])
+
+
+def test_plots_leave_no_global_state(tmp_path):
+    before = mpl.rcParams.copy()
+    sys.modules.pop("matplotlib.pyplot", None)
+    plot_adaptation_curve(make_results([0.5, 1.0]), tmp_path / "a.png")
+    assert "matplotlib.pyplot" not in sys.modules
+    assert mpl.rcParams == before

@@ -1,0 +1,88 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from torchrl_amago.evaluation import bootstrap_mean, interquartile_mean, stratified_bootstrap
+from torchrl_amago.evaluation import statistics as statistics_module
+
+
+@pytest.mark.parametrize(
+    ("scores", "expected"),
+    [
+        ([5.0], 5.0),
+        ([1.0, 2.0, 9.0], 4.0),  # floor(3 / 4) = 0 are cut
+        ([-100.0, 1.0, 3.0, 100.0], 2.0),  # one at each end
+        ([7.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 3.5),  # two at each end: 2, 3, 4, 5 stay
+        ([9.0, 1.0, 2.0, 3.0, 4.0], 3.0),  # one at each end: 2, 3, 4 stay
+    ],
+)
+def test_interquartile_mean_by_hand(scores, expected):
+    assert interquartile_mean(np.array(scores)) == pytest.approx(expected)
+
+
+def test_interquartile_mean_of_all_runs_and_tasks_or_along_an_axis():
+    scores = np.array([[0.0, 10.0], [1.0, 20.0], [2.0, 30.0], [100.0, 40.0]])
+    assert interquartile_mean(scores) == pytest.approx((2 + 10 + 20 + 30) / 4)
+    np.testing.assert_allclose(interquartile_mean(scores, axis=0), [1.5, 25.0])
+
+
+def test_bootstrap_mean_matches_the_normal_interval_of_a_large_sample():
+    values = np.random.default_rng(1).normal(3.0, 2.0, size=4000)
+    point, low, high = bootstrap_mean(values)
+    half = 1.96 * values.std() / np.sqrt(4000)
+    assert point == pytest.approx(values.mean())
+    assert (low, high) == pytest.approx((point - half, point + half), abs=0.006)
+
+
+def test_bootstrap_mean_of_two_values_by_hand():
+    # Two draws of two: mean 0 with 1/4, 1/2 with 1/2, 1 with 1/4.
+    assert bootstrap_mean(np.array([0.0, 1.0]), confidence=0.4) == (0.5, 0.5, 0.5)
+    assert bootstrap_mean(np.array([0.0, 1.0]), confidence=0.6) == (0.5, 0.0, 1.0)
+
+
+def test_bootstrap_mean_skips_missing_values_column_by_column():
+    values = np.array([[1.0, 2.0, np.nan], [3.0, np.nan, np.nan], [5.0, 6.0, np.nan]])
+    point, low, high = bootstrap_mean(values)
+    np.testing.assert_allclose(point, [3.0, 4.0, np.nan])
+    assert low[1] == 2.0
+    assert high[1] == 6.0
+    assert np.isnan(low[2])
+
+
+def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
+    values = np.random.default_rng(0).random((50, 3))
+    whole = bootstrap_mean(values, resamples=300)
+    monkeypatch.setattr(statistics_module, "_CHUNK_NUMBERS", 700)
+    np.testing.assert_allclose(bootstrap_mean(values, resamples=300), whole)
+    assert stratified_bootstrap(values, resamples=30).low.shape == ()
+
+
+def test_stratified_bootstrap_keeps_the_spread_between_tasks_out():
+    # Two tasks that differ, runs that don't: nothing is uncertain.
+    scores = np.array([[0.0, 100.0]] * 5)
+    assert stratified_bootstrap(scores) == (50.0, 50.0, 50.0)
+    assert stratified_bootstrap(scores, np.mean) == (50.0, 50.0, 50.0)
+
+
+def test_stratified_bootstrap_covers_the_truth_as_often_as_it_says():
+    generator = np.random.default_rng(0)
+    inside = 0
+    for trial in range(100):
+        scores = generator.normal(0.0, 1.0, size=(20, 4))
+        _, low, high = stratified_bootstrap(scores, np.mean, resamples=300, seed=trial)
+        inside += low <= 0 <= high
+    assert 87 <= inside <= 100  # 95 expected; the bootstrap of few runs is a little short
+
+
+def test_refuses_scores_that_are_missing_or_misshapen():
+    with pytest.raises(ValueError, match=r"at least one score, got shape \(0,\)"):
+        interquartile_mean(np.array([]))
+    with pytest.raises(ValueError, match="must not be NaN, 1 of 2 are"):
+        interquartile_mean(np.array([np.nan, 1.0]))
+    with pytest.raises(ValueError, match=r"scores \[runs, tasks\], got shape \(3,\)"):
+        stratified_bootstrap(np.zeros(3))
+    with pytest.raises(ValueError, match=r"confidence must be in \(0, 1\).*got\s+confidence=95"):
+        bootstrap_mean(np.zeros(3), confidence=95)
+    with pytest.raises(ValueError, match=r"first axis, which must not be empty.*\(0, 2\)"):
+        bootstrap_mean(np.zeros((0, 2)))
