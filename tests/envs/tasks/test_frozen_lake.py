@@ -388,18 +388,18 @@ def test_the_environment_leaves_the_global_generator_alone():
 
 @pytest.mark.parametrize("mode", MODES)
 def test_state_dict_resumes_exactly(mode, tmp_path):
-    env = MetaFrozenLake(size=3, batch_size=[5], seed=0, **MODES[mode])
+    env = MetaFrozenLake(size=3, batch_size=[100], seed=0, **MODES[mode])
     td = rollout(env, 37)[:, -1]["next"].exclude("reward")
     td["_reset"] = td["done"].clone()
     torch.save(env.state_dict(), tmp_path / "env.pt")
-    resumed = MetaFrozenLake(size=3, batch_size=[5], seed=99, **MODES[mode])
+    resumed = MetaFrozenLake(size=3, batch_size=[100], seed=99, **MODES[mode])
     resumed.load_state_dict(torch.load(tmp_path / "env.pt", weights_only=True))
 
     def go_on(env):
         torch.manual_seed(11)
         start = env.maybe_reset(td.clone())
-        # 600 steps draw more lakes than the pool holds.
-        return env.rollout(600, auto_reset=False, tensordict=start, break_when_any_done=False)
+        # 100 rows draw more lakes in 100 steps than the pool holds.
+        return env.rollout(100, auto_reset=False, tensordict=start, break_when_any_done=False)
 
     expected, actual = go_on(env), go_on(resumed)
     assert (expected == actual).all()

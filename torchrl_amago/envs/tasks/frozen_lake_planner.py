@@ -31,6 +31,11 @@ class BayesOptimum:
         expected_return: expected undiscounted return of a trial: successful attempts, at most k.
         success_by_attempt: probability of success at each of the k attempts. Their sum is
             ``expected_return``. Several optimal agents may differ here: see :class:`LakePlanner`.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks import BayesOptimum
+        >>> BayesOptimum(expected_return=1.5, success_by_attempt=(0.5, 1.0))
+        BayesOptimum(expected_return=1.5, success_by_attempt=(0.5, 1.0))
     """
 
     expected_return: float
@@ -39,15 +44,25 @@ class BayesOptimum:
 
 @dataclass(frozen=True)
 class Belief:
-    """The cells known to be safe and those known to be holes, as bit masks over cells."""
+    """The cells known to be safe and those known to be holes, as bit masks over cells.
+
+    Start from :attr:`LakePlanner.start_belief`; each step on an unknown cell adds one bit.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks.frozen_lake_planner import Belief
+        >>> Belief(safe=0b1, holes=0).with_safe(1).with_hole(2)
+        Belief(safe=3, holes=4)
+    """
 
     safe: int
     holes: int
 
     def with_safe(self, cell: int) -> Belief:
+        """This belief after standing on a cell."""
         return Belief(self.safe | 1 << cell, self.holes)
 
     def with_hole(self, cell: int) -> Belief:
+        """This belief after falling into a cell."""
         return Belief(self.safe, self.holes | 1 << cell)
 
 
