@@ -29,7 +29,7 @@ from torchrl_amago.trainers.hooks import (
     evaluation_metrics,
 )
 from torchrl_amago.trainers.interrupt import on_interrupt
-from torchrl_amago.trainers.nonfinite import check_data
+from torchrl_amago.trainers.nonfinite import blame_inputs, check_data
 from torchrl_amago.trainers.optim import make_warmup
 from torchrl_amago.trainers.report import RunReport
 
@@ -244,8 +244,9 @@ class AMAGOTrainer(Trainer):
         self._shutdown_hook()
 
     def _collect(self, batches: Iterator[None]) -> bool:
-        if next(batches, self) is self:
-            return False  # the collector's own total_frames
+        with blame_inputs(getattr(self.collector, "policy", None), self.run_dir):
+            if next(batches, self) is self:
+                return False  # the collector's own total_frames
         frames = self.collector.requested_frames_per_batch
         self.collected_frames += frames
         if self.exploration is not None:

@@ -70,17 +70,9 @@ class AMAGOOptimizationStepper(OptimizationStepper):
 
 
 def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str, float]:
-    """Columns of an evaluation: named numbers as they are, or means over trials.
-
-    Of ``TrialResults``: return, length, and success at the first and the last attempt.
-    """
+    """Columns of an evaluation: named numbers as they are, ``TrialResults`` by their summary."""
     if isinstance(results, TrialResults):
-        results = {
-            "trial_return": results.trial_return.float().mean(),
-            "trial_length": results.trial_length.float().mean(),
-            "success_first": results.attempt_success[:, 0].float().mean(),
-            "success_last": results.attempt_success[:, -1].float().mean(),
-        }
+        results = results.summary()
     return {f"eval/{name}": float(value) for name, value in results.items()}
 
 

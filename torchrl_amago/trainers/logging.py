@@ -29,7 +29,7 @@ CLOCK_COLUMNS = (
 
 
 class ProgressTable:
-    """A CSV file that is flushed row by row, and that can be cut back to an earlier row.
+    """A CSV file that is on the disk row by row, and that can be cut back to an earlier row.
 
     TorchRL's ``CSVLogger`` writes one file per scalar; plots want one table. Columns may appear
     late (the first evaluation brings some): then the file is rewritten, atomically.
@@ -51,18 +51,17 @@ class ProgressTable:
         self.path = Path(path)
         self.columns: list[str] = []
         self.num_rows = 0
-        self._file = None
 
     def append(self, row: Mapping[str, float]) -> None:
         """Write one row; columns it lacks stay empty."""
         new = [column for column in row if column not in self.columns]
         if new:
-            rows = self._read() if self.num_rows else []
+            rows = _read_rows(self.path) if self.num_rows else []
             self.columns += new
             self._rewrite(rows)
-        file = self._open()
-        csv.writer(file).writerow([_cell(row.get(column)) for column in self.columns])
-        file.flush()
+        with self.path.open("a", newline="", encoding="utf-8") as file:
+            cells = [_cell(row.get(column)) for column in self.columns]
+            csv.writer(file, lineterminator="\n").writerow(cells)
         self.num_rows += 1
 
     def state_dict(self) -> dict[str, Any]:
@@ -76,7 +75,6 @@ class ProgressTable:
             state: what ``state_dict()`` gave.
             source: table to take the rows from, if it is another file.
         """
-        self.close()
         rows = _read_rows(source or self.path)
         self.columns, self.num_rows = list(state["columns"]), int(state["num_rows"])
         if len(rows) < self.num_rows:
@@ -88,27 +86,13 @@ class ProgressTable:
         if self.columns:
             self._rewrite(rows[: self.num_rows])
 
-    def close(self) -> None:
-        """Close the file; another row opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self):
-        if self._file is None:
-            self._file = self.path.open("a", newline="", encoding="utf-8")
-        return self._file
-
-    def _read(self) -> list[dict[str, str]]:
-        self.close()
-        return _read_rows(self.path)
-
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         with temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", extrasaction="ignore")
+            writer = csv.DictWriter(
+                file, self.columns, restval="", extrasaction="ignore", lineterminator="\n"
+            )
             writer.writeheader()
             writer.writerows(rows)
             file.flush()

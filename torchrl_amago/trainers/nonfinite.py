@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from torch import Tensor
+from tensordict import NestedKey, TensorDictBase, is_tensor_collection
+from torch import Tensor, nn
 
 from torchrl_amago import keys
 
@@ -73,26 +76,53 @@ def check_data(batch: TensorDictBase, run_dir: Path, when: str) -> None:
         return
     found = nonfinite_entries(batch)
     if found:
-        _stop(
-            f"{when} must be finite, but NaN or infinity is in {', '.join(found)}", batch, run_dir
-        )
+        problem = f"{when} must be finite, but NaN or infinity is in {', '.join(found)}"
+        raise _error(problem, batch, run_dir)
 
 
 def stop_on_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path):
     """Raise :class:`NonFiniteError` for a loss or gradient that is not finite."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
-    bad = [f"{key!r} ({value})" for key, value in named.items() if abs(value) in (float("inf"),)]
-    bad += [f"{key!r} (nan)" for key, value in named.items() if value != value]
+    bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
     if not bad:
         bad = [f"the gradients (norm {grad_norm})"]
     found = nonfinite_entries(batch)
     data = f"; in the batch: {', '.join(found)}" if found else "; the batch itself is finite"
-    _stop(
-        f"losses and gradients must be finite, but not so: {', '.join(bad)}{data}", batch, run_dir
-    )
+    problem = f"losses and gradients must be finite, but not so: {', '.join(bad)}{data}"
+    raise _error(problem, batch, run_dir)
 
 
-def _stop(problem: str, batch: TensorDictBase, run_dir: Path) -> None:
+@contextmanager
+def blame_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
+    """Inside, an error after the policy was shown NaN or infinity is told as what it is.
+
+    Sampling an action from NaN fails (or not) in many ways, and does so before the rollout's data
+    can be checked.
+    """
+    if not isinstance(policy, nn.Module):
+        yield
+        return
+    shown: list[Any] = []
+
+    def remember(_: nn.Module, arguments: tuple) -> None:
+        shown[:] = arguments[:1]
+
+    hook = policy.register_forward_pre_hook(remember)
+    try:
+        yield
+    except Exception as error:
+        found = nonfinite_entries(shown[0]) if shown and is_tensor_collection(shown[0]) else []
+        if not found:
+            raise
+        problem = (
+            f"what the policy sees must be finite, but NaN or infinity is in {', '.join(found)}"
+        )
+        raise _error(problem, shown[0], run_dir) from error
+    finally:
+        hook.remove()
+
+
+def _error(problem: str, batch: TensorDictBase, run_dir: Path) -> NonFiniteError:
     dump = dump_batch(batch, run_dir / DUMP_FOLDER)
     error = NonFiniteError(
         f"{problem}. The weights were not changed. The batch is in {dump}: look at it with "
@@ -100,7 +130,7 @@ def _stop(problem: str, batch: TensorDictBase, run_dir: Path) -> None:
         "from the last checkpoint."
     )
     error.dump = dump
-    raise error
+    return error
 
 
 def dump_batch(batch: TensorDictBase, path: Path) -> Path:

@@ -69,7 +69,6 @@ class RunReport:
     def close(self) -> None:
         """Close everything that is open."""
         self.stopwatch.stop()
-        self.table.close()
         for logger in self._loggers:
             logger.shutdown()
         if self._bar is not None:

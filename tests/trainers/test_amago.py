@@ -1,0 +1,265 @@
+from __future__ import annotations
+
+import logging
+import signal
+
+import numpy as np
+import pytest
+import torch
+from torchrl.collectors import Collector
+from torchrl.objectives import SoftUpdate
+
+from tests.trainers.tiny import GuessTask, make_trainer
+from torchrl_amago.trainers import (
+    CLOCK_COLUMNS,
+    AMAGOTrainer,
+    make_optimizer,
+    read_progress,
+)
+
+
+def test_one_update_by_hand(tmp_path):
+    """Clip, optimiser, warm-up, targets, in this order, against the same steps written out."""
+    options = {"total_updates": 1, "clip_norm": 0.1, "warmup_updates": 4, "min_trials": 2}
+    trainer = make_trainer(tmp_path / "a", **options)
+    seen = {}
+
+    def remember(sub_batch):
+        seen["rng"], seen["batch"] = torch.get_rng_state(), sub_batch.clone()
+        seen["loss"] = {k: v.clone() for k, v in trainer.loss_module.state_dict().items()}
+        return sub_batch
+
+    trainer.register_op("process_optim_batch", remember)
+    trainer.train()
+
+    loss = make_trainer(tmp_path / "b", **options).loss_module
+    updater = SoftUpdate(loss, tau=0.1)
+    loss.load_state_dict(seen["loss"])
+    optimizer = make_optimizer(loss, lr=1e-2 / 4)
+    torch.set_rng_state(seen["rng"])
+    out = loss(seen["batch"])
+    (out["loss_actor"] + out["loss_qvalue"]).backward()
+    parameters = [p for p in loss.parameters() if p.requires_grad]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+    optimizer.step()
+    updater.step()
+    for name, value in trainer.loss_module.state_dict().items():
+        torch.testing.assert_close(value, loss.state_dict()[name], msg=name)
+    assert norm > 0.1
+    assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 2 / 4)
+
+
+def test_rows(tmp_path):
+    trainer = make_trainer(
+        tmp_path, total_updates=12, log_interval=4, eval_interval=6, evaluator=lambda: {"x": 7.0}
+    )
+    trainer.train()
+    rows = read_progress(tmp_path)
+    assert rows["update"].tolist() == [4, 6, 8, 12]
+    np.testing.assert_array_equal(rows["eval/x"], [np.nan, 7, np.nan, 7])
+    assert set(CLOCK_COLUMNS) <= rows.keys()
+    assert {"loss_actor", "loss_qvalue", "td_error", "grad_norm", "learning_rate"} <= rows.keys()
+    assert rows["frames"][-1] == trainer.collected_frames == trainer.exploration.frames
+    assert rows["trials"][-1] == trainer.monitor.trials
+    assert (np.diff(rows["seconds_training"]) > 0).all()
+
+
+def test_evaluation_is_not_training_time(tmp_path):
+    import time
+
+    def slow():
+        time.sleep(0.15)
+        return {"x": 0.0}
+
+    make_trainer(tmp_path, total_updates=6, evaluator=slow, checkpoint_interval=100).train()
+    (row,) = (read_progress(tmp_path)[f"seconds_{name}"][-1:] for name in ("evaluation",))
+    assert row[0] >= 0.15
+
+
+def test_last_update_is_evaluated_once(tmp_path):
+    calls = []
+    trainer = make_trainer(
+        tmp_path, total_updates=8, eval_interval=6, evaluator=lambda: calls.append(1) or {"x": 0.0}
+    )
+    trainer.train()
+    assert len(calls) == 2
+    assert read_progress(tmp_path)["update"].tolist() == [4, 6, 8, 8]
+
+
+def test_waits_for_complete_trials(tmp_path):
+    # 4 steps in a batch are 1 step of each of the 4 rows: no trial ends in the first 3 batches.
+    trainer = make_trainer(tmp_path, total_updates=4, frames_per_batch=4, min_trials=9)
+    batches = []
+    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
+    trainer.train()
+    assert len(batches) > 8
+    assert set(batches) == {0}
+    assert trainer.monitor.trials >= 9
+
+
+def test_updates_per_batch(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=9, updates_per_batch=2, min_trials=1)
+    batches = []
+    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
+    trainer.train()
+    assert batches[-5:] == [0, 2, 4, 6, 8]
+
+
+def test_total_frames_end_the_run(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=10_000, total_frames=48)
+    assert trainer.train() == "finished"
+    assert trainer.collected_frames == 48
+    assert trainer._optim_count % 4 == 0
+
+
+def test_hooks_and_request_stop(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=100)
+    trainer.register_op("post_optim_log", lambda batch: {"rows": float(batch.shape[0])})
+    trainer.register_op(
+        "post_optim", lambda: trainer._optim_count == 8 and trainer.request_stop("enough")
+    )
+    assert trainer.train() == "finished"
+    assert trainer._optim_count == 8
+    assert read_progress(tmp_path)["rows"].tolist() == [3.0, 3.0]
+    assert trainer.checkpoints.latest().name == "update_0000008"
+
+
+def test_autocast(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=4, autocast=True)
+    dtypes = []
+    compute = trainer.compute_loss
+
+    def spy(batch):
+        dtypes.append(torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        return compute(batch)
+
+    trainer.compute_loss = spy
+    trainer.train()
+    assert set(dtypes) == {torch.bfloat16}
+    assert {p.dtype for p in trainer.loss_module.parameters()} == {torch.float32}
+
+
+def test_ctrl_c_tells_how_to_go_on(tmp_path, caplog):
+    trainer = make_trainer(
+        tmp_path,
+        total_updates=100,
+        resume_command="python run.py --resume",
+        loggers=["tensorboard"],
+    )
+    stop = lambda: trainer._optim_count == 9 and signal.raise_signal(signal.SIGINT)  # noqa: E731
+    trainer.register_op("post_optim", stop)
+    handler = signal.getsignal(signal.SIGINT)
+    with caplog.at_level(logging.WARNING, logger="torchrl"):
+        assert trainer.train() == "interrupted"
+    (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    latest = tmp_path / "checkpoints/update_0000006"
+    assert message == (
+        f"Interrupted at update 9. Last checkpoint: {latest}. To resume: python run.py --resume"
+    )
+    assert trainer.collector.closed
+    assert not trainer.report._loggers[0].is_alive
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_before_any_checkpoint_writes_one(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=100, checkpoint_interval=50)
+    trainer.register_op(
+        "post_optim", lambda: trainer._optim_count == 3 and signal.raise_signal(signal.SIGINT)
+    )
+    assert trainer.train() == "interrupted"
+    assert trainer.checkpoints.latest().name == "update_0000003"
+    again = make_trainer(tmp_path, total_updates=6, checkpoint_interval=50)
+    assert again.resume().train() == "finished"
+
+
+def test_ctrl_c_twice_stops_at_once(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=100, checkpoint_interval=50)
+    after = []
+
+    def press_twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        after.append(1)
+
+    trainer.register_op("post_optim", press_twice)
+    assert trainer.train() == "interrupted"
+    assert not after
+    assert trainer.collector.closed
+
+
+def test_errors_close_everything_and_pass(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=100)
+
+    def fail():
+        raise KeyError("mine")
+
+    trainer.register_op("post_optim", fail)
+    with pytest.raises(KeyError, match="mine"):
+        trainer.train()
+    assert trainer.collector.closed
+
+
+def test_refuses_a_folder_with_a_run(tmp_path):
+    make_trainer(tmp_path, total_updates=4).train()
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
+    other = make_trainer(tmp_path, total_updates=4)
+    with pytest.raises(FileExistsError, match="holds progress.csv"):
+        other.train()
+    elsewhere = make_trainer(tmp_path / "b", total_updates=8)
+    elsewhere.resume(tmp_path)
+    with pytest.raises(FileExistsError, match="holds progress.csv"):
+        make_trainer(tmp_path, total_updates=8).resume(elsewhere.train() and tmp_path / "b")
+    assert before.items() <= {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}.items()
+
+
+def test_refused_resume_changes_nothing(tmp_path):
+    make_trainer(tmp_path, total_updates=4).train()
+    csv = (tmp_path / "progress.csv").read_text()
+    for options, match in (
+        ({"hidden_size": 16}, r"actor_network_params.module.0.weight: 8x3 float32 in the checkp"),
+        ({"capacity": 50}, "same capacity"),
+    ):
+        other = make_trainer(tmp_path, **options)
+        before = {k: v.clone() for k, v in other.loss_module.state_dict().items()}
+        with pytest.raises(ValueError, match=match):
+            other.resume()
+        assert all(torch.equal(v, before[k]) for k, v in other.loss_module.state_dict().items())
+        assert other._optim_count == 0
+        assert len(other.replay_buffer) == 0
+    assert (tmp_path / "progress.csv").read_text() == csv
+    with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
+        make_trainer(tmp_path / "empty").resume()
+
+
+def test_a_trainer_does_not_share_counters(tmp_path):
+    one = make_trainer(tmp_path / "a", total_updates=4)
+    one.train()
+    two = make_trainer(tmp_path / "b")
+    assert (two._optim_count, two.collected_frames) == (0, 0)
+    assert one._optim_count == 4
+
+
+def test_collector_must_fit(tmp_path):
+    good = make_trainer(tmp_path)
+    options = {
+        "loss_module": good.loss_module,
+        "optimizer": good.optimizer,
+        "replay_buffer": good.replay_buffer,
+        "total_updates": 1,
+        "updates_per_batch": 1,
+        "run_dir": tmp_path,
+    }
+    collector = Collector(GuessTask(), frames_per_batch=4, total_frames=-1)
+    with pytest.raises(
+        ValueError, match="must write to the trainer's replay_buffer, got .*NoneType"
+    ):
+        AMAGOTrainer(collector=collector, **options)
+    collector.shutdown()
+    collector = Collector(
+        GuessTask(), frames_per_batch=4, total_frames=-1, replay_buffer=good.replay_buffer
+    )
+    with pytest.raises(ValueError, match="whole trials, got one with trajs_per_batch=None"):
+        AMAGOTrainer(collector=collector, **options)
+    collector.shutdown()
+    with pytest.raises(ValueError, match="updates_per_batch must be at least 1, got 0"):
+        AMAGOTrainer(collector=good.collector, **(options | {"updates_per_batch": 0}))

@@ -1,0 +1,118 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+
+from tests.trainers.tiny import make_trainer
+from torchrl_amago.trainers import NonFiniteError
+from torchrl_amago.trainers.nonfinite import check_data, nonfinite_entries
+
+NAN, INF = float("nan"), float("inf")
+
+
+def batch(value, at=(0, 1), mask=None):
+    reward = torch.zeros(2, 3, 1)
+    reward[at] = value
+    td = TensorDict({"action": torch.zeros(2, 3).long(), "next": {"reward": reward}}, [2, 3])
+    if mask is not None:
+        td.set(("collector", "mask"), mask)
+    return td
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_finds_and_dumps(tmp_path, value):
+    with pytest.raises(NonFiniteError, match=r"in \('next', 'reward'\) \(1 of 6 steps\)") as caught:
+        check_data(batch(value), tmp_path, "data")
+    loaded = TensorDict.load_memmap(caught.value.dump)
+    torch.testing.assert_close(loaded["next", "reward"][0, 1].item(), value, equal_nan=True)
+    assert not list(tmp_path.rglob("*.pkl"))
+
+
+def test_opposite_infinities_do_not_cancel(tmp_path):
+    td = batch(INF)
+    td["next", "reward"][1, 2] = -INF
+    with pytest.raises(NonFiniteError, match="2 of 6 steps"):
+        check_data(td, tmp_path, "data")
+
+
+def test_padding_may_hold_anything(tmp_path):
+    mask = torch.tensor([[True, False, False], [True, True, True]])
+    check_data(batch(NAN, (0, 1), mask), tmp_path, "data")
+    with pytest.raises(NonFiniteError, match="1 of 4 steps"):
+        check_data(batch(NAN, (0, 0), mask), tmp_path, "data")
+
+
+def test_huge_numbers_are_finite(tmp_path):
+    td = TensorDict(x=torch.full((8,), 3e38), batch_size=[8])
+    check_data(td, tmp_path, "data")
+    assert nonfinite_entries(td) == []
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("key", ["reward", "observation"])
+def test_environment_data_stops_the_run(tmp_path, key):
+    trainer = make_trainer(tmp_path, poison=(key, 20, NAN), total_updates=200)
+    # An observation breaks the policy within the rollout, a reward is found after it.
+    where = {"reward": "collected observations and rewards", "observation": "what the policy sees"}
+    message = f"{where[key]} must be finite, .*'{key}'.*were not changed"
+    with pytest.raises(NonFiniteError, match=message):
+        trainer.train()
+    assert trainer._optim_count > 0
+    dump = TensorDict.load_memmap(tmp_path / "nonfinite_batch")
+    assert dump["next", key].isnan().any() if key == "reward" else dump[key].isnan().any()
+    assert all(p.isfinite().all() for p in trainer.loss_module.parameters())
+    resumed = make_trainer(tmp_path, total_updates=trainer._optim_count + 2)
+    assert resumed.resume().train() == "finished"
+
+
+def weights(trainer):
+    return {k: v.clone() for k, v in trainer.loss_module.named_parameters()}
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_loss_stops_the_run_before_the_weights_change(tmp_path, where):
+    trainer = make_trainer(tmp_path, total_updates=20, checkpoint_interval=4)
+    compute, before = trainer.compute_loss, {}
+
+    def spoil(sub_batch):
+        losses = compute(sub_batch)
+        if trainer._optim_count == 9:
+            before.update(weights(trainer))
+            before["optimizer"] = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
+            if where == "loss":
+                losses["loss_actor"] = losses["loss_actor"] * NAN
+            else:  # finite, with an infinite slope
+                zero = (losses["loss_actor"] * 0).square()
+                losses["loss_actor"] = losses["loss_actor"] + zero.sqrt()
+        return losses
+
+    trainer.compute_loss = spoil
+    expected = r"'loss_actor' \(nan\)" if where == "loss" else "the gradients"
+    with pytest.raises(NonFiniteError, match=f"not so: {expected}.*the batch itself is finite"):
+        trainer.train()
+    after = weights(trainer)
+    assert all(torch.equal(before[name], after[name]) for name in after)
+    moments = [s["exp_avg"] for s in trainer.optimizer.state.values()]
+    assert all(torch.equal(a, b) for a, b in zip(before["optimizer"], moments, strict=True))
+    dump = TensorDict.load_memmap(tmp_path / "nonfinite_batch")
+    assert dump.shape == (3, 5)
+    assert trainer.checkpoints.latest().name == "update_0000008"
+
+
+def test_bad_data_in_a_training_batch(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=20)
+    sample = trainer.replay_buffer.sample
+
+    def spoil():
+        td = sample()
+        if trainer._optim_count == 5:
+            td["next", "reward"][0, 0] = INF
+        return td
+
+    trainer.replay_buffer.sample = spoil
+    state = {}
+    with pytest.raises(NonFiniteError, match=r"training batch must be finite.*'reward'"):
+        trainer.train()
+    state = trainer.loss_module.state_dict()
+    assert all(x.isfinite().all() for x in state.values())  # running statistics included

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from torchrl_amago.modules.critic import DiscreteCritic
+from torchrl_amago.modules.trajectory import TransformerEncoder
+from torchrl_amago.trainers import decays, make_optimizer, make_warmup
+
+
+def test_what_decays():
+    names = {
+        name: decays(name, p)
+        for module in (
+            TransformerEncoder(4, context_length=3, d_model=8, num_heads=2, num_layers=1),
+            DiscreteCritic(4, num_actions=2, num_discounts=3),
+        )
+        for name, p in module.named_parameters()
+    }
+    assert names["blocks.0.qkv.weight"]
+    assert names["hidden.0.weight"]
+    assert names["out.weight"]
+    assert not names["blocks.0.head_scale"]  # [H, 1]
+    assert not names["blocks.0.qkv.gamma"]
+    assert not names["blocks.0.norm_ff.weight"]
+    assert not names["hidden.0.bias"]  # [C, out]
+    assert not any(decided for name, decided in names.items() if name.endswith("bias"))
+
+
+def test_decay_shrinks_weights_only():
+    net = nn.Linear(2, 2)
+    nn.init.ones_(net.weight)
+    nn.init.ones_(net.bias)
+    optimizer = make_optimizer(net, lr=0.1, weight_decay=0.5)
+    for p in net.parameters():
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    torch.testing.assert_close(net.weight, torch.full((2, 2), 1 - 0.1 * 0.5))
+    torch.testing.assert_close(net.bias, torch.ones(2))
+
+
+def test_decay_all():
+    (group,) = make_optimizer(nn.Linear(2, 2), decay_all=True).param_groups
+    assert group["weight_decay"] == 1e-3
+    assert len(group["params"]) == 2
+
+
+def test_frozen_parameters_are_left_out():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    net[0].requires_grad_(False)
+    assert sum(len(g["params"]) for g in make_optimizer(net).param_groups) == 2
+    net[1].requires_grad_(False)
+    with pytest.raises(ValueError, match=r"at least one parameter .* got Sequential with none"):
+        make_optimizer(net)
+
+
+def test_warmup_starts_at_one_nth():
+    optimizer = make_optimizer(nn.Linear(1, 1), lr=8.0)
+    scheduler = make_warmup(optimizer, 4)
+    rates = []
+    for _ in range(6):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        optimizer.step()
+        scheduler.step()
+    assert rates == [[2.0, 2.0], [4.0, 4.0], [6.0, 6.0], [8.0, 8.0], [8.0, 8.0], [8.0, 8.0]]
+
+
+def test_no_warmup():
+    optimizer = make_optimizer(nn.Linear(1, 1), lr=8.0)
+    make_warmup(optimizer, 0)
+    assert optimizer.param_groups[0]["lr"] == 8.0
+    with pytest.raises(ValueError, match="warmup_updates must be at least 0, got -1"):
+        make_warmup(optimizer, -1)
