@@ -23,22 +23,18 @@ from torchrl_amago.envs.tasks.frozen_lake_layouts import (
     _check_split,
     random_lakes,
 )
+from torchrl_amago.envs.tasks.frozen_lake_rules import (
+    NEIGHBOURS,
+    NOISE_OUTCOMES,
+    NUM_ACTIONS,
+    P_HOLE_BEHIND,
+    P_SWAPPED,
+    RECOVER_PENALTY,
+    move_table,
+    position_table,
+)
 
 __all__ = ["MetaFrozenLake"]
-
-# Stay, then one cell up or down each of the two axes.
-_MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))
-
-# Constants of the reference task (AMAGO's MetaFrozenLake, hard and recover modes).
-_P_NOISY = 1 / 4
-_P_HOLE_BEHIND = 0.33
-_P_SWAPPED = 1 / 2
-_RECOVER_PENALTY = 0.1
-
-# A noisy position is one of 9 neighbours. Drawing from 36 outcomes, of which 27 mean "exact",
-# gives probability 1/4 with a single draw.
-_NEIGHBOURS = 9
-_NOISE_OUTCOMES = round(_NEIGHBOURS / _P_NOISY)
 
 
 class MetaFrozenLake(EnvBase):
@@ -140,7 +136,6 @@ class MetaFrozenLake(EnvBase):
         self.layouts = layouts
         self._categorical = categorical_action_encoding
         self._make_specs()
-        self._make_tables()
         self._make_state()
         self.set_seed(seed)
 
@@ -163,10 +158,10 @@ class MetaFrozenLake(EnvBase):
             device=device,
         )
         if self._categorical:
-            self.action_spec = Categorical(len(_MOVES), shape=batch_size, device=device)
+            self.action_spec = Categorical(NUM_ACTIONS, shape=batch_size, device=device)
         else:
-            shape = (*batch_size, len(_MOVES))
-            self.action_spec = OneHot(len(_MOVES), shape=shape, device=device)
+            shape = (*batch_size, NUM_ACTIONS)
+            self.action_spec = OneHot(NUM_ACTIONS, shape=shape, device=device)
         self.reward_spec = Unbounded(shape=(*batch_size, 1), device=device)
         self.done_spec = Composite(
             done=flag,
@@ -176,24 +171,10 @@ class MetaFrozenLake(EnvBase):
             device=device,
         )
 
-    def _make_tables(self) -> None:
-        """Look-up tables: moves ``[swapped, action, cell] -> cell``, positions ``[cell, noise]``."""
-        size = self.size
-        cell = torch.arange(size * size)
-        position = torch.stack([cell // size, cell % size], -1)
-
-        def shifted(offset: tuple[int, int]) -> Tensor:
-            return (position + torch.tensor(offset)).clamp(0, size - 1)
-
-        moves = torch.stack([shifted(move) @ torch.tensor([size, 1]) for move in _MOVES])
-        swapped = moves[[0, 3, 2, 1, 4]]
-        self._constant("_moves", torch.stack([moves, swapped]))
-        offsets = [(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)] if self.hard_mode else []
-        seen = torch.stack([shifted(offset) for offset in [*offsets, (0, 0)]], 1)
-        self._constant("_positions", (seen / size).view(-1, 2))
-
     def _make_state(self) -> None:
         rows, cells = self.batch_size.numel(), self.size**2
+        self._constant("_moves", move_table(self.size))
+        self._constant("_positions", position_table(self.size, noisy=self.hard_mode))
         self._constant("_row_start", torch.arange(rows) * cells)
         self._state("_lake", torch.zeros(rows, cells, dtype=torch.bool))
         self._state("_has_task", torch.zeros(rows, dtype=torch.bool))
@@ -311,7 +292,7 @@ class MetaFrozenLake(EnvBase):
         self._lake.index_copy_(0, rows, self._take_lakes(len(rows)))
         self._has_task.index_fill_(0, rows, True)
         if self.hard_mode:
-            swapped = self._random()[: len(rows)] < _P_SWAPPED
+            swapped = self._random()[: len(rows)] < P_SWAPPED
             self._table_start.index_copy_(0, rows, swapped * self._moves[0].numel())
 
     # ------------------------------------------------------------------- step
@@ -335,14 +316,14 @@ class MetaFrozenLake(EnvBase):
     def _read_action(self, tensordict: TensorDictBase) -> Tensor:
         action = tensordict.get("action")
         if not self._categorical:
-            return action.reshape(-1, len(_MOVES)).to(torch.uint8).argmax(-1)
+            return action.reshape(-1, NUM_ACTIONS).to(torch.uint8).argmax(-1)
         action = action.reshape(-1)
         # Elsewhere than on CPU, looking at the values would wait for the device at every step.
         if action.device.type == "cpu":
             low, high = action.aminmax()
-            if low < 0 or high >= len(_MOVES):
+            if low < 0 or high >= NUM_ACTIONS:
                 raise ValueError(
-                    f"action must be in [0, {len(_MOVES) - 1}], got values from {int(low)} to "
+                    f"action must be in [0, {NUM_ACTIONS - 1}], got values from {int(low)} to "
                     f"{int(high)}. 0 stays, 1 to 4 move; sample from env.action_spec to see them."
                 )
         return action
@@ -354,7 +335,7 @@ class MetaFrozenLake(EnvBase):
         in_hole = ground.take(self._row_start + moved)
         at_goal = moved == self.size**2 - 1
         if self.recover_mode:
-            reward = torch.where(in_hole, -_RECOVER_PENALTY, at_goal.float())
+            reward = torch.where(in_hole, -RECOVER_PENALTY, at_goal.float())
             terminated = at_goal
             cell.copy_(torch.where(in_hole, cell, moved))
         else:
@@ -385,7 +366,7 @@ class MetaFrozenLake(EnvBase):
         if not self.hard_mode:
             return self._moves.take(index)
         moved = self._moves.take(index + self._table_start)
-        opens = (moved != cell) & (self._random() < _P_HOLE_BEHIND)
+        opens = (moved != cell) & (self._random() < P_HOLE_BEHIND)
         left = self._row_start + cell
         ground = self._broken_lake.view(-1)
         ground.index_copy_(0, left, ground.take(left) | opens)
@@ -395,9 +376,9 @@ class MetaFrozenLake(EnvBase):
         index = self._cell
         if self.hard_mode:
             noise = torch.randint(
-                _NOISE_OUTCOMES, index.shape, generator=self._generator, device=index.device
+                NOISE_OUTCOMES, index.shape, generator=self._generator, device=index.device
             )
-            index = index * (_NEIGHBOURS + 1) + noise.clamp_(max=_NEIGHBOURS)
+            index = index * (NEIGHBOURS + 1) + noise.clamp_(max=NEIGHBOURS)
         return self._positions.index_select(0, index).view(*self.batch_size, 2)
 
     # ----------------------------------------------------------------- render
