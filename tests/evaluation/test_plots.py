@@ -7,7 +7,6 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from torchrl_amago.evaluation import (
     TrialResults,
@@ -22,13 +21,13 @@ from torchrl_amago.evaluation import (
 def figure(monkeypatch):
     """The figure drawn last."""
     drawn = []
+    finish = plots._finish
 
-    class Canvas(FigureCanvasAgg):
-        def __init__(self, figure):
-            drawn.append(figure)
-            super().__init__(figure)
+    def record(figure, *args, **kwargs):
+        drawn.append(figure)
+        finish(figure, *args, **kwargs)
 
-    monkeypatch.setattr(plots, "FigureCanvasAgg", Canvas)
+    monkeypatch.setattr(plots, "_finish", record)
     return lambda: drawn[-1]
 
 

@@ -27,7 +27,9 @@ def make_trial_buffer(
     """A memory-mapped FIFO buffer of whole trials that samples padded slices `[B, T]`.
 
     Give it to `Collector(env, policy, frames_per_batch=..., trajs_per_batch=1, replay_buffer=rb)`,
-    which writes each trial when it is complete, and train once `rb.can_sample()` is True.
+    which writes each trial when it is complete, and train once `rb.can_sample()` is True. The collector
+    cuts its batches up by trajectory, at a cost per row and batch: let `frames_per_batch` be about the
+    number of rows times the length of a trial, and it stays near a twentieth of the collection.
 
     Args:
         capacity: environment steps to keep. Must hold the trials of one collector batch; the oldest

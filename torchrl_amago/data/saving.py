@@ -115,8 +115,11 @@ def load_replay(rb: ReplayBuffer, path: str | Path) -> None:
     with rb._futures_lock:
         rb._clear_prefetch_queue_locked()
         with rb._replay_lock, rb._write_lock:
-            rb.storage.checkpointer = FilledPartCheckpointer()
-            rb.storage.loads(path / "storage")
+            own, rb.storage.checkpointer = rb.storage.checkpointer, FilledPartCheckpointer()
+            try:
+                rb.storage.loads(path / "storage")
+            finally:
+                rb.storage.checkpointer = own
             rb.sampler.loads(path / "sampler")
             rb.writer.loads(path / "writer")
     if manifest["generator"] is not None:

@@ -1,23 +1,24 @@
 """Figures: learning curve, adaptation curve, picture strip of a trial.
 
 Drawn on matplotlib's own figure and Agg canvas, never through pyplot: no global state, no display.
+matplotlib is imported when something is drawn, so that importing the package stays quick.
 """
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from torchrl_amago.evaluation.evaluate import Measure, TrialResults
 from torchrl_amago.evaluation.statistics import bootstrap_mean
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart in every kind of colour blindness, and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -67,6 +68,8 @@ def plot_learning_curve(
             f"The learning curve needs column {x!r} and a column to draw over it, got "
             f"{sorted(logged)}. Name yours with x= and panels=."
         )
+    from matplotlib.ticker import EngFormatter
+
     figure, axes = _figure(len(panels), width=4.6, height=3.3)
     for ax, (name, columns) in zip(axes, panels.items(), strict=True):
         # What is logged in training and in evaluation is one thing, so it has one colour.
@@ -134,6 +137,8 @@ def plot_adaptation_curve(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_adaptation_curve(results, f"{folder}/adaptation_curve.png")
     """
+    from matplotlib.ticker import MaxNLocator
+
     lines, thin = _lines_of(results, pooled, label)
     figure, (ax,) = _figure(1, width=5.2, height=3.6)
     colours = _COLOURS * (1 + len(lines) // len(_COLOURS))
@@ -205,24 +210,16 @@ def plot_trial_strip(
             f"titles must name each of the {len(frames)} attempts, got {len(titles)} of them. "
             "Leave it out to number them."
         )
-    columns = max(map(len, frames))
-    margin = 0.1 + 0.075 * max(
-        map(len, titles)
-    )  # inches left of the grid, for the attempts' titles
-    header = 0.55 if title else 0.3
-    width = margin + columns * picture_inches
-    height = header + len(frames) * picture_inches
-    figure = Figure(figsize=(width, height))
-    for column in range(columns):
-        x, y = margin + (column + 0.47) * picture_inches, height - header + 0.08
-        text = "start" if column == 0 else f"step {column}"
-        figure.text(x / width, y / height, text, fontsize=7, ha="center")
+    figure, place = _picture_grid(
+        rows=len(frames),
+        columns=max(map(len, frames)),
+        side=picture_inches,
+        left=0.1 + 0.075 * max(map(len, titles)),  # room for the attempts' titles
+        top=0.55 if title else 0.3,  # room for the headings
+    )
     for row, attempt in enumerate(frames):
         for column, picture in enumerate(attempt):
-            side = 0.94 * picture_inches
-            left = margin + column * picture_inches
-            bottom = height - header - (row + 1) * picture_inches
-            ax = figure.add_axes((left / width, bottom / height, side / width, side / height))
+            ax = figure.add_axes(place(row, column))
             ax.imshow(picture, interpolation="nearest")
             ax.set(xticks=[], yticks=[])
             ax.spines[:].set_visible(False)
@@ -230,9 +227,7 @@ def plot_trial_strip(
                 ax.set_ylabel(
                     titles[row], rotation=0, ha="right", va="center", fontsize=8, labelpad=6
                 )
-    if title:
-        figure.suptitle(title, fontsize=10, y=1 - 0.08 / height, va="top")
-    FigureCanvasAgg(figure).print_figure(path, dpi=_DPI)
+    _finish(figure, path, title, y=0.98, va="top")
 
 
 _DEFAULT_PANELS = {
@@ -292,11 +287,15 @@ def _draw_run(ax: Axes, points: np.ndarray, colour: str, label: str, thin: bool)
 
 
 def _percent_axis(ax: Axes) -> None:
+    from matplotlib.ticker import PercentFormatter
+
     ax.set_ylim(-0.02, 1.02)
     ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width * panels, height), layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     for ax in axes:
@@ -306,7 +305,29 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
     return figure, axes
 
 
-def _finish(figure: Figure, path: str | Path, title: str | None) -> None:
+def _picture_grid(
+    rows: int, columns: int, side: float, left: float, top: float
+) -> tuple[Figure, Callable[[int, int], tuple[float, float, float, float]]]:
+    """A figure with headings over its columns, and where its pictures go (inches are given)."""
+    from matplotlib.figure import Figure
+
+    width, height = left + columns * side, top + rows * side
+    figure = Figure(figsize=(width, height))
+    picture = 0.94 * side  # the rest is the gap between pictures
+
+    def place(row: int, column: int) -> tuple[float, float, float, float]:
+        x, y = left + column * side, height - top - (row + 1) * side
+        return (x / width, y / height, picture / width, picture / height)
+
+    for column in range(columns):
+        x, heading = left + column * side + picture / 2, f"step {column}" if column else "start"
+        figure.text(x / width, 1 - (top - 0.08) / height, heading, fontsize=7, ha="center")
+    return figure, place
+
+
+def _finish(figure: Figure, path: str | Path, title: str | None, **title_options: Any) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, **title_options)
     FigureCanvasAgg(figure).print_figure(path, dpi=_DPI)
