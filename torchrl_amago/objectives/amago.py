@@ -8,18 +8,23 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
 from torch import Tensor
+from torch.nn.functional import one_hot
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import LossModule
 
 from torchrl_amago import keys
-from torchrl_amago.modules.distributions import CLIP_HIGH, CLIP_LOW, ClippedCategorical
+from torchrl_amago.modules.distributions import (
+    CLIP_HIGH,
+    CLIP_LOW,
+    ClippedCategorical,
+    clip_probabilities,
+)
 from torchrl_amago.modules.policy import DISCOUNTS
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 from torchrl_amago.objectives.functional import (
@@ -73,6 +78,9 @@ class AMAGOLoss(LossModule):
             values in reward units times ``reward_scale``.
         use_target_actor: let the target actor choose the TD target's actions.
         clip_probs: bounds of action probabilities.
+        soften_actions: clip the one-hot of a stored action as the policy's probabilities are before
+            it selects Q(s, a) (0.996 and four times 0.001 of five actions), as the public AMAGO
+            code does, so that stored and chosen actions are valued alike.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over real steps.
 
     Returns:
@@ -85,10 +93,12 @@ class AMAGOLoss(LossModule):
         KeyError: if the tensordict lacks an entry.
 
     Example:
+        >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_amago import MetaFrozenLake, make_critic, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
         >>> policy = make_policy(env, context_length=45)
         >>> loss = AMAGOLoss(policy.encoder, policy.actor, make_critic(policy, env))
+        >>> target_update = SoftUpdate(loss, tau=0.003)  # step it after every optimiser step
         >>> batch = env.rollout(6, policy, break_when_any_done=False)
         >>> sorted(k for k in loss(batch).keys() if k.startswith("loss"))
         ['loss_actor', 'loss_qvalue']
@@ -139,6 +149,7 @@ class AMAGOLoss(LossModule):
         filter_space: FilterSpace = "raw",
         use_target_actor: bool = True,
         clip_probs: tuple[float, float] = (CLIP_LOW, CLIP_HIGH),
+        soften_actions: bool = True,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
         super().__init__()
@@ -157,9 +168,7 @@ class AMAGOLoss(LossModule):
         self.filter = FILTERS.get(advantage_filter, advantage_filter)
         self.filter_space = filter_space
         self.use_target_actor = use_target_actor
-        self.distribution = partial(
-            ClippedCategorical, clip_low=clip_probs[0], clip_high=clip_probs[1]
-        )
+        self.clip_probs, self.soften_actions = clip_probs, soften_actions
         self.reduction = reduction
 
     @property
@@ -191,7 +200,7 @@ class AMAGOLoss(LossModule):
         value_BTCG = weight_BTG = None
         if self.uses_critic:
             q_BTCGA = self._action_values(state_BSD[:, :-1], self.critic_network_params)
-            q_BTCG = _of_action(q_BTCGA, action_BT)
+            q_BTCG = self._of_stored_action(q_BTCGA, action_BT)
             value_BTCG = _expected(q_BTCGA.detach(), policy_BTG.probs)
             target_BTG = self._td_target(tensordict, state_BSD, next_policy_BTG, mask_BT)
             self.value_codec.update(target_BTG, mask_BT.unsqueeze(-1))
@@ -219,9 +228,9 @@ class AMAGOLoss(LossModule):
         with torch.no_grad(), set_recurrent_mode(True):
             mask_BT = self._mask(tensordict)
             state_BTD = self._encode(tensordict, mask_BT)[:, :-1]
-            policy_BTG = self.distribution(self._action_params(state_BTD))
+            policy_BTG = self._policy(state_BTD, self.actor_network_params)
             q_BTCGA = self._action_values(state_BTD, self.critic_network_params)
-            q_BTCG = _of_action(q_BTCGA, self._action_index(tensordict))
+            q_BTCG = self._of_stored_action(q_BTCGA, self._action_index(tensordict))
             value_BTCG = _expected(q_BTCGA, policy_BTG.probs)
             space = filter_space or self.filter_space
             weight_BTG = self._imitation_weight(self._advantage(q_BTCG, value_BTCG, space))
@@ -286,36 +295,34 @@ class AMAGOLoss(LossModule):
 
     # --- networks ---
 
-    def _action_params(self, state: Tensor, params: TensorDictParams | None = None) -> Tensor:
-        _follow_mode(self.actor_network, self.training)
-        with (params or self.actor_network_params).to_module(self.actor_network):
-            return self._call(self.actor_network, state).get(self.tensor_keys.action_params)
+    def _policy(self, state: Tensor, params: TensorDictParams) -> ClippedCategorical:
+        logits = self._apply(self.actor_network, params, state, self.tensor_keys.action_params)
+        return ClippedCategorical(logits, *self.clip_probs)
 
     def _action_values(self, state: Tensor, params: TensorDictParams) -> Tensor:
-        _follow_mode(self.critic_network, self.training)
-        with params.to_module(self.critic_network):
-            return self._call(self.critic_network, state).get(self.tensor_keys.action_value)
+        return self._apply(self.critic_network, params, state, self.tensor_keys.action_value)
 
-    def _call(self, network: TensorDictModuleBase, state: Tensor) -> TensorDictBase:
+    def _apply(
+        self,
+        network: TensorDictModuleBase,
+        params: TensorDictParams,
+        state: Tensor,
+        out_key: NestedKey,
+    ) -> Tensor:
+        _follow_mode(network, self.training)
         td = TensorDict({self.tensor_keys.state: state}, batch_size=state.shape[:2])
-        return network(td)
+        with params.to_module(network):
+            return network(td).get(out_key)
 
     def _policies(self, state_BSD: Tensor) -> tuple[ClippedCategorical, ClippedCategorical]:
         """Action distributions at the slice's steps, and those the TD target asks one step on."""
-        if self.use_target_actor or not self.uses_critic:
-            policy_BTG = self.distribution(self._action_params(state_BSD[:, :-1]))
-            if not self.uses_critic:
-                return policy_BTG, policy_BTG
-            with torch.no_grad():
-                params = self._action_params(
-                    state_BSD[:, 1:].detach(), self.target_actor_network_params
-                )
-            return policy_BTG, self.distribution(params)
-        params_BSGA = self._action_params(state_BSD)
-        return (
-            self.distribution(params_BSGA[:, :-1]),
-            self.distribution(params_BSGA[:, 1:].detach()),
-        )
+        online, target = self.actor_network_params, self.target_actor_network_params
+        policy_BTG = self._policy(state_BSD[:, :-1], online)
+        if not self.uses_critic:
+            return policy_BTG, policy_BTG
+        with torch.no_grad():
+            params = target if self.use_target_actor else online
+            return policy_BTG, self._policy(state_BSD[:, 1:].detach(), params)
 
     # --- equations ---
 
@@ -347,6 +354,14 @@ class AMAGOLoss(LossModule):
             mask_BT1,
             self.n_step,
         )
+
+    def _of_stored_action(self, q_BTCGA: Tensor, action_BT: Tensor) -> Tensor:
+        """Q(s, a) of the action taken: ``[B, T, C, G]``."""
+        if not self.soften_actions:
+            return _of_action(q_BTCGA, action_BT)
+        num_actions = q_BTCGA.shape[-1]
+        one_hot_BTA = one_hot(action_BT.clamp(0, num_actions - 1), num_actions).to(q_BTCGA.dtype)
+        return _expected(q_BTCGA, clip_probabilities(one_hot_BTA, *self.clip_probs).unsqueeze(2))
 
     def _advantage(self, q_BTCG: Tensor, value_BTCG: Tensor, space: FilterSpace) -> Tensor:
         """A(s, a) = Q(s, a) - V(s), ensemble means, without gradient."""
