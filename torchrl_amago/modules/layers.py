@@ -45,28 +45,35 @@ class SigmaReparamLinear(nn.Linear):
         self.register_buffer("u", u_OR[:, 0].clone())
         self.register_buffer("v", v_RI[0].clone())
 
-    def effective_weight(self, power_iteration: bool = False) -> Tensor:
-        """The matrix that multiplies the input, `[out_features, in_features]`.
+    def scale(self, power_iteration: bool = False) -> Tensor:
+        """What multiplies `weight`: `gamma / sigma`, shape `[1]`.
 
         Args:
             power_iteration: first move `u` and `v` one step towards the singular vectors.
         """
+        u, v = self.u, self.v
         if power_iteration:
             with torch.no_grad():
-                u = F.normalize(torch.mv(self.weight, self.v), dim=0)
+                u = F.normalize(torch.mv(self.weight, v), dim=0)
                 v = F.normalize(torch.mv(self.weight.t(), u), dim=0)
                 self.u.copy_(u)
                 self.v.copy_(v)
-        else:
-            # Copies: autograd keeps them, and the next training forward writes into the buffers.
-            u, v = self.u.clone(), self.v.clone()
-        sigma = torch.dot(u, torch.mv(self.weight, v))
-        return self.weight * (self.gamma / sigma)
+        elif torch.is_grad_enabled():
+            # Autograd keeps them, and the next training forward writes into the buffers.
+            u, v = u.clone(), v.clone()
+        return self.gamma / torch.dot(u, torch.mv(self.weight, v))
+
+    def effective_weight(self, power_iteration: bool = False) -> Tensor:
+        """The matrix that multiplies the input, `[out_features, in_features]`."""
+        return self.weight * self.scale(power_iteration)
 
     def forward(self, x: Tensor, power_iteration: bool | None = None) -> Tensor:
         """Apply the layer to `[..., in_features]`; `power_iteration` defaults to `training`."""
         if power_iteration is None:
             power_iteration = self.training
+        if x.numel() < self.weight.numel():
+            # Few rows, as in rollouts: cheaper to scale them than the matrix.
+            return F.linear(x * self.scale(power_iteration), self.weight, self.bias)
         return F.linear(x, self.effective_weight(power_iteration), self.bias)
 
 
@@ -286,7 +293,7 @@ class InputNorm(nn.Module):
     Example:
         >>> norm = InputNorm(2)
         >>> norm.update(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([True, False]))
-        >>> norm.mu
+        >>> norm.mu.round(decimals=2)
         tensor([0.5000, 1.0000])
     """
 

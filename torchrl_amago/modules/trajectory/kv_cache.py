@@ -6,6 +6,7 @@ Legend: L layers, B batch, H heads, D features of one head, S slots of the ring.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,54 +57,59 @@ class RingCache(Memory):
         dtype: torch.dtype | None = None,
     ) -> None:
         self.batch_size, self.context_length = batch_size, context_length
-        num_slots = math.ceil(context_length / _BLOCK) * _BLOCK
-        shape = (num_layers, batch_size, num_heads)
+        self._num_slots = math.ceil(context_length / _BLOCK) * _BLOCK
+        rows = batch_size * num_heads
         # Memory outlives the no-grad or inference block it is made in, and is written in others.
         with torch.inference_mode(False):
+            make = partial(torch.zeros, device=device, dtype=dtype)
             # Keys lie transposed, the layout that the product with a query reads fastest.
-            self.keys = torch.zeros(*shape, head_size, num_slots, device=device, dtype=dtype)
-            self.values = torch.zeros(*shape, num_slots, head_size, device=device, dtype=dtype)
-            self.length = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            self._slots = torch.arange(num_slots, device=device)
-        self.device = self.keys.device
-        self._num_slots = num_slots
+            self.keys = [make(rows, head_size, self._num_slots) for _ in range(num_layers)]
+            self.values = [make(rows, self._num_slots, head_size) for _ in range(num_layers)]
+            self.bias = make(rows, 1, self._num_slots).fill_(-math.inf)
+        self.device = self.bias.device
         self._written = 0  # slots that hold anything
         self._slot = -1  # slot of the newest step
-        self._bias: Tensor | None = None
+
+    @property
+    def length(self) -> Tensor:
+        """How many steps each row sees, `[B]`."""
+        return self.bias.view(self.batch_size, -1, self._num_slots)[:, 0].isfinite().sum(-1)
 
     def clear(self, rows_B: Tensor) -> None:
         """Forget everything about the rows where the bool `rows_B` is True."""
         if not rows_B.any():
             return
         if rows_B.all():
-            self.keys[..., : self._written].zero_()
-            self.values[..., : self._written, :].zero_()
-            self.length.zero_()
+            # What was never written is still as it was made.
+            for keys, values in zip(self.keys, self.values, strict=True):
+                keys[..., : self._written].zero_()
+                values[:, : self._written].zero_()
+            self.bias.fill_(-math.inf)
             self._written, self._slot = 0, -1
             return
-        rows = rows_B.nonzero().squeeze(1)
-        self.keys.index_fill_(1, rows, 0.0)
-        self.values.index_fill_(1, rows, 0.0)
-        self.length.index_fill_(0, rows, 0)
+        rows_N = rows_B.repeat_interleave(len(self.bias) // self.batch_size).nonzero().squeeze(1)
+        for stored in (*self.keys, *self.values):
+            stored.index_fill_(0, rows_N, 0.0)
+        self.bias.index_fill_(0, rows_N, -math.inf)
 
     def advance(self) -> None:
-        """Move to the next slot, and work out which slots every row sees from there."""
+        """Move to the next slot, which all rows see from now on, and hide the one that is too old."""
         self._slot = (self._slot + 1) % self._num_slots
         self._written = min(self._written + 1, self._num_slots)
-        self.length.add_(1).clamp_(max=self.context_length)
+        if self.context_length < self._num_slots:
+            self.bias[..., (self._slot - self.context_length) % self._num_slots].fill_(-math.inf)
+        self.bias[..., self._slot].zero_()
         self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
-        age_S = (self._slot - self._slots[: self._span]) % self._num_slots
-        visible_BS = age_S < self.length[:, None]
-        bias_BS = torch.where(visible_BS, 0.0, -math.inf).to(self.keys.dtype)
-        self._bias = bias_BS.unsqueeze(1)
 
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""
-        self.keys[layer, ..., self._slot].copy_(key_BHD)
-        self.values[layer, :, :, self._slot].copy_(value_BHD)
+        self.keys[layer][..., self._slot].copy_(key_BHD.flatten(0, 1))
+        self.values[layer][:, self._slot].copy_(value_BHD.flatten(0, 1))
 
     def attend(self, layer: int, q_BHD: Tensor) -> Tensor:
         """Attend from the newest step to what its row sees, in one layer: `[B, H, D]`."""
-        keys = self.keys[layer, ..., : self._span]
-        values = self.values[layer, ..., : self._span, :]
-        return ring_attention(q_BHD.to(keys.dtype), keys, values, self._bias)
+        keys, values, bias = self.keys[layer], self.values[layer], self.bias
+        if self._span < self._num_slots:
+            keys, values = keys[..., : self._span], values[:, : self._span]
+            bias = bias[..., : self._span]
+        return ring_attention(q_BHD.to(keys.dtype), keys, values, bias)
