@@ -8,8 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tensordict import TensorDict
+from tensordict import NonTensorStack, TensorDict
 from torchrl.collectors import Collector
+from torchrl.data import Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
     InitTracker,
@@ -37,14 +38,10 @@ def single_trial_env(first_task: int = 0, **kwargs) -> TransformedEnv:
     return make_trial_env(CountingEnv(first_task=first_task), **kwargs)
 
 
-def single_env(first_task: int = 0) -> CountingEnv:
-    return CountingEnv(first_task=first_task)
-
-
 def batched_env(kind: str, rows: int, **kwargs) -> TransformedEnv | SerialEnv | ParallelEnv:
     """Trials over `rows` rows, each starting at task 100 * row, assembled in one of several ways."""
     inside = [partial(single_trial_env, 100 * row, **kwargs) for row in range(rows)]
-    outside = [partial(single_env, 100 * row) for row in range(rows)]
+    outside = [partial(CountingEnv, (), 100 * row) for row in range(rows)]
     if kind == "native":
         return make_trial_env(CountingEnv([rows]), **kwargs)
     if kind == "tensordict entry":
@@ -342,6 +339,58 @@ def test_refuses_bad_arguments(kwargs, match):
 def test_refuses_an_environment_with_its_own_entry():
     base = TransformedEnv(CountingEnv(), TrialTransform(episodes=2))
     with pytest.raises(ValueError, match="writes 'episode_idx', but the environment already has"):
+        make_trial_env(base, episodes=2)
+
+
+@pytest.mark.parametrize("transform", [PreviousStepTransform, InitTracker])
+def test_refuses_what_would_restart_with_every_attempt(transform):
+    env = TransformedEnv(CountingEnv(), Compose(transform(), TrialTransform(episodes=2)))
+    with pytest.raises(ValueError, match="must come after the trial transform.*below it"):
+        env.reset()
+
+
+class TaggedEnv(CountingEnv):
+    """Also observes something that is no tensor, and something nested."""
+
+    def __init__(self, batch_size=()) -> None:
+        super().__init__(batch_size)
+        self.observation_spec["tag"] = NonTensor(shape=self.batch_size, example_data="0")
+        nested = Composite(value=Unbounded((*self.batch_size, 1)), shape=self.batch_size)
+        self.observation_spec["nested"] = nested
+
+    def _tag(self, tensordict):
+        text = [str(number) for number in self.time.flatten().tolist()]
+        tensordict["tag"] = NonTensorStack(*text) if self.batch_size else text[0]
+        tensordict["nested", "value"] = self.time.float()
+        return tensordict
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self._tag(super()._reset(tensordict, **kwargs))
+
+    def _step(self, tensordict):
+        return self._tag(super()._step(tensordict))
+
+
+def test_soft_reset_reaches_entries_that_are_nested_or_no_tensors():
+    env = make_trial_env(TaggedEnv([2]), episodes=3)
+    tensordict = env.reset()
+    step = env.step(tensordict.set("action", torch.tensor([0, 1])))
+    assert step["next", "tag"] == ["1", "0"]
+    assert step["next", "nested", "value"].flatten().tolist() == [1, 0]
+
+
+def test_refuses_several_done_flags():
+    base = CountingEnv([2])
+    flags = Categorical(2, shape=(2, 3), dtype=torch.bool)
+    base.done_spec = Composite(done=flags, terminated=flags.clone(), shape=(2,))
+    with pytest.raises(ValueError, match="one done flag per row.*Reduce the flags"):
+        make_trial_env(base, episodes=2)
+
+
+def test_refuses_several_rewards():
+    base = CountingEnv([2])
+    base.reward_spec = Unbounded((2, 3))
+    with pytest.raises(ValueError, match=r"one reward per row, of shape \(2, 1\), got \(2, 3\)"):
         make_trial_env(base, episodes=2)
 
 

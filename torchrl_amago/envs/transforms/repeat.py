@@ -47,7 +47,8 @@ class Below(NamedTuple):
         for transform in reversed(self.transforms):
             request = transform._reset_env_preprocess(request)
         out = self.env._reset(request, **kwargs)
-        self.env._complete_done(self.env.full_done_spec, out)
+        if self.transforms:
+            self.env._complete_done(self.env.full_done_spec, out)
         for transform in self.transforms:
             out = transform._reset(request, out)
         return out

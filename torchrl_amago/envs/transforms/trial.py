@@ -10,13 +10,14 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import expand_as_right
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, Transform
 
 from torchrl_amago import keys
+from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
 from torchrl_amago.envs.transforms.repeat import (
     Below,
     RepeatMode,
@@ -86,7 +87,8 @@ class TrialTransform(Transform):
 
     Raises:
         ValueError: if an argument is out of its range, or, once the transform is used, if the
-            environment cannot repeat a task or has several done flags.
+            environment cannot repeat a task, has several done flags, or already has transforms
+            that must outlive an attempt (:class:`PreviousStepTransform`, ``InitTracker``).
 
     Examples:
         >>> import gymnasium as gym
@@ -264,12 +266,12 @@ class TrialTransform(Transform):
                 "after a soft reset. Check its reset, or what repeat= does."
             )
         everywhere = bool(mask.all())
-        for key in reset.keys(True, True):
+        for key in reset.keys(True, True, is_leaf=is_leaf_nontensor):
             if key in _DONE_KEYS or key in ("_reset", "repeat_task"):
                 continue
             value = reset.get(key)
-            if not everywhere and key in next_tensordict.keys(True, True):
-                before = next_tensordict.get(key)
+            before = next_tensordict.get(key, None)
+            if not everywhere and before is not None:
                 if isinstance(value, Tensor):
                     value = torch.where(expand_as_right(mask.squeeze(-1), value), value, before)
                 else:
@@ -346,6 +348,13 @@ class TrialTransform(Transform):
             raise ValueError(
                 f"a trial needs one reward per row, of shape {shape}, got {reward} at "
                 f"{self.reward_key!r}. Sum it up before the trial transform, or name another reward_key."
+            )
+        restarting = [t for t in self._below().transforms if isinstance(t, PreviousStepTransform)]
+        if restarting or keys.IS_INIT in set(env.observation_spec.keys()):
+            raise ValueError(
+                "PreviousStepTransform and InitTracker must come after the trial transform, got "
+                f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it: it would "
+                "start again with every attempt, and the agent would forget. Use make_trial_env."
             )
         self._get_repeater()
 
