@@ -249,6 +249,8 @@ def test_collector_must_fit(tmp_path):
         "updates_per_batch": 1,
         "run_dir": tmp_path,
     }
+    with pytest.raises(TypeError, match=r"must be a torchrl.collectors.Collector .*, got list"):
+        AMAGOTrainer(collector=[], **options)
     collector = Collector(GuessTask(), frames_per_batch=4, total_frames=-1)
     with pytest.raises(
         ValueError, match="must write to the trainer's replay_buffer, got .*NoneType"
@@ -263,3 +265,14 @@ def test_collector_must_fit(tmp_path):
     collector.shutdown()
     with pytest.raises(ValueError, match="updates_per_batch must be at least 1, got 0"):
         AMAGOTrainer(collector=good.collector, **(options | {"updates_per_batch": 0}))
+
+
+@pytest.mark.gpu
+def test_policy_copy_on_another_device_follows(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=8, device="cuda")
+    policy = trainer.collector.policy
+    assert {p.device.type for p in policy.parameters()} == {"cpu"}
+    trainer.train()
+    weights = dict(trainer.loss_module.actor_network_params.flatten_keys(".").items())
+    for name, value in policy[0].state_dict().items():
+        torch.testing.assert_close(weights[name].cpu(), value)

@@ -127,7 +127,7 @@ class TinyLoss(LossModule):
             after = self.critic_network(tensordict["next"].select("observation"))["value"]
         log_prob = logits.log_softmax(-1).gather(-1, tensordict["action"].unsqueeze(-1))[..., 0]
         error = (value - reward - 0.5 * after.squeeze(-1)).square()
-        dropped = torch.rand(mask.shape) < 0.9  # a loss that draws random numbers, as dropout does
+        dropped = torch.rand_like(reward) < 0.9  # a loss that draws random numbers, as dropout does
         return TensorDict(
             loss_actor=-self.scale * ((reward - self.mean_reward) * log_prob)[mask].mean(),
             loss_qvalue=error[mask & dropped].sum() / mask.sum(),
@@ -150,9 +150,13 @@ def make_trainer(
     frames_per_batch=12,
     capacity=100,
     poison=None,
+    device="cpu",
     **options,
 ) -> AMAGOTrainer:
-    """A trainer of everything above. ``weights_seed`` decides the initial weights only."""
+    """A trainer of everything above. ``weights_seed`` decides the initial weights only.
+
+    The environment stays on the CPU; ``device`` is where the loss is.
+    """
     torch.manual_seed(weights_seed)
     env = TransformedEnv(GuessTask(poison=poison), InitTracker())
     actor = TensorDictModule(_mlp(3, hidden_size, 3), ["observation"], ["logits"])
@@ -163,13 +167,14 @@ def make_trainer(
     rb = make_trial_buffer(capacity, slice_len=5, batch_size=3, warn_short=False)
     collector = Collector(
         env,
-        TensorDictSequential(actor, sample, explore),
+        TensorDictSequential(actor, sample, explore).to(device),
         frames_per_batch=frames_per_batch,
         total_frames=-1,
         trajs_per_batch=1,
         replay_buffer=rb,
+        policy_device="cpu",
     )
-    loss = TinyLoss(actor, hidden_size)
+    loss = TinyLoss(actor, hidden_size).to(device)
     defaults = {
         "eval_interval": 6,
         "checkpoint_interval": 6,

@@ -14,11 +14,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
-from torchrl.collectors import BaseCollector
+from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
-from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer
+from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer, UpdateWeights
 
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import run_state
@@ -54,7 +54,7 @@ class AMAGOTrainer(Trainer):
     resets the collector. The uninterrupted run does the same as the resumed one, so both are equal
     bit for bit (weights, targets, optimiser, statistics, exploration, replay, next batch, and
     ``progress.csv`` but for its clock columns), on a CPU, for every environment that its seed
-    determines. A run that was killed or interrupted repeats what came after its last checkpoint;
+    determines and a buffer that doesn't prefetch. A run that was killed or interrupted repeats what came after its last checkpoint;
     rows logged after it are dropped. A run whose ``total_updates`` is not a multiple of
     ``checkpoint_interval`` may be resumed with more updates too, but ends trials where a longer run
     wouldn't have. Environment transforms with running statistics are saved with the collector.
@@ -93,22 +93,38 @@ class AMAGOTrainer(Trainer):
         resume_command: what to tell the user to run after an interruption.
 
     Raises:
+        TypeError: for a collector of several processes.
         ValueError: for a collector that doesn't write whole trials to ``replay_buffer``, or
             intervals smaller than 1.
 
     Example:
-        >>> trainer = AMAGOTrainer(  # doctest: +SKIP
-        ...     collector=collector, loss_module=loss, optimizer=make_optimizer(loss),
-        ...     replay_buffer=rb, total_updates=1000, updates_per_batch=10, run_dir="runs/lake",
-        ...     target_updater=SoftUpdate(loss, tau=0.003), exploration=policy.exploration)
-        >>> trainer.train()  # doctest: +SKIP
+        >>> import tempfile
+        >>> from torchrl.objectives import SoftUpdate
+        >>> from torchrl_amago.data import make_trial_buffer
+        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+        >>> from torchrl_amago.modules import make_critic, make_policy
+        >>> from torchrl_amago.objectives import AMAGOLoss
+        >>> from torchrl_amago.trainers import make_optimizer
+        >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
+        >>> small = {"d_model": 16, "num_heads": 2, "num_layers": 1}
+        >>> policy = make_policy(env, context_length=18, seq_model_options=small, exploration={})
+        >>> loss = AMAGOLoss(policy.encoder, policy.actor, make_critic(policy, env))
+        >>> rb = make_trial_buffer(1000, slice_len=18, batch_size=4, warn_short=False)
+        >>> collector = Collector(env, policy, frames_per_batch=8 * 18, total_frames=-1,
+        ...                       trajs_per_batch=1, replay_buffer=rb)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = AMAGOTrainer(
+        ...         collector=collector, loss_module=loss, optimizer=make_optimizer(loss),
+        ...         replay_buffer=rb, total_updates=4, updates_per_batch=2, run_dir=folder,
+        ...         target_updater=SoftUpdate(loss, tau=0.003), exploration=policy.exploration)
+        ...     trainer.train()
         'finished'
     """
 
     def __init__(
         self,
         *,
-        collector: BaseCollector,
+        collector: Collector,
         loss_module: nn.Module,
         optimizer: Optimizer,
         replay_buffer: ReplayBuffer,
@@ -169,6 +185,7 @@ class AMAGOTrainer(Trainer):
         )
         self.scheduler = make_warmup(optimizer, warmup_updates)
         self._device = next(loss_module.parameters()).device
+        self._sync_weights = _needs_weight_sync(collector, self._device)
         self._updates_left = 0  # of the batch collected last
         self._evaluated_at = self._saved_at = -1
         self._resumed: dict[str, Any] | None = None
@@ -180,6 +197,8 @@ class AMAGOTrainer(Trainer):
         LRSchedulerHook(self.scheduler, interval="optim").register(self)
         if self.target_net_updater is not None:
             self.register_op("post_optim", TargetNetUpdaterHook(self.target_net_updater))
+        if self._sync_weights:
+            UpdateWeights(self.collector, update_weights_interval=1).register(self)
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -227,6 +246,8 @@ class AMAGOTrainer(Trainer):
         else:
             GlobalRNGState().load_state_dict(self._resumed["rng"])
             seed, collector = self._resumed["env_seed"], self._resumed["collector"]
+        if self._sync_weights:
+            self.collector.update_policy_weights_()
         run_state.restart_trials(self.collector, seed, collector)
         self.report.stopwatch.start()
 
@@ -244,7 +265,7 @@ class AMAGOTrainer(Trainer):
         self._shutdown_hook()
 
     def _collect(self, batches: Iterator[None]) -> bool:
-        with blame_inputs(getattr(self.collector, "policy", None), self.run_dir):
+        with blame_inputs(self.collector.policy, self.run_dir):
             if next(batches, self) is self:
                 return False  # the collector's own total_frames
         frames = self.collector.requested_frames_per_batch
@@ -394,7 +415,19 @@ class AMAGOTrainer(Trainer):
         torchrl_logger.warning(f"Interrupted at update {self._optim_count}. {where}{how}")
 
 
-def _check_collector(collector: BaseCollector, replay_buffer: ReplayBuffer) -> None:
+def _needs_weight_sync(collector: Collector, device: torch.device) -> bool:
+    # On the device of the loss the collector runs the policy itself, elsewhere a copy of it.
+    policy = collector.policy
+    weights = policy.parameters() if isinstance(policy, nn.Module) else ()
+    return any(p.device != device for p in weights)
+
+
+def _check_collector(collector: Collector, replay_buffer: ReplayBuffer) -> None:
+    if not isinstance(collector, Collector):
+        raise TypeError(
+            "the collector must be a torchrl.collectors.Collector of this process, got "
+            f"{type(collector).__name__}. To use several processes, give a Collector a ParallelEnv."
+        )
     if getattr(collector, "replay_buffer", None) is not replay_buffer:
         raise ValueError(
             "the collector must write to the trainer's replay_buffer, got a collector with "

@@ -57,6 +57,16 @@ class CheckpointStore:
 
     Raises:
         ValueError: if ``keep`` is smaller than 1.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrl_amago.data import make_trial_buffer
+        >>> rb = make_trial_buffer(capacity=10, slice_len=2, batch_size=1)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     store = CheckpointStore(folder)
+        ...     path = store.save(500, {"x": torch.ones(2)}, rb, {"net.weight": "2 float32"})
+        ...     path.name, store.load(path, {"net.weight": "2 float32"})
+        ('update_0000500', {'x': tensor([1., 1.])})
     """
 
     def __init__(self, run_dir: str | Path, keep: int = 2) -> None:

@@ -92,6 +92,17 @@ class TrialMonitor:
         success_threshold: an attempt succeeds if its return is larger.
         reward_key: reward under ``next``.
         end_key: end of a trial.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl_amago.data import make_trial_buffer
+        >>> rb = make_trial_buffer(capacity=10, slice_len=2, batch_size=1)
+        >>> monitor = TrialMonitor(rb, MetricWindow(), Path("run"))
+        >>> done = torch.tensor([[False], [True]])
+        >>> _ = rb.extend(TensorDict({"next": {"reward": torch.ones(2, 1), "done": done}}, [2]))
+        >>> monitor()
+        >>> monitor.trials, monitor.window.means()
+        (1, {'train/trial_return': 2.0, 'train/trial_length': 2.0})
     """
 
     def __init__(

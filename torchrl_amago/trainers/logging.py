@@ -133,6 +133,14 @@ class MetricWindow:
 
     Tensors are added up where they are, in one stacked operation, and only read at log time: no
     synchronisation with a device in between.
+
+    Example:
+        >>> window = MetricWindow()
+        >>> window.add_scalars({"loss": torch.tensor(1.0)})
+        >>> window.add_scalars({"loss": torch.tensor(3.0)})
+        >>> window.add("return", total=10.0, count=4)
+        >>> window.means()
+        {'return': 2.5, 'loss': 2.0}
     """
 
     def __init__(self) -> None:

@@ -25,6 +25,19 @@ class RunReport:
         run_dir: the run's folder.
         loggers: see :func:`~torchrl_amago.trainers.make_logger`.
         progress_bar: whether to show one, if there is a terminal.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrl_amago.trainers import read_progress
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     report = RunReport(Path(folder), progress_bar=False)
+        ...     report.open(total_updates=100, update=0)
+        ...     report.window.add("loss", 3.0, count=2)
+        ...     report.row(update=2, frames=64, extra={}, evaluation={"eval/trial_return": 4.5})
+        ...     report.close()
+        ...     rows = read_progress(folder)
+        >>> rows["loss"].item(), rows["eval/trial_return"].item()
+        (1.5, 4.5)
     """
 
     def __init__(
