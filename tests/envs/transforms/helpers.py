@@ -101,8 +101,8 @@ class SeededGoal(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         super().reset(seed=seed)
-        self.received.append((seed, options))
-        options = options or {}
+        self.received.append((seed, dict(options or {})))
+        options = {} if options is None else options
         if not options.get("keep", False):
             self.goal = float(self.np_random.uniform(1, 2))
         self.goal = options.get("goal", self.goal)

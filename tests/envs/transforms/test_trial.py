@@ -240,9 +240,26 @@ def test_rows_that_finished_wait_for_the_others(kind):
     assert len(set(ends.tolist())) > 1
     for row, end in enumerate(ends.tolist()):
         last = steps["next"][row, end]
-        for key in ("episode_idx", "attempt_return", "time_idx", "prev_action", "done"):
-            assert (steps["next", key][row, end:] == last[key]).all(), key
+        assert (steps["next", "time_idx"][row, end:] == last["time_idx"]).all()
         assert torch.equal(steps["time_idx"][row, : end + 1, 0], torch.arange(end + 1))
+
+
+def test_rows_that_skip_a_step_stay_as_they_were():
+    env = make_trial_env(MetaFrozenLake(batch_size=[2], seed=0), episodes=3, horizon=6)
+    tensordict = env.reset()
+    for _ in range(3):
+        _, tensordict = env.step_and_maybe_reset(tensordict.set("action", torch.tensor([1, 1])))
+    tensordict["_step"] = torch.tensor([[True], [False]])
+    # Also when the skipped row looks done, as the rows of a finished trial do.
+    tensordict["done"] = torch.tensor([[False], [True]])
+    before = tensordict.clone()
+    after = env.step(tensordict.set("action", torch.tensor([2, 2])))["next"]
+    kept = ["done", *env.transform[0].out_keys, "prev_action", "prev_reward", "time_idx"]
+    for key in kept:
+        assert torch.equal(after[key][1], before[key][1]), key
+    assert after["time_idx"].flatten().tolist() == [4, 3]
+    assert after["trial_step"].flatten().tolist() == [4, 3]
+    assert after["prev_action"][0].tolist() == [0, 0, 1, 0, 0]
 
 
 # ---------------------------------------------------------------- other pieces

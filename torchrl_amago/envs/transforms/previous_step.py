@@ -68,7 +68,8 @@ class PreviousStepTransform(Transform):
         >>> from torchrl.envs import TransformedEnv
         >>> from torchrl_amago.envs.tasks import MetaFrozenLake
         >>> from torchrl_amago.envs.transforms import PreviousStepTransform
-        >>> env = TransformedEnv(MetaFrozenLake(batch_size=[4]), PreviousStepTransform())
+        >>> lake = MetaFrozenLake(batch_size=[4], recover_mode=True)
+        >>> env = TransformedEnv(lake, PreviousStepTransform())
         >>> steps = env.rollout(3, break_when_any_done=False)
         >>> steps["prev_action"].shape, steps["time_idx"][0].flatten().tolist()
         (torch.Size([4, 3, 5]), [0, 1, 2])
