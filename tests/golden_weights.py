@@ -58,9 +58,7 @@ def critic_weights(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
     """Critic ensemble inside a TensorDictModule."""
     named = case.starting(f"{prefix}net.")
     return {
-        f"module.{_mlp_name(name)}": value.squeeze(0).squeeze(0)
-        if name.endswith("bias")
-        else value
+        f"module.{_mlp_name(name)}": value.squeeze(0).squeeze(0) if name.endswith("bias") else value
         for name, value in named.items()
     }
 

@@ -14,9 +14,17 @@ from torchrl_amago.envs import (
     MetaFrozenLake,
     PreviousStepTransform,
     TrialTransform,
+    bayes_optimal_success,
     make_trial_env,
 )
-from torchrl_amago.evaluation import TrialResults, evaluate
+from torchrl_amago.evaluation import (
+    TrialResults,
+    evaluate,
+    plot_adaptation_curve,
+    plot_learning_curve,
+    plot_trial_strip,
+    rollout_pictures,
+)
 from torchrl_amago.modules import (
     DISCOUNTS,
     SEQ_MODELS,
@@ -40,19 +48,19 @@ from torchrl_amago.trainers import AMAGOTrainer, make_optimizer
 __version__ = "0.1.0"
 
 __all__ = [
+    "DISCOUNTS",
+    "SEQ_MODELS",
     "AMAGOLoss",
     "AMAGOTrainer",
     "Actor",
     "BilevelEpsilonGreedy",
     "ClippedCategorical",
-    "DISCOUNTS",
     "DiscreteCritic",
     "MLPTimestepEncoder",
     "MetaFrozenLake",
     "Policy",
     "PopArt",
     "PreviousStepTransform",
-    "SEQ_MODELS",
     "TimestepEncoder",
     "TrajectoryEncoder",
     "TransformerEncoder",
@@ -60,10 +68,15 @@ __all__ = [
     "TrialSliceSampler",
     "TrialTransform",
     "ValueCodec",
+    "bayes_optimal_success",
     "evaluate",
     "make_critic",
     "make_optimizer",
     "make_policy",
     "make_trial_buffer",
     "make_trial_env",
+    "plot_adaptation_curve",
+    "plot_learning_curve",
+    "plot_trial_strip",
+    "rollout_pictures",
 ]

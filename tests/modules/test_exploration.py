@@ -57,7 +57,8 @@ def test_scale_is_drawn_at_the_trials_start_and_kept_within_it():
         following["is_init"][:10] = True
         second = explore(following)
     scale = first["_epsilon_scale"]
-    assert 0.4 < scale.mean() < 0.6 and scale.max() < 1.0
+    assert 0.4 < scale.mean() < 0.6
+    assert scale.max() < 1.0
     assert torch.equal(scale[10:], second["_epsilon_scale"][10:])
     assert not torch.equal(scale[:10], second["_epsilon_scale"][:10])
 

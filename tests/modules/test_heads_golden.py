@@ -118,7 +118,7 @@ def test_popart(case):
     hp = case.hyperparameters
     codec = PopArt(hp["gammas"], beta=hp["beta"], initial_nu=hp["init_nu"])
     x = case["x"].squeeze(-1)
-    recorded = {n: v for n, v in case.starting("out/").items()}
+    recorded = dict(case.starting("out/").items())
     for i in range(5):
         target, mask = case["val"][i].squeeze(2, -1), case["mask"][i].squeeze(2, -1)
         codec.update(target, mask[..., :1])
@@ -146,8 +146,9 @@ def test_bilevel_epsilon():
     hp = case.hyperparameters["bilevel"]
     local = case["local_step"]
     within = local <= hp["rollout_horizon"]
-    assert within.any() and not within.all()
-    for step, *expected in zip(case["global_step"], *case["out/bilevel"]):
+    assert within.any()
+    assert not within.all()
+    for step, *expected in zip(case["global_step"], *case["out/bilevel"], strict=True):
         explore = BilevelEpsilonGreedy(
             5,
             horizon=hp["rollout_horizon"],
@@ -156,7 +157,7 @@ def test_bilevel_epsilon():
             end_of_trial=(hp["eps_end_start"], hp["eps_end_end"]),
         )
         explore.step(int(step))
-        for scale, row in zip(case.hyperparameters["global_multiplier"], expected):
+        for scale, row in zip(case.hyperparameters["global_multiplier"], expected, strict=True):
             epsilon = scale * explore.epsilon(local)
             assert_close(epsilon[within], row[within])
             assert (epsilon[~within] >= row[~within].clamp_min(0)).all()

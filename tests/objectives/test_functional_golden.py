@@ -21,7 +21,8 @@ def test_n_step_target(n):
     mask = case["mask"].squeeze(2, -1).bool()
     target = n_step_target(reward, done.bool(), value, case["gamma"].squeeze(-1), mask, n)
     real = mask.expand_as(target)
-    assert real.any() and not real.all()
+    assert real.any()
+    assert not real.all()
     assert_close(target[real], case[f"out/n{n}"].squeeze(2, -1)[real])
 
 

@@ -5,6 +5,7 @@ Legend: B batch, T steps, C critics, G discounts, A action size, D features.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -93,7 +94,7 @@ class DiscreteCritic(nn.Module):
         sizes = [state_size] + [hidden_size] * num_layers
         self.hidden = nn.ModuleList(
             EnsembleLinear(num_critics, size_in, size_out)
-            for size_in, size_out in zip(sizes[:-1], sizes[1:])
+            for size_in, size_out in itertools.pairwise(sizes)
         )
         self.out = EnsembleLinear(num_critics, hidden_size, num_discounts * num_actions)
         self.activation = make_activation(activation)

@@ -179,9 +179,7 @@ def make_policy(
         timestep_encoder.output_size, context_length=context_length, **(seq_model_options or {})
     )
     actor = TensorDictModule(
-        Actor(
-            trajectory_encoder.output_size, num_actions, len(discounts), **(actor_options or {})
-        ),
+        Actor(trajectory_encoder.output_size, num_actions, len(discounts), **(actor_options or {})),
         in_keys=[keys.STATE],
         out_keys=[keys.ACTION_PARAMS],
     )

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
-from torch import Tensor, nn
+from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
@@ -57,7 +57,7 @@ class TimestepEncoder(TensorDictModuleBase):
         """Read ``in_keys``, write the embedding."""
         mask = tensordict.get(self.mask_key, None)
         inputs = []
-        for key, dims in zip(self.in_keys, self.event_dims):
+        for key, dims in zip(self.in_keys, self.event_dims, strict=True):
             value = tensordict.get(key, None)
             if value is None:
                 raise KeyError(
@@ -141,7 +141,7 @@ class MLPTimestepEncoder(TimestepEncoder):
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Flatten, concatenate, normalise, apply the MLP."""
-        for key, shape, value in zip(self.in_keys, self.shapes, inputs):
+        for key, shape, value in zip(self.in_keys, self.shapes, inputs, strict=True):
             if tuple(value.shape[value.ndim - len(shape) :]) != shape:
                 raise ValueError(
                     f"entry {key!r} must end in {shape} for each step, got {tuple(value.shape)}. "
@@ -149,7 +149,7 @@ class MLPTimestepEncoder(TimestepEncoder):
                 )
         flat = [
             x.flatten(x.ndim - dims) if dims else x.unsqueeze(-1)
-            for x, dims in zip(inputs, self.event_dims)
+            for x, dims in zip(inputs, self.event_dims, strict=True)
         ]
         x = torch.cat(flat, -1)
         if self.input_norm is not None:

@@ -97,9 +97,7 @@ def draw_critic_subset(
     return torch.randint(num_critics, shape, device=device)
 
 
-def reduce_ensemble(
-    value_BTCG: Tensor, subset_BTKG: Tensor, how: Literal["min", "mean"]
-) -> Tensor:
+def reduce_ensemble(value_BTCG: Tensor, subset_BTKG: Tensor, how: Literal["min", "mean"]) -> Tensor:
     """Reduce an ensemble's values to one per step and discount, over the drawn members.
 
     Args:
