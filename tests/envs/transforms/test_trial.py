@@ -247,14 +247,18 @@ def test_rows_that_finished_wait_for_the_others(kind):
 def test_rows_that_skip_a_step_stay_as_they_were():
     env = make_trial_env(MetaFrozenLake(batch_size=[2], seed=0), episodes=3, horizon=6)
     tensordict = env.reset()
-    for _ in range(3):
-        _, tensordict = env.step_and_maybe_reset(tensordict.set("action", torch.tensor([1, 1])))
+    # Staying twice, then a move that both rows survive.
+    for action in (0, 0, 1):
+        action = torch.full((2,), action)
+        _, tensordict = env.step_and_maybe_reset(tensordict.set("action", action))
+    assert tensordict["observation"][1].any()
     tensordict["_step"] = torch.tensor([[True], [False]])
     # Also when the skipped row looks done, as the rows of a finished trial do.
     tensordict["done"] = torch.tensor([[False], [True]])
     before = tensordict.clone()
     after = env.step(tensordict.set("action", torch.tensor([2, 2])))["next"]
-    kept = ["done", *env.transform[0].out_keys, "prev_action", "prev_reward", "time_idx"]
+    previous = ["prev_action", "prev_reward", "time_idx"]
+    kept = ["observation", "done", *env.transform[0].out_keys, *previous]
     for key in kept:
         assert torch.equal(after[key][1], before[key][1]), key
     assert after["time_idx"].flatten().tolist() == [4, 3]
