@@ -17,9 +17,6 @@ from torchrl.modules import recurrent_mode
 from torchrl_amago import keys
 from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
 
-# So many rollouts in a row that begin in mid-trial are no coincidence: somebody drops the stream.
-_SUSPICIOUS_STARTS = 16
-
 
 class TrajectoryEncoder(TensorDictModuleBase):
     """Base of all trajectory encoders: `(timestep, time_idx, is_init) -> state`.
@@ -80,7 +77,6 @@ class TrajectoryEncoder(TensorDictModuleBase):
         self.input_size, self.output_size = input_size, output_size
         self.on_weight_update = on_weight_update
         self._streams = StreamTable(max_streams)
-        self._starts_in_mid_trial = 0
         self._fingerprint: Tensor | None = None
 
     # --- what an encoder implements ---
@@ -180,11 +176,11 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
                 "Append torchrl's InitTracker to the environment."
             )
-        is_init_N = is_init.reshape(-1)
-        stream, memory = self._find_memory(tensordict, is_init_N, x)
+        is_init_N, positions_N = is_init.reshape(-1), positions.reshape(-1)
+        stream, memory = self._find_memory(tensordict, is_init_N, positions_N, x)
         memory.clear(is_init_N)
         memory.advance()
-        state_ND = self.step(x.reshape(-1, self.input_size), positions.reshape(-1), memory)
+        state_ND = self.step(x.reshape(-1, self.input_size), positions_N, memory)
         tensordict.set(self.out_keys[0], state_ND.reshape(*shape, -1))
         # A new tensor each time: environments zero it in place when they reset.
         number = torch.full((*shape, 1), stream, dtype=torch.int64, device=x.device)
@@ -193,7 +189,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
     # --- the memory of rollouts ---
 
     def _find_memory(
-        self, tensordict: TensorDictBase, is_init_N: Tensor, x: Tensor
+        self, tensordict: TensorDictBase, is_init_N: Tensor, positions_N: Tensor, x: Tensor
     ) -> tuple[int, Memory]:
         if self.on_weight_update == "restart":
             self._restart_if_weights_changed()
@@ -212,9 +208,8 @@ class TrajectoryEncoder(TensorDictModuleBase):
         num_rows = is_init_N.numel()
         if memory is not None and memory.batch_size == num_rows and memory.device == x.device:
             return stream, memory
-        self._check_start(stream, memory, is_init_N)
-        dtype = self._memory_dtype(x)
-        memory = self.new_memory(num_rows, x.device, dtype)
+        self._check_start(stream, memory, is_init_N, positions_N)
+        memory = self.new_memory(num_rows, x.device, self._memory_dtype(x))
         return self._streams.add(memory), memory
 
     def _memory_dtype(self, x: Tensor) -> torch.dtype:
@@ -222,10 +217,12 @@ class TrajectoryEncoder(TensorDictModuleBase):
             return torch.get_autocast_dtype(x.device.type)
         return next((p.dtype for p in self.parameters()), x.dtype)
 
-    def _check_start(self, stream: int, memory: Memory | None, is_init_N: Tensor) -> None:
+    def _check_start(
+        self, stream: int, memory: Memory | None, is_init_N: Tensor, positions_N: Tensor
+    ) -> None:
         """Speak up when a new memory means that one was lost."""
-        if is_init_N.all():
-            self._starts_in_mid_trial = 0
+        # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
+        if not (~is_init_N & (positions_N > 0)).any():
             return
         if memory is not None and memory.batch_size != is_init_N.numel():
             raise ValueError(
@@ -233,21 +230,14 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 f"{memory.batch_size} rows, got {is_init_N.numel()}, some of them in mid-trial. "
                 f"Step all rows of a rollout together, or remove {self.out_keys[1]!r} to start anew."
             )
-        self._starts_in_mid_trial += 1
-        if stream:
-            warnings.warn(
-                f"the memory of stream {stream} is not in this module: the states of this rollout's "
-                "running trials start from nothing. Either it was evicted (raise max_streams, now "
-                f"{self._streams.max_streams}), or the module is a copy and the rollout isn't its own.",
-                stacklevel=2,
-            )
-        elif self._starts_in_mid_trial == _SUSPICIOUS_STARTS:
-            warnings.warn(
-                f"{_SUSPICIOUS_STARTS} rollouts in a row began in mid-trial: {self.out_keys[1]!r} is "
-                "probably lost between steps, and memory with it. Keep it in the tensordict and in "
-                "selected_out_keys.",
-                stacklevel=2,
-            )
+        reason = (
+            f"its stream {stream} is not in this module: either it was evicted (raise max_streams, "
+            f"now {self._streams.max_streams}), or the module is a copy and the rollout isn't its own"
+            if stream
+            else f"{self.out_keys[1]!r} was lost between steps: keep it in selected_out_keys, and put "
+            "TransformedEnv around a ParallelEnv, which by itself drops what its workers don't know"
+        )
+        warnings.warn(f"a rollout goes on in mid-trial without its memory; {reason}.", stacklevel=2)
 
     def _restart_if_weights_changed(self) -> None:
         # Version counters would miss writes through `.data` and from other processes. An update of
