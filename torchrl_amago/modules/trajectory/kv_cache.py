@@ -103,8 +103,10 @@ class RingCache(Memory):
 
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""
-        self.keys[layer][..., self._slot].copy_(key_BHD.flatten(0, 1))
-        self.values[layer][:, self._slot].copy_(value_BHD.flatten(0, 1))
+        # Views, since queries, keys and values come as slices of one tensor and don't flatten freely.
+        shape = key_BHD.shape
+        self.keys[layer][..., self._slot].view(shape).copy_(key_BHD)
+        self.values[layer][:, self._slot].view(shape).copy_(value_BHD)
 
     def attend(self, layer: int, q_BHD: Tensor) -> Tensor:
         """Attend from the newest step to what its row sees, in one layer: `[B, H, D]`."""
