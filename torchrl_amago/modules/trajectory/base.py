@@ -44,6 +44,31 @@ class TrajectoryEncoder(TensorDictModuleBase):
         mask_key: True on real steps, `[*B, T]`, for sequences; may be absent. Inputs under False
             count as zeros.
         state_key: entry to write, `[*B, D]`.
+
+    Raises:
+        KeyError: if the tensordict lacks an entry.
+        ValueError: if shapes do not fit, or rows of several rollouts are stepped together.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> class Total(Memory):
+        ...     def __init__(self, rows, size):
+        ...         self.batch_size, self.device = rows, torch.device("cpu")
+        ...         self.sum = torch.zeros(rows, size)
+        ...     def clear(self, rows_B):
+        ...         self.sum[rows_B] = 0.0
+        >>> class SumEncoder(TrajectoryEncoder):
+        ...     def sequence(self, x_NTI, positions_NT, is_init_NT):
+        ...         return x_NTI.cumsum(1)
+        ...     def step(self, x_NI, positions_N, memory):
+        ...         return memory.sum.add_(x_NI).clone()
+        ...     def new_memory(self, num_rows, device, dtype):
+        ...         return Total(num_rows, self.output_size)
+        >>> encoder = SumEncoder(1, 1)
+        >>> td = TensorDict(timestep=[[2.0]], time_idx=[[0]], is_init=[[True]], batch_size=[1])
+        >>> td = encoder(td)
+        >>> encoder(td.set("is_init", torch.tensor([[False]])))["state"]
+        tensor([[4.]])
     """
 
     def __init__(

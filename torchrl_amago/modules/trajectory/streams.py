@@ -44,6 +44,13 @@ class StreamTable:
 
     Args:
         max_streams: how many are kept.
+
+    Example:
+        >>> from torchrl_amago.modules.trajectory import RingCache
+        >>> table = StreamTable(max_streams=1)
+        >>> first, second = (table.add(RingCache(1, 2, 1, 4, context_length=3)) for _ in range(2))
+        >>> first in table, second in table
+        (False, True)
     """
 
     def __init__(self, max_streams: int) -> None:
