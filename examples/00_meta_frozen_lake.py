@@ -85,28 +85,28 @@ class Args:
 
     num_envs: int = 64
     """Lakes played at the same time."""
-    total_updates: int = 4000
+    total_updates: int = 2000
     """Optimiser steps in all."""
     updates_per_round: int = 20
     """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
     batch_size: int = 32
     """Trials in a batch."""
-    learning_rate: float = 3e-4
-    """Peak learning rate of AdamW."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW; it falls to a tenth by the end."""
     warmup_updates: int = 100
     """Updates over which the learning rate rises."""
-    tau: float = 0.005
+    tau: float = 0.01
     """Share of the online weights that the targets take over at each update."""
     anneal_frames: int = 150_000
     """Environment steps over which exploration fades."""
     buffer_frames: int = 400_000
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
 
-    eval_interval: int = 500
+    eval_interval: int = 250
     """Updates between evaluations on held-out lakes, greedy, without exploration."""
     eval_trials: int = 1024
     """Trials in the last evaluation; a quarter of it in those before."""
-    checkpoint_interval: int = 1000
+    checkpoint_interval: int = 500
     """Updates between checkpoints."""
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers besides progress.csv."""
@@ -147,7 +147,11 @@ def train(args: Args) -> str:
     critic = make_critic(policy, env, hidden_size=args.hidden_size)
     loss = AMAGOLoss(policy.encoder, policy.actor, critic, discounts=policy.discounts)
     buffer = make_trial_buffer(
-        args.buffer_frames, slice_len=horizon, batch_size=args.batch_size, warn_short=False
+        args.buffer_frames,
+        slice_len=horizon,
+        batch_size=args.batch_size,
+        trim=True,
+        warn_short=False,
     )
     collector = Collector(
         env,
@@ -174,6 +178,7 @@ def train(args: Args) -> str:
         total_updates=args.total_updates,
         updates_per_batch=args.updates_per_round,
         warmup_updates=args.warmup_updates,
+        final_lr_share=0.1,
         evaluator=lambda: evaluate_held_out(args.eval_trials // 4),
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,

@@ -15,6 +15,7 @@ OBSERVATION = "observation"
 SOFT_RESET = "soft_reset"
 TRIAL_PROGRESS = "trial_progress"
 EPISODE_IDX = "episode_idx"
+TRIAL_STEP = "trial_step"
 ATTEMPT_RETURN = "attempt_return"
 PREV_ACTION = "prev_action"
 PREV_REWARD = "prev_reward"
@@ -51,6 +52,8 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "share of the trial that is used up, in [0, 1]; absent when hidden"),
     KeySpec(EPISODE_IDX, "*B, 1", "int64", "TrialTransform", "evaluation",
             "number of the attempt, from 0"),
+    KeySpec(TRIAL_STEP, "*B, 1", "int64", "TrialTransform (with a horizon)", "TrialTransform",
+            "steps of the trial so far"),
     KeySpec(ATTEMPT_RETURN, "*B, 1", "float32", "TrialTransform", "evaluation",
             "return of the attempt that the last step belonged to, that step included"),
     KeySpec(PREV_ACTION, "*B, A", "float32", "PreviousStepTransform", "timestep encoder",

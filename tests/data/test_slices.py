@@ -262,3 +262,23 @@ def test_refuses_what_cannot_work():
     rb.extend(torch.stack([make_trial(4), make_trial(4)]))
     with pytest.raises(ValueError, match=r"flat storage.*got ndim=2.*trajs_per_batch=1"):
         rb.sample()
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_trim_leaves_out_what_is_padding_in_every_row(padding):
+    rb = make_buffer(slice_len=8, batch_size=32, padding=padding, trim=True)
+    write(rb, make_trials([3, 2, 3]))
+    batch = rb.sample()
+    mask = batch["collector", "mask"]
+    assert batch.shape == (32, 3)
+    assert mask.any(0).all()
+    short = ~mask.all(1)
+    assert short.any()
+    assert (~mask[short]).sum(1).eq(1).all()
+    assert mask[short][:, 0 if padding == "right" else -1].all()
+
+
+def test_trim_never_exceeds_slice_len():
+    rb = make_buffer(slice_len=4, batch_size=16, trim=True)
+    write(rb, make_trials([9, 2]))
+    assert rb.sample().shape == (16, 4)

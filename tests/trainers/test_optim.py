@@ -6,7 +6,7 @@ from torch import nn
 
 from torchrl_amago.modules.critic import DiscreteCritic
 from torchrl_amago.modules.trajectory import TransformerEncoder
-from torchrl_amago.trainers import decays, make_optimizer, make_warmup
+from torchrl_amago.trainers import decays, make_optimizer, make_schedule
 
 
 def test_what_decays():
@@ -57,7 +57,7 @@ def test_frozen_parameters_are_left_out():
 
 def test_warmup_starts_at_one_nth():
     optimizer = make_optimizer(nn.Linear(1, 1), lr=8.0)
-    scheduler = make_warmup(optimizer, 4)
+    scheduler = make_schedule(optimizer, 4)
     rates = []
     for _ in range(6):
         rates.append([group["lr"] for group in optimizer.param_groups])
@@ -68,7 +68,7 @@ def test_warmup_starts_at_one_nth():
 
 def test_no_warmup():
     optimizer = make_optimizer(nn.Linear(1, 1), lr=8.0)
-    make_warmup(optimizer, 0)
+    make_schedule(optimizer, 0)
     assert optimizer.param_groups[0]["lr"] == 8.0
     with pytest.raises(ValueError, match="warmup_updates must be at least 0, got -1"):
-        make_warmup(optimizer, -1)
+        make_schedule(optimizer, -1)

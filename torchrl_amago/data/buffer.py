@@ -21,6 +21,7 @@ def make_trial_buffer(
     shared: bool = False,
     generator: torch.Generator | None = None,
     padding: Padding = "right",
+    trim: bool = False,
     overhang: Overhang = "none",
     warn_short: bool = True,
 ) -> TensorDictReplayBuffer:
@@ -42,6 +43,7 @@ def make_trial_buffer(
         shared: whether several processes write to the buffer (`MultiCollector`).
         generator: source of the draws; torch's global generator by default.
         padding: side of a slice that is padded.
+        trim: make T the longest slice of each batch, see :class:`TrialSliceSampler`.
         overhang: see :class:`TrialSliceSampler`.
         warn_short: whether to warn, once, when no stored trial fills a slice.
 
@@ -71,7 +73,7 @@ def make_trial_buffer(
     return TensorDictReplayBuffer(
         storage=LazyMemmapStorage(capacity, scratch_dir=scratch_dir, shared_init=shared),
         sampler=TrialSliceSampler(
-            slice_len, padding=padding, overhang=overhang, warn_short=warn_short
+            slice_len, padding=padding, trim=trim, overhang=overhang, warn_short=warn_short
         ),
         batch_size=batch_size,
         prefetch=prefetch,

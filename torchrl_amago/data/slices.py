@@ -29,7 +29,7 @@ class TrialSliceSampler(Sampler):
     """Draws a trial uniformly, then a slice of it uniformly among those that fit.
 
     A trial that is shorter than `slice_len` is taken whole and padded; every batch is `[B, T]` with
-    T = `slice_len`, and has the mask, whatever the trials' lengths. Only complete trials are drawn:
+    T = `slice_len` (unless `trim`), and has the mask, whatever the trials' lengths. Only complete trials are drawn:
     neither one that is still being written, nor one that the write cursor has begun to overwrite.
 
     The storage must be one-dimensional and hold the steps of a trial side by side, the last one
@@ -44,6 +44,9 @@ class TrialSliceSampler(Sampler):
     Args:
         slice_len: steps T of each slice.
         padding: side of the slice that is padded.
+        trim: make T the longest slice of the batch where that is less than `slice_len`: steps that
+            would be padding in every row cost nothing then. Leave it off where shapes must not
+            change, as under `torch.compile`.
         overhang: sides on which the window of T steps may stick out of a longer trial. With
             `"none"`, the steps near a trial's ends lie in fewer windows than those in the middle;
             `"left"`, `"right"` and `"both"` even that out, at the price of more padding. (The
@@ -79,6 +82,7 @@ class TrialSliceSampler(Sampler):
         slice_len: int,
         *,
         padding: Padding = "right",
+        trim: bool = False,
         overhang: Overhang = "none",
         end_key: NestedKey = ("next", "done"),
         init_key: NestedKey | None = "is_init",
@@ -94,6 +98,7 @@ class TrialSliceSampler(Sampler):
         _check_choice("overhang", overhang, Overhang)
         self.slice_len = slice_len
         self.padding = padding
+        self.trim = trim
         self.overhang = overhang
         self.end_key = end_key
         self.init_key = init_key
@@ -145,9 +150,11 @@ class TrialSliceSampler(Sampler):
         # What sticks out is cut off: first and last step of the slice, both inside the trial.
         first_B = begin_B.clamp(min=0)
         last_B = torch.minimum(begin_B + slice_len, length_B) - 1
-        offset_BT = first_B.unsqueeze(-1) + torch.arange(slice_len)
+        real_B = last_B - first_B + 1
+        width = int(real_B.max()) if self.trim else slice_len
+        offset_BT = first_B.unsqueeze(-1) + torch.arange(width)
         if self.padding == "left":
-            offset_BT = offset_BT - (slice_len - (last_B - first_B + 1)).unsqueeze(-1)
+            offset_BT = offset_BT - (width - real_B).unsqueeze(-1)
         inside_BT = offset_BT.clamp(first_B.unsqueeze(-1), last_B.unsqueeze(-1))
         return start_B.unsqueeze(-1) + inside_BT, inside_BT == offset_BT
 

@@ -31,7 +31,13 @@ SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {"transformer": Transf
 """Trajectory encoders by name; each takes ``(input_size, context_length=..., **options)``."""
 
 # Bookkeeping entries of the trial: never shown to the timestep encoder unless asked for by name.
-_NOT_OBSERVATIONS = {keys.TIME_IDX, keys.IS_INIT, keys.EPISODE_IDX, keys.ATTEMPT_RETURN}
+_NOT_OBSERVATIONS = {
+    keys.TIME_IDX,
+    keys.IS_INIT,
+    keys.EPISODE_IDX,
+    keys.TRIAL_STEP,
+    keys.ATTEMPT_RETURN,
+}
 
 
 class SelectDiscount(TensorDictModuleBase):

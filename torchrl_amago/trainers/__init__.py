@@ -21,7 +21,7 @@ from torchrl_amago.trainers.logging import (
     read_progress,
 )
 from torchrl_amago.trainers.nonfinite import NonFiniteError
-from torchrl_amago.trainers.optim import decays, make_optimizer, make_warmup
+from torchrl_amago.trainers.optim import decays, make_optimizer, make_schedule
 from torchrl_amago.trainers.report import RunReport
 from torchrl_amago.trainers.run_state import describe_architecture
 
@@ -40,7 +40,7 @@ __all__ = [
     "evaluation_metrics",
     "make_logger",
     "make_optimizer",
-    "make_warmup",
+    "make_schedule",
     "read_progress",
     "refuse_existing_run",
 ]

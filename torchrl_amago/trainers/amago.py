@@ -30,7 +30,7 @@ from torchrl_amago.trainers.hooks import (
 )
 from torchrl_amago.trainers.interrupt import on_interrupt
 from torchrl_amago.trainers.nonfinite import blame_inputs, check_data
-from torchrl_amago.trainers.optim import make_warmup
+from torchrl_amago.trainers.optim import make_schedule
 from torchrl_amago.trainers.report import RunReport
 
 Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
@@ -84,6 +84,8 @@ class AMAGOTrainer(Trainer):
         min_trials: complete trials to wait for before the first update.
         clip_norm: largest norm of the gradient; None does not clip.
         warmup_updates: updates over which the learning rate rises from 1/n of its value to all.
+        final_lr_share: share of the learning rate left at ``total_updates``, to which it falls
+            linearly after the rise; 1 keeps it constant.
         autocast: bfloat16 autocast in forward and loss.
         log_interval: updates between rows of ``progress.csv``.
         loggers: ``"tensorboard"``, ``"wandb"`` or torchrl loggers, besides the table.
@@ -141,6 +143,7 @@ class AMAGOTrainer(Trainer):
         min_trials: int = 1,
         clip_norm: float | None = 1.0,
         warmup_updates: int = 500,
+        final_lr_share: float = 1.0,
         autocast: bool = False,
         log_interval: int = 50,
         loggers: Sequence[str | Logger] = (),
@@ -183,7 +186,7 @@ class AMAGOTrainer(Trainer):
         self.monitor = TrialMonitor(
             replay_buffer, self.report.window, self.run_dir, success_threshold
         )
-        self.scheduler = make_warmup(optimizer, warmup_updates)
+        self.scheduler = make_schedule(optimizer, warmup_updates, total_updates, final_lr_share)
         self._device = next(loss_module.parameters()).device
         self._sync_weights = _needs_weight_sync(collector, self._device)
         self._updates_left = 0  # of the batch collected last

@@ -72,25 +72,47 @@ def make_optimizer(
     return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
-def make_warmup(optimizer: Optimizer, warmup_updates: int) -> LambdaLR:
-    """Learning rate that rises linearly over ``warmup_updates`` updates, from 1/n of it to all of it.
+def make_schedule(
+    optimizer: Optimizer,
+    warmup_updates: int,
+    total_updates: int = 1,
+    final_share: float = 1.0,
+) -> LambdaLR:
+    """Learning rate that rises linearly, then falls linearly, in shares of its peak.
+
+    Args:
+        optimizer: its ``lr`` is the peak.
+        warmup_updates: updates of the rise, from 1/n of the peak to all of it; 0 for none.
+        total_updates: update at which ``final_share`` is reached, and kept from then on.
+        final_share: share of the peak at the end; 1 for no fall.
+
+    Raises:
+        ValueError: for a negative ``warmup_updates``, or a ``final_share`` outside [0, 1].
 
     Example:
         >>> optimizer = make_optimizer(nn.Linear(3, 2), lr=1.0)
-        >>> _ = make_warmup(optimizer, 4)
-        >>> optimizer.param_groups[0]["lr"]
-        0.25
+        >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_share=0.1)
+        >>> [round(schedule.lr_lambdas[0](update), 3) for update in (0, 3, 4, 54, 104, 999)]
+        [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]
     """
     if warmup_updates < 0:
         raise ValueError(
             f"warmup_updates must be at least 0, got {warmup_updates}. It is the number of updates "
             "over which the learning rate rises; 0 starts at the full rate."
         )
+    if not 0.0 <= final_share <= 1.0:
+        raise ValueError(
+            f"final_share must be in [0, 1], got {final_share}. It is the share of the learning "
+            "rate that is left at the last update; 1 keeps it constant."
+        )
 
-    def factor(update: int) -> float:
-        return min(1.0, (update + 1) / warmup_updates) if warmup_updates else 1.0
+    def share(update: int) -> float:
+        if update < warmup_updates:
+            return (update + 1) / warmup_updates
+        done = min(1.0, (update - warmup_updates) / max(1, total_updates - warmup_updates))
+        return 1.0 + done * (final_share - 1.0)
 
-    return LambdaLR(optimizer, factor)
+    return LambdaLR(optimizer, share)
 
 
 def parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:

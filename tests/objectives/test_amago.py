@@ -1,0 +1,274 @@
+"""AMAGOLoss as a TorchRL citizen: keys, dispatch, masks, targets, refusals, cost."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.objectives import SoftUpdate
+
+from torchrl_amago.modules import Actor, DiscreteCritic, MLPTimestepEncoder, TransformerEncoder
+from torchrl_amago.objectives import AMAGOLoss
+
+B, T, A, D = 3, 6, 4, 16
+DISCOUNTS = (0.5, 0.9)
+LENGTHS = torch.tensor([6, 4, 1])
+
+
+def make_loss(**options) -> AMAGOLoss:
+    torch.manual_seed(1)
+    shapes = {"observation": (5,), "prev_reward": (1,), "prev_action": (A,)}
+    timestep = MLPTimestepEncoder(shapes, hidden_size=D, output_size=D)
+    trajectory = TransformerEncoder(
+        D, context_length=T, d_model=D, num_heads=2, num_layers=2, dropout_ff=0.0, dropout_emb=0.0
+    )
+    actor = Actor(D, A, len(DISCOUNTS), hidden_size=D)
+    critic = DiscreteCritic(D, A, len(DISCOUNTS), hidden_size=D)
+    loss = AMAGOLoss(
+        TensorDictSequential(timestep, trajectory),
+        TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"]),
+        TensorDictModule(critic, in_keys=["state"], out_keys=["action_value"]),
+        discounts=DISCOUNTS,
+        **options,
+    )
+    loss.target_update = SoftUpdate(loss, tau=0.1)
+    return loss
+
+
+def make_batch(masked: bool = True) -> TensorDict:
+    torch.manual_seed(2)
+
+    def steps(**more):
+        return TensorDict(
+            observation=torch.randn(B, T, 5),
+            prev_reward=torch.randn(B, T, 1),
+            prev_action=torch.randn(B, T, A),
+            time_idx=torch.arange(T).view(1, T, 1).repeat(B, 1, 1) + 3,
+            is_init=torch.zeros(B, T, 1, dtype=torch.bool),
+            batch_size=[B, T],
+            **more,
+        )
+
+    batch = steps(action=torch.randint(A, (B, T)))
+    terminated = torch.zeros(B, T, 1, dtype=torch.bool)
+    terminated[1, 3] = True
+    batch["next"] = steps(reward=torch.randn(B, T, 1), terminated=terminated)
+    for key in ("observation", "prev_reward", "prev_action", "time_idx"):
+        batch["next", key][:, :-1] = batch[key][:, 1:]
+    if masked:
+        batch["collector", "mask"] = torch.arange(T) < LENGTHS[:, None]
+    return batch
+
+
+def total(out: TensorDict) -> torch.Tensor:
+    return out["loss_actor"] + out["loss_qvalue"]
+
+
+def run(loss: AMAGOLoss, batch: TensorDict) -> tuple[TensorDict, list[torch.Tensor]]:
+    torch.manual_seed(3)
+    out = loss(batch)
+    total(out).backward()
+    return out, [p.grad for p in loss.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("n_step", [1, 3])
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+def test_what_padding_holds_changes_nothing(n_step, poison):
+    loss = make_loss(n_step=n_step)
+    clean, clean_grads = run(loss, make_batch())
+    state = {name: buffer.clone() for name, buffer in loss.named_buffers()}
+    other = make_loss(n_step=n_step)
+    batch = make_batch()
+    padding = ~batch["collector", "mask"]
+    for key in batch.keys(True, True):
+        if batch[key].is_floating_point():
+            batch[key][padding] = poison
+    batch["action"][padding] = 99
+    batch["time_idx"][padding] = 10**6
+    batch["next", "terminated"][padding] = True
+    # The state after a row's last real step is an input too, so `next` there stays as it is.
+    out, grads = run(other, batch)
+    for name in clean:
+        assert torch.equal(out[name], clean[name]), name
+    for grad, clean_grad in zip(grads, clean_grads, strict=True):
+        assert torch.equal(grad, clean_grad)
+    for name, buffer in other.named_buffers():
+        assert torch.equal(buffer, state[name]), name
+
+
+def test_an_all_masked_batch_warns_gives_zero_and_moves_no_statistic():
+    loss = make_loss()
+    batch = make_batch()
+    batch["collector", "mask"].zero_()
+    codec = {name: buffer.clone() for name, buffer in loss.value_codec.named_buffers()}
+    norm = loss.encoder_network_params["module", "0", "input_norm", "mu"].clone()
+    with pytest.warns(UserWarning, match="every step of the batch is masked"):
+        out, grads = run(loss, batch)
+    assert total(out).item() == 0.0
+    assert all(grad is None or not grad.any() for grad in grads)
+    for name, buffer in loss.value_codec.named_buffers():
+        assert torch.equal(buffer, codec[name]), name
+    assert torch.equal(loss.encoder_network_params["module", "0", "input_norm", "mu"], norm)
+
+
+def test_without_a_mask_every_step_is_real():
+    batch = make_batch(masked=False)
+    full = make_batch()
+    full["collector", "mask"].fill_(True)
+    assert torch.equal(total(run(make_loss(), batch)[0]), total(run(make_loss(), full)[0]))
+
+
+def test_only_terminated_stops_bootstrapping():
+    batch = make_batch()
+    reference = total(run(make_loss(), batch.clone())[0])
+    batch["next", "truncated"] = torch.ones(B, T, 1, dtype=torch.bool)
+    batch["next", "done"] = torch.ones(B, T, 1, dtype=torch.bool)
+    assert torch.equal(total(run(make_loss(), batch.clone())[0]), reference)
+    batch["next", "terminated"].fill_(True)
+    assert not torch.equal(total(run(make_loss(), batch)[0]), reference)
+
+
+def test_one_hot_and_categorical_actions_agree():
+    batch = make_batch()
+    reference = total(run(make_loss(), batch.clone())[0])
+    batch["action"] = torch.nn.functional.one_hot(batch["action"], A)
+    assert torch.equal(total(run(make_loss(action_space="one_hot"), batch.clone())[0]), reference)
+    with pytest.raises(ValueError, match=r"actions must be \[B, T\] indices"):
+        make_loss()(batch)
+
+
+def test_dispatch_takes_tensors_and_gives_tensors():
+    loss, batch = make_loss(), make_batch(masked=False)
+    flat = {"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in loss.in_keys}
+    torch.manual_seed(3)
+    out = loss(**flat)
+    expected = run(make_loss(), batch)[0]
+    by_name = dict(zip(loss.out_keys, out, strict=True))
+    assert torch.equal(by_name["loss_qvalue"], expected["loss_qvalue"])
+    assert set(expected.keys()) == set(loss.out_keys)
+
+
+def test_set_keys_renames_entries():
+    loss, batch = make_loss(), make_batch()
+    reference = total(run(make_loss(), batch.clone())[0])
+    loss.set_keys(action="my_action", reward="my_reward", terminated="my_end", priority="prio")
+    batch.rename_key_("action", "my_action")
+    batch["next"].rename_key_("reward", "my_reward")
+    batch["next"].rename_key_("terminated", "my_end")
+    assert torch.equal(total(run(loss, batch)[0]), reference)
+    assert batch["prio"].shape == (B, T)
+
+
+def test_targets_follow_after_soft_update_and_encoder_has_none():
+    loss = make_loss()
+    names = {name for name, _ in loss.named_buffers() if name.startswith("target_")}
+    assert names
+    assert not any(name.startswith("target_encoder") for name in names)
+    key = ("module", "mlp", "out", "weight")
+    before = loss.target_actor_network_params[key].clone()
+    with torch.no_grad():
+        loss.actor_network_params[key].data += 1.0
+    loss.target_update.step()
+    torch.testing.assert_close(loss.target_actor_network_params[key], before + 0.1)
+
+
+def test_one_encoder_pass_and_one_critic_pass_of_each_kind():
+    loss = make_loss()
+    counts = {"encoder": 0, "critic": 0, "actor": 0}
+
+    def counting(name, module):
+        def hook(*_):
+            counts[name] += 1
+
+        module.register_forward_hook(hook)
+
+    counting("encoder", loss.encoder_network.module[1])
+    counting("critic", loss.critic_network.module)
+    counting("actor", loss.actor_network.module)
+    loss(make_batch())
+    assert counts == {"encoder": 1, "critic": 2, "actor": 2}
+
+
+def test_behaviour_cloning_leaves_critics_alone():
+    loss = make_loss(online_coeff=0.0, offline_coeff=1.0, advantage_filter=None)
+    loss.critic_network.module.register_forward_hook(lambda *_: pytest.fail("critic was called"))
+    out, _ = run(loss, make_batch())
+    assert out["loss_qvalue"].item() == 0.0
+    assert all(p.grad is None for p in loss.critic_network_params.parameters())
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_reductions_agree_with_the_mean(reduction):
+    mask = make_batch()["collector", "mask"]
+    mean, _ = run(make_loss(), make_batch())
+    loss, batch = make_loss(reduction=reduction), make_batch()
+    torch.manual_seed(3)
+    out = loss(batch)
+    per_step = {"loss_actor": len(DISCOUNTS), "loss_qvalue": 4 * len(DISCOUNTS)}
+    for name, entries in per_step.items():
+        if reduction == "none":
+            assert out[name].shape[:2] == (B, T)
+            assert not out[name][~mask].any()
+        torch.testing.assert_close(out[name].sum() / (mask.sum() * entries), mean[name])
+
+
+def test_the_policy_shares_its_weights_and_statistics_with_the_loss():
+    loss = make_loss()
+    encoder = loss.encoder_network
+    before = encoder.module[0].input_norm.mu.clone()
+    run(loss, make_batch())
+    assert not torch.equal(encoder.module[0].input_norm.mu, before)
+    params = {p.data_ptr() for p in loss.parameters()}
+    assert all(p.data_ptr() in params for p in encoder.parameters())
+
+
+def test_eval_mode_updates_no_input_statistics():
+    loss = make_loss().eval()
+    before = loss.encoder_network_params["module", "0", "input_norm", "mu"].clone()
+    run(loss, make_batch())
+    assert torch.equal(loss.encoder_network_params["module", "0", "input_norm", "mu"], before)
+
+
+def test_bfloat16_autocast_stays_close():
+    exact = total(run(make_loss(), make_batch())[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        low = total(run(make_loss(), make_batch())[0])
+    assert low.item() == pytest.approx(exact.item(), rel=3e-2)
+
+
+def test_learns_a_value_it_can_read_off():
+    """Reward 1 at every step, discount 0.5: every value tends to 2, times the reward scale."""
+    loss = make_loss(online_coeff=0.0, n_step=1)
+    optimizer = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=3e-3)
+    batch = make_batch(masked=False)
+    batch["next", "reward"].fill_(1.0)
+    batch["next", "terminated"].zero_()
+    target_update = SoftUpdate(loss, tau=0.2)
+    for _ in range(250):
+        total(loss(batch)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        target_update.step()
+    values = loss.estimates(batch)["q_value"][..., 0] / loss.reward_scale
+    torch.testing.assert_close(values, torch.full((B, T), 2.0), atol=0.15, rtol=0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_target_critics": 0}, "num_target_critics must be at least 1, got 0"),
+        ({"n_step": 0}, "n_step must be at least 1, got 0"),
+        ({"action_space": "box"}, "action_space must be 'categorical' or 'one_hot', got 'box'"),
+        ({"advantage_filter": "soft"}, "advantage_filter must be one of .*'binary'.* got 'soft'"),
+    ],
+)
+def test_refuses_bad_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        make_loss(**options)
+
+
+def test_names_the_missing_entry():
+    batch = make_batch().exclude(("next", "prev_action"))
+    with pytest.raises(KeyError, match="reads 'prev_action' .* missing under next"):
+        make_loss()(batch)
