@@ -43,11 +43,11 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
 
     Example:
         >>> explore = BilevelEpsilonGreedy(num_actions=5, horizon=45, anneal_frames=1000)
-        >>> explore.epsilon(torch.tensor([[0], [45], [90]])).flatten().tolist()
-        [1.0, 0.800000011920929, 0.800000011920929]
+        >>> explore.epsilon(torch.tensor([[0], [45], [90]])).flatten()
+        tensor([1.0000, 0.8000, 0.8000])
         >>> explore.step(1000)
-        >>> explore.epsilon(torch.tensor([[0]])).item()
-        0.05000000074505806
+        >>> explore.epsilon(torch.tensor([0, 45]))
+        tensor([0.0500, 0.0100])
     """
 
     frames: Tensor

@@ -47,6 +47,13 @@ class SelectDiscount(TensorDictModuleBase):
         index: which discount; may be set anew at any time.
         in_key: parameters for every discount.
         out_key: parameters of the chosen one.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict(action_params=torch.arange(6.0).view(1, 3, 2), batch_size=[1])
+        >>> SelectDiscount(index=1)(td)["logits"]
+        tensor([[2., 3.]])
     """
 
     def __init__(
@@ -74,6 +81,14 @@ class Policy(TensorDictSequential):
         actor: actor head, ``"state" -> "action_params"``.
         exploration: exploration module or None.
         discounts: G discounts, the one acted with by default last.
+
+    Example:
+        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+        >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
+        >>> policy = make_policy(env, context_length=45)
+        >>> policy.actor(policy.encoder(env.reset()))["action_params"].shape
+        torch.Size([2, 7, 5])
+        >>> rollout = env.rollout(3, policy.act_with(0.99))
     """
 
     def __init__(

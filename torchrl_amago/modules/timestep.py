@@ -25,6 +25,19 @@ class TimestepEncoder(TensorDictModuleBase):
         output_size: D, size of the embedding.
         out_key: entry to write, ``[*B, D]``.
         mask_key: entry that is True on real steps, ``[*B]``; may be absent.
+
+    Raises:
+        KeyError: if the tensordict lacks an entry.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> class Brightness(TimestepEncoder):
+        ...     def encode(self, inputs, mask):
+        ...         return inputs[0].mean((-2, -1)).unsqueeze(-1)
+        >>> encoder = Brightness(["pixels"], event_dims=[2], output_size=1)
+        >>> td = TensorDict(pixels=torch.ones(5, 8, 8, dtype=torch.uint8), batch_size=[5])
+        >>> encoder(td)["timestep"].shape
+        torch.Size([5, 1])
     """
 
     def __init__(
