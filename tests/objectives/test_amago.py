@@ -9,7 +9,7 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.objectives import SoftUpdate
 
 from torchrl_amago.modules import Actor, DiscreteCritic, MLPTimestepEncoder, TransformerEncoder
-from torchrl_amago.objectives import AMAGOLoss
+from torchrl_amago.objectives import AMAGOLoss, amago
 
 B, T, A, D = 3, 6, 4, 16
 DISCOUNTS = (0.5, 0.9)
@@ -74,11 +74,12 @@ def run(loss: AMAGOLoss, batch: TensorDict) -> tuple[TensorDict, list[torch.Tens
 
 @pytest.mark.parametrize("n_step", [1, 3])
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
-def test_what_padding_holds_changes_nothing(n_step, poison):
-    loss = make_loss(n_step=n_step)
+@pytest.mark.parametrize("compact", [False, True])
+def test_what_padding_holds_changes_nothing(n_step, poison, compact):
+    loss = make_loss(n_step=n_step, compact=compact)
     clean, clean_grads = run(loss, make_batch())
     state = {name: buffer.clone() for name, buffer in loss.named_buffers()}
-    other = make_loss(n_step=n_step)
+    other = make_loss(n_step=n_step, compact=compact)
     batch = make_batch()
     padding = ~batch["collector", "mask"]
     for key in batch.keys(True, True):
@@ -87,18 +88,18 @@ def test_what_padding_holds_changes_nothing(n_step, poison):
     batch["action"][padding] = 99
     batch["time_idx"][padding] = 10**6
     batch["next", "terminated"][padding] = True
-    # The state after a row's last real step is an input too, so `next` there stays as it is.
     out, grads = run(other, batch)
-    for name in clean:
-        assert torch.equal(out[name], clean[name]), name
+    for name, value in clean.items():
+        assert torch.equal(out[name], value), name
     for grad, clean_grad in zip(grads, clean_grads, strict=True):
         assert torch.equal(grad, clean_grad)
     for name, buffer in other.named_buffers():
         assert torch.equal(buffer, state[name]), name
 
 
-def test_an_all_masked_batch_warns_gives_zero_and_moves_no_statistic():
-    loss = make_loss()
+@pytest.mark.parametrize("compact", [False, True])
+def test_an_all_masked_batch_warns_gives_zero_and_moves_no_statistic(compact):
+    loss = make_loss(compact=compact)
     batch = make_batch()
     batch["collector", "mask"].zero_()
     codec = {name: buffer.clone() for name, buffer in loss.value_codec.named_buffers()}
@@ -112,11 +113,36 @@ def test_an_all_masked_batch_warns_gives_zero_and_moves_no_statistic():
     assert torch.equal(loss.encoder_network_params["module", "0", "input_norm", "mu"], norm)
 
 
-def test_without_a_mask_every_step_is_real():
+@pytest.mark.parametrize("n_step", [1, 4])
+def test_compact_changes_the_work_and_not_the_numbers(n_step, monkeypatch):
+    subset = torch.randint(4, (B, T, 2, len(DISCOUNTS)))
+    mask = make_batch()["collector", "mask"]
+    outs, grads = [], []
+    for compact, drawn in ((False, subset), (True, subset[mask])):
+        monkeypatch.setattr(amago, "draw_critic_subset", lambda *_, drawn=drawn: drawn)
+        loss, batch = make_loss(n_step=n_step, compact=compact), make_batch()
+        rows = []
+        loss.critic_network.module.register_forward_hook(
+            lambda _, args, __, rows=rows: rows.append(args[0].shape[:-1].numel())
+        )
+        out, grad = run(loss, batch)
+        outs.append(out)
+        grads.append(grad)
+        assert rows == [int(mask.sum()) if compact else B * T] * 2
+        assert batch["td_error"].shape == (B, T)
+    for name, value in outs[0].items():
+        torch.testing.assert_close(outs[1][name], value, msg=name)
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_without_a_mask_every_step_is_real(compact):
     batch = make_batch(masked=False)
     full = make_batch()
     full["collector", "mask"].fill_(True)
-    assert torch.equal(total(run(make_loss(), batch)[0]), total(run(make_loss(), full)[0]))
+    one, other = (total(run(make_loss(compact=compact), td)[0]) for td in (batch, full))
+    assert torch.equal(one, other)
 
 
 def test_only_terminated_stops_bootstrapping():

@@ -29,7 +29,7 @@ UPDATE_CASES = [
 ]
 
 
-def build_loss(case: GoldenCase) -> AMAGOLoss:
+def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
     hp = case.hyperparameters
     num_discounts, num_actions = len(hp["gammas"]), case["batch/actions"].shape[-1]
     shapes = {
@@ -71,6 +71,7 @@ def build_loss(case: GoldenCase) -> AMAGOLoss:
         critic_coeff=hp["critic_loss_weight"],
         advantage_filter=None if hp["fake_filter"] else FILTERS[hp["fbc_filter_func"]],
         use_target_actor=hp["use_target_actor"],
+        compact=compact,
     )
     load_weights(loss, case, "w/")
     return loss.train(hp["mode"] == "train")
@@ -118,10 +119,12 @@ def make_batch(case: GoldenCase) -> TensorDict:
     )
 
 
-def supply_subset(monkeypatch, case: GoldenCase, prefix: str = "") -> None:
+def supply_subset(monkeypatch, case: GoldenCase, compact: bool = True, prefix: str = "") -> None:
     key = f"{prefix}rand/critic_subset_idx_0"
     if key in case:
         subset = case[key].squeeze(-1)
+        if compact:
+            subset = subset[make_batch(case)["collector", "mask"]]
         monkeypatch.setattr(amago, "draw_critic_subset", lambda *args: subset)
 
 
@@ -146,9 +149,10 @@ def recorded_grads(case: GoldenCase) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("case", cases(*UPDATE_CASES), ids=str)
-def test_losses_gradients_and_statistics(case, monkeypatch):
-    loss = build_loss(case)
-    supply_subset(monkeypatch, case)
+@pytest.mark.parametrize("compact", [False, True])
+def test_losses_gradients_and_statistics(case, compact, monkeypatch):
+    loss = build_loss(case, compact)
+    supply_subset(monkeypatch, case, compact)
     batch = make_batch(case)
     out = loss(batch)
     weight = case.hyperparameters["critic_loss_weight"]
@@ -174,8 +178,8 @@ def test_losses_gradients_and_statistics(case, monkeypatch):
 @pytest.mark.parametrize("case", cases(*UPDATE_CASES), ids=str)
 def test_intermediate_values(case, monkeypatch):
     """TD targets, states and unreduced losses, on real steps."""
-    loss = build_loss(case)
-    supply_subset(monkeypatch, case)
+    loss = build_loss(case, compact=False)
+    supply_subset(monkeypatch, case, compact=False)
     seen = {}
 
     def spy(name):
@@ -267,7 +271,7 @@ def test_three_updates(case, monkeypatch):
     optimizer = torch.optim.AdamW(params, lr=1e-3, weight_decay=1e-3)
     batch = make_batch(case)
     for step in range(3):
-        supply_subset(monkeypatch, case, f"step{step}/")
+        supply_subset(monkeypatch, case, prefix=f"step{step}/")
         optimizer.zero_grad()
         out = loss(batch)
         total = out["loss_actor"] + out["loss_qvalue"]

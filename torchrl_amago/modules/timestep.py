@@ -58,33 +58,42 @@ class TimestepEncoder(TensorDictModuleBase):
         """Embed steps.
 
         Args:
-            inputs: one float tensor ``[*B, ...]`` per entry of ``in_keys``, zero where padded.
-            mask: bool ``[*B, 1]``, or None if every step is real.
+            inputs: one float tensor ``[*M, ...]`` per entry of ``in_keys``; ``*M`` is ``*B``, or
+                the real steps alone in one row. Zero where padded.
+            mask: bool ``[*M, 1]``, or None if every step is real.
 
         Returns:
-            ``[*B, D]``.
+            ``[*M, D]``.
         """
         raise NotImplementedError
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read ``in_keys``, write the embedding."""
         mask = tensordict.get(self.mask_key, None)
-        inputs = []
-        for key, dims in zip(self.in_keys, self.event_dims, strict=True):
-            value = tensordict.get(key, None)
-            if value is None:
-                raise KeyError(
-                    f"the timestep encoder reads {key!r}, but the tensordict holds only "
-                    f"{sorted(map(str, tensordict.keys(True, True)))}. Build the encoder from the "
-                    "environment's specs (make_policy), or name the entries with obs_keys."
-                )
-            if not value.is_floating_point():
-                value = value.to(torch.get_default_dtype())
-            if mask is not None:
-                value = torch.where(mask.reshape(mask.shape + (1,) * dims), value, 0.0)
-            inputs.append(value)
-        out = self.encode(inputs, None if mask is None else mask.unsqueeze(-1))
+        inputs = [self._read(tensordict, key) for key in self.in_keys]
+        if mask is None:
+            out = self.encode(inputs, None)
+        elif mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            # Real steps alone: less work, and what lies in padding is never touched.
+            real = self.encode([value[mask] for value in inputs], None)
+            out = real.new_zeros(*mask.shape, real.shape[-1]).index_put((mask,), real)
+        else:
+            inputs = [
+                torch.where(mask.reshape(mask.shape + (1,) * dims), value, 0.0)
+                for value, dims in zip(inputs, self.event_dims, strict=True)
+            ]
+            out = self.encode(inputs, mask.unsqueeze(-1))
         return tensordict.set(self.out_keys[0], out)
+
+    def _read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"the timestep encoder reads {key!r}, but the tensordict holds only "
+                f"{sorted(map(str, tensordict.keys(True, True)))}. Build the encoder from the "
+                "environment's specs (make_policy), or name the entries with obs_keys."
+            )
+        return value if value.is_floating_point() else value.to(torch.get_default_dtype())
 
 
 class MLPTimestepEncoder(TimestepEncoder):

@@ -4,7 +4,7 @@ A codec turns TD targets into what critics predict and back: ``encode(target) ->
 ``loss(prediction, target)``, ``decode(prediction) -> value``, ``update(target, mask)``. Its running
 statistics are buffers, so they travel with checkpoints, devices and weight synchronisation.
 
-Legend: B batch, T steps, C critics, G discounts.
+Legend: N targets, G discounts.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ class ValueCodec(nn.Module, abc.ABC):
 
     Example:
         >>> class Plain(ValueCodec):
-        ...     def update(self, target_BTG, mask_BT1): pass
-        ...     def encode(self, target_BTG): return target_BTG
+        ...     def update(self, target, mask): pass
+        ...     def encode(self, target): return target
         ...     def decode(self, prediction): return prediction
         ...     def normalized(self, prediction): return prediction
-        ...     def loss(self, prediction_BTCG, target_BTG):
-        ...         return (prediction_BTCG - target_BTG.unsqueeze(2)).square()
+        ...     def loss(self, prediction, target):
+        ...         return (prediction - target.unsqueeze(-2)).square()
         >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
         tensor([9., 9.])
     """
 
     @abc.abstractmethod
-    def update(self, target_BTG: Tensor, mask_BT1: Tensor) -> None:
+    def update(self, target: Tensor, mask: Tensor) -> None:
         """Take a batch of targets into the running statistics, if there are any."""
 
     @abc.abstractmethod
-    def encode(self, target_BTG: Tensor) -> Tensor:
+    def encode(self, target: Tensor) -> Tensor:
         """Turn targets in reward units into labels."""
 
     @abc.abstractmethod
@@ -47,8 +47,8 @@ class ValueCodec(nn.Module, abc.ABC):
         """Turn raw predictions ``[..., G]`` into values of a scale that does not drift."""
 
     @abc.abstractmethod
-    def loss(self, prediction_BTCG: Tensor, target_BTG: Tensor) -> Tensor:
-        """Loss of each prediction, unreduced: ``[B, T, C, G]``."""
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of each prediction ``[..., C, G]`` for a target ``[..., G]``, unreduced."""
 
 
 class PopArt(ValueCodec):
@@ -110,19 +110,19 @@ class PopArt(ValueCodec):
         return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
 
     @torch.no_grad()
-    def update(self, target_BTG: Tensor, mask_BT1: Tensor) -> None:
+    def update(self, target: Tensor, mask: Tensor) -> None:
         """Move the statistics towards a batch of targets; nothing moves if all is masked.
 
         Args:
-            target_BTG: ``[B, T, G]``, reward units; masked entries may be anything, NaN too.
-            mask_BT1: ``[B, T, 1]``, bool.
+            target: ``[..., G]``, reward units; masked entries may be anything, NaN too.
+            mask: ``[..., 1]``, bool.
         """
         if not self.enabled:
             return
-        target_BTG = torch.where(mask_BT1, target_BTG, 0.0).float()
-        num_real = mask_BT1.sum()
-        mean_G = target_BTG.sum((0, 1)) / num_real.clamp_min(1)
-        square_mean_G = target_BTG.square().sum((0, 1)) / num_real.clamp_min(1)
+        target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
+        num_real = mask.sum()
+        mean_G = target_NG.sum(0) / num_real.clamp_min(1)
+        square_mean_G = target_NG.square().sum(0) / num_real.clamp_min(1)
         any_real = (num_real > 0).to(self.count.dtype)
         self.count += any_real
         step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count)
@@ -134,9 +134,9 @@ class PopArt(ValueCodec):
         self.weight.mul_(old_sigma / sigma)
         self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 
-    def encode(self, target_BTG: Tensor) -> Tensor:
+    def encode(self, target: Tensor) -> Tensor:
         """``(target - mu) / sigma``."""
-        return (target_BTG - self.mu) / self.sigma if self.enabled else target_BTG
+        return (target - self.mu) / self.sigma if self.enabled else target
 
     def normalized(self, prediction: Tensor) -> Tensor:
         """``weight * prediction + bias``, the space in which :meth:`loss` compares."""
@@ -148,7 +148,7 @@ class PopArt(ValueCodec):
             return prediction
         return self.sigma * self.normalized(prediction) + self.mu
 
-    def loss(self, prediction_BTCG: Tensor, target_BTG: Tensor) -> Tensor:
-        """Squared error of normalised values, ``[B, T, C, G]``; no gradient to the target."""
-        label_BT1G = self.encode(target_BTG.detach()).unsqueeze(2)
-        return (self.normalized(prediction_BTCG) - label_BT1G).square()
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Squared error of normalised values, ``[..., C, G]``; no gradient to the target."""
+        label = self.encode(target.detach()).unsqueeze(-2)
+        return (self.normalized(prediction) - label).square()

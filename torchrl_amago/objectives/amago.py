@@ -1,6 +1,7 @@
 """AMAGO's objective: off-policy actor-critic over long sequences, for many discounts at once.
 
-Legend: B batch, T steps, S = T + 1 states, C critics, G discounts, A action size, D features.
+Legend: B batch, T steps, S = T + 1 states, C critics, G discounts, A action size, D features,
+M the steps that count: all of ``[B, T]``, or the real ones alone in one row (`compact`).
 """
 
 from __future__ import annotations
@@ -81,6 +82,9 @@ class AMAGOLoss(LossModule):
         soften_actions: clip the one-hot of a stored action as the policy's probabilities are before
             it selects Q(s, a) (0.996 and four times 0.001 of five actions), as the public AMAGO
             code does, so that stored and chosen actions are valued alike.
+        compact: run the heads and the equations on real steps alone, in one row, instead of on all of
+            ``[B, T]``: the same numbers for less work where trials differ in length. Shapes then
+            depend on the data; default only on CPU and outside of `torch.compile`.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over real steps.
 
     Returns:
@@ -150,6 +154,7 @@ class AMAGOLoss(LossModule):
         use_target_actor: bool = True,
         clip_probs: tuple[float, float] = (CLIP_LOW, CLIP_HIGH),
         soften_actions: bool = True,
+        compact: bool | None = None,
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
         super().__init__()
@@ -169,6 +174,7 @@ class AMAGOLoss(LossModule):
         self.filter_space = filter_space
         self.use_target_actor = use_target_actor
         self.clip_probs, self.soften_actions = clip_probs, soften_actions
+        self.compact = compact
         self.reduction = reduction
 
     @property
@@ -193,24 +199,30 @@ class AMAGOLoss(LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of a batch of slices ``[B, T]``, and update the codec's statistics."""
         mask_BT = self._mask(tensordict)
+        steps = _Steps(mask_BT, self._is_compact(mask_BT))
         state_BSD = self._encode(tensordict, mask_BT)
-        action_BT = self._action_index(tensordict)
-        policy_BTG, next_policy_BTG = self._policies(state_BSD)
-        terms, metrics = {}, {"entropy": policy_BTG.entropy()[..., -1]}
-        value_BTCG = weight_BTG = None
+        action_M = steps.select(self._action_index(tensordict))
+        policy_MG, next_policy_MG = self._policies(
+            steps.select(state_BSD[:, :-1]), steps.select(state_BSD[:, 1:])
+        )
+        terms, metrics = {}, {"entropy": policy_MG.entropy()[..., -1]}
+        value_MCG = weight_MG = None
         if self.uses_critic:
-            q_BTCGA = self._action_values(state_BSD[:, :-1], self.critic_network_params)
-            q_BTCG = self._of_stored_action(q_BTCGA, action_BT)
-            value_BTCG = _expected(q_BTCGA.detach(), policy_BTG.probs)
-            target_BTG = self._td_target(tensordict, state_BSD, next_policy_BTG, mask_BT)
-            self.value_codec.update(target_BTG, mask_BT.unsqueeze(-1))
-            terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(q_BTCG, target_BTG)
-            advantage_BTG = self._advantage(q_BTCG, value_BTCG, self.filter_space)
-            weight_BTG = self._imitation_weight(advantage_BTG)
-            metrics |= self._value_metrics(q_BTCG, target_BTG, advantage_BTG, weight_BTG)
-            tensordict.set(self.tensor_keys.priority, metrics["td_error"].detach())
-        terms["loss_actor"] = self._actor_term(policy_BTG, action_BT, value_BTCG, weight_BTG)
-        return self._reduce(terms, metrics, mask_BT)
+            state_MD = steps.select(state_BSD[:, :-1])
+            q_MCGA = self._action_values(state_MD, self.critic_network_params)
+            q_MCG = self._of_stored_action(q_MCGA, action_M)
+            value_MCG = _expected(q_MCGA.detach(), policy_MG.probs)
+            next_state_MD = steps.select(state_BSD[:, 1:].detach())
+            target_MG = self._td_target(tensordict, next_state_MD, next_policy_MG, steps)
+            self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
+            terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(q_MCG, target_MG)
+            advantage_MG = self._advantage(q_MCG, value_MCG, self.filter_space)
+            weight_MG = self._imitation_weight(advantage_MG)
+            metrics |= self._value_metrics(q_MCG, target_MG, advantage_MG, weight_MG)
+            priority_BT = steps.restore(metrics["td_error"].detach())
+            tensordict.set(self.tensor_keys.priority, priority_BT)
+        terms["loss_actor"] = self._actor_term(policy_MG, action_M, value_MCG, weight_MG)
+        return self._reduce(terms, metrics, steps)
 
     def estimates(
         self, tensordict: TensorDictBase, filter_space: FilterSpace | None = None
@@ -236,11 +248,11 @@ class AMAGOLoss(LossModule):
             weight_BTG = self._imitation_weight(self._advantage(q_BTCG, value_BTCG, space))
             q, value = self.value_codec.decode(q_BTCG), self.value_codec.decode(value_BTCG)
         return TensorDict(
-            q_value=q.mean(2),
-            value=value.mean(2),
-            advantage=q.mean(2) - value.mean(2),
-            q_value_std=q.std(2),
-            value_std=value.std(2),
+            q_value=q.mean(-2),
+            value=value.mean(-2),
+            advantage=q.mean(-2) - value.mean(-2),
+            q_value_std=q.std(-2),
+            value_std=value.std(-2),
             filter=weight_BTG,
             batch_size=mask_BT.shape,
         )
@@ -262,6 +274,11 @@ class AMAGOLoss(LossModule):
                 stacklevel=2,
             )
         return mask_BT
+
+    def _is_compact(self, mask_BT: Tensor) -> bool:
+        if self.compact is None:
+            return mask_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+        return self.compact
 
     def _encode(self, tensordict: TensorDictBase, mask_BT: Tensor) -> Tensor:
         """States of T + 1 steps: the first root entry, then what every step led to."""
@@ -310,19 +327,21 @@ class AMAGOLoss(LossModule):
         out_key: NestedKey,
     ) -> Tensor:
         _follow_mode(network, self.training)
-        td = TensorDict({self.tensor_keys.state: state}, batch_size=state.shape[:2])
+        td = TensorDict({self.tensor_keys.state: state}, batch_size=state.shape[:-1])
         with params.to_module(network):
             return network(td).get(out_key)
 
-    def _policies(self, state_BSD: Tensor) -> tuple[ClippedCategorical, ClippedCategorical]:
+    def _policies(
+        self, state_MD: Tensor, next_state_MD: Tensor
+    ) -> tuple[ClippedCategorical, ClippedCategorical]:
         """Action distributions at the slice's steps, and those the TD target asks one step on."""
         online, target = self.actor_network_params, self.target_actor_network_params
-        policy_BTG = self._policy(state_BSD[:, :-1], online)
+        policy_MG = self._policy(state_MD, online)
         if not self.uses_critic:
-            return policy_BTG, policy_BTG
+            return policy_MG, policy_MG
         with torch.no_grad():
             params = target if self.use_target_actor else online
-            return policy_BTG, self._policy(state_BSD[:, 1:].detach(), params)
+            return policy_MG, self._policy(next_state_MD.detach(), params)
 
     # --- equations ---
 
@@ -330,115 +349,138 @@ class AMAGOLoss(LossModule):
     def _td_target(
         self,
         tensordict: TensorDictBase,
-        state_BSD: Tensor,
-        next_policy_BTG: ClippedCategorical,
-        mask_BT: Tensor,
+        next_state_MD: Tensor,
+        next_policy_MG: ClippedCategorical,
+        steps: _Steps,
     ) -> Tensor:
-        following = tensordict.get("next")
-        next_q_BTCGA = self._action_values(
-            state_BSD[:, 1:].detach(), self.target_critic_network_params
+        next_q_MCGA = self._action_values(next_state_MD, self.target_critic_network_params)
+        next_value_MCG = self.value_codec.decode(_expected(next_q_MCGA, next_policy_MG.probs))
+        *shape_M, C, G = next_value_MCG.shape
+        subset_MKG = draw_critic_subset(
+            (*shape_M, self.num_target_critics, G), C, next_value_MCG.device
         )
-        next_value_BTCG = self.value_codec.decode(_expected(next_q_BTCGA, next_policy_BTG.probs))
-        B, T, C, G = next_value_BTCG.shape
-        subset_BTKG = draw_critic_subset(
-            (B, T, self.num_target_critics, G), C, next_value_BTCG.device
-        )
-        mask_BT1 = mask_BT.unsqueeze(-1)
-        reward_BT1 = following.get(self.tensor_keys.reward).reshape(B, T, 1)
-        terminated_BT1 = following.get(self.tensor_keys.terminated).reshape(B, T, 1)
-        return n_step_target(
-            torch.where(mask_BT1, self.reward_scale * reward_BT1, 0.0).expand(B, T, G),
-            (terminated_BT1 & mask_BT1).expand(B, T, G),
-            reduce_ensemble(next_value_BTCG, subset_BTKG, self.target_reduction),
+        next_value_MG = reduce_ensemble(next_value_MCG, subset_MKG, self.target_reduction)
+        # n-step sums follow a row's steps, so they are made where rows are whole.
+        following, mask_BT1 = tensordict.get("next"), steps.mask_BT.unsqueeze(-1)
+        reward_BT1 = following.get(self.tensor_keys.reward).reshape(mask_BT1.shape)
+        terminated_BT1 = following.get(self.tensor_keys.terminated).reshape(mask_BT1.shape)
+        target_BTG = n_step_target(
+            torch.where(mask_BT1, self.reward_scale * reward_BT1, 0.0),
+            terminated_BT1 & mask_BT1,
+            steps.restore(next_value_MG),
             self.discounts,
             mask_BT1,
             self.n_step,
         )
+        return steps.select(target_BTG)
 
-    def _of_stored_action(self, q_BTCGA: Tensor, action_BT: Tensor) -> Tensor:
-        """Q(s, a) of the action taken: ``[B, T, C, G]``."""
+    def _of_stored_action(self, q_MCGA: Tensor, action_M: Tensor) -> Tensor:
+        """Q(s, a) of the action taken: ``[M, C, G]``."""
         if not self.soften_actions:
-            return _of_action(q_BTCGA, action_BT)
-        num_actions = q_BTCGA.shape[-1]
-        one_hot_BTA = one_hot(action_BT.clamp(0, num_actions - 1), num_actions).to(q_BTCGA.dtype)
-        return _expected(q_BTCGA, clip_probabilities(one_hot_BTA, *self.clip_probs).unsqueeze(2))
+            return _of_action(q_MCGA, action_M)
+        num_actions = q_MCGA.shape[-1]
+        one_hot_MA = one_hot(action_M.clamp(0, num_actions - 1), num_actions).to(q_MCGA.dtype)
+        return _expected(q_MCGA, clip_probabilities(one_hot_MA, *self.clip_probs).unsqueeze(-2))
 
-    def _advantage(self, q_BTCG: Tensor, value_BTCG: Tensor, space: FilterSpace) -> Tensor:
+    def _advantage(self, q_MCG: Tensor, value_MCG: Tensor, space: FilterSpace) -> Tensor:
         """A(s, a) = Q(s, a) - V(s), ensemble means, without gradient."""
         to_space = {
             "raw": lambda x: x,
             "normalized": self.value_codec.normalized,
             "value": self.value_codec.decode,
         }[space]
-        return to_space(q_BTCG.detach()).mean(2) - to_space(value_BTCG.detach()).mean(2)
+        return to_space(q_MCG.detach()).mean(-2) - to_space(value_MCG.detach()).mean(-2)
 
-    def _imitation_weight(self, advantage_BTG: Tensor) -> Tensor:
+    def _imitation_weight(self, advantage_MG: Tensor) -> Tensor:
         if self.filter is None:
-            return torch.ones_like(advantage_BTG)
-        return self.filter(advantage_BTG)
+            return torch.ones_like(advantage_MG)
+        return self.filter(advantage_MG)
 
     def _actor_term(
         self,
-        policy_BTG: ClippedCategorical,
-        action_BT: Tensor,
-        value_BTCG: Tensor | None,
-        weight_BTG: Tensor | None,
+        policy_MG: ClippedCategorical,
+        action_M: Tensor,
+        value_MCG: Tensor | None,
+        weight_MG: Tensor | None,
     ) -> Tensor:
-        loss_BTG = torch.zeros_like(policy_BTG.logits[..., 0])
+        loss_MG = torch.zeros_like(policy_MG.logits[..., 0])
         if self.online_coeff > 0:
-            worst_BTG = self.value_codec.normalized(value_BTCG.amin(2))
-            loss_BTG = loss_BTG - self.online_coeff * worst_BTG
+            worst_MG = self.value_codec.normalized(value_MCG.amin(-2))
+            loss_MG = loss_MG - self.online_coeff * worst_MG
         if self.offline_coeff > 0:
-            log_prob_BTG = _of_action(policy_BTG.logits, action_BT)
-            imitation = log_prob_BTG if weight_BTG is None else weight_BTG * log_prob_BTG
-            loss_BTG = loss_BTG - self.offline_coeff * imitation
-        return loss_BTG
+            log_prob_MG = _of_action(policy_MG.logits, action_M)
+            imitation_MG = log_prob_MG if weight_MG is None else weight_MG * log_prob_MG
+            loss_MG = loss_MG - self.offline_coeff * imitation_MG
+        return loss_MG
 
     # --- outputs ---
 
+    @torch.no_grad()
     def _value_metrics(
-        self, q_BTCG: Tensor, target_BTG: Tensor, advantage_BTG: Tensor, weight_BTG: Tensor
+        self, q_MCG: Tensor, target_MG: Tensor, advantage_MG: Tensor, weight_MG: Tensor
     ) -> dict[str, Tensor]:
-        """Of the last discount, ensemble means, in environment reward units: ``[B, T]`` each."""
-        q_BTG = self.value_codec.decode(q_BTCG.detach()).mean(2)
-        in_reward_units = lambda x: x[..., -1] / self.reward_scale  # noqa: E731
+        """Of the last discount, ensemble means, values in environment reward units: ``[M]`` each."""
+        q_M = self.value_codec.decode(q_MCG).mean(-2)[..., -1] / self.reward_scale
+        target_M = target_MG[..., -1] / self.reward_scale
         return {
-            "q_value": in_reward_units(q_BTG),
-            "td_target": in_reward_units(target_BTG),
-            "td_error": in_reward_units((q_BTG - target_BTG).abs()),
-            "advantage": advantage_BTG[..., -1],
-            "filter": weight_BTG[..., -1],
+            "q_value": q_M,
+            "td_target": target_M,
+            "td_error": (q_M - target_M).abs(),
+            "advantage": advantage_MG[..., -1],
+            "filter": weight_MG[..., -1],
         }
 
     def _reduce(
-        self, terms: dict[str, Tensor], metrics: dict[str, Tensor], mask_BT: Tensor
+        self, terms: dict[str, Tensor], metrics: dict[str, Tensor], steps: _Steps
     ) -> TensorDict:
-        zero = torch.zeros((), device=mask_BT.device)
-        out = TensorDict(device=mask_BT.device)
+        out = TensorDict(device=steps.mask.device)
         for name in ("loss_actor", "loss_qvalue"):
-            if name not in terms:
-                out.set(name, zero)
-                continue
-            mask = mask_BT.reshape(mask_BT.shape + (1,) * (terms[name].ndim - 2))
-            real = torch.where(mask, terms[name], 0.0)
-            if self.reduction == "mean":
-                real = real.sum() / mask.expand_as(real).sum().clamp_min(1)
-            out.set(name, real.sum() if self.reduction == "sum" else real)
-        for name, value_BT in metrics.items():
-            out.set(name, masked_mean(value_BT.detach(), mask_BT))
+            term = terms.get(name)
+            if term is None:
+                term = torch.zeros(steps.mask.shape, device=steps.mask.device)
+            mask = steps.mask.reshape(steps.mask.shape + (1,) * (term.ndim - steps.mask.ndim))
+            if self.reduction == "none":
+                out.set(name, steps.restore(torch.where(mask, term, 0.0)))
+            elif self.reduction == "sum":
+                out.set(name, torch.where(mask, term, 0.0).sum())
+            else:
+                out.set(name, masked_mean(term, mask))
+        for name, value_M in metrics.items():
+            out.set(name, masked_mean(value_M.detach(), steps.mask))
         return out
 
 
-def _expected(q_BTCGA: Tensor, probs_BTGA: Tensor) -> Tensor:
-    """V(s) = sum_a pi(a|s) Q(s, a), for every critic and discount: ``[B, T, C, G]``."""
-    return (q_BTCGA * probs_BTGA.unsqueeze(2)).sum(-1)
+class _Steps:
+    """The steps M that count: ``[B, T]`` as it is, or its real steps in one row ``[N]``."""
+
+    def __init__(self, mask_BT: Tensor, compact: bool) -> None:
+        self.mask_BT, self.compact = mask_BT, compact
+        self.mask = mask_BT[mask_BT] if compact else mask_BT
+
+    def select(self, x_BT: Tensor) -> Tensor:
+        """``[B, T, ...] -> [M, ...]``."""
+        return x_BT[self.mask_BT] if self.compact else x_BT
+
+    def restore(self, x_M: Tensor) -> Tensor:
+        """``[M, ...] -> [B, T, ...]``, zero on padding."""
+        if not self.compact:
+            return x_M
+        x_BT = x_M.new_zeros(*self.mask_BT.shape, *x_M.shape[1:])
+        return x_BT.index_put((self.mask_BT,), x_M)
 
 
-def _of_action(values: Tensor, action_BT: Tensor) -> Tensor:
-    """Select the entry of the action taken: ``[B, T, ..., A] -> [B, T, ...]``."""
-    index = action_BT.clamp(0, values.shape[-1] - 1)
-    index = index.reshape(index.shape + (1,) * (values.ndim - 2)).expand(*values.shape[:-1], 1)
-    return values.gather(-1, index).squeeze(-1)
+def _expected(q_MCGA: Tensor, probs_MGA: Tensor) -> Tensor:
+    """V(s) = sum_a pi(a|s) Q(s, a), for every critic and discount: ``[M, C, G]``."""
+    return (q_MCGA * probs_MGA.unsqueeze(-3)).sum(-1)
+
+
+def _of_action(values: Tensor, action_M: Tensor) -> Tensor:
+    """Select the entry of the action taken: ``[M, ..., A] -> [M, ...]``."""
+    index = action_M.clamp(0, values.shape[-1] - 1)
+    extra = values.ndim - index.ndim
+    return values.gather(
+        -1, index.reshape(index.shape + (1,) * extra).expand(*values.shape[:-1], 1)
+    ).squeeze(-1)
 
 
 def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:

@@ -77,14 +77,14 @@ def n_step_target(
 
 
 def draw_critic_subset(
-    shape: tuple[int, int, int, int], num_critics: int, device: torch.device | None = None
+    shape: tuple[int, ...], num_critics: int, device: torch.device | None = None
 ) -> Tensor:
     """Draw which ensemble members form each TD target (REDQ, arXiv 2101.05982).
 
     Members are drawn with replacement, anew for every row, step and discount.
 
     Args:
-        shape: ``(B, T, number drawn, G)``.
+        shape: ``(..., number drawn, G)``.
         num_critics: size of the ensemble.
 
     Returns:
@@ -97,24 +97,24 @@ def draw_critic_subset(
     return torch.randint(num_critics, shape, device=device)
 
 
-def reduce_ensemble(value_BTCG: Tensor, subset_BTKG: Tensor, how: Literal["min", "mean"]) -> Tensor:
+def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) -> Tensor:
     """Reduce an ensemble's values to one per step and discount, over the drawn members.
 
     Args:
-        value_BTCG: ``[B, T, C, G]``.
-        subset_BTKG: ``[B, T, K, G]``, int64, members that count (:func:`draw_critic_subset`).
+        value: ``[..., C, G]``.
+        subset: ``[..., K, G]``, int64, members that count (:func:`draw_critic_subset`).
         how: ``"min"`` (clipped double Q, arXiv 1802.09477) or ``"mean"``.
 
     Returns:
-        ``[B, T, G]``.
+        ``[..., G]``.
 
     Example:
         >>> value = torch.tensor([3.0, 1.0, 2.0]).view(1, 1, 3, 1)
         >>> reduce_ensemble(value, torch.tensor([0, 2]).view(1, 1, 2, 1), "min").item()
         2.0
     """
-    drawn_BTKG = value_BTCG.gather(2, subset_BTKG)
-    return drawn_BTKG.amin(2) if how == "min" else drawn_BTKG.mean(2)
+    drawn = value.gather(-2, subset)
+    return drawn.amin(-2) if how == "min" else drawn.mean(-2)
 
 
 def binary_filter(advantage: Tensor, threshold: float = 0.0) -> Tensor:
