@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, OneHotCategorical
+from torch.nn.functional import one_hot
 
 # Bounds of the public AMAGO code; a probability never reaches 0, so that log-probabilities of
 # stored actions stay finite and every action keeps being tried.
@@ -61,6 +62,7 @@ class ClippedOneHotCategorical(OneHotCategorical):
         logits: ``[..., A]``, float, unnormalised log-probabilities.
         clip_low: lower bound of a probability before renormalising.
         clip_high: upper bound of a probability before renormalising.
+        dtype: of the actions; that of the environment's spec.
 
     Example:
         >>> ClippedOneHotCategorical(torch.tensor([0.0, 3.0])).deterministic_sample
@@ -68,16 +70,21 @@ class ClippedOneHotCategorical(OneHotCategorical):
     """
 
     def __init__(
-        self, logits: Tensor, clip_low: float = CLIP_LOW, clip_high: float = CLIP_HIGH
+        self,
+        logits: Tensor,
+        clip_low: float = CLIP_LOW,
+        clip_high: float = CLIP_HIGH,
+        dtype: torch.dtype = torch.int64,
     ) -> None:
         probs = clip_probabilities(logits.softmax(-1), clip_low, clip_high)
         super().__init__(probs=probs, validate_args=False)
+        self.dtype = dtype
 
     def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
-        """Draw actions, ``[*sample_shape, ..., A]``, int64."""
-        return super().sample(sample_shape).to(torch.int64)
+        """Draw actions, ``[*sample_shape, ..., A]``."""
+        return super().sample(sample_shape).to(self.dtype)
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The most probable action, ``[..., A]``, int64."""
-        return torch.nn.functional.one_hot(self.probs.argmax(-1), self.probs.shape[-1])
+        """The most probable action, ``[..., A]``."""
+        return one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.dtype)

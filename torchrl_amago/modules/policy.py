@@ -208,6 +208,7 @@ def make_policy(
         in_keys=[keys.LOGITS],
         out_keys=[keys.ACTION],
         distribution_class=ClippedOneHotCategorical if one_hot else ClippedCategorical,
+        distribution_kwargs={"dtype": env.action_spec.dtype} if one_hot else {},
         default_interaction_type=InteractionType.RANDOM,
     )
     explore = None

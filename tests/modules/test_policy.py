@@ -1,0 +1,124 @@
+"""make_policy: parts that fit an environment's specs, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrl.data import Bounded, Composite
+from torchrl.envs import TransformedEnv
+from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
+from torchrl.modules import set_recurrent_mode
+
+from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+from torchrl_amago.modules import (
+    MLPTimestepEncoder,
+    TransformerEncoder,
+    make_critic,
+    make_policy,
+)
+
+SMALL = {
+    "context_length": 12,
+    "seq_model_options": {"d_model": 16, "num_heads": 2, "num_layers": 1},
+    "timestep_options": {"hidden_size": 16, "output_size": 16},
+    "actor_options": {"hidden_size": 16},
+}
+
+
+def make_env(rows: int = 3, **options):
+    lake = MetaFrozenLake(batch_size=(rows,), seed=0, **options)
+    return make_trial_env(lake, episodes=3)
+
+
+@pytest.mark.parametrize("categorical", [True, False])
+def test_rolls_out_and_fits_the_specs(categorical):
+    env = make_env(categorical_action_encoding=categorical)
+    check_env_specs(env)
+    policy = make_policy(env, exploration={"anneal_frames": 100}, **SMALL)
+    with set_exploration_type(ExplorationType.RANDOM):
+        rollout = env.rollout(20, policy, break_when_any_done=False)
+    assert rollout["action"].shape == ((3, 20) if categorical else (3, 20, 5))
+    assert env.action_spec.is_in(rollout["action"][:, 0])
+    assert {"action", "_stream", "_epsilon_scale"} <= set(rollout.keys())
+    assert not {"timestep", "state", "action_params", "logits"} & set(rollout.keys())
+
+
+def test_reads_observations_and_the_previous_step_but_no_bookkeeping():
+    policy = make_policy(make_env(), **SMALL)
+    keys = policy.encoder.module[0].in_keys
+    assert keys == ["observation", "soft_reset", "trial_progress", "prev_reward", "prev_action"]
+    horizon_env = make_trial_env(MetaFrozenLake(batch_size=(2,)), horizon=20, show_progress=False)
+    keys = make_policy(horizon_env, **SMALL).encoder.module[0].in_keys
+    assert keys == ["observation", "soft_reset", "prev_reward", "prev_action"]
+    chosen = make_policy(make_env(), obs_keys=["observation"], **SMALL).encoder.module[0].in_keys
+    assert chosen == ["observation", "prev_reward", "prev_action"]
+
+
+def test_greedy_is_the_mode_of_the_discount_acted_with():
+    env = make_env(rows=8)
+    policy = make_policy(env, discounts=(0.5, 0.9, 0.99), **SMALL)
+    td = env.reset()
+    with set_exploration_type(ExplorationType.DETERMINISTIC), set_recurrent_mode(False):
+        params = policy.actor(policy.encoder(td.clone()))["action_params"]
+        assert torch.equal(policy(td.clone())["action"], params[:, -1].argmax(-1))
+        policy.act_with(0.5)
+        assert torch.equal(policy(td.clone())["action"], params[:, 0].argmax(-1))
+    with pytest.raises(ValueError, match=r"trained discount, .*0.99.* got 0.7"):
+        policy.act_with(0.7)
+
+
+def test_own_parts():
+    env = make_env()
+    encoder = MLPTimestepEncoder({"observation": (2,)}, hidden_size=8, output_size=6)
+
+    def seq_model(input_size, *, context_length):
+        return TransformerEncoder(
+            input_size, context_length=context_length, d_model=8, num_heads=2, num_layers=1
+        )
+
+    policy = make_policy(env, context_length=5, timestep_encoder=encoder, seq_model=seq_model)
+    assert policy.state_size == 8
+    assert policy(env.reset())["action"].shape == (3,)
+    critic = make_critic(policy, env, num_critics=2, hidden_size=8)
+    td = policy.encoder(env.reset())
+    assert critic(td)["action_value"].shape == (3, 2, 7, 5)
+
+
+def test_an_evaluation_in_between_leaves_the_rollout_alone():
+    env, other = make_env(), make_env(rows=2)
+    policy = make_policy(env, **SMALL)
+
+    def act(interrupt: bool) -> torch.Tensor:
+        env.set_seed(0)
+        td, actions = env.reset(), []
+        with set_exploration_type(ExplorationType.DETERMINISTIC):
+            for _ in range(10):
+                td = policy(td)
+                actions.append(td["action"].clone())
+                if interrupt:
+                    other.rollout(3, policy)
+                _, td = env.step_and_maybe_reset(td)
+        return torch.stack(actions)
+
+    assert torch.equal(act(interrupt=False), act(interrupt=True))
+
+
+def test_refuses_other_action_spaces():
+    env = make_env()
+
+    class Continuous(TransformedEnv):
+        @property
+        def full_action_spec_unbatched(self):
+            return Composite(action=Bounded(-1.0, 1.0, shape=(2,)))
+
+    with pytest.raises(ValueError, match="supports one discrete action per step .* got Bounded"):
+        make_policy(Continuous(env), **SMALL)
+
+
+def test_refuses_missing_entries_and_unknown_names():
+    with pytest.raises(KeyError, match="'prev_reward', 'prev_action'.* not among"):
+        make_policy(MetaFrozenLake(batch_size=(2,)), **SMALL)
+    with pytest.raises(KeyError, match="'colour'.* not among the environment's observations"):
+        make_policy(make_env(), obs_keys=["colour"], **SMALL)
+    with pytest.raises(ValueError, match=r"seq_model must be one of \['transformer'\].* 'lstm'"):
+        make_policy(make_env(), seq_model="lstm", **{**SMALL, "seq_model_options": {}})
