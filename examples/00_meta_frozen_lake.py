@@ -80,33 +80,33 @@ class Args:
     """Width of the sequence model."""
     num_layers: int = 2
     """Layers of the sequence model."""
-    hidden_size: int = 64
+    hidden_size: int = 256
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
 
     num_envs: int = 64
     """Lakes played at the same time."""
-    total_updates: int = 2000
+    total_updates: int = 2400
     """Optimiser steps in all."""
     updates_per_round: int = 20
     """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
     batch_size: int = 32
     """Trials in a batch."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 5e-4
     """Peak learning rate of AdamW; it falls to a tenth by the end."""
     warmup_updates: int = 100
     """Updates over which the learning rate rises."""
     tau: float = 0.01
     """Share of the online weights that the targets take over at each update."""
-    anneal_frames: int = 150_000
+    anneal_frames: int = 200_000
     """Environment steps over which exploration fades."""
-    buffer_frames: int = 400_000
+    buffer_frames: int = 120_000
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
 
-    eval_interval: int = 250
+    eval_interval: int = 300
     """Updates between evaluations on held-out lakes, greedy, without exploration."""
     eval_trials: int = 1024
     """Trials in the last evaluation; a quarter of it in those before."""
-    checkpoint_interval: int = 500
+    checkpoint_interval: int = 600
     """Updates between checkpoints."""
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers besides progress.csv."""
@@ -114,7 +114,7 @@ class Args:
     """CPU threads."""
 
 
-DEBUG = dict(total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32,
+DEBUG = dict(total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32, hidden_size=32,
              num_layers=1, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
 
 

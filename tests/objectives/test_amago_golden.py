@@ -240,7 +240,7 @@ class FrozenCopy:
     """
 
     def __init__(self, loss: AMAGOLoss, monkeypatch) -> None:
-        self.loss, self.expected, self.states = loss, amago._expected, None
+        self.loss, self.expected, self.states = loss, amago.expected_value, None
         self.synchronise()
         action_values = loss._action_values
 
@@ -255,7 +255,7 @@ class FrozenCopy:
             return self.expected(action_values(self.states, self.params), probs)
 
         monkeypatch.setattr(loss, "_action_values", remember_states)
-        monkeypatch.setattr(amago, "_expected", with_lagging_critic)
+        monkeypatch.setattr(amago, "expected_value", with_lagging_critic)
 
     def synchronise(self) -> None:
         self.params = self.loss.critic_network_params.data.clone()

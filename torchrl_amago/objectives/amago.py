@@ -32,10 +32,13 @@ from torchrl_amago.objectives.functional import (
     FILTERS,
     AdvantageFilter,
     draw_critic_subset,
+    expected_value,
     masked_mean,
     n_step_target,
     reduce_ensemble,
+    value_of_action,
 )
+from torchrl_amago.objectives.steps import Steps
 
 FilterSpace = Literal["raw", "normalized", "value"]
 
@@ -199,7 +202,7 @@ class AMAGOLoss(LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of a batch of slices ``[B, T]``, and update the codec's statistics."""
         mask_BT = self._mask(tensordict)
-        steps = _Steps(mask_BT, self._is_compact(mask_BT))
+        steps = Steps(mask_BT, self._is_compact(mask_BT))
         state_BSD = self._encode(tensordict, mask_BT)
         action_M = steps.select(self._action_index(tensordict))
         policy_MG, next_policy_MG = self._policies(
@@ -211,7 +214,7 @@ class AMAGOLoss(LossModule):
             state_MD = steps.select(state_BSD[:, :-1])
             q_MCGA = self._action_values(state_MD, self.critic_network_params)
             q_MCG = self._of_stored_action(q_MCGA, action_M)
-            value_MCG = _expected(q_MCGA.detach(), policy_MG.probs)
+            value_MCG = expected_value(q_MCGA.detach(), policy_MG.probs)
             next_state_MD = steps.select(state_BSD[:, 1:].detach())
             target_MG = self._td_target(tensordict, next_state_MD, next_policy_MG, steps)
             self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
@@ -243,7 +246,7 @@ class AMAGOLoss(LossModule):
             policy_BTG = self._policy(state_BTD, self.actor_network_params)
             q_BTCGA = self._action_values(state_BTD, self.critic_network_params)
             q_BTCG = self._of_stored_action(q_BTCGA, self._action_index(tensordict))
-            value_BTCG = _expected(q_BTCGA, policy_BTG.probs)
+            value_BTCG = expected_value(q_BTCGA, policy_BTG.probs)
             space = filter_space or self.filter_space
             weight_BTG = self._imitation_weight(self._advantage(q_BTCG, value_BTCG, space))
             q, value = self.value_codec.decode(q_BTCG), self.value_codec.decode(value_BTCG)
@@ -351,10 +354,10 @@ class AMAGOLoss(LossModule):
         tensordict: TensorDictBase,
         next_state_MD: Tensor,
         next_policy_MG: ClippedCategorical,
-        steps: _Steps,
+        steps: Steps,
     ) -> Tensor:
         next_q_MCGA = self._action_values(next_state_MD, self.target_critic_network_params)
-        next_value_MCG = self.value_codec.decode(_expected(next_q_MCGA, next_policy_MG.probs))
+        next_value_MCG = self.value_codec.decode(expected_value(next_q_MCGA, next_policy_MG.probs))
         *shape_M, C, G = next_value_MCG.shape
         subset_MKG = draw_critic_subset(
             (*shape_M, self.num_target_critics, G), C, next_value_MCG.device
@@ -377,10 +380,12 @@ class AMAGOLoss(LossModule):
     def _of_stored_action(self, q_MCGA: Tensor, action_M: Tensor) -> Tensor:
         """Q(s, a) of the action taken: ``[M, C, G]``."""
         if not self.soften_actions:
-            return _of_action(q_MCGA, action_M)
+            return value_of_action(q_MCGA, action_M)
         num_actions = q_MCGA.shape[-1]
         one_hot_MA = one_hot(action_M.clamp(0, num_actions - 1), num_actions).to(q_MCGA.dtype)
-        return _expected(q_MCGA, clip_probabilities(one_hot_MA, *self.clip_probs).unsqueeze(-2))
+        return expected_value(
+            q_MCGA, clip_probabilities(one_hot_MA, *self.clip_probs).unsqueeze(-2)
+        )
 
     def _advantage(self, q_MCG: Tensor, value_MCG: Tensor, space: FilterSpace) -> Tensor:
         """A(s, a) = Q(s, a) - V(s), ensemble means, without gradient."""
@@ -408,7 +413,7 @@ class AMAGOLoss(LossModule):
             worst_MG = self.value_codec.normalized(value_MCG.amin(-2))
             loss_MG = loss_MG - self.online_coeff * worst_MG
         if self.offline_coeff > 0:
-            log_prob_MG = _of_action(policy_MG.logits, action_M)
+            log_prob_MG = value_of_action(policy_MG.logits, action_M)
             imitation_MG = log_prob_MG if weight_MG is None else weight_MG * log_prob_MG
             loss_MG = loss_MG - self.offline_coeff * imitation_MG
         return loss_MG
@@ -431,7 +436,7 @@ class AMAGOLoss(LossModule):
         }
 
     def _reduce(
-        self, terms: dict[str, Tensor], metrics: dict[str, Tensor], steps: _Steps
+        self, terms: dict[str, Tensor], metrics: dict[str, Tensor], steps: Steps
     ) -> TensorDict:
         out = TensorDict(device=steps.mask.device)
         for name in ("loss_actor", "loss_qvalue"):
@@ -448,39 +453,6 @@ class AMAGOLoss(LossModule):
         for name, value_M in metrics.items():
             out.set(name, masked_mean(value_M.detach(), steps.mask))
         return out
-
-
-class _Steps:
-    """The steps M that count: ``[B, T]`` as it is, or its real steps in one row ``[N]``."""
-
-    def __init__(self, mask_BT: Tensor, compact: bool) -> None:
-        self.mask_BT, self.compact = mask_BT, compact
-        self.mask = mask_BT[mask_BT] if compact else mask_BT
-
-    def select(self, x_BT: Tensor) -> Tensor:
-        """``[B, T, ...] -> [M, ...]``."""
-        return x_BT[self.mask_BT] if self.compact else x_BT
-
-    def restore(self, x_M: Tensor) -> Tensor:
-        """``[M, ...] -> [B, T, ...]``, zero on padding."""
-        if not self.compact:
-            return x_M
-        x_BT = x_M.new_zeros(*self.mask_BT.shape, *x_M.shape[1:])
-        return x_BT.index_put((self.mask_BT,), x_M)
-
-
-def _expected(q_MCGA: Tensor, probs_MGA: Tensor) -> Tensor:
-    """V(s) = sum_a pi(a|s) Q(s, a), for every critic and discount: ``[M, C, G]``."""
-    return (q_MCGA * probs_MGA.unsqueeze(-3)).sum(-1)
-
-
-def _of_action(values: Tensor, action_M: Tensor) -> Tensor:
-    """Select the entry of the action taken: ``[M, ..., A] -> [M, ...]``."""
-    index = action_M.clamp(0, values.shape[-1] - 1)
-    extra = values.ndim - index.ndim
-    return values.gather(
-        -1, index.reshape(index.shape + (1,) * extra).expand(*values.shape[:-1], 1)
-    ).squeeze(-1)
 
 
 def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:
