@@ -119,7 +119,7 @@ class TrialTransform(Transform):
         trial_progress_key: NestedKey = keys.TRIAL_PROGRESS,
         episode_idx_key: NestedKey = keys.EPISODE_IDX,
         attempt_return_key: NestedKey = keys.ATTEMPT_RETURN,
-        trial_step_key: NestedKey = "trial_step",
+        trial_step_key: NestedKey = keys.TRIAL_STEP,
     ) -> None:
         _check_arguments(episodes, horizon, repeat, options, trial_end)
         written = [episode_idx_key, soft_reset_key, attempt_return_key]
