@@ -85,7 +85,7 @@ class Args:
 
     num_envs: int = 64
     """Lakes played at the same time."""
-    total_updates: int = 2400
+    total_updates: int = 2000
     """Optimiser steps in all."""
     updates_per_round: int = 20
     """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
@@ -102,11 +102,11 @@ class Args:
     buffer_frames: int = 120_000
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
 
-    eval_interval: int = 300
+    eval_interval: int = 250
     """Updates between evaluations on held-out lakes, greedy, without exploration."""
     eval_trials: int = 1024
     """Trials in the last evaluation; a quarter of it in those before."""
-    checkpoint_interval: int = 600
+    checkpoint_interval: int = 500
     """Updates between checkpoints."""
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Loggers besides progress.csv."""
