@@ -3,11 +3,11 @@
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
     python examples/00_meta_frozen_lake.py --debug          # under a minute, to see that all runs
     python examples/00_meta_frozen_lake.py --resume         # go on after Ctrl-C
-    python examples/00_meta_frozen_lake.py --size 5 --episodes 10 --total-updates 12000
+    python examples/00_meta_frozen_lake.py --size 5 --episodes 10 --anneal-frames 800000 --buffer-frames 500000
 
 The agent isn't told where the holes are. A trial is five attempts at the same lake; what happened in
 the earlier ones is all it has to go by. Results land in the run's folder: `progress.csv`,
-`learning_curve.png`, `adaptation_curve.png`, `trial.png` and checkpoints.
+`learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz` and checkpoints.
 """
 
 from __future__ import annotations
@@ -194,6 +194,7 @@ def train(args: Args) -> str:
         results = evaluate_held_out(args.eval_trials)
         summary = ", ".join(f"{name} {value:.3f}" for name, value in results.summary().items())
         print(f"Greedy, on {len(results)} held-out trials: {summary}")
+        results.save(args.run_dir / "evaluation.npz")
         draw_pictures(args, results, rollout_pictures(policy, eval_env, seed=HELD_OUT_SEED + 1))
     return outcome
 

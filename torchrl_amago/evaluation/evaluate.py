@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -83,6 +84,18 @@ class TrialResults:
             "success_first": success[:, 0].mean().item(),
             "success_last": success.gather(1, last).mean().item(),
         }
+
+    def save(self, path: str | Path) -> None:
+        """Write an `.npz` file that :meth:`load` and `numpy.load` read, without pickle."""
+        np.savez_compressed(
+            path, **{field.name: getattr(self, field.name).numpy() for field in fields(self)}
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrialResults:
+        """Read what :meth:`save` wrote."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays.files})
 
     @classmethod
     def concatenate(cls, results: Sequence[TrialResults]) -> TrialResults:
