@@ -185,7 +185,7 @@ def train(args: Args) -> str:
         run_dir=args.run_dir,
         loggers=args.logger,
         seed=args.seed,
-        resume_command=" ".join([sys.executable, *sys.argv, "--resume"]),
+        resume_command=" ".join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
     )
     if args.resume:
         trainer.resume()

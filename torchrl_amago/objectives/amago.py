@@ -204,18 +204,16 @@ class AMAGOLoss(LossModule):
         mask_BT = self._mask(tensordict)
         steps = Steps(mask_BT, self._is_compact(mask_BT))
         state_BSD = self._encode(tensordict, mask_BT)
+        state_MD = steps.select(state_BSD[:, :-1])
+        next_state_MD = steps.select(state_BSD[:, 1:]).detach()
         action_M = steps.select(self._action_index(tensordict))
-        policy_MG, next_policy_MG = self._policies(
-            steps.select(state_BSD[:, :-1]), steps.select(state_BSD[:, 1:])
-        )
+        policy_MG, next_policy_MG = self._policies(state_MD, next_state_MD)
         terms, metrics = {}, {"entropy": policy_MG.entropy()[..., -1]}
         value_MCG = weight_MG = None
         if self.uses_critic:
-            state_MD = steps.select(state_BSD[:, :-1])
             q_MCGA = self._action_values(state_MD, self.critic_network_params)
             q_MCG = self._of_stored_action(q_MCGA, action_M)
             value_MCG = expected_value(q_MCGA.detach(), policy_MG.probs)
-            next_state_MD = steps.select(state_BSD[:, 1:].detach())
             target_MG = self._td_target(tensordict, next_state_MD, next_policy_MG, steps)
             self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(q_MCG, target_MG)
@@ -344,7 +342,7 @@ class AMAGOLoss(LossModule):
             return policy_MG, policy_MG
         with torch.no_grad():
             params = target if self.use_target_actor else online
-            return policy_MG, self._policy(next_state_MD.detach(), params)
+            return policy_MG, self._policy(next_state_MD, params)
 
     # --- equations ---
 
