@@ -1,4 +1,4 @@
-"""Train an agent that adapts to a frozen lake it has never seen, within five attempts at it.
+"""Train an agent that adapts to an unknown frozen lake within five attempts at it.
 
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
     python examples/00_meta_frozen_lake.py --debug          # under a minute, to see that all runs

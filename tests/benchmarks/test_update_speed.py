@@ -34,23 +34,35 @@ SIZES = {
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("steps", [64, 250])
 def test_update(benchmark, size, steps):
-    rows, options = 24, dict(SIZES[size])
-    hidden_size = options.pop("hidden_size")
+    update = make_update(size, torch.ones(24, steps, dtype=torch.bool))
+    benchmark.pedantic(update, rounds=10, warmup_rounds=2)
+    benchmark.extra_info["steps_per_second"] = round(24 * steps / benchmark.stats.stats.median)
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_update_with_padding(benchmark, compact):
+    """Trials of 16 to 64 steps: what it saves to run heads and equations on real steps alone."""
+    lengths = torch.linspace(16, 64, 24).long()
+    update = make_update("small", torch.arange(64) < lengths[:, None], hidden=256, compact=compact)
+    benchmark.pedantic(update, rounds=10, warmup_rounds=2)
+
+
+def make_update(size: str, mask_BT: torch.Tensor, hidden: int | None = None, **loss_options):
+    (rows, steps), options = mask_BT.shape, dict(SIZES[size])
+    hidden_size = options.pop("hidden_size") if hidden is None else hidden
+    options.pop("hidden_size", None)
     lake = MetaFrozenLake(batch_size=(rows,), max_episode_steps=9, seed=0)
     env = make_trial_env(lake, episodes=10**6)  # a trial that doesn't end
     policy = make_policy(
         env, context_length=steps, actor_options={"hidden_size": hidden_size}, **options
     )
-    loss = AMAGOLoss(
-        policy.encoder, policy.actor, make_critic(policy, env, hidden_size=hidden_size)
-    )
+    critic = make_critic(policy, env, hidden_size=hidden_size)
+    loss = AMAGOLoss(policy.encoder, policy.actor, critic, **loss_options)
     target_update = SoftUpdate(loss, tau=0.003)
     optimizer = make_optimizer(loss)
     params = [p for group in optimizer.param_groups for p in group["params"]]
     batch = env.rollout(steps, break_when_any_done=False)
-    batch["collector"] = TensorDict(
-        mask=torch.ones(rows, steps, dtype=torch.bool), batch_size=[rows, steps]
-    )
+    batch["collector"] = TensorDict(mask=mask_BT, batch_size=[rows, steps])
 
     def update():
         out = loss(batch)
@@ -60,6 +72,4 @@ def test_update(benchmark, size, steps):
         optimizer.zero_grad()
         target_update.step()
 
-    benchmark.pedantic(update, rounds=10, warmup_rounds=2)
-    seconds = benchmark.stats.stats.median
-    benchmark.extra_info["steps_per_second"] = round(rows * steps / seconds)
+    return update
