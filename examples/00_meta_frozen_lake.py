@@ -3,7 +3,7 @@
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
     python examples/00_meta_frozen_lake.py --debug          # under a minute, to see that all runs
     python examples/00_meta_frozen_lake.py --resume         # go on after Ctrl-C
-    python examples/00_meta_frozen_lake.py --size 5 --episodes 10 --anneal-frames 800000 --buffer-frames 500000
+    python examples/00_meta_frozen_lake.py --size 5 --episodes 10 --anneal-frames 1500000 --total-updates 10000
 
 The agent isn't told where the holes are. A trial is five attempts at the same lake; what happened in
 the earlier ones is all it has to go by. Results land in the run's folder: `progress.csv`,
