@@ -298,3 +298,11 @@ def test_names_the_missing_entry():
     batch = make_batch().exclude(("next", "prev_action"))
     with pytest.raises(KeyError, match="reads 'prev_action' .* missing under next"):
         make_loss()(batch)
+
+
+def test_moves_between_dtypes_and_devices_as_any_module():
+    loss = make_loss().double()
+    assert {p.dtype for p in loss.parameters()} == {torch.float64}
+    assert loss.discounts.dtype == torch.float64
+    loss.to("cpu").float()
+    assert total(run(loss, make_batch())[0]).isfinite()

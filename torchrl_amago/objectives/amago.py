@@ -314,13 +314,13 @@ class AMAGOLoss(LossModule):
     # --- networks ---
 
     def _policy(self, state: Tensor, params: TensorDictParams) -> ClippedCategorical:
-        logits = self._apply(self.actor_network, params, state, self.tensor_keys.action_params)
+        logits = self._run_head(self.actor_network, params, state, self.tensor_keys.action_params)
         return ClippedCategorical(logits, *self.clip_probs)
 
     def _action_values(self, state: Tensor, params: TensorDictParams) -> Tensor:
-        return self._apply(self.critic_network, params, state, self.tensor_keys.action_value)
+        return self._run_head(self.critic_network, params, state, self.tensor_keys.action_value)
 
-    def _apply(
+    def _run_head(
         self,
         network: TensorDictModuleBase,
         params: TensorDictParams,
