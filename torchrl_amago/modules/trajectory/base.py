@@ -34,6 +34,8 @@ class TrajectoryEncoder(TensorDictModuleBase):
     Args:
         input_size: I, features of a timestep embedding.
         output_size: D, features of a state.
+        context_length: how many steps a rollout's step sees, itself included; None for all. Encoders
+            whose memory doesn't grow see all, whatever it is.
         on_weight_update: what becomes of memories when the weights change during a rollout: `keep`
             them (they hold what older weights computed), or `restart` them empty at the next step.
         max_streams: how many rollouts may be under way at once; the one left alone for longest goes.
@@ -76,6 +78,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
         input_size: int,
         output_size: int,
         *,
+        context_length: int | None = None,
         on_weight_update: Literal["keep", "restart"] = "keep",
         max_streams: int = 8,
         timestep_key: NestedKey = keys.TIMESTEP,
@@ -100,6 +103,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
         self.out_keys = [state_key, stream_key]
         self.mask_key = mask_key
         self.input_size, self.output_size = input_size, output_size
+        self.context_length = context_length
         self.on_weight_update = on_weight_update
         self._streams = StreamTable(max_streams)
         self._fingerprint: Tensor | None = None

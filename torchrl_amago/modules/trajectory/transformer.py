@@ -178,8 +178,8 @@ class TransformerEncoder(TrajectoryEncoder):
                 f"positions='rotary' needs an even number of features per head, got d_model={d_model} "
                 f"over num_heads={num_heads}. Change one of them, or use positions='fixed'."
             )
-        super().__init__(input_size, d_model, **options)
-        self.context_length, self.num_heads = context_length, num_heads
+        super().__init__(input_size, d_model, context_length=context_length, **options)
+        self.num_heads = num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
         self.window, self.segments = window, segments
         self.positions, self.beyond_positions = positions, beyond_positions
