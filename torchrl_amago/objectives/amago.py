@@ -38,7 +38,7 @@ from torchrl_amago.objectives.functional import (
     reduce_ensemble,
     value_of_action,
 )
-from torchrl_amago.objectives.steps import Steps
+from torchrl_amago.steps import Steps
 
 FilterSpace = Literal["raw", "normalized", "value"]
 
@@ -202,7 +202,7 @@ class AMAGOLoss(LossModule):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of a batch of slices ``[B, T]``, and update the codec's statistics."""
         mask_BT = self._mask(tensordict)
-        steps = Steps(mask_BT, self._is_compact(mask_BT))
+        steps = Steps(mask_BT, self.compact)
         state_BSD = self._encode(tensordict, mask_BT)
         state_MD = steps.select(state_BSD[:, :-1])
         next_state_MD = steps.select(state_BSD[:, 1:]).detach()
@@ -275,11 +275,6 @@ class AMAGOLoss(LossModule):
                 stacklevel=2,
             )
         return mask_BT
-
-    def _is_compact(self, mask_BT: Tensor) -> bool:
-        if self.compact is None:
-            return mask_BT.device.type == "cpu" and not torch.compiler.is_compiling()
-        return self.compact
 
     def _encode(self, tensordict: TensorDictBase, mask_BT: Tensor) -> Tensor:
         """States of T + 1 steps: the first root entry, then what every step led to."""
@@ -362,7 +357,7 @@ class AMAGOLoss(LossModule):
         )
         next_value_MG = reduce_ensemble(next_value_MCG, subset_MKG, self.target_reduction)
         # n-step sums follow a row's steps, so they are made where rows are whole.
-        following, mask_BT1 = tensordict.get("next"), steps.mask_BT.unsqueeze(-1)
+        following, mask_BT1 = tensordict.get("next"), steps.full_mask.unsqueeze(-1)
         reward_BT1 = following.get(self.tensor_keys.reward).reshape(mask_BT1.shape)
         terminated_BT1 = following.get(self.tensor_keys.terminated).reshape(mask_BT1.shape)
         target_BTG = n_step_target(

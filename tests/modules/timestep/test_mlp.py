@@ -93,7 +93,7 @@ def test_ones_own_encoder_is_one_class_and_one_method():
         def encode(self, inputs, mask):
             return inputs[0].sum(-1, keepdim=True)
 
-    encoder = Sum(["position"], event_dims=[1], output_size=1)
+    encoder = Sum({"position": (2,)}, output_size=1)
     td = make_batch(4)
     torch.testing.assert_close(encoder(td)["timestep"], td["position"].sum(-1, keepdim=True))
 

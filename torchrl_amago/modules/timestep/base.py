@@ -1,63 +1,110 @@
-"""Timestep encoders: each step alone, from observations and the previous step to one vector."""
+"""The contract of every timestep encoder: each step alone, padding unseen, ablation by a switch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torchrl.data import TensorSpec
+from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
+from torchrl_amago.steps import Steps
+
+Shape = tuple[int, ...]
 
 
 class TimestepEncoder(TensorDictModuleBase):
     """Base of all timestep encoders. To write your own, implement :meth:`encode`.
 
-    Inputs under a False mask (padding) are replaced by zeros before anything else sees them.
+    Inputs under a False mask (padding) are left out, or replaced by zeros, before anything else
+    sees them.
 
     Args:
-        in_keys: entries of the tensordict to read, ``[*B, ...]`` each.
-        event_dims: how many trailing dimensions of each entry belong to one step.
+        shapes: for each entry to read, in order, the shape of one step: the entry is
+            ``[*B, *shape]``.
         output_size: D, size of the embedding.
+        hide_prev_reward: show zeros in place of the previous reward (an ablation).
+        hide_prev_step: show zeros in place of the previous reward and action.
+        prev_reward_key: entry that ``hide_prev_reward`` hides.
+        prev_action_key: entry that ``hide_prev_step`` hides as well.
         out_key: entry to write, ``[*B, D]``.
         mask_key: entry that is True on real steps, ``[*B]``; may be absent.
 
     Raises:
-        KeyError: if the tensordict lacks an entry.
+        ValueError: if there is nothing to read, or what is to be hidden isn't read; when called, if
+            an entry has another shape.
+        KeyError: when called, if the tensordict lacks an entry.
 
     Example:
         >>> from tensordict import TensorDict
         >>> class Brightness(TimestepEncoder):
         ...     def encode(self, inputs, mask):
         ...         return inputs[0].mean((-2, -1)).unsqueeze(-1)
-        >>> encoder = Brightness(["pixels"], event_dims=[2], output_size=1)
+        >>> encoder = Brightness({"pixels": (8, 8)}, output_size=1)
         >>> td = TensorDict(pixels=torch.ones(5, 8, 8, dtype=torch.uint8), batch_size=[5])
         >>> encoder(td)["timestep"].shape
         torch.Size([5, 1])
     """
 
+    #: Whether `encode` gets floats whatever the dtype of an entry; False leaves integers as they are.
+    casts_to_float = True
+
     def __init__(
         self,
-        in_keys: Sequence[NestedKey],
-        event_dims: Sequence[int],
+        shapes: Mapping[NestedKey, Shape],
         output_size: int,
+        *,
+        hide_prev_reward: bool = False,
+        hide_prev_step: bool = False,
+        prev_reward_key: NestedKey = keys.PREV_REWARD,
+        prev_action_key: NestedKey = keys.PREV_ACTION,
         out_key: NestedKey = keys.TIMESTEP,
         mask_key: NestedKey = keys.MASK,
     ) -> None:
         super().__init__()
-        self.in_keys, self.out_keys = list(in_keys), [out_key]
-        self.event_dims = tuple(event_dims)
+        if not shapes:
+            raise ValueError(
+                f"{type(self).__name__} needs at least one entry to read, got shapes={{}}. "
+                "Pass {'observation': (size,)} or use make_policy."
+            )
+        self.in_keys, self.out_keys = list(shapes), [out_key]
+        self.shapes = tuple(tuple(shape) for shape in shapes.values())
+        self.event_dims = tuple(len(shape) for shape in self.shapes)
         self.output_size = output_size
         self.mask_key = mask_key
+        self.hidden_keys = {prev_reward_key} if hide_prev_reward or hide_prev_step else set()
+        if hide_prev_step:
+            self.hidden_keys |= {prev_action_key}
+        if missing := self.hidden_keys - set(self.in_keys):
+            raise ValueError(
+                f"{sorted(map(str, missing))} can only be hidden if the encoder reads it, but it "
+                f"reads {self.in_keys}. Name the entries with prev_reward_key and "
+                "prev_action_key, or leave out the switch."
+            )
+
+    @classmethod
+    def from_specs(cls, specs: Mapping[NestedKey, TensorSpec], **options: Any) -> TimestepEncoder:
+        """Build the encoder for the observations of an environment.
+
+        Args:
+            specs: for each entry to read, in order, the spec of one step.
+            options: further arguments of the constructor.
+        """
+        return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Embed steps.
 
         Args:
-            inputs: one float tensor ``[*M, ...]`` per entry of ``in_keys``; ``*M`` is ``*B``, or
-                the real steps alone in one row. Zero where padded.
+            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, float unless
+                :attr:`casts_to_float` is False; ``*M`` is ``*B``, or the real steps alone in one
+                row. Zero where padded.
             mask: bool ``[*M, 1]``, or None if every step is real.
 
         Returns:
@@ -65,25 +112,46 @@ class TimestepEncoder(TensorDictModuleBase):
         """
         raise NotImplementedError
 
+    def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
+        """Change inputs at random; called in training on sequences only, before :meth:`encode`.
+
+        Args:
+            inputs: those of :meth:`encode`.
+            rows: ``[*M]`` int64, which row of the batch (which trial) each step belongs to.
+            num_rows: how many rows there are.
+
+        Returns:
+            What :meth:`encode` shall get; here, the same inputs.
+        """
+        return inputs
+
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read ``in_keys``, write the embedding."""
+        inputs = self.read(tensordict)
         mask = tensordict.get(self.mask_key, None)
-        inputs = [self._read(tensordict, key) for key in self.in_keys]
-        if mask is None:
-            out = self.encode(inputs, None)
-        elif mask.device.type == "cpu" and not torch.compiler.is_compiling():
-            # Real steps alone: less work, and what lies in padding is never touched.
-            real = self.encode([value[mask] for value in inputs], None)
-            out = real.new_zeros(*mask.shape, real.shape[-1]).index_put((mask,), real)
+        steps = None if mask is None else Steps(mask)
+        selected = inputs if steps is None else [steps.select(x, fill=0) for x in inputs]
+        if self.training and recurrent_mode():
+            shape = inputs[0].shape[: inputs[0].ndim - self.event_dims[0]]
+            num_rows = math.prod(shape[:-1])
+            rows = torch.arange(num_rows, device=inputs[0].device)
+            rows = rows.reshape(*shape[:-1], *(1,) * bool(shape)).expand(shape)
+            selected = self.augment(
+                selected, rows if steps is None else steps.select(rows), num_rows
+            )
+        if steps is None:
+            out = self.encode(selected, None)
         else:
-            inputs = [
-                torch.where(mask.reshape(mask.shape + (1,) * dims), value, 0.0)
-                for value, dims in zip(inputs, self.event_dims, strict=True)
-            ]
-            out = self.encode(inputs, mask.unsqueeze(-1))
+            out = self.encode(selected, None if steps.compact else steps.mask.unsqueeze(-1))
+            out = steps.restore(out)
         return tensordict.set(self.out_keys[0], out)
 
-    def _read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    def read(self, tensordict: TensorDictBase) -> list[Tensor]:
+        """The inputs of :meth:`encode`, one per entry of ``in_keys``."""
+        read = zip(self.in_keys, self.shapes, strict=True)
+        return [self._read(tensordict, key, shape) for key, shape in read]
+
+    def _read(self, tensordict: TensorDictBase, key: NestedKey, shape: Shape) -> Tensor:
         value = tensordict.get(key, None)
         if value is None:
             raise KeyError(
@@ -91,4 +159,14 @@ class TimestepEncoder(TensorDictModuleBase):
                 f"{sorted(map(str, tensordict.keys(True, True)))}. Build the encoder from the "
                 "environment's specs (make_policy), or name the entries with obs_keys."
             )
-        return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+        if tuple(value.shape[max(value.ndim - len(shape), 0) :]) != shape:
+            raise ValueError(
+                f"entry {key!r} must end in {shape} for each step, got {tuple(value.shape)}. "
+                "The environment's specs differ from those the encoder was built with."
+            )
+        if key in self.hidden_keys:
+            # Not `0 * value`: an environment may write NaN.
+            value = torch.zeros_like(value)
+        if self.casts_to_float and not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        return value

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from tensordict import NestedKey
 from torch import Tensor
 from torchrl.modules import recurrent_mode
 
-from torchrl_amago import keys
 from torchrl_amago.modules.layers import MLP, InputNorm, make_norm
-from torchrl_amago.modules.timestep.base import TimestepEncoder
+from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder
+
+
+def flatten_and_join(inputs: list[Tensor], shapes: list[Shape] | tuple[Shape, ...]) -> Tensor:
+    """``[*M, *shape]`` each ``-> [*M, F]``, in the order given."""
+    flat = [
+        x.flatten(x.ndim - len(shape)) if shape else x.unsqueeze(-1)
+        for x, shape in zip(inputs, shapes, strict=True)
+    ]
+    return torch.cat(flat, -1)
 
 
 class MLPTimestepEncoder(TimestepEncoder):
@@ -28,8 +39,7 @@ class MLPTimestepEncoder(TimestepEncoder):
         out_norm: norm of the output.
         normalize_inputs: shift and scale inputs by moving averages.
         auto_widen: make hidden and output size at least the number of inputs.
-        out_key: entry to write.
-        mask_key: entry that is True on real steps.
+        options: switches and keys of :class:`TimestepEncoder`.
 
     Raises:
         ValueError: if there are no entries.
@@ -46,7 +56,7 @@ class MLPTimestepEncoder(TimestepEncoder):
 
     def __init__(
         self,
-        shapes: dict[NestedKey, tuple[int, ...]],
+        shapes: Mapping[NestedKey, Shape],
         *,
         hidden_size: int = 512,
         num_layers: int = 2,
@@ -56,21 +66,12 @@ class MLPTimestepEncoder(TimestepEncoder):
         out_norm: str = "layer",
         normalize_inputs: bool = True,
         auto_widen: bool = False,
-        out_key: NestedKey = keys.TIMESTEP,
-        mask_key: NestedKey = keys.MASK,
+        **options: Any,
     ) -> None:
-        if not shapes:
-            raise ValueError(
-                "MLPTimestepEncoder needs at least one entry to read, got shapes={}. "
-                "Pass {'observation': (size,)} or use make_policy."
-            )
         input_size = sum(torch.Size(shape).numel() for shape in shapes.values())
         if auto_widen:
             hidden_size, output_size = max(hidden_size, input_size), max(output_size, input_size)
-        super().__init__(
-            list(shapes), [len(s) for s in shapes.values()], output_size, out_key, mask_key
-        )
-        self.shapes = [tuple(shape) for shape in shapes.values()]
+        super().__init__(shapes, output_size, **options)
         self.input_norm = InputNorm(input_size) if normalize_inputs else None
         self.mlp = MLP(
             input_size, hidden_size, num_layers, output_size, activation=activation, norm=norm
@@ -79,17 +80,8 @@ class MLPTimestepEncoder(TimestepEncoder):
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Flatten, concatenate, normalise, apply the MLP."""
-        for key, shape, value in zip(self.in_keys, self.shapes, inputs, strict=True):
-            if tuple(value.shape[value.ndim - len(shape) :]) != shape:
-                raise ValueError(
-                    f"entry {key!r} must end in {shape} for each step, got {tuple(value.shape)}. "
-                    "The environment's specs differ from those the encoder was built with."
-                )
-        flat = [
-            x.flatten(x.ndim - dims) if dims else x.unsqueeze(-1)
-            for x, dims in zip(inputs, self.event_dims, strict=True)
-        ]
-        x = torch.cat(flat, -1)
+        # Gymnasium's float64 observations come as they are; weights say which precision is meant.
+        x = flatten_and_join(inputs, self.shapes).to(self.mlp.out.weight.dtype)
         if self.input_norm is not None:
             if self.training and recurrent_mode():
                 self.input_norm.update(x.detach(), mask)

@@ -1,0 +1,55 @@
+"""Which steps of a batch count, and how to get from all of them to those and back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Steps:
+    """The steps M that count: ``[*B]`` as it is, or its real steps alone in one row ``[N]``.
+
+    In one row, padding costs nothing and cannot be seen; shapes then depend on the data, which is
+    fine on a CPU but stops ``torch.compile``, and makes a GPU wait.
+
+    Args:
+        mask: bool ``[*B]``, True on real steps.
+        compact: put the real steps in one row; default on a CPU, outside of ``torch.compile``.
+
+    Example:
+        >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
+        >>> x_BT = torch.tensor([[1.0, float("nan")], [3.0, 4.0]])
+        >>> steps.select(x_BT)
+        tensor([1., 3., 4.])
+        >>> steps.restore(steps.select(x_BT))
+        tensor([[1., 0.],
+                [3., 4.]])
+    """
+
+    def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
+        if compact is None:
+            compact = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+        self.full_mask, self.compact = mask, compact
+        #: ``[M]``, which of the steps that are kept are real.
+        self.mask = mask[mask] if compact else mask
+
+    def select(self, x: Tensor, fill: float | None = None) -> Tensor:
+        """``[*B, ...] -> [M, ...]``.
+
+        Args:
+            x: a value for every step.
+            fill: what replaces the values of padding, if it is kept; None leaves them.
+        """
+        if self.compact:
+            return x[self.full_mask]
+        if fill is None:
+            return x
+        mask = self.full_mask
+        return x.masked_fill(~mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), fill)
+
+    def restore(self, x_M: Tensor) -> Tensor:
+        """``[M, ...] -> [*B, ...]``, zero on padding if steps are in one row."""
+        if not self.compact:
+            return x_M
+        x = x_M.new_zeros(*self.full_mask.shape, *x_M.shape[1:])
+        return x.index_put((self.full_mask,), x_M)
