@@ -1,0 +1,261 @@
+"""Mamba trajectory encoder: a state of constant size whose decay and writes follow the data.
+
+Legend: N rows, T steps, I input features, D width, E inner channels, S state size per channel,
+R rank of the step size's projection, K convolution width; `*` stands for N or N, T.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrl_amago.modules.layers import make_norm
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.trajectory.mamba_kernels import MambaKernels, load_kernels
+from torchrl_amago.modules.trajectory.selective_scan import selective_scan, selective_step
+from torchrl_amago.modules.trajectory.state_memory import StateMemory
+
+# Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
+# a state forgets over 0.6 to 1000 steps.
+_DELTA_RANGE = (1e-3, 1e-1)
+
+
+class MambaBlock(nn.Module):
+    """Mamba's mixer (arXiv 2312.00752, figure 3): convolution, selective scan, gate.
+
+        x, z = in_proj(input)
+        x = silu(conv1d(x))
+        delta, B, C = x_proj(x),    delta = softplus(dt_proj(delta))
+        out = out_proj((scan(x, delta, -exp(A_log), B, C) + D x) silu(z))
+
+    Parameters have the names and shapes of `mamba_ssm.Mamba`, so that state dicts fit both.
+
+    Args:
+        d_model: D, width of input and output.
+        d_state: S, states per channel.
+        d_conv: K, steps that the convolution sees.
+        expand: E / D.
+    """
+
+    def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
+        super().__init__()
+        self.d_state, self.d_conv = d_state, d_conv
+        self.d_inner, self.dt_rank = expand * d_model, math.ceil(d_model / 16)
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=False)
+        self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
+        rates = torch.arange(1, d_state + 1, dtype=torch.float32)
+        self.A_log = nn.Parameter(rates.log().expand(self.d_inner, -1).clone())
+        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
+        self._reset_step_size()
+
+    @torch.no_grad()
+    def _reset_step_size(self) -> None:
+        bound = self.dt_rank**-0.5
+        nn.init.uniform_(self.dt_proj.weight, -bound, bound)
+        low, high = (math.log(delta) for delta in _DELTA_RANGE)
+        delta_E = torch.empty(self.d_inner).uniform_(low, high).exp()
+        # The inverse of softplus.
+        self.dt_proj.bias.copy_(delta_E + (-torch.expm1(-delta_E)).log())
+
+    @property
+    def state_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes, per row, of the tensors that :meth:`step` moves on."""
+        return [(self.d_conv, self.d_inner), (self.d_state, self.d_inner)]
+
+    def forward(
+        self, x_NTD: Tensor, is_init_NT: Tensor | None = None, kernels: MambaKernels | None = None
+    ) -> Tensor:
+        """Whole sequences, with gradient.
+
+        Args:
+            x_NTD: `[N, T, D]`.
+            is_init_NT: where trials begin within rows; None if none does.
+            kernels: functions that compute the same for sequences of one trial per row.
+        """
+        x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
+        if kernels is not None:
+            return self.out_proj(self._scan_with(kernels, x_NTE, gate_NTE))
+        x_NTE = F.silu(self._convolve(_at_least_float32(x_NTE), is_init_NT))
+        y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
+        return self._out(y_NTE, x_NTE, gate_NTE)
+
+    def step(self, x_ND: Tensor, state: Sequence[Tensor]) -> Tensor:
+        """One step `[N, D]`; moves the two tensors of `state` on in place."""
+        window_NKE, state_NSE = state
+        x_NE, gate_NE = self.in_proj(x_ND).chunk(2, -1)
+        newest_N1E = x_NE.to(window_NKE.dtype).unsqueeze(1)
+        window_NKE.copy_(torch.cat((window_NKE[:, 1:], newest_N1E), 1))
+        weight_KE = self.conv1d.weight.squeeze(1).t()
+        x_NE = F.silu((window_NKE * weight_KE).sum(1) + self.conv1d.bias)
+        y_NE = selective_step(x_NE, *self._coefficients(x_NE), state_NSE)
+        return self._out(y_NE, x_NE, gate_NE)
+
+    def _scan_with(self, kernels: MambaKernels, x_NTE: Tensor, gate_NTE: Tensor) -> Tensor:
+        x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
+        delta_NTE, write_NTS, read_NTS = self._select(x_NTE)
+        rate_ES, bias_E = self._rate(), self.dt_proj.bias
+        return kernels.scan(
+            x_NTE, delta_NTE, rate_ES, write_NTS, read_NTS, self.D, gate_NTE, bias_E
+        )
+
+    def _convolve(self, x_NTE: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        """Causal convolution of every channel that doesn't see the trial before.
+
+        As sums of shifted sequences: each lag can be cut, and no library's reduced precision for
+        convolutions sets it apart from `step`.
+        """
+        steps = x_NTE.shape[1]
+        weight_EK = self.conv1d.weight.squeeze(1)
+        lag_NTE = F.pad(x_NTE, (0, 0, self.d_conv - 1, 0))
+        age_NT1 = None if is_init_NT is None else _steps_since(is_init_NT).unsqueeze(-1)
+        out_NTE = self.conv1d.bias.expand_as(x_NTE)
+        for k, weight_E in enumerate(weight_EK.unbind(1)):
+            seen_NTE, lag = lag_NTE[:, k : k + steps], self.d_conv - 1 - k
+            if age_NT1 is not None and lag:
+                seen_NTE = torch.where(age_NT1 >= lag, seen_NTE, 0.0)
+            out_NTE = torch.addcmul(out_NTE, seen_NTE, weight_E)
+        return out_NTE
+
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Step sizes before bias and softplus `[*, E]`, and the paper's B and C, `[*, S]`."""
+        x = x.to(self.x_proj.weight.dtype)
+        low, write, read = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
+        return F.linear(low, self.dt_proj.weight), write, read
+
+    def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Step sizes `[*, E]`, rates `[E, S]`, B and C, in the state's precision."""
+        delta, write, read = (_at_least_float32(z) for z in self._select(x))
+        return F.softplus(delta + self.dt_proj.bias), self._rate(), write, read
+
+    def _rate(self) -> Tensor:
+        return -_at_least_float32(self.A_log).exp()
+
+    def _out(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        return self.out_proj(((y + self.D * x) * F.silu(gate)).to(gate.dtype))
+
+
+class MambaEncoder(TrajectoryEncoder):
+    """Mamba over the steps of a trial (arXiv 2312.00752): pre-norm residual blocks.
+
+    The cost of a step doesn't depend on how many went before, and a rollout's memory is a state of
+    constant size (see :class:`StateMemory`). Runs in plain PyTorch on any device; on CUDA the
+    kernels of `mamba-ssm` compute the same from the same weights. They are left aside under
+    `torch.compile`, which can't see into them, and for rows where a trial begins after the first
+    step, which they can't cut; single steps never need them.
+
+    Args:
+        input_size: I, features of a timestep embedding.
+        d_model: D, width, and size of the state.
+        d_state: states per inner channel.
+        d_conv: steps that the convolution sees.
+        expand: inner channels per feature of the width.
+        num_layers: number of blocks.
+        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
+        options: see :class:`TrajectoryEncoder`.
+
+    Raises:
+        ImportError: if the kernels are asked for by name but not installed.
+        ValueError: if a number is below 1, a name unknown, or the kernels lack a size.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import set_recurrent_mode
+        >>> encoder = MambaEncoder(4, d_model=16, num_layers=1)
+        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
+        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
+        >>> with set_recurrent_mode(True):
+        ...     encoder(td)["state"].shape
+        torch.Size([3, 5, 16])
+        >>> encoder(td[:, 0])["state"].shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        d_model: int = 256,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        num_layers: int = 3,
+        norm: str = "layer",
+        backend: Literal["auto", "torch", "mamba_ssm"] = "auto",
+        **options: Any,
+    ) -> None:
+        for name, value in (
+            ("d_model", d_model),
+            ("d_state", d_state),
+            ("d_conv", d_conv),
+            ("expand", expand),
+            ("num_layers", num_layers),
+        ):
+            if value < 1:
+                raise ValueError(
+                    f"{name} must be at least 1, got {value}. Mamba's own are d_state=16, d_conv=4, "
+                    "expand=2; for an agent without memory use a feed-forward trajectory encoder."
+                )
+        super().__init__(input_size, d_model, **options)
+        self.backend = backend
+        self._kernels = load_kernels(backend, d_conv, d_state)
+        self.embed = nn.Linear(input_size, d_model)
+        self.norms = nn.ModuleList(make_norm(norm, d_model) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            MambaBlock(d_model, d_state, d_conv, expand) for _ in range(num_layers)
+        )
+        self.norm = make_norm(norm, d_model)
+
+    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        # Under torch.compile a branch on data isn't possible: cutting is right for any data.
+        if is_init_NT is not None and not torch.compiler.is_compiling():
+            is_init_NT = is_init_NT if is_init_NT[:, 1:].any() else None
+        kernels = self._kernels_for(x_NTI, is_init_NT)
+        x_NTD = self._embed(x_NTI)
+        for norm, block in zip(self.norms, self.blocks, strict=True):
+            x_NTD = x_NTD + block(norm(x_NTD), is_init_NT, kernels)
+        return self.norm(x_NTD)
+
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
+        x_ND = self._embed(x_NI)
+        for norm, block, state in zip(self.norms, self.blocks, memory.layers, strict=True):
+            x_ND = x_ND + block.step(norm(x_ND), state)
+        return self.norm(x_ND)
+
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
+        shapes = [block.state_shapes for block in self.blocks]
+        return StateMemory(num_rows, shapes, device, dtype)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        # Under autocast the sum of all blocks' outputs stays in the weights' precision.
+        return self.embed(x).to(self.embed.weight.dtype)
+
+    def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
+        if self._kernels is None or torch.compiler.is_compiling():
+            return None
+        if self.backend == "mamba_ssm" and not x_NTI.is_cuda:
+            raise RuntimeError(
+                f"backend='mamba_ssm' computes sequences on CUDA only, got tensors on "
+                f"{x_NTI.device}. Move the encoder and its input to a GPU, or use backend='auto'."
+            )
+        return self._kernels if x_NTI.is_cuda and is_init_NT is None else None
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _steps_since(is_init_NT: Tensor) -> Tensor:
+    """Steps since the trial began or, before the first beginning in a row, since far away."""
+    step_T = torch.arange(is_init_NT.shape[1], device=is_init_NT.device)
+    # Before a row's start there are zeros, which every lag may see.
+    start_NT = torch.where(is_init_NT, step_T, -is_init_NT.shape[1])
+    return step_T - start_NT.cummax(1).values
