@@ -6,7 +6,7 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 from __future__ import annotations
 
 import warnings
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -107,6 +107,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
         self.on_weight_update = on_weight_update
         self._streams = StreamTable(max_streams)
         self._fingerprint: Tensor | None = None
+        self._use_eager()
 
     # --- what an encoder implements ---
 
@@ -141,47 +142,119 @@ class TrajectoryEncoder(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read the timestep's embedding, write the state (and, in step mode, the stream)."""
-        x, positions, is_init = self._inputs(tensordict)
         if recurrent_mode():
-            return self._forward_sequence(tensordict, x, positions, is_init)
-        return self._forward_step(tensordict, x, positions, is_init)
+            return self._forward_sequence(tensordict)
+        x = self._get_timestep(tensordict)
+        with torch.no_grad():
+            self._get_time(tensordict, x.shape[:-1])
+            positions_N, memory = self.begin_step(tensordict, like=x)
+            state_ND = self._step(x.reshape(-1, self.input_size), positions_N, memory)
+        return tensordict.set(self.out_keys[0], state_ND.reshape(*x.shape[:-1], -1))
 
     def reset_streams(self) -> None:
         """Forget all rollouts; those under way continue with empty memories."""
         self._streams.drop()
 
-    def _inputs(self, tensordict: TensorDictBase) -> tuple[Tensor, Tensor, Tensor | None]:
-        x, positions, is_init = (tensordict.get(key, None) for key in self.in_keys[:3])
-        for key, value in zip(self.in_keys, (x, positions), strict=False):
-            if value is None:
-                raise KeyError(
-                    f"the trajectory encoder reads {key!r}, but the tensordict holds only "
-                    f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes "
-                    "the first of its inputs, PreviousStepTransform the second."
-                )
+    def memory_of(self, tensordict: TensorDictBase) -> Memory:
+        """What this encoder remembers of the rollout that the tensordict belongs to.
+
+        Raises:
+            RuntimeError: under `set_recurrent_mode`: sequences have no memory.
+            KeyError: if the rollout is unknown here.
+        """
+        if recurrent_mode():
+            raise RuntimeError(
+                "sequences have no memory, but it was asked for in recurrent mode. Leave "
+                "set_recurrent_mode(True), or read the states that the encoder writes."
+            )
+        number = tensordict.get(self.out_keys[1], None)
+        stream = 0 if number is None or not number.numel() else int(number.max())
+        memory = self._streams.find(stream) if stream else None
+        if memory is None:
+            raise KeyError(
+                f"no memory of stream {stream} in this encoder: rollouts get one at their first step. "
+                f"Pass a tensordict that this encoder has stepped, with its {self.out_keys[1]!r}."
+            )
+        return memory
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile :meth:`sequence` and :meth:`step` with :func:`torch.compile`, in place.
+
+        Streams are looked up outside of compiled code, so contexts may grow without recompilation.
+
+        Args:
+            args: of `torch.compile`, likewise `kwargs`.
+        """
+        self._sequence = torch.compile(self.sequence, *args, **kwargs)
+        self._step = torch.compile(self.step, *args, **kwargs)
+
+    def begin_step(self, tensordict: TensorDictBase, like: Tensor) -> tuple[Tensor, Memory]:
+        """Find the rollout's memory and make it ready for one :meth:`step`; write the stream.
+
+        Args:
+            tensordict: with `time_idx` and `is_init`.
+            like: gives device and dtype of a new memory.
+
+        Returns:
+            Positions `[N]` and the memory.
+        """
+        positions, is_init = self._get_time(tensordict)
+        if is_init is None:
+            raise KeyError(
+                f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
+                "Append torchrl's InitTracker to the environment."
+            )
+        is_init_N, positions_N = is_init.reshape(-1), positions.reshape(-1)
+        stream, memory = self._find_memory(tensordict, is_init_N, positions_N, like)
+        memory.clear(is_init_N)
+        memory.advance()
+        # A new tensor each time: environments zero it in place when they reset.
+        number = torch.full(positions.shape, stream, dtype=torch.int64, device=like.device)
+        tensordict.set(self.out_keys[1], number)
+        return positions_N, memory
+
+    def _get(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"the trajectory encoder reads {key!r}, but the tensordict holds only "
+                f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes "
+                "the first of its inputs, PreviousStepTransform the second."
+            )
+        return value
+
+    def _get_timestep(self, tensordict: TensorDictBase) -> Tensor:
+        x = self._get(tensordict, self.in_keys[0])
         if x.shape[-1] != self.input_size:
             raise ValueError(
                 f"{self.in_keys[0]!r} must have input_size={self.input_size} features, got shape "
                 f"{tuple(x.shape)}. Build the encoder with the timestep encoder's output_size."
             )
-        for key, value in zip(self.in_keys[1:], (positions, is_init), strict=False):
-            if value is not None and value.shape != (*x.shape[:-1], 1):
-                raise ValueError(
-                    f"{key!r} must have shape {(*x.shape[:-1], 1)} to go with "
-                    f"{self.in_keys[0]!r} of shape {tuple(x.shape)}, got {tuple(value.shape)}. "
-                    "Keep a last dimension of 1."
-                )
-        return x, positions, is_init
+        return x
 
-    def _forward_sequence(
-        self, tensordict: TensorDictBase, x: Tensor, positions: Tensor, is_init: Tensor | None
-    ) -> TensorDictBase:
+    def _get_time(
+        self, tensordict: TensorDictBase, shape: torch.Size | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        positions = self._get(tensordict, self.in_keys[1])
+        is_init = tensordict.get(self.in_keys[2], None)
+        shape = positions.shape[:-1] if shape is None else shape
+        for key, value in zip(self.in_keys[1:], (positions, is_init), strict=False):
+            if value is not None and value.shape != (*shape, 1):
+                raise ValueError(
+                    f"{key!r} must have shape {(*shape, 1)} to go with the other entries of the step, "
+                    f"got {tuple(value.shape)}. Keep a last dimension of 1."
+                )
+        return positions, is_init
+
+    def _forward_sequence(self, tensordict: TensorDictBase) -> TensorDictBase:
+        x = self._get_timestep(tensordict)
+        shape = x.shape[:-1]
         if x.ndim < 2:
             raise ValueError(
                 f"in recurrent mode {self.in_keys[0]!r} must have a time dimension, [*B, T, I]; got "
                 f"{tuple(x.shape)}. Leave set_recurrent_mode(True) to take single steps."
             )
-        shape = x.shape[:-1]
+        positions, is_init = self._get_time(tensordict, shape)
         mask = tensordict.get(self.mask_key, None)
         if mask is not None:
             mask = mask.reshape(*shape, 1)
@@ -192,28 +265,8 @@ class TrajectoryEncoder(TensorDictModuleBase):
         rows = x_NTI.shape[:2]
         if is_init is not None:
             is_init = is_init.reshape(rows)
-        state_NTD = self.sequence(x_NTI, positions.reshape(rows), is_init)
+        state_NTD = self._sequence(x_NTI, positions.reshape(rows), is_init)
         return tensordict.set(self.out_keys[0], state_NTD.reshape(*shape, -1))
-
-    @torch.no_grad()
-    def _forward_step(
-        self, tensordict: TensorDictBase, x: Tensor, positions: Tensor, is_init: Tensor | None
-    ) -> TensorDictBase:
-        shape = x.shape[:-1]
-        if is_init is None:
-            raise KeyError(
-                f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
-                "Append torchrl's InitTracker to the environment."
-            )
-        is_init_N, positions_N = is_init.reshape(-1), positions.reshape(-1)
-        stream, memory = self._find_memory(tensordict, is_init_N, positions_N, x)
-        memory.clear(is_init_N)
-        memory.advance()
-        state_ND = self.step(x.reshape(-1, self.input_size), positions_N, memory)
-        tensordict.set(self.out_keys[0], state_ND.reshape(*shape, -1))
-        # A new tensor each time: environments zero it in place when they reset.
-        number = torch.full((*shape, 1), stream, dtype=torch.int64, device=x.device)
-        return tensordict.set(self.out_keys[1], number)
 
     # --- the memory of rollouts ---
 
@@ -282,4 +335,13 @@ class TrajectoryEncoder(TensorDictModuleBase):
         state = self.__dict__.copy()
         state["_streams"] = StreamTable(self._streams.max_streams)
         state["_fingerprint"] = None
+        # Compiled code can't be copied, and bound methods would lead back to the original.
+        del state["_sequence"], state["_step"]
         return state
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._use_eager()
+
+    def _use_eager(self) -> None:
+        self._sequence, self._step = self.sequence, self.step

@@ -66,6 +66,8 @@ class RingCache(Memory):
             self.keys = [make(rows, head_size, self._num_slots) for _ in range(num_layers)]
             self.values = [make(rows, self._num_slots, head_size) for _ in range(num_layers)]
             self.bias = make(rows, 1, self._num_slots).fill_(-math.inf)
+            # A tensor, so that a compiled step is compiled once and not for every slot.
+            self.newest_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.device = self.bias.device
         self._written = 0  # slots that hold anything
         self._slot = -1  # slot of the newest step
@@ -99,19 +101,16 @@ class RingCache(Memory):
         if self.context_length < self._num_slots:
             self.bias[..., (self._slot - self.context_length) % self._num_slots].fill_(-math.inf)
         self.bias[..., self._slot].zero_()
+        self.newest_1.fill_(self._slot)
         self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
 
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""
-        # Views, since queries, keys and values come as slices of one tensor and don't flatten freely.
-        shape = key_BHD.shape
-        self.keys[layer][..., self._slot].view(shape).copy_(key_BHD)
-        self.values[layer][:, self._slot].view(shape).copy_(value_BHD)
+        keys_NDS, values_NSD = self.keys[layer], self.values[layer]
+        keys_NDS.index_copy_(2, self.newest_1, key_BHD.reshape(len(keys_NDS), -1, 1))
+        values_NSD.index_copy_(1, self.newest_1, value_BHD.reshape(len(values_NSD), 1, -1))
 
     def attend(self, layer: int, q_BHD: Tensor) -> Tensor:
         """Attend from the newest step to what its row sees, in one layer: `[B, H, D]`."""
-        keys, values, bias = self.keys[layer], self.values[layer], self.bias
-        if self._span < self._num_slots:
-            keys, values = keys[..., : self._span], values[:, : self._span]
-            bias = bias[..., : self._span]
-        return ring_attention(q_BHD.to(keys.dtype), keys, values, bias)
+        keys, values = self.keys[layer][..., : self._span], self.values[layer][:, : self._span]
+        return ring_attention(q_BHD.to(keys.dtype), keys, values, self.bias[..., : self._span])
