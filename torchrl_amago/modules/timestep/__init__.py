@@ -1,6 +1,43 @@
-"""Timestep encoders: each step alone, from observations and the previous step to one vector."""
+"""Timestep encoders: each step alone, from observations and the previous step to one vector.
+
+``base`` has the contract, ``mlp``, ``cnn`` and ``combined`` the encoders; ``vision``, ``embeddings``
+and ``goals`` embed single entries for the combined one, which ``specs`` chooses.
+"""
 
 from torchrl_amago.modules.timestep.base import TimestepEncoder
+from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
+from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
+from torchrl_amago.modules.timestep.embeddings import (
+    CategoryEmbedding,
+    EntryEmbedding,
+    SequencePool,
+    TokenEmbedding,
+)
+from torchrl_amago.modules.timestep.goals import GoalEmbedding
 from torchrl_amago.modules.timestep.mlp import MLPTimestepEncoder
+from torchrl_amago.modules.timestep.vision import (
+    TRUNKS,
+    ConvTrunk,
+    ImageEmbedding,
+    ImpalaTrunk,
+    draw_shifts,
+    shift_images,
+)
 
-__all__ = ["MLPTimestepEncoder", "TimestepEncoder"]
+__all__ = [
+    "TRUNKS",
+    "CNNTimestepEncoder",
+    "CategoryEmbedding",
+    "CombinedTimestepEncoder",
+    "ConvTrunk",
+    "EntryEmbedding",
+    "GoalEmbedding",
+    "ImageEmbedding",
+    "ImpalaTrunk",
+    "MLPTimestepEncoder",
+    "SequencePool",
+    "TimestepEncoder",
+    "TokenEmbedding",
+    "draw_shifts",
+    "shift_images",
+]

@@ -1,0 +1,82 @@
+"""Goals as inputs: a set or sequence of them, of which some may be missing, to a vector of features.
+
+Legend: *M steps, L goals, N numbers of a goal, E features of a token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor, nn
+
+from torchrl_amago.modules.timestep.embeddings import EntryEmbedding, SequencePool, check_range
+
+
+class GoalEmbedding(EntryEmbedding):
+    """L goals of N numbers or tokens each, pooled by :class:`SequencePool`.
+
+    Goals that were reached, or never set, are told by a mask or by a padding value, not guessed.
+
+    Args:
+        num_goals: L, most goals at a time.
+        goal_size: N.
+        num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it.
+        embedding_size: E, features of a token.
+        hidden_size: width before pooling.
+        output_size: F.
+        ordered: whether goals are to be reached in their order.
+        padding: a goal whose numbers all equal this is missing (NaN works too); None for none.
+        mask_key: entry that is True on goals that are there, ``[*M, L]``.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+
+    Raises:
+        ValueError: when called, if a token is out of range.
+
+    Example:
+        >>> embedding = GoalEmbedding(num_goals=3, goal_size=2, output_size=8, padding=-1.0)
+        >>> embedding(torch.tensor([[[0.5, 0.2], [0.1, 0.9], [-1.0, -1.0]]])).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(
+        self,
+        num_goals: int,
+        goal_size: int,
+        *,
+        num_tokens: int | None = None,
+        embedding_size: int = 16,
+        hidden_size: int = 64,
+        output_size: int = 64,
+        ordered: bool = True,
+        padding: float | None = None,
+        mask_key: NestedKey | None = None,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__((num_goals, goal_size), output_size, mask_key)
+        self.num_tokens, self.padding = num_tokens, padding
+        self.table = None if num_tokens is None else nn.Embedding(num_tokens, embedding_size)
+        self.pool = SequencePool(
+            num_goals,
+            goal_size * (1 if num_tokens is None else embedding_size),
+            hidden_size=hidden_size,
+            output_size=output_size,
+            ordered=ordered,
+            activation=activation,
+        )
+
+    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embed ``[*M, L, N]``; ``mask`` is True on goals that are there (default: all)."""
+        there_ML = self._there(value) if mask is None else mask & self._there(value)
+        if self.table is None:
+            return self.pool(value.to(self.pool.hidden.weight.dtype), there_ML)
+        token_MLN = value.long().masked_fill(~there_ML.unsqueeze(-1), 0)
+        check_range(token_MLN, self.num_tokens, "a goal's token")
+        return self.pool(self.table(token_MLN).flatten(-2), there_ML)
+
+    def _there(self, value: Tensor) -> Tensor:
+        if self.padding is None:
+            return torch.ones_like(value[..., 0], dtype=torch.bool)
+        missing = value.isnan() if math.isnan(self.padding) else value == self.padding
+        return ~missing.all(-1)

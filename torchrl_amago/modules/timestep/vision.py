@@ -1,0 +1,278 @@
+"""Images: convolutional trunks, their embedding, and random shifts for training.
+
+Legend: M images, C channels, H height, W width, R rows of a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrl.modules import ConvNet
+
+from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
+
+
+def least_input(windows: Sequence[tuple[int, int]]) -> int:
+    """The smallest height or width that windows of (kernel, stride), unpadded, leave one pixel of.
+
+    Example:
+        >>> least_input([(8, 4), (4, 2), (3, 1)])
+        36
+    """
+    size = 1
+    for kernel, stride in reversed(windows):
+        size = (size - 1) * stride + kernel
+    return size
+
+
+class ConvTrunk(ConvNet):
+    """Convolutions in a row, each with its activation, flattened (channel, height, width).
+
+    Args:
+        in_channels: channels of the image.
+        channels: channels of each layer.
+        kernels: size of each layer's window.
+        strides: step of each layer's window.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+
+    Example:
+        >>> ConvTrunk(3, [8], [3], [2])(torch.zeros(1, 3, 7, 7)).shape
+        torch.Size([1, 72])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int],
+        kernels: Sequence[int],
+        strides: Sequence[int],
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__(
+            in_features=in_channels,
+            num_cells=list(channels),
+            kernel_sizes=list(kernels),
+            strides=list(strides),
+            activation_class=partial(make_activation, activation),
+        )
+        self.least_size = least_input(list(zip(kernels, strides, strict=True)))
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                # torch's default shrinks the signal by a third or more at each layer.
+                nn.init.orthogonal_(module.weight, nn.init.calculate_gain("leaky_relu"))
+                nn.init.zeros_(module.bias)
+
+
+class _ResidualBlock(nn.Module):
+    """``norm(x + conv(act(conv(act(x)))))``, of unchanged size."""
+
+    def __init__(self, channels: int, activation: str, num_groups: int | None) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.activation = make_activation(activation)
+        self.norm = nn.GroupNorm(num_groups, channels) if num_groups else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x + self.conv2(self.activation(self.conv1(self.activation(x)))))
+
+
+class ImpalaTrunk(nn.Module):
+    """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
+
+    TorchRL's ``ImpalaNet`` can't be had without its heads.
+
+    Args:
+        in_channels: channels of the image.
+        channels: channels of each section: a convolution, pooling by 2, two residual blocks.
+        num_groups: groups of the norms, dividing every number of channels; None for no norm.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+
+    Raises:
+        ValueError: if the groups don't divide the channels.
+
+    Example:
+        >>> ImpalaTrunk(3, channels=(8, 16))(torch.zeros(1, 3, 15, 15)).shape
+        torch.Size([1, 144])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        channels: Sequence[int] = (16, 32, 32),
+        num_groups: int | None = 4,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__()
+        if num_groups and any(size % num_groups for size in channels):
+            raise ValueError(
+                f"num_groups={num_groups} must divide every number of channels, got {list(channels)}. "
+                "Change one of them, or pass num_groups=None for no norm."
+            )
+        layers: list[nn.Module] = []
+        for before, after in zip([in_channels, *channels], channels, strict=False):
+            layers += [nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(3, stride=2)]
+            layers += [_ResidualBlock(after, activation, num_groups) for _ in range(2)]
+        self.layers = nn.Sequential(*layers)
+        self.least_size = least_input([(3, 2)] * len(channels))
+
+    def forward(self, image_MCHW: Tensor) -> Tensor:
+        """Features ``[M, ...]``, flattened (channel, height, width)."""
+        return self.layers(image_MCHW).flatten(1)
+
+
+TRUNKS: dict[str, Callable[..., nn.Module]] = {
+    "nature": partial(ConvTrunk, channels=(32, 64, 64), kernels=(8, 4, 3), strides=(4, 2, 1)),
+    "impala": ImpalaTrunk,
+    "drq": partial(ConvTrunk, channels=(32,) * 4, kernels=(3,) * 4, strides=(2, 1, 1, 1)),
+    "grid": partial(ConvTrunk, channels=(16, 32, 48), kernels=(2,) * 3, strides=(1,) * 3),
+}
+"""Trunks by name, each called with ``(in_channels, activation=..., **options)``: that of DQN (for
+84 x 84 pixels), IMPALA, DrQ (arXiv 2107.09645), and a small one for the cells of grid worlds."""
+
+
+def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
+    """Move images by whole pixels; edges are repeated. Pad and crop of DrQ (arXiv 2004.13649).
+
+        out[y, x] = image[y + shift_y, x + shift_x], indices clamped to the image
+
+    Args:
+        image_MCHW: any dtype.
+        shift_M2: int64, (y, x) of every image.
+
+    Returns:
+        Same shape and dtype.
+
+    Example:
+        >>> image = torch.tensor([[1, 2, 3]]).expand(1, 1, 3, 3)
+        >>> shift_images(image, torch.tensor([[0, 1]]))[0, 0, 0]
+        tensor([2, 3, 3])
+    """
+    height, width = image_MCHW.shape[-2:]
+    ramp = partial(torch.arange, device=image_MCHW.device)
+    y_MH = (ramp(height) + shift_M2[:, :1]).clamp(0, height - 1)
+    x_MW = (ramp(width) + shift_M2[:, 1:]).clamp(0, width - 1)
+    row_M11 = ramp(image_MCHW.shape[0])[:, None, None]
+    moved_MHWC = image_MCHW.movedim(1, -1)[row_M11, y_MH[:, :, None], x_MW[:, None, :]]
+    return moved_MHWC.movedim(-1, 1)
+
+
+def draw_shifts(num_rows: int, reach: int, share: float, device: torch.device) -> Tensor:
+    """Shifts ``[R, 2]`` in ``[-reach, reach]``, int64, for a share of the rows; zero for the others.
+
+    Which rows is drawn at random, how many isn't: the share, rounded up.
+    """
+    shift_R2 = torch.randint(-reach, reach + 1, (num_rows, 2), device=device)
+    rank_R1 = torch.rand(num_rows, 1, device=device).argsort(0)
+    # 0.1 * 30 is a little more than 3.
+    return torch.where(rank_R1 < math.ceil(share * num_rows - 1e-6), shift_R2, 0)
+
+
+class ImageEmbedding(EntryEmbedding):
+    """A trunk and a linear layer. Bytes are scaled to [-1, 1); other dtypes are taken as they are.
+
+    Args:
+        shape: of one image, ``[H, W, C]``, or ``[C, H, W]`` with ``channels_first``.
+        output_size: F.
+        trunk: a name of :data:`TRUNKS`, or a module ``[M, C, H, W] -> [M, ...]``.
+        trunk_options: further arguments of a named trunk, such as ``channels``.
+        channels_first: where the channels are.
+        random_shift: by how many pixels images move at most in training; 0 for none, DrQ has 4.
+        random_shift_share: share of the batch's rows that are moved, each step of a row alike.
+        activation: of a named trunk.
+
+    Raises:
+        ValueError: if the shape isn't that of an image, the image is smaller than the trunk needs,
+            or an option is out of range.
+
+    Example:
+        >>> embedding = ImageEmbedding((84, 84, 3), output_size=16, trunk="impala")
+        >>> embedding(torch.zeros(2, 5, 84, 84, 3, dtype=torch.uint8)).shape
+        torch.Size([2, 5, 16])
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        *,
+        output_size: int = 256,
+        trunk: str | nn.Module = "nature",
+        trunk_options: dict[str, Any] | None = None,
+        channels_first: bool = False,
+        random_shift: int = 0,
+        random_shift_share: float = 0.75,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__(shape, output_size)
+        if len(self.shape) != 3:
+            raise ValueError(
+                f"an image has three dimensions, got shape {self.shape}. Add one for the channels "
+                "of a grey image (torchrl.envs.UnsqueezeTransform)."
+            )
+        if random_shift < 0 or not 0.0 <= random_shift_share <= 1.0:
+            raise ValueError(
+                "random_shift must be at least 0 pixels and random_shift_share in [0, 1], got "
+                f"{random_shift} and {random_shift_share}. Use 4 and 0.75, or 0 for no shifts."
+            )
+        self.channels_first = channels_first
+        self.random_shift, self.random_shift_share = random_shift, random_shift_share
+        channels, height, width = self.shape if channels_first else (self.shape[2], *self.shape[:2])
+        if isinstance(trunk, str):
+            trunk = _named_trunk(trunk, channels, activation, trunk_options or {})
+        self._refuse_small(trunk, height, width)
+        self.trunk = trunk
+        with torch.no_grad():
+            features = trunk(torch.zeros(1, channels, height, width)).flatten(1).shape[1]
+        self.features = nn.Linear(features, output_size)
+
+    def forward(self, value: Tensor) -> Tensor:
+        """Embed images ``[*M, *shape]``."""
+        batch = value.shape[:-3]
+        image_MCHW = self._channels_first(value.reshape(math.prod(batch), *self.shape))
+        x = image_MCHW.to(self.features.weight.dtype)
+        if value.dtype == torch.uint8:
+            x = x / 128.0 - 1.0
+        return self.features(self.trunk(x).flatten(1)).reshape(*batch, self.output_size)
+
+    def augment(self, value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
+        """Move all images of a row alike, by a shift drawn for it."""
+        if not self.random_shift:
+            return value
+        shift_R2 = draw_shifts(num_rows, self.random_shift, self.random_shift_share, value.device)
+        image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
+        moved_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
+        moved = moved_MCHW if self.channels_first else moved_MCHW.movedim(1, -1)
+        return moved.reshape(value.shape)
+
+    def _channels_first(self, image: Tensor) -> Tensor:
+        return image if self.channels_first else image.movedim(-1, 1)
+
+    def _refuse_small(self, trunk: nn.Module, height: int, width: int) -> None:
+        least = getattr(trunk, "least_size", 1)
+        if min(height, width) < least:
+            raise ValueError(
+                f"the trunk needs images of at least {least} x {least} pixels, got {height} x {width} "
+                f"(shape {self.shape}, channels_first={self.channels_first}). Set channels_first if "
+                "that is wrong, enlarge the images, or choose a trunk for smaller ones: "
+                f"{', '.join(f'{name!r} from {size}' for name, size in _least_sizes())}."
+            )
+
+
+def _named_trunk(name: str, channels: int, activation: str, options: dict[str, Any]) -> nn.Module:
+    if name not in TRUNKS:
+        raise ValueError(
+            f"trunk must be one of {sorted(TRUNKS)} or a module, got {name!r}. "
+            "Pass your own module [M, C, H, W] -> [M, ...] if none of them fits."
+        )
+    return TRUNKS[name](channels, activation=activation, **options)
+
+
+def _least_sizes() -> list[tuple[str, int]]:
+    sizes = [(name, make(1).least_size) for name, make in TRUNKS.items()]
+    return sorted(sizes, key=lambda entry: entry[1])
