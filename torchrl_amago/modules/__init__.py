@@ -18,27 +18,48 @@ from torchrl_amago.modules.policy import (
     make_critic,
     make_policy,
 )
-from torchrl_amago.modules.timestep import MLPTimestepEncoder, TimestepEncoder
+from torchrl_amago.modules.timestep import (
+    TIMESTEP_ENCODERS,
+    CategoryEmbedding,
+    CNNTimestepEncoder,
+    CombinedTimestepEncoder,
+    EntryEmbedding,
+    GoalEmbedding,
+    ImageEmbedding,
+    MLPTimestepEncoder,
+    TimestepEncoder,
+    TokenEmbedding,
+    make_timestep_encoder,
+)
 from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncoder
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 
 __all__ = [
     "DISCOUNTS",
     "SEQ_MODELS",
+    "TIMESTEP_ENCODERS",
     "Actor",
     "BilevelEpsilonGreedy",
+    "CNNTimestepEncoder",
+    "CategoryEmbedding",
     "ClippedCategorical",
     "ClippedOneHotCategorical",
+    "CombinedTimestepEncoder",
     "DiscreteCritic",
     "EnsembleLinear",
+    "EntryEmbedding",
+    "GoalEmbedding",
+    "ImageEmbedding",
     "MLPTimestepEncoder",
     "Policy",
     "PopArt",
     "SelectDiscount",
     "TimestepEncoder",
+    "TokenEmbedding",
     "TrajectoryEncoder",
     "TransformerEncoder",
     "ValueCodec",
     "make_critic",
     "make_policy",
+    "make_timestep_encoder",
 ]

@@ -24,7 +24,7 @@ from torchrl_amago.modules.actor import Actor
 from torchrl_amago.modules.critic import DiscreteCritic
 from torchrl_amago.modules.distributions import ClippedCategorical, ClippedOneHotCategorical
 from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
-from torchrl_amago.modules.timestep import MLPTimestepEncoder, TimestepEncoder
+from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
 from torchrl_amago.modules.trajectory import Memory, TrajectoryEncoder, TransformerEncoder
 
 # AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
@@ -32,15 +32,6 @@ DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
 
 SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {"transformer": TransformerEncoder}
 """Trajectory encoders by name; each takes ``(input_size, context_length=..., **options)``."""
-
-# Bookkeeping entries of the trial: never shown to the timestep encoder unless asked for by name.
-_NOT_OBSERVATIONS = {
-    keys.TIME_IDX,
-    keys.IS_INIT,
-    keys.EPISODE_IDX,
-    keys.TRIAL_STEP,
-    keys.ATTEMPT_RETURN,
-}
 
 
 class SelectDiscount(TensorDictModuleBase):
@@ -216,7 +207,7 @@ def make_policy(
     context_length: int,
     seq_model: str | Callable[..., TrajectoryEncoder] = "transformer",
     seq_model_options: dict[str, Any] | None = None,
-    timestep_encoder: TimestepEncoder | None = None,
+    timestep_encoder: str | Callable[..., TimestepEncoder] | TimestepEncoder = "mlp",
     timestep_options: dict[str, Any] | None = None,
     actor_options: dict[str, Any] | None = None,
     exploration: dict[str, Any] | None = None,
@@ -231,21 +222,23 @@ def make_policy(
         seq_model: trajectory encoder, by name (:data:`SEQ_MODELS`) or as a class or function called
             with ``(input_size, context_length=..., **seq_model_options)``.
         seq_model_options: further arguments of the trajectory encoder.
-        timestep_encoder: your own; default :class:`MLPTimestepEncoder` over all observations.
-        timestep_options: further arguments of the default timestep encoder.
+        timestep_encoder: ``mlp``, ``cnn`` (one image), ``combined`` (observations of any kind), or
+            your own: a module as it is, a class or function as in :func:`make_timestep_encoder`.
+        timestep_options: further arguments of a timestep encoder that isn't a module yet.
         actor_options: further arguments of :class:`~torchrl_amago.modules.actor.Actor`.
         exploration: arguments of :class:`BilevelEpsilonGreedy` (``horizon`` defaults to
             ``context_length``); None for no exploration beyond sampling.
         discounts: G discounts, each in [0, 1); the last is acted with.
-        obs_keys: entries that the default timestep encoder reads besides the previous step; default
-            all observations but the trial's bookkeeping.
+        obs_keys: entries that such an encoder reads besides the previous step; default all
+            observations but the trial's bookkeeping.
 
     Returns:
         A :class:`Policy`; on the environment's device.
 
     Raises:
         KeyError: if the environment lacks the previous step or one of ``obs_keys``.
-        ValueError: if the action space is not supported, or ``seq_model`` is unknown.
+        ValueError: if the action space is not supported, or an encoder is unknown or can't
+            read the observations.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -255,9 +248,10 @@ def make_policy(
         torch.Size([2])
     """
     num_actions, one_hot = discrete_actions(env)
-    if timestep_encoder is None:
-        shapes = observation_shapes(env, obs_keys)
-        timestep_encoder = MLPTimestepEncoder(shapes, **(timestep_options or {}))
+    if not isinstance(timestep_encoder, TensorDictModuleBase):
+        timestep_encoder = make_timestep_encoder(
+            env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
+        )
     trajectory_encoder = _seq_model(seq_model)(
         timestep_encoder.output_size, context_length=context_length, **(seq_model_options or {})
     )
@@ -318,36 +312,6 @@ def discrete_actions(env: EnvBase) -> tuple[int, bool]:
         f"OneHot spec), got {spec}. Discretise the actions, or compose a Policy from your own "
         "actor head and sampler."
     )
-
-
-def observation_shapes(
-    env: EnvBase, obs_keys: Sequence[NestedKey] | None = None
-) -> dict[NestedKey, tuple[int, ...]]:
-    """Entries a timestep encoder should read, in order, with the shape of one step of each.
-
-    Args:
-        env: environment with trial and previous-step transforms.
-        obs_keys: entries to read besides the previous step; default all observations but the
-            trial's bookkeeping, sorted by name.
-
-    Raises:
-        KeyError: if the previous step or one of ``obs_keys`` is missing from the specs.
-    """
-    spec = env.observation_spec_unbatched
-    available = list(spec.keys(True, True))
-    if obs_keys is None:
-        skip = _NOT_OBSERVATIONS | {keys.PREV_ACTION, keys.PREV_REWARD}
-        names = [k for k in available if k not in skip and not str(k).startswith("_")]
-        obs_keys = sorted(names, key=str)
-    wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]
-    missing = [key for key in wanted if key not in available]
-    if missing:
-        raise KeyError(
-            f"the policy reads {wanted}, but {missing} are not among the environment's observations "
-            f"{available}. Append the missing transforms (make_trial_env adds the previous step), "
-            "or choose entries with obs_keys."
-        )
-    return {key: tuple(spec[key].shape) for key in wanted}
 
 
 def _seq_model(seq_model: str | Callable[..., TrajectoryEncoder]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """Timestep encoders: each step alone, from observations and the previous step to one vector.
 
 ``base`` has the contract, ``mlp``, ``cnn`` and ``combined`` the encoders; ``vision``, ``embeddings``
-and ``goals`` embed single entries for the combined one, which ``specs`` chooses.
+and ``goals`` embed single entries for the combined one, chosen by ``specs``;
+``make`` builds an encoder for an environment.
 """
 
 from torchrl_amago.modules.timestep.base import TimestepEncoder
@@ -14,6 +15,11 @@ from torchrl_amago.modules.timestep.embeddings import (
     TokenEmbedding,
 )
 from torchrl_amago.modules.timestep.goals import GoalEmbedding
+from torchrl_amago.modules.timestep.make import (
+    TIMESTEP_ENCODERS,
+    make_timestep_encoder,
+    observation_specs,
+)
 from torchrl_amago.modules.timestep.mlp import MLPTimestepEncoder
 from torchrl_amago.modules.timestep.vision import (
     TRUNKS,
@@ -25,6 +31,7 @@ from torchrl_amago.modules.timestep.vision import (
 )
 
 __all__ = [
+    "TIMESTEP_ENCODERS",
     "TRUNKS",
     "CNNTimestepEncoder",
     "CategoryEmbedding",
@@ -39,5 +46,7 @@ __all__ = [
     "TimestepEncoder",
     "TokenEmbedding",
     "draw_shifts",
+    "make_timestep_encoder",
+    "observation_specs",
     "shift_images",
 ]

@@ -65,9 +65,9 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
         activation: str = "leaky_relu",
         **options: Any,
     ) -> None:
-        if image_key is None:
+        if image_key not in shapes:
             images = [key for key, shape in shapes.items() if len(shape) == 3]
-            if len(images) != 1:
+            if image_key is not None or len(images) != 1:
                 raise ValueError(
                     "CNNTimestepEncoder needs one image, an entry of three dimensions, but of the "
                     f"entries {dict(shapes)} that holds for {images}. Name the image with image_key; "

@@ -1,0 +1,100 @@
+"""A timestep encoder by name, for what an environment shows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tensordict import NestedKey
+from torchrl.data import TensorSpec
+from torchrl.envs import EnvBase
+
+from torchrl_amago import keys
+from torchrl_amago.modules.timestep.base import TimestepEncoder
+from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
+from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
+from torchrl_amago.modules.timestep.mlp import MLPTimestepEncoder
+
+TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
+    "mlp": MLPTimestepEncoder,
+    "cnn": CNNTimestepEncoder,
+    "combined": CombinedTimestepEncoder,
+}
+"""Timestep encoders by name; each is built by its ``from_specs(specs, **options)``."""
+
+# Bookkeeping entries of the trial: never shown to the timestep encoder unless asked for by name.
+_NOT_OBSERVATIONS = {
+    keys.TIME_IDX,
+    keys.IS_INIT,
+    keys.EPISODE_IDX,
+    keys.TRIAL_STEP,
+    keys.ATTEMPT_RETURN,
+}
+
+
+def make_timestep_encoder(
+    env: EnvBase,
+    encoder: str | type[TimestepEncoder] | Callable[..., TimestepEncoder] = "mlp",
+    *,
+    obs_keys: Sequence[NestedKey] | None = None,
+    **options: Any,
+) -> TimestepEncoder:
+    """Build a timestep encoder that fits an environment's observations.
+
+    Args:
+        env: environment with trial and previous-step transforms.
+        encoder: a name of :data:`TIMESTEP_ENCODERS`, a class (built by its ``from_specs``), or a
+            function called with ``(specs, **options)``.
+        obs_keys: entries to read besides the previous step; default all observations but the
+            trial's bookkeeping, sorted by name.
+        options: further arguments of the encoder.
+
+    Raises:
+        KeyError: if the environment lacks the previous step or one of ``obs_keys``.
+        ValueError: if the encoder is unknown, or can't read the observations.
+
+    Example:
+        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+        >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
+        >>> make_timestep_encoder(env, "combined", output_size=8)(env.reset())["timestep"].shape
+        torch.Size([2, 8])
+    """
+    if isinstance(encoder, str):
+        if encoder not in TIMESTEP_ENCODERS:
+            raise ValueError(
+                f"timestep_encoder must be one of {sorted(TIMESTEP_ENCODERS)}, a class or a module, "
+                f"got {encoder!r}. Use 'combined' if observations are of several kinds."
+            )
+        encoder = TIMESTEP_ENCODERS[encoder]
+    build = encoder.from_specs if isinstance(encoder, type) else encoder
+    return build(observation_specs(env, obs_keys), **options)
+
+
+def observation_specs(
+    env: EnvBase, obs_keys: Sequence[NestedKey] | None = None
+) -> dict[NestedKey, TensorSpec]:
+    """Entries a timestep encoder should read, in order, with the spec of one step of each.
+
+    Args:
+        env: environment with trial and previous-step transforms.
+        obs_keys: entries to read besides the previous step; default all observations but the
+            trial's bookkeeping, sorted by name.
+
+    Raises:
+        KeyError: if the previous step or one of ``obs_keys`` is missing from the specs.
+    """
+    spec = env.observation_spec_unbatched
+    available = list(spec.keys(True, True))
+    if obs_keys is None:
+        skip = _NOT_OBSERVATIONS | {keys.PREV_ACTION, keys.PREV_REWARD}
+        names = [k for k in available if k not in skip and not str(k).startswith("_")]
+        obs_keys = sorted(names, key=str)
+    wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]
+    missing = [key for key in wanted if key not in available]
+    if missing:
+        raise KeyError(
+            f"the policy reads {wanted}, but {missing} are not among the environment's observations "
+            f"{available}. Append the missing transforms (make_trial_env adds the previous step), "
+            "or choose entries with obs_keys."
+        )
+    return {key: spec[key] for key in wanted}
