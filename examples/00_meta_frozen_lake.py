@@ -21,21 +21,15 @@ from typing import Literal
 
 import torch
 import tyro
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
-from torchrl.objectives import SoftUpdate
 
 from torchrl_amago import (
-    AMAGOLoss,
-    AMAGOTrainer,
     MetaFrozenLake,
     TrialResults,
     bayes_optimal_success,
     evaluate,
-    make_critic,
-    make_optimizer,
     make_policy,
-    make_trial_buffer,
+    make_trainer,
     make_trial_env,
     plot_adaptation_curve,
     plot_learning_curve,
@@ -118,7 +112,7 @@ DEBUG = dict(total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, 
              num_layers=1, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
 
 
-def make_env(args: Args, num_envs: int, layouts: str) -> EnvBase:
+def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -> EnvBase:
     lake = MetaFrozenLake(
         args.size,
         hard_mode=args.hard_mode,
@@ -126,6 +120,7 @@ def make_env(args: Args, num_envs: int, layouts: str) -> EnvBase:
         slip_chance=args.slip_chance,
         layouts=layouts,
         batch_size=(num_envs,),
+        seed=seed,
     )
     return make_trial_env(lake, episodes=args.episodes, show_progress=args.show_progress)
 
@@ -144,39 +139,25 @@ def train(args: Args) -> str:
         actor_options=dict(hidden_size=args.hidden_size),
         exploration=dict(anneal_frames=args.anneal_frames),
     )
-    critic = make_critic(policy, env, hidden_size=args.hidden_size)
-    loss = AMAGOLoss(policy.encoder, policy.actor, critic, discounts=policy.discounts)
-    buffer = make_trial_buffer(
-        args.buffer_frames,
-        slice_len=horizon,
-        batch_size=args.batch_size,
-        trim=True,
-        warn_short=False,
-    )
-    collector = Collector(
-        env,
-        policy,
-        frames_per_batch=args.num_envs * horizon,
-        trajs_per_batch=1,  # write whole trials
-        replay_buffer=buffer,
-    )
-
     eval_rows = min(256, args.eval_trials)
-    eval_env = make_env(args, eval_rows, "heldout" if args.hold_out_layouts else "all")
+    layouts = "heldout" if args.hold_out_layouts else "all"
+    eval_env = make_env(args, eval_rows, layouts, seed=HELD_OUT_SEED)
 
     def evaluate_held_out(num_trials: int) -> TrialResults:
         rounds = math.ceil(num_trials / eval_rows)
         return evaluate(policy, eval_env, trials_per_row=rounds, seed=HELD_OUT_SEED)
 
-    trainer = AMAGOTrainer(
-        collector=collector,
-        loss_module=loss,
-        optimizer=make_optimizer(loss, lr=args.learning_rate),
-        target_updater=SoftUpdate(loss, tau=args.tau),
-        replay_buffer=buffer,
-        exploration=policy.exploration,
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=horizon,
         total_updates=args.total_updates,
-        updates_per_batch=args.updates_per_round,
+        updates_per_round=args.updates_per_round,
+        batch_size=args.batch_size,
+        buffer_frames=args.buffer_frames,
+        learning_rate=args.learning_rate,
+        tau=args.tau,
+        critic_options=dict(hidden_size=args.hidden_size),
         warmup_updates=args.warmup_updates,
         final_lr_share=0.1,
         evaluator=lambda: evaluate_held_out(args.eval_trials // 4),

@@ -6,12 +6,14 @@ repeat a task into trials and show the agent its previous action and reward.
 
 from __future__ import annotations
 
-from torchrl_amago.envs.tasks import MetaFrozenLake, bayes_optimal_success
+from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze, bayes_optimal_success
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform, make_trial_env
 
 __all__ = [
+    "DarkKeyDoor",
     "MetaFrozenLake",
     "PreviousStepTransform",
+    "TMaze",
     "TrialTransform",
     "bayes_optimal_success",
     "make_trial_env",

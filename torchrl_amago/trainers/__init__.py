@@ -1,12 +1,13 @@
 """The training loop: collect, update, evaluate, log, checkpoint, resume.
 
-``amago`` has the loop, ``hooks`` one optimiser step and what is read off collected trials,
+``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and what is read off collected trials,
 ``optim`` the optimiser, ``nonfinite`` the guard against NaN, ``logging`` and ``report`` what a run
 tells, ``run_state`` what a run is made of, ``checkpoint`` how it is kept on disk, and ``interrupt``
 what Ctrl-C does.
 """
 
 from torchrl_amago.trainers.amago import AMAGOTrainer
+from torchrl_amago.trainers.build import make_trainer
 from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
 from torchrl_amago.trainers.hooks import (
     AMAGOOptimizationStepper,
@@ -41,6 +42,7 @@ __all__ = [
     "make_logger",
     "make_optimizer",
     "make_schedule",
+    "make_trainer",
     "read_progress",
     "refuse_existing_run",
 ]

@@ -1,11 +1,14 @@
 """Tasks that need memory, written as natively batched TorchRL environments.
 
-``MetaFrozenLake`` is the first example's task. ``bayes_optimal_success`` says how well the best
+``MetaFrozenLake`` is the first example's task; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding
+things again. ``BatchedTask`` is what they share, and a base for one's own. ``bayes_optimal_success`` says how well the best
 possible agent does on it, which is what learned agents are measured against.
 """
 
 from __future__ import annotations
 
+from torchrl_amago.envs.tasks.batched_task import BatchedTask
+from torchrl_amago.envs.tasks.dark_key_door import DarkKeyDoor
 from torchrl_amago.envs.tasks.frozen_lake import MetaFrozenLake
 from torchrl_amago.envs.tasks.frozen_lake_drawing import draw_lake
 from torchrl_amago.envs.tasks.frozen_lake_layouts import (
@@ -21,13 +24,17 @@ from torchrl_amago.envs.tasks.frozen_lake_planner import (
     LakePlanner,
     bayes_optimal_success,
 )
+from torchrl_amago.envs.tasks.tmaze import TMaze
 
 __all__ = [
     "LAKE_SPLITS",
+    "BatchedTask",
     "BayesOptimum",
+    "DarkKeyDoor",
     "LakePlanner",
     "LakeSplit",
     "MetaFrozenLake",
+    "TMaze",
     "bayes_optimal_success",
     "draw_lake",
     "enumerate_lakes",

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
-from torchrl.envs import EnvBase
 
+from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.envs.tasks.frozen_lake_drawing import draw_lake
 from torchrl_amago.envs.tasks.frozen_lake_layouts import (
     LakeSplit,
@@ -37,7 +35,7 @@ from torchrl_amago.envs.tasks.frozen_lake_rules import (
 __all__ = ["MetaFrozenLake"]
 
 
-class MetaFrozenLake(EnvBase):
+class MetaFrozenLake(BatchedTask):
     """A frozen lake whose holes the agent cannot see, natively batched.
 
     The agent starts at cell (0, 0) and gets reward 1 at the goal, cell (size-1, size-1). Holes end
@@ -53,14 +51,8 @@ class MetaFrozenLake(EnvBase):
         - ``terminated`` at the goal or in a hole; ``truncated`` at the step limit, if not
           terminated.
 
-    Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new attempt at the same lake in
-    the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
-    ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. Without the keyword, an
-    entry ``repeat_task`` of the reset tensordict is read, but TorchRL's ``TransformedEnv`` and
-    ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
-
-    ``state_dict()`` holds all that changes (lakes, positions, drawn-ahead lakes, generator), so that
-    a loaded environment continues exactly.
+    Resets, ``repeat_task`` and ``state_dict`` (lakes drawn ahead included) as :class:`BatchedTask`
+    has them.
 
     Args:
         size: cells per side, at least 2.
@@ -97,7 +89,7 @@ class MetaFrozenLake(EnvBase):
         True
     """
 
-    repeats_task = True
+    action_meaning = "0 stays, 1 to 4 move; sample from env.action_spec to see them."
 
     def __init__(
         self,
@@ -127,15 +119,20 @@ class MetaFrozenLake(EnvBase):
                 "max_episode_steps must be an integer of at least 1, got "
                 f"{max_episode_steps!r}. It limits one attempt; leave it out for size*size."
             )
-        super().__init__(device=device, batch_size=torch.Size(batch_size))
+        super().__init__(
+            [(0.0, 1.0)] * 2,
+            num_actions=NUM_ACTIONS,
+            max_episode_steps=max_episode_steps,
+            categorical_action_encoding=categorical_action_encoding,
+            batch_size=batch_size,
+            device=device,
+        )
         self.size = size
         self.hard_mode = hard_mode
         self.recover_mode = recover_mode
         self.slip_chance = slip_chance
-        self.max_episode_steps = max_episode_steps
         self.layouts = layouts
-        self._categorical = categorical_action_encoding
-        self._make_specs()
+        self.attempt_buffers = ("_cell", *(["_broken_lake"] if hard_mode else []))
         self._make_state()
         self.set_seed(seed)
 
@@ -149,37 +146,13 @@ class MetaFrozenLake(EnvBase):
 
     # ------------------------------------------------------------------ set-up
 
-    def _make_specs(self) -> None:
-        batch_size, device = self.batch_size, self.device
-        flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=device)
-        self.observation_spec = Composite(
-            observation=Bounded(0.0, 1.0, shape=(*batch_size, 2), device=device),
-            shape=batch_size,
-            device=device,
-        )
-        if self._categorical:
-            self.action_spec = Categorical(NUM_ACTIONS, shape=batch_size, device=device)
-        else:
-            shape = (*batch_size, NUM_ACTIONS)
-            self.action_spec = OneHot(NUM_ACTIONS, shape=shape, device=device)
-        self.reward_spec = Unbounded(shape=(*batch_size, 1), device=device)
-        self.done_spec = Composite(
-            done=flag,
-            terminated=flag.clone(),
-            truncated=flag.clone(),
-            shape=batch_size,
-            device=device,
-        )
-
     def _make_state(self) -> None:
-        rows, cells = self.batch_size.numel(), self.size**2
+        rows, cells = self.num_rows, self.size**2
         self._constant("_moves", move_table(self.size))
         self._constant("_positions", position_table(self.size, noisy=self.hard_mode))
         self._constant("_row_start", torch.arange(rows) * cells)
         self._state("_lake", torch.zeros(rows, cells, dtype=torch.bool))
-        self._state("_has_task", torch.zeros(rows, dtype=torch.bool))
         self._state("_cell", torch.zeros(rows, dtype=torch.int64))
-        self._state("_num_steps", torch.zeros(rows, dtype=torch.int64))
         if self.hard_mode:
             # The lake as the current attempt has left it, and the offset of the task's move table.
             self._state("_broken_lake", torch.zeros(rows, cells, dtype=torch.bool))
@@ -189,24 +162,11 @@ class MetaFrozenLake(EnvBase):
         self._state("_pool", torch.zeros(max(1024, 8 * rows), cells, dtype=torch.bool))
         self._pool_cursor = len(self._pool)
 
-    def _state(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value.to(self.device))
-
-    def _constant(self, name: str, value: Tensor) -> None:
-        self.register_buffer(name, value.to(self.device), persistent=False)
-
     # ------------------------------------------------------------- randomness
 
     def _set_seed(self, seed: int | None) -> None:
-        if seed is None:
-            seed = int(torch.empty((), dtype=torch.int64).random_())
-        self._generator = torch.Generator(self._cell.device).manual_seed(seed)
+        super()._set_seed(seed)
         self._pool_cursor = len(self._pool)
-        self._has_task.zero_()
-
-    def _random(self) -> Tensor:
-        cell = self._cell
-        return torch.rand(cell.shape, generator=self._generator, device=cell.device)
 
     def _take_lakes(self, num: int) -> Tensor:
         if self._pool_cursor + num > len(self._pool):
@@ -219,116 +179,29 @@ class MetaFrozenLake(EnvBase):
 
     def get_extra_state(self) -> dict[str, Any]:
         """What `state_dict` holds besides buffers: the generator and the place in the pool."""
-        return {"generator": self._generator.get_state(), "pool_cursor": self._pool_cursor}
+        return {**super().get_extra_state(), "pool_cursor": self._pool_cursor}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` gave."""
-        self._generator.set_state(state["generator"].cpu())
+        super().set_extra_state(state)
         self._pool_cursor = state["pool_cursor"]
 
-    def to(self, device: torch.device | str | int) -> MetaFrozenLake:
-        """Move to a device. The state moves; randomness goes on from a new generator there."""
-        super().to(device)
-        if self._generator.device != self._cell.device:
-            # Generators of different devices cannot share a state: seed one from the other.
-            old = self._generator
-            seed = torch.randint(2**62, (), generator=old, device=old.device)
-            self._generator = torch.Generator(self._cell.device).manual_seed(int(seed))
-        return self
+    # ------------------------------------------------------------ reset and step
 
-    # ------------------------------------------------------------------ reset
-
-    def _reset(
-        self,
-        tensordict: TensorDictBase | None = None,
-        *,
-        repeat_task: bool | Tensor | None = None,
-        **kwargs: Any,
-    ) -> TensorDictBase:
-        selected = None
-        if tensordict is not None:
-            selected = tensordict.get("_reset", None)
-            if repeat_task is None:
-                repeat_task = tensordict.get("repeat_task", None)
-        selected = self._rows(True if selected is None else selected)
-        new_task = selected
-        if repeat_task is not None:
-            new_task = selected & ~(self._rows(repeat_task) & self._has_task)
-        self._draw_tasks(new_task)
-        self._cell.masked_fill_(selected, 0)
-        self._num_steps.masked_fill_(selected, 0)
-        if self.hard_mode:
-            torch.where(
-                selected.unsqueeze(-1), self._lake, self._broken_lake, out=self._broken_lake
-            )
-        flag_shape = (*self.batch_size, 1)
-        done = torch.zeros((3, *flag_shape), dtype=torch.bool, device=self._cell.device)
-        return TensorDict(
-            {
-                "observation": self._observe(),
-                "done": done[0],
-                "terminated": done[1],
-                "truncated": done[2],
-            },
-            batch_size=self.batch_size,
-            device=self.device,
-        )
-
-    def _rows(self, mask: bool | Tensor) -> Tensor:
-        """A reset mask as bool ``[rows]``."""
-        if isinstance(mask, Tensor) and mask.numel() == self._cell.numel():
-            return mask.reshape(-1)
-        if isinstance(mask, Tensor) and mask.numel() != 1:
-            raise ValueError(
-                f"a reset mask must have shape {[*self.batch_size, 1]}, got {list(mask.shape)}. "
-                "Give _reset and repeat_task one flag per row of the batch."
-            )
-        return torch.full_like(self._has_task, bool(mask))
-
-    def _draw_tasks(self, new_task: Tensor) -> None:
-        rows = new_task.nonzero().squeeze(-1)
-        if not len(rows):
-            return
+    def _draw_tasks(self, rows: Tensor) -> None:
         self._lake.index_copy_(0, rows, self._take_lakes(len(rows)))
-        self._has_task.index_fill_(0, rows, True)
         if self.hard_mode:
             swapped = self._random()[: len(rows)] < P_SWAPPED
             self._table_start.index_copy_(0, rows, swapped * self._moves[0].numel())
 
-    # ------------------------------------------------------------------- step
+    def _begin_attempts(self, selected: Tensor) -> None:
+        self._cell.masked_fill_(selected, 0)
+        if self.hard_mode:
+            torch.where(
+                selected.unsqueeze(-1), self._lake, self._broken_lake, out=self._broken_lake
+            )
 
-    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
-        stepped = tensordict.get("_step", None)
-        if stepped is None:
-            return self._step_all(self._read_action(tensordict))
-        # Masked rows skip this step: advance every row, then put those back.
-        kept = ~stepped.reshape(-1)
-        before = {name: value.clone() for name, value in self._attempt_state().items()}
-        out = self._step_all(self._read_action(tensordict))
-        for name, value in self._attempt_state().items():
-            value[kept] = before[name][kept]
-        return torch.where(stepped.view(self.batch_size), out, self._skip_tensordict(tensordict))
-
-    def _attempt_state(self) -> dict[str, Tensor]:
-        names = ["_cell", "_num_steps", *(["_broken_lake"] if self.hard_mode else [])]
-        return {name: getattr(self, name) for name in names}
-
-    def _read_action(self, tensordict: TensorDictBase) -> Tensor:
-        action = tensordict.get("action")
-        if not self._categorical:
-            return action.reshape(-1, NUM_ACTIONS).to(torch.uint8).argmax(-1)
-        action = action.reshape(-1)
-        # Elsewhere than on CPU, looking at the values would wait for the device at every step.
-        if action.device.type == "cpu":
-            low, high = action.aminmax()
-            if low < 0 or high >= NUM_ACTIONS:
-                raise ValueError(
-                    f"action must be in [0, {NUM_ACTIONS - 1}], got values from {int(low)} to "
-                    f"{int(high)}. 0 stays, 1 to 4 move; sample from env.action_spec to see them."
-                )
-        return action
-
-    def _step_all(self, action: Tensor) -> TensorDictBase:
+    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         cell = self._cell
         moved = self._move(action)
         ground = self._broken_lake if self.hard_mode else self._lake
@@ -336,26 +209,10 @@ class MetaFrozenLake(EnvBase):
         at_goal = moved == self.size**2 - 1
         if self.recover_mode:
             reward = torch.where(in_hole, -RECOVER_PENALTY, at_goal.float())
-            terminated = at_goal
             cell.copy_(torch.where(in_hole, cell, moved))
-        else:
-            reward = at_goal.float()
-            terminated = at_goal | in_hole
-            cell.copy_(moved)
-        self._num_steps.add_(1)
-        truncated = (self._num_steps >= self.max_episode_steps) & ~terminated
-        flag_shape = (*self.batch_size, 1)
-        return TensorDict(
-            {
-                "observation": self._observe(),
-                "reward": reward.view(flag_shape),
-                "done": (terminated | truncated).view(flag_shape),
-                "terminated": terminated.view(flag_shape),
-                "truncated": truncated.view(flag_shape),
-            },
-            batch_size=self.batch_size,
-            device=self.device,
-        )
+            return reward, at_goal
+        cell.copy_(moved)
+        return at_goal.float(), at_goal | in_hole
 
     def _move(self, action: Tensor) -> Tensor:
         """The cells that actions lead to; in hard mode also opens holes behind the moves."""
@@ -379,7 +236,7 @@ class MetaFrozenLake(EnvBase):
                 NOISE_OUTCOMES, index.shape, generator=self._generator, device=index.device
             )
             index = index * (NEIGHBOURS + 1) + noise.clamp_(max=NEIGHBOURS)
-        return self._positions.index_select(0, index).view(*self.batch_size, 2)
+        return self._positions.index_select(0, index)
 
     # ----------------------------------------------------------------- render
 
@@ -413,21 +270,3 @@ class MetaFrozenLake(EnvBase):
             opened=(ground & ~holes).view(shape).cpu().numpy(),
             cell_pixels=cell_pixels,
         )
-
-    def _flat_row(self, row: int | tuple[int, ...] | None) -> int:
-        rows = self.batch_size.numel()
-        if row is None:
-            if rows != 1:
-                raise ValueError(
-                    f"render needs a row when there are several, got None for batch_size "
-                    f"{list(self.batch_size)}. Call render(0) for the first one."
-                )
-            return 0
-        if isinstance(row, tuple):
-            return int(np.arange(rows).reshape(self.batch_size)[row])
-        if not -rows <= row < rows:
-            raise IndexError(
-                f"row must be in [0, {rows - 1}], got {row}. It counts the rows of batch_size "
-                f"{list(self.batch_size)}."
-            )
-        return row

@@ -1,0 +1,300 @@
+"""What natively batched tasks share: specs, randomness, partial resets, masked steps, saving.
+
+A task writes down its rules for all rows of a batch at once, in four methods; everything TorchRL and
+the trial transform ask for besides is here.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
+from torchrl.envs import EnvBase
+
+__all__ = ["BatchedTask"]
+
+
+class BatchedTask(EnvBase):
+    """Base of environments with one discrete action whose rows are stepped by the same operations.
+
+    A subclass makes its buffers with :meth:`_state` (what changes, saved by ``state_dict()``) and
+    :meth:`_constant` (look-up tables), calls ``set_seed`` at the end of its constructor, and writes
+
+    - ``_draw_tasks(rows)``: new tasks for these rows, int64 ``[n]``;
+    - ``_begin_attempts(selected)``: the attempt's start in the rows of a bool mask ``[rows]``;
+    - ``_advance(action)``: one step of all rows, ``action`` int64 ``[rows]``; gives reward float32
+      and terminated bool, both ``[rows]``; ``_num_steps`` counts this step already;
+    - ``_observe()``: the observation, float32 ``[rows, size]``.
+
+    Keys: ``observation``, ``action``, ``reward``, ``terminated``, ``truncated`` (at the step limit,
+    if not terminated), ``done``.
+
+    Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new attempt at the same task in
+    the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
+    ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. Without the keyword, an
+    entry ``repeat_task`` of the reset tensordict is read, but TorchRL's ``TransformedEnv`` and
+    ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
+
+    ``state_dict()`` holds all that changes (buffers, generator), so that a loaded environment
+    continues exactly.
+
+    Args:
+        observation_bounds: lowest and highest value of each entry of the observation.
+        num_actions: A.
+        max_episode_steps: step limit of an attempt.
+        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``.
+        batch_size: any shape; all rows are stepped together.
+        device: device of the state and of all tensors.
+
+    Raises:
+        ValueError: if an action is out of its range (checked on CPU only: on other devices the check
+            would stall the step), or a reset mask has another shape than the batch.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks import BatchedTask
+        >>> class Guess(BatchedTask):
+        ...     action_meaning = "It is the guess."
+        ...     def __init__(self, **options):
+        ...         super().__init__([(0.0, 1.0)], num_actions=2, max_episode_steps=5, **options)
+        ...         self._state("_answer", torch.zeros(self.num_rows, dtype=torch.int64))
+        ...         self.set_seed(0)
+        ...     def _draw_tasks(self, rows):
+        ...         self._answer[rows] = (self._random() < 0.5).long()[rows]
+        ...     def _begin_attempts(self, selected):
+        ...         pass
+        ...     def _advance(self, action):
+        ...         right = action == self._answer
+        ...         return right.float(), right
+        ...     def _observe(self):
+        ...         return torch.zeros(self.num_rows, 1)
+        >>> Guess(batch_size=[4]).rollout(3, break_when_any_done=False)["next", "reward"].shape
+        torch.Size([4, 3, 1])
+    """
+
+    repeats_task = True
+    # Said when an action is out of range.
+    action_meaning = "Sample from env.action_spec to see them."
+    # Buffers that a step changes, besides the step counter: what a masked step puts back.
+    attempt_buffers: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        observation_bounds: list[tuple[float, float]],
+        *,
+        num_actions: int,
+        max_episode_steps: int,
+        categorical_action_encoding: bool = True,
+        batch_size: torch.Size | tuple[int, ...] = (),
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        super().__init__(device=device, batch_size=torch.Size(batch_size))
+        self.num_actions = num_actions
+        self.max_episode_steps = max_episode_steps
+        self._categorical = categorical_action_encoding
+        self._make_specs(observation_bounds)
+        self._state("_has_task", torch.zeros(self.num_rows, dtype=torch.bool))
+        self._state("_num_steps", torch.zeros(self.num_rows, dtype=torch.int64))
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the flattened batch."""
+        return self.batch_size.numel()
+
+    @abstractmethod
+    def _draw_tasks(self, rows: Tensor) -> None:
+        """Draw new tasks for these rows, int64 ``[n]``."""
+
+    @abstractmethod
+    def _begin_attempts(self, selected: Tensor) -> None:
+        """Put the rows of a bool mask ``[rows]`` at the start of an attempt."""
+
+    @abstractmethod
+    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
+        """Step all rows: reward float32 and terminated bool, both ``[rows]``."""
+
+    @abstractmethod
+    def _observe(self) -> Tensor:
+        """The observation of all rows, float32 ``[rows, size]``."""
+
+    # ------------------------------------------------------------------ set-up
+
+    def _make_specs(self, observation_bounds: list[tuple[float, float]]) -> None:
+        batch_size, device = self.batch_size, self.device
+        flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=device)
+        low, high = torch.tensor(observation_bounds, device=device).unbind(-1)
+        shape = (*batch_size, len(observation_bounds))
+        self.observation_spec = Composite(
+            observation=Bounded(low.expand(shape).clone(), high.expand(shape).clone()),
+            shape=batch_size,
+            device=device,
+        )
+        if self._categorical:
+            self.action_spec = Categorical(self.num_actions, shape=batch_size, device=device)
+        else:
+            shape = (*batch_size, self.num_actions)
+            self.action_spec = OneHot(self.num_actions, shape=shape, device=device)
+        self.reward_spec = Unbounded(shape=(*batch_size, 1), device=device)
+        self.done_spec = Composite(
+            done=flag,
+            terminated=flag.clone(),
+            truncated=flag.clone(),
+            shape=batch_size,
+            device=device,
+        )
+
+    def _state(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.to(self.device))
+
+    def _constant(self, name: str, value: Tensor) -> None:
+        self.register_buffer(name, value.to(self.device), persistent=False)
+
+    # ------------------------------------------------------------- randomness
+
+    def _set_seed(self, seed: int | None) -> None:
+        if seed is None:
+            seed = int(torch.empty((), dtype=torch.int64).random_())
+        self._generator = torch.Generator(self._num_steps.device).manual_seed(seed)
+        self._has_task.zero_()
+
+    def _random(self) -> Tensor:
+        """A number from U[0, 1) for each row."""
+        return torch.rand(
+            self._num_steps.shape, generator=self._generator, device=self._num_steps.device
+        )
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What `state_dict` holds besides buffers: the generator."""
+        return {"generator": self._generator.get_state()}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`get_extra_state` gave."""
+        self._generator.set_state(state["generator"].cpu())
+
+    def to(self, device: torch.device | str | int) -> BatchedTask:
+        """Move to a device. The state moves; randomness goes on from a new generator there."""
+        super().to(device)
+        if self._generator.device != self._num_steps.device:
+            # Generators of different devices cannot share a state: seed one from the other.
+            old = self._generator
+            seed = torch.randint(2**62, (), generator=old, device=old.device)
+            self._generator = torch.Generator(self._num_steps.device).manual_seed(int(seed))
+        return self
+
+    # ------------------------------------------------------------------ reset
+
+    def _reset(
+        self,
+        tensordict: TensorDictBase | None = None,
+        *,
+        repeat_task: bool | Tensor | None = None,
+        **kwargs: Any,
+    ) -> TensorDictBase:
+        selected = None
+        if tensordict is not None:
+            selected = tensordict.get("_reset", None)
+            if repeat_task is None:
+                repeat_task = tensordict.get("repeat_task", None)
+        selected = self._rows(True if selected is None else selected)
+        new_task = selected
+        if repeat_task is not None:
+            new_task = selected & ~(self._rows(repeat_task) & self._has_task)
+        rows = new_task.nonzero().squeeze(-1)
+        if len(rows):
+            self._draw_tasks(rows)
+            self._has_task.index_fill_(0, rows, True)
+        self._num_steps.masked_fill_(selected, 0)
+        self._begin_attempts(selected)
+        done = torch.zeros((3, *self.batch_size, 1), dtype=torch.bool, device=new_task.device)
+        return self._outcome(done[0], done[1], done[2])
+
+    def _rows(self, mask: bool | Tensor) -> Tensor:
+        """A reset mask as bool ``[rows]``."""
+        if isinstance(mask, Tensor) and mask.numel() == self._has_task.numel():
+            return mask.reshape(-1)
+        if isinstance(mask, Tensor) and mask.numel() != 1:
+            raise ValueError(
+                f"a reset mask must have shape {[*self.batch_size, 1]}, got {list(mask.shape)}. "
+                "Give _reset and repeat_task one flag per row of the batch."
+            )
+        return torch.full_like(self._has_task, bool(mask))
+
+    def _outcome(self, done: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
+        return TensorDict(
+            {
+                "observation": self._observe().view(*self.batch_size, -1),
+                "done": done,
+                "terminated": terminated,
+                "truncated": truncated,
+            },
+            batch_size=self.batch_size,
+            device=self.device,
+        )
+
+    # ------------------------------------------------------------------- step
+
+    def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
+        stepped = tensordict.get("_step", None)
+        if stepped is None:
+            return self._step_all(self._read_action(tensordict))
+        # Masked rows skip this step: advance every row, then put those back.
+        kept = ~stepped.reshape(-1)
+        changing = [getattr(self, name) for name in ("_num_steps", *self.attempt_buffers)]
+        before = [value.clone() for value in changing]
+        out = self._step_all(self._read_action(tensordict))
+        for value, old in zip(changing, before, strict=True):
+            value[kept] = old[kept]
+        return torch.where(stepped.view(self.batch_size), out, self._skip_tensordict(tensordict))
+
+    def _read_action(self, tensordict: TensorDictBase) -> Tensor:
+        action = tensordict.get("action")
+        if not self._categorical:
+            return action.reshape(-1, self.num_actions).to(torch.uint8).argmax(-1)
+        action = action.reshape(-1)
+        # Elsewhere than on CPU, looking at the values would wait for the device at every step.
+        if action.device.type == "cpu":
+            low, high = action.aminmax()
+            if low < 0 or high >= self.num_actions:
+                raise ValueError(
+                    f"action must be in [0, {self.num_actions - 1}], got values from {int(low)} to "
+                    f"{int(high)}. {self.action_meaning}"
+                )
+        return action
+
+    def _step_all(self, action: Tensor) -> TensorDictBase:
+        self._num_steps.add_(1)
+        reward, terminated = self._advance(action)
+        truncated = (self._num_steps >= self.max_episode_steps) & ~terminated
+        flag_shape = (*self.batch_size, 1)
+        out = self._outcome(
+            (terminated | truncated).view(flag_shape),
+            terminated.view(flag_shape),
+            truncated.view(flag_shape),
+        )
+        return out.set("reward", reward.view(flag_shape))
+
+    # ----------------------------------------------------------------- render
+
+    def _flat_row(self, row: int | tuple[int, ...] | None) -> int:
+        """The number of a row to draw, in the flattened batch."""
+        rows = self.num_rows
+        if row is None:
+            if rows != 1:
+                raise ValueError(
+                    f"render needs a row when there are several, got None for batch_size "
+                    f"{list(self.batch_size)}. Call render(0) for the first one."
+                )
+            return 0
+        if isinstance(row, tuple):
+            return int(np.arange(rows).reshape(self.batch_size)[row])
+        if not -rows <= row < rows:
+            raise IndexError(
+                f"row must be in [0, {rows - 1}], got {row}. It counts the rows of batch_size "
+                f"{list(self.batch_size)}."
+            )
+        return row

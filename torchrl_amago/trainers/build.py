@@ -1,0 +1,98 @@
+"""From an environment and a policy to a trainer: critics, loss, replay, collector and optimiser that fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torchrl.collectors import Collector
+from torchrl.envs import EnvBase
+from torchrl.objectives import SoftUpdate
+
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.modules.policy import Policy, make_critic
+from torchrl_amago.objectives import AMAGOLoss
+from torchrl_amago.trainers.amago import AMAGOTrainer
+from torchrl_amago.trainers.optim import make_optimizer
+
+
+def make_trainer(
+    env: EnvBase,
+    policy: Policy,
+    *,
+    trial_length: int,
+    total_updates: int,
+    run_dir: str | Path,
+    updates_per_round: int = 20,
+    batch_size: int = 32,
+    buffer_frames: int = 120_000,
+    learning_rate: float = 5e-4,
+    tau: float = 0.01,
+    critic_options: dict[str, Any] | None = None,
+    loss_options: dict[str, Any] | None = None,
+    **trainer_options: Any,
+) -> AMAGOTrainer:
+    """Assemble what trains a policy in rounds: every environment row plays for the length of a trial,
+    then come some updates on whole trials.
+
+    What it makes can be read off the trainer: ``collector``, ``replay_buffer``, ``loss_module``,
+    ``optimizer``. To exchange one of them, build the :class:`AMAGOTrainer` yourself.
+
+    Args:
+        env: batched environment with trial and previous-step transforms.
+        policy: from :func:`~torchrl_amago.modules.policy.make_policy`.
+        trial_length: most steps of a trial: those of a round, and of a slice in a batch.
+        total_updates: optimiser steps in all.
+        run_dir: folder for everything the run writes.
+        updates_per_round: optimiser steps after each round.
+        batch_size: trials in a batch.
+        buffer_frames: capacity of the replay buffer in steps; the oldest trials leave first.
+        learning_rate: peak learning rate of AdamW.
+        tau: share of the online weights that the targets take over at each update.
+        critic_options: arguments of :func:`~torchrl_amago.modules.policy.make_critic`.
+        loss_options: arguments of :class:`~torchrl_amago.objectives.AMAGOLoss`.
+        trainer_options: further arguments of :class:`AMAGOTrainer`.
+
+    Example:
+        >>> import tempfile
+        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+        >>> from torchrl_amago.modules import make_policy
+        >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
+        >>> small = {"d_model": 16, "num_heads": 2, "num_layers": 1}
+        >>> policy = make_policy(env, context_length=18, seq_model_options=small, exploration={})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     trainer = make_trainer(
+        ...         env, policy, trial_length=18, total_updates=4, updates_per_round=2, batch_size=4,
+        ...         run_dir=folder)
+        ...     trainer.train()
+        'finished'
+    """
+    critic = make_critic(policy, env, **(critic_options or {}))
+    loss = AMAGOLoss(
+        policy.encoder,
+        policy.actor,
+        critic,
+        **{"discounts": policy.discounts, **(loss_options or {})},
+    )
+    buffer = make_trial_buffer(
+        buffer_frames, slice_len=trial_length, batch_size=batch_size, trim=True, warn_short=False
+    )
+    collector = Collector(
+        env,
+        policy,
+        frames_per_batch=env.batch_size.numel() * trial_length,
+        trajs_per_batch=1,  # write whole trials
+        replay_buffer=buffer,
+    )
+    return AMAGOTrainer(
+        collector=collector,
+        loss_module=loss,
+        optimizer=make_optimizer(loss, lr=learning_rate),
+        target_updater=SoftUpdate(loss, tau=tau),
+        replay_buffer=buffer,
+        exploration=policy.exploration,
+        total_updates=total_updates,
+        updates_per_batch=updates_per_round,
+        run_dir=run_dir,
+        **trainer_options,
+    )
