@@ -38,6 +38,27 @@ def timestep_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def cnn_timestep_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """CNN timestep encoder: convolutions in a row, or IMPALA's blocks of four layers."""
+    parts = {"img_features": "embeddings.0.features", "rl2_features": "vectors", "merge": "merge"}
+    layer_of = {"conv": 0, "residual1": 2, "residual2": 3}
+    renamed = {}
+    for name, value in weights.items():
+        part, rest = name.split(".", 1)
+        if part == "out_norm":
+            name = f"out_norm.{rest.removeprefix('norm.')}"
+        elif part in parts:
+            name = f"{parts[part]}.{rest}"
+        elif rest.startswith("blocks."):
+            _, block, layer, leaf = rest.split(".", 3)
+            name = f"embeddings.0.trunk.layers.{4 * int(block) + layer_of[layer]}.{leaf}"
+        else:
+            layer, leaf = rest.split(".", 1)
+            name = f"embeddings.0.trunk.{2 * int(layer.removeprefix('conv')) - 2}.{leaf}"
+        renamed[name] = value
+    return renamed
+
+
 def encoder_weights(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
     """Timestep encoder and Transformer, as parts 0 and 1 of a sequence."""
     heads = case.hyperparameters["traj"]["n_heads"]

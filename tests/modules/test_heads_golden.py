@@ -1,4 +1,4 @@
-"""Timestep encoder, heads, distribution, PopArt and schedules against recorded numbers."""
+"""Heads, distribution, PopArt and schedules against recorded numbers."""
 
 from __future__ import annotations
 
@@ -10,55 +10,18 @@ from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
 from tests.golden_utils import assert_close, cases, load
-from tests.golden_weights import actor_weights, critic_weights, popart_buffers, timestep_weights
+from tests.golden_weights import actor_weights, critic_weights, popart_buffers
 from torchrl_amago.modules import (
     Actor,
     BilevelEpsilonGreedy,
     ClippedCategorical,
     DiscreteCritic,
-    MLPTimestepEncoder,
     PopArt,
 )
 from torchrl_amago.modules.distributions import clip_probabilities
 
-NORMS = {None: "none", "layer": "layer", "rmsnorm": "rms"}
-
-
 def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     module.load_state_dict({name.removeprefix("module."): v for name, v in weights.items()})
-
-
-@pytest.mark.parametrize("case", cases("modules/tstep_ff_*"), ids=str)
-@pytest.mark.parametrize("training", [False, True])
-def test_timestep_encoder(case, training):
-    hp = case.hyperparameters
-    observations = sorted(hp["obs"])
-    shapes = {key: tuple(hp["obs"][key]) for key in observations} | {"rl2s": (hp["rl2_dim"],)}
-    encoder = MLPTimestepEncoder(
-        shapes,
-        hidden_size=hp["d_hidden"],
-        num_layers=hp.get("n_layers", 2),
-        output_size=hp["d_output"],
-        activation=hp.get("activation", "leaky_relu"),
-        norm=NORMS[hp.get("norm")],
-        out_norm=NORMS[hp.get("out_norm", "layer")],
-        normalize_inputs=hp.get("normalize_inputs", True),
-    )
-    weights = timestep_weights(case.starting("w/"))
-    if encoder.input_norm is None:
-        weights = {n: v for n, v in weights.items() if not n.startswith("input_norm")}
-    _load(encoder, weights)
-    inputs = {key: case[f"in/obs_{key}"] for key in observations} | {"rl2s": case["in/rl2s"]}
-    if hp.get("hide_rl2s"):
-        inputs["rl2s"] = torch.zeros_like(inputs["rl2s"])
-    td = TensorDict(inputs, batch_size=inputs["rl2s"].shape[:2])
-    encoder.train(training)
-    with set_recurrent_mode(True) if training else nullcontext():
-        out = encoder(td)["timestep"]
-    assert_close(out, case["out/train" if training else "out/eval"])
-    if training and encoder.input_norm is not None:
-        for name, value in timestep_weights(case.starting("after_train/")).items():
-            assert_close(encoder.get_buffer(name), value, msg=name)
 
 
 def test_actor():
