@@ -105,7 +105,8 @@ class CategoryEmbedding(EntryEmbedding):
 
     def forward(self, value: Tensor) -> Tensor:
         """Embed integers ``[*M, *shape]``."""
-        index_MK = value.long().reshape(*value.shape[: value.ndim - len(self.shape)], -1)
+        batch = value.shape[: value.ndim - len(self.shape)]
+        index_MK = value.long().reshape(*batch, self.sizes.numel())
         check_range(index_MK, self.sizes, "a category")
         return self.table(index_MK + self.first_row).flatten(-2)
 

@@ -90,8 +90,8 @@ def _embedding(
 ) -> EntryEmbedding:
     if kind is None:
         raise ValueError(
-            f"don't know how to embed entry {key!r} with the spec {spec}. Leave it out with obs_keys, "
-            "or write an EntryEmbedding for it and build a CombinedTimestepEncoder by hand."
+            f"don't know how to embed entry {key!r} with a spec {type(spec).__name__}. Leave it out with "
+            "obs_keys, or write an EntryEmbedding for it and build a CombinedTimestepEncoder by hand."
         )
     if kind == "image":
         return ImageEmbedding(spec.shape, **options)
@@ -119,7 +119,8 @@ def _sizes(key: NestedKey, spec: TensorSpec, kind: str) -> list[int]:
         return [int(spec.space.n)] * spec.shape.numel()
     raise ValueError(
         f"entry {key!r} can only be of kind {kind!r} if its spec says how many values there are "
-        f"(Categorical or MultiCategorical), got {spec}. Change the environment's spec."
+        f"(Categorical or MultiCategorical), got {type(spec).__name__}. Change the environment's "
+        "spec, or choose another kind."
     )
 
 

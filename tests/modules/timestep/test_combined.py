@@ -1,0 +1,152 @@
+"""The combined encoder: what each spec becomes, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch import nn
+from torchrl.data import Bounded, Categorical, MultiCategorical, NonTensor, OneHot, Unbounded
+
+from tests.modules.timestep.entries import SPECS, make_batch, make_combined
+from torchrl_amago.modules import (
+    CategoryEmbedding,
+    CNNTimestepEncoder,
+    CombinedTimestepEncoder,
+    EntryEmbedding,
+    GoalEmbedding,
+    ImageEmbedding,
+    TokenEmbedding,
+)
+
+
+def build(spec, **options):
+    return CombinedTimestepEncoder.from_specs({"x": spec}, entries={"x": options})
+
+
+def test_what_becomes_of_each_spec():
+    encoder = make_combined()
+    kinds = [type(embedding) for embedding in encoder.embeddings]
+    assert kinds == [
+        ImageEmbedding,
+        CategoryEmbedding,
+        CategoryEmbedding,
+        TokenEmbedding,
+        GoalEmbedding,
+    ]
+    assert encoder.vector_keys == [
+        "hot",
+        "hots",
+        "bits",
+        ("body", "position"),
+        "speed",
+        "soft_reset",
+        "prev_reward",
+        "prev_action",
+    ]
+    assert encoder.in_keys[-1] == "goal_mask"
+    assert sorted(map(str, encoder.in_keys)) == sorted(map(str, SPECS))
+    assert encoder.vectors.in_features == 4 + 5 + 3 + 2 + 1 + 1 + 1 + 5
+
+
+@given(sizes=st.lists(st.integers(1, 9), min_size=1, max_size=4))
+def test_tables_have_the_sizes_of_the_spec(sizes):
+    multi = build(MultiCategorical(sizes)).embeddings[0]
+    assert multi.sizes.tolist() == sizes
+    assert multi.table.num_embeddings == sum(sizes)
+    assert build(Categorical(sizes[0])).embeddings[0].sizes.tolist() == sizes[:1]
+    # Gymnasium's MultiDiscrete([n, n, ...]) arrives as this.
+    alike = build(Categorical(sizes[0], shape=(3,))).embeddings[0]
+    assert alike.sizes.tolist() == sizes[:1] * 3
+    tokens = build(MultiCategorical(sizes), kind="tokens").embeddings[0]
+    assert tokens.table.num_embeddings == max(sizes)
+    goals = build(Categorical(sizes[0], shape=(3, 2)), kind="goals").embeddings[0]
+    assert goals.table.num_embeddings == sizes[0]
+
+
+@pytest.mark.parametrize("norm", ["none", "layer", "rms", "unit_ball", "hypersphere", "simplicial"])
+@pytest.mark.parametrize("scale", ["normalize", "symlog", "none"])
+@pytest.mark.parametrize("num_layers", [0, 2])
+def test_every_option_trains(norm, scale, num_layers):
+    encoder = make_combined(
+        norm=norm,
+        out_norm=norm,
+        vector_scale=scale,
+        num_layers=num_layers,
+        output_size=8,
+        vector_features=56 + 5 * 8 + 8,
+    )
+    out = encoder(make_batch(3, 2))["timestep"]
+    assert out.shape == (3, 2, 8)
+    out.square().sum().backward()
+    for name, parameter in encoder.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+
+
+def test_every_entry_has_influence():
+    encoder, td = make_combined().eval(), make_batch(1)
+    td["goal_mask"].fill_(True)
+    td["instruction"].fill_(3)
+    out = encoder(td.clone())["timestep"]
+    for key in SPECS:
+        changed = td.clone()
+        value = changed[key]
+        if value.dtype == torch.bool:
+            value = ~value
+        elif value.is_floating_point():
+            value = value + 1.5
+        else:
+            value = 1 - value.clamp(max=1)
+        assert not torch.allclose(encoder(changed.set(key, value))["timestep"], out), key
+
+
+def test_ones_own_embedding():
+    class Thermometer(EntryEmbedding):
+        def forward(self, value):
+            return (value.unsqueeze(-1) > torch.linspace(-1, 1, self.output_size)).float()
+
+    encoder = CombinedTimestepEncoder({"heat": Thermometer((), 5)}, {}, output_size=4)
+    td = TensorDict(heat=torch.randn(3), batch_size=[3])
+    assert encoder(td)["timestep"].shape == (3, 4)
+
+
+def test_the_cnn_encoder_is_the_combined_one_with_one_image():
+    cnn = CNNTimestepEncoder({"pixels": (9, 9, 3), "prev_reward": (1,)}, trunk="grid")
+    image = ImageEmbedding((9, 9, 3), trunk="grid")
+    combined = CombinedTimestepEncoder(
+        {"pixels": image},
+        {"prev_reward": (1,)},
+        vector_features=12,
+        vector_scale="symlog",
+        num_layers=0,
+    )
+    combined.load_state_dict(cnn.state_dict())
+    td = make_batch(4)
+    assert torch.equal(cnn(td.clone())["timestep"], combined(td)["timestep"])
+    assert isinstance(combined.merge, nn.Linear)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match=r"kind of entry 'x' must be one of .* got 'text'"):
+        build(Categorical(3), kind="text")
+    with pytest.raises(ValueError, match=r"how to embed entry 'x' .*obs_keys"):
+        build(NonTensor(shape=()))
+    with pytest.raises(ValueError, match=r"'x' can only be of kind 'tokens' if its spec says"):
+        build(Unbounded(shape=(4,)), kind="tokens")
+    with pytest.raises(ValueError, match=r"shape \[tokens\] to be of kind 'tokens', got \(2, 2\)"):
+        build(Categorical(3, shape=(2, 2)), kind="tokens")
+    with pytest.raises(ValueError, match=r"\[goals, numbers of a goal\] .* got \(4,\)"):
+        build(Unbounded(shape=(4,)), kind="goals")
+    with pytest.raises(ValueError, match=r"entry 'x' is a vector, .* got \['output_size'\]"):
+        build(OneHot(3), output_size=4)
+    with pytest.raises(ValueError, match=r"entries names \['y'\], but what is read is \['x'\]"):
+        CombinedTimestepEncoder.from_specs({"x": OneHot(3)}, entries={"y": {}})
+    with pytest.raises(ValueError, match="vector_scale must be 'normalize', .* got 'log'"):
+        make_combined(vector_scale="log")
+    with pytest.raises(ValueError, match=r"\['x'\] is among both"):
+        CombinedTimestepEncoder({"x": CategoryEmbedding([3])}, {"x": (1,)})
+    with pytest.raises(ValueError, match=r"but \['cell'\] are categories.*combined"):
+        CNNTimestepEncoder.from_specs({"cell": Categorical(3), "pixels": Bounded(0, 1, (9, 9, 3))})
