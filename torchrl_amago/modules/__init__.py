@@ -31,7 +31,14 @@ from torchrl_amago.modules.timestep import (
     TokenEmbedding,
     make_timestep_encoder,
 )
-from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncoder
+from torchrl_amago.modules.trajectory import (
+    FeedForwardEncoder,
+    GRUEncoder,
+    IdentityEncoder,
+    LSTMEncoder,
+    TrajectoryEncoder,
+    TransformerEncoder,
+)
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 
 __all__ = [
@@ -48,8 +55,12 @@ __all__ = [
     "DiscreteCritic",
     "EnsembleLinear",
     "EntryEmbedding",
+    "FeedForwardEncoder",
+    "GRUEncoder",
     "GoalEmbedding",
+    "IdentityEncoder",
     "ImageEmbedding",
+    "LSTMEncoder",
     "MLPTimestepEncoder",
     "Policy",
     "PopArt",

@@ -25,12 +25,26 @@ from torchrl_amago.modules.critic import DiscreteCritic
 from torchrl_amago.modules.distributions import ClippedCategorical, ClippedOneHotCategorical
 from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
 from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
-from torchrl_amago.modules.trajectory import Memory, TrajectoryEncoder, TransformerEncoder
+from torchrl_amago.modules.trajectory import (
+    FeedForwardEncoder,
+    GRUEncoder,
+    IdentityEncoder,
+    LSTMEncoder,
+    Memory,
+    TrajectoryEncoder,
+    TransformerEncoder,
+)
 
 # AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
 DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
 
-SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {"transformer": TransformerEncoder}
+SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {
+    "feedforward": FeedForwardEncoder,
+    "gru": GRUEncoder,
+    "identity": IdentityEncoder,
+    "lstm": LSTMEncoder,
+    "transformer": TransformerEncoder,
+}
 """Trajectory encoders by name; each takes ``(input_size, context_length=..., **options)``."""
 
 

@@ -1,0 +1,179 @@
+"""Trajectory encoders without memory: what an agent can do that sees only the present step.
+
+Legend: N rows, T steps, I input features, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrl_amago.modules.layers import make_activation, make_norm
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.trajectory.streams import Memory
+
+
+class NoMemory(Memory):
+    """What an encoder without memory keeps of a rollout: nothing.
+
+    Args:
+        batch_size: number of rows.
+        device: device of the rollout.
+
+    Example:
+        >>> NoMemory(3, torch.device("cpu")).clear(torch.ones(3, dtype=torch.bool))
+    """
+
+    def __init__(self, batch_size: int, device: torch.device) -> None:
+        self.batch_size, self.device = batch_size, torch.device(device)
+
+    def clear(self, rows_B: Tensor) -> None:
+        """Do nothing."""
+
+
+class IdentityEncoder(TrajectoryEncoder):
+    """The state is the timestep's embedding.
+
+    Args:
+        input_size: I, features of a timestep embedding, and of the state.
+        options: see :class:`TrajectoryEncoder`.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict(timestep=[[1.0, 2.0]], time_idx=[[0]], is_init=[[True]], batch_size=[1])
+        >>> IdentityEncoder(2)(td)["state"]
+        tensor([[1., 2.]])
+    """
+
+    def __init__(self, input_size: int, **options: Any) -> None:
+        super().__init__(input_size, input_size, **options)
+
+    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        return x_NTI
+
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: NoMemory) -> Tensor:
+        return x_NI
+
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> NoMemory:
+        return NoMemory(num_rows, device)
+
+
+class FeedForwardBlock(nn.Module):
+    """A Transformer block's feed-forward part, added to the stream.
+
+    Args:
+        d_model: D, width of the stream.
+        d_ff: width of the hidden layer.
+        dropout: after both layers.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`; after both layers.
+        norm: see :func:`~torchrl_amago.modules.layers.make_norm`; after both linears.
+
+    Example:
+        >>> FeedForwardBlock(8, 32)(torch.zeros(2, 5, 8), training=False).shape
+        torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_ff: int,
+        *,
+        dropout: float = 0.0,
+        activation: str = "leaky_relu",
+        norm: str = "none",
+    ) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.ff_in = nn.Linear(d_model, d_ff)
+        self.norm_in = make_norm(norm, d_ff)
+        self.ff_out = nn.Linear(d_ff, d_model)
+        self.norm_out = make_norm(norm, d_model)
+        self.activation = make_activation(activation)
+
+    def forward(self, x: Tensor, training: bool) -> Tensor:
+        """Map `[..., D]` to the same shape."""
+        hidden = F.dropout(self.activation(self.norm_in(self.ff_in(x))), self.dropout, training)
+        out = F.dropout(self.activation(self.norm_out(self.ff_out(hidden))), self.dropout, training)
+        return x + out
+
+
+class FeedForwardEncoder(TrajectoryEncoder):
+    """A Transformer without its attention: the ablation that has everything but memory.
+
+    Train it on the same slices as an encoder with memory, so that nothing else differs.
+
+    Args:
+        input_size: I, features of a timestep embedding.
+        d_model: D, width, and size of the state.
+        d_ff: width of the blocks' hidden layers; default `4 * d_model`.
+        num_layers: number of blocks.
+        dropout: in the blocks, on the embedding and on the state.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        norm: norm inside the blocks, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        out_norm: norm of the state.
+        options: see :class:`TrajectoryEncoder`.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> encoder = FeedForwardEncoder(4, d_model=16)
+        >>> td = TensorDict(timestep=torch.zeros(3, 4), time_idx=torch.zeros(3, 1).long(),
+        ...                 is_init=torch.ones(3, 1).bool(), batch_size=[3])
+        >>> encoder(td)["state"].shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        d_model: int = 256,
+        d_ff: int | None = None,
+        num_layers: int = 1,
+        dropout: float = 0.0,
+        activation: str = "leaky_relu",
+        norm: str = "none",
+        out_norm: str = "layer",
+        **options: Any,
+    ) -> None:
+        if num_layers < 0:
+            raise ValueError(
+                f"num_layers must be at least 0, got {num_layers}. It is the number of blocks "
+                "between the first and the last linear layer."
+            )
+        super().__init__(input_size, d_model, **options)
+        self.dropout = dropout
+        self.embed = nn.Linear(input_size, d_model)
+        self.activation = make_activation(activation)
+        self.blocks = nn.ModuleList(
+            FeedForwardBlock(
+                d_model,
+                4 * d_model if d_ff is None else d_ff,
+                dropout=dropout,
+                activation=activation,
+                norm=norm,
+            )
+            for _ in range(num_layers)
+        )
+        self.out = nn.Linear(d_model, d_model)
+        self.out_norm = make_norm(out_norm, d_model)
+
+    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        return self._encode(x_NTI, self.training)
+
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: NoMemory) -> Tensor:
+        return self._encode(x_NI, training=False)
+
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> NoMemory:
+        return NoMemory(num_rows, device)
+
+    def _encode(self, x: Tensor, training: bool) -> Tensor:
+        x = F.dropout(self.activation(self.embed(x)), self.dropout, training)
+        for block in self.blocks:
+            x = block(x, training)
+        return F.dropout(self.out_norm(self.out(x)), self.dropout, training)

@@ -1,0 +1,140 @@
+"""Recurrent trajectory encoders: GRU and LSTM, with a state of constant size.
+
+The weights are in TorchRL's own `GRU` and `LSTM`, which torch.compile can look into (it refuses
+torch.nn's). Sequences don't run in their loops over steps but in `recurrence`, and give the numbers of
+TorchRL's `GRUModule` and `LSTMModule`, which keep the state in the tensordict.
+
+Legend: N rows, T steps, I input features, H hidden features, D state features.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchrl.modules.tensordict_module.rnn import GRU, LSTM
+
+from torchrl_amago.modules.layers import make_norm
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.trajectory.recurrence import Kind, recurrence
+from torchrl_amago.modules.trajectory.state_memory import StateMemory
+
+
+class _RecurrentEncoder(TrajectoryEncoder):
+    """Recurrent network over the steps of a trial, a linear layer, a norm."""
+
+    network: type[nn.RNNBase]
+    kind: Kind
+    tensors_per_layer: int
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        d_model: int = 256,
+        d_hidden: int | None = None,
+        num_layers: int = 2,
+        out_norm: str = "layer",
+        **options: Any,
+    ) -> None:
+        if num_layers < 1:
+            raise ValueError(
+                f"num_layers must be at least 1, got {num_layers}. For an agent without memory use "
+                "FeedForwardEncoder."
+            )
+        super().__init__(input_size, d_model, **options)
+        d_hidden = d_model if d_hidden is None else d_hidden
+        self.rnn = self.network(input_size, d_hidden, num_layers, batch_first=True)
+        self.out = nn.Linear(d_hidden, d_model)
+        self.out_norm = make_norm(out_norm, d_model)
+
+    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        x = x_NTI.transpose(0, 1)
+        is_init_TN = None if is_init_NT is None else is_init_NT.t()
+        for weights in self.rnn.all_weights:
+            x = recurrence(self.kind, x, is_init_TN, weights)
+        return self.out_norm(self.out(x)).transpose(0, 1)
+
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
+        x = x_NI
+        for stored, weights in zip(memory.layers, self.rnn.all_weights, strict=True):
+            new = self._cell(x, [h_NH.to(weights[0].dtype) for h_NH in stored], *weights)
+            for h_NH, new_NH in zip(stored, new, strict=True):
+                h_NH.copy_(new_NH)
+            x = new[0]
+        return self.out_norm(self.out(x))
+
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
+        layer = [(self.rnn.hidden_size,)] * self.tensors_per_layer
+        return StateMemory(num_rows, [layer] * self.rnn.num_layers, device, dtype)
+
+    def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        """One layer's new state, what it emits first."""
+        raise NotImplementedError
+
+
+class GRUEncoder(_RecurrentEncoder):
+    """Gated recurrent unit (arXiv 1406.1078) over the steps of a trial, a linear layer, a norm.
+
+    Its memory has constant size and sees the whole trial. A step costs the same however long the
+    trial is; sequences cost time linear in their length, but step after step.
+
+    Args:
+        input_size: I, features of a timestep embedding.
+        d_model: D, size of the state.
+        d_hidden: H, width of the recurrent layers; default `d_model`.
+        num_layers: number of recurrent layers.
+        out_norm: norm of the state, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        options: see :class:`TrajectoryEncoder`.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import set_recurrent_mode
+        >>> encoder = GRUEncoder(4, d_model=16)
+        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
+        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
+        >>> with set_recurrent_mode(True):
+        ...     encoder(td)["state"].shape
+        torch.Size([3, 5, 16])
+        >>> encoder(td[:, 0])["state"].shape
+        torch.Size([3, 16])
+    """
+
+    network = GRU
+    kind = "gru"
+    tensors_per_layer = 1
+
+    def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        return (torch.gru_cell(x_NI, *state, *weights),)
+
+
+class LSTMEncoder(_RecurrentEncoder):
+    """Long short-term memory (Hochreiter & Schmidhuber 1997), a linear layer, a norm.
+
+    On a CPU its sequences are faster than a GRU's, since oneDNN has a kernel for them.
+
+    Args:
+        input_size: I, features of a timestep embedding.
+        d_model: likewise the arguments below, see :class:`GRUEncoder`.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> td = TensorDict(timestep=torch.zeros(3, 4), time_idx=torch.zeros(3, 1).long(),
+        ...                 is_init=torch.ones(3, 1).bool(), batch_size=[3])
+        >>> LSTMEncoder(4, d_model=16)(td)["state"].shape
+        torch.Size([3, 16])
+    """
+
+    network = LSTM
+    kind = "lstm"
+    tensors_per_layer = 2
+
+    def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
+        return torch.lstm_cell(x_NI, state, *weights)
