@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -157,3 +158,30 @@ def test_compiles_without_breaks_and_once(name):
         for _ in range(3):
             compiled(encoder, *inputs)
     assert counter.frame_count == 2
+
+
+@every_encoder
+def test_bf16_autocast_stays_close(name):
+    encoder, td = MAKERS[name]().eval(), make_batch(4, 3)
+    exact = encoder(td.clone())["timestep"]
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = encoder(td)["timestep"]
+    torch.testing.assert_close(rough.float(), exact, rtol=2e-2, atol=2e-2)
+
+
+@every_encoder
+def test_weights_say_the_precision(name):
+    encoder = MAKERS[name]().double()
+    assert encoder(make_batch(2))["timestep"].dtype == torch.float64
+
+
+@every_encoder
+def test_copies_and_checkpoints_carry_everything(name):
+    encoder, td = MAKERS[name](), make_batch(3, 2)
+    with set_recurrent_mode(True):
+        encoder(td.clone())  # moves statistics
+    fresh = MAKERS[name]()
+    fresh.load_state_dict(encoder.state_dict())
+    expected = encoder(td.clone())["timestep"]
+    for other in (fresh, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):  # noqa: S301
+        assert torch.equal(other(td.clone())["timestep"], expected)

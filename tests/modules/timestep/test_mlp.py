@@ -107,3 +107,10 @@ def test_refusals():
     td["position"] = torch.zeros(2, 3)
     with pytest.raises(ValueError, match=r"'position' must end in \(2,\) for each step"):
         make_encoder()(td)
+
+
+def test_double_observations_are_read_in_the_weights_precision():
+    encoder, td = make_encoder().eval(), make_batch(3)
+    expected = encoder(td.clone())["timestep"]
+    td["position"] = td["position"].double()
+    torch.testing.assert_close(encoder(td)["timestep"], expected)
