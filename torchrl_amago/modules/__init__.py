@@ -33,9 +33,11 @@ from torchrl_amago.modules.timestep import (
 )
 from torchrl_amago.modules.trajectory import (
     FeedForwardEncoder,
+    GatedLinearAttentionEncoder,
     GRUEncoder,
     IdentityEncoder,
     LSTMEncoder,
+    MambaEncoder,
     TrajectoryEncoder,
     TransformerEncoder,
 )
@@ -57,11 +59,13 @@ __all__ = [
     "EntryEmbedding",
     "FeedForwardEncoder",
     "GRUEncoder",
+    "GatedLinearAttentionEncoder",
     "GoalEmbedding",
     "IdentityEncoder",
     "ImageEmbedding",
     "LSTMEncoder",
     "MLPTimestepEncoder",
+    "MambaEncoder",
     "Policy",
     "PopArt",
     "SelectDiscount",

@@ -27,9 +27,11 @@ from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
 from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
 from torchrl_amago.modules.trajectory import (
     FeedForwardEncoder,
+    GatedLinearAttentionEncoder,
     GRUEncoder,
     IdentityEncoder,
     LSTMEncoder,
+    MambaEncoder,
     Memory,
     TrajectoryEncoder,
     TransformerEncoder,
@@ -42,7 +44,9 @@ SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {
     "feedforward": FeedForwardEncoder,
     "gru": GRUEncoder,
     "identity": IdentityEncoder,
+    "linear_attention": GatedLinearAttentionEncoder,
     "lstm": LSTMEncoder,
+    "mamba": MambaEncoder,
     "transformer": TransformerEncoder,
 }
 """Trajectory encoders by name; each takes ``(input_size, context_length=..., **options)``."""

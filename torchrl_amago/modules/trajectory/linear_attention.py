@@ -1,0 +1,227 @@
+"""Gated linear attention encoder: attention's matrix products, a recurrence's constant memory.
+
+Legend: N rows, T steps, I input features, D width, H heads, F features of one head; `*` stands for N
+or N, T.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from torchrl_amago.modules.layers import MLP, RMSNorm, make_norm
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.trajectory.gated_scan import (
+    gated_linear_attention,
+    gated_linear_attention_step,
+)
+from torchrl_amago.modules.trajectory.state_memory import StateMemory
+
+# Steps over which heads forget at initialisation, from the last head to the first: from an attempt
+# to more than a trial. What no head can hold at first can hardly be learned.
+_TIME_CONSTANTS = (8.0, 4096.0)
+
+
+class GatedLinearAttention(nn.Module):
+    """Linear attention with a decay and a write strength per head that follow the data.
+
+        S[t] = decay[t] S[t-1] + write[t] k[t] v[t]^T,    out[t] = S[t]^T q[t]
+        output = out_proj(rms_norm(out) silu(gate))
+
+    The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060), with
+    keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No convolution:
+    in RL a timestep already holds the action and reward that led to it.
+
+    Args:
+        d_model: D, width of input and output.
+        num_heads: H, divides `d_model`.
+    """
+
+    def __init__(self, d_model: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkvg = nn.Linear(d_model, 4 * d_model, bias=False)
+        self.gates = nn.Linear(d_model, 2 * num_heads)
+        # An eps near the size of a single write: what a head does not recall stays small, where a
+        # smaller one would blow its rounding up.
+        self.norm = RMSNorm(d_model // num_heads, eps=1e-3)
+        self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        slow, fast = math.log(_TIME_CONSTANTS[1]), math.log(_TIME_CONSTANTS[0])
+        time_constant_H = torch.linspace(slow, fast, num_heads).exp()
+        with torch.no_grad():
+            # sigmoid(bias) = exp(-1 / time constant); write strengths start at 1/2.
+            self.gates.bias[:num_heads] = -torch.expm1(1.0 / time_constant_H).log()
+            self.gates.bias[num_heads:] = 0.0
+
+    def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
+        """Whole sequences, with gradient; `is_init_NT` says where trials begin within rows."""
+        q, k, v, log_decay, gate = self._project(x_NTD)
+        return self._out(gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
+
+    def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
+        """One step; moves the state on in place."""
+        q, k, v, log_decay, gate = self._project(x_ND)
+        return self._out(gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Queries, keys, values `[*, H, F]`, log-decays `[*, H]`, output gates `[*, H, F]`."""
+        q, k, v, gate = self.qkvg(x).unflatten(-1, (4, self.num_heads, -1)).unbind(-3)
+        # Not under autocast: over a thousand steps a decay's rounding adds up.
+        with torch.autocast(x.device.type, enabled=False):
+            gates = self.gates(x.to(self.gates.weight.dtype))
+        decay, write = _at_least_float32(gates).chunk(2, -1)
+        v = v * write.sigmoid().unsqueeze(-1).to(v.dtype)
+        k = F.normalize(k, dim=-1).to(v.dtype)
+        return q, k, v, F.logsigmoid(decay), gate
+
+    def _out(self, out: Tensor, gate: Tensor) -> Tensor:
+        return self.out_proj((self.norm(out) * F.silu(gate)).to(gate.dtype).flatten(-2))
+
+
+class LinearAttentionBlock(nn.Module):
+    """Gated linear attention and feed-forward, each behind a norm and added to the stream.
+
+    Args:
+        d_model: D, width of the stream.
+        num_heads: H.
+        d_ff: width of the feed-forward's hidden layer.
+        dropout_ff: on the feed-forward's output.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        *,
+        dropout_ff: float = 0.0,
+        activation: str = "leaky_relu",
+        norm: str = "layer",
+    ) -> None:
+        super().__init__()
+        self.dropout_ff = dropout_ff
+        self.norm_attention = make_norm(norm, d_model)
+        self.attention = GatedLinearAttention(d_model, num_heads)
+        self.norm_ff = make_norm(norm, d_model)
+        self.ff = MLP(d_model, d_ff, 1, d_model, activation)
+
+    def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
+        """Whole sequences `[N, T, D]`."""
+        x_NTD = x_NTD + self.attention(self.norm_attention(x_NTD), is_init_NT)
+        return x_NTD + F.dropout(self.ff(self.norm_ff(x_NTD)), self.dropout_ff, self.training)
+
+    def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
+        """One step `[N, D]`, as in evaluation; moves the state on in place."""
+        x_ND = x_ND + self.attention.step(self.norm_attention(x_ND), state_NHFF)
+        return x_ND + self.ff(self.norm_ff(x_ND))
+
+
+class GatedLinearAttentionEncoder(TrajectoryEncoder):
+    """Gated linear attention over the steps of a trial: the cheap choice for long contexts.
+
+    Training costs matrix products over chunks, linear in the number of steps. The cost of a rollout's
+    step doesn't depend on how many went before; it remembers `d_model**2 / num_heads` numbers per
+    layer and environment (see :class:`StateMemory`), which is also the limit of what it can recall.
+
+    Args:
+        input_size: I, features of a timestep embedding.
+        d_model: D, width, and size of the state.
+        num_heads: heads, each with its own decay; divides `d_model`. Fewer heads remember more.
+        d_ff: width of the feed-forward's hidden layers; default `4 * d_model`.
+        num_layers: number of blocks.
+        dropout_ff: on feed-forwards' outputs.
+        dropout_emb: on embeddings.
+        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        options: see :class:`TrajectoryEncoder`.
+
+    Raises:
+        ValueError: if a number is out of its range or a name unknown.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.modules import set_recurrent_mode
+        >>> encoder = GatedLinearAttentionEncoder(4, d_model=16, num_heads=2, num_layers=1)
+        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
+        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
+        >>> with set_recurrent_mode(True):
+        ...     encoder(td)["state"].shape
+        torch.Size([3, 5, 16])
+        >>> encoder(td[:, 0])["state"].shape
+        torch.Size([3, 16])
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        *,
+        d_model: int = 256,
+        num_heads: int = 8,
+        d_ff: int | None = None,
+        num_layers: int = 3,
+        dropout_ff: float = 0.05,
+        dropout_emb: float = 0.05,
+        activation: str = "leaky_relu",
+        norm: str = "layer",
+        **options: Any,
+    ) -> None:
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        _check_sizes(d_model, num_heads, d_ff, num_layers)
+        super().__init__(input_size, d_model, **options)
+        self.num_heads, self.dropout_emb = num_heads, dropout_emb
+        self.embed = nn.Linear(input_size, d_model)
+        self.blocks = nn.ModuleList(
+            LinearAttentionBlock(
+                d_model, num_heads, d_ff, dropout_ff=dropout_ff, activation=activation, norm=norm
+            )
+            for _ in range(num_layers)
+        )
+        self.norm = make_norm(norm, d_model)
+
+    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+        # Under torch.compile a branch on data isn't possible: cutting is right for any data.
+        if is_init_NT is not None and not torch.compiler.is_compiling():
+            is_init_NT = is_init_NT if is_init_NT[:, 1:].any() else None
+        x_NTD = F.dropout(self._embed(x_NTI), self.dropout_emb, self.training)
+        for block in self.blocks:
+            x_NTD = block(x_NTD, is_init_NT)
+        return self.norm(x_NTD)
+
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
+        x_ND = self._embed(x_NI)
+        for block, (state_NHFF,) in zip(self.blocks, memory.layers, strict=True):
+            x_ND = block.step(x_ND, state_NHFF)
+        return self.norm(x_ND)
+
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
+        size = self.output_size // self.num_heads
+        shapes = [[(self.num_heads, size, size)] for _ in self.blocks]
+        return StateMemory(num_rows, shapes, device, dtype)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        # Under autocast the sum of all blocks' outputs stays in the weights' precision.
+        return self.embed(x).to(self.embed.weight.dtype)
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check_sizes(d_model: int, num_heads: int, d_ff: int, num_layers: int) -> None:
+    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+        raise ValueError(
+            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
+            f"Choose for example d_model={32 * max(num_heads, 1)}."
+        )
+    for name, value in (("d_ff", d_ff), ("num_layers", num_layers)):
+        if value < 1:
+            raise ValueError(
+                f"{name} must be at least 1, got {value}. For an agent without memory use a "
+                "feed-forward trajectory encoder."
+            )
