@@ -60,10 +60,13 @@ def cnn_timestep_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def encoder_weights(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
-    """Timestep encoder and Transformer, as parts 0 and 1 of a sequence."""
-    heads = case.hyperparameters["traj"]["n_heads"]
+    """Timestep encoder and Transformer or GRU, as parts 0 and 1 of a sequence."""
     timestep = timestep_weights(case.starting(f"{prefix}tstep_encoder."))
-    trajectory = transformer_weights(case.starting(f"{prefix}traj_encoder."), heads)
+    trajectory = case.starting(f"{prefix}traj_encoder.")
+    if case.hyperparameters["encoder"] == "gru":
+        trajectory = recurrent_weights(trajectory)
+    else:
+        trajectory = transformer_weights(trajectory, case.hyperparameters["traj"]["n_heads"])
     return {f"module.0.{n}": v for n, v in timestep.items()} | {
         f"module.1.{n}": v for n, v in trajectory.items()
     }
@@ -92,3 +95,28 @@ def popart_buffers(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
         assert (named["count"] == named["count"][0]).all()
         named["count"] = named["count"][0]
     return named
+
+
+def feedforward_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Feed-forward trajectory encoder."""
+    names = {
+        "traj_emb.": "embed.",
+        "traj_blocks.": "blocks.",
+        "traj_last.": "out.",
+        "out_norm.norm.": "out_norm.",
+        "ff1.": "ff_in.",
+        "ff2.": "ff_out.",
+        "norm1.norm.": "norm_in.",
+        "norm2.norm.": "norm_out.",
+    }
+    renamed = {}
+    for name, value in weights.items():
+        for theirs, ours in names.items():
+            name = name.replace(theirs, ours)
+        renamed[name] = value
+    return renamed
+
+
+def recurrent_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """GRU trajectory encoder."""
+    return {name.replace("out_norm.norm.", "out_norm."): value for name, value in weights.items()}

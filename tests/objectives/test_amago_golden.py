@@ -14,7 +14,14 @@ from torchrl.objectives import SoftUpdate
 
 from tests.golden_utils import GoldenCase, assert_close, cases
 from tests.golden_weights import actor_weights, critic_weights, encoder_weights, popart_buffers
-from torchrl_amago.modules import Actor, DiscreteCritic, MLPTimestepEncoder, TransformerEncoder
+from torchrl_amago.modules import (
+    Actor,
+    DiscreteCritic,
+    GRUEncoder,
+    MLPTimestepEncoder,
+    TrajectoryEncoder,
+    TransformerEncoder,
+)
 from torchrl_amago.objectives import AMAGOLoss, amago
 
 # One update by hand needs no target updater; TorchRL warns of its absence.
@@ -26,6 +33,7 @@ UPDATE_CASES = [
     "agents/agent_discrete_eval_nstep3_exp",
     "agents/agent_discrete_bc",
     "agents/agent_discrete_offline_only",
+    "agents/agent_discrete_gru",
 ]
 
 
@@ -43,17 +51,8 @@ def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
         num_layers=hp["tstep"]["n_layers"],
         output_size=hp["tstep"]["d_output"],
     )
-    trajectory = TransformerEncoder(
-        hp["tstep"]["d_output"],
-        context_length=hp["max_seq_len"],
-        d_model=hp["traj"]["d_model"],
-        num_heads=hp["traj"]["n_heads"],
-        d_ff=hp["traj"]["d_ff"],
-        num_layers=hp["traj"]["n_layers"],
-        dropout_ff=0.0,
-        dropout_emb=0.0,
-    )
-    size = hp["traj"]["d_model"]
+    trajectory = build_trajectory_encoder(case)
+    size = trajectory.output_size
     actor = Actor(size, num_actions, num_discounts, hidden_size=hp["actor_d_hidden"])
     critic = DiscreteCritic(
         size, num_actions, num_discounts, hp["num_critics"], hidden_size=hp["critic_d_hidden"]
@@ -75,6 +74,27 @@ def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
     )
     load_weights(loss, case, "w/")
     return loss.train(hp["mode"] == "train")
+
+
+def build_trajectory_encoder(case: GoldenCase) -> TrajectoryEncoder:
+    hp, traj = case.hyperparameters, case.hyperparameters["traj"]
+    if hp["encoder"] == "gru":
+        return GRUEncoder(
+            hp["tstep"]["d_output"],
+            d_model=traj["d_output"],
+            d_hidden=traj["d_hidden"],
+            num_layers=traj["n_layers"],
+        )
+    return TransformerEncoder(
+        hp["tstep"]["d_output"],
+        context_length=hp["max_seq_len"],
+        d_model=traj["d_model"],
+        num_heads=traj["n_heads"],
+        d_ff=traj["d_ff"],
+        num_layers=traj["n_layers"],
+        dropout_ff=0.0,
+        dropout_emb=0.0,
+    )
 
 
 def load_weights(loss: AMAGOLoss, case: GoldenCase, prefix: str) -> None:
