@@ -93,7 +93,7 @@ class Args:
     """Updates over which the learning rate rises."""
     tau: float = 0.01
     """Share of the online weights that the targets take over at each update."""
-    anneal_frames: int = 100_000
+    anneal_frames: int = 60_000
     """Environment steps over which exploration fades."""
     buffer_frames: int = 120_000
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
@@ -114,7 +114,10 @@ DEBUG = dict(corridor=10, total_updates=40, updates_per_round=10, num_envs=16, b
              hidden_size=32, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
 
 
-OPTIONS = dict(transformer=dict(num_heads=4))  # of single sequence models
+def seq_model_options(args: Args) -> dict:
+    sizes = dict(d_model=args.d_model, num_layers=args.num_layers)
+    heads = dict(num_heads=4) if args.seq_model in ("transformer", "linear_attention") else {}
+    return {} if args.seq_model == "identity" else sizes | heads
 
 
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
@@ -141,14 +144,15 @@ def train(args: Args) -> str:
         env,
         context_length=trial_length,
         seq_model=args.seq_model,
-        seq_model_options=dict(
-            d_model=args.d_model, num_layers=args.num_layers, **OPTIONS.get(args.seq_model, {})
-        ),
+        seq_model_options=seq_model_options(args),
         timestep_options=dict(hidden_size=args.hidden_size, output_size=args.d_model),
         actor_options=dict(hidden_size=args.hidden_size),
-        # One wrong step spoils a trial, so noise fades to nothing; sampled actions stay.
         exploration=dict(
-            anneal_frames=args.anneal_frames, start_of_trial=(1.0, 0.0), end_of_trial=(1.0, 0.0)
+            anneal_frames=args.anneal_frames,
+            # A single wrong step spoils the walk: noise is for the junction, the last few steps.
+            start_of_trial=(0.2, 0.0),
+            end_of_trial=(1.0, 0.2),
+            power=trial_length / 4,
         ),
     )
     eval_rows = min(128, args.eval_trials)
@@ -205,10 +209,17 @@ def draw_pictures(args: Args, frames: list) -> None:
         title=f"corridor of {args.corridor}, {args.seq_model}",
     )
     (trial,) = frames
-    steps = [*np.unique(np.linspace(0, len(trial) - 2, 7).round().astype(int)).tolist(), -1]
+    steps = [
+        *np.unique(np.linspace(0, len(trial) - 3, 6, dtype=int)),
+        len(trial) - 2,
+        len(trial) - 1,
+    ]
     plot_trial_strip(
         [[trial[step] for step in steps]],
         args.run_dir / "trial.png",
+        headings=[f"step {step}" for step in steps],
+        titles=["trial"],
+        picture_inches=1.3,
     )
     print(f"Pictures: {args.run_dir}/{{learning_curve,trial}}.png")
 

@@ -115,7 +115,10 @@ DEBUG = dict(total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, 
              hidden_size=32, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
 
 
-OPTIONS = dict(transformer=dict(num_heads=4))  # of single sequence models
+def seq_model_options(args: Args) -> dict:
+    sizes = dict(d_model=args.d_model, num_layers=args.num_layers)
+    heads = dict(num_heads=4) if args.seq_model in ("transformer", "linear_attention") else {}
+    return {} if args.seq_model == "identity" else sizes | heads
 
 
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
@@ -138,9 +141,7 @@ def train(args: Args) -> str:
         env,
         context_length=args.horizon,
         seq_model=args.seq_model,
-        seq_model_options=dict(
-            d_model=args.d_model, num_layers=args.num_layers, **OPTIONS.get(args.seq_model, {})
-        ),
+        seq_model_options=seq_model_options(args),
         timestep_options=dict(hidden_size=args.hidden_size, output_size=args.d_model),
         actor_options=dict(hidden_size=args.hidden_size),
         exploration=dict(anneal_frames=args.anneal_frames),

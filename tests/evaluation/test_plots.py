@@ -131,11 +131,19 @@ def test_trial_strip_has_a_picture_per_step(tmp_path, figure):
     assert is_png(tmp_path / "trial.png")
 
 
+def test_trial_strip_takes_headings(tmp_path, figure):
+    frames = [[np.zeros((2, 4, 3), np.uint8)] * 2]
+    plot_trial_strip(frames, tmp_path / "trial.png", headings=["step 0", "step 99"])
+    assert [text.get_text() for text in figure().texts] == ["step 0", "step 99"]
+
+
 def test_trial_strip_refuses_missing_pictures_and_titles(tmp_path):
     with pytest.raises(ValueError, match=r"one picture in each, got \[1, 0\] pictures"):
         plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)], []], tmp_path / "x.png")
     with pytest.raises(ValueError, match="name each of the 1 attempts, got 2"):
         plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", titles=["a", "b"])
+    with pytest.raises(ValueError, match="name each of the 1 columns, got 2"):
+        plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", headings=["a", "b"])
 
 
 def test_plots_leave_no_global_state(tmp_path):

@@ -29,6 +29,14 @@ def test_schedule_by_hand_and_clamped_beyond_both_horizons():
     assert explore.epsilon(torch.tensor([[1000]])).item() == pytest.approx(0.01)
 
 
+def test_a_power_keeps_noise_for_the_trials_end():
+    explore = BilevelEpsilonGreedy(
+        5, horizon=10, start_of_trial=(0.0, 0.0), end_of_trial=(0.8, 0.0), power=3.0
+    )
+    epsilon = explore.epsilon(torch.tensor([[0], [5], [10], [1000]])).flatten()
+    torch.testing.assert_close(epsilon, torch.tensor([0.0, 0.8 / 8, 0.8, 0.8]))
+
+
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_share_of_random_actions_is_epsilon(one_hot):
     explore = BilevelEpsilonGreedy(5, horizon=10, anneal_frames=1, randomize=False, one_hot=one_hot)
@@ -66,3 +74,8 @@ def test_scale_is_drawn_at_the_trials_start_and_kept_within_it():
 def test_refuses_an_empty_horizon():
     with pytest.raises(ValueError, match="horizon and anneal_frames must be at least 1, got 0"):
         BilevelEpsilonGreedy(5, horizon=0)
+
+
+def test_refuses_a_power_that_is_not_positive():
+    with pytest.raises(ValueError, match=r"power must be positive, got 0\. 1 lets noise change"):
+        BilevelEpsilonGreedy(5, horizon=10, power=0)

@@ -181,6 +181,7 @@ def plot_trial_strip(
     path: str | Path,
     *,
     titles: Sequence[str] | None = None,
+    headings: Sequence[str] | None = None,
     title: str | None = None,
     picture_inches: float = 0.85,
 ) -> None:
@@ -190,6 +191,7 @@ def plot_trial_strip(
         frames: pictures `[H, W, 3]` uint8 of each attempt, as `rollout_pictures` gives.
         path: PNG (or PDF, SVG) to write.
         titles: what to write beside each attempt; its number by default.
+        headings: what to write over each column; the step's number by default.
         title: of the figure.
         picture_inches: side of a picture.
 
@@ -210,9 +212,16 @@ def plot_trial_strip(
             f"titles must name each of the {len(frames)} attempts, got {len(titles)} of them. "
             "Leave it out to number them."
         )
+    columns = max(map(len, frames))
+    headings = headings or ["start", *(f"step {number}" for number in range(1, columns))]
+    if len(headings) != columns:
+        raise ValueError(
+            f"headings must name each of the {columns} columns, got {len(headings)} of them. "
+            "Leave it out to number them."
+        )
     figure, place = _picture_grid(
         rows=len(frames),
-        columns=max(map(len, frames)),
+        headings=headings,
         side=picture_inches,
         left=0.1 + 0.075 * max(map(len, titles)),  # room for the attempts' titles
         top=0.55 if title else 0.3,  # room for the headings
@@ -306,12 +315,12 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
 
 
 def _picture_grid(
-    rows: int, columns: int, side: float, left: float, top: float
+    rows: int, headings: Sequence[str], side: float, left: float, top: float
 ) -> tuple[Figure, Callable[[int, int], tuple[float, float, float, float]]]:
     """A figure with headings over its columns, and where its pictures go (inches are given)."""
     from matplotlib.figure import Figure
 
-    width, height = left + columns * side, top + rows * side
+    width, height = left + len(headings) * side, top + rows * side
     figure = Figure(figsize=(width, height))
     picture = 0.94 * side  # the rest is the gap between pictures
 
@@ -319,8 +328,8 @@ def _picture_grid(
         x, y = left + column * side, height - top - (row + 1) * side
         return (x / width, y / height, picture / width, picture / height)
 
-    for column in range(columns):
-        x, heading = left + column * side + picture / 2, f"step {column}" if column else "start"
+    for column, heading in enumerate(headings):
+        x = left + column * side + picture / 2
         figure.text(x / width, 1 - (top - 0.08) / height, heading, fontsize=7, ha="center")
     return figure, place
 

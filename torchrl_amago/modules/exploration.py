@@ -19,7 +19,7 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
 
         start = lerp(start_of_trial[0], start_of_trial[1], p)
         end   = lerp(end_of_trial[0], end_of_trial[1], p)
-        epsilon = scale * lerp(start, end, q)
+        epsilon = scale * lerp(start, end, q ** power)
 
     ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials, so that
     every batch holds trials from nearly greedy to very noisy. Actions change only under
@@ -31,6 +31,8 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         anneal_frames: environment steps, all environments together, over which noise fades.
         start_of_trial: epsilon at a trial's first step, at the start and the end of training.
         end_of_trial: epsilon at a trial's last step, at the start and the end of training.
+        power: above 1 it moves the change from start to end towards the trial's end; with a power
+            of ``horizon / n``, noise is confined to about the last n steps.
         randomize: draw ``scale``; False keeps it at 1.
         one_hot: whether actions are one-hot encoded (``[*B, A]``) or indices (``[*B]``).
         action_key: entry to change.
@@ -39,7 +41,7 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         scale_key: private entry that carries ``scale``, ``[*B, 1]``.
 
     Raises:
-        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1.
+        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, or ``power`` not positive.
 
     Example:
         >>> explore = BilevelEpsilonGreedy(num_actions=5, horizon=45, anneal_frames=1000)
@@ -60,6 +62,7 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         *,
         start_of_trial: tuple[float, float] = (1.0, 0.05),
         end_of_trial: tuple[float, float] = (0.8, 0.01),
+        power: float = 1.0,
         randomize: bool = True,
         one_hot: bool = False,
         action_key: NestedKey = keys.ACTION,
@@ -73,8 +76,14 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
                 f"horizon and anneal_frames must be at least 1, got {horizon} and {anneal_frames}. "
                 "They are the steps in a trial and the environment steps over which noise fades."
             )
+        if power <= 0:
+            raise ValueError(
+                f"power must be positive, got {power}. 1 lets noise change evenly over the trial, "
+                "more keeps the change for its end."
+            )
         self.num_actions, self.horizon, self.anneal_frames = num_actions, horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
+        self.power = power
         self.randomize, self.one_hot = randomize, one_hot
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
         self.scale_key = scale_key
@@ -91,7 +100,8 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         trained = (self.frames / self.anneal_frames).clamp(max=1.0)
         start = self.start_of_trial[0] + trained * (self.start_of_trial[1] - self.start_of_trial[0])
         end = self.end_of_trial[0] + trained * (self.end_of_trial[1] - self.end_of_trial[0])
-        return start + (end - start) * (time_idx / self.horizon).clamp(0.0, 1.0)
+        used_up = (time_idx / self.horizon).clamp(0.0, 1.0)
+        return start + (end - start) * used_up**self.power
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

@@ -1,0 +1,69 @@
+"""make_trainer: every setting arrives where it belongs, and the parts fit together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from torchrl_amago.envs import TMaze, make_trial_env
+from torchrl_amago.modules import make_policy
+from torchrl_amago.trainers import make_trainer, read_progress
+
+
+@pytest.fixture
+def env():
+    return make_trial_env(TMaze(3, batch_size=[6], seed=0), episodes=1)
+
+
+@pytest.fixture
+def policy(env):
+    options = dict(d_model=16, num_heads=2, num_layers=1)
+    return make_policy(
+        env, context_length=4, seq_model_options=options, exploration={}, discounts=(0.5, 0.9)
+    )
+
+
+def test_settings_arrive(env, policy, tmp_path):
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=4,
+        total_updates=9,
+        run_dir=tmp_path,
+        updates_per_round=3,
+        batch_size=5,
+        buffer_frames=77,
+        learning_rate=0.25,
+        tau=0.125,
+        critic_options=dict(hidden_size=24, num_critics=3),
+        loss_options=dict(reward_scale=2.0),
+        warmup_updates=1,
+    )
+    assert trainer.collector.requested_frames_per_batch == 6 * 4
+    assert trainer.replay_buffer.storage.max_size == 77
+    assert trainer.replay_buffer.batch_size == 5
+    assert trainer.optim_steps_per_batch == 3
+    assert trainer.total_updates == 9
+    assert trainer.exploration is policy.exploration
+    assert trainer.optimizer.param_groups[0]["lr"] == 0.25
+    loss = trainer.loss_module
+    assert loss.reward_scale == 2.0
+    shapes = {tuple(p.shape) for p in loss.critic_network_params.values(True, True)}
+    assert any(shape[0] == 3 and 24 in shape for shape in shapes)
+    assert trainer.target_net_updater.eps == pytest.approx(1 - 0.125)
+    batch = trainer.replay_buffer.storage
+    assert len(batch) == 0
+    trainer.collector.shutdown()
+
+
+def test_it_trains_the_policy_it_was_given(env, policy, tmp_path):
+    before = [parameter.clone() for parameter in policy.parameters()]
+    trainer = make_trainer(
+        env, policy, trial_length=4, total_updates=4, updates_per_round=2, batch_size=4,
+        run_dir=tmp_path, log_interval=2, seed=0, progress_bar=False,
+    )  # fmt: skip
+    assert trainer.train() == "finished"
+    progress = read_progress(tmp_path)
+    assert progress["frames"].tolist() == [24, 48]
+    changed = [not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True)]
+    assert sum(changed) > len(changed) / 2
