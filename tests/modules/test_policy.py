@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+import shutil
+
 import pytest
 import torch
+from tensordict import assert_close
+from tensordict.nn import TensorDictSequential
+from torch._dynamo.testing import CompileCounterWithBackend
 from torchrl.data import Bounded, Composite
 from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
@@ -120,5 +127,52 @@ def test_refuses_missing_entries_and_unknown_names():
         make_policy(MetaFrozenLake(batch_size=(2,)), **SMALL)
     with pytest.raises(KeyError, match="'colour'.* not among the environment's observations"):
         make_policy(make_env(), obs_keys=["colour"], **SMALL)
-    with pytest.raises(ValueError, match=r"seq_model must be one of \['transformer'\].* 'lstm'"):
-        make_policy(make_env(), seq_model="lstm", **{**SMALL, "seq_model_options": {}})
+    with pytest.raises(ValueError, match=r"seq_model must be one of \[.*'transformer'\].* 'elman'"):
+        make_policy(make_env(), seq_model="elman", **{**SMALL, "seq_model_options": {}})
+
+
+def test_one_step_at_once_is_the_modules_in_a_row():
+    env = make_env(rows=4)
+    policy = make_policy(env, exploration={"anneal_frames": 100}, **SMALL)
+    twin = copy.deepcopy(policy)
+    with set_exploration_type(ExplorationType.RANDOM):
+        rollouts = []
+        for act in (policy, lambda td: TensorDictSequential.forward(twin, td)):
+            env.set_seed(0)
+            torch.manual_seed(0)
+            rollouts.append(env.rollout(25, act, break_when_any_done=False))
+    assert_close(*(r.exclude("_stream", ("next", "_stream")) for r in rollouts))
+    assert (rollouts[0]["_stream"] > 0).all()
+
+
+def test_other_outputs_than_the_action_may_be_asked_for():
+    env = make_env()
+    policy = make_policy(env, **SMALL).reset_out_keys()
+    out = policy(env.reset())
+    assert out["state"].shape == (3, 16)
+    assert out["action"].shape == (3,)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_compiled_policy_acts_the_same_and_copies():
+    env = make_env(rows=4)
+    plain = make_policy(env, **{**SMALL, "context_length": 70}).eval()
+    policy = copy.deepcopy(plain)
+    counter = CompileCounterWithBackend("eager")
+    policy.compile(backend=counter)
+    for again in (False, True):
+        warm = counter.frame_count
+        actions = []
+        for act in (plain, policy):
+            env.set_seed(0)
+            torch.manual_seed(0)
+            actions.append(env.rollout(90, act, break_when_any_done=False)["action"])
+        assert torch.equal(*actions)
+        assert 1 <= counter.frame_count <= 2
+        assert not again or counter.frame_count == warm
+    for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):  # noqa: S301
+        torch.manual_seed(0)
+        assert copied(env.reset())["action"].shape == (4,)
+        assert copied._logits == copied._compute_logits

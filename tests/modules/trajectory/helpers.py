@@ -104,3 +104,33 @@ def assert_remembered(policy: TensorDictSequential, data: TensorDictBase) -> Non
     # The test is worth something only if memory matters.
     forgetful = whole_window(policy, data.reshape(-1, 1)).view_as(expected)
     assert (forgetful - expected).abs().max() > 1e-2
+
+
+def take_steps(encoder, x, time_idx, is_init, stream=None):
+    """States of rows `[B, T]` encoded step by step, and the stream they are in."""
+    states = []
+    for t in range(x.shape[1]):
+        td = TensorDict(
+            timestep=x[:, t], time_idx=time_idx[:, t], is_init=is_init[:, t], batch_size=x.shape[:1]
+        )
+        if stream is not None:
+            td["_stream"] = stream
+        encoder(td)
+        states.append(td["state"])
+        stream = td["_stream"]
+    return torch.stack(states, 1), stream
+
+
+def random_trials(batch, steps, reset_share=0.15):
+    """Inputs `[B, T, 4]`, time indices and trial starts of rows in which trials follow each other."""
+    is_init = torch.rand(batch, steps, 1) < reset_share
+    is_init[:, 0] = True
+    time_idx = torch.zeros(batch, steps, 1, dtype=torch.int64)
+    for t in range(1, steps):
+        time_idx[:, t] = torch.where(is_init[:, t], 0, time_idx[:, t - 1] + 1)
+    return torch.randn(batch, steps, 4), time_idx, is_init
+
+
+def sequence_states(encoder, x, time_idx, is_init):
+    """States of rows `[B, T]` encoded in one go."""
+    return encoder.sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))

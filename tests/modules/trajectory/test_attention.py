@@ -1,4 +1,4 @@
-"""Attention by definition: a loop over what each step may see."""
+"""Attention by definition: a matrix of what each step may see, in float64."""
 
 from __future__ import annotations
 
@@ -6,55 +6,96 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
+from torchrl_amago.modules.trajectory import attention
 from torchrl_amago.modules.trajectory.attention import (
-    attention_bias,
+    AttentionPattern,
     ring_attention,
     window_attention,
 )
 
 
-def naive(q, k, v, sees):
-    """Softmax attention of each query over the keys that `sees(b, i, j)` allows."""
-    out = torch.zeros_like(q)
-    B, H, T, D = q.shape
-    for b in range(B):
-        for h in range(H):
-            for i in range(T):
-                seen = [j for j in range(T) if sees(b, i, j)]
-                scores = torch.stack([q[b, h, i] @ k[b, h, j] for j in seen]) / math.sqrt(D)
-                out[b, h, i] = scores.softmax(0) @ v[b, h, seen]
-    return out
+def naive(q, k, v, pattern, positions, is_init):
+    """All scores at once, masked step by step as the documentation says."""
+    steps = q.shape[2]
+    trial = (torch.zeros_like(positions) if is_init is None else is_init).cumsum(1)
+    age = torch.arange(steps)[:, None] - torch.arange(steps)
+    is_sink = (positions < pattern.num_sinks)[:, None].expand(-1, steps, -1)
+    near = (age < (pattern.window or steps)).expand_as(is_sink)
+    visible = (near | is_sink) & (age >= 0) & (trial[:, :, None] == trial[:, None])
+    score = q @ k.mT / math.sqrt(q.shape[-1]) + pattern.sink_bias * is_sink[:, None].double()
+    if pattern.logit_clip is not None:
+        score = score.clamp(-pattern.logit_clip, pattern.logit_clip)
+    return score.masked_fill(~visible[:, None], -math.inf).softmax(-1) @ v
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-@pytest.mark.parametrize("several", [False, True])
-def test_window_attention(window, several):
-    q, k, v = torch.randn(3, 2, 2, 7, 4)
-    is_init = torch.zeros(2, 7, dtype=torch.bool)
-    is_init[0, [0, 4]] = True
-    is_init[1, [2, 3]] = True
-    trial = is_init.cumsum(1)
-
-    def sees(b, i, j):
-        same = not several or trial[b, i] == trial[b, j]
-        return j <= i and same and (window is None or i - j < window)
-
-    bias = attention_bias(is_init if several else None, 7, window, like=q)
-    assert (bias is None) == (not several and window in (None, 100))
-    torch.testing.assert_close(window_attention(q, k, v, bias), naive(q, k, v, sees))
+def trials(batch, steps, reset_share):
+    """Rows that begin at some step of a trial, and in which others begin."""
+    is_init = torch.rand(batch, steps) < reset_share
+    positions = torch.randint(0, 3, (batch, 1)) + torch.arange(steps)
+    for t in range(steps):
+        before = positions[:, t - 1] + 1 if t else positions[:, 0]
+        positions[:, t] = torch.where(is_init[:, t], 0, before)
+    return positions, is_init
 
 
-def test_bias_by_hand():
-    bias = attention_bias(torch.tensor([[True, False, True]]), 3, None, like=torch.zeros(()))
-    off = -math.inf
-    assert bias.tolist() == [[[[0, off, off], [0, 0, off], [off, off, 0]]]]
+@pytest.fixture(autouse=True)
+def short_blocks(monkeypatch):
+    monkeypatch.setattr(attention, "_BLOCK", 8)
+
+
+@given(
+    steps=st.integers(1, 70),
+    window=st.sampled_from([None, 1, 3, 8, 9, 17]),
+    sinks=st.sampled_from([(0, 0.0), (2, 0.0), (2, 0.7)]),
+    logit_clip=st.sampled_from([None, 0.5]),
+    several=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_window_attention(steps, window, sinks, logit_clip, several, seed):
+    torch.manual_seed(seed)
+    pattern = AttentionPattern(window, *(sinks if window else (0, 0.0)), logit_clip)
+    q, k, v = torch.randn(3, 2, 3, steps, 4, dtype=torch.float64).requires_grad_().unbind(0)
+    positions, is_init = trials(2, steps, 0.2 if several else 0.0)
+    is_init = is_init if several else None
+    out = window_attention(q, k, v, pattern, positions_BT=positions, is_init_BT=is_init)
+    expected = naive(q, k, v, pattern, positions, is_init)
+    torch.testing.assert_close(out, expected)
+    weight = torch.randn_like(out)
+    for found, right in zip(
+        torch.autograd.grad((out * weight).sum(), (q, k, v)),
+        torch.autograd.grad((expected * weight).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, right)
+
+
+@pytest.mark.parametrize("pattern", [AttentionPattern(logit_clip=1.0), AttentionPattern(16)])
+def test_never_holds_all_scores(pattern):
+    steps = 400
+    sizes = []
+
+    class Sizes(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(
+                z.numel() for z in torch.utils._pytree.tree_leaves(out) if hasattr(z, "numel")
+            )
+            return out
+
+    q, k, v = torch.randn(3, 1, 1, steps, 4)
+    with Sizes():
+        window_attention(q, k, v, pattern)
+    assert max(sizes) < steps**2 / 4
 
 
 def test_dropout_leaves_attention_weights_out():
     q, k, v = torch.randn(3, 1, 1, 6, 4)
-    whole = window_attention(q, k, v, None)
-    assert not torch.allclose(window_attention(q, k, v, None, dropout=0.5), whole)
+    for pattern in (AttentionPattern(), AttentionPattern(3), AttentionPattern(logit_clip=1.0)):
+        whole = window_attention(q, k, v, pattern)
+        assert not torch.allclose(window_attention(q, k, v, pattern, dropout=0.5), whole)
 
 
 def test_ring_attention_sees_visible_slots_in_any_order():
@@ -67,3 +108,22 @@ def test_ring_attention_sees_visible_slots_in_any_order():
     scores = torch.einsum("nd,nsd->ns", q.view(6, 4), keys[:, seen]) / 2
     expected = torch.einsum("ns,nsd->nd", scores.softmax(-1), values[:, seen]).view(2, 3, 4)
     torch.testing.assert_close(out, expected)
+    out = ring_attention(q, keys.transpose(1, 2), values, bias, logit_clip=0.1)
+    weight = scores.clamp(-0.1, 0.1).softmax(-1)
+    expected = torch.einsum("ns,nsd->nd", weight, values[:, seen]).view(2, 3, 4)
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"num_sinks": 2}, "num_sinks must be at least 0, and 0 without a window, got 2"),
+        ({"window": 3, "num_sinks": -1}, "got -1"),
+        ({"window": 3, "sink_bias": 1.0}, "sink_bias=1.0 needs sinks"),
+        ({"logit_clip": 0.0}, "logit_clip must be positive, got 0.0"),
+    ],
+)
+def test_refuses(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionPattern(**options)

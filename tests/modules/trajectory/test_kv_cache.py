@@ -49,6 +49,20 @@ def test_clear_of_all_rows_and_of_none():
     assert not cache.values[0].any()
 
 
+def test_sinks_stay_when_the_ring_rolls_over():
+    cache = RingCache(1, 2, 2, 4, context_length=3, num_sinks=2)
+    for t in range(200):
+        if t == 150:
+            cache.clear(torch.tensor([False, True]))
+        positions = torch.tensor([t, t - 150 if t >= 150 else t])
+        cache.advance()
+        cache.show(positions)
+        value = positions.view(2, 1, 1).expand(2, 2, 4).float()
+        cache.write(0, torch.zeros_like(value), value)
+        seen = [{*range(min(p, 2)), *range(max(p - 2, 0), p + 1)} for p in positions.tolist()]
+        assert mean_seen(cache) == pytest.approx([sum(s) / len(s) for s in seen], rel=1e-5)
+
+
 @pytest.mark.parametrize("rows", [[True, True], [False, True]])
 def test_cleared_rows_hold_no_nan(rows):
     cache = RingCache(1, 2, 2, 4, context_length=3)

@@ -20,7 +20,10 @@ from tests.modules.trajectory.helpers import (
     assert_remembered,
     batched_env,
     make_policy,
+    random_trials,
+    sequence_states,
     single_env,
+    take_steps,
     whole_window,
 )
 from torchrl_amago.modules.trajectory import TransformerEncoder
@@ -30,37 +33,10 @@ def rollout(env, policy, steps=17, **options):
     return env.rollout(steps, policy, break_when_any_done=False, **options)
 
 
-def take_steps(encoder, x, time_idx, is_init, stream=None):
-    states = []
-    for t in range(x.shape[1]):
-        td = TensorDict(
-            timestep=x[:, t], time_idx=time_idx[:, t], is_init=is_init[:, t], batch_size=x.shape[:1]
-        )
-        if stream is not None:
-            td["_stream"] = stream
-        encoder(td)
-        states.append(td["state"])
-        stream = td["_stream"]
-    return torch.stack(states, 1), stream
-
-
-def random_trials(batch, steps, reset_share=0.15):
-    is_init = torch.rand(batch, steps, 1) < reset_share
-    is_init[:, 0] = True
-    time_idx = torch.zeros(batch, steps, 1, dtype=torch.int64)
-    for t in range(1, steps):
-        time_idx[:, t] = torch.where(is_init[:, t], 0, time_idx[:, t - 1] + 1)
-    return torch.randn(batch, steps, 4), time_idx, is_init
-
-
 def small_encoder(context_length, **options):
     return TransformerEncoder(
         4, context_length=context_length, d_model=8, num_heads=2, num_layers=2, **options
     )
-
-
-def sequence_states(encoder, x, time_idx, is_init):
-    return encoder.sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
 
 
 @given(

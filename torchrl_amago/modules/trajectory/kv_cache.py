@@ -36,6 +36,9 @@ class RingCache(Memory):
         context_length: how many steps a row sees, the newest included.
         device: where the ring is stored.
         dtype: of keys and values.
+        num_sinks: how many first steps of its trial a row sees for good. They lie in slots of their
+            own, before the ring.
+        sink_bias: added to the scores of those steps.
 
     Example:
         >>> cache = RingCache(1, 2, 1, 4, context_length=3)
@@ -55,9 +58,12 @@ class RingCache(Memory):
         context_length: int,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        num_sinks: int = 0,
+        sink_bias: float = 0.0,
     ) -> None:
         self.batch_size, self.context_length = batch_size, context_length
-        self._num_slots = math.ceil(context_length / _BLOCK) * _BLOCK
+        self.num_sinks, self.sink_bias = num_sinks, sink_bias
+        self._num_slots = math.ceil((num_sinks + context_length) / _BLOCK) * _BLOCK
         rows = batch_size * num_heads
         # Memory outlives the no-grad or inference block it is made in, and is written in others.
         with torch.inference_mode(False):
@@ -69,8 +75,8 @@ class RingCache(Memory):
             # A tensor, so that a compiled step is compiled once and not for every slot.
             self.newest_1 = torch.zeros(1, dtype=torch.int64, device=device)
         self.device = self.bias.device
-        self._written = 0  # slots that hold anything
-        self._slot = -1  # slot of the newest step
+        self._written = num_sinks  # slots that hold anything
+        self._slot = num_sinks - 1  # slot of the newest step
 
     @property
     def length(self) -> Tensor:
@@ -79,15 +85,16 @@ class RingCache(Memory):
 
     def clear(self, rows_B: Tensor) -> None:
         """Forget everything about the rows where the bool `rows_B` is True."""
-        if not rows_B.any():
+        num_rows = int(rows_B.sum())
+        if not num_rows:
             return
-        if rows_B.all():
+        if num_rows == self.batch_size:
             # What was never written is still as it was made.
             for keys, values in zip(self.keys, self.values, strict=True):
                 keys[..., : self._written].zero_()
                 values[:, : self._written].zero_()
             self.bias.fill_(-math.inf)
-            self._written, self._slot = 0, -1
+            self._written, self._slot = self.num_sinks, self.num_sinks - 1
             return
         rows_N = rows_B.repeat_interleave(len(self.bias) // self.batch_size).nonzero().squeeze(1)
         for stored in (*self.keys, *self.values):
@@ -96,21 +103,52 @@ class RingCache(Memory):
 
     def advance(self) -> None:
         """Move to the next slot, which all rows see from now on, and hide the one that is too old."""
-        self._slot = (self._slot + 1) % self._num_slots
+        self._slot = self._wrap(self._slot + 1)
         self._written = min(self._written + 1, self._num_slots)
-        if self.context_length < self._num_slots:
-            self.bias[..., (self._slot - self.context_length) % self._num_slots].fill_(-math.inf)
+        if self.num_sinks + self.context_length < self._num_slots:
+            self.bias[..., self._wrap(self._slot - self.context_length)].fill_(-math.inf)
         self.bias[..., self._slot].zero_()
         self.newest_1.fill_(self._slot)
         self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
 
+    def _wrap(self, slot: int) -> int:
+        """The ring begins after the sinks."""
+        return self.num_sinks + (slot - self.num_sinks) % (self._num_slots - self.num_sinks)
+
+    def show(self, positions_B: Tensor) -> None:
+        """Tell sinks from other steps, once per step, before the first :meth:`write`.
+
+        Args:
+            positions_B: steps since each row's trial began.
+        """
+        if not self.num_sinks:
+            return
+        heads = len(self.bias) // self.batch_size
+        position_N1 = positions_B.repeat_interleave(heads).unsqueeze(1)
+        sink_S = torch.arange(self.num_sinks, device=self.device)
+        # A sink is seen in the ring until it leaves, and from then on in its own slot.
+        beyond_NS = position_N1 - sink_S >= self.context_length
+        bias_NS = torch.where(beyond_NS, self.sink_bias, -math.inf)
+        self.bias[:, 0, : self.num_sinks] = bias_NS
+        newest_N11 = torch.where(position_N1 < self.num_sinks, self.sink_bias, 0.0).unsqueeze(1)
+        self.bias.index_copy_(2, self.newest_1, newest_N11.to(self.bias.dtype))
+        self._is_sink_NS = position_N1 == sink_S
+
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""
         keys_NDS, values_NSD = self.keys[layer], self.values[layer]
-        keys_NDS.index_copy_(2, self.newest_1, key_BHD.reshape(len(keys_NDS), -1, 1))
-        values_NSD.index_copy_(1, self.newest_1, value_BHD.reshape(len(values_NSD), 1, -1))
+        key_ND1 = key_BHD.reshape(len(keys_NDS), -1, 1)
+        value_N1D = value_BHD.reshape(len(values_NSD), 1, -1)
+        keys_NDS.index_copy_(2, self.newest_1, key_ND1.to(keys_NDS.dtype))
+        values_NSD.index_copy_(1, self.newest_1, value_N1D.to(values_NSD.dtype))
+        if self.num_sinks:
+            sinks_NDS, is_sink_N1S = keys_NDS[..., : self.num_sinks], self._is_sink_NS[:, None]
+            sinks_NDS.copy_(torch.where(is_sink_N1S, key_ND1, sinks_NDS))
+            sinks_NSD = values_NSD[:, : self.num_sinks]
+            sinks_NSD.copy_(torch.where(is_sink_N1S.mT, value_N1D, sinks_NSD))
 
-    def attend(self, layer: int, q_BHD: Tensor) -> Tensor:
+    def attend(self, layer: int, q_BHD: Tensor, logit_clip: float | None = None) -> Tensor:
         """Attend from the newest step to what its row sees, in one layer: `[B, H, D]`."""
         keys, values = self.keys[layer][..., : self._span], self.values[layer][:, : self._span]
-        return ring_attention(q_BHD.to(keys.dtype), keys, values, self.bias[..., : self._span])
+        bias = self.bias[..., : self._span]
+        return ring_attention(q_BHD.to(keys.dtype), keys, values, bias, logit_clip)

@@ -14,6 +14,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 # One counter per process, from a random start: a tensordict that outlives its process, or comes from
 # another one, then meets no memory rather than a stranger's.
@@ -34,6 +35,11 @@ class Memory(abc.ABC):
     @abc.abstractmethod
     def clear(self, rows_B: Tensor) -> None:
         """Forget everything about the rows where the bool `rows_B` is True."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all rows together."""
+        return sum(z.nbytes for z in tree_leaves(vars(self)) if isinstance(z, Tensor))
 
     def advance(self) -> None:  # noqa: B027  (a hook, optional on purpose)
         """Make room for one more step; called once before each, outside of compiled code."""

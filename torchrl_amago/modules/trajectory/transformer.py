@@ -20,7 +20,7 @@ from torchrl_amago.modules.layers import (
     rotate_by_position,
     sinusoidal_positions,
 )
-from torchrl_amago.modules.trajectory.attention import attention_bias, window_attention
+from torchrl_amago.modules.trajectory.attention import AttentionPattern, window_attention
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.kv_cache import RingCache
 
@@ -100,9 +100,9 @@ class TransformerBlock(nn.Module):
 class TransformerEncoder(TrajectoryEncoder):
     """Causal Transformer over the steps of a trial (arXiv 2310.09971, Appendix A).
 
-    Rollouts remember keys and values of the last `context_length` steps in a ring. Up to there,
-    steps equal a whole window. Past it they equal attention banded to `context_length` in every
-    layer: deeper layers saw older tokens, so some information outlives the window.
+    Rollouts remember keys and values of the last `context_length` steps (or `window`, if given) in a
+    ring. Up to there, steps equal a whole window. Past it they equal attention banded to as many
+    steps in every layer: deeper layers saw older tokens, so some information outlives the window.
 
     Args:
         input_size: I, features of a timestep embedding.
@@ -124,7 +124,11 @@ class TransformerEncoder(TrajectoryEncoder):
         sigma_reparam: sigma-reparametrised linears, see :class:`SigmaReparamLinear`.
         normformer: NormFormer's extra norms.
         head_scaling: NormFormer's learned scale per head.
-        window: how many steps a step of a sequence sees; default all before it.
+        window: how many steps a step sees, at most `context_length`. By default all before it in
+            sequences and `context_length` in rollouts.
+        num_sinks: how many first steps of a trial stay visible beyond the window.
+        sink_bias: added to the attention scores of those.
+        logit_clip: bound on attention scores, before the softmax.
         segments: `auto` keeps trials apart that follow each other in a row of a sequence (found by
             `is_init`; under `torch.compile` the mask for it is always built), `never` says that
             each row is a part of one trial.
@@ -168,6 +172,9 @@ class TransformerEncoder(TrajectoryEncoder):
         normformer: bool = True,
         head_scaling: bool = True,
         window: int | None = None,
+        num_sinks: int = 0,
+        sink_bias: float = 0.0,
+        logit_clip: float | None = None,
         segments: Literal["auto", "never"] = "auto",
         **options: Any,
     ) -> None:
@@ -181,7 +188,8 @@ class TransformerEncoder(TrajectoryEncoder):
         super().__init__(input_size, d_model, context_length=context_length, **options)
         self.num_heads = num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
-        self.window, self.segments = window, segments
+        self.pattern = AttentionPattern(window, num_sinks, sink_bias, logit_clip)
+        self.segments = segments
         self.positions, self.beyond_positions = positions, beyond_positions
         self.embed = nn.Linear(input_size, d_model)
         self.position_table = (
@@ -208,14 +216,14 @@ class TransformerEncoder(TrajectoryEncoder):
         x_NTD = F.dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
         if not self._holds_several_trials(is_init_NT):
             is_init_NT = None
-        bias = attention_bias(is_init_NT, x_NTD.shape[1], self.window, like=x_NTD)
-        attend = partial(self._attend_window, positions_NT, bias)
+        attend = partial(self._attend_window, positions_NT, is_init_NT)
         for block in self.blocks:
             x_NTD = block(x_NTD, attend, self.training)
         return self.norm(x_NTD)
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: RingCache) -> Tensor:
         x_ND = self._embed(x_NI, positions_N)
+        memory.show(positions_N)
         for layer, block in enumerate(self.blocks):
             attend = partial(self._attend_memory, positions_N, memory, layer)
             x_ND = block(x_ND, attend, training=False)
@@ -228,9 +236,11 @@ class TransformerEncoder(TrajectoryEncoder):
             num_rows,
             self.num_heads,
             head_size,
-            self.context_length,
+            self.pattern.window or self.context_length,
             device,
             dtype,
+            num_sinks=self.pattern.num_sinks,
+            sink_bias=self.pattern.sink_bias,
         )
 
     def _embed(self, x: Tensor, positions: Tensor) -> Tensor:
@@ -260,13 +270,21 @@ class TransformerEncoder(TrajectoryEncoder):
         return torch.compiler.is_compiling() or bool(is_init_NT[:, 1:].any())
 
     def _attend_window(
-        self, positions_NT: Tensor, bias: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+        self, positions_NT: Tensor, is_init_NT: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in (q, k, v))
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
-        dropout = self.dropout_attn if self.training else 0.0
-        return window_attention(q, k, v, bias, dropout).transpose(1, 2)
+        seen_NHTD = window_attention(
+            q,
+            k,
+            v,
+            self.pattern,
+            positions_BT=positions_NT,
+            is_init_BT=is_init_NT,
+            dropout=self.dropout_attn if self.training else 0.0,
+        )
+        return seen_NHTD.transpose(1, 2)
 
     def _attend_memory(
         self, positions_N: Tensor, memory: RingCache, layer: int, q: Tensor, k: Tensor, v: Tensor
@@ -277,7 +295,7 @@ class TransformerEncoder(TrajectoryEncoder):
                 for z_NHD in (q, k)
             )
         memory.write(layer, k, v)
-        return memory.attend(layer, q).to(q.dtype)
+        return memory.attend(layer, q, self.pattern.logit_clip).to(q.dtype)
 
 
 def _check_sizes(
@@ -291,13 +309,18 @@ def _check_sizes(
     for name, value in (
         ("context_length", context_length),
         ("num_layers", num_layers),
-        ("window", 1 if window is None else window),
     ):
         if value < 1:
             raise ValueError(
                 f"{name} must be at least 1, got {value}. A step always sees itself, in one block "
                 "or more; for an agent without memory use a feed-forward trajectory encoder."
             )
+    if window is not None and window > context_length:
+        raise ValueError(
+            f"window must be at most context_length, got window={window}, "
+            f"context_length={context_length}. Rollouts keep context_length steps: raise it, or leave "
+            "window out."
+        )
 
 
 def _check_names(

@@ -1,0 +1,247 @@
+"""What every trajectory encoder promises, whichever it is and whatever its options."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torch._dynamo.testing import CompileCounterWithBackend
+from torchrl.modules import set_recurrent_mode
+
+from tests.modules.trajectory.helpers import random_trials, sequence_states, take_steps
+from torchrl_amago.modules import trajectory
+
+CONTEXT = 12
+TRANSFORMER = {
+    "context_length": CONTEXT,
+    "window": CONTEXT,
+    "d_model": 8,
+    "num_heads": 2,
+    "num_layers": 2,
+}
+ENCODERS = {
+    "transformer": ("TransformerEncoder", TRANSFORMER),
+    "transformer, learned": (
+        "TransformerEncoder",
+        {**TRANSFORMER, "positions": "learned", "max_positions": 99},
+    ),
+    "transformer, rotary": ("TransformerEncoder", {**TRANSFORMER, "positions": "rotary"}),
+    "transformer, window": (
+        "TransformerEncoder",
+        {**TRANSFORMER, "window": 3, "norm": "rms", "activation": "gelu"},
+    ),
+    "transformer, sinks": (
+        "TransformerEncoder",
+        {**TRANSFORMER, "window": 3, "num_sinks": 2, "sink_bias": 0.5},
+    ),
+    "transformer, clipped": (
+        "TransformerEncoder",
+        {**TRANSFORMER, "logit_clip": 0.3, "num_sinks": 1, "sigma_reparam": False},
+    ),
+    "transformer, plain": (
+        "TransformerEncoder",
+        {**TRANSFORMER, "normformer": False, "head_scaling": False, "norm": "unit_ball"},
+    ),
+    "identity": ("IdentityEncoder", {}),
+    "feedforward": ("FeedForwardEncoder", {"d_model": 8}),
+    "gru": ("GRUEncoder", {"d_model": 8, "num_layers": 2}),
+    "lstm": ("LSTMEncoder", {"d_model": 8, "num_layers": 2}),
+    "mamba": ("MambaEncoder", {"d_model": 8, "num_layers": 2}),
+    "linear_attention": (
+        "GatedLinearAttentionEncoder",
+        {"d_model": 16, "num_layers": 2, "num_heads": 2},
+    ),
+}
+every_encoder = pytest.mark.parametrize("name", ENCODERS)
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
+
+
+def build(name, seed=0, stir=True, **options):
+    torch.manual_seed(seed)
+    kind, defaults = ENCODERS[name]
+    encoder = getattr(trajectory, kind)(4, **{**defaults, **options})
+    with torch.no_grad():
+        for p in encoder.parameters() if stir else ():  # the past must matter visibly
+            p.add_(0.1 * torch.randn_like(p))
+    return encoder
+
+
+def test_no_encoder_is_left_out():
+    known = {kind for kind, _ in ENCODERS.values()}
+    public = {n for n in trajectory.__all__ if n.endswith("Encoder")} - {"TrajectoryEncoder"}
+    assert known == public
+
+
+@every_encoder
+@given(
+    batch=st.integers(1, 5),
+    steps=st.integers(1, 40),
+    reset_share=st.sampled_from([0.0, 0.05, 0.4]),
+    double=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_steps_equal_the_window(name, batch, steps, reset_share, double, seed):
+    encoder = build(name, seed, stir=double).eval()
+    x, time_idx, is_init = random_trials(batch, steps, reset_share)
+    if double:
+        encoder, x = encoder.double(), x.double()
+    states, _ = take_steps(encoder, x, time_idx, is_init)
+    assert states.shape == (batch, steps, encoder.output_size)
+    expected = sequence_states(encoder, x, time_idx, is_init)
+    tolerance = 1e-9 if double else 1e-5
+    torch.testing.assert_close(states, expected, rtol=tolerance, atol=tolerance)
+
+
+@every_encoder
+@torch.no_grad()
+def test_is_causal_and_remembers(name):
+    encoder = build(name).eval()
+    x, time_idx, is_init = random_trials(3, 9, reset_share=0.0)
+    before = sequence_states(encoder, x, time_idx, is_init)
+    changed = x.clone()
+    changed[:, 4] += 1.0
+    change = (sequence_states(encoder, changed, time_idx, is_init) - before).abs().amax((0, 2))
+    assert change[:4].max() <= 1e-6
+    assert change[4] > 1e-4
+    assert (change[5:7].min() > 1e-6) == (name not in ("identity", "feedforward"))
+
+
+@every_encoder
+@torch.no_grad()
+def test_steps_ignore_training_mode(name):
+    encoder = build(name).train()
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    trials = random_trials(3, 6)
+    states, _ = take_steps(encoder, *trials)
+    expected = sequence_states(encoder.eval(), *trials)
+    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+    for key, value in encoder.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@every_encoder
+@torch.no_grad()
+def test_autocast_to_bfloat16(name):
+    encoder = build(name).eval()
+    trials = random_trials(3, 20)
+    exact = sequence_states(encoder, *trials)
+    with torch.autocast("cpu", torch.bfloat16):
+        for states in (sequence_states(encoder, *trials), take_steps(encoder, *trials)[0]):
+            error = (states.float() - exact).square().mean().sqrt()
+            assert error < 2e-2 * exact.square().mean().sqrt()
+
+
+@every_encoder
+@torch.no_grad()
+def test_nan_in_one_row_stays_there_and_goes_with_its_trial(name):
+    encoder = build(name).eval()
+    x, time_idx, is_init = random_trials(4, 30)
+    is_init[2, 10] = True
+    is_init[2, 11:] = False
+    time_idx[2, 10:] = torch.arange(20).unsqueeze(-1)
+    poisoned = x.clone()
+    poisoned[2, 7:10] = torch.nan
+    keep = torch.ones(4, 30, dtype=torch.bool)
+    keep[2, 7:10] = False
+    expected, _ = take_steps(encoder, x, time_idx, is_init)
+    states, _ = take_steps(encoder, poisoned, time_idx, is_init)
+    assert states[2, 9].isnan().all()
+    assert torch.equal(states[keep], expected[keep])
+
+
+@every_encoder
+def test_nan_in_padding_has_no_effect(name):
+    encoder = build(name).eval()
+    twin = copy.deepcopy(encoder)
+    x, time_idx, is_init = random_trials(3, 10, reset_share=0.0)
+    mask = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]
+    states = []
+    for module, fill in ((encoder, 0.0), (twin, torch.nan)):
+        td = TensorDict(
+            timestep=torch.where(mask[..., None], x, fill),
+            time_idx=torch.where(mask[..., None], time_idx, 10**9),
+            is_init=torch.where(mask[..., None], is_init, fill != fill),
+            collector=TensorDict(mask=mask, batch_size=[3, 10]),
+            batch_size=[3, 10],
+        )
+        with set_recurrent_mode(True):
+            states.append(module(td)["state"])
+        if states[-1].requires_grad:
+            torch.where(mask[..., None], states[-1], 0.0).square().sum().backward()
+    assert torch.equal(states[0][mask], states[1][mask])
+    for p, q in zip(encoder.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert p.grad.isfinite().all()
+
+
+@every_encoder
+def test_every_parameter_gets_a_gradient(name):
+    encoder = build(name)
+    x, time_idx, is_init = random_trials(3, 7)
+    x.requires_grad_()
+    states = sequence_states(encoder, x, time_idx, is_init)
+    (states * torch.randn_like(states)).sum().backward()
+    assert x.grad.abs().sum() > 0
+    for key, p in encoder.named_parameters():
+        if key != "position_table.weight":
+            assert p.grad is not None, key
+            assert p.grad.abs().sum() > 0, key
+
+
+@every_encoder
+@torch.no_grad()
+def test_memory_of_a_rollout(name):
+    encoder = build(name).eval()
+    x, time_idx, is_init = random_trials(3, 30, reset_share=0.0)
+    _, stream = take_steps(encoder, x[:, :1], time_idx[:, :1], is_init[:, :1])
+    td = TensorDict(_stream=stream, batch_size=[3])
+    memory = encoder.memory_of(td)
+    size = memory.nbytes
+    take_steps(encoder, x[:, 1:], time_idx[:, 1:], is_init[:, 1:], stream)
+    assert encoder.memory_of(td) is memory
+    assert memory.nbytes == size
+    assert (size > 0) == (name not in ("identity", "feedforward"))
+    with set_recurrent_mode(True), pytest.raises(RuntimeError, match="sequences have no memory"):
+        encoder.memory_of(td)
+    with pytest.raises(KeyError, match="no memory of stream 0"):
+        encoder.memory_of(td.exclude("_stream"))
+
+
+@every_encoder
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@torch.no_grad()
+def test_compiles_once_however_long_contexts_grow(name):
+    torch._dynamo.reset()
+    layers = {} if name in ("identity", "feedforward") else {"num_layers": 1}
+    encoder, plain = build(name, **layers).eval(), build(name, **layers).eval()
+    counter = CompileCounterWithBackend("eager")
+    encoder.compile(backend=counter)
+    # Longer than the block in which a ring is read.
+    trials = random_trials(3, 99 if "max_positions" in ENCODERS[name][1] else 150, reset_share=0.0)
+
+    def encode_first(steps):
+        x, time_idx, is_init = (z[:, :steps].clone() for z in trials)
+        states = encoder._sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
+        expected = sequence_states(plain, x, time_idx, is_init)
+        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+        return counter.frame_count
+
+    for steps in (5, 40, 41):  # a second length is what makes lengths dynamic
+        warm = encode_first(steps)
+    for steps in (17, 64, 99):
+        assert encode_first(steps) == warm
+    states, _ = take_steps(encoder, *trials)
+    torch.testing.assert_close(states, sequence_states(plain, *trials), rtol=1e-5, atol=1e-5)
+    warm = counter.frame_count
+    take_steps(encoder, *trials)
+    assert counter.frame_count == warm
