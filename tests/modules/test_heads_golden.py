@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
-from tensordict import TensorDict
-from torchrl.modules import set_recurrent_mode
 
 from tests.golden_utils import assert_close, cases, load
 from tests.golden_weights import actor_weights, critic_weights, popart_buffers
@@ -19,6 +15,7 @@ from torchrl_amago.modules import (
     PopArt,
 )
 from torchrl_amago.modules.distributions import clip_probabilities
+
 
 def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
     module.load_state_dict({name.removeprefix("module."): v for name, v in weights.items()})
