@@ -20,7 +20,12 @@ from torchrl_amago.modules.layers import (
     rotate_by_position,
     sinusoidal_positions,
 )
-from torchrl_amago.modules.trajectory.attention import AttentionPattern, window_attention
+from torchrl_amago.modules.trajectory.attention import AttentionPattern
+from torchrl_amago.modules.trajectory.attention_backends import (
+    Backend,
+    backend_attention,
+    check_backend,
+)
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.kv_cache import RingCache
 
@@ -129,12 +134,16 @@ class TransformerEncoder(TrajectoryEncoder):
         num_sinks: how many first steps of a trial stay visible beyond the window.
         sink_bias: added to the attention scores of those.
         logit_clip: bound on attention scores, before the softmax.
+        attention: kernels for sequences. `sdpa` is torch's own and runs everywhere; `flash` is the
+            package flash-attn (GPU, half precision, no sinks or clipping); `flex` is FlexAttention
+            (it trains on GPUs only); `auto` takes `flash` where it can run, else `sdpa`.
         segments: `auto` keeps trials apart that follow each other in a row of a sequence (found by
             `is_init`; under `torch.compile` the mask for it is always built), `never` says that
             each row is a part of one trial.
         options: see :class:`TrajectoryEncoder`.
 
     Raises:
+        ImportError: if a backend is asked for by name and isn't installed.
         ValueError: if a number is out of its range or a name unknown.
 
     Example:
@@ -175,6 +184,7 @@ class TransformerEncoder(TrajectoryEncoder):
         num_sinks: int = 0,
         sink_bias: float = 0.0,
         logit_clip: float | None = None,
+        attention: Backend = "auto",
         segments: Literal["auto", "never"] = "auto",
         **options: Any,
     ) -> None:
@@ -189,7 +199,8 @@ class TransformerEncoder(TrajectoryEncoder):
         self.num_heads = num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
         self.pattern = AttentionPattern(window, num_sinks, sink_bias, logit_clip)
-        self.segments = segments
+        check_backend(attention, self.pattern, dropout_attn)
+        self.attention, self.segments = attention, segments
         self.positions, self.beyond_positions = positions, beyond_positions
         self.embed = nn.Linear(input_size, d_model)
         self.position_table = (
@@ -275,7 +286,8 @@ class TransformerEncoder(TrajectoryEncoder):
         q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in (q, k, v))
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
-        seen_NHTD = window_attention(
+        seen_NHTD = backend_attention(
+            self.attention,
             q,
             k,
             v,
