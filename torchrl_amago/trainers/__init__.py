@@ -1,9 +1,9 @@
 """The training loop: collect, update, evaluate, log, checkpoint, resume.
 
-``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and what is read off collected trials,
-``optim`` the optimiser, ``nonfinite`` the guard against NaN, ``logging`` and ``report`` what a run
-tells, ``run_state`` what a run is made of, ``checkpoint`` how it is kept on disk, and ``interrupt``
-what Ctrl-C does.
+``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and
+what is read off collected trials, ``optim`` the optimiser, ``nonfinite`` the guard against NaN,
+``logging`` and ``report`` what a run tells, ``run_state`` what a run is made of, ``checkpoint`` how
+it is kept on disk, and ``interrupt`` what Ctrl-C does.
 """
 
 from torchrl_amago.trainers.amago import AMAGOTrainer
