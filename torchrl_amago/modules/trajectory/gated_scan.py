@@ -12,7 +12,7 @@ chunk.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -113,19 +113,18 @@ class _Chunks:
         self.length = min(_CHUNK_STEPS, self.steps)
         self.q, self.k, self.v = self.split(q), self.split(k), self.split(v)
         sum_BCHL = self.split(log_decay.unsqueeze(-1)).squeeze(-1).cumsum(-1)
-        within = sum_BCHL.unsqueeze(-1) - sum_BCHL.unsqueeze(-2)
-        read, write, carry = sum_BCHL, sum_BCHL[..., -1:] - sum_BCHL, sum_BCHL[..., -1]
+        # No -inf: its exponential takes a slow path. Steps to come are clamped, then cut.
+        within = (sum_BCHL.unsqueeze(-1) - sum_BCHL.unsqueeze(-2)).clamp_(max=0.0).exp_()
+        read, write = sum_BCHL.exp(), (sum_BCHL[..., -1:] - sum_BCHL).exp_()
         keep = torch.ones(self.length, self.length, dtype=torch.bool, device=q.device).tril()
         if is_init is not None:
             # Trials begun since the chunk did: equal counts belong to one trial.
             trial_BC1L = self.split(is_init.long()[..., None, None]).squeeze(-1).cumsum(-1)
-            last_BC11 = trial_BC1L[..., -1:]
             keep = keep & (trial_BC1L.unsqueeze(-1) == trial_BC1L.unsqueeze(-2))
-            read = read.masked_fill(trial_BC1L > 0, -math.inf)
-            write = write.masked_fill(trial_BC1L < last_BC11, -math.inf)
-            carry = carry.masked_fill(last_BC11.squeeze(-1) > 0, -math.inf)
-        self.within_BCHLL = within.masked_fill_(~keep, -math.inf).exp_()
-        self.read_BCHL, self.write_BCHL, self.carry_BCH = read.exp(), write.exp(), carry.exp()
+            read.masked_fill_(trial_BC1L > 0, 0.0)
+            write.masked_fill_(trial_BC1L < trial_BC1L[..., -1:], 0.0)
+        self.within_BCHLL = within.masked_fill_(~keep, 0.0)
+        self.read_BCHL, self.write_BCHL, self.carry_BCH = read, write, read[..., -1]
 
     def split(self, x_BTHX: Tensor) -> Tensor:
         """Cut time into chunks, filled up with zeros: `[B, C, H, L, X]`."""
@@ -139,12 +138,7 @@ class _Chunks:
     def starts(self) -> Tensor:
         """State at the start of every chunk: `S[0] = 0`, `S[c+1] = carry[c] S[c] + added[c]`."""
         added_BCHKV = self._scaled(self.k, self.write_BCHL).transpose(-1, -2) @ self.v
-        start_BCHKV = added_BCHKV.new_empty(added_BCHKV.shape, dtype=self.carry_BCH.dtype)
-        state_BHKV = torch.zeros_like(start_BCHKV[:, 0])
-        for c in range(start_BCHKV.shape[1]):
-            start_BCHKV[:, c] = state_BHKV
-            state_BHKV = added_BCHKV[:, c] + self.carry_BCH[:, c, :, None, None] * state_BHKV
-        return start_BCHKV
+        return self._carried(added_BCHKV, range(added_BCHKV.shape[1]))
 
     def outputs(self, start_BCHKV: Tensor) -> Tensor:
         """`S[t]^T q[t]`: from the state before the chunk, and from steps within it."""
@@ -155,7 +149,7 @@ class _Chunks:
     def gradients(self, grad_BCHLV: Tensor, start_BCHKV: Tensor) -> tuple[Tensor, ...]:
         """Gradients of `q, k, v [B, C, H, L, X]` and `log_decay [B, C, H, L, 1]`."""
         wide, grad_BCHLV = start_BCHKV.dtype, grad_BCHLV.to(self.v.dtype)
-        end_BCHKV = self._end_gradients(grad_BCHLV, wide)
+        end_BCHKV = self._end_gradients(grad_BCHLV)
         end = end_BCHKV.to(self.v.dtype)
         score_BCHLL, weight_BCHLL = self._score()
         v = score_BCHLL.transpose(-1, -2) @ grad_BCHLV
@@ -174,15 +168,21 @@ class _Chunks:
         log_decay_BCHL = sum_BCHL.flip(-1).cumsum(-1).flip(-1)
         return q, k, v, log_decay_BCHL.unsqueeze(-1)
 
-    def _end_gradients(self, grad_BCHLV: Tensor, dtype: torch.dtype) -> Tensor:
+    def _end_gradients(self, grad_BCHLV: Tensor) -> Tensor:
         """Gradient of every chunk's last state: `g[c-1] = dL/dS[c] + carry[c] g[c]`."""
         start_BCHKV = self._scaled(self.q, self.read_BCHL).transpose(-1, -2) @ grad_BCHLV
-        end_BCHKV = start_BCHKV.new_empty(start_BCHKV.shape, dtype=dtype)
-        state_BHKV = torch.zeros_like(end_BCHKV[:, 0])
-        for c in reversed(range(end_BCHKV.shape[1])):
-            end_BCHKV[:, c] = state_BHKV
-            state_BHKV = start_BCHKV[:, c] + self.carry_BCH[:, c, :, None, None] * state_BHKV
-        return end_BCHKV
+        return self._carried(start_BCHKV, reversed(range(start_BCHKV.shape[1])))
+
+    def _carried(self, added_BCHKV: Tensor, order: Iterable[int]) -> Tensor:
+        """What chunks in this order add up to before each of them, decayed from one to the next."""
+        carry_BCH11 = self.carry_BCH[..., None, None]
+        added_BCHKV = added_BCHKV.to(carry_BCH11.dtype)
+        before_BCHKV = torch.empty_like(added_BCHKV)
+        state_BHKV = torch.zeros_like(added_BCHKV[:, 0])
+        for c in order:
+            before_BCHKV[:, c] = state_BHKV
+            state_BHKV = torch.addcmul(added_BCHKV[:, c], carry_BCH11[:, c], state_BHKV)
+        return before_BCHKV
 
     def _score(self) -> tuple[Tensor, Tensor]:
         """Decayed products of queries and keys, and the decays, in the products' dtype."""
