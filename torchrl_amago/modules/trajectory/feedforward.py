@@ -62,7 +62,7 @@ class IdentityEncoder(TrajectoryEncoder):
 
 
 class FeedForwardBlock(nn.Module):
-    """A Transformer block's feed-forward part, added to the stream.
+    """Feed-forward block as in a Transformer, added to the stream.
 
     Args:
         d_model: D, width of the stream.
@@ -101,7 +101,7 @@ class FeedForwardBlock(nn.Module):
 
 
 class FeedForwardEncoder(TrajectoryEncoder):
-    """A Transformer without its attention: the ablation that has everything but memory.
+    """Residual feed-forward blocks as in a Transformer, without attention: the ablation of memory.
 
     Train it on the same slices as an encoder with memory, so that nothing else differs.
 
