@@ -114,10 +114,13 @@ DEBUG = dict(corridor=10, total_updates=40, updates_per_round=10, num_envs=16, b
              hidden_size=32, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
 
 
-def seq_model_options(args: Args) -> dict:
-    sizes = dict(d_model=args.d_model, num_layers=args.num_layers)
-    heads = dict(num_heads=4) if args.seq_model in ("transformer", "linear_attention") else {}
-    return {} if args.seq_model == "identity" else sizes | heads
+def seq_model_options(args: Args, trial_length: int) -> dict:
+    options = dict(d_model=args.d_model, num_layers=args.num_layers)
+    if args.seq_model in ("transformer", "linear_attention"):
+        options["num_heads"] = 4
+    if args.seq_model in ("gru", "lstm"):
+        options["longest_memory"] = trial_length
+    return {} if args.seq_model == "identity" else options
 
 
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
@@ -144,7 +147,7 @@ def train(args: Args) -> str:
         env,
         context_length=trial_length,
         seq_model=args.seq_model,
-        seq_model_options=seq_model_options(args),
+        seq_model_options=seq_model_options(args, trial_length),
         timestep_options=dict(hidden_size=args.hidden_size, output_size=args.d_model),
         actor_options=dict(hidden_size=args.hidden_size),
         exploration=dict(

@@ -245,3 +245,23 @@ def test_bad_arguments(encoder_class):
         encoder_class(4, num_layers=0)
     with pytest.raises(ValueError, match=r"norm must be one of .*got 'batch'"):
         encoder_class(4, out_norm="batch")
+
+
+@pytest.mark.parametrize("kind", [GRUEncoder, LSTMEncoder])
+@torch.no_grad()
+def test_longest_memory(kind):
+    """Over so many steps without input the state fades to about 1/e in the slowest units."""
+    encoder = kind(4, d_model=400, num_layers=1, longest_memory=100)
+    for name, p in encoder.rnn.named_parameters():
+        if "weight" in name:
+            p.zero_()
+    weights = encoder.rnn.all_weights[0]
+    state = [torch.ones(1, 400) for _ in range(encoder.tensors_per_layer)]
+    kept = encoder._cell(torch.zeros(1, 4), state, *weights)[-1]
+    memory = (
+        -1 / (kept - encoder._cell(torch.zeros(1, 4), [z * 0 for z in state], *weights)[-1]).log()
+    )
+    assert 80 < memory.max() < 105
+    assert memory.min() < 10
+    with pytest.raises(ValueError, match="longest_memory must be at least 2, got 1"):
+        kind(4, longest_memory=1)

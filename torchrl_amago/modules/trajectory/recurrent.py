@@ -27,6 +27,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
     network: type[nn.RNNBase]
     kind: Kind
     tensors_per_layer: int
+    gates: int
 
     def __init__(
         self,
@@ -36,6 +37,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         d_hidden: int | None = None,
         num_layers: int = 2,
         out_norm: str = "layer",
+        longest_memory: int | None = None,
         **options: Any,
     ) -> None:
         if num_layers < 1:
@@ -48,6 +50,8 @@ class _RecurrentEncoder(TrajectoryEncoder):
         self.rnn = self.network(input_size, d_hidden, num_layers, batch_first=True)
         self.out = nn.Linear(d_hidden, d_model)
         self.out_norm = make_norm(out_norm, d_model)
+        if longest_memory is not None:
+            self._remember_up_to(longest_memory)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
@@ -73,6 +77,25 @@ class _RecurrentEncoder(TrajectoryEncoder):
         """One layer's new state, what it emits first."""
         raise NotImplementedError
 
+    @torch.no_grad()
+    def _remember_up_to(self, longest_memory: int) -> None:
+        """Set the gates' biases so that units forget over 1 to so many steps (arXiv 1804.11188)."""
+        if longest_memory < 2:
+            raise ValueError(
+                f"longest_memory must be at least 2, got {longest_memory}. It is the number of steps "
+                "to remember over, such as the trial's length."
+            )
+        for layer in range(self.rnn.num_layers):
+            bias_in, bias_hidden = (
+                getattr(self.rnn, f"bias_{kind}_l{layer}").chunk(self.gates) for kind in ("ih", "hh")
+            )
+            keep = torch.empty_like(bias_in[1]).uniform_(1, longest_memory - 1).log()
+            bias_in[1].copy_(keep)
+            bias_hidden[1].zero_()
+            if self.gates == 4:  # an LSTM writes as much as it forgets
+                bias_in[0].copy_(-keep)
+                bias_hidden[0].zero_()
+
 
 class GRUEncoder(_RecurrentEncoder):
     """Gated recurrent unit (arXiv 1406.1078) over the steps of a trial, a linear layer, a norm.
@@ -86,6 +109,9 @@ class GRUEncoder(_RecurrentEncoder):
         d_hidden: H, width of the recurrent layers; default `d_model`.
         num_layers: number of recurrent layers.
         out_norm: norm of the state, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        longest_memory: how many steps units remember over before training, at most: gates' biases are
+            drawn for 1 to so many (chrono initialisation, arXiv 1804.11188, eq. 16). Default: torch's
+            initialisation, with which memory fades over few steps.
         options: see :class:`TrajectoryEncoder`.
 
     Raises:
@@ -107,6 +133,7 @@ class GRUEncoder(_RecurrentEncoder):
     network = GRU
     kind = "gru"
     tensors_per_layer = 1
+    gates = 3
 
     def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
         return (torch.gru_cell(x_NI, *state, *weights),)
@@ -135,6 +162,7 @@ class LSTMEncoder(_RecurrentEncoder):
     network = LSTM
     kind = "lstm"
     tensors_per_layer = 2
+    gates = 4
 
     def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
         return torch.lstm_cell(x_NI, state, *weights)
