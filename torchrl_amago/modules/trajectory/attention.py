@@ -186,7 +186,9 @@ class _Shown:
         start_M11 = (start_M * _BLOCK)[:, None, None]
         if self.sink_BT is None:
             last = self.trial_BT.shape[1] - 1
-            trial_MBQ = self.trial_BT[:, (start_M11[:, 0] + query_Q).clamp(max=last)].transpose(0, 1)
+            trial_MBQ = self.trial_BT[:, (start_M11[:, 0] + query_Q).clamp(max=last)].transpose(
+                0, 1
+            )
             trial_MBK = self.trial_BT[:, (start_M11[:, 0] + key_K).clamp(max=last)].transpose(0, 1)
             visible = visible & (trial_MBQ[..., None] == trial_MBK[:, :, None])
             return self._bias(visible, None).flatten(0, 1).unsqueeze(1)
@@ -195,7 +197,9 @@ class _Shown:
         sink_BS = self.sink_BT[:, :num_sinks]
         age_MQS = start_M11 + query_Q[:, None] - torch.arange(num_sinks, device=self.like.device)
         beyond_MBQS = (age_MQS >= window)[:, None] & sink_BS[:, None]
-        is_sink_MBK = self.sink_BT[:, (start_M11[:, 0] + key_K).clamp(max=self.sink_BT.shape[1] - 1)]
+        is_sink_MBK = self.sink_BT[
+            :, (start_M11[:, 0] + key_K).clamp(max=self.sink_BT.shape[1] - 1)
+        ]
         is_sink_MBK = is_sink_MBK.transpose(0, 1)
         visible = visible.expand(*is_sink_MBK.shape[:2], _BLOCK, -1)
         sink = torch.cat((sink_BS.expand(num_blocks, -1, -1), is_sink_MBK), -1)

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from torchrl_amago.modules.dropout import dropout
 from torchrl_amago.modules.layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.streams import Memory
@@ -95,8 +95,8 @@ class FeedForwardBlock(nn.Module):
 
     def forward(self, x: Tensor, training: bool) -> Tensor:
         """Map `[..., D]` to the same shape."""
-        hidden = F.dropout(self.activation(self.norm_in(self.ff_in(x))), self.dropout, training)
-        out = F.dropout(self.activation(self.norm_out(self.ff_out(hidden))), self.dropout, training)
+        hidden = dropout(self.activation(self.norm_in(self.ff_in(x))), self.dropout, training)
+        out = dropout(self.activation(self.norm_out(self.ff_out(hidden))), self.dropout, training)
         return x + out
 
 
@@ -173,7 +173,7 @@ class FeedForwardEncoder(TrajectoryEncoder):
         return NoMemory(num_rows, device)
 
     def _encode(self, x: Tensor, training: bool) -> Tensor:
-        x = F.dropout(self.activation(self.embed(x)), self.dropout, training)
+        x = dropout(self.activation(self.embed(x)), self.dropout, training)
         for block in self.blocks:
             x = block(x, training)
-        return F.dropout(self.out_norm(self.out(x)), self.dropout, training)
+        return dropout(self.out_norm(self.out(x)), self.dropout, training)

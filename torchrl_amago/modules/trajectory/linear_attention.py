@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrl_amago.modules.dropout import dropout
 from torchrl_amago.modules.layers import MLP, RMSNorm, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.gated_scan import (
@@ -114,7 +115,7 @@ class LinearAttentionBlock(nn.Module):
     def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
         """Whole sequences `[N, T, D]`."""
         x_NTD = x_NTD + self.attention(self.norm_attention(x_NTD), is_init_NT)
-        return x_NTD + F.dropout(self.ff(self.norm_ff(x_NTD)), self.dropout_ff, self.training)
+        return x_NTD + dropout(self.ff(self.norm_ff(x_NTD)), self.dropout_ff, self.training)
 
     def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
         """One step `[N, D]`, as in evaluation; moves the state on in place."""
@@ -188,7 +189,7 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         # Under torch.compile a branch on data isn't possible: cutting is right for any data.
         if is_init_NT is not None and not torch.compiler.is_compiling():
             is_init_NT = is_init_NT if is_init_NT[:, 1:].any() else None
-        x_NTD = F.dropout(self._embed(x_NTI), self.dropout_emb, self.training)
+        x_NTD = dropout(self._embed(x_NTI), self.dropout_emb, self.training)
         for block in self.blocks:
             x_NTD = block(x_NTD, is_init_NT)
         return self.norm(x_NTD)

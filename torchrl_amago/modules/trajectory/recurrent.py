@@ -87,7 +87,8 @@ class _RecurrentEncoder(TrajectoryEncoder):
             )
         for layer in range(self.rnn.num_layers):
             bias_in, bias_hidden = (
-                getattr(self.rnn, f"bias_{kind}_l{layer}").chunk(self.gates) for kind in ("ih", "hh")
+                getattr(self.rnn, f"bias_{kind}_l{layer}").chunk(self.gates)
+                for kind in ("ih", "hh")
             )
             keep = torch.empty_like(bias_in[1]).uniform_(1, longest_memory - 1).log()
             bias_in[1].copy_(keep)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from torchrl_amago.modules.dropout import dropout
 from torchrl_amago.modules.layers import (
     SigmaReparamLinear,
     make_activation,
@@ -92,14 +92,14 @@ class TransformerBlock(nn.Module):
     def forward(self, x: Tensor, attend: Attend, training: bool) -> Tensor:
         """Map `[..., D]` to the same shape; what `...` sees of each other is up to `attend`."""
         qkv = _project(self.qkv, self.norm_attention(x), training)
-        qkv = F.dropout(qkv, self.dropout_qkv, training)
+        qkv = dropout(qkv, self.dropout_qkv, training)
         seen = attend(*qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3))
         if self.head_scale is not None:
             seen = seen * self.head_scale
         x = x + self.norm_attention_out(_project(self.attention_out, seen.flatten(-2), training))
         hidden = self.activation(_project(self.ff_in, self.norm_ff(x), training))
         out = _project(self.ff_out, self.norm_ff_hidden(hidden), training)
-        return x + F.dropout(out, self.dropout_ff, training)
+        return x + dropout(out, self.dropout_ff, training)
 
 
 class TransformerEncoder(TrajectoryEncoder):
@@ -224,7 +224,7 @@ class TransformerEncoder(TrajectoryEncoder):
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        x_NTD = F.dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
+        x_NTD = dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
         if not self._holds_several_trials(is_init_NT):
             is_init_NT = None
         attend = partial(self._attend_window, positions_NT, is_init_NT)

@@ -1,0 +1,56 @@
+"""Dropout with cheap random numbers on CPUs, where torch's own takes longer than a matrix product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+_LEVELS = 1 << 16  # one 64-bit draw decides about four features
+
+
+def dropout(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero features with probability `p`, scale the others so that the mean stays.
+
+    As :func:`torch.nn.functional.dropout`, except that on CPUs `p` is rounded to 16 bits and the
+    random numbers are others. Under `torch.compile` they are those of eager mode.
+
+    Args:
+        x: any shape, floating point.
+        p: in [0, 1).
+        training: return `x` as it is if False.
+
+    Example:
+        >>> out = dropout(torch.ones(1000), 0.5, training=True)
+        >>> sorted(set(out.tolist()))
+        [0.0, 2.0]
+    """
+    if not training or p == 0.0:
+        return x
+    if x.device.type != "cpu":
+        return F.dropout(x, p)
+    make = _mask_op if torch.compiler.is_compiling() else _mask
+    return x * make(x.detach(), p)
+
+
+def _mask(like: Tensor, p: float) -> Tensor:
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+    dropped = round(p * _LEVELS)
+    keep = bits.view(torch.int16)[: like.numel()] >= dropped - _LEVELS // 2
+    scale = torch.tensor(_LEVELS / (_LEVELS - dropped), dtype=like.dtype)
+    return (keep * scale).view(like.shape)
+
+
+# Opaque to the compiler, whose own generator is slow on CPUs.
+_mask_op = torch.library.custom_op(
+    "torchrl_amago::dropout_mask",
+    _mask,
+    mutates_args=(),
+    schema="(Tensor like, float p) -> Tensor",
+    tags=(torch.Tag.nondeterministic_seeded,),
+)
+
+
+@_mask_op.register_fake
+def _(like: Tensor, p: float) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
