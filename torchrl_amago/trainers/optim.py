@@ -9,8 +9,9 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 # Last parts of parameter names that are shifts or scales, whatever their number of dimensions
-# (the biases of an ensemble are [C, out], the scales of attention heads [H, 1, 1]).
-_SHIFTS_AND_SCALES = ("bias", "gain", "gamma", "scale")
+# (the biases of an ensemble are [C, out], the scales of attention heads [H, 1, 1], Mamba's log decays
+# [channels, states]).
+_SHIFTS_AND_SCALES = ("bias", "gain", "gamma", "scale", "a_log")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:

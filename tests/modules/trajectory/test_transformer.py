@@ -125,6 +125,8 @@ def test_learned_positions_end_somewhere():
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 9}, "window must be at most context_length, got window=9, context_length=8"),
+        ({"num_sinks": 1}, "num_sinks must be at least 0, and 0 without a window"),
         ({"positions": "sin"}, "positions must be one of .* got 'sin'"),
         ({"positions": "learned"}, "max_positions goes with positions='learned'"),
         ({"max_positions": 4}, "max_positions goes with positions='learned'"),
