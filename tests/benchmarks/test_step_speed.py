@@ -35,15 +35,19 @@ def test_policy_step_with_a_full_context(benchmark, rows, size):
 
 
 @pytest.mark.parametrize("rows", [64, 512])
-def test_collection_loop(benchmark, rows, tmp_path):
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_collection_loop(benchmark, rows, compiled, tmp_path):
     """Policy, exploration, transforms, lake, trial assembly and writing to the replay buffer."""
     env = make_trial_env(MetaFrozenLake(batch_size=(rows,), seed=0), episodes=5)
     policy = make_policy(env, context_length=45, exploration={}, **SMALL)
+    if compiled:
+        policy.compile(options={"cpp_wrapper": True})
     buffer = make_trial_buffer(rows * 45 * 8, slice_len=45, batch_size=32, scratch_dir=tmp_path)
     collector = Collector(
         env, policy, frames_per_batch=rows * 45, trajs_per_batch=1, replay_buffer=buffer
     )
     batches = iter(collector)
-    benchmark.pedantic(lambda: next(batches), rounds=6, warmup_rounds=2)
+    benchmark.pedantic(lambda: next(batches), rounds=8, warmup_rounds=3)
     benchmark.extra_info["env_steps_per_second"] = round(rows * 45 / benchmark.stats.stats.median)
     collector.shutdown()
