@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from tensordict import assert_close
-from tensordict.nn import TensorDictSequential
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch._dynamo.testing import CompileCounterWithBackend
 from torchrl.data import Bounded, Composite
 from torchrl.envs import TransformedEnv
@@ -176,3 +176,33 @@ def test_compiled_policy_acts_the_same_and_copies():
         torch.manual_seed(0)
         assert copied(env.reset())["action"].shape == (4,)
         assert copied._logits == copied._compute_logits
+
+
+def test_encoders_with_a_forward_of_their_own_are_called():
+    class Loud(TransformerEncoder):
+        def forward(self, tensordict):
+            out = super().forward(tensordict)
+            return out.set("state", torch.full_like(out["state"], 7.0))
+
+    env = make_env()
+    policy = make_policy(env, seq_model=Loud, **SMALL).reset_out_keys()
+    seen = []
+    policy.encoder.module[0].register_forward_hook(lambda *args: seen.append(1))
+    policy.module[1].register_forward_hook(lambda m, args, out: seen.append(out["state"].mean()))
+    policy(env.reset())
+    assert seen == [1, 7.0]
+
+
+def test_refuses_what_it_would_ignore():
+    env = make_env()
+    encoder = MLPTimestepEncoder({"observation": (2,)}, output_size=16)
+    options = {key: value for key, value in SMALL.items() if key != "timestep_options"}
+    for ignored in ({"timestep_options": {"hidden_size": 3}}, {"obs_keys": ["observation"]}):
+        with pytest.raises(ValueError, match="go with a timestep encoder that make_policy builds"):
+            make_policy(env, timestep_encoder=encoder, **options, **ignored)
+    module = TensorDictModule(torch.nn.Linear(2, 16), ["observation"], ["timestep"])
+    with pytest.raises(TypeError, match="module of type TensorDictModule has no output_size"):
+        make_policy(env, timestep_encoder=module, **options)
+    for discounts in ((), (0.9, 1.5)):
+        with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \[0, 1\)"):
+            make_policy(env, discounts=discounts, **SMALL)

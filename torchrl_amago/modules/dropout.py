@@ -33,11 +33,30 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     return x * make(x.detach(), p)
 
 
+def check_dropout(**probabilities: float) -> None:
+    """Refuse what isn't a probability below 1.
+
+    Args:
+        probabilities: dropout rates by the name of their argument.
+
+    Raises:
+        ValueError: if one is out of range.
+    """
+    for name, p in probabilities.items():
+        if not 0.0 <= p < 1.0:
+            raise ValueError(
+                f"{name} must be in [0, 1), got {p}. It is the probability of zeroing a feature; use 0 "
+                "for none."
+            )
+
+
 def _mask(like: Tensor, p: float) -> Tensor:
-    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
-    dropped = round(p * _LEVELS)
+    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(
+        -(2**63), None
+    )
+    dropped = min(round(p * _LEVELS), _LEVELS - 1)
     keep = bits.view(torch.int16)[: like.numel()] >= dropped - _LEVELS // 2
-    scale = torch.tensor(_LEVELS / (_LEVELS - dropped), dtype=like.dtype)
+    scale = torch.tensor(_LEVELS / (_LEVELS - dropped), dtype=like.dtype, device=like.device)
     return (keep * scale).view(like.shape)
 
 

@@ -119,6 +119,7 @@ class Policy(TensorDictSequential):
         if exploration is not None:
             parts.append(exploration)
             out_keys += [key for key in exploration.out_keys if key not in out_keys]
+        _check_discounts(discounts)
         super().__init__(*parts, selected_out_keys=out_keys)
         self.discounts = tuple(discounts)
         self._acting_keys = list(self.out_keys)
@@ -153,6 +154,9 @@ class Policy(TensorDictSequential):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the networks' part of a step with :func:`torch.compile`, in place.
 
+        Copies run eagerly until they are compiled themselves. Sequences aren't touched: see
+        :meth:`TrajectoryEncoder.compile`.
+
         Args:
             args: of `torch.compile`, likewise `kwargs`. On CPUs `options={"cpp_wrapper": True}` gives
                 the fastest steps, after a longer compilation.
@@ -162,8 +166,8 @@ class Policy(TensorDictSequential):
     def _can_act_at_once(self) -> bool:
         timestep, trajectory = self.encoder.module
         return (
-            isinstance(timestep, TimestepEncoder)
-            and isinstance(trajectory, TrajectoryEncoder)
+            _keeps_forward(timestep, TimestepEncoder)
+            and _keeps_forward(trajectory, TrajectoryEncoder)
             and isinstance(self.actor.module, Actor)
             and self.out_keys == self._acting_keys
         )
@@ -184,7 +188,7 @@ class Policy(TensorDictSequential):
     def _compute_logits(self, inputs: list[Tensor], positions_N: Tensor, memory: Memory) -> Tensor:
         timestep, trajectory = self.encoder.module
         x = timestep.encode(inputs, None)
-        state_ND = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory)
+        state_ND = trajectory._step(x.reshape(-1, x.shape[-1]), positions_N, memory)
         logits_NP = self.actor.module(state_ND)[:, self.module[2].index]
         return logits_NP.reshape(*x.shape[:-1], -1)
 
@@ -265,8 +269,11 @@ def make_policy(
         >>> policy(env.reset())["action"].shape
         torch.Size([2])
     """
+    _check_discounts(discounts)
     num_actions, one_hot = discrete_actions(env)
-    if not isinstance(timestep_encoder, TensorDictModuleBase):
+    if isinstance(timestep_encoder, TensorDictModuleBase):
+        _check_own_encoder(timestep_encoder, timestep_options, obs_keys)
+    else:
         timestep_encoder = make_timestep_encoder(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
@@ -291,6 +298,43 @@ def make_policy(
         explore = BilevelEpsilonGreedy(num_actions, one_hot=one_hot, **options)
     policy = Policy(timestep_encoder, trajectory_encoder, actor, sampler, explore, discounts)
     return policy if env.device is None else policy.to(env.device)
+
+
+def _check_discounts(discounts: Sequence[float]) -> None:
+    if not discounts or not all(0.0 <= discount < 1.0 for discount in discounts):
+        raise ValueError(
+            f"discounts must be one or more numbers in [0, 1), got {tuple(discounts)}. The last one is "
+            "acted with."
+        )
+
+
+def _check_own_encoder(
+    encoder: TensorDictModuleBase,
+    options: dict[str, Any] | None,
+    obs_keys: Sequence[NestedKey] | None,
+) -> None:
+    if options or obs_keys is not None:
+        raise ValueError(
+            "timestep_options and obs_keys go with a timestep encoder that make_policy builds, got "
+            f"timestep_options={options}, obs_keys={obs_keys} and a finished module. Give them to the "
+            "module's constructor."
+        )
+    if not hasattr(encoder, "output_size"):
+        raise TypeError(
+            "a timestep encoder must say the size of what it writes, but the module of type "
+            f"{type(encoder).__name__} has no output_size. Subclass TimestepEncoder, or set the "
+            "attribute."
+        )
+
+
+def _keeps_forward(module: TensorDictModuleBase, base: type[TensorDictModuleBase]) -> bool:
+    """Whether calling the module does nothing but what its base class says."""
+    return (
+        isinstance(module, base)
+        and type(module).forward is base.forward
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
 
 
 def make_critic(policy: Policy, env: EnvBase, **options: Any) -> TensorDictModule:

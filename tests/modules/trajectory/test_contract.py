@@ -183,6 +183,30 @@ def test_nan_in_padding_has_no_effect(name):
 
 
 @every_encoder
+@torch.no_grad()
+def test_padding_on_the_left_has_no_effect(name):
+    """A slice that begins in mid-trial, behind padding."""
+    encoder = build(name).eval()
+    x, time_idx, is_init = random_trials(2, 12, reset_share=0.0)
+    time_idx, is_init = time_idx + 5, torch.zeros_like(is_init)
+    mask = (torch.arange(12) >= torch.tensor([[3], [0]])) & (torch.arange(12) < 10)
+    td = TensorDict(
+        timestep=x,
+        time_idx=time_idx,
+        is_init=is_init,
+        collector=TensorDict(mask=mask, batch_size=[2, 12]),
+        batch_size=[2, 12],
+    )
+    for without in ((), ("is_init",)):
+        with set_recurrent_mode(True):
+            states = encoder(td.exclude(*without).clone())["state"]
+        for row, first in ((0, 3), (1, 0)):
+            real = (z[row : row + 1, first:10] for z in (x, time_idx, is_init))
+            expected = sequence_states(encoder, *real)[0]
+            torch.testing.assert_close(states[row, first:10], expected, rtol=1e-5, atol=1e-5)
+
+
+@every_encoder
 def test_every_parameter_gets_a_gradient(name):
     encoder = build(name)
     x, time_idx, is_init = random_trials(3, 7)
@@ -222,12 +246,13 @@ def test_memory_of_a_rollout(name):
 @torch.no_grad()
 def test_compiles_once_however_long_contexts_grow(name):
     torch._dynamo.reset()
-    layers = {} if name in ("identity", "feedforward") else {"num_layers": 1}
-    encoder, plain = build(name, **layers).eval(), build(name, **layers).eval()
+    options = {} if name in ("identity", "feedforward") else {"num_layers": 1}
+    if name in ("transformer", "transformer, rotary"):
+        options |= {"context_length": 200, "window": 200}  # more than is read in one piece
+    encoder, plain = build(name, **options).eval(), build(name, **options).eval()
     counter = CompileCounterWithBackend("eager")
     encoder.compile(backend=counter)
-    # Longer than the block in which a ring is read.
-    trials = random_trials(3, 99 if "max_positions" in ENCODERS[name][1] else 150, reset_share=0.0)
+    trials = random_trials(3, 99 if "max_positions" in ENCODERS[name][1] else 220, reset_share=0.0)
 
     def encode_first(steps):
         x, time_idx, is_init = (z[:, :steps].clone() for z in trials)
@@ -240,8 +265,11 @@ def test_compiles_once_however_long_contexts_grow(name):
         warm = encode_first(steps)
     for steps in (17, 64, 99):
         assert encode_first(steps) == warm
-    states, _ = take_steps(encoder, *trials)
-    torch.testing.assert_close(states, sequence_states(plain, *trials), rtol=1e-5, atol=1e-5)
-    warm = counter.frame_count
-    take_steps(encoder, *trials)
-    assert counter.frame_count == warm
+    warm, stream, states = counter.frame_count + 2, None, []
+    for steps in (slice(0, 70), slice(70, None)):
+        part, stream = take_steps(encoder, *(z[:, steps] for z in trials), stream)
+        states.append(part)
+        # The first length that is read, and the second, which makes lengths dynamic.
+        assert counter.frame_count <= warm
+    expected = sequence_states(plain, *trials)
+    torch.testing.assert_close(torch.cat(states, 1), expected, rtol=1e-5, atol=1e-5)

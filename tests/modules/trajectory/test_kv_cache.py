@@ -63,6 +63,17 @@ def test_sinks_stay_when_the_ring_rolls_over():
         assert mean_seen(cache) == pytest.approx([sum(s) / len(s) for s in seen], rel=1e-5)
 
 
+def test_a_memory_lost_in_mid_trial_has_no_sinks():
+    cache = RingCache(1, 1, 2, 4, context_length=3, num_sinks=2)
+    for t in range(8, 20):
+        cache.advance()
+        cache.show(torch.tensor([t]))
+        value = torch.full((1, 2, 4), float(t))
+        cache.write(0, torch.zeros_like(value), value)
+        assert cache.length.tolist() == [min(t - 7, 3)]
+    assert mean_seen(cache) == pytest.approx([18.0])
+
+
 @pytest.mark.parametrize("rows", [[True, True], [False, True]])
 def test_cleared_rows_hold_no_nan(rows):
     cache = RingCache(1, 2, 2, 4, context_length=3)

@@ -26,7 +26,7 @@ from tests.modules.trajectory.helpers import (
     take_steps,
     whole_window,
 )
-from torchrl_amago.modules.trajectory import TransformerEncoder
+from torchrl_amago.modules.trajectory import IdentityEncoder, TransformerEncoder
 
 
 def rollout(env, policy, steps=17, **options):
@@ -126,6 +126,12 @@ def test_weight_update_in_mid_trial(mode):
     fresh = sequence_states(encoder, x[:, 3:], time_idx[:, 3:], is_init[:, 3:])
     equal = torch.allclose(states, fresh, rtol=1e-5, atol=1e-5)
     assert equal == (mode == "restart")
+
+
+def test_restart_without_parameters():
+    encoder = IdentityEncoder(4, on_weight_update="restart")
+    states, _ = take_steps(encoder, *random_trials(2, 3))
+    assert states.shape == (2, 3, 4)
 
 
 # --- rollouts ---

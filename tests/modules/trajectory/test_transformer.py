@@ -105,8 +105,8 @@ def test_dropouts(kind):
 
 def test_learned_positions_end_somewhere():
     td = sequences(steps=6)
-    assert encode(build(positions="learned", max_positions=6), td).shape == (3, 6, 16)
-    encoder = build(positions="learned", max_positions=5)
+    assert encode(build(positions="learned", max_positions=8), td).shape == (3, 6, 16)
+    encoder = build(positions="learned", max_positions=5, context_length=5)
     with pytest.raises(ValueError, match=r"end at max_positions=5, got time index 5.*'clip'"):
         encode(encoder, td)
     with pytest.raises(ValueError, match="end at max_positions=5"):
@@ -129,6 +129,13 @@ def test_learned_positions_end_somewhere():
         ({"num_sinks": 1}, "num_sinks must be at least 0, and 0 without a window"),
         ({"positions": "sin"}, "positions must be one of .* got 'sin'"),
         ({"positions": "learned"}, "max_positions goes with positions='learned'"),
+        (
+            {"positions": "learned", "max_positions": 7},
+            "learned positions end at max_positions=7, but a context has context_length=8",
+        ),
+        ({"dropout_ff": -0.5}, r"dropout_ff must be in \[0, 1\), got -0.5"),
+        ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
+        ({"d_model": 0}, "num_heads must divide d_model"),
         ({"max_positions": 4}, "max_positions goes with positions='learned'"),
         ({"positions": "rotary", "num_heads": 16}, "even number of features per head"),
         ({"beyond_positions": "wrap"}, "beyond_positions must be one of"),

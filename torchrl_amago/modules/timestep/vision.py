@@ -225,10 +225,14 @@ class ImageEmbedding(EntryEmbedding):
         channels, height, width = self.shape if channels_first else (self.shape[2], *self.shape[:2])
         if isinstance(trunk, str):
             trunk = _named_trunk(trunk, channels, activation, trunk_options or {})
+        elif trunk_options:
+            raise ValueError(
+                f"trunk_options go with a trunk's name, got {trunk_options} and a module. Give them to "
+                "the module's constructor."
+            )
         self._refuse_small(trunk, height, width)
         self.trunk = trunk
-        with torch.no_grad():
-            features = trunk(torch.zeros(1, channels, height, width)).flatten(1).shape[1]
+        features = _num_features(trunk, (channels, height, width))
         self.features = nn.Linear(features, output_size)
 
     def forward(self, value: Tensor) -> Tensor:
@@ -262,6 +266,16 @@ class ImageEmbedding(EntryEmbedding):
                 "that is wrong, enlarge the images, or choose a trunk for smaller ones: "
                 f"{', '.join(f'{name!r} from {size}' for name, size in _least_sizes())}."
             )
+
+
+def _num_features(trunk: nn.Module, shape: tuple[int, ...]) -> int:
+    like = next(trunk.parameters(), torch.zeros(()))
+    modes = [(module, module.training) for module in trunk.modules()]
+    with torch.no_grad():
+        features = trunk.eval()(like.new_zeros(1, *shape)).flatten(1).shape[1]
+    for module, mode in modes:
+        module.training = mode
+    return features
 
 
 def _named_trunk(name: str, channels: int, activation: str, options: dict[str, Any]) -> nn.Module:

@@ -12,6 +12,7 @@ import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
+from torch.nn import functional as F
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
@@ -94,6 +95,11 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 f"on_weight_update must be 'keep' or 'restart', got {on_weight_update!r}. "
                 "'keep' is AMAGO's choice."
             )
+        if context_length is not None and context_length < 1:
+            raise ValueError(
+                f"context_length must be at least 1, got {context_length}. A step always sees itself; "
+                "for an agent without memory use a feed-forward trajectory encoder."
+            )
         if max_streams < 1:
             raise ValueError(
                 f"max_streams must be at least 1, got {max_streams}. It is how many rollouts may be "
@@ -138,6 +144,9 @@ class TrajectoryEncoder(TensorDictModuleBase):
         """Make an empty memory for a rollout of `num_rows` environments."""
         raise NotImplementedError
 
+    def check_positions(self, positions: Tensor) -> None:
+        """Refuse positions that can't be encoded; called outside of compiled code."""
+
     # --- what it gets ---
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -181,6 +190,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
         """Compile :meth:`sequence` and :meth:`step` with :func:`torch.compile`, in place.
 
         Streams are looked up outside of compiled code, so contexts may grow without recompilation.
+        Copies run eagerly until they are compiled themselves.
 
         Args:
             args: of `torch.compile`, likewise `kwargs`.
@@ -205,6 +215,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 "Append torchrl's InitTracker to the environment."
             )
         is_init_N, positions_N = is_init.reshape(-1), positions.reshape(-1)
+        self.check_positions(positions_N)
         stream, memory = self._find_memory(tensordict, is_init_N, positions_N, like)
         memory.clear(is_init_N)
         memory.advance()
@@ -260,7 +271,11 @@ class TrajectoryEncoder(TensorDictModuleBase):
             mask = mask.reshape(*shape, 1)
             x = torch.where(mask, x, 0.0)
             positions = torch.where(mask, positions, 0)
-            is_init = None if is_init is None else is_init & mask
+            # What comes after padding on the left begins there, be it in mid-trial.
+            begins = mask & ~F.pad(mask, (0, 0, 1, 0), value=True)[..., :-1, :]
+            is_init = begins if is_init is None else (is_init & mask) | begins
+        if not torch.compiler.is_compiling():
+            self.check_positions(positions)
         x_NTI = x.reshape(-1, *x.shape[-2:])
         rows = x_NTI.shape[:2]
         if is_init is not None:
@@ -325,8 +340,10 @@ class TrajectoryEncoder(TensorDictModuleBase):
         # Version counters would miss writes through `.data` and from other processes. An update of
         # weights moves every vector (gains, biases) and every matrix's first row.
         parts = [p.detach().reshape(-1)[: p.shape[-1]] for p in self.parameters() if p.ndim]
-        fingerprint = torch.cat(parts)
-        if self._fingerprint is not None and not torch.equal(fingerprint, self._fingerprint):
+        if not parts:
+            return
+        fingerprint, before = torch.cat(parts), self._fingerprint
+        if before is not None and not torch.equal(fingerprint, before.to(fingerprint)):
             self._streams.clear_rows()
         self._fingerprint = fingerprint
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from torchrl_amago.modules.dropout import dropout
+from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.streams import Memory
@@ -86,6 +86,7 @@ class FeedForwardBlock(nn.Module):
         norm: str = "none",
     ) -> None:
         super().__init__()
+        check_dropout(dropout=dropout)
         self.dropout = dropout
         self.ff_in = nn.Linear(d_model, d_ff)
         self.norm_in = make_norm(norm, d_ff)

@@ -74,6 +74,7 @@ class RingCache(Memory):
             self.bias = make(rows, 1, self._num_slots).fill_(-math.inf)
             # A tensor, so that a compiled step is compiled once and not for every slot.
             self.newest_1 = torch.zeros(1, dtype=torch.int64, device=device)
+            self.has_sink_NS = torch.zeros(rows, num_sinks, dtype=torch.bool, device=device)
         self.device = self.bias.device
         self._written = num_sinks  # slots that hold anything
         self._slot = num_sinks - 1  # slot of the newest step
@@ -94,12 +95,14 @@ class RingCache(Memory):
                 keys[..., : self._written].zero_()
                 values[:, : self._written].zero_()
             self.bias.fill_(-math.inf)
+            self.has_sink_NS.zero_()
             self._written, self._slot = self.num_sinks, self.num_sinks - 1
             return
         rows_N = rows_B.repeat_interleave(len(self.bias) // self.batch_size).nonzero().squeeze(1)
         for stored in (*self.keys, *self.values):
             stored.index_fill_(0, rows_N, 0.0)
         self.bias.index_fill_(0, rows_N, -math.inf)
+        self.has_sink_NS.index_fill_(0, rows_N, False)
 
     def advance(self) -> None:
         """Move to the next slot, which all rows see from now on, and hide the one that is too old."""
@@ -126,13 +129,15 @@ class RingCache(Memory):
         heads = len(self.bias) // self.batch_size
         position_N1 = positions_B.repeat_interleave(heads).unsqueeze(1)
         sink_S = torch.arange(self.num_sinks, device=self.device)
+        self._is_sink_NS = position_N1 == sink_S
+        # A memory that was lost in mid-trial has no sinks.
+        self.has_sink_NS.logical_or_(self._is_sink_NS)
         # A sink is seen in the ring until it leaves, and from then on in its own slot.
-        beyond_NS = position_N1 - sink_S >= self.context_length
+        beyond_NS = (position_N1 - sink_S >= self.context_length) & self.has_sink_NS
         bias_NS = torch.where(beyond_NS, self.sink_bias, -math.inf)
         self.bias[:, 0, : self.num_sinks] = bias_NS
         newest_N11 = torch.where(position_N1 < self.num_sinks, self.sink_bias, 0.0).unsqueeze(1)
         self.bias.index_copy_(2, self.newest_1, newest_N11.to(self.bias.dtype))
-        self._is_sink_NS = position_N1 == sink_S
 
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_amago.modules.dropout import dropout
+from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import MLP, RMSNorm, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.gated_scan import (
@@ -175,6 +175,7 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         d_ff = 4 * d_model if d_ff is None else d_ff
         _check_sizes(d_model, num_heads, d_ff, num_layers)
         super().__init__(input_size, d_model, **options)
+        check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb
         self.embed = nn.Linear(input_size, d_model)
         self.blocks = nn.ModuleList(

@@ -145,19 +145,20 @@ def _recurrence_backward(
     if is_init_TN is not None:
         goes_on_TN1 = ~is_init_TN.unsqueeze(-1)
     before_TNH = _shift(out_TNH, goes_on_TN1)
-    gates_in = F.linear(x_TNI, w_in, weights[2])
-    gates_hidden = F.linear(before_TNH, w_hidden, weights[3])
     backward = _gru_backward if kind == "gru" else _lstm_backward
-    grad_in, grad_hidden = backward(
-        grad_TNH, before_TNH, gates_in, gates_hidden, goes_on_TN1, w_hidden
-    )
-    return [
-        grad_in @ w_in,
-        grad_in.flatten(0, 1).t() @ x_TNI.flatten(0, 1),
-        grad_hidden.flatten(0, 1).t() @ before_TNH.flatten(0, 1),
-        grad_in.sum((0, 1)),
-        grad_hidden.sum((0, 1)),
-    ]
+    with torch.autocast(x_TNI.device.type, enabled=False):
+        gates_in = F.linear(x_TNI, w_in, weights[2])
+        gates_hidden = F.linear(before_TNH, w_hidden, weights[3])
+        grad_in, grad_hidden = backward(
+            grad_TNH, before_TNH, gates_in, gates_hidden, goes_on_TN1, w_hidden
+        )
+        return [
+            grad_in @ w_in,
+            grad_in.flatten(0, 1).t() @ x_TNI.flatten(0, 1),
+            grad_hidden.flatten(0, 1).t() @ before_TNH.flatten(0, 1),
+            grad_in.sum((0, 1)),
+            grad_hidden.sum((0, 1)),
+        ]
 
 
 @_recurrence_backward.register_fake

@@ -61,9 +61,11 @@ class _RecurrentEncoder(TrajectoryEncoder):
         return self.out_norm(self.out(x)).transpose(0, 1)
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
-        x = x_NI
+        x = x_NI.to(self.rnn.weight_ih_l0.dtype)
         for stored, weights in zip(memory.layers, self.rnn.all_weights, strict=True):
-            new = self._cell(x, [h_NH.to(weights[0].dtype) for h_NH in stored], *weights)
+            state = [h_NH.to(weights[0].dtype) for h_NH in stored]
+            with torch.autocast(x.device.type, enabled=False):  # it would round the state
+                new = self._cell(x, state, *weights)
             for h_NH, new_NH in zip(stored, new, strict=True):
                 h_NH.copy_(new_NH)
             x = new[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import abc
 import itertools
+import os
 import secrets
 from collections import OrderedDict
 
@@ -19,6 +20,15 @@ from torch.utils._pytree import tree_leaves
 # One counter per process, from a random start: a tensordict that outlives its process, or comes from
 # another one, then meets no memory rather than a stranger's.
 _next_stream = itertools.count(1 + secrets.randbits(48))
+
+
+def _start_elsewhere() -> None:
+    global _next_stream
+    _next_stream = itertools.count(1 + secrets.randbits(48))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_elsewhere)
 
 
 class Memory(abc.ABC):

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from torchrl_amago.modules.dropout import dropout
+from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import (
     SigmaReparamLinear,
     make_activation,
@@ -188,8 +188,25 @@ class TransformerEncoder(TrajectoryEncoder):
         segments: Literal["auto", "never"] = "auto",
         **options: Any,
     ) -> None:
-        _check_sizes(context_length, d_model, num_heads, num_layers, window)
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        _check_sizes(context_length, d_model, d_ff, num_heads, num_layers, window)
         _check_names(positions, max_positions, beyond_positions, segments)
+        if (
+            positions == "learned"
+            and beyond_positions == "raise"
+            and max_positions < context_length
+        ):
+            raise ValueError(
+                f"learned positions end at max_positions={max_positions}, but a context has "
+                f"context_length={context_length} steps. Make max_positions the longest trial's length, "
+                "or choose beyond_positions='clip', positions='fixed' or positions='rotary'."
+            )
+        check_dropout(
+            dropout_ff=dropout_ff,
+            dropout_emb=dropout_emb,
+            dropout_attn=dropout_attn,
+            dropout_qkv=dropout_qkv,
+        )
         if positions == "rotary" and d_model // num_heads % 2:
             raise ValueError(
                 f"positions='rotary' needs an even number of features per head, got d_model={d_model} "
@@ -210,7 +227,7 @@ class TransformerEncoder(TrajectoryEncoder):
             TransformerBlock(
                 d_model,
                 num_heads,
-                4 * d_model if d_ff is None else d_ff,
+                d_ff,
                 dropout_ff=dropout_ff,
                 dropout_qkv=dropout_qkv,
                 activation=activation,
@@ -259,20 +276,21 @@ class TransformerEncoder(TrajectoryEncoder):
         if self.positions == "fixed":
             return x + sinusoidal_positions(positions, self.output_size).to(x.dtype)
         if self.positions == "learned":
-            return x + self.position_table(self._in_table(positions))
+            # Positions past the table are refused by check_positions, unless they are to be clipped.
+            last = self.position_table.num_embeddings - 1
+            return x + self.position_table(positions.clamp(max=last))
         return x
 
-    def _in_table(self, positions: Tensor) -> Tensor:
+    def check_positions(self, positions: Tensor) -> None:
+        if self.positions != "learned" or self.beyond_positions == "clip":
+            return
         size = self.position_table.num_embeddings
-        if self.beyond_positions == "clip":
-            return positions.clamp(max=size - 1)
-        if not torch.compiler.is_compiling() and positions.numel() and positions.max() >= size:
+        if positions.numel() and positions.max() >= size:
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length, or choose "
                 "beyond_positions='clip', positions='fixed' or positions='rotary'."
             )
-        return positions
 
     def _holds_several_trials(self, is_init_NT: Tensor | None) -> bool:
         if is_init_NT is None or self.segments == "never":
@@ -311,9 +329,14 @@ class TransformerEncoder(TrajectoryEncoder):
 
 
 def _check_sizes(
-    context_length: int, d_model: int, num_heads: int, num_layers: int, window: int | None
+    context_length: int,
+    d_model: int,
+    d_ff: int,
+    num_heads: int,
+    num_layers: int,
+    window: int | None,
 ) -> None:
-    if d_model % 2 or num_heads < 1 or d_model % num_heads:
+    if d_model < 2 or d_model % 2 or num_heads < 1 or d_model % num_heads:
         raise ValueError(
             f"num_heads must divide d_model, which must be even; got num_heads={num_heads}, "
             f"d_model={d_model}. Choose for example d_model={32 * max(num_heads, 1)}."
@@ -321,6 +344,7 @@ def _check_sizes(
     for name, value in (
         ("context_length", context_length),
         ("num_layers", num_layers),
+        ("d_ff", d_ff),
     ):
         if value < 1:
             raise ValueError(
