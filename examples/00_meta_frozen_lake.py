@@ -3,7 +3,7 @@
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
     python examples/00_meta_frozen_lake.py --debug          # under a minute, to see that all runs
     python examples/00_meta_frozen_lake.py --resume         # go on after Ctrl-C
-    python examples/00_meta_frozen_lake.py --size 5 --episodes 10 --anneal-frames 1500000 --total-updates 10000
+    python examples/00_meta_frozen_lake.py --run-dir runs/gru --seq-model gru
 
 The agent isn't told where the holes are. A trial is five attempts at the same lake; what happened in
 the earlier ones is all it has to go by. Results land in the run's folder: `progress.csv`,
@@ -12,8 +12,8 @@ the earlier ones is all it has to go by. Results land in the run's folder: `prog
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ import tyro
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
+    SEQ_MODELS,
     MetaFrozenLake,
     TrialResults,
     bayes_optimal_success,
@@ -37,7 +38,7 @@ from torchrl_amago import (
     rollout_pictures,
 )
 
-HELD_OUT_SEED = 10_000_019  # far from any training seed
+HELD_OUT_SEED = 10_000_019  # of evaluation; training draws its own
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Args:
     hold_out_layouts: bool = False
     """Keep a quarter of all layouts out of training, and evaluate on those alone."""
 
-    seq_model: Literal["transformer"] = "transformer"
+    seq_model: Literal[tuple(SEQ_MODELS)] = "transformer"
     """What remembers: the trajectory encoder."""
     d_model: int = 64
     """Width of the sequence model."""
@@ -108,8 +109,26 @@ class Args:
     """CPU threads."""
 
 
-DEBUG = dict(total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32, hidden_size=32,
+DEBUG = dict(debug=True, run_dir=Path("runs/meta_frozen_lake_debug"), total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32, hidden_size=32,
              num_layers=1, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
+
+
+TASK = (
+    "size",
+    "episodes",
+    "hard_mode",
+    "recover_mode",
+    "slip_chance",
+    "show_progress",
+    "hold_out_layouts",
+)
+
+
+def seq_model_options(args: Args) -> dict:
+    options = dict(d_model=args.d_model, num_layers=args.num_layers)
+    if args.seq_model in ("transformer", "linear_attention"):
+        options["num_heads"] = 4
+    return {} if args.seq_model == "identity" else options
 
 
 def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -> EnvBase:
@@ -134,7 +153,7 @@ def train(args: Args) -> str:
         env,
         context_length=horizon,
         seq_model=args.seq_model,
-        seq_model_options=dict(d_model=args.d_model, num_layers=args.num_layers, num_heads=4),
+        seq_model_options=seq_model_options(args),
         timestep_options=dict(hidden_size=args.hidden_size, output_size=args.d_model),
         actor_options=dict(hidden_size=args.hidden_size),
         exploration=dict(anneal_frames=args.anneal_frames),
@@ -160,13 +179,14 @@ def train(args: Args) -> str:
         critic_options=dict(hidden_size=args.hidden_size),
         warmup_updates=args.warmup_updates,
         final_lr_share=0.1,
-        evaluator=lambda: evaluate_held_out(args.eval_trials // 4),
+        evaluator=lambda: evaluate_held_out(max(1, args.eval_trials // 4)),
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,
         run_dir=args.run_dir,
         loggers=args.logger,
         seed=args.seed,
-        resume_command=" ".join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
+        task={name: getattr(args, name) for name in TASK},
+        resume_command=shlex.join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
     )
     if args.resume:
         trainer.resume()
@@ -199,9 +219,7 @@ def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    if args.debug:
-        args = dataclasses.replace(args, **DEBUG)
+    args = tyro.cli(Args, default=Args(**DEBUG) if "--debug" in sys.argv else Args())
     sys.exit(0 if train(args) == "finished" else 130)
 
 

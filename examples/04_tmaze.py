@@ -1,11 +1,11 @@
 """Train an agent that remembers one bit for as long as a corridor is: the Passive T-Maze.
 
-    python examples/04_tmaze.py                              # a corridor of 50 steps, on two CPU cores
-    python examples/04_tmaze.py --corridor 100 --seq-model gru
-    python examples/04_tmaze.py --seq-model feedforward      # without memory: success stays at 1/2
-    python examples/04_tmaze.py --seq-model feedforward --oracle   # the goal is always shown
-    python examples/04_tmaze.py --debug                      # under a minute, to see that all runs
-    python examples/04_tmaze.py --resume                     # go on after Ctrl-C
+    python examples/04_tmaze.py             # a corridor of 50 steps, on two CPU cores
+    python examples/04_tmaze.py --debug     # under a minute, to see that all runs
+    python examples/04_tmaze.py --resume    # go on after Ctrl-C
+    python examples/04_tmaze.py --run-dir runs/gru_100 --corridor 100 --seq-model gru
+    python examples/04_tmaze.py --run-dir runs/no_memory --seq-model feedforward    # stays at 1/2
+    python examples/04_tmaze.py --run-dir runs/oracle --seq-model feedforward --oracle
 
 The right arm at the corridor's end is shown at the first step only. Results land in the run's folder:
 `progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz` and checkpoints.
@@ -13,8 +13,8 @@ The right arm at the corridor's end is shown at the first step only. Results lan
 
 from __future__ import annotations
 
-import dataclasses
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ import tyro
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
+    SEQ_MODELS,
     TMaze,
     TrialResults,
     evaluate,
@@ -37,7 +38,7 @@ from torchrl_amago import (
     rollout_pictures,
 )
 
-HELD_OUT_SEED = 10_000_019  # far from any training seed
+HELD_OUT_SEED = 10_000_019  # of evaluation; training draws its own
 
 
 @dataclass
@@ -60,17 +61,16 @@ class Args:
     ambiguous_position: bool = True
     """Hide how far the agent has come: the corridor's cells look alike."""
     penalty: float | None = None
-    """Cost of a step that doesn't go ahead; 1 / (episode - 1) by default."""
+    """Cost of a step that `penalize` names; 1 / (episode - 1) by default."""
     penalize: Literal["behind", "dawdling"] = "dawdling"
-    """Which steps cost: all after the first wrong one (the paper's rule), or the wrong ones."""
+    """Which steps cost: those at which the agent is behind the clock (the paper's rule), or those that
+    don't go ahead."""
     show_time: bool = False
     """Observe the time step."""
     oracle: bool = False
     """Show the goal at every step, so that no memory is needed."""
 
-    seq_model: Literal[
-        "transformer", "gru", "lstm", "mamba", "linear_attention", "feedforward", "identity"
-    ] = "transformer"
+    seq_model: Literal[tuple(SEQ_MODELS)] = "transformer"
     """What remembers: the trajectory encoder."""
     d_model: int = 64
     """Width of the sequence model."""
@@ -99,7 +99,7 @@ class Args:
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
 
     eval_interval: int = 250
-    """Updates between evaluations on held-out seeds, greedy, without exploration."""
+    """Updates between evaluations, greedy, without exploration."""
     eval_trials: int = 512
     """Trials in the last evaluation; a quarter of it in those before."""
     checkpoint_interval: int = 500
@@ -110,8 +110,19 @@ class Args:
     """CPU threads."""
 
 
-DEBUG = dict(corridor=10, total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32,
+DEBUG = dict(debug=True, run_dir=Path("runs/tmaze_debug"), corridor=10, total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32,
              hidden_size=32, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
+
+
+TASK = (
+    "corridor",
+    "episode",
+    "ambiguous_position",
+    "penalty",
+    "penalize",
+    "show_time",
+    "oracle",
+)
 
 
 def seq_model_options(args: Args, trial_length: int) -> dict:
@@ -179,12 +190,13 @@ def train(args: Args) -> str:
         critic_options=dict(hidden_size=args.hidden_size),
         warmup_updates=args.warmup_updates,
         final_lr_share=0.1,
-        evaluator=lambda: evaluate_held_out(args.eval_trials // 4),
+        evaluator=lambda: evaluate_held_out(max(1, args.eval_trials // 4)),
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,
         loggers=args.logger,
         seed=args.seed,
-        resume_command=" ".join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
+        task={name: getattr(args, name) for name in TASK},
+        resume_command=shlex.join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
     )
     if args.resume:
         trainer.resume()
@@ -228,9 +240,7 @@ def draw_pictures(args: Args, frames: list) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    if args.debug:
-        args = dataclasses.replace(args, **DEBUG)
+    args = tyro.cli(Args, default=Args(**DEBUG) if "--debug" in sys.argv else Args())
     sys.exit(0 if train(args) == "finished" else 130)
 
 

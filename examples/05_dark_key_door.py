@@ -1,11 +1,11 @@
 """Train an agent that finds an invisible key and door, and then finds them again and again.
 
-    python examples/05_dark_key_door.py                              # on two CPU cores
-    python examples/05_dark_key_door.py --seq-model feedforward      # without memory, for comparison
-    python examples/05_dark_key_door.py --randomize-actions          # what actions do is unknown, too
-    python examples/05_dark_key_door.py --no-dark                    # all is shown: memory isn't needed
-    python examples/05_dark_key_door.py --debug                      # under a minute, to see that all runs
-    python examples/05_dark_key_door.py --resume                     # go on after Ctrl-C
+    python examples/05_dark_key_door.py                    # on two CPU cores
+    python examples/05_dark_key_door.py --seq-model feedforward --run-dir runs/no_memory   # for comparison
+    python examples/05_dark_key_door.py --randomize-actions --run-dir runs/shuffled        # actions unknown, too
+    python examples/05_dark_key_door.py --no-dark --run-dir runs/light                     # all is shown
+    python examples/05_dark_key_door.py --debug            # under a minute, to see that all runs
+    python examples/05_dark_key_door.py --resume           # go on after Ctrl-C
 
 A trial is 100 steps in the same room; each time the agent comes to the key and then to the door (a
 reward of 1 each), or 20 steps have passed, it starts again. Results land in the run's folder:
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ import tyro
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
+    SEQ_MODELS,
     DarkKeyDoor,
     TrialResults,
     evaluate,
@@ -39,7 +41,7 @@ from torchrl_amago import (
     rollout_pictures,
 )
 
-HELD_OUT_SEED = 10_000_019  # far from any training seed
+HELD_OUT_SEED = 10_000_019  # of evaluation; training draws its own
 THROUGH_DOOR = 1.0  # an attempt succeeds if its return is larger: key and door
 
 
@@ -69,9 +71,7 @@ class Args:
     show_progress: bool = True
     """Show the agent how much of the trial is used up."""
 
-    seq_model: Literal[
-        "transformer", "gru", "lstm", "mamba", "linear_attention", "feedforward", "identity"
-    ] = "transformer"
+    seq_model: Literal[tuple(SEQ_MODELS)] = "transformer"
     """What remembers: the trajectory encoder."""
     d_model: int = 64
     """Width of the sequence model."""
@@ -100,7 +100,7 @@ class Args:
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
 
     eval_interval: int = 250
-    """Updates between evaluations on held-out seeds, greedy, without exploration."""
+    """Updates between evaluations on rooms of another seed, greedy, without exploration."""
     eval_trials: int = 512
     """Trials in the last evaluation; a quarter of it in those before."""
     checkpoint_interval: int = 500
@@ -111,8 +111,11 @@ class Args:
     """CPU threads."""
 
 
-DEBUG = dict(total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32,
+DEBUG = dict(debug=True, run_dir=Path("runs/dark_key_door_debug"), total_updates=40, updates_per_round=10, num_envs=16, batch_size=8, d_model=32,
              hidden_size=32, eval_interval=20, eval_trials=64, checkpoint_interval=20)  # fmt: skip
+
+
+TASK = ("size", "attempt_steps", "horizon", "dark", "randomize_actions", "show_progress")
 
 
 def seq_model_options(args: Args) -> dict:
@@ -173,30 +176,45 @@ def train(args: Args) -> str:
         critic_options=dict(hidden_size=args.hidden_size),
         warmup_updates=args.warmup_updates,
         final_lr_share=0.1,
-        evaluator=lambda: evaluate_held_out(args.eval_trials // 4),
+        evaluator=lambda: evaluate_held_out(max(1, args.eval_trials // 4)),
         eval_interval=args.eval_interval,
         checkpoint_interval=args.checkpoint_interval,
         loggers=args.logger,
         success_threshold=THROUGH_DOOR,
         seed=args.seed,
-        resume_command=" ".join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
+        task={name: getattr(args, name) for name in TASK},
+        resume_command=shlex.join([sys.executable, *sys.argv] + ["--resume"] * (not args.resume)),
     )
     if args.resume:
         trainer.resume()
     outcome = trainer.train()
     if outcome == "finished":
         results = evaluate_held_out(args.eval_trials)
-        summary = ", ".join(f"{name} {value:.3f}" for name, value in results.summary().items())
-        print(f"Greedy, on {len(results)} held-out trials: {summary}")
+        # Success at the last attempt says nothing here: the horizon cuts quick agents' last ones.
+        summary = results.summary()
+        print(
+            f"Greedy, on {len(results)} fresh trials: return per trial {summary['trial_return']:.3f}, "
+            f"success at the first attempt {summary['success_first']:.3f}"
+        )
         results.save(args.run_dir / "evaluation.npz")
         draw_pictures(args, results, rollout_pictures(policy, eval_env, seed=HELD_OUT_SEED + 1))
     return outcome
 
 
 def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
-    plot_learning_curve(args.run_dir / "progress.csv", args.run_dir / "learning_curve.png")
+    plot_learning_curve(
+        args.run_dir / "progress.csv",
+        args.run_dir / "learning_curve.png",
+        panels={
+            "return per trial": {
+                "train/trial_return": "training",
+                "eval/trial_return": "evaluation",
+            },
+        },
+        title=f"{args.size}x{args.size} rooms, {args.seq_model}",
+    )
     # Only quick agents begin further attempts, so means over those would be means over them.
-    common = args.horizon // args.attempt_steps
+    common = max(1, args.horizon // args.attempt_steps)
     results = dataclasses.replace(
         results,
         attempt_return=results.attempt_return[:, :common],
@@ -213,9 +231,7 @@ def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    if args.debug:
-        args = dataclasses.replace(args, **DEBUG)
+    args = tyro.cli(Args, default=Args(**DEBUG) if "--debug" in sys.argv else Args())
     sys.exit(0 if train(args) == "finished" else 130)
 
 

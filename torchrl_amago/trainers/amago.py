@@ -92,6 +92,8 @@ class AMAGOTrainer(Trainer):
         progress_bar: False to hide it; without a terminal it never shows.
         success_threshold: an attempt succeeds if its return is larger.
         seed: seeds torch, numpy, python and the environment when a new run starts.
+        task: what the environment was made with, by name. Part of a checkpoint's architecture: a run
+            of another task can't resume from it.
         resume_command: what to tell the user to run after an interruption.
 
     Raises:
@@ -150,6 +152,7 @@ class AMAGOTrainer(Trainer):
         progress_bar: bool = True,
         success_threshold: float = 0.0,
         seed: int | None = None,
+        task: Mapping[str, object] | None = None,
         resume_command: str = "trainer.resume(); trainer.train()",
     ) -> None:
         _check_collector(collector, replay_buffer)
@@ -177,6 +180,7 @@ class AMAGOTrainer(Trainer):
             log_interval=log_interval,
         )
         self.seed, self.resume_command = seed, resume_command
+        self.task = dict(task or {})
         self.total_updates, self.min_trials = total_updates, min_trials
         self.exploration, self.evaluator = exploration, evaluator
         self.eval_interval, self.checkpoint_interval = eval_interval, checkpoint_interval

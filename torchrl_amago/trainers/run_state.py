@@ -41,7 +41,8 @@ def architecture(trainer: AMAGOTrainer) -> dict[str, str]:
     modules = {"loss": trainer.loss_module}
     if trainer.exploration is not None:
         modules["exploration"] = trainer.exploration
-    return describe_architecture(modules, trainer.optimizer)
+    task = {f"task.{name}": str(value) for name, value in trainer.task.items()}
+    return describe_architecture(modules, trainer.optimizer) | task
 
 
 def capture(trainer: AMAGOTrainer, env_seed: int, collector: dict[str, Any]) -> dict[str, Any]:

@@ -24,21 +24,24 @@ class DarkKeyDoor(BatchedTask):
     the attempt; without the key the door does nothing. A task is where key, door and start are:
     uniform and independent of each other, so that they may share a cell. (Where key and door do, the
     door takes another step.) All three stay from attempt to attempt, as in `AMAGO
-    <https://arxiv.org/abs/2310.09971>`_'s code base, whose time per attempt isn't observed here.
+    <https://arxiv.org/abs/2310.09971>`_'s code base. Unlike there, the dark room shows neither the
+    time nor whether the agent has the key, and beginning an attempt costs no step: returns of the
+    two aren't comparable.
 
     Keys:
         - ``observation``: dark, float32 ``[*B, 2]``: the agent's coordinates divided by ``size``.
           Light, ``[*B, 7]``: besides, whether it has the key (0 or 1), the key's coordinates and the
           door's, divided by ``size``.
-        - ``action``: 0 stays; 1 and 2 move along the first coordinate, up and down; 3 and 4 along
-          the second one. Moves into walls stay.
+        - ``action``: 0 stays; 1 and 2 raise and lower the first coordinate (down and up in pictures),
+          3 and 4 the second one (right and left). Moves into walls stay.
         - ``terminated`` at the door; ``truncated`` at the step limit, if not terminated.
 
     Resets, ``repeat_task`` and ``state_dict`` as :class:`BatchedTask` has them.
 
     Args:
         size: cells per side, at least 2.
-        dark: show the agent's own position only. A light room needs no memory.
+        dark: show the agent's own position only. A light room needs no memory
+            unless actions are permuted.
         max_episode_steps: step limit of an attempt.
         randomize_actions: each task permutes the five actions.
         categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, 5]``.
@@ -61,7 +64,7 @@ class DarkKeyDoor(BatchedTask):
         True
     """
 
-    action_meaning = "Five actions stay or move; sample from env.action_spec to see them."
+    action_meaning = "0 stays, 1 to 4 move; sample from env.action_spec to see them."
     attempt_buffers = ("_cell", "_has_key")
 
     def __init__(

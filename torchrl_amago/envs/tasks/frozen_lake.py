@@ -46,8 +46,8 @@ class MetaFrozenLake(BatchedTask):
 
     Keys:
         - ``observation``: float32 ``[*B, 2]``, the cell's two coordinates divided by ``size``.
-        - ``action``: 0 stays; 1 and 2 move along the first coordinate, up and down; 3 and 4 along
-          the second one. Moves into the shore stay.
+        - ``action``: 0 stays; 1 and 2 raise and lower the first coordinate (down and up in pictures),
+          3 and 4 the second one (right and left). Moves into the shore stay.
         - ``terminated`` at the goal or in a hole; ``truncated`` at the step limit, if not
           terminated.
 

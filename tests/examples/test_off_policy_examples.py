@@ -1,0 +1,79 @@
+"""The off-policy examples: every encoder acts, and a run goes on only with the task it began with."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from torchrl_amago import SEQ_MODELS, make_policy
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NAMES = ("00_meta_frozen_lake", "04_tmaze", "05_dark_key_door")
+TINY = {
+    "total_updates": 2,
+    "updates_per_round": 2,
+    "num_envs": 4,
+    "batch_size": 2,
+    "d_model": 16,
+    "hidden_size": 8,
+    "num_layers": 1,
+    "eval_trials": 3,
+    "eval_interval": 1,
+}
+SHORT = {
+    "00_meta_frozen_lake": {"size": 2, "episodes": 2},
+    "04_tmaze": {"corridor": 3},
+    "05_dark_key_door": {"size": 2, "horizon": 5, "attempt_steps": 8},
+}
+OTHER = {
+    "00_meta_frozen_lake": {"slip_chance": 0.1},
+    "04_tmaze": {"oracle": True},
+    "05_dark_key_door": {"randomize_actions": True},
+}
+
+
+@pytest.fixture(params=NAMES)
+def example(request, monkeypatch):
+    spec = importlib.util.spec_from_file_location(
+        f"example_{request.param}", EXAMPLES / f"{request.param}.py"
+    )
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look up their annotations in the module they were defined in.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    module.short = SHORT[request.param]
+    module.other = OTHER[request.param]
+    return module
+
+
+def test_every_encoder_acts(example):
+    for name in SEQ_MODELS:
+        args = example.Args(seq_model=name, **{**TINY, **example.short})
+        layouts = ("all",) if hasattr(args, "hold_out_layouts") else ()
+        env = example.make_env(args, 2, *layouts)
+        options = (args, 20) if example.__name__.endswith("tmaze") else (args,)
+        policy = make_policy(
+            env,
+            context_length=20,
+            seq_model=name,
+            seq_model_options=example.seq_model_options(*options),
+            timestep_options={"hidden_size": 8, "output_size": 16},
+        )
+        assert env.rollout(5, policy)["action"].shape[0] == 2
+
+
+@pytest.mark.filterwarnings("ignore:.*constrained_layout")
+def test_runs_and_resumes_the_same_task_only(example, tmp_path, capsys):
+    args = example.Args(run_dir=tmp_path / "run", **{**TINY, **example.short})
+    assert example.train(args) == "finished"
+    assert "Greedy, on " in capsys.readouterr().out
+    assert {"evaluation.npz", "learning_curve.png", "trial.png"} <= {
+        path.name for path in args.run_dir.iterdir()
+    }
+    more = {**TINY, **example.short, "total_updates": 4, "resume": True, "run_dir": args.run_dir}
+    with pytest.raises(ValueError, match=f"task.{next(iter(example.other))}"):
+        example.train(example.Args(**{**more, **example.other}))
+    assert example.train(example.Args(**more)) == "finished"
