@@ -5,6 +5,7 @@ python -m pytest -s tests/benchmarks/test_encoder_speed.py
 
 from __future__ import annotations
 
+import functools
 import statistics
 import subprocess
 import sys
@@ -99,19 +100,39 @@ def test_step_with_a_full_window(benchmark, name):
     benchmark.extra_info["bytes_per_environment"] = round(rollout.nbytes)
 
 
+def ratio_of_medians(first, second, rounds: int) -> float:
+    """How much longer the second takes; both in turn, so that a busy moment hits both."""
+    times = ([], [])
+    for i in range(rounds + 1):
+        for taken, run in zip(times, (first, second), strict=True):
+            start = time.perf_counter()
+            run()
+            if i:  # the first round warms up
+                taken.append(time.perf_counter() - start)
+    return statistics.median(times[1]) / statistics.median(times[0])
+
+
 @pytest.mark.parametrize("context", [1000, 4000])
 def test_a_ring_that_rolled_over_is_as_fast_as_before(context):
-    """Ratio of medians, taken in turn."""
     before, after = (Rollout("transformer", context, context + n) for n in (-100, 2000))
-    times = {id(before): [], id(after): []}
-    for i in range(90):
-        for rollout in (before, after):
-            start = time.perf_counter()
-            rollout.step()
-            if i >= 5:
-                times[id(rollout)].append(time.perf_counter() - start)
-    ratio = statistics.median(times[id(after)]) / statistics.median(times[id(before)])
-    print(f"step of a ring of {context} after and before it rolled over: {ratio:.2f}")  # noqa: T201
+    ratio = ratio_of_medians(before.step, after.step, rounds=90)
+    print(f"step of a ring of {context}, rolled over / before: {ratio:.2f}")  # noqa: T201
+    assert ratio <= 1.15
+
+
+@pytest.mark.parametrize("name", [*WINDOWED, "gru", "lstm", "mamba", "linear_attention"])
+def test_time_grows_linearly(name):
+    short, long = (functools.partial(training_pass, *window(name, n)) for n in (1000, 4000))
+    ratio = ratio_of_medians(short, long, rounds=5)
+    print(f"{name}: T = 4000 / 1000 takes {ratio:.2f} times as long")  # noqa: T201
+    assert ratio <= 4.6
+
+
+@pytest.mark.parametrize("name", ["gru", "lstm", "mamba", "linear_attention"])
+def test_steps_cost_the_same_in_any_context(name):
+    early, late = (Rollout(name, n, n) for n in (250, 4000))
+    ratio = ratio_of_medians(early.step, late.step, rounds=90)
+    print(f"{name}: step in a context of 4000 / 250: {ratio:.2f}")  # noqa: T201
     assert ratio <= 1.15
 
 
