@@ -9,7 +9,7 @@ The flow, each arrow a tensordict (``torchrl_amago.keys`` lists every entry)::
     Collector (whole trials) -> replay buffer -> slices [B, T] + mask -> AMAGOLoss -> optimiser
 """
 
-from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
+from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import (
     DarkKeyDoor,
     MetaFrozenLake,
@@ -97,6 +97,7 @@ __all__ = [
     "TokenEmbedding",
     "TrajectoryEncoder",
     "TransformerEncoder",
+    "TrialCollector",
     "TrialResults",
     "TrialSliceSampler",
     "TrialTransform",

@@ -7,9 +7,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchrl.collectors import Collector
 
-from torchrl_amago import MetaFrozenLake, make_policy, make_trial_buffer, make_trial_env
+from torchrl_amago import (
+    MetaFrozenLake,
+    TrialCollector,
+    make_policy,
+    make_trial_buffer,
+    make_trial_env,
+)
 
 SMALL = {
     "seq_model_options": {"d_model": 64, "num_layers": 2, "num_heads": 4},
@@ -44,9 +49,7 @@ def test_collection_loop(benchmark, rows, compiled, tmp_path):
     if compiled:
         policy.compile(options={"cpp_wrapper": True})
     buffer = make_trial_buffer(rows * 45 * 8, slice_len=45, batch_size=32, scratch_dir=tmp_path)
-    collector = Collector(
-        env, policy, frames_per_batch=rows * 45, trajs_per_batch=1, replay_buffer=buffer
-    )
+    collector = TrialCollector(env, policy, frames_per_batch=rows * 45, replay_buffer=buffer)
     batches = iter(collector)
     benchmark.pedantic(lambda: next(batches), rounds=8, warmup_rounds=3)
     benchmark.extra_info["env_steps_per_second"] = round(rows * 45 / benchmark.stats.stats.median)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torchrl.collectors import Collector
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.modules.policy import Policy, make_critic
 from torchrl_amago.objectives import AMAGOLoss
 from torchrl_amago.trainers.amago import AMAGOTrainer
@@ -77,11 +76,10 @@ def make_trainer(
     buffer = make_trial_buffer(
         buffer_frames, slice_len=trial_length, batch_size=batch_size, trim=True, warn_short=False
     )
-    collector = Collector(
+    collector = TrialCollector(
         env,
         policy,
         frames_per_batch=env.batch_size.numel() * trial_length,
-        trajs_per_batch=1,  # write whole trials
         replay_buffer=buffer,
     )
     return AMAGOTrainer(
