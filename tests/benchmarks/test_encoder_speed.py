@@ -120,7 +120,7 @@ def test_a_ring_that_rolled_over_is_as_fast_as_before(context):
     assert ratio <= 1.15
 
 
-@pytest.mark.parametrize("name", [*WINDOWED, "gru", "lstm", "mamba", "linear_attention"])
+@pytest.mark.parametrize("name", [*WINDOWED, "gru", "mamba", "linear_attention"])
 def test_time_grows_linearly(name):
     short, long = (functools.partial(training_pass, *window(name, n)) for n in (1000, 4000))
     ratio = ratio_of_medians(short, long, rounds=5)
