@@ -80,7 +80,7 @@ class Args:
 
     num_envs: int = 64
     """Lakes played at the same time."""
-    total_updates: int = 2000
+    total_updates: int = 2400
     """Optimiser steps in all."""
     updates_per_round: int = 20
     """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
