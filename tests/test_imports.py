@@ -1,9 +1,8 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, steps <- objectives.functional <- modules, envs, data <- objectives <- evaluation <-
-trainers``: a file
-may import from its own part and from those before it. Read off the source by AST, so an import hidden in a function
-counts as well; only ``if TYPE_CHECKING:`` blocks don't.
+The direction is ``keys, steps, action_space <- objectives.functional <- modules, envs, data <- objectives <-
+evaluation <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
+an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ NAME = "torchrl_amago"
 # A part may import those of lower rank and itself. Parts of equal rank don't know one another.
 RANKS = {
     "keys": 0,
+    "action_space": 0,
     "steps": 0,
     "objectives.functional": 1,
     "modules": 2,

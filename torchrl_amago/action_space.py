@@ -1,0 +1,234 @@
+"""What an action is: how the environment stores it, and the float vector that networks see.
+
+Legend: A length of the vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    MultiCategorical,
+    MultiOneHot,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
+
+ActionKind = Literal["discrete", "multi_discrete", "multi_binary", "continuous"]
+
+# Scaling to [-1, 1] and back rounds: stored continuous actions may be this far outside.
+BOUND_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class ActionSpace:
+    """An action as the environment stores it ``[*B, *shape]`` and as a vector ``[*B, A]``, float32.
+
+    ================== =================================== =======================================
+    kind               stored                              vector
+    ================== =================================== =======================================
+    ``discrete``       index, or one-hot                   one-hot
+    ``multi_discrete`` indices, or concatenated one-hots   concatenated one-hots
+    ``multi_binary``   bits                                0 and 1
+    ``continuous``     numbers in [-1, 1]                  the same numbers
+    ================== =================================== =======================================
+
+    Args:
+        kind: see above.
+        shape: of one stored action, without batch dimensions.
+        dtype: of a stored action.
+        sizes: number of categories of each part; empty for bits and numbers.
+        one_hot: whether categories are stored one-hot, not as indices.
+
+    Example:
+        >>> from torchrl.data import MultiCategorical
+        >>> space = ActionSpace.from_spec(MultiCategorical([2, 3]))
+        >>> vector = space.to_vector(torch.tensor([1, 0]))
+        >>> vector, space.from_vector(vector)
+        (tensor([0., 1., 1., 0., 0.]), tensor([1, 0]))
+    """
+
+    kind: ActionKind
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    sizes: tuple[int, ...] = ()
+    one_hot: bool = False
+
+    @classmethod
+    def from_spec(cls, spec: TensorSpec, *, check_bounds: bool = True) -> ActionSpace:
+        """Read an action space off the spec of one action.
+
+        Args:
+            spec: without batch dimensions: ``env.full_action_spec_unbatched[env.action_key]``.
+            check_bounds: refuse continuous actions other than of [-1, 1]; False for whoever scales
+                them before they become vectors.
+
+        Raises:
+            ValueError: if the spec is none of the above.
+
+        Example:
+            >>> from torchrl.data import OneHot
+            >>> ActionSpace.from_spec(OneHot(4)).kind
+            'discrete'
+        """
+        shape = tuple(spec.shape)
+        # The order matters: OneHot and Categorical have subclasses for several parts at once.
+        if isinstance(spec, MultiOneHot):
+            return _categories(spec, tuple(spec.nvec) * _product(shape[:-1]), one_hot=True)
+        if isinstance(spec, OneHot):
+            return _categories(spec, (shape[-1],) * _product(shape[:-1]), one_hot=True)
+        if isinstance(spec, Binary):
+            return cls("multi_binary", shape, spec.dtype)
+        if isinstance(spec, MultiCategorical):
+            return _categories(spec, tuple(spec.nvec.expand(shape).flatten().tolist()))
+        if isinstance(spec, Categorical) and spec.n > 0:
+            return _categories(spec, (int(spec.n),) * _product(shape))
+        if isinstance(spec, Bounded | Unbounded) and spec.dtype.is_floating_point:
+            if check_bounds:
+                _check_bounds(spec)
+            return cls("continuous", shape, spec.dtype)
+        raise ValueError(
+            "an action must be Categorical, OneHot, MultiCategorical, MultiOneHot, Binary, or a "
+            f"floating-point Bounded, got {type(spec).__name__} of dtype "
+            f"{getattr(spec, 'dtype', None)}. Change the action space with a transform (several "
+            "named actions into one, a range of integers into a Categorical), or name another "
+            "action."
+        )
+
+    @property
+    def size(self) -> int:
+        """A, length of the vector."""
+        return sum(self.sizes) if self.sizes else _product(self.shape)
+
+    def to_vector(self, action: Tensor) -> Tensor:
+        """Turn stored actions ``[*B, *shape]`` into vectors ``[*B, A]``, float32.
+
+        Raises:
+            ValueError: if the action's last dimensions aren't :attr:`shape`.
+        """
+        flat = self._flat(action)
+        if not self.sizes or self.one_hot:
+            return flat.to(torch.float32, copy=True)
+        return one_hot_parts(flat.long(), self.sizes)
+
+    def from_vector(self, vector: Tensor) -> Tensor:
+        """Turn vectors ``[*B, A]`` into stored actions ``[*B, *shape]``.
+
+        Categories and bits may be a rounding error away from 0 and 1, as they are in
+        straight-through samples.
+        """
+        if self.sizes and not self.one_hot:
+            parts = [part.argmax(-1) for part in vector.split(self.sizes, -1)]
+            flat = torch.stack(parts, -1)
+        else:
+            flat = vector if self.kind == "continuous" else vector.round()
+        return flat.to(self.dtype).reshape(*vector.shape[:-1], *self.shape)
+
+    def contains(self, action: Tensor) -> Tensor:
+        """Which actions ``[*B, *shape]`` are possible, bool ``[*B]``.
+
+        Numbers may leave [-1, 1] by 1e-6, which scaling and rounding can do.
+
+        Raises:
+            ValueError: if the action's last dimensions aren't :attr:`shape`.
+        """
+        flat = self._flat(action)
+        if self.kind == "continuous":
+            return (flat.abs() <= 1 + BOUND_TOLERANCE).all(-1)
+        if self.sizes and not self.one_hot:
+            sizes = torch.tensor(self.sizes, device=flat.device)
+            whole = flat if not flat.is_floating_point() else flat.floor()
+            return ((flat >= 0) & (flat < sizes) & (flat == whole)).all(-1)
+        is_bits = ((flat == 0) | (flat == 1)).all(-1)
+        if not self.sizes:
+            return is_bits
+        chosen = [(part == 1).sum(-1) == 1 for part in flat.split(self.sizes, -1)]
+        return is_bits & torch.stack(chosen).all(0)
+
+    def _flat(self, action: Tensor) -> Tensor:
+        """``[*B, *shape] -> [*B, n]``, n one number per part, bit or category."""
+        num_batch_dims = action.ndim - len(self.shape)
+        if num_batch_dims < 0 or tuple(action.shape[num_batch_dims:]) != self.shape:
+            raise ValueError(
+                f"an action must have the shape [*batch, *{self.shape}], got "
+                f"{list(action.shape)}. Store actions as the environment's action spec says."
+            )
+        return action.reshape(*action.shape[:num_batch_dims], _product(self.shape))
+
+
+def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Concatenated one-hots of several choices, float32.
+
+    Args:
+        index: ``[..., parts]``, int64; entry p in ``[0, sizes[p])``.
+        sizes: categories of each part.
+
+    Returns:
+        ``[..., sum(sizes)]``
+
+    Example:
+        >>> one_hot_parts(torch.tensor([1, 0]), [2, 3])
+        tensor([0., 1., 1., 0., 0.])
+    """
+    parts = []
+    for part, size in zip(index.split(1, -1), sizes, strict=True):
+        zeros = torch.zeros(*index.shape[:-1], size, device=index.device)
+        parts.append(zeros.scatter_(-1, part, 1.0))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+def is_finitely_bounded(spec: TensorSpec) -> bool:
+    """Whether a spec is of floating-point numbers, each with a lower and an upper bound.
+
+    Example:
+        >>> is_finitely_bounded(Bounded(-2.0, 2.0, shape=(3,))), is_finitely_bounded(Unbounded(3))
+        (True, False)
+    """
+    if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
+        return False
+    # TorchRL also writes the largest number where there is no bound.
+    largest = torch.finfo(spec.dtype).max
+    return bool(((spec.low > -largest) & (spec.high < largest)).all())
+
+
+def is_in_policy_scale(spec: TensorSpec) -> bool:
+    """Whether every bound of a spec is -1 or 1, as continuous policies need it.
+
+    Example:
+        >>> is_in_policy_scale(Bounded(-2.0, 2.0, shape=(3,)))
+        False
+    """
+    return is_finitely_bounded(spec) and bool(((spec.low == -1) & (spec.high == 1)).all())
+
+
+def _check_bounds(spec: Bounded | Unbounded) -> None:
+    if is_in_policy_scale(spec):
+        return
+    if is_finitely_bounded(spec):
+        raise ValueError(
+            f"continuous actions must have the bounds -1 and 1, got {spec.low.min():g} to "
+            f"{spec.high.max():g}. Append torchrl.envs.ActionScaling() to the environment, before "
+            "PreviousStepTransform (make_trial_env does both)."
+        )
+    raise ValueError(
+        f"continuous actions must have finite bounds, got {type(spec).__name__} without. Bound "
+        "them in the environment (for example with Gymnasium's ClipAction or RescaleAction)."
+    )
+
+
+def _categories(spec: TensorSpec, sizes: tuple[int, ...], one_hot: bool = False) -> ActionSpace:
+    kind = "discrete" if len(sizes) == 1 else "multi_discrete"
+    sizes = tuple(map(int, sizes))
+    return ActionSpace(kind, tuple(spec.shape), spec.dtype, sizes, one_hot)
+
+
+def _product(shape: Sequence[int]) -> int:
+    return torch.Size(shape).numel()

@@ -1,0 +1,179 @@
+"""What an actor's parameters mean: the contract between actor head, policy and loss.
+
+Legend: P parameters, A length of the action vector.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torchrl_amago.action_space import ActionKind, ActionSpace
+
+NO_SHAPE = torch.Size()
+
+
+class VectorDistribution(Distribution, abc.ABC):
+    """A distribution over action vectors ``[..., A]``: what :class:`PolicyDistribution` returns.
+
+    Subclasses that can be differentiated set ``has_rsample`` and write ``rsample``.
+
+    Example:
+        >>> class Fixed(VectorDistribution):
+        ...     def sample(self, sample_shape=NO_SHAPE): return torch.zeros(*sample_shape, 2)
+        ...     def log_prob(self, value): return value.sum(-1) * 0
+        ...     def entropy(self): return torch.zeros(())
+        ...     deterministic_sample = property(lambda self: torch.zeros(2))
+        >>> Fixed(event_shape=torch.Size([2]), validate_args=False).sample((3,)).shape
+        torch.Size([3, 2])
+    """
+
+    @abc.abstractmethod
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        """Draw ``[*sample_shape, ..., A]``, without gradient."""
+
+    @abc.abstractmethod
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability (of continuous actions: its density) of vectors, ``[...]``, nats."""
+
+    @abc.abstractmethod
+    def entropy(self) -> Tensor:
+        """Entropy ``[...]``, nats; the class says whether it is exact."""
+
+    @property
+    @abc.abstractmethod
+    def deterministic_sample(self) -> Tensor:
+        """What a greedy policy does, ``[..., A]``."""
+
+
+class StoredActions(Distribution):
+    """A distribution over action vectors, told as one over actions as environments store them.
+
+    Args:
+        vectors: distribution over vectors ``[..., A]``.
+        space: how they are stored.
+
+    Example:
+        >>> from torchrl.data import Binary
+        >>> from torchrl_amago.modules.distributions import Bernoulli
+        >>> space = ActionSpace.from_spec(Binary(2, dtype=torch.bool))
+        >>> actions = StoredActions(Bernoulli(space)(torch.tensor([9.0, -9.0])), space)
+        >>> actions.deterministic_sample
+        tensor([ True, False])
+    """
+
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, vectors: Distribution, space: ActionSpace) -> None:
+        super().__init__(vectors.batch_shape, torch.Size(space.shape), validate_args=False)
+        self.vectors, self.space = vectors, space
+
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        """Draw actions, ``[*sample_shape, ..., *shape]``."""
+        return self.space.from_vector(self.vectors.sample(sample_shape))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of stored actions, ``[...]``."""
+        return self.vectors.log_prob(self.space.to_vector(value))
+
+    def entropy(self) -> Tensor:
+        """Entropy of the vectors, ``[...]``."""
+        return self.vectors.entropy()
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """What a greedy policy does, ``[..., *shape]``."""
+        return self.space.from_vector(self.vectors.deterministic_sample)
+
+    # A category has no mean and a squashed Gaussian no mode in closed form: whoever asks for a
+    # greedy action by any name gets the same one.
+    mode = mean = deterministic_sample
+
+
+@dataclass(frozen=True)
+class PolicyDistribution(abc.ABC):
+    """Turns an actor's parameters ``[..., P]`` into a distribution over actions.
+
+    It holds no weights, and is equal to another with the same arguments. Subclasses write
+    :attr:`num_params` and :meth:`_vectors`.
+
+    Args:
+        space: the actions.
+
+    Raises:
+        ValueError: if the distribution doesn't fit the space.
+
+    Example:
+        >>> from torchrl.data import Categorical
+        >>> from torchrl_amago.modules.distributions import Discrete
+        >>> policy_dist = Discrete(ActionSpace.from_spec(Categorical(3)))
+        >>> policy_dist.num_params, policy_dist.differentiable
+        (3, True)
+        >>> params = torch.tensor([[0.0, 9.0, 0.0]])
+        >>> policy_dist(params).deterministic_sample, policy_dist.stored(params).mode
+        (tensor([[0., 1., 0.]]), tensor([1]))
+    """
+
+    space: ActionSpace
+
+    #: Kinds of action spaces that this distribution fits.
+    kinds: ClassVar[tuple[ActionKind, ...]]
+    #: Whether samples can be differentiated by the parameters (`rsample`).
+    differentiable: ClassVar[bool]
+
+    def __post_init__(self) -> None:
+        if self.space.kind not in self.kinds:
+            raise ValueError(
+                f"{type(self).__name__} is a distribution over {' or '.join(self.kinds)} actions, "
+                f"got {self.space.kind} ones. make_distribution(space) chooses one that fits."
+            )
+
+    @property
+    @abc.abstractmethod
+    def num_params(self) -> int:
+        """P, how many numbers the actor gives for each action."""
+
+    @abc.abstractmethod
+    def _vectors(self, params: Tensor) -> VectorDistribution:
+        """The distribution over vectors; parameters are at least float32."""
+
+    def __call__(self, params: Tensor) -> VectorDistribution:
+        """Distribution over action vectors ``[..., A]``, float.
+
+        Args:
+            params: ``[..., P]``; computed with in float32 if of half precision.
+
+        Raises:
+            ValueError: if the last dimension isn't P.
+        """
+        return self._vectors(self._checked(params))
+
+    def stored(self, params: Tensor) -> Distribution:
+        """Distribution over actions as the environment stores them, for policies.
+
+        Args:
+            params: ``[..., P]``.
+
+        Returns:
+            A distribution with ``sample``, ``log_prob`` and, for greedy policies,
+            ``deterministic_sample``, ``mode`` and ``mean``, which are the same.
+        """
+        return StoredActions(self(params), self.space)
+
+    def soften(self, vector: Tensor) -> Tensor:
+        """What critics are shown in place of the vector ``[..., A]`` of a stored action."""
+        return vector
+
+    def _checked(self, params: Tensor) -> Tensor:
+        if params.shape[-1] != self.num_params:
+            raise ValueError(
+                f"{type(self).__name__} needs {self.num_params} parameters in the last dimension, "
+                f"got the shape {list(params.shape)}. Build the actor with num_params="
+                f"{self.num_params}."
+            )
+        return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params

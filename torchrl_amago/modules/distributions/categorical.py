@@ -1,0 +1,287 @@
+"""Choices between categories, with probabilities that never reach 0 unless an action is forbidden.
+
+Legend: A length of the action vector (categories of all parts together).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, OneHotCategorical
+from torch.nn.functional import one_hot
+
+from torchrl_amago.action_space import one_hot_parts
+from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.distributions.base import (
+    NO_SHAPE,
+    PolicyDistribution,
+    VectorDistribution,
+)
+
+# Bounds of the public AMAGO code; a probability never reaches 0, so that log-probabilities of
+# stored actions stay finite and every action keeps being tried.
+CLIP_LOW, CLIP_HIGH = 1e-3, 0.99
+
+
+def clip_probabilities(probs: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
+    """Clip probabilities to ``[low, high]`` and renormalise them.
+
+    Args:
+        probs: ``[..., A]``, float; a one-hot action works too and comes out softened.
+
+    Returns:
+        ``[..., A]``, summing to one; entries may leave ``[low, high]`` by the renormalisation.
+
+    Example:
+        >>> clip_probabilities(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])).round(decimals=3)
+        tensor([0.9960, 0.0010, 0.0010, 0.0010, 0.0010])
+    """
+    clipped = probs.clamp(low, high)
+    return clipped / clipped.sum(-1, keepdim=True)
+
+
+def clipped_softmax(logits: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
+    """Probabilities of logits ``[..., A]``, clipped among the actions that are allowed.
+
+    Actions with a logit of -inf are forbidden: their probability is exactly 0, they don't count in
+    the clipping, and they get no gradient.
+
+    Example:
+        >>> clipped_softmax(torch.tensor([20.0, 0.0, -torch.inf])).round(decimals=3)
+        tensor([0.9990, 0.0010, 0.0000])
+    """
+    clipped = logits.softmax(-1).clamp(low, high).masked_fill(logits == -torch.inf, 0.0)
+    return clipped / clipped.sum(-1, keepdim=True)
+
+
+class ClippedCategorical(Categorical):
+    """Categorical distribution whose probabilities are clipped and renormalised.
+
+    The log-probability of a forbidden action is that of the smallest number (about -16), so that
+    one in the data doesn't make a mean infinite.
+
+    Args:
+        logits: ``[..., A]``, float, unnormalised log-probabilities; -inf forbids an action.
+        clip_low: lower bound of a probability before renormalising, in ``[0, 1/A)``.
+        clip_high: upper bound of a probability before renormalising, in ``(0, 1]``.
+
+    Example:
+        >>> dist = ClippedCategorical(torch.tensor([10.0, 0.0]))
+        >>> [round(p, 4) for p in dist.probs.tolist()], dist.mode.item()
+        ([0.999, 0.001], 0)
+    """
+
+    def __init__(
+        self, logits: Tensor, clip_low: float = CLIP_LOW, clip_high: float = CLIP_HIGH
+    ) -> None:
+        probs = clipped_softmax(logits, clip_low, clip_high)
+        super().__init__(probs=probs, validate_args=False)
+
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        """Draw actions, ``[*sample_shape, ...]``, int64."""
+        # The first of A exponential clocks to ring: what torch.multinomial does for one draw, and
+        # with the same numbers, but without its checks, which cost more than the draw itself.
+        probs = self.probs.expand(*sample_shape, *self.probs.shape)
+        return (probs / noise.exponential(probs.shape, probs)).argmax(-1)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The most probable action, ``[...]``, int64."""
+        return self.probs.argmax(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """The most probable action: an index has no mean, but policies may be asked for it."""
+        return self.deterministic_sample
+
+
+class ClippedOneHotCategorical(OneHotCategorical):
+    """:class:`ClippedCategorical` for action spaces that are one-hot encoded.
+
+    Args:
+        logits: ``[..., A]``, float, unnormalised log-probabilities; -inf forbids an action.
+        clip_low: lower bound of a probability before renormalising.
+        clip_high: upper bound of a probability before renormalising.
+        dtype: of the actions; that of the environment's spec.
+
+    Example:
+        >>> ClippedOneHotCategorical(torch.tensor([0.0, 3.0])).deterministic_sample
+        tensor([0, 1])
+    """
+
+    def __init__(
+        self,
+        logits: Tensor,
+        clip_low: float = CLIP_LOW,
+        clip_high: float = CLIP_HIGH,
+        dtype: torch.dtype = torch.int64,
+    ) -> None:
+        probs = clipped_softmax(logits, clip_low, clip_high)
+        super().__init__(probs=probs, validate_args=False)
+        self.dtype = dtype
+
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        """Draw actions, ``[*sample_shape, ..., A]``."""
+        return super().sample(sample_shape).to(self.dtype)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The most probable action, ``[..., A]``."""
+        return one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.dtype)
+
+
+class OneHotParts(VectorDistribution):
+    """Independent choices, one for each part of an action, as one vector of one-hots.
+
+    ``rsample`` is a straight-through Gumbel sample (arXiv 1611.01144, Section 2.2): a one-hot, with
+    the gradient of the softmax that it is the argmax of.
+
+    Args:
+        logits: ``[..., A]``, float, the parts side by side; -inf forbids a category.
+        sizes: categories of each part, summing to A.
+        clip_low: lower bound of a probability before renormalising, in ``[0, 1/A)``.
+        clip_high: upper bound of a probability before renormalising, in ``(0, 1]``.
+        temperature: of the softmax that gives gradients.
+
+    Example:
+        >>> dist = OneHotParts(torch.tensor([9.0, 0.0, 0.0, 0.0, 9.0]), sizes=[2, 3])
+        >>> dist.deterministic_sample, dist.rsample().shape
+        (tensor([1., 0., 0., 0., 1.]), torch.Size([5]))
+    """
+
+    has_rsample = True
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(
+        self,
+        logits: Tensor,
+        sizes: Sequence[int],
+        clip_low: float = CLIP_LOW,
+        clip_high: float = CLIP_HIGH,
+        temperature: float = 0.5,
+    ) -> None:
+        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+        self.sizes, self.temperature = tuple(sizes), temperature
+        split = logits.split(self.sizes, -1)
+        self.parts = [ClippedCategorical(part, clip_low, clip_high) for part in split]
+
+    @property
+    def probs(self) -> Tensor:
+        """Probability of every category, ``[..., A]``; those of each part sum to one."""
+        return torch.cat([part.probs for part in self.parts], -1)
+
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
+        return self._vector([part.sample(sample_shape) for part in self.parts])
+
+    def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        """Draw ``[*sample_shape, ..., A]`` with gradient."""
+        samples = [_straight_through(part, self.temperature, sample_shape) for part in self.parts]
+        return torch.cat(samples, -1)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability ``[...]`` of vectors, softened ones too: the largest entry counts."""
+        values = value.split(self.sizes, -1)
+        log_probs = [
+            part.log_prob(v.argmax(-1)) for part, v in zip(self.parts, values, strict=True)
+        ]
+        return sum(log_probs[1:], log_probs[0])
+
+    def entropy(self) -> Tensor:
+        """Entropy ``[...]``, nats, exact."""
+        entropies = [part.entropy() for part in self.parts]
+        return sum(entropies[1:], entropies[0])
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The most probable category of each part, ``[..., A]``."""
+        return self._vector([part.deterministic_sample for part in self.parts])
+
+    def _vector(self, indices: list[Tensor]) -> Tensor:
+        vector = one_hot_parts(torch.stack(indices, -1), self.sizes)
+        return vector.to(self.parts[0].probs.dtype)
+
+
+def _straight_through(
+    part: ClippedCategorical, temperature: float, sample_shape: torch.Size
+) -> Tensor:
+    # Where log(0) has a gradient it is 0 / 0, so that the zero is replaced on both sides of it.
+    is_forbidden = part.probs == 0
+    logits = part.probs.masked_fill(is_forbidden, 1.0).log().masked_fill(is_forbidden, -torch.inf)
+    shape = torch.Size([*sample_shape, *logits.shape])
+    soft = ((logits + noise.gumbel(shape, logits)) / temperature).softmax(-1)
+    hard = torch.zeros_like(soft).scatter_(-1, soft.argmax(-1, keepdim=True), 1.0)
+    return hard - soft.detach() + soft
+
+
+@dataclass(frozen=True)
+class Discrete(PolicyDistribution):
+    """Clipped categorical choices: one for a discrete action, independent ones for several parts.
+
+    Parameters are logits, for every category of every part. Critics are shown stored actions
+    softened: clipped as the policy's own probabilities are.
+
+    Args:
+        space: discrete or multi-discrete actions.
+        clip_low: lower bound of a probability before renormalising.
+        clip_high: upper bound of a probability before renormalising.
+        temperature: of the softmax that gives gradients to ``rsample``.
+
+    Raises:
+        ValueError: if the space doesn't fit, a bound leaves no probabilities between them, or the
+            temperature isn't positive.
+
+    Example:
+        >>> from torchrl.data import MultiCategorical
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> policy_dist = Discrete(ActionSpace.from_spec(MultiCategorical([2, 3])))
+        >>> policy_dist.stored(torch.tensor([9.0, 0.0, 0.0, 0.0, 9.0])).deterministic_sample
+        tensor([0, 2])
+    """
+
+    clip_low: float = CLIP_LOW
+    clip_high: float = CLIP_HIGH
+    temperature: float = 0.5
+
+    kinds = ("discrete", "multi_discrete")
+    differentiable = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        most = max(self.space.sizes)
+        if not (0.0 <= self.clip_low < 1.0 / most and self.clip_low < self.clip_high <= 1.0):
+            raise ValueError(
+                f"clip_low must be in [0, 1/{most}) for {most} categories and clip_high in "
+                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low where there "
+                "are many categories; 0 and 1 turn clipping off."
+            )
+        if self.temperature <= 0:
+            raise ValueError(
+                f"temperature must be positive, got {self.temperature}. Lower ones give gradients "
+                "nearer to those of a one-hot, and of higher variance; 0.5 is usual."
+            )
+
+    @property
+    def num_params(self) -> int:
+        """One logit for each category."""
+        return self.space.size
+
+    def _vectors(self, params: Tensor) -> OneHotParts:
+        clip = (self.clip_low, self.clip_high)
+        return OneHotParts(params, self.space.sizes, *clip, self.temperature)
+
+    def stored(self, params: Tensor) -> Distribution:
+        if self.space.shape != ():
+            return super().stored(params)
+        # The way over one-hot vectors would cost as much as the draw.
+        return ClippedCategorical(self._checked(params), self.clip_low, self.clip_high)
+
+    def soften(self, vector: Tensor) -> Tensor:
+        """Clip the one-hot of each part to the bounds of probabilities, and renormalise."""
+        parts = vector.split(self.space.sizes, -1)
+        clip = (self.clip_low, self.clip_high)
+        return torch.cat([clip_probabilities(part, *clip) for part in parts], -1)

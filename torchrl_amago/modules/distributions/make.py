@@ -1,0 +1,54 @@
+"""A distribution for an action space, by name or the one that is usual for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torchrl_amago.action_space import ActionSpace
+from torchrl_amago.modules.distributions.base import PolicyDistribution
+from torchrl_amago.modules.distributions.bernoulli import Bernoulli
+from torchrl_amago.modules.distributions.beta import Beta
+from torchrl_amago.modules.distributions.categorical import Discrete
+from torchrl_amago.modules.distributions.tanh_gaussian import TanhGaussian
+from torchrl_amago.modules.distributions.tanh_mixture import TanhMixture
+
+DISTRIBUTIONS: dict[str, type[PolicyDistribution]] = {
+    "discrete": Discrete,
+    "bernoulli": Bernoulli,
+    "tanh_gaussian": TanhGaussian,
+    "beta": Beta,
+    "tanh_mixture": TanhMixture,
+}
+"""Policy distributions by name; the first that fits a space is its default."""
+
+
+def make_distribution(
+    space: ActionSpace, name: str | None = None, **options: Any
+) -> PolicyDistribution:
+    """Build a policy distribution that fits an action space.
+
+    Args:
+        space: the actions.
+        name: one of :data:`DISTRIBUTIONS`; default clipped categoricals for discrete actions, bits
+            for multi-binary ones, a squashed Gaussian for continuous ones.
+        options: further arguments of the distribution.
+
+    Raises:
+        ValueError: if the name is unknown, or the distribution doesn't fit the space.
+
+    Example:
+        >>> from torchrl.data import Bounded
+        >>> space = ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(3,)))
+        >>> make_distribution(space).num_params
+        6
+        >>> make_distribution(space, "tanh_mixture", num_modes=2).num_params
+        14
+    """
+    fitting = [key for key, cls in DISTRIBUTIONS.items() if space.kind in cls.kinds]
+    name = fitting[0] if name is None else name
+    if name not in fitting:
+        raise ValueError(
+            f"for {space.kind} actions the distribution must be one of {fitting}, got {name!r}. "
+            "Leave the name out for the first of them."
+        )
+    return DISTRIBUTIONS[name](space, **options)
