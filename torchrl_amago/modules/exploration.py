@@ -1,18 +1,28 @@
-"""Exploration noise that fades over training and within each trial, per environment."""
+"""Exploration noise that fades over training and within each trial, per environment.
+
+One schedule for all action spaces; what noise is depends on the space. Legend: P parts of an
+action, A length of the action vector.
+"""
 
 from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from tensordict.nn.probabilistic import InteractionType, interaction_type
-from torch import Tensor, nn
+from torch import Tensor
 
 from torchrl_amago import keys
+from torchrl_amago.action_space import ActionSpace, one_hot_parts
+from torchrl_amago.modules.distributions import noise
 
 
-class BilevelEpsilonGreedy(TensorDictModuleBase):
-    """Epsilon-greedy exploration with a schedule over training and one within the trial.
+class BilevelExploration(TensorDictModuleBase, abc.ABC):
+    """Noise with a schedule over training and one within the trial; subclasses write the noise.
 
     With ``p`` the share of ``anneal_frames`` used up and ``q`` the share of ``horizon`` used up,
     both clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
@@ -26,7 +36,6 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
     ``ExplorationType.RANDOM``; call :meth:`step` with the number of frames collected.
 
     Args:
-        num_actions: A.
         horizon: length of a trial in steps.
         anneal_frames: environment steps, all environments together, over which noise fades.
         start_of_trial: epsilon at a trial's first step, at the start and the end of training.
@@ -34,7 +43,6 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         power: above 1 it moves the change from start to end towards the trial's end; with a power
             of ``horizon / n``, noise is confined to about the last n steps.
         randomize: draw ``scale``; False keeps it at 1.
-        one_hot: whether actions are one-hot encoded (``[*B, A]``) or indices (``[*B]``).
         action_key: entry to change.
         time_key: steps since the trial began, ``[*B, 1]``.
         init_key: first step of a trial, ``[*B, 1]``.
@@ -44,11 +52,13 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, or ``power`` not positive.
 
     Example:
-        >>> explore = BilevelEpsilonGreedy(num_actions=5, horizon=45, anneal_frames=1000)
-        >>> explore.epsilon(torch.tensor([[0], [45], [90]])).flatten()
+        >>> class Shift(BilevelExploration):
+        ...     def explore(self, action, epsilon, tensordict): return action + epsilon
+        >>> shift = Shift(horizon=45, anneal_frames=1000)
+        >>> shift.epsilon(torch.tensor([[0], [45], [90]])).flatten()
         tensor([1.0000, 0.8000, 0.8000])
-        >>> explore.step(1000)
-        >>> explore.epsilon(torch.tensor([0, 45]))
+        >>> shift.step(1000)
+        >>> shift.epsilon(torch.tensor([0, 45]))
         tensor([0.0500, 0.0100])
     """
 
@@ -56,7 +66,6 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
 
     def __init__(
         self,
-        num_actions: int,
         horizon: int,
         anneal_frames: int = 1_000_000,
         *,
@@ -64,7 +73,6 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         end_of_trial: tuple[float, float] = (0.8, 0.01),
         power: float = 1.0,
         randomize: bool = True,
-        one_hot: bool = False,
         action_key: NestedKey = keys.ACTION,
         time_key: NestedKey = keys.TIME_IDX,
         init_key: NestedKey = keys.IS_INIT,
@@ -81,15 +89,27 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
                 f"power must be positive, got {power}. 1 lets noise change evenly over the trial, "
                 "more keeps the change for its end."
             )
-        self.num_actions, self.horizon, self.anneal_frames = num_actions, horizon, anneal_frames
+        self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
-        self.power = power
-        self.randomize, self.one_hot = randomize, one_hot
+        self.power, self.randomize = power, randomize
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
         self.scale_key = scale_key
         self.in_keys = [action_key, time_key, init_key, scale_key]
         self.out_keys = [action_key, scale_key]
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))
+
+    @abc.abstractmethod
+    def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Add noise to actions.
+
+        Args:
+            action: ``[*B, ...]``, as stored.
+            epsilon: ``[*B, 1]``, in [0, 1] by default.
+            tensordict: the step, for whatever else the noise depends on.
+
+        Returns:
+            Actions of the same shape and dtype.
+        """
 
     def step(self, frames: int = 1) -> None:
         """Count ``frames`` more environment steps."""
@@ -105,7 +125,7 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
 
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Replace some actions by uniformly random ones."""
+        """Add noise to the step's actions, and carry ``scale`` to the next step."""
         time_idx = tensordict.get(self.time_key)
         scale = tensordict.get(self.scale_key, None)
         if scale is None or not self.randomize:
@@ -115,12 +135,117 @@ class BilevelEpsilonGreedy(TensorDictModuleBase):
         if self.randomize:
             is_init = tensordict.get(self.init_key)
             scale = torch.where(is_init, torch.rand_like(scale), scale)
-        explore = torch.rand_like(scale) < scale * self.epsilon(time_idx)
         action = tensordict.get(self.action_key)
-        random = torch.randint(self.num_actions, time_idx.shape[:-1], device=action.device)
-        if self.one_hot:
-            random = nn.functional.one_hot(random, self.num_actions)
+        noisy = self.explore(action, scale * self.epsilon(time_idx), tensordict)
+        return tensordict.set(self.action_key, noisy).set(self.scale_key, scale)
+
+
+class BilevelEpsilonGreedy(BilevelExploration):
+    """Epsilon-greedy exploration for discrete actions of one or several parts, and for bits.
+
+    Each part is replaced by a uniformly random choice with probability epsilon, independently of
+    the others. The schedule is that of :class:`BilevelExploration`.
+
+    Args:
+        num_actions: number of actions (stored as ``[*B]``), or a sequence of the choices of each
+            part (``[*B, P]``; 2 for each bit).
+        horizon: length of a trial in steps.
+        anneal_frames: environment steps, all environments together, over which noise fades.
+        one_hot: whether actions are stored as (concatenated) one-hots, ``[*B, A]``.
+        mask_key: choices that are allowed, bool ``[*B, A]``, the parts side by side; None if all
+            are always.
+        schedule: further arguments of :class:`BilevelExploration`.
+
+    Raises:
+        ValueError: if the schedule is empty.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
+        >>> explore = BilevelEpsilonGreedy(5, horizon=45, end_of_trial=(0.0, 0.0))
+        >>> step = TensorDict(action=torch.tensor([3]), time_idx=torch.tensor([[45]]), batch_size=1)
+        >>> with set_exploration_type(ExplorationType.RANDOM):
+        ...     explore(step.set("is_init", torch.tensor([[True]])))["action"]
+        tensor([3])
+    """
+
+    def __init__(
+        self,
+        num_actions: int | Sequence[int],
+        horizon: int,
+        anneal_frames: int = 1_000_000,
+        *,
+        one_hot: bool = False,
+        mask_key: NestedKey | None = None,
+        **schedule: Any,
+    ) -> None:
+        super().__init__(horizon, anneal_frames, **schedule)
+        self.sizes = (num_actions,) if isinstance(num_actions, int) else tuple(num_actions)
+        self.one_hot, self.mask_key = one_hot, mask_key
+        if mask_key is not None:
+            self.in_keys = [*self.in_keys, mask_key]
+
+    def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Replace some parts of some actions by random ones."""
+        batch = epsilon.shape[:-1]
+        replaced_BP = torch.rand(*batch, len(self.sizes), device=epsilon.device) < epsilon
+        if self.mask_key is None:
+            random = [torch.randint(n, batch, device=action.device) for n in self.sizes]
         else:
-            explore = explore.squeeze(-1)
-        tensordict.set(self.action_key, torch.where(explore, random.to(action.dtype), action))
-        return tensordict.set(self.scale_key, scale)
+            # The allowed choice whose exponential clock rings first is a uniform one.
+            allowed_BA = tensordict[self.mask_key].float()
+            rate_BA = allowed_BA / noise.exponential(allowed_BA.shape, allowed_BA)
+            random = [rate.argmax(-1) for rate in rate_BA.split(self.sizes, -1)]
+        random_BP = torch.stack(random, -1)
+        if self.one_hot:
+            random_BP = one_hot_parts(random_BP, self.sizes)
+            parts = zip(replaced_BP.split(1, -1), self.sizes, strict=True)
+            replaced_BP = torch.cat([part.expand(*batch, n) for part, n in parts], -1)
+        random = random_BP.reshape(action.shape).to(action.dtype)
+        return torch.where(replaced_BP.reshape(action.shape), random, action)
+
+
+class BilevelGaussian(BilevelExploration):
+    """Gaussian noise for continuous actions: ``clip(action + epsilon * N(0, 1), -1, 1)``.
+
+    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). The schedule
+    and its arguments are those of :class:`BilevelExploration`.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
+        >>> explore = BilevelGaussian(horizon=45, end_of_trial=(0.0, 0.0))
+        >>> step = TensorDict(action=torch.ones(1, 2), time_idx=torch.tensor([[45]]), batch_size=1)
+        >>> with set_exploration_type(ExplorationType.RANDOM):
+        ...     explore(step.set("is_init", torch.tensor([[True]])))["action"]
+        tensor([[1., 1.]])
+    """
+
+    def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Add noise to every number."""
+        num_batch_dims = epsilon.ndim - 1
+        epsilon = epsilon.reshape(*epsilon.shape[:-1], *[1] * (action.ndim - num_batch_dims))
+        noisy = action + epsilon.to(action.dtype) * noise.standard_normal(action.shape, action)
+        return noisy.clamp(-1.0, 1.0)
+
+
+def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
+    """Build the exploration that fits an action space.
+
+    Args:
+        space: the actions.
+        horizon: length of a trial in steps.
+        options: further arguments of :class:`BilevelEpsilonGreedy`, or of :class:`BilevelGaussian`
+            for continuous actions.
+
+    Example:
+        >>> from torchrl.data import Bounded
+        >>> space = ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(3,)))
+        >>> type(make_exploration(space, horizon=45)).__name__
+        'BilevelGaussian'
+    """
+    if space.kind == "continuous":
+        return BilevelGaussian(horizon, **options)
+    if space.kind == "multi_binary":
+        return BilevelEpsilonGreedy((2,) * space.size, horizon, **options)
+    return BilevelEpsilonGreedy(space.sizes, horizon, one_hot=space.one_hot, **options)
