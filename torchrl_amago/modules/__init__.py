@@ -41,7 +41,7 @@ from torchrl_amago.modules.trajectory import (
     TrajectoryEncoder,
     TransformerEncoder,
 )
-from torchrl_amago.modules.value_codec import PopArt, ValueCodec
+from torchrl_amago.modules.value_codec import HLGauss, PopArt, TwoHot, ValueCodec
 
 __all__ = [
     "DISCOUNTS",
@@ -61,6 +61,7 @@ __all__ = [
     "GRUEncoder",
     "GatedLinearAttentionEncoder",
     "GoalEmbedding",
+    "HLGauss",
     "IdentityEncoder",
     "ImageEmbedding",
     "LSTMEncoder",
@@ -73,6 +74,7 @@ __all__ = [
     "TokenEmbedding",
     "TrajectoryEncoder",
     "TransformerEncoder",
+    "TwoHot",
     "ValueCodec",
     "make_critic",
     "make_policy",

@@ -1,54 +1,14 @@
-"""How critics write down a value: encode a target, compare it with a prediction, read it back.
-
-A codec turns TD targets into what critics predict and back: ``encode(target) -> label``,
-``loss(prediction, target)``, ``decode(prediction) -> value``, ``update(target, mask)``. Its running
-statistics are buffers, so they travel with checkpoints, devices and weight synchronisation.
+"""Scalar values on a scale that follows the targets.
 
 Legend: N targets, G discounts.
 """
 
 from __future__ import annotations
 
-import abc
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-
-class ValueCodec(nn.Module, abc.ABC):
-    """Interface between values in reward units and what critics predict.
-
-    Example:
-        >>> class Plain(ValueCodec):
-        ...     def update(self, target, mask): pass
-        ...     def encode(self, target): return target
-        ...     def decode(self, prediction): return prediction
-        ...     def normalized(self, prediction): return prediction
-        ...     def loss(self, prediction, target):
-        ...         return (prediction - target.unsqueeze(-2)).square()
-        >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
-        tensor([9., 9.])
-    """
-
-    @abc.abstractmethod
-    def update(self, target: Tensor, mask: Tensor) -> None:
-        """Take a batch of targets into the running statistics, if there are any."""
-
-    @abc.abstractmethod
-    def encode(self, target: Tensor) -> Tensor:
-        """Turn targets in reward units into labels."""
-
-    @abc.abstractmethod
-    def decode(self, prediction: Tensor) -> Tensor:
-        """Turn raw predictions ``[..., G]`` into values in reward units ``[..., G]``."""
-
-    @abc.abstractmethod
-    def normalized(self, prediction: Tensor) -> Tensor:
-        """Turn raw predictions ``[..., G]`` into values of a scale that does not drift."""
-
-    @abc.abstractmethod
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of each prediction ``[..., C, G]`` for a target ``[..., G]``, unreduced."""
+from torchrl_amago.modules.value_codec.base import ValueCodec
 
 
 class PopArt(ValueCodec):

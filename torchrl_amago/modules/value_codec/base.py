@@ -1,0 +1,61 @@
+"""The interface between values in reward units and what critics predict."""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+from torch import Tensor, nn
+
+
+class ValueCodec(nn.Module, abc.ABC):
+    """Interface between values in reward units and what critics predict.
+
+    A critic predicts one entry of :attr:`event_shape` per value: ``()`` where it is a number,
+    ``(Bins,)`` where it is the logits of a classification. Shapes below write ``*event`` for it.
+
+    Example:
+        >>> class Plain(ValueCodec):
+        ...     def update(self, target, mask): pass
+        ...     def encode(self, target): return target
+        ...     def decode(self, prediction): return prediction
+        ...     def normalized(self, prediction): return prediction
+        ...     def loss(self, prediction, target):
+        ...         return (prediction - target.unsqueeze(-2)).square()
+        >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
+        tensor([9., 9.])
+        >>> Plain().event_shape
+        torch.Size([])
+    """
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Shape of one raw prediction."""
+        return torch.Size()
+
+    def initial_bias(self) -> Tensor | None:
+        """First bias of the critics' last layer, ``[*event]``; None leaves it as it was drawn."""
+        return None
+
+    @abc.abstractmethod
+    def update(self, target: Tensor, mask: Tensor) -> None:
+        """Take a batch of targets ``[..., G]`` into the statistics, where mask ``[..., 1]`` is True."""
+
+    @abc.abstractmethod
+    def encode(self, target: Tensor) -> Tensor:
+        """Turn targets in reward units ``[..., G]`` into labels ``[..., G, *event]``."""
+
+    @abc.abstractmethod
+    def decode(self, prediction: Tensor) -> Tensor:
+        """Turn raw predictions ``[..., G, *event]`` into values in reward units ``[..., G]``."""
+
+    @abc.abstractmethod
+    def normalized(self, prediction: Tensor) -> Tensor:
+        """Turn raw predictions ``[..., G, *event]`` into values of a scale that does not drift."""
+
+    @abc.abstractmethod
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Loss of each prediction ``[..., C, G, *event]`` for a target ``[..., G]``: ``[..., C, G]``.
+
+        Unreduced, and without gradient to the target.
+        """

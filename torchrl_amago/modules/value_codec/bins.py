@@ -1,0 +1,328 @@
+"""Values as classification: critics predict a distribution over bins, targets become soft labels.
+
+The bins are equally spaced in symlog space by default: fine around zero, coarse where returns are
+large, so that one range suits tasks whose returns differ by orders of magnitude.
+
+Legend: C critics, G discounts, N bins.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+from torchrl.modules import functional as F
+from torchrl.objectives import two_hot_encode
+
+from torchrl_amago.modules.value_codec.base import ValueCodec
+from torchrl_amago.modules.value_codec.popart import PopArt
+
+
+class BinCodec(ValueCodec):
+    """What codecs that classify have in common; a subclass says what its labels are (``encode``).
+
+        loss(p, x) = - sum_n label(x)_n log softmax(p)_n
+        decode(p)  = symexp(sum_n softmax(p)_n bins_n)
+
+    The mean is taken in the space of the bins and inverted then, as the public AMAGO code does; the
+    mean of inverted bins would be another value. A target outside of the range gets the label of
+    the range's end; ``num_outside`` counts them and a warning tells of them once (not from compiled
+    code, which only counts). :meth:`normalized` relies on the moving statistics of a
+    :class:`PopArt`, since a value read from bins is in reward units.
+
+    Args:
+        num_discounts: G.
+        num_bins: N, at least 2.
+        min_return: lowest value that can be written down, in reward units times the loss's
+            ``reward_scale``.
+        max_return: highest one.
+        symlog: space the bins equally in symlog space; False in reward units, for a narrow range.
+        init_value: what critics should predict before training, in the range; None leaves their
+            initialisation alone.
+        popart: statistics of targets behind :meth:`normalized`; default ``PopArt(num_discounts)``.
+
+    Raises:
+        ValueError: if the range is empty or too narrow for so many bins in float32, there are fewer
+            than two bins, ``init_value`` is outside of the range, or ``popart`` is for another number of
+            discounts.
+
+    Example:
+        >>> class NearestBin(BinCodec):
+        ...     def encode(self, target):
+        ...         nearest = (target.unsqueeze(-1) - self.bins).abs().argmin(-1)
+        ...         return torch.nn.functional.one_hot(nearest, len(self.bins)).float()
+        >>> codec = NearestBin(1, num_bins=3, min_return=-1.0, max_return=1.0, symlog=False)
+        >>> codec.encode(torch.tensor([0.2]))
+        tensor([[0., 1., 0.]])
+        >>> codec.decode(torch.tensor([[0.0, 0.0, 100.0]]))
+        tensor([1.])
+    """
+
+    # Width of the distribution that `initial_bias` describes, in bins; the public AMAGO code's.
+    INITIAL_SIGMA = 4.0
+    # Looking at a counter makes the CPU wait for a GPU: seldom enough to cost nothing.
+    UPDATES_PER_CHECK = 100
+
+    bins: Tensor
+    num_outside: Tensor
+
+    def __init__(
+        self,
+        num_discounts: int,
+        num_bins: int = 128,
+        min_return: float = -100_000.0,
+        max_return: float = 100_000.0,
+        symlog: bool = True,
+        init_value: float | None = None,
+        popart: PopArt | None = None,
+    ) -> None:
+        super().__init__()
+        popart = popart if popart is not None else PopArt(num_discounts)
+        _check_arguments(num_discounts, num_bins, min_return, max_return, init_value, popart)
+        self.symlog, self.init_value, self.popart = symlog, init_value, popart
+        low, high = self._to_bin_space(torch.tensor([min_return, max_return]))
+        bins = torch.linspace(low, high, num_bins)
+        if not (bins.diff() > 0).all():
+            raise ValueError(
+                f"the range [{min_return}, {max_return}] cannot be divided into {num_bins} different "
+                "bins in float32. Widen it, or take fewer bins."
+            )
+        self.register_buffer("bins", bins)
+        self.register_buffer("num_outside", torch.zeros((), dtype=torch.int64))
+        self._num_updates, self._has_warned = 0, False
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """``(Bins,)``."""
+        return self.bins.shape
+
+    @property
+    def bin_width(self) -> Tensor:
+        """Distance of neighbouring bins, in symlog space if ``symlog``."""
+        return self.bins[1] - self.bins[0]
+
+    def initial_bias(self) -> Tensor | None:
+        """Logits ``[Bins]`` of a discretised normal distribution around ``init_value``, or None.
+
+        Its standard deviation is four bins; within twelve bins of the range's end it is cut off,
+        and the first prediction lies a little further inside.
+        """
+        if self.init_value is None:
+            return None
+        centre = self._to_bin_space(torch.full_like(self.bins[0], self.init_value))
+        return -0.5 * ((self.bins - centre) / (self.INITIAL_SIGMA * self.bin_width)).square()
+
+    @torch.no_grad()
+    def update(self, target: Tensor, mask: Tensor) -> None:
+        """Move the statistics towards a batch of targets, and count those outside of the range.
+
+        Args:
+            target: ``[..., G]``, reward units; masked entries may be anything, NaN too.
+            mask: ``[..., 1]``, bool.
+        """
+        self.popart.update(target, mask)
+        value = self._to_bin_space(target)
+        # A return that is exactly the highest possible is inside, whatever rounding says.
+        slack = 1e-3 * self.bin_width
+        outside = (value < self.bins[0] - slack) | (value > self.bins[-1] + slack)
+        self.num_outside += (outside & mask).sum()
+        if not torch.compiler.is_compiling():
+            self._warn_of_targets_outside()
+
+    def decode(self, prediction: Tensor) -> Tensor:
+        """Value of the mean bin: ``[..., Bins] -> [...]``, at least float32.
+
+        Works on anything that ends in bins, such as ``[..., G, A, Bins]`` of listed actions.
+        """
+        self._check_prediction(prediction)
+        dtype = self._dtype(prediction)
+        # Autocast would round the product to bfloat16, which knows two or three digits of a value.
+        with torch.autocast(prediction.device.type, enabled=False):
+            mean = prediction.softmax(-1, dtype=dtype) @ self.bins.to(dtype)
+        return F.symexp(mean) if self.symlog else mean
+
+    def normalized(self, prediction: Tensor) -> Tensor:
+        """``(decode(prediction) - mu) / sigma`` with the statistics of ``popart``."""
+        return self.popart.encode(self.decode(prediction))
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy with the label, ``[..., C, G]``; no gradient to the target."""
+        log_prob_CGN = self._log_probs(prediction, target)
+        label_1GN = self.encode(target.detach()).unsqueeze(-3)
+        return -(label_1GN * log_prob_CGN).sum(-1)
+
+    def _log_probs(self, prediction: Tensor, target: Tensor) -> Tensor:
+        self._check_prediction(prediction)
+        if prediction.shape[:-3] + prediction.shape[-2:-1] != target.shape:
+            raise ValueError(
+                "the loss compares predictions [..., C, G, Bins] with targets [..., G], got "
+                f"{tuple(prediction.shape)} and {tuple(target.shape)}. Every critic of the "
+                "ensemble predicts the same target; leave its dimension out of the targets."
+            )
+        return prediction.log_softmax(-1, dtype=self._dtype(prediction))
+
+    def _to_bin_space(self, value: Tensor) -> Tensor:
+        value = value.to(self._dtype(value))
+        return F.symlog(value) if self.symlog else value
+
+    @staticmethod
+    def _dtype(x: Tensor) -> torch.dtype:
+        """That of ``x``, but float32 at least."""
+        return torch.promote_types(x.dtype, torch.float32)
+
+    def _check_prediction(self, prediction: Tensor) -> None:
+        if prediction.shape[-1:] != self.bins.shape:
+            raise ValueError(
+                f"predictions must end in a dimension of {len(self.bins)} bins, got shape "
+                f"{tuple(prediction.shape)}. Give the critic the codec's event_shape."
+            )
+
+    def _warn_of_targets_outside(self) -> None:
+        due = self._num_updates % self.UPDATES_PER_CHECK == 0
+        self._num_updates += 1
+        if self._has_warned or not due or not self.num_outside:
+            return
+        self._has_warned = True
+        ends = self.bins[[0, -1]]
+        low, high = (F.symexp(ends) if self.symlog else ends).tolist()
+        warnings.warn(
+            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}], which is all "
+            "that the bins can write down: critics learn the range's end instead. Widen min_return "
+            "and max_return, which bound returns times the loss's reward_scale.",
+            stacklevel=4,  # whoever called `update`, which no_grad wraps
+        )
+
+
+class TwoHot(BinCodec):
+    """Classification with two-hot labels (arXiv 2301.04104; AMAGO-2, arXiv 2411.11188).
+
+    A target's label is on the two bins around it, weighted by how near they are, so that the mean
+    of the label is the target: :meth:`decode` inverts :meth:`encode` exactly, up to rounding.
+
+    Arguments are those of :class:`BinCodec`.
+
+    Raises:
+        ValueError: for arguments out of range, see :class:`BinCodec`.
+
+    Example:
+        >>> codec = TwoHot(1, num_bins=5, min_return=-2.0, max_return=2.0, symlog=False)
+        >>> label = codec.encode(torch.tensor([0.25]))
+        >>> label
+        tensor([[0.0000, 0.0000, 0.7500, 0.2500, 0.0000]])
+        >>> codec.decode(label.log()).item()
+        0.25
+        >>> logits_CGN = torch.zeros(4, 1, 5)  # four critics, one discount
+        >>> codec.loss(logits_CGN, torch.tensor([0.25])).flatten()
+        tensor([1.6094, 1.6094, 1.6094, 1.6094])
+    """
+
+    def encode(self, target: Tensor) -> Tensor:
+        """Weights of the two bins around each target, ``[..., G] -> [..., G, Bins]``."""
+        return two_hot_encode(self._to_bin_space(target), self.bins)
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Cross-entropy with the label, ``[..., C, G]``; no gradient to the target."""
+        log_prob_CGN = self._log_probs(prediction, target)
+        # The product with dense labels would read and write every bin for the two that count.
+        below_G, weight_G = self._bin_below(target.detach())
+        index_1G2 = torch.stack([below_G, below_G + 1], -1).unsqueeze(-3)
+        weight_1G2 = torch.stack([1.0 - weight_G, weight_G], -1).unsqueeze(-3)
+        log_prob_CG2 = log_prob_CGN.gather(-1, index_1G2.expand(*log_prob_CGN.shape[:-1], 2))
+        return -(weight_1G2 * log_prob_CG2).sum(-1)
+
+    def _bin_below(self, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Index of the bin below each target, and the label's weight of the one above."""
+        value_G = self._to_bin_space(target)
+        bins_N = self.bins.to(value_G.dtype)
+        # Searching inner bins only keeps the index valid, for a NaN too.
+        below_G = torch.bucketize(value_G, bins_N[1:-1], right=True)
+        low_G, high_G = bins_N[below_G], bins_N[below_G + 1]
+        return below_G, ((value_G - low_G) / (high_G - low_G)).clamp(0.0, 1.0)
+
+
+class HLGauss(BinCodec):
+    """Classification with histograms of normal distributions as labels (arXiv 2403.03950).
+
+    A target's label is the mass that a normal distribution around it has in each bin, renormalised:
+    bins further off than the next two count as well, which makes predictions smoother than
+    :class:`TwoHot`'s. The mean of the label is the target up to 1e-5 of a bin (``sigma=0.75``);
+    closer than four ``sigma`` to the range's ends, where the distribution is cut off, it lies
+    further inside, by 0.8 ``sigma`` at most.
+
+    Args:
+        num_discounts, num_bins, min_return, max_return, symlog, init_value, popart: as in
+            :class:`BinCodec`.
+        sigma: standard deviation of the distribution, in bins. The smaller, the nearer to two-hot
+            labels, and the less exact the mean: off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
+
+    Raises:
+        ValueError: if ``sigma`` is not positive, or for arguments out of range, see
+            :class:`BinCodec`.
+
+    Example:
+        >>> codec = HLGauss(1, num_bins=5, min_return=-2.0, max_return=2.0, symlog=False)
+        >>> codec.encode(torch.tensor([0.0])).round(decimals=3)
+        tensor([[0.0220, 0.2300, 0.4950, 0.2300, 0.0220]])
+    """
+
+    def __init__(
+        self,
+        num_discounts: int,
+        num_bins: int = 128,
+        min_return: float = -100_000.0,
+        max_return: float = 100_000.0,
+        symlog: bool = True,
+        init_value: float | None = None,
+        popart: PopArt | None = None,
+        sigma: float = 0.75,
+    ) -> None:
+        super().__init__(
+            num_discounts, num_bins, min_return, max_return, symlog, init_value, popart
+        )
+        if not (math.isfinite(sigma) and sigma > 0.0):
+            raise ValueError(
+                f"sigma must be positive, got {sigma}. It is the label's standard deviation in "
+                "bins; use 0.75, the published one, or TwoHot for the sharpest labels."
+            )
+        self.sigma = sigma
+
+    def encode(self, target: Tensor) -> Tensor:
+        """Mass of every bin, ``[..., G] -> [..., G, Bins]``."""
+        # Far outside of the range no bin would have any mass.
+        value_G = self._to_bin_space(target).clamp(self.bins[0], self.bins[-1])
+        edges_N = torch.cat([self.bins, self.bins[-1:] + self.bin_width]) - 0.5 * self.bin_width
+        z_GN = (edges_N - value_G.unsqueeze(-1)) / (self.sigma * self.bin_width)
+        mass_GN = torch.special.ndtr(z_GN).diff(dim=-1)
+        return mass_GN / mass_GN.sum(-1, keepdim=True)
+
+
+def _check_arguments(
+    num_discounts: int,
+    num_bins: int,
+    min_return: float,
+    max_return: float,
+    init_value: float | None,
+    popart: PopArt,
+) -> None:
+    if num_bins < 2:
+        raise ValueError(
+            f"a value lies between two bins, so num_bins must be at least 2, got {num_bins}. "
+            "Use 128, the published number."
+        )
+    if not (math.isfinite(max_return - min_return) and min_return < max_return):
+        raise ValueError(
+            f"min_return must be smaller than max_return and both finite, got {min_return} and "
+            f"{max_return}. They bound the returns times the loss's reward_scale."
+        )
+    if init_value is not None and not min_return <= init_value <= max_return:
+        raise ValueError(
+            f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
+            f"{init_value}. Widen the range, or leave it None."
+        )
+    if len(popart.mu) != num_discounts:
+        raise ValueError(
+            f"popart must be for the codec's num_discounts={num_discounts}, got one for "
+            f"{len(popart.mu)}. Build it as PopArt(num_discounts={num_discounts})."
+        )
