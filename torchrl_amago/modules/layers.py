@@ -229,6 +229,30 @@ class MLP(nn.Module):
         return self.out(x)
 
 
+class StreamEmbedding(nn.Linear):
+    """Linear layer into a residual stream, which stays in the weights' precision under autocast.
+
+    Example:
+        >>> with torch.autocast("cpu"):
+        ...     StreamEmbedding(3, 4)(torch.zeros(2, 3)).dtype
+        torch.float32
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., in_features]` to `[..., out_features]`."""
+        return super().forward(x).to(self.weight.dtype)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half-precision numbers in float32, all others as they are.
+
+    Example:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def sinusoidal_positions(positions: Tensor, size: int) -> Tensor:
     """Fixed position embedding (arXiv 1706.03762, section 3.5).
 

@@ -178,7 +178,8 @@ class Policy(TensorDictSequential):
         # of a step's time with small networks.
         timestep, trajectory = self.encoder.module
         inputs = timestep.read(tensordict)
-        positions_N, memory = trajectory.begin_step(tensordict, like=inputs[0])
+        shape = inputs[0].shape[: inputs[0].ndim - timestep.event_dims[0]]
+        positions_N, memory = trajectory.begin_step(tensordict, shape, like=inputs[0])
         logits_key = self.module[2].out_keys[0]
         tensordict.set(logits_key, self._logits(inputs, positions_N, memory))
         for module in self.module[3:]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from torchrl_amago.modules.layers import at_least_float32
+
 # Queries of a block. With a sliding window each block reads window - 1 + _BLOCK keys: smaller blocks
 # compute less in vain, larger ones copy less.
 _BLOCK = 128
@@ -35,8 +37,8 @@ class AttentionPattern:
         ValueError: if a number is out of its range.
 
     Example:
-        >>> AttentionPattern(window=256, num_sinks=4).is_plain
-        False
+        >>> AttentionPattern(window=256, num_sinks=4)
+        AttentionPattern(window=256, num_sinks=4, sink_bias=0.0, logit_clip=None)
     """
 
     window: int | None = None
@@ -63,11 +65,6 @@ class AttentionPattern:
             raise ValueError(
                 f"logit_clip must be positive, got {self.logit_clip}. Leave it out not to clip."
             )
-
-    @property
-    def is_plain(self) -> bool:
-        """Nothing but causal attention."""
-        return self == AttentionPattern()
 
 
 def window_attention(
@@ -238,8 +235,7 @@ def _attend_clipped(
 
 def _softmax(score: Tensor) -> Tensor:
     """Softmax in float32 at least, in the dtype given."""
-    accumulate = torch.promote_types(score.dtype, torch.float32)
-    return score.softmax(-1, dtype=accumulate).to(score.dtype)
+    return at_least_float32(score).softmax(-1).to(score.dtype)
 
 
 def _clip(score: Tensor, bias: Tensor, clip: float) -> Tensor:

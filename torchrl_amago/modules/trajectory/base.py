@@ -19,6 +19,35 @@ from torchrl_amago import keys
 from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse sizes of a sequence model below 1, by name."""
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(
+                f"{name} must be at least 1, got {value}. For an agent without memory use "
+                "FeedForwardEncoder."
+            )
+
+
+def check_heads(d_model: int, num_heads: int) -> None:
+    """Refuse a width that its heads can't share."""
+    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+        raise ValueError(
+            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
+            f"Choose for example d_model={32 * max(num_heads, 1)}."
+        )
+
+
+def starts_within_rows(is_init_NT: Tensor | None) -> Tensor | None:
+    """Where trials begin, or None if none does after a row's first step, so that nothing must be cut.
+
+    Under `torch.compile` a branch on data isn't possible: there rows are always cut, right for any data.
+    """
+    if is_init_NT is None or torch.compiler.is_compiling():
+        return is_init_NT
+    return is_init_NT if is_init_NT[:, 1:].any() else None
+
+
 class TrajectoryEncoder(TensorDictModuleBase):
     """Base of all trajectory encoders: `(timestep, time_idx, is_init) -> state`.
 
@@ -155,8 +184,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
             return self._forward_sequence(tensordict)
         x = self._get_timestep(tensordict)
         with torch.no_grad():
-            self._get_time(tensordict, x.shape[:-1])
-            positions_N, memory = self.begin_step(tensordict, like=x)
+            positions_N, memory = self.begin_step(tensordict, x.shape[:-1], like=x)
             state_ND = self._step(x.reshape(-1, self.input_size), positions_N, memory)
         return tensordict.set(self.out_keys[0], state_ND.reshape(*x.shape[:-1], -1))
 
@@ -198,17 +226,20 @@ class TrajectoryEncoder(TensorDictModuleBase):
         self._sequence = torch.compile(self.sequence, *args, **kwargs)
         self._step = torch.compile(self.step, *args, **kwargs)
 
-    def begin_step(self, tensordict: TensorDictBase, like: Tensor) -> tuple[Tensor, Memory]:
+    def begin_step(
+        self, tensordict: TensorDictBase, shape: torch.Size, like: Tensor
+    ) -> tuple[Tensor, Memory]:
         """Find the rollout's memory and make it ready for one :meth:`step`; write the stream.
 
         Args:
             tensordict: with `time_idx` and `is_init`.
+            shape: `*B` of the step's embeddings.
             like: gives device and dtype of a new memory.
 
         Returns:
             Positions `[N]` and the memory.
         """
-        positions, is_init = self._get_time(tensordict)
+        positions, is_init = self._get_time(tensordict, shape)
         if is_init is None:
             raise KeyError(
                 f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
@@ -244,11 +275,10 @@ class TrajectoryEncoder(TensorDictModuleBase):
         return x
 
     def _get_time(
-        self, tensordict: TensorDictBase, shape: torch.Size | None = None
+        self, tensordict: TensorDictBase, shape: torch.Size
     ) -> tuple[Tensor, Tensor | None]:
         positions = self._get(tensordict, self.in_keys[1])
         is_init = tensordict.get(self.in_keys[2], None)
-        shape = positions.shape[:-1] if shape is None else shape
         for key, value in zip(self.in_keys[1:], (positions, is_init), strict=False):
             if value is not None and value.shape != (*shape, 1):
                 raise ValueError(

@@ -14,8 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import MLP, RMSNorm, make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.layers import (
+    MLP,
+    RMSNorm,
+    StreamEmbedding,
+    at_least_float32,
+    make_norm,
+)
+from torchrl_amago.modules.trajectory.base import (
+    TrajectoryEncoder,
+    check_heads,
+    check_sizes,
+    starts_within_rows,
+)
 from torchrl_amago.modules.trajectory.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_step,
@@ -74,7 +85,7 @@ class GatedLinearAttention(nn.Module):
         # Not under autocast: over a thousand steps a decay's rounding adds up.
         with torch.autocast(x.device.type, enabled=False):
             gates = self.gates(x.to(self.gates.weight.dtype))
-        decay, write = _at_least_float32(gates).chunk(2, -1)
+        decay, write = at_least_float32(gates).chunk(2, -1)
         v = v * write.sigmoid().unsqueeze(-1).to(v.dtype)
         k = F.normalize(k, dim=-1).to(v.dtype)
         return q, k, v, F.logsigmoid(decay), gate
@@ -173,11 +184,12 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         **options: Any,
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
-        _check_sizes(d_model, num_heads, d_ff, num_layers)
+        check_heads(d_model, num_heads)
+        check_sizes(d_ff=d_ff, num_layers=num_layers)
         super().__init__(input_size, d_model, **options)
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb
-        self.embed = nn.Linear(input_size, d_model)
+        self.embed = StreamEmbedding(input_size, d_model)
         self.blocks = nn.ModuleList(
             LinearAttentionBlock(
                 d_model, num_heads, d_ff, dropout_ff=dropout_ff, activation=activation, norm=norm
@@ -187,16 +199,14 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        # Under torch.compile a branch on data isn't possible: cutting is right for any data.
-        if is_init_NT is not None and not torch.compiler.is_compiling():
-            is_init_NT = is_init_NT if is_init_NT[:, 1:].any() else None
-        x_NTD = dropout(self._embed(x_NTI), self.dropout_emb, self.training)
+        is_init_NT = starts_within_rows(is_init_NT)
+        x_NTD = dropout(self.embed(x_NTI), self.dropout_emb, self.training)
         for block in self.blocks:
             x_NTD = block(x_NTD, is_init_NT)
         return self.norm(x_NTD)
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
-        x_ND = self._embed(x_NI)
+        x_ND = self.embed(x_NI)
         for block, (state_NHFF,) in zip(self.blocks, memory.layers, strict=True):
             x_ND = block.step(x_ND, state_NHFF)
         return self.norm(x_ND)
@@ -205,25 +215,3 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         size = self.output_size // self.num_heads
         shapes = [[(self.num_heads, size, size)] for _ in self.blocks]
         return StateMemory(num_rows, shapes, device, dtype)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        # Under autocast the sum of all blocks' outputs stays in the weights' precision.
-        return self.embed(x).to(self.embed.weight.dtype)
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _check_sizes(d_model: int, num_heads: int, d_ff: int, num_layers: int) -> None:
-    if num_heads < 1 or d_model < 1 or d_model % num_heads:
-        raise ValueError(
-            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
-            f"Choose for example d_model={32 * max(num_heads, 1)}."
-        )
-    for name, value in (("d_ff", d_ff), ("num_layers", num_layers)):
-        if value < 1:
-            raise ValueError(
-                f"{name} must be at least 1, got {value}. For an agent without memory use a "
-                "feed-forward trajectory encoder."
-            )

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_amago.modules.layers import make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.layers import StreamEmbedding, at_least_float32, make_norm
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
 from torchrl_amago.modules.trajectory.mamba_kernels import MambaKernels, load_kernels
 from torchrl_amago.modules.trajectory.selective_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.state_memory import StateMemory
@@ -83,7 +83,7 @@ class MambaBlock(nn.Module):
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
             return self.out_proj(self._scan_with(kernels, x_NTE, gate_NTE))
-        x_NTE = F.silu(self._convolve(_at_least_float32(x_NTE), is_init_NT))
+        x_NTE = F.silu(self._convolve(at_least_float32(x_NTE), is_init_NT))
         y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
         return self._out(y_NTE, x_NTE, gate_NTE)
 
@@ -132,11 +132,11 @@ class MambaBlock(nn.Module):
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step sizes `[*, E]`, rates `[E, S]`, B and C, in the state's precision."""
-        delta, write, read = (_at_least_float32(z) for z in self._select(x))
+        delta, write, read = (at_least_float32(z) for z in self._select(x))
         return F.softplus(delta + self.dt_proj.bias), self._rate(), write, read
 
     def _rate(self) -> Tensor:
-        return -_at_least_float32(self.A_log).exp()
+        return -at_least_float32(self.A_log).exp()
 
     def _out(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         return self.out_proj(((y + self.D * x) * F.silu(gate)).to(gate.dtype))
@@ -192,22 +192,13 @@ class MambaEncoder(TrajectoryEncoder):
         backend: Literal["auto", "torch", "mamba_ssm"] = "auto",
         **options: Any,
     ) -> None:
-        for name, value in (
-            ("d_model", d_model),
-            ("d_state", d_state),
-            ("d_conv", d_conv),
-            ("expand", expand),
-            ("num_layers", num_layers),
-        ):
-            if value < 1:
-                raise ValueError(
-                    f"{name} must be at least 1, got {value}. Mamba's own are d_state=16, d_conv=4, "
-                    "expand=2; for an agent without memory use a feed-forward trajectory encoder."
-                )
+        check_sizes(
+            d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, num_layers=num_layers
+        )
         super().__init__(input_size, d_model, **options)
         self.backend = backend
         self._kernels = load_kernels(backend, d_conv, d_state)
-        self.embed = nn.Linear(input_size, d_model)
+        self.embed = StreamEmbedding(input_size, d_model)
         self.norms = nn.ModuleList(make_norm(norm, d_model) for _ in range(num_layers))
         self.blocks = nn.ModuleList(
             MambaBlock(d_model, d_state, d_conv, expand) for _ in range(num_layers)
@@ -215,17 +206,15 @@ class MambaEncoder(TrajectoryEncoder):
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        # Under torch.compile a branch on data isn't possible: cutting is right for any data.
-        if is_init_NT is not None and not torch.compiler.is_compiling():
-            is_init_NT = is_init_NT if is_init_NT[:, 1:].any() else None
+        is_init_NT = starts_within_rows(is_init_NT)
         kernels = self._kernels_for(x_NTI, is_init_NT)
-        x_NTD = self._embed(x_NTI)
+        x_NTD = self.embed(x_NTI)
         for norm, block in zip(self.norms, self.blocks, strict=True):
             x_NTD = x_NTD + block(norm(x_NTD), is_init_NT, kernels)
         return self.norm(x_NTD)
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
-        x_ND = self._embed(x_NI)
+        x_ND = self.embed(x_NI)
         for norm, block, state in zip(self.norms, self.blocks, memory.layers, strict=True):
             x_ND = x_ND + block.step(norm(x_ND), state)
         return self.norm(x_ND)
@@ -233,10 +222,6 @@ class MambaEncoder(TrajectoryEncoder):
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
         shapes = [block.state_shapes for block in self.blocks]
         return StateMemory(num_rows, shapes, device, dtype)
-
-    def _embed(self, x: Tensor) -> Tensor:
-        # Under autocast the sum of all blocks' outputs stays in the weights' precision.
-        return self.embed(x).to(self.embed.weight.dtype)
 
     def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
         if self._kernels is None or torch.compiler.is_compiling():
@@ -247,10 +232,6 @@ class MambaEncoder(TrajectoryEncoder):
                 f"{x_NTI.device}. Move the encoder and its input to a GPU, or use backend='auto'."
             )
         return self._kernels if x_NTI.is_cuda and is_init_NT is None else None
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _steps_since(is_init_NT: Tensor) -> Tensor:

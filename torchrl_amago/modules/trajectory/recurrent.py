@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules.layers import make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.recurrence import Kind, recurrence
 from torchrl_amago.modules.trajectory.state_memory import StateMemory
 
@@ -40,11 +40,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         longest_memory: int | None = None,
         **options: Any,
     ) -> None:
-        if num_layers < 1:
-            raise ValueError(
-                f"num_layers must be at least 1, got {num_layers}. For an agent without memory use "
-                "FeedForwardEncoder."
-            )
+        check_sizes(num_layers=num_layers)
         super().__init__(input_size, d_model, **options)
         d_hidden = d_model if d_hidden is None else d_hidden
         self.rnn = self.network(input_size, d_hidden, num_layers, batch_first=True)

@@ -26,7 +26,12 @@ from torchrl_amago.modules.trajectory.attention_backends import (
     backend_attention,
     check_backend,
 )
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
+from torchrl_amago.modules.trajectory.base import (
+    TrajectoryEncoder,
+    check_heads,
+    check_sizes,
+    starts_within_rows,
+)
 from torchrl_amago.modules.trajectory.kv_cache import RingCache
 
 # (query, key, value), each [..., H, head size] -> [..., H, head size]
@@ -189,7 +194,9 @@ class TransformerEncoder(TrajectoryEncoder):
         **options: Any,
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
-        _check_sizes(context_length, d_model, d_ff, num_heads, num_layers, window)
+        check_heads(d_model, num_heads)
+        check_sizes(context_length=context_length, num_layers=num_layers, d_ff=d_ff)
+        _check_window(window, context_length)
         _check_names(positions, max_positions, beyond_positions, segments)
         if (
             positions == "learned"
@@ -207,6 +214,11 @@ class TransformerEncoder(TrajectoryEncoder):
             dropout_attn=dropout_attn,
             dropout_qkv=dropout_qkv,
         )
+        if d_model % 2:
+            raise ValueError(
+                f"d_model must be even, got {d_model}: positions are pairs of sine and cosine. Add 1 to "
+                "it."
+            )
         if positions == "rotary" and d_model // num_heads % 2:
             raise ValueError(
                 f"positions='rotary' needs an even number of features per head, got d_model={d_model} "
@@ -242,8 +254,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x_NTD = dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
-        if not self._holds_several_trials(is_init_NT):
-            is_init_NT = None
+        is_init_NT = None if self.segments == "never" else starts_within_rows(is_init_NT)
         attend = partial(self._attend_window, positions_NT, is_init_NT)
         for block in self.blocks:
             x_NTD = block(x_NTD, attend, self.training)
@@ -292,12 +303,6 @@ class TransformerEncoder(TrajectoryEncoder):
                 "beyond_positions='clip', positions='fixed' or positions='rotary'."
             )
 
-    def _holds_several_trials(self, is_init_NT: Tensor | None) -> bool:
-        if is_init_NT is None or self.segments == "never":
-            return False
-        # Under torch.compile a branch on data isn't possible: the mask is right for any data.
-        return torch.compiler.is_compiling() or bool(is_init_NT[:, 1:].any())
-
     def _attend_window(
         self, positions_NT: Tensor, is_init_NT: Tensor | None, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
@@ -328,29 +333,7 @@ class TransformerEncoder(TrajectoryEncoder):
         return memory.attend(layer, q, self.pattern.logit_clip).to(q.dtype)
 
 
-def _check_sizes(
-    context_length: int,
-    d_model: int,
-    d_ff: int,
-    num_heads: int,
-    num_layers: int,
-    window: int | None,
-) -> None:
-    if d_model < 2 or d_model % 2 or num_heads < 1 or d_model % num_heads:
-        raise ValueError(
-            f"num_heads must divide d_model, which must be even; got num_heads={num_heads}, "
-            f"d_model={d_model}. Choose for example d_model={32 * max(num_heads, 1)}."
-        )
-    for name, value in (
-        ("context_length", context_length),
-        ("num_layers", num_layers),
-        ("d_ff", d_ff),
-    ):
-        if value < 1:
-            raise ValueError(
-                f"{name} must be at least 1, got {value}. A step always sees itself, in one block "
-                "or more; for an agent without memory use a feed-forward trajectory encoder."
-            )
+def _check_window(window: int | None, context_length: int) -> None:
     if window is not None and window > context_length:
         raise ValueError(
             f"window must be at most context_length, got window={window}, "
