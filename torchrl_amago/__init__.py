@@ -20,6 +20,8 @@ from torchrl_amago.envs import (
     make_trial_env,
 )
 from torchrl_amago.evaluation import (
+    HELD_OUT_SEED,
+    HeldOut,
     TrialResults,
     evaluate,
     plot_adaptation_curve,
@@ -60,12 +62,19 @@ from torchrl_amago.modules import (
     make_timestep_encoder,
 )
 from torchrl_amago.objectives import AMAGOLoss
-from torchrl_amago.trainers import AMAGOTrainer, make_optimizer, make_trainer
+from torchrl_amago.trainers import (
+    AMAGOTrainer,
+    TrainingArgs,
+    make_optimizer,
+    make_trainer,
+    run_command_line,
+)
 
 __version__ = "0.1.0"
 
 __all__ = [
     "DISCOUNTS",
+    "HELD_OUT_SEED",
     "SEQ_MODELS",
     "TIMESTEP_ENCODERS",
     "AMAGOLoss",
@@ -83,6 +92,7 @@ __all__ = [
     "GRUEncoder",
     "GatedLinearAttentionEncoder",
     "GoalEmbedding",
+    "HeldOut",
     "IdentityEncoder",
     "ImageEmbedding",
     "LSTMEncoder",
@@ -95,6 +105,7 @@ __all__ = [
     "TMaze",
     "TimestepEncoder",
     "TokenEmbedding",
+    "TrainingArgs",
     "TrajectoryEncoder",
     "TransformerEncoder",
     "TrialCollector",
@@ -115,4 +126,5 @@ __all__ = [
     "plot_learning_curve",
     "plot_trial_strip",
     "rollout_pictures",
+    "run_command_line",
 ]

@@ -96,6 +96,44 @@ def test_training_is_not_disturbed(greedy, expected):
     assert torch.equal(module.draw, first)
 
 
+def make_agent(exploration):
+    from torchrl_amago.envs import TMaze, make_trial_env
+    from torchrl_amago.modules import make_policy
+
+    env = make_trial_env(TMaze(4, batch_size=(50,), seed=0), episodes=1)
+    torch.manual_seed(0)
+    policy = make_policy(env, context_length=5, seq_model="gru", exploration=exploration)
+    return policy, env
+
+
+def explored(policy, env):
+    env.set_seed(0)
+    torch.manual_seed(0)
+    with set_exploration_type(ExplorationType.RANDOM):
+        return env.rollout(4, policy)["action"]
+
+
+def test_sampled_actions_have_no_epsilon_and_training_keeps_it():
+    noise = dict(start_of_trial=(1, 1), end_of_trial=(1, 1), randomize=False)
+    (noisy, env), (plain, plain_env) = make_agent(noise), make_agent(None)
+    training = explored(noisy, env)
+    sampled = evaluate(noisy, env, trials_per_row=4, greedy=False)
+    without = evaluate(plain, plain_env, trials_per_row=4, greedy=False)
+    assert torch.equal(sampled.trial_return, without.trial_return)
+    greedy = evaluate(noisy, env, trials_per_row=4)
+    assert not torch.equal(sampled.trial_return, greedy.trial_return)
+    assert torch.equal(explored(noisy, env), training)
+    assert not torch.equal(explored(plain, plain_env), training)
+
+
+def test_epsilon_comes_back_after_an_error():
+    noisy, env = make_agent({})
+    training = explored(noisy, env)
+    with pytest.raises(KeyError, match="reads 'score'"):
+        evaluate(noisy, env, trials_per_row=1, greedy=False, attempt_return_key="score")
+    assert torch.equal(explored(noisy, env), training)
+
+
 def test_training_mode_comes_back_after_an_error():
     policy = nn.Linear(1, 1)
     with pytest.raises(TypeError):

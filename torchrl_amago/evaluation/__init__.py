@@ -1,10 +1,12 @@
 """What an agent can do: unbiased evaluation, its statistics, and the pictures of both.
 
-`evaluate` plays a fixed number of whole trials per environment row; `statistics` gives interquartile
-means and bootstrap intervals; `plots` draws learning curves, adaptation curves and trials.
+`evaluate` plays a fixed number of whole trials per environment row, `held_out` the same ones again
+and again through a run; `statistics` gives interquartile means and bootstrap intervals; `plots`
+draws learning curves, adaptation curves and trials.
 """
 
 from torchrl_amago.evaluation.evaluate import TrialResults, evaluate
+from torchrl_amago.evaluation.held_out import HELD_OUT_SEED, BothResults, HeldOut
 from torchrl_amago.evaluation.plots import (
     plot_adaptation_curve,
     plot_learning_curve,
@@ -19,6 +21,9 @@ from torchrl_amago.evaluation.statistics import (
 )
 
 __all__ = [
+    "HELD_OUT_SEED",
+    "BothResults",
+    "HeldOut",
     "Interval",
     "TrialResults",
     "bootstrap_mean",

@@ -138,8 +138,9 @@ def evaluate(
         env: an environment with a trial transform. Trials are played in rows `0 ... R-1`, and trial
             j of row i is entry `i * trials_per_row + j` of the results.
         trials_per_row: trials to play in each row, however long they take.
-        greedy: act by the distribution's mode (`ExplorationType.DETERMINISTIC`); otherwise sample
-            (`ExplorationType.RANDOM`).
+        greedy: act by the distribution's mode (`ExplorationType.DETERMINISTIC`); otherwise sample from
+            the policy (`ExplorationType.RANDOM`), without the noise that `policy.exploration`, where
+            there is such a module, adds in training.
         seed: held-out seed for the environment and the sampling.
         success_threshold: an attempt succeeds when its return is above this.
         max_trial_steps: a trial longer than this raises.
@@ -185,7 +186,7 @@ def evaluate(
 
 @contextmanager
 def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]:
-    """Act without gradient, without dropout and with a random state of one's own; undo at exit."""
+    """Act without gradient, dropout and noise, with a random state of one's own; undo at exit."""
     modules = list(policy.modules()) if isinstance(policy, nn.Module) else []
     was_training = [module.training for module in modules]
     exploration = ExplorationType.DETERMINISTIC if greedy else ExplorationType.RANDOM
@@ -199,6 +200,7 @@ def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]
             torch.no_grad(),
             set_exploration_type(exploration),
             set_recurrent_mode(False),
+            _without_noise(policy),
         ):
             # Not torch.manual_seed: it would also seed the devices that aren't forked.
             torch.default_generator.manual_seed(seed)
@@ -209,6 +211,21 @@ def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]
     finally:
         for module, training in zip(modules, was_training, strict=True):
             module.training = training
+
+
+@contextmanager
+def _without_noise(policy: Callable) -> Iterator[None]:
+    """Let `policy.exploration` leave actions as they are, also where they are sampled."""
+    exploration = getattr(policy, "exploration", None)
+    if not isinstance(exploration, nn.Module):
+        yield
+        return
+    # This module alone is told that all is greedy; the one that samples isn't.
+    exploration.forward = set_exploration_type(ExplorationType.DETERMINISTIC)(exploration.forward)
+    try:
+        yield
+    finally:
+        del exploration.forward
 
 
 class _Tally:

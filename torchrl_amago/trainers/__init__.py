@@ -3,12 +3,14 @@
 ``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and
 what is read off collected trials, ``optim`` the optimiser, ``nonfinite`` the guard against NaN,
 ``logging`` and ``report`` what a run tells, ``run_state`` what a run is made of, ``checkpoint`` how
-it is kept on disk, and ``interrupt`` what Ctrl-C does.
+it is kept on disk, ``interrupt`` what Ctrl-C does, and ``command_line`` the settings of a training
+script.
 """
 
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.build import make_trainer
 from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
+from torchrl_amago.trainers.command_line import TrainingArgs, run_command_line
 from torchrl_amago.trainers.hooks import (
     AMAGOOptimizationStepper,
     TrialMonitor,
@@ -35,6 +37,7 @@ __all__ = [
     "NonFiniteError",
     "ProgressTable",
     "RunReport",
+    "TrainingArgs",
     "TrialMonitor",
     "decays",
     "describe_architecture",
@@ -45,4 +48,5 @@ __all__ = [
     "make_trainer",
     "read_progress",
     "refuse_existing_run",
+    "run_command_line",
 ]

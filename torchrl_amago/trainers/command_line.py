@@ -1,0 +1,189 @@
+"""The command line of a training script: the settings that every task has, and what becomes of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from torchrl_amago.modules import SEQ_MODELS
+from torchrl_amago.trainers.amago import Outcome
+
+# What --debug changes in every script: networks and a run that are over in seconds.
+DEBUG = dict(
+    total_updates=40,
+    updates_per_round=10,
+    num_envs=16,
+    batch_size=8,
+    d_model=32,
+    hidden_size=32,
+    num_layers=1,
+    eval_interval=20,
+    eval_trials=64,
+    checkpoint_interval=20,
+)
+
+
+@dataclass
+class TrainingArgs:
+    """Settings of a run, without its task.
+
+    A script subclasses it: fields that it adds are those of its task, and a field without a
+    docstring that it repeats gets another default. The docstrings are what `--help` shows.
+
+    Example:
+        >>> @dataclass
+        ... class Args(TrainingArgs):
+        ...     corridor: int = 50
+        ...     num_layers: int = 2
+        >>> args = Args(seq_model="gru")
+        >>> args.task_fields()
+        {'corridor': 50}
+        >>> args.policy_options()["seq_model_options"]
+        {'d_model': 64, 'num_layers': 2}
+    """
+
+    run_dir: Path = Path("runs/run")
+    """Folder for everything this run writes."""
+    resume: bool = False
+    """Go on from the newest checkpoint in run_dir."""
+    debug: bool = False
+    """A short run with a small network, to see that everything works (under a minute)."""
+    seed: int = 1
+    """Seed of everything: networks, tasks, exploration, batches."""
+
+    seq_model: Literal[tuple(SEQ_MODELS)] = "transformer"
+    """What remembers: the trajectory encoder."""
+    d_model: int = 64
+    """Width of the sequence model."""
+    num_layers: int = 1
+    """Layers of the sequence model."""
+    num_heads: int = 4
+    """Heads of a sequence model that has attention."""
+    hidden_size: int = 64
+    """Width of the timestep encoder's, actor's and critics' hidden layers."""
+
+    num_envs: int = 64
+    """Environments that are stepped at the same time."""
+    total_updates: int = 3000
+    """Optimiser steps in all."""
+    updates_per_round: int = 20
+    """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
+    batch_size: int = 32
+    """Trials in a batch."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW; it falls to a tenth by the end."""
+    warmup_updates: int = 100
+    """Updates over which the learning rate rises."""
+    tau: float = 0.01
+    """Share of the online weights that the targets take over at each update."""
+    anneal_frames: int = 100_000
+    """Environment steps over which exploration fades."""
+    buffer_frames: int = 120_000
+    """Capacity of the replay buffer in steps; the oldest trials leave first."""
+
+    eval_interval: int = 250
+    """Updates between evaluations on held-out seeds, greedy, without exploration."""
+    eval_trials: int = 512
+    """Trials in the last evaluation; a quarter of it in those before."""
+    checkpoint_interval: int = 500
+    """Updates between checkpoints."""
+    logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Loggers besides progress.csv."""
+    threads: int = 2
+    """CPU threads."""
+
+    def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
+        """Arguments of :func:`~torchrl_amago.modules.policy.make_policy`: sizes and sequence model.
+
+        Args:
+            seq_model_options: further arguments of the sequence model. Each is left out where the
+                chosen one has no such argument, as are width, layers and heads.
+
+        Raises:
+            ValueError: for an argument that no sequence model has.
+        """
+        sizes = dict(d_model=self.d_model, num_layers=self.num_layers, num_heads=self.num_heads)
+        unknown = set(seq_model_options).difference(*map(_argument_names, SEQ_MODELS.values()))
+        if unknown:
+            raise ValueError(
+                f"seq_model_options must be arguments of a sequence model, and {sorted(unknown)} "
+                "belong to none. Look them up in the encoders' docstrings."
+            )
+        known = _argument_names(SEQ_MODELS[self.seq_model])
+        options = {**sizes, **seq_model_options}
+        return dict(
+            seq_model=self.seq_model,
+            seq_model_options={name: value for name, value in options.items() if name in known},
+            timestep_options=dict(hidden_size=self.hidden_size, output_size=self.d_model),
+            actor_options=dict(hidden_size=self.hidden_size),
+        )
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Arguments of :func:`~torchrl_amago.trainers.make_trainer`, all that don't need the task."""
+        return dict(
+            total_updates=self.total_updates,
+            run_dir=self.run_dir,
+            updates_per_round=self.updates_per_round,
+            batch_size=self.batch_size,
+            buffer_frames=self.buffer_frames,
+            learning_rate=self.learning_rate,
+            tau=self.tau,
+            critic_options=dict(hidden_size=self.hidden_size),
+            warmup_updates=self.warmup_updates,
+            final_lr_share=0.1,
+            eval_interval=self.eval_interval,
+            checkpoint_interval=self.checkpoint_interval,
+            loggers=self.logger,
+            seed=self.seed,
+            task=self.task_fields(),
+            resume_command=self.resume_command(),
+        )
+
+    def task_fields(self) -> dict[str, Any]:
+        """The fields that a subclass added: a checkpoint of other values can't be resumed."""
+        common = {field.name for field in dataclasses.fields(TrainingArgs)}
+        names = [field.name for field in dataclasses.fields(self) if field.name not in common]
+        return {name: getattr(self, name) for name in names}
+
+    def resume_command(self) -> str:
+        """The shell command that goes on with this run."""
+        return shlex.join([sys.executable, *sys.argv] + ["--resume"] * (not self.resume))
+
+
+def run_command_line(
+    args_class: type[TrainingArgs],
+    train: Callable[[Any], Outcome],
+    debug: Mapping[str, Any] | None = None,
+) -> NoReturn:
+    """Read the command line, train, and leave with the exit code: 0 finished, 130 interrupted.
+
+    With `--debug` other defaults hold, those of :data:`DEBUG`, and results land in a folder of
+    their own; flags that are given win over both.
+
+    Args:
+        args_class: what the command line is read into; its docstring is the help's first line.
+        train: called with it.
+        debug: further defaults under `--debug`.
+    """
+    import tyro  # here, so that importing the package stays quick
+
+    defaults = args_class()
+    if "--debug" in sys.argv[1:]:
+        changes = dict(debug=True, run_dir=Path(f"{defaults.run_dir}_debug"))
+        defaults = dataclasses.replace(defaults, **{**changes, **DEBUG, **(debug or {})})
+    args = tyro.cli(args_class, default=defaults)
+    torch.set_num_threads(args.threads)
+    sys.exit(0 if train(args) == "finished" else 130)
+
+
+def _argument_names(encoder: Callable[..., Any]) -> set[str]:
+    # Of __init__: the signature of a tensordict module's class shows __new__, which takes anything.
+    return set(inspect.signature(encoder.__init__).parameters)
