@@ -5,7 +5,8 @@
 
 Timestep and trajectory encoder are the backbone that actor and critic share; loss, advantages and
 collector are TorchRL's. Lakes and held-out evaluation are those of example 00, to compare with. The
-run's folder gets `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `evaluation.npz`.
+run's folder gets `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `evaluation.npz` and
+`evaluation_sampled.npz`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class Args:
     learning_rate: float = 5e-4
     """Step size of AdamW."""
     eval_trials: int = 1024
-    """Trials in the evaluation at the end, on held-out lakes; a multiple of 256, or less."""
+    """Trials in the evaluation at the end, on held-out lakes."""
     threads: int = 2
     """CPU threads."""
 
@@ -147,17 +148,15 @@ def train(args: Args) -> None:
 
 def finish(args: Args, actor: Seq) -> None:
     env = make_env(min(256, args.eval_trials))
-    per_row = args.eval_trials // env.batch_size.numel()
-    results = amago.evaluate(actor, env, trials_per_row=per_row, seed=10_000_019)  # example 00's
-    summary = ", ".join(f"{name} {value:.3f}" for name, value in results.summary().items())
-    print(f"Greedy, on {len(results)} held-out trials: {summary}")
-    results.save(args.run_dir / "evaluation.npz")
+    results = amago.HeldOut(actor, env).evaluate_both(args.eval_trials)
+    results.save(args.run_dir)
+    print(results.describe())
     amago.plot_learning_curve(args.run_dir / "progress.csv", args.run_dir / "learning_curve.png")
     amago.plot_adaptation_curve(
-        results,
+        results.greedy,
         args.run_dir / "adaptation_curve.png",
         reference=amago.bayes_optimal_success(3, 5).success_by_attempt,
-        title=f"PPO, {args.seq_model}: {len(results)} held-out 3x3 lakes, greedy",
+        title=f"PPO, {args.seq_model}: {len(results.greedy)} held-out 3x3 lakes, greedy",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -25,13 +26,42 @@ TINY = {
 }
 SHORT = {
     "00_meta_frozen_lake": {"size": 2, "episodes": 2},
-    "04_tmaze": {"corridor": 3},
+    "04_tmaze": {"corridor": 3, "seq_model": "gru"},
     "05_dark_key_door": {"size": 2, "horizon": 5, "attempt_steps": 8},
 }
 OTHER = {
     "00_meta_frozen_lake": {"slip_chance": 0.1},
     "04_tmaze": {"oracle": True},
     "05_dark_key_door": {"randomize_actions": True},
+}
+# Checkpoints hold these: with another entry, folders of earlier runs couldn't be resumed.
+TASK = {
+    "00_meta_frozen_lake": {
+        "size": 3,
+        "episodes": 5,
+        "hard_mode": False,
+        "recover_mode": False,
+        "slip_chance": 0.0,
+        "show_progress": True,
+        "hold_out_layouts": False,
+    },
+    "04_tmaze": {
+        "corridor": 50,
+        "episode": None,
+        "ambiguous_position": True,
+        "penalty": None,
+        "penalize": "dawdling",
+        "show_time": False,
+        "oracle": False,
+    },
+    "05_dark_key_door": {
+        "size": 5,
+        "attempt_steps": 20,
+        "horizon": 100,
+        "dark": True,
+        "randomize_actions": False,
+        "show_progress": True,
+    },
 }
 
 
@@ -46,22 +76,20 @@ def example(request, monkeypatch):
     spec.loader.exec_module(module)
     module.short = SHORT[request.param]
     module.other = OTHER[request.param]
+    module.task = TASK[request.param]
     return module
+
+
+def test_the_task_is_what_earlier_checkpoints_hold(example):
+    assert example.Args().task_fields() == example.task
 
 
 def test_every_encoder_acts(example):
     for name in SEQ_MODELS:
-        args = example.Args(seq_model=name, **{**TINY, **example.short})
+        args = example.Args(**{**TINY, **example.short, "seq_model": name})
         layouts = ("all",) if hasattr(args, "hold_out_layouts") else ()
         env = example.make_env(args, 2, *layouts)
-        options = (args, 20) if example.__name__.endswith("tmaze") else (args,)
-        policy = make_policy(
-            env,
-            context_length=20,
-            seq_model=name,
-            seq_model_options=example.seq_model_options(*options),
-            timestep_options={"hidden_size": 8, "output_size": 16},
-        )
+        policy = make_policy(env, context_length=20, **args.policy_options())
         assert env.rollout(5, policy)["action"].shape[0] == 2
 
 
@@ -69,10 +97,10 @@ def test_every_encoder_acts(example):
 def test_runs_and_resumes_the_same_task_only(example, tmp_path, capsys):
     args = example.Args(run_dir=tmp_path / "run", **{**TINY, **example.short})
     assert example.train(args) == "finished"
-    assert "Greedy, on " in capsys.readouterr().out
-    assert {"evaluation.npz", "learning_curve.png", "trial.png"} <= {
-        path.name for path in args.run_dir.iterdir()
-    }
+    printed = capsys.readouterr().out
+    assert re.search(r"On 3 held-out trials: greedy .*; sampled \(as trained, without eps", printed)
+    written = {"evaluation.npz", "evaluation_sampled.npz", "learning_curve.png", "trial.png"}
+    assert written <= {path.name for path in args.run_dir.iterdir()}
     more = {**TINY, **example.short, "total_updates": 4, "resume": True, "run_dir": args.run_dir}
     with pytest.raises(ValueError, match=f"task.{next(iter(example.other))}"):
         example.train(example.Args(**{**more, **example.other}))

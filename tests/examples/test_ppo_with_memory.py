@@ -104,8 +104,9 @@ def test_debug_run(example, tmp_path, capsys):
     threads = torch.get_num_threads()
     command = ["--debug", "--run-dir", str(tmp_path / "run"), "--seq-model", "gru"]
     example.main([*command, "--threads", str(threads)])
-    assert "on 64 held-out trials: trial_return" in capsys.readouterr().out
-    names = ("progress.csv", "learning_curve.png", "adaptation_curve.png", "evaluation.npz")
+    assert "On 64 held-out trials: greedy trial_return" in capsys.readouterr().out
+    names = ["progress.csv", "learning_curve.png", "adaptation_curve.png", "evaluation.npz"]
+    names += ["evaluation_sampled.npz"]
     assert all((tmp_path / "run" / name).stat().st_size for name in names)
     progress = read_progress(tmp_path / "run")
     assert progress["frames"].tolist() == [720.0, 1440.0, 2160.0, 2880.0]
