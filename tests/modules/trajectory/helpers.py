@@ -1,7 +1,12 @@
-"""A tiny environment whose rows end at different steps, a policy that remembers, and their check."""
+"""What tests of trajectory encoders share: a tiny environment whose rows end at different steps, a policy
+that remembers, random trials, and checks."""
 
 from __future__ import annotations
 
+import copy
+import shutil
+
+import pytest
 import torch
 from tensordict import TensorDict, TensorDictBase
 from tensordict.nn import TensorDictModule, TensorDictSequential
@@ -13,6 +18,10 @@ from torchrl.modules import set_recurrent_mode
 from torchrl_amago.modules.trajectory import TransformerEncoder
 
 FEATURES = 3
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler"
+)
 
 
 class StaggeredEnv(EnvBase):
@@ -134,3 +143,81 @@ def random_trials(batch, steps, reset_share=0.15):
 def sequence_states(encoder, x, time_idx, is_init):
     """States of rows `[B, T]` encoded in one go."""
     return encoder.sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
+
+
+# --- checks ---
+
+
+@torch.no_grad()
+def assert_nan_goes_with_its_trial(encoder):
+    """NaN in one row reaches no other one, and not that row's next trial, in either mode."""
+    x, time_idx, is_init = random_trials(4, 30)
+    is_init[2, 10] = True
+    is_init[2, 11:] = False
+    time_idx[2, 10:] = torch.arange(20).unsqueeze(-1)
+    poisoned = x.clone()
+    poisoned[2, 7:10] = torch.nan
+    keep = torch.ones(4, 30, dtype=torch.bool)
+    keep[2, 7:10] = False
+    expected, _ = take_steps(encoder, x, time_idx, is_init)
+    states, _ = take_steps(encoder, poisoned, time_idx, is_init)
+    assert states[2, 9].isnan().all()
+    assert torch.equal(states[keep], expected[keep])
+    window = sequence_states(encoder, poisoned, time_idx, is_init)
+    torch.testing.assert_close(window[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5, atol=1e-5)
+
+
+def assert_padding_has_no_effect(encoder):
+    """NaN and nonsense behind a trial's end change neither its states nor any gradient."""
+    twin = copy.deepcopy(encoder)
+    x, time_idx, is_init = random_trials(3, 10, reset_share=0.0)
+    mask = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]
+    states = []
+    for module, fill in ((encoder, 0.0), (twin, torch.nan)):
+        td = TensorDict(
+            timestep=torch.where(mask[..., None], x, fill),
+            time_idx=torch.where(mask[..., None], time_idx, 10**9),
+            is_init=torch.where(mask[..., None], is_init, fill != fill),
+            collector=TensorDict(mask=mask, batch_size=[3, 10]),
+            batch_size=[3, 10],
+        )
+        with set_recurrent_mode(True):
+            states.append(module(td)["state"])
+        if states[-1].requires_grad:
+            torch.where(mask[..., None], states[-1], 0.0).square().sum().backward()
+    assert torch.equal(states[0][mask], states[1][mask])
+    for p, q in zip(encoder.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad)
+        assert p.grad.isfinite().all()
+
+
+@torch.no_grad()
+def assert_no_drift(encoder, steps=2000):
+    """After so many steps of one trial, taken one by one, the state is that of one look at them."""
+    x = torch.randn(2, steps, 4)
+    expected = encoder.sequence(x, torch.zeros(2, steps), None)
+    memory = encoder.new_memory(2, x.device, x.dtype)
+    for t in range(steps):
+        state = encoder.step(x[:, t], torch.zeros(2), memory)
+    torch.testing.assert_close(state, expected[:, -1], rtol=1e-5, atol=1e-5)
+
+
+def assert_same_gradients(scan, definition, inputs, is_init):
+    """Gradients of the two scans, weighted at random, are the same to every input."""
+    weight = torch.randn_like(definition(*inputs, is_init))
+    grads = [
+        torch.autograd.grad((each(*inputs, is_init) * weight).sum(), inputs)
+        for each in (scan, definition)
+    ]
+    for found, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@torch.no_grad()
+def assert_same_on_a_gpu(encoder, **options):
+    """Steps and window there agree with the window on a CPU; moves the encoder."""
+    trials = random_trials(3, 70, **options)
+    expected = sequence_states(encoder, *trials)
+    encoder, on_gpu = encoder.cuda(), [z.cuda() for z in trials]
+    for states in (sequence_states(encoder, *on_gpu), take_steps(encoder, *on_gpu)[0]):
+        torch.testing.assert_close(states.cpu(), expected, rtol=1e-4, atol=1e-4)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from types import ModuleType
 
 import pytest
 import torch
 
+from tests.modules.trajectory.helpers import needs_compiler
 from tests.modules.trajectory.test_attention import naive, trials
 from torchrl_amago.modules.trajectory import TransformerEncoder, attention_backends
 from torchrl_amago.modules.trajectory.attention import AttentionPattern
@@ -97,7 +97,7 @@ PATTERNS = [
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 @pytest.mark.parametrize("pattern", PATTERNS[1:])
 @torch.no_grad()

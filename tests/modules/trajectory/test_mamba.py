@@ -14,7 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from tests.modules.trajectory.helpers import random_trials, sequence_states, take_steps
+from tests.modules.trajectory.helpers import (
+    assert_no_drift,
+    assert_same_gradients,
+    assert_same_on_a_gpu,
+)
 from torchrl_amago import SEQ_MODELS
 from torchrl_amago.modules.trajectory import MambaEncoder
 from torchrl_amago.modules.trajectory import selective_scan as scan_module
@@ -91,13 +95,7 @@ def test_gradient_of_the_scan(monkeypatch, reset_share):
 def test_gradient_over_many_segments_is_that_of_the_recurrence():
     torch.manual_seed(1)
     inputs, is_init = scan_inputs(2, 200), torch.rand(2, 200) < 0.03
-    weight = torch.randn(2, 200, 3, dtype=torch.float64)
-    grads = [
-        torch.autograd.grad((scan(*inputs, is_init) * weight).sum(), inputs)
-        for scan in (selective_scan, scan_by_definition)
-    ]
-    for found, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(found, expected)
+    assert_same_gradients(selective_scan, scan_by_definition, inputs, is_init)
 
 
 def test_strong_decays_neither_overflow_nor_make_nan():
@@ -297,15 +295,10 @@ def test_missing_kernels():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@torch.no_grad()
 def test_on_a_gpu():
-    """Steps, window and CPU agree; with mamba-ssm installed also its kernels."""
+    """With mamba-ssm installed also its kernels."""
     for reset_share in (0.0, 0.1):
-        encoder, trials = build().eval(), random_trials(3, 70, reset_share)
-        expected = sequence_states(encoder, *trials)
-        encoder, on_gpu = encoder.cuda(), [z.cuda() for z in trials]
-        for states in (sequence_states(encoder, *on_gpu), take_steps(encoder, *on_gpu)[0]):
-            torch.testing.assert_close(states.cpu(), expected, rtol=1e-4, atol=1e-4)
+        assert_same_on_a_gpu(build().eval(), reset_share=reset_share)
 
 
 # --- the encoder ---
@@ -317,15 +310,8 @@ def test_is_named_in_make_policy():
     assert (encoder.output_size, len(encoder.blocks), encoder.blocks[0].d_inner) == (256, 3, 512)
 
 
-@torch.no_grad()
 def test_no_drift_over_long_trials():
-    encoder = build().eval()
-    x = torch.randn(2, 2000, 4)
-    expected = encoder.sequence(x, torch.zeros(2, 2000), None)
-    memory = encoder.new_memory(2, x.device, x.dtype)
-    for t in range(2000):
-        state = encoder.step(x[:, t], torch.zeros(2), memory)
-    torch.testing.assert_close(state, expected[:, -1], rtol=1e-5, atol=1e-5)
+    assert_no_drift(build().eval())
 
 
 @torch.no_grad()

@@ -17,6 +17,8 @@ from torchrl.envs import InitTracker, ParallelEnv, SerialEnv, TransformedEnv
 
 from tests.modules.trajectory.helpers import (
     StaggeredEnv,
+    assert_nan_goes_with_its_trial,
+    assert_padding_has_no_effect,
     assert_remembered,
     batched_env,
     make_policy,
@@ -283,23 +285,8 @@ def test_nothing_of_the_memory_is_in_the_weights():
 # --- leaks ---
 
 
-@torch.no_grad()
 def test_nan_in_one_row_stays_there_and_goes_with_its_trial():
-    encoder = small_encoder(6, window=6).eval()
-    x, time_idx, is_init = random_trials(4, 30)
-    is_init[2, 10] = True
-    time_idx[2, 10:] = torch.arange(20).unsqueeze(-1)
-    is_init[2, 11:] = False
-    expected, _ = take_steps(encoder, x, time_idx, is_init)
-    poisoned = x.clone()
-    poisoned[2, 7:10] = torch.nan
-    states, _ = take_steps(encoder, poisoned, time_idx, is_init)
-    keep = torch.ones(4, 30, dtype=torch.bool)
-    keep[2, 7:10] = False
-    assert states[2, 9].isnan().all()
-    assert torch.equal(states[keep], expected[keep])
-    window = sequence_states(encoder, poisoned, time_idx, is_init)
-    torch.testing.assert_close(window[[0, 1, 3]], expected[[0, 1, 3]], rtol=1e-5, atol=1e-5)
+    assert_nan_goes_with_its_trial(small_encoder(6, window=6).eval())
 
 
 @torch.no_grad()
@@ -314,28 +301,8 @@ def test_nan_of_all_rows_is_gone_after_all_start_anew():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_nan_in_padding_has_no_effect(train):
-    from torchrl.modules import set_recurrent_mode
-
     encoder = small_encoder(10, dropout_emb=0.0, dropout_ff=0.0).train(train)
-    twin = copy.deepcopy(encoder)
-    x, time_idx, is_init = random_trials(3, 10, reset_share=0.0)
-    mask = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]
-    states = []
-    for module, fill in ((encoder, 0.0), (twin, torch.nan)):
-        td = TensorDict(
-            timestep=torch.where(mask[..., None], x, fill),
-            time_idx=torch.where(mask[..., None], time_idx, 10**9),
-            is_init=torch.where(mask[..., None], is_init, fill != fill),
-            collector=TensorDict(mask=mask, batch_size=[3, 10]),
-            batch_size=[3, 10],
-        )
-        with set_recurrent_mode(True):
-            states.append(module(td)["state"])
-        torch.where(mask[..., None], states[-1], 0.0).square().sum().backward()
-    assert torch.equal(states[0][mask], states[1][mask])
-    for p, q in zip(encoder.parameters(), twin.parameters(), strict=True):
-        assert torch.equal(p.grad, q.grad)
-        assert p.grad.isfinite().all()
+    assert_padding_has_no_effect(encoder)
 
 
 # --- the table of streams ---

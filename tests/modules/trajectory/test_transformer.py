@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 import torch
 from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
+from tests.modules.trajectory.helpers import needs_compiler
 from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncoder
 
 
@@ -219,7 +218,7 @@ def test_three_functions_make_an_encoder():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@needs_compiler
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
 def test_compiles_without_graph_breaks():
     encoder, td = build(dropout_emb=0.0, dropout_ff=0.0), sequences()
