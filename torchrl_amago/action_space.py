@@ -96,11 +96,11 @@ class ActionSpace:
                 _check_bounds(spec)
             return cls("continuous", shape, spec.dtype)
         raise ValueError(
-            "an action must be Categorical, OneHot, MultiCategorical, MultiOneHot, Binary, or a "
-            f"floating-point Bounded, got {type(spec).__name__} of dtype "
-            f"{getattr(spec, 'dtype', None)}. Change the action space with a transform (several "
-            "named actions into one, a range of integers into a Categorical), or name another "
-            "action."
+            "ActionSpace supports Categorical, OneHot, MultiCategorical, MultiOneHot, Binary and "
+            f"floating-point Bounded actions, got {type(spec).__name__} of dtype "
+            f"{getattr(spec, 'dtype', None)}. Change the action space with a transform of the "
+            "environment (several named actions into one vector, a range of integers into a "
+            "Categorical), or name another action with action_key=."
         )
 
     @property
@@ -130,7 +130,7 @@ class ActionSpace:
             flat = torch.stack(parts, -1)
         else:
             flat = vector if self.kind == "continuous" else vector.round()
-        return flat.to(self.dtype).reshape(*vector.shape[:-1], *self.shape)
+        return flat.to(self.dtype).reshape((*vector.shape[:-1], *self.shape))
 
     def contains(self, action: Tensor) -> Tensor:
         """Which actions ``[*B, *shape]`` are possible, bool ``[*B]``.

@@ -51,10 +51,10 @@ class StretchedBeta(VectorDistribution):
         self.clip_actions = clip_actions
         self.unit = distributions.Beta(alpha, beta, validate_args=False)
 
-    @torch.no_grad()
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]``."""
-        return self.rsample(sample_shape)
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]`` with (implicit) gradient."""
@@ -114,8 +114,8 @@ class Beta(PolicyDistribution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds("alpha", self.concentration_bound, self.alpha_low, self.alpha_high)
-        check_bounds("beta", self.concentration_bound, self.beta_low, self.beta_high)
+        check_bounds(self.alpha_low, self.alpha_high, self.concentration_bound, "alpha")
+        check_bounds(self.beta_low, self.beta_high, self.concentration_bound, "beta")
         check_clip(self.clip_actions)
 
     @property

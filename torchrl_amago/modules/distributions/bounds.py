@@ -59,15 +59,21 @@ def bounded(x: Tensor, bound: Bound, low: float, high: float | None) -> Tensor:
     return tanh_bounded(x, low, high) if bound == "tanh" else softplus_bounded(x, low, high)
 
 
-def check_bounds(name: str, bound: str, low: float, high: float | None) -> None:
+def check_bounds(low: float, high: float | None, bound: str, name: str) -> None:
     """Refuse bounds that hold no positive number.
 
+    Args:
+        low: what is above it.
+        high: what is below it, or None.
+        bound: how numbers get between them.
+        name: what is bounded, for the message: ``{name}_low`` and ``{name}_high`` are arguments.
+
     Raises:
-        ValueError: naming the arguments ``name_bound``, ``name_low``, ``name_high``.
+        ValueError: naming the arguments.
     """
     if bound not in ("tanh", "softplus"):
         raise ValueError(
-            f"{name}_bound must be 'tanh' (between both bounds) or 'softplus' (above the lower "
+            f"{name} must be bounded by 'tanh' (between both bounds) or 'softplus' (above the lower "
             f"one), got {bound!r}."
         )
     if low <= 0.0 or (high is not None and high <= low):
@@ -77,7 +83,7 @@ def check_bounds(name: str, bound: str, low: float, high: float | None) -> None:
         )
     if bound == "tanh" and high is None:
         raise ValueError(
-            f"{name}_bound='tanh' needs a finite {name}_high, got None. Give one, or use 'softplus'."
+            f"'tanh' needs a finite {name}_high, got None. Give one, or use 'softplus'."
         )
 
 

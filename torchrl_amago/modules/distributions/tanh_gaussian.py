@@ -64,10 +64,10 @@ class SquashedNormal(VectorDistribution):
         super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=False)
         self.loc, self.scale, self.clip_actions = loc, scale, clip_actions
 
-    @torch.no_grad()
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]``."""
-        return self.rsample(sample_shape)
+        with torch.no_grad():
+            return self.rsample(sample_shape)
 
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]`` with gradient: ``tanh(loc + scale * noise)``."""
@@ -130,7 +130,7 @@ class TanhGaussian(PolicyDistribution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds("std", self.std_bound, self.std_low, self.std_high)
+        check_bounds(self.std_low, self.std_high, self.std_bound, "std")
         check_clip(self.clip_actions)
 
     @property

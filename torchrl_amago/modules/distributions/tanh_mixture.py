@@ -112,7 +112,7 @@ class TanhMixture(PolicyDistribution):
                 f"num_modes must be at least 1, got {self.num_modes}. It is the number of Gaussians "
                 "that are mixed."
             )
-        check_bounds("std", self.std_bound, self.std_low, self.std_high)
+        check_bounds(self.std_low, self.std_high, self.std_bound, "std")
 
     @property
     def num_params(self) -> int:
