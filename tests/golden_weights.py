@@ -78,6 +78,19 @@ def actor_weights(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
     return {f"module.mlp.{_mlp_name(name)}": value for name, value in named.items()}
 
 
+def residual_actor_weights(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
+    """Residual actor head inside a TensorDictModule."""
+    renamed = {}
+    for name, value in case.starting(prefix).items():
+        part, rest = name.split(".", 1)
+        if part == "inp":
+            name = f"embed.{_mlp_name(rest)}"
+        elif part == "residual_blocks":
+            name = f"blocks.{rest.replace('norm.', '')}"
+        renamed[f"module.{name}"] = value
+    return renamed
+
+
 def critic_weights(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
     """Critic ensemble inside a TensorDictModule."""
     named = case.starting(f"{prefix}net.")

@@ -2,47 +2,73 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torchrl.modules.functional import symexp
 
-from tests.golden_utils import assert_close, cases, load
-from tests.golden_weights import actor_weights, critic_weights, popart_buffers
-from torchrl_amago.modules import (
-    Actor,
-    BilevelEpsilonGreedy,
-    ClippedCategorical,
-    DiscreteCritic,
-    PopArt,
+from tests.golden_utils import GoldenCase, assert_close, cases, load
+from tests.golden_weights import (
+    actor_weights,
+    critic_weights,
+    popart_buffers,
+    residual_actor_weights,
 )
+from torchrl_amago.modules import BilevelEpsilonGreedy, ClippedCategorical, PopArt
+from torchrl_amago.modules.actor import Actor, ResidualActor
+from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, discount_feature
 from torchrl_amago.modules.distributions import clip_probabilities
 
 
 def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
-    module.load_state_dict({name.removeprefix("module."): v for name, v in weights.items()})
+    named = {name.removeprefix("module."): v for name, v in weights.items()}
+    buffers = {name: b for name, b in module.named_buffers() if name not in named}
+    module.load_state_dict(named | buffers)
 
 
-def test_actor():
-    case = load("modules/actor_discrete")
+# Sizes under the reference's names, and ours.
+SIZES = {
+    "d_hidden": "hidden_size",
+    "n_layers": "num_layers",
+    "activation": "activation",
+    "feature_dim": "feature_size",
+    "residual_ff_dim": "residual_size",
+    "residual_blocks": "num_blocks",
+    "num_critics": "num_critics",
+    "output_bins": "num_outputs",
+}
+
+
+def _options(case: GoldenCase) -> dict[str, Any]:
     hp = case.hyperparameters
-    actor = Actor(hp["state_dim"], hp["action_dim"], len(hp["gammas"]), hidden_size=hp["d_hidden"])
-    _load(actor, actor_weights(case, "w/"))
+    options = {ours: hp[theirs] for theirs, ours in SIZES.items() if theirs in hp}
+    if "normalization" in hp:
+        options["norm"] = {"rmsnorm": "rms"}[hp["normalization"]]
+    return options
+
+
+@pytest.mark.parametrize("case", cases("modules/actor_*", "modules/residual_actor_*"), ids=str)
+def test_actor(case):
+    hp = case.hyperparameters
+    num_params = hp["action_dim"] * (1 if hp["discrete"] else 2)
+    cls, weights = Actor, actor_weights
+    if "residual" in case.name:
+        cls, weights = ResidualActor, residual_actor_weights
+    actor = cls(hp["state_dim"], num_params, len(hp["gammas"]), **_options(case))
+    _load(actor, weights(case, "w/"))
     params = actor(case["in/state"])
     assert_close(params, case["out/dist_params"])
-    dist = ClippedCategorical(params)
-    assert_close(dist.probs, case["out/probs"])
-    assert_close(dist.logits, case["out/logits"])
+    if hp["discrete"]:
+        dist = ClippedCategorical(params)
+        assert_close(dist.probs, case["out/probs"])
+        assert_close(dist.logits, case["out/logits"])
 
 
 def test_discrete_critic():
     case = load("modules/ncritics_discrete")
     hp = case.hyperparameters
-    critic = DiscreteCritic(
-        hp["state_dim"],
-        hp["action_dim"],
-        len(hp["gammas"]),
-        hp["num_critics"],
-        hidden_size=hp["d_hidden"],
-    )
+    critic = DiscreteCritic(hp["state_dim"], hp["action_dim"], len(hp["gammas"]), **_options(case))
     _load(critic, critic_weights(case, "w/"))
     state = case["in/state"].requires_grad_()
     action = case["in/action"].squeeze(0).unsqueeze(2).requires_grad_()  # [B, T, 1, G, A]
@@ -51,6 +77,36 @@ def test_discrete_critic():
     value.sum().backward()
     assert_close(state.grad, case["out/grad_state_of_sum_value"])
     assert_close(action.grad.squeeze(2), case["out/grad_action_of_sum_value"].squeeze(0))
+
+
+@pytest.mark.parametrize(
+    "case", cases("modules/ncritics_continuous", "modules/ncritics_twohot_*"), ids=str
+)
+@pytest.mark.parametrize("rows_at_once", [1, 2048])
+def test_action_critic(case, rows_at_once):
+    hp = case.hyperparameters
+    critic = ActionCritic(hp["state_dim"], hp["action_dim"], hp["gammas"], **_options(case))
+    critic.CHUNK_ROWS = rows_at_once
+    _load(critic, critic_weights(case, "w/"))
+    state, action = case["in/state"].requires_grad_(), case["in/action"].requires_grad_()
+    value = critic(state, action)  # [K, B, T, C, G] and perhaps bins
+    if "output_bins" in hp:
+        assert_close(value.log_softmax(-1), case["out/logits"])
+        value = (value.softmax(-1) * case["bin_vals"]).sum(-1)
+        value = symexp(value) if hp.get("use_symlog", True) else value
+        assert_close(value, case["out/raw_vals"].squeeze(-1))
+    else:
+        assert_close(value, case["out"].squeeze(-1))
+    value.sum().backward()
+    assert_close(state.grad, case["out/grad_state_of_sum_value"])
+    assert_close(action.grad, case["out/grad_action_of_sum_value"])
+
+
+def test_discount_feature():
+    case = load("functional/gammas_as_input_seq")
+    batch, length = case.hyperparameters["batch_size"], case.hyperparameters["length"]
+    feature_G = discount_feature(case["gammas"])
+    assert_close(feature_G.repeat(batch)[:, None, None].expand(-1, length, -1), case["out"])
 
 
 @pytest.mark.parametrize("case", cases("functional/dist_discrete*"), ids=str)

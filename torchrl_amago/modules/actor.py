@@ -1,29 +1,162 @@
-"""Actor head: from a state to the parameters of one action distribution per discount."""
+"""Actor heads: from a state to the parameters of one action distribution per discount.
+
+Legend: B batch, G discounts, P distribution parameters, I input features.
+"""
 
 from __future__ import annotations
 
+import abc
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from torchrl_amago.modules.layers import MLP
+from torchrl_amago.modules.layers import MLP, make_activation, make_norm
 
 
-class Actor(nn.Module):
+class ActorHead(nn.Module, abc.ABC):
+    """What all actor heads share: what they read besides the state, and which actions are allowed.
+
+    A subclass builds a network that reads :attr:`input_size` features, and applies it in :meth:`head`.
+
+    In a TensorDictModule, `in_keys` are the state's, then one for every entry of
+    `observation_sizes`, then, if `masks_actions`, the action mask's.
+
+    Args:
+        state_size: size of the state.
+        num_params: P, parameters of one action distribution (the number of actions if discrete).
+        num_discounts: G.
+        observation_sizes: how many numbers each observation holds that is read besides the state.
+        masks_actions: read a mask that says which actions are allowed.
+
+    Shapes:
+        state ``[*B, state_size]``, each observation ``[*B, ...]``, mask ``[*B, P]``
+        -> ``[*B, G, P]``.
+
+    Example:
+        >>> class Linear(ActorHead):
+        ...     def __init__(self, *args, **options):
+        ...         super().__init__(*args, **options)
+        ...         self.layer = nn.Linear(self.input_size, self.output_size)
+        ...     def head(self, x):
+        ...         return self.layer(x)
+        >>> actor = Linear(8, num_params=5, num_discounts=7, observation_sizes=[6])
+        >>> actor(torch.zeros(4, 8), torch.zeros(4, 2, 3)).shape
+        torch.Size([4, 7, 5])
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        num_params: int,
+        num_discounts: int,
+        *,
+        observation_sizes: Sequence[int] = (),
+        masks_actions: bool = False,
+    ) -> None:
+        super().__init__()
+        self.num_params, self.num_discounts = num_params, num_discounts
+        self.observation_sizes, self.masks_actions = tuple(observation_sizes), masks_actions
+        self.input_size = state_size + sum(observation_sizes)
+        self.output_size = num_discounts * num_params
+
+    @abc.abstractmethod
+    def head(self, x: Tensor) -> Tensor:
+        """Map state and observations ``[*B, input_size]`` to parameters ``[*B, output_size]``."""
+
+    @property
+    def num_extra_inputs(self) -> int:
+        """How many tensors :meth:`forward` takes after the state."""
+        return len(self.observation_sizes) + self.masks_actions
+
+    def forward(self, state: Tensor, *inputs: Tensor) -> Tensor:
+        """Distribution parameters for every discount.
+
+        Args:
+            state: ``[*B, state_size]``, float.
+            inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`; then,
+                if `masks_actions`, the action mask ``[*B, P]``, bool, True where an action is
+                allowed. Parameters of the others come out as -inf.
+
+        Raises:
+            ValueError: if an input is missing or doesn't fit, or if a row of the mask allows nothing
+                (which isn't looked for in compiled code).
+        """
+        if len(inputs) != self.num_extra_inputs:
+            raise ValueError(
+                f"an actor with observation_sizes={self.observation_sizes} and masks_actions="
+                f"{self.masks_actions} reads {self.num_extra_inputs} tensors after the state, got "
+                f"{len(inputs)}. Give the observations in this order, then the action mask."
+            )
+        observations = inputs[: len(self.observation_sizes)]
+        params_BGP = self.head(self._join(state, observations)).unflatten(
+            -1, (self.num_discounts, self.num_params)
+        )
+        return forbid(params_BGP, inputs[-1]) if self.masks_actions else params_BGP
+
+    def _join(self, state: Tensor, observations: Sequence[Tensor]) -> Tensor:
+        batch = state.shape[:-1]
+        flat = [state]
+        for size, observation in zip(self.observation_sizes, observations, strict=True):
+            event = observation.shape[len(batch) :]
+            if observation.shape[: len(batch)] != batch or event.numel() != size:
+                raise ValueError(
+                    f"an observation for the actor must hold {size} numbers for each state of a batch "
+                    f"of {tuple(batch)}, got the shape {tuple(observation.shape)}. Set "
+                    "observation_sizes to the number of elements of each observation."
+                )
+            flat.append(observation.reshape(*batch, size).to(state.dtype))
+        return torch.cat(flat, -1) if observations else state
+
+
+def forbid(params_BGP: Tensor, mask_BP: Tensor) -> Tensor:
+    """Set parameters of forbidden actions to -inf, for every discount.
+
+    Args:
+        params_BGP: unnormalised log-probabilities.
+        mask_BP: bool, True where an action is allowed.
+
+    Raises:
+        ValueError: if the mask isn't bool or has another shape, or if one of its rows allows nothing
+            (which isn't looked for in compiled code).
+
+    Example:
+        >>> forbid(torch.zeros(1, 2, 3), torch.tensor([[True, False, True]]))
+        tensor([[[0., -inf, 0.],
+                 [0., -inf, 0.]]])
+    """
+    expected = (*params_BGP.shape[:-2], params_BGP.shape[-1])
+    if mask_BP.dtype != torch.bool or mask_BP.shape != expected:
+        raise ValueError(
+            f"an action mask must be bool of shape {tuple(expected)}, got {mask_BP.dtype} of shape "
+            f"{tuple(mask_BP.shape)}. It holds True for every action that is allowed, at every step."
+        )
+    if not torch.compiler.is_compiling() and not mask_BP.any(-1).all():
+        raise ValueError(
+            "an action mask must allow at least one action in each row, got a row of only False. "
+            "Mend the environment, and fill the mask of padded steps with True."
+        )
+    return params_BGP.masked_fill(~mask_BP.unsqueeze(-2), float("-inf"))
+
+
+class Actor(ActorHead):
     """MLP from a state to distribution parameters for every discount.
 
     Args:
-        state_size: D, size of the state.
+        state_size: size of the state.
         num_params: P, parameters of one action distribution (the number of actions if discrete).
         num_discounts: G.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
         activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
         dropout: rate after each hidden layer.
+        options: `observation_sizes` and `masks_actions`, see :class:`ActorHead`.
 
     Shapes:
-        ``[*B, D]`` -> ``[*B, G, P]``.
+        ``[*B, state_size]`` -> ``[*B, G, P]``.
 
     Example:
-        >>> import torch
         >>> Actor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
         torch.Size([2, 3, 7, 5])
     """
@@ -37,18 +170,88 @@ class Actor(nn.Module):
         num_layers: int = 2,
         activation: str = "leaky_relu",
         dropout: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        self.num_params, self.num_discounts = num_params, num_discounts
+        super().__init__(state_size, num_params, num_discounts, **options)
         self.mlp = MLP(
-            state_size,
+            self.input_size,
             hidden_size,
             num_layers,
-            num_discounts * num_params,
+            self.output_size,
             activation=activation,
             dropout=dropout,
         )
 
-    def forward(self, state: Tensor) -> Tensor:
-        """Distribution parameters for every discount."""
-        return self.mlp(state).unflatten(-1, (self.num_discounts, self.num_params))
+    def head(self, x: Tensor) -> Tensor:
+        return self.mlp(x)
+
+
+class ResidualActor(ActorHead):
+    """Residual blocks from a state to distribution parameters (BRO, arXiv 2405.16158, Section 3).
+
+        x = mlp(state)
+        x = x + norm(linear(activation(norm(linear(x)))))      num_blocks times
+        parameters = linear(x)
+
+    Args:
+        state_size: size of the state.
+        num_params: P, parameters of one action distribution (the number of actions if discrete).
+        num_discounts: G.
+        feature_size: width between the blocks.
+        residual_size: width inside of a block.
+        num_blocks: number of blocks, at least 1.
+        activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
+        norm: name of the norm in the blocks, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        dropout: rate inside of the first MLP.
+        options: `observation_sizes` and `masks_actions`, see :class:`ActorHead`.
+
+    Shapes:
+        ``[*B, state_size]`` -> ``[*B, G, P]``.
+
+    Raises:
+        ValueError: if `num_blocks` is below 1, or a name is unknown.
+
+    Example:
+        >>> ResidualActor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
+        torch.Size([2, 3, 7, 5])
+    """
+
+    def __init__(
+        self,
+        state_size: int,
+        num_params: int,
+        num_discounts: int,
+        feature_size: int = 256,
+        residual_size: int = 512,
+        num_blocks: int = 2,
+        activation: str = "leaky_relu",
+        norm: str = "layer",
+        dropout: float = 0.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(state_size, num_params, num_discounts, **options)
+        if num_blocks < 1:
+            raise ValueError(
+                f"num_blocks must be at least 1, got {num_blocks}. It counts residual blocks; for an "
+                "actor without any use Actor."
+            )
+        self.embed = MLP(
+            self.input_size, feature_size, 1, feature_size, activation=activation, dropout=dropout
+        )
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(feature_size, residual_size),
+                make_norm(norm, residual_size),
+                make_activation(activation),
+                nn.Linear(residual_size, feature_size),
+                make_norm(norm, feature_size),
+            )
+            for _ in range(num_blocks)
+        )
+        self.out = nn.Linear(feature_size, self.output_size)
+
+    def head(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.out(x)

@@ -1,16 +1,24 @@
-"""Critic ensembles: all members, discounts and (if discrete) actions in one batched pass.
+"""Critic ensembles: all members, discounts and actions in one batched pass.
 
-Legend: B batch, T steps, C critics, G discounts, A action size, D features.
+A critic of finitely many actions lists their values (:class:`DiscreteCritic`); any other reads the
+action (:class:`ActionCritic`).
+
+Legend: C critics, G discounts, A action size, D state size, H hidden size, O numbers that one value is
+predicted by, M steps, K action samples of a step, R rows of a batched product.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchrl.modules.functional import symlog
 
+from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation
 
 
@@ -23,7 +31,7 @@ class EnsembleLinear(nn.Module):
         out_features: size of the output.
 
     Shapes:
-        ``[N, in]`` (the same input for all members) or ``[C, N, in]`` -> ``[C, N, out]``.
+        ``[R, in]`` (the same input for all members) or ``[C, R, in]`` -> ``[C, R, out]``.
 
     Example:
         >>> EnsembleLinear(4, 8, 3)(torch.zeros(5, 8)).shape
@@ -45,7 +53,94 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
 
 
-class DiscreteCritic(nn.Module):
+class CriticEnsemble(nn.Module):
+    """What all critics share: an ensemble of MLPs, and how a value is written down.
+
+    Args:
+        input_size: features of the first layer.
+        num_values: how many values each member predicts in a row of its output.
+        num_critics: C.
+        num_outputs: O, how many numbers each value is predicted by (bins of a value codec that
+            classifies); None for one, without a dimension of its own.
+        hidden_size: width of the hidden layers.
+        num_layers: number of hidden layers, at least 1.
+        activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
+        dropout: rate after each hidden layer, in [0, 1).
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        num_values: int,
+        num_critics: int = 4,
+        *,
+        num_outputs: int | None = None,
+        hidden_size: int = 256,
+        num_layers: int = 2,
+        activation: str = "leaky_relu",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_critics < 1 or num_layers < 1:
+            raise ValueError(
+                f"a critic ensemble needs num_critics >= 1 and num_layers >= 1, got {num_critics} "
+                f"and {num_layers}. Use 4 and 2, the published sizes."
+            )
+        if num_outputs is not None and num_outputs < 1:
+            raise ValueError(
+                f"num_outputs must be at least 1, or None for plain numbers, got {num_outputs}. It is "
+                "the number of bins of the value codec."
+            )
+        check_dropout(dropout=dropout)
+        self.num_critics, self.num_outputs, self.dropout = num_critics, num_outputs, dropout
+        #: Dimensions of one predicted value: ``()`` or ``(O,)``.
+        self.event_shape = torch.Size(() if num_outputs is None else (num_outputs,))
+        sizes = [input_size] + [hidden_size] * num_layers
+        self.hidden = nn.ModuleList(
+            EnsembleLinear(num_critics, size_in, size_out)
+            for size_in, size_out in itertools.pairwise(sizes)
+        )
+        self.out = EnsembleLinear(num_critics, hidden_size, num_values * self.event_shape.numel())
+        self.activation = make_activation(activation)
+        if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
+            # Their backward needs the result alone, and the input is as large as all members' layers.
+            self.activation.inplace = True
+
+    @torch.no_grad()
+    def set_output_bias(self, bias: Tensor) -> None:
+        """Start every member's predictions from the same numbers, for all discounts and actions.
+
+        Call it before a loss makes its copies of the critic.
+
+        Args:
+            bias: ``[O]`` (``[1]`` for plain numbers), as a value codec's initial prediction.
+
+        Raises:
+            ValueError: if the shape is another.
+        """
+        expected = (self.event_shape.numel(),)
+        if bias.shape != expected:
+            raise ValueError(
+                f"the bias must hold one number for each output of a value, {expected}, got the shape "
+                f"{tuple(bias.shape)}. Give the critic num_outputs as the value codec has bins."
+            )
+        self.out.bias.view(self.num_critics, -1, *expected).copy_(bias)
+
+    def _activate(self, x: Tensor) -> Tensor:
+        """Activation and dropout; `x` may be overwritten."""
+        return dropout(self.activation(x), self.dropout, self.training)
+
+    def _after_first(self, hidden_CRH: Tensor) -> Tensor:
+        """From the first hidden layer's activations to the last layer's outputs."""
+        for layer in self.hidden[1:]:
+            hidden_CRH = self._activate(layer(hidden_CRH))
+        return self.out(hidden_CRH)
+
+
+class DiscreteCritic(CriticEnsemble):
     """Ensemble of MLPs from a state to the value of every action under every discount.
 
     Args:
@@ -53,16 +148,14 @@ class DiscreteCritic(nn.Module):
         num_actions: A.
         num_discounts: G.
         num_critics: C.
-        hidden_size: width of the hidden layers.
-        num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
-        dropout: rate after each hidden layer.
+        options: `num_outputs` (O), `hidden_size`, `num_layers`, `activation`, `dropout`, see
+            :class:`CriticEnsemble`.
 
     Shapes:
-        ``[*B, D]`` -> ``[*B, C, G, A]``.
+        ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given.
 
     Raises:
-        ValueError: if ``num_critics`` or ``num_layers`` is smaller than 1.
+        ValueError: if an argument is out of range.
 
     Example:
         >>> DiscreteCritic(8, num_actions=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -75,36 +168,155 @@ class DiscreteCritic(nn.Module):
         num_actions: int,
         num_discounts: int,
         num_critics: int = 4,
-        hidden_size: int = 256,
-        num_layers: int = 2,
-        activation: str = "leaky_relu",
-        dropout: float = 0.0,
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if num_critics < 1 or num_layers < 1:
-            raise ValueError(
-                f"a critic ensemble needs num_critics >= 1 and num_layers >= 1, got {num_critics} "
-                f"and {num_layers}. Use 4 and 2, the published sizes."
-            )
-        self.num_critics, self.num_discounts, self.num_actions = (
-            num_critics,
-            num_discounts,
-            num_actions,
-        )
-        sizes = [state_size] + [hidden_size] * num_layers
-        self.hidden = nn.ModuleList(
-            EnsembleLinear(num_critics, size_in, size_out)
-            for size_in, size_out in itertools.pairwise(sizes)
-        )
-        self.out = EnsembleLinear(num_critics, hidden_size, num_discounts * num_actions)
-        self.activation = make_activation(activation)
-        self.dropout = nn.Dropout(dropout)
+        super().__init__(state_size, num_discounts * num_actions, num_critics, **options)
+        self.num_discounts, self.num_actions = num_discounts, num_actions
 
     def forward(self, state: Tensor) -> Tensor:
         """Values of all actions."""
-        batch = state.shape[:-1]
-        hidden_CND = state.reshape(-1, state.shape[-1])
-        for layer in self.hidden:
-            hidden_CND = self.dropout(self.activation(layer(hidden_CND)))
-        value_NCX = self.out(hidden_CND).transpose(0, 1)
-        return value_NCX.reshape(*batch, self.num_critics, self.num_discounts, self.num_actions)
+        state_MD = state.reshape(-1, state.shape[-1])
+        hidden_CMH = self._activate(self.hidden[0](state_MD))
+        value_MCX = self._after_first(hidden_CMH).transpose(0, 1)
+        shape = (self.num_critics, self.num_discounts, self.num_actions, *self.event_shape)
+        return value_MCX.reshape(*state.shape[:-1], *shape)
+
+
+def discount_feature(discounts: Tensor) -> Tensor:
+    """How critics read a discount: ``symlog(1 / (1 - discount))``, the horizon in steps on a log scale.
+
+    Horizons are bounded by a million steps.
+
+    Args:
+        discounts: any shape, in [0, 1].
+
+    Example:
+        >>> discount_feature(torch.tensor([0.9, 0.999])).round(decimals=2)
+        tensor([2.4000, 6.9100])
+    """
+    horizon = 1.0 / (1.0 - discounts).clamp(1e-6, 1.0)
+    return symlog(horizon)
+
+
+class ActionCritic(CriticEnsemble):
+    """Ensemble of MLPs from a state and an action to the action's value under every discount.
+
+        value_cg = mlp_c(state, symlog(1 / (1 - discount_g)), action)
+
+    The first layer's product with the state, by far its largest part, is made once per step and
+    critic, not for every sample and discount; its input is never put together.
+
+    Args:
+        state_size: D.
+        action_size: A.
+        discounts: G discounts in [0, 1).
+        num_critics: C.
+        clip_actions: bound on what is seen of an action, so that its gradient is 0 beyond (0.999 in the
+            public AMAGO code); None for none.
+        options: `num_outputs` (O), `hidden_size`, `num_layers`, `activation`, `dropout`, see
+            :class:`CriticEnsemble`.
+
+    Shapes:
+        state ``[*B, D]``, action ``[*K, *B, G, A]``, or ``[*K, *B, 1, A]`` if it is the same for all
+        discounts -> ``[*K, *B, C, G]``, or ``[*K, *B, C, G, O]`` if `num_outputs` is given. ``*K`` are
+        any number of dimensions of samples, also none.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Example:
+        >>> critic = ActionCritic(8, action_size=2, discounts=[0.9, 0.99, 0.999])
+        >>> critic(torch.zeros(5, 8), torch.zeros(16, 5, 3, 2)).shape
+        torch.Size([16, 5, 4, 3])
+    """
+
+    #: Rows that pass through all layers together on a CPU: their intermediate results fit its caches
+    #: and take memory that was used before, where fresh pages cost more than the products.
+    CHUNK_ROWS = 2048
+
+    discounts: Tensor
+
+    def __init__(
+        self,
+        state_size: int,
+        action_size: int,
+        discounts: Sequence[float],
+        num_critics: int = 4,
+        *,
+        clip_actions: float | None = 0.999,
+        **options: Any,
+    ) -> None:
+        super().__init__(state_size + 1 + action_size, 1, num_critics, **options)
+        if not len(discounts) or not all(0.0 <= discount < 1.0 for discount in discounts):
+            raise ValueError(
+                f"discounts must be one or more numbers in [0, 1), got {tuple(discounts)}. Give the "
+                "policy's, in the same order."
+            )
+        if clip_actions is not None and not clip_actions > 0:
+            raise ValueError(
+                f"clip_actions must be above 0, got {clip_actions}. Use None to see actions as they are."
+            )
+        self.state_size, self.action_size = state_size, action_size
+        self.clip_actions = clip_actions
+        self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
+
+    def forward(self, state: Tensor, action: Tensor) -> Tensor:
+        """Values of the actions under every discount.
+
+        Raises:
+            ValueError: if the shapes don't fit together.
+        """
+        samples = self._samples(state, action)
+        batch, num_discounts = state.shape[:-1], len(self.discounts)
+        state_MD = state.reshape(batch.numel(), self.state_size)
+        action_KMGA = action.reshape(samples.numel(), batch.numel(), *action.shape[-2:]).expand(
+            -1, -1, num_discounts, -1
+        )
+        if state.device.type != "cpu" or torch.compiler.is_compiling():
+            value_KMCGO = self._values(state_MD, action_KMGA)
+        else:
+            steps = max(1, self.CHUNK_ROWS // max(1, samples.numel() * num_discounts))
+            chunks = zip(state_MD.split(steps), action_KMGA.split(steps, 1), strict=True)
+            value_KMCGO = torch.cat([self._values(*chunk) for chunk in chunks], 1)
+        return value_KMCGO.reshape(
+            *samples, *batch, self.num_critics, num_discounts, *self.event_shape
+        )
+
+    def _values(self, state_MD: Tensor, action_KMGA: Tensor) -> Tensor:
+        first = self.hidden[0]
+        state_weight, weight = first.weight.split([self.state_size, 1 + self.action_size], 1)
+        C, H = self.num_critics, weight.shape[-1]
+        shape_KMG = action_KMGA.shape[:-1]
+        if self.clip_actions is not None:
+            action_KMGA = action_KMGA.clamp(-self.clip_actions, self.clip_actions)
+        feature_G1 = discount_feature(self.discounts).unsqueeze(-1).to(action_KMGA.dtype)
+        x_KMGI = torch.cat([feature_G1.expand(*shape_KMG, 1), action_KMGA], -1)
+        of_state_CMH = torch.baddbmm(
+            first.bias.unsqueeze(1), state_MD.expand(C, -1, -1), state_weight
+        )
+        of_rest_CRH = torch.bmm(x_KMGI.flatten(0, -2).expand(C, -1, -1), weight)
+        # Nothing large is changed through a view: autograd would copy its whole gradient for that.
+        hidden_CKMGH = self._activate(
+            of_rest_CRH.view(C, *shape_KMG, H) + of_state_CMH[:, None, :, None]
+        )
+        value_CRO = self._after_first(hidden_CKMGH.flatten(1, -2))
+        return value_CRO.view(C, *shape_KMG, self.event_shape.numel()).permute(1, 2, 0, 3, 4)
+
+    def _samples(self, state: Tensor, action: Tensor) -> torch.Size:
+        """Dimensions of samples, ``*K``."""
+        batch, num_discounts = state.shape[:-1], len(self.discounts)
+        num_samples = action.ndim - state.ndim - 1
+        if (
+            num_samples < 0
+            or state.shape[-1] != self.state_size
+            or action.shape[num_samples:-2] != batch
+            or action.shape[-2] not in (1, num_discounts)
+            or action.shape[-1] != self.action_size
+        ):
+            raise ValueError(
+                f"this critic reads states [*B, {self.state_size}] and actions [*K, *B, "
+                f"{num_discounts} or 1, {self.action_size}], samples *K first, got {tuple(state.shape)} "
+                f"and {tuple(action.shape)}. An action that is the same for all discounts still needs "
+                "their dimension: action.unsqueeze(-2)."
+            )
+        return action.shape[:num_samples]
