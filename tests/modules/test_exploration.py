@@ -1,13 +1,20 @@
-"""Two-level epsilon: the schedule by hand, the noise by frequency, per-trial scales."""
+"""Two-level exploration: the schedule by hand, each kind of noise by frequency, per-trial scales."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from tensordict import TensorDict
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, MultiOneHot, OneHot
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 
+from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules import BilevelEpsilonGreedy
+from torchrl_amago.modules.exploration import BilevelGaussian, make_exploration
+
+NUM_ROWS = 20_000
 
 
 def _step(num_rows: int, time: int = 0, init: bool = True) -> TensorDict:
@@ -79,3 +86,150 @@ def test_refuses_an_empty_horizon():
 def test_refuses_a_power_that_is_not_positive():
     with pytest.raises(ValueError, match=r"power must be positive, got 0\. 1 lets noise change"):
         BilevelEpsilonGreedy(5, horizon=10, power=0)
+
+
+# ------------------------------------------------------------------ other action spaces
+
+
+def _explore(explore, action: torch.Tensor, **entries: torch.Tensor) -> torch.Tensor:
+    with set_exploration_type(ExplorationType.RANDOM):
+        td = _step(len(action)).set("action", action.clone()).update(entries)
+        return explore(td)["action"]
+
+
+def _constant(epsilon: float) -> dict:
+    return dict(start_of_trial=(epsilon, epsilon), end_of_trial=(epsilon, epsilon), randomize=False)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_parts_are_replaced_independently(one_hot):
+    sizes, epsilon = (2, 4), 0.6
+    explore = BilevelEpsilonGreedy(sizes, horizon=10, one_hot=one_hot, **_constant(epsilon))
+    space = ActionSpace.from_spec((MultiOneHot if one_hot else MultiCategorical)(sizes))
+    action = space.from_vector(torch.tensor([1.0, 0, 1, 0, 0, 0]).expand(NUM_ROWS, 6))
+    result = _explore(explore, action)
+    assert result.dtype == action.dtype
+    assert space.contains(result).all()
+    first, second = space.to_vector(result).split(sizes, -1)
+    # A replaced part keeps its value by chance: once in its number of choices.
+    changed = torch.stack([first[:, 0] == 0, second[:, 0] == 0])
+    expected = torch.tensor([epsilon * 1 / 2, epsilon * 3 / 4])
+    torch.testing.assert_close(changed.float().mean(1), expected, rtol=0, atol=0.02)
+    both = (changed[0] & changed[1]).float().mean().item()
+    assert both == pytest.approx(expected.prod().item(), abs=0.015)
+    choices = second[changed[1]].sum(0) / changed[1].sum()
+    torch.testing.assert_close(choices, torch.tensor([0, 1, 1, 1]) / 3, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8])
+def test_bits_are_replaced_independently(dtype):
+    space = ActionSpace.from_spec(Binary(3, dtype=dtype))
+    explore = make_exploration(space, 10, **_constant(0.5))
+    action = torch.tensor([0, 1, 1], dtype=dtype).expand(NUM_ROWS, 3)
+    result = _explore(explore, action)
+    assert result.dtype == dtype
+    flipped = (result != action).float()
+    torch.testing.assert_close(flipped.mean(0), torch.full((3,), 0.25), rtol=0, atol=0.02)
+    assert flipped.T.corrcoef().fill_diagonal_(0).abs().max() < 0.03
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
+def test_gaussian_noise_by_hand(shape):
+    explore = BilevelGaussian(horizon=10, **_constant(0.2))
+    action = torch.full((NUM_ROWS, *shape), 0.1, dtype=torch.float64)
+    noise = _explore(explore, action) - action
+    assert noise.dtype == torch.float64
+    assert noise.shape == action.shape
+    assert noise.mean().item() == pytest.approx(0.0, abs=0.01)
+    assert noise.std().item() == pytest.approx(0.2, abs=0.01)
+    if shape == (3,):
+        assert noise.T.corrcoef().fill_diagonal_(0).abs().max() < 0.03
+
+
+def test_gaussian_noise_is_clipped():
+    explore = BilevelGaussian(horizon=10, **_constant(1.0))
+    result = _explore(explore, torch.zeros(NUM_ROWS, 1))
+    assert result.abs().max() == 1.0
+    at_the_edge = (result.abs() == 1.0).float().mean().item()
+    assert at_the_edge == pytest.approx(math.erfc(1 / math.sqrt(2)), abs=0.02)
+
+
+def test_gaussian_noise_follows_the_schedule_and_each_trials_scale():
+    explore = BilevelGaussian(horizon=10, start_of_trial=(0.3, 0.3), end_of_trial=(0.0, 0.0))
+    with set_exploration_type(ExplorationType.RANDOM):
+        td = explore(_step(NUM_ROWS).set("action", torch.zeros(NUM_ROWS, 1)))
+        scale = td["_epsilon_scale"]
+        assert (td["action"] / scale).std().item() == pytest.approx(0.3, abs=0.02)
+        last = _step(NUM_ROWS, time=10, init=False).set("action", torch.zeros(NUM_ROWS, 1))
+        assert not explore(last.set("_epsilon_scale", scale))["action"].any()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        greedy = _step(NUM_ROWS).set("action", torch.zeros(NUM_ROWS, 1))
+        assert not explore(greedy)["action"].any()
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_only_allowed_choices_are_random(one_hot):
+    sizes = (2, 4)
+    allowed = torch.tensor([True, True, False, True, False, True])
+    explore = BilevelEpsilonGreedy(
+        sizes, horizon=10, one_hot=one_hot, mask_key="action_mask", **_constant(1.0)
+    )
+    assert "action_mask" in explore.in_keys
+    space = ActionSpace.from_spec((MultiOneHot if one_hot else MultiCategorical)(sizes))
+    action = space.from_vector(torch.tensor([1.0, 0, 0, 1, 0, 0]).expand(NUM_ROWS, 6))
+    result = _explore(explore, action, action_mask=allowed.expand(NUM_ROWS, 6))
+    shares = space.to_vector(result).mean(0)
+    torch.testing.assert_close(shares, 0.5 * allowed.float(), rtol=0, atol=0.02)
+    with pytest.raises(KeyError, match="action_mask"):
+        _explore(explore, action)
+
+
+SPECS = {
+    "index": Categorical(5),
+    "index with a dimension": Categorical(5, shape=(1,)),
+    "one-hot": OneHot(5),
+    "indices": MultiCategorical([2, 3]),
+    "one-hots": MultiOneHot([2, 3]),
+    "bits": Binary(3, dtype=torch.bool),
+    "numbers": Bounded(-1.0, 1.0, shape=(2, 2)),
+}
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
+def test_made_for_any_space(spec):
+    space = ActionSpace.from_spec(spec)
+    explore = make_exploration(space, 10, power=2.0, **_constant(1.0))
+    assert (explore.horizon, explore.power) == (10, 2.0)
+    first = torch.cat([torch.eye(n)[0] for n in space.sizes]) if space.sizes else None
+    action = spec.zero() if first is None else space.from_vector(first)
+    action = action.expand(50, *spec.shape)
+    result = _explore(explore, action)
+    assert result.shape == action.shape
+    assert result.dtype == spec.dtype
+    assert space.contains(result).all()
+    assert not torch.equal(result, action)
+
+
+@pytest.mark.parametrize(
+    "spec", [Categorical(5), OneHot(5, dtype=torch.int64)], ids=["index", "1-hot"]
+)
+def test_one_part_draws_the_same_whichever_way_it_is_given(spec):
+    space = ActionSpace.from_spec(spec)
+    action = spec.expand(64, *spec.shape).rand()
+    results = []
+    for explore in (
+        BilevelEpsilonGreedy(5, 10, one_hot=space.one_hot),
+        BilevelEpsilonGreedy([5], 10, one_hot=space.one_hot),
+        make_exploration(space, 10),
+    ):
+        torch.manual_seed(2)
+        results.append(_explore(explore, action))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_numbers_of_a_seed():
+    """Recorded when epsilon-greedy was for single actions only: runs must stay what they were."""
+    torch.manual_seed(0)
+    actions = _explore(BilevelEpsilonGreedy(5, horizon=10), torch.full((16,), 9))
+    assert actions.tolist() == [9, 9, 9, 9, 9, 9, 1, 3, 3, 3, 9, 4, 9, 9, 9, 9]

@@ -6,26 +6,14 @@ tensordict, in a form that networks read, and zeroed only when a trial begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torch.nn import functional as F
-from torchrl.data import (
-    Binary,
-    Bounded,
-    Categorical,
-    Composite,
-    MultiCategorical,
-    MultiOneHot,
-    OneHot,
-    TensorSpec,
-    Unbounded,
-)
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, Transform
 
 from torchrl_amago import keys
+from torchrl_amago.action_space import ActionSpace, is_finitely_bounded
 
 __all__ = ["PreviousStepTransform"]
 
@@ -111,7 +99,7 @@ class PreviousStepTransform(Transform):
         if self._set_up is None:
             env = self.parent
             key = self._find_action_key(env)
-            encoder = ActionEncoder(env.full_action_spec[key], env.batch_size)
+            encoder = ActionEncoder(env.full_action_spec_unbatched[key], env.batch_size)
             time = Unbounded(shape=(*env.batch_size, 1), dtype=torch.int64, device=env.device)
             reward_shape = env.full_reward_spec[self.reward_key].shape
             specs = {
@@ -186,10 +174,10 @@ class PreviousStepTransform(Transform):
 
 
 class ActionEncoder:
-    """Turns actions into float32 vectors ``[*B, A]``.
+    """Turns actions into float32 vectors ``[*B, A]``, continuous ones scaled by their bounds.
 
     Args:
-        action_spec: the action's spec, batch dimensions included.
+        action_spec: the action's spec, without batch dimensions.
         batch_size: the environment's batch size.
 
     Raises:
@@ -197,54 +185,34 @@ class ActionEncoder:
     """
 
     def __init__(self, action_spec: TensorSpec, batch_size: torch.Size) -> None:
+        self.space = ActionSpace.from_spec(action_spec, check_bounds=False)
+        self.shape = (*batch_size, *self.space.shape)
         self.batch_size = torch.Size(batch_size)
-        self._encode = _make_encoding(action_spec)
-        self._is_bounded = isinstance(action_spec, Bounded) and bool(
-            torch.isfinite(action_spec.low).all() and torch.isfinite(action_spec.high).all()
-        )
-        self.size = self(action_spec.zero()).shape[-1]
-        self._is_continuous = isinstance(action_spec, Bounded | Unbounded)
+        is_continuous = self.space.kind == "continuous"
+        self.has_bounds = not is_continuous or is_finitely_bounded(action_spec)
+        self.center = self.half_width = None
+        if is_continuous and isinstance(action_spec, Bounded):
+            self.center, self.half_width = _center_and_half_width(action_spec)
 
     def __call__(self, action: Tensor) -> Tensor:
-        return self._encode(action).reshape(*self.batch_size, -1)
+        action = action.reshape(self.shape)
+        if self.center is not None:
+            action = (action - self.center) / self.half_width
+        return self.space.to_vector(action)
 
     def spec(self, device: torch.device | None) -> TensorSpec:
         """The spec of what is written."""
-        shape = (*self.batch_size, self.size)
-        if self._is_continuous and not self._is_bounded:
+        shape = (*self.batch_size, self.space.size)
+        if not self.has_bounds:
             return Unbounded(shape=shape, device=device)
-        low = -1.0 if self._is_continuous else 0.0
+        low = -1.0 if self.space.kind == "continuous" else 0.0
         return Bounded(low, 1.0, shape=shape, device=device)
 
 
-def _make_encoding(spec: TensorSpec) -> Callable[[Tensor], Tensor]:
-    # The order matters: OneHot and Categorical have subclasses for several actions at once.
-    if isinstance(spec, MultiOneHot | OneHot | Binary):
-        return lambda action: action.to(torch.float32, copy=True)
-    if isinstance(spec, MultiCategorical):
-        sizes = spec.nvec.reshape(-1, spec.nvec.shape[-1])[0].tolist()
-        return lambda action: torch.cat(
-            [F.one_hot(part.long(), n) for part, n in zip(action.unbind(-1), sizes, strict=True)],
-            dim=-1,
-        ).to(torch.float32)
-    if isinstance(spec, Categorical) and spec.n > 0:
-        eye = torch.eye(spec.n, device=spec.device)
-        return lambda action: F.embedding(action.long(), eye)
-    if isinstance(spec, Bounded | Unbounded) and spec.dtype.is_floating_point:
-        return _make_scaling(spec)
-    raise ValueError(
-        "PreviousStepTransform supports Categorical, OneHot, MultiCategorical, MultiOneHot, Binary "
-        f"and floating-point Bounded or Unbounded actions, got {type(spec).__name__} of dtype "
-        f"{getattr(spec, 'dtype', None)}. Change the action space with an action transform "
-        "placed before this one, or name another action with action_key=."
-    )
-
-
-def _make_scaling(spec: Bounded | Unbounded) -> Callable[[Tensor], Tensor]:
-    if not isinstance(spec, Bounded):
-        return lambda action: action.to(torch.float32, copy=True)
+def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:
+    """What bounded numbers are shifted and divided by: 0 and 1 for those without both bounds."""
     low, high = spec.low / 2, spec.high / 2  # halved first: their difference could overflow
-    is_finite = torch.isfinite(low) & torch.isfinite(high)
+    largest = torch.finfo(spec.dtype).max / 2
+    is_finite = (low > -largest) & (high < largest)
     center = torch.where(is_finite, high + low, 0.0)
-    half_width = torch.where(is_finite & (high > low), high - low, 1.0)
-    return lambda action: ((action - center) / half_width).to(torch.float32)
+    return center, torch.where(is_finite & (high > low), high - low, 1.0)

@@ -5,8 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 import gymnasium as gym
-from torchrl.envs import Compose, EnvBase, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs import (
+    ActionScaling,
+    Compose,
+    EnvBase,
+    GymWrapper,
+    InitTracker,
+    Transform,
+    TransformedEnv,
+)
 
+from torchrl_amago.action_space import is_finitely_bounded, is_in_policy_scale
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
 from torchrl_amago.envs.transforms.repeat import RepeatMode, ResetOptions
 from torchrl_amago.envs.transforms.trial import TrialTransform
@@ -27,7 +36,9 @@ def make_trial_env(
     """Turn an environment into trials of several attempts at one task.
 
     Returns ``TransformedEnv(base, Compose(TrialTransform(...), PreviousStepTransform(),
-    InitTracker()))``: what a policy with memory needs, checked before the first reset.
+    InitTracker()))``: what a policy with memory needs, checked before the first reset. Where actions
+    are continuous with bounds other than -1 and 1, TorchRL's ``ActionScaling`` stands before
+    :class:`PreviousStepTransform`, so that policies act, and see their actions, in [-1, 1].
 
     Args:
         base: TorchRL environment, or a Gymnasium environment (wrapped with integer actions).
@@ -57,9 +68,18 @@ def make_trial_env(
         show_progress=show_progress,
         trial_end=trial_end,
     )
+    transforms = [trial, *_action_scaling(base), PreviousStepTransform(), InitTracker()]
     # Joined with the transforms of `base`, so that no second TransformedEnv slows each step.
-    env = TransformedEnv(
-        base, Compose(trial, PreviousStepTransform(), InitTracker()), auto_unwrap=True
-    )
+    env = TransformedEnv(base, Compose(*transforms), auto_unwrap=True)
     _ = env.specs
     return env
+
+
+def _action_scaling(base: EnvBase) -> list[Transform]:
+    """What brings bounded numbers to [-1, 1]: nothing, if they are there already."""
+    return [
+        ActionScaling(in_keys_inv=[key])
+        for key in base.action_keys
+        if is_finitely_bounded(base.full_action_spec[key])
+        and not is_in_policy_scale(base.full_action_spec[key])
+    ]
