@@ -126,7 +126,7 @@ class ActionSpace:
         straight-through samples.
         """
         if self.sizes and not self.one_hot:
-            parts = [part.argmax(-1) for part in vector.split(self.sizes, -1)]
+            parts = [part.argmax(-1) for part in split_parts(vector, self.sizes)]
             flat = torch.stack(parts, -1)
         else:
             flat = vector if self.kind == "continuous" else vector.round()
@@ -150,7 +150,7 @@ class ActionSpace:
         is_bits = ((flat == 0) | (flat == 1)).all(-1)
         if not self.sizes:
             return is_bits
-        chosen = [(part == 1).sum(-1) == 1 for part in flat.split(self.sizes, -1)]
+        chosen = [(part == 1).sum(-1) == 1 for part in split_parts(flat, self.sizes)]
         return is_bits & torch.stack(chosen).all(0)
 
     def _flat(self, action: Tensor) -> Tensor:
@@ -179,10 +179,31 @@ def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
         tensor([0., 1., 1., 0., 0.])
     """
     parts = []
-    for part, size in zip(index.split(1, -1), sizes, strict=True):
-        zeros = torch.zeros(*index.shape[:-1], size, device=index.device)
+    for part, size in zip(split_parts(index, (1,) * len(sizes)), sizes, strict=True):
+        zeros = torch.zeros((*index.shape[:-1], size), device=index.device)
         parts.append(zeros.scatter_(-1, part, 1.0))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+    return join_parts(parts)
+
+
+def split_parts(vector: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """The parts of a vector ``[..., sum(sizes)]``, each ``[..., size]``.
+
+    Example:
+        >>> [part.tolist() for part in split_parts(torch.arange(5), (2, 3))]
+        [[0, 1], [2, 3, 4]]
+    """
+    # Splitting off all there is would cost more than what is usually done with it.
+    return (vector,) if len(sizes) == 1 else vector.split(tuple(sizes), -1)
+
+
+def join_parts(parts: Sequence[Tensor]) -> Tensor:
+    """The vector ``[..., sum(sizes)]`` of parts ``[..., size]``.
+
+    Example:
+        >>> join_parts([torch.tensor([0, 1]), torch.tensor([2, 3, 4])])
+        tensor([0, 1, 2, 3, 4])
+    """
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def is_finitely_bounded(spec: TensorSpec) -> bool:

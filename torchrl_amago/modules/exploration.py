@@ -17,7 +17,7 @@ from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 
 from torchrl_amago import keys
-from torchrl_amago.action_space import ActionSpace, one_hot_parts
+from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules.distributions import noise
 
 
@@ -195,12 +195,12 @@ class BilevelEpsilonGreedy(BilevelExploration):
             # The allowed choice whose exponential clock rings first is a uniform one.
             allowed_BA = tensordict[self.mask_key].float()
             rate_BA = allowed_BA / noise.exponential(allowed_BA.shape, allowed_BA)
-            random = [rate.argmax(-1) for rate in rate_BA.split(self.sizes, -1)]
+            random = [rate.argmax(-1) for rate in split_parts(rate_BA, self.sizes)]
         random_BP = torch.stack(random, -1)
         if self.one_hot:
             random_BP = one_hot_parts(random_BP, self.sizes)
-            parts = zip(replaced_BP.split(1, -1), self.sizes, strict=True)
-            replaced_BP = torch.cat([part.expand(*batch, n) for part, n in parts], -1)
+            parts = zip(split_parts(replaced_BP, (1,) * len(self.sizes)), self.sizes, strict=True)
+            replaced_BP = join_parts([part.expand(*batch, n) for part, n in parts])
         random = random_BP.reshape(action.shape).to(action.dtype)
         return torch.where(replaced_BP.reshape(action.shape), random, action)
 

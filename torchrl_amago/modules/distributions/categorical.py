@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.nn.functional import one_hot
 
-from torchrl_amago.action_space import one_hot_parts
+from torchrl_amago.action_space import join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
@@ -166,13 +166,13 @@ class OneHotParts(VectorDistribution):
     ) -> None:
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
         self.sizes, self.temperature = tuple(sizes), temperature
-        split = logits.split(self.sizes, -1)
+        split = split_parts(logits, self.sizes)
         self.parts = [ClippedCategorical(part, clip_low, clip_high) for part in split]
 
     @property
     def probs(self) -> Tensor:
         """Probability of every category, ``[..., A]``; those of each part sum to one."""
-        return torch.cat([part.probs for part in self.parts], -1)
+        return join_parts([part.probs for part in self.parts])
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
@@ -181,11 +181,11 @@ class OneHotParts(VectorDistribution):
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]`` with gradient."""
         samples = [_straight_through(part, self.temperature, sample_shape) for part in self.parts]
-        return torch.cat(samples, -1)
+        return join_parts(samples)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability ``[...]`` of vectors, softened ones too: the largest entry counts."""
-        values = value.split(self.sizes, -1)
+        values = split_parts(value, self.sizes)
         log_probs = [
             part.log_prob(v.argmax(-1)) for part, v in zip(self.parts, values, strict=True)
         ]
@@ -282,6 +282,6 @@ class Discrete(PolicyDistribution):
 
     def soften(self, vector: Tensor) -> Tensor:
         """Clip the one-hot of each part to the bounds of probabilities, and renormalise."""
-        parts = vector.split(self.space.sizes, -1)
+        parts = split_parts(vector, self.space.sizes)
         clip = (self.clip_low, self.clip_high)
-        return torch.cat([clip_probabilities(part, *clip) for part in parts], -1)
+        return join_parts([clip_probabilities(part, *clip) for part in parts])
