@@ -192,10 +192,8 @@ class BilevelEpsilonGreedy(BilevelExploration):
         if self.mask_key is None:
             random = [torch.randint(n, batch, device=action.device) for n in self.sizes]
         else:
-            # The allowed choice whose exponential clock rings first is a uniform one.
-            allowed_BA = tensordict[self.mask_key].float()
-            rate_BA = allowed_BA / noise.exponential(allowed_BA.shape, allowed_BA)
-            random = [rate.argmax(-1) for rate in split_parts(rate_BA, self.sizes)]
+            allowed = split_parts(tensordict[self.mask_key].float(), self.sizes)
+            random = [noise.categorical(part, torch.Size()) for part in allowed]
         random_BP = torch.stack(random, -1)
         if self.one_hot:
             random_BP = one_hot_parts(random_BP, self.sizes)

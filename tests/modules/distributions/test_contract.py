@@ -200,6 +200,21 @@ def test_finite_at_extremes(case, magnitude):
         _assert_finite_gradient(dist.rsample(), params)
 
 
+def test_a_row_that_is_not_finite_harms_no_other(case):
+    _, policy_dist = case
+    clean = torch.randn(3, policy_dist.num_params)
+    params = clean.clone()
+    params[1] = torch.nan
+    action = policy_dist(clean).sample()
+    rows = [0, 2]
+    dist = policy_dist(params)
+    for value in (dist.sample(), dist.entropy(), dist.deterministic_sample):
+        assert value[rows].isfinite().all()
+    expected = policy_dist(clean).log_prob(action)
+    assert torch.equal(dist.log_prob(action)[rows], expected[rows])
+    policy_dist.stored(params).sample()
+
+
 def _assert_finite_gradient(value: torch.Tensor, params: torch.Tensor) -> None:
     if value.requires_grad:
         (grad,) = torch.autograd.grad(value.sum(), params, retain_graph=True)

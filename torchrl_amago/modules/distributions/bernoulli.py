@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, distributions
 
+from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,
@@ -42,7 +43,8 @@ class Bits(VectorDistribution):
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
-        return self.bits.sample(sample_shape)
+        shape = torch.Size([*sample_shape, *self.probs.shape])
+        return (noise.uniform(shape, self.probs) < self.probs).to(self.probs.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability ``[...]``, summed or averaged over bits."""

@@ -83,10 +83,7 @@ class ClippedCategorical(Categorical):
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw actions, ``[*sample_shape, ...]``, int64."""
-        # The first of A exponential clocks to ring: what torch.multinomial does for one draw, and
-        # with the same numbers, but without its checks, which cost more than the draw itself.
-        probs = self.probs.expand(*sample_shape, *self.probs.shape)
-        return (probs / noise.exponential(probs.shape, probs)).argmax(-1)
+        return noise.categorical(self.probs, sample_shape)
 
     @property
     def deterministic_sample(self) -> Tensor:

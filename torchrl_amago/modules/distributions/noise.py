@@ -1,12 +1,18 @@
-"""Where policies' randomness comes from: torch's global generator, through these functions only.
+"""Where policies' randomness comes from: torch's global generator, through these functions.
 
-Call them through the module (``noise.gumbel(...)``), so that whoever replaces one reaches all.
+Parameters that aren't finite spoil the draws of their own row only: nothing here looks at all rows,
+which would also make a GPU wait. Beta distributions draw by torch's own function. Call these through the module (``noise.gumbel(...)``), so that whoever replaces one reaches all.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+def uniform(shape: torch.Size, like: Tensor) -> Tensor:
+    """Draw from U[0, 1), with the dtype and device of ``like``."""
+    return torch.rand(shape, dtype=like.dtype, device=like.device)
 
 
 def standard_normal(shape: torch.Size, like: Tensor) -> Tensor:
@@ -24,3 +30,19 @@ def exponential(shape: torch.Size, like: Tensor) -> Tensor:
 def gumbel(shape: torch.Size, like: Tensor) -> Tensor:
     """Draw from the standard Gumbel distribution, with the dtype and device of ``like``."""
     return -exponential(shape, like).log()
+
+
+def categorical(weights: Tensor, sample_shape: torch.Size) -> Tensor:
+    """Draw indices with probabilities proportional to weights.
+
+    Args:
+        weights: ``[..., A]``, float, not negative.
+        sample_shape: leading dimensions to add.
+
+    Returns:
+        ``[*sample_shape, ...]``, int64.
+    """
+    # The first of A exponential clocks to ring: what torch.multinomial does for one draw, and with
+    # the same numbers, but without its checks, which cost more than the draw itself.
+    shape = torch.Size([*sample_shape, *weights.shape])
+    return (weights / exponential(shape, weights)).argmax(-1)

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, distributions
 
+from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,
@@ -52,7 +53,7 @@ class SquashedMixture(VectorDistribution):
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]``."""
-        return self.mixture.sample(sample_shape).tanh()
+        return self._unsquashed(sample_shape).tanh()
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density ``[...]`` of actions."""
@@ -62,13 +63,24 @@ class SquashedMixture(VectorDistribution):
 
     def entropy(self) -> Tensor:
         """Entropy ``[...]``, nats, estimated from one sample; its gradient is not the entropy's."""
-        x = self.mixture.sample()
+        x = self._unsquashed(NO_SHAPE)
         return log_tanh_slope(x).sum(-1) - self.mixture.log_prob(x)
 
     @property
     def deterministic_sample(self) -> Tensor:
         """Tanh of the mixture's mean before tanh, ``[..., A]``; between modes, if they differ."""
         return self.mixture.mean.tanh()
+
+    def _unsquashed(self, sample_shape: torch.Size) -> Tensor:
+        normal = self.mixture.component_distribution.base_dist
+        with torch.no_grad():
+            mode = noise.categorical(self.mixture.mixture_distribution.probs, sample_shape)
+            index = mode[..., None, None].expand(*mode.shape, 1, *self.event_shape)
+            loc, scale = (
+                x.expand(*sample_shape, *x.shape).gather(-2, index).squeeze(-2)
+                for x in (normal.loc, normal.scale)
+            )
+            return loc + scale * noise.standard_normal(loc.shape, loc)
 
 
 @dataclass(frozen=True)
