@@ -9,6 +9,7 @@ The flow, each arrow a tensordict (``torchrl_amago.keys`` lists every entry)::
     Collector (whole trials) -> replay buffer -> slices [B, T] + mask -> AMAGOLoss -> optimiser
 """
 
+from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import (
     DarkKeyDoor,
@@ -30,11 +31,15 @@ from torchrl_amago.evaluation import (
     rollout_pictures,
 )
 from torchrl_amago.modules import (
+    ACTORS,
     DISCOUNTS,
+    DISTRIBUTIONS,
     SEQ_MODELS,
     TIMESTEP_ENCODERS,
+    ActionCritic,
     Actor,
     BilevelEpsilonGreedy,
+    BilevelGaussian,
     CategoryEmbedding,
     ClippedCategorical,
     CNNTimestepEncoder,
@@ -45,23 +50,29 @@ from torchrl_amago.modules import (
     GatedLinearAttentionEncoder,
     GoalEmbedding,
     GRUEncoder,
+    HLGauss,
     IdentityEncoder,
     ImageEmbedding,
     LSTMEncoder,
     MambaEncoder,
     MLPTimestepEncoder,
     Policy,
+    PolicyDistribution,
     PopArt,
+    ResidualActor,
     TimestepEncoder,
     TokenEmbedding,
     TrajectoryEncoder,
     TransformerEncoder,
+    TwoHot,
     ValueCodec,
     make_critic,
+    make_distribution,
+    make_exploration,
     make_policy,
     make_timestep_encoder,
 )
-from torchrl_amago.objectives import AMAGOLoss
+from torchrl_amago.objectives import LOSSES, AMAGOLoss, amago2_loss, amago_loss
 from torchrl_amago.trainers import (
     AMAGOTrainer,
     TrainingArgs,
@@ -73,14 +84,20 @@ from torchrl_amago.trainers import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ACTORS",
     "DISCOUNTS",
+    "DISTRIBUTIONS",
     "HELD_OUT_SEED",
+    "LOSSES",
     "SEQ_MODELS",
     "TIMESTEP_ENCODERS",
     "AMAGOLoss",
     "AMAGOTrainer",
+    "ActionCritic",
+    "ActionSpace",
     "Actor",
     "BilevelEpsilonGreedy",
+    "BilevelGaussian",
     "CNNTimestepEncoder",
     "CategoryEmbedding",
     "ClippedCategorical",
@@ -92,6 +109,7 @@ __all__ = [
     "GRUEncoder",
     "GatedLinearAttentionEncoder",
     "GoalEmbedding",
+    "HLGauss",
     "HeldOut",
     "IdentityEncoder",
     "ImageEmbedding",
@@ -100,8 +118,10 @@ __all__ = [
     "MambaEncoder",
     "MetaFrozenLake",
     "Policy",
+    "PolicyDistribution",
     "PopArt",
     "PreviousStepTransform",
+    "ResidualActor",
     "TMaze",
     "TimestepEncoder",
     "TokenEmbedding",
@@ -112,10 +132,15 @@ __all__ = [
     "TrialResults",
     "TrialSliceSampler",
     "TrialTransform",
+    "TwoHot",
     "ValueCodec",
+    "amago2_loss",
+    "amago_loss",
     "bayes_optimal_success",
     "evaluate",
     "make_critic",
+    "make_distribution",
+    "make_exploration",
     "make_optimizer",
     "make_policy",
     "make_timestep_encoder",

@@ -29,6 +29,7 @@ STATE = "state"
 ACTION_PARAMS = "action_params"
 LOGITS = "logits"
 ACTION_VALUE = "action_value"
+ACTION_VECTOR = "action_vector"
 MASK = ("collector", "mask")
 
 
@@ -76,10 +77,13 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "distribution parameters for every discount"),
     KeySpec(LOGITS, "*B, P", "float32", "policy", "policy",
             "distribution parameters for the discount acted with"),
-    KeySpec(ACTION_VALUE, "*B, C, G, A", "float32", "critic ensemble", "loss",
-            "raw values of every action, for every critic and discount"),
-    KeySpec(ACTION, "*B (categorical) or *B, A (one-hot)", "int64", "policy", "environment, loss",
-            "the action taken"),
+    KeySpec(ACTION_VECTOR, "*S, *B, G, A", "float32", "loss", "critics that take actions",
+            "actions as vectors, S samples of each"),
+    KeySpec(ACTION_VALUE, "*B, C, G, A or *S, *B, C, G", "float32", "critic ensemble", "loss",
+            "raw values of every action or of those asked about, for every critic and discount; "
+            "of bins, one more dimension"),
+    KeySpec(ACTION, "*B, and that of one action", "of the action space", "policy",
+            "environment, loss", "the action taken"),
     KeySpec(("next", "reward"), "*B, 1", "float32", "environment", "loss", "reward of this step"),
     KeySpec(("next", "terminated"), "*B, 1", "bool", "environment", "loss",
             "the trial is over and worth nothing more: the only thing that stops bootstrapping"),

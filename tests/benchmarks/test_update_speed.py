@@ -13,9 +13,8 @@ from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
 from torchrl_amago import (
-    AMAGOLoss,
     MetaFrozenLake,
-    make_critic,
+    amago_loss,
     make_optimizer,
     make_policy,
     make_trial_env,
@@ -56,8 +55,7 @@ def make_update(size: str, mask_BT: torch.Tensor, hidden: int | None = None, **l
     policy = make_policy(
         env, context_length=steps, actor_options={"hidden_size": hidden_size}, **options
     )
-    critic = make_critic(policy, env, hidden_size=hidden_size)
-    loss = AMAGOLoss(policy.encoder, policy.actor, critic, **loss_options)
+    loss = amago_loss(policy, critic_options={"hidden_size": hidden_size}, **loss_options)
     target_update = SoftUpdate(loss, tau=0.003)
     optimizer = make_optimizer(loss)
     params = [p for group in optimizer.param_groups for p in group["params"]]

@@ -8,11 +8,19 @@ import shutil
 
 import pytest
 import torch
-from tensordict import assert_close
+from tensordict import TensorDict, assert_close
 from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch._dynamo.testing import CompileCounterWithBackend
-from torchrl.data import Bounded, Composite
-from torchrl.envs import TransformedEnv
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    OneHot,
+    Unbounded,
+)
+from torchrl.envs import EnvBase, TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
@@ -86,7 +94,7 @@ def test_own_parts():
     policy = make_policy(env, context_length=5, timestep_encoder=encoder, seq_model=seq_model)
     assert policy.state_size == 8
     assert policy(env.reset())["action"].shape == (3,)
-    critic = make_critic(policy, env, num_critics=2, hidden_size=8)
+    critic = make_critic(policy, num_critics=2, hidden_size=8)
     td = policy.encoder(env.reset())
     assert critic(td)["action_value"].shape == (3, 2, 7, 5)
 
@@ -110,16 +118,113 @@ def test_an_evaluation_in_between_leaves_the_rollout_alone():
     assert torch.equal(act(interrupt=False), act(interrupt=True))
 
 
-def test_refuses_other_action_spaces():
+class Toy(EnvBase):
+    """An environment of no consequence, with any action and, if asked for, a mask of actions."""
+
+    repeats_task = True
+
+    def __init__(self, action_spec, rows: int = 3, mask: bool = False) -> None:
+        super().__init__(batch_size=(rows,))
+        self.mask = mask
+        entries = {"observation": Unbounded(shape=(rows, 2))}
+        if mask:
+            entries["action_mask"] = Binary(
+                action_spec.n, shape=(rows, action_spec.n), dtype=torch.bool
+            )
+        self.observation_spec = Composite(entries, shape=(rows,))
+        self.action_spec = action_spec.expand(rows, *action_spec.shape)
+        self.reward_spec = Unbounded(shape=(rows, 1))
+        ends = ("done", "terminated", "truncated")
+        self.done_spec = Composite(
+            {end: Categorical(2, shape=(rows, 1), dtype=torch.bool) for end in ends}, shape=(rows,)
+        )
+
+    def _observe(self) -> TensorDict:
+        done = torch.zeros(*self.batch_size, 1, dtype=torch.bool)
+        td = TensorDict(
+            observation=torch.randn(*self.batch_size, 2),
+            done=done,
+            terminated=done.clone(),
+            truncated=done.clone(),
+            batch_size=self.batch_size,
+        )
+        if self.mask:
+            allowed = torch.zeros(self.observation_spec["action_mask"].shape, dtype=torch.bool)
+            td["action_mask"] = allowed.index_fill(-1, torch.tensor([1, 2]), True)
+        return td
+
+    def _reset(self, tensordict=None, **kwargs):
+        return self._observe()
+
+    def _step(self, tensordict):
+        return self._observe().set("reward", torch.zeros(*self.batch_size, 1))
+
+    def _set_seed(self, seed):
+        torch.manual_seed(seed)
+
+
+ACTIONS = {
+    "categorical": Categorical(4),
+    "one_hot": OneHot(4),
+    "multi_categorical": MultiCategorical([2, 3]),
+    "binary": Binary(3),
+    "continuous": Bounded(-1.0, 1.0, shape=(2,)),
+}
+
+
+@pytest.mark.parametrize("actor", ["mlp", "residual"])
+@pytest.mark.parametrize("kind", ACTIONS)
+def test_every_action_space(kind, actor):
+    env = make_trial_env(Toy(ACTIONS[kind]), horizon=10)
+    options = {} if actor == "residual" else SMALL["actor_options"]
+    policy = make_policy(
+        env, actor=actor, exploration={"anneal_frames": 100}, **{**SMALL, "actor_options": options}
+    )
+    for exploration_type in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+        with set_exploration_type(exploration_type):
+            actions = env.rollout(12, policy, break_when_any_done=False)["action"]
+        assert env.action_spec_unbatched.is_in(actions)
+    critic = make_critic(policy, hidden_size=8)
+    state = torch.zeros(3, policy.state_size)
+    if kind in ("categorical", "one_hot"):
+        assert critic(state).shape == (3, 4, 7, 4)
+    vector = torch.zeros(2, 3, 7, policy.distribution.space.size)
+    takes_actions = make_critic(policy, takes_actions=True, hidden_size=8)
+    assert takes_actions(state, vector).shape == (2, 3, 4, 7)
+
+
+def test_an_action_mask_is_obeyed_greedy_or_not_step_by_step_or_at_once():
+    env = make_trial_env(Toy(Categorical(4), mask=True), horizon=10)
+    policy = make_policy(
+        env,
+        action_mask_key="action_mask",
+        obs_keys=["observation"],
+        actor_obs_keys=["observation"],
+        **SMALL,
+    )
+    for exploration_type in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+        with set_exploration_type(exploration_type):
+            actions = env.rollout(40, policy, break_when_any_done=False)["action"]
+        assert set(actions.unique().tolist()) <= {1, 2}
+    with pytest.raises(KeyError, match="the actor is to read 'mask', but"):
+        make_policy(env, action_mask_key="mask", **SMALL)
+
+
+def test_refuses_dict_and_unbounded_actions():
     env = make_env()
 
-    class Continuous(TransformedEnv):
-        @property
-        def full_action_spec_unbatched(self):
-            return Composite(action=Bounded(-1.0, 1.0, shape=(2,)))
+    def with_action(spec):
+        class Other(TransformedEnv):
+            @property
+            def full_action_spec_unbatched(self):
+                return Composite(action=spec)
 
-    with pytest.raises(ValueError, match="supports one discrete action per step .* got Bounded"):
-        make_policy(Continuous(env), **SMALL)
+        return Other(env)
+
+    with pytest.raises(ValueError, match="supports Categorical.* got Composite"):
+        make_policy(with_action(Composite(left=Categorical(2))), **SMALL)
+    with pytest.raises(ValueError, match="must have finite bounds, got Unbounded"):
+        make_policy(with_action(Unbounded(shape=(2,))), **SMALL)
 
 
 def test_refuses_missing_entries_and_unknown_names():
@@ -204,5 +309,5 @@ def test_refuses_what_it_would_ignore():
     with pytest.raises(TypeError, match="module of type TensorDictModule has no output_size"):
         make_policy(env, timestep_encoder=module, **options)
     for discounts in ((), (0.9, 1.5)):
-        with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \[0, 1\)"):
+        with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \(0, 1\)"):
             make_policy(env, discounts=discounts, **SMALL)

@@ -6,9 +6,21 @@ import pytest
 import torch
 from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictSequential
+from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, OneHot
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago.modules import Actor, DiscreteCritic, MLPTimestepEncoder, TransformerEncoder
+from torchrl_amago.action_space import ActionSpace
+from torchrl_amago.modules import (
+    ActionCritic,
+    Actor,
+    DiscreteCritic,
+    HLGauss,
+    MLPTimestepEncoder,
+    PopArt,
+    TransformerEncoder,
+    TwoHot,
+)
+from torchrl_amago.modules.distributions import make_distribution
 from torchrl_amago.objectives import AMAGOLoss, amago
 
 B, T, A, D = 3, 6, 4, 16
@@ -16,27 +28,58 @@ DISCOUNTS = (0.5, 0.9)
 LENGTHS = torch.tensor([6, 4, 1])
 
 
-def make_loss(**options) -> AMAGOLoss:
+SPECS = {
+    "discrete": Categorical(A),
+    "one_hot": OneHot(A),
+    "multi_discrete": MultiCategorical([2, 2]),
+    "multi_binary": Binary(A),
+    "continuous": Bounded(-1.0, 1.0, shape=(A,)),
+}
+CODECS = {"popart": PopArt, "two_hot": TwoHot, "hl_gauss": HLGauss}
+
+
+def make_loss(
+    actions: str = "discrete",
+    codec: str = "popart",
+    takes_actions: bool | None = None,
+    distribution: str | None = None,
+    **options,
+) -> AMAGOLoss:
     torch.manual_seed(1)
     shapes = {"observation": (5,), "prev_reward": (1,), "prev_action": (A,)}
     timestep = MLPTimestepEncoder(shapes, hidden_size=D, output_size=D)
     trajectory = TransformerEncoder(
         D, context_length=T, d_model=D, num_heads=2, num_layers=2, dropout_ff=0.0, dropout_emb=0.0
     )
-    actor = Actor(D, A, len(DISCOUNTS), hidden_size=D)
-    critic = DiscreteCritic(D, A, len(DISCOUNTS), hidden_size=D)
+    space = ActionSpace.from_spec(SPECS[actions])
+    policy = make_distribution(space, distribution)
+    actor = Actor(D, policy.num_params, len(DISCOUNTS), hidden_size=D)
+    codec = CODECS[codec](len(DISCOUNTS))
+    bins = codec.event_shape.numel() if codec.event_shape else None
+    takes_actions = space.kind != "discrete" if takes_actions is None else takes_actions
+    if takes_actions:
+        critic = ActionCritic(D, A, DISCOUNTS, num_outputs=bins, hidden_size=D)
+    else:
+        critic = DiscreteCritic(D, A, len(DISCOUNTS), num_outputs=bins, hidden_size=D)
+    if actions == "multi_binary":
+        options = {"online_coeff": 0.0, **options}
     loss = AMAGOLoss(
         TensorDictSequential(timestep, trajectory),
         TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"]),
-        TensorDictModule(critic, in_keys=["state"], out_keys=["action_value"]),
-        discounts=DISCOUNTS,
-        **options,
+        TensorDictModule(
+            critic,
+            in_keys=["state", "action_vector"] if takes_actions else ["state"],
+            out_keys=["action_value"],
+        ),
+        policy,
+        value_codec=codec,
+        **{"discounts": DISCOUNTS, **options},
     )
     loss.target_update = SoftUpdate(loss, tau=0.1)
     return loss
 
 
-def make_batch(masked: bool = True) -> TensorDict:
+def make_batch(masked: bool = True, actions: str = "discrete") -> TensorDict:
     torch.manual_seed(2)
 
     def steps(**more):
@@ -50,7 +93,9 @@ def make_batch(masked: bool = True) -> TensorDict:
             **more,
         )
 
-    batch = steps(action=torch.randint(A, (B, T)))
+    batch = steps(
+        action=SPECS[actions].rand((B, T)) if actions != "discrete" else torch.randint(A, (B, T))
+    )
     terminated = torch.zeros(B, T, 1, dtype=torch.bool)
     terminated[1, 3] = True
     batch["next"] = steps(reward=torch.randn(B, T, 1), terminated=terminated)
@@ -72,29 +117,55 @@ def run(loss: AMAGOLoss, batch: TensorDict) -> tuple[TensorDict, list[torch.Tens
     return out, [p.grad for p in loss.parameters() if p.requires_grad]
 
 
-@pytest.mark.parametrize("n_step", [1, 3])
+FORMS = [
+    {},
+    {"n_step": 3},
+    {"actions": "continuous"},
+    {"actions": "continuous", "codec": "hl_gauss", "online_coeff": 0.0, "num_policy_actions": 3},
+    {"actions": "discrete", "codec": "two_hot", "takes_actions": True},
+    {"actions": "multi_discrete"},
+    {"actions": "multi_binary", "codec": "two_hot"},
+]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
 @pytest.mark.parametrize("compact", [False, True])
-def test_what_padding_holds_changes_nothing(n_step, poison, compact):
-    loss = make_loss(n_step=n_step, compact=compact)
-    clean, clean_grads = run(loss, make_batch())
+def test_what_padding_holds_changes_nothing(form, poison, compact):
+    actions = form.get("actions", "discrete")
+    loss = make_loss(**form, compact=compact)
+    clean, clean_grads = run(loss, make_batch(actions=actions))
     state = {name: buffer.clone() for name, buffer in loss.named_buffers()}
-    other = make_loss(n_step=n_step, compact=compact)
-    batch = make_batch()
+    other = make_loss(**form, compact=compact)
+    batch = make_batch(actions=actions)
     padding = ~batch["collector", "mask"]
     for key in batch.keys(True, True):
         if batch[key].is_floating_point():
             batch[key][padding] = poison
-    batch["action"][padding] = 99
+    batch["action"][padding] = 99 if actions != "continuous" else poison
     batch["time_idx"][padding] = 10**6
     batch["next", "terminated"][padding] = True
     out, grads = run(other, batch)
-    for name, value in clean.items():
+    for name, value in clean.items(True, True):
         assert torch.equal(out[name], value), name
     for grad, clean_grad in zip(grads, clean_grads, strict=True):
         assert torch.equal(grad, clean_grad)
     for name, buffer in other.named_buffers():
         assert torch.equal(buffer, state[name]), name
+
+
+@pytest.mark.parametrize("actions", SPECS)
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_action_space_with_every_codec(actions, codec):
+    loss, batch = make_loss(actions, codec), make_batch(actions=actions)
+    out, grads = run(loss, batch)
+    assert total(out).isfinite()
+    assert all(grad is not None and grad.isfinite().all() for grad in grads)
+    assert set(out.keys()) == {*loss.out_keys, "per_discount"}
+    for name, value in out["per_discount"].items():
+        assert torch.equal(value[-1], out[name])
+    estimates = loss.estimates(batch)
+    assert all(value.shape == (B, T, len(DISCOUNTS)) for value in estimates.values())
 
 
 @pytest.mark.parametrize("compact", [False, True])
@@ -130,8 +201,8 @@ def test_compact_changes_the_work_and_not_the_numbers(n_step, monkeypatch):
         grads.append(grad)
         assert rows == [int(mask.sum()) if compact else B * T] * 2
         assert batch["td_error"].shape == (B, T)
-    for name, value in outs[0].items():
-        torch.testing.assert_close(outs[1][name], value, msg=name)
+    for name, value in outs[0].items(True, True):
+        torch.testing.assert_close(outs[1][name], value, msg=str(name))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -159,9 +230,9 @@ def test_one_hot_and_categorical_actions_agree():
     batch = make_batch()
     reference = total(run(make_loss(), batch.clone())[0])
     batch["action"] = torch.nn.functional.one_hot(batch["action"], A)
-    assert torch.equal(total(run(make_loss(action_space="one_hot"), batch.clone())[0]), reference)
-    with pytest.raises(ValueError, match=r"actions must be \[B, T\] indices"):
-        make_loss()(batch)
+    assert torch.equal(total(run(make_loss("one_hot"), batch.clone())[0]), reference)
+    with pytest.raises(ValueError, match="an action must have the shape"):
+        make_loss("continuous")(make_batch())
 
 
 def test_dispatch_takes_tensors_and_gives_tensors():
@@ -172,7 +243,7 @@ def test_dispatch_takes_tensors_and_gives_tensors():
     expected = run(make_loss(), batch)[0]
     by_name = dict(zip(loss.out_keys, out, strict=True))
     assert torch.equal(by_name["loss_qvalue"], expected["loss_qvalue"])
-    assert set(expected.keys()) == set(loss.out_keys)
+    assert set(expected.keys()) == {*loss.out_keys, "per_discount"}
 
 
 def test_set_keys_renames_entries():
@@ -222,6 +293,69 @@ def test_behaviour_cloning_leaves_critics_alone():
     out, _ = run(loss, make_batch())
     assert out["loss_qvalue"].item() == 0.0
     assert all(p.grad is None for p in loss.critic_network_params.parameters())
+
+
+@pytest.mark.parametrize("codec", ["popart", "two_hot"])
+def test_critics_that_list_or_take_actions_agree_on_the_softened_action(codec):
+    """Of equal predictions both kinds make equal losses: the plumbing around critics is one."""
+    form = {"codec": codec, "online_coeff": 0.0, "advantage_filter": "binary"}
+    losses = []
+    for takes_actions in (False, True):
+        loss = make_loss(takes_actions=takes_actions, **form)
+        for params in (loss.critic_network_params, loss.target_critic_network_params):
+            for p in params.values(True, True):
+                p.data.mul_(0.0)  # the same value for every action
+        losses.append(run(loss, make_batch())[0])
+    for name in ("loss_qvalue", "td_target", "q_value"):
+        torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
+def test_mask_hooks_edit_what_counts():
+    def first_step_only(batch, term, mask):
+        assert term.shape == mask.shape
+        assert not term.requires_grad
+        edited = mask.clone()
+        edited[:, 1:] = False
+        return edited
+
+    for compact in (False, True):
+        loss = make_loss(reduction="none", compact=compact)
+        batch = make_batch()
+        torch.manual_seed(3)
+        whole = loss(batch)
+        edited = make_loss(actor_mask=first_step_only, critic_mask=first_step_only, compact=compact)
+        out, _ = run(edited, make_batch())
+        for name in ("loss_actor", "loss_qvalue"):
+            torch.testing.assert_close(out[name], whole[name][:, 0].mean())
+    wrong = make_loss(actor_mask=lambda batch, term, mask: mask.float())
+    with pytest.raises(ValueError, match="must return a bool mask of the loss's shape"):
+        wrong(make_batch())
+
+
+def test_metrics_against_numbers_by_hand():
+    loss, batch = make_loss(compact=False), make_batch()
+    seen = {}
+    original = loss.value_codec.loss
+    loss.value_codec.loss = lambda q, target: seen.update(q=q, target=target) or original(q, target)
+    torch.manual_seed(3)
+    out = loss(batch)
+    mask = batch["collector", "mask"]
+    q = (loss.value_codec.decode(seen["q"]) / loss.reward_scale)[mask]
+    target = (seen["target"] / loss.reward_scale)[mask]
+    expected = {
+        "q_value": q.mean(1).mean(0),
+        "q_value_std": q.std(1, correction=0).mean(0),
+        "td_target": target.mean(0),
+        "td_target_min": target.min(0).values,
+        "td_target_max": target.max(0).values,
+        "td_error": (q.mean(1) - target).abs().mean(0),
+        "target_mean": loss.value_codec.mu / loss.reward_scale,
+        "target_scale": loss.value_codec.sigma / loss.reward_scale,
+    }
+    for name, value in expected.items():
+        torch.testing.assert_close(out["per_discount", name], value, msg=name)
+        assert torch.equal(out[name], out["per_discount", name][-1])
+    assert out["effective_batch"] == mask.sum() == 11
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -285,7 +419,22 @@ def test_learns_a_value_it_can_read_off():
     [
         ({"num_target_critics": 0}, "num_target_critics must be at least 1, got 0"),
         ({"n_step": 0}, "n_step must be at least 1, got 0"),
-        ({"action_space": "box"}, "action_space must be 'categorical' or 'one_hot', got 'box'"),
+        ({"num_target_critics": 5}, "at most the size of the ensemble, got 5 of 4 critics"),
+        ({"num_policy_actions": 0}, "num_policy_actions must be at least 1, got 0"),
+        ({"discounts": (0.0, 0.9)}, r"discounts must be one or more numbers in \(0, 1\)"),
+        ({"discounts": (0.5, 1.0)}, r"discounts must be one or more numbers in \(0, 1\)"),
+        (
+            {"actions": "multi_binary", "online_coeff": 1.0},
+            "needs samples with a gradient, which Bernoulli doesn't have",
+        ),
+        (
+            {"actions": "continuous", "distribution": "tanh_mixture"},
+            "needs samples with a gradient, which TanhMixture doesn't have",
+        ),
+        (
+            {"actions": "continuous", "takes_actions": False},
+            "need a single discrete action, got a continuous space",
+        ),
         ({"advantage_filter": "soft"}, "advantage_filter must be one of .*'binary'.* got 'soft'"),
     ],
 )
@@ -297,6 +446,24 @@ def test_refuses_bad_arguments(options, message):
 def test_names_the_missing_entry():
     batch = make_batch().exclude(("next", "prev_action"))
     with pytest.raises(KeyError, match="reads 'prev_action' .* missing under next"):
+        make_loss()(batch)
+
+
+@pytest.mark.parametrize(
+    ("actions", "bad"),
+    [("discrete", A), ("discrete", -1), ("continuous", 1.5), ("multi_binary", 2)],
+)
+def test_refuses_actions_outside_of_their_space(actions, bad):
+    loss, batch = make_loss(actions), make_batch(actions=actions)
+    batch["action"][0, 0] = bad
+    with pytest.raises(ValueError, match="1 stored actions of the batch are outside of their"):
+        loss(batch)
+
+
+def test_refuses_rewards_of_several_numbers():
+    batch = make_batch()
+    batch["next", "reward"] = torch.zeros(B, T, 2)
+    with pytest.raises(ValueError, match=r"one number per step, \(3, 6, 1\), got \(3, 6, 2\)"):
         make_loss()(batch)
 
 

@@ -124,8 +124,8 @@ def test_hooks_and_request_stop(tmp_path):
     assert trainer.checkpoints.latest().name == "update_0000008"
 
 
-def test_autocast(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=4, autocast=True)
+def test_bf16_precision(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=4, precision="bf16")
     dtypes = []
     compute = trainer.compute_loss
 

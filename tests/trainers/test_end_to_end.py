@@ -15,8 +15,8 @@ from tests.trainers.test_amago_resume import assert_same_run, finish
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import evaluate
-from torchrl_amago.modules import make_critic, make_policy
-from torchrl_amago.objectives import AMAGOLoss
+from torchrl_amago.modules import make_policy
+from torchrl_amago.objectives import amago_loss
 from torchrl_amago.trainers import AMAGOTrainer, make_optimizer, read_progress
 
 TOTAL = 14
@@ -46,7 +46,7 @@ def make_run(run_dir, make_env=lake, *, weights_seed=0, total_updates=TOTAL, **o
         timestep_options={"hidden_size": 16, "output_size": 16},
         exploration={"anneal_frames": 500},
     )
-    loss = AMAGOLoss(policy.encoder, policy.actor, make_critic(policy, env, hidden_size=16))
+    loss = amago_loss(policy, critic_options={"hidden_size": 16})
     rb = make_trial_buffer(200, slice_len=6, batch_size=4, warn_short=False)
     collector = Collector(
         env, policy, frames_per_batch=18, total_frames=-1, trajs_per_batch=1, replay_buffer=rb

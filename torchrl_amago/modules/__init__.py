@@ -3,21 +3,25 @@
 Data flows through the files in this order::
 
     timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
-    policy assembles them from an environment's specs
+    policy puts them together; assemble builds policy and critics from an environment's specs
 """
 
-from torchrl_amago.modules.actor import Actor
-from torchrl_amago.modules.critic import DiscreteCritic, EnsembleLinear
-from torchrl_amago.modules.distributions import ClippedCategorical, ClippedOneHotCategorical
-from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
-from torchrl_amago.modules.policy import (
-    DISCOUNTS,
-    SEQ_MODELS,
-    Policy,
-    SelectDiscount,
-    make_critic,
-    make_policy,
+from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
+from torchrl_amago.modules.assemble import ACTORS, SEQ_MODELS, make_critic, make_policy
+from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, EnsembleLinear
+from torchrl_amago.modules.distributions import (
+    DISTRIBUTIONS,
+    ClippedCategorical,
+    ClippedOneHotCategorical,
+    PolicyDistribution,
+    make_distribution,
 )
+from torchrl_amago.modules.exploration import (
+    BilevelEpsilonGreedy,
+    BilevelGaussian,
+    make_exploration,
+)
+from torchrl_amago.modules.policy import DISCOUNTS, Policy, SelectDiscount
 from torchrl_amago.modules.timestep import (
     TIMESTEP_ENCODERS,
     CategoryEmbedding,
@@ -44,11 +48,16 @@ from torchrl_amago.modules.trajectory import (
 from torchrl_amago.modules.value_codec import HLGauss, PopArt, TwoHot, ValueCodec
 
 __all__ = [
+    "ACTORS",
     "DISCOUNTS",
+    "DISTRIBUTIONS",
     "SEQ_MODELS",
     "TIMESTEP_ENCODERS",
+    "ActionCritic",
     "Actor",
+    "ActorHead",
     "BilevelEpsilonGreedy",
+    "BilevelGaussian",
     "CNNTimestepEncoder",
     "CategoryEmbedding",
     "ClippedCategorical",
@@ -68,7 +77,9 @@ __all__ = [
     "MLPTimestepEncoder",
     "MambaEncoder",
     "Policy",
+    "PolicyDistribution",
     "PopArt",
+    "ResidualActor",
     "SelectDiscount",
     "TimestepEncoder",
     "TokenEmbedding",
@@ -77,6 +88,8 @@ __all__ = [
     "TwoHot",
     "ValueCodec",
     "make_critic",
+    "make_distribution",
+    "make_exploration",
     "make_policy",
     "make_timestep_encoder",
 ]

@@ -93,25 +93,6 @@ def expected_value(q: Tensor, probs: Tensor) -> Tensor:
     return (q * probs.unsqueeze(-3)).sum(-1)
 
 
-def value_of_action(values: Tensor, action: Tensor) -> Tensor:
-    """Select the entry of the action taken; actions out of range (padding) are clamped.
-
-    Args:
-        values: ``[*M, ..., A]``.
-        action: ``[*M]``, int64.
-
-    Returns:
-        ``[*M, ...]``.
-
-    Example:
-        >>> value_of_action(torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([1]))
-        tensor([[2., 4.]])
-    """
-    index = action.clamp(0, values.shape[-1] - 1)
-    index = index.reshape(index.shape + (1,) * (values.ndim - index.ndim))
-    return values.gather(-1, index.expand(*values.shape[:-1], 1)).squeeze(-1)
-
-
 def draw_critic_subset(
     shape: tuple[int, ...], num_critics: int, device: torch.device | None = None
 ) -> Tensor:

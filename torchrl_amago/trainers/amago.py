@@ -86,7 +86,7 @@ class AMAGOTrainer(Trainer):
         warmup_updates: updates over which the learning rate rises from 1/n of its value to all.
         final_lr_share: share of the learning rate left at ``total_updates``, to which it falls
             linearly after the rise; 1 keeps it constant.
-        autocast: bfloat16 autocast in forward and loss.
+        precision: ``"bf16"`` for bfloat16 autocast in forward and loss; weights stay float32.
         log_interval: updates between rows of ``progress.csv``.
         loggers: ``"tensorboard"``, ``"wandb"`` or torchrl loggers, besides the table.
         progress_bar: False to hide it; without a terminal it never shows.
@@ -106,13 +106,13 @@ class AMAGOTrainer(Trainer):
         >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_amago.data import make_trial_buffer
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-        >>> from torchrl_amago.modules import make_critic, make_policy
-        >>> from torchrl_amago.objectives import AMAGOLoss
+        >>> from torchrl_amago.modules import make_policy
+        >>> from torchrl_amago.objectives import amago_loss
         >>> from torchrl_amago.trainers import make_optimizer
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> small = {"d_model": 16, "num_heads": 2, "num_layers": 1}
         >>> policy = make_policy(env, context_length=18, seq_model_options=small, exploration={})
-        >>> loss = AMAGOLoss(policy.encoder, policy.actor, make_critic(policy, env))
+        >>> loss = amago_loss(policy)
         >>> rb = make_trial_buffer(1000, slice_len=18, batch_size=4, warn_short=False)
         >>> collector = Collector(env, policy, frames_per_batch=8 * 18, total_frames=-1,
         ...                       trajs_per_batch=1, replay_buffer=rb)
@@ -146,7 +146,7 @@ class AMAGOTrainer(Trainer):
         clip_norm: float | None = 1.0,
         warmup_updates: int = 500,
         final_lr_share: float = 1.0,
-        autocast: bool = False,
+        precision: Literal["fp32", "bf16"] = "fp32",
         log_interval: int = 50,
         loggers: Sequence[str | Logger] = (),
         progress_bar: bool = True,
@@ -156,6 +156,8 @@ class AMAGOTrainer(Trainer):
         resume_command: str = "trainer.resume(); trainer.train()",
     ) -> None:
         _check_collector(collector, replay_buffer)
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
         _check_positive(
             total_updates=total_updates,
             updates_per_batch=updates_per_batch,
@@ -172,7 +174,7 @@ class AMAGOTrainer(Trainer):
             optim_steps_per_batch=updates_per_batch,
             loss_module=loss_module,
             optimizer=optimizer,
-            optimization_stepper=AMAGOOptimizationStepper(clip_norm, autocast, self.run_dir),
+            optimization_stepper=AMAGOOptimizationStepper(clip_norm, precision, self.run_dir),
             replay_buffer=replay_buffer,
             target_net_updater=target_updater,
             clip_norm=clip_norm,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,8 @@ from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
 from torchrl_amago.data import TrialCollector, make_trial_buffer
-from torchrl_amago.modules.policy import Policy, make_critic
-from torchrl_amago.objectives import AMAGOLoss
+from torchrl_amago.modules import Policy
+from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import make_optimizer
 
@@ -27,6 +28,7 @@ def make_trainer(
     buffer_frames: int = 120_000,
     learning_rate: float = 5e-4,
     tau: float = 0.01,
+    loss: str | Callable[..., AMAGOLoss] = "amago",
     critic_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
     **trainer_options: Any,
@@ -48,8 +50,10 @@ def make_trainer(
         buffer_frames: capacity of the replay buffer in steps; the oldest trials leave first.
         learning_rate: peak learning rate of AdamW.
         tau: share of the online weights that the targets take over at each update.
-        critic_options: arguments of :func:`~torchrl_amago.modules.policy.make_critic`.
-        loss_options: arguments of :class:`~torchrl_amago.objectives.AMAGOLoss`.
+        loss: by name (:data:`~torchrl_amago.objectives.LOSSES`), or a function called with
+            ``(policy, critic_options=..., **loss_options)``.
+        critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
+        loss_options: further arguments of the loss.
         trainer_options: further arguments of :class:`AMAGOTrainer`.
 
     Example:
@@ -66,13 +70,7 @@ def make_trainer(
         ...     trainer.train()
         'finished'
     """
-    critic = make_critic(policy, env, **(critic_options or {}))
-    loss = AMAGOLoss(
-        policy.encoder,
-        policy.actor,
-        critic,
-        **{"discounts": policy.discounts, **(loss_options or {})},
-    )
+    loss_module = _by_name(loss)(policy, critic_options=critic_options, **(loss_options or {}))
     buffer = make_trial_buffer(
         buffer_frames, slice_len=trial_length, batch_size=batch_size, trim=True, warn_short=False
     )
@@ -84,9 +82,9 @@ def make_trainer(
     )
     return AMAGOTrainer(
         collector=collector,
-        loss_module=loss,
-        optimizer=make_optimizer(loss, lr=learning_rate),
-        target_updater=SoftUpdate(loss, tau=tau),
+        loss_module=loss_module,
+        optimizer=make_optimizer(loss_module, lr=learning_rate),
+        target_updater=SoftUpdate(loss_module, tau=tau),
         replay_buffer=buffer,
         exploration=policy.exploration,
         total_updates=total_updates,
@@ -94,3 +92,11 @@ def make_trainer(
         run_dir=run_dir,
         **trainer_options,
     )
+
+
+def _by_name(loss: str | Callable[..., AMAGOLoss]) -> Callable[..., AMAGOLoss]:
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}.")
+    return LOSSES[loss]

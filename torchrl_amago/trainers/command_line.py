@@ -14,6 +14,7 @@ from typing import Any, Literal, NoReturn
 import torch
 
 from torchrl_amago.modules import SEQ_MODELS
+from torchrl_amago.objectives import LOSSES
 from torchrl_amago.trainers.amago import Outcome
 
 # What --debug changes in every script: networks and a run that are over in seconds.
@@ -70,6 +71,12 @@ class TrainingArgs:
     hidden_size: int = 64
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
 
+    loss: Literal[tuple(LOSSES)] = "amago"
+    """What is trained on: AMAGO's regression and policy gradient, or AMAGO-2's classification and
+    filtered imitation."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 computes networks and loss in bfloat16; quick on CPUs with AMX and on GPUs."""
+
     num_envs: int = 64
     """Environments that are stepped at the same time."""
     total_updates: int = 3000
@@ -101,7 +108,7 @@ class TrainingArgs:
     """CPU threads."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
-        """Arguments of :func:`~torchrl_amago.modules.policy.make_policy`: sizes and sequence model.
+        """Arguments of :func:`~torchrl_amago.modules.make_policy`: sizes and sequence model.
 
         Args:
             seq_model_options: further arguments of the sequence model. Each is left out where the
@@ -136,6 +143,8 @@ class TrainingArgs:
             buffer_frames=self.buffer_frames,
             learning_rate=self.learning_rate,
             tau=self.tau,
+            loss=self.loss,
+            precision=self.precision,
             critic_options=dict(hidden_size=self.hidden_size),
             warmup_updates=self.warmup_updates,
             final_lr_share=0.1,

@@ -6,10 +6,11 @@ import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
+from torch import nn
 from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
@@ -30,19 +31,23 @@ class AMAGOOptimizationStepper(OptimizationStepper):
 
     Args:
         clip_norm: largest gradient norm, None for no clipping.
-        autocast: compute forward and loss in bfloat16 where autocast says so; weights stay as they
-            are.
+        precision: ``"bf16"`` computes forward and loss in bfloat16 where autocast says so; weights
+            stay as they are.
         run_dir: where the batch goes if it has to be looked at.
     """
 
-    def __init__(self, clip_norm: float | None, autocast: bool, run_dir: Path) -> None:
-        self.clip_norm, self.autocast, self.run_dir = clip_norm, autocast, run_dir
+    def __init__(
+        self, clip_norm: float | None, precision: Literal["fp32", "bf16"], run_dir: Path
+    ) -> None:
+        self.clip_norm, self.precision, self.run_dir = clip_norm, precision, run_dir
         self._parameters: list[torch.nn.Parameter] | None = None
+        self._parts: dict[str, list[torch.nn.Parameter]] = {}
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """One update; gives the losses, metrics and ``grad_norm``, detached."""
+        """One update; gives losses, metrics and gradient norms (of all and by part), detached."""
         if self._parameters is None:
             self._parameters = list(parameters_of(trainer.optimizer))
+            self._parts = _by_network(trainer.loss_module, self._parameters)
             self._device_type = self._parameters[0].device.type
         with self._autocast():
             losses = trainer.compute_loss(sub_batch)
@@ -50,8 +55,11 @@ class AMAGOOptimizationStepper(OptimizationStepper):
         total = sum(value for key, value in losses.items() if key.startswith("loss"))
         total.backward()
         losses = losses.detach()
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        norms = {
+            part: torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+            for part, params in self._parts.items()
+        }
+        norm = torch.stack([*norms.values()]).norm()
         checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
         if not math.isfinite(checked):
             trainer.optimizer.zero_grad()
@@ -61,12 +69,33 @@ class AMAGOOptimizationStepper(OptimizationStepper):
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
         trainer.optimizer.step()
         trainer.optimizer.zero_grad()
+        per_discount = losses.pop("per_discount", None)
+        if per_discount is not None:
+            discounts = trainer.loss_module.discounts.tolist()
+            values = zip(discounts, per_discount["q_value"].unbind(), strict=True)
+            losses.update({f"q_value/{discount:g}": value for discount, value in values})
+        losses.update({f"grad_norm_{part}": value for part, value in norms.items()})
         return losses.set("grad_norm", norm)
 
     def _autocast(self):
-        if not self.autocast:
+        if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self._device_type, dtype=torch.bfloat16)
+
+
+def _by_network(
+    loss_module: nn.Module, parameters: list[nn.Parameter]
+) -> dict[str, list[nn.Parameter]]:
+    """Parameters by the network they belong to, of those that are optimised."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    optimised = set(parameters)
+    for name, p in loss_module.named_parameters():
+        if p in optimised:
+            optimised.remove(p)
+            parts.setdefault(name.partition("_network_params")[0], []).append(p)
+    if optimised:
+        parts["other"] = list(optimised)
+    return parts
 
 
 def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str, float]:

@@ -37,6 +37,10 @@ class ValueCodec(nn.Module, abc.ABC):
         """First bias of the critics' last layer, ``[*event]``; None leaves it as it was drawn."""
         return None
 
+    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of targets as the statistics have them, ``[G]`` or ``[]``."""
+        return torch.zeros(()), torch.ones(())
+
     @abc.abstractmethod
     def update(self, target: Tensor, mask: Tensor) -> None:
         """Take a batch of targets ``[..., G]`` into the statistics, where mask ``[..., 1]`` is True."""

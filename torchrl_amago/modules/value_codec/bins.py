@@ -114,6 +114,10 @@ class BinCodec(ValueCodec):
         centre = self._to_bin_space(torch.full_like(self.bins[0], self.init_value))
         return -0.5 * ((self.bins - centre) / (self.INITIAL_SIGMA * self.bin_width)).square()
 
+    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """Those of ``popart``."""
+        return self.popart.mean_and_scale()
+
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
         """Move the statistics towards a batch of targets, and count those outside of the range.

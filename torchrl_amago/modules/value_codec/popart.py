@@ -69,6 +69,10 @@ class PopArt(ValueCodec):
         """Standard deviation of targets, ``[G]``, within ``[0.01, 1e4]``."""
         return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
 
+    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        """:attr:`mu` and :attr:`sigma`, ``[G]``."""
+        return self.mu, self.sigma
+
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
         """Move the statistics towards a batch of targets; nothing moves if all is masked.

@@ -1,0 +1,149 @@
+"""What a loss asks of critics: the value of stored actions, and the average over a policy's actions.
+
+Critics that list the values of all actions give exact averages; critics that take the action as an
+input are asked about samples. Both answer the same questions here, so that the loss is one.
+
+Legend: M steps, C critics, G discounts, A action size, K samples; `*` is what one raw prediction of
+the value codec looks like: nothing, or its bins.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torchrl_amago.modules.value_codec import ValueCodec
+from torchrl_amago.objectives.functional import expected_value
+
+ValueSpace = Literal["raw", "normalized", "value"]
+
+#: `(state [M, D], actions [K, M, G, A] or None, frozen) -> raw predictions`
+AskCritics = Callable[..., Tensor]
+
+
+class PolicyValue(abc.ABC):
+    """V(s) of every critic and discount: the average of Q(s, a) over the policy's actions."""
+
+    def __init__(self, codec: ValueCodec, prediction: Tensor) -> None:
+        self.codec, self.prediction = codec, prediction
+
+    @abc.abstractmethod
+    def to(self, space: ValueSpace) -> Tensor:
+        """`[M, C, G]`: raw predictions, the codec's normalised values, or values in reward units."""
+
+
+def to_space(codec: ValueCodec, prediction: Tensor, space: ValueSpace) -> Tensor:
+    """Raw predictions `[..., G, *]` as numbers `[..., G]`; of bins, `raw` is the value too."""
+    if space == "normalized":
+        return codec.normalized(prediction)
+    return prediction if space == "raw" and not codec.event_shape else codec.decode(prediction)
+
+
+class CriticAnswers(abc.ABC):
+    """How one kind of critics is asked.
+
+    Args:
+        codec: turns raw predictions into numbers.
+        ask: runs the critics.
+    """
+
+    def __init__(self, codec: ValueCodec, ask: AskCritics) -> None:
+        self.codec, self.ask = codec, ask
+
+    @abc.abstractmethod
+    def online(
+        self, state_MD: Tensor, action_MA: Tensor, policy: Distribution, differentiable: bool
+    ) -> tuple[Tensor, PolicyValue]:
+        """Values of stored actions, and of the policy's.
+
+        Args:
+            state_MD: states, with gradient.
+            action_MA: stored actions, as critics are shown them.
+            policy: `[M, G]` distributions of action vectors.
+            differentiable: let gradients flow from the policy's value to the policy.
+
+        Returns:
+            Raw predictions `[M, C, G, *]` with gradient to critics and states; the policy's value,
+            whose gradient goes to the policy alone.
+        """
+
+    @abc.abstractmethod
+    def of_policy(self, state_MD: Tensor, policy: Distribution) -> PolicyValue:
+        """The policy's value, as above, whose gradients nobody asks for."""
+
+
+class ListedActions(CriticAnswers):
+    """Critics `state -> [M, C, G, A, *]`: one pass, and exact averages."""
+
+    def online(
+        self, state_MD: Tensor, action_MA: Tensor, policy: Distribution, differentiable: bool
+    ) -> tuple[Tensor, PolicyValue]:
+        listed = self.ask(state_MD)
+        probs = policy.probs if differentiable else policy.probs.detach()
+        return self._of_action(listed, action_MA), _Average(self.codec, listed.detach(), probs)
+
+    def of_policy(self, state_MD: Tensor, policy: Distribution) -> PolicyValue:
+        return _Average(self.codec, self.ask(state_MD), policy.probs)
+
+    def _of_action(self, listed: Tensor, action_MA: Tensor) -> Tensor:
+        if not self.codec.event_shape:
+            return expected_value(listed, action_MA.unsqueeze(-2))
+        # Predictions of classes can't be mixed: a softened action counts as the hard one.
+        index = action_MA.argmax(-1).view(*action_MA.shape[:-1], 1, 1, 1, 1)
+        return listed.take_along_dim(index, -2).squeeze(-2)
+
+
+class ActionInput(CriticAnswers):
+    """Critics `(state, action) -> [K, M, C, G, *]`: averages over samples of the policy.
+
+    Args:
+        codec: turns raw predictions into numbers.
+        ask: runs the critics.
+        num_samples: K.
+    """
+
+    def __init__(self, codec: ValueCodec, ask: AskCritics, num_samples: int) -> None:
+        super().__init__(codec, ask)
+        self.num_samples = num_samples
+
+    def online(
+        self, state_MD: Tensor, action_MA: Tensor, policy: Distribution, differentiable: bool
+    ) -> tuple[Tensor, PolicyValue]:
+        stored = self.ask(state_MD, action_MA.unsqueeze(-2))
+        if not differentiable:
+            with torch.no_grad():
+                return stored, self.of_policy(state_MD, policy)
+        sample_KMGA = policy.rsample((self.num_samples,))
+        of_policy = self.ask(state_MD.detach(), sample_KMGA, frozen=True)
+        return stored, _Mean(self.codec, of_policy)
+
+    def of_policy(self, state_MD: Tensor, policy: Distribution) -> PolicyValue:
+        sample_KMGA = policy.sample((self.num_samples,))
+        return _Mean(self.codec, self.ask(state_MD, sample_KMGA))
+
+
+class _Average(PolicyValue):
+    """Over listed actions, by their probabilities `[M, G, A]`."""
+
+    def __init__(self, codec: ValueCodec, prediction: Tensor, probs_MGA: Tensor) -> None:
+        super().__init__(codec, prediction)
+        self.probs_MGA = probs_MGA
+
+    def to(self, space: ValueSpace) -> Tensor:
+        if not self.codec.event_shape:
+            # Scalars' spaces are affine in the prediction: average first, it is less work.
+            return to_space(self.codec, expected_value(self.prediction, self.probs_MGA), space)
+        each_AMCG = to_space(self.codec, self.prediction.movedim(-2, 0), space)
+        return expected_value(each_AMCG.movedim(0, -1), self.probs_MGA)
+
+
+class _Mean(PolicyValue):
+    """Over samples, the first dimension of predictions `[K, M, C, G, *]`."""
+
+    def to(self, space: ValueSpace) -> Tensor:
+        return to_space(self.codec, self.prediction, space).mean(0)

@@ -1,0 +1,124 @@
+"""What one watches of an update: masked, detached numbers, of every discount and of the acting one.
+
+Each metric is a mean over the real steps of the batch unless its name says otherwise. `name` is that
+of the last discount, the one acted with; `("per_discount", name) [G]` those of all. Values are in the
+environment's reward units.
+
+=================== ============================================================================
+metric              meaning
+=================== ============================================================================
+``q_value``         Q(s, a) of the actions taken, ensemble mean
+``q_value_std``     standard deviation of it over the ensemble
+``td_target``       what it is regressed on
+``td_target_min``   smallest of the batch, likewise ``td_target_max``
+``td_error``        absolute difference of the two
+``advantage``       Q(s, a) - V(s), as the filter sees it
+``filter``          weight of an action in the imitation term: the share imitated, if binary
+``target_mean``     the codec's running mean of targets
+``target_scale``    the codec's running standard deviation of targets
+``entropy``         of the policy, nats
+``effective_batch`` number of real steps (of the batch, no mean)
+=================== ============================================================================
+
+Legend: M steps, C critics, G discounts; `*` is what one raw prediction of the codec looks like.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey
+from torch import Tensor
+from torch.distributions import Distribution
+
+from torchrl_amago.modules.value_codec import ValueCodec
+
+PER_DISCOUNT = "per_discount"
+POLICY_METRICS = ("entropy", "effective_batch")
+VALUE_METRICS = (
+    "q_value",
+    "q_value_std",
+    "td_target",
+    "td_target_min",
+    "td_target_max",
+    "td_error",
+    "advantage",
+    "filter",
+    "target_mean",
+    "target_scale",
+)
+
+
+@torch.no_grad()
+def policy_metrics(policy: Distribution, mask_M: Tensor) -> dict[NestedKey, Tensor]:
+    """Metrics that need no critics.
+
+    Args:
+        policy: `[M, G]` distributions of actions.
+        mask_M: True on real steps.
+    """
+    out = _with_acting_discount({"entropy": _mean(policy.entropy(), mask_M)})
+    out["effective_batch"] = mask_M.sum().float()
+    return out
+
+
+@torch.no_grad()
+def value_metrics(
+    codec: ValueCodec,
+    prediction: Tensor,
+    target_MG: Tensor,
+    advantage_MG: Tensor,
+    weight_MG: Tensor,
+    mask_M: Tensor,
+    reward_scale: float,
+) -> tuple[dict[NestedKey, Tensor], Tensor]:
+    """Metrics of critics and filter, and the TD error of every step.
+
+    Args:
+        codec: decodes predictions.
+        prediction: `[M, C, G, *]`, of the actions taken.
+        target_MG: TD targets, in reward units times ``reward_scale``.
+        advantage_MG: as the filter saw it.
+        weight_MG: what the filter made of it.
+        mask_M: True on real steps.
+        reward_scale: the loss's factor of rewards.
+
+    Returns:
+        The metrics, and the absolute TD error `[M]` of the last discount.
+    """
+    q_MCG = codec.decode(prediction) / reward_scale
+    q_MG, target_MG = q_MCG.mean(-2), target_MG / reward_scale
+    error_MG = (q_MG - target_MG).abs()
+    spread_MG = (q_MCG - q_MG.unsqueeze(-2)).square().mean(-2).sqrt()
+    mean, scale = codec.mean_and_scale()
+    per_discount = {
+        "q_value": _mean(q_MG, mask_M),
+        "q_value_std": _mean(spread_MG, mask_M),
+        "td_target": _mean(target_MG, mask_M),
+        "td_target_min": -_largest(-target_MG, mask_M),
+        "td_target_max": _largest(target_MG, mask_M),
+        "td_error": _mean(error_MG, mask_M),
+        "advantage": _mean(advantage_MG, mask_M),
+        "filter": _mean(weight_MG, mask_M),
+        "target_mean": mean / reward_scale,
+        "target_scale": scale / reward_scale,
+    }
+    return _with_acting_discount(per_discount), error_MG[..., -1]
+
+
+def _with_acting_discount(per_discount: dict[str, Tensor]) -> dict[NestedKey, Tensor]:
+    acting = {name: value_G[-1] for name, value_G in per_discount.items()}
+    return acting | {(PER_DISCOUNT, name): value_G for name, value_G in per_discount.items()}
+
+
+def _mean(x_MG: Tensor, mask_M: Tensor) -> Tensor:
+    """Mean over real steps, `[G]`; 0 if there are none."""
+    total_G = torch.where(mask_M.unsqueeze(-1), x_MG, 0.0).flatten(0, -2).sum(0)
+    return total_G / mask_M.sum().clamp_min(1)
+
+
+def _largest(x_MG: Tensor, mask_M: Tensor) -> Tensor:
+    """Maximum over real steps, `[G]`; 0 if there are none."""
+    x_NG = torch.where(mask_M.unsqueeze(-1), x_MG, -torch.inf).flatten(0, -2)
+    # A row more, since there is no maximum of none.
+    largest_G = torch.nn.functional.pad(x_NG, (0, 0, 0, 1), value=-torch.inf).amax(0)
+    return torch.where(mask_M.any(), largest_G, 0.0)
