@@ -231,7 +231,7 @@ class ActionCritic(CriticEnsemble):
     """
 
     #: Rows that pass through all layers together on a CPU: their intermediate results fit its caches
-    #: and take memory that was used before, where fresh pages cost more than the products.
+    #: and take memory that was used before, where fresh pages cost about as much as the products.
     CHUNK_ROWS = 2048
 
     discounts: Tensor
