@@ -56,6 +56,30 @@ def test_settings_arrive(env, policy, tmp_path):
     trainer.collector.shutdown()
 
 
+def test_rounds_and_slices_may_be_shorter_than_trials(env, policy, tmp_path):
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=4,
+        round_steps=3,
+        slice_length=2,
+        total_updates=1,
+        run_dir=tmp_path,
+    )
+    assert trainer.collector.requested_frames_per_batch == 6 * 3
+    rounds = iter(trainer.collector)
+    next(rounds)
+    assert len(trainer.replay_buffer) == 0  # trials have four steps
+    next(rounds)
+    assert len(trainer.replay_buffer) == 6 * 4
+    batch = trainer.replay_buffer.sample(500)
+    assert batch.shape == (500, 2)
+    # A window of two steps begins at one of five places, once before the trial and once at its end.
+    is_last = batch["next", "done"].squeeze(-1) & batch["collector", "mask"]
+    assert is_last.any(1).float().mean() == pytest.approx(2 / 5, abs=0.1)
+    trainer.collector.shutdown()
+
+
 def test_it_trains_the_policy_it_was_given(env, policy, tmp_path):
     before = [parameter.clone() for parameter in policy.parameters()]
     trainer = make_trainer(

@@ -23,6 +23,8 @@ def make_trainer(
     trial_length: int,
     total_updates: int,
     run_dir: str | Path,
+    round_steps: int | None = None,
+    slice_length: int | None = None,
     updates_per_round: int = 20,
     batch_size: int = 32,
     buffer_frames: int = 120_000,
@@ -33,8 +35,8 @@ def make_trainer(
     loss_options: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> AMAGOTrainer:
-    """Assemble what trains a policy in rounds: every environment row plays for the length of a trial,
-    then come some updates on whole trials.
+    """Assemble what trains a policy in rounds: every environment row plays for the length of a trial
+    or for `round_steps`, then come some updates on whole trials or slices of them.
 
     What it makes can be read off the trainer: ``collector``, ``replay_buffer``, ``loss_module``,
     ``optimizer``. To exchange one of them, build the :class:`AMAGOTrainer` yourself.
@@ -42,11 +44,16 @@ def make_trainer(
     Args:
         env: batched environment with trial and previous-step transforms.
         policy: from :func:`~torchrl_amago.modules.policy.make_policy`.
-        trial_length: most steps of a trial: those of a round, and of a slice in a batch.
+        trial_length: most steps of a trial.
         total_updates: optimiser steps in all.
         run_dir: folder for everything the run writes.
+        round_steps: steps of each row in a round; default ``trial_length``. A trial that takes
+            several rounds counts once it is complete.
+        slice_length: steps of a slice in a batch; default ``trial_length``. Where that is longer,
+            all steps of a trial are equally likely, its last ones too, and slices near its ends
+            are shorter.
         updates_per_round: optimiser steps after each round.
-        batch_size: trials in a batch.
+        batch_size: trials, or slices of them, in a batch.
         buffer_frames: capacity of the replay buffer in steps; the oldest trials leave first.
         learning_rate: peak learning rate of AdamW.
         tau: share of the online weights that the targets take over at each update.
@@ -72,12 +79,18 @@ def make_trainer(
     """
     loss_module = _by_name(loss)(policy, critic_options=critic_options, **(loss_options or {}))
     buffer = make_trial_buffer(
-        buffer_frames, slice_len=trial_length, batch_size=batch_size, trim=True, warn_short=False
+        buffer_frames,
+        slice_len=slice_length or trial_length,
+        batch_size=batch_size,
+        trim=True,
+        # Without, a long trial's end would be in one of hundreds of windows.
+        overhang="both",
+        warn_short=False,
     )
     collector = TrialCollector(
         env,
         policy,
-        frames_per_batch=env.batch_size.numel() * trial_length,
+        frames_per_batch=env.batch_size.numel() * (round_steps or trial_length),
         replay_buffer=buffer,
     )
     return AMAGOTrainer(

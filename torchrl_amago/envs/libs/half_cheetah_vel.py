@@ -1,0 +1,113 @@
+"""Half-Cheetah with a hidden target velocity, the usual first benchmark of continuous meta-RL."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+
+__all__ = ["HalfCheetahVel"]
+
+
+class HalfCheetahVel(gym.Wrapper):
+    """Half-Cheetah that is to run at a velocity it isn't told (MAML, arXiv 1703.03400, Section 5.3).
+
+        target ~ U[min_velocity, max_velocity]                          one per task, never observed
+        reward = -|velocity - target| - ctrl_cost_weight * |action|^2    velocity along x, in m/s
+
+    Targets of up to 3 m/s and half of Half-Cheetah's own cost of actions are those of PEARL (arXiv
+    1903.08254) and VariBAD (arXiv 1910.08348). Physics and observations, 17 numbers in float64, are
+    those of Gymnasium's ``HalfCheetah-v5``; actions are six torques in [-1, 1].
+
+    A reset draws a task from the generator that ``seed`` sets. ``reset(options={"same_target": True})``
+    stays at the task and starts the cheetah anew, which is what makes trials:
+    ``make_trial_env(env, episodes=3, repeat="options", options=HalfCheetahVel.SAME_TARGET)``.
+
+    Args:
+        episode_length: steps until the time limit truncates an attempt.
+        min_velocity: lowest target in m/s.
+        max_velocity: highest target in m/s.
+        ctrl_cost_weight: cost of actions.
+        options: further arguments of ``gymnasium.make("HalfCheetah-v5")``, such as ``render_mode``.
+
+    Raises:
+        ImportError: if MuJoCo isn't installed.
+        ValueError: if the velocities are in the wrong order.
+
+    Example:
+        >>> import pytest
+        >>> _ = pytest.importorskip("mujoco")  # the extra `mujoco`
+        >>> env = HalfCheetahVel()
+        >>> observation, info = env.reset(options={"target_velocity": 1.5})
+        >>> observation, reward, *_, info = env.step(env.action_space.sample() * 0)
+        >>> bool(np.isclose(reward, -abs(info["x_velocity"] - 1.5)))
+        True
+    """
+
+    SAME_TARGET: ClassVar = {"same_target": True}
+    """Options of a reset that stays at the task."""
+
+    def __init__(
+        self,
+        episode_length: int = 200,
+        min_velocity: float = 0.0,
+        max_velocity: float = 3.0,
+        ctrl_cost_weight: float = 0.05,
+        **options: Any,
+    ) -> None:
+        if not min_velocity <= max_velocity:
+            raise ValueError(
+                "min_velocity must be at most max_velocity, got "
+                f"min_velocity={min_velocity}, max_velocity={max_velocity}. Targets are drawn evenly "
+                "from between them; give equal numbers for a single task."
+            )
+        super().__init__(_make(episode_length, ctrl_cost_weight, options))
+        self.min_velocity, self.max_velocity = min_velocity, max_velocity
+        self.target_velocity: float | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an attempt, at a new task unless ``options`` say otherwise.
+
+        Args:
+            seed: of the generator that tasks and first states are drawn from.
+            options: ``same_target`` stays at the task (the first reset draws one all the same),
+                ``target_velocity`` sets it.
+        """
+        options = options or {}
+        # Not passed on: the simulation has no such options.
+        observation, info = self.env.reset(seed=seed)
+        if "target_velocity" in options:
+            self.target_velocity = float(options["target_velocity"])
+        elif self.target_velocity is None or not options.get("same_target", False):
+            self.target_velocity = float(
+                self.np_random.uniform(self.min_velocity, self.max_velocity)
+            )
+        return observation, info
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """One step of 0.05 s; ``info`` has ``x_velocity``, and the reward's parts.
+
+        ``reward_target`` is the first part, ``reward_ctrl`` the second.
+        """
+        observation, _, terminated, truncated, info = self.env.step(action)
+        info["reward_target"] = -abs(float(info["x_velocity"]) - self.target_velocity)
+        reward = info["reward_target"] + float(info["reward_ctrl"])
+        return observation, reward, terminated, truncated, info
+
+
+def _make(episode_length: int, ctrl_cost_weight: float, options: dict[str, Any]) -> gym.Env:
+    try:
+        return gym.make(
+            "HalfCheetah-v5",
+            max_episode_steps=episode_length,
+            ctrl_cost_weight=ctrl_cost_weight,
+            **options,
+        )
+    except (ImportError, gym.error.DependencyNotInstalled) as error:
+        raise ImportError(
+            "HalfCheetahVel needs MuJoCo, which isn't installed. Install the extra: "
+            'pip install "torchrl-amago[mujoco]".'
+        ) from error
