@@ -72,7 +72,7 @@ def test_rounds_and_slices_may_be_shorter_than_trials(env, policy, tmp_path):
     assert len(trainer.replay_buffer) == 0  # trials have four steps
     next(rounds)
     assert len(trainer.replay_buffer) == 6 * 4
-    batch = trainer.replay_buffer.sample(500)
+    batch = trainer.replay_buffer.sample()
     assert batch.shape == (500, 2)
     # A window of two steps begins at one of five places, once before the trial and once at its end.
     is_last = batch["next", "done"].squeeze(-1) & batch["collector", "mask"]
