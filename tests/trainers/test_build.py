@@ -63,6 +63,7 @@ def test_rounds_and_slices_may_be_shorter_than_trials(env, policy, tmp_path):
         trial_length=4,
         round_steps=3,
         slice_length=2,
+        batch_size=500,
         total_updates=1,
         run_dir=tmp_path,
     )
