@@ -55,6 +55,11 @@ UPDATE_CASES = [
     "agents/multitask_continuous_train",
     "agents/multitask_continuous_online_hlgauss",
 ]
+THREE_UPDATES = [
+    "agents/agent_discrete_3_updates",
+    "agents/agent_continuous_3_updates",
+    "agents/multitask_continuous_3_updates",
+]
 
 
 def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
@@ -396,9 +401,10 @@ def test_intermediate_values(case, monkeypatch):
         assert "_td_target" not in seen
 
 
-@pytest.mark.parametrize(
-    "case", cases(*[c for c in UPDATE_CASES if "agent_discrete" in c]), ids=str
-)
+DISCRETE = [name for name in UPDATE_CASES + THREE_UPDATES if "agent_discrete" in name]
+
+
+@pytest.mark.parametrize("case", cases(*DISCRETE), ids=str)
 def test_estimates(case):
     loss = build_loss(case).eval()
     batch = make_batch(case)
@@ -447,13 +453,6 @@ class FrozenCopy:
         self.params = self.loss.critic_network_params.data.clone()
 
 
-THREE_UPDATES = [
-    "agents/agent_discrete_3_updates",
-    "agents/agent_continuous_3_updates",
-    "agents/multitask_continuous_3_updates",
-]
-
-
 @pytest.mark.parametrize("case", cases(*THREE_UPDATES), ids=str)
 def test_three_updates(case, monkeypatch):
     loss = build_loss(case)
@@ -495,13 +494,9 @@ def _compare_all_weights(loss: AMAGOLoss, case: GoldenCase, prefix: str) -> None
         assert_close(popart_of(loss).get_buffer(name), value, msg=name)
 
 
-@pytest.mark.parametrize(
-    "case",
-    cases("agents/multitask_discrete_online", "agents/multitask_continuous_online_hlgauss"),
-    ids=str,
-)
-def test_advantage_from_samples_of_its_own(case, monkeypatch):
-    """The filter of the reference's AMAGO-2 with an online term, which draws for V anew."""
+@pytest.mark.parametrize("case", cases(*[n for n in UPDATE_CASES if "multitask" in n]), ids=str)
+def test_advantage_from_recorded_samples(case, monkeypatch):
+    """AMAGO-2's filter, also where the reference draws other actions for it than for the online term."""
     loss = build_loss(case, compact=False)
     hp, batch = case.hyperparameters, make_batch(case)
     kind = "onehot_sample" if hp["discrete"] else "action_sample"
