@@ -109,38 +109,3 @@ def assert_close(
         atol=atol * float(scale),
         msg=lambda text: f"{msg}: {text}" if msg else text,
     )
-
-
-# The reference's names of Transformer weights, and ours.
-_TRANSFORMER = {
-    "tformer.inp.": "embed.",
-    "tformer.position_embedding.embeddings.": "position_table.",
-    "tformer.layers.": "blocks.",
-    "tformer.norm.norm.": "norm.",
-    "attention_layer.head_scaler": "head_scale",
-    "attention_layer.qkv_projection.": "qkv.",
-    "attention_layer.out_projection.": "attention_out.",
-    "norm1.norm.": "norm_attention.",
-    "norm2.norm.": "norm_attention_out.",
-    "norm3.norm.": "norm_ff.",
-    "norm4.norm.": "norm_ff_hidden.",
-    "ff1.": "ff_in.",
-    "ff2.": "ff_out.",
-}
-
-
-def transformer_weights(weights: dict[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """Rename a reference Transformer's weights (or gradients) to ours, and reorder heads.
-
-    The reference reads packed projections as (3, head size, heads), we as (3, heads, head size).
-    """
-    renamed = {}
-    for name, value in weights.items():
-        if "qkv_projection" in name and name.rsplit(".", 1)[1] in ("weight", "u"):
-            value = value.unflatten(0, (3, -1, num_heads)).transpose(1, 2).flatten(0, 2)
-        if name.endswith("head_scaler"):
-            value = value.reshape(num_heads, 1)
-        for theirs, ours in _TRANSFORMER.items():
-            name = name.replace(theirs, ours)
-        renamed[name] = value
-    return renamed
