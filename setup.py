@@ -32,10 +32,12 @@ TEST = [
     "hypothesis>=6.100",
     "ruff>=0.12",
     "tensorboard>=2.16",  # the trainer's TensorBoard option is tested by default
+    "safetensors>=0.4",  # so is reading AMAGO's weights
 ]
 
 # Used by code that exists.
 FEATURES = {
+    "amago": ["safetensors>=0.4"],  # reading the weights that AMAGO's checkpoints hold
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.19"],
 }
