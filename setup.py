@@ -40,6 +40,8 @@ FEATURES = {
     "amago": ["safetensors>=0.4"],  # reading the weights that AMAGO's checkpoints hold
     "tensorboard": ["tensorboard>=2.16"],
     "wandb": ["wandb>=0.19"],
+    # mujoco 4 breaks dm_control; gymnasium's MuJoCo environments import imageio.
+    "mujoco": ["mujoco>=3.3,<4", "imageio>=2.14.1"],
 }
 
 # Environment and data packages. They work today through TorchRL's own wrappers (GymWrapper, DMControlEnv,
@@ -50,7 +52,7 @@ PLANNED = {
     "popgym": ["popgym[navigation]>=1.0.7,<2"],
     "minigrid": ["minigrid>=3.0,<4"],
     "atari": ["ale-py>=0.11,<0.13", "opencv-python-headless"],
-    "mujoco": ["mujoco>=3.3,<4", "dm_control>=1.0.28,<2", "imageio"],  # mujoco 4 breaks dm_control
+    "dm_control": ["mujoco>=3.3,<4", "dm_control>=1.0.28,<2", "imageio"],
     "metaworld": ["metaworld>=3.1.1,<4"],
     "crafter": ["crafter>=1.8.3,<2", "numba>=0.61"],  # numba makes it about five times faster
     "retro": ["stable-retro>=1.0,<2"],

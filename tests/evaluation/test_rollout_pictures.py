@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import gymnasium as gym
+import numpy as np
 import pytest
 import torch
 from torchrl.envs import Compose, EnvBase, RewardSum, TransformedEnv
@@ -42,6 +44,47 @@ def test_the_given_environment_keeps_its_transforms():
     assert env.rollout(3, act, break_when_any_done=False)["next", "episode_reward"].tolist() == [
         [[1.0], [1.0], [1.0]]
     ]
+
+
+class PaintedSteps(gym.Env):
+    """Ends after three steps; its picture is one pixel: the number of the environment, and the step."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
+    observation_space = gym.spaces.Box(0.0, 1.0, (1,))
+    action_space = gym.spaces.Discrete(2)
+    render_mode = "rgb_array"
+
+    def __init__(self, number: int) -> None:
+        self.number, self.time = number, 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        return np.zeros(1, np.float32), 0.0, self.time == 3, False, {}
+
+    def render(self):
+        return np.array([[[self.number, self.time, 0]]], np.uint8)
+
+
+@pytest.mark.parametrize("num_rows", [None, 3])
+def test_gymnasium_environments_are_drawn(num_rows):
+    from torchrl_amago.envs import make_trial_env
+
+    base, row = PaintedSteps(0), 0
+    if num_rows is not None:
+        row = 2
+        base = gym.vector.SyncVectorEnv(
+            [lambda number=number: PaintedSteps(number) for number in range(num_rows)],
+            autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+        )
+    env = make_trial_env(base, episodes=2)
+    attempts = rollout_pictures(env.rand_action, env, row=row, greedy=False)
+    drawn = [[picture[0, 0].tolist() for picture in attempt] for attempt in attempts]
+    assert drawn == [[[row, time, 0] for time in range(4)]] * 2
 
 
 def test_refuses_what_it_cannot_draw():

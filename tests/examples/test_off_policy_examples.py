@@ -12,7 +12,14 @@ import pytest
 from torchrl_amago import SEQ_MODELS, make_policy
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NAMES = ("00_meta_frozen_lake", "04_tmaze", "05_dark_key_door")
+NAMES = (
+    "00_meta_frozen_lake",
+    "01_basic_gym",
+    "04_tmaze",
+    "05_dark_key_door",
+    "12_half_cheetah_vel",
+)
+NEEDS = {"12_half_cheetah_vel": "mujoco"}
 TINY = {
     "total_updates": 2,
     "updates_per_round": 2,
@@ -26,13 +33,25 @@ TINY = {
 }
 SHORT = {
     "00_meta_frozen_lake": {"size": 2, "episodes": 2},
+    "01_basic_gym": {"episode_steps": 6, "episodes": 2, "seq_model": "feedforward"},
     "04_tmaze": {"corridor": 3, "seq_model": "gru"},
     "05_dark_key_door": {"size": 2, "horizon": 5, "attempt_steps": 8},
+    "12_half_cheetah_vel": {"episodes": 2, "episode_steps": 4, "loss": "amago2"},
 }
 OTHER = {
     "00_meta_frozen_lake": {"slip_chance": 0.1},
+    "01_basic_gym": {"n_step": 1},
     "04_tmaze": {"oracle": True},
     "05_dark_key_door": {"randomize_actions": True},
+    "12_half_cheetah_vel": {"max_velocity": 1.0},
+}
+# Pictures that a run leaves besides the learning curve, whatever else is installed.
+PICTURES = {
+    "00_meta_frozen_lake": {"adaptation_curve.png", "trial.png"},
+    "01_basic_gym": set(),
+    "04_tmaze": {"trial.png"},
+    "05_dark_key_door": {"adaptation_curve.png", "trial.png"},
+    "12_half_cheetah_vel": {"adaptation_curve.png"},
 }
 # Checkpoints hold these: with another entry, folders of earlier runs couldn't be resumed.
 TASK = {
@@ -44,6 +63,19 @@ TASK = {
         "slip_chance": 0.0,
         "show_progress": True,
         "hold_out_layouts": False,
+    },
+    "01_basic_gym": {
+        "env_id": "CartPole-v1",
+        "mask_velocities": False,
+        "keep": (),
+        "episodes": 1,
+        "episode_steps": None,
+        "timestep_encoder": "mlp",
+        "context_length": 64,
+        "round_steps": 100,
+        "discounts": (0.1, 0.9, 0.95, 0.97, 0.99),
+        "reward_scale": 1.0,
+        "n_step": 5,
     },
     "04_tmaze": {
         "corridor": 50,
@@ -62,11 +94,25 @@ TASK = {
         "randomize_actions": False,
         "show_progress": True,
     },
+    "12_half_cheetah_vel": {
+        "episodes": 3,
+        "episode_steps": 200,
+        "min_velocity": 0.0,
+        "max_velocity": 3.0,
+        "context_length": 64,
+        "round_steps": 100,
+        "discounts": (0.1, 0.9, 0.95, 0.97, 0.99),
+        "reward_scale": 1.0,
+        "n_step": 5,
+    },
 }
 
 
 @pytest.fixture(params=NAMES)
-def example(request, monkeypatch):
+def example(request, monkeypatch, tmp_path):
+    if request.param in NEEDS:
+        pytest.importorskip(NEEDS[request.param])
+    monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings where it runs
     spec = importlib.util.spec_from_file_location(
         f"example_{request.param}", EXAMPLES / f"{request.param}.py"
     )
@@ -77,6 +123,7 @@ def example(request, monkeypatch):
     module.short = SHORT[request.param]
     module.other = OTHER[request.param]
     module.task = TASK[request.param]
+    module.pictures = PICTURES[request.param]
     return module
 
 
@@ -99,8 +146,8 @@ def test_runs_and_resumes_the_same_task_only(example, tmp_path, capsys):
     assert example.train(args) == "finished"
     printed = capsys.readouterr().out
     assert re.search(r"On 3 held-out trials: greedy .*; sampled \(as trained, without eps", printed)
-    written = {"evaluation.npz", "evaluation_sampled.npz", "learning_curve.png", "trial.png"}
-    assert written <= {path.name for path in args.run_dir.iterdir()}
+    written = {"evaluation.npz", "evaluation_sampled.npz", "learning_curve.png"}
+    assert written | example.pictures <= {path.name for path in args.run_dir.iterdir()}
     more = {**TINY, **example.short, "total_updates": 4, "resume": True, "run_dir": args.run_dir}
     with pytest.raises(ValueError, match=f"task.{next(iter(example.other))}"):
         example.train(example.Args(**{**more, **example.other}))

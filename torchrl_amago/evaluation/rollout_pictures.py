@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import gymnasium as gym
 import numpy as np
 from tensordict import NestedKey, TensorDictBase
-from torchrl.envs import Compose, EnvBase, Transform, TransformedEnv
+from torchrl.envs import Compose, EnvBase, GymWrapper, Transform, TransformedEnv
 
 from torchrl_amago.evaluation.evaluate import rollout_mode
 
@@ -25,8 +26,15 @@ class _Camera(Transform):
         self.picture: np.ndarray | None = None
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        self.picture = self.parent.base_env.render(self.row)
+        self.picture = _draw(self.parent.base_env, self.row)
         return next_tensordict
+
+
+def _draw(env: EnvBase, row: int) -> np.ndarray:
+    if not isinstance(env, GymWrapper):
+        return env.render(row)
+    pictures = env._env.render()
+    return pictures[row] if isinstance(env._env, gym.vector.VectorEnv) else pictures
 
 
 def rollout_pictures(
@@ -44,8 +52,9 @@ def rollout_pictures(
 
     Args:
         policy: as for :func:`evaluate`, and as carefully left alone.
-        env: transforms over an environment with `render(row) -> uint8 [H, W, 3]`. It is seeded and
-            reset; all its rows play, one is looked at.
+        env: transforms over an environment with `render(row) -> uint8 [H, W, 3]`, or over a
+            Gymnasium environment made with ``render_mode="rgb_array"``. It is seeded and reset; all
+            its rows play, one is looked at.
         row: which one.
         greedy: act by the distribution's mode instead of sampling.
         seed: of environment and sampling.
@@ -72,7 +81,7 @@ def rollout_pictures(
     with rollout_mode(policy, greedy=greedy, seed=seed):
         filmed.set_seed(seed)
         step = filmed.reset()
-        attempts = [[filmed.base_env.render(row)]]
+        attempts = [[_draw(filmed.base_env, row)]]
         for _ in range(max_steps):
             # Other rows may be done before this one: they begin a new trial.
             step, following = filmed.step_and_maybe_reset(policy(step))
@@ -80,7 +89,7 @@ def rollout_pictures(
             if step["next", done_key].reshape(-1)[row]:
                 return attempts
             if step["next", soft_reset_key].reshape(-1)[row]:
-                attempts.append([filmed.base_env.render(row)])
+                attempts.append([_draw(filmed.base_env, row)])
             step = following
     raise RuntimeError(
         f"The trial must end within max_steps={max_steps} steps, it did not. Give the trial "

@@ -1,0 +1,188 @@
+"""Train an agent on any Gymnasium environment whose observations are vectors, with or without memory.
+
+    python examples/01_basic_gym.py --mask-velocities              # CartPole without its velocities
+    python examples/01_basic_gym.py --mask-velocities --seq-model feedforward --run-dir runs/no_memory
+    python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
+    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --run-dir runs/pendulum_2
+    python examples/01_basic_gym.py --env-id Acrobot-v1 --keep 0 1 2 3 --run-dir runs/acrobot
+    python examples/01_basic_gym.py --debug                        # under a minute, to see that all runs
+    python examples/01_basic_gym.py --resume                       # go on after Ctrl-C
+
+A trial is one episode, or `--episodes` of them that start alike. Environments are stepped together
+in this process; continuous actions reach the policy in [-1, 1]. Results land in the run's folder:
+`progress.csv`, `learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, checkpoints, and
+`trial.png` where the environment can be drawn (`pip install "gymnasium[classic-control]"`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torchrl.envs import EnvBase
+
+from torchrl_amago import (
+    HeldOut,
+    TrainingArgs,
+    make_policy,
+    make_trainer,
+    make_trial_env,
+    plot_learning_curve,
+    plot_trial_strip,
+    rollout_pictures,
+    run_command_line,
+)
+
+# What stays visible under --mask-velocities: cart position and pole angle; cosine and sine of the angle.
+WITHOUT_VELOCITIES = {"CartPole-v0": (0, 2), "CartPole-v1": (0, 2), "Pendulum-v1": (0, 1)}
+
+
+@dataclass
+class Args(TrainingArgs):
+    """Any Gymnasium environment with AMAGO."""
+
+    env_id: str = "CartPole-v1"
+    """Id of a registered environment; `module:id` imports the module that registers it first."""
+    mask_velocities: bool = False
+    """Hide the velocities of CartPole and Pendulum, so that they must be worked out from the past."""
+    keep: tuple[int, ...] = ()
+    """Numbers of the observation's entries that stay visible; all if none is given."""
+    episodes: int = 1
+    """Episodes of a trial; all begin with the same seed."""
+    episode_steps: int | None = None
+    """Time limit of an episode; the environment's own by default."""
+    timestep_encoder: Literal["mlp", "combined"] = "mlp"
+    """What reads a step: mlp for vectors, combined also for dictionaries with images or categories."""
+    context_length: int = 64
+    """Steps that the policy remembers, and steps of a slice in a batch."""
+    round_steps: int = 100
+    """Steps of each environment between updates."""
+    discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
+    """Discounts that are trained; the last one is acted with."""
+    reward_scale: float = 1.0
+    """Factor of rewards in the loss."""
+    n_step: int = 5
+    """Rewards in a TD target; more of them tell values sooner of what comes late."""
+
+    # Other defaults for fields that every task has.
+    run_dir: Path = Path("runs/basic_gym")
+    num_envs: int = 32
+    eval_trials: int = 128
+
+
+def make_one(args: Args, **options: str) -> gym.Env:
+    try:
+        env = gym.make(args.env_id, max_episode_steps=args.episode_steps, **options)
+    except gym.error.UnregisteredEnv as error:
+        raise ValueError(
+            f"--env-id must be an environment that Gymnasium knows, got {args.env_id!r}: {error} "
+            "gymnasium.pprint_registry() lists them; `module:id` imports the module that registers one."
+        ) from error
+    keep = list(
+        args.keep or (WITHOUT_VELOCITIES.get(args.env_id, ()) if args.mask_velocities else ())
+    )
+    if args.mask_velocities and not keep:
+        raise ValueError(
+            f"--mask-velocities knows the observations of {sorted(WITHOUT_VELOCITIES)} only, got "
+            f"{args.env_id!r}. Name the entries that stay visible with --keep."
+        )
+    if not keep:
+        return env
+    space = env.observation_space
+    if len(space.shape or ()) != 1 or not all(0 <= i < space.shape[0] for i in keep):
+        raise ValueError(
+            f"--keep takes numbers of entries of a vector, got {keep} for observations of {space}. "
+            "Entries are counted from 0."
+        )
+    visible = gym.spaces.Box(space.low[keep], space.high[keep], dtype=space.dtype)
+    return gym.wrappers.TransformObservation(env, lambda entries: entries[keep], visible)
+
+
+def make_env(args: Args, num_envs: int, **options: str) -> EnvBase:
+    together = gym.vector.SyncVectorEnv(
+        [lambda: make_one(args, **options)] * num_envs,
+        # The trial transform resets what is done.
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+    )
+    return make_trial_env(together, episodes=args.episodes, show_progress=args.episodes > 1)
+
+
+def trial_length(args: Args) -> int:
+    steps = args.episode_steps or make_one(args).spec.max_episode_steps
+    if steps is None:
+        raise ValueError(
+            f"a trial needs an end, but {args.env_id} has no time limit. Give it one with --episode-steps."
+        )
+    return args.episodes * steps
+
+
+def train(args: Args) -> str:
+    torch.manual_seed(args.seed)
+    length = trial_length(args)
+    env = make_env(args, args.num_envs)
+    policy = make_policy(
+        env,
+        context_length=min(args.context_length, length),
+        timestep_encoder=args.timestep_encoder,
+        discounts=args.discounts,
+        exploration=dict(anneal_frames=args.anneal_frames, horizon=length),
+        # Relative, since it doesn't matter how long an episode has lasted.
+        **args.policy_options(positions="rotary"),
+    )
+    held_out = HeldOut(policy, make_env(args, min(64, args.eval_trials)))
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=length,
+        slice_length=min(args.context_length, length),
+        round_steps=min(args.round_steps, length),
+        loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
+        evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
+        **args.trainer_options(),
+    )
+    if args.resume:
+        trainer.resume()
+    outcome = trainer.train()
+    if outcome == "finished":
+        results = held_out.evaluate_both(args.eval_trials)
+        results.save(args.run_dir)
+        print(results.describe("trial_return"))
+        draw_pictures(args, policy, held_out.seed + 1)
+    return outcome
+
+
+def draw_pictures(args: Args, policy, seed: int) -> None:
+    plot_learning_curve(
+        args.run_dir / "progress.csv",
+        args.run_dir / "learning_curve.png",
+        panels={
+            "return per trial": {
+                "train/trial_return": "training",
+                "eval/trial_return": "evaluation",
+            },
+        },
+        title=f"{args.env_id}, {args.seq_model}, {args.loss}",
+    )
+    try:
+        attempts = rollout_pictures(policy, make_env(args, 1, render_mode="rgb_array"), seed=seed)
+    except gym.error.DependencyNotInstalled as error:
+        print(f"No trial.png, since {args.env_id} can't be drawn here: {error}")
+        return
+    plot_trial_strip(
+        [
+            [attempt[int(step)] for step in np.linspace(0, len(attempt) - 1, 8)]
+            for attempt in attempts
+        ],
+        args.run_dir / "trial.png",
+        headings=["start", *[""] * 6, "end"],
+        titles=[f"{len(attempt) - 1} steps" for attempt in attempts],
+        picture_inches=1.3,
+    )
+
+
+if __name__ == "__main__":
+    run_command_line(Args, train, debug=dict(eval_trials=16, anneal_frames=10_000))

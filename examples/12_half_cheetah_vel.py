@@ -1,0 +1,142 @@
+"""Train Half-Cheetah to run at a velocity that it isn't told: rewards say how far off it is.
+
+    pip install "torchrl-amago[mujoco]"
+    python examples/12_half_cheetah_vel.py             # three attempts at each velocity
+    python examples/12_half_cheetah_vel.py --seq-model gru --run-dir runs/cheetah_gru
+    python examples/12_half_cheetah_vel.py --loss amago2 --run-dir runs/cheetah_2
+    python examples/12_half_cheetah_vel.py --debug     # under a minute, to see that all runs
+    python examples/12_half_cheetah_vel.py --resume    # go on after Ctrl-C
+
+A trial is three attempts of 200 steps at one target velocity between 0 and 3 m/s. Results land in
+the run's folder: `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `evaluation.npz`,
+`evaluation_sampled.npz` and checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import torch
+from torchrl.envs import EnvBase
+
+from torchrl_amago import (
+    HeldOut,
+    TrainingArgs,
+    TrialResults,
+    make_policy,
+    make_trainer,
+    make_trial_env,
+    plot_adaptation_curve,
+    plot_learning_curve,
+    run_command_line,
+)
+from torchrl_amago.envs.libs import HalfCheetahVel
+
+
+@dataclass
+class Args(TrainingArgs):
+    """Half-Cheetah with hidden target velocities, with AMAGO."""
+
+    episodes: int = 3
+    """Attempts at each velocity."""
+    episode_steps: int = 200
+    """Steps of an attempt."""
+    min_velocity: float = 0.0
+    """Lowest target in m/s."""
+    max_velocity: float = 3.0
+    """Highest target in m/s; an agent that is to run as fast as it can gets beyond 10."""
+    context_length: int = 64
+    """Steps that the policy remembers, and steps of a slice in a batch; rewards tell the target soon."""
+    round_steps: int = 100
+    """Steps of each environment between updates."""
+    discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
+    """Discounts that are trained; the last one is acted with. Running needs no longer horizon."""
+    reward_scale: float = 1.0
+    """Factor of rewards in the loss."""
+    n_step: int = 5
+    """Rewards in a TD target; more of them tell values sooner of what comes late."""
+
+    # Other defaults for fields that every task has.
+    run_dir: Path = Path("runs/half_cheetah_vel")
+    d_model: int = 128
+    hidden_size: int = 256
+    num_envs: int = 16
+    total_updates: int = 20_000
+    anneal_frames: int = 500_000
+    buffer_frames: int = 1_000_000
+    eval_interval: int = 1000
+    eval_trials: int = 64
+    checkpoint_interval: int = 2000
+
+
+def make_env(args: Args, num_envs: int) -> EnvBase:
+    def make_one() -> gym.Env:
+        return HalfCheetahVel(args.episode_steps, args.min_velocity, args.max_velocity)
+
+    together = gym.vector.SyncVectorEnv(
+        [make_one] * num_envs,
+        # The trial transform resets what is done.
+        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+    )
+    return make_trial_env(
+        together, episodes=args.episodes, repeat="options", options=HalfCheetahVel.SAME_TARGET
+    )
+
+
+def train(args: Args) -> str:
+    torch.manual_seed(args.seed)
+    trial_length = args.episodes * args.episode_steps
+    env = make_env(args, args.num_envs)
+    policy = make_policy(
+        env,
+        context_length=min(args.context_length, trial_length),
+        discounts=args.discounts,
+        exploration=dict(anneal_frames=args.anneal_frames, horizon=trial_length),
+        # Relative, since it doesn't matter how long a trial has lasted.
+        **args.policy_options(positions="rotary"),
+    )
+    held_out = HeldOut(policy, make_env(args, min(16, args.eval_trials)))
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=trial_length,
+        slice_length=min(args.context_length, trial_length),
+        round_steps=min(args.round_steps, trial_length),
+        loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
+        evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
+        **args.trainer_options(),
+    )
+    if args.resume:
+        trainer.resume()
+    outcome = trainer.train()
+    if outcome == "finished":
+        results = held_out.evaluate_both(args.eval_trials)
+        results.save(args.run_dir)
+        print(results.describe("trial_return"))
+        draw_pictures(args, results.greedy)
+    return outcome
+
+
+def draw_pictures(args: Args, results: TrialResults) -> None:
+    title = f"{args.min_velocity:g} to {args.max_velocity:g} m/s, {args.seq_model}, {args.loss}"
+    plot_learning_curve(
+        args.run_dir / "progress.csv",
+        args.run_dir / "learning_curve.png",
+        panels={
+            "return per trial": {
+                "train/trial_return": "training",
+                "eval/trial_return": "evaluation",
+            },
+        },
+        title=title,
+    )
+    plot_adaptation_curve(
+        results, args.run_dir / "adaptation_curve.png", measure="return", title=f"{title}, greedy"
+    )
+    print(f"Pictures: {args.run_dir}/{{learning_curve,adaptation_curve}}.png")
+
+
+if __name__ == "__main__":
+    run_command_line(Args, train, debug=dict(episode_steps=20, num_envs=4, eval_trials=16))

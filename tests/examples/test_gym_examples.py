@@ -1,0 +1,141 @@
+"""The examples on Gymnasium environments: as commands, and what the first one shows of observations."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+
+from torchrl_amago.trainers import read_progress
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *flags],
+        cwd=folder,
+        env={
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(EXAMPLES.parent),
+            "MPLCONFIGDIR": str(folder / "matplotlib"),
+            "HOME": str(folder),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture
+def basic_gym(monkeypatch):
+    spec = importlib.util.spec_from_file_location("basic_gym", EXAMPLES / "01_basic_gym.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        ("01_basic_gym", ["--mask-velocities"]),
+        ("01_basic_gym", ["--env-id", "Pendulum-v1", "--loss", "amago2"]),
+        ("12_half_cheetah_vel", []),
+    ],
+    ids=["cart pole", "pendulum", "cheetah"],
+)
+def test_debug_run(name, flags, tmp_path):
+    if name == "12_half_cheetah_vel":
+        pytest.importorskip("mujoco")
+    done = run_example(
+        name, "--debug", "--threads", "1", *flags, "--run-dir", "run", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "On 16 held-out trials: greedy trial_return" in done.stdout
+    progress = read_progress(tmp_path / "run")
+    assert progress["update"][-1] == 40
+    assert np.isfinite(progress["loss_actor"]).all()
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"learning_curve.png", "evaluation.npz", "evaluation_sampled.npz"} <= written
+    if name == "01_basic_gym":
+        assert ("trial.png" in written) != ("No trial.png, since" in done.stdout)
+
+
+@pytest.mark.parametrize("name", ["01_basic_gym", "12_half_cheetah_vel"])
+def test_help_shows_the_tasks_flags(name, tmp_path):
+    done = run_example(name, "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--episodes", "--context-length", "--discounts", "--seq-model", "--loss"):
+        assert flag in done.stdout
+
+
+def test_a_wrong_id_is_explained(basic_gym):
+    with pytest.raises(
+        ValueError, match=r"--env-id must be .*'CartPol-v1'.*Did you mean: `CartPole`"
+    ):
+        basic_gym.make_one(basic_gym.Args(env_id="CartPol-v1"))
+    with pytest.raises(ValueError, match=r"--env-id must be .*'CartPole-v7'.*pprint_registry"):
+        basic_gym.make_one(basic_gym.Args(env_id="CartPole-v7"))
+
+
+def test_what_is_hidden(basic_gym):
+    everything = gym.make("CartPole-v1").reset(seed=0)[0]
+    for fields, kept in (
+        ({"mask_velocities": True}, [0, 2]),
+        ({"keep": (3, 1)}, [3, 1]),
+        ({}, [0, 1, 2, 3]),
+    ):
+        env = basic_gym.make_one(basic_gym.Args(**fields))
+        observation, _ = env.reset(seed=0)
+        assert observation.tolist() == everything[kept].tolist()
+        assert env.observation_space.shape == (len(kept),)
+        assert env.observation_space.contains(observation)
+    pendulum = basic_gym.make_one(basic_gym.Args(env_id="Pendulum-v1", mask_velocities=True))
+    assert np.hypot(*pendulum.reset(seed=0)[0]) == pytest.approx(1.0)  # cosine and sine
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"env_id": "Acrobot-v1", "mask_velocities": True},
+            "--mask-velocities knows .*'Acrobot-v1'",
+        ),
+        ({"keep": (0, 4)}, r"--keep takes numbers of entries of a vector, got \[0, 4\]"),
+        ({"keep": (-1,)}, r"--keep takes numbers of entries of a vector, got \[-1\]"),
+        ({"env_id": "FrozenLake-v1", "keep": (0,)}, "--keep takes numbers .* Discrete"),
+    ],
+)
+def test_what_cannot_be_hidden(basic_gym, fields, message):
+    with pytest.raises(ValueError, match=message):
+        basic_gym.make_one(basic_gym.Args(**fields))
+
+
+def test_trials(basic_gym):
+    args = basic_gym.Args(episodes=2, episode_steps=3)
+    assert basic_gym.trial_length(args) == 6
+    assert basic_gym.trial_length(basic_gym.Args(episodes=2)) == 1000
+    env = basic_gym.make_env(args, 2)
+    env.set_seed(0)
+    steps = env.rollout(6)
+    observation = steps["observation"]
+    assert torch.equal(observation[:, 0], observation[:, 3])  # episodes of a trial begin alike
+    assert not torch.equal(observation[0, 0], observation[1, 0])
+    assert steps["next", "done"].squeeze(-1).tolist() == [[False] * 5 + [True]] * 2
+
+
+def test_a_task_without_an_end_needs_one(basic_gym):
+    gym.register("Endless-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv")
+    try:
+        with pytest.raises(ValueError, match="Endless-v0 has no time limit. .* --episode-steps"):
+            basic_gym.trial_length(basic_gym.Args(env_id="Endless-v0"))
+        assert basic_gym.trial_length(basic_gym.Args(env_id="Endless-v0", episode_steps=7)) == 7
+    finally:
+        del gym.registry["Endless-v0"]
