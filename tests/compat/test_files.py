@@ -18,7 +18,7 @@ from torchrl_amago.compat import (
     read_amago_weights,
 )
 
-CASE = load("agents/agent_discrete_train")
+CASE = load("agents/agent_discrete_3_updates")
 
 
 def save(path, weights) -> None:

@@ -257,6 +257,17 @@ def test_prefixes_of_wrappers_are_taken_off():
     assert "actor.base.out_layer.bias" in report.loaded
 
 
+def test_a_codec_without_popart_leaves_its_statistics_out():
+    policy = policy_of()
+    loss = loss_of(policy)
+    weights = shuffled(policy, loss)
+    loss.value_codec = nn.Identity()
+    report = load_amago_weights(weights, policy, loss)
+    assert {n for n, why in report.not_mapped.items() if "no PopArt" in why} == {
+        f"popart.{name}" for name in ("mu", "nu", "w", "b", "_t")
+    }
+
+
 # --- what is refused ---
 
 

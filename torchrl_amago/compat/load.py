@@ -29,9 +29,9 @@ _MEASURED = ("tstep_encoder", "traj_encoder", "actor", "critics")
 # What decides how many numbers a part reads or writes.
 _SIZE_ARGUMENTS = {
     "timestep_encoder reads": "choose entries with obs_keys",
-    "actor reads": "AMAGO's reads the state alone: leave out actor_obs_keys",
+    "actor reads": "the state's size, and nothing else (actor_obs_keys)",
     "actor writes": "for each of the discounts, the parameters of the distribution",
-    "critic reads": "the state; with takes_actions also 1 + the size of the action",
+    "critic reads": "the state's size; with takes_actions, also 1 and the action's",
     "critic writes": "bins of the value_codec, or 1; without takes_actions discounts x actions",
 }
 # Entries of ours that AMAGO keeps in its configuration.
@@ -256,8 +256,9 @@ class _Plan:
                 self.copies.append((entry, translated))
                 self.loaded[full_name] = full_ours
             filled.add(ours)
-        for ours in place.entries.keys() - filled:
-            self._unfilled(f"{place.ours}.{ours}")
+        for ours in place.entries:
+            if ours not in filled:
+                self._unfilled(f"{place.ours}.{ours}")
         self._check_heads(place, theirs)
         if place.theirs in _MEASURED:
             self.remedies += _differences(place, kind, theirs)
