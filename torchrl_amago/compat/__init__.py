@@ -1,7 +1,8 @@
 """Weights of AMAGO 3.x agents, read into our modules.
 
 ``files`` reads them, ``weights`` translates names and layouts, ``kinds`` tells modules apart and
-measures them, ``describe`` says how to build the policy they fit, ``load`` fills it.
+measures them, ``describe`` says how to build the policy they fit, ``plan`` finds a place for every weight,
+``load`` fills it.
 """
 
 from torchrl_amago.compat.describe import AMAGODescription, describe_amago_weights

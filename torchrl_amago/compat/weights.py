@@ -26,11 +26,16 @@ def _next_layer(template: str) -> _Replacement:
 
 
 _MLP: _Rules = {
-    r"inp?_layer\.(\w+)": r"hidden.0.\1",
+    r"in_layer\.(\w+)": r"hidden.0.\1",
     r"in_norm\.norm\.(\w+)": r"norms.0.\1",
-    r"(?:core_)?layers\.(\d+)\.(\w+)": _next_layer("hidden.{}.{}"),
+    r"layers\.(\d+)\.(\w+)": _next_layer("hidden.{}.{}"),
     r"norms\.(\d+)\.norm\.(\w+)": _next_layer("norms.{}.{}"),
-    r"out(?:put)?_layer\.(\w+)": r"out.\1",
+    r"out_layer\.(\w+)": r"out.\1",
+}
+_ENSEMBLE: _Rules = {
+    r"net\.inp_layer\.(\w+)": r"hidden.0.\1",
+    r"net\.core_layers\.(\d+)\.(\w+)": _next_layer("hidden.{}.{}"),
+    r"net\.output_layer\.(\w+)": r"out.\1",
 }
 _OUT_NORM: _Rules = {r"out_norm\.norm\.(\w+)": r"out_norm.\1"}
 
@@ -73,7 +78,8 @@ def mlp_timestep_encoder(weights: Mapping[str, Tensor]) -> Weights:
         ['mlp.hidden.1.weight']
     """
     rules: _Rules = {
-        r"in_norm\._?(mu|nu|t)": r"input_norm.\1",
+        r"in_norm\.(mu|nu)": r"input_norm.\1",
+        r"in_norm\._t": r"input_norm.t",
         **_inside("base.", "mlp.", _MLP),
         **_OUT_NORM,
     }
@@ -251,7 +257,8 @@ def residual_actor(weights: Mapping[str, Tensor]) -> Weights:
         ['blocks.0.1.weight']
     """
     rules: _Rules = {
-        r"residual_blocks\.(\d+)\.(\d+)\.(?:norm\.)?(\w+)": r"blocks.\1.\2.\3",
+        r"residual_blocks\.(\d+)\.([03])\.(\w+)": r"blocks.\1.\2.\3",
+        r"residual_blocks\.(\d+)\.([14])\.norm\.(\w+)": r"blocks.\1.\2.\3",
         r"(out\.\w+)": r"\1",
         **_inside("inp.", "embed.", _MLP),
     }
@@ -273,7 +280,7 @@ def critic(weights: Mapping[str, Tensor]) -> Weights:
     """
     return {
         name: value.flatten(0, -2) if name.endswith("bias") else value
-        for name, value in _renamed(weights, _inside("net.", "", _MLP)).items()
+        for name, value in _renamed(weights, _ENSEMBLE).items()
     }
 
 
