@@ -108,7 +108,13 @@ def make_env(args: Args, num_envs: int, **options: str) -> EnvBase:
         # The trial transform resets what is done.
         autoreset_mode=gym.vector.AutoresetMode.DISABLED,
     )
-    return make_trial_env(together, episodes=args.episodes, show_progress=args.episodes > 1)
+    return make_trial_env(
+        together,
+        episodes=args.episodes,
+        show_progress=args.episodes > 1,
+        # A time limit that isn't observed says nothing of what the last state is worth.
+        trial_end="attempt",
+    )
 
 
 def trial_length(args: Args) -> int:

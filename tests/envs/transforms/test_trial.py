@@ -110,6 +110,16 @@ def test_horizon_cuts_the_attempt_short_by_hand():
     assert not steps["next", "terminated"].any()
 
 
+def test_a_trial_may_end_as_its_last_attempt_did():
+    env = TransformedEnv(CountingEnv(), TrialTransform(2, horizon=4, trial_end="attempt"))
+    # Ended by: the second attempt's end (terminated, truncated), the horizon, both at once.
+    actions = [1, 0, 1, 2, 2, 1, 0, 0, 0, 2, 0, 0, 1]
+    steps = drive(env, torch.tensor(actions))["next"]
+    assert steps["terminated"].flatten().nonzero().flatten().tolist() == [2, 12]
+    assert steps["truncated"].flatten().nonzero().flatten().tolist() == [4, 8]
+    assert torch.equal(steps["done"], steps["terminated"] | steps["truncated"])
+
+
 def test_episodes_and_horizon_end_whichever_comes_first():
     env = TransformedEnv(CountingEnv([2]), TrialTransform(episodes=2, horizon=5))
     steps = drive(env, torch.tensor([[1, 0, 2, 0], [0, 0, 0, 0]]).repeat(1, 2)[:, :6])
@@ -343,7 +353,10 @@ def test_meta_frozen_lake_repeats_its_lake():
         ({}, "a trial needs an end"),
         ({"episodes": 0}, "episodes must be an integer of at least 1 or None, got 0"),
         ({"horizon": 2.5}, "horizon must be an integer of at least 1 or None, got 2.5"),
-        ({"episodes": 1, "trial_end": "done"}, "trial_end must be 'terminated' or 'truncated'"),
+        (
+            {"episodes": 1, "trial_end": "done"},
+            "trial_end must be one of .*'attempt'.*, got 'done'",
+        ),
         ({"episodes": 1, "repeat": "again"}, "repeat must be None, 'env', .* got 'again'"),
         (
             {"episodes": 1, "repeat": "options"},

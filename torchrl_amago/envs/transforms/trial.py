@@ -7,7 +7,7 @@ attempt at the same task within the same step, and is done only when the trial i
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
@@ -28,6 +28,7 @@ from torchrl_amago.envs.transforms.repeat import (
 __all__ = ["TrialTransform"]
 
 _DONE_KEYS = ("done", "terminated", "truncated")
+TrialEnd = Literal["terminated", "truncated", "attempt"]
 
 
 class TrialTransform(Transform):
@@ -80,7 +81,9 @@ class TrialTransform(Transform):
         options: for ``repeat="options"``: a dict, or a function of the row's number.
         show_progress: whether ``trial_progress`` is written.
         trial_end: the flag set with ``done`` at the trial's end: ``"terminated"`` (worth nothing
-            more) or ``"truncated"`` (values bootstrap), whatever ended the last attempt.
+            more) or ``"truncated"`` (values bootstrap), whatever ended the last attempt; or
+            ``"attempt"``, the one of the last attempt, ``truncated`` where the horizon cuts it off.
+            Where one attempt is all, and has a time limit that isn't observed, take that one.
         reward_key: reward to sum up in ``attempt_return``.
         soft_reset_key: where to write; likewise ``trial_progress_key``, ``episode_idx_key``,
             ``attempt_return_key`` and ``trial_step_key``.
@@ -113,7 +116,7 @@ class TrialTransform(Transform):
         repeat: RepeatMode | None = None,
         options: ResetOptions | None = None,
         show_progress: bool = True,
-        trial_end: Literal["terminated", "truncated"] = "terminated",
+        trial_end: TrialEnd = "terminated",
         reward_key: NestedKey = "reward",
         soft_reset_key: NestedKey = keys.SOFT_RESET,
         trial_progress_key: NestedKey = keys.TRIAL_PROGRESS,
@@ -238,9 +241,11 @@ class TrialTransform(Transform):
             self.attempt_return_key: torch.where(at_start, reward, attempt_return + reward),
             "done": trial_over,
         }
-        for key in ("terminated", "truncated"):
-            is_end = key == self.trial_end
-            written[key] = trial_over.clone() if is_end else torch.zeros_like(trial_over)
+        if self.trial_end == "attempt":
+            terminated = trial_over & next_tensordict.get("terminated")
+        else:
+            terminated = trial_over & (self.trial_end == "terminated")
+        written["terminated"], written["truncated"] = terminated, trial_over & ~terminated
         progress = None
         if self.horizon is not None:
             written[self.trial_step_key] = trial_step
@@ -371,9 +376,9 @@ def _check_arguments(episodes, horizon, repeat, options, trial_end) -> None:
             "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
             "attempts, horizon=H for H steps, or both."
         )
-    if trial_end not in ("terminated", "truncated"):
+    if trial_end not in get_args(TrialEnd):
         raise ValueError(
-            f"trial_end must be 'terminated' or 'truncated', got {trial_end!r}. "
+            f"trial_end must be one of {get_args(TrialEnd)}, got {trial_end!r}. "
             "Only a terminated trial stops values from bootstrapping."
         )
     if not (repeat in (None, "env", "options", "seed") or callable(repeat)):

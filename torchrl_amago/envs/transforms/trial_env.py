@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import gymnasium as gym
 from torchrl.envs import (
     ActionScaling,
@@ -18,7 +16,7 @@ from torchrl.envs import (
 from torchrl_amago.action_space import is_finitely_bounded, is_in_policy_scale
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
 from torchrl_amago.envs.transforms.repeat import RepeatMode, ResetOptions
-from torchrl_amago.envs.transforms.trial import TrialTransform
+from torchrl_amago.envs.transforms.trial import TrialEnd, TrialTransform
 
 __all__ = ["make_trial_env"]
 
@@ -31,7 +29,7 @@ def make_trial_env(
     repeat: RepeatMode | None = None,
     options: ResetOptions | None = None,
     show_progress: bool = True,
-    trial_end: Literal["terminated", "truncated"] = "terminated",
+    trial_end: TrialEnd = "terminated",
 ) -> TransformedEnv:
     """Turn an environment into trials of several attempts at one task.
 
