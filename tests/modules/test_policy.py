@@ -193,19 +193,18 @@ def test_every_action_space(kind, actor):
     assert takes_actions(state, vector).shape == (2, 3, 4, 7)
 
 
-def test_an_action_mask_is_obeyed_greedy_or_not_step_by_step_or_at_once():
+def test_an_action_mask_is_obeyed_by_policy_and_exploration():
     env = make_trial_env(Toy(Categorical(4), mask=True), horizon=10)
-    policy = make_policy(
-        env,
-        action_mask_key="action_mask",
-        obs_keys=["observation"],
-        actor_obs_keys=["observation"],
-        **SMALL,
-    )
-    for exploration_type in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
-        with set_exploration_type(exploration_type):
-            actions = env.rollout(40, policy, break_when_any_done=False)["action"]
-        assert set(actions.unique().tolist()) <= {1, 2}
+    always = {"start_of_trial": (1.0, 1.0), "end_of_trial": (1.0, 1.0), "randomize": False}
+    options = {"action_mask_key": "action_mask", "obs_keys": ["observation"]}
+    for exploration in (None, always):
+        policy = make_policy(
+            env, actor_obs_keys=["observation"], exploration=exploration, **options, **SMALL
+        )
+        for exploration_type in (ExplorationType.RANDOM, ExplorationType.DETERMINISTIC):
+            with set_exploration_type(exploration_type):
+                actions = env.rollout(40, policy, break_when_any_done=False)["action"]
+            assert set(actions.unique().tolist()) <= {1, 2}
     with pytest.raises(KeyError, match="the actor is to read 'mask', but"):
         make_policy(env, action_mask_key="mask", **SMALL)
 

@@ -43,6 +43,7 @@ def make_loss(
     codec: str = "popart",
     takes_actions: bool | None = None,
     distribution: str | None = None,
+    masks_actions: bool = False,
     **options,
 ) -> AMAGOLoss:
     torch.manual_seed(1)
@@ -53,7 +54,8 @@ def make_loss(
     )
     space = ActionSpace.from_spec(SPECS[actions])
     policy = make_distribution(space, distribution)
-    actor = Actor(D, policy.num_params, len(DISCOUNTS), hidden_size=D)
+    actor = Actor(D, policy.num_params, len(DISCOUNTS), hidden_size=D, masks_actions=masks_actions)
+    actor_keys = ["state", "action_mask"] if masks_actions else ["state"]
     codec = CODECS[codec](len(DISCOUNTS))
     bins = codec.event_shape.numel() if codec.event_shape else None
     takes_actions = space.kind != "discrete" if takes_actions is None else takes_actions
@@ -65,7 +67,7 @@ def make_loss(
         options = {"online_coeff": 0.0, **options}
     loss = AMAGOLoss(
         TensorDictSequential(timestep, trajectory),
-        TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"]),
+        TensorDictModule(actor, in_keys=actor_keys, out_keys=["action_params"]),
         TensorDictModule(
             critic,
             in_keys=["state", "action_vector"] if takes_actions else ["state"],
@@ -308,6 +310,45 @@ def test_critics_that_list_or_take_actions_agree_on_the_softened_action(codec):
         losses.append(run(loss, make_batch())[0])
     for name in ("loss_qvalue", "td_target", "q_value"):
         torch.testing.assert_close(losses[0][name], losses[1][name])
+
+
+@pytest.mark.parametrize(
+    "form", [{}, {"takes_actions": True}, {"actions": "multi_discrete"}], ids=str
+)
+@pytest.mark.parametrize("compact", [False, True])
+def test_action_masks(form, compact):
+    actions = form.get("actions", "discrete")
+
+    def masked_batch(allowed: torch.Tensor) -> TensorDict:
+        batch = make_batch(actions=actions)
+        for td in (batch, batch["next"]):
+            td["action_mask"] = allowed.expand(B, T, A).clone()
+        return batch
+
+    everything, batch = torch.ones(A, dtype=torch.bool), make_batch(actions=actions)
+    plain, _ = run(make_loss(**form, compact=compact), batch)
+    free, _ = run(make_loss(**form, compact=compact, masks_actions=True), masked_batch(everything))
+    for name, value in plain.items(True, True):
+        torch.testing.assert_close(free[name], value, msg=str(name))
+
+    allowed = torch.tensor([True, False, True, True])
+    batch = masked_batch(allowed)
+    batch["action"].zero_()
+    # Nobody acts in padding, and after the end nobody may.
+    padding = ~batch["collector", "mask"]
+    for td in (batch, batch["next"]):
+        td["action_mask"][padding] = False
+    batch["next", "action_mask"][1, 3] = False
+    loss = make_loss(**form, compact=compact, masks_actions=True)
+    out, grads = run(loss, batch)
+    assert total(out).isfinite()
+    assert all(grad.isfinite().all() for grad in grads)
+    last = loss.actor_network_params["module", "mlp", "out", "bias"].grad.view(-1, A)
+    assert not last[:, 1].any()
+    assert last[:, [0, 2]].any()
+    batch["action_mask"][0, 0] = False
+    with pytest.raises(ValueError, match="must allow at least one action in each row"):
+        loss(batch)
 
 
 def test_mask_hooks_edit_what_counts():

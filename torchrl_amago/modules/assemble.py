@@ -131,6 +131,10 @@ def make_policy(
         **(actor_options or {}),
     )
     mask_keys = [] if action_mask_key is None else [action_mask_key]
+    explore = None
+    if exploration is not None:
+        masked = {} if action_mask_key is None else {"mask_key": action_mask_key}
+        explore = make_exploration(space, **{"horizon": context_length, **masked, **exploration})
     policy = Policy(
         timestep,
         trajectory,
@@ -146,9 +150,7 @@ def make_policy(
             default_interaction_type=InteractionType.RANDOM,
         ),
         distribution,
-        None
-        if exploration is None
-        else make_exploration(space, **{"horizon": context_length, **exploration}),
+        explore,
         discounts,
     )
     return policy if env.device is None else policy.to(env.device)

@@ -231,7 +231,7 @@ class AMAGOLoss(LossModule):
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries read from the tensordict, in the order :func:`dispatch` takes them."""
-        inputs = [*self._input_keys(), *self._actor_keys()]
+        inputs = list(dict.fromkeys([*self._input_keys(), *self._actor_keys()]))
         following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
         return [*inputs, self.tensor_keys.action] + [("next", *_as_tuple(key)) for key in following]
 
@@ -363,7 +363,7 @@ class AMAGOLoss(LossModule):
             inputs.set(key, self._read(tensordict, key))
         inputs.set(keys.MASK, mask_BS)
         _follow_mode(self.encoder_network, self.training)
-        with self.encoder_network_params.to_module(self.encoder_network):
+        with _swapped_in(self.encoder_network_params, self.encoder_network):
             return self.encoder_network(inputs).get(self.tensor_keys.state)
 
     def _stored_action(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
@@ -416,7 +416,7 @@ class AMAGOLoss(LossModule):
         out_key: NestedKey,
     ) -> Tensor:
         _follow_mode(network, self.training)
-        with params.to_module(network):
+        with _swapped_in(params, network):
             return network(TensorDict(inputs)).get(out_key)
 
     # --- equations ---
@@ -533,6 +533,12 @@ def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:
     # Functional networks are not submodules, so train() and eval() of the loss do not reach them.
     if network.training != training:
         network.train(training)
+
+
+def _swapped_in(params: TensorDictBase, network: TensorDictModuleBase) -> TensorDictBase:
+    """A context in which a network has other parameters."""
+    # As they are: to make parameters of detached tensors is what torch.compile can't do.
+    return params.to_module(network, preserve_module_state=False)
 
 
 def _is_private(key: NestedKey) -> bool:
