@@ -2,7 +2,8 @@
 
     python -m pytest tests/benchmarks/test_update_speed.py
 
-`small` is the first example's network, `default` the published one (d 256, 3 layers, heads of 256).
+`small` is the first example's network, `medium` has d 128 and 3 layers of 8 heads, `default` is the published
+one (d 256). Heads have two layers of 256 but for `small`.
 """
 
 from __future__ import annotations
@@ -12,50 +13,78 @@ import torch
 from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago import (
-    MetaFrozenLake,
-    amago_loss,
-    make_optimizer,
-    make_policy,
-    make_trial_env,
-)
+from tests.toy_env import ACTIONS, Toy
+from torchrl_amago import DISCOUNTS, LOSSES, make_optimizer, make_policy, make_trial_env
 
 SIZES = {
     "small": {
         "seq_model_options": {"d_model": 64, "num_layers": 2, "num_heads": 4},
         "timestep_options": {"hidden_size": 64, "output_size": 64},
-        "hidden_size": 64,
+        "actor_options": {"hidden_size": 64},
     },
-    "default": {"seq_model_options": {}, "timestep_options": {}, "hidden_size": 256},
+    "medium": {"seq_model_options": {"d_model": 128}},
+    "default": {},
 }
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", ["small", "default"])
 @pytest.mark.parametrize("steps", [64, 250])
 def test_update(benchmark, size, steps):
-    update = make_update(size, torch.ones(24, steps, dtype=torch.bool))
-    benchmark.pedantic(update, rounds=10, warmup_rounds=2)
-    benchmark.extra_info["steps_per_second"] = round(24 * steps / benchmark.stats.stats.median)
+    time_update(benchmark, make_update(torch.ones(24, steps, dtype=torch.bool), size), 24 * steps)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("actions", ["categorical", "continuous"])
+@pytest.mark.parametrize("steps", [64, 250])
+def test_update_of_every_kind(benchmark, actions, loss, steps):
+    update = make_update(torch.ones(24, steps, dtype=torch.bool), actions=actions, loss=loss)
+    time_update(benchmark, update, 24 * steps)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("discounts", "critics", "steps"),
+    [(1, 4, 64), (3, 4, 64), (7, 2, 64), (7, 4, 64), (7, 8, 64), (7, 4, 32), (7, 4, 128)],
+)
+def test_growth(benchmark, loss, discounts, critics, steps):
+    """With discounts, critics and steps, of continuous actions."""
+    update = make_update(
+        torch.ones(24, steps, dtype=torch.bool),
+        actions="continuous",
+        loss=loss,
+        discounts=DISCOUNTS[-discounts:],
+        num_critics=critics,
+    )
+    time_update(benchmark, update, 24 * steps)
 
 
 @pytest.mark.parametrize("compact", [False, True])
 def test_update_with_padding(benchmark, compact):
     """Trials of 16 to 64 steps: what it saves to run heads and equations on real steps alone."""
     lengths = torch.linspace(16, 64, 24).long()
-    update = make_update("small", torch.arange(64) < lengths[:, None], hidden=256, compact=compact)
-    benchmark.pedantic(update, rounds=10, warmup_rounds=2)
+    mask = torch.arange(64) < lengths[:, None]
+    time_update(benchmark, make_update(mask, compact=compact), int(mask.sum()))
 
 
-def make_update(size: str, mask_BT: torch.Tensor, hidden: int | None = None, **loss_options):
-    (rows, steps), options = mask_BT.shape, dict(SIZES[size])
-    hidden_size = options.pop("hidden_size") if hidden is None else hidden
-    options.pop("hidden_size", None)
-    lake = MetaFrozenLake(batch_size=(rows,), max_episode_steps=9, seed=0)
-    env = make_trial_env(lake, episodes=10**6)  # a trial that doesn't end
-    policy = make_policy(
-        env, context_length=steps, actor_options={"hidden_size": hidden_size}, **options
-    )
-    loss = amago_loss(policy, critic_options={"hidden_size": hidden_size}, **loss_options)
+def time_update(benchmark, update, steps: int) -> None:
+    benchmark.pedantic(update, rounds=8, warmup_rounds=2)
+    benchmark.extra_info["steps_per_second"] = round(steps / benchmark.stats.stats.median)
+
+
+def make_update(
+    mask_BT: torch.Tensor,
+    size: str = "medium",
+    actions: str = "categorical",
+    loss: str = "amago",
+    discounts: tuple[float, ...] = DISCOUNTS,
+    num_critics: int = 4,
+    **loss_options,
+):
+    rows, steps = mask_BT.shape
+    env = make_trial_env(Toy(ACTIONS[actions], rows), horizon=10**6)  # a trial that doesn't end
+    policy = make_policy(env, context_length=steps, discounts=discounts, **SIZES[size])
+    critic_options = {"num_critics": num_critics, **SIZES[size].get("actor_options", {})}
+    loss = LOSSES[loss](policy, critic_options=critic_options, **loss_options)
     target_update = SoftUpdate(loss, tau=0.003)
     optimizer = make_optimizer(loss)
     params = [p for group in optimizer.param_groups for p in group["params"]]
