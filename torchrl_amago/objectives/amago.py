@@ -255,11 +255,12 @@ class AMAGOLoss(LossModule):
             target_MG = self._td_target(tensordict, following, policy, steps)
             self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(prediction, target_MG)
-            advantage_MG = self._advantage(prediction, value, self.filter_space)
+            q_MCG = self.value_codec.decode(prediction.detach())
+            advantage_MG = self._advantage(prediction, q_MCG, value, self.filter_space)
             weight_MG = self._imitation_weight(advantage_MG)
             values, td_error_M = value_metrics(
                 self.value_codec,
-                prediction,
+                q_MCG,
                 target_MG,
                 advantage_MG,
                 weight_MG,
@@ -290,9 +291,9 @@ class AMAGOLoss(LossModule):
             policy = self._policy(current, self.actor_network_params)
             action_BTA = self._stored_action(tensordict, steps)
             prediction, policy_value = self._online_answers(current, action_BTA, policy)
-            space = filter_space or self.filter_space
-            weight_BTG = self._imitation_weight(self._advantage(prediction, policy_value, space))
             q, value = self.value_codec.decode(prediction), policy_value.to("value")
+            space = filter_space or self.filter_space
+            weight_BTG = self._imitation_weight(self._advantage(prediction, q, policy_value, space))
         return TensorDict(
             q_value=q.mean(-2),
             value=value.mean(-2),
@@ -461,11 +462,14 @@ class AMAGOLoss(LossModule):
         )
         return steps.select(target_BTG)
 
-    def _advantage(self, prediction: Tensor, value: PolicyValue, space: ValueSpace) -> Tensor:
+    @torch.no_grad()
+    def _advantage(
+        self, prediction: Tensor, decoded_MCG: Tensor, value: PolicyValue, space: ValueSpace
+    ) -> Tensor:
         """A(s, a) = Q(s, a) - V(s), ensemble means, without gradient: ``[M, G]``."""
-        with torch.no_grad():
-            q_MCG = to_space(self.value_codec, prediction, space)
-            return q_MCG.mean(-2) - value.to(space).mean(-2)
+        is_decoded = space == "value" or (space == "raw" and self.value_codec.event_shape)
+        q_MCG = decoded_MCG if is_decoded else to_space(self.value_codec, prediction, space)
+        return q_MCG.mean(-2) - value.to(space).mean(-2)
 
     def _imitation_weight(self, advantage_MG: Tensor) -> Tensor:
         if self.filter is None:

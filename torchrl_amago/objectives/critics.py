@@ -29,9 +29,6 @@ AskCritics = Callable[..., Tensor]
 class PolicyValue(abc.ABC):
     """V(s) of every critic and discount: the average of Q(s, a) over the policy's actions."""
 
-    def __init__(self, codec: ValueCodec, prediction: Tensor) -> None:
-        self.codec, self.prediction = codec, prediction
-
     @abc.abstractmethod
     def to(self, space: ValueSpace) -> Tensor:
         """`[M, C, G]`: raw predictions, the codec's normalised values, or values in reward units."""
@@ -116,23 +113,20 @@ class ActionInput(CriticAnswers):
     ) -> tuple[Tensor, PolicyValue]:
         stored = self.ask(state_MD, action_MA.unsqueeze(-2))
         if not differentiable:
-            with torch.no_grad():
-                return stored, self.of_policy(state_MD, policy)
+            return stored, self.of_policy(state_MD, policy)
         sample_KMGA = policy.rsample((self.num_samples,))
         of_policy = self.ask(state_MD.detach(), sample_KMGA, frozen=True)
         return stored, _Mean(self.codec, of_policy)
 
     def of_policy(self, state_MD: Tensor, policy: Distribution) -> PolicyValue:
-        sample_KMGA = policy.sample((self.num_samples,))
-        return _Mean(self.codec, self.ask(state_MD, sample_KMGA))
+        return _MeanInParts(self.codec, self.ask, state_MD, policy.sample((self.num_samples,)))
 
 
 class _Average(PolicyValue):
     """Over listed actions, by their probabilities `[M, G, A]`."""
 
     def __init__(self, codec: ValueCodec, prediction: Tensor, probs_MGA: Tensor) -> None:
-        super().__init__(codec, prediction)
-        self.probs_MGA = probs_MGA
+        self.codec, self.prediction, self.probs_MGA = codec, prediction, probs_MGA
 
     def to(self, space: ValueSpace) -> Tensor:
         if not self.codec.event_shape:
@@ -145,5 +139,33 @@ class _Average(PolicyValue):
 class _Mean(PolicyValue):
     """Over samples, the first dimension of predictions `[K, M, C, G, *]`."""
 
+    def __init__(self, codec: ValueCodec, prediction: Tensor) -> None:
+        self.codec, self.prediction = codec, prediction
+
     def to(self, space: ValueSpace) -> Tensor:
         return to_space(self.codec, self.prediction, space).mean(0)
+
+
+class _MeanInParts(PolicyValue):
+    """Over samples `[K, M, G, A]`, without gradient.
+
+    Bins are many numbers for one: on a CPU they are read a part of the steps at a time, while they are
+    in its caches, and never stand in memory all at once.
+    """
+
+    ROWS = 2048
+
+    def __init__(
+        self, codec: ValueCodec, ask: AskCritics, state_MD: Tensor, sample_KMGA: Tensor
+    ) -> None:
+        self.codec, self.ask = codec, ask
+        self.state_MD, self.sample_KMGA = state_MD.detach(), sample_KMGA
+
+    @torch.no_grad()
+    def to(self, space: ValueSpace) -> Tensor:
+        K, *shape_M, G, _ = self.sample_KMGA.shape
+        steps = shape_M[0]
+        if self.codec.event_shape and len(shape_M) == 1 and self.state_MD.device.type == "cpu":
+            steps = max(1, self.ROWS // (K * G))
+        parts = zip(self.state_MD.split(steps), self.sample_KMGA.split(steps, 1), strict=True)
+        return torch.cat([to_space(self.codec, self.ask(*part), space).mean(0) for part in parts])

@@ -20,7 +20,7 @@ metric              meaning
 ``effective_batch`` number of real steps (of the batch, no mean)
 =================== ============================================================================
 
-Legend: M steps, C critics, G discounts; `*` is what one raw prediction of the codec looks like.
+Legend: M steps, C critics, G discounts.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def policy_metrics(policy: Distribution, mask_M: Tensor) -> dict[NestedKey, Tens
 @torch.no_grad()
 def value_metrics(
     codec: ValueCodec,
-    prediction: Tensor,
+    q_MCG: Tensor,
     target_MG: Tensor,
     advantage_MG: Tensor,
     weight_MG: Tensor,
@@ -74,9 +74,9 @@ def value_metrics(
     """Metrics of critics and filter, and the TD error of every step.
 
     Args:
-        codec: decodes predictions.
-        prediction: `[M, C, G, *]`, of the actions taken.
-        target_MG: TD targets, in reward units times ``reward_scale``.
+        codec: whose statistics are told.
+        q_MCG: values of the actions taken, in reward units times ``reward_scale``.
+        target_MG: TD targets, likewise.
         advantage_MG: as the filter saw it.
         weight_MG: what the filter made of it.
         mask_M: True on real steps.
@@ -85,8 +85,8 @@ def value_metrics(
     Returns:
         The metrics, and the absolute TD error `[M]` of the last discount.
     """
-    q_MCG = codec.decode(prediction) / reward_scale
-    q_MG, target_MG = q_MCG.mean(-2), target_MG / reward_scale
+    q_MCG, target_MG = q_MCG / reward_scale, target_MG / reward_scale
+    q_MG = q_MCG.mean(-2)
     error_MG = (q_MG - target_MG).abs()
     spread_MG = (q_MCG - q_MG.unsqueeze(-2)).square().mean(-2).sqrt()
     mean, scale = codec.mean_and_scale()
