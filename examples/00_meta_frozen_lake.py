@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torchrl.envs import EnvBase
@@ -77,7 +78,12 @@ def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -
     return make_trial_env(lake, episodes=args.episodes, show_progress=args.show_progress)
 
 
-def train(args: Args) -> str:
+def train(
+    args: Args,
+    policy_options: dict[str, Any] | None = None,
+    loss_options: dict[str, Any] | None = None,
+) -> str:
+    """Train and evaluate; options of the policy and the loss win over those of `args`."""
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
     horizon = args.episodes * env.base_env.max_episode_steps
@@ -85,7 +91,7 @@ def train(args: Args) -> str:
         env,
         context_length=horizon,
         exploration=dict(anneal_frames=args.anneal_frames),
-        **args.policy_options(),
+        **{**args.policy_options(), **(policy_options or {})},
     )
     layouts = "heldout" if args.hold_out_layouts else "all"
     eval_env = make_env(args, min(256, args.eval_trials), layouts, seed=HELD_OUT_SEED)
@@ -95,6 +101,7 @@ def train(args: Args) -> str:
         policy,
         trial_length=horizon,
         evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
+        loss_options=loss_options,
         **args.trainer_options(),
     )
     if args.resume:
