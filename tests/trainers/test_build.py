@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+
 import pytest
 import torch
 
+from tests.toy_env import ACTIONS, Toy
 from torchrl_amago.envs import TMaze, make_trial_env
 from torchrl_amago.modules import make_policy
+from torchrl_amago.objectives import amago_loss
 from torchrl_amago.trainers import make_trainer, read_progress
 
 
@@ -92,3 +96,58 @@ def test_it_trains_the_policy_it_was_given(env, policy, tmp_path):
     assert progress["frames"].tolist() == [24, 48]
     changed = [not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True)]
     assert sum(changed) > len(changed) / 2
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("loss", "loss_options"),
+    [
+        ("amago", {}),
+        ("amago2", {}),
+        (amago_loss, {"online_coeff": 0.0, "offline_coeff": 1.0, "advantage_filter": None}),
+    ],
+    ids=["amago", "amago2", "cloning"],
+)
+def test_every_loss_trains_continuous_actions_and_tells_of_every_discount(
+    tmp_path, loss, loss_options, precision
+):
+    env = make_trial_env(Toy(ACTIONS["continuous"], 4), horizon=6)
+    policy = make_policy(
+        env,
+        context_length=6,
+        seq_model_options={"d_model": 16, "num_heads": 2, "num_layers": 1},
+        exploration={},
+        discounts=(0.5, 0.9),
+    )
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=6,
+        total_updates=4,
+        updates_per_round=2,
+        batch_size=3,
+        run_dir=tmp_path,
+        loss=loss,
+        loss_options=loss_options,
+        critic_options={"hidden_size": 16},
+        precision=precision,
+        log_interval=2,
+    )
+    assert trainer.train() == "finished"
+    (row, *_) = csv.DictReader((tmp_path / "progress.csv").read_text().splitlines())
+    clones = loss is amago_loss
+    parts = ["encoder", "actor"] if clones else ["encoder", "actor", "critic"]
+    squares = sum(float(row[f"grad_norm_{part}"]) ** 2 for part in parts)
+    # The rows' means of two updates; norms differ little between them.
+    assert float(row["grad_norm"]) == pytest.approx(squares**0.5, rel=0.1)
+    assert ("q_value/0.5" in row) == ("td_target_min" in row) == (not clones)
+    assert float(row["effective_batch"]) == 18
+    if not clones:
+        assert row["q_value/0.9"] == row["q_value"]
+
+
+def test_refuses_an_unknown_loss(tmp_path):
+    env = make_trial_env(Toy(ACTIONS["continuous"], 4), horizon=6)
+    policy = make_policy(env, context_length=6)
+    with pytest.raises(ValueError, match=r"loss must be one of \['amago', 'amago2'\].* got 'sac'"):
+        make_trainer(env, policy, trial_length=6, total_updates=1, run_dir=tmp_path, loss="sac")
