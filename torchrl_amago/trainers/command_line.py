@@ -15,6 +15,7 @@ import torch
 
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
+from torchrl_amago.trainers.allocator import keep_freed_memory
 from torchrl_amago.trainers.amago import Outcome
 
 # What --debug changes in every script: networks and a run that are over in seconds.
@@ -190,6 +191,7 @@ def run_command_line(
         defaults = dataclasses.replace(defaults, **{**changes, **DEBUG, **(debug or {})})
     args = tyro.cli(args_class, default=defaults)
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     sys.exit(0 if train(args) == "finished" else 130)
 
 
