@@ -46,7 +46,7 @@ def basic_gym(monkeypatch):
     ("name", "flags"),
     [
         ("01_basic_gym", ["--mask-velocities"]),
-        ("01_basic_gym", ["--env-id", "Pendulum-v1", "--loss", "amago2"]),
+        ("01_basic_gym", ["--env-id", "Pendulum-v1", "--episode-steps", "40", "--loss", "amago2"]),
         ("12_half_cheetah_vel", []),
     ],
     ids=["cart pole", "pendulum", "cheetah"],
