@@ -161,11 +161,22 @@ class _MeanInParts(PolicyValue):
         self.codec, self.ask = codec, ask
         self.state_MD, self.sample_KMGA = state_MD.detach(), sample_KMGA
 
-    @torch.no_grad()
     def to(self, space: ValueSpace) -> Tensor:
-        K, *shape_M, G, _ = self.sample_KMGA.shape
-        steps = shape_M[0]
-        if self.codec.event_shape and len(shape_M) == 1 and self.state_MD.device.type == "cpu":
+        with torch.no_grad():  # a decorator would stop torch.compile
+            if not self._is_cut():
+                return self._value(self.state_MD, self.sample_KMGA, space)
+            K, _, G, _ = self.sample_KMGA.shape
             steps = max(1, self.ROWS // (K * G))
-        parts = zip(self.state_MD.split(steps), self.sample_KMGA.split(steps, 1), strict=True)
-        return torch.cat([to_space(self.codec, self.ask(*part), space).mean(0) for part in parts])
+            parts = zip(self.state_MD.split(steps), self.sample_KMGA.split(steps, 1), strict=True)
+            return torch.cat([self._value(*part, space) for part in parts])
+
+    def _is_cut(self) -> bool:
+        return (
+            bool(self.codec.event_shape)
+            and self.sample_KMGA.ndim == 4  # steps in one row
+            and self.state_MD.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+        )
+
+    def _value(self, state_MD: Tensor, sample_KMGA: Tensor, space: ValueSpace) -> Tensor:
+        return to_space(self.codec, self.ask(state_MD, sample_KMGA), space).mean(0)

@@ -36,13 +36,11 @@ class HalfCheetahVel(gym.Wrapper):
         ValueError: if the velocities are in the wrong order.
 
     Example:
-        >>> import pytest
-        >>> _ = pytest.importorskip("mujoco")  # the extra `mujoco`
-        >>> env = HalfCheetahVel()
-        >>> observation, info = env.reset(options={"target_velocity": 1.5})
-        >>> observation, reward, *_, info = env.step(env.action_space.sample() * 0)
-        >>> bool(np.isclose(reward, -abs(info["x_velocity"] - 1.5)))
-        True
+        >>> HalfCheetahVel.SAME_TARGET
+        {'same_target': True}
+        >>> env = HalfCheetahVel()  # doctest: +SKIP
+        >>> observation, info = env.reset(options={"target_velocity": 1.5})  # doctest: +SKIP
+        >>> observation, reward, *_, info = env.step(env.action_space.sample())  # doctest: +SKIP
     """
 
     SAME_TARGET: ClassVar = {"same_target": True}
