@@ -8,16 +8,18 @@ import sys
 
 import pytest
 
-# A block that is below the threshold, touched and freed again and again.
+# What an update does: blocks below the threshold, touched together and freed together.
 SCRIPT = """
 import resource, torch
 from torchrl_amago.trainers.allocator import keep_freed_memory
 changed = {call}
+def update():
+    blocks = [torch.ones(5_000_000) for _ in range(8)]
 for _ in range(3):
-    x = torch.ones(5_000_000); del x
+    update()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(20):
-    x = torch.ones(5_000_000); y = torch.ones(5_000_000); del x, y
+for _ in range(10):
+    update()
 print(changed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
