@@ -1,6 +1,6 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, steps, action_space <- objectives.functional <- modules, envs, data <- objectives <-
+The direction is ``keys, steps, action_space, choice <- objectives.functional <- modules, envs, data <- objectives <-
 evaluation, compat <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
@@ -24,6 +24,7 @@ NAME = "torchrl_amago"
 RANKS = {
     "keys": 0,
     "action_space": 0,
+    "choice": 0,
     "steps": 0,
     "objectives.functional": 1,
     "modules": 2,

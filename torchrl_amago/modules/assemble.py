@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensordict import NestedKey
@@ -17,6 +17,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
 from torchrl_amago.action_space import ActionSpace
+from torchrl_amago.choice import pick
 from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic
 from torchrl_amago.modules.distributions import PolicyDistribution, make_distribution
@@ -120,10 +121,10 @@ def make_policy(
         timestep = make_timestep_encoder(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
-    trajectory = _by_name("seq_model", seq_model, SEQ_MODELS)(
+    trajectory = pick("seq_model", seq_model, SEQ_MODELS, "Use 'transformer' if unsure.")(
         timestep.output_size, context_length=context_length, **(seq_model_options or {})
     )
-    head = _by_name("actor", actor, ACTORS)(
+    head = pick("actor", actor, ACTORS, "Use 'mlp' if unsure.")(
         trajectory.output_size,
         distribution.num_params,
         len(discounts),
@@ -253,11 +254,3 @@ def _check_own_encoder(
             f"{type(encoder).__name__} has no output_size. Subclass TimestepEncoder, or set the "
             "attribute."
         )
-
-
-def _by_name(argument: str, choice: str | Callable, known: Mapping[str, Callable]) -> Callable:
-    if callable(choice):
-        return choice
-    if choice not in known:
-        raise ValueError(f"{argument} must be one of {sorted(known)} or a class, got {choice!r}.")
-    return known[choice]

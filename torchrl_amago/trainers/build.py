@@ -9,6 +9,7 @@ from typing import Any
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
+from torchrl_amago.choice import pick
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
@@ -77,7 +78,8 @@ def make_trainer(
         ...     trainer.train()
         'finished'
     """
-    loss_module = _by_name(loss)(policy, critic_options=critic_options, **(loss_options or {}))
+    make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
+    loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
     buffer = make_trial_buffer(
         buffer_frames,
         slice_len=slice_length or trial_length,
@@ -105,11 +107,3 @@ def make_trainer(
         run_dir=run_dir,
         **trainer_options,
     )
-
-
-def _by_name(loss: str | Callable[..., AMAGOLoss]) -> Callable[..., AMAGOLoss]:
-    if callable(loss):
-        return loss
-    if loss not in LOSSES:
-        raise ValueError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}.")
-    return LOSSES[loss]

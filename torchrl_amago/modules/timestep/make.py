@@ -10,6 +10,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
+from torchrl_amago.choice import pick
 from torchrl_amago.modules.timestep.base import TimestepEncoder
 from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
 from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
@@ -59,13 +60,8 @@ def make_timestep_encoder(
         >>> make_timestep_encoder(env, "combined", output_size=8)(env.reset())["timestep"].shape
         torch.Size([2, 8])
     """
-    if isinstance(encoder, str):
-        if encoder not in TIMESTEP_ENCODERS:
-            raise ValueError(
-                f"timestep_encoder must be one of {sorted(TIMESTEP_ENCODERS)}, a class or a module, "
-                f"got {encoder!r}. Use 'combined' if observations are of several kinds."
-            )
-        encoder = TIMESTEP_ENCODERS[encoder]
+    hint = "Use 'combined' if observations are of several kinds."
+    encoder = pick("timestep_encoder", encoder, TIMESTEP_ENCODERS, hint)
     build = encoder.from_specs if isinstance(encoder, type) else encoder
     return build(observation_specs(env, obs_keys), **options)
 

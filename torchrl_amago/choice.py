@@ -1,0 +1,33 @@
+"""Arguments that name a part or are one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+Builder = TypeVar("Builder", bound=Callable)
+
+
+def pick(argument: str, choice: str | Builder, known: Mapping[str, Builder], hint: str) -> Builder:
+    """What builds a part: looked up by name, or the class or function that was given.
+
+    Args:
+        argument: the argument's name, for the message.
+        choice: its value.
+        known: builders by name.
+        hint: the message's last sentence, a remedy.
+
+    Raises:
+        ValueError: for a name that isn't known.
+
+    Example:
+        >>> pick("number", "whole", {"whole": int}, hint="Use 'whole'.")
+        <class 'int'>
+    """
+    if not isinstance(choice, str):
+        return choice
+    if choice not in known:
+        raise ValueError(
+            f"{argument} must be one of {sorted(known)}, a class or a function, got {choice!r}. {hint}"
+        )
+    return known[choice]
