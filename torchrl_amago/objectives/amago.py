@@ -344,16 +344,18 @@ class AMAGOLoss(LossModule):
         state_BSD = self._encode(tensordict, steps.full_mask)
         current = {self.tensor_keys.state: steps.select(state_BSD[:, :-1])}
         following = {self.tensor_keys.state: steps.select(state_BSD[:, 1:]).detach()}
-        for key in self._actor_keys():
+        actor_keys = self._actor_keys()
+        if not actor_keys:
+            return current, following
+        ended_M = steps.select(self._terminated(tensordict, steps)).squeeze(-1)
+        for key in actor_keys:
             x_BS = self._read(tensordict, key)
             # Nobody may act in padding or after the end: there an action mask may allow nothing.
             fill = 0 if x_BS.is_floating_point() else 1
             current[key] = steps.select(x_BS[:, :-1], fill)
-            ended_M = steps.select(self._terminated(tensordict, steps)).squeeze(-1)
             next_M = steps.select(x_BS[:, 1:], fill)
-            following[key] = next_M.masked_fill(
-                ended_M.view(ended_M.shape + (1,) * (next_M.ndim - ended_M.ndim)), fill
-            )
+            trailing = (1,) * (next_M.ndim - ended_M.ndim)
+            following[key] = next_M.masked_fill(ended_M.view(ended_M.shape + trailing), fill)
         return current, following
 
     def _encode(self, tensordict: TensorDictBase, mask_BT: Tensor) -> Tensor:
