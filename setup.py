@@ -29,6 +29,7 @@ INSTALL_REQUIRES = [
 TEST = [
     "pytest>=8.2",
     "pytest-benchmark>=5.0",
+    "pytest-xdist>=3.6",  # a worker for each core
     "hypothesis>=6.100",
     "ruff>=0.12",
     "tensorboard>=2.16",  # the trainer's TensorBoard option is tested by default

@@ -186,4 +186,4 @@ def test_readme_marks_the_test_command():
     assert len(marked) == 2
     command = blocks(marked[1].lstrip(), "bash")[0]
     assert command.startswith('VENV="${VENV:-.venv}"')
-    assert command.rstrip().endswith('"$VENV/bin/python" -m pytest')
+    assert command.rstrip().endswith('"$VENV/bin/python" -m pytest -n auto')

@@ -11,7 +11,8 @@ def first_steps(collector):
 
 
 def test_the_seed_decides_the_trials_that_begin(tmp_path):
-    collector = make_trainer(tmp_path).collector
+    trainer = make_trainer(tmp_path)  # kept: a trainer that is collected shuts its collector down
+    collector = trainer.collector
     state = run_state.collector_state(collector)
     begun = []
     for seed in (5, 6, 5):
@@ -22,7 +23,8 @@ def test_the_seed_decides_the_trials_that_begin(tmp_path):
 
 
 def test_restarting_leaves_torchs_generator_alone(tmp_path):
-    collector = make_trainer(tmp_path).collector
+    trainer = make_trainer(tmp_path)
+    collector = trainer.collector
     collector.env.base_env._set_seed = torch.manual_seed  # as some environments do
     before = torch.get_rng_state()
     run_state.restart_trials(collector, 5, run_state.collector_state(collector))
