@@ -22,6 +22,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import (
     HELD_OUT_SEED,
+    BothResults,
     HeldOut,
     MetaFrozenLake,
     TrainingArgs,
@@ -34,6 +35,7 @@ from torchrl_amago import (
     plot_learning_curve,
     plot_trial_strip,
     run_command_line,
+    train_and_evaluate,
 )
 
 
@@ -82,7 +84,7 @@ def train(
     args: Args,
     policy_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
-) -> str:
+) -> BothResults | None:
     """Train and evaluate; options of the policy and the loss win over those of `args`."""
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
@@ -104,15 +106,11 @@ def train(
         loss_options=loss_options,
         **args.trainer_options(),
     )
-    if args.resume:
-        trainer.resume()
-    outcome = trainer.train()
-    if outcome == "finished":
-        results = held_out.evaluate_both(args.eval_trials)
-        results.save(args.run_dir)
+    results = train_and_evaluate(args, trainer, held_out)
+    if results is not None:
         print(results.describe())
         draw_pictures(args, results.greedy, held_out.pictures())
-    return outcome
+    return results
 
 
 def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:

@@ -26,6 +26,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
+    BothResults,
     HeldOut,
     PopArt,
     TrainingArgs,
@@ -36,6 +37,7 @@ from torchrl_amago import (
     plot_trial_strip,
     rollout_pictures,
     run_command_line,
+    train_and_evaluate,
 )
 
 # What stays visible under --mask-velocities: cart position and pole angle; cosine and sine of the angle.
@@ -149,7 +151,7 @@ def loss_options(args: Args) -> dict[str, Any]:
     return options
 
 
-def train(args: Args) -> str:
+def train(args: Args) -> BothResults | None:
     torch.manual_seed(args.seed)
     length = trial_length(args)
     context_length = min(args.context_length, length)
@@ -174,15 +176,11 @@ def train(args: Args) -> str:
         evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
         **args.trainer_options(),
     )
-    if args.resume:
-        trainer.resume()
-    outcome = trainer.train()
-    if outcome == "finished":
-        results = held_out.evaluate_both(args.eval_trials)
-        results.save(args.run_dir)
+    results = train_and_evaluate(args, trainer, held_out)
+    if results is not None:
         print(results.describe("trial_return"))
         draw_pictures(args, policy, held_out.seed + 1)
-    return outcome
+    return results
 
 
 def draw_pictures(args: Args, policy, seed: int) -> None:

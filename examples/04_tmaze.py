@@ -24,6 +24,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import (
     HELD_OUT_SEED,
+    BothResults,
     HeldOut,
     TMaze,
     TrainingArgs,
@@ -33,6 +34,7 @@ from torchrl_amago import (
     plot_learning_curve,
     plot_trial_strip,
     run_command_line,
+    train_and_evaluate,
 )
 
 
@@ -76,7 +78,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(maze, episodes=1, show_progress=False)
 
 
-def train(args: Args) -> str:
+def train(args: Args) -> BothResults | None:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     trial_length = env.base_env.episode_length
@@ -101,15 +103,11 @@ def train(args: Args) -> str:
         evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
         **args.trainer_options(),
     )
-    if args.resume:
-        trainer.resume()
-    outcome = trainer.train()
-    if outcome == "finished":
-        results = held_out.evaluate_both(args.eval_trials)
-        results.save(args.run_dir)
+    results = train_and_evaluate(args, trainer, held_out)
+    if results is not None:
         print(results.describe("success", "trial_return"))
         draw_pictures(args, held_out.pictures())
-    return outcome
+    return results
 
 
 def draw_pictures(args: Args, frames: list) -> None:

@@ -24,6 +24,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import (
     HELD_OUT_SEED,
+    BothResults,
     DarkKeyDoor,
     HeldOut,
     TrainingArgs,
@@ -35,6 +36,7 @@ from torchrl_amago import (
     plot_learning_curve,
     plot_trial_strip,
     run_command_line,
+    train_and_evaluate,
 )
 
 THROUGH_DOOR = 1.0  # an attempt succeeds if its return is larger: key and door
@@ -73,7 +75,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(room, horizon=args.horizon, show_progress=args.show_progress)
 
 
-def train(args: Args) -> str:
+def train(args: Args) -> BothResults | None:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     policy = make_policy(
@@ -92,16 +94,12 @@ def train(args: Args) -> str:
         success_threshold=THROUGH_DOOR,
         **args.trainer_options(),
     )
-    if args.resume:
-        trainer.resume()
-    outcome = trainer.train()
-    if outcome == "finished":
-        results = held_out.evaluate_both(args.eval_trials)
-        results.save(args.run_dir)
+    results = train_and_evaluate(args, trainer, held_out)
+    if results is not None:
         # Success at the last attempt says nothing here: the horizon cuts quick agents' last ones.
         print(results.describe("trial_return", "success_first"))
         draw_pictures(args, results.greedy, held_out.pictures())
-    return outcome
+    return results
 
 
 def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:

@@ -22,6 +22,7 @@ import torch
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
+    BothResults,
     HeldOut,
     TrainingArgs,
     TrialResults,
@@ -31,6 +32,7 @@ from torchrl_amago import (
     plot_adaptation_curve,
     plot_learning_curve,
     run_command_line,
+    train_and_evaluate,
 )
 from torchrl_amago.envs.libs import HalfCheetahVel
 
@@ -85,7 +87,7 @@ def make_env(args: Args, num_envs: int) -> EnvBase:
     )
 
 
-def train(args: Args) -> str:
+def train(args: Args) -> BothResults | None:
     torch.manual_seed(args.seed)
     trial_length = args.episodes * args.episode_steps
     env = make_env(args, args.num_envs)
@@ -108,15 +110,11 @@ def train(args: Args) -> str:
         evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
         **args.trainer_options(),
     )
-    if args.resume:
-        trainer.resume()
-    outcome = trainer.train()
-    if outcome == "finished":
-        results = held_out.evaluate_both(args.eval_trials)
-        results.save(args.run_dir)
+    results = train_and_evaluate(args, trainer, held_out)
+    if results is not None:
         print(results.describe("trial_return"))
         draw_pictures(args, results.greedy)
-    return outcome
+    return results
 
 
 def draw_pictures(args: Args, results: TrialResults) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from torchrl_amago import DISCOUNTS, HLGauss, PopArt, TrialResults, TwoHot, bayes_optimal_success
-from torchrl_amago.evaluation import Interval, interquartile_mean
+from torchrl_amago.evaluation import BothResults, Interval, interquartile_mean
 from torchrl_amago.trainers import CheckpointStore, read_progress
 from torchrl_amago.trainers.command_line import DEBUG
 
@@ -117,7 +117,7 @@ class LakeArgs(lake.Args):
         return shlex.join([sys.executable, *sys.argv])
 
 
-def train(args: Args, variant: str, seed: int) -> str:
+def train(args: Args, variant: str, seed: int) -> BothResults | None:
     folder = args.folder(variant, seed)
     settings = dict(
         run_dir=folder,
@@ -139,7 +139,7 @@ def train(args: Args, variant: str, seed: int) -> str:
 
 def train_process(args: Args, variant: str, seed: int) -> None:
     torch.set_num_threads(args.threads)
-    sys.exit(0 if train(args, variant, seed) == "finished" else 130)
+    sys.exit(130 if train(args, variant, seed) is None else 0)
 
 
 def is_finished(folder: Path, updates: int) -> bool:

@@ -22,6 +22,7 @@ from torchrl_amago.envs import (
 )
 from torchrl_amago.evaluation import (
     HELD_OUT_SEED,
+    BothResults,
     HeldOut,
     TrialResults,
     evaluate,
@@ -79,6 +80,7 @@ from torchrl_amago.trainers import (
     make_optimizer,
     make_trainer,
     run_command_line,
+    train_and_evaluate,
 )
 
 __version__ = "0.1.0"
@@ -98,6 +100,7 @@ __all__ = [
     "Actor",
     "BilevelEpsilonGreedy",
     "BilevelGaussian",
+    "BothResults",
     "CNNTimestepEncoder",
     "CategoryEmbedding",
     "ClippedCategorical",
@@ -152,4 +155,5 @@ __all__ = [
     "plot_trial_strip",
     "rollout_pictures",
     "run_command_line",
+    "train_and_evaluate",
 ]

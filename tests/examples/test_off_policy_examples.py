@@ -146,7 +146,7 @@ def test_every_encoder_acts(example):
 @pytest.mark.filterwarnings("ignore:.*constrained_layout")
 def test_runs_and_resumes_the_same_task_only(example, tmp_path, capsys):
     args = example.Args(run_dir=tmp_path / "run", **{**TINY, **example.short})
-    assert example.train(args) == "finished"
+    assert len(example.train(args).greedy) == 3
     printed = capsys.readouterr().out
     assert re.search(r"On 3 held-out trials: greedy .*; sampled \(as trained, without eps", printed)
     written = {"evaluation.npz", "evaluation_sampled.npz", "learning_curve.png"}
@@ -154,4 +154,4 @@ def test_runs_and_resumes_the_same_task_only(example, tmp_path, capsys):
     more = {**TINY, **example.short, "total_updates": 4, "resume": True, "run_dir": args.run_dir}
     with pytest.raises(ValueError, match=f"task.{next(iter(example.other))}"):
         example.train(example.Args(**{**more, **example.other}))
-    assert example.train(example.Args(**more)) == "finished"
+    assert example.train(example.Args(**more)) is not None

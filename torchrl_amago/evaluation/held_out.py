@@ -19,7 +19,15 @@ HELD_OUT_SEED = 10_000_019
 
 
 class BothResults(NamedTuple):
-    """The same trials played greedily, and with actions sampled from the policy without noise."""
+    """The same trials played greedily, and with actions sampled from the policy without noise.
+
+    Example:
+        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+        >>> env = make_trial_env(MetaFrozenLake(batch_size=(16,), seed=0), episodes=5)
+        >>> results = HeldOut(env.rand_action, env).evaluate_both(16)
+        >>> print(results.describe("trial_return"))  # doctest: +ELLIPSIS
+        On 16 held-out trials: greedy trial_return ...; sampled (as trained, without epsilon) trial_return ...
+    """
 
     greedy: TrialResults
     sampled: TrialResults

@@ -10,7 +10,11 @@ script.
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.build import make_trainer
 from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
-from torchrl_amago.trainers.command_line import TrainingArgs, run_command_line
+from torchrl_amago.trainers.command_line import (
+    TrainingArgs,
+    run_command_line,
+    train_and_evaluate,
+)
 from torchrl_amago.trainers.hooks import (
     AMAGOOptimizationStepper,
     TrialMonitor,
@@ -49,4 +53,5 @@ __all__ = [
     "read_progress",
     "refuse_existing_run",
     "run_command_line",
+    "train_and_evaluate",
 ]

@@ -13,10 +13,11 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from torchrl_amago.evaluation import BothResults, HeldOut
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.trainers.allocator import keep_freed_memory
-from torchrl_amago.trainers.amago import Outcome
+from torchrl_amago.trainers.amago import AMAGOTrainer
 
 # What --debug changes in every script: networks and a run that are over in seconds.
 DEBUG = dict(
@@ -170,7 +171,7 @@ class TrainingArgs:
 
 def run_command_line(
     args_class: type[TrainingArgs],
-    train: Callable[[Any], Outcome],
+    train: Callable[[Any], BothResults | None],
     debug: Mapping[str, Any] | None = None,
 ) -> NoReturn:
     """Read the command line, train, and leave with the exit code: 0 finished, 130 interrupted.
@@ -180,7 +181,7 @@ def run_command_line(
 
     Args:
         args_class: what the command line is read into; its docstring is the help's first line.
-        train: called with it.
+        train: called with it; returns what :func:`train_and_evaluate` does.
         debug: further defaults under `--debug`.
     """
     import tyro  # here, so that importing the package stays quick
@@ -192,7 +193,29 @@ def run_command_line(
     args = tyro.cli(args_class, default=defaults)
     torch.set_num_threads(args.threads)
     keep_freed_memory()
-    sys.exit(0 if train(args) == "finished" else 130)
+    sys.exit(130 if train(args) is None else 0)
+
+
+def train_and_evaluate(
+    args: TrainingArgs, trainer: AMAGOTrainer, held_out: HeldOut
+) -> BothResults | None:
+    """Train, from the newest checkpoint with `--resume`; then play the held-out trials and keep the results.
+
+    Args:
+        args: says whether to resume, where results go and how many trials to play.
+        trainer: of this run.
+        held_out: the trials.
+
+    Returns:
+        The results; None if training was interrupted.
+    """
+    if args.resume:
+        trainer.resume()
+    if trainer.train() == "interrupted":
+        return None
+    results = held_out.evaluate_both(args.eval_trials)
+    results.save(args.run_dir)
+    return results
 
 
 def _argument_names(encoder: Callable[..., Any]) -> set[str]:
