@@ -1,36 +1,33 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
-from torchrl.collectors import Collector, MultiCollector
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.collectors import Collector
 from torchrl.envs import InitTracker, TransformedEnv
 
+from tests.data.trials import make_trial, make_trials, rows, stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
-from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data import make_trial_buffer
+
+LENGTHS = [[3, 5], [4], [7, 2, 6]]
 
 
 def make_env() -> TransformedEnv:
     """Rows whose trials end at different steps; rewards number the steps of each trial from 1."""
-    lengths = [[3, 5], [4], [7, 2, 6]]
-    script = [[[list(range(1, n + 1))] for n in row] for row in lengths]
-    script = [
-        [[[float(step) for step in attempt] for attempt in trial] for trial in row]
-        for row in script
-    ]
+    script = [[[[float(step) for step in range(1, n + 1)]] for n in row] for row in LENGTHS]
     return TransformedEnv(ScriptedTrials(script), InitTracker())
 
 
-def make_policy():
-    return act
-
-
-def assert_whole_trials(rb, capacity: int) -> None:
-    """Every listed trial counts 1, 2, ... to its end, and so does every row behind the mask."""
-    assert rb.can_sample()
-    table, steps = rb.sampler._table, rb.storage[:]
-    for start, length in zip(table.start.tolist(), table.length.tolist(), strict=True):
-        slots = [(start + step) % capacity for step in range(length)]
-        trial = steps[slots]
+def assert_whole_trials(rb) -> None:
+    """Every stored trial counts 1, 2, ... to its end, and so does every row behind the mask."""
+    for trial in stored_trials(rb):
+        length = len(trial)
+        assert length in {n for row in LENGTHS for n in row}
         assert trial["next", "reward"].squeeze(-1).tolist() == list(range(1, length + 1))
         assert trial["is_init"].squeeze(-1).tolist() == [True] + [False] * (length - 1)
         assert trial["next", "done"].squeeze(-1).tolist() == [False] * (length - 1) + [True]
@@ -41,7 +38,7 @@ def assert_whole_trials(rb, capacity: int) -> None:
     assert mask_BT[:, 0].all()
 
 
-def test_collector_writes_whole_trials_that_survive_the_fifo():
+def test_torchrls_collector_writes_whole_trials_that_survive_the_fifo():
     rb = make_trial_buffer(capacity=40, slice_len=5, batch_size=32, warn_short=False)
     collector = Collector(
         make_env(),
@@ -55,59 +52,164 @@ def test_collector_writes_whole_trials_that_survive_the_fifo():
     for _ in collector:
         ready.append(rb.can_sample())
         if ready[-1]:
-            assert_whole_trials(rb, capacity=40)
+            assert_whole_trials(rb)
     collector.shutdown()
     assert ready[-1]
-    assert len(rb) == 40
+    assert len(rb) <= 40
     # 40 steps of trials of at most 7: never fewer than this many fit.
-    assert rb.sampler.num_trials(rb.storage) >= 5
+    assert rb.num_trials >= 5
+    assert rb.write_count > 200
 
 
-@pytest.mark.slow
-def test_two_processes_write_into_one_buffer(tmp_path):
-    rb = make_trial_buffer(capacity=60, slice_len=5, batch_size=32, warn_short=False, shared=True)
-    assert not rb.can_sample()
-    collector = MultiCollector(
-        [make_env, make_env],
-        policy_factory=make_policy,
-        sync=True,
-        frames_per_batch=24,
-        total_frames=24 * 15,
-        trajs_per_batch=1,
-        replay_buffer=rb,
-    )
-    checked = 0
-    try:
-        for _ in collector:
-            if rb.can_sample():
-                assert_whole_trials(rb, capacity=60)
-                checked += 1
-    finally:
-        collector.shutdown()
-    assert checked > 5
-    assert rb.write_count > 120
-    save_replay(rb, tmp_path / "replay")
-    other = make_trial_buffer(capacity=60, slice_len=5, batch_size=32, warn_short=False)
-    load_replay(other, tmp_path / "replay")
-    torch.manual_seed(1)
-    expected = rb.sample()
-    torch.manual_seed(1)
-    assert (other.sample() == expected).all()
+@given(
+    st.integers(9, 25),
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=2), min_size=1, max_size=12),
+    st.lists(st.booleans(), min_size=12, max_size=12),
+    st.sampled_from(["trials", "steps", "priority"]),
+)
+def test_sampled_are_the_trials_that_are_left_and_each_of_them(capacity, writes, looks, draw):
+    rb = make_trial_buffer(capacity, 9, 200, warn_short=False, draw=draw)
+    written: list[list[int]] = []
+    for lengths, looks_now in zip(writes, looks, strict=False):
+        if sum(lengths) > capacity:
+            continue
+        trials = make_trials(lengths, first_id=sum(map(len, written)))
+        numbers = rb.extend(torch.cat(trials))
+        written += [trial["id"].tolist() for trial in trials]
+        assert numbers.tolist() == list(range(len(written) - len(lengths), len(written)))
+        if looks_now:
+            left = {tuple(ids) for ids in written[-rb.num_trials :]}
+            assert {tuple(ids) for ids in rows(rb.sample())} == left
 
 
-def test_scratch_dir_holds_the_files(tmp_path):
-    rb = make_trial_buffer(100, 4, 2, scratch_dir=tmp_path / "scratch")
-    rb.extend(make_env().rollout(3, act)[0])
-    assert (tmp_path / "scratch" / "next" / "reward.memmap").exists()
+def test_what_a_transform_does_is_seen_in_batches_only():
+    from torchrl.envs import RewardScaling
+
+    rb = make_trial_buffer(100, 4, 8, warn_short=False)
+    rb.extend(make_trial(4, 1))
+    rb.append_transform(RewardScaling(0.0, 2.0, in_keys=[("next", "reward")]))
+    assert rb.sample()["next", "reward"][0, :, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
+    assert rb.storage[:]["next", "reward"][:, 0].tolist() == [0.5, 1.0, 1.5, 2.0]
 
 
 def test_prefetched_batches_are_like_the_others():
     rb = make_trial_buffer(
         100, 4, 8, prefetch=2, generator=torch.Generator().manual_seed(0), warn_short=False
     )
-    rb.extend(make_env().rollout(3, act)[0])
+    rb.extend(make_trial(3))
     for _ in range(5):
-        assert rb.sample()["next", "reward"][:, :3, 0].tolist() == [[1.0, 2.0, 3.0]] * 8
+        assert rb.sample()["id"][:, :3].tolist() == [[0, 1, 2]] * 8
+    rb.shutdown()
+
+
+def test_emptying_the_buffer_forgets_the_trials():
+    rb = make_trial_buffer(100, 4, 8, warn_short=False)
+    rb.extend(torch.cat(make_trials([4, 5])))
+    rb.sample()
+    rb.empty()
+    assert not rb.can_sample()
+    assert len(rb) == 0
+    rb.extend(make_trial(3, first_id=50))
+    assert {tuple(row) for row in rows(rb.sample())} == {(50, 51, 52)}
+
+
+def test_a_pickled_buffer_is_the_same_folder():
+    rb = make_trial_buffer(100, 4, 8, generator=torch.Generator().manual_seed(0), warn_short=False)
+    rb.extend(torch.cat(make_trials([4, 5])))
+    other = pickle.loads(pickle.dumps(rb))  # noqa: S301
+    assert torch.equal(other.sample()["id"], rb.sample()["id"])
+    other.extend(make_trial(3, first_id=50))
+    assert rb.num_trials == 3
+    assert rb[-1]["id"].item() == 52
+
+
+def test_fragments_are_stored_by_their_lengths():
+    rb = make_trial_buffer(100, 4, 50, warn_short=False)
+    trial = make_trial(9)
+    rb.extend(trial[:7], lengths=[3, 4])
+    assert {tuple(row) for row in rows(rb.sample())} == {(0, 1, 2), (3, 4, 5, 6)}
+
+
+# -- relabelling -------------------------------------------------------------------------------
+
+
+class Halve:
+    """Keeps the first half of every trial, and counts from a random number."""
+
+    in_keys = ("id", ("next", "reward"))
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, trials, generator):
+        self.seen.append(trials.clone())
+        mask = trials["collector", "mask"]
+        length = (mask.sum(1, keepdim=True) + 1) // 2
+        shift = torch.randint(100, (len(trials), 1), generator=generator)
+        out = TensorDict(batch_size=trials.shape)
+        out["id"] = trials["id"] + 1000 * shift
+        out["next", "reward"] = -trials["next", "reward"]
+        out["collector", "mask"] = torch.arange(trials.shape[1]) < length
+        return out
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=6),
+    st.integers(1, 6),
+    st.sampled_from(["none", "both"]),
+    st.sampled_from(["left", "right"]),
+)
+def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_len, overhang, padding):
+    relabel = Halve()
+    rb = make_trial_buffer(
+        60, slice_len, 20, relabel=relabel, overhang=overhang, padding=padding, warn_short=False,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    trials = make_trials(lengths)
+    for trial in trials:
+        rb.extend(trial)
+    before = rb[:].clone()
+    state = rb._rng.get_state()
+    batch = rb.sample()
+    (whole,) = relabel.seen
+    assert set(whole.keys(True, True)) == {"id", ("next", "reward"), ("collector", "mask")}
+    number = batch["index"][:, 0]
+    assert whole.shape == (20, max(lengths[n] for n in number))
+    for row, trial in enumerate(number.tolist()):
+        mask = whole["collector", "mask"][row]
+        assert mask.sum() == lengths[trial]
+        assert torch.equal(whole["id"][row][mask], trials[trial]["id"])
+        mask = batch["collector", "mask"][row]
+        ids = batch["id"][row][mask]
+        step = ids % 1000 - trials[trial]["id"][0]
+        assert step.tolist() == list(range(int(step[0]), int(step[0]) + len(step)))
+        assert int(step[-1]) < (lengths[trial] + 1) // 2
+        assert len(set((ids // 1000).tolist())) == 1
+        original = trials[trial][step]
+        assert torch.equal(batch["next", "reward"][row][mask], -original["next", "reward"])
+        for key in ("observation", ("nested", "state"), ("next", "nested", "state"), "is_init"):
+            assert torch.equal(batch[key][row][mask], original[key])
+    assert (rb[:] == before).all()
+    rb._rng.set_state(state)
+    assert (rb.sample() == batch).all()
+
+
+def test_relabelling_must_leave_a_step():
+    def nothing_left(trials, generator):
+        return TensorDict(
+            {"collector": {"mask": torch.zeros(trials.shape, dtype=bool)}}, trials.shape
+        )
+
+    nothing_left.in_keys = ["id"]
+    rb = make_trial_buffer(60, 4, 2, relabel=nothing_left, warn_short=False)
+    rb.extend(make_trial(5))
+    with pytest.raises(
+        ValueError, match=r"to at least one step, got lengths \[0, 0\] from \[5, 5\]"
+    ):
+        rb.sample()
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
 
 
 def test_refuses_sizes_that_cannot_work():
@@ -115,3 +217,21 @@ def test_refuses_sizes_that_cannot_work():
         make_trial_buffer(10, 11, 1)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         make_trial_buffer(10, 5, 0)
+    with pytest.raises(ValueError, match="mode='read' needs the path"):
+        make_trial_buffer(10, 5, 1, mode="read")
+
+
+def test_refuses_what_is_not_whole_trials():
+    rb = make_trial_buffer(100, 4, 8)
+    trial = make_trial(5)
+    with pytest.raises(
+        ValueError, match=r"end with the end of a trial, got 3 steps.*fragment_length"
+    ):
+        rb.extend(trial[:3])
+    with pytest.raises(ValueError, match=r"whole trials with a flag.*got steps \[5\]"):
+        rb.extend(trial.exclude(("next", "done")))
+    with pytest.raises(ValueError, match=r"got steps \[1, 5\]"):
+        rb.extend(trial.unsqueeze(0))
+    with pytest.raises(TypeError, match="not single steps"):
+        rb.add(trial[0])
+    assert rb.write_count == 0

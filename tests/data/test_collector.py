@@ -6,9 +6,13 @@ import pytest
 import torch
 from tensordict import assert_close
 from torchrl.collectors import Collector
+from torchrl.envs import Compose, InitTracker, TransformedEnv
 
+from tests.data.trials import stored_trials
+from tests.evaluation.scripted import ScriptedTrials, act
 from torchrl_amago import MetaFrozenLake, make_policy, make_trial_buffer, make_trial_env
 from torchrl_amago.data import TrialCollector
+from torchrl_amago.envs import PreviousStepTransform
 
 
 def collect(kind, rounds, frames, reset_at=(), **options):
@@ -26,7 +30,7 @@ def collect(kind, rounds, frames, reset_at=(), **options):
         if i in reset_at:
             collector.reset(reset_at[i])
     collector.shutdown()
-    return sizes, buffer[:].exclude("_stream", ("collector", "traj_ids"))
+    return sizes, buffer[:]
 
 
 @pytest.mark.parametrize("frames", [5, 35, 90])
@@ -44,3 +48,88 @@ def test_may_start_anew_in_each_batch():
     ours = collect(TrialCollector, 6, 60, reset_at_each_iter=True)
     theirs = collect(Collector, 6, 60, reset_at_each_iter=True, trajs_per_batch=1)
     assert_close(ours[1], theirs[1], rtol=0, atol=0)
+
+
+class Endless(ScriptedTrials):
+    """Rewards 1, 2, ... in every row; trials of 1,000 steps, with the time as an observation."""
+
+    def __init__(self, rows):
+        super().__init__([[[[float(n + 1) for n in range(1000)]]]] * rows)
+
+
+def collect_fragments(rounds, frames, fragment_length, stagger, rows=4, lengths=None):
+    env = Endless(rows)
+    if lengths is not None:
+        env = ScriptedTrials([[[[float(n + 1) for n in range(m)]] for m in lengths]] * rows)
+    env = TransformedEnv(env, Compose(InitTracker(), PreviousStepTransform()))
+    buffer = make_trial_buffer(5000, slice_len=3, batch_size=64, warn_short=False)
+    collector = TrialCollector(
+        env, act, frames_per_batch=frames, replay_buffer=buffer, total_frames=-1,
+        fragment_length=fragment_length, stagger=stagger,
+    )  # fmt: skip
+    batches = iter(collector)
+    counts = []
+    for _ in range(rounds):
+        next(batches)
+        counts.append(buffer.num_trials)
+    collector.shutdown()
+    return buffer, counts
+
+
+@pytest.mark.parametrize("frames", [4, 20, 100])
+@pytest.mark.parametrize("stagger", [False, True])
+def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, stagger):
+    buffer, _ = collect_fragments(400 // frames, frames, fragment_length=10, stagger=stagger)
+    firsts = []
+    for fragment in stored_trials(buffer):
+        time = fragment["time_idx"].squeeze(-1)
+        assert time.tolist() == list(range(int(time[0]), int(time[0]) + len(fragment)))
+        assert torch.equal(fragment["next", "reward"].squeeze(-1), time + 1.0)
+        assert fragment["is_init"].squeeze(-1).tolist() == (time == 0).tolist()
+        assert not fragment["next", "done"].any()
+        if time[0] == 0:
+            firsts.append(len(fragment))
+        else:
+            assert len(fragment) == 10
+    assert sorted(firsts) == ([3, 5, 8, 10] if stagger else [10] * 4)
+    # 100 steps of each row, of which less than a fragment waits in the collector.
+    assert 4 * 90 < len(buffer) <= 400
+
+
+def test_staggered_fragments_come_one_after_another():
+    _, counts = collect_fragments(60, 4, fragment_length=20, stagger=True)
+    new = torch.tensor(counts).diff()
+    assert new.max() == 1
+    _, counts = collect_fragments(60, 4, fragment_length=20, stagger=False)
+    assert torch.tensor(counts).diff().max() == 4
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
+    buffer, _ = collect_fragments(
+        30, 28, fragment_length=4, stagger=stagger, rows=2, lengths=[9, 3, 4, 1, 13]
+    )
+    steps, whole = [], []
+    for fragment in stored_trials(buffer):
+        assert 1 <= len(fragment) <= 4
+        assert not fragment["next", "done"][:-1].any()
+    # Fragments of the two rows' trials alternate: tell them apart by their time.
+    open_trials: list[list[float]] = []
+    for fragment in stored_trials(buffer):
+        rewards = fragment["next", "reward"].squeeze(-1).tolist()
+        if rewards[0] == 1:
+            open_trials.append([])
+        trial = next(t for t in open_trials if len(t) == rewards[0] - 1)
+        trial += rewards
+        if fragment["next", "done"][-1]:
+            whole.append(trial)
+            open_trials = [t for t in open_trials if t is not trial]
+        steps += rewards
+    assert {len(trial) for trial in whole} == {9, 3, 4, 1, 13}
+    assert all(trial == [float(n + 1) for n in range(len(trial))] for trial in whole)
+    assert len(buffer) == len(steps)
+
+
+def test_refuses_empty_fragments():
+    with pytest.raises(ValueError, match="fragment_length must be at least 1 or None, got 0"):
+        TrialCollector(None, act, replay_buffer=None, frames_per_batch=1, fragment_length=0)

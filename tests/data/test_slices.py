@@ -1,160 +1,211 @@
 from __future__ import annotations
 
-import json
 import warnings
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
-from tests.data.trials import make_trial, make_trials, surviving_trials
-from torchrl_amago.data import TrialSliceSampler
+from tests.data.trials import make_trial, make_trials, rows
+from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
 
-
-def make_buffer(capacity: int = 100, slice_len: int = 4, batch_size: int = 8, **kwargs):
-    kwargs.setdefault("warn_short", False)
-    return TensorDictReplayBuffer(
-        storage=LazyTensorStorage(capacity),
-        sampler=TrialSliceSampler(slice_len, **kwargs),
-        batch_size=batch_size,
-    )
+OVERHANGS = ["none", "left", "right", "both"]
 
 
-def write(rb, trials) -> None:
-    for trial in trials:
+def make_buffer(lengths, capacity: int = 1000, slice_len: int = 4, batch_size: int = 8, **kwargs):
+    rb = make_trial_buffer(capacity, slice_len, batch_size, warn_short=False, **kwargs)
+    for trial in make_trials(lengths):
         rb.extend(trial)
+    return rb
 
 
-def rows(batch) -> list[list[int]]:
-    """The ids behind the mask, row by row."""
-    mask_BT = batch["collector", "mask"]
-    return [ids[mask].tolist() for ids, mask in zip(batch["id"], mask_BT, strict=True)]
+def windows(batch) -> set[tuple[int, ...]]:
+    return {tuple(row) for row in rows(batch)}
 
 
-def test_mask_marks_exactly_the_steps_of_one_trial():
-    rb = make_buffer(slice_len=4, batch_size=200)
-    write(rb, make_trials([2, 7]))
+def chi_square(count, chance) -> float:
+    """Of counts against probabilities, divided by its standard deviation around its mean."""
+    expected = count.sum() * chance
+    degrees = count.numel() - 1
+    statistic = ((count - expected) ** 2 / expected).sum()
+    return float((statistic - degrees) / (2 * degrees) ** 0.5)
+
+
+def test_short_trials_are_whole_and_slices_of_long_ones_fit():
+    rb = make_buffer([2, 7], batch_size=200)
     batch = rb.sample()
     assert batch.shape == (200, 4)
-    assert {tuple(row) for row in rows(batch)} == {
-        (0, 1), (2, 3, 4, 5), (3, 4, 5, 6), (4, 5, 6, 7), (5, 6, 7, 8)
-    }  # fmt: skip
+    assert windows(batch) == {(0, 1), (2, 3, 4, 5), (3, 4, 5, 6), (4, 5, 6, 7), (5, 6, 7, 8)}
 
 
-def test_right_padding_repeats_the_last_step_and_left_padding_the_first():
-    for padding, ids, mask in [
-        ("right", [0, 1, 2, 2, 2], [True, True, True, False, False]),
-        ("left", [0, 0, 0, 1, 2], [False, False, True, True, True]),
+@given(
+    st.lists(st.integers(1, 12), min_size=1, max_size=12),
+    st.integers(1, 9),
+    st.sampled_from(OVERHANGS),
+    st.sampled_from(["left", "right"]),
+    st.sampled_from(["trials", "steps", "priority"]),
+    st.booleans(),
+)
+def test_slices_are_runs_of_steps_of_one_trial(lengths, slice_len, overhang, padding, draw, trim):
+    rb = make_buffer(
+        lengths, slice_len=slice_len, batch_size=40, overhang=overhang, padding=padding, draw=draw,
+        trim=trim, capacity=200,
+    )  # fmt: skip
+    batch = rb.sample()
+    mask = batch["collector", "mask"]
+    width = int(mask.sum(1).max()) if trim else slice_len
+    assert batch.shape == mask.shape == (40, width)
+    trial_of, length_of = [], []
+    for number, length in enumerate(lengths):
+        trial_of += [number] * length
+        length_of += [length] * length
+    for row, ids in enumerate(rows(batch)):
+        assert ids == list(range(ids[0], ids[0] + len(ids)))
+        assert trial_of[ids[0]] == trial_of[ids[-1]] == batch["index"][row, 0]
+        if overhang == "none" or length_of[ids[0]] <= slice_len:
+            assert len(ids) == min(slice_len, length_of[ids[0]])
+        real = mask[row].nonzero().squeeze(-1)
+        assert real.tolist() == list(range(int(real[0]), int(real[-1]) + 1))
+        assert int(real[0]) == (0 if padding == "right" else width - len(ids))
+        # Every entry is the step's own, in root and next.
+        expected = torch.cat(make_trials(lengths))[ids]
+        found = batch[row][mask[row]]
+        for key, value in expected.items(True, True):
+            assert torch.equal(found[key], value), key
+    # Padding repeats a state: nothing that isn't stored.
+    assert batch["observation"].isfinite().all()
+    assert set(batch["id"].unique().tolist()) <= set(range(sum(lengths)))
+
+
+def test_padding_repeats_what_followed_on_the_right_and_the_first_step_on_the_left():
+    for padding, state, ahead, mask in [
+        ("right", [0, 1, 2, 3, 3], [1, 2, 3, 3, 3], [True, True, True, False, False]),
+        ("left", [0, 0, 0, 1, 2], [0, 0, 1, 2, 3], [False, False, True, True, True]),
     ]:
-        rb = make_buffer(slice_len=5, batch_size=1, padding=padding)
-        write(rb, [make_trial(3)])
+        rb = make_buffer([3], slice_len=5, batch_size=1, padding=padding)
         batch = rb.sample()
-        assert batch["id"].tolist() == [ids]
+        assert batch["nested", "state"][0, :, 0].tolist() == state
+        assert batch["next", "nested", "state"][0, :, 0].tolist() == ahead
         assert batch["collector", "mask"].tolist() == [mask]
 
 
 def test_mask_is_there_when_nothing_is_padded():
-    rb = make_buffer(slice_len=2)
-    write(rb, [make_trial(6)])
-    mask = rb.sample()["collector", "mask"]
+    mask = make_buffer([6], slice_len=2).sample()["collector", "mask"]
     assert mask.dtype == torch.bool
     assert mask.shape == (8, 2)
     assert mask.all()
 
 
-def test_poisoned_neighbours_never_show_behind_the_mask_or_before_it():
-    rb = make_buffer(capacity=20, slice_len=6, batch_size=100)
-    good, bad = make_trial(3), make_trial(16, first_id=100)
-    bad["observation"] = torch.full((16, 2), float("nan"))
-    write(rb, [good])
-    rb.extend(bad[:15])  # its last step is missing: it must stay out
-    batch = rb.sample()
-    assert batch["observation"].isfinite().all()
-    assert {tuple(row) for row in rows(batch)} == {(0, 1, 2)}
-
-
 def test_trials_are_equally_likely_whatever_their_length():
-    rb = make_buffer(capacity=1000, slice_len=3, batch_size=4000)
-    write(rb, make_trials([1, 3, 400]))
-    first = rb.sample()["id"][:, 0]
-    share = torch.stack([(first == 0), (first == 1), (first >= 4)]).float().mean(-1)
-    # Four standard deviations of a share of 1/3 in 4,000 draws.
-    torch.testing.assert_close(share, torch.full((3,), 1 / 3), atol=0.03, rtol=0)
+    rb = make_buffer([1, 3, 400], slice_len=3, batch_size=4000)
+    count = rb.sample()["index"][:, 0].bincount(minlength=3).double()
+    assert chi_square(count, torch.full((3,), 1 / 3)) < 4
 
 
-def test_starts_are_uniform_among_the_windows_that_fit():
-    rb = make_buffer(slice_len=3, batch_size=6000)
-    write(rb, [make_trial(7)])
-    share = rb.sample()["id"][:, 0].bincount(minlength=5).float() / 6000
-    assert share.numel() == 5
-    torch.testing.assert_close(share, torch.full((5,), 1 / 5), atol=0.021, rtol=0)
+@pytest.mark.parametrize("overhang", OVERHANGS)
+def test_starts_are_uniform_among_the_windows(overhang):
+    rb = make_buffer([7], slice_len=3, batch_size=6000, overhang=overhang)
+    drawn = [(ids[0], len(ids)) for ids in rows(rb.sample())]
+    expected = {
+        "none": {(first, 3) for first in range(5)},
+        "left": {(0, 1), (0, 2)} | {(first, 3) for first in range(5)},
+        "right": {(5, 2), (6, 1)} | {(first, 3) for first in range(5)},
+        "both": {(0, 1), (0, 2), (5, 2), (6, 1)} | {(first, 3) for first in range(5)},
+    }[overhang]
+    assert set(drawn) == expected
+    count = torch.tensor([drawn.count(window) for window in sorted(expected)]).double()
+    assert chi_square(count, torch.full(count.shape, 1 / len(expected))) < 4
 
 
-@pytest.mark.parametrize(
-    ("overhang", "windows"),
-    [
-        ("none", {(0, 1, 2), (1, 2, 3), (2, 3, 4)}),
-        ("left", {(0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4)}),
-        ("right", {(0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4), (4,)}),
-        ("both", {(0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4), (3, 4), (4,)}),
-    ],
-)
-def test_overhang_cuts_what_sticks_out(overhang, windows):
-    rb = make_buffer(slice_len=3, batch_size=500, overhang=overhang)
-    write(rb, [make_trial(5)])
-    assert {tuple(row) for row in rows(rb.sample())} == windows
-
-
-def test_overhang_both_visits_every_step_equally_often():
-    rb = make_buffer(slice_len=3, batch_size=7000, overhang="both")
-    write(rb, [make_trial(5)])
+@given(st.lists(st.integers(1, 15), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
+def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(lengths, size, seed):
+    rb = make_buffer(
+        lengths, slice_len=size, batch_size=3000, overhang="both",
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
     batch = rb.sample()
-    share = batch["id"][batch["collector", "mask"]].bincount().float() / 7000
-    torch.testing.assert_close(share, torch.full((5,), 3 / 7), atol=0.025, rtol=0)
+    ids, number = batch["id"], batch["index"]
+    first = 0
+    for trial, length in enumerate(lengths):
+        here = (number == trial) & batch["collector", "mask"]
+        count = (ids[here] - first).bincount(minlength=length).double()
+        assert count.numel() == length
+        assert (count > 0).all()
+        if length > 1:
+            # Steps of one slice come together: their counts vary less than independent ones.
+            assert chi_square(count, torch.full((length,), 1 / length)) < 6 * size
+        first += length
 
 
-@given(
-    st.lists(st.integers(1, 9), min_size=1, max_size=20),
-    st.integers(9, 25),
-    st.lists(st.booleans(), min_size=20, max_size=20),
-    st.booleans(),
-)
-def test_sampled_trials_are_those_that_survive_the_fifo(lengths, capacity, looks, init_key):
-    rb = make_buffer(capacity=capacity, slice_len=9, batch_size=50)
-    for number, trial in enumerate(make_trials(lengths, init_key=init_key)):
-        rb.extend(trial)
-        # With init_key, it makes no difference when the sampler reads what was written.
-        if looks[number] or not init_key:
-            survivors = surviving_trials(lengths[: number + 1], capacity)
-            assert rb.sampler.num_trials(rb.storage) == len(survivors)
-    survivors = surviving_trials(lengths, capacity)
-    assert rb.sampler.num_trials(rb.storage) == len(survivors)
-    assert rb.can_sample() == bool(survivors)
-    if survivors:
-        allowed = {tuple(range(first, first + length)) for first, length in survivors}
-        assert {tuple(row) for row in rows(rb.sample())} <= allowed
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
+def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(lengths, size, seed):
+    rb = make_buffer(
+        lengths, slice_len=size, batch_size=6000, overhang="both", draw="steps",
+        generator=torch.Generator().manual_seed(seed),
+    )  # fmt: skip
+    batch = rb.sample()
+    count = batch["id"][batch["collector", "mask"]].bincount(minlength=sum(lengths)).double()
+    assert count.numel() == sum(lengths)
+    assert chi_square(count, torch.full(count.shape, 1 / sum(lengths))) < 6 * size
 
 
-def test_waiting_for_the_first_complete_trial():
-    rb = make_buffer()
-    assert not rb.can_sample()
-    with pytest.raises(RuntimeError, match=r"at least one complete trial.*Collect until"):
-        rb.sample()
-    trial = make_trial(5)
-    rb.extend(trial[:3])
-    assert not rb.can_sample()
-    with pytest.raises(RuntimeError, match="of the 3 steps in the buffer none form one"):
-        rb.sample()
-    rb.extend(trial[3:])
-    assert rb.can_sample()
-    assert set(rb.sample()["id"].unique().tolist()) == set(range(5))
+@pytest.mark.parametrize("overhang", OVERHANGS)
+def test_step_weighted_trials_have_their_share_of_the_steps(overhang):
+    lengths = [2, 5, 9, 40]
+    rb = make_buffer(lengths, slice_len=5, batch_size=20000, draw="steps", overhang=overhang)
+    batch = rb.sample()
+    count = batch["index"][batch["collector", "mask"]].bincount().double()
+    share = torch.tensor(lengths).double() / sum(lengths)
+    torch.testing.assert_close(count / count.sum(), share, rtol=0.06, atol=0)
+
+
+def test_priorities_say_how_often_and_the_weights_make_up_for_it():
+    rb = make_buffer([3, 5, 4], slice_len=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0)
+    rb.update_priority(torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 5.0]))
+    batch = rb.sample()
+    number, weight = batch["index"][:, 0], batch["priority_weight"][:, 0]
+    assert chi_square(number.bincount().double(), torch.tensor([1, 2, 5]) / 8) < 4
+    torch.testing.assert_close(weight, torch.tensor([1.0, 0.5, 0.2])[number])
+
+
+def test_a_new_trial_has_the_largest_priority():
+    rb = make_buffer([3, 3], slice_len=3, batch_size=4000, draw="priority", alpha=1.0)
+    rb.update_priority(torch.tensor([0, 1]), torch.tensor([0.0, 6.0]))
+    rb.extend(make_trial(3))
+    count = rb.sample()["index"][:, 0].bincount(minlength=3).double()
+    assert count[0] <= 2  # an error of 0 leaves next to nothing
+    assert chi_square(count[1:], torch.tensor([0.5, 0.5])) < 4
+
+
+def test_a_batch_brings_its_errors():
+    rb = make_buffer([2, 5, 4], slice_len=4, batch_size=500, draw="priority", alpha=1.0)
+    batch = rb.sample()
+    error = torch.where(batch["collector", "mask"], batch["id"], 1000).unsqueeze(-1)
+    batch["td_error"] = -error.float()
+    rb.update_priority(batch)
+    weight = rb.sampler._priorities._tree.get(torch.arange(3).numpy())
+    # 0.9 of the largest error and 0.1 of the mean; of several slices the larger.
+    expected = [0.9 * 1 + 0.1 * 0.5, 0.9 * 6 + 0.1 * 4.5, 0.9 * 10 + 0.1 * 8.5]
+    torch.testing.assert_close(torch.from_numpy(weight), torch.tensor(expected).double())
+
+
+def test_waiting_for_enough_trials():
+    rb = make_buffer([], min_trials=2)
+    for count in range(3):
+        assert rb.num_trials == count
+        assert rb.can_sample() == (count == 2)
+        if count < 2:
+            with pytest.raises(
+                RuntimeError, match=f"at least 2 trials.*has {count}.*Collect until"
+            ):
+                rb.sample()
+        rb.extend(make_trial(5))
 
 
 def test_warns_once_when_no_trial_fills_a_slice():
-    rb = make_buffer(slice_len=8, warn_short=True)
-    write(rb, make_trials([3, 5]))
+    rb = make_trial_buffer(100, 8, 8)
+    rb.extend(torch.cat(make_trials([3, 5])))
     with pytest.warns(UserWarning, match=r"slice_len=8 steps are longer.*of 2 has 5"):
         rb.sample()
     with warnings.catch_warnings():
@@ -163,16 +214,15 @@ def test_warns_once_when_no_trial_fills_a_slice():
 
 
 def test_does_not_warn_when_one_trial_fills_a_slice():
-    rb = make_buffer(slice_len=5, warn_short=True)
-    write(rb, make_trials([3, 5]))
+    rb = make_trial_buffer(100, 5, 8)
+    rb.extend(torch.cat(make_trials([3, 5])))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         rb.sample()
 
 
 def test_draws_come_from_the_global_generator_or_from_the_given_one():
-    rb = make_buffer(batch_size=50)
-    write(rb, make_trials([6] * 10))
+    rb = make_buffer([6] * 10, batch_size=50)
     torch.manual_seed(5)
     first = rb.sample()["id"]
     torch.manual_seed(5)
@@ -187,88 +237,15 @@ def test_draws_come_from_the_global_generator_or_from_the_given_one():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_writes_that_the_sampler_did_not_see_are_found():
-    rb = make_buffer(capacity=12, slice_len=5, batch_size=100)
-    write(rb, make_trials([4, 4]))
-    rb.sample()
-    for trial in make_trials([4, 5], first_id=8):
-        rb.writer.extend(trial)  # as another process does: this sampler isn't told
-    assert {tuple(row) for row in rows(rb.sample())} == {(8, 9, 10, 11), (12, 13, 14, 15, 16)}
-    write(rb, [make_trial(3, first_id=17)])
-    assert {tuple(row) for row in rows(rb.sample())} == {
-        (8, 9, 10, 11), (12, 13, 14, 15, 16), (17, 18, 19)
-    }  # fmt: skip
-
-
-def test_a_sampler_put_onto_a_filled_storage_finds_its_trials():
-    rb = make_buffer(capacity=12)
-    write(rb, make_trials([4, 5, 6]))
+def test_another_sampler_finds_the_same_trials():
+    rb = make_buffer([4, 5, 6], capacity=12)
     rb.set_sampler(TrialSliceSampler(8, warn_short=False))
-    assert {tuple(row) for row in rows(rb.sample())} == {tuple(range(4, 9)), tuple(range(9, 15))}
-
-
-def test_values_changed_in_place_keep_the_trials():
-    rb = make_buffer(capacity=12, slice_len=6, batch_size=100)
-    write(rb, make_trials([4, 5, 6]))
-    before = {tuple(row) for row in rows(rb.sample())}
-    rb[:] = rb[:]
-    assert {tuple(row) for row in rows(rb.sample())} == before
-
-
-def test_emptying_the_buffer_forgets_the_trials():
-    rb = make_buffer()
-    write(rb, make_trials([4, 5]))
-    rb.sample()
-    rb.empty()
-    assert not rb.can_sample()
-    write(rb, [make_trial(3, first_id=50)])
-    assert {tuple(row) for row in rows(rb.sample())} == {(50, 51, 52)}
-
-
-def test_state_is_json_and_survives_unread_writes():
-    rb = make_buffer(capacity=12, slice_len=6, batch_size=100)
-    write(rb, make_trials([4, 5]))
-    rb.sample()
-    write(rb, make_trials([6], first_id=9))
-    state = json.loads(json.dumps(rb.sampler.state_dict()))
-    rb.set_sampler(TrialSliceSampler(6, warn_short=False))
-    rb.sampler.load_state_dict(state)
-    assert {tuple(row) for row in rows(rb.sample())} == {tuple(range(4, 9)), tuple(range(9, 15))}
-
-
-def test_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match=r"slice_len must be at least 1, got 0\. It is"):
-        TrialSliceSampler(0)
-    with pytest.raises(ValueError, match=r"padding must be one of 'right', 'left', got 'both'"):
-        TrialSliceSampler(4, padding="both")
-    with pytest.raises(ValueError, match=r"overhang must be one of 'none'.*got 'up'"):
-        TrialSliceSampler(4, overhang="up")
-
-    rb = make_buffer(end_key=("next", "finished"))
-    write(rb, [make_trial(4)])
-    with pytest.raises(KeyError, match=r"last step of each trial.*finished.*Pass end_key"):
-        rb.sample()
-
-    rb = make_buffer(capacity=5)
-    rb.extend(torch.cat(make_trials([3, 3])))
-    with pytest.raises(
-        ValueError, match=r"6 steps at once for a capacity of 5.*Raise the capacity"
-    ):
-        rb.sample()
-
-    rb = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(20, ndim=2), sampler=TrialSliceSampler(2), batch_size=2
-    )
-    rb.extend(torch.stack([make_trial(4), make_trial(4)]))
-    with pytest.raises(ValueError, match=r"flat storage.*got ndim=2.*trajs_per_batch=1"):
-        rb.sample()
+    assert windows(rb.sample()) == {tuple(range(4, 9)), tuple(range(9, 15))}
 
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_trim_leaves_out_what_is_padding_in_every_row(padding):
-    rb = make_buffer(slice_len=8, batch_size=32, padding=padding, trim=True)
-    write(rb, make_trials([3, 2, 3]))
-    batch = rb.sample()
+    batch = make_buffer([3, 2, 3], slice_len=8, batch_size=32, padding=padding, trim=True).sample()
     mask = batch["collector", "mask"]
     assert batch.shape == (32, 3)
     assert mask.any(0).all()
@@ -279,6 +256,20 @@ def test_trim_leaves_out_what_is_padding_in_every_row(padding):
 
 
 def test_trim_never_exceeds_slice_len():
-    rb = make_buffer(slice_len=4, batch_size=16, trim=True)
-    write(rb, make_trials([9, 2]))
-    assert rb.sample().shape == (16, 4)
+    assert make_buffer([9, 2], slice_len=4, batch_size=16, trim=True).sample().shape == (16, 4)
+
+
+def test_refuses_what_cannot_work():
+    with pytest.raises(ValueError, match=r"slice_len must be at least 1, got 0\. It is"):
+        TrialSliceSampler(0)
+    with pytest.raises(ValueError, match=r"min_trials must be at least 1, got 0"):
+        TrialSliceSampler(3, min_trials=0)
+    with pytest.raises(ValueError, match=r"padding must be one of 'right', 'left', got 'both'"):
+        TrialSliceSampler(4, padding="both")
+    with pytest.raises(ValueError, match=r"overhang must be one of 'none'.*got 'up'"):
+        TrialSliceSampler(4, overhang="up")
+    with pytest.raises(ValueError, match=r"draw must be one of 'trials'.*got 'step'"):
+        TrialSliceSampler(4, draw="step")
+    rb = make_buffer([5])
+    with pytest.raises(ValueError, match="draw='priority' only, got draw='trials'"):
+        rb.update_priority(torch.tensor([0]), torch.tensor([1.0]))

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
+from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import MetricWindow, TrialMonitor, evaluation_metrics
 
@@ -28,7 +28,7 @@ def trial(*attempts):
 
 @pytest.fixture
 def monitor(tmp_path):
-    rb = TensorDictReplayBuffer(storage=LazyTensorStorage(12), batch_size=1)
+    rb = make_trial_buffer(12, 1, 1)
     return TrialMonitor(rb, MetricWindow(), tmp_path)
 
 
@@ -50,7 +50,7 @@ def test_counts_and_means(monitor):
     assert monitor.window.means() == {}
 
 
-def test_follows_the_ring(monitor):
+def test_follows_what_is_written(monitor):
     for number in range(7):
         monitor.replay_buffer.extend(trial([float(number)] * 2, [0.0] * 3))
         monitor()

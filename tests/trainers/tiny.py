@@ -151,6 +151,7 @@ def make_trainer(
     capacity=100,
     poison=None,
     device="cpu",
+    min_trials=1,
     **options,
 ) -> AMAGOTrainer:
     """A trainer of everything above. ``weights_seed`` decides the initial weights only.
@@ -164,7 +165,9 @@ def make_trainer(
     sample = ProbabilisticTensorDictModule(
         in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical
     )
-    rb = make_trial_buffer(capacity, slice_len=5, batch_size=3, warn_short=False)
+    rb = make_trial_buffer(
+        capacity, slice_len=5, batch_size=3, min_trials=min_trials, warn_short=False
+    )
     collector = Collector(
         env,
         TensorDictSequential(actor, sample, explore).to(device),

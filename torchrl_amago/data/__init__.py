@@ -1,19 +1,19 @@
-"""Replay of whole trials: the storage's trial table, the padded slice sampler, saving and loading.
+"""Replay of whole trials: storage that survives, draws of padded slices, collection, saving and loading.
 
-`make_trial_buffer` assembles them into a TorchRL replay buffer; each part works alone in any other.
+`make_trial_buffer` assembles a TorchRL replay buffer from a `TrialStorage` and a `TrialSliceSampler`.
 """
 
-from torchrl_amago.data.buffer import make_trial_buffer
+from torchrl_amago.data.buffer import TrialReplayBuffer, make_trial_buffer
 from torchrl_amago.data.collector import TrialCollector
-from torchrl_amago.data.saving import FilledPartCheckpointer, load_replay, save_replay
+from torchrl_amago.data.saving import load_replay, save_replay
 from torchrl_amago.data.slices import TrialSliceSampler
-from torchrl_amago.data.trial_table import TrialTable
+from torchrl_amago.data.trial_storage import TrialStorage
 
 __all__ = [
-    "FilledPartCheckpointer",
     "TrialCollector",
+    "TrialReplayBuffer",
     "TrialSliceSampler",
-    "TrialTable",
+    "TrialStorage",
     "load_replay",
     "make_trial_buffer",
     "save_replay",

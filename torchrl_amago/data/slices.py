@@ -1,8 +1,6 @@
-"""Trial-uniform, padded slices from a flat storage of whole trials.
+"""Which slice of which trial comes next: a trial is drawn, then a window of it.
 
-The sampler answers with a two-dimensional index `[B, T]` into the one-dimensional storage, so that
-one gather per key is all that a batch costs, and with a mask that says which of the steps are real.
-A padded position repeats a real step of the same trial: what lies there is finite, and nothing else.
+Legend: B slices of a batch, T steps of a slice, N trials that are there.
 """
 
 from __future__ import annotations
@@ -10,36 +8,46 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import numpy as np
 import torch
-from tensordict import NestedKey
 from torch import Tensor
-from torchrl.data.replay_buffers import Sampler, Storage
+from torchrl.data.replay_buffers import Sampler
 
+from torchrl_amago.data.trial_storage import TrialStorage
 from torchrl_amago.data.trial_table import TrialTable
+from torchrl_amago.data.trial_weights import Priorities, Shares
 
 Padding = Literal["right", "left"]
 Overhang = Literal["none", "left", "right", "both"]
+Draw = Literal["trials", "steps", "priority"]
 
 _STATE_FILE = "trial_slice_sampler.json"
 
 
+class Trials(NamedTuple):
+    """Trials that were drawn: numbers, first rows, lengths and importance weights, ``[B]`` each."""
+
+    number: Tensor
+    first: Tensor
+    length: Tensor
+    weight: Tensor | None = None
+
+
+class Windows(NamedTuple):
+    """Slices of trials: first step in the trial and number of steps, ``[B]`` each, and T."""
+
+    offset: Tensor
+    real: Tensor
+    width: int
+
+
 class TrialSliceSampler(Sampler):
-    """Draws a trial uniformly, then a slice of it uniformly among those that fit.
+    """Draws a trial, then a slice of it uniformly among those that fit.
 
-    A trial that is shorter than `slice_len` is taken whole and padded; every batch is `[B, T]` with
-    T = `slice_len` (unless `trim`), and has the mask, whatever the trials' lengths. Only complete trials are drawn:
-    neither one that is still being written, nor one that the write cursor has begun to overwrite.
-
-    The storage must be one-dimensional and hold the steps of a trial side by side, the last one
-    marked by `end_key`, which is what `Collector(..., trajs_per_batch=1, replay_buffer=rb)` writes.
-    The table of trials follows the writes and only reads the steps that are new. Where another
-    process, or somebody's `rb[...] = x`, wrote behind the sampler's back, it is built anew from
-    `end_key` and `init_key`.
-
-    Randomness comes from `ReplayBuffer(generator=...)` where one is given, else from torch's global
-    generator. With `prefetch`, batches are drawn in threads: only an own generator is reproducible.
+    A trial that is shorter than `slice_len` is taken whole and padded. Randomness comes from
+    `ReplayBuffer(generator=...)` where one is given, else from torch's global generator.
 
     Args:
         slice_len: steps T of each slice.
@@ -51,30 +59,24 @@ class TrialSliceSampler(Sampler):
             `"none"`, the steps near a trial's ends lie in fewer windows than those in the middle;
             `"left"`, `"right"` and `"both"` even that out, at the price of more padding. (The
             argument of AMAGO, arXiv 2310.09971, is called `padded_sampling`.)
-        end_key: True on the last step of a trial.
-        init_key: True on the first step of a trial, where the storage has such a key; None never
-            looks.
-        mask_key: where the mask goes in the sample.
+        draw: `"trials"` draws every trial equally often. `"steps"` draws longer ones more often, so
+            that each has a share of the batches' steps as large as its share of the stored ones;
+            with `overhang="both"`, all stored steps are equally likely. `"priority"` draws in
+            proportion to `priority ** alpha`, and gives importance weights; new trials have the
+            largest priority so far.
+        alpha: exponent of priorities (arXiv 1511.05952, section 3.3).
+        beta: exponent of importance weights (same, section 3.4); 1 corrects in full.
+        min_trials: trials to wait for before the first batch.
         warn_short: whether to warn, once, when no stored trial is as long as `slice_len`.
 
     Raises:
-        RuntimeError: from sampling, before the first complete trial (ask `rb.can_sample()`).
-        ValueError: for a storage that isn't flat, or was given more steps at once than it holds.
+        RuntimeError: from sampling, before there are `min_trials` trials (ask `rb.can_sample()`).
 
     Example:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-        >>> rb = TensorDictReplayBuffer(
-        ...     storage=LazyTensorStorage(100), sampler=TrialSliceSampler(3), batch_size=2
-        ... )
-        >>> trial = TensorDict(
-        ...     {"step": torch.arange(5), "next": {"done": torch.arange(5)[:, None] == 4}}, [5]
-        ... )
-        >>> _ = rb.extend(trial)
-        >>> batch = rb.sample()
-        >>> batch.shape, batch["collector", "mask"].all().item()
-        (torch.Size([2, 3]), True)
+        >>> sampler = TrialSliceSampler(slice_len=4, overhang="both")
+        >>> windows = sampler.windows(torch.tensor([2, 9]))
+        >>> windows.real[0].item(), windows.width, bool((windows.offset + windows.real)[1] <= 9)
+        (2, 4, True)
     """
 
     def __init__(
@@ -84,84 +86,88 @@ class TrialSliceSampler(Sampler):
         padding: Padding = "right",
         trim: bool = False,
         overhang: Overhang = "none",
-        end_key: NestedKey = ("next", "done"),
-        init_key: NestedKey | None = "is_init",
-        mask_key: NestedKey = ("collector", "mask"),
+        draw: Draw = "trials",
+        alpha: float = 0.6,
+        beta: float = 0.4,
+        min_trials: int = 1,
         warn_short: bool = True,
-    ):
-        if slice_len < 1:
-            raise ValueError(
-                f"slice_len must be at least 1, got {slice_len}. It is the number of steps of each "
-                "sampled slice; use the context length of the sequence model."
-            )
+    ) -> None:
+        for name, value in (("slice_len", slice_len), ("min_trials", min_trials)):
+            if value < 1:
+                meaning = "steps in a slice" if name == "slice_len" else "trials to wait for"
+                raise ValueError(
+                    f"{name} must be at least 1, got {value}. It is the number of {meaning}."
+                )
         _check_choice("padding", padding, Padding)
         _check_choice("overhang", overhang, Overhang)
-        self.slice_len = slice_len
-        self.padding = padding
-        self.trim = trim
-        self.overhang = overhang
-        self.end_key = end_key
-        self.init_key = init_key
-        self.mask_key = mask_key
+        _check_choice("draw", draw, Draw)
+        self._slice_len, self.padding, self.trim = slice_len, padding, trim
+        self.overhang, self.draw, self.min_trials = overhang, draw, min_trials
         self._warn_short = warn_short
-        self._empty()
+        self._shares = Shares(self._step_share)
+        self._priorities = Priorities(alpha, beta)
 
-    # -- drawing -------------------------------------------------------------------------------
+    @property
+    def slice_len(self) -> int:
+        """Steps T of each slice."""
+        return self._slice_len
 
-    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict]:
-        """Draw `batch_size` slices: index `[B, T]` int64 and `{mask_key: [B, T] bool}`."""
-        table = self._follow(storage)
-        if table is None or not len(table):
+    def sample(self, storage: TrialStorage, batch_size: int) -> tuple[tuple, dict]:
+        """Trials and windows of them; nothing is read."""
+        trials = self.trials(storage.follow(), batch_size)
+        return (trials, self.windows(trials.length)), {}
+
+    def can_sample(self, storage: TrialStorage, batch_size: int) -> bool:
+        """Whether there are enough trials to draw from (with replacement)."""
+        return len(storage.follow()) >= self.min_trials
+
+    # -- trials ----------------------------------------------------------------------------------
+
+    def trials(self, table: TrialTable, batch_size: int) -> Trials:
+        """Draw trials, with replacement."""
+        if len(table) < self.min_trials:
             raise RuntimeError(
-                "Sampling needs at least one complete trial, and of the "
-                f"{len(storage)} steps in the buffer none form one. Collect until "
-                "`rb.can_sample()` is True; if it stays False, trials are longer than the "
-                f"capacity of {storage.max_size} steps, or {self.end_key!r} never marks an end."
+                f"sampling needs at least {self.min_trials} trials, and the buffer has {len(table)}. "
+                "Collect until rb.can_sample() is True; if it stays False, trials are never complete, "
+                "or capacity is too small for them."
             )
         self._warn_if_all_short(table)
-        step_BT, mask_BT = self._draw(table, batch_size)
-        return table.slot(step_BT), {self.mask_key: mask_BT}
+        weight_B = None
+        if self.draw == "trials":
+            index_B = torch.randint(len(table), (batch_size,), generator=self._rng).numpy()
+        elif self.draw == "steps":
+            index_B = self._shares.draw(table, self._uniform(batch_size))
+        else:
+            index_B, weight_B = self._priorities.draw(table, self._uniform(batch_size))
+            weight_B = torch.from_numpy(weight_B)
+        return Trials(
+            torch.from_numpy(index_B + table.begin),
+            torch.from_numpy(table.first[index_B]),
+            torch.from_numpy(table.steps[index_B]),
+            weight_B,
+        )
 
-    def can_sample(self, storage: Storage, batch_size: int) -> bool:
-        """Whether there is a complete trial to draw from (slices are drawn with replacement)."""
-        return self.num_trials(storage) > 0
+    def _uniform(self, count: int) -> np.ndarray:
+        # float64 keeps draws uniform for any number of steps; float32 would skip some past 2^24.
+        return torch.rand(count, dtype=torch.float64, generator=self._rng).numpy()
 
-    def num_trials(self, storage: Storage) -> int:
-        """Number of complete trials in the storage."""
-        table = self._follow(storage)
-        return 0 if table is None else len(table)
-
-    def _draw(self, table: TrialTable, batch_size: int) -> tuple[Tensor, Tensor]:
-        rng, slice_len = self._rng, self.slice_len
-        trial_B = torch.randint(len(table), (batch_size,), generator=rng)
-        start_B, length_B = table.start[trial_B], table.length[trial_B]
-        # Windows begin in [low, high]. A trial that fits into one has one window, beginning at 0.
-        spare_B = length_B - slice_len
-        is_long_B = spare_B > 0
-        low, high_B = 0, spare_B
-        if self.overhang in ("left", "both"):
-            low = 1 - slice_len
-        if self.overhang in ("right", "both"):
-            high_B = length_B - 1
-        # float64 keeps the draw uniform for any length; float32 would skip windows past 2^24.
-        uniform_B = torch.rand(batch_size, dtype=torch.float64, generator=rng)
-        begin_B = low + (uniform_B * (high_B - low + 1)).floor().to(torch.int64)
-        begin_B = torch.where(is_long_B, begin_B, 0)
-        # What sticks out is cut off: first and last step of the slice, both inside the trial.
-        first_B = begin_B.clamp(min=0)
-        last_B = torch.minimum(begin_B + slice_len, length_B) - 1
-        real_B = last_B - first_B + 1
-        width = int(real_B.max()) if self.trim else slice_len
-        offset_BT = first_B.unsqueeze(-1) + torch.arange(width)
-        if self.padding == "left":
-            offset_BT = offset_BT - (width - real_B).unsqueeze(-1)
-        inside_BT = offset_BT.clamp(first_B.unsqueeze(-1), last_B.unsqueeze(-1))
-        return start_B.unsqueeze(-1) + inside_BT, inside_BT == offset_BT
+    def _step_share(self, length: np.ndarray) -> np.ndarray:
+        """How often trials are drawn for their steps to be as frequent as all others."""
+        slice_len = self.slice_len
+        if self.overhang == "none":
+            per_window = np.full(len(length), float(slice_len))
+        else:
+            sides = 2 if self.overhang == "both" else 1
+            # Of the windows of a trial, slice_len - 1 stick out on each side, half of them on average.
+            num_windows = length - slice_len + 1 + sides * (slice_len - 1)
+            missing = sides * slice_len * (slice_len - 1) / 2
+            per_window = slice_len - missing / np.maximum(num_windows, 1)
+        return length / np.where(length <= slice_len, length, per_window)
 
     def _warn_if_all_short(self, table: TrialTable) -> None:
         if not self._warn_short:
             return
-        longest = int(table.length.max())
+        longest = int(table.steps.max())
         if longest < self.slice_len:
             warnings.warn(
                 f"Slices of slice_len={self.slice_len} steps are longer than any stored trial "
@@ -173,119 +179,69 @@ class TrialSliceSampler(Sampler):
         # Either way the answer is known: later trials only make slices fit better.
         self._warn_short = False
 
-    # -- following the writes ------------------------------------------------------------------
+    # -- windows ---------------------------------------------------------------------------------
 
-    def extend(self, index: Tensor) -> None:
-        """Note that these slots were written; they are read when the next batch is drawn."""
-        index = index.reshape(-1)
-        if self._new_steps == 0:
-            self._new_first = int(index[0])
-        self._new_steps += index.numel()
-        self._new_writes += 1
-        self._largest_write = max(self._largest_write, index.numel())
+    def windows(self, length_B: Tensor) -> Windows:
+        """Draw a slice of each of these trials."""
+        slice_len = self.slice_len
+        # Windows begin in [low, high]. A trial that fits into one has one window, beginning at 0.
+        spare_B = length_B - slice_len
+        low, high_B = 0, spare_B
+        if self.overhang in ("left", "both"):
+            low = 1 - slice_len
+        if self.overhang in ("right", "both"):
+            high_B = length_B - 1
+        uniform_B = torch.from_numpy(self._uniform(len(length_B)))
+        begin_B = low + (uniform_B * (high_B - low + 1)).floor().to(torch.int64)
+        begin_B = torch.where(spare_B > 0, begin_B, 0)
+        # What sticks out is cut off: first and last step of the slice, both inside the trial.
+        first_B = begin_B.clamp(min=0)
+        real_B = torch.minimum(begin_B + slice_len, length_B) - first_B
+        width = int(real_B.max()) if self.trim else slice_len
+        return Windows(first_B, real_B, width)
 
-    def add(self, index: int | Tensor) -> None:
-        """Note that this slot was written."""
-        self.extend(torch.as_tensor(index))
+    def steps(self, windows: Windows) -> tuple[Tensor, Tensor]:
+        """Step in the trial at each place of the slices ``[B, T]``, and whether it is real.
 
-    def _follow(self, storage: Storage) -> TrialTable | None:
-        """The table, brought up to date with the storage; None while there is nothing in it."""
-        if len(storage) == 0:
-            return None
-        if storage.ndim != 1:
+        Padding repeats the nearest real step.
+        """
+        first_B1, real_B1 = windows.offset.unsqueeze(-1), windows.real.unsqueeze(-1)
+        place_BT = torch.arange(windows.width).expand(len(first_B1), -1)
+        if self.padding == "left":
+            place_BT = place_BT - (windows.width - real_B1)
+        inside_BT = torch.minimum(place_BT.clamp(min=0), real_B1 - 1)
+        return first_B1 + inside_BT, inside_BT == place_BT
+
+    # -- priorities ------------------------------------------------------------------------------
+
+    def update_priority(
+        self, index: Tensor, priority: Tensor, *, storage: TrialStorage | None = None
+    ) -> None:
+        """Set priorities of trials.
+
+        Args:
+            index: their numbers, ``[B]``; trials that are gone meanwhile are passed over.
+            priority: ``[B]``, not negative. Of a trial that comes twice, the larger counts.
+            storage: where the trials are.
+        """
+        if self.draw != "priority":
             raise ValueError(
-                "TrialSliceSampler needs a flat storage (ndim=1) that holds the steps of a trial "
-                f"side by side, got ndim={storage.ndim}. Use LazyMemmapStorage(capacity) and "
-                "Collector(..., trajs_per_batch=1)."
+                f"priorities are used with draw='priority' only, got draw={self.draw!r}. Make the buffer "
+                "with draw='priority', or don't update priorities."
             )
-        if self._largest_write > storage.max_size:
-            raise ValueError(
-                "A write must fit into the storage, got "
-                f"{self._largest_write} steps at once for a capacity of {storage.max_size}: they "
-                "overwrote each other. Raise the capacity, or write fewer trials at once "
-                "(Collector(..., trajs_per_write=1))."
-            )
-        # TorchRL's count of changes to the content, shared between processes.
-        revision = storage._mutation_revision
-        if revision == self._seen_revision:
-            return self._table
-        if self._saw_every_write(storage, revision):
-            self._read_new_steps(storage)
-        else:
-            self._table = self._scan(storage, revision)
-        self._seen_revision = revision
-        self._new_steps = self._new_writes = 0
-        return self._table
+        numbers, values = torch.as_tensor(index).reshape(-1), torch.as_tensor(priority).reshape(-1)
+        self._priorities.update(storage.follow(), numbers.numpy(), values.double().cpu().numpy())
 
-    def _nobody_else_wrote(self, revision: int) -> bool:
-        return self._seen_revision in (None, revision - self._new_writes)
-
-    def _saw_every_write(self, storage: Storage, revision: int) -> bool:
-        table = self._table or TrialTable(storage.max_size)
-        return (
-            self._nobody_else_wrote(revision)
-            and table.capacity == storage.max_size
-            and self._new_steps <= storage.max_size
-            and (not self._new_steps or self._new_first == table.written % table.capacity)
-            # False for a sampler that was put onto a storage that had content already.
-            and min(table.written + self._new_steps, storage.max_size) == len(storage)
-        )
-
-    def _read_new_steps(self, storage: Storage) -> None:
-        if self._table is None:
-            self._table = TrialTable(storage.max_size)
-        if not self._new_steps:
-            return
-        first = self._table.written % storage.max_size
-        ends = self._flags(storage, self.end_key)
-        # At most two runs of slots: up to the ring's end, and from its beginning.
-        stop = first + self._new_steps
-        new_ends = torch.cat([ends[first:stop], ends[: max(0, stop - storage.max_size)]])
-        self._table.extend(new_ends)
-
-    def _scan(self, storage: Storage, revision: int) -> TrialTable:
-        last = storage._last_cursor_index
-        if self._new_steps and self._nobody_else_wrote(revision):
-            cursor = self._new_first + self._new_steps
-        elif last is not None:
-            cursor = last + 1
-        else:  # nothing was written since the storage was loaded
-            cursor = 0 if self._table is None else self._table.written
-        begins = None
-        if self.init_key is not None and self.init_key in storage[:].keys(True):
-            begins = self._flags(storage, self.init_key)
-        ends = self._flags(storage, self.end_key)
-        return TrialTable.scan(storage.max_size, cursor, ends, begins)
-
-    @staticmethod
-    def _flags(storage: Storage, key: NestedKey) -> Tensor:
-        """A bool column of the filled part of the storage, `[n]`: a view, nothing is copied."""
-        steps = storage[:]
-        flags = steps.get(key, None)
-        if flags is None:
-            raise KeyError(
-                f"The storage must mark the last step of each trial in {key!r}, but holds only "
-                f"{sorted(map(str, steps.keys(True, True)))}. Pass end_key=..., or write with a "
-                "Collector, which stores ('next', 'done')."
-            )
-        return flags.reshape(-1)
-
-    # -- saving --------------------------------------------------------------------------------
+    # -- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """The table of trials, plus the steps not read yet, as plain numbers and lists."""
-        return {
-            "table": None if self._table is None else self._table.state_dict(),
-            "new": [self._new_first, self._new_steps],
-            "warn_short": self._warn_short,
-        }
+        """Priorities, as plain numbers and lists."""
+        return {"warn_short": self._warn_short, "priorities": self._priorities.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        table = state_dict["table"]
-        self._empty()
-        self._table = None if table is None else TrialTable.from_state_dict(table)
-        self._new_first, self._new_steps = state_dict["new"]
         self._warn_short = state_dict["warn_short"]
+        self._shares = Shares(self._step_share)
+        self._priorities.load_state_dict(state_dict["priorities"])
 
     def dumps(self, path: str | Path) -> None:
         path = Path(path)
@@ -296,15 +252,13 @@ class TrialSliceSampler(Sampler):
         self.load_state_dict(json.loads((Path(path) / _STATE_FILE).read_text()))
 
     def _empty(self) -> None:
-        self._table: TrialTable | None = None
-        # The storage's revision that the table describes; None takes the next one on trust.
-        self._seen_revision: int | None = None
-        self._new_first = self._new_steps = self._new_writes = self._largest_write = 0
+        self._shares = Shares(self._step_share)
+        self._priorities.clear()
 
     def __repr__(self) -> str:
         return (
             f"{type(self).__name__}(slice_len={self.slice_len}, padding={self.padding!r}, "
-            f"overhang={self.overhang!r})"
+            f"overhang={self.overhang!r}, draw={self.draw!r})"
         )
 
 

@@ -1,125 +1,166 @@
-"""Where the complete trials lie in a FIFO ring of steps.
+"""Which trials lie where, oldest first, and where the next ones go.
 
-Steps are numbered by the order in which they were written and never renumbered: step `p` lies in
-slot `p % capacity`, and is gone once `p < written - capacity`. A trial is then two numbers, its
-first step and its length, and the oldest trials fall off one end of two sorted tensors.
+Trials are numbered by the order in which they were written and never renumbered. The oldest leave
+first, so the trials that are there are always a run of numbers: one array slot each, found by
+subtraction.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import NamedTuple
 
-import torch
-from torch import Tensor
+import numpy as np
+
+
+class Plan(NamedTuple):
+    """Where new trials go, and the oldest number that is still there afterwards."""
+
+    first: np.ndarray
+    begin: int
 
 
 class TrialTable:
-    """First steps and lengths of the complete trials in a ring of `capacity` steps.
+    """First rows and lengths of the trials in a storage of `capacity` steps.
 
-    The table is told which of the newly written steps end a trial and does the rest: it joins
-    trials that were written in several parts, and drops a trial as soon as one of its steps has
-    been overwritten.
+    A trial of L steps takes L + 1 rows side by side, the last one for what its last step led to.
+    Rows are filled from the front; once a round has placed `capacity` steps and there is room at
+    the front again, the next round begins there. So the oldest trials always lie right ahead of the
+    newest, and hardly more rows are ever touched than `capacity` steps need.
 
     Args:
-        capacity: number of slots of the ring.
+        capacity: most steps kept.
+        max_rows: number of rows; `3 * capacity + 2` are always enough.
 
     Attributes:
-        written: number of steps written so far, so the next one goes to slot `written % capacity`.
-        start: `[N]` int64, number of each trial's first step, ascending.
-        length: `[N]` int64, steps of each trial.
+        begin: number of the oldest trial that is there.
+        end: number that the next trial gets.
+        written: steps written so far, those of evicted trials included.
 
     Example:
-        >>> table = TrialTable(capacity=8)
-        >>> table.extend(torch.tensor([False, True, False, False, True, False]))
-        >>> table.start.tolist(), table.length.tolist()
-        ([0, 2], [2, 3])
-        >>> table.extend(torch.tensor([False, False, True]))  # overwrites step 0
-        >>> table.start.tolist(), table.length.tolist()
-        ([2, 5], [3, 4])
+        >>> table = TrialTable(capacity=10, max_rows=32)
+        >>> plan = table.plan([4, 5])
+        >>> table.extend(plan.first, [4, 5])
+        >>> plan.first.tolist(), table.steps.tolist()
+        ([0, 5], [4, 5])
+        >>> plan = table.plan([4])  # room for it only without the oldest
+        >>> plan.begin, plan.first.tolist()
+        (1, [0])
     """
 
-    def __init__(self, capacity: int):
-        self.capacity = capacity
-        self.written = 0
-        self.start = torch.empty(0, dtype=torch.int64)
-        self.length = torch.empty(0, dtype=torch.int64)
-        # First step of the trial being written, or None where that trial's beginning is lost.
-        self._open_start: int | None = 0
+    def __init__(self, capacity: int, max_rows: int) -> None:
+        self.capacity, self.max_rows = capacity, max_rows
+        self.restart(0)
+
+    def restart(self, number: int, round_steps: int = 0, written: int = 0) -> None:
+        """Forget everything; the next trial gets this number."""
+        self.begin = self.end = self._base = number
+        self._round_steps, self.written = round_steps, written
+        self._total = 0
+        self._first = np.empty(16, np.int64)
+        self._steps = np.empty(16, np.int64)
 
     def __len__(self) -> int:
-        return self.start.numel()
+        return self.end - self.begin
 
-    @classmethod
-    def scan(
-        cls, capacity: int, cursor: int, ends: Tensor, begins: Tensor | None = None
-    ) -> TrialTable:
-        """Build the table from the ring's content alone.
+    @property
+    def total_steps(self) -> int:
+        """Steps of all trials that are there."""
+        return self._total
 
-        Args:
-            capacity: number of slots of the ring.
-            cursor: slot that the next step goes to; matters for a full ring only.
-            ends: `[n]` bool in slot order, True on the last step of a trial; n is the number of
-                filled slots.
-            begins: `[n]` bool, True on the first step of a trial. Without it, a full ring's oldest
-                run of steps cannot be told from the tail of an overwritten trial, and is left out.
-        """
-        table = cls(capacity)
-        if ends.numel() == capacity:
-            table.written = cursor = cursor % capacity
-            ends = ends.roll(-cursor)
-            table._open_start = None if begins is None else cursor
-        table.extend(ends)
-        if begins is not None:
-            is_whole = begins[table.slot(table.start)]
-            table.start, table.length = table.start[is_whole], table.length[is_whole]
-        return table
+    @property
+    def first(self) -> np.ndarray:
+        """First row of every trial, `[N]`, oldest first."""
+        return self._first[self.begin - self._base : self.end - self._base]
 
-    def extend(self, ends: Tensor) -> None:
-        """Take in the steps written since the last call, at most `capacity` of them.
+    @property
+    def steps(self) -> np.ndarray:
+        """Length of every trial, `[N]`, oldest first."""
+        return self._steps[self.begin - self._base : self.end - self._base]
 
-        Args:
-            ends: `[n]` bool in the order of writing, True on the last step of a trial.
-        """
-        end = ends.nonzero().squeeze(-1) + self.written
-        self.written += ends.numel()
-        if end.numel():
-            first = self._open_start
-            # The steps before the first end belong to the trial that was open, if it has a start.
-            head = end.new_empty(0) if first is None else end.new_tensor([first])
-            start = torch.cat([head, end[:-1] + 1])
-            self.start = torch.cat([self.start, start])
-            self.length = torch.cat([self.length, end[end.numel() - start.numel() :] - start + 1])
-            self._open_start = int(end[-1]) + 1
-        self._drop_overwritten()
+    @property
+    def counters(self) -> tuple[int, int, int]:
+        """Arguments of :meth:`restart` that, with the trials that are there, give this table again."""
+        # A round that began with a trial that is there is counted from that one.
+        began_here = bool((self.first == 0).any())
+        return (
+            self.begin,
+            0 if began_here else self._round_steps - self._total,
+            self.written - self._total,
+        )
 
-    def slot(self, step: Tensor) -> Tensor:
-        """Slots in which the steps of these numbers lie."""
-        return step % self.capacity
+    def extend(self, first: np.ndarray, steps: np.ndarray) -> None:
+        """Take in trials that were written, `[N]` each."""
+        steps = np.asarray(steps, np.int64)
+        self._make_room(len(steps))
+        stop = self.end - self._base + len(steps)
+        self._first[stop - len(steps) : stop] = first
+        self._steps[stop - len(steps) : stop] = steps
+        self.end += len(steps)
+        self._total += int(steps.sum())
+        self.written += int(steps.sum())
+        (starts,) = np.nonzero(np.asarray(first) == 0)
+        if len(starts):
+            self._round_steps = int(steps[starts[-1] :].sum())
+        else:
+            self._round_steps += int(steps.sum())
 
-    def _drop_overwritten(self) -> None:
-        oldest = self.written - self.capacity
-        if self._open_start is not None and self._open_start < oldest:
-            self._open_start = None
-        dropped = int(torch.searchsorted(self.start, oldest))
-        if dropped:
-            self.start, self.length = self.start[dropped:], self.length[dropped:]
+    def evict(self, begin: int) -> None:
+        """Forget the trials before this number."""
+        begin = min(max(begin, self.begin), self.end)
+        gone = self._steps[self.begin - self._base : begin - self._base]
+        self._total -= int(gone.sum())
+        self.begin = begin
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain numbers and lists (fit for JSON)."""
-        return {
-            "capacity": self.capacity,
-            "written": self.written,
-            "open_start": self._open_start,
-            "start": self.start.tolist(),
-            "length": self.length.tolist(),
-        }
+    def _make_room(self, count: int) -> None:
+        used = self.end - self._base
+        if used + count <= len(self._first):
+            return
+        alive = len(self)
+        size = max(len(self._first), 2 * (alive + count))
+        for name in ("_first", "_steps"):
+            grown = np.empty(size, np.int64)
+            grown[:alive] = getattr(self, name)[used - alive : used]
+            setattr(self, name, grown)
+        self._base = self.begin
 
-    @classmethod
-    def from_state_dict(cls, state: dict[str, Any]) -> TrialTable:
-        """The table that :meth:`state_dict` described."""
-        table = cls(state["capacity"])
-        table.written = state["written"]
-        table._open_start = state["open_start"]
-        table.start = torch.tensor(state["start"], dtype=torch.int64)
-        table.length = torch.tensor(state["length"], dtype=torch.int64)
-        return table
+    # -- placing ---------------------------------------------------------------------------------
+
+    def plan(self, steps: list[int]) -> Plan:
+        """Rows for trials of these lengths, together at most `capacity` steps; nothing is changed."""
+        plan = self._plan_ahead(steps)
+        if plan is None:
+            # They would get in one another's way, which an empty storage rules out.
+            rows = np.asarray(steps, np.int64) + 1
+            plan = Plan(np.cumsum(rows) - rows, self.end)
+        return plan
+
+    def _plan_ahead(self, steps: list[int]) -> Plan | None:
+        old, count = self.first, len(self)
+        oldest, total = 0, self._total
+        placed: list[int] = []
+        round_steps = self._round_steps
+        cursor = int(old[-1] + self.steps[-1] + 1) if count else 0
+        for length in steps:
+            rows = length + 1
+            while True:
+                if oldest == count and not placed:
+                    cursor = round_steps = 0
+                front = old[oldest] if oldest < count else placed[0] if placed else self.max_rows
+                is_behind = cursor <= front  # this round follows the last one's oldest trials
+                if total + length > self.capacity:
+                    fits = False
+                elif is_behind:
+                    fits = cursor + rows <= front
+                elif round_steps + length > self.capacity and rows <= front:
+                    fits, cursor, round_steps = True, 0, 0
+                else:
+                    fits = cursor + rows <= self.max_rows
+                if fits:
+                    break
+                if oldest == count:
+                    return None
+                total -= int(self.steps[oldest])
+                oldest += 1
+            placed.append(cursor)
+            cursor, total, round_steps = cursor + rows, total + length, round_steps + length
+        return Plan(np.array(placed, np.int64), self.begin + oldest)

@@ -69,7 +69,8 @@ class AMAGOTrainer(Trainer):
         loss_module: called on ``[B, T]`` slices; the entries of its output that begin with ``loss``
             are added up, the others are metrics.
         optimizer: see :func:`~torchrl_amago.trainers.make_optimizer`.
-        replay_buffer: sampled with its own batch size.
+        replay_buffer: sampled with its own batch size, once ``can_sample()`` says so. With
+            ``draw="priority"`` it is told the slices' errors.
         total_updates: updates at which the run ends.
         updates_per_batch: updates after each batch the collector gathers.
         run_dir: folder for everything the run writes.
@@ -81,7 +82,6 @@ class AMAGOTrainer(Trainer):
         checkpoint_interval: updates between checkpoints; there is one at the end in any case.
         keep_checkpoints: number of them kept.
         total_frames: environment steps at which the run ends, if earlier; None for no limit.
-        min_trials: complete trials to wait for before the first update.
         clip_norm: largest norm of the gradient; None does not clip.
         warmup_updates: updates over which the learning rate rises from 1/n of its value to all.
         final_lr_share: share of the learning rate left at ``total_updates``, to which it falls
@@ -142,7 +142,6 @@ class AMAGOTrainer(Trainer):
         checkpoint_interval: int = 500,
         keep_checkpoints: int = 2,
         total_frames: int | None = None,
-        min_trials: int = 1,
         clip_norm: float | None = 1.0,
         warmup_updates: int = 500,
         final_lr_share: float = 1.0,
@@ -164,7 +163,6 @@ class AMAGOTrainer(Trainer):
             eval_interval=eval_interval,
             checkpoint_interval=checkpoint_interval,
             log_interval=log_interval,
-            min_trials=min_trials,
         )
         self.run_dir = Path(run_dir)
         super().__init__(
@@ -183,7 +181,7 @@ class AMAGOTrainer(Trainer):
         )
         self.seed, self.resume_command = seed, resume_command
         self.task = dict(task or {})
-        self.total_updates, self.min_trials = total_updates, min_trials
+        self.total_updates = total_updates
         self.exploration, self.evaluator = exploration, evaluator
         self.eval_interval, self.checkpoint_interval = eval_interval, checkpoint_interval
         self.collected_frames = self._optim_count = 0  # TorchRL keeps them on the class
@@ -283,7 +281,7 @@ class AMAGOTrainer(Trainer):
             self.exploration.step(frames)
         self.monitor()
         self._pre_steps_log_hook(None)
-        if self.monitor.trials >= self.min_trials:
+        if self.replay_buffer.can_sample():
             self._updates_left = self.optim_steps_per_batch
         return True
 
@@ -293,6 +291,8 @@ class AMAGOTrainer(Trainer):
         while self._updates_left and not self._is_done():
             sub_batch = self._process_optim_batch_hook(batch)
             metrics = self.optimization_stepper.step(self, sub_batch)
+            if "priority_weight" in sub_batch.keys():  # noqa: SIM118 - not a dict
+                self.replay_buffer.update_priority(sub_batch)
             self._optim_count += 1
             self._updates_left -= 1
             self._post_optim_hook()

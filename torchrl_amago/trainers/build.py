@@ -29,6 +29,8 @@ def make_trainer(
     updates_per_round: int = 20,
     batch_size: int = 32,
     buffer_frames: int = 120_000,
+    buffer_options: dict[str, Any] | None = None,
+    fragment_length: int | None = None,
     learning_rate: float = 5e-4,
     tau: float = 0.01,
     loss: str | Callable[..., AMAGOLoss] = "amago",
@@ -56,6 +58,10 @@ def make_trainer(
         updates_per_round: optimiser steps after each round.
         batch_size: trials, or slices of them, in a batch.
         buffer_frames: capacity of the replay buffer in steps; the oldest trials leave first.
+        buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`, such as
+            ``path``, ``min_trials``, ``draw`` or ``relabel``.
+        fragment_length: steps after which trials are cut, for endless ones; see
+            :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate: peak learning rate of AdamW.
         tau: share of the online weights that the targets take over at each update.
         loss: by name (:data:`~torchrl_amago.objectives.LOSSES`), or a function called with
@@ -80,20 +86,17 @@ def make_trainer(
     """
     make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
     loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
+    # Without overhang, a long trial's end would be in one of hundreds of windows.
+    options = {"trim": True, "overhang": "both", "warn_short": False, **(buffer_options or {})}
     buffer = make_trial_buffer(
-        buffer_frames,
-        slice_len=slice_length or trial_length,
-        batch_size=batch_size,
-        trim=True,
-        # Without, a long trial's end would be in one of hundreds of windows.
-        overhang="both",
-        warn_short=False,
+        buffer_frames, slice_len=slice_length or trial_length, batch_size=batch_size, **options
     )
     collector = TrialCollector(
         env,
         policy,
         frames_per_batch=env.batch_size.numel() * (round_steps or trial_length),
         replay_buffer=buffer,
+        fragment_length=fragment_length,
     )
     return AMAGOTrainer(
         collector=collector,

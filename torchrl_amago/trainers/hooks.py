@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago import keys
+from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers.logging import MetricWindow
 from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
@@ -118,11 +118,11 @@ class TrialMonitor:
     """Looks once at every step the collector has written to the replay buffer.
 
     Counts trials, feeds returns and successes to the metrics, and stops on NaN and infinity before
-    anything is trained on them. Relies on the buffer writing in a ring (``write_count`` modulo its
-    capacity), as TorchRL's default writer does.
+    anything is trained on them.
 
     Args:
-        replay_buffer: the buffer the collector writes to.
+        replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps, and
+            ``newest(count)`` gives the last of them.
         window: where the metrics go: ``train/trial_return``, ``train/trial_length``,
             ``train/success_first`` and ``train/success_last`` (of the attempts in which a trial
             began and ended), from exploring behaviour.
@@ -145,7 +145,7 @@ class TrialMonitor:
 
     def __init__(
         self,
-        replay_buffer: ReplayBuffer,
+        replay_buffer: TrialReplayBuffer,
         window: MetricWindow,
         run_dir: Path,
         success_threshold: float = 0.0,
@@ -160,9 +160,7 @@ class TrialMonitor:
     def skip_existing(self) -> None:
         """Count the trials that are there already, without logging them as collected."""
         self.seen = self.replay_buffer.write_count
-        if len(self.replay_buffer):
-            steps = self.replay_buffer.storage[:]
-            self.trials = int(steps.get(self.end_key).sum())
+        self.trials = self.replay_buffer.num_trials
 
     def __call__(self) -> None:
         """Read what is new."""
@@ -195,13 +193,9 @@ class TrialMonitor:
             self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))
 
     def _new_steps(self) -> TensorDictBase | None:
-        written, capacity = self.replay_buffer.write_count, self.replay_buffer.storage.max_size
-        count = min(written - self.seen, capacity)
-        self.seen = written
-        if count <= 0:
-            return None
-        index = torch.arange(written - count, written) % capacity
-        return self.replay_buffer.storage[index]
+        written = self.replay_buffer.write_count
+        count, self.seen = written - self.seen, written
+        return self.replay_buffer.newest(count) if count > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
         """Counters."""
