@@ -15,6 +15,7 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze
+from torchrl_amago.envs.tasks.maze_runner import MazeRunner
 
 # Each with the buffers that make up its task.
 TASKS = {
@@ -34,6 +35,20 @@ TASKS = {
     "dark, one-hot": (
         lambda **kw: DarkKeyDoor(4, categorical_action_encoding=False, **kw),
         ["_key", "_door", "_start"],
+    ),
+    "runner": (
+        lambda **kw: MazeRunner(7, num_goals=2, max_episode_steps=7, **kw),
+        ["_walls", "_goals"],
+    ),
+    "runner, shuffled, one-hot": (
+        lambda **kw: MazeRunner(
+            9,
+            max_episode_steps=7,
+            randomize_actions=True,
+            categorical_action_encoding=False,
+            **kw,
+        ),
+        ["_walls", "_goals", "_meaning"],
     ),
 }
 
@@ -188,8 +203,9 @@ def test_render_wants_a_row_that_exists(task):
     [
         (partial(TMaze, 3, batch_size=[8], seed=0), ["_goal"]),
         (partial(DarkKeyDoor, 5, batch_size=[8], seed=0), ["_key", "_door"]),
+        (partial(MazeRunner, 7, num_goals=2, batch_size=[8], seed=0), ["_goals"]),
     ],
-    ids=["maze", "room"],
+    ids=["maze", "room", "runner"],
 )
 def test_workers_keep_the_specs_and_repeat_tasks(batched, make, names):
     env = batched(2, make)
