@@ -1,0 +1,661 @@
+"""Relabelling: against a plain replay of the rules, against the environment itself, and its draws."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.envs.utils import step_mdp
+
+from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
+from torchrl_amago.data.relabel.goal_sequence import meeting_steps
+from torchrl_amago.envs import make_trial_env
+from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+
+MASK = ("collector", "mask")
+BLANK = (-1.0, -1.0)
+NAN = float("nan")
+REPLACED = [
+    "goals",
+    ("next", "goals"),
+    ("next", "reward"),
+    "prev_reward",
+    ("next", "prev_reward"),
+    ("next", "done"),
+    ("next", "terminated"),
+    ("next", "truncated"),
+]
+
+
+# ------------------------------------------------------------------ a world, by the book
+
+
+def play(achieved: list[list[tuple]], goals: list[tuple], before: float = 0.0) -> list[dict]:
+    """What a trial shows that achieves these things in its steps and has these goals, until it ends.
+
+    One goal is met in a step, the first that isn't blank; then it is shown blank. The last one ends the
+    trial; if that doesn't happen, the last step truncates it.
+    """
+    goals, steps = list(goals), []
+    for t, places in enumerate(achieved):
+        shown = list(goals)
+        left = [i for i, goal in enumerate(goals) if goal != BLANK]
+        reward = float(bool(left) and goals[left[0]] in places)
+        if reward:
+            goals[left[0]] = BLANK
+        terminated = reward == 1.0 and len(left) == 1
+        last = terminated or t == len(achieved) - 1
+        steps.append(
+            {
+                "goals": shown,
+                ("next", "goals"): list(goals),
+                ("next", "reward"): [reward],
+                "prev_reward": [before],
+                ("next", "prev_reward"): [reward],
+                ("next", "done"): [last],
+                ("next", "terminated"): [terminated],
+                ("next", "truncated"): [last and not terminated],
+                ("next", "achieved"): places,
+            }
+        )
+        before = reward
+        if terminated:
+            break
+    return steps
+
+
+def as_batch(trials: list[list[dict]]) -> TensorDict:
+    """Trials side by side, padded with NaN and True."""
+    longest = max(map(len, trials))
+    batch = TensorDict({}, [len(trials), longest])
+    for key, value in trials[0][0].items():
+        like = torch.tensor(value)
+        fill = True if like.dtype == torch.bool else NAN
+        column = torch.full((len(trials), longest, *like.shape), fill, dtype=like.dtype)
+        for b, steps in enumerate(trials):
+            column[b, : len(steps)] = torch.tensor([step[key] for step in steps])
+        batch[key] = column
+    length = torch.tensor([len(steps) for steps in trials])
+    batch[MASK] = torch.arange(longest) < length.unsqueeze(-1)
+    return batch
+
+
+def assert_shows(batch: TensorDict, trials: list[list[dict]]) -> None:
+    """The batch holds these trials, bit by bit."""
+    assert batch[MASK].sum(-1).tolist() == [len(steps) for steps in trials]
+    for b, steps in enumerate(trials):
+        for key in REPLACED:
+            shown = batch[key][b][batch[MASK][b]]
+            assert torch.equal(shown, torch.tensor([step[key] for step in steps])), (b, key)
+
+
+places = st.tuples(st.integers(0, 2), st.integers(0, 1)).map(lambda xy: (xy[0] / 4, xy[1] / 4))
+
+
+@st.composite
+def worlds(draw, most_goals: int = 4):
+    """(achieved, goals) of some trials of equal numbers of goals; some begin with blank ones."""
+    num_goals, num_places = draw(st.integers(1, most_goals)), draw(st.integers(1, 3))
+    trials = []
+    for _ in range(draw(st.integers(1, 4))):
+        place = st.lists(
+            st.one_of(places, st.just(BLANK)), min_size=num_places, max_size=num_places
+        )
+        achieved = draw(st.lists(place, min_size=1, max_size=12))
+        goals = draw(st.lists(places, min_size=num_goals, max_size=num_goals))
+        num_blank = draw(st.integers(0, num_goals - 1))
+        trials.append((achieved, [BLANK] * num_blank + goals[num_blank:]))
+    return trials
+
+
+def stored(worlds) -> TensorDict:
+    return as_batch([play(achieved, goals) for achieved, goals in worlds])
+
+
+def goals_at_first(batch: TensorDict) -> list[list[tuple]]:
+    return [[tuple(goal) for goal in goals] for goals in batch["goals"][:, 0].tolist()]
+
+
+# ------------------------------------------------------------------ sequences
+
+
+@given(worlds(), st.data())
+def test_replay_with_any_goals_follows_the_rules(worlds, data):
+    batch = stored(worlds)
+    num_goals = batch["goals"].shape[2]
+    new = data.draw(
+        st.lists(
+            st.lists(places, min_size=num_goals, max_size=num_goals),
+            min_size=len(worlds),
+            max_size=len(worlds),
+        )
+    )
+    # The trials that were stored end where their own goals were met; nothing is known of what came after.
+    achieved = [
+        [step[("next", "achieved")] for step in play(achieved, goals)] for achieved, goals in worlds
+    ]
+    out = GoalSequenceRelabel(check=False).with_goals(batch, torch.tensor(new))
+    for b, (seen, goals) in enumerate(zip(achieved, new, strict=True)):
+        expected = play(seen, goals)
+        last = expected[-1]
+        if not last[("next", "terminated")][0]:  # else it ends as it was stored
+            for key in ("terminated", "truncated"):
+                last[("next", key)] = batch["next", key][b, len(seen) - 1].tolist()
+        assert_shows(out[b : b + 1], [expected])
+
+
+@given(worlds())
+def test_replay_with_the_original_goals_changes_nothing(worlds):
+    batch = stored(worlds)
+    out = GoalSequenceRelabel().with_goals(batch, batch["goals"][:, 0])
+    assert_shows(out, [play(achieved, goals) for achieved, goals in worlds])
+    kept = GoalSequenceRelabel().with_goals(
+        batch, torch.zeros_like(batch["goals"][:, 0]), torch.zeros(len(worlds), dtype=torch.bool)
+    )
+    for key in (*REPLACED, MASK):  # padding included
+        assert kept[key].dtype == batch[key].dtype
+        assert torch.equal(kept[key].nan_to_num(7.0), batch[key].nan_to_num(7.0))
+
+
+@given(worlds(), st.sampled_from(["some", "all"]), st.integers(0, 2**31))
+def test_relabelled_trials_are_trials_with_their_new_goals(worlds, strategy, seed):
+    batch = stored(worlds)
+    before = batch.clone()
+    out = GoalSequenceRelabel(strategy)(batch, torch.Generator().manual_seed(seed))
+    for key in before.keys(True, True):
+        assert torch.equal(batch[key].nan_to_num(7.0), before[key].nan_to_num(7.0))
+    new = goals_at_first(out)
+    achieved = [
+        [step[("next", "achieved")] for step in play(achieved, goals)] for achieved, goals in worlds
+    ]
+    assert_shows(out, [play(seen, goals) for seen, goals in zip(achieved, new, strict=True)])
+
+
+@given(worlds(), st.sampled_from(["some", "all"]), st.integers(0, 2**31))
+def test_new_sequences_are_made_as_the_paper_says(worlds, strategy, seed):
+    batch = stored(worlds)
+    out = GoalSequenceRelabel(strategy)(batch, torch.Generator().manual_seed(seed))
+    for b, ((achieved, goals), new) in enumerate(zip(worlds, goals_at_first(out), strict=True)):
+        steps = play(achieved, goals)
+        old = [goal for goal in goals if goal != BLANK]
+        assert new[: len(goals) - len(old)] == [BLANK] * (len(goals) - len(old))
+        new = new[len(goals) - len(old) :]
+        assert BLANK not in new
+        met = [t for t, step in enumerate(steps) if step[("next", "reward")][0]]
+        done, open_ = old[: len(met)], old[len(met) :]
+        free = [
+            t
+            for t, step in enumerate(steps)
+            if t not in met and any(place != BLANK for place in step[("next", "achieved")])
+        ]
+        num_met = int(out["next", "reward"][b][out[MASK][b]].sum())
+        if strategy == "all":
+            assert num_met >= min(len(old), len(done) + len(free))
+        # Goals that were met are still there, in their order; open ones keep their places at the end.
+        rest = iter(new)
+        assert all(goal in rest for goal in done)
+        kept = next(k for k in range(len(open_) + 1) if new[k + len(done) :] == open_[k:])
+        assert kept <= len(free)
+        everything = [place for step in steps for place in step[("next", "achieved")]]
+        assert all(goal in everything for goal in new[: kept + len(done)])
+
+
+def test_a_relabelled_trial_by_hand():
+    """Goals a, b; the walk is x, a, y, a. Replaced is b, by x or y (or a)."""
+    a, b, x, y = (0.0, 0.0), (0.75, 0.75), (0.25, 0.0), (0.5, 0.0)
+    batch = as_batch([play([[x], [a], [y], [a]], [a, b])])
+    seen = set()
+    for seed in range(40):
+        out = GoalSequenceRelabel("all")(batch, torch.Generator().manual_seed(seed))
+        goals = tuple(goals_at_first(out)[0])
+        seen.add(goals)
+        length = {(x, a): 2, (a, y): 3, (a, a): 4}[goals]
+        assert out[MASK].sum() == length
+        reward = out["next", "reward"].flatten().tolist()
+        assert reward[:length] == {2: [1, 1], 3: [0, 1, 1], 4: [0, 1, 0, 1]}[length]
+        assert out["prev_reward"].flatten().tolist()[:length] == [0, *reward[: length - 1]]
+        for name in ("done", "terminated"):
+            assert out["next", name].flatten()[:length].tolist() == [False] * (length - 1) + [True]
+        assert not out["next", "truncated"].flatten()[length - 1]
+        assert out["next", "goals"][0, length - 1].tolist() == [list(BLANK)] * 2
+    assert len(seen) == 3
+
+
+def test_some_draws_each_number_of_new_goals_alike():
+    rows, num_goals = 6000, 3
+    walk = [[(t / 8, 0.0)] for t in range(8)]
+    goals = [(9.0, 9.0), (8.0, 8.0), (7.0, 7.0)]
+    batch = as_batch([play(walk, goals)]).expand(rows, 8).contiguous()
+    out = GoalSequenceRelabel("some")(batch, torch.Generator().manual_seed(0))
+    num_new = out["next", "reward"].sum((1, 2)).long()
+    share = torch.bincount(num_new, minlength=num_goals + 1) / rows
+    assert share.tolist() == pytest.approx([0.25] * 4, abs=4 * (0.1875 / rows) ** 0.5)
+    # Where one goal is new, each step's achievement is as likely.
+    first = out["goals"][num_new == 1, 0, 0, 0]
+    count = torch.bincount((first * 8).round().long(), minlength=8)
+    expected = len(first) / 8
+    chi_square = ((count - expected) ** 2 / expected).sum()
+    assert chi_square < 24.3  # 99.9% of samples of 7 degrees of freedom
+    assert (out["goals"][num_new == 1, 0, 1:] == torch.tensor(goals[1:])).all()
+
+
+def test_each_achieved_goal_is_as_likely_and_a_step_gives_one():
+    """Step 0 achieves two things and step 1 one: of three, each is the new goal equally often."""
+    rows = 6000
+    p, q, r, goal = (0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (9.0, 9.0)
+    batch = as_batch([play([[p, q], [BLANK, r]], [goal])]).expand(rows, 2).contiguous()
+    out = GoalSequenceRelabel("all")(batch, torch.Generator().manual_seed(0))
+    count = Counter(tuple(goal) for goal in out["goals"][:, 0, 0].tolist())
+    assert set(count) == {p, q, r}
+    for number in count.values():
+        assert number / rows == pytest.approx(1 / 3, abs=4 * (2 / 9 / rows) ** 0.5)
+    both = as_batch([play([[p, q], [BLANK, r]], [goal, goal])]).expand(200, 2).contiguous()
+    out = GoalSequenceRelabel("all")(both, torch.Generator().manual_seed(0))
+    assert (out["goals"][:, 0, 1] == torch.tensor(r)).all()
+    assert out[MASK].all()
+
+
+def test_none_reads_and_changes_nothing():
+    relabel = GoalSequenceRelabel("none")
+    assert relabel.in_keys == []
+    mask = torch.tensor([[True, False]])
+    out = relabel(TensorDict({MASK: mask}, [1, 2]))
+    assert list(out.keys(True, True)) == [MASK]
+    assert torch.equal(out[MASK], mask)
+
+
+def test_same_seed_same_goals():
+    torch.manual_seed(3)
+    walk = [[(float(t), 0.0)] for t in range(20)]
+    batch = as_batch([play(walk, [(0.5, 0.5)] * 3)]).expand(16, 20).contiguous()
+    relabel = GoalSequenceRelabel()
+    global_state = torch.get_rng_state()
+    first, again, other = (
+        relabel(batch, torch.Generator().manual_seed(seed))["goals"] for seed in (1, 1, 2)
+    )
+    assert torch.equal(torch.get_rng_state(), global_state)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(5)
+    first = relabel(batch)["goals"]
+    torch.manual_seed(5)
+    assert torch.equal(relabel(batch)["goals"], first)
+
+
+def test_goals_that_stay_shown_and_trials_that_go_on():
+    a, b, x = (0.0, 0.0), (0.5, 0.0), (0.25, 0.0)
+    trial = play([[x], [a], [b], [x]], [x, x])
+    for step in trial:
+        step["goals"] = step[("next", "goals")] = [x, x]
+        step[("next", "terminated")] = [False]
+        step[("next", "truncated")] = step[("next", "done")]
+    batch = as_batch([trial])
+    relabel = GoalSequenceRelabel(blank=None, ends_trial=False)
+    relabel(batch)  # replays the stored trial, and finds it
+    out = relabel.with_goals(batch, torch.tensor([[a, b]]))
+    assert out[MASK].all()
+    assert out["next", "reward"].flatten().tolist() == [0, 1, 1, 0]
+    assert not out["next", "terminated"].any()
+    assert (out["goals"] == torch.tensor([a, b])).all()
+
+
+def test_any_reward_function():
+    """Being within 0.3 of a goal is worth the closeness; nearness decides, not equality."""
+
+    def closeness(achieved, goal):
+        distance = (achieved - goal.unsqueeze(-2)).norm(dim=-1).amin(-1)
+        return torch.where(distance < 0.3, 1 - distance, -0.25)
+
+    mask = torch.tensor([[True] * 4])
+    no = torch.zeros(1, 4, 1, dtype=torch.bool)
+    last = torch.tensor([[[False], [False], [False], [True]]])
+    goals = torch.tensor([[5.0, 0.0], [6.0, 0.0]]).expand(1, 4, 2, 2)
+    reward = torch.full((1, 4, 1), -0.25)
+    prev_reward = torch.tensor([[[0.0], [-0.25], [-0.25], [-0.25]]])
+    achieved = torch.tensor([[0.0, 0.0], [1.0, 0.0], [2.25, 0.0], [3.0, 0.0]]).view(1, 4, 1, 2)
+    batch = TensorDict(
+        {
+            "goals": goals,
+            "prev_reward": prev_reward,
+            MASK: mask,
+            "next": {
+                "goals": goals,
+                "achieved": achieved,
+                "reward": reward,
+                "prev_reward": reward,
+                "done": last,
+                "terminated": no,
+                "truncated": last,
+            },
+        },
+        [1, 4],
+    )
+    relabel = GoalSequenceRelabel(reward_fn=closeness)
+    relabel(batch)
+    out = relabel.with_goals(batch, torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]))
+    assert out["next", "reward"].flatten().tolist()[:3] == [-0.25, 1.0, 0.75]
+    assert out[MASK].sum() == 3
+    assert out["next", "terminated"].flatten()[:3].tolist() == [False, False, True]
+
+
+def test_entries_of_other_names_nested_ones_too():
+    renamed = {
+        "goals": ("instruction", "goals"),
+        "prev_reward": "before",
+        ("next", "goals"): ("next", "instruction", "goals"),
+        ("next", "prev_reward"): ("next", "before"),
+        ("next", "reward"): ("next", "score"),
+        ("next", "achieved"): ("next", "seen", "achieved"),
+    }
+    batch = as_batch([play([[(0.0, 0.0)], [(0.25, 0.0)]], [(0.5, 0.0)])])
+    other = TensorDict(
+        {renamed.get(key, key): batch[key] for key in batch.keys(True, True)}, [1, 2]
+    )
+    relabel = GoalSequenceRelabel(
+        "all",
+        goal_key=("instruction", "goals"),
+        achieved_key=("seen", "achieved"),
+        reward_key="score",
+        prev_reward_key="before",
+    )
+    assert set(relabel.in_keys) == set(other.keys(True, True)) - {MASK}
+    generators = [torch.Generator().manual_seed(0) for _ in range(2)]
+    out = relabel(other, generators[0])
+    expected = GoalSequenceRelabel("all")(batch, generators[1])
+    for key in REPLACED:
+        assert torch.equal(out[renamed.get(key, key)], expected[key])
+
+
+def test_integer_goals_of_one_number():
+    """A goal is one of some tokens; -1 is none."""
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    goals = torch.tensor([[7], [8]]).expand(1, 3, 2, 1)
+    zero, no = torch.zeros(1, 3, 1), torch.zeros(1, 3, 1, dtype=torch.bool)
+    batch = TensorDict(
+        {
+            "goals": goals,
+            "prev_reward": zero,
+            MASK: mask,
+            "next": {
+                "goals": goals,
+                "achieved": torch.tensor([-1, 4, 5]).view(1, 3, 1, 1),
+                "reward": zero,
+                "prev_reward": zero,
+                "done": no,
+                "terminated": no,
+                "truncated": no,
+            },
+        },
+        [1, 3],
+    )
+    out = GoalSequenceRelabel("all")(batch)
+    assert out["goals"].dtype == torch.int64
+    assert out["goals"][..., 0].tolist() == [[[4, 5], [4, 5], [-1, 5]]]
+    assert out["next", "goals"][0, -1, :, 0].tolist() == [-1, -1]
+
+
+def test_a_trial_of_several_attempts_is_refused():
+    a, x = (0.0, 0.0), (0.25, 0.0)
+    attempts = play([[x], [a]], [a, x]) * 2
+    with pytest.raises(ValueError, match=r"find what was stored .* \['goals'.*single attempt"):
+        GoalSequenceRelabel()(as_batch([attempts]))
+
+
+def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
+    trial = play([[(0.0, 0.0)], [(0.25, 0.0)]], [(0.5, 0.0)])
+    trial[0][("next", "reward")] = [0.5]
+    batch = as_batch([trial])
+    with pytest.raises(ValueError, match=r"\[\('next', 'reward'\).*reward_fn be the environment's"):
+        GoalSequenceRelabel()(batch)
+    GoalSequenceRelabel(check=False)(batch)
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
+    batch["next", "achieved"] = torch.zeros(1, 1, 2)
+    with pytest.raises(ValueError, match=r"N goals of the same shape.*got \[2\] and \[1, 2\]"):
+        GoalSequenceRelabel()(batch)
+    batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
+    relabel = GoalSequenceRelabel(reward_fn=lambda achieved, goal: (achieved == goal).all(-1))
+    with pytest.raises(ValueError, match=r"shape \(1, 1, 1\), got \(1, 1, 1, 1\).*reduce over N"):
+        relabel(batch)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: GoalSequenceRelabel("most"), "strategy must be one of 'some', 'all', 'none'"),
+        (lambda: HindsightRelabel("past"), "strategy must be one of 'future', 'final', 'episode'"),
+        (lambda: HindsightRelabel(share=1.5), r"share must be in \[0, 1\], got 1.5"),
+    ],
+)
+def test_constructors_refuse(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+@given(st.data())
+def test_meeting_steps_are_those_of_a_plain_loop(data):
+    num_steps, num_goals = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4))
+    flags = st.lists(st.booleans(), min_size=num_goals, max_size=num_goals)
+    hits = data.draw(st.lists(flags, min_size=num_steps, max_size=num_steps))
+    blank = data.draw(flags)
+    expected, now = [], -1
+    for k in range(num_goals):
+        if not blank[k]:
+            now = next((t for t in range(now + 1, num_steps) if hits[t][k]), num_steps)
+        expected.append(now)
+    assert meeting_steps(torch.tensor([hits]), torch.tensor([blank])).tolist() == [expected]
+
+
+# ------------------------------------------------------------------ the environment itself
+
+
+def walk(env, td: TensorDict, actions: torch.Tensor) -> TensorDict:
+    """All rows take these actions, whatever becomes of them, `[rows, steps]`."""
+    steps = []
+    for action in actions:
+        steps.append(env.step(td.set("action", action)))
+        td = step_mdp(steps[-1])
+    return torch.stack(steps, 1)
+
+
+@pytest.mark.parametrize("strategy", ["some", "all"])
+@pytest.mark.parametrize("trial_end", ["terminated", "attempt"])
+def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
+    """The stored actions, in the same mazes with the new goals, give the relabelled trials."""
+    rows, limit = 48, 60
+    maze = MazeRunner(
+        7, num_goals=3, max_episode_steps=limit, randomize_actions=True, batch_size=[rows], seed=0
+    )
+    env = make_trial_env(maze, episodes=1, trial_end=trial_end)
+    actions = torch.randint(5, (limit, rows))
+    trials = walk(env, env.reset(), actions)
+    is_over = trials["next", "done"].squeeze(-1).cumsum(1) > 0
+    trials[MASK] = torch.ones_like(is_over)
+    trials[MASK][:, 1:] = ~is_over[:, :-1]
+    own = GoalSequenceRelabel().with_goals(trials, trials["goals"][:, 0])
+    assert torch.equal(own[MASK], trials[MASK])
+    for key in REPLACED:
+        assert torch.equal(own[key][trials[MASK]], trials[key][trials[MASK]])
+    out = GoalSequenceRelabel(strategy)(trials, torch.Generator().manual_seed(0))
+    assert (out[MASK] != trials[MASK]).any()
+    state = maze.state_dict()
+    state["_goals"] = (out["goals"][:, 0] * 7).round().long() @ torch.tensor([7, 1])
+    maze.load_state_dict(state)
+    again = walk(env, env.reset(repeat_task=True), actions)
+    for key in REPLACED:
+        assert torch.equal(again[key][out[MASK]], out[key][out[MASK]]), key
+    ends = out[MASK].sum(-1, keepdim=True) - 1
+    assert again["next", "done"].squeeze(-1).gather(1, ends).all()
+
+
+# ------------------------------------------------------------------ single goals
+
+
+def single_goal_trials(
+    lengths: list[int], goal: float = 99.0, *, negative: bool = False
+) -> TensorDict:
+    """Trials that walk 0, 1, 2, ... and never come to their goal; padded with NaN."""
+    longest = max(lengths)
+    step = torch.arange(longest).expand(len(lengths), longest)
+    mask = step < torch.tensor(lengths).unsqueeze(-1)
+    last = (step == torch.tensor(lengths).unsqueeze(-1) - 1).unsqueeze(-1)
+    unmet = torch.full((*mask.shape, 1), -1.0 if negative else 0.0)
+    before = unmet.clone()
+    before[:, 0] = 0.0
+    place = step.float().unsqueeze(-1).where(mask.unsqueeze(-1), NAN)
+    goals = torch.full_like(place, goal)
+    return TensorDict(
+        {
+            "desired_goal": goals,
+            "prev_reward": before,
+            MASK: mask,
+            "next": {
+                "desired_goal": goals,
+                "achieved_goal": place,
+                "reward": unmet,
+                "prev_reward": unmet,
+                "done": last,
+                "terminated": torch.zeros_like(last),
+                "truncated": last,
+            },
+        },
+        mask.shape,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["final", "future", "episode"])
+def test_single_goals_by_hand(strategy):
+    batch = single_goal_trials([5, 2, 1] * 50)
+    before = batch.clone()
+    out = HindsightRelabel(strategy, share=1.0)(batch, torch.Generator().manual_seed(0))
+    for key in before.keys(True, True):
+        assert torch.equal(batch[key].nan_to_num(7.0), before[key].nan_to_num(7.0))
+    for b, length in enumerate([5, 2, 1] * 50):
+        goal = int(out["desired_goal"][b, 0, 0])
+        assert 0 <= goal < length
+        if strategy == "final":
+            assert goal == length - 1
+        # The walk comes to n at step n, which ends it.
+        assert out[MASK][b].sum() == goal + 1
+        assert (out["desired_goal"][b] == goal).all()
+        assert (out["next", "desired_goal"][b] == goal).all()
+        expected = [0.0] * goal + [1.0]
+        assert out["next", "reward"][b, : goal + 1, 0].tolist() == expected
+        assert out["next", "prev_reward"][b, : goal + 1, 0].tolist() == expected
+        assert out["prev_reward"][b, : goal + 1, 0].tolist() == [0.0, *expected[:-1]]
+        for name in ("done", "terminated"):
+            assert out["next", name][b, : goal + 1, 0].tolist() == [False] * goal + [True]
+        assert not out["next", "truncated"][b, : goal + 1].any()
+
+
+def test_where_single_goals_come_from():
+    rows, length = 9000, 4
+    batch = single_goal_trials([length] * rows)
+    # future: a step, then one that isn't before it.
+    future = [
+        sum(1 / (length - first) for first in range(step + 1)) / length for step in range(length)
+    ]
+    for strategy, expected in (("episode", [0.25] * 4), ("future", future)):
+        out = HindsightRelabel(strategy, share=1.0)(batch, torch.Generator().manual_seed(0))
+        count = torch.bincount(out["desired_goal"][:, 0, 0].long(), minlength=length)
+        expected = torch.tensor(expected) * rows
+        assert ((count - expected) ** 2 / expected).sum() < 16.3  # 99.9%, 3 degrees of freedom
+    out = HindsightRelabel(share=0.3)(batch, torch.Generator().manual_seed(0))
+    kept = (out["desired_goal"][:, 0, 0] == 99).float().mean().item()
+    assert kept == pytest.approx(0.7, abs=4 * (0.21 / rows) ** 0.5)
+    unchanged = out["desired_goal"][:, 0, 0] == 99
+    for key in ("prev_reward", ("next", "reward"), ("next", "done"), ("next", "truncated"), MASK):
+        assert torch.equal(out[key][unchanged], batch[key][unchanged])
+
+
+def test_rewards_of_each_step_where_trials_go_on():
+    """As in Gymnasium-Robotics: -1 away from the goal, 0 at it, and the trial goes on."""
+
+    def sparse(achieved, goal):
+        return ((achieved - goal.unsqueeze(-2)).norm(dim=-1).amin(-1) < 1.5).float() - 1
+
+    batch = single_goal_trials([5], negative=True)
+    relabel = HindsightRelabel(
+        "final", share=1.0, reward_fn=sparse, met_above=-0.5, ends_trial=False
+    )
+    out = relabel(batch)
+    assert out["next", "reward"].flatten().tolist() == [-1, -1, -1, 0, 0]
+    assert out["prev_reward"].flatten().tolist() == [0, -1, -1, -1, 0]
+    assert out[MASK].all()
+    assert torch.equal(out["next", "done"], batch["next", "done"])
+    assert not out["next", "terminated"].any()
+    ending = HindsightRelabel("final", share=1.0, reward_fn=sparse, met_above=-0.5)
+    assert ending(batch)[MASK].flatten().tolist() == [True] * 4 + [False]
+
+
+def test_several_achievements_in_a_step():
+    batch = single_goal_trials([3] * 200)
+    place = batch["next", "achieved_goal"]
+    batch["next", "achieved_goal"] = torch.stack([place, place + 10], 2)
+    out = HindsightRelabel("final", share=1.0)(batch, torch.Generator().manual_seed(0))
+    goals = out["desired_goal"][:, 0, 0]
+    assert set(goals.tolist()) == {2.0, 12.0}
+    assert (out["next", "reward"][:, -1] == 1).all()
+
+
+def test_single_goals_of_another_shape_are_refused():
+    batch = single_goal_trials([3])
+    batch["next", "achieved_goal"] = torch.zeros(1, 3, 2)
+    with pytest.raises(ValueError, match=r"must have the goal's shape \[1\].*got \[2\]"):
+        HindsightRelabel()(batch)
+
+
+# ------------------------------------------------------------------ one's own
+
+
+class FirstHalf(Relabel):
+    """Cuts trials to their first half, and says nothing of anything else."""
+
+    def __init__(self):
+        super().__init__([])
+
+    def relabel(self, trials, generator):
+        mask = trials[MASK]
+        half = (mask.sum(-1, keepdim=True) + 1) // 2
+        return TensorDict({MASK: mask & (torch.arange(mask.shape[1]) < half)}, trials.batch_size)
+
+
+class NegativeReward(Relabel):
+    def __init__(self):
+        super().__init__([("next", "reward")])
+
+    def relabel(self, trials, generator):
+        return TensorDict({("next", "reward"): -trials["next", "reward"]}, trials.batch_size)
+
+
+def test_ones_own_relabeller():
+    mask = torch.tensor([[True, True, True, False]])
+    batch = TensorDict({MASK: mask, ("next", "reward"): torch.ones(1, 4, 1)}, [1, 4])
+    assert FirstHalf()(batch)[MASK].tolist() == [[True, True, False, False]]
+    out = NegativeReward()(batch)
+    assert (out["next", "reward"] == -1).all()
+    assert torch.equal(out[MASK], mask)
+    with pytest.raises(KeyError, match="NegativeReward reads .*reward.*but the trials hold only"):
+        NegativeReward()(batch.select(MASK))
+    with pytest.raises(TypeError, match="abstract"):
+        Relabel([])
+
+
+class CornersOnly(GoalSequenceRelabel):
+    """Draws the goals itself; the replay is the base's."""
+
+    def new_goals(self, trials, generator):
+        goals = trials["goals"][:, 0]
+        return torch.zeros_like(goals), torch.ones(len(goals), dtype=torch.bool)
+
+
+def test_ones_own_goals():
+    walk = [[(0.25, 0.0)], [(0.0, 0.0)], [(0.0, 0.0)]]
+    out = CornersOnly()(as_batch([play(walk, [(0.5, 0.5), (0.75, 0.75)])]))
+    assert_shows(out, [play(walk, [(0.0, 0.0)] * 2)])

@@ -1,0 +1,219 @@
+"""Hindsight for instructions: sequences of goals in which some are exchanged for what was achieved.
+
+The legend is that of :mod:`~torchrl_amago.data.relabel.goals`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
+
+from torchrl_amago import keys
+from torchrl_amago.data.relabel.base import uniform
+from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice, is_blank
+
+Strategy = Literal["some", "all", "none"]
+
+
+class GoalSequenceRelabel(GoalRelabel):
+    """AMAGO's relabelling of instructions (arXiv 2310.09971, Appendix B, Algorithm 1).
+
+    A trial has k goals, to be met in order, one in a step. The trial may have met n of them. Of the
+    others, h are exchanged for goals that were achieved at other steps, drawn uniformly without
+    replacement; they and the n met are put in the order of time, before the last k - n - h of the
+    goals that weren't met. Then the trial is replayed: a step's reward is that for the goal whose
+    turn it is, and the trial ends with its last goal.
+
+    Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.MazeRunner`: all k at each
+    step, ``blank`` in place of those met so far. A trial that begins with blank goals has fewer. It must
+    be a single attempt.
+
+    Args:
+        strategy: how many goals are exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
+            trials of all returns; ``"all"``, h = k - n, so that each trial is a success; ``"none"``.
+        blank: what a goal that is met is filled with, and what an empty place in ``achieved`` is; None
+            if goals stay shown.
+        goal_key: entry ``[*B, k, *goal]``.
+        achieved_key: entry ``[*B, N, *goal]``: N goals are achieved in each step, or fewer and the rest
+            are blank.
+        options: further arguments of :class:`GoalRelabel`.
+
+    Raises:
+        ValueError: if the strategy is unknown; when called, if goals and what was achieved don't have the
+            same shape, or replaying the first batch doesn't give what was stored.
+
+    Example:
+        >>> from torchrl_amago.envs import make_trial_env
+        >>> from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+        >>> maze = MazeRunner(7, num_goals=2, max_episode_steps=30, batch_size=[8], seed=0)
+        >>> trials = make_trial_env(maze, episodes=1).rollout(30)
+        >>> trials["collector", "mask"] = torch.ones(trials.shape, dtype=torch.bool)
+        >>> new = GoalSequenceRelabel("all")(trials, torch.Generator().manual_seed(0))
+        >>> new["next", "reward"].sum(1).flatten().tolist() == [2.0] * 8
+        True
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy = "some",
+        *,
+        blank: float | None = -1.0,
+        goal_key: NestedKey = "goals",
+        achieved_key: NestedKey = "achieved",
+        **options: Any,
+    ) -> None:
+        check_choice("strategy", strategy, get_args(Strategy))
+        super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
+        self.strategy, self.blank = strategy, blank
+        if strategy == "none":
+            self.in_keys = []
+
+    def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
+        if self.strategy == "none":
+            return TensorDict({}, trials.batch_size)
+        return super().relabel(trials, generator)
+
+    def new_goals(
+        self, trials: TensorDictBase, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        goals_BK, mask_BT = self._own_goals(trials), trials.get(keys.MASK)
+        is_goal_BK = ~self._blank_goals(goals_BK)
+        # Which of the goals that are there this is; blank ones don't count.
+        rank_BK = is_goal_BK.cumsum(-1) - 1
+        meets_BT = (trials.get(self.reward_key).squeeze(-1) > self.met_above) & mask_BT
+        num_met_BT = meets_BT.cumsum(1)
+        num_met_B = num_met_BT[:, -1]
+        # A goal is met after the steps by which no more goals are met than come before it.
+        met_BK = torch.searchsorted(num_met_BT, rank_BK, right=True)
+        num_new_B = (is_goal_BK.sum(-1) - num_met_B).clamp(min=0)
+        if self.strategy == "some":
+            share_B = uniform(num_new_B.shape, generator, mask_BT.device)
+            num_new_B = (share_B * (num_new_B + 1)).long()
+        step_BK, new_BK = self._alternatives(
+            self._achieved(trials), mask_BT & ~meets_BT, num_new_B, generator
+        )
+        num_steps = mask_BT.shape[1]
+        met_BK = met_BK.masked_fill(~is_goal_BK, num_steps)
+        sequence_BK = _in_order([met_BK, step_BK], [goals_BK, new_BK], rank_BK.clamp(min=0))
+        num_found_B = (step_BK < num_steps).sum(-1)
+        is_taken_BK = is_goal_BK & (rank_BK < (num_met_B + num_found_B).unsqueeze(-1))
+        is_taken_BK = is_taken_BK.view(*is_taken_BK.shape, *(1,) * (goals_BK.ndim - 2))
+        return torch.where(is_taken_BK, sequence_BK, goals_BK), num_found_B > 0
+
+    def _alternatives(
+        self,
+        achieved_BTN: Tensor,
+        is_free_BT: Tensor,
+        num_new_B: Tensor,
+        generator: torch.Generator | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Goals achieved at free steps, and those steps, both ``[B, K]``; T where there are no more."""
+        num_steps = is_free_BT.shape[1]
+        is_free_BTN = is_free_BT.unsqueeze(-1)
+        if self.blank is not None:
+            is_free_BTN = is_free_BTN & ~is_blank(achieved_BTN, self.blank, 3)
+        score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
+        # The best of a step's scores stands for the step: one goal of each, all goals alike.
+        score_BT, place_BT = torch.where(is_free_BTN, score_BTN, -1.0).max(-1)
+        most = min(int(num_new_B.max()), num_steps)
+        score_BK, step_BK = score_BT.topk(most, -1)
+        rows_B1 = torch.arange(len(step_BK), device=step_BK.device).unsqueeze(-1)
+        new_BK = achieved_BTN[rows_B1, step_BK, place_BT.gather(1, step_BK)]
+        order_K = torch.arange(most, device=step_BK.device)
+        is_left_out_BK = (order_K >= num_new_B.unsqueeze(-1)) | (score_BK < 0)
+        return step_BK.masked_fill(is_left_out_BK, num_steps), new_BK
+
+    def with_goals(
+        self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
+    ) -> TensorDictBase:
+        reward_BT, met_BK = self._replay(self._achieved(trials), goals, trials.get(keys.MASK))
+        num_steps = reward_BT.shape[1]
+        goals_BSK = self._shown(goals, met_BK, num_steps + 1)
+        last_B = met_BK[:, -1]
+        never_ends_B = (last_B < 0) | (not self.ends_trial)
+        end_B = torch.where(never_ends_B, num_steps, last_B)
+        return self._replace(trials, is_new_B, goals_BSK, reward_BT, end_B)
+
+    def _replay(
+        self, achieved_BTN: Tensor, goals_BK: Tensor, mask_BT: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Reward of each step, ``[B, T]``, and the steps that meet the goals, ``[B, K]``."""
+        reward_BTK = self._rewards(achieved_BTN, goals_BK)
+        hits_BTK = (reward_BTK > self.met_above) & mask_BT.unsqueeze(-1)
+        met_BK = meeting_steps(hits_BTK, self._blank_goals(goals_BK))
+        num_steps, num_goals = hits_BTK.shape[1:]
+        turn_BT = _num_met_before(met_BK, num_steps)
+        reward_BT = reward_BTK.gather(-1, turn_BT.clamp(max=num_goals - 1).unsqueeze(-1))
+        return reward_BT.squeeze(-1).where(turn_BT < num_goals, 0), met_BK
+
+    def _shown(self, goals_BK: Tensor, met_BK: Tensor, num_steps: int) -> Tensor:
+        """The goals as they are shown at each step, ``[B, T, K]``: those met before are blank."""
+        num_goals = goals_BK.shape[1]
+        views = goals_BK.unsqueeze(1).repeat(1, num_goals + 1, *(1,) * (goals_BK.ndim - 1))
+        if self.blank is not None:
+            for num_met in range(1, num_goals + 1):
+                views[:, num_met, :num_met] = self.blank
+        row_B1 = torch.arange(len(goals_BK), device=goals_BK.device).unsqueeze(-1)
+        view_BT = row_B1 * (num_goals + 1) + _num_met_before(met_BK, num_steps)
+        shown = views.flatten(0, 1).index_select(0, view_BT.flatten())
+        return shown.unflatten(0, view_BT.shape)
+
+    def _achieved(self, trials: TensorDictBase) -> Tensor:
+        achieved_BTN, goals_BTK = trials.get(self.achieved_key), trials.get(self.goal_key)
+        if achieved_BTN.ndim != goals_BTK.ndim or achieved_BTN.shape[3:] != goals_BTK.shape[3:]:
+            raise ValueError(
+                f"what is achieved in a step, {self.achieved_key!r}, must be N goals of the same shape as "
+                f"the k goals in {self.goal_key!r}, got {list(achieved_BTN.shape[2:])} and "
+                f"{list(goals_BTK.shape[2:])} for each step. Show it as [N, *goal], with N = 1 if a step "
+                "achieves one thing; goals that are numbers have the shape [1]."
+            )
+        return achieved_BTN
+
+    def _blank_goals(self, goals_BK: Tensor) -> Tensor:
+        if self.blank is None:
+            return torch.zeros(goals_BK.shape[:2], dtype=torch.bool, device=goals_BK.device)
+        return is_blank(goals_BK, self.blank, 2)
+
+
+def meeting_steps(hits_BTK: Tensor, is_blank_BK: Tensor) -> Tensor:
+    """Steps at which the goals of a sequence are met: each by the first hit after that of the one before.
+
+    Args:
+        hits_BTK: bool, whether step t meets goal k if it is that goal's turn.
+        is_blank_BK: bool, goals that nothing need be done for.
+
+    Returns:
+        int64 ``[B, K]``, ascending; T where a goal isn't met. A blank goal is met with the one before it,
+        at -1 if there is none.
+
+    Example:
+        >>> hits = torch.tensor([[[0, 1], [1, 1], [0, 0], [1, 1]]]).bool()
+        >>> meeting_steps(hits, torch.tensor([[False, False]]))
+        tensor([[1, 3]])
+    """
+    num_steps = hits_BTK.shape[1]
+    step_T = torch.arange(num_steps, device=hits_BTK.device)
+    met_B = torch.full_like(is_blank_BK[:, 0], -1, dtype=torch.int64)
+    met_BK = []
+    for hits_BT, is_blank_B in zip(hits_BTK.unbind(-1), is_blank_BK.unbind(-1), strict=True):
+        is_first_BT = hits_BT & (step_T > met_B.unsqueeze(-1))
+        first_B = torch.where(is_first_BT, step_T, num_steps).amin(-1)
+        met_B = torch.where(is_blank_B, met_B, first_B)
+        met_BK.append(met_B)
+    return torch.stack(met_BK, -1)
+
+
+def _num_met_before(met_BK: Tensor, num_steps: int) -> Tensor:
+    """How many goals are met before each step, int64 ``[B, T]``."""
+    step_BT = torch.arange(num_steps, device=met_BK.device).repeat(len(met_BK), 1)
+    return torch.searchsorted(met_BK, step_BT)
+
+
+def _in_order(when: list[Tensor], goals: list[Tensor], rank_BK: Tensor) -> Tensor:
+    """Of these goals, sorted by time, those of these ranks."""
+    order = torch.cat(when, 1).argsort(1)
+    rows_B1 = torch.arange(len(order), device=order.device).unsqueeze(-1)
+    return torch.cat(goals, 1)[rows_B1, order.gather(1, rank_BK)]

@@ -1,0 +1,112 @@
+"""Hindsight experience replay for single goals, a trial at a time.
+
+The legend is that of :mod:`~torchrl_amago.data.relabel.goals`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from torchrl_amago import keys
+from torchrl_amago.data.relabel.base import uniform
+from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice
+
+Strategy = Literal["future", "final", "episode"]
+
+
+class HindsightRelabel(GoalRelabel):
+    """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
+
+    A share of the trials gets as its goal what was achieved in one of its own steps. The agent remembers
+    a trial as a whole, so it has one goal in all its steps: HER draws goals anew for each transition.
+    Each step's reward becomes ``reward_fn`` of what it achieved and the new goal.
+
+    Args:
+        strategy: the step whose achievement becomes the goal: ``"final"``, the last; ``"episode"``, any;
+            ``"future"``, any that isn't before a step drawn first (so later ones are likelier).
+        share: of the trials that get a new goal, in [0, 1]; HER's best, four new goals for an old one, is
+            0.8.
+        goal_key: entry ``[*B, *goal]``.
+        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` where N goals are achieved in each step.
+        options: further arguments of :class:`GoalRelabel`.
+
+    Raises:
+        ValueError: if the strategy is unknown or the share out of its range; when called, if shapes don't
+            fit, or replaying the first batch doesn't give what was stored.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> place = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> no, last = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
+        >>> zero, goal = torch.zeros(3, 1), torch.full((3, 1), 9.0)
+        >>> trial = TensorDict({
+        ...     "desired_goal": goal, "prev_reward": zero, "collector": {"mask": torch.ones(3).bool()},
+        ...     "next": {"desired_goal": goal, "achieved_goal": place, "reward": zero,
+        ...              "prev_reward": zero, "done": last, "terminated": no, "truncated": last}}, [3])
+        >>> new = HindsightRelabel("final", share=1.0)(trial.unsqueeze(0))
+        >>> new["desired_goal"].flatten().tolist(), new["next", "reward"].flatten().tolist()
+        ([3.0, 3.0, 3.0], [0.0, 0.0, 1.0])
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy = "future",
+        *,
+        share: float = 0.8,
+        goal_key: NestedKey = "desired_goal",
+        achieved_key: NestedKey = "achieved_goal",
+        **options: Any,
+    ) -> None:
+        check_choice("strategy", strategy, get_args(Strategy))
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(
+                f"share must be in [0, 1], got {share}. It is the part of the trials that get new goals."
+            )
+        super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
+        self.strategy, self.share = strategy, share
+
+    def new_goals(
+        self, trials: TensorDictBase, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor]:
+        achieved_BTN, mask_BT = self._achieved(trials), trials.get(keys.MASK)
+        num_places = achieved_BTN.shape[2]
+        uniform_4B = uniform((4, len(mask_BT)), generator, mask_BT.device)
+        length_B = mask_BT.sum(-1)
+        if self.strategy == "final":
+            step_B = length_B - 1
+        else:
+            first_B = torch.zeros_like(length_B)
+            if self.strategy == "future":
+                first_B = (uniform_4B[0] * length_B).long()
+            step_B = first_B + (uniform_4B[1] * (length_B - first_B)).long()
+        rows_B = torch.arange(len(mask_BT), device=mask_BT.device)
+        goal_B = achieved_BTN[rows_B, step_B, (uniform_4B[2] * num_places).long()]
+        return goal_B, uniform_4B[3] < self.share
+
+    def with_goals(
+        self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
+    ) -> TensorDictBase:
+        mask_BT = trials.get(keys.MASK)
+        num_steps = mask_BT.shape[1]
+        reward_BT = self._rewards(self._achieved(trials), goals.unsqueeze(1)).squeeze(-1)
+        step_T = torch.arange(num_steps, device=mask_BT.device)
+        is_met_BT = (reward_BT > self.met_above) & mask_BT & self.ends_trial
+        end_B = torch.where(is_met_BT, step_T, num_steps).amin(-1)
+        goals_BS = goals.unsqueeze(1).expand(-1, num_steps + 1, *goals.shape[1:])
+        return self._replace(trials, is_new_B, goals_BS, reward_BT, end_B)
+
+    def _achieved(self, trials: TensorDictBase) -> Tensor:
+        """``[B, T, N, *goal]``."""
+        achieved, goal_BT = trials.get(self.achieved_key), trials.get(self.goal_key)
+        achieved_BTN = achieved.unsqueeze(2) if achieved.ndim == goal_BT.ndim else achieved
+        if achieved_BTN.shape[3:] != goal_BT.shape[2:]:
+            raise ValueError(
+                f"what is achieved in a step, {self.achieved_key!r}, must have the goal's shape "
+                f"{list(goal_BT.shape[2:])}, or one more dimension before it, got "
+                f"{list(achieved.shape[2:])}. Name the entries with goal_key and achieved_key."
+            )
+        return achieved_BTN
