@@ -26,6 +26,9 @@ INSTALL_REQUIRES = [
     "tyro>=0.9",
 ]
 
+# Minari datasets; minari imports pillow without declaring it.
+OFFLINE = ["minari[hdf5]>=0.5.3,<0.6", "pillow"]
+
 TEST = [
     "pytest>=8.2",
     "pytest-benchmark>=5.0",
@@ -34,6 +37,7 @@ TEST = [
     "ruff>=0.12",
     "tensorboard>=2.16",  # the trainer's TensorBoard option is tested by default
     "safetensors>=0.4",  # so is reading AMAGO's weights
+    *OFFLINE,  # and offline data
 ]
 
 # Used by code that exists.
@@ -43,10 +47,11 @@ FEATURES = {
     "wandb": ["wandb>=0.19"],
     # mujoco 4 breaks dm_control; gymnasium's MuJoCo environments import imageio.
     "mujoco": ["mujoco>=3.3,<4", "imageio>=2.14.1"],
+    "offline": OFFLINE,
 }
 
-# Environment and data packages. They work today through TorchRL's own wrappers (GymWrapper, DMControlEnv,
-# Minari's replay); factories of ours for them are planned, and so is the code behind the rest of this table.
+# Environment packages. They work today through TorchRL's own wrappers (GymWrapper, DMControlEnv); factories of ours
+# for them are planned, and so is the code behind the rest of this table.
 # All but flash and mamba install together when gymnasium is 1.3, which constraints.txt pins.
 PLANNED = {
     "classic": ["gymnasium[classic-control,box2d]>=1.1,<1.5"],
@@ -57,7 +62,6 @@ PLANNED = {
     "metaworld": ["metaworld>=3.1.1,<4"],
     "crafter": ["crafter>=1.8.3,<2", "numba>=0.61"],  # numba makes it about five times faster
     "retro": ["stable-retro>=1.0,<2"],
-    "offline": ["minari[hdf5]>=0.5.3,<0.6", "pillow"],  # minari imports pillow without declaring it
     "jax": [
         "gymnax>=1.0.1,<2",
         "six",  # gymnax imports it without declaring it

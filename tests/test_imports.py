@@ -1,7 +1,7 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, steps, action_space, choice <- objectives.functional <- modules, envs, data <- objectives <-
-evaluation, compat <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
+The direction is ``keys, steps, action_space, choice <- objectives.functional <- modules, envs, data <- data.offline,
+objectives <- evaluation, compat <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
 
@@ -30,6 +30,7 @@ RANKS = {
     "modules": 2,
     "envs": 2,
     "data": 2,
+    "data.offline": 3,  # completes data as transforms of environments would
     "objectives": 3,
     "compat": 4,
     "evaluation": 4,

@@ -31,6 +31,7 @@ LOGITS = "logits"
 ACTION_VALUE = "action_value"
 ACTION_VECTOR = "action_vector"
 MASK = ("collector", "mask")
+SOURCE = ("collector", "source")
 
 
 class KeySpec(NamedTuple):
@@ -89,4 +90,6 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "the trial is over and worth nothing more: the only thing that stops bootstrapping"),
     KeySpec(MASK, "B, T", "bool", "TrialSliceSampler", "timestep encoder, loss",
             "True on real steps, False on padding"),
+    KeySpec(SOURCE, "B, T", "int64", "TrialMixture", "TrialMixture",
+            "number of the buffer that a slice was drawn from"),
 )  # fmt: skip

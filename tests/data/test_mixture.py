@@ -1,0 +1,271 @@
+"""Several buffers behind one: shares by weight, weights by time, nothing in a protected buffer changes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict, assert_close
+
+from tests.data.trials import make_trial
+from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data.mixture import TrialMixture
+
+SOURCE = ("collector", "source")
+MASK = ("collector", "mask")
+
+
+def make_buffer(lengths=(), first_id=0, **options):
+    options = {"slice_len": 4, "batch_size": 8, "warn_short": False, **options}
+    buffer = make_trial_buffer(200, **options)
+    for length in lengths:
+        buffer.extend(make_trial(length, first_id))
+        first_id += length
+    return buffer
+
+
+def make_mixture(old=(5, 6), new=(), **options):
+    buffers = {"old": make_buffer(old), "new": make_buffer(new, first_id=1000)}
+    options = {"weights": {"old": 0.8, "new": 0.2}, "batch_size": 16, **options}
+    return TrialMixture(buffers, online="new", **options)
+
+
+def test_slices_come_from_the_buffer_they_say():
+    mixture = make_mixture(new=[7, 7])
+    for _ in range(20):
+        batch = mixture.sample()
+        assert batch.shape == (16, 4)
+        source = batch[SOURCE]
+        assert source.dtype == torch.int64
+        assert torch.equal(batch["id"] >= 1000, source == 1)
+        assert (source == source[:, :1]).all()
+    assert mixture.sample(5).shape == (5, 4)
+    assert len(mixture) == 25
+
+
+def test_shares_are_the_weights():
+    mixture = make_mixture(new=[7, 7], batch_size=500, generator=torch.Generator().manual_seed(0))
+    count = sum(int((mixture.sample()[SOURCE][:, 0] == 1).sum()) for _ in range(20))
+    # 10,000 draws of probability 0.2: three standard deviations are 120.
+    assert count == pytest.approx(2000, abs=120)
+    assert mixture.shares() == {"old": pytest.approx(0.8), "new": pytest.approx(0.2)}
+    assert mixture.metrics() == {"share/old": pytest.approx(0.8), "share/new": pytest.approx(0.2)}
+
+
+def shares_of(mixture, updates):
+    shares = []
+    for _ in range(updates):
+        shares.append(mixture.shares()["new"])
+        mixture.sample()
+    return shares
+
+
+def test_a_buffer_that_comes_later_rises_from_nothing():
+    mixture = make_mixture(weights={"old": 0.5, "new": 0.5}, anneal_updates=4)
+    assert shares_of(mixture, 3) == [0, 0, 0]
+    mixture.extend(make_trial(5, 1000))
+    # Its weight goes up by 0.125 a batch, to 0.5; the other one stays at 0.5.
+    expected = [0.125 / 0.625, 0.25 / 0.75, 0.375 / 0.875, 0.5, 0.5]
+    assert shares_of(mixture, 5) == pytest.approx(expected)
+    assert mixture.ready_at == {"old": 0, "new": 3}
+
+
+def test_initial_weights():
+    mixture = make_mixture(
+        new=[5],
+        initial_weights={"old": 1.0, "new": 0.0},
+        weights={"old": 0, "new": 2},
+        anneal_updates=2,
+    )
+    # Weights 0.5 and 1 at the first batch, 0 and 2 from the second on.
+    assert shares_of(mixture, 3) == pytest.approx([1 / 1.5, 1, 1])
+
+
+def test_all_at_once():
+    mixture = make_mixture()
+    assert shares_of(mixture, 2) == [0, 0]
+    mixture.extend(make_trial(5, 1000))
+    assert shares_of(mixture, 2) == pytest.approx([0.2, 0.2])
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.floats(0, 5),  # initial weight
+            st.floats(0.1, 5),  # final weight
+            st.integers(0, 6),  # batch at which it becomes ready
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 5),
+    st.booleans(),
+)
+def test_weights_against_a_plain_account(parts, anneal_updates, gives_initial):
+    buffers = {str(number): make_buffer() for number in range(len(parts))}
+    initial = {str(number): part[0] for number, part in enumerate(parts)}
+    if not any(initial.values()):
+        gives_initial = False
+    mixture = TrialMixture(
+        buffers,
+        {str(number): part[1] for number, part in enumerate(parts)},
+        initial_weights=initial if gives_initial else None,
+        anneal_updates=anneal_updates,
+        batch_size=2,
+    )
+    drawn, ready = 0, {}
+    for round_number in range(8):
+        for number, (_, _, at) in enumerate(parts):
+            if at == round_number:
+                buffers[str(number)].extend(make_trial(5))
+                ready[number] = drawn
+        weights = []
+        for number, (first, last, _) in enumerate(parts):
+            if number not in ready:
+                weights.append(0.0)
+                continue
+            start = first if gives_initial else (last if ready[number] == 0 else 0.0)
+            steps = drawn - ready[number] + 1
+            gone = 1.0 if not anneal_updates else min(steps / anneal_updates, 1.0)
+            weights.append((1 - gone) * start + gone * last)
+        shares = list(mixture.shares().values())
+        total = sum(weights)
+        assert mixture.can_sample() == (total > 0)
+        assert shares == pytest.approx([w / total if total else 0.0 for w in weights])
+        if total > 0:
+            mixture.sample()
+            drawn += 1
+
+
+def test_what_is_collected_goes_to_the_online_buffer():
+    mixture = make_mixture()
+    before = mixture.buffers["old"][:].clone()
+    for number in range(60):  # more than its capacity
+        mixture.extend(make_trial(7, 1000 + 10 * number))
+    assert_close(mixture.buffers["old"][:], before, rtol=0, atol=0)
+    assert mixture.online is mixture.buffers["new"]
+    assert len(mixture.online) > 150
+    alone = TrialMixture({"old": make_buffer([5])}, {"old": 1}, batch_size=2)
+    with pytest.raises(RuntimeError, match=r"none of \['old'\] was chosen"):
+        alone.extend(make_trial(5))
+
+
+def test_slices_of_another_width_are_padded():
+    buffers = {"short": make_buffer([2], trim=True), "long": make_buffer([9], 1000, trim=True)}
+    mixture = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12)
+    batch = mixture.sample()
+    assert batch.shape == (12, 4)
+    is_short = batch[SOURCE] == 0
+    assert is_short.any()
+    assert not is_short.all()
+    expected = ~is_short | (torch.arange(4) < 2)
+    assert torch.equal(batch[MASK], expected)
+    assert (batch["id"][is_short[:, 0]] == torch.tensor([0, 1, 1, 1])).all()
+
+
+def test_the_same_generator_gives_the_same_batches():
+    def batches():
+        torch.manual_seed(5)
+        mixture = make_mixture(new=[7, 7], generator=torch.Generator().manual_seed(3))
+        torch.manual_seed(int(torch.randint(100, ())) + 1)  # the global one doesn't matter
+        return [mixture.sample() for _ in range(4)]
+
+    for one, other in zip(batches(), batches(), strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+def test_goes_on_as_if_nothing_had_been(tmp_path, own_generator):
+    def make():
+        torch.manual_seed(1)
+        generator = torch.Generator().manual_seed(3) if own_generator else None
+        return make_mixture(anneal_updates=9, generator=generator)
+
+    one = make()
+    one.sample()
+    one.extend(make_trial(7, 1000))
+    one.sample()
+    save_replay(one.online, tmp_path / "replay")
+    state, rng = one.state_dict(), torch.get_rng_state()
+    expected = [one.sample() for _ in range(4)]
+
+    other = make()
+    load_replay(other.online, tmp_path / "replay")
+    other.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert (other.updates, other.ready_at) == (2, {"old": 0, "new": 1})
+    for batch in expected:
+        assert_close(other.sample(), batch, rtol=0, atol=0)
+
+
+def test_other_data_cant_go_on():
+    state = make_mixture().state_dict()
+    with pytest.raises(ValueError, match=r"its buffers had {'old': 11} steps, and have {'old': 9}"):
+        make_mixture(old=[9]).load_state_dict(state)
+
+
+def with_extra(length: int, key, value) -> TensorDict:
+    trial = make_trial(length)
+    return trial.set(key, value)
+
+
+@pytest.mark.parametrize("key", ["_stream", ("collector", "traj_ids")])
+def test_entries_of_the_collection_may_be_missing(key):
+    buffers = {"with": make_buffer(), "without": make_buffer([5])}
+    buffers["with"].extend(with_extra(5, key, torch.ones(5)))
+    mixture = TrialMixture(buffers, {"with": 1, "without": 1}, batch_size=16)
+    batches = [mixture.sample() for _ in range(3)]
+    assert all(key not in batch.keys(True) for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("reading", torch.ones(5), r"'reading': .* in 'one', nothing in 'other'"),
+        ("observation", torch.ones(5, 3), r"'observation': \(\(3,\), .*\) in 'one', \(\(2,\)"),
+        ("observation", torch.ones(5, 2).double(), r"torch.float64\) in 'one'"),
+    ],
+)
+def test_buffers_of_different_steps(key, value, message):
+    buffers = {"one": make_buffer(), "other": make_buffer([5])}
+    buffers["one"].extend(with_extra(5, key, value))
+    mixture = TrialMixture(buffers, {"one": 1, "other": 1}, batch_size=64)
+    with pytest.raises(ValueError, match=message):
+        mixture.sample()
+
+
+def test_priorities_go_where_the_slices_came_from():
+    mixture = make_mixture(new=[7, 7])
+    got = {}
+    for name, buffer in mixture.buffers.items():
+        buffer.update_tensordict_priority = lambda rows, name=name: got.update({name: rows})
+    batch = mixture.sample().set("td_error", torch.rand(16, 4))
+    mixture.update_priority(batch)
+    assert len(got["old"]) + len(got["new"]) == 16
+    for number, name in enumerate(mixture.buffers):
+        rows = batch[batch[SOURCE][:, 0] == number]
+        assert torch.equal(got[name]["td_error"], rows["td_error"])
+
+
+def test_wrong_arguments():
+    buffers = {"a": make_buffer([5]), "b": make_buffer()}
+    for weights in ({"a": 1}, {"a": 1, "b": -1}, {"a": 0, "b": 0}, {"a": 1, "c": 1}, {}):
+        with pytest.raises(ValueError, match="weights must be a number of at least 0 for each of"):
+            TrialMixture(buffers, weights, batch_size=2)
+    with pytest.raises(ValueError, match="initial_weights must be"):
+        TrialMixture(buffers, {"a": 1, "b": 1}, initial_weights={"a": 1}, batch_size=2)
+    for options, message in (
+        ({"online": "c"}, r"online must name one of the buffers \['a', 'b'\], got 'c'"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"anneal_updates": -1}, "anneal_updates at least 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            TrialMixture(buffers, {"a": 1, "b": 1}, **{"batch_size": 2, **options})
+    with pytest.raises(ValueError, match="must not prefetch, and 'b' does"):
+        TrialMixture(buffers | {"b": make_buffer(prefetch=2)}, {"a": 1, "b": 1}, batch_size=2)
+    empty = TrialMixture({"b": make_buffer()}, {"b": 1}, batch_size=2)
+    assert not empty.can_sample()
+    assert empty.shares() == {"b": 0.0}
+    with pytest.raises(RuntimeError, match="needs a buffer that has a weight and is ready"):
+        empty.sample()

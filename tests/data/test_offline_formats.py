@@ -1,0 +1,298 @@
+"""Whatever format trials were saved in, they are read back as the collector wrote them."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.offline_formats import (
+    ENVS,
+    attempts_of,
+    collect,
+    save_as_amago,
+    split,
+)
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data.offline import (
+    TrajectoryError,
+    load_trials,
+    read_amago,
+    read_d4rl,
+    read_minari,
+    read_torchrl,
+)
+
+# Written by collectors and policies, known by no dataset.
+PRIVATE = [("collector", "traj_ids")]
+
+
+@pytest.fixture(scope="module", params=ENVS)
+def collected(request):
+    return collect(request.param)
+
+
+def load(collected, trajectories, **options):
+    buffer = make_trial_buffer(4000, slice_len=4, batch_size=2, warn_short=False)
+    report = load_trials(buffer, trajectories, collected.env, **options)
+    return split(buffer[:]), report
+
+
+def assert_equal_trials(loaded, trials):
+    assert len(loaded) == len(trials) >= 1
+    for one, other in zip(loaded, trials, strict=True):
+        other = other.exclude(*PRIVATE)
+        assert set(one.keys(True, True)) == set(other.keys(True, True))
+        for key, expected in other.items(True, True):
+            actual = one[key]
+            assert actual.dtype == expected.dtype, key
+            assert actual.shape == expected.shape, key
+            # Continuous actions are scaled there and back.
+            is_scaled = "action" in str(key) and expected.is_floating_point()
+            torch.testing.assert_close(
+                actual, expected, rtol=0, atol=1e-6 if is_scaled else 0, msg=str(key)
+            )
+
+
+def test_steps(collected):
+    loaded, report = load(collected, collected.trials)
+    assert_equal_trials(loaded, collected.trials)
+    returns = [float(trial["next", "reward"].sum()) for trial in collected.trials]
+    assert report.returns == pytest.approx(returns, abs=1e-4)
+    assert report.lengths == [len(trial) for trial in collected.trials]
+
+
+def test_steps_without_what_transforms_added(collected):
+    """Only the task's own entries, and where attempts begin: the rest is worked out."""
+    own = ["soft_reset", *collected.own_keys]
+    bare = [
+        trial.select("action", *own, ("next", "reward"), ("next", "done")).update(
+            {"next": trial["next"].select("terminated", "truncated", *own)}
+        )
+        for trial in collected.trials
+    ]
+    assert_equal_trials(load(collected, bare)[0], collected.trials)
+
+
+def test_attempts_as_arrays(collected):
+    attempts = [attempts_of(collected, trial) for trial in collected.trials]
+    for arrays, trial in zip(attempts, collected.trials, strict=True):
+        loaded, _ = load(collected, arrays, episodes_per_trial=len(arrays))
+        assert_equal_trials(loaded, [trial])
+    everything = [arrays for trial in attempts for arrays in trial]
+    if collected.schema.rule.episodes:  # as many as the environment says, by default
+        loaded, _ = load(collected, everything)
+        assert_equal_trials(loaded, collected.trials)
+
+
+def test_amago_files(collected, tmp_path):
+    for number, trial in enumerate(collected.trials):
+        save_as_amago(collected, trial, tmp_path / f"{number:04d}.npz")
+    source = read_amago(tmp_path)
+    assert source.num_steps == sum(map(len, collected.trials))
+    assert_equal_trials(load(collected, source)[0], collected.trials)
+
+
+def test_torchrls_datasets(collected):
+    steps = torch.cat(collected.trials)
+    loaded, _ = load(collected, read_torchrl(steps, action_form="policy"))
+    assert_equal_trials(loaded, collected.trials)
+    buffer = make_trial_buffer(len(steps), slice_len=4, batch_size=2, warn_short=False)
+    buffer.extend(steps)
+    loaded, _ = load(collected, read_torchrl(buffer, action_form="policy"))
+    assert_equal_trials(loaded, collected.trials)
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cart pole once"])
+@pytest.mark.parametrize("complete", [True, False])
+def test_d4rl_arrays(name, complete):
+    collected = collect(name)
+    attempts = [attempts_of(collected, trial)[0] for trial in collected.trials]
+    rows = [next(iter(arrays["observations"].values())) for arrays in attempts]
+    arrays = {
+        "observations": np.concatenate([row[:-1] for row in rows]),
+        "actions": np.concatenate([arrays["actions"] for arrays in attempts]),
+        "rewards": np.concatenate([arrays["rewards"] for arrays in attempts]),
+        "terminals": np.concatenate([arrays["terminations"] for arrays in attempts]),
+        "timeouts": np.concatenate([arrays["truncations"] for arrays in attempts]),
+    }
+    if complete:
+        arrays["next_observations"] = np.concatenate([row[1:] for row in rows])
+        assert_equal_trials(load(collected, read_d4rl(arrays))[0], collected.trials)
+        return
+    loaded, _ = load(collected, read_d4rl(arrays))
+    for one, other in zip(loaded, collected.trials, strict=True):
+        is_cut = bool(other["next", "truncated"][-1])
+        length = len(other) - is_cut
+        assert len(one) == length
+        for key in ("action", "prev_action", "prev_reward", "time_idx", *collected.own_keys):
+            torch.testing.assert_close(one[key], other[key][:length], rtol=0, atol=1e-6)
+        assert bool(one["next", "terminated"][-1]) != is_cut
+        own = collected.own_keys[0]
+        last = other[own][-1]  # of a terminated trial, it stands in for what came after
+        assert torch.equal(one["next", own][-1], last)
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cart pole once"])
+def test_minari(name, tmp_path, monkeypatch):
+    minari = pytest.importorskip("minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    from minari.data_collector import EpisodeBuffer
+
+    env_id = "Pendulum-v1" if name == "pendulum" else "CartPole-v1"
+    collected = collect(name)
+    episodes = []
+    for number, trial in enumerate(collected.trials):
+        (arrays,) = attempts_of(collected, trial)
+        observations = next(iter(arrays.pop("observations").values()))
+        episodes.append(EpisodeBuffer(id=number, observations=list(observations), **arrays))
+    dataset = minari.create_dataset_from_buffers(
+        "here/test-v0",
+        buffer=episodes,
+        env=env_id,
+        eval_env=env_id,
+        algorithm_name="random",
+        author="test",
+        author_email="test@example.org",
+        code_permalink="https://example.org",
+        description="random actions",
+    )
+    source = read_minari("here/test-v0")
+    assert (len(source), source.num_steps) == (dataset.total_episodes, dataset.total_steps)
+    assert_equal_trials(load(collected, read_minari(dataset))[0], collected.trials)
+    assert_equal_trials(load(collected, source)[0], collected.trials)
+
+
+def test_without_minari(monkeypatch):
+    monkeypatch.setitem(sys.modules, "minari", None)
+    with pytest.raises(ImportError, match=r"read_minari needs .* 'torchrl-amago\[offline\]'"):
+        read_minari("a/b-v0")
+
+
+def test_a_dataset_that_isnt_there(tmp_path, monkeypatch):
+    if importlib.util.find_spec("minari") is None:
+        pytest.skip("needs minari")
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_minari("here/nothing-v0")
+
+
+# -- D4RL's arrays, cut by hand ------------------------------------------------------------------
+
+pieces = st.lists(
+    st.tuples(st.integers(1, 5), st.sampled_from(["terminal", "timeout", "both"])), min_size=1
+)
+
+
+@given(pieces, st.integers(0, 3), st.booleans())
+def test_every_d4rl_step_is_read_once(pieces, tail, complete):
+    """Against a loop over the steps, whose observations and rewards are their numbers."""
+    kinds = [end for length, kind in pieces for end in (*[""] * (length - 1), kind)]
+    kinds += [""] * tail
+    size = len(kinds)
+    number = np.arange(size, dtype=np.float64)
+    arrays = {
+        "observations": number[:, None],
+        "actions": number,
+        "rewards": number,
+        "terminals": np.array([kind in ("terminal", "both") for kind in kinds]),
+        "timeouts": np.array([kind in ("timeout", "both") for kind in kinds]),
+    }
+    if complete:
+        arrays["next_observations"] = number[:, None] + 0.5
+    expected, begun = [], []
+    for step, kind in enumerate(kinds):
+        begun.append(step)
+        if kind or step == size - 1:
+            is_terminal = kind in ("terminal", "both")
+            if complete:
+                rows, steps = [*begun, step + 0.5], begun
+            elif is_terminal:
+                rows, steps = [*begun, step], begun
+            else:
+                rows, steps = begun, begun[:-1]
+            expected.append((rows, steps, is_terminal))
+            begun = []
+    source = read_d4rl(arrays)
+    assert source.num_steps == sum(len(steps) for _, steps, _ in expected)
+    for trajectory, (rows, steps, is_terminal) in zip(source, expected, strict=True):
+        assert trajectory.observation["observation"].reshape(-1).tolist() == rows
+        assert trajectory.action.tolist() == trajectory.reward.tolist() == steps
+        flags = [False] * (len(steps) - 1)
+        assert trajectory.terminated.tolist()[:-1] == trajectory.truncated.tolist()[:-1] == flags
+        if steps:
+            assert trajectory.terminated[-1] == is_terminal
+            assert trajectory.truncated[-1] or is_terminal
+
+
+def test_d4rl_arrays_that_dont_fit():
+    arrays = {name: np.zeros(4) for name in ("observations", "actions", "rewards")}
+    with pytest.raises(ValueError, match="D4RL-style arrays are called .* without terminals"):
+        read_d4rl(arrays)
+    with pytest.raises(ValueError, match=r"must be of one length, .*'terminals': 3"):
+        read_d4rl({**arrays, "terminals": np.zeros(3)})
+
+
+def test_steps_without_ends():
+    steps = torch.cat(collect("lake").trials)
+    steps["next", "done"].zero_()
+    with pytest.raises(ValueError, match="none is marked"):
+        read_torchrl(steps)
+
+
+# -- AMAGO's files -------------------------------------------------------------------------------
+
+
+def test_amago_fragments(tmp_path):
+    """Without trial entries, a file that begins in mid-trial keeps its time and what came before."""
+    from tests.data.offline_formats import plain_toy
+
+    env = plain_toy("categorical")
+    time = np.arange(500, 504)[:, None]
+    prev_action = np.eye(4, dtype=np.float32)[[2, 0, 1, 3]]
+    arrays = {
+        "_OBS_KEY_observation": np.ones((4, 2), np.float32),
+        "rl2s": np.concatenate([[[0.5], [1.0], [2.0], [3.0]], prev_action], -1),
+        "time_idxs": time,
+        "rews": np.array([[1.0], [2.0], [3.0]]),
+        "dones": np.zeros((3, 1), bool),
+        "actions": prev_action[1:],
+    }
+    np.savez(tmp_path / "fragment.npz", **arrays)
+    buffer = make_trial_buffer(10, slice_len=3, batch_size=1)
+    load_trials(buffer, read_amago([tmp_path / "fragment.npz"]), env)
+    steps = buffer[:]
+    assert steps["time_idx"].flatten().tolist() == [500, 501, 502]
+    assert not steps["is_init"].any()
+    assert steps["prev_reward"].flatten().tolist() == [0.5, 1.0, 2.0]
+    assert steps["prev_action"].argmax(-1).tolist() == [2, 0, 1]
+    assert steps["action"].tolist() == [0, 1, 3]
+    assert steps["next", "truncated"].flatten().tolist() == [False, False, True]
+    assert not steps["next", "terminated"].any()
+    with pytest.raises(TrajectoryError, match=r"trajectory 0: a fragment must hold .*'soft_reset'"):
+        load_trials(buffer, read_amago(tmp_path), ENVS["toy categorical"]())
+
+
+def test_amago_files_that_cant_be_read(tmp_path):
+    with pytest.raises(FileNotFoundError, match="trajectories of AMAGO in"):
+        read_amago(tmp_path)
+    with pytest.raises(FileNotFoundError, match="absent.npz isn't there"):
+        read_amago([tmp_path / "absent.npz"])
+    (tmp_path / "0.npz").write_bytes(b"no archive")
+    np.savez(tmp_path / "1.npz", actions=np.zeros((2, 1)))
+    np.savez(
+        tmp_path / "2.npz",
+        **{name: np.zeros((3, 1)) for name in ("rl2s", "time_idxs", "rews", "dones", "actions")},
+    )
+    np.savez(tmp_path / "3.npz", actions=np.array([{}], dtype=object))
+    buffer = make_trial_buffer(10, slice_len=3, batch_size=1)
+    report = load_trials(buffer, read_amago(tmp_path), ENVS["toy categorical"](), on_error="skip")
+    assert [*report.skipped] == [0, 1, 2, 3]
+    problems = ["can't be read", "must hold rl2s", "must count up by 1", "can't be read"]
+    for problem, message in zip(problems, report.skipped.values(), strict=True):
+        assert problem in message

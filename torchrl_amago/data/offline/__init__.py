@@ -1,0 +1,30 @@
+"""Offline data: trajectories from elsewhere, checked, and stored as a collector would have stored them.
+
+Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
+"""
+
+from torchrl_amago.data.offline.load import LoadReport, load_trials
+from torchrl_amago.data.offline.readers import (
+    TrajectorySource,
+    read_amago,
+    read_d4rl,
+    read_minari,
+    read_torchrl,
+)
+from torchrl_amago.data.offline.schema import TrialRule, TrialSchema
+from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+
+__all__ = [
+    "LoadReport",
+    "Trajectory",
+    "TrajectoryError",
+    "TrajectorySource",
+    "TrialRule",
+    "TrialSchema",
+    "as_trajectory",
+    "load_trials",
+    "read_amago",
+    "read_d4rl",
+    "read_minari",
+    "read_torchrl",
+]

@@ -1,0 +1,128 @@
+"""Arrays of any kind as tensors of an environment's shapes and dtypes, or what is wrong with them.
+
+All raise :class:`TrajectoryError`. ``name`` is what an array is called in messages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchrl.data import Binary, Categorical, OneHot, TensorSpec
+
+from torchrl_amago.data.offline.trajectory import TrajectoryError
+
+
+def fit(name: str, array: Any, rows: int, spec: TensorSpec) -> Tensor:
+    """An array as a tensor ``[rows, *spec.shape]`` of the spec's dtype.
+
+    Every number is finite. Indices become one-hot where the spec says so, floating-point numbers are
+    rounded to its dtype, and dimensions of size 1 come and go; nothing else is changed.
+
+    Example:
+        >>> fit("observations", [0, 2], 2, OneHot(3, dtype=torch.int64)).tolist()
+        [[1, 0, 0], [0, 0, 1]]
+    """
+    x = numbers(name, array)
+    shape = (rows, *spec.shape)
+    if isinstance(spec, OneHot) and x.numel() == rows * torch.Size(shape[1:-1]).numel():
+        index = cast_whole(name, x, torch.int64).reshape(shape[:-1])
+        is_known = (index >= 0) & (index < shape[-1])
+        check_all(name, index, is_known.reshape(rows, -1).all(-1))
+        x = torch.nn.functional.one_hot(index, shape[-1])
+    x = cast(name, reshape(name, x, shape), spec.dtype)
+    if isinstance(spec, Categorical | OneHot | Binary) and not spec.expand(shape).is_in(x):
+        raise TrajectoryError(
+            f"{name} must be of the environment's {type(spec).__name__}, got other values, between "
+            f"{x.min()} and {x.max()}. Encode them alike."
+        )
+    return x
+
+
+def numbers(name: str, array: Any) -> Tensor:
+    """A tensor of finite numbers with a row per step, of whatever shape and dtype."""
+    try:
+        x = array.detach().cpu() if isinstance(array, Tensor) else _from_numpy(array)
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(
+            f"{name} must be one array of numbers, got a {type(array).__name__} ({error}). Turn "
+            "texts, tuples and the like into numbers first."
+        ) from error
+    if not x.ndim:
+        raise TrajectoryError(f"{name} must have a row per step, got the number {x}. Stack them.")
+    if x.is_floating_point() and not bool(torch.isfinite(x).all()):
+        bad = (~torch.isfinite(x)).reshape(len(x), -1).any(-1).nonzero().reshape(-1).tolist()
+        raise TrajectoryError(
+            f"{name} must be finite, got NaN or infinity at {len(bad)} of {len(x)} steps, the first "
+            f"at step {bad[0]}. Leave that trajectory out, or mend it."
+        )
+    return x
+
+
+def _from_numpy(array: Any) -> Tensor:
+    x = np.asarray(array)
+    if x.dtype.kind not in "biuf":
+        raise TypeError(f"dtype {x.dtype}")
+    # Files may hold the other byte order, and be read-only; torch takes neither.
+    return torch.from_numpy(x.astype(x.dtype.newbyteorder("="), order="C", copy=True))
+
+
+def reshape(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
+    """A tensor of this shape, where only dimensions of size 1 are too many or too few."""
+    if len(x) != shape[0] or _without_ones(x.shape[1:]) != _without_ones(shape[1:]):
+        raise TrajectoryError(
+            f"{name} must have the shape {list(shape)}, got {list(x.shape)}. There is a row per "
+            "step, of observations one more: what the last step led to."
+        )
+    return x.reshape(tuple(shape))
+
+
+def _without_ones(shape: Sequence[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of this dtype; floating-point numbers may be rounded, whole ones may not change."""
+    if x.dtype == dtype:
+        return x
+    if not dtype.is_floating_point:
+        return cast_whole(name, x, dtype)
+    rounded = x.to(dtype)
+    if not bool(torch.isfinite(rounded).all()):
+        raise TrajectoryError(
+            f"{name} must fit into {dtype}, got numbers between {x.min():g} and {x.max():g}. Scale "
+            "them down."
+        )
+    return rounded
+
+
+def cast_whole(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor of whole numbers, or bits, of this dtype."""
+    whole = x.to(dtype)
+    if not torch.equal(whole.to(torch.float64), x.to(torch.float64)):
+        raise TrajectoryError(
+            f"{name} must be whole numbers that {dtype} can hold, got {x.dtype} between {x.min()} "
+            f"and {x.max()}. Give what the environment's spec says."
+        )
+    return whole
+
+
+def check_all(name: str, shown: Any, is_right: Tensor) -> None:
+    """Refuse rows that aren't in the environment's space.
+
+    Args:
+        name: of the array.
+        shown: its rows, for the message.
+        is_right: bool, one for each row.
+    """
+    if bool(is_right.all()):
+        return
+    wrong = (~is_right).nonzero().reshape(-1).tolist()
+    raise TrajectoryError(
+        f"{name} must be in the environment's space, and {len(wrong)} of {len(is_right)} aren't, the "
+        f"first at step {wrong[0]}: {np.asarray(shown[wrong[0]]).tolist()}. Clip them, or leave that "
+        "trajectory out."
+    )

@@ -1,0 +1,298 @@
+"""Trajectories from datasets: Minari, D4RL-style arrays, AMAGO's files, TorchRL's datasets."""
+
+from __future__ import annotations
+
+import dataclasses
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+from tensordict import TensorDictBase
+from torchrl.data import ReplayBuffer
+
+from torchrl_amago.data.offline.trajectory import (
+    ActionForm,
+    Trajectory,
+    TrajectoryError,
+    as_trajectory,
+)
+
+if TYPE_CHECKING:
+    from minari import MinariDataset
+
+_AMAGO_OBSERVATION = "_OBS_KEY_"
+_AMAGO_ARRAYS = ("rl2s", "time_idxs", "rews", "dones", "actions")
+
+
+@dataclass(frozen=True)
+class TrajectorySource:
+    """Trajectories that are read when they are asked for.
+
+    Args:
+        name: what they are called in messages.
+        num_trajectories: how many there are.
+        num_steps: steps of all together.
+        load: gives the trajectory of a number from 0.
+
+    Example:
+        >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
+        >>> source = TrajectorySource("twice the same", 2, 2, lambda number: one)
+        >>> [len(trajectory) for trajectory in source]
+        [1, 1]
+    """
+
+    name: str
+    num_trajectories: int
+    num_steps: int
+    load: Callable[[int], Trajectory] = field(repr=False)
+
+    def __len__(self) -> int:
+        return self.num_trajectories
+
+    def __getitem__(self, number: int) -> Trajectory:
+        if not 0 <= number < self.num_trajectories:
+            raise IndexError(number)
+        return self.load(number)
+
+    def __iter__(self) -> Iterator[Trajectory]:
+        return map(self.load, range(self.num_trajectories))
+
+
+def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> TrajectorySource:
+    """The episodes of a Minari dataset (https://minari.farama.org).
+
+    Args:
+        dataset: its id, such as ``"mujoco/hopper/medium-v0"``; Minari looks for it in
+            ``$MINARI_DATASETS_PATH``, by default ``~/.minari/datasets``. Or one that is loaded.
+        download: whether Minari may download it.
+
+    Raises:
+        ImportError: without Minari; the message names the extra.
+        FileNotFoundError: where there is no such dataset.
+
+    Example:
+        >>> len(read_minari("pendulum/none-v0"))  # doctest: +SKIP
+        200
+    """
+    try:
+        import minari
+    except ImportError as error:
+        raise ImportError(
+            "read_minari needs the packages minari and h5py, which are not installed. Install them "
+            "with: pip install 'torchrl-amago[offline]'"
+        ) from error
+    if isinstance(dataset, str):
+        dataset = minari.load_dataset(dataset, download=download)
+
+    def load(number: int) -> Trajectory:
+        episode = dataset[number]
+        return Trajectory(
+            episode.observations,
+            episode.actions,
+            episode.rewards,
+            episode.terminations,
+            episode.truncations,
+        )
+
+    return TrajectorySource(dataset.id, dataset.total_episodes, dataset.total_steps, load)
+
+
+def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
+    """Trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
+
+    ``observations``, ``actions``, ``rewards`` and ``terminals`` are needed; ``timeouts`` and
+    ``next_observations`` are used where they exist. A trajectory ends with a terminal, a timeout or
+    the arrays. Without ``next_observations`` nothing tells what the last step led to: after a
+    terminal it isn't needed, and the last observation stands in for it; otherwise the last step is
+    given up, and its observation is what the one before led to.
+
+    Args:
+        arrays: by name, for example an open ``h5py.File``.
+
+    Raises:
+        ValueError: where an array is missing or their lengths differ.
+
+    Example:
+        >>> import numpy as np
+        >>> source = read_d4rl({
+        ...     "observations": np.zeros((5, 3)), "actions": np.zeros((5, 1)), "rewards": np.ones(5),
+        ...     "terminals": np.arange(5) == 1, "timeouts": np.arange(5) == 4})
+        >>> [len(trajectory) for trajectory in source]
+        [2, 2]
+    """
+    needed = ("observations", "actions", "rewards", "terminals")
+    missing = [name for name in needed if name not in arrays]
+    if missing:
+        raise ValueError(
+            f"D4RL-style arrays are called {', '.join(needed)}, got {sorted(arrays)} without "
+            f"{', '.join(missing)}. Rename yours, or give load_trials one mapping per trajectory."
+        )
+    terminal = np.asarray(arrays["terminals"], dtype=bool).reshape(-1)
+    size = len(terminal)
+    timeout = np.zeros(size, dtype=bool)
+    if "timeouts" in arrays:
+        timeout = np.asarray(arrays["timeouts"], dtype=bool).reshape(-1)
+    known = [name for name in (*needed, "timeouts", "next_observations") if name in arrays]
+    lengths = {name: len(arrays[name]) for name in known}
+    if set(lengths.values()) != {size} or not size:
+        raise ValueError(
+            f"D4RL-style arrays must be of one length, at least 1, got {lengths}. Cut them alike."
+        )
+    last = np.union1d(np.flatnonzero(terminal | timeout), size - 1)
+    first = np.concatenate([[0], last[:-1] + 1])
+    following = arrays.get("next_observations")
+    is_shortened = ~terminal[last] if following is None else np.zeros(len(last), dtype=bool)
+
+    def load(number: int) -> Trajectory:
+        begin, end = first[number], last[number]
+        rows = slice(begin, end + 1)
+        observation = np.asarray(arrays["observations"][rows])
+        if is_shortened[number]:
+            rows = slice(begin, end)
+        else:
+            after = observation[-1:] if following is None else np.asarray(following[end : end + 1])
+            observation = np.concatenate([observation, after])
+        truncated = timeout[rows].copy()
+        truncated[-1:] = timeout[end] or not terminal[end]
+        return Trajectory(
+            observation, arrays["actions"][rows], arrays["rewards"][rows], terminal[rows], truncated
+        )
+
+    steps = int((last - first + 1 - is_shortened).sum())
+    return TrajectorySource("D4RL-style arrays", len(last), steps, load)
+
+
+def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
+    """The trajectories that AMAGO 3.x writes, one ``.npz`` file each.
+
+    Its files don't tell a time limit from a fragment's end: either is read as cut off, whose value
+    bootstraps. A fragment's first step remembers, as there, what came before it. Pickled
+    ``.traj`` files aren't read: they could run code.
+
+    Args:
+        source: a folder, such as ``<run>/buffer/fifo``, searched with all below it, or the files.
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+
+    Example:
+        >>> import numpy as np
+        >>> np.savez(
+        ...     "0.npz", _OBS_KEY_observation=np.zeros((3, 4)), rl2s=np.zeros((3, 3)),
+        ...     time_idxs=np.arange(3)[:, None], rews=np.ones((2, 1)), actions=np.eye(2),
+        ...     dones=np.array([[False], [True]]))
+        >>> read_amago(".").num_steps
+        2
+    """
+    if isinstance(source, str | Path):
+        name, files = str(source), sorted(Path(source).rglob("*.npz"))
+    else:
+        files = [Path(file) for file in source]
+        name = f"{len(files)} files"
+    if not files or not all(file.is_file() for file in files):
+        absent = [str(file) for file in files if not file.is_file()] or ["*.npz"]
+        raise FileNotFoundError(
+            f"there must be trajectories of AMAGO in {name}, and {absent[0]} isn't there. Give the "
+            "folder that holds the run's .npz files, <run>/buffer/fifo or protected."
+        )
+    steps = sum(_count_steps(file) for file in files)
+    return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
+
+
+def read_torchrl(
+    dataset: ReplayBuffer | TensorDictBase, *, action_form: ActionForm = "env"
+) -> TrajectorySource:
+    """The trajectories of one of TorchRL's datasets, such as ``D4RLExperienceReplay``.
+
+    Not of ``MinariExperienceReplay``, which in TorchRL 0.14.1 holds nothing but zeros: that is what
+    :func:`read_minari` is for.
+
+    Args:
+        dataset: it, or its steps ``[N]``, those of a trajectory side by side, the last one marked by
+            ``("next", "done")``. Any buffer of whole trials will do.
+        action_form: see :class:`Trajectory`; ``"policy"`` for what one of our collectors wrote.
+
+    Raises:
+        ValueError: where the steps have no ends.
+
+    Example:
+        >>> import torch
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([0, 1, 0, 1], dtype=torch.bool).unsqueeze(-1)
+        >>> after = {"observation": torch.tensor([1, 2, 4, 5]), "done": done}
+        >>> steps = TensorDict({"observation": torch.tensor([0, 1, 3, 4]), "next": after}, [4])
+        >>> [trajectory.observation["observation"].tolist() for trajectory in read_torchrl(
+        ...     steps.set("action", torch.zeros(4)).set(("next", "reward"), torch.zeros(4)))]
+        [[0, 1, 2], [3, 4, 5]]
+    """
+    steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
+    done = steps.get(("next", "done"), None)
+    if done is None or not done.any():
+        raise ValueError(
+            "a dataset's steps must mark the last one of each trajectory in ('next', 'done'), and "
+            "none is marked. Set it, or give load_trials the trajectories one by one; of Minari's data, "
+            "which TorchRL 0.14.1 reads as zeros, with read_minari."
+        )
+    last = done.reshape(-1).nonzero().squeeze(-1).tolist()
+    if last[-1] != len(steps) - 1:
+        last.append(len(steps) - 1)
+    first = [0, *(end + 1 for end in last[:-1])]
+
+    def load(number: int) -> Trajectory:
+        trajectory = as_trajectory(steps[first[number] : last[number] + 1])
+        return dataclasses.replace(trajectory, action_form=action_form)
+
+    return TrajectorySource(type(dataset).__name__, len(last), len(steps), load)
+
+
+def _count_steps(file: Path) -> int:
+    try:
+        with np.load(file) as arrays:
+            return len(arrays["actions"])
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        return 0  # told, with its number, when it is loaded
+
+
+def _load_amago(file: Path) -> Trajectory:
+    try:
+        with np.load(file) as archive:
+            arrays: dict[str, Any] = dict(archive)
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise TrajectoryError(
+            f"{file} must be a whole .npz file without pickled objects, and can't be read ({error}). "
+            "Copy it again."
+        ) from error
+    missing = [name for name in _AMAGO_ARRAYS if name not in arrays]
+    if missing:
+        raise TrajectoryError(
+            f"{file} must hold {', '.join(_AMAGO_ARRAYS)}, got {sorted(arrays)}. Give files that "
+            "AMAGO wrote with save_trajs_as='npz'."
+        )
+    time = arrays["time_idxs"].reshape(-1)
+    if not len(time) or not np.array_equal(time, time[0] + np.arange(len(time))):
+        raise TrajectoryError(
+            f"the time index of {file} must count up by 1, got {time[:8].tolist()}, ... Give each "
+            "trajectory a file of its own."
+        )
+    terminated = arrays["dones"].astype(bool).reshape(-1)
+    truncated = np.zeros_like(terminated)
+    truncated[-1:] = ~terminated[-1:]
+    return Trajectory(
+        {
+            name.removeprefix(_AMAGO_OBSERVATION): value
+            for name, value in arrays.items()
+            if name.startswith(_AMAGO_OBSERVATION)
+        },
+        arrays["actions"],
+        arrays["rews"],
+        terminated,
+        truncated,
+        action_form="vector",
+        first_time=int(time[0]),
+        first_prev_action=arrays["rl2s"][0, 1:],
+        first_prev_reward=float(arrays["rl2s"][0, 0]),
+    )

@@ -1,0 +1,417 @@
+"""What a collector would have written: trajectories checked against an environment and completed.
+
+A step that an agent trains on holds more than datasets do: the previous action and reward, the time in
+the trial, which attempt it is. All of it follows from the trajectories, and is computed here as
+`TrialTransform`, `PreviousStepTransform` and `InitTracker` write it while an environment is stepped.
+
+Legend: L steps of a trial, S = L + 1 rows (the last one is what the last step led to), A action size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tensordict import NestedKey, TensorDict
+from torch import Tensor
+from torchrl.data import Composite, TensorSpec, Unbounded
+from torchrl.envs import Compose, EnvBase, InitTracker, Transform, TransformedEnv
+
+from torchrl_amago import keys
+from torchrl_amago.action_space import (
+    ActionSpace,
+    is_finitely_bounded,
+    is_in_policy_scale,
+    one_hot_parts,
+)
+from torchrl_amago.data.offline.arrays import cast, cast_whole, check_all, fit, numbers, reshape
+from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
+from torchrl_amago.envs.transforms.trial import TrialEnd
+
+_TRIAL_ENTRIES = (
+    keys.SOFT_RESET,
+    keys.EPISODE_IDX,
+    keys.ATTEMPT_RETURN,
+    keys.TRIAL_STEP,
+    keys.TRIAL_PROGRESS,
+)
+_STEP_ENTRIES = (keys.PREV_ACTION, keys.PREV_REWARD, keys.TIME_IDX, keys.IS_INIT)
+
+
+class TrialRule(NamedTuple):
+    """When a trial is over, and with which flag: arguments of :class:`TrialTransform`.
+
+    Example:
+        >>> TrialRule(episodes=5, trial_end="terminated").horizon is None
+        True
+    """
+
+    episodes: int | None = 1
+    horizon: int | None = None
+    trial_end: TrialEnd = "attempt"
+
+
+class Attempt(NamedTuple):
+    """One trajectory, checked: tensors of the right shapes and dtypes, actions as a policy gives them."""
+
+    observation_S: dict[NestedKey, Tensor]
+    action_L: Tensor
+    reward_L: Tensor
+    terminated: bool
+    truncated: bool
+    first_time: int
+    first_prev_action_A: Tensor
+    first_prev_reward: float
+
+
+class TrialSchema:
+    """The entries of a collected step: which must come from data, and how the others follow.
+
+    Args:
+        observation_spec: of one environment, without batch dimensions: the task's own entries, and
+            those of the trial and of the previous step that are to be written.
+        action_spec: of the policy's actions, likewise.
+        env_action_spec: of the actions under all transforms; default ``action_spec``. Where the bounds
+            of both differ, the data's actions are scaled.
+        reward_spec: of one reward.
+        rule: when a trial is over; None leaves ends as the data have them.
+        action_key: of the action.
+        reward_key: of the reward under ``next``.
+        names: key of each entry that follows from others, by its key in :mod:`torchrl_amago.keys`;
+            default: all of them, under those keys.
+
+    Raises:
+        ValueError: for an action space that isn't supported.
+
+    Example:
+        >>> from torchrl.data import Bounded
+        >>> specs = {"observation": Unbounded((3,)), "prev_reward": Unbounded((1,))}
+        >>> schema = TrialSchema(Composite(specs), Bounded(-1.0, 1.0, (1,)))
+        >>> attempt = schema.check(Trajectory(
+        ...     torch.zeros(3, 3), torch.ones(2, 1), [0.25, 1.0], [0, 1], [0, 0]))
+        >>> steps = schema.join([attempt])
+        >>> steps["prev_reward"].flatten().tolist(), steps["next", "done"].flatten().tolist()
+        ([0.0, 0.25], [False, True])
+    """
+
+    def __init__(
+        self,
+        observation_spec: Composite,
+        action_spec: TensorSpec,
+        *,
+        env_action_spec: TensorSpec | None = None,
+        reward_spec: TensorSpec | None = None,
+        rule: TrialRule | None = None,
+        action_key: NestedKey = keys.ACTION,
+        reward_key: NestedKey = "reward",
+        names: dict[str, NestedKey] | None = None,
+    ) -> None:
+        self.space = ActionSpace.from_spec(action_spec)
+        self.reward_spec = Unbounded((1,)) if reward_spec is None else reward_spec
+        self.action_key, self.reward_key = action_key, reward_key
+        self._specs = {key: observation_spec[key] for key in observation_spec.keys(True, True)}
+        if names is None:
+            names = {name: name for name in (*_TRIAL_ENTRIES, *_STEP_ENTRIES)}
+        #: Keys of the entries that can be worked out, of those that the environment has.
+        self.computed = {name: key for name, key in names.items() if key in self._specs}
+        #: Keys of the entries that the data must hold.
+        self.given = [key for key in self._specs if key not in self.computed.values()]
+        if rule is None and any(name in self.computed for name in _TRIAL_ENTRIES):
+            rule = TrialRule()
+        self.rule = rule
+        self._scale: tuple[Tensor, Tensor] | None = None
+        env_spec = action_spec if env_action_spec is None else env_action_spec
+        if is_finitely_bounded(env_spec) and not is_in_policy_scale(env_spec):
+            low, high = env_spec.low, env_spec.high
+            self._scale = ((high + low) / 2, (high - low) / 2)
+
+    @classmethod
+    def from_env(cls, env: EnvBase) -> TrialSchema:
+        """Read everything off an environment, such as :func:`make_trial_env` makes.
+
+        Observations and rewards of the data must be as they are below its trial transform: what other
+        transforms do to them is up to whoever reads the data.
+
+        Raises:
+            ValueError: for an environment with several actions or rewards.
+
+        Example:
+            >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+            >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
+            >>> TrialSchema.from_env(env).rule
+            TrialRule(episodes=5, horizon=None, trial_end='terminated')
+        """
+        if len(env.action_keys) != 1 or len(env.reward_keys) != 1:
+            raise ValueError(
+                f"offline data have one action and one reward, got {env.action_keys} and "
+                f"{env.reward_keys}. Join them with a transform of the environment."
+            )
+        action_key, reward_key = env.action_keys[0], env.reward_keys[0]
+        base, transforms = _unwrap(env)
+        rule, names = None, {}
+        for transform in transforms:
+            if isinstance(transform, TrialTransform):
+                rule = TrialRule(transform.episodes, transform.horizon, transform.trial_end)
+                names |= {name: getattr(transform, f"{name}_key") for name in _TRIAL_ENTRIES}
+            elif isinstance(transform, PreviousStepTransform):
+                names[keys.PREV_ACTION] = transform.prev_action_key
+                names[keys.PREV_REWARD] = transform.prev_reward_key
+                names[keys.TIME_IDX] = transform.time_idx_key
+            elif isinstance(transform, InitTracker):
+                names[keys.IS_INIT] = transform.out_keys[0]
+        return cls(
+            env.full_observation_spec_unbatched,
+            env.full_action_spec_unbatched[action_key],
+            env_action_spec=base.full_action_spec_unbatched[base.action_keys[0]],
+            reward_spec=env.full_reward_spec_unbatched[reward_key],
+            rule=rule,
+            action_key=action_key,
+            reward_key=reward_key,
+            names=names,
+        )
+
+    # -- one trajectory ------------------------------------------------------------------------
+
+    def check(self, item: Any) -> Attempt:
+        """Bring a trajectory of any kind into the environment's shapes and dtypes.
+
+        Args:
+            item: see :func:`as_trajectory`.
+
+        Raises:
+            TrajectoryError: for anything that an agent couldn't be trained on.
+        """
+        trajectory = as_trajectory(item, self.action_key, self.reward_key)
+        steps = len(trajectory)
+        if not steps:
+            raise TrajectoryError("it must have at least one step, got none. Leave it out.")
+        before = trajectory.first_prev_action
+        if before is None:
+            before = torch.zeros(self.space.size)
+        before = reshape(
+            "first_prev_action", numbers("first_prev_action", before), [self.space.size]
+        )
+        return Attempt(
+            self._observations(trajectory, steps + 1),
+            self._actions(trajectory, steps),
+            fit("rewards", trajectory.reward, steps, self.reward_spec),
+            *_ends(trajectory, steps),
+            trajectory.first_time,
+            before.float(),
+            trajectory.first_prev_reward,
+        )
+
+    def _observations(self, trajectory: Trajectory, rows: int) -> dict[NestedKey, Tensor]:
+        held = dict(trajectory.observation)
+        if list(held) == [keys.OBSERVATION] and len(self.given) == 1:
+            held = {self.given[0]: held[keys.OBSERVATION]}  # whatever it is called
+        missing = [key for key in self.given if key not in held]
+        if missing:
+            raise TrajectoryError(
+                f"observations must hold {self.given}, got {list(held)} without {missing}. Name "
+                "them as the environment does."
+            )
+        wanted = [*self.given, *(key for key in self.computed.values() if key in held)]
+        return {
+            key: fit(f"observations {key!r}", held[key], rows, self._specs[key]) for key in wanted
+        }
+
+    def _actions(self, trajectory: Trajectory, steps: int) -> Tensor:
+        space, form = self.space, trajectory.action_form
+        action = numbers("actions", trajectory.action)
+        is_possible = torch.ones(steps, dtype=torch.bool)
+        if form == "vector":
+            vector = reshape("actions", action, (steps, space.size)).to(torch.float32)
+            action = space.from_vector(vector)
+            is_possible = (space.to_vector(action) - vector).abs().amax(-1) < 1e-6
+        elif space.one_hot and action.numel() == steps * len(space.sizes):
+            index = cast_whole("actions", action, torch.int64).reshape(steps, len(space.sizes))
+            is_known = (index >= 0) & (index < torch.tensor(space.sizes))
+            check_all("actions", index, is_known.all(-1))
+            action = one_hot_parts(index, space.sizes)
+        action = reshape("actions", action, (steps, *space.shape))
+        if form == "env" and self._scale is not None:
+            center, half_width = self._scale
+            action = (action - center) / half_width
+        action = cast("actions", action, space.dtype)
+        check_all("actions", trajectory.action, is_possible & space.contains(action))
+        return action
+
+    # -- one trial -----------------------------------------------------------------------------
+
+    def is_whole_trial(self, attempt: Attempt) -> bool:
+        """Whether a trajectory says itself where attempts begin: it isn't a part of a trial, then."""
+        return self.computed.get(keys.SOFT_RESET) in attempt.observation_S
+
+    def join(self, attempts: Sequence[Attempt]) -> TensorDict:
+        """The steps ``[L]`` of a trial of these attempts, as a collector writes them.
+
+        Within the trial, an attempt's last step leads to the first observation of the next one.
+
+        Raises:
+            TrajectoryError: where they are too much for one trial, or a fragment whose beginning is
+                needed.
+        """
+        held_S = self._join_observations(attempts)
+        action_L = torch.cat([part.action_L for part in attempts])
+        reward_L = torch.cat([part.reward_L for part in attempts])
+        length = len(action_L)
+        is_over, terminated, truncated = self._end(attempts, length)
+        entries = self._step_entries(attempts[0], action_L, reward_L)
+        if any(name in self.computed for name in _TRIAL_ENTRIES):
+            entries |= self._trial_entries(attempts, held_S, reward_L, is_over)
+        rows_S = {
+            self.computed[name]: x_S for name, x_S in entries.items() if name in self.computed
+        }
+        rows_S |= held_S  # what the data hold stays as it is
+        root = TensorDict({key: x_S[:-1] for key, x_S in rows_S.items()}, [length])
+        root.set(self.action_key, action_L)
+        after = TensorDict({key: x_S[1:] for key, x_S in rows_S.items()}, [length])
+        after.set(self.reward_key, reward_L)
+        flags = {"done": terminated or truncated, "terminated": terminated, "truncated": truncated}
+        is_last = (torch.arange(length) == length - 1).unsqueeze(-1)
+        for name, value in flags.items():
+            root.set(name, torch.zeros_like(is_last))
+            after.set(name, is_last & value)
+        return root.set("next", after)
+
+    def _join_observations(self, attempts: Sequence[Attempt]) -> dict[NestedKey, Tensor]:
+        if len(attempts) == 1:
+            return attempts[0].observation_S
+        if any(self.is_whole_trial(part) or part.first_time for part in attempts):
+            raise TrajectoryError(
+                "only whole attempts can be joined to a trial, got trajectories that are trials or "
+                "fragments themselves. Load them with episodes_per_trial=1."
+            )
+        # Only the task's own: others, such as a time index, would start again with each attempt.
+        return {
+            key: torch.cat(
+                [
+                    *(part.observation_S[key][:-1] for part in attempts),
+                    attempts[-1].observation_S[key][-1:],
+                ]
+            )
+            for key in self.given
+        }
+
+    def _end(self, attempts: Sequence[Attempt], length: int) -> tuple[bool, bool, bool]:
+        """Whether the trial is over, and its last step terminated or truncated."""
+        last = attempts[-1]
+        if self.rule is None or self.is_whole_trial(last):
+            return True, last.terminated, last.truncated
+        episodes, horizon, trial_end = self.rule
+        too_many = episodes is not None and len(attempts) > episodes
+        if too_many or (horizon is not None and length > horizon):
+            raise TrajectoryError(
+                f"a trial must not be longer than those of the environment ({episodes} attempts, "
+                f"{horizon} steps), got {len(attempts)} attempts of {length} steps. Change "
+                "episodes_per_trial, or cut them."
+            )
+        is_over = len(attempts) == episodes or length == horizon
+        if trial_end == "attempt":
+            terminated = is_over and last.terminated
+        else:
+            terminated = is_over and trial_end == "terminated"
+        return is_over, terminated, not terminated
+
+    def _step_entries(
+        self, first: Attempt, action_L: Tensor, reward_L: Tensor
+    ) -> dict[str, Tensor]:
+        """What `PreviousStepTransform` and `InitTracker` write."""
+        length = len(action_L)
+        prev_action = [first.first_prev_action_A.unsqueeze(0), self.space.to_vector(action_L)]
+        prev_reward = [torch.tensor([[first.first_prev_reward]]), reward_L.reshape(length, 1)]
+        time_S = first.first_time + torch.arange(length + 1).unsqueeze(-1)
+        return {
+            keys.PREV_ACTION: torch.cat(prev_action),
+            keys.PREV_REWARD: torch.cat(prev_reward).to(torch.float32),
+            keys.TIME_IDX: time_S,
+            keys.IS_INIT: time_S == 0,
+        }
+
+    def _trial_entries(
+        self,
+        attempts: Sequence[Attempt],
+        held_S: dict[NestedKey, Tensor],
+        reward_L: Tensor,
+        is_over: bool,
+    ) -> dict[str, Tensor]:
+        """What `TrialTransform` writes."""
+        needed = [key for name, key in self.computed.items() if name in _TRIAL_ENTRIES]
+        missing = [key for key in needed if key not in held_S]
+        if attempts[0].first_time and missing:
+            raise TrajectoryError(
+                f"a fragment must hold {needed} in its observations, and one that begins at step "
+                f"{attempts[0].first_time} of its trial has no {missing}: they follow from a trial's "
+                "beginning. Add them, or load it for an environment without TrialTransform."
+            )
+        soft_reset_S = held_S.get(self.computed.get(keys.SOFT_RESET))
+        if soft_reset_S is None:
+            soft_reset_S = torch.zeros(len(reward_L) + 1, 1, dtype=torch.bool)
+            starts = np.cumsum([0, *(len(part.action_L) for part in attempts[:-1])])
+            soft_reset_S[starts] = True
+        begins_S = soft_reset_S.reshape(-1)
+        episode_S = (begins_S.cumsum(0) - 1).unsqueeze(-1)
+        step_S = torch.arange(len(begins_S)).unsqueeze(-1)
+        return {
+            keys.SOFT_RESET: soft_reset_S,
+            keys.EPISODE_IDX: episode_S,
+            keys.ATTEMPT_RETURN: _attempt_returns(begins_S, reward_L),
+            keys.TRIAL_STEP: step_S,
+            keys.TRIAL_PROGRESS: self._progress(episode_S, step_S, is_over),
+        }
+
+    def _progress(self, episode_S: Tensor, step_S: Tensor, is_over: bool) -> Tensor:
+        episodes, horizon, _ = self.rule
+        progress_S = torch.zeros(episode_S.shape)
+        if episodes is not None:
+            progress_S = episode_S.float() / episodes
+        if horizon is not None:
+            progress_S = torch.maximum(progress_S, step_S.float() / horizon)
+            if is_over:
+                progress_S[-1] = progress_S[-2]
+        return progress_S
+
+
+def _unwrap(env: EnvBase) -> tuple[EnvBase, list[Transform]]:
+    """The environment under all transforms, and these, the innermost first."""
+    if not isinstance(env, TransformedEnv):
+        return env, []
+    base, below = _unwrap(env.base_env)
+    transform = env.transform
+    own = transform.transforms if isinstance(transform, Compose) else [transform]
+    return base, [*below, *own]
+
+
+def _attempt_returns(begins_S: Tensor, reward_L: Tensor) -> Tensor:
+    """Return of the attempt that the step before each row belonged to, ``[S, 1]``."""
+    reward = reward_L.reshape(-1).to(torch.float32).numpy()
+    returns_S = np.zeros(len(begins_S), dtype=np.float32)
+    starts = begins_S[:-1].nonzero().reshape(-1).tolist()
+    for start, stop in zip(starts, [*starts[1:], len(reward)], strict=True):
+        # numpy adds float32 one after another, as an environment does; torch in double precision.
+        returns_S[start + 1 : stop + 1] = np.cumsum(reward[start:stop])
+    return torch.from_numpy(returns_S).unsqueeze(-1)
+
+
+def _ends(trajectory: Trajectory, steps: int) -> tuple[bool, bool]:
+    """Whether the last step terminated, and whether it was truncated; no other may be either."""
+    flag = Unbounded((), dtype=torch.bool)
+    terminated = fit("terminations", trajectory.terminated, steps, flag)
+    truncated = fit("truncations", trajectory.truncated, steps, flag)
+    inside = (terminated | truncated)[:-1].nonzero().reshape(-1).tolist()
+    if inside:
+        raise TrajectoryError(
+            f"only its last step may be terminated or truncated, got step {inside[0]} of {steps}. "
+            "Split it there."
+        )
+    ends = bool(terminated[-1]), bool(truncated[-1])
+    if not any(ends):
+        raise TrajectoryError(
+            f"its last step must be terminated or truncated, got neither in {steps} steps. Mark it "
+            "as truncated if it was cut off there."
+        )
+    return ends
