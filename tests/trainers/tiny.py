@@ -151,12 +151,14 @@ def make_trainer(
     capacity=100,
     poison=None,
     device="cpu",
+    replay=None,
     min_trials=1,
     **options,
 ) -> AMAGOTrainer:
     """A trainer of everything above. ``weights_seed`` decides the initial weights only.
 
-    The environment stays on the CPU; ``device`` is where the loss is.
+    The environment stays on the CPU; ``device`` is where the loss is. ``replay`` makes what is sampled
+    of the buffer that is collected into.
     """
     torch.manual_seed(weights_seed)
     env = TransformedEnv(GuessTask(poison=poison), InitTracker())
@@ -191,7 +193,7 @@ def make_trainer(
         collector=collector,
         loss_module=loss,
         optimizer=make_optimizer(loss, lr=1e-2),
-        replay_buffer=rb,
+        replay_buffer=rb if replay is None else replay(rb),
         target_updater=SoftUpdate(loss, tau=0.1),
         exploration=explore,
         total_updates=total_updates,

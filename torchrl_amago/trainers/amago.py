@@ -20,6 +20,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer, UpdateWeights
 
+from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import run_state
 from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
@@ -59,6 +60,11 @@ class AMAGOTrainer(Trainer):
     ``checkpoint_interval`` may be resumed with more updates too, but ends trials where a longer run
     wouldn't have. Environment transforms with running statistics are saved with the collector.
 
+    **Offline.** With ``online_after``, the first updates are made on what the buffer holds already, and
+    nothing is collected; then rounds of collecting begin, in the same run. A
+    :class:`~torchrl_amago.data.TrialMixture` keeps data and experience apart: what is collected goes
+    into its buffer ``online``, which alone is part of the checkpoints.
+
     **Ctrl-C** stops after the running update, closes everything and tells how to resume. No
     checkpoint is written then unless there is none yet, so that the resumed run stays equal to the
     uninterrupted one. Press twice to stop at once.
@@ -69,8 +75,8 @@ class AMAGOTrainer(Trainer):
         loss_module: called on ``[B, T]`` slices; the entries of its output that begin with ``loss``
             are added up, the others are metrics.
         optimizer: see :func:`~torchrl_amago.trainers.make_optimizer`.
-        replay_buffer: sampled with its own batch size, once ``can_sample()`` says so. With
-            ``draw="priority"`` it is told the slices' errors.
+        replay_buffer: sampled with its own batch size, once ``can_sample()`` says so; a buffer, or a
+            mixture of several. With ``draw="priority"`` it is told the slices' errors.
         total_updates: updates at which the run ends.
         updates_per_batch: updates after each batch the collector gathers.
         run_dir: folder for everything the run writes.
@@ -82,6 +88,7 @@ class AMAGOTrainer(Trainer):
         checkpoint_interval: updates between checkpoints; there is one at the end in any case.
         keep_checkpoints: number of them kept.
         total_frames: environment steps at which the run ends, if earlier; None for no limit.
+        online_after: updates before anything is collected; ``total_updates`` or more never collects.
         clip_norm: largest norm of the gradient; None does not clip.
         warmup_updates: updates over which the learning rate rises from 1/n of its value to all.
         final_lr_share: share of the learning rate left at ``total_updates``, to which it falls
@@ -131,7 +138,7 @@ class AMAGOTrainer(Trainer):
         collector: Collector,
         loss_module: nn.Module,
         optimizer: Optimizer,
-        replay_buffer: ReplayBuffer,
+        replay_buffer: ReplayBuffer | TrialMixture,
         total_updates: int,
         updates_per_batch: int,
         run_dir: str | Path,
@@ -142,6 +149,7 @@ class AMAGOTrainer(Trainer):
         checkpoint_interval: int = 500,
         keep_checkpoints: int = 2,
         total_frames: int | None = None,
+        online_after: int = 0,
         clip_norm: float | None = 1.0,
         warmup_updates: int = 500,
         final_lr_share: float = 1.0,
@@ -154,7 +162,8 @@ class AMAGOTrainer(Trainer):
         task: Mapping[str, object] | None = None,
         resume_command: str = "trainer.resume(); trainer.train()",
     ) -> None:
-        _check_collector(collector, replay_buffer)
+        self.online_buffer = online_part(replay_buffer)
+        _check_collector(collector, self.online_buffer)
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
         _check_positive(
@@ -182,13 +191,14 @@ class AMAGOTrainer(Trainer):
         self.seed, self.resume_command = seed, resume_command
         self.task = dict(task or {})
         self.total_updates = total_updates
+        self.online_after = online_after
         self.exploration, self.evaluator = exploration, evaluator
         self.eval_interval, self.checkpoint_interval = eval_interval, checkpoint_interval
         self.collected_frames = self._optim_count = 0  # TorchRL keeps them on the class
         self.checkpoints = CheckpointStore(self.run_dir, keep_checkpoints)
         self.report = RunReport(self.run_dir, loggers, progress_bar)
         self.monitor = TrialMonitor(
-            replay_buffer, self.report.window, self.run_dir, success_threshold
+            self.online_buffer, self.report.window, self.run_dir, success_threshold
         )
         self.scheduler = make_schedule(optimizer, warmup_updates, total_updates, final_lr_share)
         self._device = next(loss_module.parameters()).device
@@ -206,6 +216,8 @@ class AMAGOTrainer(Trainer):
             self.register_op("post_optim", TargetNetUpdaterHook(self.target_net_updater))
         if self._sync_weights:
             UpdateWeights(self.collector, update_weights_interval=1).register(self)
+        if isinstance(self.replay_buffer, TrialMixture):
+            self.register_op("post_optim_log", lambda batch: self.replay_buffer.metrics())
 
     # -- the loop ------------------------------------------------------------------------------
 
@@ -272,6 +284,15 @@ class AMAGOTrainer(Trainer):
         self._shutdown_hook()
 
     def _collect(self, batches: Iterator[None]) -> bool:
+        offline_left = self.online_after - self._optim_count
+        if offline_left > 0:
+            if not self.replay_buffer.can_sample():
+                raise RuntimeError(
+                    f"the first online_after={self.online_after} updates need trials in the replay "
+                    "buffer, and there is none. Load some, or set online_after to 0."
+                )
+            self._updates_left = min(self.optim_steps_per_batch, offline_left)
+            return True
         with blame_inputs(self.collector.policy, self.run_dir):
             if next(batches, self) is self:
                 return False  # the collector's own total_frames
@@ -364,7 +385,7 @@ class AMAGOTrainer(Trainer):
             self.checkpoints.save(
                 self._optim_count,
                 run_state.capture(self, seed, collector),
-                self.replay_buffer,
+                self.online_buffer,
                 run_state.architecture(self),
                 self.collected_frames,
             )
@@ -389,7 +410,7 @@ class AMAGOTrainer(Trainer):
         if source.resolve() != self.run_dir.resolve():
             refuse_existing_run(self.run_dir)
         state = self.checkpoints.load(found, run_state.architecture(self))
-        self.checkpoints.load_replay(found, self.replay_buffer)
+        self.checkpoints.load_replay(found, self.online_buffer)
         self.report.load_state_dict(state["report"], source)
         run_state.restore(self, state)
         self._resumed = {key: state[key] for key in ("rng", "env_seed", "collector")}

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
 from torchrl_amago.choice import pick
 from torchrl_amago.data import TrialCollector, make_trial_buffer
+from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.trainers.amago import AMAGOTrainer
@@ -29,6 +31,7 @@ def make_trainer(
     updates_per_round: int = 20,
     batch_size: int = 32,
     buffer_frames: int = 120_000,
+    replay_buffer: ReplayBuffer | TrialMixture | None = None,
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
     learning_rate: float = 5e-4,
@@ -58,6 +61,8 @@ def make_trainer(
         updates_per_round: optimiser steps after each round.
         batch_size: trials, or slices of them, in a batch.
         buffer_frames: capacity of the replay buffer in steps; the oldest trials leave first.
+        replay_buffer: one of your own, such as a mixture with offline data, in place of one made with
+            `slice_length`, `batch_size`, `buffer_frames` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`, such as
             ``path``, ``min_trials``, ``draw`` or ``relabel``.
         fragment_length: steps after which trials are cut, for endless ones; see
@@ -86,16 +91,18 @@ def make_trainer(
     """
     make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
     loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
-    # Without overhang, a long trial's end would be in one of hundreds of windows.
-    options = {"trim": True, "overhang": "both", "warn_short": False, **(buffer_options or {})}
-    buffer = make_trial_buffer(
-        buffer_frames, slice_len=slice_length or trial_length, batch_size=batch_size, **options
-    )
+    buffer = replay_buffer
+    if buffer is None:
+        # Without overhang, a long trial's end would be in one of hundreds of windows.
+        options = {"trim": True, "overhang": "both", "warn_short": False, **(buffer_options or {})}
+        buffer = make_trial_buffer(
+            buffer_frames, slice_len=slice_length or trial_length, batch_size=batch_size, **options
+        )
     collector = TrialCollector(
         env,
         policy,
         frames_per_batch=env.batch_size.numel() * (round_steps or trial_length),
-        replay_buffer=buffer,
+        replay_buffer=online_part(buffer),
         fragment_length=fragment_length,
     )
     return AMAGOTrainer(

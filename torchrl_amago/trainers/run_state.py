@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector
 
+from torchrl_amago.data.mixture import TrialMixture
+
 if TYPE_CHECKING:
     from torchrl_amago.trainers.amago import AMAGOTrainer
 
@@ -53,7 +55,7 @@ def capture(trainer: AMAGOTrainer, env_seed: int, collector: dict[str, Any]) -> 
         env_seed: seed of the trials that begin after the checkpoint.
         collector: :func:`collector_state`.
     """
-    exploration = trainer.exploration
+    exploration, buffer = trainer.exploration, trainer.replay_buffer
     return {
         "loss": trainer.loss_module.state_dict(),
         "optimizer": trainer.optimizer.state_dict(),
@@ -65,14 +67,15 @@ def capture(trainer: AMAGOTrainer, env_seed: int, collector: dict[str, Any]) -> 
         "counters": trainer.counters(),
         "monitor": trainer.monitor.state_dict(),
         "report": trainer.report.state_dict(),
+        "mixture": buffer.state_dict() if isinstance(buffer, TrialMixture) else {},
     }
 
 
 def restore(trainer: AMAGOTrainer, state: Mapping[str, Any]) -> None:
     """Put back what :func:`capture` gave, except the report, generators and collector.
 
-    The last two follow when training starts (:func:`restart_trials`): whatever is done in between
-    may draw random numbers.
+    The replay must be back already. The last two follow when training starts
+    (:func:`restart_trials`): whatever is done in between may draw random numbers.
     """
     trainer.loss_module.load_state_dict(state["loss"])
     trainer.optimizer.load_state_dict(state["optimizer"])
@@ -81,6 +84,8 @@ def restore(trainer: AMAGOTrainer, state: Mapping[str, Any]) -> None:
         trainer.exploration.load_state_dict(state["exploration"])
     trainer.set_counters(state["counters"])
     trainer.monitor.load_state_dict(state["monitor"])
+    if isinstance(trainer.replay_buffer, TrialMixture):
+        trainer.replay_buffer.load_state_dict(state["mixture"])
 
 
 def draw_seed() -> int:

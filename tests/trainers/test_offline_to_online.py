@@ -1,0 +1,119 @@
+"""First updates on data alone, then rounds of collecting, in one run that resumes exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.trainers.test_amago_resume import assert_same_run, fingerprint, interrupt_at
+from tests.trainers.tiny import make_trainer
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data.mixture import TrialMixture
+from torchrl_amago.trainers import read_progress
+
+TOTAL = 24
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Trials that another run has collected."""
+    trainer = make_trainer(tmp_path_factory.mktemp("data") / "run", total_updates=8)
+    trainer.train()
+    return trainer.replay_buffer[:].clone()
+
+
+def make_offline_trainer(run_dir, data, online_after=9, generator=None, **options):
+    def mix(online):
+        offline = make_trial_buffer(100, slice_len=5, batch_size=3, warn_short=False)
+        offline.extend(data)
+        return TrialMixture(
+            {"data": offline, "online": online},
+            {"data": 0.5, "online": 0.5},
+            anneal_updates=5,
+            online="online",
+            batch_size=3,
+            generator=generator,
+        )
+
+    options = {"total_updates": TOTAL, "online_after": online_after, **options}
+    return make_trainer(run_dir, replay=mix, **options)
+
+
+def frames_by_update(trainer):
+    frames = []
+    trainer.register_op("post_optim", lambda: frames.append(trainer.collected_frames))
+    trainer.train()
+    return frames
+
+
+def test_nothing_is_collected_before_the_switch(tmp_path, data):
+    trainer = make_offline_trainer(tmp_path, data)
+    before = trainer.replay_buffer.buffers["data"][:].clone()
+    frames = frames_by_update(trainer)
+    assert frames[:9] == [0] * 9
+    # Then 4 updates a round, though the first round completes too few trials for a new run.
+    assert frames[9:14] == [12, 12, 12, 12, 24]
+    assert len(frames) == TOTAL
+    assert torch.equal(trainer.replay_buffer.buffers["data"][:]["action"], before["action"])
+    rows = read_progress(tmp_path)
+    shares = dict(zip(rows["update"].tolist(), rows["share/online"].tolist(), strict=True))
+    assert shares[4] == shares[8] == 0
+    assert shares[24] == pytest.approx(0.5)
+    assert rows["frames"][rows["update"] == 8] == 0
+    assert rows["trials"][-1] == trainer.monitor.trials > 0
+
+
+def test_never_online(tmp_path, data):
+    trainer = make_offline_trainer(tmp_path, data, online_after=TOTAL)
+    frames = frames_by_update(trainer)
+    assert frames == [0] * TOTAL
+    assert trainer.exploration.frames == 0
+    assert len(trainer.online_buffer) == 0
+    assert np.isfinite(read_progress(tmp_path)["loss_actor"]).all()
+
+
+def test_a_plain_buffer_is_written_to_after_the_switch(tmp_path, data):
+    trainer = make_trainer(tmp_path, total_updates=12, online_after=6, capacity=200)
+    trainer.replay_buffer.extend(data)
+    assert frames_by_update(trainer)[:7] == [0] * 6 + [12]
+    assert len(trainer.replay_buffer) > len(data)
+
+
+def test_offline_updates_need_data(tmp_path):
+    with pytest.raises(
+        RuntimeError, match="first online_after=3 updates need trials in the replay"
+    ):
+        make_trainer(tmp_path, online_after=3).train()
+
+
+@pytest.mark.parametrize("own_generator", [True, False])
+@pytest.mark.parametrize("stop", [8, 14, 20])
+def test_resumes_exactly_on_both_sides_of_the_switch(tmp_path, data, stop, own_generator):
+    def make(run_dir, **options):
+        generator = torch.Generator().manual_seed(7) if own_generator else None
+        return make_offline_trainer(run_dir, data, generator=generator, **options)
+
+    def finish(trainer):
+        assert trainer.train() == "finished"
+        mixture, trainer.replay_buffer = trainer.replay_buffer, trainer.online_buffer
+        state = fingerprint(trainer)
+        trainer.replay_buffer = mixture
+        state |= {f"mixed.{key}": value for key, value in mixture.sample().items(True, True)}
+        return state | mixture.state_dict()["ready_at"], trainer.run_dir
+
+    whole = finish(make(tmp_path / "whole"))
+    first = make(tmp_path / "run")
+    interrupt_at(first, stop)
+    assert first.train() == "interrupted"
+    torch.manual_seed(999)
+    second = make(tmp_path / "run", weights_seed=1)
+    assert_same_run(whole, finish(second.resume()))
+
+
+def test_other_data_cant_resume(tmp_path, data):
+    make_offline_trainer(tmp_path, data, total_updates=6).train()
+    ends = data["next", "done"].reshape(-1).nonzero().reshape(-1)
+    other = make_offline_trainer(tmp_path, data[: int(ends[0]) + 1])
+    with pytest.raises(ValueError, match="goes on with the data that it was saved with"):
+        other.resume()
