@@ -10,6 +10,7 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules import recurrent_mode
+from torchrl.modules.functional import symlog
 
 from torchrl_amago.modules.layers import MLP, InputNorm, make_activation, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder
@@ -18,11 +19,6 @@ from torchrl_amago.modules.timestep.mlp import flatten_and_join
 from torchrl_amago.modules.timestep.specs import EntryOptions, embed_specs
 
 VectorScale = Literal["normalize", "symlog", "none"]
-
-
-def symlog(x: Tensor) -> Tensor:
-    """``sign(x) log(1 + |x|)`` (arXiv 2301.04104, eq. 9)."""
-    return x.sign() * x.abs().log1p()
 
 
 class CombinedTimestepEncoder(TimestepEncoder):
@@ -41,7 +37,7 @@ class CombinedTimestepEncoder(TimestepEncoder):
             joined.
         vector_features: features of all vectors together.
         vector_scale: how vectors are brought to scale: by moving averages of mean and deviation
-            (``normalize``), by :func:`symlog`, or not at all (``none``).
+            (``normalize``), by symlog (arXiv 2301.04104, eq. 9), or not at all (``none``).
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers; with 0 the features go through one linear layer.
         output_size: D.
