@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.data.sum_tree import SumTree
 from torchrl_amago.data.trial_table import TrialTable
 from torchrl_amago.data.trial_weights import Priorities, Shares
+from torchrl_amago.data.weight_blocks import WeightBlocks
 
 weights = st.lists(st.floats(0, 10).map(lambda x: round(x, 3)), min_size=1, max_size=40)
 
@@ -25,19 +25,19 @@ def expected(weight: list[float], uniform: np.ndarray) -> list[int]:
 
 
 @given(weights, st.integers(0, 2**31))
-def test_tree_finds_what_a_walk_finds(weight, seed):
+def test_blocks_find_what_a_walk_finds(weight, seed):
     if not sum(weight):
         return
-    tree = SumTree(len(weight))
+    blocks = WeightBlocks(len(weight))
     order = np.random.default_rng(seed).permutation(len(weight))
     for part in np.array_split(order, 3):
         if len(part):
-            tree.set(part, np.array(weight)[part])
-    np.testing.assert_allclose(tree.total, sum(weight))
+            blocks.set(part, np.array(weight)[part])
+    np.testing.assert_allclose(blocks.total, sum(weight))
     middle = np.array([sum(weight[:n]) + w / 2 for n, w in enumerate(weight) if w > 0])
     nonzero = [n for n, w in enumerate(weight) if w > 0]
-    assert tree.find(middle).tolist() == nonzero
-    assert tree.find(np.array([0.0, np.nextafter(tree.total, 0)])).tolist() == [
+    assert blocks.find(middle).tolist() == nonzero
+    assert blocks.find(np.array([0.0, np.nextafter(blocks.total, 0)])).tolist() == [
         nonzero[0],
         nonzero[-1],
     ]
@@ -92,7 +92,7 @@ def test_priorities_follow_what_comes_and_goes(events, looks):
         chance = np.array(alive)[drawn] / sum(alive)
         ideal = (len(table) * chance) ** -0.5
         np.testing.assert_allclose(weight, ideal / ideal.max(), rtol=1e-5)
-        # The tree takes trials in another order: each is drawn as often as its weight says.
+        # The blocks take trials in another order: each is drawn as often as its weight says.
         count = np.bincount(drawn, minlength=len(alive))
         np.testing.assert_allclose(count, 50 * np.array(alive) / sum(alive), atol=2.01)
 

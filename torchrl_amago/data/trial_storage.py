@@ -79,7 +79,7 @@ class TrialStorage(Storage):
     Example:
         >>> storage = TrialStorage(capacity=100)
         >>> steps = TensorDict({"x": torch.arange(5), "next": {"x": torch.arange(1, 6)}}, [5])
-        >>> storage.write(steps, [2, 3])
+        >>> _ = storage.write(steps, [2, 3])
         >>> len(storage), len(storage.follow()), storage[:]["next", "x"].tolist()
         (5, 2, [1, 2, 3, 4, 5])
     """
@@ -352,8 +352,10 @@ class TrialStorage(Storage):
             begin = width - real if pad_left else 0
             stop = begin + real + 1
             out_WR[begin:stop] = memory[first : first + real + 1]
-            out_WR[:begin] = memory[first]
-            out_WR[stop:] = memory[first + real]
+            if begin:
+                out_WR[:begin] = memory[first]
+            elif stop <= width:
+                out_WR[stop:] = memory[first + real]
         return self.layout.read(out_BWR)
 
     def read_columns(self, first_B: Tensor, length_B: Tensor, keys: list[NestedKey]) -> TensorDict:

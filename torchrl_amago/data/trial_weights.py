@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from torchrl_amago.data.sum_tree import SumTree
 from torchrl_amago.data.trial_table import TrialTable
+from torchrl_amago.data.weight_blocks import WeightBlocks
 
 # What a priority of 0 counts as: a trial must stay reachable.
 _SMALLEST_PRIORITY = 1e-6
@@ -84,17 +84,17 @@ class Priorities:
 
     def clear(self) -> None:
         """Forget all of them."""
-        self._tree = SumTree(16)  # trial n is leaf n modulo the number of leaves
+        self._weights = WeightBlocks(16)  # trial n is at place n modulo their size
         self._begin = self._end = 0
         self._largest = 1.0
 
     def draw(self, table: TrialTable, uniform_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Positions in the table and importance weights ``(N P)^-beta`` over their largest, ``[B]``."""
         self._follow(table)
-        tree = self._tree
-        leaf_B = tree.find(uniform_B * tree.total)
-        weight_B = (len(table) * tree.get(leaf_B) / tree.total) ** -self.beta
-        index_B = (leaf_B - table.begin) % tree.num_leaves
+        weights = self._weights
+        place_B = weights.find(uniform_B * weights.total)
+        weight_B = (len(table) * weights.get(place_B) / weights.total) ** -self.beta
+        index_B = (place_B - table.begin) % weights.size
         return index_B, (weight_B / weight_B.max()).astype(np.float32)
 
     def update(self, table: TrialTable, number_B: np.ndarray, priority_B: np.ndarray) -> None:
@@ -113,19 +113,19 @@ class Priorities:
 
     def _set(self, number: np.ndarray, weight: np.ndarray) -> None:
         if len(number):
-            self._tree.set(number % self._tree.num_leaves, weight)
+            self._weights.set(number % self._weights.size, weight)
 
     def _follow(self, table: TrialTable) -> None:
         if not self._begin <= table.begin <= self._end <= table.end:
-            self._tree = SumTree(self._tree.num_leaves)
+            self._weights = WeightBlocks(self._weights.size)
             self._begin = self._end = table.begin
         gone = np.arange(self._begin, table.begin)
         self._set(gone, np.zeros(len(gone)))
         self._begin = table.begin
-        if len(table) > self._tree.num_leaves:
+        if len(table) > self._weights.size:
             known = np.arange(self._begin, self._end)
-            weight = self._tree.get(known % self._tree.num_leaves)
-            self._tree = SumTree(2 * len(table))
+            weight = self._weights.get(known % self._weights.size)
+            self._weights = WeightBlocks(2 * len(table))
             self._set(known, weight)
         new = np.arange(self._end, table.end)
         self._set(new, np.full(len(new), self._largest**self.alpha))
@@ -137,8 +137,8 @@ class Priorities:
         return {
             "begin": self._begin,
             "largest": self._largest,
-            "num_leaves": self._tree.num_leaves,
-            "weights": self._tree.get(numbers % self._tree.num_leaves).tolist(),
+            "size": self._weights.size,
+            "weights": self._weights.get(numbers % self._weights.size).tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -146,5 +146,5 @@ class Priorities:
         weights = np.array(state["weights"])
         self._begin, self._end = state["begin"], state["begin"] + len(weights)
         self._largest = state["largest"]
-        self._tree = SumTree(state["num_leaves"])
+        self._weights = WeightBlocks(state["size"])
         self._set(np.arange(self._begin, self._end), weights)
