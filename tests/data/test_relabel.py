@@ -84,6 +84,11 @@ def as_batch(trials: list[list[dict]]) -> TensorDict:
     return batch
 
 
+def relabelled(relabel: Relabel, batch: TensorDict, seed: int = 0) -> TensorDict:
+    """The batch with what a relabeller put in place of its entries, as the buffer gives it."""
+    return batch.clone().update(relabel(batch, torch.Generator().manual_seed(seed)))
+
+
 def assert_shows(batch: TensorDict, trials: list[list[dict]]) -> None:
     """The batch holds these trials, bit by bit."""
     assert batch[MASK].sum(-1).tolist() == [len(steps) for steps in trials]
@@ -153,8 +158,12 @@ def test_replay_with_the_original_goals_changes_nothing(worlds):
     batch = stored(worlds)
     out = GoalSequenceRelabel().with_goals(batch, batch["goals"][:, 0])
     assert_shows(out, [play(achieved, goals) for achieved, goals in worlds])
-    kept = GoalSequenceRelabel().with_goals(
-        batch, torch.zeros_like(batch["goals"][:, 0]), torch.zeros(len(worlds), dtype=torch.bool)
+    kept = batch.clone().update(
+        GoalSequenceRelabel().with_goals(
+            batch,
+            torch.zeros_like(batch["goals"][:, 0]),
+            torch.zeros(len(worlds), dtype=torch.bool),
+        )
     )
     for key in (*REPLACED, MASK):  # padding included
         assert kept[key].dtype == batch[key].dtype
@@ -165,7 +174,7 @@ def test_replay_with_the_original_goals_changes_nothing(worlds):
 def test_relabelled_trials_are_trials_with_their_new_goals(worlds, strategy, seed):
     batch = stored(worlds)
     before = batch.clone()
-    out = GoalSequenceRelabel(strategy)(batch, torch.Generator().manual_seed(seed))
+    out = relabelled(GoalSequenceRelabel(strategy), batch, seed)
     for key in before.keys(True, True):
         assert torch.equal(batch[key].nan_to_num(7.0), before[key].nan_to_num(7.0))
     new = goals_at_first(out)
@@ -178,7 +187,7 @@ def test_relabelled_trials_are_trials_with_their_new_goals(worlds, strategy, see
 @given(worlds(), st.sampled_from(["some", "all"]), st.integers(0, 2**31))
 def test_new_sequences_are_made_as_the_paper_says(worlds, strategy, seed):
     batch = stored(worlds)
-    out = GoalSequenceRelabel(strategy)(batch, torch.Generator().manual_seed(seed))
+    out = relabelled(GoalSequenceRelabel(strategy), batch, seed)
     for b, ((achieved, goals), new) in enumerate(zip(worlds, goals_at_first(out), strict=True)):
         steps = play(achieved, goals)
         old = [goal for goal in goals if goal != BLANK]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchrl_amago import keys
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice, is_blank
+from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice, is_blank, time_innermost
 
 Strategy = Literal["some", "all", "none"]
 
@@ -117,7 +117,7 @@ class GoalSequenceRelabel(GoalRelabel):
             is_free_BTN = is_free_BTN & ~is_blank(achieved_BTN, self.blank, 3)
         score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
         # The best of a step's scores stands for the step: one goal of each, all goals alike.
-        score_BT, place_BT = torch.where(is_free_BTN, score_BTN, -1.0).max(-1)
+        score_BT, place_BT = score_BTN.masked_fill(~is_free_BTN, -1.0).max(-1)
         most = min(int(num_new_B.max()), num_steps)
         score_BK, step_BK = score_BT.topk(most, -1)
         rows_B1 = torch.arange(len(step_BK), device=step_BK.device).unsqueeze(-1)
@@ -126,40 +126,40 @@ class GoalSequenceRelabel(GoalRelabel):
         is_left_out_BK = (order_K >= num_new_B.unsqueeze(-1)) | (score_BK < 0)
         return step_BK.masked_fill(is_left_out_BK, num_steps), new_BK
 
-    def with_goals(
-        self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
-    ) -> TensorDictBase:
-        reward_BT, met_BK = self._replay(self._achieved(trials), goals, trials.get(keys.MASK))
-        num_steps = reward_BT.shape[1]
-        goals_BSK = self._shown(goals, met_BK, num_steps + 1)
-        last_B = met_BK[:, -1]
-        never_ends_B = (last_B < 0) | (not self.ends_trial)
-        end_B = torch.where(never_ends_B, num_steps, last_B)
-        return self._replace(trials, is_new_B, goals_BSK, reward_BT, end_B)
+    def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_RK: Tensor) -> TensorDictBase:
+        mask_RT = trials.get(keys.MASK)[rows_R]
+        reward_RTK = self._rewards(time_innermost(self._achieved(trials)[rows_R]), goals_RK)
+        hits_RTK = (reward_RTK > self.met_above) & mask_RT.unsqueeze(-1)
+        met_RK = meeting_steps(hits_RTK, self._blank_goals(goals_RK))
+        num_steps, num_goals = hits_RTK.shape[1:]
+        # How many goals are met before each step, and after the last one: so also which one's turn it is.
+        num_met_RS = torch.zeros(
+            len(rows_R), num_steps + 2, dtype=torch.int64, device=met_RK.device
+        )
+        num_met_RS.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
+        num_met_RS = num_met_RS[:, :-1].cumsum(1)
+        turn_RT = num_met_RS[:, :-1]
+        reward_RT = reward_RTK.gather(-1, turn_RT.clamp(max=num_goals - 1).unsqueeze(-1)).squeeze(
+            -1
+        )
+        reward_RT = reward_RT.masked_fill(turn_RT == num_goals, 0)
+        end_R = met_RK[:, -1]
+        if not self.ends_trial:
+            end_R = torch.full_like(end_R, num_steps)
+        end_R = end_R.masked_fill(end_R < 0, num_steps)
+        return self._replace(trials, rows_R, self._shown(goals_RK, num_met_RS), reward_RT, end_R)
 
-    def _replay(
-        self, achieved_BTN: Tensor, goals_BK: Tensor, mask_BT: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Reward of each step, ``[B, T]``, and the steps that meet the goals, ``[B, K]``."""
-        reward_BTK = self._rewards(achieved_BTN, goals_BK)
-        hits_BTK = (reward_BTK > self.met_above) & mask_BT.unsqueeze(-1)
-        met_BK = meeting_steps(hits_BTK, self._blank_goals(goals_BK))
-        num_steps, num_goals = hits_BTK.shape[1:]
-        turn_BT = _num_met_before(met_BK, num_steps)
-        reward_BT = reward_BTK.gather(-1, turn_BT.clamp(max=num_goals - 1).unsqueeze(-1))
-        return reward_BT.squeeze(-1).where(turn_BT < num_goals, 0), met_BK
-
-    def _shown(self, goals_BK: Tensor, met_BK: Tensor, num_steps: int) -> Tensor:
-        """The goals as they are shown at each step, ``[B, T, K]``: those met before are blank."""
-        num_goals = goals_BK.shape[1]
-        views = goals_BK.unsqueeze(1).repeat(1, num_goals + 1, *(1,) * (goals_BK.ndim - 1))
+    def _shown(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
+        """The goals as they are shown at each step, ``[R, S, K]``: those met before are blank."""
+        num_goals = goals_RK.shape[1]
+        # One view for each number of goals met; steps look theirs up.
+        views = goals_RK.unsqueeze(1).repeat(1, num_goals + 1, *(1,) * (goals_RK.ndim - 1))
         if self.blank is not None:
             for num_met in range(1, num_goals + 1):
                 views[:, num_met, :num_met] = self.blank
-        row_B1 = torch.arange(len(goals_BK), device=goals_BK.device).unsqueeze(-1)
-        view_BT = row_B1 * (num_goals + 1) + _num_met_before(met_BK, num_steps)
-        shown = views.flatten(0, 1).index_select(0, view_BT.flatten())
-        return shown.unflatten(0, view_BT.shape)
+        first_R1 = (num_goals + 1) * torch.arange(len(goals_RK), device=views.device).unsqueeze(-1)
+        shown = views.flatten(0, 1).index_select(0, (first_R1 + num_met_RS).flatten())
+        return shown.unflatten(0, num_met_RS.shape)
 
     def _achieved(self, trials: TensorDictBase) -> Tensor:
         achieved_BTN, goals_BTK = trials.get(self.achieved_key), trials.get(self.goal_key)
@@ -204,12 +204,6 @@ def meeting_steps(hits_BTK: Tensor, is_blank_BK: Tensor) -> Tensor:
         met_B = torch.where(is_blank_B, met_B, first_B)
         met_BK.append(met_B)
     return torch.stack(met_BK, -1)
-
-
-def _num_met_before(met_BK: Tensor, num_steps: int) -> Tensor:
-    """How many goals are met before each step, int64 ``[B, T]``."""
-    step_BT = torch.arange(num_steps, device=met_BK.device).repeat(len(met_BK), 1)
-    return torch.searchsorted(met_BK, step_BT)
 
 
 def _in_order(when: list[Tensor], goals: list[Tensor], rank_BK: Tensor) -> Tensor:

@@ -1,13 +1,15 @@
 """What relabelling with goals has in common: the reward of a goal, and what follows from rewards.
 
 Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals achieved
-in a step. A goal has any shape, which is left out of the suffixes: ``goals_BK`` is ``[B, K, *goal]``.
+in a step, R trials that change. A goal has any shape, which is left out of the suffixes: ``goals_BK``
+is ``[B, K, *goal]``.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import reduce
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
@@ -34,23 +36,29 @@ def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
         >>> exact_match(achieved, torch.tensor([3, 4]).view(1, 1, 1, 2)).item()
         True
     """
-    # Time goes last: long rows of numbers are compared several times faster than goals of few numbers.
-    achieved, goal = achieved.movedim(1, -1), goal.movedim(1, -1)
-    is_equal = achieved == goal.unsqueeze(2)
-    is_equal = is_equal.reshape(*is_equal.shape[:3], -1, is_equal.shape[-1])
-    return is_equal.all(3).any(2).movedim(-1, 1)
+    return _all_of_goal(achieved == goal.unsqueeze(3), 4).any(-1)
 
 
 def is_blank(goals: Tensor, blank: float, batch_dims: int) -> Tensor:
     """Which goals are nothing but blanks, bool; a goal is what follows the first dimensions."""
-    is_blank = goals == blank
-    return is_blank.reshape(*goals.shape[:batch_dims], -1).all(-1)
+    return _all_of_goal(goals == blank, batch_dims)
+
+
+def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
+    # One number after the other: a reduction over so few would take several times as long.
+    numbers = flags.reshape(*flags.shape[:batch_dims], -1).unbind(-1)
+    return reduce(torch.logical_and, numbers)
+
+
+def time_innermost(x_BT: Tensor) -> Tensor:
+    """The same values, steps next to each other in memory: what is done with them is much faster."""
+    return x_BT.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 class GoalRelabel(Relabel):
     """Base of relabellers that exchange goals, and rewards and endings with them.
 
-    A subclass writes :meth:`new_goals` and :meth:`with_goals`.
+    A subclass writes :meth:`new_goals` and :meth:`_replay`.
 
     Args:
         goal_key: entry that shows the goals.
@@ -104,7 +112,12 @@ class GoalRelabel(Relabel):
             were.
         """
 
-    @abstractmethod
+    def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
+        if self._to_check:
+            self._check_replay(trials)
+            self._to_check = False
+        return self.with_goals(trials, *self.new_goals(trials, generator))
+
     def with_goals(
         self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
     ) -> TensorDictBase:
@@ -118,12 +131,17 @@ class GoalRelabel(Relabel):
         Returns:
             The entries that change, and the mask.
         """
+        mask_BT = trials.get(keys.MASK)
+        if is_new_B is None:
+            is_new_B = torch.ones_like(mask_BT[:, 0])
+        rows_R = is_new_B.nonzero().squeeze(-1)
+        if not len(rows_R):
+            return TensorDict({keys.MASK: mask_BT}, trials.batch_size)
+        return self._replay(trials, rows_R, goals[rows_R])
 
-    def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
-        if self._to_check:
-            self._check_replay(trials)
-            self._to_check = False
-        return self.with_goals(trials, *self.new_goals(trials, generator))
+    @abstractmethod
+    def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
+        """Give these trials these goals: see :meth:`with_goals`, and :meth:`_replace`."""
 
     def _own_goals(self, trials: TensorDictBase) -> Tensor:
         """The goals as they are shown first."""
@@ -145,52 +163,45 @@ class GoalRelabel(Relabel):
     def _replace(
         self,
         trials: TensorDictBase,
-        is_new_B: Tensor | None,
-        goals_BS: Tensor,
-        reward_BT: Tensor,
-        end_B: Tensor,
+        rows_R: Tensor,
+        goals_RS: Tensor,
+        reward_RT: Tensor,
+        end_R: Tensor,
     ) -> TensorDict:
         """Put new goals and rewards in place, and end the trials.
 
         Args:
             trials: as for :meth:`relabel`.
-            is_new_B: which trials change; None for all.
-            goals_BS: the goals as they are shown at each step and after the last one.
-            reward_BT: rewards.
-            end_B: step that ends each trial by meeting the goal; T or more for none.
+            rows_R: which of them change; the other arguments are about those.
+            goals_RS: the goals as they are shown at each step and after the last one.
+            reward_RT: rewards.
+            end_R: step that ends each trial by meeting the goal; T or more for none.
         """
-        old = trials.get
-        mask_BT = old(keys.MASK)
+        mask_BT = trials.get(keys.MASK)
         num_steps = mask_BT.shape[1]
-        if is_new_B is None:
-            is_new_B = torch.ones_like(end_B, dtype=torch.bool)
-
-        def choose(new: Tensor, key: NestedKey) -> Tensor:
-            stored = old(key)
-            is_new = is_new_B.view(-1, *(1,) * (stored.ndim - 1))
-            return torch.where(is_new, new.to(stored.dtype), stored)
-
-        end_B1 = torch.where(is_new_B, end_B, num_steps).unsqueeze(-1)
-        step_T = torch.arange(num_steps, device=mask_BT.device)
-        is_end = (step_T == end_B1).unsqueeze(-1)
-        reward = reward_BT.unsqueeze(-1)
+        reward = reward_RT.unsqueeze(-1)
         # The first one tells of the step before these, which stays as it was.
-        before = torch.cat([old(self.prev_reward_key)[:, :1], reward[:, :-1]], 1)
-        done, terminated, truncated = (old(key) for key in self.done_keys)
+        first = trials.get(self.prev_reward_key)[rows_R, :1]
         values = [
-            choose(goals_BS[:, :-1], self.goal_key),
-            choose(goals_BS[:, 1:], self.next_goal_key),
-            choose(reward, self.reward_key),
-            choose(before, self.prev_reward_key),
-            choose(reward, self.next_prev_reward_key),
-            done | is_end,
-            terminated | is_end,
-            truncated & ~is_end,
+            goals_RS[:, :-1],
+            goals_RS[:, 1:],
+            reward,
+            torch.cat([first, reward[:, :-1]], 1),
+            reward,
         ]
         out = TensorDict({}, trials.batch_size)
-        for key, value in zip(self.replaced_keys, values, strict=True):
-            out.set(key, value)
-        return out.set(keys.MASK, mask_BT & (step_T <= end_B1))
+        for key, value in zip(self.replaced_keys, values, strict=False):
+            stored = trials.get(key)
+            out.set(key, stored.index_copy(0, rows_R, value.to(stored.dtype)))
+        is_ended_R = end_R < num_steps
+        last_step = (rows_R[is_ended_R], end_R[is_ended_R])
+        for key, flag in zip(self.done_keys, (True, True, False), strict=True):
+            stored = trials.get(key)
+            out.set(key, stored.index_put(last_step, torch.full((), flag, device=stored.device)))
+        end_B = torch.full_like(mask_BT[:, 0], num_steps, dtype=torch.int64)
+        end_B = end_B.index_copy(0, rows_R, end_R)
+        step_T = torch.arange(num_steps, device=mask_BT.device)
+        return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
 
     def _check_replay(self, trials: TensorDictBase) -> None:
         mask_BT = trials.get(keys.MASK)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from torchrl_amago import keys
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice
+from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice, time_innermost
 
 Strategy = Literal["future", "final", "episode"]
 
@@ -87,17 +87,17 @@ class HindsightRelabel(GoalRelabel):
         goal_B = achieved_BTN[rows_B, step_B, (uniform_4B[2] * num_places).long()]
         return goal_B, uniform_4B[3] < self.share
 
-    def with_goals(
-        self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
-    ) -> TensorDictBase:
-        mask_BT = trials.get(keys.MASK)
-        num_steps = mask_BT.shape[1]
-        reward_BT = self._rewards(self._achieved(trials), goals.unsqueeze(1)).squeeze(-1)
-        step_T = torch.arange(num_steps, device=mask_BT.device)
-        is_met_BT = (reward_BT > self.met_above) & mask_BT & self.ends_trial
-        end_B = torch.where(is_met_BT, step_T, num_steps).amin(-1)
-        goals_BS = goals.unsqueeze(1).expand(-1, num_steps + 1, *goals.shape[1:])
-        return self._replace(trials, is_new_B, goals_BS, reward_BT, end_B)
+    def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
+        mask_RT = trials.get(keys.MASK)[rows_R]
+        num_steps = mask_RT.shape[1]
+        reward_RT = self._rewards(
+            time_innermost(self._achieved(trials)[rows_R]), goals_R.unsqueeze(1)
+        ).squeeze(-1)
+        step_T = torch.arange(num_steps, device=mask_RT.device)
+        is_met_RT = (reward_RT > self.met_above) & mask_RT & self.ends_trial
+        end_R = torch.where(is_met_RT, step_T, num_steps).amin(-1)
+        goals_RS = goals_R.unsqueeze(1).expand(-1, num_steps + 1, *goals_R.shape[1:])
+        return self._replace(trials, rows_R, goals_RS, reward_RT, end_R)
 
     def _achieved(self, trials: TensorDictBase) -> Tensor:
         """``[B, T, N, *goal]``."""
