@@ -104,6 +104,21 @@ def test_learning_curve_reads_rows_and_csv_alike(tmp_path, figure):
         assert is_png(path)
 
 
+def test_learning_curve_marks_places_and_names_its_reference(tmp_path, figure):
+    plot_learning_curve(
+        [{"update": 10, "eval/trial_return": 1.0}, {"update": 20, "eval/trial_return": 2.0}],
+        tmp_path / "learning_curve.png",
+        x="update",
+        reference={"return per trial": 1.5},
+        reference_label="dataset",
+        marks={"begins to play": 15},
+    )
+    (ax,) = figure().axes
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert set(lines["dataset"].get_ydata()) == {1.5}
+    assert set(lines["begins to play"].get_xdata()) == {15}
+
+
 def test_learning_curve_of_several_runs_and_other_columns(tmp_path, figure):
     runs = {name: [{"update": 1, "loss": height}] for name, height in [("a", 1.0), ("b", 2.0)]}
     plot_learning_curve(

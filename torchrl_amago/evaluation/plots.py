@@ -35,6 +35,8 @@ def plot_learning_curve(
     x: str = "frames",
     panels: Mapping[str, Mapping[str, str]] | None = None,
     reference: Mapping[str, float] | None = None,
+    reference_label: str = "optimal",
+    marks: Mapping[str, float] | None = None,
     title: str | None = None,
 ) -> None:
     """Draw what a run logged, over the steps it took.
@@ -47,6 +49,8 @@ def plot_learning_curve(
         panels: panel title -> {column: label}. By default return per trial, and success at the
             first and last attempt, in training (thin) and evaluation, as far as they are logged.
         reference: panel title -> height of a dashed line, such as the optimum.
+        reference_label: what that is.
+        marks: label -> place on the horizontal axis of a dotted line in every panel, such as a switch.
         title: of the figure.
 
     Raises:
@@ -88,7 +92,11 @@ def plot_learning_curve(
                     thin = column.startswith("train/")
                     _draw_run(ax, points, colour, name_of_line, thin=thin)
         if reference and name in reference:
-            ax.axhline(reference[name], color=_REFERENCE_COLOUR, ls="--", lw=1.2, label="optimal")
+            ax.axhline(
+                reference[name], color=_REFERENCE_COLOUR, ls="--", lw=1.2, label=reference_label
+            )
+        for label, place in (marks or {}).items():
+            ax.axvline(place, color=_REFERENCE_COLOUR, ls=":", lw=1.2, label=label)
         ax.set_xlabel("environment steps" if x == "frames" else x)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_ylabel(name)

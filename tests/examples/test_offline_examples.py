@@ -1,0 +1,137 @@
+"""The example that goes from a dataset to an agent, and the script that makes the dataset."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchrl_amago.trainers import read_progress
+
+minari = pytest.importorskip("minari")
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(autouse=True)
+def datasets(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def load_example(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses look up their annotations in the module they were defined in.
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def making(monkeypatch):
+    return load_example("make_minari_dataset", monkeypatch)
+
+
+@pytest.fixture
+def example(making, monkeypatch):
+    return load_example("14_offline_to_online", monkeypatch)
+
+
+def test_debug_run(tmp_path):
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / "14_offline_to_online.py", "--debug", "--run-dir", "run"],
+        cwd=tmp_path,
+        env={
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(EXAMPLES.parent),
+            "MPLCONFIGDIR": str(tmp_path / "matplotlib"),
+            "MINARI_DATASETS_PATH": os.environ["MINARI_DATASETS_PATH"],
+            "HOME": str(tmp_path),
+        },
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "pendulum/weak-10-v0: 10 trials of 2000 steps, mean return -" in done.stdout
+    assert "On 16 held-out trials: greedy trial_return" in done.stdout
+    rows = read_progress(tmp_path / "run")
+    assert rows["update"][-1] == 40
+    assert rows["frames"][rows["update"] == 20] == 0
+    assert rows["frames"][-1] > 0
+    assert np.isfinite(rows["loss_actor"]).all()
+    assert (tmp_path / "run" / "learning_curve.png").is_file()
+
+
+TINY = dict(
+    run_dir=Path("run"),
+    dataset_episodes=2,
+    total_updates=4,
+    online_after=2,
+    updates_per_round=2,
+    num_envs=2,
+    batch_size=2,
+    d_model=16,
+    hidden_size=16,
+    num_layers=1,
+    eval_interval=2,
+    eval_trials=4,
+    checkpoint_interval=2,
+    warmup_updates=2,
+)
+
+
+@pytest.mark.parametrize("loss", ["amago", "amago2"])
+def test_resumes_with_the_same_dataset_only(example, making, tmp_path, monkeypatch, loss):
+    monkeypatch.chdir(tmp_path)
+    assert example.train(example.Args(**{**TINY, "loss": loss})) is not None
+    more = {**TINY, "loss": loss, "total_updates": 6, "resume": True}
+    making.make_dataset(making.Args(episodes=3))
+    with pytest.raises(ValueError, match="task.dataset_episodes: 2 in the checkpoint, 3 here"):
+        example.train(example.Args(**{**more, "dataset_episodes": 3}))
+    assert example.train(example.Args(**more)) is not None
+    rows = read_progress(tmp_path / "run")
+    assert rows["update"][-1] == 6
+    np.testing.assert_array_equal(rows["frames"] > 0, rows["update"] > 2)
+
+
+def test_any_dataset_that_is_there(example, making, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    making.make_dataset(making.Args(env_id="CartPole-v1", quality="random", episodes=5))
+    args = example.Args(**{**TINY, "dataset": "cartpole/random-5-v0", "online_after": 4})
+    results = example.train(args)
+    assert (results.greedy.trial_return >= 8).all()
+    assert set(read_progress(tmp_path / "run")["frames"]) == {0}
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        example.train(example.Args(**{**TINY, "dataset": "here/nothing-v0"}))
+
+
+def test_qualities(making):
+    means = {}
+    for env_id in ("Pendulum-v1", "CartPole-v1"):
+        for quality in making.NOISE:
+            args = making.Args(env_id=env_id, quality=quality, episodes=10)
+            dataset = making.make_dataset(args)
+            assert dataset.id == args.dataset_id
+            means[env_id, quality] = np.mean([np.sum(episode.rewards) for episode in dataset])
+    assert means["Pendulum-v1", "random"] < -1000
+    assert -700 < means["Pendulum-v1", "weak"] < -250
+    assert means["Pendulum-v1", "good"] > -250
+    assert means["CartPole-v1", "random"] < 40
+    assert 100 < means["CartPole-v1", "weak"] < 400
+    assert means["CartPole-v1", "good"] > 450
+
+
+def test_the_same_seed_makes_the_same_dataset(making):
+    def rewards(**options):
+        episodes = making.play(making.Args(episodes=2, **options))
+        return [reward for episode in episodes for reward in episode.rewards]
+
+    assert rewards() == rewards()
+    assert rewards() != rewards(seed=1)
