@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.toy_env import ACTIONS, Toy
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import TMaze, make_trial_env
 from torchrl_amago.modules import make_policy
 from torchrl_amago.objectives import amago_loss
@@ -151,3 +153,19 @@ def test_refuses_an_unknown_loss(tmp_path):
     policy = make_policy(env, context_length=6)
     with pytest.raises(ValueError, match=r"loss must be one of \['amago', 'amago2'\].* got 'sac'"):
         make_trainer(env, policy, trial_length=6, total_updates=1, run_dir=tmp_path, loss="sac")
+
+
+def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
+    online, data = (make_trial_buffer(50, slice_len=4, batch_size=5) for _ in range(2))
+    data.extend(env.rollout(4).exclude("_stream").reshape(-1))
+    mixture = TrialMixture(
+        {"data": data, "online": online}, {"data": 1, "online": 1}, batch_size=5, online="online"
+    )
+    options = dict(trial_length=4, total_updates=3, run_dir=tmp_path, updates_per_round=1)
+    trainer = make_trainer(env, policy, replay_buffer=mixture, online_after=2, **options)
+    assert trainer.replay_buffer is mixture
+    assert trainer.collector.replay_buffer is online
+    assert trainer.train() == "finished"
+    assert trainer.collected_frames == 6 * 4 == len(online)
+    with pytest.raises(ValueError, match="slice_length and buffer_options are for the buffer that"):
+        make_trainer(env, policy, replay_buffer=mixture, slice_length=2, **options)

@@ -75,6 +75,9 @@ def make_trainer(
         loss_options: further arguments of the loss.
         trainer_options: further arguments of :class:`AMAGOTrainer`.
 
+    Raises:
+        ValueError: for an unknown loss, or arguments of a buffer beside a buffer.
+
     Example:
         >>> import tempfile
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -91,6 +94,11 @@ def make_trainer(
     """
     make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
     loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
+    if replay_buffer is not None and (slice_length or buffer_options):
+        raise ValueError(
+            "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
+            "beside a replay_buffer. Make that one with them."
+        )
     buffer = replay_buffer
     if buffer is None:
         # Without overhang, a long trial's end would be in one of hundreds of windows.
