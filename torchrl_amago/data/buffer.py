@@ -170,16 +170,18 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         if self.relabel is not None:
             length_B, replaced_BL = self._relabel(trials)
         windows = sampler.windows(length_B)
+        pad_left = sampler.padding == "left"
         batch = storage.read_slices(
-            trials.first + windows.offset,
-            windows.real,
-            windows.width,
-            pad_left=sampler.padding == "left",
+            trials.first + windows.offset, windows.real, windows.width, pad_left=pad_left
         )
         step_BT, mask_BT = sampler.steps(windows)
         if replaced_BL is not None:
-            rows = torch.arange(batch_size).unsqueeze(-1)
-            batch.update(replaced_BL.exclude("collector")[rows, step_BT])
+            replaced_BL = replaced_BL.exclude("collector")
+            if pad_left or windows.offset.any() or windows.width > replaced_BL.shape[1]:
+                rows = torch.arange(batch_size).unsqueeze(-1)
+                batch.update(replaced_BL[rows, step_BT])
+            else:  # whole trials: nothing to copy
+                batch.update(replaced_BL[:, : windows.width])
         batch.set(keys.MASK, mask_BT)
         batch.set("index", trials.number.unsqueeze(-1).expand(mask_BT.shape))
         if trials.weight is not None:

@@ -153,7 +153,7 @@ class RowLayout:
 
     def __getitem__(self, key: NestedKey) -> Column:
         """The column of a root key, or of a key under ``next``."""
-        parts = (key,) if isinstance(key, str) else tuple(key)
+        parts = _parts(key)
         under_next = parts[0] == "next"
         wanted = parts[1:] if under_next else parts
         for column in self.columns:
@@ -215,22 +215,32 @@ class RowLayout:
 
     # -- reading ---------------------------------------------------------------------------------
 
-    def read(self, rows: Tensor) -> TensorDict:
-        """Steps ``[*, W - 1]`` in rows ``[*, W, R]``: views of them, nothing is copied."""
+    def read(
+        self, rows: Tensor, keys: Sequence[NestedKey] | None = None, row: Tensor | None = None
+    ) -> TensorDict:
+        """Steps ``[*, W - 1]`` in rows ``[*, W, R]``.
+
+        Args:
+            rows: bytes.
+            keys: entries of root and ``next`` to read; all by default.
+            row: ``[*, W]``, which of the rows ``[C, R]`` to read. Without, nothing is copied: what is given
+                are views of ``rows``.
+        """
+        columns = self.columns if keys is None else {self[key]: None for key in keys}
+        wanted = None if keys is None else {_parts(key) for key in keys}
+        shape = rows.shape[:-1] if row is None else row.shape
+        dim, length = len(shape) - 1, shape[-1] - 1
         root: dict[str, Any] = {}
         following: dict[str, Any] = {}
-        for column in self.columns:
-            values = column.view(rows)
-            dim = rows.ndim - 2
-            here = values.narrow(dim, 0, values.shape[dim] - 1)
-            if column.kind != "next":
+        for column in columns:
+            values = column.view(rows) if row is None else column.view(rows)[row]
+            here = values.narrow(dim, 0, length)
+            if column.kind != "next" and (wanted is None or column.key in wanted):
                 _set(root, column.key, here)
-            if column.kind == "both":
-                _set(following, column.key, values.narrow(dim, 1, values.shape[dim] - 1))
-            elif column.kind == "next":
-                _set(following, column.key, here)
-        shape = (*rows.shape[:-2], rows.shape[-2] - 1)
-        return TensorDict({**root, "next": following} if following else root, shape)
+            if column.kind != "root" and (wanted is None or ("next", *column.key) in wanted):
+                ahead = values.narrow(dim, 1, length) if column.kind == "both" else here
+                _set(following, column.key, ahead)
+        return TensorDict({**root, "next": following} if following else root, (*shape[:-1], length))
 
 
 def _entries(steps: TensorDictBase) -> tuple[dict, dict]:
@@ -238,7 +248,7 @@ def _entries(steps: TensorDictBase) -> tuple[dict, dict]:
     root: dict[tuple[str, ...], Tensor] = {}
     following: dict[tuple[str, ...], Tensor] = {}
     for key, value in steps.items(True, True, is_leaf=is_leaf_nontensor):
-        parts = (key,) if isinstance(key, str) else key
+        parts = _parts(key)
         under_next = parts[0] == "next"
         name = parts[1:] if under_next else parts
         if name[0] == "collector" or any(part.startswith("_") for part in name):
@@ -250,6 +260,10 @@ def _entries(steps: TensorDictBase) -> tuple[dict, dict]:
             )
         (following if under_next else root)[name] = value
     return root, following
+
+
+def _parts(key: NestedKey) -> tuple[str, ...]:
+    return (key,) if isinstance(key, str) else tuple(key)
 
 
 def _set(entries: dict[str, Any], key: tuple[str, ...], value: Tensor) -> None:

@@ -51,6 +51,8 @@ FORMAT = "torchrl_amago trials 1"
 
 # Disk space is claimed in pieces of at least this many bytes.
 _CLAIM = 1 << 18
+# Rows of more bytes are not copied whole where some of their entries are wanted.
+_NARROW_ROW = 1024
 # Records of evicted trials that make the journal worth rewriting.
 _STALE_RECORDS = 4096
 
@@ -344,9 +346,12 @@ class TrialStorage(Storage):
         Returns:
             ``[B, width]``.
         """
-        row_bytes = self.layout.row_bytes
+        return self.layout.read(self._copy(first_B, real_B, width, pad_left))
+
+    def _copy(self, first_B: Tensor, real_B: Tensor, width: int, pad_left: bool = False) -> Tensor:
+        """The rows of slices and the row after each, ``[B, width + 1, R]``."""
         memory = np.asarray(self._memory)  # slices faster than a memmap
-        out_BWR = torch.empty(len(first_B), width + 1, row_bytes, dtype=torch.uint8)
+        out_BWR = torch.empty(len(first_B), width + 1, memory.shape[1], dtype=torch.uint8)
         slices = zip(out_BWR.numpy(), first_B.tolist(), real_B.tolist(), strict=True)
         for out_WR, first, real in slices:
             begin = width - real if pad_left else 0
@@ -356,22 +361,16 @@ class TrialStorage(Storage):
                 out_WR[:begin] = memory[first]
             elif stop <= width:
                 out_WR[stop:] = memory[first + real]
-        return self.layout.read(out_BWR)
+        return out_BWR
 
     def read_columns(self, first_B: Tensor, length_B: Tensor, keys: list[NestedKey]) -> TensorDict:
         """Some entries of whole trials, padded on the right to the longest of them: ``[B, L]``."""
-        step_L = torch.arange(int(length_B.max()) + 1)
-        row_BL = first_B.unsqueeze(-1) + torch.minimum(step_L, length_B.unsqueeze(-1))
-        out = TensorDict(batch_size=[len(first_B), len(step_L) - 1])
-        read: dict[tuple[str, ...], Tensor] = {}
-        for key in keys:
-            column = self.layout[key]
-            if column.key not in read:
-                read[column.key] = column.view(self._rows)[row_BL]
-            under_next = not isinstance(key, str) and key[0] == "next"
-            shift = 1 if under_next and column.kind == "both" else 0
-            out.set(key, read[column.key][:, shift : len(step_L) - 1 + shift])
-        return out
+        longest = int(length_B.max())
+        if self.layout.row_bytes <= _NARROW_ROW:
+            rows_BWR = self._copy(first_B, length_B, longest)
+            return self.layout.read(rows_BWR, keys)
+        step_W = torch.minimum(torch.arange(longest + 1), length_B.unsqueeze(-1))
+        return self.layout.read(self._rows, keys, row=first_B.unsqueeze(-1) + step_W)
 
     def get(self, index: Any) -> TensorDict:
         """Steps by their place in the order of writing, over all trials that are there.
