@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.envs.utils import step_mdp
 
+from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
 from torchrl_amago.data.relabel.goal_sequence import meeting_steps
 from torchrl_amago.envs import make_trial_env
@@ -501,6 +502,77 @@ def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
         assert torch.equal(again[key][out[MASK]], out[key][out[MASK]]), key
     ends = out[MASK].sum(-1, keepdim=True) - 1
     assert again["next", "done"].squeeze(-1).gather(1, ends).all()
+
+
+# ------------------------------------------------------------------ in a buffer
+
+
+@pytest.fixture(scope="module")
+def collected():
+    """Trials of random actions, flat, as the collector writes them."""
+    maze = MazeRunner(7, num_goals=2, max_episode_steps=20, batch_size=[16], seed=0)
+    env = make_trial_env(maze, episodes=1)
+    buffer = make_trial_buffer(10_000, slice_len=20, batch_size=4, warn_short=False)
+    torch.manual_seed(0)
+    frames = 16 * 60
+    collector = TrialCollector(
+        env, env.rand_action, replay_buffer=buffer, frames_per_batch=frames, total_frames=frames
+    )
+    for _ in collector:
+        pass
+    return buffer.newest(10_000)
+
+
+def refilled(steps: TensorDict, slice_len: int, relabel, **options):
+    buffer = make_trial_buffer(10_000, slice_len, 64, relabel=relabel, warn_short=False, **options)
+    buffer.extend(steps)
+    return buffer
+
+
+def test_batches_of_a_buffer_hold_relabelled_trials(collected):
+    buffer = refilled(collected, 20, GoalSequenceRelabel("some"))
+    seen = Counter()
+    for _ in range(3):
+        batch = buffer.sample()
+        assert torch.equal(batch["achieved"][:, 1:], batch["next", "achieved"][:, :-1])
+        for b in range(len(batch)):
+            length = int(batch[MASK][b].sum())
+            achieved = [
+                [tuple(place) for place in step]
+                for step in batch["next", "achieved"][b, :length].tolist()
+            ]
+            expected = play(achieved, goals_at_first(batch[b : b + 1])[0])
+            for step in expected[-1:]:  # trials out of time are terminated, too
+                step[("next", "terminated")], step[("next", "truncated")] = [True], [False]
+            assert_shows(batch[b : b + 1], [expected])
+            seen[int(batch["next", "reward"][b, :length].sum())] += 1
+    assert set(seen) == {0, 1, 2}
+    assert (buffer.newest(10_000) == collected).all()
+
+
+def test_slices_of_a_buffer_are_cut_from_relabelled_trials(collected):
+    whole = refilled(collected, 20, GoalSequenceRelabel("all")).sample()
+    reward = whole["next", "reward"].squeeze(-1).where(whole[MASK], 0)
+    assert (reward.sum(-1) == 2).all()
+    buffer = refilled(collected, 4, GoalSequenceRelabel("all"), overhang="both")
+    batch = buffer.sample()
+    real = batch[MASK]
+    follows = real[:, 1:]
+    for key in ("goals", "prev_reward", "achieved"):
+        assert torch.equal(batch[key][:, 1:][follows], batch["next", key][:, :-1][follows])
+    assert torch.equal(batch["next", "prev_reward"][real], batch["next", "reward"][real])
+    is_met = (batch["next", "goals"] == -1).all(-1)
+    assert torch.equal(is_met.all(-1, keepdim=True)[real], batch["next", "terminated"][real])
+    assert batch["next", "reward"][real].any()
+
+
+def test_same_generator_state_same_batches(collected):
+    first, second = (
+        refilled(collected, 8, GoalSequenceRelabel(), generator=torch.Generator().manual_seed(1))
+        for _ in range(2)
+    )
+    for _ in range(3):
+        assert (first.sample() == second.sample()).all()
 
 
 # ------------------------------------------------------------------ single goals
