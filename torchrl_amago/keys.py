@@ -88,7 +88,7 @@ KEY_TABLE: tuple[KeySpec, ...] = (
     KeySpec(("next", "reward"), "*B, 1", "float32", "environment", "loss", "reward of this step"),
     KeySpec(("next", "terminated"), "*B, 1", "bool", "environment", "loss",
             "the trial is over and worth nothing more: the only thing that stops bootstrapping"),
-    KeySpec(MASK, "B, T", "bool", "TrialSliceSampler", "timestep encoder, loss",
+    KeySpec(MASK, "B, T", "bool", "TrialReplayBuffer", "timestep encoder, loss",
             "True on real steps, False on padding"),
     KeySpec(SOURCE, "B, T", "int64", "TrialMixture", "TrialMixture",
             "number of the buffer that a slice was drawn from"),

@@ -169,3 +169,19 @@ def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
     assert trainer.collected_frames == 6 * 4 == len(online)
     with pytest.raises(ValueError, match="slice_length and buffer_options are for the buffer that"):
         make_trainer(env, policy, replay_buffer=mixture, slice_length=2, **options)
+
+
+def test_buffer_options_and_fragments(env, policy, tmp_path):
+    trainer = make_trainer(
+        env, policy, trial_length=4, total_updates=6, updates_per_round=2, batch_size=4,
+        run_dir=tmp_path / "run", fragment_length=3, progress_bar=False,
+        buffer_options={"path": tmp_path / "replay", "draw": "priority", "min_trials": 20},
+    )  # fmt: skip
+    assert trainer.train() == "finished"
+    buffer = trainer.replay_buffer
+    # The priorities of drawn trials have come from the loss.
+    assert len(set(buffer.sampler.state_dict()["priorities"]["weights"])) > 5
+    assert buffer.num_trials >= 20
+    kept = make_trial_buffer(None, 4, 4, path=tmp_path / "replay", mode="read")
+    assert (kept[:] == buffer[:]).all()
+    assert kept.storage.table.steps.max() <= 3
