@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +237,53 @@ def test_refuses_what_is_not_whole_trials():
     with pytest.raises(TypeError, match="not single steps"):
         rb.add(trial[0])
     assert rb.write_count == 0
+
+
+# -- folders -----------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(1, 9), min_size=1, max_size=12),
+    st.sampled_from(["trials", "steps", "priority"]),
+    st.sampled_from([None, Halve]),
+    st.integers(0, 2**31),
+)
+def test_the_same_seed_gives_the_same_batches_after_a_reopening(lengths, draw, relabel, seed):
+    with tempfile.TemporaryDirectory() as folder:
+
+        def opened(mode):
+            return make_trial_buffer(
+                30, 4, 6, path=Path(folder, "replay"), mode=mode, draw=draw, overhang="both",
+                relabel=relabel and relabel(), generator=torch.Generator().manual_seed(seed),
+                warn_short=False,
+            )  # fmt: skip
+
+        rb = opened("create")
+        for trial in make_trials(lengths):
+            rb.extend(trial)
+        expected = [rb.sample() for _ in range(3)]
+        for mode in ("continue", "read"):
+            again = opened(mode)
+            for batch in expected:
+                assert (again.sample() == batch).all()
+
+
+def test_a_trial_that_is_evicted_while_it_is_read_is_drawn_again(tmp_path, monkeypatch):
+    options = dict(path=tmp_path / "replay", warn_short=False)
+    writer = make_trial_buffer(12, 4, 8, **options)
+    writer.extend(torch.cat(make_trials([4, 4])))
+    learner = make_trial_buffer(12, 4, 8, mode="continue", **options)
+    read_slices, seen = learner.storage.read_slices, []
+
+    def interrupted(*args, **kwargs):
+        seen.append(learner.num_trials)
+        if len(seen) == 1:  # another process writes twice the capacity just now
+            for first_id in (100, 200, 300):
+                writer.extend(torch.cat(make_trials([4, 4], first_id)))
+        return read_slices(*args, **kwargs)
+
+    monkeypatch.setattr(learner.storage, "read_slices", interrupted)
+    batch = learner.sample()
+    assert len(seen) == 2
+    left = {tuple(range(first, first + 4)) for first in (204, 300, 304)}
+    assert {tuple(row) for row in rows(batch)} <= left
