@@ -151,6 +151,23 @@ def test_what_is_collected_goes_to_the_online_buffer():
         alone.extend(make_trial(5))
 
 
+def test_a_folder_that_is_only_read(tmp_path):
+    written = make_buffer([5, 6], path=tmp_path / "data")
+    kept = written[:].clone()
+    files = {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    protected = make_trial_buffer(
+        None, slice_len=4, batch_size=8, path=tmp_path / "data", mode="read", warn_short=False
+    )
+    buffers = {"old": protected, "new": make_buffer()}
+    mixture = TrialMixture(buffers, {"old": 1, "new": 1}, online="new", batch_size=16)
+    for number in range(40):
+        mixture.extend(make_trial(7, 1000 + 10 * number))
+        mixture.sample()
+    assert_close(protected[:], kept, rtol=0, atol=0)
+    assert files == {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    assert mixture.num_trials == 2 + mixture.online.num_trials
+
+
 def test_slices_of_another_width_are_padded():
     buffers = {"short": make_buffer([2], trim=True), "long": make_buffer([9], 1000, trim=True)}
     mixture = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12)
