@@ -132,31 +132,27 @@ class GoalSequenceRelabel(GoalRelabel):
         hits_RTK = (reward_RTK > self.met_above) & mask_RT.unsqueeze(-1)
         met_RK = meeting_steps(hits_RTK, self._blank_goals(goals_RK))
         num_steps, num_goals = hits_RTK.shape[1:]
-        # How many goals are met before each step, and after the last one: so also which one's turn it is.
-        num_met_RS = torch.zeros(
-            len(rows_R), num_steps + 2, dtype=torch.int64, device=met_RK.device
-        )
-        num_met_RS.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
-        num_met_RS = num_met_RS[:, :-1].cumsum(1)
-        turn_RT = num_met_RS[:, :-1]
-        reward_RT = reward_RTK.gather(-1, turn_RT.clamp(max=num_goals - 1).unsqueeze(-1)).squeeze(
-            -1
-        )
-        reward_RT = reward_RT.masked_fill(turn_RT == num_goals, 0)
+        num_met_RS = _num_met_before(met_RK, num_steps + 1)
+        # It is the turn of the goal that comes after those met; when all are, there is no reward.
+        turn_RT1 = num_met_RS[:, :-1].unsqueeze(-1)
+        reward_RT1 = reward_RTK.gather(-1, turn_RT1.clamp(max=num_goals - 1))
+        reward_RT1 = reward_RT1.masked_fill(turn_RT1 == num_goals, 0)
         end_R = met_RK[:, -1]
         if not self.ends_trial:
             end_R = torch.full_like(end_R, num_steps)
         end_R = end_R.masked_fill(end_R < 0, num_steps)
-        return self._replace(trials, rows_R, self._shown(goals_RK, num_met_RS), reward_RT, end_R)
+        return self._replace(trials, rows_R, self._shown(goals_RK, num_met_RS), reward_RT1, end_R)
 
     def _shown(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
         """The goals as they are shown at each step, ``[R, S, K]``: those met before are blank."""
         num_goals = goals_RK.shape[1]
         # One view for each number of goals met; steps look theirs up.
-        views = goals_RK.unsqueeze(1).repeat(1, num_goals + 1, *(1,) * (goals_RK.ndim - 1))
+        views = goals_RK.unsqueeze(1).expand(-1, num_goals + 1, *goals_RK.shape[1:])
         if self.blank is not None:
-            for num_met in range(1, num_goals + 1):
-                views[:, num_met, :num_met] = self.blank
+            order_K = torch.arange(num_goals, device=views.device)
+            is_met = order_K < torch.arange(num_goals + 1, device=views.device).unsqueeze(-1)
+            is_met = is_met.view(*is_met.shape, *(1,) * (goals_RK.ndim - 2))
+            views = views.masked_fill(is_met, self.blank)
         first_R1 = (num_goals + 1) * torch.arange(len(goals_RK), device=views.device).unsqueeze(-1)
         shown = views.flatten(0, 1).index_select(0, (first_R1 + num_met_RS).flatten())
         return shown.unflatten(0, num_met_RS.shape)
@@ -204,6 +200,13 @@ def meeting_steps(hits_BTK: Tensor, is_blank_BK: Tensor) -> Tensor:
         met_B = torch.where(is_blank_B, met_B, first_B)
         met_BK.append(met_B)
     return torch.stack(met_BK, -1)
+
+
+def _num_met_before(met_RK: Tensor, num_steps: int) -> Tensor:
+    """How many goals are met before each step, int64 ``[R, S]``."""
+    count = torch.zeros(len(met_RK), num_steps + 1, dtype=torch.int64, device=met_RK.device)
+    count.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
+    return count[:, :-1].cumsum(1)
 
 
 def _in_order(when: list[Tensor], goals: list[Tensor], rank_BK: Tensor) -> Tensor:

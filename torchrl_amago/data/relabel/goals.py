@@ -89,14 +89,14 @@ class GoalRelabel(Relabel):
         self.reward_key = _of_next(reward_key)
         self.prev_reward_key, self.next_prev_reward_key = prev_reward_key, _of_next(prev_reward_key)
         self.done_keys = [_of_next(name) for name in ("done", "terminated", "truncated")]
-        self.replaced_keys = [
+        self.shown_keys = [
             self.goal_key,
             self.next_goal_key,
             self.reward_key,
             self.prev_reward_key,
             self.next_prev_reward_key,
-            *self.done_keys,
         ]
+        self.replaced_keys = [*self.shown_keys, *self.done_keys]
         super().__init__([*self.replaced_keys, self.achieved_key])
         self.reward_fn, self.met_above, self.ends_trial = reward_fn, met_above, ends_trial
         self._to_check = check
@@ -165,7 +165,7 @@ class GoalRelabel(Relabel):
         trials: TensorDictBase,
         rows_R: Tensor,
         goals_RS: Tensor,
-        reward_RT: Tensor,
+        reward_RT1: Tensor,
         end_R: Tensor,
     ) -> TensorDict:
         """Put new goals and rewards in place, and end the trials.
@@ -174,23 +174,22 @@ class GoalRelabel(Relabel):
             trials: as for :meth:`relabel`.
             rows_R: which of them change; the other arguments are about those.
             goals_RS: the goals as they are shown at each step and after the last one.
-            reward_RT: rewards.
+            reward_RT1: rewards.
             end_R: step that ends each trial by meeting the goal; T or more for none.
         """
         mask_BT = trials.get(keys.MASK)
         num_steps = mask_BT.shape[1]
-        reward = reward_RT.unsqueeze(-1)
         # The first one tells of the step before these, which stays as it was.
         first = trials.get(self.prev_reward_key)[rows_R, :1]
         values = [
             goals_RS[:, :-1],
             goals_RS[:, 1:],
-            reward,
-            torch.cat([first, reward[:, :-1]], 1),
-            reward,
+            reward_RT1,
+            torch.cat([first, reward_RT1[:, :-1]], 1),
+            reward_RT1,
         ]
         out = TensorDict({}, trials.batch_size)
-        for key, value in zip(self.replaced_keys, values, strict=False):
+        for key, value in zip(self.shown_keys, values, strict=True):
             stored = trials.get(key)
             out.set(key, stored.index_copy(0, rows_R, value.to(stored.dtype)))
         is_ended_R = end_R < num_steps

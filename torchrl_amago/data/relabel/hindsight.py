@@ -90,14 +90,14 @@ class HindsightRelabel(GoalRelabel):
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
         mask_RT = trials.get(keys.MASK)[rows_R]
         num_steps = mask_RT.shape[1]
-        reward_RT = self._rewards(
+        reward_RT1 = self._rewards(
             time_innermost(self._achieved(trials)[rows_R]), goals_R.unsqueeze(1)
-        ).squeeze(-1)
+        )
         step_T = torch.arange(num_steps, device=mask_RT.device)
-        is_met_RT = (reward_RT > self.met_above) & mask_RT & self.ends_trial
+        is_met_RT = (reward_RT1.squeeze(-1) > self.met_above) & mask_RT & self.ends_trial
         end_R = torch.where(is_met_RT, step_T, num_steps).amin(-1)
         goals_RS = goals_R.unsqueeze(1).expand(-1, num_steps + 1, *goals_R.shape[1:])
-        return self._replace(trials, rows_R, goals_RS, reward_RT, end_R)
+        return self._replace(trials, rows_R, goals_RS, reward_RT1, end_R)
 
     def _achieved(self, trials: TensorDictBase) -> Tensor:
         """``[B, T, N, *goal]``."""
