@@ -1,6 +1,6 @@
 """Train an agent to run through unknown mazes to one goal after the other, and to learn from goals it missed.
 
-    python examples/13_mazerunner_relabeling.py                    # on two CPU cores
+    python examples/13_mazerunner_relabeling.py                    # two minutes on two CPU cores
     python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight    # for comparison
     python examples/13_mazerunner_relabeling.py --relabel all --run-dir runs/all_successes
     python examples/13_mazerunner_relabeling.py --randomize-actions --run-dir runs/rewired    # actions unknown, too
@@ -51,7 +51,7 @@ class Args(TrainingArgs):
     """Cells on each side of the maze, walls included; an odd number."""
     goals: int = 2
     """Goals to reach, one after the other."""
-    time_limit: int = 30
+    time_limit: int = 20
     """Steps of a trial, if the last goal isn't reached before."""
     randomize_actions: bool = False
     """Permute the actions anew in every maze."""
@@ -60,6 +60,7 @@ class Args(TrainingArgs):
 
     # Other defaults for fields that every task has.
     run_dir: Path = Path("runs/maze_runner")
+    total_updates: int = 1500
 
 
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
