@@ -1,12 +1,5 @@
 """Whole trials in a folder that outlives the process, one copy of each value.
 
-The folder holds::
-
-    schema.json    format, capacity, and the entries of a row
-    rows.bin       the rows of all trials, memory-mapped (see row_layout)
-    journal.bin    which trials are there (see journal)
-    lock           held by whoever writes
-
 A write gives up the trials that must go (journal), copies the new rows, then announces the new trials
 (journal): whatever moment a process dies at, the trials that the journal lists are whole. Rows that
 were copied survive the death of a process, not that of the machine, unless ``flush`` is set.
@@ -14,15 +7,11 @@ were copied survive the death of a process, not that of the machine, unless ``fl
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import shutil
-import tempfile
 import warnings
-import weakref
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,12 +31,20 @@ from torchrl_amago.data.journal import (
     make_records,
 )
 from torchrl_amago.data.row_layout import RowLayout
+from torchrl_amago.data.trial_folder import (
+    FORMAT,
+    JOURNAL,
+    ROWS,
+    SCHEMA,
+    allocate,
+    full_disk_explained,
+    make_temporary,
+    make_writable,
+    read_schema,
+)
 from torchrl_amago.data.trial_table import TrialTable
 
 Mode = Literal["create", "continue", "read"]
-
-SCHEMA, ROWS, JOURNAL = "schema.json", "rows.bin", "journal.bin"
-FORMAT = "torchrl_amago trials 1"
 
 # Disk space is claimed in pieces of at least this many bytes.
 _CLAIM = 1 << 18
@@ -95,7 +92,7 @@ class TrialStorage(Storage):
         flush: bool = False,
     ) -> None:
         self.mode, self.flush = mode, flush
-        self.path = _make_temporary(self) if path is None else Path(path).absolute()
+        self.path = make_temporary(self) if path is None else Path(path).absolute()
         self.layout: RowLayout | None = None
         self._journal: Journal | None = None
         self._claimed = 0
@@ -113,7 +110,7 @@ class TrialStorage(Storage):
         super().__init__(capacity)
         self.table = TrialTable(capacity, 3 * capacity + 2)
         if mode != "read":
-            _make_writable(self.path)
+            make_writable(self.path)
         if (self.path / SCHEMA).exists():
             self._open()
 
@@ -127,7 +124,7 @@ class TrialStorage(Storage):
                 f"mode='read' needs a folder with trials, and {self.path} has no {SCHEMA}. Check the "
                 "path; mode='continue' waits for the first trial."
             )
-        stored = _read_schema(self.path)["capacity"]
+        stored = read_schema(self.path)["capacity"]
         if capacity not in (None, stored):
             raise ValueError(
                 f"capacity must be that of the folder, {stored} steps in {self.path}, got "
@@ -136,7 +133,7 @@ class TrialStorage(Storage):
         return stored
 
     def _open(self) -> None:
-        schema = _read_schema(self.path)
+        schema = read_schema(self.path)
         if schema["capacity"] != self.max_size:
             raise ValueError(
                 f"capacity must be that of the folder, {schema['capacity']} steps in {self.path}, got "
@@ -265,7 +262,7 @@ class TrialStorage(Storage):
                     f"steps must have the entries of those in {self.path}, and differ in {difference}. "
                     "Use the environment and policy that they were collected with, or a new folder."
                 )
-            with _full_disk_explained(self.path):
+            with full_disk_explained(self.path):
                 number = self._write_rows(steps, lengths, last_K)
             if self._journal.num_records > 2 * len(table) + _STALE_RECORDS:
                 self._journal.rewrite(self._snapshot())
@@ -312,7 +309,7 @@ class TrialStorage(Storage):
         wanted = num_rows * self.layout.row_bytes
         if wanted > self._claimed:
             stop = min(max(wanted, self._claimed + _CLAIM), self._memory.nbytes)
-            _allocate(self.path / ROWS, self._claimed, stop)
+            allocate(self.path / ROWS, self._claimed, stop)
             self._claimed = stop
 
     def _snapshot(self) -> np.ndarray:
@@ -428,7 +425,7 @@ class TrialStorage(Storage):
                 if not (self.path / SCHEMA).exists():
                     self._create(RowLayout.from_json(json.loads(schema)))
                 self._open()
-            with _full_disk_explained(self.path):
+            with full_disk_explained(self.path):
                 self._claim(len(rows))
             # Nothing is listed while rows are copied.
             self._journal.rewrite(make_records(START, self.table.end))
@@ -512,73 +509,3 @@ class TrialStorage(Storage):
         return (
             f"TrialStorage(capacity={self.max_size}, path={str(self.path)!r}, mode={self.mode!r})"
         )
-
-
-def _make_temporary(owner: TrialStorage) -> Path:
-    path = Path(tempfile.mkdtemp(prefix="trials_"))
-    weakref.finalize(owner, _remove, path, os.getpid())
-    return path
-
-
-def _remove(path: Path, process: int) -> None:
-    if os.getpid() == process:  # not in a process that was forked off
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _make_writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / "lock").open("ab"):
-            pass
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise PermissionError(
-            error.errno,
-            f"a buffer that is written to needs a folder that can be, and {path} can't "
-            f"({error.strerror}). Choose another path, or only read it with mode='read'",
-        ) from error
-
-
-def _read_schema(path: Path) -> dict[str, Any]:
-    try:
-        schema = json.loads((path / SCHEMA).read_text())
-        found = schema.get("format")
-    except (ValueError, AttributeError) as error:
-        raise RuntimeError(
-            f"{path / SCHEMA} must describe the trials of its folder, and can't be read ({error}). "
-            "Bring the file back, or use another copy of the folder."
-        ) from error
-    if found != FORMAT:
-        raise ValueError(
-            f"{path} must be of the format {FORMAT!r}, got {found!r}. Open it with the version of "
-            "torchrl_amago that wrote it, or choose another path."
-        )
-    return schema
-
-
-def _allocate(file: Path, start: int, stop: int) -> None:
-    """Claim the bytes of a file from `start` to `stop`."""
-    if hasattr(os, "posix_fallocate"):
-        descriptor = os.open(file, os.O_RDWR)
-        try:
-            os.posix_fallocate(descriptor, start, stop - start)
-        finally:
-            os.close(descriptor)
-    elif shutil.disk_usage(file.parent).free < stop - start:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@contextlib.contextmanager
-def _full_disk_explained(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise OSError(
-            error.errno,
-            f"the disk of {path} must have room for the trials of a write, and is full "
-            f"({error.strerror}). What the buffer lists is whole. Free some space and go on, or use "
-            "a smaller capacity",
-        ) from error
