@@ -1,16 +1,24 @@
 """Replay of whole trials: storage that survives, draws of padded slices, collection, saving and loading.
 
-`make_trial_buffer` assembles a TorchRL replay buffer from a `TrialStorage` and a `TrialSliceSampler`.
+`make_trial_buffer` assembles a TorchRL replay buffer from a `TrialStorage` and a `TrialSliceSampler`. `relabel`
+shows trials with other goals as they are drawn, `TrialMixture` draws from several buffers, and
+`offline`, which knows environments too, brings data from elsewhere.
 """
 
 from torchrl_amago.data.buffer import TrialReplayBuffer, make_trial_buffer
 from torchrl_amago.data.collector import TrialCollector
+from torchrl_amago.data.mixture import TrialMixture
+from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
 from torchrl_amago.data.saving import load_replay, save_replay
 from torchrl_amago.data.slices import TrialSliceSampler
 from torchrl_amago.data.trial_storage import TrialStorage
 
 __all__ = [
+    "GoalSequenceRelabel",
+    "HindsightRelabel",
+    "Relabel",
     "TrialCollector",
+    "TrialMixture",
     "TrialReplayBuffer",
     "TrialSliceSampler",
     "TrialStorage",

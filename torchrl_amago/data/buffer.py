@@ -81,6 +81,15 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         sampler: draws slices.
         relabel: changes trials before they are cut to slices; the storage stays as it is.
         options: of :class:`torchrl.data.TensorDictReplayBuffer`.
+
+    Example:
+        >>> rb = TrialReplayBuffer(
+        ...     storage=TrialStorage(100), sampler=TrialSliceSampler(4, warn_short=False), batch_size=2)
+        >>> done = torch.tensor([[False], [True], [True]])
+        >>> rb.extend(TensorDict({"next": {"done": done}}, [3])).tolist()
+        [0, 1]
+        >>> rb.num_trials, len(rb), rb.sample()["collector", "mask"].shape
+        (2, 3, torch.Size([2, 4]))
     """
 
     def __init__(

@@ -6,11 +6,18 @@ repeat a task into trials and show the agent its previous action and reward.
 
 from __future__ import annotations
 
-from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze, bayes_optimal_success
+from torchrl_amago.envs.tasks import (
+    DarkKeyDoor,
+    MazeRunner,
+    MetaFrozenLake,
+    TMaze,
+    bayes_optimal_success,
+)
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform, make_trial_env
 
 __all__ = [
     "DarkKeyDoor",
+    "MazeRunner",
     "MetaFrozenLake",
     "PreviousStepTransform",
     "TMaze",

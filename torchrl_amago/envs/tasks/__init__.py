@@ -1,8 +1,8 @@
 """Tasks that need memory, written as natively batched TorchRL environments.
 
-``MetaFrozenLake`` is the first example's task; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding
-things again. ``BatchedTask`` is what they share, and a base for one's own. ``bayes_optimal_success`` says how well the best
-possible agent does on it, which is what learned agents are measured against.
+``MetaFrozenLake`` is the first example's task, and ``bayes_optimal_success`` says how well the best possible
+agent does on it; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding things again, ``MazeRunner`` following
+goals, with or without hindsight. ``BatchedTask`` is what they share, and a base for one's own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torchrl_amago.envs.tasks.frozen_lake_planner import (
     LakePlanner,
     bayes_optimal_success,
 )
+from torchrl_amago.envs.tasks.maze_runner import MazeRunner
 from torchrl_amago.envs.tasks.tmaze import TMaze
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "DarkKeyDoor",
     "LakePlanner",
     "LakeSplit",
+    "MazeRunner",
     "MetaFrozenLake",
     "TMaze",
     "bayes_optimal_success",
