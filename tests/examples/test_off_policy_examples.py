@@ -18,6 +18,7 @@ NAMES = (
     "04_tmaze",
     "05_dark_key_door",
     "12_half_cheetah_vel",
+    "13_mazerunner_relabeling",
 )
 NEEDS = {"12_half_cheetah_vel": "mujoco"}
 TINY = {
@@ -37,6 +38,7 @@ SHORT = {
     "04_tmaze": {"corridor": 3, "seq_model": "gru"},
     "05_dark_key_door": {"size": 2, "horizon": 5, "attempt_steps": 8},
     "12_half_cheetah_vel": {"episodes": 2, "episode_steps": 4, "loss": "amago2"},
+    "13_mazerunner_relabeling": {"time_limit": 6},
 }
 OTHER = {
     "00_meta_frozen_lake": {"slip_chance": 0.1},
@@ -44,6 +46,7 @@ OTHER = {
     "04_tmaze": {"oracle": True},
     "05_dark_key_door": {"randomize_actions": True},
     "12_half_cheetah_vel": {"max_velocity": 1.0},
+    "13_mazerunner_relabeling": {"relabel": "none"},
 }
 # Pictures that a run leaves besides the learning curve, whatever else is installed.
 PICTURES = {
@@ -52,6 +55,7 @@ PICTURES = {
     "04_tmaze": {"trial.png"},
     "05_dark_key_door": {"adaptation_curve.png", "trial.png"},
     "12_half_cheetah_vel": {"adaptation_curve.png"},
+    "13_mazerunner_relabeling": {"trial.png"},
 }
 # Checkpoints hold these: with another entry, folders of earlier runs couldn't be resumed.
 TASK = {
@@ -107,6 +111,13 @@ TASK = {
         "discounts": (0.1, 0.9, 0.95, 0.97, 0.99),
         "reward_scale": 1.0,
         "n_step": 5,
+    },
+    "13_mazerunner_relabeling": {
+        "maze_size": 7,
+        "goals": 2,
+        "time_limit": 20,
+        "randomize_actions": False,
+        "relabel": "some",
     },
 }
 
