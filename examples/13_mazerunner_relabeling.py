@@ -3,7 +3,7 @@
     python examples/13_mazerunner_relabeling.py                    # two minutes on two CPU cores
     python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight    # for comparison
     python examples/13_mazerunner_relabeling.py --relabel all --run-dir runs/all_successes
-    python examples/13_mazerunner_relabeling.py --randomize-actions --run-dir runs/rewired    # actions unknown, too
+    python examples/13_mazerunner_relabeling.py --randomize-actions --time-limit 60 --total-updates 4000 --run-dir runs/rewired
     python examples/13_mazerunner_relabeling.py --debug            # under a minute, to see that all runs
     python examples/13_mazerunner_relabeling.py --resume           # go on after Ctrl-C
 
