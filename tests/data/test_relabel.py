@@ -15,7 +15,7 @@ from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
 from torchrl_amago.data.relabel.goal_sequence import meeting_steps
 from torchrl_amago.envs import make_trial_env
-from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+from torchrl_amago.envs.tasks import MazeRunner
 
 MASK = ("collector", "mask")
 BLANK = (-1.0, -1.0)

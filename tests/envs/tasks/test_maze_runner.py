@@ -13,7 +13,7 @@ from tensordict import TensorDict
 
 from torchrl_amago import make_policy
 from torchrl_amago.envs import make_trial_env
-from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+from torchrl_amago.envs.tasks import MazeRunner
 from torchrl_amago.envs.tasks.maze_runner_layouts import random_mazes, start_cell
 from torchrl_amago.envs.tasks.maze_runner_rules import depth_table
 

@@ -47,7 +47,7 @@ class GoalSequenceRelabel(GoalRelabel):
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
-        >>> from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+        >>> from torchrl_amago.envs.tasks import MazeRunner
         >>> maze = MazeRunner(7, num_goals=2, max_episode_steps=30, batch_size=[8], seed=0)
         >>> trials = make_trial_env(maze, episodes=1).rollout(30)
         >>> trials["collector", "mask"] = torch.ones(trials.shape, dtype=torch.bool)

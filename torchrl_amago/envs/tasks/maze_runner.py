@@ -75,7 +75,7 @@ class MazeRunner(BatchedTask):
 
     Examples:
         >>> import torch
-        >>> from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+        >>> from torchrl_amago.envs.tasks import MazeRunner
         >>> maze = MazeRunner(size=7, num_goals=2, batch_size=[4], seed=0)
         >>> steps = maze.rollout(3, break_when_any_done=False)
         >>> steps["observation"].shape, steps["goals"].shape, steps["achieved"].shape
