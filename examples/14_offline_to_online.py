@@ -140,6 +140,8 @@ def train(args: Args) -> BothResults | None:
         context_length=args.context_length,
         discounts=args.discounts,
         exploration=dict(anneal_frames=args.anneal_frames, horizon=length),
+        # What AMAGO's own example on offline data takes.
+        distribution="beta" if isinstance(dataset.action_space, gym.spaces.Box) else None,
         # Relative, since it doesn't matter how long an episode has lasted.
         **args.policy_options(positions="rotary", window=args.context_length),
     )
