@@ -12,7 +12,7 @@ import pytest
 SCRIPT = """
 import resource, torch
 from torchrl_amago.trainers.allocator import keep_freed_memory
-changed = {call}
+changed = keep_freed_memory()
 def update():
     blocks = [torch.ones(5_000_000) for _ in range(8)]
 for _ in range(3):
@@ -26,13 +26,10 @@ print(changed, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
 def test_no_fresh_pages_once_memory_is_kept():
-    faults = {}
-    for call in ("False", "keep_freed_memory()"):
-        out = subprocess.run(
-            [sys.executable, "-c", SCRIPT.format(call=call)], capture_output=True, text=True
-        )
-        assert out.returncode == 0, out.stderr
-        changed, count = out.stdout.split()
-        assert changed == str(call != "False")
-        faults[call] = int(count)
-    assert faults["keep_freed_memory()"] < 0.2 * faults["False"], faults
+    # Without it there are usually 390,000: all pages of all updates. Where the heap's end happens to be in
+    # use, the library keeps them anyway, so nothing can be said of that.
+    out = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert out.returncode == 0, out.stderr
+    changed, faults = out.stdout.split()
+    assert changed == "True"
+    assert int(faults) < 20_000
