@@ -31,16 +31,17 @@ from torchrl_amago import (
     HeldOut,
     PopArt,
     TrainingArgs,
+    TrialMixture,
+    load_trials,
     make_policy,
     make_trainer,
     make_trial_buffer,
     make_trial_env,
     plot_learning_curve,
+    read_minari,
     run_command_line,
     train_and_evaluate,
 )
-from torchrl_amago.data.mixture import TrialMixture
-from torchrl_amago.data.offline import load_trials, read_minari
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""Arguments that name a part or are one."""
+"""Arguments that name one of a few things, or a part, or are one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 Builder = TypeVar("Builder", bound=Callable)
@@ -31,3 +31,19 @@ def pick(argument: str, choice: str | Builder, known: Mapping[str, Builder], hin
             f"{argument} must be one of {sorted(known)}, a class or a function, got {choice!r}. {hint}"
         )
     return known[choice]
+
+
+def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+    """Refuse what isn't among the choices; the first of them is the usual one.
+
+    Raises:
+        ValueError: for another value.
+
+    Example:
+        >>> check_choice("side", "left", ("right", "left"))
+    """
+    if value not in choices:
+        raise ValueError(
+            f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}. "
+            f"Use {choices[0]!r} where in doubt."
+        )

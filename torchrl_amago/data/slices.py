@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torchrl.data.replay_buffers import Sampler
 
+from torchrl_amago.choice import check_choice
 from torchrl_amago.data.trial_storage import TrialStorage
 from torchrl_amago.data.trial_table import TrialTable
 from torchrl_amago.data.trial_weights import Priorities, Shares
@@ -98,9 +99,9 @@ class TrialSliceSampler(Sampler):
                 raise ValueError(
                     f"{name} must be at least 1, got {value}. It is the number of {meaning}."
                 )
-        _check_choice("padding", padding, Padding)
-        _check_choice("overhang", overhang, Overhang)
-        _check_choice("draw", draw, Draw)
+        check_choice("padding", padding, get_args(Padding))
+        check_choice("overhang", overhang, get_args(Overhang))
+        check_choice("draw", draw, get_args(Draw))
         self._slice_len, self.padding, self.trim = slice_len, padding, trim
         self.overhang, self.draw, self.min_trials = overhang, draw, min_trials
         self._warn_short = warn_short
@@ -259,13 +260,4 @@ class TrialSliceSampler(Sampler):
         return (
             f"{type(self).__name__}(slice_len={self.slice_len}, padding={self.padding!r}, "
             f"overhang={self.overhang!r}, draw={self.draw!r})"
-        )
-
-
-def _check_choice(name: str, value: str, choices: Any) -> None:
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}. "
-            f"Use {allowed[0]!r} where in doubt."
         )

@@ -15,6 +15,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
+from torchrl_amago.choice import check_choice
 from torchrl_amago.data.offline.readers import TrajectorySource
 from torchrl_amago.data.offline.schema import Attempt, TrialSchema
 from torchrl_amago.data.offline.trajectory import TrajectoryError
@@ -208,8 +209,4 @@ def _check_arguments(
             f"episodes_per_trial must be at least 1 or None, got {episodes_per_trial}. None takes as "
             "many as the environment's trials have."
         )
-    if on_error not in get_args(OnError):
-        raise ValueError(
-            f"on_error must be one of {', '.join(map(repr, get_args(OnError)))}, got {on_error!r}. "
-            "Use 'raise' where in doubt."
-        )
+    check_choice("on_error", on_error, get_args(OnError))

@@ -8,7 +8,7 @@ is ``[B, K, *goal]``.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import reduce
 
 import torch
@@ -225,12 +225,3 @@ class GoalRelabel(Relabel):
 
 def _of_next(key: NestedKey) -> NestedKey:
     return unravel_key(("next", key))
-
-
-def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse what isn't among the choices."""
-    if value not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}. "
-            f"Use {choices[0]!r} where in doubt."
-        )

@@ -12,8 +12,9 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_amago import keys
+from torchrl_amago.choice import check_choice
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, check_choice, time_innermost
+from torchrl_amago.data.relabel.goals import GoalRelabel, time_innermost
 
 Strategy = Literal["future", "final", "episode"]
 
