@@ -18,9 +18,9 @@ from torchrl.data.replay_buffers import Writer
 
 from torchrl_amago import keys
 from torchrl_amago.data.slices import Draw, Overhang, Padding, Trials, TrialSliceSampler
+from torchrl_amago.data.trial_ends import trial_ends
 from torchrl_amago.data.trial_storage import Mode, TrialStorage
 
-_END_KEYS = ("done", "terminated", "truncated")
 # Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
 _MAX_SHARE, _MEAN_SHARE = 0.9, 0.1
 
@@ -375,15 +375,14 @@ def make_trial_buffer(
 
 def _trial_lengths(steps: TensorDictBase) -> list[int]:
     """Lengths of trials that lie side by side, from the flags that end them."""
-    flags = [steps.get(("next", key), None) for key in _END_KEYS]
-    flags = [flag.reshape(len(steps), -1).any(-1) for flag in flags if flag is not None]
-    if steps.ndim != 1 or not flags:
+    ends = trial_ends(steps)
+    if steps.ndim != 1 or ends is None:
         raise ValueError(
             "a write must be the steps [N] of whole trials with a flag ('next', 'done'), got steps "
             f"{[*steps.shape]} with {sorted(map(str, steps.keys(True, True)))}. Use TrialCollector, "
             "or Collector(..., trajs_per_batch=1)."
         )
-    last = torch.stack(flags).any(0).nonzero().squeeze(-1)
+    last = ends.nonzero().squeeze(-1)
     if not len(last) or int(last[-1]) != len(steps) - 1:
         open_steps = len(steps) - 1 - (int(last[-1]) if len(last) else -1)
         raise ValueError(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.collectors.utils import _maybe_normalize_replay_buffer_tensordict_device
 
-_DONE_KEYS = ("done", "terminated", "truncated")
+from torchrl_amago.data.trial_ends import trial_ends
 
 
 class TrialCollector(Collector):
@@ -108,7 +108,7 @@ class TrialCollector(Collector):
         trial, order = _trial_numbers(steps).sort(stable=True)
         number, length = trial.unique_consecutive(return_counts=True)
         last = length.cumsum(0) - 1
-        is_complete = _is_done(steps)[order[last]]
+        is_complete = trial_ends(steps)[order[last]]
         chosen, pending, lengths = [], [], []
         pieces = zip(
             number.tolist(), order.split(length.tolist()), is_complete.tolist(), strict=True
@@ -155,8 +155,3 @@ class TrialCollector(Collector):
 
 def _trial_numbers(steps: TensorDictBase) -> Tensor:
     return steps.get(("collector", "traj_ids")).reshape(-1)
-
-
-def _is_done(steps: TensorDictBase) -> Tensor:
-    flags = (steps.get(("next", key), None) for key in _DONE_KEYS)
-    return torch.stack([z.flatten(1).any(1) for z in flags if z is not None]).any(0)
