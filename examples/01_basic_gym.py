@@ -30,6 +30,7 @@ from torchrl_amago import (
     HeldOut,
     PopArt,
     TrainingArgs,
+    TwoHot,
     make_policy,
     make_trainer,
     make_trial_env,
@@ -62,30 +63,36 @@ class Args(TrainingArgs):
     """What reads a step: mlp for vectors, combined also for dictionaries with images or categories."""
     context_length: int = 16
     """Steps that the policy sees."""
-    slice_length: int = 64
+    slice_length: int = 16
     """Steps of a slice in a batch. In slices much longer than context_length, most steps see as much as
-    the policy does when it acts."""
+    the policy does when it acts; short ones make updates quick, so that there can be many."""
     round_steps: int = 25
     """Steps of each environment between updates."""
     discounts: tuple[float, ...] = (0.9, 0.95, 0.97)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
     """Factor of rewards in the loss."""
-    n_step: int = 3
-    """Rewards in a TD target; more of them tell values sooner of what comes late."""
+    n_step: int = 5
+    """Rewards in a TD target. With more of them, actions differ more in what they lead to; those of old
+    data tell less of what the policy would get, so that the buffer should be small."""
     popart_beta: float = 0.01
     """Step size of the running scale of values, where the loss is amago. The published one, 5e-4, averages
-    over about 2,000 updates, a third of this run."""
+    over about 2,000 updates."""
+    return_range: tuple[float, float] | None = None
+    """Discounted returns that bins cover evenly, where the loss is amago2; by default they cover 100,000 on
+    either side of 0, finely near 0 and coarsely far from it."""
     offline_coeff: float | None = None
     """Weight of the filtered imitation in the actor's loss; the loss's own by default."""
 
     # Other defaults for fields that every task has.
     run_dir: Path = Path("runs/basic_gym")
     num_envs: int = 32
-    total_updates: int = 6000
-    tau: float = 0.05
+    total_updates: int = 12_000
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    tau: float = 0.02
     anneal_frames: int = 50_000
-    buffer_frames: int = 300_000
+    buffer_frames: int = 50_000
     eval_interval: int = 500
     eval_trials: int = 64
 
@@ -146,6 +153,11 @@ def loss_options(args: Args) -> dict[str, Any]:
     options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
     if args.loss == "amago":
         options["value_codec"] = PopArt(len(args.discounts), beta=args.popart_beta)
+    elif args.return_range is not None:
+        low, high = args.return_range
+        options["value_codec"] = TwoHot(
+            len(args.discounts), min_return=low, max_return=high, symlog=False
+        )
     if args.offline_coeff is not None:
         options["offline_coeff"] = args.offline_coeff
     return options
