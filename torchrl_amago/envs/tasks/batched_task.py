@@ -52,8 +52,9 @@ class BatchedTask(EnvBase):
         device: device of the state and of all tensors.
 
     Raises:
-        ValueError: if an action is out of its range (checked on CPU only: on other devices the check
-            would stall the step), or a reset mask has another shape than the batch.
+        ValueError: if the step limit is not positive, an action is out of its range (checked on CPU
+            only: on other devices the check would stall the step), or a reset mask has another shape
+            than the batch.
 
     Examples:
         >>> import torch
@@ -93,6 +94,11 @@ class BatchedTask(EnvBase):
         batch_size: torch.Size | tuple[int, ...] = (),
         device: torch.device | str | int | None = None,
     ) -> None:
+        if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
+            raise ValueError(
+                "max_episode_steps must be an integer of at least 1, got "
+                f"{max_episode_steps!r}. It limits one attempt."
+            )
         super().__init__(device=device, batch_size=torch.Size(batch_size))
         self.num_actions = num_actions
         self.max_episode_steps = max_episode_steps

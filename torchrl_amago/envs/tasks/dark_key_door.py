@@ -79,8 +79,11 @@ class DarkKeyDoor(BatchedTask):
         device: torch.device | str | int | None = None,
         seed: int | None = None,
     ) -> None:
-        _check_integer("size", size, 2, "It is the number of cells on each side of the room.")
-        _check_integer("max_episode_steps", max_episode_steps, 1, "It limits one attempt.")
+        if not isinstance(size, int) or size < 2:
+            raise ValueError(
+                f"size must be an integer of at least 2, got {size!r}. It is the number of cells on "
+                "each side of the room."
+            )
         super().__init__(
             [(0.0, 1.0)] * (2 if dark else 7),
             num_actions=NUM_ACTIONS,
@@ -185,8 +188,3 @@ class DarkKeyDoor(BatchedTask):
             dark=self.dark,
             cell_pixels=cell_pixels,
         )
-
-
-def _check_integer(name: str, value: int, least: int, meaning: str) -> None:
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}. {meaning}")

@@ -101,7 +101,6 @@ class MazeRunner(BatchedTask):
     ) -> None:
         check_maze_size(size)
         _check_goals(num_goals, size)
-        _check_limit(max_episode_steps)
         super().__init__(
             [(0.0, 1.0)] * 7,
             num_actions=NUM_ACTIONS,
@@ -266,12 +265,4 @@ def _check_goals(num_goals: int, size: int) -> None:
         raise ValueError(
             f"num_goals must be an integer in [1, {most}] for size={size}, got {num_goals!r}. Goals are "
             "different free cells; ask for fewer, or use a larger maze."
-        )
-
-
-def _check_limit(max_episode_steps: int) -> None:
-    if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
-        raise ValueError(
-            f"max_episode_steps must be an integer of at least 1, got {max_episode_steps!r}. It limits "
-            "one attempt; 250 steps suffice for three goals in an 11x11 maze."
         )
