@@ -414,6 +414,37 @@ def test_reductions_agree_with_the_mean(reduction):
         torch.testing.assert_close(out[name].sum() / (mask.sum() * entries), mean[name])
 
 
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_importance_weights_of_a_batch(reduction, compact):
+    def losses(**options):
+        torch.manual_seed(3)
+        return make_loss(compact=compact, **options)(batch.clone())
+
+    batch = make_batch()
+    mask = batch["collector", "mask"]
+    plain = losses(reduction="none")
+    weight = torch.rand(B, generator=torch.Generator().manual_seed(0)).unsqueeze(-1).expand(B, T)
+    batch["priority_weight"] = torch.where(mask, weight, float("nan"))
+    out = losses(reduction=reduction)
+    for name in ("loss_actor", "loss_qvalue"):
+        weight_BT = weight.reshape(B, T, *[1] * (plain[name].ndim - 2)).expand_as(plain[name])
+        expected = weight_BT * plain[name]  # zero on padding
+        if reduction != "none":
+            expected = expected.sum()
+        if reduction == "mean":
+            expected = expected / weight_BT[mask].sum()
+        torch.testing.assert_close(out[name], expected)
+    ignoring = losses(reduction="none", use_prioritized_weights=False)
+    assert torch.equal(ignoring["loss_qvalue"], plain["loss_qvalue"])
+
+
+def test_importance_weights_that_are_missing():
+    loss = make_loss(use_prioritized_weights=True)
+    with pytest.raises(KeyError, match="'priority_weight', but the batch lacks it. Sample from a"):
+        loss(make_batch())
+
+
 def test_the_policy_shares_its_weights_and_statistics_with_the_loss():
     loss = make_loss()
     encoder = loss.encoder_network

@@ -111,6 +111,9 @@ class AMAGOLoss(LossModule):
         compact: run the heads and the equations on real steps alone, in one row, instead of on all of
             ``[B, T]``: the same numbers for less work where trials differ in length. Shapes then
             depend on the data; default only on CPU and outside of `torch.compile`.
+        use_prioritized_weights: weigh each step's losses by the batch's importance weights,
+            ``"priority_weight" [B, T]``, which correct for prioritised draws (arXiv 1511.05952, section
+            3.4); a mean is then one by weight. ``"auto"`` does so where a batch has them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over real steps.
 
     Returns:
@@ -146,6 +149,7 @@ class AMAGOLoss(LossModule):
         action_value: NestedKey = keys.ACTION_VALUE
         mask: NestedKey = keys.MASK
         priority: NestedKey = "td_error"
+        priority_weight: NestedKey = "priority_weight"
 
     default_keys = _AcceptedKeys
 
@@ -184,6 +188,7 @@ class AMAGOLoss(LossModule):
         actor_mask: MaskHook | None = None,
         critic_mask: MaskHook | None = None,
         compact: bool | None = None,
+        use_prioritized_weights: bool | Literal["auto"] = "auto",
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
         super().__init__()
@@ -216,6 +221,7 @@ class AMAGOLoss(LossModule):
         self.use_target_actor, self.soften_actions = use_target_actor, soften_actions
         self.actor_mask, self.critic_mask = actor_mask, critic_mask
         self.compact = compact
+        self.use_prioritized_weights = use_prioritized_weights
         self.reduction = reduction
 
     @property
@@ -388,6 +394,20 @@ class AMAGOLoss(LossModule):
         check_reward(reward, mask_BT1)
         return torch.where(mask_BT1, self.reward_scale * reward.reshape(mask_BT1.shape), 0.0)
 
+    def _importance(self, tensordict: TensorDictBase, steps: Steps) -> Tensor | None:
+        """Importance weights of the steps ``[M]``; None where all count alike."""
+        if not self.use_prioritized_weights:
+            return None
+        weight_BT = tensordict.get(self.tensor_keys.priority_weight, None)
+        if weight_BT is not None:
+            return steps.select(weight_BT.reshape(tensordict.shape), fill=0)
+        if self.use_prioritized_weights == "auto":
+            return None
+        raise KeyError(
+            f"use_prioritized_weights=True reads {self.tensor_keys.priority_weight!r}, but the batch "
+            "lacks it. Sample from a buffer with draw='priority', or use 'auto'."
+        )
+
     # --- networks ---
 
     def _policy(self, inputs: dict[NestedKey, Tensor], params: TensorDictParams) -> Distribution:
@@ -506,6 +526,7 @@ class AMAGOLoss(LossModule):
     ) -> TensorDict:
         out = TensorDict(device=steps.mask.device)
         hooks = {"loss_actor": self.actor_mask, "loss_qvalue": self.critic_mask}
+        weight_M = self._importance(tensordict, steps)
         for name, hook in hooks.items():
             term = terms.get(name)
             if term is None:
@@ -514,12 +535,14 @@ class AMAGOLoss(LossModule):
             mask = steps.mask.reshape(steps.mask.shape + (1,) * (term.ndim - steps.mask.ndim))
             if hook is not None:
                 mask = _edited(hook, tensordict, term, mask, steps)
-            if self.reduction == "none":
-                out.set(name, steps.restore(torch.where(mask, term, 0.0)))
-            elif self.reduction == "sum":
-                out.set(name, torch.where(mask, term, 0.0).sum())
-            else:
-                out.set(name, masked_mean(term, mask))
+            weight = None
+            if weight_M is not None:
+                weight = weight_M.view(weight_M.shape + (1,) * (term.ndim - weight_M.ndim))
+            if self.reduction == "mean":
+                out.set(name, masked_mean(term, mask, weight))
+                continue
+            term = torch.where(mask, term if weight is None else weight * term, 0.0)
+            out.set(name, term.sum() if self.reduction == "sum" else steps.restore(term))
         for name, value in metrics.items():
             out.set(name, value)
         return out

@@ -203,7 +203,7 @@ FILTERS: dict[str, AdvantageFilter] = {
 }
 
 
-def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(x: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """Mean of ``x`` where ``mask`` is True; 0 where nothing is.
 
     Masked entries are selected away, not multiplied, so they may be NaN.
@@ -211,13 +211,17 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     Args:
         x: any shape.
         mask: bool, broadcastable to ``x``.
+        weight: of each entry in the mean, not negative, broadcastable to ``x``; default all alike.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
     mask = mask.expand_as(x)
-    return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
+    if weight is None:
+        return torch.where(mask, x, 0.0).sum() / mask.sum().clamp_min(1)
+    total = torch.where(mask, weight, 0.0).sum()
+    return torch.where(mask, weight * x, 0.0).sum() / torch.where(total > 0, total, 1.0)
 
 
 def _clamp(x: Tensor, bounds: tuple[float | None, float | None]) -> Tensor:
