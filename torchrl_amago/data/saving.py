@@ -36,7 +36,7 @@ def save_replay(rb: Saveable, path: str | Path) -> None:
     does not repeat the uninterrupted one.
 
     Args:
-        rb: a buffer from :func:`make_trial_buffer`, or a mixture of them.
+        rb: a buffer from :func:`make_trial_buffer`; of a mixture, its buffer ``online``.
         path: the folder; a replay folder that is there already is replaced as a whole.
 
     Raises:
