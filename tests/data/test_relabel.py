@@ -140,18 +140,14 @@ def test_replay_with_any_goals_follows_the_rules(worlds, data):
             max_size=len(worlds),
         )
     )
-    # The trials that were stored end where their own goals were met; nothing is known of what came after.
+    # The trials that were stored end where their own goals were met; nothing is known of what came after:
+    # with goals that aren't met by then, they are cut off there.
     achieved = [
         [step[("next", "achieved")] for step in play(achieved, goals)] for achieved, goals in worlds
     ]
     out = GoalSequenceRelabel(check=False).with_goals(batch, torch.tensor(new))
     for b, (seen, goals) in enumerate(zip(achieved, new, strict=True)):
-        expected = play(seen, goals)
-        last = expected[-1]
-        if not last[("next", "terminated")][0]:  # else it ends as it was stored
-            for key in ("terminated", "truncated"):
-                last[("next", key)] = batch["next", key][b, len(seen) - 1].tolist()
-        assert_shows(out[b : b + 1], [expected])
+        assert_shows(out[b : b + 1], [play(seen, goals)])
 
 
 @given(worlds())
@@ -422,6 +418,40 @@ def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
     with pytest.raises(ValueError, match=r"\[\('next', 'reward'\).*reward_fn be the environment's"):
         GoalSequenceRelabel()(batch)
     GoalSequenceRelabel(check=False)(batch)
+
+
+def test_trials_are_checked_until_a_goal_was_met():
+    a, x = (0.0, 0.0), (0.25, 0.0)
+    missed, met = as_batch([play([[x], [x]], [a])]), as_batch([play([[x], [a]], [a])])
+    relabel = GoalSequenceRelabel(
+        reward_fn=lambda achieved, goal: 0.0 * goal.sum(-1) * achieved[..., 0, 0]
+    )
+    relabel(missed)  # says nothing of reward_fn
+    with pytest.raises(ValueError, match=r"find what was stored .*'reward'"):
+        relabel(met)
+    relabel = GoalSequenceRelabel()
+    relabel(met)
+    met["next", "reward"] *= 2
+    relabel(met)  # is checked no more
+
+
+@pytest.mark.parametrize("make", [GoalSequenceRelabel, HindsightRelabel])
+def test_what_ended_a_trial_otherwise_still_does(make):
+    a, b, x = (0.0, 0.0), (0.5, 0.0), (0.25, 0.0)
+    batch = as_batch([play([[x], [x]], [a]), play([[x], [a]], [a])])
+    batch["next", "terminated"][0, 1], batch["next", "truncated"][0, 1] = True, False  # it died
+    goals = torch.tensor([[b], [b]])
+    if make is HindsightRelabel:
+        batch["goals"], batch["next", "goals"] = (
+            batch["goals"][:, :, 0],
+            batch["next", "goals"][:, :, 0],
+        )
+        goals = goals[:, 0]
+    relabel = make(goal_key="goals", achieved_key="achieved", check=False)
+    out = relabel.with_goals(batch, goals)
+    assert out["next", "terminated"].squeeze(-1).tolist() == [[False, True], [False, False]]
+    assert out["next", "truncated"].squeeze(-1).tolist() == [[False, False], [False, True]]
+    assert out["next", "done"].squeeze(-1).tolist() == [[False, True]] * 2
 
 
 def test_shapes_that_do_not_fit_are_refused():

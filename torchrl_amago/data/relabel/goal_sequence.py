@@ -44,7 +44,7 @@ class GoalSequenceRelabel(GoalRelabel):
 
     Raises:
         ValueError: if the strategy is unknown; when called, if goals and what was achieved don't have the
-            same shape, or replaying the first batch doesn't give what was stored.
+            same shape, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env

@@ -69,7 +69,8 @@ class GoalRelabel(Relabel):
         ends_trial: whether the trial is over, ``terminated``, where the goal, or the last one, is met.
         reward_key: in ``next``: reward of a step.
         prev_reward_key: entry that shows the previous step's reward.
-        check: replay the first batch with its own goals, to see that this gives what was stored.
+        check: replay batches with their own goals, to see that this gives what was stored, until one has
+            met a goal.
     """
 
     def __init__(
@@ -115,7 +116,9 @@ class GoalRelabel(Relabel):
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
             self._check_replay(trials)
-            self._to_check = False
+            # Trials that meet no goal would pass whatever reward_fn is.
+            met_BT = trials.get(self.reward_key).squeeze(-1) > self.met_above
+            self._to_check = not (met_BT & trials.get(keys.MASK)).any()
         return self.with_goals(trials, *self.new_goals(trials, generator))
 
     def with_goals(
@@ -193,14 +196,28 @@ class GoalRelabel(Relabel):
             stored = trials.get(key)
             out.set(key, stored.index_copy(0, rows_R, value.to(stored.dtype)))
         is_ended_R = end_R < num_steps
-        last_step = (rows_R[is_ended_R], end_R[is_ended_R])
-        for key, flag in zip(self.done_keys, (True, True, False), strict=True):
-            stored = trials.get(key)
-            out.set(key, stored.index_put(last_step, torch.full((), flag, device=stored.device)))
+        ended = rows_R[is_ended_R], end_R[is_ended_R]
+        cut = self._ended_by_goal(trials, rows_R[~is_ended_R])
+        done, terminated, truncated = map(trials.get, self.done_keys)
+        yes = torch.ones((), dtype=done.dtype, device=done.device)
+        out.set(self.done_keys[0], done.index_put(ended, yes))
+        out.set(self.done_keys[1], terminated.index_put(ended, yes).index_put(cut, ~yes))
+        out.set(self.done_keys[2], truncated.index_put(ended, ~yes).index_put(cut, yes))
         end_B = torch.full_like(mask_BT[:, 0], num_steps, dtype=torch.int64)
         end_B = end_B.index_copy(0, rows_R, end_R)
         step_T = torch.arange(num_steps, device=mask_BT.device)
         return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
+
+    def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of these trials that their own goal ended, and the steps at which it did.
+
+        With a goal that they don't meet they would have gone on: there, they are only cut off.
+        """
+        step_R = trials.get(keys.MASK)[rows_R].sum(-1) - 1
+        flags = trials.get(self.done_keys[1]), trials.get(self.reward_key) > self.met_above
+        is_met_R = torch.stack([x[rows_R, step_R].reshape(-1) for x in flags]).all(0)
+        is_met_R = is_met_R & self.ends_trial
+        return rows_R[is_met_R], step_R[is_met_R]
 
     def _check_replay(self, trials: TensorDictBase) -> None:
         mask_BT = trials.get(keys.MASK)

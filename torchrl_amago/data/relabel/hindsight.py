@@ -37,7 +37,7 @@ class HindsightRelabel(GoalRelabel):
 
     Raises:
         ValueError: if the strategy is unknown or the share out of its range; when called, if shapes don't
-            fit, or replaying the first batch doesn't give what was stored.
+            fit, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from tensordict import TensorDict
