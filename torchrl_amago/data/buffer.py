@@ -160,29 +160,33 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
         with self._replay_lock:
-            # Another process may evict a trial while it is read: then all is drawn again.
-            while True:
-                batch, oldest = self._read(batch_size)
-                if oldest >= self._storage.follow().begin:
-                    break
+            batch = None
+            while batch is None:
+                batch = self._read(batch_size)
         if self._transform is not None and len(self._transform):
             batch = self._transform(batch)
         if self._pin_memory:
             batch = batch.pin_memory()
         return batch, {}
 
-    def _read(self, batch_size: int) -> tuple[TensorDictBase, int]:
-        """A batch, and the number of its oldest trial."""
+    def _read(self, batch_size: int) -> TensorDictBase | None:
+        """A batch; None if another process evicted one of its trials while it was read."""
         storage, sampler = self._storage, self._sampler
         trials = sampler.trials(storage.follow(), batch_size)
         length_B, replaced_BL = trials.length, None
         if self.relabel is not None:
-            length_B, replaced_BL = self._relabel(trials)
+            whole_BL = self._whole(trials)
+            # Before it is relabelled: what is no trial would look like a wrong reward function.
+            if not self._are_there(trials):
+                return None
+            length_B, replaced_BL = self._relabel(whole_BL, trials.length)
         windows = sampler.windows(length_B)
         pad_left = sampler.padding == "left"
         batch = storage.read_slices(
             trials.first + windows.offset, windows.real, windows.width, pad_left=pad_left
         )
+        if not self._are_there(trials):
+            return None
         step_BT, mask_BT = sampler.steps(windows)
         if replaced_BL is not None:
             replaced_BL = replaced_BL.exclude("collector")
@@ -195,21 +199,30 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         batch.set("index", trials.number.unsqueeze(-1).expand(mask_BT.shape))
         if trials.weight is not None:
             batch.set("priority_weight", trials.weight.unsqueeze(-1).expand(mask_BT.shape))
-        return batch, int(trials.number.min())
+        return batch
 
-    def _relabel(self, trials: Trials) -> tuple[Tensor, TensorDictBase]:
-        """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
+    def _are_there(self, trials: Trials) -> bool:
+        """Whether none of the trials has been evicted, so that all that was read is theirs."""
+        return int(trials.number.min()) >= self._storage.follow().begin
+
+    def _whole(self, trials: Trials) -> TensorDict:
+        """What the relabeller reads of trials, and the mask: ``[B, L]``."""
         whole_BL = self._storage.read_columns(
             trials.first, trials.length, list(self.relabel.in_keys)
         )
         step_L = torch.arange(whole_BL.shape[1])
-        whole_BL.set(keys.MASK, step_L < trials.length.unsqueeze(-1))
+        return whole_BL.set(keys.MASK, step_L < trials.length.unsqueeze(-1))
+
+    def _relabel(
+        self, whole_BL: TensorDictBase, stored_length_B: Tensor
+    ) -> tuple[Tensor, TensorDictBase]:
+        """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
         replaced_BL = self.relabel(whole_BL, self._rng)
         length_B = replaced_BL.get(keys.MASK).sum(-1)
-        if (length_B < 1).any() or (length_B > trials.length).any():
+        if (length_B < 1).any() or (length_B > stored_length_B).any():
             raise ValueError(
                 "relabelling may shorten a trial to at least one step, got lengths "
-                f"{length_B.tolist()} from {trials.length.tolist()}. Return the mask of the steps "
+                f"{length_B.tolist()} from {stored_length_B.tolist()}. Return the mask of the steps "
                 "that are left, the first ones of each trial."
             )
         return length_B, replaced_BL
