@@ -1,6 +1,6 @@
 """From a dataset to an agent that is better than what made it: offline first, then online, in one run.
 
-    python examples/14_offline_to_online.py                          # makes pendulum/weak-200-v0 if need be
+    python examples/14_offline_to_online.py                          # makes pendulum/weak-20-v0 if need be
     python examples/14_offline_to_online.py --online-after 6000 --run-dir runs/offline_only   # never plays
     python examples/14_offline_to_online.py --dataset mujoco/hopper/medium-v0   # any that Minari has here
     python examples/14_offline_to_online.py --debug                  # under a minute, to see that all runs
@@ -50,8 +50,9 @@ class Args(TrainingArgs):
 
     dataset: str | None = None
     """Id of a Minari dataset on this machine; by default one that is made here, see make_minari_dataset.py."""
-    dataset_episodes: int = 200
-    """Episodes of the dataset that is made here."""
+    dataset_episodes: int = 20
+    """Episodes of the dataset that is made here. Of many, with all their noise, nearly everything can be
+    learned without playing."""
     online_after: int = 2000
     """Updates on the dataset alone; as many as --total-updates for an agent that never plays."""
     dataset_weight: float = 0.25
@@ -60,8 +61,9 @@ class Args(TrainingArgs):
     """Updates over which the share of new experience rises."""
     online_coeff: float = 1.0
     """Weight of the policy gradient in the actor's loss."""
-    offline_coeff: float = 1.0
-    """Weight of the imitation of actions that the critics call better than the policy's."""
+    offline_coeff: float = 0.1
+    """Weight of the imitation of actions that the critics call better than the policy's. More of it helps
+    with data of one narrow behaviour, and holds an agent back that plays."""
     context_length: int = 16
     """Steps that the policy sees."""
     slice_length: int = 16
