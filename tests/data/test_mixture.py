@@ -89,6 +89,52 @@ def test_all_at_once():
     assert shares_of(mixture, 2) == pytest.approx([0.2, 0.2])
 
 
+def test_a_buffer_that_falls_below_its_minimum_waits_again():
+    new = make_trial_buffer(60, slice_len=4, batch_size=8, min_trials=5)
+    mixture = TrialMixture(
+        {"old": make_buffer([5]), "new": new},
+        {"old": 0.5, "new": 0.5},
+        anneal_updates=4,
+        online="new",
+        batch_size=16,
+    )
+    for number in range(5):
+        mixture.extend(make_trial(10, 1000 + 10 * number))
+    assert shares_of(mixture, 2) == pytest.approx([0.5, 0.5])
+    for number in range(2):  # long trials push the short ones out
+        mixture.extend(make_trial(28, 2000 + 30 * number))
+    assert not new.can_sample()
+    assert shares_of(mixture, 2) == [0, 0]
+    assert (mixture.sample()[SOURCE] == 0).all()
+    assert not TrialMixture({"new": new}, {"new": 1}, batch_size=2).can_sample()
+    for number in range(5):
+        mixture.extend(make_trial(10, 3000 + 10 * number))
+    # The way to its weight is that of a buffer that was ready all along.
+    assert shares_of(mixture, 1) == pytest.approx([0.5])
+    assert mixture.ready_at == {"old": 0, "new": 0}
+
+
+def test_a_late_buffer_goes_on_rising_after_a_pause():
+    new = make_trial_buffer(60, slice_len=4, batch_size=8, min_trials=3)
+    mixture = TrialMixture(
+        {"old": make_buffer([5]), "new": new},
+        {"old": 0.5, "new": 0.5},
+        anneal_updates=4,
+        online="new",
+        batch_size=16,
+    )
+    mixture.sample()
+    for number in range(3):
+        mixture.extend(make_trial(10, 1000 + 10 * number))
+    assert shares_of(mixture, 1) == pytest.approx([0.125 / 0.625])
+    for number in range(2):
+        mixture.extend(make_trial(28, 2000 + 30 * number))
+    assert shares_of(mixture, 1) == [0]
+    for number in range(3):
+        mixture.extend(make_trial(10, 3000 + 10 * number))
+    assert shares_of(mixture, 2) == pytest.approx([0.375 / 0.875, 0.5])
+
+
 @given(
     st.lists(
         st.tuples(

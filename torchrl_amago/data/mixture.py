@@ -23,7 +23,7 @@ class TrialMixture:
 
     Each slice of a batch comes from a buffer drawn by weight among those that are ready, that is,
     ``can_sample()``. A buffer's weight goes in a straight line from its initial to its final one
-    while ``anneal_updates`` batches are drawn, from the batch at which it becomes ready.
+    while ``anneal_updates`` batches are drawn, from the batch at which it first becomes ready.
 
     What is written goes to the buffer ``online``; the others are never changed, so nothing in them is
     evicted. Give it to the trainer in place of a buffer, and ``mixture.online`` to the collector.
@@ -98,7 +98,7 @@ class TrialMixture:
         self.anneal_updates = anneal_updates
         self._online = online
         self.updates = 0
-        #: Batches drawn before each buffer became ready.
+        #: Batches drawn before each buffer first became ready: where its way to its weight began.
         self.ready_at: dict[str, int] = {}
         self._entries: dict[str, dict[NestedKey, tuple]] = {}
         self._rng: torch.Generator | None = None
@@ -197,14 +197,17 @@ class TrialMixture:
 
     def _weights(self) -> Tensor:
         """Weights of the next batch, ``[P]``; 0 for buffers that aren't ready."""
+        weights = []
         for name, buffer in self.buffers.items():
-            if name not in self.ready_at and buffer.can_sample():
-                self.ready_at[name] = self.updates
-        return torch.tensor([self._weight(name) for name in self.buffers], dtype=torch.float64)
+            # Asked anew each time: a few long trials may push out more than min_trials of them.
+            is_ready = buffer.can_sample()
+            if is_ready:
+                self.ready_at.setdefault(name, self.updates)
+            weights.append(self._weight(name) if is_ready else 0.0)
+        return torch.tensor(weights, dtype=torch.float64)
 
     def _weight(self, name: str) -> float:
-        if name not in self.ready_at:
-            return 0.0
+        """Weight of a buffer that is ready."""
         final, ready_at = self.weights[name], self.ready_at[name]
         if self.initial_weights is not None:
             initial = self.initial_weights[name]
