@@ -10,6 +10,7 @@ from tensordict import TensorDict, assert_close
 
 from tests.data.trials import make_trial
 from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data import mixture as mixture_module
 from torchrl_amago.data.mixture import TrialMixture
 
 SOURCE = ("collector", "source")
@@ -266,6 +267,72 @@ def test_other_data_cant_go_on():
     state = make_mixture().state_dict()
     with pytest.raises(ValueError, match=r"its buffers had {'old': 11} steps, and have {'old': 9}"):
         make_mixture(old=[9]).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "trials",
+    [((5, 1), (6, 6)), ((6, 0), (5, 6)), ((6, 5), (5, 0))],
+    ids=["content", "lengths", "order"],
+)
+def test_other_data_of_as_many_steps_cant_go_on(trials):
+    state = make_mixture().state_dict()
+    other = make_buffer()
+    for length, first_id in trials:
+        other.extend(make_trial(length, first_id))
+    mixture = TrialMixture(
+        {"old": other, "new": make_buffer()}, {"old": 0.8, "new": 0.2}, online="new", batch_size=2
+    )
+    before = mixture.state_dict()
+    with pytest.raises(ValueError, match=r"\['old'\] hold as many steps as then, but not the same"):
+        mixture.load_state_dict(state | {"updates": 7})
+    assert mixture.state_dict() == before
+
+
+def test_one_number_makes_other_data():
+    def mixture_of(trial):
+        buffer = make_buffer()
+        buffer.extend(trial)
+        return TrialMixture({"old": buffer}, {"old": 1}, batch_size=2)
+
+    state = mixture_of(make_trial(5)).state_dict()
+    mixture_of(make_trial(5)).load_state_dict(state)
+    for step in (0, 4):  # rewards, the last step's too, and what the last step led to
+        trial = make_trial(5)
+        trial["next", "reward"][step] += 1
+        with pytest.raises(ValueError, match="not the same"):
+            mixture_of(trial).load_state_dict(state)
+    trial = make_trial(5)
+    trial["next", "nested", "state"][4, 0] += 1
+    with pytest.raises(ValueError, match="not the same"):
+        mixture_of(trial).load_state_dict(state)
+
+
+def test_the_same_data_go_on_wherever_they_lie(tmp_path):
+    written = make_buffer([5, 6], path=tmp_path / "data")
+    state = TrialMixture({"old": written}, {"old": 1}, batch_size=2).state_dict()
+    opened = make_trial_buffer(None, 4, 8, path=tmp_path / "data", mode="read", warn_short=False)
+    at_once = make_buffer()
+    at_once.extend(torch.cat([make_trial(5), make_trial(6, 5)]))
+    moved = make_trial_buffer(12, 4, 8, warn_short=False)  # other trials lay there before
+    for trial in (make_trial(4, 900), make_trial(7, 950), make_trial(5), make_trial(6, 5)):
+        moved.extend(trial)
+    assert moved.storage.table.first[0] > 0
+    for buffer in (opened, at_once, moved):
+        TrialMixture({"old": buffer}, {"old": 1}, batch_size=2).load_state_dict(state)
+
+
+def test_data_are_read_through_once_for_all_checkpoints(monkeypatch):
+    read = []
+    checksum = mixture_module._checksum
+    monkeypatch.setattr(
+        mixture_module, "_checksum", lambda storage: read.append(storage) or checksum(storage)
+    )
+    mixture = make_mixture(new=[5])
+    first = mixture.state_dict()["checksums"]
+    assert mixture.state_dict()["checksums"] == first
+    assert read == [mixture.buffers["old"].storage]
+    mixture.buffers["old"].extend(make_trial(5))
+    assert mixture.state_dict()["checksums"] != first
 
 
 def with_extra(length: int, key, value) -> TensorDict:

@@ -5,15 +5,18 @@ Legend: B slices of a batch, T steps of a slice, P buffers.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
+from torchrl_amago.data.trial_storage import TrialStorage
 
 __all__ = ["TrialMixture", "online_part"]
 
@@ -101,6 +104,7 @@ class TrialMixture:
         #: Batches drawn before each buffer first became ready: where its way to its weight began.
         self.ready_at: dict[str, int] = {}
         self._entries: dict[str, dict[NestedKey, tuple]] = {}
+        self._checksums: dict[str, tuple[tuple[int, int], int]] = {}
         self._rng: torch.Generator | None = None
         if generator is not None:
             self.set_rng(generator)
@@ -259,6 +263,7 @@ class TrialMixture:
             "updates": self.updates,
             "ready_at": dict(self.ready_at),
             "steps": {name: len(self.buffers[name]) for name in self._unchanging()},
+            "checksums": {name: self._checksum(name) for name in self._unchanging()},
             "generators": {
                 place: generator.get_state() for place, generator in self._generators().items()
             },
@@ -277,6 +282,14 @@ class TrialMixture:
                 f"{dict(state['steps'])} steps, and have {steps}. Load the same data into them, in the "
                 "same order."
             )
+        checksums = state.get("checksums", {})  # earlier checkpoints have none
+        differing = [name for name, saved in checksums.items() if self._checksum(name) != saved]
+        if differing:
+            raise ValueError(
+                f"a mixture goes on with the data that it was saved with: its buffers {differing} hold "
+                "as many steps as then, but not the same. Load the same data into them, in the same "
+                "order."
+            )
         self.updates = int(state["updates"])
         self.ready_at = {name: int(value) for name, value in state["ready_at"].items()}
         if self._rng is not None:
@@ -288,6 +301,14 @@ class TrialMixture:
         """Those that are there, by whose they are."""
         owners = {"mixture": self, **{f"buffer {name}": x for name, x in self.buffers.items()}}
         return {place: x._rng for place, x in owners.items() if x._rng is not None}
+
+    def _checksum(self, name: str) -> int:
+        """CRC-32 of a buffer's trials; they are read through once, not for every checkpoint."""
+        table = self.buffers[name].storage.follow()
+        there = (table.begin, table.end)
+        if name not in self._checksums or self._checksums[name][0] != there:
+            self._checksums[name] = (there, _checksum(self.buffers[name].storage))
+        return self._checksums[name][1]
 
     def _unchanging(self) -> list[str]:
         return [name for name in self.buffers if name != self._online]
@@ -329,6 +350,17 @@ def _prepare(name: str, buffer: ReplayBuffer) -> None:
         )
     # Of a batch with another size than the buffer was made for, which here is every batch.
     buffer._warned_batch_size_conflict = True
+
+
+def _checksum(storage: TrialStorage) -> int:
+    """CRC-32 of the lengths and rows of all trials in their order, wherever in the folder they lie."""
+    table = storage.follow()
+    checksum = zlib.crc32(table.steps.tobytes())
+    if len(table):
+        memory = np.asarray(storage._memory)  # slices faster than a memmap
+        for first, steps in zip(table.first.tolist(), table.steps.tolist(), strict=True):
+            checksum = zlib.crc32(memory[first : first + steps + 1], checksum)
+    return checksum
 
 
 def _may_lack(key: NestedKey) -> bool:
