@@ -1,6 +1,6 @@
 """From a dataset to an agent that is better than what made it: offline first, then online, in one run.
 
-    python examples/14_offline_to_online.py                          # makes pendulum/weak-20-v0 if need be
+    python examples/14_offline_to_online.py                          # makes pendulum/weak-5-v0 if need be
     python examples/14_offline_to_online.py --online-after 6000 --run-dir runs/offline_only   # never plays
     python examples/14_offline_to_online.py --dataset mujoco/hopper/medium-v0   # any that Minari has here
     python examples/14_offline_to_online.py --debug                  # under a minute, to see that all runs
@@ -50,7 +50,7 @@ class Args(TrainingArgs):
 
     dataset: str | None = None
     """Id of a Minari dataset on this machine; by default one that is made here, see make_minari_dataset.py."""
-    dataset_episodes: int = 20
+    dataset_episodes: int = 5
     """Episodes of the dataset that is made here. Of many, with all their noise, nearly everything can be
     learned without playing."""
     online_after: int = 2000

@@ -1,8 +1,8 @@
 """Make a local Minari dataset: a scripted controller, more or less often overruled by chance.
 
-    python examples/make_minari_dataset.py                        # pendulum/weak-20-v0
-    python examples/make_minari_dataset.py --quality good         # pendulum/good-20-v0
-    python examples/make_minari_dataset.py --env-id CartPole-v1   # cartpole/weak-20-v0
+    python examples/make_minari_dataset.py                        # pendulum/weak-5-v0
+    python examples/make_minari_dataset.py --quality good         # pendulum/good-5-v0
+    python examples/make_minari_dataset.py --env-id CartPole-v1   # cartpole/weak-5-v0
 
 The behaviour policy, all of it: at every step, with the probability NOISE[quality], the action is drawn
 uniformly from the action space; otherwise a controller chooses it. On the pendulum that swings up by
@@ -34,7 +34,7 @@ class Args:
     """What is played."""
     quality: Literal["random", "weak", "good"] = "weak"
     """How often chance overrules the controller, see NOISE."""
-    episodes: int = 20
+    episodes: int = 5
     """Episodes of the dataset."""
     seed: int = 0
     """Of the environment and of chance."""
