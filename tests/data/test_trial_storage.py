@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import assert_close
 
-from tests.data.test_journal import Full
+from tests.data.test_journal import fill_disk
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago.data import TrialStorage
 from torchrl_amago.data import trial_storage as module
+from torchrl_amago.data.journal import RECORD, Journal
 
+FILES = ["journal.bin", "lock", "rows.bin", "schema.json"]
 KEPT = make_trial(3).keys(True, True)
 
 
@@ -92,8 +95,20 @@ def test_steps_are_found_by_their_place():
     assert storage[3:9:2]["id"].tolist() == [3, 5, 7]
     assert storage.newest(4)["id"].tolist() == [8, 9, 10, 11]
     assert storage.newest(400)["id"].tolist() == list(range(12))
+    assert len(storage.newest(0)) == 0
     assert 11 in storage
     assert 12 not in storage
+
+
+@pytest.mark.parametrize("place", [-13, -20, 12, [0, 40], [[3, -13]]])
+def test_a_place_without_a_step_is_refused(place):
+    storage = TrialStorage(20)
+    with pytest.raises(IndexError, match="with 0 steps stored"):
+        storage[place]
+    write(storage, [4, 3, 5])
+    outside = place if isinstance(place, int) else np.ravel(place)[1]
+    with pytest.raises(IndexError, match=rf"from -12 to 11, with 12 steps stored, got {outside}\."):
+        storage[place]
 
 
 def test_columns_of_whole_trials():
@@ -180,6 +195,97 @@ def test_a_long_journal_is_rewritten_and_readers_follow(tmp_path, monkeypatch):
             assert reader.table.written == writer.table.written
     assert max(sizes) < 32 * 40
     assert contents(TrialStorage(path=tmp_path, mode="read")) == contents(writer)
+
+
+def write_beside(writer, storage, method, monkeypatch, lengths=(5, 5)):
+    """Let another process write as soon as `storage` has called one of its methods; and wait for the lock."""
+    threads = []
+    real = getattr(storage, method)
+
+    def call_and_write(*args):
+        result = real(*args)
+        if not threads:
+            threads.append(threading.Thread(target=write, args=(writer, list(lengths), 100)))
+            threads[0].start()
+            threads[0].join(0.3)
+        return result
+
+    monkeypatch.setattr(storage, method, call_and_write)
+    return lambda: threads[0].join()
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+@pytest.mark.parametrize("way", ["dumps", "state_dict"])
+def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode, way):
+    writer = TrialStorage(12, path=tmp_path / "replay")
+    write(writer, [4, 5])
+    write(writer, [3], first_id=9)
+    storage = TrialStorage(path=tmp_path / "replay", mode=mode)
+    wait = write_beside(writer, storage, "_snapshot", monkeypatch, lengths=[5])
+    if way == "dumps":
+        storage.dumps(tmp_path / "copy")
+        copy = TrialStorage(path=tmp_path / "copy", mode="continue")
+    else:
+        copy = TrialStorage(12)
+        copy.load_state_dict(storage.state_dict())
+    wait()
+    # A reader doesn't make others wait: it leaves out what it could not copy in time.
+    kept = [[9, 10, 11]] if mode == "read" else [[0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
+    assert contents(copy) == kept
+    assert contents(writer) == [[9, 10, 11], [100, 101, 102, 103, 104]]
+    assert copy.table.written == 12
+    for number in range(4):
+        write(copy, [4], first_id=10 * number)
+    assert contents(copy)[-1] == [30, 31, 32, 33]
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+def test_steps_that_are_overwritten_while_they_are_read_are_read_again(tmp_path, monkeypatch, mode):
+    writer = TrialStorage(12, path=tmp_path)
+    write(writer, [4, 5])
+    storage = TrialStorage(path=tmp_path, mode=mode)
+    write_beside(writer, storage, "follow", monkeypatch)
+    assert storage[:]["id"].tolist() == [*range(100, 110)]
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
+    """Who may take the lock makes the writers wait; a reader says that it can't keep up."""
+    writer = TrialStorage(12, path=tmp_path)
+    write(writer, [4, 5])
+    storage = TrialStorage(path=tmp_path, mode=mode)
+    real = storage.layout.read
+
+    def read_while_others_write(*args):
+        thread = threading.Thread(target=write, args=(writer, [6, 6]), daemon=True)
+        thread.start()
+        thread.join(0.1)
+        return real(*args)
+
+    monkeypatch.setattr(storage.layout, "read", read_while_others_write)
+    if mode == "continue":
+        assert len(storage[:]) == 12
+    else:
+        with pytest.raises(RuntimeError, match=r"each of 20 attempts.*mode='continue'"):
+            storage[:]
+
+
+def test_a_reader_of_a_saved_folder_follows_who_goes_on_with_it(tmp_path):
+    """Whose file is longer then."""
+    storage = TrialStorage(30, path=tmp_path / "replay")
+    write(storage, [4, 5])
+    storage.dumps(tmp_path / "saved")
+    reader = TrialStorage(path=tmp_path / "saved", mode="read")
+    assert len(contents(reader)) == 2
+    writer = TrialStorage(path=tmp_path / "saved", mode="continue")
+    for number in range(10):
+        write(writer, [7], first_id=10 * number)
+        table = reader.follow()
+        batch = reader.read_slices(
+            torch.from_numpy(table.first), torch.from_numpy(table.steps), int(table.steps.max())
+        )
+        assert batch["id"][-1].tolist() == [*range(10 * number, 10 * number + 7)]
+        assert contents(reader) == contents(writer)
 
 
 def test_temporary_folders_are_removed():
@@ -284,6 +390,137 @@ def test_a_truncated_journal_gives_the_trials_before(folder):
     assert contents(TrialStorage(path=folder, mode="read")) == [[0, 1, 2, 3]]
 
 
+def damage(folder, number):
+    """Change a byte of a record."""
+    content = bytearray((folder / "journal.bin").read_bytes())
+    content[number * RECORD.itemsize + 9] ^= 1
+    (folder / "journal.bin").write_bytes(content)
+
+
+def files_of(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+def test_a_damaged_journal_is_refused_and_left_as_it_is(folder, mode):
+    os.truncate(folder / "rows.bin", 440)  # as a saved folder is
+    damage(folder, 1)
+    before = files_of(folder)
+    with pytest.raises(RuntimeError, match=r"number 1 hasn't.*is damaged. Nothing was changed"):
+        TrialStorage(path=folder, mode=mode)
+    assert files_of(folder) == before
+
+
+def test_damage_that_comes_later_stops_the_next_write(folder):
+    storage = TrialStorage(path=folder, mode="continue")
+    other = TrialStorage(path=folder, mode="continue")
+    write(other, [1, 1, 1], first_id=9)
+    damage(folder, 3)
+    before = files_of(folder)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="number 3 hasn't"):
+            write(storage, [6], first_id=9)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+@pytest.mark.parametrize("size", [0, 31, "no start"])
+def test_a_journal_without_its_beginning_is_refused(folder, mode, size):
+    if size == "no start":
+        content = (folder / "journal.bin").read_bytes()
+        (folder / "journal.bin").write_bytes(content[RECORD.itemsize :])
+    else:
+        os.truncate(folder / "journal.bin", size)
+    before = files_of(folder)
+    with pytest.raises(RuntimeError, match="must begin with its first record.*another copy"):
+        TrialStorage(path=folder, mode=mode)
+    assert files_of(folder) == before
+
+
+@pytest.mark.parametrize("mode", ["create", "continue", "read"])
+@pytest.mark.parametrize("without", [[], ["journal.bin"]])
+def test_trials_without_a_description_are_not_overwritten(folder, mode, without):
+    for name in ["schema.json", *without]:
+        (folder / name).unlink()
+    before = files_of(folder)
+    with pytest.raises(RuntimeError, match=r"schema\.json must be there.*Bring the file back"):
+        TrialStorage(12, path=folder, mode=mode)
+    assert files_of(folder) == before
+
+
+def test_a_description_that_gets_lost_before_the_first_write(tmp_path, folder):
+    storage = TrialStorage(12, path=tmp_path / "new", mode="continue")
+    for name in ("rows.bin", "journal.bin"):
+        shutil.copy(folder / name, tmp_path / "new" / name)
+    with pytest.raises(RuntimeError, match=r"schema\.json must be there"):
+        write(storage, [3])
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+def die_at(number, monkeypatch):
+    """End the process right before its so manieth change of the folder: a file opened, or given its name."""
+    count = iter(range(number))
+
+    def counted(function):
+        def call(*args):
+            if next(count, None) is None:
+                raise Killed
+            return function(*args)
+
+        return call
+
+    real_open = Path.open
+
+    def counted_open(self, mode="r", *args):
+        return (counted(real_open) if mode == "wb" else real_open)(self, mode, *args)
+
+    monkeypatch.setattr(Path, "open", counted_open)
+    monkeypatch.setattr(os, "replace", counted(os.replace))
+
+
+@pytest.mark.parametrize("mode", ["create", "continue"])
+@pytest.mark.parametrize("moment", range(4))
+def test_a_process_that_dies_while_it_makes_the_folder(tmp_path, monkeypatch, mode, moment):
+    storage = TrialStorage(12, path=tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
+        die_at(moment, patch)
+        write(storage, [4])
+    assert not (tmp_path / "schema.json").exists()
+    storage = TrialStorage(12, path=tmp_path, mode=mode)
+    assert_holds(storage, write(storage, [4, 5]))
+    assert sorted(file.name for file in tmp_path.iterdir()) == FILES
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs the names of open files")
+def test_flush_waits_for_the_disk_before_the_folder_counts(tmp_path, monkeypatch):
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def names(descriptor):
+        events.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    def replaced(source, target):
+        events.append(f"-> {Path(target).name}")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", names)
+    monkeypatch.setattr(os, "replace", replaced)
+    monkeypatch.setattr(module, "_STALE_RECORDS", 0)
+    storage = TrialStorage(12, path=tmp_path / "replay", flush=True)
+    write(storage, [4])
+    made = ["journal.bin", "rows.bin", ".schema.json.partial", "-> schema.json", "replay"]
+    assert events == [*made, "journal.bin"]
+    write(storage, [9])
+    events.clear()
+    write(storage, [9])
+    compacted = [".journal.bin.partial", "-> journal.bin", "replay"]
+    assert events == ["journal.bin", "journal.bin", *compacted]
+
+
 def test_another_format_is_refused(folder):
     schema = json.loads((folder / "schema.json").read_text())
     (folder / "schema.json").write_text(json.dumps(schema | {"format": "trials 9"}))
@@ -308,6 +545,10 @@ def test_reading_never_writes(folder):
     storage = TrialStorage(path=folder, mode="read")
     with pytest.raises(PermissionError, match="mode='read' can't be written to"):
         storage.write(make_trial(3), [3])
+    with pytest.raises(PermissionError, match="mode='read' can't be written to"):
+        storage.load_state_dict(TrialStorage(12).state_dict())
+    with pytest.raises(PermissionError, match="mode='read' can't be written to"):
+        storage.loads(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
@@ -342,13 +583,54 @@ def test_a_full_disk_is_named_and_nothing_is_lost(folder, monkeypatch):
     assert contents(storage)[-1] == list(range(9, 15))
 
 
-def test_a_full_disk_at_the_journal_loses_nothing_either(folder, monkeypatch):
+@pytest.mark.parametrize("room", [0, 31, 32, 63])
+def test_a_full_disk_at_the_journal_loses_nothing_either(folder, monkeypatch, room):
+    """Even where there is room to give up trials, but none to list the new ones."""
     storage = TrialStorage(path=folder, mode="continue")
-    monkeypatch.setattr(storage._journal, "_file", Full(storage._journal._file))
-    with pytest.raises(OSError, match="is full"):
-        write(storage, [6], first_id=9)
+    fill_disk(monkeypatch, room)
+    for _ in range(2):
+        with pytest.raises(OSError, match="is full.*Free some space"):
+            write(storage, [6], first_id=9)
+        assert_intact(folder)
     monkeypatch.undo()
-    assert_intact(folder)
+    write(storage, [6], first_id=9)
+    assert contents(storage) == [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
+
+
+def test_a_full_disk_while_the_journal_is_rewritten(folder, monkeypatch):
+    monkeypatch.setattr(module, "_STALE_RECORDS", 0)
+    storage = TrialStorage(path=folder, mode="continue")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "prepare", full)
+        for number in range(5):
+            write(storage, [6, 6], first_id=100 * number)
+        size = (folder / "journal.bin").stat().st_size
+    assert contents(storage) == [[*range(400, 406)], [*range(406, 412)]]
+    write(storage, [6, 6])
+    assert (folder / "journal.bin").stat().st_size == 3 * RECORD.itemsize < size
+    assert contents(TrialStorage(path=folder, mode="read")) == contents(storage)
+
+
+def test_a_full_disk_while_the_folder_is_made(tmp_path, monkeypatch):
+    storage = TrialStorage(12, path=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "write_file", full)
+        with pytest.raises(OSError, match="is full.*Free some space"):
+            write(storage, [4])
+    assert_holds(storage, write(storage, [4]))
+
+
+def test_a_full_disk_while_trials_are_loaded(tmp_path, folder, monkeypatch):
+    storage = TrialStorage(12, path=tmp_path / "other")
+    write(storage, [5, 1], first_id=20)
+    for patched in (lambda patch: patch.setattr(Journal, "prepare", full), fill_disk):
+        with monkeypatch.context() as patch:
+            patched(patch)
+            with pytest.raises(OSError, match="is full.*Free some space"):
+                storage.loads(folder)
+        assert contents(storage) == [[*range(20, 25)], [25]]
+    storage.loads(folder)
+    assert contents(storage) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
 
 
 def test_more_than_the_disk_holds_is_refused_at_once(tmp_path, monkeypatch):

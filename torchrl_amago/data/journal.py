@@ -3,7 +3,8 @@
 A record is 32 bytes with a checksum, appended by one system call: after a crash the file ends in
 whole records, or in a piece that is recognised and cut off. Rows of trials are written between
 the record that gives up old trials and those that announce the new ones, so a record never speaks
-of rows that aren't there.
+of rows that aren't there. Nothing is read or written at a file's position: after a fork, two processes
+would share it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 import weakref
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -31,6 +34,9 @@ START, TRIAL, EVICT = 1, 2, 3
 RECORD = np.dtype(
     [("kind", "<u4"), ("checksum", "<u4"), ("number", "<i8"), ("first", "<i8"), ("steps", "<i8")]
 )
+
+# Seconds to wait before damage is believed: a record may be read while it is written.
+_PATIENCE = (0.001, 0.01, 0.1)
 
 
 def make_records(kind: int, number, first=0, steps=0) -> np.ndarray:
@@ -53,10 +59,14 @@ def _checksum(record: np.ndarray) -> int:
     return zlib.crc32(content[8:], zlib.crc32(content[:4]))
 
 
+def _is_intact(record: np.ndarray) -> bool:
+    return _checksum(record) == record["checksum"]
+
+
 def intact(records: np.ndarray) -> np.ndarray:
     """The records before the first one whose checksum is wrong."""
     for position, record in enumerate(records):
-        if _checksum(record) != record["checksum"]:
+        if not _is_intact(record):
             return records[:position]
     return records
 
@@ -89,7 +99,7 @@ class Journal:
         self._file = open(self.path, "r+b" if self.writable else "rb", buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
         self._inode = os.fstat(self._file.fileno()).st_ino
-        self._offset = 0
+        self._offset = self._reserved = 0
 
     @property
     def num_records(self) -> int:
@@ -97,17 +107,45 @@ class Journal:
         return self._offset // RECORD.itemsize
 
     def read(self) -> np.ndarray:
-        """What was appended since the last call; all of it if the file was replaced meanwhile."""
+        """What was appended since the last call; all of it if the file was replaced meanwhile.
+
+        Raises:
+            RuntimeError: where a record is damaged: one with a wrong checksum and intact ones after it.
+        """
         if os.stat(self.path).st_ino != self._inode:
             self._file.close()
             self._open()
-        if os.fstat(self._file.fileno()).st_size <= self._offset:
+        size = os.fstat(self._file.fileno()).st_size
+        if size <= self._offset:
             return np.empty(0, RECORD)
-        self._file.seek(self._offset)
-        content = self._file.readall()
-        records = intact(np.frombuffer(content, RECORD, len(content) // RECORD.itemsize))
-        self._offset += records.nbytes
-        return records
+        for seconds in _PATIENCE:
+            content = _read_at(self._file, size - self._offset, self._offset)
+            records = np.frombuffer(content, RECORD, len(content) // RECORD.itemsize)
+            found = intact(records)
+            behind = records[len(found) :]
+            # A write that was cut short has no intact record behind it. Reserved space is zero.
+            if not any(_is_intact(record) for record in behind[behind["kind"] != 0]):
+                self._offset += found.nbytes
+                return found
+            time.sleep(seconds)
+        raise RuntimeError(
+            f"every record of {self.path} must have its checksum, and number "
+            f"{self.num_records + len(found)} hasn't, with intact ones behind it: the journal is damaged. "
+            "Nothing was changed. Use another copy of the folder, or load a checkpoint into a new one."
+        )
+
+    def reserve(self, count: int) -> None:
+        """Take disk space for the next records, so that appending them can't fail for want of it.
+
+        The caller holds the lock and has read what was there.
+
+        Raises:
+            OSError: where the disk is full; the file is as it was then.
+        """
+        # Cuts off what a writer that died in the middle of a record left.
+        self._file.truncate(self._offset)
+        self._write(bytes(count * RECORD.itemsize))
+        self._reserved = count * RECORD.itemsize
 
     def append(self, records: np.ndarray, sync: bool = False) -> None:
         """Append records, for everybody to read; the caller holds the lock and has read what was there.
@@ -115,27 +153,78 @@ class Journal:
         Raises:
             OSError: where the disk is full; the file is as it was then.
         """
-        # Cuts off what a writer that died in the middle of a record left.
-        self._file.truncate(self._offset)
-        self._file.seek(self._offset)
-        try:
-            written = self._file.write(records.tobytes())
-            if written != records.nbytes:
-                raise OSError(errno.ENOSPC, f"{written} of {records.nbytes} bytes were written")
-        except OSError:
-            self._file.truncate(self._offset)
-            raise
+        if self._reserved < records.nbytes:
+            self.reserve(len(records))
+        self._write(records.tobytes())
+        self._reserved -= records.nbytes
         if sync:
             os.fsync(self._file.fileno())
 
-    def rewrite(self, records: np.ndarray) -> None:
-        """Replace the file at once by these records; the caller holds the lock."""
-        beside = self.path.with_name(f".{self.path.name}.partial")
-        with beside.open("wb") as stream:
-            stream.write(records.tobytes())
+    def _write(self, content: bytes) -> None:
+        try:
+            written = _write_at(self._file, content, self._offset)
+            if written != len(content):
+                raise OSError(errno.ENOSPC, f"{written} of {len(content)} bytes were written")
+        except OSError:
+            self._file.truncate(self._offset)
+            self._reserved = 0
+            raise
+
+    def prepare(self, records: np.ndarray) -> None:
+        """Write the records that :meth:`replace` puts in place of all; the caller holds the lock.
+
+        Raises:
+            OSError: where the disk is full; nothing has changed then.
+        """
+        try:
+            write_file(self._beside, records.tobytes(), sync=True)
+        except OSError:
+            self._beside.unlink(missing_ok=True)
+            raise
+
+    def replace(self, sync: bool = False) -> None:
+        """Replace the file at once by what was prepared; takes no disk space."""
+        os.replace(self._beside, self.path)
+        if sync:
+            sync_folder(self.path.parent)
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.partial")
+
+
+def _read_at(file: BinaryIO, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)  # Windows, which has no forks
+    return file.read(size)
+
+
+def _write_at(file: BinaryIO, content: bytes, offset: int) -> int:
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), content, offset)
+    file.seek(offset)
+    return file.write(content)
+
+
+def write_file(path: Path, content: bytes, sync: bool) -> None:
+    """Write a file; with `sync`, wait for the disk."""
+    with path.open("wb") as stream:
+        stream.write(content)
+        if sync:
             stream.flush()
             os.fsync(stream.fileno())
-        os.replace(beside, self.path)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until the disk has the names of a folder's files."""
+    if fcntl is None:  # Windows can't open folders
+        return
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torchrl_amago.data.journal import RECORD
+
 SCHEMA, ROWS, JOURNAL = "schema.json", "rows.bin", "journal.bin"
 FORMAT = "torchrl_amago trials 1"
 
@@ -55,6 +57,27 @@ def make_writable(path: Path) -> None:
             f"a buffer that is written to needs a folder that can be, and {path} can't "
             f"({error.strerror}). Choose another path, or only read it with mode='read'",
         ) from error
+
+
+def check_remains(path: Path) -> None:
+    """Refuse trials whose description is gone, but not what a process left that died making a folder.
+
+    Raises:
+        RuntimeError: for the former.
+    """
+    # The order in which they are made, backwards, as another process may be making them now. Trials are
+    # recorded when all of them are there.
+    rows, recorded = (_size(path / name) for name in (ROWS, JOURNAL))
+    is_rest = recorded > RECORD.itemsize or (rows > 0 and recorded == 0)
+    if is_rest and not (path / SCHEMA).exists():
+        raise RuntimeError(
+            f"{path / SCHEMA} must be there, as there are {ROWS} and {JOURNAL} with trials: the folder is "
+            "incomplete. Bring the file back, use another copy of the folder, or choose another path."
+        )
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.exists() else 0
 
 
 def read_schema(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ were copied survive the death of a process, not that of the machine, unless ``fl
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,7 +20,6 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Storage
 
 from torchrl_amago.data.journal import (
     EVICT,
@@ -29,14 +29,18 @@ from torchrl_amago.data.journal import (
     Journal,
     exclusive,
     make_records,
+    sync_folder,
+    write_file,
 )
 from torchrl_amago.data.row_layout import RowLayout
+from torchrl_amago.data.trial_copies import CopyableTrials
 from torchrl_amago.data.trial_folder import (
     FORMAT,
     JOURNAL,
     ROWS,
     SCHEMA,
     allocate,
+    check_remains,
     full_disk_explained,
     make_temporary,
     make_writable,
@@ -50,11 +54,13 @@ Mode = Literal["create", "continue", "read"]
 _CLAIM = 1 << 18
 # Rows of more bytes are not copied whole where some of their entries are wanted.
 _NARROW_ROW = 1024
+# How often steps are read that are overwritten meanwhile.
+_ATTEMPTS = 20
 # Records of evicted trials that make the journal worth rewriting.
 _STALE_RECORDS = 4096
 
 
-class TrialStorage(Storage):
+class TrialStorage(CopyableTrials):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
 
     Every process opens the folder for itself; an object that is sent to another process opens it there.
@@ -96,6 +102,7 @@ class TrialStorage(Storage):
         self.layout: RowLayout | None = None
         self._journal: Journal | None = None
         self._claimed = 0
+        check_remains(self.path)
         if mode != "create":
             capacity = self._stored_capacity(capacity)
         elif (self.path / SCHEMA).exists():
@@ -145,10 +152,17 @@ class TrialStorage(Storage):
                     f"{self.path / name} must be there, as {SCHEMA} is: the folder is incomplete. Bring the "
                     "file back, or use another copy of the folder."
                 )
+        journal = Journal(self.path / JOURNAL, writable=self.mode != "read")
+        records = journal.read()
+        if not len(records) or records["kind"][0] != START:
+            raise RuntimeError(
+                f"{journal.path} must begin with its first record, and doesn't: the journal is damaged. "
+                "Nothing was changed. Use another copy of the folder, or load a checkpoint into a new one."
+            )
         self.layout = RowLayout.from_json(schema)
-        self._journal = Journal(self.path / JOURNAL, writable=self.mode != "read")
-        self.follow()
+        self._apply(records)
         self._map()
+        self._journal = journal
 
     def _map(self) -> None:
         file, row_bytes = self.path / ROWS, self.layout.row_bytes
@@ -178,16 +192,20 @@ class TrialStorage(Storage):
 
     def _create(self, layout: RowLayout) -> None:
         self._check_space(layout)
-        size = self.table.max_rows * layout.row_bytes
-        with (self.path / ROWS).open("wb") as rows:
-            rows.truncate(size)
-        records = make_records(START, 0)
-        (self.path / JOURNAL).write_bytes(records.tobytes())
+        check_remains(self.path)
         schema = {"format": FORMAT, "capacity": self.max_size, **layout.to_json()}
-        # Last, and at once: the folder counts as a buffer from here on.
         beside = self.path / f".{SCHEMA}.partial"
-        beside.write_text(json.dumps(schema, indent=1))
-        os.replace(beside, self.path / SCHEMA)
+        with full_disk_explained(self.path):
+            write_file(self.path / JOURNAL, make_records(START, 0).tobytes(), self.flush)
+            with (self.path / ROWS).open("wb") as rows:
+                rows.truncate(self.table.max_rows * layout.row_bytes)
+                if self.flush:
+                    os.fsync(rows.fileno())
+            # Last, and at once: the folder counts as a buffer from here on.
+            write_file(beside, json.dumps(schema, indent=1).encode(), self.flush)
+            os.replace(beside, self.path / SCHEMA)
+            if self.flush:
+                sync_folder(self.path)
 
     def _check_space(self, layout: RowLayout) -> None:
         needed = self.max_size * layout.row_bytes
@@ -211,6 +229,10 @@ class TrialStorage(Storage):
         records = self._journal.read()
         if len(records):
             self._apply(records)
+            trials = records[records["kind"] == TRIAL]
+            last = int((trials["first"] + trials["steps"]).max(initial=-1))
+            if last >= len(self._memory):  # a saved folder that another process goes on with
+                self._map()
         return self.table
 
     def _apply(self, records: np.ndarray) -> None:
@@ -265,14 +287,20 @@ class TrialStorage(Storage):
             with full_disk_explained(self.path):
                 number = self._write_rows(steps, lengths, last_K)
             if self._journal.num_records > 2 * len(table) + _STALE_RECORDS:
-                self._journal.rewrite(self._snapshot())
+                # The trials are there, with room for this or without; the next write tries again.
+                with contextlib.suppress(OSError):
+                    self._journal.prepare(self._snapshot())
+                    self._journal.replace(self.flush)
         return number
 
     def _write_rows(self, steps: TensorDictBase, lengths: list[int], last_K: Tensor) -> np.ndarray:
         table = self.table
         first, begin = table.plan(lengths)
         self._claim(int((first + np.asarray(lengths)).max()) + 1)
-        if begin != table.begin:
+        is_evicting = begin != table.begin
+        # All at once: trials must not be given up for some that there is no room to list.
+        self._journal.reserve(is_evicting + len(lengths))
+        if is_evicting:
             self._journal.append(make_records(EVICT, begin), sync=self.flush)
             self.follow()
         length_K = torch.tensor(lengths)
@@ -287,11 +315,7 @@ class TrialStorage(Storage):
         return number
 
     def _check_write(self, steps: TensorDictBase, lengths: list[int]) -> None:
-        if self.mode == "read":
-            raise PermissionError(
-                f"a buffer of mode='read' can't be written to ({self.path}). Open it with "
-                "mode='continue', or write to another one."
-            )
+        self._check_writable()
         if steps.ndim != 1 or sum(lengths) != len(steps) or min(lengths, default=0) < 1:
             raise ValueError(
                 "a write must be the steps [N] of whole trials, side by side, and their lengths, got "
@@ -302,6 +326,13 @@ class TrialStorage(Storage):
             raise ValueError(
                 f"a write must fit into the storage, got {len(steps)} steps at once for a capacity "
                 f"of {self.max_size}. Raise the capacity, or write fewer trials at once."
+            )
+
+    def _check_writable(self) -> None:
+        if self.mode == "read":
+            raise PermissionError(
+                f"a buffer of mode='read' can't be written to ({self.path}). Open it with "
+                "mode='continue', or write to another one."
             )
 
     def _claim(self, num_rows: int) -> None:
@@ -374,26 +405,49 @@ class TrialStorage(Storage):
 
         Args:
             index: integer, slice, or an array of integers of any shape.
+
+        Raises:
+            IndexError: for a place where there is no step.
+            RuntimeError: in mode ``"read"``, where other processes are faster than the reading.
         """
+        for attempt in range(_ATTEMPTS):
+            with self._writers_wait() if attempt else contextlib.nullcontext():
+                steps, oldest = self._get(index)
+                if oldest >= self.follow().begin:
+                    return steps
+        raise RuntimeError(
+            f"steps of {self.path} must stay while they are read, and other processes have overwritten "
+            f"some of these in each of {_ATTEMPTS} attempts. Ask for fewer or newer ones, or open the "
+            "folder with mode='continue', which makes the others wait."
+        )
+
+    def _get(self, index: Any) -> tuple[TensorDict, int]:
+        """Steps, and the number of the oldest trial that they are from."""
         table = self.follow()
         total = table.total_steps
         if isinstance(index, slice):
             place = np.arange(*index.indices(total))
         else:
             place = np.asarray(index)
+            is_outside = (place < -total) | (place >= total)
+            if is_outside.any():
+                raise IndexError(
+                    f"the place of a step must be from {-total} to {total - 1}, with {total} steps stored, "
+                    f"got {place[is_outside].flat[0]}. Ask for one that is there; len() tells how many."
+                )
             place = np.where(place < 0, place + total, place)
         if self.layout is None:
-            return TensorDict(batch_size=place.shape)
+            return TensorDict(batch_size=place.shape), table.begin
         stop = np.cumsum(table.steps)
         trial = np.searchsorted(stop, place, side="right")
         row = table.first[trial] + place - (stop - table.steps)[trial]
+        oldest = table.begin + int(trial.min(initial=len(table)))
         pairs = self._rows[torch.as_tensor(row).unsqueeze(-1) + torch.arange(2)]
-        return self.layout.read(pairs).squeeze(-1)
+        return self.layout.read(pairs).squeeze(-1), oldest
 
     def newest(self, count: int) -> TensorDict:
         """The steps written last, at most as many as are there, in the order of writing."""
-        total = self.follow().total_steps
-        return self.get(slice(max(0, total - count), total))
+        return self.get(slice(-count, None) if count > 0 else slice(0))
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         raise TypeError(
@@ -403,100 +457,6 @@ class TrialStorage(Storage):
 
     def contains(self, item: int) -> bool:
         return 0 <= item < len(self)
-
-    # -- saving ----------------------------------------------------------------------------------
-
-    def _content(self) -> tuple[str | None, np.ndarray, np.ndarray]:
-        """Schema, the rows up to the last one in use, and the journal."""
-        table = self.follow()
-        if self.layout is None:
-            return None, np.empty(0, np.uint8), np.empty(0, RECORD)
-        used = int((table.first + table.steps + 1).max(initial=0))
-        schema = {"format": FORMAT, "capacity": self.max_size, **self.layout.to_json()}
-        return json.dumps(schema, indent=1), self._memory[:used], self._snapshot()
-
-    def _replace_content(self, schema: str | None, rows: np.ndarray, records: np.ndarray) -> None:
-        self.check_fits(schema)
-        if schema is None:
-            self._empty()
-            return
-        with exclusive(self.path):
-            if self.layout is None:
-                if not (self.path / SCHEMA).exists():
-                    self._create(RowLayout.from_json(json.loads(schema)))
-                self._open()
-            with full_disk_explained(self.path):
-                self._claim(len(rows))
-            # Nothing is listed while rows are copied.
-            self._journal.rewrite(make_records(START, self.table.end))
-            self._memory[: len(rows)] = rows
-            self._journal.rewrite(records)
-            self.follow()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything, as tensors and JSON."""
-        schema, rows, records = self._content()
-        return {
-            "schema": schema,
-            "rows": torch.from_numpy(rows.copy()),
-            "journal": torch.from_numpy(records.view(np.uint8)),
-        }
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the content by what :meth:`state_dict` gave.
-
-        Raises:
-            ValueError: where capacity or entries differ; the content stays as it was.
-        """
-        records = state_dict["journal"].numpy().view(RECORD)
-        self._replace_content(state_dict["schema"], state_dict["rows"].numpy(), records)
-
-    def check_fits(self, schema: str | None) -> None:
-        """Raise ValueError unless a saved schema is this storage's own."""
-        if schema is None:
-            return
-        saved = json.loads(schema)
-        if saved["capacity"] != self.max_size:
-            raise ValueError(
-                "saved trials must be loaded into a buffer of the same capacity: they were saved with "
-                f"{saved['capacity']} steps, this buffer has {self.max_size}. Make the buffer with "
-                "the saved capacity."
-            )
-        self.follow()
-        if self.layout is None:
-            return
-        difference = RowLayout.from_json(saved).differences(self.layout)
-        if difference:
-            raise ValueError(
-                f"saved trials must have the entries of the buffer's, and differ in {difference}. Use "
-                "the environment and policy they were collected with, or a new buffer."
-            )
-
-    def dumps(self, path: str | Path) -> None:
-        """Write a folder that is a storage of its own: it can be opened, too."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
-        schema, rows, records = self._content()
-        if schema is not None:
-            rows.tofile(path / ROWS)
-            records.tofile(path / JOURNAL)
-            (path / SCHEMA).write_text(schema)
-
-    def loads(self, path: str | Path) -> None:
-        """Replace the content by that of a folder that :meth:`dumps` wrote."""
-        path = Path(path)
-        if not (path / SCHEMA).exists():
-            self._empty()
-            return
-        self._replace_content(*TrialStorage(path=path, mode="read")._content())
-
-    def _empty(self) -> None:
-        if self._journal is None:
-            return
-        with exclusive(self.path):
-            self.follow()
-            self._journal.rewrite(make_records(START, self.table.end))
-            self.follow()
 
     def __getstate__(self) -> dict[str, Any]:
         mode = "read" if self.mode == "read" else "continue"
