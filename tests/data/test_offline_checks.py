@@ -89,6 +89,7 @@ BAD = {
         "'observation' must be one array of numbers",
     ),
     "a number": ({"rewards": 1.0}, "rewards must have a row per step"),
+    "actions a number": ({"actions": 1}, "actions must have a row per step"),
     "no category": (
         observations(cell=np.full(5, 7)),
         "'cell' must be of the environment's Categorical, got other values, between 7 and 7",
@@ -114,6 +115,7 @@ BAD = {
     ),
     "no end": ({"terminations": np.zeros(4)}, "must be terminated or truncated, got neither in 4"),
     "no flag": ({"terminations": [0, 0, 0, 2]}, "terminations must be whole numbers"),
+    "NaN flag": ({"terminations": [0, 0, 0, np.nan]}, "terminations must be finite, .* at step 3"),
     "empty": (
         {"actions": [], "rewards": [], "terminations": [], "truncations": []},
         "must have at least one step",
@@ -134,6 +136,61 @@ def test_bad_trajectories(bad):
     assert list(report.skipped) == [1]
     assert report.describe() == "2 trials of 8 steps, mean return 4; 1 skipped"
     assert len(buffer) == 8
+
+
+BAD_BEFORE = {
+    "NaN reward": ({"first_prev_reward": np.nan}, "first_prev_reward must be finite, got NaN"),
+    "infinite reward": ({"first_prev_reward": -np.inf}, "first_prev_reward must be finite"),
+    "overflow": ({"first_prev_reward": 1e300}, "first_prev_reward must fit into torch.float32"),
+    "no reward": ({"first_prev_reward": None}, "first_prev_reward must be one array of numbers"),
+    "negative time": ({"first_time": -7}, "first_time must be at least 0, got -7"),
+    "half a step": ({"first_time": 0.5}, "first_time must be whole numbers"),
+    "NaN time": ({"first_time": np.nan}, "first_time must be finite"),
+    "two categories": (
+        {"first_prev_action": [0, 0.5, 0.5]},
+        r"first_prev_action must be in the environment's space, and 1 of 1 .*: \[0.0, 0.5, 0.5\]",
+    ),
+    "no category": ({"first_prev_action": [0, 2, 0]}, "first_prev_action must be in the envir"),
+    "NaN action": ({"first_prev_action": [0, np.nan, 1]}, "first_prev_action must be finite"),
+    "index": (
+        {"first_prev_action": [2]},
+        r"first_prev_action must have the shape \[3\], got \[1\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BEFORE)
+def test_what_came_before_is_checked(bad):
+    changes, message = BAD_BEFORE[bad]
+    good = Trajectory(*arrays(3).values())
+    trajectories = [good, Trajectory(*arrays(4).values(), **changes)]
+    buffer = make_trial_buffer(50, slice_len=2, batch_size=2)
+    with pytest.raises(TrajectoryError, match=f"trajectory 1: {message}"):
+        load_trials(buffer, trajectories, schema())
+    report = load_trials(buffer, trajectories, schema(), on_error="skip")
+    assert (report.lengths, list(report.skipped)) == ([3], [1])
+
+
+def test_a_previous_action_is_one_or_nothing():
+    numbers = TrialSchema(
+        Composite(observation=Unbounded((1,)), prev_action=Unbounded((2,))),
+        Bounded(-1.0, 1.0, (2,)),
+    )
+
+    def first(before):
+        trajectory = Trajectory(
+            [[0.0], [0.0]], [[0.0, 0.0]], [0.0], [True], [False], first_prev_action=before
+        )
+        return numbers.check(trajectory).first_prev_action_A.tolist()
+
+    assert first([0.5, -1.0]) == [0.5, -1.0]
+    with pytest.raises(TrajectoryError, match=r"first_prev_action must be in .*: \[55.0, 0.0\]"):
+        first([55.0, 0.0])
+    trajectory = Trajectory(*arrays().values(), first_prev_action=[0, 0, 0])
+    assert schema().check(trajectory).first_prev_action_A.tolist() == [0, 0, 0]
+    trajectory = Trajectory(*arrays().values(), first_time=3, first_prev_action=[0, 0, 1])
+    attempt = schema().check(trajectory)
+    assert (attempt.first_time, attempt.first_prev_action_A.tolist()) == (3, [0, 0, 1])
 
 
 def test_what_is_no_trajectory():
@@ -158,6 +215,31 @@ def test_steps_that_dont_follow_one_another():
     steps["next", "observation"][0] = 3.0
     with pytest.raises(TrajectoryError, match="'observation' under 'next' must be what the fol"):
         as_trajectory(steps)
+
+
+def test_steps_whose_next_is_of_another_shape():
+    def steps(**after):
+        done = torch.tensor([[False], [True]])
+        after = {"observation": torch.ones(2, 3), "reward": torch.zeros(2), "done": done} | after
+        root = {"observation": torch.ones(2, 3), "action": torch.zeros(2, dtype=torch.int64)}
+        return TensorDict({**root, "next": TensorDict(after, [2])}, [2])
+
+    trials = TrialSchema(Composite(observation=Unbounded((3,))), Categorical(3))
+    for bad, message in (
+        (
+            steps(observation=torch.ones(2, 4)),
+            r"'observation' under 'next' must have the shape \[2, 3\] .*, got \[2, 4\]",
+        ),
+        (
+            steps(terminated=torch.zeros(2, 3, dtype=torch.bool), done=torch.ones(2, 2)),
+            r"'terminated' under 'next' must have the shape \[2, 2\] of 'done', got \[2, 3\]",
+        ),
+    ):
+        buffer = make_trial_buffer(50, slice_len=2, batch_size=2)
+        with pytest.raises(TrajectoryError, match=f"trajectory 1: {message}"):
+            load_trials(buffer, [steps(), bad], trials)
+        report = load_trials(buffer, [bad, steps()], trials, on_error="skip")
+        assert (report.lengths, list(report.skipped)) == ([2], [0])
 
 
 def test_continuous_actions_are_scaled_and_may_leave_their_bounds_by_rounding_only():
@@ -332,6 +414,31 @@ def test_whole_trials_arent_joined():
     assert load([whole] * 3, TrialRule(2)).lengths == [2, 2, 2]
     with pytest.raises(TrajectoryError, match="only whole attempts can be joined"):
         load([whole] * 2, TrialRule(2), episodes_per_trial=2)
+
+
+@pytest.mark.parametrize("first_time", [0, 5])
+def test_a_piece_in_which_no_attempt_begins(first_time):
+    held = {
+        "observation": np.arange(3.0),
+        "soft_reset": np.zeros(3, dtype=bool),
+        "episode_idx": np.ones(3, dtype=int),
+        "attempt_return": np.arange(4.0, 7.0),
+        "trial_progress": np.full(3, 0.5),
+        "trial_step": np.arange(5, 8),
+    }
+    whole = attempt(1, 2)
+
+    def piece(*missing: str) -> Trajectory:
+        kept = {key: x for key, x in held.items() if key not in missing}
+        rest = (whole.action, whole.reward, whole.terminated, whole.truncated)
+        return Trajectory(kept, *rest, first_time=first_time)
+
+    steps = joined(TrialRule(2), piece())
+    assert steps["attempt_return"].flatten().tolist() == [4, 5]
+    assert steps["next", "attempt_return"].flatten().tolist() == [5, 6]
+    where = "at step 5 of its trial" if first_time else "without soft_reset"
+    with pytest.raises(TrajectoryError, match=rf"begins {where} has no \['episode_idx'\]"):
+        joined(TrialRule(2), piece("episode_idx"))
 
 
 def test_a_buffer_that_is_too_small():

@@ -10,17 +10,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchrl.data import Bounded, Composite, Unbounded
 
 from tests.data.offline_formats import (
     ENVS,
     attempts_of,
     collect,
+    plain_toy,
     save_as_amago,
     split,
 )
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.offline import (
     TrajectoryError,
+    TrialSchema,
     load_trials,
     read_amago,
     read_d4rl,
@@ -216,7 +219,8 @@ def test_every_d4rl_step_is_read_once(pieces, tail, complete):
                 rows, steps = [*begun, step], begun
             else:
                 rows, steps = begun, begun[:-1]
-            expected.append((rows, steps, is_terminal))
+            if steps:  # one that is given up may have been all of its trajectory
+                expected.append((rows, steps, is_terminal))
             begun = []
     source = read_d4rl(arrays)
     assert source.num_steps == sum(len(steps) for _, steps, _ in expected)
@@ -225,9 +229,8 @@ def test_every_d4rl_step_is_read_once(pieces, tail, complete):
         assert trajectory.action.tolist() == trajectory.reward.tolist() == steps
         flags = [False] * (len(steps) - 1)
         assert trajectory.terminated.tolist()[:-1] == trajectory.truncated.tolist()[:-1] == flags
-        if steps:
-            assert trajectory.terminated[-1] == is_terminal
-            assert trajectory.truncated[-1] or is_terminal
+        assert trajectory.terminated[-1] == is_terminal
+        assert trajectory.truncated[-1] or is_terminal
 
 
 def test_d4rl_arrays_that_dont_fit():
@@ -238,10 +241,62 @@ def test_d4rl_arrays_that_dont_fit():
         read_d4rl({**arrays, "terminals": np.zeros(3)})
 
 
+def d4rl_arrays(ends, **changes):
+    size = len(ends)
+    arrays = {
+        "observations": np.zeros((size, 3)),
+        "actions": np.zeros((size, 1)),
+        "rewards": np.ones(size),
+        "terminals": np.asarray(ends),
+    }
+    return arrays | changes
+
+
+def test_a_lone_last_d4rl_step_is_no_trajectory():
+    schema = TrialSchema(Composite(observation=Unbounded((3,))), Bounded(-1.0, 1.0, (1,)))
+    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    arrays = d4rl_arrays([False, True, False])
+    source = read_d4rl(arrays)
+    assert (len(source), source.num_steps) == (1, 2)
+    assert load_trials(buffer, source, schema).lengths == [2]
+    timeouts = np.array([True, False, False, True, True])  # others may be alone, too
+    arrays = d4rl_arrays(np.zeros(5), timeouts=timeouts)
+    assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [2]
+    arrays["next_observations"] = np.zeros((5, 3))
+    assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [1, 3, 1]
+
+
+@pytest.mark.parametrize("name", ["terminals", "timeouts"])
+def test_d4rl_flags(name):
+    """A flag that says nothing: where the next trajectory begins isn't known either."""
+    for bad, message in (
+        ([0.0, np.nan, 0.0, 1.0], f"{name} must be finite, .* the first at step 1"),
+        ([0.0, 0.5, 0.0, 1.0], f"{name} must be whole numbers that torch.bool can hold"),
+        ([0, 2, 0, 1], f"{name} must be whole numbers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_d4rl(d4rl_arrays([0, 0, 0, 1], **{name: np.array(bad)}))
+    source = read_d4rl(d4rl_arrays([0, 0, 0, 1], **{name: np.array([0.0, 1.0, 0.0, 1.0])}))
+    assert source.num_trajectories == 2
+
+
+def test_d4rl_observations_of_two_shapes():
+    with pytest.raises(ValueError, match=r"of one shape, got \(3,\) and \(4,\)"):
+        read_d4rl(d4rl_arrays([0, 1], next_observations=np.zeros((2, 4))))
+
+
 def test_steps_without_ends():
     steps = torch.cat(collect("lake").trials)
     steps["next", "done"].zero_()
     with pytest.raises(ValueError, match="none is marked"):
+        read_torchrl(steps)
+
+
+def test_flags_of_a_dataset_that_say_nothing():
+    steps = torch.cat(collect("lake").trials)
+    steps["next", "done"] = steps["next", "done"].float()
+    steps["next", "done"][1] = torch.nan
+    with pytest.raises(ValueError, match="'done' must be finite, .* the first at step 1"):
         read_torchrl(steps)
 
 
@@ -250,8 +305,6 @@ def test_steps_without_ends():
 
 def test_amago_fragments(tmp_path):
     """Without trial entries, a file that begins in mid-trial keeps its time and what came before."""
-    from tests.data.offline_formats import plain_toy
-
     env = plain_toy("categorical")
     time = np.arange(500, 504)[:, None]
     prev_action = np.eye(4, dtype=np.float32)[[2, 0, 1, 3]]
@@ -296,3 +349,79 @@ def test_amago_files_that_cant_be_read(tmp_path):
     problems = ["can't be read", "must hold rl2s", "must count up by 1", "can't be read"]
     for problem, message in zip(problems, report.skipped.values(), strict=True):
         assert problem in message
+
+
+def amago_arrays(**changes):
+    """Two steps of a toy with four categories, one after the other."""
+    arrays = {
+        "_OBS_KEY_observation": np.ones((3, 2), np.float32),
+        "rl2s": np.zeros((3, 5)),
+        "time_idxs": np.arange(3)[:, None],
+        "rews": np.ones((2, 1)),
+        "dones": np.array([[False], [True]]),
+        "actions": np.eye(4)[:2],
+    }
+    return arrays | changes
+
+
+BAD_FILES = {
+    "1-d rl2s": ({"rl2s": np.zeros(3)}, r"rl2s of .* must hold .*, got \[3\]"),
+    "empty rl2s": ({"rl2s": np.zeros((0, 5))}, r"rl2s of .* must hold .*, got \[0, 5\]"),
+    "rl2s without action": ({"rl2s": np.zeros((3, 1))}, "first_prev_action must have the shape"),
+    "NaN reward before": (
+        {"rl2s": np.array([[np.nan, 0, 0, 0, 0]] * 3)},
+        "first_prev_reward must be finite",
+    ),
+    "text before": ({"rl2s": np.full((3, 5), "a")}, "must be one array of numbers"),
+    "action before": ({"rl2s": np.full((3, 5), 7.0)}, "first_prev_action must be in the envir"),
+    "half a step": ({"time_idxs": np.arange(3) + 0.5}, "first_time must be whole numbers"),
+    "negative time": ({"time_idxs": np.arange(3) - 7}, "first_time must be at least 0, got -7"),
+    "text as time": ({"time_idxs": np.full(3, "a")}, "time_idxs of .* must be one array of num"),
+    "NaN flag": ({"dones": np.array([0.0, np.nan])}, "dones of .* must be finite"),
+    "no flag": ({"dones": np.array([0, 2])}, "dones of .* must be whole numbers"),
+    "a number as actions": ({"actions": np.array(1.0)}, "actions must have a row per step"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_FILES)
+def test_amago_files_with_bad_arrays(bad, tmp_path):
+    changes, message = BAD_FILES[bad]
+    np.savez(tmp_path / "0.npz", **amago_arrays())
+    np.savez(tmp_path / "1.npz", **amago_arrays(**changes))
+    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    env = plain_toy("categorical")
+    with pytest.raises(TrajectoryError, match=f"trajectory 1: .*{message}"):
+        load_trials(buffer, read_amago(tmp_path), env)
+    report = load_trials(buffer, read_amago(tmp_path), env, on_error="skip")
+    assert (report.lengths, [*report.skipped]) == ([2], [1])
+
+
+def damaged(content: bytes, kind: str) -> bytes:
+    """What a disk or a copy can do to an archive."""
+    if kind == "packed bytes":  # behind the name of its first entry
+        begin = content.index(b".npy") + 40
+        return content[:begin] + b"\xff" * 8 + content[begin + 8 :]
+    if kind == "method":  # an unknown way of packing
+        return content[:8] + b"\x63\x00" + content[10:].replace(b"\x08\x00", b"\x63\x00")
+    return b"" if kind == "nothing left" else content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("kind", ["packed bytes", "method", "nothing left", "cut"])
+def test_damaged_amago_files(kind, tmp_path):
+    np.savez_compressed(tmp_path / "0.npz", **amago_arrays())
+    content = (tmp_path / "0.npz").read_bytes()
+    (tmp_path / "1.npz").write_bytes(damaged(content, kind))
+    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    env = plain_toy("categorical")
+    with pytest.raises(TrajectoryError, match="trajectory 1: .*1.npz .*can't be read"):
+        load_trials(buffer, read_amago(tmp_path), env)
+    report = load_trials(buffer, read_amago(tmp_path), env, on_error="skip")
+    assert (report.lengths, [*report.skipped]) == ([2], [1])
+
+
+def test_one_array_instead_of_an_archive(tmp_path):
+    with (tmp_path / "0.npz").open("wb") as file:
+        np.save(file, np.zeros(3))
+    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    with pytest.raises(TrajectoryError, match="trajectory 0: .*can't be read"):
+        load_trials(buffer, read_amago(tmp_path), plain_toy("categorical"))

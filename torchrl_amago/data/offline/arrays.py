@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchrl.data import Binary, Categorical, OneHot, TensorSpec
+from torchrl.data import Binary, Categorical, OneHot, TensorSpec, Unbounded
 
-from torchrl_amago.data.offline.trajectory import TrajectoryError
+from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError
 
 
 def fit(name: str, array: Any, rows: int, spec: TensorSpec) -> Tensor:
@@ -110,6 +110,36 @@ def cast_whole(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     return whole
 
 
+def flags(name: str, array: Any) -> Tensor:
+    """A tensor ``[N]`` of bits; NaN, which would become True, and other numbers are refused.
+
+    Example:
+        >>> flags("terminals", [[0.0], [1.0]])
+        tensor([False,  True])
+    """
+    return cast_whole(name, numbers(name, array), torch.bool).reshape(-1)
+
+
+def number(name: str, value: Any, dtype: torch.dtype) -> float | int:
+    """One finite number, as it is in this dtype.
+
+    Example:
+        >>> number("first_time", 3.0, torch.int64)
+        3
+    """
+    return fit(name, [value], 1, Unbounded((), dtype=dtype)).item()
+
+
+def count(name: str, value: Any) -> int:
+    """A whole number of steps."""
+    steps = number(name, value, torch.int64)
+    if steps < 0:
+        raise TrajectoryError(
+            f"{name} must be at least 0, got {steps}. It counts steps; give 0 where there were none."
+        )
+    return steps
+
+
 def check_all(name: str, shown: Any, is_right: Tensor) -> None:
     """Refuse rows that aren't in the environment's space.
 
@@ -126,3 +156,23 @@ def check_all(name: str, shown: Any, is_right: Tensor) -> None:
         f"first at step {wrong[0]}: {np.asarray(shown[wrong[0]]).tolist()}. Clip them, or leave that "
         "trajectory out."
     )
+
+
+def ends(trajectory: Trajectory, steps: int) -> tuple[bool, bool]:
+    """Whether the last step terminated, and whether it was truncated; no other may be either."""
+    flag = Unbounded((), dtype=torch.bool)
+    terminated = fit("terminations", trajectory.terminated, steps, flag)
+    truncated = fit("truncations", trajectory.truncated, steps, flag)
+    inside = (terminated | truncated)[:-1].nonzero().reshape(-1).tolist()
+    if inside:
+        raise TrajectoryError(
+            f"only its last step may be terminated or truncated, got step {inside[0]} of {steps}. "
+            "Split it there."
+        )
+    last = bool(terminated[-1]), bool(truncated[-1])
+    if not any(last):
+        raise TrajectoryError(
+            f"its last step must be terminated or truncated, got neither in {steps} steps. Mark it "
+            "as truncated if it was cut off there."
+        )
+    return last

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from numpy.typing import ArrayLike
 from tensordict import TensorDictBase
 from torchrl.data import ReplayBuffer
 
+from torchrl_amago.data.offline.arrays import flags, numbers
 from torchrl_amago.data.offline.trajectory import (
     ActionForm,
     Trajectory,
@@ -26,6 +28,17 @@ if TYPE_CHECKING:
 
 _AMAGO_OBSERVATION = "_OBS_KEY_"
 _AMAGO_ARRAYS = ("rl2s", "time_idxs", "rews", "dones", "actions")
+
+# What numpy, zipfile and zlib raise for damaged archives and for files that are none.
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 
 @dataclass(frozen=True)
@@ -108,13 +121,14 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     ``next_observations`` are used where they exist. A trajectory ends with a terminal, a timeout or
     the arrays. Without ``next_observations`` nothing tells what the last step led to: after a
     terminal it isn't needed, and the last observation stands in for it; otherwise the last step is
-    given up, and its observation is what the one before led to.
+    given up, and its observation is what the one before led to; a trajectory of that step alone is
+    left out.
 
     Args:
         arrays: by name, for example an open ``h5py.File``.
 
     Raises:
-        ValueError: where an array is missing or their lengths differ.
+        ValueError: where an array is missing, lengths or shapes differ, or a flag is neither 0 nor 1.
 
     Example:
         >>> import numpy as np
@@ -131,11 +145,11 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
             f"D4RL-style arrays are called {', '.join(needed)}, got {sorted(arrays)} without "
             f"{', '.join(missing)}. Rename yours, or give load_trials one mapping per trajectory."
         )
-    terminal = np.asarray(arrays["terminals"], dtype=bool).reshape(-1)
+    terminal = flags("terminals", arrays["terminals"]).numpy()
     size = len(terminal)
     timeout = np.zeros(size, dtype=bool)
     if "timeouts" in arrays:
-        timeout = np.asarray(arrays["timeouts"], dtype=bool).reshape(-1)
+        timeout = flags("timeouts", arrays["timeouts"]).numpy()
     known = [name for name in (*needed, "timeouts", "next_observations") if name in arrays]
     lengths = {name: len(arrays[name]) for name in known}
     if set(lengths.values()) != {size} or not size:
@@ -145,7 +159,16 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     last = np.union1d(np.flatnonzero(terminal | timeout), size - 1)
     first = np.concatenate([[0], last[:-1] + 1])
     following = arrays.get("next_observations")
+    if following is not None:
+        shape, other = (np.shape(x)[1:] for x in (arrays["observations"], following))
+        if shape != other:
+            raise ValueError(
+                f"observations and next_observations must be of one shape, got {shape} and {other}. "
+                "Take both from one dataset, or leave next_observations out."
+            )
     is_shortened = ~terminal[last] if following is None else np.zeros(len(last), dtype=bool)
+    length = last - first + 1 - is_shortened
+    first, last, is_shortened = (x[length > 0] for x in (first, last, is_shortened))
 
     def load(number: int) -> Trajectory:
         begin, end = first[number], last[number]
@@ -162,8 +185,7 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
             observation, arrays["actions"][rows], arrays["rewards"][rows], terminal[rows], truncated
         )
 
-    steps = int((last - first + 1 - is_shortened).sum())
-    return TrajectorySource("D4RL-style arrays", len(last), steps, load)
+    return TrajectorySource("D4RL-style arrays", len(last), int(length.sum()), load)
 
 
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
@@ -217,7 +239,7 @@ def read_torchrl(
         action_form: see :class:`Trajectory`; ``"policy"`` for what one of our collectors wrote.
 
     Raises:
-        ValueError: where the steps have no ends.
+        ValueError: where the steps have no ends, or ``done`` is neither 0 nor 1.
 
     Example:
         >>> import torch
@@ -231,13 +253,14 @@ def read_torchrl(
     """
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
     done = steps.get(("next", "done"), None)
+    done = None if done is None else flags("'done'", done)
     if done is None or not done.any():
         raise ValueError(
             "a dataset's steps must mark the last one of each trajectory in ('next', 'done'), and "
             "none is marked. Set it, or give load_trials the trajectories one by one; of Minari's data, "
             "which TorchRL 0.14.1 reads as zeros, with read_minari."
         )
-    last = done.reshape(-1).nonzero().squeeze(-1).tolist()
+    last = done.nonzero().squeeze(-1).tolist()
     if last[-1] != len(steps) - 1:
         last.append(len(steps) - 1)
     first = [0, *(end + 1 for end in last[:-1])]
@@ -251,17 +274,18 @@ def read_torchrl(
 
 def _count_steps(file: Path) -> int:
     try:
-        with np.load(file) as arrays:
+        with file.open("rb") as stream, np.load(stream) as arrays:
             return len(arrays["actions"])
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+    except (*_UNREADABLE, KeyError):
         return 0  # told, with its number, when it is loaded
 
 
 def _load_amago(file: Path) -> Trajectory:
     try:
-        with np.load(file) as archive:
+        # Opened here, because numpy leaves the file of a damaged archive open.
+        with file.open("rb") as stream, np.load(stream) as archive:
             arrays: dict[str, Any] = dict(archive)
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise TrajectoryError(
             f"{file} must be a whole .npz file without pickled objects, and can't be read ({error}). "
             "Copy it again."
@@ -272,13 +296,19 @@ def _load_amago(file: Path) -> Trajectory:
             f"{file} must hold {', '.join(_AMAGO_ARRAYS)}, got {sorted(arrays)}. Give files that "
             "AMAGO wrote with save_trajs_as='npz'."
         )
-    time = arrays["time_idxs"].reshape(-1)
+    time = numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
     if not len(time) or not np.array_equal(time, time[0] + np.arange(len(time))):
         raise TrajectoryError(
             f"the time index of {file} must count up by 1, got {time[:8].tolist()}, ... Give each "
             "trajectory a file of its own."
         )
-    terminated = arrays["dones"].astype(bool).reshape(-1)
+    before = arrays["rl2s"]
+    if before.ndim != 2 or not before.size:
+        raise TrajectoryError(
+            f"rl2s of {file} must hold the previous reward and action of each step, [S, 1 + A], got "
+            f"{list(before.shape)}. Give files that AMAGO wrote with save_trajs_as='npz'."
+        )
+    terminated = flags(f"dones of {file}", arrays["dones"]).numpy()
     truncated = np.zeros_like(terminated)
     truncated[-1:] = ~terminated[-1:]
     return Trajectory(
@@ -292,7 +322,7 @@ def _load_amago(file: Path) -> Trajectory:
         terminated,
         truncated,
         action_form="vector",
-        first_time=int(time[0]),
-        first_prev_action=arrays["rl2s"][0, 1:],
-        first_prev_reward=float(arrays["rl2s"][0, 0]),
+        first_time=time[0],
+        first_prev_action=before[0, 1:],
+        first_prev_reward=before[0, 0],
     )

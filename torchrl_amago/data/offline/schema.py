@@ -10,6 +10,7 @@ Legend: L steps of a trial, S = L + 1 rows (the last one is what the last step l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +27,17 @@ from torchrl_amago.action_space import (
     is_in_policy_scale,
     one_hot_parts,
 )
-from torchrl_amago.data.offline.arrays import cast, cast_whole, check_all, fit, numbers, reshape
+from torchrl_amago.data.offline.arrays import (
+    cast,
+    cast_whole,
+    check_all,
+    count,
+    ends,
+    fit,
+    number,
+    numbers,
+    reshape,
+)
 from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
 from torchrl_amago.envs.transforms.trial import TrialEnd
@@ -185,23 +196,18 @@ class TrialSchema:
             TrajectoryError: for anything that an agent couldn't be trained on.
         """
         trajectory = as_trajectory(item, self.action_key, self.reward_key)
-        steps = len(trajectory)
+        action = numbers("actions", trajectory.action)
+        steps = len(action)
         if not steps:
             raise TrajectoryError("it must have at least one step, got none. Leave it out.")
-        before = trajectory.first_prev_action
-        if before is None:
-            before = torch.zeros(self.space.size)
-        before = reshape(
-            "first_prev_action", numbers("first_prev_action", before), [self.space.size]
-        )
         return Attempt(
             self._observations(trajectory, steps + 1),
-            self._actions(trajectory, steps),
+            self._actions(trajectory, action),
             fit("rewards", trajectory.reward, steps, self.reward_spec),
-            *_ends(trajectory, steps),
-            trajectory.first_time,
-            before.float(),
-            trajectory.first_prev_reward,
+            *ends(trajectory, steps),
+            count("first_time", trajectory.first_time),
+            self._first_prev_action(trajectory),
+            number("first_prev_reward", trajectory.first_prev_reward, torch.float32),
         )
 
     def _observations(self, trajectory: Trajectory, rows: int) -> dict[NestedKey, Tensor]:
@@ -219,14 +225,12 @@ class TrialSchema:
             key: fit(f"observations {key!r}", held[key], rows, self._specs[key]) for key in wanted
         }
 
-    def _actions(self, trajectory: Trajectory, steps: int) -> Tensor:
-        space, form = self.space, trajectory.action_form
-        action = numbers("actions", trajectory.action)
+    def _actions(self, trajectory: Trajectory, action: Tensor) -> Tensor:
+        space, form, steps = self.space, trajectory.action_form, len(action)
         is_possible = torch.ones(steps, dtype=torch.bool)
         if form == "vector":
             vector = reshape("actions", action, (steps, space.size)).to(torch.float32)
-            action = space.from_vector(vector)
-            is_possible = (space.to_vector(action) - vector).abs().amax(-1) < 1e-6
+            action, is_possible = self._from_vector(vector)
         elif space.one_hot and action.numel() == steps * len(space.sizes):
             index = cast_whole("actions", action, torch.int64).reshape(steps, len(space.sizes))
             is_known = (index >= 0) & (index < torch.tensor(space.sizes))
@@ -239,6 +243,22 @@ class TrialSchema:
         action = cast("actions", action, space.dtype)
         check_all("actions", trajectory.action, is_possible & space.contains(action))
         return action
+
+    def _first_prev_action(self, trajectory: Trajectory) -> Tensor:
+        """Vector ``[A]`` of the action before the first step; zeros where there was none."""
+        name, given = "first_prev_action", trajectory.first_prev_action
+        if given is None:
+            return torch.zeros(self.space.size)
+        vector_A = cast(name, reshape(name, numbers(name, given), [self.space.size]), torch.float32)
+        _, is_possible = self._from_vector(vector_A.unsqueeze(0))
+        check_all(name, vector_A.unsqueeze(0), is_possible | (vector_A == 0).all())
+        return vector_A
+
+    def _from_vector(self, vector_LA: Tensor) -> tuple[Tensor, Tensor]:
+        """The actions of vectors, and which of these an action can have, bool ``[L]``."""
+        action = self.space.from_vector(vector_LA)
+        is_same = (self.space.to_vector(action) - vector_LA).abs().amax(-1) < 1e-6
+        return action, is_same & self.space.contains(action)
 
     # -- one trial -----------------------------------------------------------------------------
 
@@ -342,13 +362,16 @@ class TrialSchema:
         """What `TrialTransform` writes."""
         needed = [key for name, key in self.computed.items() if name in _TRIAL_ENTRIES]
         missing = [key for key in needed if key not in held_S]
-        if attempts[0].first_time and missing:
-            raise TrajectoryError(
-                f"a fragment must hold {needed} in its observations, and one that begins at step "
-                f"{attempts[0].first_time} of its trial has no {missing}: they follow from a trial's "
-                "beginning. Add them, or load it for an environment without TrialTransform."
-            )
         soft_reset_S = held_S.get(self.computed.get(keys.SOFT_RESET))
+        first_time = attempts[0].first_time
+        begins_later = first_time > 0 or (soft_reset_S is not None and not soft_reset_S[0].any())
+        if begins_later and missing:
+            where = f"at step {first_time} of its trial" if first_time else "without soft_reset"
+            raise TrajectoryError(
+                f"a fragment must hold {needed} in its observations, and one that begins {where} has "
+                f"no {missing}: they follow from a trial's beginning. Add them, or load it for an "
+                "environment without TrialTransform."
+            )
         if soft_reset_S is None:
             soft_reset_S = torch.zeros(len(reward_L) + 1, 1, dtype=torch.bool)
             starts = np.cumsum([0, *(len(part.action_L) for part in attempts[:-1])])
@@ -391,27 +414,7 @@ def _attempt_returns(begins_S: Tensor, reward_L: Tensor) -> Tensor:
     reward = reward_L.reshape(-1).to(torch.float32).numpy()
     returns_S = np.zeros(len(begins_S), dtype=np.float32)
     starts = begins_S[:-1].nonzero().reshape(-1).tolist()
-    for start, stop in zip(starts, [*starts[1:], len(reward)], strict=True):
+    for start, stop in pairwise([*starts, len(reward)]):
         # numpy adds float32 one after another, as an environment does; torch in double precision.
         returns_S[start + 1 : stop + 1] = np.cumsum(reward[start:stop])
     return torch.from_numpy(returns_S).unsqueeze(-1)
-
-
-def _ends(trajectory: Trajectory, steps: int) -> tuple[bool, bool]:
-    """Whether the last step terminated, and whether it was truncated; no other may be either."""
-    flag = Unbounded((), dtype=torch.bool)
-    terminated = fit("terminations", trajectory.terminated, steps, flag)
-    truncated = fit("truncations", trajectory.truncated, steps, flag)
-    inside = (terminated | truncated)[:-1].nonzero().reshape(-1).tolist()
-    if inside:
-        raise TrajectoryError(
-            f"only its last step may be terminated or truncated, got step {inside[0]} of {steps}. "
-            "Split it there."
-        )
-    ends = bool(terminated[-1]), bool(truncated[-1])
-    if not any(ends):
-        raise TrajectoryError(
-            f"its last step must be terminated or truncated, got neither in {steps} steps. Mark it "
-            "as truncated if it was cut off there."
-        )
-    return ends

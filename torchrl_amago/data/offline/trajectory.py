@@ -133,6 +133,11 @@ def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: Nested
         is_flag = (key if isinstance(key, str) else key[-1]) in _FLAGS
         if before is None or is_flag or key == reward_key or is_tensor_collection(before):
             continue
+        if before.shape != following.shape:
+            raise TrajectoryError(
+                f"{key!r} under 'next' must have the shape {list(before.shape)} that it has in the "
+                f"steps, got {list(following.shape)}. Reshape it, or leave it out of 'next'."
+            )
         if not _equal(before[1:], following[:-1]):
             raise TrajectoryError(
                 f"{key!r} under 'next' must be what the following step holds, and differs. Steps "
@@ -141,6 +146,11 @@ def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: Nested
         observation[key] = torch.cat([before, following[-1:]])
     done = after.get("done")
     terminated = after.get("terminated", done)
+    if terminated.shape != done.shape:
+        raise TrajectoryError(
+            f"'terminated' under 'next' must have the shape {list(done.shape)} of 'done', got "
+            f"{list(terminated.shape)}. Give one flag per step."
+        )
     return Trajectory(
         observation,
         steps.get(action_key),
