@@ -17,7 +17,7 @@ from torchrl.envs import Compose, InitTracker, TransformedEnv
 
 from tests.data.trials import stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
-from torchrl_amago.data import TrialCollector, make_trial_buffer
+from torchrl_amago.data import TrialCollector, load_replay, make_trial_buffer, save_replay
 from torchrl_amago.envs import PreviousStepTransform
 
 CAPACITY = 3000
@@ -144,32 +144,49 @@ def collect_for_ever(folder: Path) -> None:
     collector = TrialCollector(
         make_env(), act, frames_per_batch=12, total_frames=-1, replay_buffer=rb
     )
+    told = os.open(folder / "told_0", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for _ in collector:
-        pass
+        os.write(told, rb.write_count.to_bytes(8, "little"))
 
 
 def test_killed_collection_goes_on(tmp_path):
     chance = random.Random(1)
-    writes = [0]
+    written = 0
     for _ in range(20):
         process = start(collect_for_ever, tmp_path)
-        reader = open_buffer(tmp_path)
-        enough = writes[-1] + chance.randrange(1, 100)
-        wait_for(lambda reader=reader, enough=enough: reader.write_count > enough)
+        enough = written + chance.randrange(1, 100)
+        wait_for(lambda enough=enough: told(tmp_path, 0) > enough)
         time.sleep(chance.random() * 0.005)
         process.kill()
         process.join()
         rb = open_buffer(tmp_path)
-        for trial in stored_trials(rb):
+        trials = stored_trials(rb)
+        for trial in trials:
             assert_counts_from_one(trial)
-        writes.append(rb.write_count)
-        assert writes[-1] > enough
-        assert len(rb) == min(writes[-1], len(rb))
-    assert len(rb) > 500
+        # All that was told of, and at most one batch more: 4 steps of each of 3 rows, whose first trials
+        # began up to 6 steps earlier.
+        written = rb.write_count
+        assert told(tmp_path, 0) <= written <= told(tmp_path, 0) + 3 * (4 + 6)
+        assert written < CAPACITY
+        assert sum(len(trial) for trial in trials) == written
+        # What is told next goes on from there.
+        (tmp_path / "told_0").write_bytes(written.to_bytes(8, "little"))
+    assert written > 500
+
+
+def assert_saved_is_intact(folder: Path) -> None:
+    """What was saved beside writers are whole trials, each writer's without a gap."""
+    rb = make_trial_buffer(CAPACITY, 8, 16, warn_short=False)
+    load_replay(rb, folder)
+    found = [assert_intact(trial) for trial in stored_trials(rb)]
+    for writer in {writer for writer, _ in found}:
+        numbers = [number for who, number in found if who == writer]
+        assert numbers == list(range(numbers[0], numbers[-1] + 1))
+    assert len(rb) == rb.write_count or len(rb) > CAPACITY - 4 * 60
 
 
 def learn(folder: Path, seconds: float, queue) -> None:
-    """Sample while others write; report what was wrong, and how much was seen."""
+    """Sample and save while others write; report what was wrong, and how much was seen."""
     torch.set_num_threads(1)
     rb = make_trial_buffer(
         CAPACITY, 8, 16, path=folder / "replay", mode="continue", warn_short=False, prefetch=1
@@ -181,6 +198,9 @@ def learn(folder: Path, seconds: float, queue) -> None:
         while time.monotonic() < stop:
             batch = rb.sample()
             batches += 1
+            if batches % 5 == 0:
+                save_replay(rb, folder / "saved")
+                assert_saved_is_intact(folder / "saved")
             for row, mask in zip(batch, batch["collector", "mask"], strict=True):
                 row = row[mask]
                 writer, number = int(row["writer"][0]), int(row["number"][0])
@@ -208,7 +228,7 @@ def test_two_processes_write_while_a_third_learns(tmp_path):
         writer.join()
     learner.join()
     assert error is None
-    assert batches > 10
+    assert batches > 10  # and so at least two were saved
     assert {writer for writer, _ in seen} == {0, 1}
     rb = open_buffer(tmp_path, mode="read")
     found = [assert_intact(trial) for trial in stored_trials(rb)]
