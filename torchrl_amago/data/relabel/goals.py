@@ -69,8 +69,8 @@ class GoalRelabel(Relabel):
         ends_trial: whether the trial is over, ``terminated``, where the goal, or the last one, is met.
         reward_key: in ``next``: reward of a step.
         prev_reward_key: entry that shows the previous step's reward.
-        check: replay batches with their own goals, to see that this gives what was stored, until one has
-            met a goal.
+        check: replay the first batch with its own goals, and the first in which one is met, to see that
+            this gives what was stored.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class GoalRelabel(Relabel):
         self.replaced_keys = [*self.shown_keys, *self.done_keys]
         super().__init__([*self.replaced_keys, self.achieved_key])
         self.reward_fn, self.met_above, self.ends_trial = reward_fn, met_above, ends_trial
-        self._to_check = check
+        self._to_check, self._is_first = check, True
 
     @abstractmethod
     def new_goals(
@@ -115,10 +115,12 @@ class GoalRelabel(Relabel):
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
-            self._check_replay(trials)
-            # Trials that meet no goal would pass whatever reward_fn is.
             met_BT = trials.get(self.reward_key).squeeze(-1) > self.met_above
-            self._to_check = not (met_BT & trials.get(keys.MASK)).any()
+            has_met = bool((met_BT & trials.get(keys.MASK)).any())
+            # Trials that meet no goal would pass whatever reward_fn is.
+            if has_met or self._is_first:
+                self._check_replay(trials)
+            self._to_check, self._is_first = not has_met, False
         return self.with_goals(trials, *self.new_goals(trials, generator))
 
     def with_goals(
