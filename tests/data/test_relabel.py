@@ -454,6 +454,15 @@ def test_what_ended_a_trial_otherwise_still_does(make):
     assert out["next", "done"].squeeze(-1).tolist() == [[False, True]] * 2
 
 
+def test_a_time_limit_that_terminates_just_when_a_goal_is_met():
+    a, b, x = (0.0, 0.0), (0.5, 0.0), (0.25, 0.0)
+    batch = as_batch([play([[x], [a]], [a, b])])
+    batch["next", "terminated"][0, 1], batch["next", "truncated"][0, 1] = True, False
+    GoalSequenceRelabel()(batch)  # finds what was stored
+    out = GoalSequenceRelabel().with_goals(batch, torch.tensor([[b, a]]))
+    assert out["next", "terminated"].flatten().tolist() == [False, True]
+
+
 def test_shapes_that_do_not_fit_are_refused():
     batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
     batch["next", "achieved"] = torch.zeros(1, 1, 2)

@@ -169,6 +169,9 @@ class GoalSequenceRelabel(GoalRelabel):
             )
         return achieved_BTN
 
+    def _num_goals(self, goals_RK: Tensor) -> Tensor:
+        return (~self._blank_goals(goals_RK)).sum(-1)
+
     def _blank_goals(self, goals_BK: Tensor) -> Tensor:
         if self.blank is None:
             return torch.zeros(goals_BK.shape[:2], dtype=torch.bool, device=goals_BK.device)

@@ -148,6 +148,10 @@ class GoalRelabel(Relabel):
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
         """Give these trials these goals: see :meth:`with_goals`, and :meth:`_replace`."""
 
+    @abstractmethod
+    def _num_goals(self, goals_R: Tensor) -> Tensor:
+        """How many goals trials have, ``[R]``."""
+
     def _own_goals(self, trials: TensorDictBase) -> Tensor:
         """The goals as they are shown first."""
         return trials.get(self.goal_key)[:, 0]
@@ -215,11 +219,17 @@ class GoalRelabel(Relabel):
 
         With a goal that they don't meet they would have gone on: there, they are only cut off.
         """
-        step_R = trials.get(keys.MASK)[rows_R].sum(-1) - 1
-        flags = trials.get(self.done_keys[1]), trials.get(self.reward_key) > self.met_above
-        is_met_R = torch.stack([x[rows_R, step_R].reshape(-1) for x in flags]).all(0)
-        is_met_R = is_met_R & self.ends_trial
-        return rows_R[is_met_R], step_R[is_met_R]
+        if not len(rows_R):
+            return rows_R, rows_R
+        mask_RT = trials.get(keys.MASK)[rows_R]
+        reward_RT = trials.get(self.reward_key)[rows_R].squeeze(-1)
+        step_R = mask_RT.sum(-1) - 1
+        terminated_R = trials.get(self.done_keys[1])[rows_R, step_R].squeeze(-1)
+        num_met_R = ((reward_RT > self.met_above) & mask_RT).sum(-1)
+        # Others may be terminated by a time limit, and meet one of several goals just then.
+        is_met_R = num_met_R >= self._num_goals(self._own_goals(trials)[rows_R])
+        is_ended_R = terminated_R & is_met_R & self.ends_trial
+        return rows_R[is_ended_R], step_R[is_ended_R]
 
     def _check_replay(self, trials: TensorDictBase) -> None:
         mask_BT = trials.get(keys.MASK)

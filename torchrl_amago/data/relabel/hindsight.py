@@ -100,6 +100,9 @@ class HindsightRelabel(GoalRelabel):
         goals_RS = goals_R.unsqueeze(1).expand(-1, num_steps + 1, *goals_R.shape[1:])
         return self._replace(trials, rows_R, goals_RS, reward_RT1, end_R)
 
+    def _num_goals(self, goals_R: Tensor) -> Tensor:
+        return goals_R.new_ones(len(goals_R), dtype=torch.int64)
+
     def _achieved(self, trials: TensorDictBase) -> Tensor:
         """``[B, T, N, *goal]``."""
         achieved, goal_BT = trials.get(self.achieved_key), trials.get(self.goal_key)
