@@ -5,18 +5,15 @@ Legend: B slices of a batch, T steps of a slice, P buffers.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
-from torchrl_amago.data.trial_storage import TrialStorage
 
 __all__ = ["TrialMixture", "online_part"]
 
@@ -303,11 +300,12 @@ class TrialMixture:
         return {place: x._rng for place, x in owners.items() if x._rng is not None}
 
     def _checksum(self, name: str) -> int:
-        """CRC-32 of a buffer's trials; they are read through once, not for every checkpoint."""
-        table = self.buffers[name].storage.follow()
+        """Checksum of a buffer's trials; they are read through once, not for every checkpoint."""
+        storage = self.buffers[name].storage
+        table = storage.follow()
         there = (table.begin, table.end)
         if name not in self._checksums or self._checksums[name][0] != there:
-            self._checksums[name] = (there, _checksum(self.buffers[name].storage))
+            self._checksums[name] = (there, storage.checksum())
         return self._checksums[name][1]
 
     def _unchanging(self) -> list[str]:
@@ -350,17 +348,6 @@ def _prepare(name: str, buffer: ReplayBuffer) -> None:
         )
     # Of a batch with another size than the buffer was made for, which here is every batch.
     buffer._warned_batch_size_conflict = True
-
-
-def _checksum(storage: TrialStorage) -> int:
-    """CRC-32 of the lengths and rows of all trials in their order, wherever in the folder they lie."""
-    table = storage.follow()
-    checksum = zlib.crc32(table.steps.tobytes())
-    if len(table):
-        memory = np.asarray(storage._memory)  # slices faster than a memmap
-        for first, steps in zip(table.first.tolist(), table.steps.tolist(), strict=True):
-            checksum = zlib.crc32(memory[first : first + steps + 1], checksum)
-    return checksum
 
 
 def _may_lack(key: NestedKey) -> bool:

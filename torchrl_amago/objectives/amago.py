@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
 from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict.utils import expand_as_right
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
@@ -360,8 +361,7 @@ class AMAGOLoss(LossModule):
             fill = 0 if x_BS.is_floating_point() else 1
             current[key] = steps.select(x_BS[:, :-1], fill)
             next_M = steps.select(x_BS[:, 1:], fill)
-            trailing = (1,) * (next_M.ndim - ended_M.ndim)
-            following[key] = next_M.masked_fill(ended_M.view(ended_M.shape + trailing), fill)
+            following[key] = next_M.masked_fill(expand_as_right(ended_M, next_M), fill)
         return current, following
 
     def _encode(self, tensordict: TensorDictBase, mask_BT: Tensor) -> Tensor:
@@ -532,12 +532,10 @@ class AMAGOLoss(LossModule):
             if term is None:
                 out.set(name, torch.zeros((), device=steps.mask.device))
                 continue
-            mask = steps.mask.reshape(steps.mask.shape + (1,) * (term.ndim - steps.mask.ndim))
+            mask = expand_as_right(steps.mask, term)
             if hook is not None:
                 mask = _edited(hook, tensordict, term, mask, steps)
-            weight = None
-            if weight_M is not None:
-                weight = weight_M.view(weight_M.shape + (1,) * (term.ndim - weight_M.ndim))
+            weight = None if weight_M is None else expand_as_right(weight_M, term)
             if self.reduction == "mean":
                 out.set(name, masked_mean(term, mask, weight))
                 continue

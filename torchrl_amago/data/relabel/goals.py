@@ -58,7 +58,7 @@ def time_innermost(x_BT: Tensor) -> Tensor:
 class GoalRelabel(Relabel):
     """Base of relabellers that exchange goals, and rewards and endings with them.
 
-    A subclass writes :meth:`new_goals` and :meth:`_replay`.
+    A subclass writes :meth:`new_goals`, :meth:`_replay` and :meth:`_num_goals`.
 
     Args:
         goal_key: entry that shows the goals.
