@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, assert_close
 
 from tests.data.trials import make_trial
-from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
-from torchrl_amago.data import mixture as mixture_module
+from torchrl_amago.data import TrialStorage, load_replay, make_trial_buffer, save_replay
 from torchrl_amago.data.mixture import TrialMixture
 
 SOURCE = ("collector", "source")
@@ -90,15 +89,21 @@ def test_all_at_once():
     assert shares_of(mixture, 2) == pytest.approx([0.2, 0.2])
 
 
-def test_a_buffer_that_falls_below_its_minimum_waits_again():
-    new = make_trial_buffer(60, slice_len=4, batch_size=8, min_trials=5)
-    mixture = TrialMixture(
+def make_waiting_mixture(min_trials: int) -> TrialMixture:
+    """Of a buffer that is ready and one that waits for so many trials, and holds 60 steps."""
+    new = make_trial_buffer(60, slice_len=4, batch_size=8, min_trials=min_trials)
+    return TrialMixture(
         {"old": make_buffer([5]), "new": new},
         {"old": 0.5, "new": 0.5},
         anneal_updates=4,
         online="new",
         batch_size=16,
     )
+
+
+def test_a_buffer_that_falls_below_its_minimum_waits_again():
+    mixture = make_waiting_mixture(min_trials=5)
+    new = mixture.online
     for number in range(5):
         mixture.extend(make_trial(10, 1000 + 10 * number))
     assert shares_of(mixture, 2) == pytest.approx([0.5, 0.5])
@@ -116,14 +121,7 @@ def test_a_buffer_that_falls_below_its_minimum_waits_again():
 
 
 def test_a_late_buffer_goes_on_rising_after_a_pause():
-    new = make_trial_buffer(60, slice_len=4, batch_size=8, min_trials=3)
-    mixture = TrialMixture(
-        {"old": make_buffer([5]), "new": new},
-        {"old": 0.5, "new": 0.5},
-        anneal_updates=4,
-        online="new",
-        batch_size=16,
-    )
+    mixture = make_waiting_mixture(min_trials=3)
     mixture.sample()
     for number in range(3):
         mixture.extend(make_trial(10, 1000 + 10 * number))
@@ -323,9 +321,9 @@ def test_the_same_data_go_on_wherever_they_lie(tmp_path):
 
 def test_data_are_read_through_once_for_all_checkpoints(monkeypatch):
     read = []
-    checksum = mixture_module._checksum
+    checksum = TrialStorage.checksum
     monkeypatch.setattr(
-        mixture_module, "_checksum", lambda storage: read.append(storage) or checksum(storage)
+        TrialStorage, "checksum", lambda storage: read.append(storage) or checksum(storage)
     )
     mixture = make_mixture(new=[5])
     first = mixture.state_dict()["checksums"]
