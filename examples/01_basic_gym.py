@@ -3,7 +3,7 @@
     python examples/01_basic_gym.py --mask-velocities              # CartPole without its velocities
     python examples/01_basic_gym.py --mask-velocities --seq-model feedforward --run-dir runs/no_memory
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
-    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --run-dir runs/pendulum_2
+    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 --run-dir runs/pendulum_2
     python examples/01_basic_gym.py --env-id Acrobot-v1 --keep 0 1 2 3 --run-dir runs/acrobot
     python examples/01_basic_gym.py --debug                        # under a minute, to see that all runs
     python examples/01_basic_gym.py --resume                       # go on after Ctrl-C
@@ -28,9 +28,9 @@ from torchrl.envs import EnvBase
 from torchrl_amago import (
     BothResults,
     HeldOut,
+    HLGauss,
     PopArt,
     TrainingArgs,
-    TwoHot,
     make_policy,
     make_trainer,
     make_trial_env,
@@ -79,8 +79,15 @@ class Args(TrainingArgs):
     """Step size of the running scale of values, where the loss is amago. The published one, 5e-4, averages
     over about 2,000 updates."""
     return_range: tuple[float, float] | None = None
-    """Discounted returns that bins cover evenly, where the loss is amago2; by default they cover 100,000 on
-    either side of 0, finely near 0 and coarsely far from it."""
+    """Discounted returns that bins cover evenly, where the loss is amago2; by default 128 bins cover 100,000
+    on either side of 0, finely near 0 and coarsely far from it."""
+    num_bins: int = 9
+    """Bins of --return-range, besides three on either side. Few wide ones show critics sooner what
+    actions change."""
+    init_slope: float = 10.0
+    """How far the first weights of --return-range's bins are ordered; see docs/value_codecs.md."""
+    action_gain: float = 8.0
+    """Factor of the first weights of the action in critics, where the loss is amago2."""
     offline_coeff: float | None = None
     """Weight of the filtered imitation in the actor's loss; the loss's own by default."""
 
@@ -153,11 +160,20 @@ def loss_options(args: Args) -> dict[str, Any]:
     options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
     if args.loss == "amago":
         options["value_codec"] = PopArt(len(args.discounts), beta=args.popart_beta)
-    elif args.return_range is not None:
-        low, high = args.return_range
-        options["value_codec"] = TwoHot(
-            len(args.discounts), min_return=low, max_return=high, symlog=False
-        )
+    else:
+        options["critic_options"] = dict(action_gain=args.action_gain)
+        if args.return_range is not None:
+            low, high = args.return_range
+            # Labels are cut off at the ends, so that values near them are read too far inside.
+            margin = 3 * (high - low) / (args.num_bins - 1)
+            options["value_codec"] = HLGauss(
+                len(args.discounts),
+                num_bins=args.num_bins + 6,
+                min_return=low - margin,
+                max_return=high + margin,
+                symlog=False,
+                init_slope=args.init_slope,
+            )
     if args.offline_coeff is not None:
         options["offline_coeff"] = args.offline_coeff
     return options

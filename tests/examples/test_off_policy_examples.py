@@ -83,6 +83,9 @@ TASK = {
         "n_step": 5,
         "popart_beta": 0.01,
         "return_range": None,
+        "num_bins": 9,
+        "init_slope": 10.0,
+        "action_gain": 8.0,
         "offline_coeff": None,
     },
     "04_tmaze": {

@@ -205,6 +205,32 @@ def test_set_output_bias(kind, num_outputs):
         critic.set_output_bias(torch.zeros(2))
 
 
+@pytest.mark.parametrize("cls", [ActionCritic, DiscreteCritic])
+def test_set_output_slope(cls):
+    """All outputs of a value vary together, and each value, member and hidden unit by itself."""
+    actions = dict(discounts=DISCOUNTS) if cls is ActionCritic else dict(num_discounts=G)
+    critic = cls(D, A, num_critics=C, num_outputs=5, hidden_size=8, **actions)
+    slope = torch.linspace(-2, 2, 5)
+    critic.set_output_slope(slope)
+    first_CHV1, *_, last_CHV1 = critic.out.weight.unflatten(-1, (-1, 5)).split(1, -1)
+    torch.testing.assert_close(last_CHV1, -first_CHV1)
+    assert first_CHV1.unique().numel() == first_CHV1.numel()
+    assert first_CHV1.abs().max() <= 2 / math.sqrt(8)
+    assert critic.out.weight.requires_grad
+    with pytest.raises(ValueError, match=r"the slope must hold one number .*got the shape \(2,\)"):
+        critic.set_output_slope(torch.zeros(2))
+
+
+def test_action_gain():
+    torch.manual_seed(0)
+    plain = ActionCritic(D, A, DISCOUNTS, C, hidden_size=8)
+    torch.manual_seed(0)
+    gained = ActionCritic(D, A, DISCOUNTS, C, hidden_size=8, action_gain=4.0)
+    ratio = gained.hidden[0].weight / plain.hidden[0].weight
+    torch.testing.assert_close(ratio[:, :-A], torch.ones_like(ratio[:, :-A]))
+    torch.testing.assert_close(ratio[:, -A:], torch.full_like(ratio[:, -A:], 4.0))
+
+
 @pytest.mark.parametrize("kind", INPUTS)
 def test_functional_calls(kind):
     """With other parameters put in, as losses do for target networks, also many at once."""
@@ -317,5 +343,7 @@ def test_wrong_arguments():
         ActionCritic(D, A, ())
     with pytest.raises(ValueError, match="clip_actions must be above 0, got 0"):
         ActionCritic(D, A, DISCOUNTS, clip_actions=0)
+    with pytest.raises(ValueError, match="action_gain must be above 0, got 0"):
+        ActionCritic(D, A, DISCOUNTS, action_gain=0)
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         DiscreteCritic(D, 5, G, dropout=1.0)

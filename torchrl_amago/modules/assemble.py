@@ -204,9 +204,12 @@ def make_critic(
         critic = ActionCritic(policy.state_size, space.size, policy.discounts, **options)
     else:
         critic = DiscreteCritic(policy.state_size, space.size, len(policy.discounts), **options)
-    bias = None if value_codec is None else value_codec.initial_bias()
-    if bias is not None:
-        critic.set_output_bias(bias)
+    if value_codec is not None:
+        slope, bias = value_codec.initial_slope(), value_codec.initial_bias()
+        if slope is not None:
+            critic.set_output_slope(slope)
+        if bias is not None:
+            critic.set_output_bias(bias)
     return TensorDictModule(
         critic,
         in_keys=[keys.STATE, keys.ACTION_VECTOR] if takes_actions else [keys.STATE],

@@ -121,13 +121,33 @@ class CriticEnsemble(nn.Module):
         Raises:
             ValueError: if the shape is another.
         """
+        self._check_outputs("bias", bias)
+        self.out.bias.view(self.num_critics, -1, *bias.shape).copy_(bias)
+
+    @torch.no_grad()
+    def set_output_slope(self, slope: Tensor) -> None:
+        """Draw the last layer's weights anew, such that a value's outputs vary in proportion to ``slope``.
+
+        Call it before a loss makes its copies of the critic.
+
+        Args:
+            slope: ``[O]``, as a value codec's initial slope.
+
+        Raises:
+            ValueError: if the shape is another.
+        """
+        self._check_outputs("slope", slope)
+        C, H, _ = self.out.weight.shape
+        values_CHV1 = self.out.weight.view(C, H, -1, len(slope))[..., :1].clone()
+        self.out.weight.copy_((values_CHV1 * slope).flatten(2))
+
+    def _check_outputs(self, name: str, x: Tensor) -> None:
         expected = (self.event_shape.numel(),)
-        if bias.shape != expected:
+        if x.shape != expected:
             raise ValueError(
-                f"the bias must hold one number for each output of a value, {expected}, got the shape "
-                f"{tuple(bias.shape)}. Give the critic num_outputs as the value codec has bins."
+                f"the {name} must hold one number for each output of a value, {expected}, got the shape "
+                f"{tuple(x.shape)}. Give the critic num_outputs as the value codec has bins."
             )
-        self.out.bias.view(self.num_critics, -1, *expected).copy_(bias)
 
     def _activate(self, x: Tensor) -> Tensor:
         """Activation and dropout; `x` may be overwritten."""
@@ -213,6 +233,8 @@ class ActionCritic(CriticEnsemble):
         num_critics: C.
         clip_actions: bound on what is seen of an action, so that its gradient is 0 beyond (0.999 in the
             public AMAGO code); None for none.
+        action_gain: factor of the first weights of an action's numbers. Among many numbers of a state an
+            action is easily overlooked, above all by critics that classify (``docs/value_codecs.md``).
         options: `num_outputs` (O), `hidden_size`, `num_layers`, `activation`, `dropout`, see
             :class:`CriticEnsemble`.
 
@@ -244,6 +266,7 @@ class ActionCritic(CriticEnsemble):
         num_critics: int = 4,
         *,
         clip_actions: float | None = 0.999,
+        action_gain: float = 1.0,
         **options: Any,
     ) -> None:
         super().__init__(state_size + 1 + action_size, 1, num_critics, **options)
@@ -256,6 +279,12 @@ class ActionCritic(CriticEnsemble):
             raise ValueError(
                 f"clip_actions must be above 0, got {clip_actions}. Use None to see actions as they are."
             )
+        if not action_gain > 0:
+            raise ValueError(
+                f"action_gain must be above 0, got {action_gain}. Use 1 for weights as torch draws them."
+            )
+        with torch.no_grad():
+            self.hidden[0].weight[:, -action_size:] *= action_gain
         self.state_size, self.action_size = state_size, action_size
         self.clip_actions = clip_actions
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))

@@ -321,6 +321,18 @@ def test_no_initial_bias_unless_asked_for():
     assert PopArt(G).event_shape == ()
 
 
+@every_codec
+def test_initial_slope_orders_the_bins(cls):
+    slope = make(cls, init_slope=10.0).initial_slope()
+    torch.testing.assert_close(slope[[0, -1]], torch.tensor([-10.0, 10.0]))
+    torch.testing.assert_close(slope.diff(), torch.full((len(slope) - 1,), 20 / (len(slope) - 1)))
+
+
+def test_no_initial_slope_unless_asked_for():
+    assert make(TwoHot).initial_slope() is None
+    assert PopArt(G).initial_slope() is None
+
+
 # --- state ---
 
 
@@ -386,6 +398,7 @@ def test_compiles_without_breaks(cls):
         ({"max_return": -40.0 + 1e-6}, "into 16 different bins in float32. Widen"),
         ({"init_value": 90.5}, r"init_value must be in \[min_return=-40.0, .*got 90.5. Widen"),
         ({"init_value": math.nan}, "init_value must be in.*nan"),
+        ({"init_slope": 0.0}, "init_slope must be positive, got 0.0. Use 10"),
         (
             {"popart": PopArt(G + 1)},
             "popart must be for the codec's num_discounts=3, got one for 4",

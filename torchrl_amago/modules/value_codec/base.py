@@ -37,6 +37,10 @@ class ValueCodec(nn.Module, abc.ABC):
         """First bias of the critics' last layer, ``[*event]``; None leaves it as it was drawn."""
         return None
 
+    def initial_slope(self) -> Tensor | None:
+        """How the critics' outputs for a value first vary together, ``[*event]``; None: each by itself."""
+        return None
+
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of targets as the statistics have them, ``[G]`` or ``[]``."""
         return torch.zeros(()), torch.ones(())

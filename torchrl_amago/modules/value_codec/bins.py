@@ -41,12 +41,16 @@ class BinCodec(ValueCodec):
         symlog: space the bins equally in symlog space; False in reward units, for a narrow range.
         init_value: what critics should predict before training, in the range; None leaves their
             initialisation alone.
+        init_slope: order the last layer's first weights: each logit is one random number of the
+            critic times its bin's place, from ``-init_slope`` at the lowest bin to ``init_slope`` at the
+            highest. None draws each logit by itself, and critics take longer to see what actions change
+            (``docs/value_codecs.md``); 10 is a good value.
         popart: statistics of targets behind :meth:`normalized`; default ``PopArt(num_discounts)``.
 
     Raises:
         ValueError: if the range is empty or too narrow for so many bins in float32, there are fewer
-            than two bins, ``init_value`` is outside of the range, or ``popart`` is for another number of
-            discounts.
+            than two bins, ``init_value`` is outside of the range, ``init_slope`` is not positive, or ``popart`` is for
+            another number of discounts.
 
     Example:
         >>> class NearestBin(BinCodec):
@@ -77,11 +81,17 @@ class BinCodec(ValueCodec):
         symlog: bool = True,
         init_value: float | None = None,
         popart: PopArt | None = None,
+        init_slope: float | None = None,
     ) -> None:
         super().__init__()
         popart = popart if popart is not None else PopArt(num_discounts)
         _check_arguments(num_discounts, num_bins, min_return, max_return, init_value, popart)
+        if init_slope is not None and not init_slope > 0:
+            raise ValueError(
+                f"init_slope must be positive, got {init_slope}. Use 10, or None for weights without order."
+            )
         self.symlog, self.init_value, self.popart = symlog, init_value, popart
+        self.init_slope = init_slope
         low, high = self._to_bin_space(torch.tensor([min_return, max_return]))
         bins = torch.linspace(low, high, num_bins)
         if not (bins.diff() > 0).all():
@@ -113,6 +123,12 @@ class BinCodec(ValueCodec):
             return None
         centre = self._to_bin_space(torch.full_like(self.bins[0], self.init_value))
         return -0.5 * ((self.bins - centre) / (self.INITIAL_SIGMA * self.bin_width)).square()
+
+    def initial_slope(self) -> Tensor | None:
+        """Each bin's place ``[Bins]``, from ``-init_slope`` to ``init_slope``, or None."""
+        if self.init_slope is None:
+            return None
+        return self.init_slope * torch.linspace(-1.0, 1.0, len(self.bins), device=self.bins.device)
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Those of ``popart``."""
@@ -256,8 +272,8 @@ class HLGauss(BinCodec):
     further inside, by 0.8 ``sigma`` at most.
 
     Args:
-        num_discounts, num_bins, min_return, max_return, symlog, init_value, popart: as in
-            :class:`BinCodec`.
+        num_discounts, num_bins, min_return, max_return, symlog, init_value, popart, init_slope: as
+            in :class:`BinCodec`.
         sigma: standard deviation of the distribution, in bins. The smaller, the nearer to two-hot
             labels, and the less exact the mean: off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
 
@@ -281,9 +297,10 @@ class HLGauss(BinCodec):
         init_value: float | None = None,
         popart: PopArt | None = None,
         sigma: float = 0.75,
+        init_slope: float | None = None,
     ) -> None:
         super().__init__(
-            num_discounts, num_bins, min_return, max_return, symlog, init_value, popart
+            num_discounts, num_bins, min_return, max_return, symlog, init_value, popart, init_slope
         )
         if not (math.isfinite(sigma) and sigma > 0.0):
             raise ValueError(
