@@ -84,8 +84,8 @@ class Args(TrainingArgs):
     num_bins: int = 9
     """Bins of --return-range, besides three on either side. Few wide ones show critics sooner what
     actions change."""
-    init_slope: float = 10.0
-    """How far the first weights of --return-range's bins are ordered; see docs/value_codecs.md."""
+    init_slope: float | None = 10.0
+    """How far the first weights of --return-range's bins are ordered (docs/value_codecs.md); None: not at all."""
     action_gain: float = 8.0
     """Factor of the first weights of the action in critics, where the loss is amago2."""
     offline_coeff: float | None = None
@@ -160,20 +160,18 @@ def loss_options(args: Args) -> dict[str, Any]:
     options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
     if args.loss == "amago":
         options["value_codec"] = PopArt(len(args.discounts), beta=args.popart_beta)
-    else:
-        options["critic_options"] = dict(action_gain=args.action_gain)
-        if args.return_range is not None:
-            low, high = args.return_range
-            # Labels are cut off at the ends, so that values near them are read too far inside.
-            margin = 3 * (high - low) / (args.num_bins - 1)
-            options["value_codec"] = HLGauss(
-                len(args.discounts),
-                num_bins=args.num_bins + 6,
-                min_return=low - margin,
-                max_return=high + margin,
-                symlog=False,
-                init_slope=args.init_slope,
-            )
+    elif args.return_range is not None:
+        low, high = args.return_range
+        # Labels are cut off at the ends, so that values near them are read too far inside.
+        margin = 3 * (high - low) / (args.num_bins - 1)
+        options["value_codec"] = HLGauss(
+            len(args.discounts),
+            num_bins=args.num_bins + 6,
+            min_return=low - margin,
+            max_return=high + margin,
+            symlog=False,
+            init_slope=args.init_slope,
+        )
     if args.offline_coeff is not None:
         options["offline_coeff"] = args.offline_coeff
     return options
@@ -194,6 +192,7 @@ def train(args: Args) -> BothResults | None:
         **args.policy_options(positions="rotary", window=context_length),
     )
     held_out = HeldOut(policy, make_env(args, min(64, args.eval_trials)))
+    critic_options = dict(action_gain=args.action_gain) if args.loss == "amago2" else {}
     trainer = make_trainer(
         env,
         policy,
@@ -202,7 +201,7 @@ def train(args: Args) -> BothResults | None:
         round_steps=min(args.round_steps, length),
         loss_options=loss_options(args),
         evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
-        **args.trainer_options(),
+        **args.trainer_options(**critic_options),
     )
     results = train_and_evaluate(args, trainer, held_out)
     if results is not None:

@@ -136,7 +136,8 @@ def test_bins_cover_the_return_range(basic_gym):
     codec = basic_gym.loss_options(args)["value_codec"]
     value = torch.tensor([[-500.0, 0.0], [-123.4, -7.0]])
     torch.testing.assert_close(codec.decode(codec.encode(value).log()), value, atol=1e-2, rtol=0)
-    assert len(codec.bins) == 15 and codec.bins[[3, -4]].tolist() == [-500.0, 0.0]
+    assert len(codec.bins) == 15
+    assert codec.bins[[3, -4]].tolist() == [-500.0, 0.0]
     assert "value_codec" not in basic_gym.loss_options(basic_gym.Args(loss="amago2"))
 
 

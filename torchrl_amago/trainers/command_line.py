@@ -135,8 +135,12 @@ class TrainingArgs:
             actor_options=dict(hidden_size=self.hidden_size),
         )
 
-    def trainer_options(self) -> dict[str, Any]:
-        """Arguments of :func:`~torchrl_amago.trainers.make_trainer`, all that don't need the task."""
+    def trainer_options(self, **critic_options: Any) -> dict[str, Any]:
+        """Arguments of :func:`~torchrl_amago.trainers.make_trainer`, all that don't need the task.
+
+        Args:
+            critic_options: further arguments of :func:`~torchrl_amago.modules.make_critic`.
+        """
         return dict(
             total_updates=self.total_updates,
             run_dir=self.run_dir,
@@ -147,7 +151,7 @@ class TrainingArgs:
             tau=self.tau,
             loss=self.loss,
             precision=self.precision,
-            critic_options=dict(hidden_size=self.hidden_size),
+            critic_options=dict(hidden_size=self.hidden_size, **critic_options),
             warmup_updates=self.warmup_updates,
             final_lr_share=0.1,
             eval_interval=self.eval_interval,
