@@ -78,7 +78,7 @@ class AMAGOLoss(LossModule):
     (``(state, action) -> [K, *B, C, G, *]``); how they write values down is the codec's affair.
     Only ``terminated`` stops bootstrapping. Steps under a False mask count for nothing, whatever
     they hold. The encoder learns from both losses; targets use the online encoder without gradient.
-    :func:`amago` and :func:`amago2` build it with the published choices.
+    :func:`amago_loss` and :func:`amago2_loss` build it with the published choices.
 
     Args:
         encoder_network: inputs of a step -> ``"state" [B, T, D]``, in recurrent mode.
