@@ -82,7 +82,7 @@ class Args(TrainingArgs):
     """Discounted returns that bins cover evenly, where the loss is amago2; by default 128 bins cover 100,000
     on either side of 0, finely near 0 and coarsely far from it."""
     num_bins: int = 9
-    """Bins of --return-range, besides three on either side. Few wide ones show critics sooner what
+    """Bins of --return-range, two of them below and two above it. Few wide ones show critics sooner what
     actions change."""
     init_slope: float | None = 10.0
     """How far the first weights of --return-range's bins are ordered (docs/value_codecs.md); None: not at all."""
@@ -162,11 +162,16 @@ def loss_options(args: Args) -> dict[str, Any]:
         options["value_codec"] = PopArt(len(args.discounts), beta=args.popart_beta)
     elif args.return_range is not None:
         low, high = args.return_range
+        if args.num_bins < 6:
+            raise ValueError(
+                f"--num-bins must be at least 6, got {args.num_bins}: four of them lie outside of "
+                "--return-range."
+            )
         # Labels are cut off at the ends, so that values near them are read too far inside.
-        margin = 3 * (high - low) / (args.num_bins - 1)
+        margin = 2 * (high - low) / (args.num_bins - 5)
         options["value_codec"] = HLGauss(
             len(args.discounts),
-            num_bins=args.num_bins + 6,
+            num_bins=args.num_bins,
             min_return=low - margin,
             max_return=high + margin,
             symlog=False,
