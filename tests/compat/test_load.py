@@ -249,10 +249,11 @@ def test_scales_of_heads_that_are_all_ones_are_left_out_without_scaling():
     torch.testing.assert_close(scaled["state"], unscaled["state"])
 
 
-def test_prefixes_of_wrappers_are_taken_off():
+@pytest.mark.parametrize("prefix", ["module._orig_mod.", "_orig_mod.module.", "_orig_mod."])
+def test_prefixes_of_wrappers_are_taken_off(prefix):
     policy = policy_of()
     weights = shuffled(policy, loss_of(policy))
-    wrapped = {f"module._orig_mod.{name}": value for name, value in weights.items()}
+    wrapped = {f"{prefix}{name}": value for name, value in weights.items()}
     report = load_amago_weights(wrapped, policy)
     assert "actor.base.out_layer.bias" in report.loaded
 

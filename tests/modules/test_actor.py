@@ -184,9 +184,22 @@ def test_a_mask_must_allow_something():
     mask = torch.ones(2, 3, P, dtype=torch.bool)
     mask[1, 2] = False
     with pytest.raises(
-        ValueError, match="allow at least one action in each row, got a row of only"
+        ValueError, match="allow at least one action in each row, .* got a row of only"
     ):
         forbid(torch.zeros(2, 3, G, P), mask)
+
+
+def test_each_part_of_a_mask_must_allow_something():
+    params = torch.zeros(1, G, P)
+    mask = torch.tensor([[True, True, False, False, False]])
+    assert forbid(params, torch.zeros_like(mask), ()).isinf().all()  # bits
+    with pytest.raises(ValueError, match="and of each part of an action, got a row of only False"):
+        forbid(params, mask, (2, 3))
+    mask[0, 4] = True
+    assert forbid(params, mask, (2, 3)).isinf().sum() == 2 * G
+    actor = Actor(D, P, G, masks_actions=True, mask_parts=(2, 3))
+    with pytest.raises(ValueError, match="each part"):
+        actor(torch.zeros(1, D), ~mask)
 
 
 def test_wrong_arguments():

@@ -299,6 +299,11 @@ def test_a_step_without_numbers_leaves_the_others_alone(kind):
     assert broken[2].isnan().all()
 
 
+def test_actions_are_read_in_the_critics_precision():
+    critic = ActionCritic(D, A, DISCOUNTS, C, hidden_size=8).double()
+    assert critic(torch.randn(3, D).double(), torch.randn(3, 1, A)).dtype == torch.float64
+
+
 def test_no_steps_and_no_samples():
     critic = ActionCritic(D, A, DISCOUNTS, C, num_outputs=4, hidden_size=8)
     assert critic(torch.zeros(0, D), torch.zeros(2, 0, G, A)).shape == (2, 0, C, G, 4)

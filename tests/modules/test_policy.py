@@ -17,6 +17,7 @@ from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration
 from torchrl.modules import set_recurrent_mode
 
 from tests.toy_env import ACTIONS, Toy
+from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.modules import (
     MLPTimestepEncoder,
@@ -24,6 +25,8 @@ from torchrl_amago.modules import (
     make_critic,
     make_policy,
 )
+from torchrl_amago.modules.distributions import Discrete
+from torchrl_amago.modules.policy import SelectDiscount
 
 SMALL = {
     "context_length": 12,
@@ -177,6 +180,7 @@ def test_refuses_missing_entries_and_unknown_names():
 def test_one_step_at_once_is_the_modules_in_a_row():
     env = make_env(rows=4)
     policy = make_policy(env, exploration={"anneal_frames": 100}, **SMALL)
+    assert policy._can_act_at_once()
     twin = copy.deepcopy(policy)
     with set_exploration_type(ExplorationType.RANDOM):
         rollouts = []
@@ -236,8 +240,55 @@ def test_encoders_with_a_forward_of_their_own_are_called():
     assert seen == [1, 7.0]
 
 
+def test_actors_and_choices_of_a_discount_of_ones_own_are_called():
+    class Third(TensorDictModule):
+        def forward(self, tensordict, *args, **kwargs):
+            out = super().forward(tensordict, *args, **kwargs)
+            params = torch.zeros_like(out["action_params"])
+            params[..., 2] = 99.0
+            return out.set("action_params", params)
+
+    class Never(SelectDiscount):
+        def forward(self, tensordict):
+            out = super().forward(tensordict)
+            return out.set("logits", torch.eye(5)[[4]].mul(99.0).expand(out["logits"].shape))
+
+    step = make_env(rows=20).reset()
+    policy = make_policy(make_env(), **SMALL)
+    actor = policy.actor
+    policy.module[1] = Third(actor.module, in_keys=actor.in_keys, out_keys=actor.out_keys)
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        assert (policy(step.clone())["action"] == 2).all()
+        policy.module[2] = Never()
+        assert (policy(step.clone())["action"] == 4).all()
+
+
+@pytest.mark.parametrize("part", ["encoder", "actor", "choice of a discount"])
+def test_hooks_are_called(part):
+    policy = make_policy(make_env(), **SMALL)
+    modules = {"encoder": policy.encoder, "actor": policy.actor}
+    seen = []
+    modules.get(part, policy.module[2]).register_forward_hook(lambda *args: seen.append(1))
+    policy(make_env().reset())
+    assert seen == [1]
+
+
+def test_a_finished_distribution_must_fit():
+    env = make_env()
+    five, nine = (Discrete(ActionSpace.from_spec(Categorical(n))) for n in (5, 9))
+    assert make_policy(env, distribution=five, **SMALL).distribution is five
+    with pytest.raises(ValueError, match="distribution is over actions of .* Build it with"):
+        make_policy(env, distribution=nine, **SMALL)
+    with pytest.raises(
+        ValueError, match="distribution_options go with a distribution that make_pol"
+    ):
+        make_policy(env, distribution=five, distribution_options={"clip_low": 0.01}, **SMALL)
+
+
 def test_refuses_what_it_would_ignore():
     env = make_env()
+    with pytest.raises(ValueError, match="action_gain goes with critics that take the action"):
+        make_critic(make_policy(env, **SMALL), action_gain=8.0)
     encoder = MLPTimestepEncoder({"observation": (2,)}, output_size=16)
     options = {key: value for key, value in SMALL.items() if key != "timestep_options"}
     for ignored in ({"timestep_options": {"hidden_size": 3}}, {"obs_keys": ["observation"]}):

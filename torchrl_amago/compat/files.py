@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -42,10 +42,14 @@ def read_amago_weights(source: Source) -> dict[str, Tensor]:
             "agent, agent.state_dict()."
         )
     weights = dict(weights)
-    for wrapper in _WRAPPERS:
-        if all(name.startswith(wrapper) for name in weights):
-            weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
+    while wrapper := _common_wrapper(weights):
+        weights = {name.removeprefix(wrapper): value for name, value in weights.items()}
     return weights
+
+
+def _common_wrapper(names: Iterable[str]) -> str | None:
+    wrappers = (w for w in _WRAPPERS if names and all(name.startswith(w) for name in names))
+    return next(wrappers, None)
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrl_amago.action_space import split_parts
 from torchrl_amago.modules.layers import MLP, make_activation, make_norm
 
 
@@ -29,6 +30,9 @@ class ActorHead(nn.Module, abc.ABC):
         num_discounts: G.
         observation_sizes: how many numbers each observation holds that is read besides the state.
         masks_actions: read a mask that says which actions are allowed.
+        mask_parts: where an action has several parts, how many choices each has, side by side in the
+            mask: every part must be allowed one. Default one part; none for bits, all of which may be
+            forbidden.
 
     Shapes:
         state ``[*B, state_size]``, each observation ``[*B, ...]``, mask ``[*B, P]``
@@ -54,8 +58,10 @@ class ActorHead(nn.Module, abc.ABC):
         *,
         observation_sizes: Sequence[int] = (),
         masks_actions: bool = False,
+        mask_parts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        self.mask_parts = (num_params,) if mask_parts is None else tuple(mask_parts)
         self.num_params, self.num_discounts = num_params, num_discounts
         self.observation_sizes, self.masks_actions = tuple(observation_sizes), masks_actions
         self.input_size = state_size + sum(observation_sizes)
@@ -81,7 +87,7 @@ class ActorHead(nn.Module, abc.ABC):
 
         Raises:
             ValueError: if an input is missing or doesn't fit, or if a row of the mask allows nothing
-                (which isn't looked for in compiled code).
+                or a part of one (which isn't looked for in compiled code).
         """
         if len(inputs) != self.num_extra_inputs:
             raise ValueError(
@@ -93,7 +99,7 @@ class ActorHead(nn.Module, abc.ABC):
         params_BGP = self.head(self._join(state, observations)).unflatten(
             -1, (self.num_discounts, self.num_params)
         )
-        return forbid(params_BGP, inputs[-1]) if self.masks_actions else params_BGP
+        return forbid(params_BGP, inputs[-1], self.mask_parts) if self.masks_actions else params_BGP
 
     def _join(self, state: Tensor, observations: Sequence[Tensor]) -> Tensor:
         batch = state.shape[:-1]
@@ -110,16 +116,17 @@ class ActorHead(nn.Module, abc.ABC):
         return torch.cat(flat, -1) if observations else state
 
 
-def forbid(params_BGP: Tensor, mask_BP: Tensor) -> Tensor:
+def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None = None) -> Tensor:
     """Set parameters of forbidden actions to -inf, for every discount.
 
     Args:
         params_BGP: unnormalised log-probabilities.
         mask_BP: bool, True where an action is allowed.
+        mask_parts: choices of each part of the mask that must be allowed one; default one part.
 
     Raises:
         ValueError: if the mask isn't bool or has another shape, or if one of its rows allows nothing
-            (which isn't looked for in compiled code).
+            in a part (which isn't looked for in compiled code).
 
     Example:
         >>> forbid(torch.zeros(1, 2, 3), torch.tensor([[True, False, True]]))
@@ -132,11 +139,15 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor) -> Tensor:
             f"an action mask must be bool of shape {tuple(expected)}, got {mask_BP.dtype} of shape "
             f"{tuple(mask_BP.shape)}. It holds True for every action that is allowed, at every step."
         )
-    if not torch.compiler.is_compiling() and not mask_BP.any(-1).all():
-        raise ValueError(
-            "an action mask must allow at least one action in each row, got a row of only False. "
-            "Mend the environment, and fill the mask of padded steps with True."
-        )
+    if not torch.compiler.is_compiling():
+        parts = (mask_BP.shape[-1],) if mask_parts is None else tuple(mask_parts)
+        for part_BP in split_parts(mask_BP, parts) if parts else ():
+            if not part_BP.any(-1).all():
+                raise ValueError(
+                    "an action mask must allow at least one action in each row, and of each part of an "
+                    "action, got a row of only False. Mend the environment, and fill the mask of padded "
+                    "steps with True."
+                )
     return params_BGP.masked_fill(~mask_BP.unsqueeze(-2), float("-inf"))
 
 

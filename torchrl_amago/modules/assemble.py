@@ -112,8 +112,15 @@ def make_policy(
     """
     check_discounts(discounts)
     space = ActionSpace.from_spec(env.full_action_spec_unbatched[env.action_key])
-    if not isinstance(distribution, PolicyDistribution):
+    if isinstance(distribution, PolicyDistribution):
+        _check_own_distribution(distribution, distribution_options, space)
+    else:
         distribution = make_distribution(space, distribution, **(distribution_options or {}))
+    if action_mask_key is not None and space.kind == "continuous":
+        raise ValueError(
+            f"action_mask_key={action_mask_key!r} says which discrete actions are allowed, but these are "
+            "continuous. Leave it out, and add the entry to obs_keys if the policy is to see it."
+        )
     if isinstance(timestep_encoder, TensorDictModuleBase):
         _check_own_encoder(timestep_encoder, timestep_options, obs_keys)
         timestep = timestep_encoder
@@ -128,7 +135,7 @@ def make_policy(
         trajectory.output_size,
         distribution.num_params,
         len(discounts),
-        **_extra_inputs(env, actor_obs_keys, action_mask_key),
+        **_extra_inputs(env, actor_obs_keys, action_mask_key, space),
         **(actor_options or {}),
     )
     mask_keys = [] if action_mask_key is None else [action_mask_key]
@@ -180,7 +187,7 @@ def make_critic(
         policy's device.
 
     Raises:
-        ValueError: if the actions can't be listed.
+        ValueError: if the actions can't be listed, or an option is for critics of the other kind.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -200,6 +207,11 @@ def make_critic(
         )
     if value_codec is not None and value_codec.event_shape:
         options["num_outputs"] = value_codec.event_shape.numel()
+    if not takes_actions and "action_gain" in options:
+        raise ValueError(
+            "action_gain goes with critics that take the action, and these list the values of all. "
+            "Use takes_actions=True, or leave it out."
+        )
     if takes_actions:
         critic = ActionCritic(policy.state_size, space.size, policy.discounts, **options)
     else:
@@ -218,7 +230,10 @@ def make_critic(
 
 
 def _extra_inputs(
-    env: EnvBase, obs_keys: Sequence[NestedKey], action_mask_key: NestedKey | None
+    env: EnvBase,
+    obs_keys: Sequence[NestedKey],
+    action_mask_key: NestedKey | None,
+    space: ActionSpace,
 ) -> dict[str, Any]:
     """Arguments of an actor head that reads more than the state."""
     specs = env.full_observation_spec_unbatched
@@ -227,6 +242,8 @@ def _extra_inputs(
     if action_mask_key is not None:
         _spec_of(specs, action_mask_key)
         extra["masks_actions"] = True
+        if space.kind != "discrete":
+            extra["mask_parts"] = space.sizes if space.kind == "multi_discrete" else ()
     return extra
 
 
@@ -238,6 +255,21 @@ def _spec_of(specs: Composite, key: NestedKey) -> Any:
             "action_mask_key."
         )
     return specs[key]
+
+
+def _check_own_distribution(
+    distribution: PolicyDistribution, options: dict[str, Any] | None, space: ActionSpace
+) -> None:
+    if options:
+        raise ValueError(
+            f"distribution_options go with a distribution that make_policy builds, got {options} and a "
+            f"finished {type(distribution).__name__}. Give them to its constructor."
+        )
+    if distribution.space != space:
+        raise ValueError(
+            f"the distribution is over actions of {distribution.space}, the environment's are {space}. "
+            "Build it with ActionSpace.from_spec of the environment's action spec."
+        )
 
 
 def _check_own_encoder(

@@ -316,6 +316,7 @@ class ActionCritic(CriticEnsemble):
         state_weight, weight = first.weight.split([self.state_size, 1 + self.action_size], 1)
         C, H = self.num_critics, weight.shape[-1]
         shape_KMG = action_KMGA.shape[:-1]
+        action_KMGA = action_KMGA.to(weight.dtype)  # vectors of stored actions are float32
         if self.clip_actions is not None:
             action_KMGA = action_KMGA.clamp(-self.clip_actions, self.clip_actions)
         feature_G1 = discount_feature(self.discounts).unsqueeze(-1).to(action_KMGA.dtype)

@@ -140,6 +140,9 @@ class Policy(TensorDictSequential):
         return (
             _keeps_forward(timestep, TimestepEncoder)
             and _keeps_forward(trajectory, TrajectoryEncoder)
+            and _keeps_forward(self.encoder, TensorDictSequential)
+            and _keeps_forward(self.actor, TensorDictModule)
+            and _keeps_forward(self.module[2], SelectDiscount)
             and isinstance(self.actor.module, ActorHead)
             and self.out_keys == self._acting_keys
         )

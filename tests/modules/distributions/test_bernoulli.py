@@ -10,7 +10,7 @@ from torch import distributions
 from torchrl.data import Binary
 
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.distributions import Bernoulli
+from torchrl_amago.modules.distributions import Bernoulli, Bits
 
 
 def _bernoulli(size: int, **options) -> Bernoulli:
@@ -52,3 +52,15 @@ def test_frequencies_and_independence():
 def test_greedy_is_the_more_probable_value():
     dist = _bernoulli(3)(torch.tensor([-0.1, 0.0, 0.1]))
     assert dist.deterministic_sample.tolist() == [0, 0, 1]
+
+
+def test_forbidden_bits():
+    logits = torch.tensor([-torch.inf, 0.0], requires_grad=True)
+    bits = Bits(logits, reduce="sum")
+    torch.testing.assert_close(bits.probs, torch.tensor([0.0, 0.5]))
+    assert (bits.sample((1000,))[:, 0] == 0).all()
+    torch.testing.assert_close(bits.log_prob(torch.zeros(2)), torch.tensor(0.5).log())
+    torch.testing.assert_close(bits.entropy(), torch.tensor(2.0).log(), atol=1e-6, rtol=0)
+    assert -25 < bits.log_prob(torch.tensor([1.0, 0.0])) < -15
+    bits.log_prob(torch.zeros(2)).backward()
+    assert logits.grad.isfinite().all()

@@ -328,3 +328,10 @@ def test_only_indices_skip_the_way_over_vectors():
     assert math.isclose(
         _make(CASES["index"])[1].stored(params).entropy()[0], math.log(5), rel_tol=1e-6
     )
+
+
+def test_stored_actions_have_the_dtype_of_the_spec():
+    for dtype in (torch.int64, torch.int32):
+        policy_dist = Discrete(ActionSpace.from_spec(Categorical(3, dtype=dtype)))
+        stored = policy_dist.stored(torch.zeros(4, 3))
+        assert stored.sample().dtype == stored.deterministic_sample.dtype == dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hypothesis.strategies as st
+import pytest
 import torch
 from hypothesis import given
 
@@ -70,3 +71,16 @@ def test_loss_is_the_squared_error_of_normalised_values_without_gradient_to_the_
     torch.testing.assert_close(loss.flatten(), torch.tensor([1.0, 2.25]))
     loss.sum().backward()
     assert target.grad is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"beta": 2.0}, r"beta must be in \(0, 1\), got 2.0. It is the step size"),
+        ({"beta": 0.0}, r"beta must be in \(0, 1\), got 0.0"),
+        ({"initial_nu": 0.0}, "initial_nu must be positive, got 0.0"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        PopArt(1, **options)

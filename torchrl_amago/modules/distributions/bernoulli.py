@@ -20,7 +20,7 @@ class Bits(VectorDistribution):
     """Independent bits as one vector of zeros and ones.
 
     Args:
-        logits: ``[..., A]``, float, log-odds of a 1.
+        logits: ``[..., A]``, float, log-odds of a 1; -inf forbids it.
         reduce: whether ``log_prob`` is the ``"sum"`` over bits, the log-probability of the whole
             action, or their ``"mean"``. The entropy is that of the whole action in both cases.
 
@@ -30,16 +30,21 @@ class Bits(VectorDistribution):
     """
 
     arg_constraints: ClassVar[dict] = {}
+    #: Log-probability, about, of a forbidden 1 in the data: one mustn't make a mean infinite.
+    LOWEST_LOGIT = -20.0
 
     def __init__(self, logits: Tensor, reduce: Literal["sum", "mean"] = "mean") -> None:
         super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
         self.reduce = reduce
-        self.bits = distributions.Bernoulli(logits=logits, validate_args=False)
+        # A forbidden bit's infinite log-odds would make products with 0 NaN.
+        finite = logits.clamp_min(self.LOWEST_LOGIT)
+        self.bits = distributions.Bernoulli(logits=finite, validate_args=False)
+        self._is_forbidden = logits == -torch.inf
 
     @property
     def probs(self) -> Tensor:
-        """Probability of a 1, ``[..., A]``."""
-        return self.bits.probs
+        """Probability of a 1, ``[..., A]``; exactly 0 where it is forbidden."""
+        return self.bits.probs.masked_fill(self._is_forbidden, 0.0)
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
         """Draw ``[*sample_shape, ..., A]``, zeros and ones."""

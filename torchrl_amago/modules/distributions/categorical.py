@@ -272,7 +272,7 @@ class Discrete(PolicyDistribution):
         return OneHotParts(params, self.space.sizes, *clip, self.temperature)
 
     def stored(self, params: Tensor) -> Distribution:
-        if self.space.shape != ():
+        if self.space.shape != () or self.space.dtype != torch.int64:
             return super().stored(params)
         # The way over one-hot vectors would cost as much as the draw.
         return ClippedCategorical(self._checked(params), self.clip_low, self.clip_high)

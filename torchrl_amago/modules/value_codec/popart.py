@@ -28,6 +28,9 @@ class PopArt(ValueCodec):
         initial_nu: initial second moment; large values start with small normalised targets.
         enabled: False makes every method the identity (plain regression on reward units).
 
+    Raises:
+        ValueError: if ``beta`` is not in (0, 1), or ``initial_nu`` not positive.
+
     Example:
         >>> codec = PopArt(num_discounts=1)
         >>> target, mask = torch.full((2, 3, 1), 5.0), torch.ones(2, 3, 1, dtype=torch.bool)
@@ -56,6 +59,16 @@ class PopArt(ValueCodec):
         enabled: bool = True,
     ) -> None:
         super().__init__()
+        if not 0.0 < beta < 1.0:
+            raise ValueError(
+                f"beta must be in (0, 1), got {beta}. It is the step size of moving averages: 5e-4 is the "
+                "published one, larger ones follow sooner."
+            )
+        if not initial_nu > 0:
+            raise ValueError(
+                f"initial_nu must be positive, got {initial_nu}. It is a mean of squares; 100 is the "
+                "published one."
+            )
         self.beta, self.enabled = beta, enabled
         self.register_buffer("mu", torch.zeros(num_discounts))
         self.register_buffer("nu", torch.full((num_discounts,), float(initial_nu)))
