@@ -202,6 +202,18 @@ def test_find(tmp_path):
         store.find()
 
 
+def test_find_in_a_run_below_a_folder_called_checkpoints(tmp_path):
+    store = CheckpointStore(tmp_path / "checkpoints/lake")
+    with pytest.raises(FileNotFoundError, match=r"lake has none"):
+        store.find()
+    path = save(store, 4)
+    with pytest.raises(FileNotFoundError, match=r"other has none"):
+        store.find(tmp_path / "checkpoints/other")
+    assert store.find() == store.find(path) == path
+    (path / "manifest.json").unlink()
+    assert store.find() == store.find(path) == path
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep_checkpoints must be at least 1, got 0"):
         CheckpointStore(tmp_path, keep=0)
