@@ -99,13 +99,13 @@ class CheckpointStore:
             FileNotFoundError: if there is none.
         """
         path = self.run_dir if path is None else Path(path)
-        if (path / MANIFEST).exists() or path.parent.name == CHECKPOINTS_FOLDER:
-            if path.is_dir():
-                return path
-        else:
-            latest = CheckpointStore(path).latest()
-            if latest is not None:
-                return latest
+        latest = CheckpointStore(path).latest()
+        if latest is not None:
+            return latest
+        # A damaged checkpoint is known by its place; a run may lie in a folder of that name, too.
+        has_its_place = path.parent.name == CHECKPOINTS_FOLDER and path.match("update_*")
+        if path.is_dir() and (has_its_place or (path / MANIFEST).exists()):
+            return path
         raise FileNotFoundError(
             f"resuming needs a checkpoint, and {path} has none (looked for "
             f"{CHECKPOINTS_FOLDER}/update_*). Pass the folder of a run that wrote one, or start "
