@@ -50,6 +50,51 @@ def test_counts_and_means(monitor):
     assert monitor.window.means() == {}
 
 
+def fragments(steps, *lengths):
+    """A trial in pieces, as they are written one by one."""
+    return steps.split(list(lengths))
+
+
+def test_a_trial_in_fragments_counts_as_a_whole(monitor):
+    for fragment in fragments(trial([0.0, 1.0], [0.0, 1.0, 0.0, 1.0]), 1, 2, 3):
+        monitor.replay_buffer.extend(fragment, lengths=[len(fragment)])
+        monitor()
+    assert monitor.trials == 1
+    assert monitor.window.means() == {
+        "train/trial_return": 3.0,
+        "train/trial_length": 6.0,
+        "train/success_first": 1.0,
+        "train/success_last": 1.0,
+    }
+
+
+def timed(steps):
+    return steps.set("time_idx", torch.arange(len(steps)).unsqueeze(-1))
+
+
+def test_fragments_of_several_trials_are_told_apart(monitor):
+    one = fragments(timed(trial([1.0] * 5)), 2, 3)
+    other = fragments(timed(trial([10.0] * 4)), 3, 1)
+    as_old_as_one = fragments(timed(trial([100.0] * 3)), 2, 1)
+    seen = []
+    for pieces in ([one[0], other[0], as_old_as_one[0]], [one[1]], [other[1], as_old_as_one[1]]):
+        monitor.replay_buffer.extend(torch.cat(pieces), lengths=[len(piece) for piece in pieces])
+        monitor()
+        means = monitor.window.means()
+        seen.append((means.get("train/trial_return"), means.get("train/trial_length")))
+    assert seen == [(None, None), (5.0, 5.0), (170.0, 3.5)]
+
+
+def test_fragments_of_trials_that_were_ended_early_do_not_count(monitor):
+    monitor.replay_buffer.extend(fragments(trial([1.0] * 4), 3, 1)[0], lengths=[3])
+    monitor()
+    monitor.trials_restarted()
+    monitor.replay_buffer.extend(trial([1.0, 1.0]))
+    monitor()
+    means = monitor.window.means()
+    assert (means["train/trial_return"], means["train/trial_length"]) == (2.0, 2.0)
+
+
 def test_follows_what_is_written(monitor):
     for number in range(7):
         monitor.replay_buffer.extend(trial([float(number)] * 2, [0.0] * 3))

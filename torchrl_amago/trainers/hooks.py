@@ -118,7 +118,8 @@ class TrialMonitor:
     """Looks once at every step the collector has written to the replay buffer.
 
     Counts trials, feeds returns and successes to the metrics, and stops on NaN and infinity before
-    anything is trained on them.
+    anything is trained on them. A trial that is written in fragments counts once, as a whole, when its
+    last one is there.
 
     Args:
         replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps, and
@@ -130,6 +131,8 @@ class TrialMonitor:
         success_threshold: an attempt succeeds if its return is larger.
         reward_key: reward under ``next``.
         end_key: end of a trial.
+        time_key: steps since the trial began, by which fragments are put together; where there is none,
+            trials follow one another.
 
     Example:
         >>> from tensordict import TensorDict
@@ -151,11 +154,14 @@ class TrialMonitor:
         success_threshold: float = 0.0,
         reward_key: NestedKey = ("next", "reward"),
         end_key: NestedKey = ("next", "done"),
+        time_key: NestedKey = keys.TIME_IDX,
     ) -> None:
         self.replay_buffer, self.window, self.run_dir = replay_buffer, window, run_dir
         self.success_threshold = success_threshold
-        self.reward_key, self.end_key = reward_key, end_key
+        self.reward_key, self.end_key, self.time_key = reward_key, end_key, time_key
         self.seen = self.trials = 0
+        # Of the trials that go on, by the time at which they do: return and length of what is written.
+        self._begun: dict[int, list[tuple[float, int]]] = {}
 
     def skip_existing(self) -> None:
         """Count the trials that are there already, without logging them as collected."""
@@ -169,14 +175,40 @@ class TrialMonitor:
             return
         check_data(steps, self.run_dir, "collected observations and rewards")
         ends = steps.get(self.end_key).reshape(-1)
-        trials = int(ends.sum())
-        if not trials:
-            return
-        self.trials += trials
-        reward = steps.get(self.reward_key)
-        self.window.add("train/trial_return", reward.sum().item(), trials)
-        self.window.add("train/trial_length", ends.numel(), trials)
+        ended = self._ended_trials(steps, ends)
+        self.trials += len(ended)
+        self.window.add("train/trial_return", sum(gain for gain, _ in ended), len(ended))
+        self.window.add("train/trial_length", sum(length for _, length in ended), len(ended))
         self._add_successes(steps, ends)
+
+    def trials_restarted(self) -> None:
+        """Forget the trials that go on: they were ended, and the rest of them won't be written."""
+        self._begun.clear()
+
+    def _ended_trials(self, steps: TensorDictBase, ends: torch.Tensor) -> list[tuple[float, int]]:
+        """Return and length of each trial that ended, of all its fragments; those of others wait."""
+        time = steps.get(self.time_key, None)
+        is_last = ends.clone()
+        is_last[-1] = True
+        if time is not None:
+            time = time.reshape(-1)
+            is_last[:-1] |= time[1:] != time[:-1] + 1
+        fragment = is_last.cumsum(0) - is_last.long()
+        lengths = fragment.bincount()
+        reward = steps.get(self.reward_key).reshape(len(ends), -1).sum(1, dtype=torch.float64)
+        gains = reward.new_zeros(len(lengths)).index_add(0, fragment, reward)
+        # Without times there is one trial at a time, and what waits is of that one.
+        after = torch.zeros_like(lengths) if time is None else time[is_last] + 1
+        first = after if time is None else after - lengths
+        ended = []
+        columns = (first, after, gains, lengths, ends[is_last])
+        for begin, end, gain, length, is_over in zip(*(c.tolist() for c in columns), strict=True):
+            # Of trials that are equally old, the order of writing tells which one goes on.
+            waiting = self._begun.get(begin)
+            gain_before, length_before = waiting.pop(0) if waiting else (0.0, 0)
+            total = (gain_before + gain, length_before + length)
+            (ended if is_over else self._begun.setdefault(end, [])).append(total)
+        return ended
 
     def _add_successes(self, steps: TensorDictBase, ends: torch.Tensor) -> None:
         attempt = steps.get(keys.EPISODE_IDX, None)
@@ -198,9 +230,10 @@ class TrialMonitor:
         return self.replay_buffer.newest(count) if count > 0 else None
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters."""
+        """Counters; trials that go on are ended where a run resumes."""
         return {"seen": self.seen, "trials": self.trials}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on counting."""
         self.seen, self.trials = int(state["seen"]), int(state["trials"])
+        self.trials_restarted()
