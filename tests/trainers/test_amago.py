@@ -112,6 +112,27 @@ def test_total_frames_end_the_run(tmp_path):
     assert trainer._optim_count % 4 == 0
 
 
+def test_torchrls_word_for_no_limit_of_frames(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=4, total_frames=-1)
+    assert trainer.train() == "finished"
+    assert trainer._optim_count == 4
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan")])
+def test_the_largest_norm_must_be_positive(tmp_path, clip_norm):
+    with pytest.raises(
+        ValueError, match=f"clip_norm must be larger than 0, got {clip_norm}. .*None does not clip"
+    ):
+        make_trainer(tmp_path, clip_norm=clip_norm)
+
+
+def test_a_buffer_too_small_for_min_trials_is_explained(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=4, capacity=30, min_trials=9, total_frames=400)
+    message = r"must hold min_trials=9 trials .* got one of 30 steps, which holds [4-7] .* capacity"
+    with pytest.raises(RuntimeError, match=message):
+        trainer.train()
+
+
 def test_hooks_and_request_stop(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=100)
     trainer.register_op("post_optim_log", lambda batch: {"rows": float(batch.shape[0])})

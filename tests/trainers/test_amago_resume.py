@@ -174,6 +174,26 @@ def test_resume_from_a_chosen_checkpoint(uninterrupted, tmp_path):
     assert_same_run(uninterrupted, finish(again))
 
 
+@pytest.mark.parametrize(("end", "share"), [(6, 0.7), (12, 1.0)])
+def test_resuming_takes_the_learning_rate_it_is_given(tmp_path, end, share):
+    # Within the rise over 10 updates, and after it.
+    make_trainer(tmp_path / "run", total_updates=end, learning_rate=1e-2).train()
+    resumed = make_trainer(tmp_path / "run", total_updates=end + 4, learning_rate=1e-3).resume()
+    groups = resumed.optimizer.param_groups
+    assert [group["lr"] for group in groups] == pytest.approx([1e-3 * share] * len(groups))
+    assert resumed.scheduler.get_last_lr() == [group["lr"] for group in groups]
+    resumed.train()
+    assert groups[0]["lr"] == pytest.approx(1e-3)
+
+
+def test_resuming_with_more_updates_goes_on_along_the_longer_schedule(tmp_path):
+    options = dict(warmup_updates=2, final_lr_share=0.0)
+    make_trainer(tmp_path / "run", total_updates=6, **options).train()
+    resumed = make_trainer(tmp_path / "run", total_updates=10, **options).resume()
+    # Four of the eight updates of the fall from 1e-2 to 0 are over.
+    assert resumed.optimizer.param_groups[0]["lr"] == pytest.approx(5e-3)
+
+
 def test_off_interval_end_may_be_resumed(tmp_path):
     make_trainer(tmp_path / "run", total_updates=7).train()
     longer = make_trainer(tmp_path / "run", total_updates=15)

@@ -153,6 +153,7 @@ def make_trainer(
     device="cpu",
     replay=None,
     min_trials=1,
+    learning_rate=1e-2,
     **options,
 ) -> AMAGOTrainer:
     """A trainer of everything above. ``weights_seed`` decides the initial weights only.
@@ -192,7 +193,7 @@ def make_trainer(
     return AMAGOTrainer(
         collector=collector,
         loss_module=loss,
-        optimizer=make_optimizer(loss, lr=1e-2),
+        optimizer=make_optimizer(loss, lr=learning_rate),
         replay_buffer=rb if replay is None else replay(rb),
         target_updater=SoftUpdate(loss, tau=0.1),
         exploration=explore,

@@ -58,7 +58,8 @@ class AMAGOTrainer(Trainer):
     determines and a buffer that doesn't prefetch. A run that was killed or interrupted repeats what came after its last checkpoint;
     rows logged after it are dropped. A run whose ``total_updates`` is not a multiple of
     ``checkpoint_interval`` may be resumed with more updates too, but ends trials where a longer run
-    wouldn't have. Environment transforms with running statistics are saved with the collector.
+    wouldn't have. Environment transforms with running statistics are saved with the collector. The
+    learning rate and its schedule are those of the trainer that resumes, not of the checkpoint.
 
     **Offline.** With ``online_after``, the first updates are made on what the buffer holds already, and
     nothing is collected; then rounds of collecting begin, in the same run. A
@@ -87,9 +88,10 @@ class AMAGOTrainer(Trainer):
         eval_interval: updates between evaluations; there is one at the end in any case.
         checkpoint_interval: updates between checkpoints; there is one at the end in any case.
         keep_checkpoints: number of them kept.
-        total_frames: environment steps at which the run ends, if earlier; None for no limit.
+        total_frames: environment steps at which the run ends, if earlier; None, or a negative number as
+            TorchRL has it, for no limit.
         online_after: updates before anything is collected; ``total_updates`` or more never collects.
-        clip_norm: largest norm of the gradient; None does not clip.
+        clip_norm: largest norm of the gradient, more than 0; None does not clip.
         warmup_updates: updates over which the learning rate rises from 1/n of its value to all.
         final_lr_share: share of the learning rate left at ``total_updates``, to which it falls
             linearly after the rise; 1 keeps it constant.
@@ -105,8 +107,8 @@ class AMAGOTrainer(Trainer):
 
     Raises:
         TypeError: for a collector of several processes.
-        ValueError: for a collector that doesn't write whole trials to ``replay_buffer``, or
-            intervals smaller than 1.
+        ValueError: for a collector that doesn't write whole trials to ``replay_buffer``, intervals
+            smaller than 1, or a ``clip_norm`` that isn't positive.
 
     Example:
         >>> import tempfile
@@ -166,17 +168,24 @@ class AMAGOTrainer(Trainer):
         _check_collector(collector, self.online_buffer)
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
-        _check_positive(
+        check_positive(
             total_updates=total_updates,
             updates_per_batch=updates_per_batch,
             eval_interval=eval_interval,
             checkpoint_interval=checkpoint_interval,
             log_interval=log_interval,
         )
+        # `not >`, since NaN is neither.
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(
+                f"clip_norm must be larger than 0, got {clip_norm}. It is the largest norm that a "
+                "gradient keeps; None does not clip."
+            )
+        no_limit = total_frames is None or total_frames < 0
         self.run_dir = Path(run_dir)
         super().__init__(
             collector=collector,
-            total_frames=float("inf") if total_frames is None else total_frames,
+            total_frames=float("inf") if no_limit else total_frames,
             frame_skip=1,
             optim_steps_per_batch=updates_per_batch,
             loss_module=loss_module,
@@ -204,6 +213,7 @@ class AMAGOTrainer(Trainer):
         self._device = next(loss_module.parameters()).device
         self._sync_weights = _needs_weight_sync(collector, self._device)
         self._updates_left = 0  # of the batch collected last
+        self._written_before = 0  # steps in the buffer's history when the loop began
         self._evaluated_at = self._saved_at = -1
         self._resumed: dict[str, Any] | None = None
         self._interrupted = False
@@ -268,6 +278,7 @@ class AMAGOTrainer(Trainer):
         if self._sync_weights:
             self.collector.update_policy_weights_()
         run_state.restart_trials(self.collector, seed, collector)
+        self._written_before = self.online_buffer.write_count
         self.report.stopwatch.start()
 
     def _loop(self) -> None:
@@ -304,7 +315,22 @@ class AMAGOTrainer(Trainer):
         self._pre_steps_log_hook(None)
         if self.replay_buffer.can_sample():
             self._updates_left = self.optim_steps_per_batch
+        else:
+            self._check_capacity()
         return True
+
+    def _check_capacity(self) -> None:
+        """Stop a run that would wait for ever: its buffer was filled twice with too few trials."""
+        buffer = self.online_buffer
+        capacity, written = buffer.storage.max_size, buffer.write_count - self._written_before
+        if buffer.can_sample() or written < 2 * capacity:
+            return
+        raise RuntimeError(
+            f"the replay buffer must hold min_trials={buffer.sampler.min_trials} trials before the "
+            f"first update, got one of {capacity} steps, which holds {buffer.num_trials} of those "
+            "that are collected. Raise its capacity (make_trainer's buffer_frames), or lower "
+            "min_trials."
+        )
 
     def optim_steps(self, batch: TensorDictBase | None) -> None:
         """The updates that are due since the last collected batch."""
@@ -391,6 +417,7 @@ class AMAGOTrainer(Trainer):
             )
             if restart:
                 run_state.restart_trials(self.collector, seed, collector)
+                self.monitor.trials_restarted()
 
     def resume(self, path: str | Path | None = None) -> AMAGOTrainer:
         """Go back to a checkpoint; :meth:`train` continues from there.
@@ -472,7 +499,8 @@ def _check_collector(collector: Collector, replay_buffer: ReplayBuffer) -> None:
         )
 
 
-def _check_positive(**values: int) -> None:
+def check_positive(**values: int) -> None:
+    """Refuse counts below 1, by name."""
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. Give a larger number.")

@@ -78,14 +78,29 @@ def restore(trainer: AMAGOTrainer, state: Mapping[str, Any]) -> None:
     (:func:`restart_trials`): whatever is done in between may draw random numbers.
     """
     trainer.loss_module.load_state_dict(state["loss"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.scheduler.load_state_dict(state["scheduler"])
+    _restore_optimizer(trainer, state)
     if trainer.exploration is not None:
         trainer.exploration.load_state_dict(state["exploration"])
     trainer.set_counters(state["counters"])
     trainer.monitor.load_state_dict(state["monitor"])
     if isinstance(trainer.replay_buffer, TrialMixture):
         trainer.replay_buffer.load_state_dict(state["mixture"])
+
+
+def _restore_optimizer(trainer: AMAGOTrainer, state: Mapping[str, Any]) -> None:
+    """Moments and position in the schedule come back; the rates are this trainer's own.
+
+    So a run that diverged can go on with a lower learning rate. With the same one, its rates are those
+    that were saved.
+    """
+    optimizer, scheduler = trainer.optimizer, trainer.scheduler
+    peaks = scheduler.base_lrs
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    scheduler.base_lrs = peaks
+    for group, peak, share in zip(optimizer.param_groups, peaks, scheduler.lr_lambdas, strict=True):
+        group["initial_lr"], group["lr"] = peak, peak * share(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
 
 
 def draw_seed() -> int:
