@@ -19,7 +19,9 @@ from torchrl_amago.modules import (
     PopArt,
     TransformerEncoder,
     TwoHot,
+    ValueCodec,
 )
+from torchrl_amago.modules.critic import CriticEnsemble
 from torchrl_amago.modules.distributions import make_distribution
 from torchrl_amago.objectives import AMAGOLoss, amago
 
@@ -40,10 +42,13 @@ CODECS = {"popart": PopArt, "two_hot": TwoHot, "hl_gauss": HLGauss}
 
 def make_loss(
     actions: str = "discrete",
-    codec: str = "popart",
+    codec: str | ValueCodec = "popart",
     takes_actions: bool | None = None,
     distribution: str | None = None,
     masks_actions: bool = False,
+    actor: Actor | None = None,
+    critic: CriticEnsemble | None = None,
+    action_key: str = "action_vector",
     **options,
 ) -> AMAGOLoss:
     torch.manual_seed(1)
@@ -54,12 +59,16 @@ def make_loss(
     )
     space = ActionSpace.from_spec(SPECS[actions])
     policy = make_distribution(space, distribution)
-    actor = Actor(D, policy.num_params, len(DISCOUNTS), hidden_size=D, masks_actions=masks_actions)
+    actor = actor or Actor(
+        D, policy.num_params, len(DISCOUNTS), hidden_size=D, masks_actions=masks_actions
+    )
     actor_keys = ["state", "action_mask"] if masks_actions else ["state"]
-    codec = CODECS[codec](len(DISCOUNTS))
+    codec = CODECS[codec](len(DISCOUNTS)) if isinstance(codec, str) else codec
     bins = codec.event_shape.numel() if codec.event_shape else None
     takes_actions = space.kind != "discrete" if takes_actions is None else takes_actions
-    if takes_actions:
+    if critic is not None:
+        takes_actions = isinstance(critic, ActionCritic)
+    elif takes_actions:
         critic = ActionCritic(D, A, DISCOUNTS, num_outputs=bins, hidden_size=D)
     else:
         critic = DiscreteCritic(D, A, len(DISCOUNTS), num_outputs=bins, hidden_size=D)
@@ -70,7 +79,7 @@ def make_loss(
         TensorDictModule(actor, in_keys=actor_keys, out_keys=["action_params"]),
         TensorDictModule(
             critic,
-            in_keys=["state", "action_vector"] if takes_actions else ["state"],
+            in_keys=["state", action_key] if takes_actions else ["state"],
             out_keys=["action_value"],
         ),
         policy,

@@ -7,8 +7,8 @@ raw prediction of the value codec: nothing, or its bins.
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,11 +27,17 @@ from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 from torchrl_amago.objectives.checks import (
     check_actions,
+    check_batch_size,
     check_counts,
     check_critics,
     check_filter,
     check_mask,
     check_reward,
+    check_rows,
+    check_same_discounts,
+    check_scales,
+    check_weighting,
+    check_words,
 )
 from torchrl_amago.objectives.critics import (
     ActionInput,
@@ -45,6 +51,7 @@ from torchrl_amago.objectives.functional import (
     FILTERS,
     AdvantageFilter,
     draw_critic_subset,
+    ensemble_std,
     masked_mean,
     n_step_target,
     reduce_ensemble,
@@ -87,7 +94,7 @@ class AMAGOLoss(LossModule):
         critic_network: see above; reads ``"state"`` and, if it takes actions, ``"action_vector"``.
         distribution: what the actor's parameters mean; the policy's own.
         value_codec: how critics write down values; default :class:`PopArt`.
-        discounts: G discounts in (0, 1).
+        discounts: G discounts in (0, 1), those that the actor and the critics were built for.
         num_target_critics: how many members are drawn for each TD target.
         target_reduction: ``"min"`` or ``"mean"`` over them; default ``"min"`` if there is an online
             actor term, else ``"mean"`` (the minimum underestimates without it).
@@ -122,8 +129,9 @@ class AMAGOLoss(LossModule):
         :mod:`~torchrl_amago.objectives.metrics`.
 
     Raises:
-        ValueError: for arguments out of range; for rewards that aren't scalar or actions outside of
-            their space in the batch.
+        ValueError: for arguments out of range, or parts for other discounts; for batches that aren't
+            ``[B, T]``, rows that don't hold steps of one trial with padding behind them, rewards that
+            aren't scalar, or actions outside of their space.
         KeyError: if the tensordict lacks an entry.
 
     Example:
@@ -132,7 +140,9 @@ class AMAGOLoss(LossModule):
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
         >>> policy = make_policy(env, context_length=45)
         >>> critic = make_critic(policy)
-        >>> loss = AMAGOLoss(policy.encoder, policy.actor, critic, policy.distribution)
+        >>> loss = AMAGOLoss(
+        ...     policy.encoder, policy.actor, critic, policy.distribution, discounts=policy.discounts
+        ... )
         >>> target_update = SoftUpdate(loss, tau=0.003)  # step it after every optimiser step
         >>> batch = env.rollout(6, policy, break_when_any_done=False)
         >>> sorted(k for k in loss(batch).keys() if k.startswith("loss"))
@@ -194,6 +204,18 @@ class AMAGOLoss(LossModule):
     ) -> None:
         super().__init__()
         check_discounts(discounts)
+        check_words(
+            target_reduction=target_reduction or "min",
+            filter_space=filter_space,
+            reduction=reduction,
+        )
+        check_weighting(use_prioritized_weights)
+        check_scales(
+            reward_scale,
+            online_coeff=online_coeff,
+            offline_coeff=offline_coeff,
+            critic_coeff=critic_coeff,
+        )
         check_counts(
             num_target_critics=num_target_critics,
             n_step=n_step,
@@ -201,6 +223,8 @@ class AMAGOLoss(LossModule):
             num_policy_actions=num_policy_actions,
         )
         check_filter(advantage_filter)
+        codec = value_codec if value_codec is not None else PopArt(len(discounts))
+        check_same_discounts(discounts, actor_network, critic_network, codec)
         self.convert_to_functional(encoder_network, "encoder_network", create_target_params=False)
         self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
         self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
@@ -208,7 +232,7 @@ class AMAGOLoss(LossModule):
         check_critics(
             critic_network, num_target_critics, distribution, self.takes_actions, online_coeff > 0
         )
-        self.value_codec = value_codec if value_codec is not None else PopArt(len(discounts))
+        self.value_codec = codec
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
         self.num_target_critics = num_target_critics
         self.target_reduction = target_reduction or ("min" if online_coeff > 0 else "mean")
@@ -233,7 +257,8 @@ class AMAGOLoss(LossModule):
     @property
     def takes_actions(self) -> bool:
         """Whether critics take the action as an input, rather than list the values of all."""
-        return self.tensor_keys.action_vector in self.critic_network.in_keys
+        # Not by the action's key: set_keys may name it only after the loss was made.
+        return len(self.critic_network.in_keys) > 1
 
     @property
     def in_keys(self) -> list[NestedKey]:
@@ -284,6 +309,8 @@ class AMAGOLoss(LossModule):
     ) -> TensorDict:
         """What critics think of a batch, by the same functions as the loss; nothing is updated.
 
+        Networks are in evaluation mode, without dropout, also where the loss is in training.
+
         Args:
             tensordict: slices ``[B, T]``.
             filter_space: as the constructor's; default that of training.
@@ -292,21 +319,22 @@ class AMAGOLoss(LossModule):
             ``q_value``, ``value``, ``advantage`` in reward units times ``reward_scale`` (ensemble
             means), ``q_value_std``, ``value_std`` over the ensemble, and ``filter``: ``[B, T, G]``.
         """
-        with torch.no_grad(), set_recurrent_mode(True):
+        space = filter_space or self.filter_space
+        check_words(filter_space=space)
+        with torch.no_grad(), set_recurrent_mode(True), _evaluating(self):
             steps = Steps(self._mask(tensordict), compact=False)
             current, _ = self._states(tensordict, steps)
             policy = self._policy(current, self.actor_network_params)
             action_BTA = self._stored_action(tensordict, steps)
             prediction, policy_value = self._online_answers(current, action_BTA, policy)
             q, value = self.value_codec.decode(prediction), policy_value.to("value")
-            space = filter_space or self.filter_space
             weight_BTG = self._imitation_weight(self._advantage(prediction, q, policy_value, space))
         return TensorDict(
             q_value=q.mean(-2),
             value=value.mean(-2),
             advantage=q.mean(-2) - value.mean(-2),
-            q_value_std=q.std(-2),
-            value_std=value.std(-2),
+            q_value_std=ensemble_std(q),
+            value_std=ensemble_std(value),
             filter=weight_BTG,
             batch_size=tensordict.shape,
         )
@@ -321,27 +349,18 @@ class AMAGOLoss(LossModule):
         return [key for key in self.actor_network.in_keys if key != self.tensor_keys.state]
 
     def _mask(self, tensordict: TensorDictBase) -> Tensor:
+        check_batch_size(tensordict.shape)
         mask_BT = tensordict.get(self.tensor_keys.mask, None)
         if mask_BT is None:
-            return torch.ones(tensordict.shape, dtype=torch.bool, device=self.discounts.device)
+            mask_BT = torch.ones(tensordict.shape, dtype=torch.bool, device=self.discounts.device)
         mask_BT = mask_BT.reshape(tensordict.shape)
-        if not torch.compiler.is_compiling() and not mask_BT.any():
-            warnings.warn(
-                "every step of the batch is masked: the loss is zero and no statistic moves. "
-                "Check the replay buffer's sampler.",
-                stacklevel=2,
-            )
+        if not torch.compiler.is_compiling():
+            check_rows(mask_BT, tensordict.get(keys.IS_INIT, None))
         return mask_BT
 
     def _read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
         """An entry at T + 1 steps: at the first root, then at what every step led to."""
-        first, rest = tensordict.get(key, None), tensordict.get("next").get(key, None)
-        if first is None or rest is None:
-            raise KeyError(
-                f"the loss reads {key!r} at the root and under 'next', but it is missing "
-                f"{'at the root' if first is None else 'under next'}. Collect with the same "
-                "transforms as the policy was built for."
-            )
+        first, rest = _entry(tensordict, key), _entry(tensordict, key, "under next")
         return torch.cat([first[:, :1], rest], 1)
 
     def _states(
@@ -378,18 +397,18 @@ class AMAGOLoss(LossModule):
     def _stored_action(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
         """Actions taken, as vectors ``[M, A]``."""
         space = self.distribution.space
-        action_M = steps.select(tensordict.get(self.tensor_keys.action), fill=0)
+        action_M = steps.select(_entry(tensordict, self.tensor_keys.action), fill=0)
         if not torch.compiler.is_compiling():
             check_actions(space, action_M, steps.mask)
         return space.to_vector(action_M)
 
     def _terminated(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
-        terminated = tensordict.get("next").get(self.tensor_keys.terminated)
+        terminated = _entry(tensordict, self.tensor_keys.terminated, "under next")
         mask_BT1 = steps.full_mask.unsqueeze(-1)
         return terminated.reshape(mask_BT1.shape) & mask_BT1
 
     def _reward(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
-        reward = tensordict.get("next").get(self.tensor_keys.reward)
+        reward = _entry(tensordict, self.tensor_keys.reward, "under next")
         mask_BT1 = steps.full_mask.unsqueeze(-1)
         check_reward(reward, mask_BT1)
         return torch.where(mask_BT1, self.reward_scale * reward.reshape(mask_BT1.shape), 0.0)
@@ -546,12 +565,30 @@ class AMAGOLoss(LossModule):
         return out
 
 
+def _entry(
+    tensordict: TensorDictBase,
+    key: NestedKey,
+    place: Literal["at the root", "under next"] = "at the root",
+) -> Tensor:
+    """An entry of the batch; a KeyError with its name and place if there is none."""
+    source = tensordict if place == "at the root" else tensordict.get("next", None)
+    entry = None if source is None else source.get(key, None)
+    if entry is None:
+        raise KeyError(
+            f"the loss reads {key!r} of a batch, but it is missing {place}. Collect with the same "
+            "transforms as the policy was built for; name other keys with set_keys."
+        )
+    return entry
+
+
 def _edited(
     hook: MaskHook, tensordict: TensorDictBase, term: Tensor, mask: Tensor, steps: Steps
 ) -> Tensor:
     """The mask that a user's hook makes of the real steps; padding stays out."""
     full = steps.restore(mask.expand_as(term))
-    edited = hook(tensordict, steps.restore(term.detach()), full)
+    # A copy, since a hook may edit it in place, and the mask may be a view of the batch's.
+    copy = full.clone(memory_format=torch.contiguous_format)
+    edited = hook(tensordict, steps.restore(term.detach()), copy)
     check_mask(edited, full)
     return steps.select(edited & full)
 
@@ -560,6 +597,17 @@ def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:
     # Functional networks are not submodules, so train() and eval() of the loss do not reach them.
     if network.training != training:
         network.train(training)
+
+
+@contextmanager
+def _evaluating(loss: LossModule) -> Iterator[None]:
+    """Evaluation mode for as long as this lasts."""
+    was_training = loss.training
+    loss.eval()
+    try:
+        yield
+    finally:
+        loss.train(was_training)
 
 
 def _swapped_in(params: TensorDictBase, network: TensorDictModuleBase) -> TensorDictBase:

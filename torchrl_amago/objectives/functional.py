@@ -134,6 +134,22 @@ def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) 
     return drawn.amin(-2) if how == "min" else drawn.mean(-2)
 
 
+def ensemble_std(value: Tensor) -> Tensor:
+    """Standard deviation over the ensemble itself, no estimate for others: 0 of a single critic.
+
+    Args:
+        value: ``[..., C, G]``.
+
+    Returns:
+        ``[..., G]``.
+
+    Example:
+        >>> ensemble_std(torch.tensor([[1.0], [3.0]]))
+        tensor([1.])
+    """
+    return (value - value.mean(-2, keepdim=True)).square().mean(-2).sqrt()
+
+
 def binary_filter(advantage: Tensor, threshold: float = 0.0) -> Tensor:
     """Imitate only actions better than the policy's average (CRR, arXiv 2006.15134, eq. 3).
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_amago.modules.value_codec import ValueCodec
+from torchrl_amago.objectives.functional import ensemble_std
 
 PER_DISCOUNT = "per_discount"
 POLICY_METRICS = ("entropy", "effective_batch")
@@ -88,11 +89,10 @@ def value_metrics(
     q_MCG, target_MG = q_MCG / reward_scale, target_MG / reward_scale
     q_MG = q_MCG.mean(-2)
     error_MG = (q_MG - target_MG).abs()
-    spread_MG = (q_MCG - q_MG.unsqueeze(-2)).square().mean(-2).sqrt()
     mean, scale = codec.mean_and_scale()
     per_discount = {
         "q_value": _mean(q_MG, mask_M),
-        "q_value_std": _mean(spread_MG, mask_M),
+        "q_value_std": _mean(ensemble_std(q_MCG), mask_M),
         "td_target": _mean(target_MG, mask_M),
         "td_target_min": -_largest(-target_MG, mask_M),
         "td_target_max": _largest(target_MG, mask_M),
