@@ -155,6 +155,16 @@ def test_refuses_an_unknown_loss(tmp_path):
         make_trainer(env, policy, trial_length=6, total_updates=1, run_dir=tmp_path, loss="sac")
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("trial_length", 0), ("round_steps", 0), ("round_steps", -3), ("slice_length", 0)],
+)
+def test_refuses_lengths_below_one(env, policy, tmp_path, name, value):
+    options = {"trial_length": 4, "total_updates": 1, "run_dir": tmp_path, name: value}
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        make_trainer(env, policy, **options)
+
+
 def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
     online, data = (make_trial_buffer(50, slice_len=4, batch_size=5) for _ in range(2))
     data.extend(env.rollout(4).exclude("_stream").reshape(-1))

@@ -41,6 +41,13 @@ def test_a_subclass_adds_fields_and_changes_defaults():
     assert Args(corridor=7).trainer_options()["task"] == {"corridor": 7, "oracle": False}
 
 
+@pytest.mark.parametrize("name", ["num_envs", "eval_trials"])
+@pytest.mark.parametrize("value", [0, -2])
+def test_counts_of_the_script_are_checked_before_anything_is_built(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
+        Args(**{name: value})
+
+
 # --- policies ---
 
 

@@ -17,7 +17,7 @@ from torchrl_amago.evaluation import BothResults, HeldOut
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.trainers.allocator import keep_freed_memory
-from torchrl_amago.trainers.amago import AMAGOTrainer
+from torchrl_amago.trainers.amago import AMAGOTrainer, check_positive
 
 # What --debug changes in every script: networks and a run that are over in seconds.
 DEBUG = dict(
@@ -40,6 +40,9 @@ class TrainingArgs:
 
     A script subclasses it: fields that it adds are those of its task, and a field without a
     docstring that it repeats gets another default. The docstrings are what `--help` shows.
+
+    Raises:
+        ValueError: for `num_envs` or `eval_trials` smaller than 1.
 
     Example:
         >>> @dataclass
@@ -108,6 +111,10 @@ class TrainingArgs:
     """Loggers besides progress.csv."""
     threads: int = 2
     """CPU threads."""
+
+    def __post_init__(self) -> None:
+        # What the trainer doesn't see; it checks the others.
+        check_positive(num_envs=self.num_envs, eval_trials=self.eval_trials)
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_amago.modules.make_policy`: sizes and sequence model.
