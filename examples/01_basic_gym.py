@@ -229,7 +229,7 @@ def draw_pictures(args: Args, policy, seed: int) -> None:
     )
     try:
         attempts = rollout_pictures(policy, make_env(args, 1, render_mode="rgb_array"), seed=seed)
-    except gym.error.DependencyNotInstalled as error:
+    except Exception as error:  # noqa: BLE001 - whatever a task fails with, the results are there
         print(f"No trial.png, since {args.env_id} can't be drawn here: {error}")
         return
     plot_trial_strip(

@@ -143,6 +143,50 @@ def test_bins_cover_the_return_range(basic_gym):
         basic_gym.loss_options(dataclasses.replace(args, num_bins=5))
 
 
+class Undrawable(gym.Env):
+    """Can't be told to give pictures."""
+
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 1}  # noqa: RUF012 - Gymnasium's way
+    observation_space = gym.spaces.Box(0.0, 1.0, (2,))
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        return self.observation_space.sample(), 0.0, False, False, {}
+
+
+class Unrendered(Undrawable):
+    """Fails when it is to give one."""
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+
+    def render(self):
+        raise OSError("no display")
+
+
+@pytest.mark.parametrize(
+    ("env_class", "reason"), [(Undrawable, "render_mode"), (Unrendered, "no display")]
+)
+def test_a_task_that_cannot_be_drawn_has_no_picture(
+    basic_gym, monkeypatch, tmp_path, capsys, env_class, reason
+):
+    monkeypatch.setattr(basic_gym, "plot_learning_curve", lambda *_, **__: None)
+    gym.register("Undrawable-v0", env_class, max_episode_steps=3)
+    try:
+        args = basic_gym.Args(env_id="Undrawable-v0", run_dir=tmp_path)
+        policy = basic_gym.make_env(args, 1).rand_action
+        basic_gym.draw_pictures(args, policy, seed=0)
+    finally:
+        del gym.registry["Undrawable-v0"]
+    shown = capsys.readouterr().out
+    assert shown.startswith("No trial.png, since Undrawable-v0 can't be drawn here: ")
+    assert reason in shown
+
+
 def test_a_task_without_an_end_needs_one(basic_gym):
     gym.register("Endless-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv")
     try:
