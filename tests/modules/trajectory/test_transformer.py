@@ -72,6 +72,22 @@ def test_segments_never_ignores_is_init():
     assert torch.equal(encode(encoder, td), expected)
 
 
+def test_segments_never_refuses_padding_on_the_left():
+    encoder = build(segments="never").eval()
+    td = sequences()
+    expected = encode(encoder, td)
+    steps = torch.arange(6).expand(3, 6)
+    on_the_right = td.clone().set(("collector", "mask"), steps < 4)
+    torch.testing.assert_close(encode(encoder, on_the_right)[:, :4], expected[:, :4])
+    for mask in (steps >= 2, (steps >= 2) | (torch.arange(3) > 0).unsqueeze(1)):
+        padded = td.clone().set(("collector", "mask"), mask)
+        with pytest.raises(
+            ValueError,
+            match=r"segments='never' needs .* padded on the right, got .* segments='auto'",
+        ):
+            encode(encoder, padded)
+
+
 def test_leading_dimensions():
     encoder = build().eval()
     td = sequences(6)

@@ -10,7 +10,9 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
+from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import (
@@ -144,12 +146,13 @@ class TransformerEncoder(TrajectoryEncoder):
             (it trains on GPUs only); `auto` takes `flash` where it can run, else `sdpa`.
         segments: `auto` keeps trials apart that follow each other in a row of a sequence (found by
             `is_init`; under `torch.compile` the mask for it is always built), `never` says that
-            each row is a part of one trial.
+            each row is a part of one trial, with padding on the right alone.
         options: see :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if a backend is asked for by name and isn't installed.
-        ValueError: if a number is out of its range or a name unknown.
+        ValueError: if a number is out of its range or a name unknown; from `forward`, if steps come
+            after padding under `segments="never"` (not looked for under `torch.compile`).
 
     Example:
         >>> from tensordict import TensorDict
@@ -252,6 +255,11 @@ class TransformerEncoder(TrajectoryEncoder):
         )
         self.norm = make_norm(norm, d_model)
 
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        if self.segments == "never" and recurrent_mode() and not torch.compiler.is_compiling():
+            _check_padding(tensordict.get(self.mask_key, None))
+        return super().forward(tensordict)
+
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x_NTD = dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
         is_init_NT = None if self.segments == "never" else starts_within_rows(is_init_NT)
@@ -339,6 +347,15 @@ def _check_window(window: int | None, context_length: int) -> None:
             f"window must be at most context_length, got window={window}, "
             f"context_length={context_length}. Rollouts keep context_length steps: raise it, or leave "
             "window out."
+        )
+
+
+def _check_padding(mask: Tensor | None) -> None:
+    # What the real steps would see of the padding is only hidden by a mask, which "never" does without.
+    if mask is not None and (mask[..., 1:] & ~mask[..., :-1]).any():
+        raise ValueError(
+            "segments='never' needs rows that are padded on the right, got real steps after padding. "
+            "Make the buffer with padding='right', or use segments='auto'."
         )
 
 
