@@ -206,16 +206,18 @@ def test_on_the_frozen_lake_with_its_transforms():
     assert torch.equal(again.attempt_return, results.attempt_return)
 
 
-def test_results_survive_a_file(tmp_path):
+@pytest.mark.parametrize("name", ["results.npz", "greedy.v1"])
+def test_results_survive_a_file(tmp_path, name):
     results = TrialResults(
         attempt_return=torch.tensor([[0.0, 1.0], [1.0, float("nan")]]),
         attempt_success=torch.tensor([[False, True], [True, False]]),
         trial_return=torch.tensor([1.0, 1.0]),
         trial_length=torch.tensor([12, 8]),
     )
-    results.save(tmp_path / "results.npz")
-    loaded = TrialResults.load(tmp_path / "results.npz")
-    for name in ("attempt_return", "attempt_success", "trial_return", "trial_length"):
-        one, other = getattr(results, name), getattr(loaded, name)
+    results.save(tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    loaded = TrialResults.load(tmp_path / name)
+    for field in ("attempt_return", "attempt_success", "trial_return", "trial_length"):
+        one, other = getattr(results, field), getattr(loaded, field)
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, equal_nan=True)

@@ -50,6 +50,14 @@ def test_bootstrap_mean_skips_missing_values_column_by_column():
     assert np.isnan(low[2])
 
 
+@pytest.mark.parametrize("infinite", [float("inf"), -float("inf")])
+def test_bootstrap_mean_refuses_infinity(infinite):
+    with pytest.raises(
+        ValueError, match=r"finite, or NaN where they are missing, got 1 infinite of 3"
+    ):
+        bootstrap_mean(np.array([[infinite], [1.0], [np.nan]]))
+
+
 def test_bootstrap_does_not_depend_on_the_chunk_size(monkeypatch):
     values = np.random.default_rng(0).random((50, 3))
     whole = bootstrap_mean(values, resamples=300)

@@ -86,10 +86,11 @@ class TrialResults:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write an `.npz` file that :meth:`load` and `numpy.load` read, without pickle."""
-        np.savez_compressed(
-            path, **{field.name: getattr(self, field.name).numpy() for field in fields(self)}
-        )
+        """Write a file in the format `.npz` that :meth:`load` and `numpy.load` read, without pickle."""
+        arrays = {field.name: getattr(self, field.name).numpy() for field in fields(self)}
+        # Given a name, numpy would add a suffix to it.
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **arrays)
 
     @classmethod
     def load(cls, path: str | Path) -> TrialResults:

@@ -71,6 +71,9 @@ def bootstrap_mean(
     Returns:
         Three arrays of shape `[...]`, NaN where a column has no value at all.
 
+    Raises:
+        ValueError: where there is no row, or a value is infinite.
+
     Example:
         >>> point, low, high = bootstrap_mean(np.array([[0.0], [1.0], [1.0], [np.nan]]))
         >>> round(float(point[0]), 3), bool(low[0] < point[0] < high[0])
@@ -82,9 +85,15 @@ def bootstrap_mean(
             f"bootstrap_mean averages over the first axis, which must not be empty; got shape "
             f"{values.shape}. Pass one row per trial or run."
         )
+    if np.isinf(values).any():
+        raise ValueError(
+            "Values must be finite, or NaN where they are missing, got "
+            f"{int(np.isinf(values).sum())} infinite of {values.size}. Put NaN where there is no "
+            "value, or find out what diverged."
+        )
     _check_confidence(confidence, resamples)
     columns = values.reshape(len(values), -1)
-    present = np.isfinite(columns)
+    present = ~np.isnan(columns)
     filled = np.where(present, columns, 0.0)
     generator = np.random.default_rng(seed)
     means = []
