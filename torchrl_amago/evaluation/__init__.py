@@ -1,6 +1,6 @@
 """What an agent can do: unbiased evaluation, its statistics, and the pictures of both.
 
-`evaluate` plays a fixed number of whole trials per environment row, `held_out` the same ones again
+`evaluate` plays a fixed number of whole trials per environment row, `held_out` those of one seed again
 and again through a run; `statistics` gives interquartile means and bootstrap intervals; `plots`
 draws learning curves, adaptation curves and trials.
 """

@@ -1,4 +1,4 @@
-"""One set of held-out trials, for all evaluations of a run: during training and at its end."""
+"""Trials of one held-out seed, for all evaluations of a run: during training and at its end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ HELD_OUT_SEED = 10_000_019
 
 
 class BothResults(NamedTuple):
-    """The same trials played greedily, and with actions sampled from the policy without noise.
+    """Trials of one seed played greedily, and with actions sampled from the policy without noise.
+
+    How far their tasks are the same is said in :class:`HeldOut`.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -54,7 +56,13 @@ class BothResults(NamedTuple):
 
 
 class HeldOut:
-    """Whole trials in an environment of its own; the same ones at every evaluation.
+    """Whole trials in an environment of its own, seeded anew at every evaluation.
+
+    The first trial of each row has the same task every time. So have those after it where a task is a
+    reset seed, as in Gymnasium environments. The rows of a native task (`BatchedTask`) share a
+    generator: there, the later tasks are the same if trials end at the same steps, and else other draws
+    of the same distribution. Where each trial is to be compared with its counterpart, give the
+    environment as many rows as there are trials.
 
     Args:
         policy: as for :func:`evaluate`.
@@ -97,7 +105,7 @@ class HeldOut:
         )
 
     def evaluate_both(self, num_trials: int) -> BothResults:
-        """Play them greedily, then sampled."""
+        """Play trials greedily, then sampled, both from the same seed."""
         return BothResults(self.evaluate(num_trials), self.evaluate(num_trials, greedy=False))
 
     def pictures(self) -> list[list[np.ndarray]]:
