@@ -53,7 +53,7 @@ CHANGES = {
         "codec": TwoHot,
         "coefficients": (0.0, 1.0),
         "takes_actions": True,
-        "range": (-100_000.0, 100_000.0),
+        "range": (-5.0, 55.0),
     },
 }
 
