@@ -176,6 +176,9 @@ class TrajectoryEncoder(TensorDictModuleBase):
     def check_positions(self, positions: Tensor) -> None:
         """Refuse positions that can't be encoded; called outside of compiled code."""
 
+    def check_mask(self, mask: Tensor) -> None:
+        """Refuse masks of sequences ``[*B, T, 1]`` that the encoder can't honour; by default none."""
+
     # --- what it gets ---
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -299,6 +302,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
         mask = tensordict.get(self.mask_key, None)
         if mask is not None:
             mask = mask.reshape(*shape, 1)
+            self.check_mask(mask)
             x = torch.where(mask, x, 0.0)
             positions = torch.where(mask, positions, 0)
             # What comes after padding on the left begins there, be it in mid-trial.

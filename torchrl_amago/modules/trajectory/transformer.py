@@ -10,9 +10,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import (
@@ -255,10 +253,15 @@ class TransformerEncoder(TrajectoryEncoder):
         )
         self.norm = make_norm(norm, d_model)
 
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if self.segments == "never" and recurrent_mode() and not torch.compiler.is_compiling():
-            _check_padding(tensordict.get(self.mask_key, None))
-        return super().forward(tensordict)
+    def check_mask(self, mask: Tensor) -> None:
+        if self.segments != "never" or torch.compiler.is_compiling():
+            return
+        # What real steps would see of the padding is only hidden by a mask, which "never" does without.
+        if (mask[..., 1:, :] & ~mask[..., :-1, :]).any():
+            raise ValueError(
+                "segments='never' needs rows that are padded on the right, got real steps after padding. "
+                "Make the buffer with padding='right', or use segments='auto'."
+            )
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x_NTD = dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
@@ -347,15 +350,6 @@ def _check_window(window: int | None, context_length: int) -> None:
             f"window must be at most context_length, got window={window}, "
             f"context_length={context_length}. Rollouts keep context_length steps: raise it, or leave "
             "window out."
-        )
-
-
-def _check_padding(mask: Tensor | None) -> None:
-    # What the real steps would see of the padding is only hidden by a mask, which "never" does without.
-    if mask is not None and (mask[..., 1:] & ~mask[..., :-1]).any():
-        raise ValueError(
-            "segments='never' needs rows that are padded on the right, got real steps after padding. "
-            "Make the buffer with padding='right', or use segments='auto'."
         )
 
 
