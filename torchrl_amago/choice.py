@@ -1,4 +1,4 @@
-"""Arguments that name one of a few things, or a part, or are one."""
+"""Arguments that name one of a few things, or a part, or are one; and those that count."""
 
 from __future__ import annotations
 
@@ -47,3 +47,21 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
             f"{argument} must be one of {', '.join(map(repr, choices))}, got {value!r}. "
             f"Use {choices[0]!r} where in doubt."
         )
+
+
+def check_counts(remedy: str, **counts: int) -> None:
+    """Refuse counts below 1, by name.
+
+    Args:
+        remedy: the message's last sentence.
+        counts: values by the arguments' names.
+
+    Raises:
+        ValueError: for the first that is smaller.
+
+    Example:
+        >>> check_counts("Use 4, as published.", num_critics=2)
+    """
+    for name, value in counts.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}. {remedy}")

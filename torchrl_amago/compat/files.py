@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ def read_amago_weights(source: Source) -> dict[str, Tensor]:
     return weights
 
 
-def _common_wrapper(names: Iterable[str]) -> str | None:
+def _common_wrapper(names: Collection[str]) -> str | None:
     wrappers = (w for w in _WRAPPERS if names and all(name.startswith(w) for name in names))
     return next(wrappers, None)
 

@@ -61,7 +61,7 @@ class ActorHead(nn.Module, abc.ABC):
         mask_parts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        self.mask_parts = (num_params,) if mask_parts is None else tuple(mask_parts)
+        self.mask_parts = mask_parts
         self.num_params, self.num_discounts = num_params, num_discounts
         self.observation_sizes, self.masks_actions = tuple(observation_sizes), masks_actions
         self.input_size = state_size + sum(observation_sizes)

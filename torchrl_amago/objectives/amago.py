@@ -22,13 +22,13 @@ from torchrl.modules import set_recurrent_mode
 from torchrl.objectives import LossModule
 
 from torchrl_amago import keys
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 from torchrl_amago.objectives.checks import (
     check_actions,
     check_batch_size,
-    check_counts,
     check_critics,
     check_filter,
     check_mask,
@@ -217,6 +217,7 @@ class AMAGOLoss(LossModule):
             critic_coeff=critic_coeff,
         )
         check_counts(
+            "See AMAGOLoss's arguments.",
             num_target_critics=num_target_critics,
             n_step=n_step,
             num_target_actions=num_target_actions,

@@ -24,13 +24,6 @@ _CHOICES = {
 }
 
 
-def check_counts(**counts: int) -> None:
-    """Refuse numbers of critics, rewards or samples below 1, by name."""
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}. See AMAGOLoss's arguments.")
-
-
 def check_words(**words: str) -> None:
     """Refuse words that choose nothing, by the argument's name."""
     for name, word in words.items():

@@ -20,6 +20,7 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer, UpdateWeights
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import run_state
@@ -168,7 +169,8 @@ class AMAGOTrainer(Trainer):
         _check_collector(collector, self.online_buffer)
         if precision not in ("fp32", "bf16"):
             raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}.")
-        check_positive(
+        check_counts(
+            "Give a larger number.",
             total_updates=total_updates,
             updates_per_batch=updates_per_batch,
             eval_interval=eval_interval,
@@ -497,10 +499,3 @@ def _check_collector(collector: Collector, replay_buffer: ReplayBuffer) -> None:
             "writes fragments. Make it with Collector(..., trajs_per_batch=1, "
             "replay_buffer=replay_buffer)."
         )
-
-
-def check_positive(**values: int) -> None:
-    """Refuse counts below 1, by name."""
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}. Give a larger number.")

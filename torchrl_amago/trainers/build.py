@@ -10,12 +10,12 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago.choice import pick
+from torchrl_amago.choice import check_counts, pick
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
-from torchrl_amago.trainers.amago import AMAGOTrainer, check_positive
+from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import make_optimizer
 
 
@@ -96,7 +96,8 @@ def make_trainer(
     make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
     loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    check_positive(**{name: steps for name, steps in lengths.items() if steps is not None})
+    given = {name: steps for name, steps in lengths.items() if steps is not None}
+    check_counts("Give a larger number.", **given)
     if replay_buffer is not None and (slice_length or buffer_options):
         raise ValueError(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "

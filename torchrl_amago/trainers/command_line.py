@@ -13,11 +13,12 @@ from typing import Any, Literal, NoReturn
 
 import torch
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.evaluation import BothResults, HeldOut
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.trainers.allocator import keep_freed_memory
-from torchrl_amago.trainers.amago import AMAGOTrainer, check_positive
+from torchrl_amago.trainers.amago import AMAGOTrainer
 
 # What --debug changes in every script: networks and a run that are over in seconds.
 DEBUG = dict(
@@ -114,7 +115,7 @@ class TrainingArgs:
 
     def __post_init__(self) -> None:
         # What the trainer doesn't see; it checks the others.
-        check_positive(num_envs=self.num_envs, eval_trials=self.eval_trials)
+        check_counts("Give a larger number.", num_envs=self.num_envs, eval_trials=self.eval_trials)
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_amago.modules.make_policy`: sizes and sequence model.

@@ -16,17 +16,13 @@ from torch.nn import functional as F
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
 
 
 def check_sizes(**sizes: int) -> None:
     """Refuse sizes of a sequence model below 1, by name."""
-    for name, value in sizes.items():
-        if value < 1:
-            raise ValueError(
-                f"{name} must be at least 1, got {value}. For an agent without memory use "
-                "FeedForwardEncoder."
-            )
+    check_counts("For an agent without memory use FeedForwardEncoder.", **sizes)
 
 
 def check_heads(d_model: int, num_heads: int) -> None:

@@ -85,11 +85,9 @@ class BinCodec(ValueCodec):
     ) -> None:
         super().__init__()
         popart = popart if popart is not None else PopArt(num_discounts)
-        _check_arguments(num_discounts, num_bins, min_return, max_return, init_value, popart)
-        if init_slope is not None and not init_slope > 0:
-            raise ValueError(
-                f"init_slope must be positive, got {init_slope}. Use 10, or None for weights without order."
-            )
+        _check_arguments(
+            num_discounts, num_bins, min_return, max_return, init_value, init_slope, popart
+        )
         self.symlog, self.init_value, self.popart = symlog, init_value, popart
         self.init_slope = init_slope
         low, high = self._to_bin_space(torch.tensor([min_return, max_return]))
@@ -325,6 +323,7 @@ def _check_arguments(
     min_return: float,
     max_return: float,
     init_value: float | None,
+    init_slope: float | None,
     popart: PopArt,
 ) -> None:
     if num_bins < 2:
@@ -341,6 +340,10 @@ def _check_arguments(
         raise ValueError(
             f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
             f"{init_value}. Widen the range, or leave it None."
+        )
+    if init_slope is not None and not init_slope > 0:
+        raise ValueError(
+            f"init_slope must be positive, got {init_slope}. Use 10, or None for weights without order."
         )
     if len(popart.mu) != num_discounts:
         raise ValueError(
