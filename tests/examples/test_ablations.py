@@ -49,12 +49,6 @@ CHANGES = {
     "hl_gauss": {"codec": HLGauss, "range": (-5.0, 55.0)},
     "n_step_3": {"n_step": 3},
     "memory_free": {"encoder": FeedForwardEncoder},
-    "amago2": {
-        "codec": TwoHot,
-        "coefficients": (0.0, 1.0),
-        "takes_actions": True,
-        "range": (-5.0, 55.0),
-    },
 }
 
 

@@ -92,7 +92,7 @@ class ListedActions(CriticAnswers):
             return expected_value(listed, action_MA.unsqueeze(-2))
         # Predictions of classes can't be mixed: a softened action counts as the hard one.
         index = action_MA.argmax(-1).view(*action_MA.shape[:-1], 1, 1, 1, 1)
-        return listed.take_along_dim(index, -2).squeeze(-2)
+        return listed.gather(-2, index.expand(*listed.shape[:-2], 1, listed.shape[-1])).squeeze(-2)
 
 
 class ActionInput(CriticAnswers):
@@ -126,14 +126,16 @@ class _Average(PolicyValue):
     """Over listed actions, by their probabilities `[M, G, A]`."""
 
     def __init__(self, codec: ValueCodec, prediction: Tensor, probs_MGA: Tensor) -> None:
-        self.codec, self.prediction, self.probs_MGA = codec, prediction, probs_MGA
+        self.codec, self.probs_MGA = codec, probs_MGA
+        # Bins are read once, whatever will be asked for; they are most of the work.
+        self.prediction = codec.decode(prediction) if codec.event_shape else prediction
 
     def to(self, space: ValueSpace) -> Tensor:
+        average_MCG = expected_value(self.prediction, self.probs_MGA)
         if not self.codec.event_shape:
             # Scalars' spaces are affine in the prediction: average first, it is less work.
-            return to_space(self.codec, expected_value(self.prediction, self.probs_MGA), space)
-        each_AMCG = to_space(self.codec, self.prediction.movedim(-2, 0), space)
-        return expected_value(each_AMCG.movedim(0, -1), self.probs_MGA)
+            return to_space(self.codec, average_MCG, space)
+        return self.codec.normalize(average_MCG) if space == "normalized" else average_MCG
 
 
 class _Mean(PolicyValue):

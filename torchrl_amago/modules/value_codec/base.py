@@ -19,7 +19,7 @@ class ValueCodec(nn.Module, abc.ABC):
         ...     def update(self, target, mask): pass
         ...     def encode(self, target): return target
         ...     def decode(self, prediction): return prediction
-        ...     def normalized(self, prediction): return prediction
+        ...     def normalize(self, value): return value
         ...     def loss(self, prediction, target):
         ...         return (prediction - target.unsqueeze(-2)).square()
         >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
@@ -58,8 +58,12 @@ class ValueCodec(nn.Module, abc.ABC):
         """Turn raw predictions ``[..., G, *event]`` into values in reward units ``[..., G]``."""
 
     @abc.abstractmethod
+    def normalize(self, value: Tensor) -> Tensor:
+        """Turn values in reward units ``[..., G]`` into values of a scale that does not drift."""
+
     def normalized(self, prediction: Tensor) -> Tensor:
-        """Turn raw predictions ``[..., G, *event]`` into values of a scale that does not drift."""
+        """Raw predictions ``[..., G, *event]`` as such values ``[..., G]``."""
+        return self.normalize(self.decode(prediction))
 
     @abc.abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:

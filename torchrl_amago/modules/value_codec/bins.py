@@ -29,7 +29,7 @@ class BinCodec(ValueCodec):
     The mean is taken in the space of the bins and inverted then, as the public AMAGO code does; the
     mean of inverted bins would be another value. A target outside of the range gets the label of
     the range's end; ``num_outside`` counts them and a warning tells of them once (not from compiled
-    code, which only counts). :meth:`normalized` relies on the moving statistics of a
+    code, which only counts). :meth:`normalize` relies on the moving statistics of a
     :class:`PopArt`, since a value read from bins is in reward units.
 
     Args:
@@ -45,7 +45,7 @@ class BinCodec(ValueCodec):
             critic times its bin's place, from ``-init_slope`` at the lowest bin to ``init_slope`` at the
             highest. None draws each logit by itself, and critics take longer to see what actions change
             (``docs/value_codecs.md``); 10 is a good value.
-        popart: statistics of targets behind :meth:`normalized`; default ``PopArt(num_discounts)``.
+        popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``.
 
     Raises:
         ValueError: if the range is empty or too narrow for so many bins in float32, there are fewer
@@ -161,9 +161,9 @@ class BinCodec(ValueCodec):
             mean = prediction.softmax(-1, dtype=dtype) @ self.bins.to(dtype)
         return F.symexp(mean) if self.symlog else mean
 
-    def normalized(self, prediction: Tensor) -> Tensor:
-        """``(decode(prediction) - mu) / sigma`` with the statistics of ``popart``."""
-        return self.popart.encode(self.decode(prediction))
+    def normalize(self, value: Tensor) -> Tensor:
+        """``(value - mu) / sigma`` with the statistics of ``popart``."""
+        return self.popart.normalize(value)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Cross-entropy with the label, ``[..., C, G]``; no gradient to the target."""

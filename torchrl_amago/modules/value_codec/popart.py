@@ -112,8 +112,12 @@ class PopArt(ValueCodec):
         self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 
     def encode(self, target: Tensor) -> Tensor:
-        """``(target - mu) / sigma``."""
-        return (target - self.mu) / self.sigma if self.enabled else target
+        """The label is the normalised target, see :meth:`normalize`."""
+        return self.normalize(target)
+
+    def normalize(self, value: Tensor) -> Tensor:
+        """``(value - mu) / sigma``."""
+        return (value - self.mu) / self.sigma if self.enabled else value
 
     def normalized(self, prediction: Tensor) -> Tensor:
         """``weight * prediction + bias``, the space in which :meth:`loss` compares."""
