@@ -510,7 +510,7 @@ def test_advantage_from_recorded_samples(case, monkeypatch):
     if loss.training:
         # The recorded states are those after an update of the inputs' statistics; estimates make none.
         with torch.no_grad(), set_recurrent_mode(True):
-            loss._encode(batch, batch["collector", "mask"])
+            loss._states(loss._read(batch, compact=False))
     out = loss.estimates(batch, filter_space="raw")
     mask = batch["collector", "mask"]
     expected = case["mid/advantage"].squeeze(-1)[:, :steps]

@@ -26,14 +26,11 @@ from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
+from torchrl_amago.objectives.batch import Slices
 from torchrl_amago.objectives.checks import (
-    check_actions,
-    check_batch_size,
     check_critics,
     check_filter,
     check_mask,
-    check_reward,
-    check_rows,
     check_same_discounts,
     check_scales,
     check_weighting,
@@ -62,7 +59,6 @@ from torchrl_amago.objectives.metrics import (
     policy_metrics,
     value_metrics,
 )
-from torchrl_amago.steps import Steps
 
 MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
@@ -277,15 +273,16 @@ class AMAGOLoss(LossModule):
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Compute the losses of a batch of slices ``[B, T]``, and update the codec's statistics."""
-        steps = Steps(self._mask(tensordict), self.compact)
-        current, following = self._states(tensordict, steps)
-        action_MA = self._stored_action(tensordict, steps)
+        batch = self._read(tensordict, self.compact)
+        steps = batch.steps
+        current, following = self._states(batch)
+        action_MA = batch.action(self.distribution.space)
         policy = self._policy(current, self.actor_network_params)
         terms, metrics = {}, policy_metrics(policy, steps.mask)
         value = weight_MG = None
         if self.uses_critic:
             prediction, value = self._online_answers(current, action_MA, policy)
-            target_MG = self._td_target(tensordict, following, policy, steps)
+            target_MG = self._td_target(batch, following)
             self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(prediction, target_MG)
             q_MCG = self.value_codec.decode(prediction.detach())
@@ -303,7 +300,7 @@ class AMAGOLoss(LossModule):
             metrics |= values
             tensordict.set(self.tensor_keys.priority, steps.restore(td_error_M))
         terms["loss_actor"] = self._actor_term(policy, action_MA, value, weight_MG)
-        return self._reduce(tensordict, terms, metrics, steps)
+        return self._reduce(batch, terms, metrics)
 
     def estimates(
         self, tensordict: TensorDictBase, filter_space: ValueSpace | None = None
@@ -323,10 +320,10 @@ class AMAGOLoss(LossModule):
         space = filter_space or self.filter_space
         check_words(filter_space=space)
         with torch.no_grad(), set_recurrent_mode(True), _evaluating(self):
-            steps = Steps(self._mask(tensordict), compact=False)
-            current, _ = self._states(tensordict, steps)
+            batch = self._read(tensordict, compact=False)
+            current, _ = self._states(batch)
             policy = self._policy(current, self.actor_network_params)
-            action_BTA = self._stored_action(tensordict, steps)
+            action_BTA = batch.action(self.distribution.space)
             prediction, policy_value = self._online_answers(current, action_BTA, policy)
             q, value = self.value_codec.decode(prediction), policy_value.to("value")
             weight_BTG = self._imitation_weight(self._advantage(prediction, q, policy_value, space))
@@ -349,34 +346,21 @@ class AMAGOLoss(LossModule):
         """Observations that go straight to the actor."""
         return [key for key in self.actor_network.in_keys if key != self.tensor_keys.state]
 
-    def _mask(self, tensordict: TensorDictBase) -> Tensor:
-        check_batch_size(tensordict.shape)
-        mask_BT = tensordict.get(self.tensor_keys.mask, None)
-        if mask_BT is None:
-            mask_BT = torch.ones(tensordict.shape, dtype=torch.bool, device=self.discounts.device)
-        mask_BT = mask_BT.reshape(tensordict.shape)
-        if not torch.compiler.is_compiling():
-            check_rows(mask_BT, tensordict.get(keys.IS_INIT, None))
-        return mask_BT
+    def _read(self, tensordict: TensorDictBase, compact: bool | None) -> Slices:
+        return Slices(tensordict, self.tensor_keys, compact, self.discounts.device)
 
-    def _read(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-        """An entry at T + 1 steps: at the first root, then at what every step led to."""
-        first, rest = _entry(tensordict, key), _entry(tensordict, key, "under next")
-        return torch.cat([first[:, :1], rest], 1)
-
-    def _states(
-        self, tensordict: TensorDictBase, steps: Steps
-    ) -> tuple[dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
+    def _states(self, batch: Slices) -> tuple[dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
         """What the heads read: at the slice's steps, and one step on, there without gradient."""
-        state_BSD = self._encode(tensordict, steps.full_mask)
+        steps = batch.steps
+        state_BSD = self._encode(batch)
         current = {self.tensor_keys.state: steps.select(state_BSD[:, :-1])}
         following = {self.tensor_keys.state: steps.select(state_BSD[:, 1:]).detach()}
         actor_keys = self._actor_keys()
         if not actor_keys:
             return current, following
-        ended_M = steps.select(self._terminated(tensordict, steps)).squeeze(-1)
+        ended_M = steps.select(batch.terminated()).squeeze(-1)
         for key in actor_keys:
-            x_BS = self._read(tensordict, key)
+            x_BS = batch.sequence(key)
             # Nobody may act in padding or after the end: there an action mask may allow nothing.
             fill = 0 if x_BS.is_floating_point() else 1
             current[key] = steps.select(x_BS[:, :-1], fill)
@@ -384,49 +368,17 @@ class AMAGOLoss(LossModule):
             following[key] = next_M.masked_fill(expand_as_right(ended_M, next_M), fill)
         return current, following
 
-    def _encode(self, tensordict: TensorDictBase, mask_BT: Tensor) -> Tensor:
+    def _encode(self, batch: Slices) -> Tensor:
         """States of T + 1 steps."""
+        mask_BT = batch.steps.full_mask
         mask_BS = torch.cat([mask_BT[:, :1], mask_BT], 1)
-        inputs = TensorDict(batch_size=mask_BS.shape, device=tensordict.device)
+        inputs = TensorDict(batch_size=mask_BS.shape, device=batch.tensordict.device)
         for key in self._input_keys():
-            inputs.set(key, self._read(tensordict, key))
+            inputs.set(key, batch.sequence(key))
         inputs.set(keys.MASK, mask_BS)
         _follow_mode(self.encoder_network, self.training)
         with _swapped_in(self.encoder_network_params, self.encoder_network):
             return self.encoder_network(inputs).get(self.tensor_keys.state)
-
-    def _stored_action(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
-        """Actions taken, as vectors ``[M, A]``."""
-        space = self.distribution.space
-        action_M = steps.select(_entry(tensordict, self.tensor_keys.action), fill=0)
-        if not torch.compiler.is_compiling():
-            check_actions(space, action_M, steps.mask)
-        return space.to_vector(action_M)
-
-    def _terminated(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
-        terminated = _entry(tensordict, self.tensor_keys.terminated, "under next")
-        mask_BT1 = steps.full_mask.unsqueeze(-1)
-        return terminated.reshape(mask_BT1.shape) & mask_BT1
-
-    def _reward(self, tensordict: TensorDictBase, steps: Steps) -> Tensor:
-        reward = _entry(tensordict, self.tensor_keys.reward, "under next")
-        mask_BT1 = steps.full_mask.unsqueeze(-1)
-        check_reward(reward, mask_BT1)
-        return torch.where(mask_BT1, self.reward_scale * reward.reshape(mask_BT1.shape), 0.0)
-
-    def _importance(self, tensordict: TensorDictBase, steps: Steps) -> Tensor | None:
-        """Importance weights of the steps ``[M]``; None where all count alike."""
-        if not self.use_prioritized_weights:
-            return None
-        weight_BT = tensordict.get(self.tensor_keys.priority_weight, None)
-        if weight_BT is not None:
-            return steps.select(weight_BT.reshape(tensordict.shape), fill=0)
-        if self.use_prioritized_weights == "auto":
-            return None
-        raise KeyError(
-            f"use_prioritized_weights=True reads {self.tensor_keys.priority_weight!r}, but the batch "
-            "lacks it. Sample from a buffer with draw='priority', or use 'auto'."
-        )
 
     # --- networks ---
 
@@ -474,13 +426,7 @@ class AMAGOLoss(LossModule):
         )
 
     @torch.no_grad()
-    def _td_target(
-        self,
-        tensordict: TensorDictBase,
-        following: dict[NestedKey, Tensor],
-        policy: Distribution,
-        steps: Steps,
-    ) -> Tensor:
+    def _td_target(self, batch: Slices, following: dict[NestedKey, Tensor]) -> Tensor:
         actor = self.target_actor_network_params
         if not self.use_target_actor:
             actor = self.actor_network_params
@@ -495,14 +441,14 @@ class AMAGOLoss(LossModule):
         next_value_MG = reduce_ensemble(next_value_MCG, subset_MKG, self.target_reduction)
         # n-step sums follow a row's steps, so they are made where rows are whole.
         target_BTG = n_step_target(
-            self._reward(tensordict, steps),
-            self._terminated(tensordict, steps),
-            steps.restore(next_value_MG),
+            self.reward_scale * batch.reward(),
+            batch.terminated(),
+            batch.steps.restore(next_value_MG),
             self.discounts,
-            steps.full_mask.unsqueeze(-1),
+            batch.mask_BT1,
             self.n_step,
         )
-        return steps.select(target_BTG)
+        return batch.steps.select(target_BTG)
 
     @torch.no_grad()
     def _advantage(
@@ -537,16 +483,19 @@ class AMAGOLoss(LossModule):
 
     # --- outputs ---
 
+    def _importance(self, batch: Slices) -> Tensor | None:
+        """Weights of the steps ``[M]``; None where all count alike."""
+        if not self.use_prioritized_weights:
+            return None
+        return batch.importance(required=self.use_prioritized_weights is True)
+
     def _reduce(
-        self,
-        tensordict: TensorDictBase,
-        terms: dict[str, Tensor],
-        metrics: dict[NestedKey, Tensor],
-        steps: Steps,
+        self, batch: Slices, terms: dict[str, Tensor], metrics: dict[NestedKey, Tensor]
     ) -> TensorDict:
+        steps = batch.steps
         out = TensorDict(device=steps.mask.device)
         hooks = {"loss_actor": self.actor_mask, "loss_qvalue": self.critic_mask}
-        weight_M = self._importance(tensordict, steps)
+        weight_M = self._importance(batch)
         for name, hook in hooks.items():
             term = terms.get(name)
             if term is None:
@@ -554,7 +503,7 @@ class AMAGOLoss(LossModule):
                 continue
             mask = expand_as_right(steps.mask, term)
             if hook is not None:
-                mask = _edited(hook, tensordict, term, mask, steps)
+                mask = _edited(hook, batch, term, mask)
             weight = None if weight_M is None else expand_as_right(weight_M, term)
             if self.reduction == "mean":
                 out.set(name, masked_mean(term, mask, weight))
@@ -566,30 +515,13 @@ class AMAGOLoss(LossModule):
         return out
 
 
-def _entry(
-    tensordict: TensorDictBase,
-    key: NestedKey,
-    place: Literal["at the root", "under next"] = "at the root",
-) -> Tensor:
-    """An entry of the batch; a KeyError with its name and place if there is none."""
-    source = tensordict if place == "at the root" else tensordict.get("next", None)
-    entry = None if source is None else source.get(key, None)
-    if entry is None:
-        raise KeyError(
-            f"the loss reads {key!r} of a batch, but it is missing {place}. Collect with the same "
-            "transforms as the policy was built for; name other keys with set_keys."
-        )
-    return entry
-
-
-def _edited(
-    hook: MaskHook, tensordict: TensorDictBase, term: Tensor, mask: Tensor, steps: Steps
-) -> Tensor:
+def _edited(hook: MaskHook, batch: Slices, term: Tensor, mask: Tensor) -> Tensor:
     """The mask that a user's hook makes of the real steps; padding stays out."""
+    steps = batch.steps
     full = steps.restore(mask.expand_as(term))
     # A copy, since a hook may edit it in place, and the mask may be a view of the batch's.
     copy = full.clone(memory_format=torch.contiguous_format)
-    edited = hook(tensordict, steps.restore(term.detach()), copy)
+    edited = hook(batch.tensordict, steps.restore(term.detach()), copy)
     check_mask(edited, full)
     return steps.select(edited & full)
 
