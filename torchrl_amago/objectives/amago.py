@@ -420,7 +420,7 @@ class AMAGOLoss(LossModule):
         self, current: dict[NestedKey, Tensor], action_MA: Tensor, policy: Distribution
     ) -> tuple[Tensor, PolicyValue]:
         """Raw predictions for the actions taken ``[M, C, G, *]``, and V of the policy."""
-        shown_MA = self.distribution.soften(action_MA) if self.soften_actions else action_MA
+        shown_MA = self.distribution.soften(action_MA, policy) if self.soften_actions else action_MA
         return self._answers(self.critic_network_params, self.num_policy_actions).online(
             current[self.tensor_keys.state], shown_MA, policy, self.online_coeff > 0
         )

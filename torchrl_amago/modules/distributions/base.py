@@ -165,8 +165,16 @@ class PolicyDistribution(abc.ABC):
         """
         return StoredActions(self(params), self.space)
 
-    def soften(self, vector: Tensor) -> Tensor:
-        """What critics are shown in place of the vector ``[..., A]`` of a stored action."""
+    def soften(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
+        """What critics are shown in place of the vector of a stored action.
+
+        Args:
+            vector: ``[..., A]``.
+            policy: ``[..., G]`` distributions for the same states, which know what is forbidden there.
+
+        Returns:
+            ``[..., A]``.
+        """
         return vector
 
     def _checked(self, params: Tensor) -> Tensor:

@@ -27,11 +27,18 @@ from torchrl_amago.modules.distributions.base import (
 CLIP_LOW, CLIP_HIGH = 1e-3, 0.99
 
 
-def clip_probabilities(probs: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
+def clip_probabilities(
+    probs: Tensor,
+    low: float = CLIP_LOW,
+    high: float = CLIP_HIGH,
+    forbidden: Tensor | None = None,
+) -> Tensor:
     """Clip probabilities to ``[low, high]`` and renormalise them.
 
     Args:
         probs: ``[..., A]``, float; a one-hot action works too and comes out softened.
+        forbidden: bool ``[..., A]``, where the outcome is exactly 0, without gradient; they don't count
+            in the clipping.
 
     Returns:
         ``[..., A]``, summing to one; entries may leave ``[low, high]`` by the renormalisation.
@@ -41,21 +48,21 @@ def clip_probabilities(probs: Tensor, low: float = CLIP_LOW, high: float = CLIP_
         tensor([0.9960, 0.0010, 0.0010, 0.0010, 0.0010])
     """
     clipped = probs.clamp(low, high)
+    if forbidden is not None:
+        clipped = clipped.masked_fill(forbidden, 0.0)
     return clipped / clipped.sum(-1, keepdim=True)
 
 
 def clipped_softmax(logits: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
     """Probabilities of logits ``[..., A]``, clipped among the actions that are allowed.
 
-    Actions with a logit of -inf are forbidden: their probability is exactly 0, they don't count in
-    the clipping, and they get no gradient.
+    Actions with a logit of -inf are forbidden, see :func:`clip_probabilities`.
 
     Example:
         >>> clipped_softmax(torch.tensor([20.0, 0.0, -torch.inf])).round(decimals=3)
         tensor([0.9990, 0.0010, 0.0000])
     """
-    clipped = logits.softmax(-1).clamp(low, high).masked_fill(logits == -torch.inf, 0.0)
-    return clipped / clipped.sum(-1, keepdim=True)
+    return clip_probabilities(logits.softmax(-1), low, high, forbidden=logits == -torch.inf)
 
 
 class ClippedCategorical(Categorical):
@@ -277,8 +284,11 @@ class Discrete(PolicyDistribution):
         # The way over one-hot vectors would cost as much as the draw.
         return ClippedCategorical(self._checked(params), self.clip_low, self.clip_high)
 
-    def soften(self, vector: Tensor) -> Tensor:
-        """Clip the one-hot of each part to the bounds of probabilities, and renormalise."""
-        parts = split_parts(vector, self.space.sizes)
+    def soften(self, vector: Tensor, policy: OneHotParts) -> Tensor:
+        """Clip the one-hot of each part to the bounds of probabilities, among the allowed, and renormalise."""
+        # What was taken stays, even if the policy's mask says that it couldn't be.
+        forbidden = (policy.probs[..., 0, :] == 0) & (vector == 0)
+        split = (split_parts(x, self.space.sizes) for x in (vector, forbidden))
+        parts = zip(*split, strict=True)
         clip = (self.clip_low, self.clip_high)
-        return join_parts([clip_probabilities(part, *clip) for part in parts])
+        return join_parts([clip_probabilities(part, *clip, mask) for part, mask in parts])
