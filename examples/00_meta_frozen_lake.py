@@ -7,8 +7,8 @@
 
 The agent isn't told where the holes are. A trial is five attempts at the same lake; what happened in
 the earlier ones is all it has to go by. Results land in the run's folder: `progress.csv`,
-`learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`
-and checkpoints.
+`learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
+the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

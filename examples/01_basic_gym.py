@@ -10,8 +10,8 @@
 
 A trial is one episode, or `--episodes` of them that start alike. Environments are stepped together
 in this process; continuous actions reach the policy in [-1, 1]. Results land in the run's folder:
-`progress.csv`, `learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, checkpoints, and
-`trial.png` where the environment can be drawn (`pip install "gymnasium[classic-control]"`).
+`progress.csv`, `learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights, checkpoints,
+and `trial.png` where the environment can be drawn (`pip install "gymnasium[classic-control]"`).
 """
 
 from __future__ import annotations

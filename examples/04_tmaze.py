@@ -8,8 +8,8 @@
     python examples/04_tmaze.py --run-dir runs/oracle --seq-model feedforward --oracle
 
 The right arm at the corridor's end is shown at the first step only. Results land in the run's folder:
-`progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz` and
-checkpoints.
+`progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
+the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@
 A trial is 100 steps in the same room; each time the agent comes to the key and then to the door (a
 reward of 1 each), or 20 steps have passed, it starts again. Results land in the run's folder:
 `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`,
-`evaluation_sampled.npz` and checkpoints.
+`evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@
 
 A trial is three attempts of 200 steps at one target velocity between 0 and 3 m/s. Results land in
 the run's folder: `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `evaluation.npz`,
-`evaluation_sampled.npz` and checkpoints.
+`evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ reached, as trials are drawn from the replay buffer, and computes rewards and en
 sees the goals, but not `achieved`, the entry that says what hindsight may choose from.
 
 Results land in the run's folder: `progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`,
-`evaluation_sampled.npz` and checkpoints.
+`evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

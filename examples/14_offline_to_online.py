@@ -10,7 +10,7 @@ The first `--online-after` updates use the dataset alone. Then the agent plays i
 the dataset names, and batches are made of both, less and less of the dataset. Needs Minari
 (`pip install 'torchrl-amago[offline]'`), which looks for datasets in $MINARI_DATASETS_PATH, by default
 ~/.minari/datasets. Results land in the run's folder: `progress.csv`, `learning_curve.png`,
-`evaluation.npz`, `evaluation_sampled.npz` and checkpoints.
+`evaluation.npz`, `evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

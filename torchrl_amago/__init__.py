@@ -90,6 +90,7 @@ from torchrl_amago.objectives import LOSSES, AMAGOLoss, amago2_loss, amago_loss
 from torchrl_amago.trainers import (
     AMAGOTrainer,
     TrainingArgs,
+    load_policy,
     make_optimizer,
     make_trainer,
     run_command_line,
@@ -160,6 +161,7 @@ __all__ = [
     "amago_loss",
     "bayes_optimal_success",
     "evaluate",
+    "load_policy",
     "load_replay",
     "load_trials",
     "make_critic",

@@ -91,11 +91,18 @@ def changed(value):
         return not value
     if isinstance(value, (int, float)):
         return value * 2
-    return {"transformer": "gru", (): ("wandb",)}.get(value, Path("elsewhere"))
+    return {"transformer": "gru", "last": "best", (): ("wandb",)}.get(value, Path("elsewhere"))
 
 
 # Read by scripts themselves, where they make environments and evaluate, and by run_command_line.
-READ_ELSEWHERE = {"num_envs", "anneal_frames", "eval_trials", "debug", "threads"}
+READ_ELSEWHERE = {
+    "num_envs",
+    "anneal_frames",
+    "eval_trials",
+    "final_policy",
+    "debug",
+    "threads",
+}
 
 
 def test_no_field_is_ignored():

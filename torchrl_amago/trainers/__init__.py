@@ -3,7 +3,7 @@
 ``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and
 what is read off collected trials, ``optim`` the optimiser, ``nonfinite`` the guard against NaN,
 ``logging`` and ``report`` what a run tells, ``run_state`` what a run is made of, ``checkpoint`` how
-it is kept on disk, ``interrupt`` what Ctrl-C does, and ``command_line`` the settings of a training
+it is kept on disk, ``policy_files`` the trained policy, ``interrupt`` what Ctrl-C does, and ``command_line`` the settings of a training
 script.
 """
 
@@ -29,6 +29,7 @@ from torchrl_amago.trainers.logging import (
 )
 from torchrl_amago.trainers.nonfinite import NonFiniteError
 from torchrl_amago.trainers.optim import decays, make_optimizer, make_schedule
+from torchrl_amago.trainers.policy_files import PolicyFiles, load_policy
 from torchrl_amago.trainers.report import RunReport
 from torchrl_amago.trainers.run_state import describe_architecture
 
@@ -39,6 +40,7 @@ __all__ = [
     "CheckpointStore",
     "MetricWindow",
     "NonFiniteError",
+    "PolicyFiles",
     "ProgressTable",
     "RunReport",
     "TrainingArgs",
@@ -46,6 +48,7 @@ __all__ = [
     "decays",
     "describe_architecture",
     "evaluation_metrics",
+    "load_policy",
     "make_logger",
     "make_optimizer",
     "make_schedule",

@@ -33,6 +33,7 @@ from torchrl_amago.trainers.hooks import (
 from torchrl_amago.trainers.interrupt import on_interrupt
 from torchrl_amago.trainers.nonfinite import blame_inputs, check_data
 from torchrl_amago.trainers.optim import make_schedule
+from torchrl_amago.trainers.policy_files import PolicyFiles
 from torchrl_amago.trainers.report import RunReport
 
 Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
@@ -66,6 +67,9 @@ class AMAGOTrainer(Trainer):
     nothing is collected; then rounds of collecting begin, in the same run. A
     :class:`~torchrl_amago.data.TrialMixture` keeps data and experience apart: what is collected goes
     into its buffer ``online``, which alone is part of the checkpoints.
+
+    **The policy's weights** are written into ``run_dir`` as well, ``policy.pt`` with each checkpoint and
+    ``best_policy.pt`` with the best evaluation (mean return per trial), for :func:`load_policy`.
 
     **Ctrl-C** stops after the running update, closes everything and tells how to resume. No
     checkpoint is written then unless there is none yet, so that the resumed run stays equal to the
@@ -212,6 +216,7 @@ class AMAGOTrainer(Trainer):
             self.online_buffer, self.report.window, self.run_dir, success_threshold
         )
         self.scheduler = make_schedule(optimizer, warmup_updates, total_updates, final_lr_share)
+        self.policy_files = PolicyFiles(self.run_dir, collector.policy)
         self._device = next(loss_module.parameters()).device
         self._sync_weights = _needs_weight_sync(collector, self._device)
         self._updates_left = 0  # of the batch collected last
@@ -391,7 +396,14 @@ class AMAGOTrainer(Trainer):
             results = self.evaluator()
         rng.load_state_dict(before)  # evaluating more or less often must not change training
         self._evaluated_at = self._optim_count
-        return evaluation_metrics(results)
+        evaluation = evaluation_metrics(results)
+        self._fresh_policy_files().offer(evaluation)
+        return evaluation
+
+    def _fresh_policy_files(self) -> PolicyFiles:
+        if self._sync_weights:
+            self.collector.update_policy_weights_()
+        return self.policy_files
 
     def _write_row(self, evaluation: Mapping[str, float]) -> None:
         learning_rate = self.optimizer.param_groups[0]["lr"]
@@ -417,6 +429,7 @@ class AMAGOTrainer(Trainer):
                 run_state.architecture(self),
                 self.collected_frames,
             )
+            self._fresh_policy_files().save_last()
             if restart:
                 run_state.restart_trials(self.collector, seed, collector)
                 self.monitor.trials_restarted()
@@ -445,21 +458,23 @@ class AMAGOTrainer(Trainer):
         self._resumed = {key: state[key] for key in ("rng", "env_seed", "collector")}
         return self
 
-    def counters(self) -> dict[str, int]:
-        """How far the run is."""
+    def counters(self) -> dict[str, float | None]:
+        """How far the run is, and the best evaluation so far."""
         return {
             "updates": self._optim_count,
             "frames": self.collected_frames,
             "updates_left": self._updates_left,
             "evaluated_at": self._evaluated_at,
+            "best_evaluation": self.policy_files.best_value,
         }
 
-    def set_counters(self, counters: Mapping[str, int]) -> None:
+    def set_counters(self, counters: Mapping[str, float | None]) -> None:
         """The inverse of :meth:`counters`."""
         self._optim_count = self._saved_at = counters["updates"]
         self.collected_frames = counters["frames"]
         self._updates_left = counters["updates_left"]
         self._evaluated_at = counters["evaluated_at"]
+        self.policy_files.restore(counters["best_evaluation"])
 
     # -- interruption --------------------------------------------------------------------------
 

@@ -1,0 +1,153 @@
+"""The policy's weights in files: which are kept when, and who may read them."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trainers.tiny import make_trainer
+from torchrl_amago import HeldOut, MetaFrozenLake, TrainingArgs, make_policy, make_trial_env
+from torchrl_amago.trainers import PolicyFiles, load_policy, train_and_evaluate
+
+SMALL = {"seq_model": "gru", "seq_model_options": {"d_model": 8}}
+
+
+def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: x.detach().clone() for name, x in module.state_dict().items()}
+
+
+def assert_holds(path, expected) -> None:
+    stored = torch.load(path, weights_only=True)
+    assert stored.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(stored[name], x), name
+
+
+@pytest.mark.parametrize(
+    ("values", "best"),
+    [
+        ([1.0, 3.0, 2.0], 1),
+        ([1.0, 1.0], 1),  # of equals the later one
+        ([-5.0, math.nan, -7.0], 0),
+        ([math.nan, -7.0], 1),
+        ([-math.inf], 0),
+    ],
+)
+def test_the_best_is_kept(tmp_path, values, best):
+    policy = nn.Linear(1, 1, bias=False)
+    files = PolicyFiles(tmp_path, policy)
+    for number, value in enumerate(values):
+        policy.weight.data.fill_(number)
+        files.offer({"eval/trial_return": value, "eval/success": 0.0})
+    assert files.best_value == values[best]
+    assert_holds(files.best, {"weight": torch.full((1, 1), float(best))})
+
+
+def test_an_evaluation_without_the_metric_keeps_nothing(tmp_path):
+    files = PolicyFiles(tmp_path, nn.Linear(1, 1))
+    files.offer({"eval/score": 1.0})
+    assert files.best_value is None
+    assert not files.best.exists()
+
+
+def test_a_policy_without_weights_writes_nothing(tmp_path):
+    files = PolicyFiles(tmp_path, lambda tensordict: tensordict)
+    files.save_last()
+    files.offer({"eval/trial_return": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_writes_the_last_policy_and_the_best(tmp_path):
+    returns, seen = deque([1.0, 3.0, 2.0, 0.0]), []
+
+    def evaluator():
+        seen.append(weights_of(trainer.collector.policy))
+        return {"trial_return": returns.popleft()}
+
+    trainer = make_trainer(tmp_path / "run", total_updates=24, evaluator=evaluator)
+    trainer.train()
+    assert len(seen) == 4
+    assert_holds(trainer.policy_files.last, weights_of(trainer.collector.policy))
+    assert_holds(trainer.policy_files.best, seen[1])
+
+
+@pytest.mark.parametrize(("elsewhere", "best"), [(False, 3.0), (True, 2.0)])
+def test_a_resumed_run_knows_what_was_best(tmp_path, elsewhere, best):
+    """But in another folder, where the best policy isn't, it begins anew."""
+
+    def run(folder, total_updates, returns, resume=None):
+        returns = deque(returns)
+        trainer = make_trainer(
+            folder,
+            total_updates=total_updates,
+            evaluator=lambda: {"trial_return": returns.popleft()},
+        )
+        if resume is not None:
+            trainer.resume(resume)
+        trainer.train()
+        return trainer.policy_files
+
+    # The last checkpoint is of the last update, before its evaluation, which is made again.
+    first = run(tmp_path / "run", 12, [3.0, 1.0])
+    again = tmp_path / ("other" if elsewhere else "run")
+    files = run(again, 18, [2.0], resume=first.best.parent)
+    assert files.best_value == best
+    assert files.best.exists()
+
+
+def test_exploration_is_no_part_of_a_policy_s_weights(tmp_path):
+    env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=2)
+    make = lambda **options: make_policy(env, context_length=18, **SMALL, **options)  # noqa: E731
+    trained, exploring, plain = make(exploration={}), make(exploration={}), make()
+    trained.exploration.step(50)
+    exploring.exploration.step(7)
+    frames = exploring.exploration.frames.clone()
+    files = PolicyFiles(tmp_path, trained)
+    files.save_last()
+    for other in (exploring, plain):
+        assert load_policy(files.last, other) is other
+        for a, b in zip(trained.parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert torch.equal(exploring.exploration.frames, frames)
+
+
+def test_weights_of_another_policy_are_refused(tmp_path):
+    files = PolicyFiles(tmp_path, nn.Linear(3, 2))
+    files.save_last()
+    other = nn.Linear(3, 4)
+    before = weights_of(other)
+    with pytest.raises(ValueError, match=r"2 entries differ.*'bias': \(2,\) there, \(4,\) here"):
+        load_policy(files.last, other)
+    with pytest.raises(ValueError, match=r"'bias': \(2,\) there, missing here"):
+        load_policy(files.last, nn.Linear(3, 2, bias=False))
+    assert all(torch.equal(x, before[name]) for name, x in weights_of(other).items())
+
+
+def test_a_missing_file_says_who_writes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match="with each checkpoint"):
+        load_policy(tmp_path / "policy.pt", nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(("final_policy", "seed"), [("last", 5), ("best", 7)])
+def test_a_script_s_last_evaluation_is_the_chosen_policy_s(tmp_path, final_policy, seed):
+    """Of the best one on other trials than those that it was chosen by."""
+    env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
+    policy = make_policy(env, context_length=18, **SMALL)
+    files, best = PolicyFiles(tmp_path, policy), weights_of(policy)
+    files.offer({"eval/trial_return": 1.0})
+    for p in policy.parameters():
+        p.data.normal_()
+    expected = {"last": weights_of(policy), "best": best}[final_policy]
+
+    trainer = SimpleNamespace(train=lambda: "finished", policy_files=files)
+    args = TrainingArgs(run_dir=tmp_path, eval_trials=8, final_policy=final_policy)
+    results = train_and_evaluate(args, trainer, HeldOut(policy, env, seed=5))
+
+    assert all(torch.equal(x, expected[name]) for name, x in weights_of(policy).items())
+    again = HeldOut(policy, env, seed=seed).evaluate(8)
+    assert torch.equal(results.greedy.trial_return, again.trial_return)
