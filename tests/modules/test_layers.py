@@ -290,6 +290,35 @@ def test_input_norm_updates_in_place():
     assert [b.data_ptr() for b in norm.buffers()] == addresses
 
 
-def test_input_norm_bounds_outliers():
-    norm = InputNorm(1)
-    assert norm(torch.tensor([[1e9], [-1e9]])).flatten().tolist() == [1e4, -1e4]
+@pytest.mark.parametrize("spread", [1.0, 0.0])
+def test_input_norm_bounds_outliers(spread):
+    norm = InputNorm(1, beta=0.5)
+    for _ in range(30):
+        norm.update(torch.tensor([[spread], [-spread]]))
+    assert (norm.sigma > 0.01).item() == (spread > 0)
+    assert norm(torch.tensor([[1e9], [-1e30]])).flatten().tolist() == [1e4, -1e4]
+
+
+@pytest.mark.parametrize("outlier", [torch.finfo(torch.float32).max, torch.inf, -torch.inf])
+def test_input_norm_forgets_an_outlier(outlier):
+    norm = InputNorm(1, beta=0.1)
+    norm.update(torch.tensor([[outlier], [0.0]]))
+    for _ in range(600):
+        norm.update(torch.tensor([[4.0], [6.0]]))
+    torch.testing.assert_close(norm.mu, torch.tensor([5.0]), atol=1e-3, rtol=0)
+    torch.testing.assert_close(norm.sigma, torch.tensor([1.0]), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_input_norm_counts_in_float32_at_least(dtype):
+    """In half precision its step size would be infinite, and its bounds out of range."""
+    norm, expected = InputNorm(3).to(dtype), InputNorm(3)
+    for _ in range(5):
+        x = torch.randn(64, 3).to(dtype)
+        norm.update(x)
+        expected.update(x.float())
+        assert norm(x).dtype == dtype
+    for name, value in expected.named_buffers():
+        found = norm.get_buffer(name)
+        assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(found.float(), value, atol=1e-4, rtol=1e-3)

@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
+        """Normalise floats `[..., size]`."""
         return self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
@@ -307,7 +307,11 @@ class InputNorm(nn.Module):
         sigma = sqrt(nu - mu^2 + 1e-5), in [1e-3, 1e6]
 
     Features that hardly vary (sigma <= 0.01) are shifted but not scaled. `t` starts at 1 and counts
-    before use, so that the first update moves half-way.
+    before use, so that the first update moves half-way. Moments of float32 leave a feature unscaled
+    whose mean is beyond about 3,000 standard deviations: subtract a constant before.
+
+    The statistics stay in float32 when a module is converted to half precision, where small steps would
+    get lost.
 
     Args:
         size: number of features.
@@ -323,6 +327,8 @@ class InputNorm(nn.Module):
 
     #: Bound on normalised values, so that one outlier cannot overflow what follows.
     limit = 1e4
+    #: Bound on what enters the moments, whose squares must be finite.
+    most = 1e9
 
     def __init__(self, size: int, beta: float = 1e-4, init_nu: float = 1.0) -> None:
         super().__init__()
@@ -338,12 +344,21 @@ class InputNorm(nn.Module):
         variance = self.nu - self.mu.square() + 1e-5
         return variance.clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputNorm:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize < old.dtype.itemsize:
+                setattr(self, name, old.to(new.device))
+        return self
+
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
         """Move the statistics towards a batch's, in float32.
 
         Args:
-            x: `[*B, size]`.
+            x: `[*B, size]`; numbers beyond 1e9, infinite ones too, count as 1e9.
             mask: bool `[*B]` or `[*B, 1]`, True on real steps (default: all). What lies under False
                 has no influence, NaN included; without any True nothing changes.
 
@@ -360,7 +375,7 @@ class InputNorm(nn.Module):
                 f"(a last dimension of 1 is allowed), got {tuple(mask.shape)}. "
                 "Pass one bool per step, True on real steps."
             )
-        x = torch.where(mask, x.float(), 0.0).flatten(0, -2)
+        x = torch.where(mask, x.float(), 0.0).clamp(-self.most, self.most).flatten(0, -2)
         total = mask.sum()
         share = 1.0 / total.clamp(min=1)
         t = self.t + 1
@@ -375,5 +390,5 @@ class InputNorm(nn.Module):
         """Normalise `[..., size]`."""
         sigma = self.sigma
         shifted = x - self.mu
-        scaled = (shifted / sigma).clamp(-self.limit, self.limit)
-        return torch.where(sigma > 0.01, scaled, shifted)
+        normalised = torch.where(sigma > 0.01, shifted / sigma, shifted)
+        return normalised.clamp(-self.limit, self.limit).to(x.dtype)

@@ -113,6 +113,19 @@ def test_one_hot_actions_move_as_integers_do():
         assert cells(out, 3) == cell
 
 
+@pytest.mark.parametrize("scale", [True, 1, 1.0 - 1e-7, 1.0 + 1e-7])
+def test_one_hot_actions_of_any_dtype(scale):
+    """Samples with a gradient are one-hot up to rounding."""
+    env = MetaFrozenLake(size=3, seed=0, categorical_action_encoding=False)
+    env.reset()
+    lay(env, "...", "...", "...")
+    one_hot = torch.nn.functional.one_hot(torch.tensor(DOWN), 5) * torch.tensor(scale)
+    if scale is True:
+        one_hot = one_hot.bool()
+    out = env.step(TensorDict({"action": one_hot}))["next"]
+    assert cells(out, 3) == [1, 0]
+
+
 def test_hole_ends_the_attempt():
     env = MetaFrozenLake(size=3, seed=0)
     env.reset()

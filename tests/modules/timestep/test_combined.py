@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch import nn
-from torchrl.data import Bounded, Categorical, MultiCategorical, NonTensor, OneHot, Unbounded
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    MultiCategorical,
+    NonTensor,
+    OneHot,
+    Unbounded,
+)
 
 from tests.modules.timestep.entries import SPECS, make_batch, make_combined
 from torchrl_amago.modules import (
@@ -144,6 +152,11 @@ def test_refusals():
         build(OneHot(3), output_size=4)
     with pytest.raises(ValueError, match=r"entries names \['y'\], but what is read is \['x'\]"):
         CombinedTimestepEncoder.from_specs({"x": OneHot(3)}, entries={"y": {}})
+    with pytest.raises(ValueError, match=r"entries \['m'\] are masks of others"):
+        CombinedTimestepEncoder.from_specs(
+            {"x": Categorical(3, shape=(4,)), "m": Binary(4)},
+            entries={"x": {"kind": "tokens", "mask_key": "m"}, "m": {"kind": "vector"}},
+        )
     with pytest.raises(ValueError, match="vector_scale must be 'normalize', .* got 'log'"):
         make_combined(vector_scale="log")
     with pytest.raises(ValueError, match=r"\['x'\] is among both"):

@@ -49,7 +49,7 @@ def short_blocks(monkeypatch):
 @given(
     steps=st.integers(1, 70),
     window=st.sampled_from([None, 1, 3, 8, 9, 17]),
-    sinks=st.sampled_from([(0, 0.0), (2, 0.0), (2, 0.7)]),
+    sinks=st.sampled_from([(0, 0.0), (2, 0.0), (2, 0.7), (90, 0.7)]),
     logit_clip=st.sampled_from([None, 0.5]),
     several=st.booleans(),
     seed=st.integers(0, 999),

@@ -79,3 +79,7 @@ def test_bad_arguments():
         FeedForwardEncoder(4, num_layers=-1)
     with pytest.raises(ValueError, match=r"norm must be one of .*got 'batch'"):
         FeedForwardEncoder(4, norm="batch")
+    with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.5"):
+        FeedForwardEncoder(4, num_layers=0, dropout=1.5)
+    with pytest.raises(ValueError, match=r"d_model must be at least 1, got 0"):
+        FeedForwardEncoder(4, d_model=0)

@@ -41,18 +41,20 @@ class BatchedTask(EnvBase):
     ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
 
     ``state_dict()`` holds all that changes (buffers, generator), so that a loaded environment
-    continues exactly.
+    continues exactly. As any module's, it shares its tensors with the environment, which changes
+    them at the next step: ``deepcopy`` one that is to be loaded in the same process.
 
     Args:
         observation_bounds: lowest and highest value of each entry of the observation.
         num_actions: A.
         max_episode_steps: step limit of an attempt.
-        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``.
+        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``, of which
+            the largest entry counts.
         batch_size: any shape; all rows are stepped together.
         device: device of the state and of all tensors.
 
     Raises:
-        ValueError: if the step limit is not positive, an action is out of its range (checked on CPU
+        ValueError: if the step limit is not positive, an integer action is out of its range (checked on CPU
             only: on other devices the check would stall the step), or a reset mask has another shape
             than the batch.
 
@@ -260,7 +262,10 @@ class BatchedTask(EnvBase):
     def _read_action(self, tensordict: TensorDictBase) -> Tensor:
         action = tensordict.get("action")
         if not self._categorical:
-            return action.reshape(-1, self.num_actions).to(torch.uint8).argmax(-1)
+            one_hot = action.reshape(-1, self.num_actions)
+            if one_hot.dtype == torch.bool:
+                one_hot = one_hot.to(torch.uint8)  # which argmax knows
+            return one_hot.argmax(-1)
         action = action.reshape(-1)
         # Elsewhere than on CPU, looking at the values would wait for the device at every step.
         if action.device.type == "cpu":

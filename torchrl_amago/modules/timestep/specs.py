@@ -67,6 +67,11 @@ def embed_specs(
             "Correct the name, or read the entry too (obs_keys)."
         )
     masks = {options["mask_key"] for options in entries.values() if "mask_key" in options}
+    if both := masks & set(entries):
+        raise ValueError(
+            f"entries {sorted(map(str, both))} are masks of others (mask_key) and not embedded themselves, so "
+            "that they have no options. Drop those."
+        )
     embeddings, vectors = {}, {}
     for key, spec in specs.items():
         if key in masks:

@@ -190,7 +190,7 @@ class _Shown:
             visible = visible & (trial_MBQ[..., None] == trial_MBK[:, :, None])
             return self._bias(visible, None).flatten(0, 1).unsqueeze(1)
         # Sinks have columns of their own, seen once the window has passed them.
-        num_sinks = self.pattern.num_sinks
+        num_sinks = min(self.pattern.num_sinks, self.sink_BT.shape[1])
         sink_BS = self.sink_BT[:, :num_sinks]
         age_MQS = start_M11 + query_Q[:, None] - torch.arange(num_sinks, device=self.like.device)
         beyond_MBQS = (age_MQS >= window)[:, None] & sink_BS[:, None]

@@ -6,6 +6,7 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 from __future__ import annotations
 
 import warnings
+from numbers import Integral
 from typing import Any, Literal
 
 import torch
@@ -64,7 +65,8 @@ class TrajectoryEncoder(TensorDictModuleBase):
             whose memory doesn't grow see all, whatever it is.
         on_weight_update: what becomes of memories when the weights change during a rollout: `keep`
             them (they hold what older weights computed), or `restart` them empty at the next step.
-        max_streams: how many rollouts may be under way at once; the one left alone for longest goes.
+        max_streams: how many rollouts are remembered; the one left alone for longest goes. Nobody says
+            when a rollout is over: one that is paused is forgotten when so many others were begun since.
         timestep_key: entry to read, `[*B, I]`.
         time_idx_key: steps since the trial began, `[*B, 1]`, integer.
         is_init_key: first step of a trial, `[*B, 1]`, bool; optional for sequences of one trial.
@@ -120,9 +122,11 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 f"on_weight_update must be 'keep' or 'restart', got {on_weight_update!r}. "
                 "'keep' is AMAGO's choice."
             )
-        if context_length is not None and context_length < 1:
+        if context_length is not None and not (
+            isinstance(context_length, Integral) and context_length >= 1
+        ):
             raise ValueError(
-                f"context_length must be at least 1, got {context_length}. A step always sees itself; "
+                f"context_length must be an integer of at least 1, got {context_length}. A step always sees itself; "
                 "for an agent without memory use a feed-forward trajectory encoder."
             )
         if max_streams < 1:

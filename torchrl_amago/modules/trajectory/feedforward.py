@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
@@ -147,6 +148,9 @@ class FeedForwardEncoder(TrajectoryEncoder):
                 f"num_layers must be at least 0, got {num_layers}. It is the number of blocks "
                 "between the first and the last linear layer."
             )
+        d_ff = 4 * d_model if d_ff is None else d_ff
+        check_counts("Choose for example d_model=256.", d_model=d_model, d_ff=d_ff)
+        check_dropout(dropout=dropout)
         super().__init__(input_size, d_model, **options)
         self.dropout = dropout
         self.embed = nn.Linear(input_size, d_model)
@@ -154,7 +158,7 @@ class FeedForwardEncoder(TrajectoryEncoder):
         self.blocks = nn.ModuleList(
             FeedForwardBlock(
                 d_model,
-                4 * d_model if d_ff is None else d_ff,
+                d_ff,
                 dropout=dropout,
                 activation=activation,
                 norm=norm,
