@@ -45,8 +45,8 @@ CHANGES = {
     "no_popart": {"popart": False},
     "online_only": {"coefficients": (1.0, 0.0)},
     "offline_only": {"coefficients": (0.0, 1.0)},
-    "two_hot": {"codec": TwoHot, "range": (-5.0, 55.0)},
-    "hl_gauss": {"codec": HLGauss, "range": (-5.0, 55.0)},
+    "two_hot": {"codec": TwoHot, "range": (-55.0, 55.0)},
+    "hl_gauss": {"codec": HLGauss, "range": (-55.0, 55.0)},
     "n_step_3": {"n_step": 3},
     "memory_free": {"encoder": FeedForwardEncoder},
 }
