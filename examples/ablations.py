@@ -246,7 +246,8 @@ page is written by
   attempts at one lake; a run's `evaluation.npz` has them all). The figure is the interquartile mean over seeds (of three
   seeds or fewer that is their mean), with a 95% bootstrap interval for which seeds are drawn anew, and the trials of each.
 - First and last attempt: share of trials whose first and last attempt reached the goal, averaged over seeds.
-- Seconds: of training, without evaluations and checkpoints, averaged over seeds.
+- Seconds: of training, without evaluations and checkpoints, averaged over seeds. Other work on the same cores shows in
+  them.
 - The exact optimum, that of an agent which knows how lakes are drawn, is {optimum:.3f}.
 
 Nothing was tuned for any variant, and few seeds tell large differences only: variants whose intervals overlap haven't been
