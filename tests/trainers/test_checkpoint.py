@@ -164,7 +164,7 @@ def test_another_format_is_refused(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["format_version"] = 99
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RuntimeError, match="format version 99, and this code reads 1"):
+    with pytest.raises(RuntimeError, match="format version 99, and this code reads 2"):
         CheckpointStore(tmp_path).load(path, ARCHITECTURE)
 
 

@@ -31,7 +31,7 @@ from torchrl_amago.trainers.logging import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _CHUNK = 1 << 20
 
 
