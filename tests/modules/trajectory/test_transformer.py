@@ -137,7 +137,7 @@ def test_learned_positions_end_somewhere():
     [
         ({"num_heads": 3}, "num_heads must divide d_model.*num_heads=3, d_model=16"),
         ({"num_heads": 0}, "num_heads must divide d_model"),
-        ({"context_length": 0}, "context_length must be an integer of at least 1, got 0"),
+        ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"context_length": 8.0}, "context_length must be an integer of at least 1, got 8.0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
