@@ -86,7 +86,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise floats `[..., size]`."""
+        """Normalise `[..., size]`."""
         return self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
@@ -387,7 +387,7 @@ class InputNorm(nn.Module):
         self.t.copy_(torch.where(total > 0, t, self.t))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
+        """Normalise floats `[..., size]`."""
         sigma = self.sigma
         shifted = x - self.mu
         normalised = torch.where(sigma > 0.01, shifted / sigma, shifted)

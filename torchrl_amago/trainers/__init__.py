@@ -3,8 +3,8 @@
 ``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and
 what is read off collected trials, ``optim`` the optimiser, ``nonfinite`` the guard against NaN,
 ``logging`` and ``report`` what a run tells, ``run_state`` what a run is made of, ``checkpoint`` how
-it is kept on disk, ``policy_files`` the trained policy, ``interrupt`` what Ctrl-C does, and
-``command_line`` the settings of a training script.
+it is kept on disk, ``policy_files`` the trained policy, ``replacing`` how files change in one step,
+``interrupt`` what Ctrl-C does, and ``command_line`` the settings of a training script.
 """
 
 from torchrl_amago.trainers.amago import AMAGOTrainer

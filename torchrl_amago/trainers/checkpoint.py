@@ -274,9 +274,19 @@ def _problem(path: Path) -> str | None:
     return None
 
 
-def _check_architecture(saved: dict[str, str], here: Mapping[str, str], path: Path) -> None:
+def differing_entries(saved: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
+    """Names that only one of two descriptions has, or that they describe differently.
+
+    Example:
+        >>> differing_entries({"a": 1, "b": 2}, {"a": 1, "c": 2})
+        ['b', 'c']
+    """
     names = [*saved, *(name for name in here if name not in saved)]
-    differing = [name for name in names if saved.get(name) != here.get(name)]
+    return [name for name in names if saved.get(name) != here.get(name)]
+
+
+def _check_architecture(saved: dict[str, str], here: Mapping[str, str], path: Path) -> None:
+    differing = differing_entries(saved, here)
     if not differing:
         return
     shown = "; ".join(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import importlib.util
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
+
+from torchrl_amago.trainers.replacing import replacing
 
 PROGRESS_FILE = "progress.csv"
 CLOCK_COLUMNS = (
@@ -87,17 +88,12 @@ class ProgressTable:
             self._rewrite(rows[: self.num_rows])
 
     def _rewrite(self, rows: list[dict[str, str]]) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
-        with temporary.open("w", newline="", encoding="utf-8") as file:
+        with replacing(self.path, "w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(
                 file, self.columns, restval="", extrasaction="ignore", lineterminator="\n"
             )
             writer.writeheader()
             writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
 
 
 def _cell(value: float | None) -> str:

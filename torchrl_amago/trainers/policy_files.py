@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from torchrl_amago.trainers.checkpoint import differing_entries
+from torchrl_amago.trainers.replacing import replacing
 
 LAST, BEST = "policy.pt", "best_policy.pt"
 
@@ -102,11 +104,9 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
     state, own = torch.load(path, map_location="cpu", weights_only=True), _weights(policy)
     described = {name: tuple(x.shape) for name, x in own.items()}
     found = {name: tuple(x.shape) for name, x in state.items()}
-    differing = sorted(
-        name for name in {*described, *found} if described.get(name) != found.get(name)
-    )
+    differing = differing_entries(found, described)
     if differing:
-        name = differing[0]
+        name = min(differing)
         raise ValueError(
             f"the weights in {path} must be this policy's, but {len(differing)} entries differ, such as "
             f"{name!r}: {found.get(name, 'missing')} there, {described.get(name, 'missing')} here. "
@@ -123,15 +123,10 @@ def _weights(policy: nn.Module) -> dict[str, Tensor]:
     return {
         name: x.detach().cpu()
         for name, x in policy.state_dict().items()
-        if isinstance(x, Tensor) and not (prefixes and name.startswith(prefixes))
+        if isinstance(x, Tensor) and not name.startswith(prefixes)
     }
 
 
 def _write(policy: nn.Module, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as file:
+    with replacing(path, "wb") as file:
         torch.save(_weights(policy), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
