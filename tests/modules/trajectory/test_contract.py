@@ -175,6 +175,16 @@ def test_padding_on_the_left_has_no_effect(name):
 
 
 @every_encoder
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0)])
+def test_without_rows_or_steps_there_are_no_states(name, shape):
+    encoder = build(name)
+    td = TensorDict(timestep=torch.zeros(*shape, 4), batch_size=shape)
+    with set_recurrent_mode(True):
+        assert encoder(td)["state"].shape == (*shape, encoder.output_size)
+    assert encoder(td)["state"].shape == (*shape, encoder.output_size)
+
+
+@every_encoder
 def test_every_parameter_gets_a_gradient(name):
     encoder = build(name)
     x, time_idx, is_init = random_trials(3, 7)

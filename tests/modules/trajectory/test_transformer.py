@@ -155,6 +155,7 @@ def test_learned_positions_end_somewhere():
         ({"max_positions": 4}, "max_positions goes with positions='learned'"),
         ({"positions": "rotary", "num_heads": 16}, "even number of features per head"),
         ({"beyond_positions": "wrap"}, "beyond_positions must be one of"),
+        ({"beyond_positions": "clip"}, "'clip' goes with positions='learned'"),
         ({"segments": "always"}, "segments must be one of"),
         ({"on_weight_update": "forget"}, "on_weight_update must be 'keep' or 'restart'"),
         ({"max_streams": 0}, "max_streams must be at least 1, got 0"),

@@ -183,9 +183,12 @@ class TrajectoryEncoder(TensorDictModuleBase):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read the timestep's embedding, write the state (and, in step mode, the stream)."""
-        if recurrent_mode():
-            return self._forward_sequence(tensordict)
         x = self._get_timestep(tensordict)
+        if not x.numel():
+            # No rows or no steps: nothing to encode, and kernels refuse sizes of 0.
+            return tensordict.set(self.out_keys[0], x.new_zeros(*x.shape[:-1], self.output_size))
+        if recurrent_mode():
+            return self._forward_sequence(tensordict, x)
         with torch.no_grad():
             positions_N, memory = self.begin_step(tensordict, x.shape[:-1], like=x)
             state_ND = self._step(x.reshape(-1, self.input_size), positions_N, memory)
@@ -290,8 +293,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 )
         return positions, is_init
 
-    def _forward_sequence(self, tensordict: TensorDictBase) -> TensorDictBase:
-        x = self._get_timestep(tensordict)
+    def _forward_sequence(self, tensordict: TensorDictBase, x: Tensor) -> TensorDictBase:
         shape = x.shape[:-1]
         if x.ndim < 2:
             raise ValueError(

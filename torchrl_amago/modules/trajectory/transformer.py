@@ -370,3 +370,8 @@ def _check_names(
             f"max_positions goes with positions='learned' and only with it, got "
             f"positions={positions!r}, max_positions={max_positions}. It is the size of the table."
         )
+    if beyond_positions == "clip" and positions != "learned":
+        raise ValueError(
+            f"beyond_positions='clip' goes with positions='learned' and only with it, got "
+            f"positions={positions!r}. Leave it out: other positions have no end."
+        )
