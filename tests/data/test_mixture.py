@@ -226,6 +226,20 @@ def test_slices_of_another_width_are_padded():
     assert (batch["id"][is_short[:, 0]] == torch.tensor([0, 1, 1, 1])).all()
 
 
+def test_slices_padded_on_the_left_are_widened_there():
+    options = {"trim": True, "padding": "left"}
+    buffers = {"short": make_buffer([2], **options), "long": make_buffer([9], 1000, **options)}
+    batch = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12).sample()
+    is_short_B = batch[SOURCE][:, 0] == 0
+    assert is_short_B.any()
+    assert not is_short_B.all()
+    assert (batch[MASK][is_short_B] == torch.tensor([False, False, True, True])).all()
+    assert (batch["id"][is_short_B] == torch.tensor([0, 0, 0, 1])).all()
+    mixed = buffers | {"right": make_buffer([9], trim=True)}
+    with pytest.raises(ValueError, match="pad slices on the same side, got .*'right': 'right'"):
+        TrialMixture(mixed, dict.fromkeys(mixed, 1), batch_size=2)
+
+
 def test_the_same_generator_gives_the_same_batches():
     def batches():
         torch.manual_seed(5)
@@ -259,6 +273,18 @@ def test_goes_on_as_if_nothing_had_been(tmp_path, own_generator):
     assert (other.updates, other.ready_at) == (2, {"old": 0, "new": 1})
     for batch in expected:
         assert_close(other.sample(), batch, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("had_one", [True, False])
+def test_cant_go_on_with_other_generators(had_one):
+    one, other = (
+        make_mixture(generator=torch.Generator() if has_one else None)
+        for has_one in (had_one, not had_one)
+    )
+    one.sample()
+    with pytest.raises(ValueError, match="with the generators that it was saved with: there were"):
+        other.load_state_dict(one.state_dict())
+    assert (other.updates, other.ready_at) == (0, {})
 
 
 def test_other_data_cant_go_on():

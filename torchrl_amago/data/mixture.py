@@ -43,7 +43,7 @@ class TrialMixture:
 
     Raises:
         ValueError: for weights that are negative, all zero or of other names than the buffers; for a
-            buffer that prefetches.
+            buffer that prefetches, or buffers that pad slices on different sides.
 
     Example:
         >>> from tensordict import TensorDict
@@ -94,6 +94,7 @@ class TrialMixture:
             )
         for name, buffer in self.buffers.items():
             _prepare(name, buffer)
+        self._pads_left = _padding_side(self.buffers) == "left"
         self.batch_size, self.source_key = batch_size, source_key
         self.anneal_updates = anneal_updates
         self._online = online
@@ -247,7 +248,8 @@ class TrialMixture:
         width = max(part.shape[1] for part in parts)
         common = set.intersection(*(set(entries) for entries in self._entries.values()))
         common.add(self.source_key)
-        return torch.cat([_widen(part.select(*common), width) for part in parts])
+        parts = [part.select(*common) for part in parts]
+        return torch.cat([_widen(part, width, self._pads_left) for part in parts])
 
     # -- saving --------------------------------------------------------------------------------
 
@@ -270,7 +272,8 @@ class TrialMixture:
         """Go on from there.
 
         Raises:
-            ValueError: if a buffer that doesn't change holds other steps than it did.
+            ValueError: if a buffer that doesn't change holds other steps than it did, or the mixture was
+                saved with other generators. Then nothing has been changed.
         """
         steps = {name: len(self.buffers[name]) for name in self._unchanging()}
         if steps != dict(state["steps"]):
@@ -287,12 +290,19 @@ class TrialMixture:
                 "as many steps as then, but not the same. Load the same data into them, in the same "
                 "order."
             )
-        self.updates = int(state["updates"])
-        self.ready_at = {name: int(value) for name, value in state["ready_at"].items()}
         if self._rng is not None:
             self.set_rng(self._rng)  # load_replay gives the online buffer one of its own
-        for place, generator in self._generators().items():
-            generator.set_state(state["generators"][place])
+        generators, saved = self._generators(), state["generators"]
+        if generators.keys() != saved.keys():
+            raise ValueError(
+                "a mixture goes on with the generators that it was saved with: there were those of "
+                f"{list(saved)}, and here are those of {list(generators)}. Give it a generator if it "
+                "had one, or none if it had none."
+            )
+        self.updates = int(state["updates"])
+        self.ready_at = {name: int(value) for name, value in state["ready_at"].items()}
+        for place, generator in generators.items():
+            generator.set_state(saved[place])
 
     def _generators(self) -> dict[str, torch.Generator]:
         """Those that are there, by whose they are."""
@@ -356,11 +366,26 @@ def _may_lack(key: NestedKey) -> bool:
     return path[0] == "collector" or path[-1].startswith("_")
 
 
-def _widen(batch: TensorDictBase, width: int) -> TensorDictBase:
-    """Slices ``[B, T]`` padded to ``[B, width]`` on the right, by their last step under a False mask."""
-    length = batch.shape[1]
+def _padding_side(buffers: Mapping[str, ReplayBuffer]) -> str:
+    """Where slices are padded: buffers with a sampler of another kind have nothing to pad."""
+    sides = {
+        name: buffer.sampler.padding
+        for name, buffer in buffers.items()
+        if hasattr(buffer.sampler, "padding")
+    }
+    if len(set(sides.values())) > 1:
+        raise ValueError(
+            f"a mixture's buffers must pad slices on the same side, got {sides}. Make all of them "
+            "with the same padding."
+        )
+    return next(iter(sides.values()), "right")
+
+
+def _widen(batch: TensorDictBase, width: int, pads_left: bool) -> TensorDictBase:
+    """Slices ``[B, T]`` padded to ``[B, width]``, by their step at that end under a False mask."""
+    length, mask = batch.shape[1], batch.get(keys.MASK)
     if length == width:
         return batch
-    batch = batch[:, torch.arange(width).clamp(max=length - 1)]
-    is_old = torch.arange(width) < length
-    return batch.set(keys.MASK, batch.get(keys.MASK) & is_old)
+    step_T = torch.arange(width, device=mask.device) - (width - length if pads_left else 0)
+    nearest_T = step_T.clamp(0, length - 1)
+    return batch[:, nearest_T].set(keys.MASK, mask[:, nearest_T] & (step_T == nearest_T))
