@@ -6,7 +6,8 @@ import pytest
 import torch
 from tensordict import assert_close
 from torchrl.collectors import Collector
-from torchrl.envs import Compose, InitTracker, TransformedEnv
+from torchrl.data import LazyTensorStorage, ReplayBuffer
+from torchrl.envs import Compose, GymEnv, InitTracker, RenameTransform, TransformedEnv
 
 from tests.data.trials import stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
@@ -133,3 +134,21 @@ def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
 def test_refuses_empty_fragments():
     with pytest.raises(ValueError, match="fragment_length must be at least 1 or None, got 0"):
         TrialCollector(None, act, replay_buffer=None, frames_per_batch=1, fragment_length=0)
+
+
+def test_refuses_fragments_for_a_buffer_that_cant_tell_them_apart():
+    buffer = ReplayBuffer(storage=LazyTensorStorage(10))
+    with pytest.raises(ValueError, match="fragments need .* a TrialReplayBuffer, got ReplayBuffer"):
+        TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, fragment_length=5)
+
+
+def test_names_the_flags_that_are_missing():
+    flags = ["done", "terminated", "truncated"]
+    nested = RenameTransform(flags, [("agent", flag) for flag in flags])
+    env = TransformedEnv(GymEnv("CartPole-v1"), nested)
+    buffer = ReplayBuffer(storage=LazyTensorStorage(10))
+    collector = TrialCollector(
+        env, env.rand_action, replay_buffer=buffer, frames_per_batch=5, total_frames=5
+    )
+    with pytest.raises(ValueError, match="trials end where 'done', .* steps have none of them"):
+        list(collector)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.collectors.utils import _maybe_normalize_replay_buffer_tensordict_device
 
+from torchrl_amago.data.buffer import TrialReplayBuffer
 from torchrl_amago.data.trial_ends import trial_ends
 
 
@@ -30,7 +31,7 @@ class TrialCollector(Collector):
     Args:
         env: batched environment.
         policy: called at every step.
-        replay_buffer: what trials are written to.
+        replay_buffer: what trials are written to; with ``fragment_length`` a :class:`TrialReplayBuffer`.
         frames_per_batch: environment steps, all rows together, between two writes.
         fragment_length: steps after which a trial is cut; None never cuts.
         stagger: cut the first fragment of each trial early, by a length of its own, so that trials that
@@ -38,7 +39,8 @@ class TrialCollector(Collector):
         options: further arguments of :class:`torchrl.collectors.Collector`.
 
     Raises:
-        ValueError: for a ``fragment_length`` smaller than 1.
+        ValueError: for a ``fragment_length`` smaller than 1, or with another buffer; from iterating, if
+            no flag says where trials end.
 
     Example:
         >>> from torchrl_amago.data import make_trial_buffer
@@ -66,6 +68,12 @@ class TrialCollector(Collector):
             raise ValueError(
                 f"fragment_length must be at least 1 or None, got {fragment_length}. It is the number "
                 "of steps after which an endless trial is cut."
+            )
+        if fragment_length is not None and not isinstance(replay_buffer, TrialReplayBuffer):
+            raise ValueError(
+                "fragments need a buffer that is told where they end, a TrialReplayBuffer, got "
+                f"{type(replay_buffer).__name__}. Make it with make_trial_buffer, or leave "
+                "fragment_length out."
             )
         self.fragment_length, self.stagger = fragment_length, stagger
         self._pending: TensorDictBase | None = None
@@ -108,7 +116,14 @@ class TrialCollector(Collector):
         trial, order = _trial_numbers(steps).sort(stable=True)
         number, length = trial.unique_consecutive(return_counts=True)
         last = length.cumsum(0) - 1
-        is_complete = trial_ends(steps)[order[last]]
+        ends = trial_ends(steps)
+        if ends is None:
+            raise ValueError(
+                "trials end where 'done', 'terminated' or 'truncated' is True under 'next', and the "
+                f"steps have none of them, only {sorted(map(str, steps['next'].keys(True, True)))}. "
+                "Give the environment one such flag at the root."
+            )
+        is_complete = ends[order[last]]
         chosen, pending, lengths = [], [], []
         pieces = zip(
             number.tolist(), order.split(length.tolist()), is_complete.tolist(), strict=True

@@ -5,7 +5,17 @@ from functools import partial
 import gymnasium as gym
 import pytest
 import torch
-from torchrl.envs import GymWrapper, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
+from tensordict import assert_close
+from torchrl.envs import (
+    Compose,
+    GymWrapper,
+    ObservationNorm,
+    ParallelEnv,
+    SerialEnv,
+    StepCounter,
+    TransformedEnv,
+    check_env_specs,
+)
 
 from tests.envs.transforms.helpers import (
     NUM_ACTIONS,
@@ -248,6 +258,18 @@ def test_function_repeats_the_task():
     assert calls[:3] == [[False, True, False], [True, True, False], [True, False, False]]
 
 
+def test_function_resets_the_transforms_below():
+    def repeat(env, reset_mask, tensordict):
+        return env.reset(tensordict.empty().set("_reset", reset_mask), repeat_task=True)
+
+    def steps(repeat):
+        shift = ObservationNorm(loc=100.0, scale=1.0, in_keys=["observation"])
+        base = TransformedEnv(CountingEnv([2]), Compose(shift, StepCounter(3)))
+        return drive(make_trial_env(base, episodes=3, repeat=repeat), ACTIONS[:2])
+
+    assert_close(steps(repeat), steps("env"), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("result", "got"), [(None, "NoneType"), ("wrong size", r"\(1,\)")])
 def test_function_must_return_all_rows(result, got):
     def repeat(env, reset_mask, tensordict):
@@ -312,6 +334,14 @@ def test_refusal_comes_at_the_first_reset_without_the_helper():
     env = TransformedEnv(ForgetfulEnv(), TrialTransform(episodes=2))
     with pytest.raises(ValueError, match="can repeat a task"):
         env.reset()
+
+
+def test_a_task_seed_that_was_lost_is_told():
+    env = TransformedEnv(make_seeded_goal(), TrialTransform(episodes=3))
+    tensordict = env.reset().set("step_count", torch.zeros(1, dtype=torch.int64))
+    env.append_transform(StepCounter())
+    with pytest.raises(RuntimeError, match="needs the seed of its trial's task, and there is none"):
+        env.step(tensordict.set("action", torch.tensor(1)))
 
 
 def test_no_task_leaks_into_the_next_trial():

@@ -13,7 +13,9 @@ from torchrl.collectors import Collector
 from torchrl.data import Categorical, Composite, NonTensor, Unbounded
 from torchrl.envs import (
     Compose,
+    FrameSkipTransform,
     InitTracker,
+    MultiAction,
     ParallelEnv,
     SerialEnv,
     StepCounter,
@@ -381,6 +383,40 @@ def test_refuses_what_would_restart_with_every_attempt(transform):
     env = TransformedEnv(CountingEnv(), Compose(transform(), TrialTransform(episodes=2)))
     with pytest.raises(ValueError, match="must come after the trial transform.*below it"):
         env.reset()
+
+
+@pytest.mark.parametrize("transform", [FrameSkipTransform(2), MultiAction()])
+def test_refuses_what_steps_by_itself_above(transform):
+    env = make_trial_env(CountingEnv(), episodes=2).append_transform(transform)
+    with pytest.raises(
+        ValueError, match=rf"must come before .* got \['{type(transform).__name__}'\]"
+    ):
+        env.reset()
+
+
+def test_frames_are_skipped_below():
+    env = make_trial_env(TransformedEnv(CountingEnv(), FrameSkipTransform(2)), episodes=2)
+    steps = drive(env, torch.tensor([0, 1, 0, 1]))
+    assert steps["next", "reward"].flatten().tolist() == [1, 5, 1, 5]
+    assert steps["next", "attempt_return"].flatten().tolist() == [1, 6, 1, 6]
+
+
+@pytest.mark.parametrize("flags", [["done"], ["done", "terminated"]])
+def test_flags_that_the_environment_lacks(flags):
+    class FewerFlags(CountingEnv):
+        def __init__(self):
+            super().__init__()
+            self.done_spec = Composite({flag: self.done_spec[flag] for flag in flags})
+
+        def _step(self, tensordict):
+            out = super()._step(tensordict)
+            return out.exclude(*{"terminated", "truncated"}.difference(flags))
+
+    env = make_trial_env(FewerFlags(), episodes=2)
+    check_env_specs(env)
+    steps = drive(env, torch.tensor([0, 1, 0, 1, 0]))
+    assert steps["episode_idx"].flatten().tolist() == [0, 0, 1, 1, 0]
+    assert steps["next", "done"].flatten().tolist() == [False, False, False, True, False]
 
 
 class TaggedEnv(CountingEnv):

@@ -41,12 +41,20 @@ class Below(NamedTuple):
 
         Called in steps, where time matters; the caller selects the rows it asked for.
         """
+        request = self.request(mask, request)
+        return self.transformed(request, self.env._reset(request, **kwargs))
+
+    def request(self, mask: Tensor, request: TensorDictBase | None = None) -> TensorDictBase:
+        """What a reset of these rows shows the base environment."""
         if request is None:
             request = TensorDict({}, batch_size=self.env.batch_size, device=self.env.device)
         request.set("_reset", mask)
         for transform in reversed(self.transforms):
             request = transform._reset_env_preprocess(request)
-        out = self.env._reset(request, **kwargs)
+        return request
+
+    def transformed(self, request: TensorDictBase, out: TensorDictBase) -> TensorDictBase:
+        """Show the base environment's reset to the transforms in between."""
         if self.transforms:
             self.env._complete_done(self.env.full_done_spec, out)
         for transform in self.transforms:
@@ -145,7 +153,7 @@ class FunctionRepeater:
                 f"batch size {tuple(below.env.batch_size)}, got {got}. Return all rows, with the "
                 "first observation of the new attempt in those of the mask."
             )
-        return out
+        return below.transformed(below.request(mask.clone()), out)
 
     def hard_reset(self, below: Below, mask: Tensor) -> TensorDictBase | None:
         return None
@@ -202,7 +210,14 @@ class SeedRepeater:
         self._may_warn = True
 
     def soft_reset(self, below: Below, mask: Tensor, tensordict: TensorDictBase) -> TensorDictBase:
-        return below.reset(mask, **_row_kwargs(self._layout, "seed", self._chosen(mask)))
+        seeds = self._chosen(mask)
+        if None in self._chosen(mask, default=0):
+            raise RuntimeError(
+                "another attempt needs the seed of its trial's task, and there is none: the rows were "
+                "not reset since the trial transform was put into this environment. Call env.reset() "
+                "after changing an environment's transforms."
+            )
+        return below.reset(mask, **_row_kwargs(self._layout, "seed", seeds))
 
     def hard_reset(self, below: Below, mask: Tensor) -> TensorDictBase | None:
         self._notice_set_seed(below.env)

@@ -14,7 +14,7 @@ from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import expand_as_right
 from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import Compose, EnvBase, Transform
+from torchrl.envs import Compose, EnvBase, FrameSkipTransform, MultiAction, Transform
 
 from torchrl_amago import keys
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
@@ -28,6 +28,7 @@ from torchrl_amago.envs.transforms.repeat import (
 __all__ = ["TrialTransform"]
 
 _DONE_KEYS = ("done", "terminated", "truncated")
+_STEPPING = (FrameSkipTransform, MultiAction)
 TrialEnd = Literal["terminated", "truncated", "attempt"]
 
 
@@ -72,6 +73,7 @@ class TrialTransform(Transform):
 
     Batched environments may be outside or inside: seeds and options reach each row of
     ``SerialEnv``, ``ParallelEnv`` and ``GymWrapper(SyncVectorEnv(autoreset_mode=DISABLED))``.
+    Workers that are started by fork share torch's generator: without ``set_seed`` all play the same tasks.
 
     Args:
         episodes: number of attempts.
@@ -90,8 +92,9 @@ class TrialTransform(Transform):
 
     Raises:
         ValueError: if an argument is out of its range, or, once the transform is used, if the
-            environment cannot repeat a task, has several done flags, or already has transforms
-            that must outlive an attempt (:class:`PreviousStepTransform`, ``InitTracker``).
+            environment cannot repeat a task, has several done flags, already has transforms
+            that must outlive an attempt (:class:`PreviousStepTransform`, ``InitTracker``), or gets
+            some that step it several times (``FrameSkipTransform``, ``MultiAction``).
 
     Examples:
         >>> import gymnasium as gym
@@ -162,14 +165,21 @@ class TrialTransform(Transform):
     def _below(self) -> Below:
         """The base environment and the transforms between it and this one."""
         if self._below_cache is None:
-            transforms: list[Transform] = []
-            inner, outer = self, self._container()
-            while isinstance(outer, Compose):
-                position = next(i for i, t in enumerate(outer.transforms) if t is inner)
-                transforms = [*outer.transforms[:position], *transforms]
-                inner, outer = outer, outer._container()
-            self._below_cache = Below(outer.base_env, transforms)
+            below, _, env = self._neighbours()
+            self._below_cache = Below(env.base_env, below)
         return self._below_cache
+
+    def _neighbours(self) -> tuple[list[Transform], list[Transform], EnvBase]:
+        """The transforms before this one, those after it, and the environment that holds them."""
+        before: list[Transform] = []
+        after: list[Transform] = []
+        inner, outer = self, self._container()
+        while isinstance(outer, Compose):
+            position = next(i for i, t in enumerate(outer.transforms) if t is inner)
+            before = [*outer.transforms[:position], *before]
+            after = [*after, *outer.transforms[position + 1 :]]
+            inner, outer = outer, outer._container()
+        return before, after, outer
 
     def _get_repeater(self):
         if self._repeater is None:
@@ -188,6 +198,9 @@ class TrialTransform(Transform):
         again = repeater.hard_reset(self._below(), mask)
         if again is not None:
             tensordict_reset.update(again)
+        for key in _DONE_KEYS:
+            if tensordict_reset.get(key, None) is None:  # see transform_done_spec
+                tensordict_reset.set(key, torch.zeros_like(done))
         first = torch.ones_like(done)
         zero = torch.zeros_like(done, dtype=torch.float32)
         # Rows outside of the mask are dropped by the caller.
@@ -360,6 +373,14 @@ class TrialTransform(Transform):
                 "PreviousStepTransform and InitTracker must come after the trial transform, got "
                 f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it: it would "
                 "start again with every attempt, and the agent would forget. Use make_trial_env."
+            )
+        _, after, _ = self._neighbours()
+        stepping = [type(t).__name__ for t in after if isinstance(t, _STEPPING)]
+        if stepping:
+            raise ValueError(
+                "transforms that step the environment by themselves must come before the trial "
+                f"transform, got {stepping} after it: ends of attempts within their steps would be "
+                "missed. Apply them to the environment that the trial is made of."
             )
         self._get_repeater()
 
