@@ -420,6 +420,18 @@ def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
     GoalSequenceRelabel(check=False)(batch)
 
 
+def test_a_met_goal_that_truncates_is_refused_with_the_remedy():
+    batch = as_batch([play([[(0.0, 0.0)]], [(0.0, 0.0)])])
+    batch["next", "terminated"], batch["next", "truncated"] = (
+        batch["next", "truncated"],
+        batch["next", "terminated"],
+    )
+    with pytest.raises(
+        ValueError, match=r"'terminated'\), .*end `terminated`, not `truncated`, as"
+    ):
+        GoalSequenceRelabel()(batch)
+
+
 def test_trials_are_checked_until_a_goal_was_met():
     a, x = (0.0, 0.0), (0.25, 0.0)
     missed, met = as_batch([play([[x], [x]], [a])]), as_batch([play([[x], [a]], [a])])
@@ -722,6 +734,24 @@ def test_several_achievements_in_a_step():
     goals = out["desired_goal"][:, 0, 0]
     assert set(goals.tolist()) == {2.0, 12.0}
     assert (out["next", "reward"][:, -1] == 1).all()
+
+
+def test_empty_places_are_no_goals():
+    batch = single_goal_trials([3] * 300)
+    place = batch["next", "achieved_goal"]
+    empty = torch.full_like(place, -1.0)
+    # The last step achieves nothing in every third trial, and else one or two things of three.
+    places = torch.stack([empty, place, place + 10], 2)
+    places[::3, -1] = -1.0
+    places[1::3, -1, 2] = -1.0
+    batch["next", "achieved_goal"] = places
+    out = HindsightRelabel("final", share=1.0, blank=-1.0)(batch, torch.Generator().manual_seed(0))
+    goals = out["desired_goal"][:, 0, 0].view(-1, 3)
+    assert (goals[:, 0] == 99).all()
+    assert torch.equal(out[MASK], batch[MASK])
+    assert (goals[:, 1] == 2).all()
+    assert goals[:, 2].unique().tolist() == [2.0, 12.0]
+    assert 30 < (goals[:, 2] == 2).sum() < 70
 
 
 def test_single_goals_of_another_shape_are_refused():

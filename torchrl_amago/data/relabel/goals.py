@@ -248,7 +248,9 @@ class GoalRelabel(Relabel):
                 f"{type(self).__name__} must find what was stored when it replays trials with their "
                 f"own goals, but {changed} come out otherwise. Let reward_fn be the environment's "
                 "reward and met_above fit it; let ends_trial say whether meeting the goal ends the "
-                "trial; a trial must be a single attempt. check=False leaves this check out."
+                "trial; a trial must be a single attempt, and one that meets its goal end `terminated`, "
+                "not `truncated`, as with make_trial_env(trial_end='terminated' or 'attempt'). "
+                "check=False leaves this check out."
             )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl_amago import keys
 from torchrl_amago.choice import check_choice
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, time_innermost
+from torchrl_amago.data.relabel.goals import GoalRelabel, is_blank, time_innermost
 
 Strategy = Literal["future", "final", "episode"]
 
@@ -33,6 +33,8 @@ class HindsightRelabel(GoalRelabel):
             0.8.
         goal_key: entry ``[*B, *goal]``.
         achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` where N goals are achieved in each step.
+        blank: what fills a place of those N that is empty; a trial for which only empty ones were drawn
+            keeps its goal. None if there are no empty places.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
@@ -60,6 +62,7 @@ class HindsightRelabel(GoalRelabel):
         share: float = 0.8,
         goal_key: NestedKey = "desired_goal",
         achieved_key: NestedKey = "achieved_goal",
+        blank: float | None = None,
         **options: Any,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
@@ -68,13 +71,12 @@ class HindsightRelabel(GoalRelabel):
                 f"share must be in [0, 1], got {share}. It is the part of the trials that get new goals."
             )
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
-        self.strategy, self.share = strategy, share
+        self.strategy, self.share, self.blank = strategy, share, blank
 
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         achieved_BTN, mask_BT = self._achieved(trials), trials.get(keys.MASK)
-        num_places = achieved_BTN.shape[2]
         uniform_4B = uniform((4, len(mask_BT)), generator, mask_BT.device)
         length_B = mask_BT.sum(-1)
         if self.strategy == "final":
@@ -85,8 +87,14 @@ class HindsightRelabel(GoalRelabel):
                 first_B = (uniform_4B[0] * length_B).long()
             step_B = first_B + (uniform_4B[1] * (length_B - first_B)).long()
         rows_B = torch.arange(len(mask_BT), device=mask_BT.device)
-        goal_B = achieved_BTN[rows_B, step_B, (uniform_4B[2] * num_places).long()]
-        return goal_B, uniform_4B[3] < self.share
+        achieved_BN = achieved_BTN[rows_B, step_B]
+        is_there_BN = torch.ones(achieved_BN.shape[:2], dtype=torch.bool, device=mask_BT.device)
+        if self.blank is not None:
+            is_there_BN = ~is_blank(achieved_BN, self.blank, 2)
+        rank_B = (uniform_4B[2] * is_there_BN.sum(-1)).long()
+        place_B = (is_there_BN.cumsum(-1) > rank_B.unsqueeze(-1)).int().argmax(-1)
+        is_new_B = (uniform_4B[3] < self.share) & is_there_BN.any(-1)
+        return achieved_BN[rows_B, place_B], is_new_B
 
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
         mask_RT = trials.get(keys.MASK)[rows_R]
