@@ -80,6 +80,11 @@ BAD = {
         observations(observation=np.full((5, 2), 1e300)),
         r"'observation' must fit into torch.float32, got numbers between 1e\+300",
     ),
+    "whole numbers that would be rounded": (
+        observations(observation=np.full((5, 2), 2**24 + 1)),
+        "'observation' must be whole numbers that torch.float32 can hold, got torch.int64 between "
+        "16777217 and 16777217",
+    ),
     "text": (
         observations(observation=np.full((5, 2), "a")),
         "'observation' must be one array of numbers",
@@ -136,6 +141,37 @@ def test_bad_trajectories(bad):
     assert list(report.skipped) == [1]
     assert report.describe() == "2 trials of 8 steps, mean return 4; 1 skipped"
     assert len(buffer) == 8
+
+
+def test_numbers_that_a_double_cant_hold():
+    trials = TrialSchema(
+        Composite(observation=Unbounded((1,), dtype=torch.float64)), Categorical(3)
+    )
+    whole = Trajectory([2**53, 1], [0], [0.0], [True], [False])
+    assert trials.check(whole).observation_S["observation"].tolist() == [[2.0**53], [1.0]]
+    with pytest.raises(TrajectoryError, match="must be whole numbers that torch.float64 can hold"):
+        trials.check(Trajectory([2**53 + 1, 1], [0], [0.0], [True], [False]))
+
+
+@pytest.mark.parametrize(
+    ("observation", "action", "message"),
+    [
+        (
+            np.array([300, 1], np.uint16),
+            [0.0],
+            "whole numbers that torch.uint8 can hold, got torch.uint16 between 1 and 300",
+        ),
+        ([0, 0], torch.tensor([[3.0]], dtype=torch.bfloat16), r"actions must .* step 0: \[3.0\]"),
+        ([0, 0], torch.tensor([[3.0]], requires_grad=True), r"actions must .* step 0: \[3.0\]"),
+    ],
+    ids=["uint16", "bfloat16", "gradient"],
+)
+def test_messages_show_numbers_of_every_kind(observation, action, message):
+    trials = TrialSchema(
+        Composite(observation=Unbounded((1,), dtype=torch.uint8)), Bounded(-1.0, 1.0, (1,))
+    )
+    with pytest.raises(TrajectoryError, match=message):
+        trials.check(Trajectory(observation, action, [0.0], [True], [False]))
 
 
 BAD_BEFORE = {
@@ -215,6 +251,23 @@ def test_steps_that_dont_follow_one_another():
     steps["next", "observation"][0] = 3.0
     with pytest.raises(TrajectoryError, match="'observation' under 'next' must be what the fol"):
         as_trajectory(steps)
+
+
+@pytest.mark.parametrize("flag", [[0.0, 1.0], [0, 1]])
+def test_flags_of_steps_may_be_numbers(flag):
+    done = torch.tensor(flag)
+    after = {"observation": torch.ones(2), "reward": torch.zeros(2), "done": done}
+    steps = TensorDict({"observation": torch.ones(2), "action": torch.zeros(2)}, [2])
+    steps.set("next", after | {"terminated": 0 * done, "truncated": done})
+    assert as_trajectory(steps).truncated.tolist() == [0, 1]
+    steps.set("next", after | {"terminated": 0 * done})
+    assert as_trajectory(steps).truncated.tolist() == [0, 1]
+    steps.set("next", after | {"terminated": done})
+    assert as_trajectory(steps).truncated.tolist() == [0, 0]
+    steps.set("next", after | {"done": 2 * done, "terminated": 0 * done})
+    trials = TrialSchema(Composite(observation=Unbounded((1,))), Bounded(-1.0, 1.0, (1,)))
+    with pytest.raises(TrajectoryError, match="truncations must be whole numbers that torch.bool"):
+        trials.check(steps)
 
 
 def test_steps_whose_next_is_of_another_shape():

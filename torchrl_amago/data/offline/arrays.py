@@ -37,7 +37,7 @@ def fit(name: str, array: Any, rows: int, spec: TensorSpec) -> Tensor:
     if isinstance(spec, Categorical | OneHot | Binary) and not spec.expand(shape).is_in(x):
         raise TrajectoryError(
             f"{name} must be of the environment's {type(spec).__name__}, got other values, between "
-            f"{x.min()} and {x.max()}. Encode them alike."
+            f"{_range(x)}. Encode them alike."
         )
     return x
 
@@ -88,26 +88,33 @@ def cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of this dtype; floating-point numbers may be rounded, whole ones may not change."""
     if x.dtype == dtype:
         return x
-    if not dtype.is_floating_point:
+    if not (dtype.is_floating_point and x.is_floating_point()):
         return cast_whole(name, x, dtype)
     rounded = x.to(dtype)
     if not bool(torch.isfinite(rounded).all()):
         raise TrajectoryError(
-            f"{name} must fit into {dtype}, got numbers between {x.min():g} and {x.max():g}. Scale "
-            "them down."
+            f"{name} must fit into {dtype}, got numbers between {_range(x)}. Scale them down."
         )
     return rounded
 
 
 def cast_whole(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A tensor of whole numbers, or bits, of this dtype."""
+    """A tensor of this dtype, of the same whole numbers or bits."""
     whole = x.to(dtype)
-    if not torch.equal(whole.to(torch.float64), x.to(torch.float64)):
+    # There and back alone would miss a lost sign, and float64 alone the last digits of int64.
+    is_same = torch.equal(whole.to(x.dtype), x)
+    if not is_same or not torch.equal(whole.to(torch.float64), x.to(torch.float64)):
         raise TrajectoryError(
-            f"{name} must be whole numbers that {dtype} can hold, got {x.dtype} between {x.min()} "
-            f"and {x.max()}. Give what the environment's spec says."
+            f"{name} must be whole numbers that {dtype} can hold, got {x.dtype} between "
+            f"{_range(x)}. Give what the environment's spec says."
         )
     return whole
+
+
+def _range(x: Tensor) -> str:
+    """The smallest and the largest number, for messages."""
+    low, high = x.to(torch.float64).aminmax()  # not all dtypes can be compared
+    return f"{low:.8g} and {high:.8g}"
 
 
 def flags(name: str, array: Any) -> Tensor:
@@ -140,7 +147,7 @@ def count(name: str, value: Any) -> int:
     return steps
 
 
-def check_all(name: str, shown: Any, is_right: Tensor) -> None:
+def check_all(name: str, shown: Tensor, is_right: Tensor) -> None:
     """Refuse rows that aren't in the environment's space.
 
     Args:
@@ -153,8 +160,8 @@ def check_all(name: str, shown: Any, is_right: Tensor) -> None:
     wrong = (~is_right).nonzero().reshape(-1).tolist()
     raise TrajectoryError(
         f"{name} must be in the environment's space, and {len(wrong)} of {len(is_right)} aren't, the "
-        f"first at step {wrong[0]}: {np.asarray(shown[wrong[0]]).tolist()}. Clip them, or leave that "
-        "trajectory out."
+        f"first at step {wrong[0]}: {shown[wrong[0]].tolist()}. Clip them, or leave that trajectory "
+        "out."
     )
 
 

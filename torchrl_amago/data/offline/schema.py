@@ -38,7 +38,12 @@ from torchrl_amago.data.offline.arrays import (
     numbers,
     reshape,
 )
-from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+from torchrl_amago.data.offline.trajectory import (
+    ActionForm,
+    Trajectory,
+    TrajectoryError,
+    as_trajectory,
+)
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
 from torchrl_amago.envs.transforms.trial import TrialEnd
 
@@ -202,7 +207,7 @@ class TrialSchema:
             raise TrajectoryError("it must have at least one step, got none. Leave it out.")
         return Attempt(
             self._observations(trajectory, steps + 1),
-            self._actions(trajectory, action),
+            self._actions(action, trajectory.action_form),
             fit("rewards", trajectory.reward, steps, self.reward_spec),
             *ends(trajectory, steps),
             count("first_time", trajectory.first_time),
@@ -225,8 +230,8 @@ class TrialSchema:
             key: fit(f"observations {key!r}", held[key], rows, self._specs[key]) for key in wanted
         }
 
-    def _actions(self, trajectory: Trajectory, action: Tensor) -> Tensor:
-        space, form, steps = self.space, trajectory.action_form, len(action)
+    def _actions(self, given: Tensor, form: ActionForm) -> Tensor:
+        space, action, steps = self.space, given, len(given)
         is_possible = torch.ones(steps, dtype=torch.bool)
         if form == "vector":
             vector = reshape("actions", action, (steps, space.size)).to(torch.float32)
@@ -241,7 +246,7 @@ class TrialSchema:
             center, half_width = self._scale
             action = (action - center) / half_width
         action = cast("actions", action, space.dtype)
-        check_all("actions", trajectory.action, is_possible & space.contains(action))
+        check_all("actions", given, is_possible & space.contains(action))
         return action
 
     def _first_prev_action(self, trajectory: Trajectory) -> Tensor:

@@ -151,12 +151,16 @@ def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: Nested
             f"'terminated' under 'next' must have the shape {list(done.shape)} of 'done', got "
             f"{list(terminated.shape)}. Give one flag per step."
         )
+    truncated = after.get("truncated", None)
+    if truncated is None:
+        # Flags may be numbers; whatever isn't 0 or 1 stays as it is, and is refused later.
+        truncated = done.masked_fill(terminated.bool(), 0)
     return Trajectory(
         observation,
         steps.get(action_key),
         after.get(reward_key),
         terminated,
-        after.get("truncated", done & ~terminated),
+        truncated,
         action_form="policy",
     )
 
