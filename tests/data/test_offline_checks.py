@@ -333,6 +333,22 @@ def test_one_hot_actions_and_observations(given):
         one_hot.check(Trajectory(cell, vector, [0, 0], [0, 1], [0, 0], action_form="vector"))
 
 
+def test_specs_may_be_on_another_device(monkeypatch):
+    bounds = Bounded(-2.0, 2.0, (1,))
+    elsewhere = bounds.to("meta")
+    # From a GPU numbers can be copied, from the meta device they can't.
+    monkeypatch.setattr(elsewhere, "to", bounds.to)
+    trials = TrialSchema(
+        Composite(observation=OneHot(3)).to("meta"),
+        Bounded(-1.0, 1.0, (1,)),
+        env_action_spec=elsewhere,
+        reward_spec=Unbounded((1,)).to("meta"),
+    )
+    attempt = trials.check(Trajectory([0, 2], [1.0], [0.5], [True], [False]))
+    assert attempt.action_L.tolist() == [[0.5]]
+    assert trials.reward_spec.device == torch.device("cpu")
+
+
 # -- joining -------------------------------------------------------------------------------------
 
 TRIAL_SPECS = Composite(

@@ -11,6 +11,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.envs import (
+    ActionScaling,
+    Compose,
+    InitTracker,
+    ParallelEnv,
+    RewardScaling,
+    SerialEnv,
+    TransformedEnv,
+)
 
 from tests.data.offline_formats import (
     ENVS,
@@ -20,9 +29,13 @@ from tests.data.offline_formats import (
     save_as_amago,
     split,
 )
+from tests.toy_env import ACTIONS, Toy
+from torchrl_amago import PreviousStepTransform, TrialTransform, make_trial_env
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.offline import (
+    Trajectory,
     TrajectoryError,
+    TrialRule,
     TrialSchema,
     load_trials,
     read_amago,
@@ -183,6 +196,58 @@ def test_a_dataset_that_isnt_there(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="nothing"):
         read_minari("here/nothing-v0")
+
+
+# -- what environments hide ----------------------------------------------------------------------
+
+
+def wide_toy():
+    return Toy(Bounded(-2.0, 2.0, shape=(1,)), rows=1)
+
+
+def toy_trials():
+    return make_trial_env(wide_toy(), horizon=7, trial_end="truncated")
+
+
+def trials_of_workers(worker):
+    """With the trial transform around the workers; nobody resets them."""
+    return make_trial_env(
+        SerialEnv(2, worker), horizon=7, trial_end="truncated", repeat=lambda *args: None
+    )
+
+
+def started(env):
+    env.reset()
+    return env
+
+
+HIDDEN = {
+    "plain workers": lambda: trials_of_workers(wide_toy),
+    "scaling in workers": lambda: trials_of_workers(
+        lambda: TransformedEnv(wide_toy(), ActionScaling())
+    ),
+    "trials in workers": lambda: SerialEnv(2, toy_trials),
+    "trials in workers that run": lambda: started(SerialEnv(2, toy_trials)),
+    "trials in processes": lambda: ParallelEnv(2, toy_trials),
+}
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_transforms_in_workers_are_seen(hidden):
+    env = HIDDEN[hidden]()
+    schema = TrialSchema.from_env(env)
+    assert schema.given == ["observation"]
+    assert schema.rule == TrialRule(None, 7, "truncated")
+    attempt = schema.check(Trajectory(np.zeros((2, 2)), [0.5], [0.0], [True], [False]))
+    assert attempt.action_L.tolist() == [[0.25]]  # the environment's actions are in [-2, 2]
+    env.close(raise_if_closed=False)
+
+
+def test_transforms_in_transforms_are_seen():
+    trial = Compose(TrialTransform(horizon=7), PreviousStepTransform(), InitTracker())
+    nested = Compose(RewardScaling(0.0, 1.0), trial)
+    schema = TrialSchema.from_env(TransformedEnv(Toy(ACTIONS["categorical"]), nested))
+    assert (schema.given, schema.rule) == (["observation"], TrialRule(None, 7, "terminated"))
 
 
 # -- D4RL's arrays, cut by hand ------------------------------------------------------------------

@@ -19,6 +19,7 @@ from tensordict import NestedKey, TensorDict
 from torch import Tensor
 from torchrl.data import Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, Transform, TransformedEnv
+from torchrl.envs.batched_envs import BatchedEnvBase
 
 from torchrl_amago import keys
 from torchrl_amago.action_space import (
@@ -45,6 +46,7 @@ from torchrl_amago.data.offline.trajectory import (
     as_trajectory,
 )
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
+from torchrl_amago.envs.transforms.repeat import first_worker
 from torchrl_amago.envs.transforms.trial import TrialEnd
 
 _TRIAL_ENTRIES = (
@@ -125,8 +127,10 @@ class TrialSchema:
         reward_key: NestedKey = "reward",
         names: dict[str, NestedKey] | None = None,
     ) -> None:
+        # Data are read on the CPU, wherever the environment is.
+        observation_spec, action_spec = observation_spec.to("cpu"), action_spec.to("cpu")
         self.space = ActionSpace.from_spec(action_spec)
-        self.reward_spec = Unbounded((1,)) if reward_spec is None else reward_spec
+        self.reward_spec = Unbounded((1,)) if reward_spec is None else reward_spec.to("cpu")
         self.action_key, self.reward_key = action_key, reward_key
         self._specs = {key: observation_spec[key] for key in observation_spec.keys(True, True)}
         if names is None:
@@ -139,7 +143,7 @@ class TrialSchema:
             rule = TrialRule()
         self.rule = rule
         self._scale: tuple[Tensor, Tensor] | None = None
-        env_spec = action_spec if env_action_spec is None else env_action_spec
+        env_spec = action_spec if env_action_spec is None else env_action_spec.to("cpu")
         if is_finitely_bounded(env_spec) and not is_in_policy_scale(env_spec):
             low, high = env_spec.low, env_spec.high
             self._scale = ((high + low) / 2, (high - low) / 2)
@@ -149,7 +153,8 @@ class TrialSchema:
         """Read everything off an environment, such as :func:`make_trial_env` makes.
 
         Observations and rewards of the data must be as they are below its trial transform: what other
-        transforms do to them is up to whoever reads the data.
+        transforms do to them is up to whoever reads the data. Workers of a batched environment are
+        taken to be alike.
 
         Raises:
             ValueError: for an environment with several actions or rewards.
@@ -405,13 +410,20 @@ class TrialSchema:
 
 
 def _unwrap(env: EnvBase) -> tuple[EnvBase, list[Transform]]:
-    """The environment under all transforms, and these, the innermost first."""
+    """The environment under all transforms and workers, and the transforms, the innermost first."""
+    if isinstance(env, BatchedEnvBase):
+        return _unwrap(first_worker(env))
     if not isinstance(env, TransformedEnv):
         return env, []
     base, below = _unwrap(env.base_env)
-    transform = env.transform
-    own = transform.transforms if isinstance(transform, Compose) else [transform]
-    return base, [*below, *own]
+    return base, [*below, *_flat(env.transform)]
+
+
+def _flat(transform: Transform) -> list[Transform]:
+    """The transforms of nested Composes."""
+    if not isinstance(transform, Compose):
+        return [transform]
+    return [one for part in transform.transforms for one in _flat(part)]
 
 
 def _attempt_returns(begins_S: Tensor, reward_L: Tensor) -> Tensor:

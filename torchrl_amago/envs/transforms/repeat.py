@@ -78,10 +78,7 @@ class Layout(NamedTuple):
 
 
 def layout_of(env: EnvBase) -> Layout:
-    """Look through transforms and batched environments, down to one environment that does the work.
-
-    Workers of a ParallelEnv live elsewhere, so a twin of the first one is built to look at.
-    """
+    """Look through transforms and batched environments, down to one environment that does the work."""
     workers: tuple[int, ...] = ()
     is_wrapped = False
     while isinstance(env, TransformedEnv | BatchedEnvBase):
@@ -90,11 +87,18 @@ def layout_of(env: EnvBase) -> Layout:
             env = env.base_env
             continue
         workers = (*workers, env.num_workers)
-        if isinstance(env, SerialEnv) and not env.is_closed:
-            env = env._envs[0]
-        else:
-            env = env.create_env_fn[0](**env.create_env_kwargs[0])
+        env = first_worker(env)
     return Layout(env, workers, is_wrapped)
+
+
+def first_worker(env: BatchedEnvBase) -> EnvBase:
+    """The first environment of a batched one, to look at.
+
+    Workers of a ParallelEnv live elsewhere, so a twin is built.
+    """
+    if isinstance(env, SerialEnv) and not env.is_closed:
+        return env._envs[0]
+    return env.create_env_fn[0](**env.create_env_kwargs[0])
 
 
 def _row_kwargs(layout: Layout, name: str, values: Sequence[Any]) -> dict[str, Any]:
