@@ -365,7 +365,7 @@ TRIAL_SPECS = Composite(
 )
 
 
-def attempt(first: float, length: int, terminated: bool = True) -> Trajectory:
+def attempt(first: float, length: int, terminated: bool = True, **options) -> Trajectory:
     last = np.arange(length) == length - 1
     return Trajectory(
         first + np.arange(length + 1.0),
@@ -373,6 +373,7 @@ def attempt(first: float, length: int, terminated: bool = True) -> Trajectory:
         np.arange(1.0, length + 1),
         last & terminated,
         last & (not terminated),
+        **options,
     )
 
 
@@ -424,9 +425,20 @@ def test_a_trial_of_two_attempts_by_hand():
         (TrialRule(2, None, "attempt"), [attempt(1, 2), attempt(1, 2, True)], True),
         (TrialRule(2, None, "attempt"), [attempt(1, 2), attempt(1, 2, False)], False),
         (TrialRule(None, 4, "terminated"), [attempt(1, 2), attempt(1, 2, False)], True),
+        (
+            TrialRule(None, 4, "terminated"),
+            [attempt(1, 2), attempt(1, 2, False, is_cut=True)],
+            True,
+        ),
+        (TrialRule(2, None, "terminated"), [attempt(1, 2, is_cut=True), attempt(1, 2)], True),
         # The trial goes on where the data end, so it is worth something there.
         (TrialRule(3, None, "terminated"), [attempt(1, 2), attempt(1, 2, True)], False),
         (TrialRule(None, 5, "attempt"), [attempt(1, 2), attempt(1, 2, True)], False),
+        (
+            TrialRule(2, None, "terminated"),
+            [attempt(1, 2), attempt(1, 2, False, is_cut=True)],
+            False,
+        ),
     ],
 )
 def test_how_a_trial_ends(rule, attempts, terminated):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchrl.data import Bounded, Composite, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -331,6 +331,54 @@ def test_a_lone_last_d4rl_step_is_no_trajectory():
     assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [1, 3, 1]
 
 
+def ends_of(source, rule, **options):
+    """Length of each trial, and whether it is terminated."""
+    trials = TrialSchema(
+        Composite(observation=Unbounded((3,))), Bounded(-1.0, 1.0, (1,)), rule=rule
+    )
+    buffer = make_trial_buffer(50, slice_len=2, batch_size=1)
+    load_trials(buffer, source, trials, **options)
+    ends = [trial["next"].select("terminated", "truncated")[-1] for trial in split(buffer[:])]
+    assert all(end["terminated"] != end["truncated"] for end in ends)
+    lengths = map(len, split(buffer[:]))
+    return list(zip(lengths, [end["terminated"].item() for end in ends], strict=True))
+
+
+def test_where_d4rl_arrays_cut_an_attempt_off_it_is_truncated():
+    rule = TrialRule(1, None, "terminated")
+    complete = {"next_observations": np.zeros((5, 3))}
+    timeouts = {"timeouts": np.array([0, 0, 1, 0, 0])}
+    arrays = d4rl_arrays([0, 0, 1, 0, 0], **complete)
+    assert ends_of(read_d4rl(arrays), rule) == [(3, True), (2, False)]
+    arrays = d4rl_arrays(np.zeros(5), **complete, **timeouts)  # the time limit ends the trial
+    assert ends_of(read_d4rl(arrays), rule) == [(3, True), (2, False)]
+    arrays = d4rl_arrays(np.zeros(5), **timeouts)  # the step at the time limit is given up
+    assert ends_of(read_d4rl(arrays), rule) == [(2, False), (1, False)]
+
+
+def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
+    """Where a terminal isn't the trial's termination, the step that leads there is given up."""
+    arrays = d4rl_arrays([0, 0, 1, 0, 1], observations=np.arange(5.0)[:, None] * np.ones(3))
+    source = read_d4rl(arrays)
+    for rule in (TrialRule(1), TrialRule(1, None, "terminated")):
+        assert ends_of(source, rule) == [(3, True), (2, True)]
+    assert ends_of(source, TrialRule(1, None, "truncated")) == [(2, False), (1, False)]
+    assert ends_of(source, TrialRule(3), episodes_per_trial=2) == [(4, False)]
+    assert ends_of(source, TrialRule(None, 5, "attempt"), episodes_per_trial=2) == [(5, True)]
+    assert ends_of(source, TrialRule(None, 5, "truncated"), episodes_per_trial=2) == [(4, False)]
+    trials = TrialSchema(
+        Composite(observation=Unbounded((3,))), Bounded(-1.0, 1.0, (1,)), rule=TrialRule(2)
+    )
+    steps = trials.join([trials.check(source[0])])
+    assert steps["next", "observation"][:, 0].tolist() == [1, 2]
+    arrays["next_observations"] = arrays["observations"] + 1
+    assert ends_of(read_d4rl(arrays), TrialRule(3), episodes_per_trial=2) == [(5, False)]
+    lone = read_d4rl(d4rl_arrays([1]))
+    assert ends_of(lone, TrialRule(1)) == [(1, True)]
+    with pytest.raises(TrajectoryError, match="what the last step led to must be known"):
+        ends_of(lone, TrialRule(1, None, "truncated"))
+
+
 @pytest.mark.parametrize("name", ["terminals", "timeouts"])
 def test_d4rl_flags(name):
     """A flag that says nothing: where the next trajectory begins isn't known either."""
@@ -427,6 +475,19 @@ def amago_arrays(**changes):
         "actions": np.eye(4)[:2],
     }
     return arrays | changes
+
+
+@pytest.mark.parametrize("is_done", [True, False])
+def test_amago_files_that_end_without_done_are_cut_off(is_done, tmp_path):
+    np.savez(tmp_path / "0.npz", **amago_arrays(dones=np.array([[False], [is_done]])))
+    trials = TrialSchema(
+        Composite(observation=Unbounded((2,))),
+        Categorical(4),
+        rule=TrialRule(1, None, "terminated"),
+    )
+    steps = trials.join([trials.check(read_amago(tmp_path)[0])])
+    assert steps["next", "terminated"].flatten().tolist() == [False, is_done]
+    assert steps["next", "truncated"].flatten().tolist() == [False, not is_done]
 
 
 BAD_FILES = {

@@ -119,10 +119,11 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
 
     ``observations``, ``actions``, ``rewards`` and ``terminals`` are needed; ``timeouts`` and
     ``next_observations`` are used where they exist. A trajectory ends with a terminal, a timeout or
-    the arrays. Without ``next_observations`` nothing tells what the last step led to: after a
-    terminal it isn't needed, and the last observation stands in for it; otherwise the last step is
-    given up, and its observation is what the one before led to; a trajectory of that step alone is
-    left out.
+    the arrays; where the arrays end it, it is cut off, and its value bootstraps. Without
+    ``next_observations`` nothing tells what the last step led to. After a terminal the last
+    observation stands in for it, and :meth:`TrialSchema.join` gives the step up where the trial isn't
+    terminated by it. Otherwise the last step is given up here: the trajectory is cut off before it,
+    its observation is what the one before led to, and a trajectory of that step alone is left out.
 
     Args:
         arrays: by name, for example an open ``h5py.File``.
@@ -182,7 +183,13 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         truncated = timeout[rows].copy()
         truncated[-1:] = timeout[end] or not terminal[end]
         return Trajectory(
-            observation, arrays["actions"][rows], arrays["rewards"][rows], terminal[rows], truncated
+            observation,
+            arrays["actions"][rows],
+            arrays["rewards"][rows],
+            terminal[rows],
+            truncated,
+            is_cut=bool(is_shortened[number]) or not (terminal[end] or timeout[end]),
+            last_is_stand_in=following is None and bool(terminal[end]),
         )
 
     return TrajectorySource("D4RL-style arrays", len(last), int(length.sum()), load)
@@ -325,4 +332,5 @@ def _load_amago(file: Path) -> Trajectory:
         first_time=time[0],
         first_prev_action=before[0, 1:],
         first_prev_reward=before[0, 0],
+        is_cut=not terminated[-1:].any(),
     )

@@ -83,6 +83,8 @@ class Attempt(NamedTuple):
     first_time: int
     first_prev_action_A: Tensor
     first_prev_reward: float
+    is_cut: bool
+    last_is_stand_in: bool
 
 
 class TrialSchema:
@@ -218,6 +220,8 @@ class TrialSchema:
             count("first_time", trajectory.first_time),
             self._first_prev_action(trajectory),
             number("first_prev_reward", trajectory.first_prev_reward, torch.float32),
+            trajectory.is_cut,
+            trajectory.last_is_stand_in,
         )
 
     def _observations(self, trajectory: Trajectory, rows: int) -> dict[NestedKey, Tensor]:
@@ -282,14 +286,17 @@ class TrialSchema:
         Within the trial, an attempt's last step leads to the first observation of the next one.
 
         Raises:
-            TrajectoryError: where they are too much for one trial, or a fragment whose beginning is
-                needed.
+            TrajectoryError: where they are too much for one trial, a fragment whose beginning is
+                needed, or a single step of which nothing tells what it led to, where that is needed.
         """
+        is_over, terminated, truncated = self._end(attempts)
+        if attempts[-1].last_is_stand_in and not terminated:
+            attempts = [*attempts[:-1], _without_last_step(attempts[-1])]
+            is_over, terminated, truncated = self._end(attempts)
         held_S = self._join_observations(attempts)
         action_L = torch.cat([part.action_L for part in attempts])
         reward_L = torch.cat([part.reward_L for part in attempts])
         length = len(action_L)
-        is_over, terminated, truncated = self._end(attempts, length)
         entries = self._step_entries(attempts[0], action_L, reward_L)
         if any(name in self.computed for name in _TRIAL_ENTRIES):
             entries |= self._trial_entries(attempts, held_S, reward_L, is_over)
@@ -327,9 +334,9 @@ class TrialSchema:
             for key in self.given
         }
 
-    def _end(self, attempts: Sequence[Attempt], length: int) -> tuple[bool, bool, bool]:
+    def _end(self, attempts: Sequence[Attempt]) -> tuple[bool, bool, bool]:
         """Whether the trial is over, and its last step terminated or truncated."""
-        last = attempts[-1]
+        last, length = attempts[-1], sum(len(part.action_L) for part in attempts)
         if self.rule is None or self.is_whole_trial(last):
             return True, last.terminated, last.truncated
         episodes, horizon, trial_end = self.rule
@@ -340,7 +347,7 @@ class TrialSchema:
                 f"{horizon} steps), got {len(attempts)} attempts of {length} steps. Change "
                 "episodes_per_trial, or cut them."
             )
-        is_over = len(attempts) == episodes or length == horizon
+        is_over = (len(attempts) == episodes and not last.is_cut) or length == horizon
         if trial_end == "attempt":
             terminated = is_over and last.terminated
         else:
@@ -424,6 +431,25 @@ def _flat(transform: Transform) -> list[Transform]:
     if not isinstance(transform, Compose):
         return [transform]
     return [one for part in transform.transforms for one in _flat(part)]
+
+
+def _without_last_step(attempt: Attempt) -> Attempt:
+    """The attempt cut off before its last step, whose observation is what the one before led to."""
+    if len(attempt.action_L) == 1:
+        raise TrajectoryError(
+            "what the last step led to must be known where a trial is truncated, and is unknown for an "
+            "attempt of that step alone. Leave it out, add next_observations, or load it for an "
+            "environment whose trials terminate there (trial_end)."
+        )
+    return attempt._replace(
+        observation_S={key: x_S[:-1] for key, x_S in attempt.observation_S.items()},
+        action_L=attempt.action_L[:-1],
+        reward_L=attempt.reward_L[:-1],
+        terminated=False,
+        truncated=True,
+        is_cut=True,
+        last_is_stand_in=False,
+    )
 
 
 def _attempt_returns(begins_S: Tensor, reward_L: Tensor) -> Tensor:

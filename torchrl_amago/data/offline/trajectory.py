@@ -40,6 +40,10 @@ class Trajectory:
         first_time: steps of the trial before this trajectory; 0 unless it is a fragment.
         first_prev_action: ``[A]``, the action before a fragment, in the form ``"vector"``.
         first_prev_reward: the reward before a fragment.
+        is_cut: whether the attempt goes on where the data end, so that it ends no trial; False also
+            for an environment's own time limit.
+        last_is_stand_in: whether the last row of the observations only stands in for what the last
+            step led to, which isn't known: the step is given up where a value would bootstrap.
 
     Example:
         >>> trajectory = Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0])
@@ -56,6 +60,8 @@ class Trajectory:
     first_time: int = 0
     first_prev_action: ArrayLike | None = None
     first_prev_reward: float = 0.0
+    is_cut: bool = False
+    last_is_stand_in: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "observation", _flat(self.observation))
