@@ -10,7 +10,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from tensordict import TensorDict
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyTensorStorage,
+    TensorDictReplayBuffer,
+    Unbounded,
+)
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -116,12 +124,48 @@ def test_amago_files(collected, tmp_path):
 
 def test_torchrls_datasets(collected):
     steps = torch.cat(collected.trials)
-    loaded, _ = load(collected, read_torchrl(steps, action_form="policy"))
+    loaded, _ = load(collected, read_torchrl(steps))
     assert_equal_trials(loaded, collected.trials)
     buffer = make_trial_buffer(len(steps), slice_len=4, batch_size=2, warn_short=False)
     buffer.extend(steps)
-    loaded, _ = load(collected, read_torchrl(buffer, action_form="policy"))
+    loaded, _ = load(collected, read_torchrl(buffer))
     assert_equal_trials(loaded, collected.trials)
+
+
+def small_steps(**entries):
+    done = torch.tensor([[False], [True]])
+    after = {"observation": torch.tensor([[1.0], [2.0]]), "reward": torch.ones(2, 1), "done": done}
+    root = {"observation": torch.tensor([[0.0], [1.0]]), "action": torch.zeros(2, 1)}
+    return TensorDict({**root, **entries, "next": TensorDict(after, [2])}, [2])
+
+
+def test_actions_are_in_the_environments_scale_unless_they_are_known_to_be_a_policys():
+    bare, remembered = small_steps(), small_steps(prev_action=torch.zeros(2, 1))
+    trials = make_trial_buffer(10, slice_len=2, batch_size=1)
+    trials.extend(bare)
+    others = TensorDictReplayBuffer(storage=LazyTensorStorage(10), batch_size=1)
+    others.extend(bare)
+    for dataset, form in (
+        (bare, "env"),
+        (others, "env"),
+        (trials, "policy"),
+        (remembered, "policy"),
+    ):
+        assert read_torchrl(dataset)[0].action_form == form
+        for chosen in ("env", "policy", "vector"):
+            assert read_torchrl(dataset, action_form=chosen)[0].action_form == chosen
+
+
+def test_a_datasets_action_and_reward_may_have_other_keys():
+    steps = small_steps(agent=TensorDict({"action": torch.full((2, 1), 0.5)}, [2]))
+    steps["next", "agent", "reward"] = steps["next"].pop("reward")
+    source = read_torchrl(
+        steps.exclude("action"), action_key=("agent", "action"), reward_key=("agent", "reward")
+    )
+    assert (source[0].action.tolist(), source[0].reward.tolist()) == ([[0.5]] * 2, [[1.0]] * 2)
+    assert list(source[0].observation) == ["observation"]
+    with pytest.raises(TrajectoryError, match="must hold .*'action', .* action_key"):
+        read_torchrl(steps.exclude("action"))[0]
 
 
 @pytest.mark.parametrize("name", ["pendulum", "cart pole once"])

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torchrl.data import ReplayBuffer
 
+from torchrl_amago import keys
+from torchrl_amago.data.buffer import TrialReplayBuffer
 from torchrl_amago.data.offline.arrays import flags, numbers
 from torchrl_amago.data.offline.trajectory import (
     ActionForm,
@@ -233,7 +235,11 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
 
 
 def read_torchrl(
-    dataset: ReplayBuffer | TensorDictBase, *, action_form: ActionForm = "env"
+    dataset: ReplayBuffer | TensorDictBase,
+    *,
+    action_form: ActionForm | None = None,
+    action_key: NestedKey = keys.ACTION,
+    reward_key: NestedKey = "reward",
 ) -> TrajectorySource:
     """The trajectories of one of TorchRL's datasets, such as ``D4RLExperienceReplay``.
 
@@ -243,7 +249,9 @@ def read_torchrl(
     Args:
         dataset: it, or its steps ``[N]``, those of a trajectory side by side, the last one marked by
             ``("next", "done")``. Any buffer of whole trials will do.
-        action_form: see :class:`Trajectory`; ``"policy"`` for what one of our collectors wrote.
+        action_form: see :class:`Trajectory`; default: ``"policy"`` for a :class:`TrialReplayBuffer` and
+            for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
+        action_key: of the action; likewise ``reward_key``, under ``next``.
 
     Raises:
         ValueError: where the steps have no ends, or ``done`` is neither 0 nor 1.
@@ -271,9 +279,13 @@ def read_torchrl(
     if last[-1] != len(steps) - 1:
         last.append(len(steps) - 1)
     first = [0, *(end + 1 for end in last[:-1])]
+    if action_form is None:
+        remembers = steps.get(keys.PREV_ACTION, None) is not None
+        action_form = "policy" if remembers or isinstance(dataset, TrialReplayBuffer) else "env"
 
     def load(number: int) -> Trajectory:
-        trajectory = as_trajectory(steps[first[number] : last[number] + 1])
+        piece = steps[first[number] : last[number] + 1]
+        trajectory = as_trajectory(piece, action_key, reward_key)
         return dataclasses.replace(trajectory, action_form=action_form)
 
     return TrajectorySource(type(dataset).__name__, len(last), len(steps), load)

@@ -131,7 +131,7 @@ def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: Nested
     if after is None or missing:
         raise TrajectoryError(
             f"a tensordict of steps must hold {needed}, got {sorted(map(str, steps.keys(True)))}. "
-            "Rename its entries."
+            "Rename its entries, or give read_torchrl their action_key and reward_key."
         )
     observation = {}
     for key in after.keys(True, True):
