@@ -17,6 +17,7 @@ from torchrl_amago.data.offline import (
     as_trajectory,
     load_trials,
 )
+from torchrl_amago.data.offline.joining import join_attempts
 
 SPECS = Composite(
     observation=Unbounded((2,)),
@@ -379,7 +380,7 @@ def attempt(first: float, length: int, terminated: bool = True, **options) -> Tr
 
 def joined(rule: TrialRule, *attempts: Trajectory) -> TensorDict:
     trials = TrialSchema(TRIAL_SPECS, Bounded(-1.0, 1.0, (1,)), rule=rule)
-    return trials.join([trials.check(item) for item in attempts])
+    return join_attempts(trials, [trials.check(item) for item in attempts])
 
 
 def test_a_trial_of_two_attempts_by_hand():

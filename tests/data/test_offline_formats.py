@@ -51,6 +51,7 @@ from torchrl_amago.data.offline import (
     read_minari,
     read_torchrl,
 )
+from torchrl_amago.data.offline.joining import join_attempts
 
 # Written by collectors and policies, known by no dataset.
 PRIVATE = [("collector", "traj_ids")]
@@ -413,7 +414,7 @@ def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
     trials = TrialSchema(
         Composite(observation=Unbounded((3,))), Bounded(-1.0, 1.0, (1,)), rule=TrialRule(2)
     )
-    steps = trials.join([trials.check(source[0])])
+    steps = join_attempts(trials, [trials.check(source[0])])
     assert steps["next", "observation"][:, 0].tolist() == [1, 2]
     arrays["next_observations"] = arrays["observations"] + 1
     assert ends_of(read_d4rl(arrays), TrialRule(3), episodes_per_trial=2) == [(5, False)]
@@ -529,7 +530,7 @@ def test_amago_files_that_end_without_done_are_cut_off(is_done, tmp_path):
         Categorical(4),
         rule=TrialRule(1, None, "terminated"),
     )
-    steps = trials.join([trials.check(read_amago(tmp_path)[0])])
+    steps = join_attempts(trials, [trials.check(read_amago(tmp_path)[0])])
     assert steps["next", "terminated"].flatten().tolist() == [False, is_done]
     assert steps["next", "truncated"].flatten().tolist() == [False, not is_done]
 

@@ -16,6 +16,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_amago.choice import check_choice
+from torchrl_amago.data.offline.joining import join_attempts
 from torchrl_amago.data.offline.readers import TrajectorySource
 from torchrl_amago.data.offline.schema import Attempt, TrialSchema
 from torchrl_amago.data.offline.trajectory import TrajectoryError
@@ -161,7 +162,7 @@ class _TrialWriter:
                 self.refuse(number, f"trajectory {refused[0]}, of the same trial, was refused.")
             return
         try:
-            steps = self.schema.join(list(group.values()))
+            steps = join_attempts(self.schema, list(group.values()))
         except TrajectoryError as error:
             for number in group:
                 self.refuse(number, str(error))

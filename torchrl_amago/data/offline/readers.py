@@ -123,7 +123,7 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     ``next_observations`` are used where they exist. A trajectory ends with a terminal, a timeout or
     the arrays; where the arrays end it, it is cut off, and its value bootstraps. Without
     ``next_observations`` nothing tells what the last step led to. After a terminal the last
-    observation stands in for it, and :meth:`TrialSchema.join` gives the step up where the trial isn't
+    observation stands in for it, and :func:`load_trials` gives the step up where the trial isn't
     terminated by it. Otherwise the last step is given up here: the trajectory is cut off before it,
     its observation is what the one before led to, and a trajectory of that step alone is left out.
 
