@@ -1,6 +1,6 @@
 """Train an agent that finds an invisible key and door, and then finds them again and again.
 
-    python examples/05_dark_key_door.py                    # on two CPU cores
+    python examples/05_dark_key_door.py                    # an hour on a CPU core
     python examples/05_dark_key_door.py --seq-model feedforward --run-dir runs/no_memory   # for comparison
     python examples/05_dark_key_door.py --randomize-actions --run-dir runs/shuffled        # actions unknown, too
     python examples/05_dark_key_door.py --no-dark --run-dir runs/light                     # all is shown
@@ -61,6 +61,12 @@ class Args(TrainingArgs):
 
     # Other defaults for fields that every task has.
     run_dir: Path = Path("runs/dark_key_door")
+    num_layers: int = 2
+    hidden_size: int = 128
+    learning_rate: float = 2.5e-4
+    total_updates: int = 12_000
+    anneal_frames: int = 4_000_000
+    buffer_frames: int = 400_000
 
 
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
@@ -81,7 +87,10 @@ def train(args: Args) -> BothResults | None:
     policy = make_policy(
         env,
         context_length=args.horizon,
-        exploration=dict(anneal_frames=args.anneal_frames),
+        # Half the usual noise, for all of the run: how to search is learned from detours.
+        exploration=dict(
+            anneal_frames=args.anneal_frames, start_of_trial=(0.5, 0.05), end_of_trial=(0.4, 0.01)
+        ),
         **args.policy_options(),
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
