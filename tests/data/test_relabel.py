@@ -404,6 +404,13 @@ def test_integer_goals_of_one_number():
     assert out["next", "goals"][0, -1, :, 0].tolist() == [-1, -1]
 
 
+def test_a_blank_that_goals_cant_hold_is_refused():
+    batch = as_batch([play([[(1.0, 0.0)]], [(1.0, 0.0)])])
+    batch["goals"] = batch["goals"].to(torch.uint8)
+    with pytest.raises(ValueError, match=r"blank must be .* got -1.0 for goals of torch.uint8"):
+        GoalSequenceRelabel()(batch)
+
+
 def test_a_trial_of_several_attempts_is_refused():
     a, x = (0.0, 0.0), (0.25, 0.0)
     attempts = play([[x], [a]], [a, x]) * 2

@@ -43,8 +43,8 @@ class GoalSequenceRelabel(GoalRelabel):
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown; when called, if goals and what was achieved don't have the
-            same shape, or replaying a batch doesn't give what was stored.
+        ValueError: if the strategy is unknown; when called, if goals can't hold ``blank``, goals and what
+            was achieved don't have the same shape, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
@@ -75,6 +75,12 @@ class GoalSequenceRelabel(GoalRelabel):
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self.strategy == "none":
             return TensorDict({}, trials.batch_size)
+        dtype = trials.get(self.goal_key).dtype
+        if self.blank is not None and torch.tensor(self.blank).to(dtype) != self.blank:
+            raise ValueError(
+                f"blank must be a number that goals can hold, got {self.blank} for goals of {dtype}. "
+                "Choose another one, or None if goals stay shown."
+            )
         return super().relabel(trials, generator)
 
     def new_goals(
