@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.collectors import Collector
 from torchrl.envs import InitTracker, TransformedEnv
+from torchrl.trainers import ReplayBufferTrainer
 
 from tests.data.trials import make_trial, make_trials, rows, stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
@@ -92,6 +93,47 @@ def test_what_a_transform_does_is_seen_in_batches_only():
     rb.append_transform(RewardScaling(0.0, 2.0, in_keys=[("next", "reward")]))
     assert rb.sample()["next", "reward"][0, :, 0].tolist() == [1.0, 2.0, 3.0, 4.0]
     assert rb.storage[:]["next", "reward"][:, 0].tolist() == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_transforms_may_work_in_place():
+    rb = make_trial_buffer(40, slice_len=4, batch_size=3)
+    rb.extend(make_trial(4, 10))
+
+    def halve(batch):
+        batch["nested", "state"].mul_(0.5)
+        batch["next", "nested", "state"].mul_(0.5)
+        return batch
+
+    rb.append_transform(halve)
+    batch, count = rb.sample(), torch.arange(5) + 10.0
+    assert (batch["nested", "state"][..., 0] == 0.5 * count[:-1]).all()
+    assert (batch["next", "nested", "state"][..., 0] == 0.5 * count[1:]).all()
+
+
+def test_stored_trials_do_not_change_in_place():
+    rb = make_trial_buffer(40, slice_len=4, batch_size=3)
+    rb.extend(make_trial(4, 10))
+    for change in (
+        lambda: rb.set_("id", torch.zeros(4)),
+        lambda: rb.set_at_("id", 0, 1),
+        lambda: rb.update_({"id": torch.zeros(4)}),
+        lambda: rb.__setitem__("id", torch.zeros(4)),
+    ):
+        with pytest.raises(TypeError, match="stored trials can't be changed in place"):
+            change()
+
+
+def test_torchrls_trainer_hook_may_ask_for_priorities_that_arent_used():
+    for draw in ("trials", "priority"):
+        rb = make_trial_buffer(40, slice_len=4, batch_size=3, draw=draw)
+        rb.extend(make_trial(4, 10))
+        hook = ReplayBufferTrainer(rb, batch_size=3)
+        batch = hook.sample(None)
+        if draw == "trials":
+            hook.update_priority(batch)
+        else:
+            with pytest.raises(KeyError, match="new priorities are made of a batch"):
+                hook.update_priority(batch)
 
 
 def test_prefetched_batches_are_like_the_others():

@@ -127,6 +127,36 @@ def test_empty_buffer_round_trip(tmp_path):
     assert set(rb.sample()["id"].unique().tolist()) <= set(range(5))
 
 
+@pytest.mark.parametrize("save", ["save_replay", "dumps"])
+@pytest.mark.parametrize("mode", ["read", "continue"])
+def test_an_open_folder_follows_what_is_saved_over_it(tmp_path, save, mode):
+    rb, path = filled_buffer(), tmp_path / "replay"
+
+    def save_again():
+        save_replay(rb, path) if save == "save_replay" else rb.dumps(path)
+
+    save_again()
+    other = make_trial_buffer(None, 4, 16, path=path / "storage", mode=mode, warn_short=False)
+    for first_id, lengths in enumerate(([6, 2], [9], [1, 8, 3], [7]), start=1):
+        for trial in make_trials(lengths, 1000 * first_id):
+            rb.extend(trial)
+        save_again()
+        assert (other[:] == rb[:]).all()
+    if mode == "continue":
+        other.extend(make_trial(5, 9000))
+        again = make_trial_buffer(None, 4, 16, path=path / "storage", mode="read")
+        assert (other[:] == again[:]).all()
+        assert again[-1]["id"] == 9004
+
+
+def test_an_empty_buffer_saved_over_another_is_empty(tmp_path):
+    filled_buffer().dumps(tmp_path)
+    make_buffer().dumps(tmp_path)
+    rb = filled_buffer()
+    rb.loads(tmp_path)
+    assert len(rb) == 0
+
+
 def test_only_the_filled_part_is_written_and_nothing_is_pickled(tmp_path):
     save_replay(filled_buffer((3, 9), capacity=100_000), tmp_path / "replay")
     files = {file.name: file for file in (tmp_path / "replay").rglob("*") if file.is_file()}

@@ -111,6 +111,19 @@ def test_a_place_without_a_step_is_refused(place):
         storage[place]
 
 
+def test_steps_are_found_by_a_mask():
+    storage = TrialStorage(20)
+    write(storage, [5, 3], first_id=10)
+    mask = torch.arange(8) >= 6
+    for chosen in (mask, mask.numpy(), mask.tolist()):
+        assert storage[chosen]["id"].tolist() == [16, 17]
+    assert storage[[]]["id"].shape == (0,)
+    with pytest.raises(IndexError, match=r"one value for each of the 8 steps .* shape \[3\]"):
+        storage[mask[:3]]
+    with pytest.raises(IndexError, match="integers, a slice or a mask, got float32"):
+        storage[torch.ones(3)]
+
+
 def test_columns_of_whole_trials():
     storage = TrialStorage(30)
     write(storage, [4, 2, 6])
@@ -295,6 +308,15 @@ def test_temporary_folders_are_removed():
     assert path.exists()
     del storage
     assert not path.exists()
+
+
+def test_a_copy_without_its_temporary_folder_is_told():
+    storage = TrialStorage(20)
+    write(storage, [5])
+    copy = pickle.dumps(storage)
+    del storage
+    with pytest.raises(FileNotFoundError, match="a temporary one goes with its owner. Make"):
+        pickle.loads(copy)  # noqa: S301
 
 
 def test_temporary_folders_are_removed_at_exit():

@@ -75,6 +75,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     ========================= ============= ===========================================================
 
     each ``[B, T]``. Padding repeats a state of the same trial: it is finite, and nothing else.
+    Entries of root and ``next`` are views of the same memory, one step apart: clone a batch before
+    changing it in place (the buffer's own transforms get it cloned).
 
     Args:
         storage: the trials.
@@ -164,6 +166,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             while batch is None:
                 batch = self._read(batch_size)
         if self._transform is not None and len(self._transform):
+            # Until here root and `next` are views of the same rows; transforms may work in place.
+            batch["next"] = batch["next"].clone()
             batch = self._transform(batch)
         if self._pin_memory:
             batch = batch.pin_memory()
@@ -227,6 +231,12 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             )
         return length_B, replaced_BL
 
+    def set_(self, *_: Any, **__: Any) -> None:
+        """Refused, as are ``set_at_``, ``update_`` and ``rb[...] = ...``: trials don't change in place."""
+        self._storage.set(None, None)
+
+    set_at_ = update_ = __setitem__ = set_
+
     # -- priorities ------------------------------------------------------------------------------
 
     def update_priority(
@@ -247,8 +257,17 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             self._sampler.update_priority(index, priority, storage=self._storage)
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
-        mask_BT = data.get(keys.MASK)
-        error_BT = data.get(self.priority_key).reshape(mask_BT.shape).abs()
+        """As :meth:`update_priority` of a batch; without effect where priorities aren't used."""
+        if self._sampler.draw != "priority":
+            return
+        mask_BT, error_BT = data.get(keys.MASK), data.get(self.priority_key, None)
+        if error_BT is None:
+            raise KeyError(
+                f"new priorities are made of a batch's {self.priority_key!r}, and it holds only "
+                f"{sorted(map(str, data.keys(True, True)))}. Let the loss write it, or name it with "
+                "priority_key."
+            )
+        error_BT = error_BT.reshape(mask_BT.shape).abs()
         error_BT = torch.where(mask_BT, error_BT, 0.0)
         mean_B = error_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
         priority_B = _MAX_SHARE * error_BT.amax(-1) + _MEAN_SHARE * mean_B

@@ -98,7 +98,7 @@ class Journal:
     def _open(self) -> None:
         self._file = open(self.path, "r+b" if self.writable else "rb", buffering=0)  # noqa: SIM115
         weakref.finalize(self, self._file.close)
-        self._inode = os.fstat(self._file.fileno()).st_ino
+        self.inode = os.fstat(self._file.fileno()).st_ino
         self._offset = self._reserved = 0
 
     @property
@@ -112,7 +112,7 @@ class Journal:
         Raises:
             RuntimeError: where a record is damaged: one with a wrong checksum and intact ones after it.
         """
-        if os.stat(self.path).st_ino != self._inode:
+        if os.stat(self.path).st_ino != self.inode:
             self._file.close()
             self._open()
         size = os.fstat(self._file.fileno()).st_size

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -139,10 +140,17 @@ class CopyableTrials(Storage):
         """Write a folder that is a storage of its own: it can be opened, too."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
-        schema, _, records = self._copy_content(lambda rows: rows.tofile(path / ROWS))
-        if schema is not None:
-            records.tofile(path / JOURNAL)
-            (path / SCHEMA).write_text(schema)
+        # Put in place as new files: others may have those that are there in their memory.
+        beside = {name: path / f".{name}.partial" for name in (ROWS, JOURNAL, SCHEMA)}
+        schema, _, records = self._copy_content(lambda rows: rows.tofile(beside[ROWS]))
+        if schema is None:
+            for name in (SCHEMA, JOURNAL, ROWS):
+                (path / name).unlink(missing_ok=True)
+            return
+        records.tofile(beside[JOURNAL])
+        beside[SCHEMA].write_text(schema)
+        for name, file in beside.items():
+            os.replace(file, path / name)
 
     def loads(self, path: str | Path) -> None:
         """Replace the content by that of a folder that :meth:`dumps` wrote."""

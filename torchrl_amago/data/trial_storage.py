@@ -139,13 +139,17 @@ class TrialStorage(CopyableTrials):
             )
         return stored
 
-    def _open(self) -> None:
+    def _read_layout(self) -> RowLayout:
         schema = read_schema(self.path)
         if schema["capacity"] != self.max_size:
             raise ValueError(
                 f"capacity must be that of the folder, {schema['capacity']} steps in {self.path}, got "
                 f"{self.max_size}. Another process began it with that capacity: use the same one."
             )
+        return RowLayout.from_json(schema)
+
+    def _open(self) -> None:
+        layout = self._read_layout()
         for name in (JOURNAL, ROWS):
             if not (self.path / name).is_file():
                 raise RuntimeError(
@@ -159,7 +163,7 @@ class TrialStorage(CopyableTrials):
                 f"{journal.path} must begin with its first record, and doesn't: the journal is damaged. "
                 "Nothing was changed. Use another copy of the folder, or load a checkpoint into a new one."
             )
-        self.layout = RowLayout.from_json(schema)
+        self.layout = layout
         self._apply(records)
         self._map()
         self._journal = journal
@@ -185,6 +189,7 @@ class TrialStorage(CopyableTrials):
         else:
             access = "r" if self.mode == "read" else "r+"
             self._memory = np.memmap(file, np.uint8, access, shape=shape)
+        self._rows_inode = file.stat().st_ino
         with warnings.catch_warnings():
             # Tensors don't know read-only memory; these never leave this object.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -226,8 +231,15 @@ class TrialStorage(CopyableTrials):
             if (self.path / SCHEMA).exists():
                 self._open()
             return self.table
+        before = self._journal.inode
         records = self._journal.read()
-        if len(records):
+        is_new = self._journal.inode != before
+        if is_new and (self.path / ROWS).stat().st_ino != self._rows_inode:
+            # A buffer was saved into this folder: the memory here is that of files that are gone.
+            self.layout, self._claimed = self._read_layout(), 0
+            self._apply(records)
+            self._map()
+        elif len(records):
             self._apply(records)
             trials = records[records["kind"] == TRIAL]
             last = int((trials["first"] + trials["steps"]).max(initial=-1))
@@ -428,7 +440,7 @@ class TrialStorage(CopyableTrials):
         if isinstance(index, slice):
             place = np.arange(*index.indices(total))
         else:
-            place = np.asarray(index)
+            place = _places(index, total)
             is_outside = (place < -total) | (place >= total)
             if is_outside.any():
                 raise IndexError(
@@ -463,9 +475,32 @@ class TrialStorage(CopyableTrials):
         return {"capacity": self.max_size, "path": self.path, "mode": mode, "flush": self.flush}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if not state["path"].is_dir():
+            raise FileNotFoundError(
+                f"a copied replay buffer opens the folder of its original, and {state['path']} isn't "
+                "there: a temporary one goes with its owner. Make the buffer with path=, or copy it "
+                "with save_replay and load_replay."
+            )
         self.__init__(**state)
 
     def __repr__(self) -> str:
         return (
             f"TrialStorage(capacity={self.max_size}, path={str(self.path)!r}, mode={self.mode!r})"
         )
+
+
+def _places(index: Any, total: int) -> np.ndarray:
+    """Places of steps, of integers or of a mask over all steps."""
+    place = np.asarray(index)
+    if place.dtype == bool:
+        if place.shape != (total,):
+            raise IndexError(
+                f"a mask must have one value for each of the {total} steps stored, got the shape "
+                f"{list(place.shape)}. Ask for rb[mask] with len(mask) == len(rb)."
+            )
+        return np.flatnonzero(place)
+    if place.size and not np.issubdtype(place.dtype, np.integer):
+        raise IndexError(
+            f"steps are asked for by integers, a slice or a mask, got {place.dtype}. Convert them first."
+        )
+    return place.astype(np.int64)
