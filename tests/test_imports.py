@@ -8,6 +8,7 @@ an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -214,3 +215,11 @@ def test_an_optional_import_at_module_top_is_found(tmp_path):
 
 def test_required_packages_are_read_from_setup():
     assert {"torch", "torchrl", "tensordict", "gymnasium", "numpy"} <= required_packages()
+
+
+@pytest.mark.parametrize(
+    "file", sorted((ROOT / "tests/benchmarks").glob("test_*.py")), ids=lambda f: f.stem
+)
+def test_benchmarks_can_be_imported(file):
+    """They aren't part of the default run, so nothing else would notice a renamed import."""
+    importlib.import_module(f"tests.benchmarks.{file.stem}")

@@ -15,7 +15,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_amago.modules.policy import SEQ_MODELS
+from torchrl_amago.modules import SEQ_MODELS
 
 SIZES = {"d_model": 128, "num_layers": 3}
 HEADS = {"num_heads": 8}
