@@ -139,17 +139,13 @@ class TrialStorage(CopyableTrials):
             )
         return stored
 
-    def _read_layout(self) -> RowLayout:
+    def _open(self) -> None:
         schema = read_schema(self.path)
         if schema["capacity"] != self.max_size:
             raise ValueError(
                 f"capacity must be that of the folder, {schema['capacity']} steps in {self.path}, got "
                 f"{self.max_size}. Another process began it with that capacity: use the same one."
             )
-        return RowLayout.from_json(schema)
-
-    def _open(self) -> None:
-        layout = self._read_layout()
         for name in (JOURNAL, ROWS):
             if not (self.path / name).is_file():
                 raise RuntimeError(
@@ -163,10 +159,10 @@ class TrialStorage(CopyableTrials):
                 f"{journal.path} must begin with its first record, and doesn't: the journal is damaged. "
                 "Nothing was changed. Use another copy of the folder, or load a checkpoint into a new one."
             )
-        self.layout = layout
+        self.layout = RowLayout.from_json(schema)
         self._apply(records)
         self._map()
-        self._journal = journal
+        self._journal, self._inode, self._claimed = journal, journal.inode, 0
 
     def _map(self) -> None:
         file, row_bytes = self.path / ROWS, self.layout.row_bytes
@@ -189,7 +185,6 @@ class TrialStorage(CopyableTrials):
         else:
             access = "r" if self.mode == "read" else "r+"
             self._memory = np.memmap(file, np.uint8, access, shape=shape)
-        self._rows_inode = file.stat().st_ino
         with warnings.catch_warnings():
             # Tensors don't know read-only memory; these never leave this object.
             warnings.filterwarnings("ignore", "The given NumPy array is not writable")
@@ -231,14 +226,10 @@ class TrialStorage(CopyableTrials):
             if (self.path / SCHEMA).exists():
                 self._open()
             return self.table
-        before = self._journal.inode
         records = self._journal.read()
-        is_new = self._journal.inode != before
-        if is_new and (self.path / ROWS).stat().st_ino != self._rows_inode:
-            # A buffer was saved into this folder: the memory here is that of files that are gone.
-            self.layout, self._claimed = self._read_layout(), 0
-            self._apply(records)
-            self._map()
+        if self._journal.inode != self._inode:
+            # Rewritten, or a buffer was saved into this folder: then the rows are in another file, too.
+            self._open()
         elif len(records):
             self._apply(records)
             trials = records[records["kind"] == TRIAL]

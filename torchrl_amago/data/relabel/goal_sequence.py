@@ -87,7 +87,7 @@ class GoalSequenceRelabel(GoalRelabel):
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         goals_BK, mask_BT = self._own_goals(trials), trials.get(keys.MASK)
-        is_goal_BK = ~self._blank_goals(goals_BK)
+        is_goal_BK = ~is_blank(goals_BK, self.blank, 2)
         # Which of the goals that are there this is; blank ones don't count.
         rank_BK = is_goal_BK.cumsum(-1) - 1
         meets_BT = (trials.get(self.reward_key).squeeze(-1) > self.met_above) & mask_BT
@@ -119,9 +119,7 @@ class GoalSequenceRelabel(GoalRelabel):
     ) -> tuple[Tensor, Tensor]:
         """Goals achieved at free steps, and those steps, both ``[B, K]``; T where there are no more."""
         num_steps = is_free_BT.shape[1]
-        is_free_BTN = is_free_BT.unsqueeze(-1)
-        if self.blank is not None:
-            is_free_BTN = is_free_BTN & ~is_blank(achieved_BTN, self.blank, 3)
+        is_free_BTN = is_free_BT.unsqueeze(-1) & ~is_blank(achieved_BTN, self.blank, 3)
         score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
         # The best of a step's scores stands for the step: one goal of each, all goals alike.
         score_BT, place_BT = score_BTN.masked_fill(~is_free_BTN, -1.0).max(-1)
@@ -137,7 +135,7 @@ class GoalSequenceRelabel(GoalRelabel):
         mask_RT = trials.get(keys.MASK)[rows_R]
         reward_RTK = self._rewards(time_innermost(self._achieved(trials)[rows_R]), goals_RK)
         hits_RTK = (reward_RTK > self.met_above) & mask_RT.unsqueeze(-1)
-        met_RK = meeting_steps(hits_RTK, self._blank_goals(goals_RK))
+        met_RK = meeting_steps(hits_RTK, is_blank(goals_RK, self.blank, 2))
         num_steps, num_goals = hits_RTK.shape[1:]
         num_met_RS = _num_met_before(met_RK, num_steps + 1)
         # It is the turn of the goal that comes after those met; when all are, there is no reward.
@@ -176,12 +174,7 @@ class GoalSequenceRelabel(GoalRelabel):
         return achieved_BTN
 
     def _num_goals(self, goals_RK: Tensor) -> Tensor:
-        return (~self._blank_goals(goals_RK)).sum(-1)
-
-    def _blank_goals(self, goals_BK: Tensor) -> Tensor:
-        if self.blank is None:
-            return torch.zeros(goals_BK.shape[:2], dtype=torch.bool, device=goals_BK.device)
-        return is_blank(goals_BK, self.blank, 2)
+        return (~is_blank(goals_RK, self.blank, 2)).sum(-1)
 
 
 def meeting_steps(hits_BTK: Tensor, is_blank_BK: Tensor) -> Tensor:

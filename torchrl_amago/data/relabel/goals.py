@@ -39,8 +39,13 @@ def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
     return _all_of_goal(achieved == goal.unsqueeze(3), 4).any(-1)
 
 
-def is_blank(goals: Tensor, blank: float, batch_dims: int) -> Tensor:
-    """Which goals are nothing but blanks, bool; a goal is what follows the first dimensions."""
+def is_blank(goals: Tensor, blank: float | None, batch_dims: int) -> Tensor:
+    """Which goals are nothing but blanks, bool; a goal is what follows the first dimensions.
+
+    None is if ``blank`` is None.
+    """
+    if blank is None:
+        return torch.zeros(goals.shape[:batch_dims], dtype=torch.bool, device=goals.device)
     return _all_of_goal(goals == blank, batch_dims)
 
 

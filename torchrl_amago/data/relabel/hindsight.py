@@ -88,9 +88,7 @@ class HindsightRelabel(GoalRelabel):
             step_B = first_B + (uniform_4B[1] * (length_B - first_B)).long()
         rows_B = torch.arange(len(mask_BT), device=mask_BT.device)
         achieved_BN = achieved_BTN[rows_B, step_B]
-        is_there_BN = torch.ones(achieved_BN.shape[:2], dtype=torch.bool, device=mask_BT.device)
-        if self.blank is not None:
-            is_there_BN = ~is_blank(achieved_BN, self.blank, 2)
+        is_there_BN = ~is_blank(achieved_BN, self.blank, 2)
         rank_B = (uniform_4B[2] * is_there_BN.sum(-1)).long()
         place_B = (is_there_BN.cumsum(-1) > rank_B.unsqueeze(-1)).int().argmax(-1)
         is_new_B = (uniform_4B[3] < self.share) & is_there_BN.any(-1)
