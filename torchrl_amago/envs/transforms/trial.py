@@ -367,14 +367,14 @@ class TrialTransform(Transform):
                 f"a trial needs one reward per row, of shape {shape}, got {reward} at "
                 f"{self.reward_key!r}. Sum it up before the trial transform, or name another reward_key."
             )
-        restarting = [t for t in self._below().transforms if isinstance(t, PreviousStepTransform)]
+        before, after, _ = self._neighbours()
+        restarting = any(isinstance(t, PreviousStepTransform) for t in before)
         if restarting or keys.IS_INIT in set(env.observation_spec.keys()):
             raise ValueError(
                 "PreviousStepTransform and InitTracker must come after the trial transform, got "
                 f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it: it would "
                 "start again with every attempt, and the agent would forget. Use make_trial_env."
             )
-        _, after, _ = self._neighbours()
         stepping = [type(t).__name__ for t in after if isinstance(t, _STEPPING)]
         if stepping:
             raise ValueError(
