@@ -105,9 +105,7 @@ def window_attention(
         return _attend_by_queries(q_BHTD, k_BHTD, v_BHTD, shown, attend)
     if trial_BT is None and not pattern.sink_bias:
         # Kernels have a faster path if causality is all there is.
-        return F.scaled_dot_product_attention(
-            q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True
-        )
+        return _sdpa(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
     return attend(q_BHTD, k_BHTD, v_BHTD, shown.among_all(num_steps))
 
 
@@ -218,11 +216,26 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, clip: float | None, dropout: float
 ) -> Tensor:
     if clip is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
+        return _sdpa(q, k, v, attn_mask=bias, dropout_p=dropout)
     if torch.is_grad_enabled() and q.requires_grad:
         # Scores are cheaper to compute again than to keep for every layer.
         return checkpoint(_attend_clipped, q, k, v, bias, clip, dropout, use_reentrant=False)
     return _attend_clipped(q, k, v, bias, clip, dropout)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options) -> Tensor:
+    """PyTorch's attention; on CPUs in float32 if there will be a backward pass.
+
+    The CPU kernel's backward takes up to 5 times as long in half precision, most of all where steps are few.
+    """
+    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
+    mask = None if attn_mask is None else at_least_float32(attn_mask)
+    with torch.autocast("cpu", enabled=False):
+        out = F.scaled_dot_product_attention(
+            *(at_least_float32(x) for x in (q, k, v)), attn_mask=mask, **options
+        )
+    return out.to(q.dtype)
 
 
 def _attend_clipped(
