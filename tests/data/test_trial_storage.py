@@ -74,7 +74,7 @@ def test_evicted_rows_are_never_read():
         for first, steps in zip(storage.table.first, storage.table.steps, strict=True):
             in_use |= set(range(first, first + steps + 1))
         free = [row for row in range(storage.table.max_rows) if row not in in_use]
-        storage._rows[free] = 255  # NaN in every float
+        storage._rows.tensor[free] = 255  # NaN in every float
         assert storage[:]["observation"].isfinite().all()
         assert storage[:]["next", "reward"].isfinite().all()
         batch = storage.read_slices(

@@ -23,6 +23,7 @@ from torchrl_amago.data.trial_folder import FORMAT, JOURNAL, ROWS, SCHEMA, full_
 
 if TYPE_CHECKING:
     from torchrl_amago.data.journal import Journal
+    from torchrl_amago.data.mapped_rows import MappedRows
     from torchrl_amago.data.trial_table import TrialTable
 
 
@@ -35,7 +36,7 @@ class CopyableTrials(Storage):
     layout: RowLayout | None
     table: TrialTable
     _journal: Journal | None
-    _memory: np.ndarray
+    _rows: MappedRows
 
     def _writers_wait(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lock, but for a reader, whose folder may be read-only."""
@@ -55,7 +56,7 @@ class CopyableTrials(Storage):
             schema = {"format": FORMAT, "capacity": self.max_size, **self.layout.to_json()}
             used, begin = int((table.first + table.steps + 1).max(initial=0)), table.begin
             records = self._snapshot()
-            rows = copy(self._memory[:used])
+            rows = copy(self._rows.memory[:used])
             if self.follow().begin != begin:
                 # Nobody waited: the rows of what was given up meanwhile may be overwritten.
                 records = np.concatenate([records, make_records(EVICT, table.begin)])
@@ -76,14 +77,14 @@ class CopyableTrials(Storage):
                 self._open()
             self.follow()
             with full_disk_explained(self.path):  # takes all the space before anything is changed
-                self._claim(len(rows))
+                self._rows.claim(len(rows))
                 self._journal.reserve(1)
                 self._journal.prepare(records)
             # Nothing is listed while rows are copied.
             self._journal.append(make_records(EVICT, self.table.end))
-            self._memory[: len(rows)] = rows
+            self._rows.memory[: len(rows)] = rows
             if self.flush:
-                self._memory.flush()
+                self._rows.flush()
             self._journal.replace(self.flush)
             self.follow()
 
@@ -110,7 +111,7 @@ class CopyableTrials(Storage):
         table = self.follow()
         checksum = zlib.crc32(table.steps.tobytes())
         if len(table):
-            memory = np.asarray(self._memory)  # slices faster than a memmap
+            memory = np.asarray(self._rows.memory)  # slices faster than a memmap
             for first, steps in zip(table.first.tolist(), table.steps.tolist(), strict=True):
                 checksum = zlib.crc32(memory[first : first + steps + 1], checksum)
         return checksum

@@ -12,7 +12,6 @@ import errno
 import json
 import os
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ from torchrl_amago.data.journal import (
     sync_folder,
     write_file,
 )
+from torchrl_amago.data.mapped_rows import MappedRows
 from torchrl_amago.data.row_layout import RowLayout
 from torchrl_amago.data.trial_copies import CopyableTrials
 from torchrl_amago.data.trial_folder import (
@@ -39,7 +39,6 @@ from torchrl_amago.data.trial_folder import (
     JOURNAL,
     ROWS,
     SCHEMA,
-    allocate,
     check_remains,
     full_disk_explained,
     make_temporary,
@@ -50,8 +49,6 @@ from torchrl_amago.data.trial_table import TrialTable
 
 Mode = Literal["create", "continue", "read"]
 
-# Disk space is claimed in pieces of at least this many bytes.
-_CLAIM = 1 << 18
 # Rows of more bytes are not copied whole where some of their entries are wanted.
 _NARROW_ROW = 1024
 # How often steps are read that are overwritten meanwhile.
@@ -101,7 +98,6 @@ class TrialStorage(CopyableTrials):
         self.path = make_temporary(self) if path is None else Path(path).absolute()
         self.layout: RowLayout | None = None
         self._journal: Journal | None = None
-        self._claimed = 0
         check_remains(self.path)
         if mode != "create":
             capacity = self._stored_capacity(capacity)
@@ -162,33 +158,16 @@ class TrialStorage(CopyableTrials):
         self.layout = RowLayout.from_json(schema)
         self._apply(records)
         self._map()
-        self._journal, self._inode, self._claimed = journal, journal.inode, 0
+        self._journal, self._inode = journal, journal.inode
 
     def _map(self) -> None:
-        file, row_bytes = self.path / ROWS, self.layout.row_bytes
         table = self.table
-        needed = int((table.first + table.steps + 1).max(initial=0)) * row_bytes
-        size = file.stat().st_size
-        if size < needed:
-            raise RuntimeError(
-                f"{file} must have the {needed} bytes that its journal speaks of, it has {size}: the "
-                "folder is incomplete. Bring the file back, or use another copy of the folder."
-            )
-        if self.mode == "read":
-            shape = (size // row_bytes, row_bytes)
-        else:
-            shape = (self.table.max_rows, row_bytes)
-            if size < shape[0] * row_bytes:  # a saved folder: only as long as its content
-                os.truncate(file, shape[0] * row_bytes)
-        if shape[0] == 0:
-            self._memory = np.empty(shape, np.uint8)
-        else:
-            access = "r" if self.mode == "read" else "r+"
-            self._memory = np.memmap(file, np.uint8, access, shape=shape)
-        with warnings.catch_warnings():
-            # Tensors don't know read-only memory; these never leave this object.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            self._rows = torch.from_numpy(self._memory)
+        self._rows = MappedRows(
+            self.path / ROWS,
+            self.layout.row_bytes,
+            needed=int((table.first + table.steps + 1).max(initial=0)),
+            size=None if self.mode == "read" else table.max_rows,
+        )
 
     def _create(self, layout: RowLayout) -> None:
         self._check_space(layout)
@@ -234,7 +213,7 @@ class TrialStorage(CopyableTrials):
             self._apply(records)
             trials = records[records["kind"] == TRIAL]
             last = int((trials["first"] + trials["steps"]).max(initial=-1))
-            if last >= len(self._memory):  # a saved folder that another process goes on with
+            if last >= len(self._rows):  # a saved folder that another process goes on with
                 self._map()
         return self.table
 
@@ -299,7 +278,7 @@ class TrialStorage(CopyableTrials):
     def _write_rows(self, steps: TensorDictBase, lengths: list[int], last_K: Tensor) -> np.ndarray:
         table = self.table
         first, begin = table.plan(lengths)
-        self._claim(int((first + np.asarray(lengths)).max()) + 1)
+        self._rows.claim(int((first + np.asarray(lengths)).max()) + 1)
         is_evicting = begin != table.begin
         # All at once: trials must not be given up for some that there is no room to list.
         self._journal.reserve(is_evicting + len(lengths))
@@ -309,9 +288,9 @@ class TrialStorage(CopyableTrials):
         length_K = torch.tensor(lengths)
         shift_K = torch.from_numpy(first) - (length_K.cumsum(0) - length_K)
         row_N = torch.arange(len(steps)) + shift_K.repeat_interleave(length_K)
-        self.layout.write(self._rows, steps, row_N, last_K)
+        self.layout.write(self._rows.tensor, steps, row_N, last_K)
         if self.flush:
-            self._memory.flush()
+            self._rows.flush()
         number = np.arange(table.end, table.end + len(lengths))
         self._journal.append(make_records(TRIAL, number, first, lengths), sync=self.flush)
         self.follow()
@@ -337,14 +316,6 @@ class TrialStorage(CopyableTrials):
                 f"a buffer of mode='read' can't be written to ({self.path}). Open it with "
                 "mode='continue', or write to another one."
             )
-
-    def _claim(self, num_rows: int) -> None:
-        """Take disk space for the first rows: writing to mapped memory without it ends the process."""
-        wanted = num_rows * self.layout.row_bytes
-        if wanted > self._claimed:
-            stop = min(max(wanted, self._claimed + _CLAIM), self._memory.nbytes)
-            allocate(self.path / ROWS, self._claimed, stop)
-            self._claimed = stop
 
     def _snapshot(self) -> np.ndarray:
         """Records that give the table as it is."""
@@ -377,31 +348,16 @@ class TrialStorage(CopyableTrials):
         Returns:
             ``[B, width]``.
         """
-        return self.layout.read(self._copy(first_B, real_B, width, pad_left))
-
-    def _copy(self, first_B: Tensor, real_B: Tensor, width: int, pad_left: bool = False) -> Tensor:
-        """The rows of slices and the row after each, ``[B, width + 1, R]``."""
-        memory = np.asarray(self._memory)  # slices faster than a memmap
-        out_BWR = torch.empty(len(first_B), width + 1, memory.shape[1], dtype=torch.uint8)
-        slices = zip(out_BWR.numpy(), first_B.tolist(), real_B.tolist(), strict=True)
-        for out_WR, first, real in slices:
-            begin = width - real if pad_left else 0
-            stop = begin + real + 1
-            out_WR[begin:stop] = memory[first : first + real + 1]
-            if begin:
-                out_WR[:begin] = memory[first]
-            elif stop <= width:
-                out_WR[stop:] = memory[first + real]
-        return out_BWR
+        return self.layout.read(self._rows.slices(first_B, real_B, width, pad_left))
 
     def read_columns(self, first_B: Tensor, length_B: Tensor, keys: list[NestedKey]) -> TensorDict:
         """Some entries of whole trials, padded on the right to the longest of them: ``[B, L]``."""
         longest = int(length_B.max())
         if self.layout.row_bytes <= _NARROW_ROW:
-            rows_BWR = self._copy(first_B, length_B, longest)
+            rows_BWR = self._rows.slices(first_B, length_B, longest)
             return self.layout.read(rows_BWR, keys)
         step_W = torch.minimum(torch.arange(longest + 1), length_B.unsqueeze(-1))
-        return self.layout.read(self._rows, keys, row=first_B.unsqueeze(-1) + step_W)
+        return self.layout.read(self._rows.tensor, keys, row=first_B.unsqueeze(-1) + step_W)
 
     def get(self, index: Any) -> TensorDict:
         """Steps by their place in the order of writing, over all trials that are there.
@@ -445,7 +401,7 @@ class TrialStorage(CopyableTrials):
         trial = np.searchsorted(stop, place, side="right")
         row = table.first[trial] + place - (stop - table.steps)[trial]
         oldest = table.begin + int(trial.min(initial=len(table)))
-        pairs = self._rows[torch.as_tensor(row).unsqueeze(-1) + torch.arange(2)]
+        pairs = self._rows.tensor[torch.as_tensor(row).unsqueeze(-1) + torch.arange(2)]
         return self.layout.read(pairs).squeeze(-1), oldest
 
     def newest(self, count: int) -> TensorDict:
