@@ -58,6 +58,14 @@ def test_growth(benchmark, loss, discounts, critics, steps):
     time_update(benchmark, update, 24 * steps)
 
 
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("steps", [100, 250])
+def test_update_in_half_precision(benchmark, steps, half):
+    """Under bfloat16 autocast, or not."""
+    update = make_update(torch.ones(24, steps, dtype=torch.bool), half=half)
+    time_update(benchmark, update, 24 * steps)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 def test_update_with_padding(benchmark, compact):
     """Trials of 16 to 64 steps: what it saves to run heads and equations on real steps alone."""
@@ -78,6 +86,7 @@ def make_update(
     loss: str = "amago",
     discounts: tuple[float, ...] = DISCOUNTS,
     num_critics: int = 4,
+    half: bool = False,
     **loss_options,
 ):
     rows, steps = mask_BT.shape
@@ -92,7 +101,8 @@ def make_update(
     batch["collector"] = TensorDict(mask=mask_BT, batch_size=[rows, steps])
 
     def update():
-        out = loss(batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = loss(batch)
         (out["loss_actor"] + out["loss_qvalue"]).backward()
         torch.nn.utils.clip_grad_norm_(params, 1.0)
         optimizer.step()
