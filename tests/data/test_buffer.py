@@ -167,6 +167,19 @@ def test_a_pickled_buffer_is_the_same_folder():
     assert rb[-1]["id"].item() == 52
 
 
+def test_shares_of_steps_follow_content_that_another_process_loaded(tmp_path):
+    rb = make_trial_buffer(100, 4, 400, path=tmp_path / "rb", draw="steps", warn_short=False)
+    rb.extend(make_trial(4))
+    rb.dumps(tmp_path / "saved")
+    rb.extend(make_trial(40, first_id=10))
+    rb.sample()
+    other = pickle.loads(pickle.dumps(rb))  # noqa: S301
+    other.loads(tmp_path / "saved")
+    other.extend(make_trial(4, first_id=60))  # the number of the trial of 40 steps
+    first_id = torch.tensor(rows(rb.sample()))[:, 0]
+    assert 150 < int((first_id == 60).sum()) < 250  # of 400, one half
+
+
 def test_fragments_are_stored_by_their_lengths():
     rb = make_trial_buffer(100, 4, 50, warn_short=False)
     trial = make_trial(9)
@@ -256,9 +269,12 @@ def test_relabelling_must_leave_a_step():
 # -- what goes wrong ---------------------------------------------------------------------------
 
 
-def test_refuses_sizes_that_cannot_work():
+def test_refuses_sizes_that_cannot_work(tmp_path):
     with pytest.raises(ValueError, match=r"slice_len must be in \[1, capacity=10\], got 11"):
         make_trial_buffer(10, 11, 1)
+    make_trial_buffer(10, 5, 1, path=tmp_path, warn_short=False).extend(make_trial(5))
+    with pytest.raises(ValueError, match=r"slice_len must be in \[1, capacity=10\], got 11"):
+        make_trial_buffer(None, 11, 1, path=tmp_path, mode="continue")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         make_trial_buffer(10, 5, 0)
     with pytest.raises(ValueError, match="mode='read' needs the path"):

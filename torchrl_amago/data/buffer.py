@@ -390,13 +390,14 @@ def make_trial_buffer(
         min_trials=min_trials,
         warn_short=warn_short,
     )
-    if capacity is not None and slice_len > capacity:
+    storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
+    if slice_len > storage.max_size:
         raise ValueError(
-            f"slice_len must be in [1, capacity={capacity}], got {slice_len}. A slice comes from one "
-            "stored trial; raise the capacity, which counts environment steps."
+            f"slice_len must be in [1, capacity={storage.max_size}], got {slice_len}. A slice comes from "
+            "one stored trial; raise the capacity, which counts environment steps."
         )
     return TrialReplayBuffer(
-        storage=TrialStorage(capacity, path=path, mode=mode, flush=flush),
+        storage=storage,
         sampler=sampler,
         relabel=relabel,
         batch_size=batch_size,

@@ -35,6 +35,7 @@ class TrialTable:
         begin: number of the oldest trial that is there.
         end: number that the next trial gets.
         written: steps written so far, those of evicted trials included.
+        restarts: how often it was begun anew: a number may mean another trial then.
 
     Example:
         >>> table = TrialTable(capacity=10, max_rows=32)
@@ -49,10 +50,12 @@ class TrialTable:
 
     def __init__(self, capacity: int, max_rows: int) -> None:
         self.capacity, self.max_rows = capacity, max_rows
+        self.restarts = -1
         self.restart(0)
 
     def restart(self, number: int, round_steps: int = 0, written: int = 0) -> None:
         """Forget everything; the next trial gets this number."""
+        self.restarts += 1
         self.begin = self.end = self._base = number
         self._round_steps, self.written = round_steps, written
         self._total = 0

@@ -32,7 +32,7 @@ class Shares:
 
     def __init__(self, share_of: Callable[[np.ndarray], np.ndarray]) -> None:
         self._share_of = share_of
-        self._base = self._end = 0
+        self._base = self._end = self._restarts = 0
         self._sum = np.zeros(16)  # place i: of the trials from number base to base + i
 
     def draw(self, table: TrialTable, uniform_B: np.ndarray) -> np.ndarray:
@@ -44,8 +44,9 @@ class Shares:
         return np.minimum(found_B, len(table) - 1)
 
     def _follow(self, table: TrialTable) -> None:
-        if not self._base <= table.begin <= self._end <= table.end:
-            self._base = self._end = table.begin
+        same = self._restarts == table.restarts
+        if not (same and self._base <= table.begin <= self._end <= table.end):
+            self._base, self._end, self._restarts = table.begin, table.begin, table.restarts
             self._sum[0] = 0.0
         new = table.end - self._end
         if self._end - self._base + new >= len(self._sum):
