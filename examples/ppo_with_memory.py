@@ -74,14 +74,15 @@ def make_env(num_envs: int) -> EnvBase:
 
 def make_networks(args: Args, env: EnvBase, horizon: int) -> tuple[Seq, Mod]:
     """The actor, encoders included, and the critic's head, which reads the state that they write."""
+    # Without dropout and moving averages of inputs, the policy that learns is the one that acted.
     options = dict(d_model=args.d_model, num_layers=args.num_layers)
     if args.seq_model in ("transformer", "linear_attention"):
-        # With dropout the policy that learns would be another one than the policy that acted.
         options |= dict(num_heads=4, dropout_ff=0.0, dropout_emb=0.0)
     elif args.seq_model == "identity":
         options = {}
     width = 4 * args.d_model
-    timestep = amago.make_timestep_encoder(env, hidden_size=width, output_size=args.d_model)
+    timestep = amago.make_timestep_encoder(env, hidden_size=width, output_size=args.d_model,
+                                           normalize_inputs=False)  # fmt: skip
     seq_model = amago.SEQ_MODELS[args.seq_model]
     trajectory = seq_model(args.d_model, context_length=horizon, **options)
     head = dict(in_features=trajectory.output_size, num_cells=[width])

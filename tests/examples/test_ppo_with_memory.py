@@ -39,11 +39,11 @@ def collect(example, seq_model: str):
     env.set_seed(0)
     actor, critic = example.make_networks(args, env, horizon=45)
     collector = Collector(
-        env, actor.eval(), frames_per_batch=6 * 60, total_frames=6 * 60, reset_at_each_iter=True
+        env, actor, frames_per_batch=6 * 60, total_frames=6 * 60, reset_at_each_iter=True
     )
     batch = next(iter(collector))
     collector.shutdown()
-    return actor, critic.eval(), batch
+    return actor, critic, batch
 
 
 def values_by_hand(actor, critic, row, end: int) -> list[float]:

@@ -6,6 +6,8 @@ Data flows through the files in this order::
     policy puts them together; assemble builds policy and critics from an environment's specs
 """
 
+from torchrl.objectives import add_random_module
+
 from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
 from torchrl_amago.modules.assemble import ACTORS, SEQ_MODELS, make_critic, make_policy
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, EnsembleLinear
@@ -93,3 +95,7 @@ __all__ = [
     "make_policy",
     "make_timestep_encoder",
 ]
+
+# Dropout and shifts are functions here: losses that call encoders under vmap look for modules.
+add_random_module(TimestepEncoder)
+add_random_module(TrajectoryEncoder)

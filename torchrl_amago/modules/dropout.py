@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -51,9 +52,11 @@ def check_dropout(**probabilities: float) -> None:
 
 
 def _mask(like: Tensor, p: float) -> Tensor:
-    bits = torch.empty(-(-like.numel() // 4), dtype=torch.int64, device=like.device).random_(
-        -(2**63), None
-    )
+    count, kind = -(-like.numel() // 4), {"dtype": torch.int64, "device": like.device}
+    if is_batchedtensor(like):  # only this knows of vmap
+        bits = torch.randint(-(2**63), 2**63 - 1, (count,), **kind)
+    else:
+        bits = torch.empty(count, **kind).random_(-(2**63), None)
     dropped = min(round(p * _LEVELS), _LEVELS - 1)
     keep = bits.view(torch.int16)[: like.numel()] >= dropped - _LEVELS // 2
     scale = torch.tensor(_LEVELS / (_LEVELS - dropped), dtype=like.dtype, device=like.device)

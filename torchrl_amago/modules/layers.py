@@ -375,7 +375,8 @@ class InputNorm(nn.Module):
                 f"(a last dimension of 1 is allowed), got {tuple(mask.shape)}. "
                 "Pass one bool per step, True on real steps."
             )
-        x = torch.where(mask, x.float(), 0.0).clamp(-self.most, self.most).flatten(0, -2)
+        x = torch.where(mask, x.float(), 0.0).clamp(-self.most, self.most)
+        x = x.reshape(-1, x.shape[-1])
         total = mask.sum()
         share = 1.0 / total.clamp(min=1)
         t = self.t + 1

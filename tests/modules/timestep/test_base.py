@@ -15,6 +15,7 @@ from torchrl.modules import set_recurrent_mode
 
 from tests.modules.timestep.entries import MAKERS, SPECS, make_batch
 from torchrl_amago.modules import TimestepEncoder
+from torchrl_amago.modules.timestep import flatten_and_join
 
 every_encoder = pytest.mark.parametrize("name", sorted(MAKERS))
 
@@ -185,3 +186,42 @@ def test_copies_and_checkpoints_carry_everything(name):
     expected = encoder(td.clone())["timestep"]
     for other in (fresh, copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):  # noqa: S301
         assert torch.equal(other(td.clone())["timestep"], expected)
+
+
+@every_encoder
+def test_a_mask_may_have_a_last_dimension(name):
+    encoder, td = MAKERS[name]().eval(), make_batch(2, 4)
+    mask = torch.tensor([[True, True, True, False], [True, False, False, False]])
+    with set_recurrent_mode(True):
+        expected = encoder(td.copy().set(("collector", "mask"), mask))["timestep"]
+        out = encoder(td.copy().set(("collector", "mask"), mask.unsqueeze(-1)))["timestep"]
+    assert torch.equal(out, expected)
+
+
+@every_encoder
+def test_one_step_without_batch_dimensions(name):
+    encoder, td = MAKERS[name](), make_batch()
+    with set_recurrent_mode(True):
+        assert encoder(td)["timestep"].shape == (encoder.output_size,)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_entries_come_in_the_precision_of_the_weights(precision):
+    class Linear(TimestepEncoder):
+        def __init__(self, shapes, output_size):
+            super().__init__(shapes, output_size)
+            self.linear = torch.nn.Linear(4, output_size)
+
+        def encode(self, inputs, mask):
+            return self.linear(flatten_and_join(inputs, self.shapes))
+
+    shapes = {"position": (2,), "speed": (), "cell": ()}
+    td = TensorDict(
+        position=torch.rand(3, 2, dtype=torch.float64),
+        speed=torch.rand(3),
+        cell=torch.arange(3),
+        batch_size=[3],
+    )
+    encoder = Linear(shapes, 5).to(precision)
+    x = torch.stack((*td["position"].unbind(-1), td["speed"], td["cell"]), -1).to(precision)
+    torch.testing.assert_close(encoder(td)["timestep"], encoder.linear(x))

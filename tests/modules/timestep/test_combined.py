@@ -163,3 +163,8 @@ def test_refusals():
         CombinedTimestepEncoder({"x": CategoryEmbedding([3])}, {"x": (1,)})
     with pytest.raises(ValueError, match=r"but \['cell'\] are categories.*combined"):
         CNNTimestepEncoder.from_specs({"cell": Categorical(3), "pixels": Bounded(0, 1, (9, 9, 3))})
+
+
+def test_simplicial_says_which_sizes_to_change():
+    with pytest.raises(ValueError, match=r"got 256 \+ 12 = 268 .*'pixels', 'the vectors'.*Change"):
+        CNNTimestepEncoder({"pixels": (9, 9, 3), "speed": (2,)}, trunk="grid", norm="simplicial")

@@ -111,3 +111,23 @@ def test_order_of_goals_is_an_argument():
     ordered, unordered = GoalEmbedding(3, 2), GoalEmbedding(3, 2, ordered=False)
     assert not torch.allclose(ordered(goals), ordered(goals.flip(1)))
     torch.testing.assert_close(unordered(goals), unordered(goals.flip(1)))
+
+
+@pytest.mark.parametrize("value", [[-1, 2], [3, 2], [2, -1], [2, 5]])
+def test_a_value_out_of_range_is_never_another_components_row(monkeypatch, value):
+    embedding = CategoryEmbedding([3, 5], embedding_size=4)
+    with pytest.raises(ValueError, match=r"in \[0, size\) with size \[3, 5\]"):
+        embedding(torch.tensor([value]))
+    monkeypatch.setattr(
+        torch.compiler, "is_compiling", lambda: True
+    )  # as where it isn't looked for
+    with pytest.raises(IndexError):
+        embedding(torch.tensor([value]))
+
+
+def test_bytes_are_never_a_negative_padding_number():
+    tokens = TokenEmbedding(2, num_tokens=256, output_size=4, padding_token=-1)
+    goals = GoalEmbedding(2, 1, num_tokens=256, output_size=4, padding=-1)
+    value = torch.tensor([[255, 3]], dtype=torch.uint8)
+    assert torch.equal(tokens(value), tokens(value.long()))
+    assert torch.equal(goals(value.unsqueeze(-1)), goals(value.long().unsqueeze(-1)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from torchrl.data import Bounded, Categorical, MultiCategorical
+from torchrl.data import Bounded, Categorical, MultiCategorical, NonTensor
 from torchrl.envs import Transform
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.objectives import SoftUpdate
@@ -17,6 +17,7 @@ from torchrl_amago.modules import (
     TimestepEncoder,
     make_timestep_encoder,
 )
+from torchrl_amago.modules.timestep import flatten_and_join
 
 SMALL = {
     "context_length": 12,
@@ -74,8 +75,7 @@ class OwnEncoder(TimestepEncoder):
         self.linear = nn.Linear(sum(torch.Size(s).numel() for s in shapes.values()), output_size)
 
     def encode(self, inputs, mask):
-        flat = [x.flatten(x.ndim - dims) for x, dims in zip(inputs, self.event_dims, strict=True)]
-        return self.linear(torch.cat(flat, -1))
+        return self.linear(flatten_and_join(inputs, self.shapes))
 
 
 def act_and_learn(env, **options) -> TimestepEncoder:
@@ -138,6 +138,11 @@ def test_chosen_entries():
         make_env("pixels", "cards"), "combined", obs_keys=["cards"], output_size=8
     )
     assert encoder.in_keys == ["cards", "prev_reward", "prev_action"]
+
+
+def test_an_entry_that_is_no_tensor_is_refused():
+    with pytest.raises(ValueError, match="'text' is none of them.*obs_keys"):
+        OwnEncoder.from_specs({"text": NonTensor(())})
 
 
 def test_refusals():

@@ -85,6 +85,7 @@ def test_statistics_move_in_training_on_sequences_only():
 def test_auto_widen():
     encoder = make_encoder(auto_widen=True)
     assert encoder.output_size == 10
+    assert [p.shape[0] for p in encoder.mlp.parameters() if p.ndim == 2] == [10, 10, 10]
     assert encoder(make_batch(2))["timestep"].shape == (2, 10)
 
 

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
+from torch import nn
 from torch.nn import functional as F
 from torchrl.modules import set_recurrent_mode
 
@@ -170,3 +171,28 @@ def test_refusals():
         CNNTimestepEncoder({"a": (8, 8, 3), "b": (8, 8, 3)})
     with pytest.raises(ValueError, match=r"needs one image.*image_key"):
         CNNTimestepEncoder({"a": (8, 8, 3)}, image_key="b")
+
+
+def test_nature_is_the_published_network():
+    embedding = ImageEmbedding((84, 84, 4), trunk="nature", output_size=8, activation="relu")
+    published = nn.Sequential(
+        nn.Conv2d(4, 32, 8, 4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, 2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(7 * 7 * 64, 8),
+    )
+    for ours, theirs in zip(embedding.parameters(), published.parameters(), strict=True):
+        theirs.data.copy_(ours)
+    image = torch.randint(256, (2, 84, 84, 4), dtype=torch.uint8)
+    torch.testing.assert_close(embedding(image), published(image.movedim(-1, 1).float() / 128 - 1))
+
+
+def test_a_trunk_of_lazy_layers():
+    trunk = nn.Sequential(nn.LazyConv2d(5, 3), nn.ReLU())
+    embedding = ImageEmbedding((9, 9, 3), trunk=trunk, output_size=4)
+    assert embedding.features.in_features == 5 * 7 * 7
+    assert embedding(torch.rand(2, 9, 9, 3)).shape == (2, 4)

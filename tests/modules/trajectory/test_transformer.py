@@ -118,14 +118,19 @@ def test_dropouts(kind):
     assert torch.equal(encode(encoder, td), encode(encoder, td))
 
 
-def test_learned_positions_end_somewhere():
+def test_learned_positions_end_somewhere(monkeypatch):
     td = sequences(steps=6)
-    assert encode(build(positions="learned", max_positions=8), td).shape == (3, 6, 16)
-    encoder = build(positions="learned", max_positions=5, context_length=5)
+    assert encode(build(positions="learned", max_positions=9), td).shape == (3, 6, 16)
+    encoder = build(positions="learned", max_positions=5, context_length=4)
+    assert encode(encoder, td[:, :5]).shape == (3, 5, 16)  # four steps, and what the last led to
     with pytest.raises(ValueError, match=r"end at max_positions=5, got time index 5.*'clip'"):
         encode(encoder, td)
     with pytest.raises(ValueError, match="end at max_positions=5"):
         encoder(td[:, -1].clone().set("is_init", torch.ones(3, 1, dtype=torch.bool)))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)  # as where it isn't looked for
+        with pytest.raises(IndexError):
+            encode(encoder, td)
     clipped = build(positions="learned", max_positions=5, beyond_positions="clip").eval()
     expected = td.clone()
     expected["time_idx"].clamp_(max=4)
@@ -146,8 +151,8 @@ def test_learned_positions_end_somewhere():
         ({"positions": "sin"}, "positions must be one of .* got 'sin'"),
         ({"positions": "learned"}, "max_positions goes with positions='learned'"),
         (
-            {"positions": "learned", "max_positions": 7},
-            "learned positions end at max_positions=7, but a context has context_length=8",
+            {"positions": "learned", "max_positions": 8},
+            "max_positions must be above context_length=8, got 8",
         ),
         ({"dropout_ff": -0.5}, r"dropout_ff must be in \[0, 1\), got -0.5"),
         ({"d_ff": -1}, "d_ff must be at least 1, got -1"),

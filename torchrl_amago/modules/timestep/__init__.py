@@ -5,7 +5,7 @@ and ``goals`` embed single entries for the combined one, chosen by ``specs``;
 ``make`` builds an encoder for an environment.
 """
 
-from torchrl_amago.modules.timestep.base import TimestepEncoder
+from torchrl_amago.modules.timestep.base import TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
 from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
 from torchrl_amago.modules.timestep.embeddings import (
@@ -46,6 +46,7 @@ __all__ = [
     "TimestepEncoder",
     "TokenEmbedding",
     "draw_shifts",
+    "flatten_and_join",
     "make_timestep_encoder",
     "observation_specs",
     "shift_images",

@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictModuleBase
 from torch import Tensor
-from torchrl.data import TensorSpec
+from torchrl.data import NonTensor, TensorSpec
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
 from torchrl_amago.steps import Steps
 
 Shape = tuple[int, ...]
+
+
+def flatten_and_join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
+    """Entries side by side in one vector, in the order given.
+
+    Args:
+        inputs: ``[*M, *shape]`` each, of one dtype.
+        shapes: the shape of one step of each.
+
+    Returns:
+        ``[*M, F]``.
+
+    Example:
+        >>> flatten_and_join([torch.ones(5, 2, 3), torch.zeros(5)], [(2, 3), ()]).shape
+        torch.Size([5, 7])
+    """
+    flat = [
+        x.flatten(x.ndim - len(shape)) if shape else x.unsqueeze(-1)
+        for x, shape in zip(inputs, shapes, strict=True)
+    ]
+    return torch.cat(flat, -1)
 
 
 class TimestepEncoder(TensorDictModuleBase):
@@ -34,7 +55,7 @@ class TimestepEncoder(TensorDictModuleBase):
         prev_reward_key: entry that ``hide_prev_reward`` hides.
         prev_action_key: entry that ``hide_prev_step`` hides as well.
         out_key: entry to write, ``[*B, D]``.
-        mask_key: entry that is True on real steps, ``[*B]``; may be absent.
+        mask_key: entry that is True on real steps, ``[*B]`` or ``[*B, 1]``; may be absent.
 
     Raises:
         ValueError: if there is nothing to read, or what is to be hidden isn't read; when called, if
@@ -95,16 +116,25 @@ class TimestepEncoder(TensorDictModuleBase):
         Args:
             specs: for each entry to read, in order, the spec of one step.
             options: further arguments of the constructor.
+
+        Raises:
+            ValueError: for an entry that isn't a tensor.
         """
+        for key, spec in specs.items():
+            if isinstance(spec, NonTensor):
+                raise ValueError(
+                    f"the timestep encoder reads tensors, and {key!r} is none of them (NonTensor). Name the "
+                    "entries to read with obs_keys, or make a tensor of it with a transform."
+                )
         return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Embed steps.
 
         Args:
-            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, float unless
-                :attr:`casts_to_float` is False; ``*M`` is ``*B``, or the real steps alone in one
-                row. Zero where padded.
+            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, in the parameters' precision
+                unless :attr:`casts_to_float` is False; ``*M`` is ``*B``, or the real steps alone in
+                one row. Zero where padded.
             mask: bool ``[*M, 1]``, or None if every step is real.
 
         Returns:
@@ -128,14 +158,14 @@ class TimestepEncoder(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read ``in_keys``, write the embedding."""
         inputs = self.read(tensordict)
+        shape = inputs[0].shape[: inputs[0].ndim - self.event_dims[0]]
         mask = tensordict.get(self.mask_key, None)
-        steps = None if mask is None else Steps(mask)
+        steps = None if mask is None else Steps(mask.reshape(shape))
         selected = inputs if steps is None else [steps.select(x, fill=0) for x in inputs]
         if self.training and recurrent_mode():
-            shape = inputs[0].shape[: inputs[0].ndim - self.event_dims[0]]
             num_rows = math.prod(shape[:-1])
             rows = torch.arange(num_rows, device=inputs[0].device)
-            rows = rows.reshape(*shape[:-1], *(1,) * bool(shape)).expand(shape)
+            rows = rows.reshape((*shape[:-1], *(1,) * bool(shape))).expand(shape)
             selected = self.augment(
                 selected, rows if steps is None else steps.select(rows), num_rows
             )
@@ -149,7 +179,13 @@ class TimestepEncoder(TensorDictModuleBase):
     def read(self, tensordict: TensorDictBase) -> list[Tensor]:
         """The inputs of :meth:`encode`, one per entry of ``in_keys``."""
         read = zip(self.in_keys, self.shapes, strict=True)
-        return [self._read(tensordict, key, shape) for key, shape in read]
+        inputs = [self._read(tensordict, key, shape) for key, shape in read]
+        if not self.casts_to_float:
+            return inputs
+        # Gymnasium's float64 too: weights say which precision is meant.
+        weight = next(self.parameters(), None)
+        dtype = torch.get_default_dtype() if weight is None else weight.dtype
+        return [x if weight is None and x.is_floating_point() else x.to(dtype) for x in inputs]
 
     def _read(self, tensordict: TensorDictBase, key: NestedKey, shape: Shape) -> Tensor:
         value = tensordict.get(key, None)
@@ -167,6 +203,4 @@ class TimestepEncoder(TensorDictModuleBase):
         if key in self.hidden_keys:
             # Not `0 * value`: an environment may write NaN.
             value = torch.zeros_like(value)
-        if self.casts_to_float and not value.is_floating_point():
-            value = value.to(torch.get_default_dtype())
         return value

@@ -13,9 +13,8 @@ from torchrl.modules import recurrent_mode
 from torchrl.modules.functional import symlog
 
 from torchrl_amago.modules.layers import MLP, InputNorm, make_activation, make_norm
-from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder
+from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
-from torchrl_amago.modules.timestep.mlp import flatten_and_join
 from torchrl_amago.modules.timestep.specs import EntryOptions, embed_specs
 
 VectorScale = Literal["normalize", "symlog", "none"]
@@ -102,6 +101,12 @@ class CombinedTimestepEncoder(TimestepEncoder):
             sizes.append(vector_features)
             if vector_scale == "normalize":
                 self.input_norm = InputNorm(vector_size)
+        if norm == "simplicial" and sum(sizes) % 8:
+            raise ValueError(
+                f"norm='simplicial' needs a multiple of 8 features, got {' + '.join(map(str, sizes))} = "
+                f"{sum(sizes)} of the entries {[*embeddings, *(['the vectors'] if vectors else [])]}. Change "
+                "vector_features or an embedding's output_size, or choose another norm."
+            )
         self.norm = make_norm(norm, sum(sizes))
         self.activation = make_activation(activation)
         self.merge = (

@@ -47,20 +47,20 @@ class EntryEmbedding(nn.Module):
         return value
 
 
-def check_range(index: Tensor, sizes: Tensor | int, what: str) -> None:
-    """Refuse numbers outside of ``[0, size)``.
+def check_range(index: Tensor, sizes: Sequence[int] | int, what: str) -> None:
+    """Refuse numbers outside of ``[0, size)`` where that costs next to nothing.
 
-    A table that several components share would otherwise answer with another one's rows. Checked
-    where it costs next to nothing: on a CPU, outside of ``torch.compile``.
+    That is on a CPU, outside of ``torch.compile``; elsewhere the look-up itself fails, with a message
+    that says less.
 
     Raises:
         ValueError: if there is one.
     """
     if index.device.type != "cpu" or torch.compiler.is_compiling():
         return
-    if ((index < 0) | (index >= sizes)).any():
+    if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(
-            f"{what} must be in [0, size) with size {torch.as_tensor(sizes).tolist()}, got values from "
+            f"{what} must be in [0, size) with size {sizes}, got values from "
             f"{int(index.min())} to {int(index.max())}. The environment writes what its spec rules "
             "out: correct the spec, or shift the values."
         )
@@ -100,15 +100,19 @@ class CategoryEmbedding(EntryEmbedding):
         super().__init__(shape, len(sizes) * embedding_size)
         # One table for all, each component in its own rows: one look-up however many they are.
         self.table = nn.Embedding(sum(sizes), embedding_size)
+        self._sizes = list(sizes)
         self.register_buffer("sizes", torch.tensor(sizes))
         self.register_buffer("first_row", self.sizes.cumsum(0) - self.sizes)
 
     def forward(self, value: Tensor) -> Tensor:
         """Embed integers ``[*M, *shape]``."""
         batch = value.shape[: value.ndim - len(self.shape)]
-        index_MK = value.long().reshape(*batch, self.sizes.numel())
-        check_range(index_MK, self.sizes, "a category")
-        return self.table(index_MK + self.first_row).flatten(-2)
+        index_MK = value.long().reshape(*batch, len(self._sizes))
+        check_range(index_MK, self._sizes, "a category")
+        # Out of range must be no row at all, rather than another component's.
+        is_inside = (index_MK >= 0) & (index_MK < self.sizes)
+        row_MK = torch.where(is_inside, index_MK + self.first_row, self.table.num_embeddings)
+        return self.table(row_MK).flatten(-2)
 
 
 class SequencePool(nn.Module):
@@ -213,10 +217,11 @@ class TokenEmbedding(EntryEmbedding):
 
     def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embed integers ``[*M, L]``; ``mask`` is True on real tokens (default: all)."""
+        token_ML = value.long()  # bytes would take -1 for 255
         there_ML = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
         if self.padding_token is not None:
-            there_ML = there_ML & (value != self.padding_token)
+            there_ML = there_ML & (token_ML != self.padding_token)
         # Padding may be a number that is no token.
-        token_ML = value.long().masked_fill(~there_ML, 0)
+        token_ML = token_ML.masked_fill(~there_ML, 0)
         check_range(token_ML, self.num_tokens, "a token")
         return self.pool(self.table(token_ML), there_ML)

@@ -27,7 +27,8 @@ class GoalEmbedding(EntryEmbedding):
         hidden_size: width before pooling.
         output_size: F.
         ordered: whether goals are to be reached in their order.
-        padding: a goal whose numbers all equal this is missing (NaN works too); None for none.
+        padding: a goal whose numbers all equal this is missing; None for none. NaN works in the
+            embedding, but :class:`~torchrl_amago.trainers.AMAGOTrainer` refuses batches with NaN.
         mask_key: entry that is True on goals that are there, ``[*M, L]``.
         activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
 
@@ -68,6 +69,8 @@ class GoalEmbedding(EntryEmbedding):
 
     def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embed ``[*M, L, N]``; ``mask`` is True on goals that are there (default: all)."""
+        if not value.is_floating_point():
+            value = value.long()  # bytes would take -1 for 255
         there_ML = self._there(value) if mask is None else mask & self._there(value)
         if self.table is None:
             return self.pool(value.to(self.pool.hidden.weight.dtype), there_ML)

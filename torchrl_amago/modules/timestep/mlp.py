@@ -11,16 +11,7 @@ from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.layers import MLP, InputNorm, make_norm
-from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder
-
-
-def flatten_and_join(inputs: list[Tensor], shapes: list[Shape] | tuple[Shape, ...]) -> Tensor:
-    """``[*M, *shape]`` each ``-> [*M, F]``, in the order given."""
-    flat = [
-        x.flatten(x.ndim - len(shape)) if shape else x.unsqueeze(-1)
-        for x, shape in zip(inputs, shapes, strict=True)
-    ]
-    return torch.cat(flat, -1)
+from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 
 
 class MLPTimestepEncoder(TimestepEncoder):
@@ -80,8 +71,7 @@ class MLPTimestepEncoder(TimestepEncoder):
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Flatten, concatenate, normalise, apply the MLP."""
-        # Gymnasium's float64 observations come as they are; weights say which precision is meant.
-        x = flatten_and_join(inputs, self.shapes).to(self.mlp.out.weight.dtype)
+        x = flatten_and_join(inputs, self.shapes)
         if self.input_norm is not None:
             if self.training and recurrent_mode():
                 self.input_norm.update(x.detach(), mask)

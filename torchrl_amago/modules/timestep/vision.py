@@ -270,6 +270,10 @@ class ImageEmbedding(EntryEmbedding):
 
 def _num_features(trunk: nn.Module, shape: tuple[int, ...]) -> int:
     like = next(trunk.parameters(), torch.zeros(()))
+    if isinstance(
+        like, nn.UninitializedParameter
+    ):  # of a lazy layer, which sees its first input here
+        like = torch.zeros(())
     modes = [(module, module.training) for module in trunk.modules()]
     with torch.no_grad():
         features = trunk.eval()(like.new_zeros(1, *shape)).flatten(1).shape[1]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -148,7 +149,7 @@ class MambaEncoder(TrajectoryEncoder):
     The cost of a step doesn't depend on how many went before, and a rollout's memory is a state of
     constant size (see :class:`StateMemory`). Runs in plain PyTorch on any device; on CUDA the
     kernels of `mamba-ssm` compute the same from the same weights. They are left aside under
-    `torch.compile`, which can't see into them, and for rows where a trial begins after the first
+    `torch.compile` and `torch.vmap`, which don't know them, and for rows where a trial begins after the first
     step, which they can't cut; single steps never need them.
 
     Args:
@@ -224,7 +225,7 @@ class MambaEncoder(TrajectoryEncoder):
         return StateMemory(num_rows, shapes, device, dtype)
 
     def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
-        if self._kernels is None or torch.compiler.is_compiling():
+        if self._kernels is None or torch.compiler.is_compiling() or is_batchedtensor(x_NTI):
             return None
         if self.backend == "mamba_ssm" and not x_NTI.is_cuda:
             raise RuntimeError(

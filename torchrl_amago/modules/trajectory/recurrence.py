@@ -12,9 +12,10 @@ reset, L steps of the longest of them.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -46,8 +47,12 @@ def recurrence(
         True
     """
     x_TNI = x_TNI.to(weights[0].dtype)
-    if (x_TNI.is_cuda or kind == "lstm") and not torch.compiler.is_compiling():
-        # cuDNN, and oneDNN for an LSTM, have a faster backward kernel.
+    if (
+        (x_TNI.is_cuda or kind == "lstm")
+        and not torch.compiler.is_compiling()
+        and not any(map(is_batchedtensor, (x_TNI, *weights)))
+    ):
+        # cuDNN, and oneDNN for an LSTM, have a faster backward kernel, which vmap doesn't know.
         return _run_trials(kind, x_TNI, is_init_TN, weights)
     return _recurrence(kind, x_TNI, is_init_TN, weights)
 
@@ -171,6 +176,33 @@ def _(
     weights: list[Tensor],
 ) -> list[Tensor]:
     return [x_TNI.new_empty(tensor.shape) for tensor in (x_TNI, *weights)]
+
+
+@_recurrence.register_vmap
+def _(
+    info: Any,
+    in_dims: tuple,
+    kind: str,
+    x_TNI: Tensor,
+    is_init_TN: Tensor | None,
+    weights: list[Tensor],
+) -> tuple[Tensor, int]:
+    """One network after the other: losses that hold several call them all by `torch.vmap`."""
+    _, x_dim, is_init_dim, weight_dims = in_dims
+
+    def pick(tensor: Tensor | None, dim: int | None, index: int) -> Tensor | None:
+        return tensor if dim is None else tensor.select(dim, index)
+
+    outputs = [
+        _recurrence(
+            kind,
+            pick(x_TNI, x_dim, index),
+            pick(is_init_TN, is_init_dim, index),
+            [pick(w, dim, index) for w, dim in zip(weights, weight_dims, strict=True)],
+        )
+        for index in range(info.batch_size)
+    ]
+    return torch.stack(outputs), 0
 
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:

@@ -129,7 +129,8 @@ class TransformerEncoder(TrajectoryEncoder):
         activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
         norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
-        max_positions: size of the learned table; the longest trial.
+        max_positions: size of the learned table; the longest trial's length and 1, since losses also read
+            what the last step led to.
         beyond_positions: what a learned table does with later steps: `raise`, or `clip` to its last.
         sigma_reparam: sigma-reparametrised linears, see :class:`SigmaReparamLinear`.
         normformer: NormFormer's extra norms.
@@ -202,12 +203,12 @@ class TransformerEncoder(TrajectoryEncoder):
         if (
             positions == "learned"
             and beyond_positions == "raise"
-            and max_positions < context_length
+            and max_positions <= context_length
         ):
             raise ValueError(
-                f"learned positions end at max_positions={max_positions}, but a context has "
-                f"context_length={context_length} steps. Make max_positions the longest trial's length, "
-                "or choose beyond_positions='clip', positions='fixed' or positions='rotary'."
+                f"max_positions must be above context_length={context_length}, got {max_positions}: a trial "
+                "of so many steps shows one observation more. Make max_positions the longest trial's length "
+                "plus 1, or choose beyond_positions='clip', positions='fixed' or positions='rotary'."
             )
         check_dropout(
             dropout_ff=dropout_ff,
@@ -298,9 +299,9 @@ class TransformerEncoder(TrajectoryEncoder):
         if self.positions == "fixed":
             return x + sinusoidal_positions(positions, self.output_size).to(x.dtype)
         if self.positions == "learned":
-            # Positions past the table are refused by check_positions, unless they are to be clipped.
-            last = self.position_table.num_embeddings - 1
-            return x + self.position_table(positions.clamp(max=last))
+            if self.beyond_positions == "clip":
+                positions = positions.clamp(max=self.position_table.num_embeddings - 1)
+            return x + self.position_table(positions)
         return x
 
     def check_positions(self, positions: Tensor) -> None:
@@ -310,7 +311,7 @@ class TransformerEncoder(TrajectoryEncoder):
         if positions.numel() and positions.max() >= size:
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
-                f"{int(positions.max())}. Make max_positions the longest trial's length, or choose "
+                f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or choose "
                 "beyond_positions='clip', positions='fixed' or positions='rotary'."
             )
 
