@@ -269,10 +269,8 @@ class ImageEmbedding(EntryEmbedding):
 
 
 def _num_features(trunk: nn.Module, shape: tuple[int, ...]) -> int:
-    like = next(trunk.parameters(), torch.zeros(()))
-    if isinstance(
-        like, nn.UninitializedParameter
-    ):  # of a lazy layer, which sees its first input here
+    like = next(trunk.parameters(), None)
+    if like is None or isinstance(like, nn.UninitializedParameter):  # lazy: this is its first input
         like = torch.zeros(())
     modes = [(module, module.training) for module in trunk.modules()]
     with torch.no_grad():
