@@ -214,6 +214,18 @@ def test_rotary_positions():
     assert torch.equal(v, expected_v)
 
 
+def test_positions_of_double_precision_are_double():
+    positions = torch.tensor([[7, 1000]])
+    x = torch.randn(1, 1, 2, 4, dtype=torch.float64)
+    angle = positions[..., None].double() * torch.tensor([1.0, 1e-2], dtype=torch.float64)
+    a, b = x[:, 0].chunk(2, -1)
+    expected = torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), -1)
+    torch.testing.assert_close(rotate_by_position(x, positions)[:, 0], expected)
+    found = sinusoidal_positions(positions, 4, torch.float64)
+    expected = torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
+    torch.testing.assert_close(found, expected)
+
+
 def test_rotary_products_depend_on_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 8)
     scores = [

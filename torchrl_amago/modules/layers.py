@@ -71,8 +71,9 @@ class SigmaReparamLinear(nn.Linear):
         """Apply the layer to `[..., in_features]`; `power_iteration` defaults to `training`."""
         if power_iteration is None:
             power_iteration = self.training
-        if x.numel() < self.weight.numel():
-            # Few rows, as in rollouts: cheaper to scale them than the matrix.
+        if x.ndim < 3:
+            # A rollout's step, mostly of few rows: cheaper to scale them than the matrix. (To compare
+            # sizes would make torch.compile look at those of sequences.)
             return F.linear(x * self.scale(power_iteration), self.weight, self.bias)
         return F.linear(x, self.effective_weight(power_iteration), self.bias)
 
@@ -253,7 +254,9 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def sinusoidal_positions(positions: Tensor, size: int) -> Tensor:
+def sinusoidal_positions(
+    positions: Tensor, size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Fixed position embedding (arXiv 1706.03762, section 3.5).
 
         out[..., 2i] = sin(p / 10000^(2i/size)),    out[..., 2i+1] = cos(p / 10000^(2i/size))
@@ -261,9 +264,10 @@ def sinusoidal_positions(positions: Tensor, size: int) -> Tensor:
     Args:
         positions: integers `[...]`, any non-negative value.
         size: number of features, even.
+        dtype: that of the computation and of the result.
 
     Returns:
-        float32 `[..., size]`.
+        `[..., size]`.
 
     Raises:
         ValueError: if the size is odd.
@@ -274,7 +278,7 @@ def sinusoidal_positions(positions: Tensor, size: int) -> Tensor:
     """
     if size % 2:
         raise ValueError(f"sinusoidal positions need an even size, got {size}. Use an even width.")
-    even = torch.arange(0, size, 2, device=positions.device, dtype=torch.float32)
+    even = torch.arange(0, size, 2, device=positions.device, dtype=dtype)
     angle = positions.unsqueeze(-1) * torch.exp(even * (-math.log(10000.0) / size))
     return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
 
@@ -291,10 +295,11 @@ def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000
         Same shape and dtype as `x_BHTD`; dot products depend on differences of positions only.
     """
     size = x_BHTD.shape[-1]
-    even = torch.arange(0, size, 2, device=x_BHTD.device, dtype=torch.float32)
+    wide_BHTD = at_least_float32(x_BHTD)
+    even = torch.arange(0, size, 2, device=x_BHTD.device, dtype=wide_BHTD.dtype)
     angle = positions_BT[:, None, :, None] / base ** (even / size)
     cos, sin = angle.cos(), angle.sin()
-    first, second = x_BHTD.float().chunk(2, -1)
+    first, second = wide_BHTD.chunk(2, -1)
     rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
     return rotated.to(x_BHTD.dtype)
 

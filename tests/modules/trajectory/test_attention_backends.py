@@ -74,6 +74,41 @@ def test_flash_refusals(flash_attn):
     backend_attention("auto", q, k, v, AttentionPattern())
 
 
+class CudaTensor:
+    """What is asked of a tensor before a kernel is chosen."""
+
+    device = torch.device("cuda")
+
+    def __init__(self, dtype=torch.bfloat16, features=16):
+        self.dtype, self.shape = dtype, (2, 2, 70, features)
+
+
+@pytest.mark.parametrize(
+    ("q", "pattern", "capability", "chosen"),
+    [
+        (CudaTensor(), AttentionPattern(9), (8, 0), True),
+        (CudaTensor(torch.float16, 256), AttentionPattern(), (9, 0), True),
+        (CudaTensor(), AttentionPattern(), (7, 5), False),
+        (CudaTensor(torch.float32), AttentionPattern(), (8, 0), False),
+        (CudaTensor(features=512), AttentionPattern(), (8, 0), False),
+        (CudaTensor(), AttentionPattern(9, num_sinks=1), (8, 0), False),
+        (CudaTensor(), AttentionPattern(logit_clip=1.0), (8, 0), False),
+    ],
+)
+def test_auto_takes_flash_where_it_can_run(flash_attn, monkeypatch, q, pattern, capability, chosen):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_backends, "_flash_attention", lambda *_: "flash")
+    monkeypatch.setattr(attention_backends, "window_attention", lambda *_, **__: "sdpa")
+    found = backend_attention("auto", q, q, q, pattern)
+    assert found == ("flash" if chosen else "sdpa")
+
+
+def test_flex_refuses_narrow_heads_on_gpus():
+    narrow = CudaTensor(features=8)
+    with pytest.raises(RuntimeError, match="at least 16 features per head on GPUs, got 8"):
+        backend_attention("flex", narrow, narrow, narrow, AttentionPattern())
+
+
 def test_backends_that_are_not_there():
     if not attention_backends._is_installed():
         with pytest.raises(

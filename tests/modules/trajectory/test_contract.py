@@ -251,3 +251,46 @@ def test_compiles_once_however_long_contexts_grow(name):
         assert counter.frame_count <= warm
     expected = sequence_states(plain, *trials)
     torch.testing.assert_close(torch.cat(states, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+BLOCKS = {  # what sequences of more than window + 128 steps do
+    "window": {"window": 3},
+    "sinks": {"window": 3, "num_sinks": 2, "segments": "never"},
+    "clipped": {"window": None, "logit_clip": 0.3},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS)
+@torch.no_grad()
+def test_blocks_of_long_sequences_compile_once(options):
+    torch._dynamo.reset()
+    options = {"context_length": 700, "num_layers": 1, **options}
+    encoder, plain = (build("transformer", **options).eval() for _ in range(2))
+    counter = CompileCounterWithBackend("eager")
+    encoder.compile(backend=counter)
+    frames = []
+    for steps in (300, 390, 310, 500, 700):
+        x, time_idx, is_init = random_trials(2, steps, reset_share=0.0)
+        states = encoder._sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
+        expected = sequence_states(plain, x, time_idx, is_init)
+        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+        frames.append(counter.frame_count)
+    assert frames == [1, 2, 2, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+@torch.no_grad()
+def test_how_many_numbers_there_are_is_no_reason_to_compile_again():
+    torch._dynamo.reset()
+    encoder = build("transformer", d_model=16, num_layers=1, window=None)
+    counter = CompileCounterWithBackend("eager")
+    encoder.compile(backend=counter)
+    frames = []
+    for steps in (40, 50, 60, 9, 12, 7, 5, 2):
+        x, time_idx, is_init = random_trials(3, steps, reset_share=0.0)
+        encoder._sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
+        frames.append(counter.frame_count)
+    assert frames == [1] + 7 * [2]

@@ -105,6 +105,16 @@ def test_strong_decays_neither_overflow_nor_make_nan():
         assert z.isfinite().all()
 
 
+@pytest.mark.parametrize("strong", [-20.0, -1e2, -1e4])
+@torch.no_grad()
+def test_a_strong_decay_leaves_later_ones_their_digits(strong):
+    torch.manual_seed(0)
+    inputs = scan_inputs(4, 64, dtype=torch.float32)
+    inputs[-1].fill_(-1e-3)[:, [3, 40]] = strong
+    expected = scan_by_definition(*(z.double() for z in inputs)).float()
+    torch.testing.assert_close(gated_linear_attention(*inputs), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bfloat16_products_keep_the_state_in_float32():
     torch.manual_seed(0)
     inputs = scan_inputs(2, 100, dtype=torch.float32)

@@ -344,6 +344,10 @@ def test_rows_of_two_rollouts_are_refused():
     one, two = policy(env.reset()), policy(env.reset())
     mixed = torch.stack([one[0], two[1]])
     with pytest.raises(ValueError, match="all rows of a step must belong to one rollout"):
+        policy(mixed.clone())
+    one["_stream"][1] = 0  # just reset
+    mixed = torch.stack([one[0], one[1], two[1]])
+    with pytest.raises(ValueError, match="all rows of a step must belong to one rollout"):
         policy(mixed)
 
 

@@ -79,8 +79,9 @@ def window_attention(
 ) -> Tensor:
     """Causal attention of every step over the steps of its trial that the pattern shows.
 
-    Never holds T x T scores, unless rows with several trials leave no better choice. With a sliding
-    window, time and memory grow linearly with T.
+    Never holds T x T scores but for sinks in rows with several trials, and where `torch.compile`, which
+    fixes the number of a loop's rounds, meets clipping without a window. With a sliding window, time
+    and memory grow linearly with T.
 
     Args:
         pattern: window, sinks and clipping.
@@ -101,9 +102,9 @@ def window_attention(
         if num_steps > window + _BLOCK and (trial_BT is None or sink_BT is None):
             return _attend_in_blocks(q_BHTD, k_BHTD, v_BHTD, shown, attend)
         return attend(q_BHTD, k_BHTD, v_BHTD, shown.among_all(num_steps))
-    if pattern.logit_clip is not None:
+    if pattern.logit_clip is not None and not torch.compiler.is_compiling():
         return _attend_by_queries(q_BHTD, k_BHTD, v_BHTD, shown, attend)
-    if trial_BT is None and not pattern.sink_bias:
+    if trial_BT is None and not pattern.sink_bias and pattern.logit_clip is None:
         # Kernels have a faster path if causality is all there is.
         return _sdpa(q_BHTD, k_BHTD, v_BHTD, dropout_p=dropout, is_causal=True)
     return attend(q_BHTD, k_BHTD, v_BHTD, shown.among_all(num_steps))

@@ -19,6 +19,8 @@ from torchrl_amago.modules.trajectory.attention import AttentionPattern, window_
 
 Backend = Literal["auto", "sdpa", "flex", "flash"]
 
+_LEAST_FLEX_HEAD = 16
+
 
 def check_backend(backend: Backend, pattern: AttentionPattern, dropout: float) -> None:
     """Refuse what cannot be computed, when an encoder is built.
@@ -151,6 +153,11 @@ def _flex_attention(
     if q_BHTD.device.type == "cpu" and torch.is_grad_enabled() and q_BHTD.requires_grad:
         raise RuntimeError(
             "attention='flex' has no backward on CPUs. Train on a GPU, or use attention='sdpa'."
+        )
+    if q_BHTD.device.type == "cuda" and q_BHTD.shape[-1] < _LEAST_FLEX_HEAD:
+        raise RuntimeError(
+            f"attention='flex' needs at least {_LEAST_FLEX_HEAD} features per head on GPUs, got "
+            f"{q_BHTD.shape[-1]}. Use fewer heads or a larger d_model, or attention='sdpa'."
         )
     from torch.nn.attention.flex_attention import create_block_mask
 

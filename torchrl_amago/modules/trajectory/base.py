@@ -331,11 +331,11 @@ class TrajectoryEncoder(TensorDictModuleBase):
         if number is not None and number.numel():
             # Rows of environments that were just reset hold 0, the others the rollout's stream.
             low, stream = (int(bound) for bound in number.aminmax())
-            if low not in (0, stream):
+            if low != stream and ((number != 0) & (number != stream)).any():
                 raise ValueError(
-                    f"all rows of a step must belong to one rollout, got streams {low} and "
-                    f"{stream} in {self.out_keys[1]!r}. Call the policy on each rollout's tensordict "
-                    "separately, or remove the entry to start anew."
+                    f"all rows of a step must belong to one rollout, got streams "
+                    f"{number.unique().tolist()} in {self.out_keys[1]!r}. Call the policy on each "
+                    "rollout's tensordict separately, or remove the entry to start anew."
                 )
         memory = self._streams.find(stream) if stream else None
         num_rows = is_init_N.numel()

@@ -112,10 +112,15 @@ class _Chunks:
         self.steps = q.shape[1]
         self.length = min(_CHUNK_STEPS, self.steps)
         self.q, self.k, self.v = self.split(q), self.split(k), self.split(v)
-        sum_BCHL = self.split(log_decay.unsqueeze(-1)).squeeze(-1).cumsum(-1)
+        log_BCHL = self.split(log_decay.unsqueeze(-1)).squeeze(-1)
+        # In float64: a sum that one strong decay has made large would round the weak ones away.
+        sum_BCHL = log_BCHL.cumsum(-1, dtype=torch.float64)
+        within = log_BCHL.new_empty(*log_BCHL.shape, self.length)
+        torch.sub(sum_BCHL.unsqueeze(-1), sum_BCHL.unsqueeze(-2), out=within)
         # No -inf: its exponential takes a slow path. Steps to come are clamped, then cut.
-        within = (sum_BCHL.unsqueeze(-1) - sum_BCHL.unsqueeze(-2)).clamp_(max=0.0).exp_()
-        read, write = sum_BCHL.exp(), (sum_BCHL[..., -1:] - sum_BCHL).exp_()
+        within.clamp_(max=0.0).exp_()
+        write = (sum_BCHL[..., -1:] - sum_BCHL).to(log_BCHL.dtype).exp_()
+        read = sum_BCHL.to(log_BCHL.dtype).exp_()
         keep = torch.ones(self.length, self.length, dtype=torch.bool, device=q.device).tril()
         if is_init is not None:
             # Trials begun since the chunk did: equal counts belong to one trial.

@@ -232,7 +232,8 @@ class MambaEncoder(TrajectoryEncoder):
                 f"backend='mamba_ssm' computes sequences on CUDA only, got tensors on "
                 f"{x_NTI.device}. Move the encoder and its input to a GPU, or use backend='auto'."
             )
-        return self._kernels if x_NTI.is_cuda and is_init_NT is None else None
+        fits = x_NTI.dtype != torch.float64 or self.backend == "mamba_ssm"
+        return self._kernels if x_NTI.is_cuda and is_init_NT is None and fits else None
 
 
 def _steps_since(is_init_NT: Tensor) -> Tensor:

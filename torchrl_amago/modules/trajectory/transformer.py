@@ -297,7 +297,8 @@ class TransformerEncoder(TrajectoryEncoder):
     def _embed(self, x: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(x)
         if self.positions == "fixed":
-            return x + sinusoidal_positions(positions, self.output_size).to(x.dtype)
+            wide = torch.promote_types(x.dtype, torch.float32)
+            return x + sinusoidal_positions(positions, self.output_size, wide).to(x.dtype)
         if self.positions == "learned":
             if self.beyond_positions == "clip":
                 positions = positions.clamp(max=self.position_table.num_embeddings - 1)
