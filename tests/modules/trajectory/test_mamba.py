@@ -269,8 +269,9 @@ def test_where_kernels_are_used(fake_kernels):
     on_gpu = torch.empty(1, 1, device="meta")
     assert encoder._kernels is not None
     assert encoder._kernels_for(on_gpu, None) is None  # CUDA only
-    on_gpu = type("Fake", (), {"is_cuda": True})()
+    on_gpu = torch.empty(1, 1).as_subclass(type("OnGPU", (torch.Tensor,), {"is_cuda": True}))
     assert encoder._kernels_for(on_gpu, None) is encoder._kernels
+    assert encoder._kernels_for(on_gpu.double(), None) is None
     assert encoder._kernels_for(on_gpu, torch.ones(1, 2, dtype=torch.bool)) is None
     assert build(backend="torch")._kernels is None
     assert build(backend="auto", d_conv=5)._kernels is None
