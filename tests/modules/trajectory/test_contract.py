@@ -51,11 +51,33 @@ ENCODERS = {
         "TransformerEncoder",
         {**TRANSFORMER, "normformer": False, "head_scaling": False, "norm": "unit_ball"},
     ),
+    "transformer, rotary sinks": (
+        "TransformerEncoder",
+        {**TRANSFORMER, "positions": "rotary", "window": 3, "num_sinks": 2, "norm": "simplicial"},
+    ),
+    "transformer, learned sinks": (
+        "TransformerEncoder",
+        {
+            **TRANSFORMER,
+            "positions": "learned",
+            "max_positions": 99,
+            "window": 3,
+            "num_sinks": 1,
+            "logit_clip": 0.3,
+            "norm": "hypersphere",
+            "activation": "mish",
+        },
+    ),
     "identity": ("IdentityEncoder", {}),
     "feedforward": ("FeedForwardEncoder", {"d_model": 8}),
     "gru": ("GRUEncoder", {"d_model": 8, "num_layers": 2}),
     "lstm": ("LSTMEncoder", {"d_model": 8, "num_layers": 2}),
     "mamba": ("MambaEncoder", {"d_model": 8, "num_layers": 2}),
+    "mamba, narrow": ("MambaEncoder", {"d_model": 8, "num_layers": 2, "d_conv": 2, "expand": 1}),
+    "linear_attention, one head": (
+        "GatedLinearAttentionEncoder",
+        {"d_model": 16, "num_layers": 2, "num_heads": 1, "norm": "unit_ball_detached"},
+    ),
     "linear_attention": (
         "GatedLinearAttentionEncoder",
         {"d_model": 16, "num_layers": 2, "num_heads": 2},
