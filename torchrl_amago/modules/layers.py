@@ -143,13 +143,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def make_norm(name: str, size: int) -> nn.Module:
+def make_norm(name: str, size: int, made_of: str = "") -> nn.Module:
     """Build a norm over a last dimension of `size` features.
 
     Args:
         name: one of `layer`, `rms`, `unit_ball`, `unit_ball_detached` (no gradient through the
             length), `hypersphere`, `simplicial`, `none`.
         size: number of features.
+        made_of: where the size comes from, for the error's text.
 
     Raises:
         ValueError: if the name is unknown, or `simplicial` groups of 8 do not divide the size.
@@ -158,7 +159,7 @@ def make_norm(name: str, size: int) -> nn.Module:
         raise ValueError(f"norm must be one of {sorted(NORMS)}, got {name!r}. Use 'none' for none.")
     if name == "simplicial" and size % 8:
         raise ValueError(
-            f"norm='simplicial' needs a size that is a multiple of 8, got {size}. "
+            f"norm='simplicial' needs a size that is a multiple of 8, got {made_of or size}. "
             "Change the layer's width or choose another norm."
         )
     return NORMS[name](size)

@@ -101,13 +101,12 @@ class CombinedTimestepEncoder(TimestepEncoder):
             sizes.append(vector_features)
             if vector_scale == "normalize":
                 self.input_norm = InputNorm(vector_size)
-        if norm == "simplicial" and sum(sizes) % 8:
-            raise ValueError(
-                f"norm='simplicial' needs a multiple of 8 features, got {' + '.join(map(str, sizes))} = "
-                f"{sum(sizes)} of the entries {[*embeddings, *(['the vectors'] if vectors else [])]}. Change "
-                "vector_features or an embedding's output_size, or choose another norm."
-            )
-        self.norm = make_norm(norm, sum(sizes))
+        names = [*embeddings, *(["the vectors"] if vectors else [])]
+        made_of = (
+            f"{' + '.join(map(str, sizes))} = {sum(sizes)} for the entries {names} (by output_size of "
+            "an embedding, and vector_features)"
+        )
+        self.norm = make_norm(norm, sum(sizes), made_of)
         self.activation = make_activation(activation)
         self.merge = (
             MLP(sum(sizes), hidden_size, num_layers, output_size, activation=activation, norm=norm)

@@ -333,7 +333,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
             low, stream = (int(bound) for bound in number.aminmax())
             if low != stream and ((number != 0) & (number != stream)).any():
                 raise ValueError(
-                    f"all rows of a step must belong to one rollout, got streams "
+                    "all rows of a step must belong to one rollout, got streams "
                     f"{number.unique().tolist()} in {self.out_keys[1]!r}. Call the policy on each "
                     "rollout's tensordict separately, or remove the entry to start anew."
                 )

@@ -149,8 +149,8 @@ class MambaEncoder(TrajectoryEncoder):
     The cost of a step doesn't depend on how many went before, and a rollout's memory is a state of
     constant size (see :class:`StateMemory`). Runs in plain PyTorch on any device; on CUDA the
     kernels of `mamba-ssm` compute the same from the same weights. They are left aside under
-    `torch.compile` and `torch.vmap`, which don't know them, and for rows where a trial begins after the first
-    step, which they can't cut; single steps never need them.
+    `torch.compile` and `torch.vmap`, which don't know them, and for rows where a trial begins after
+    the first step, which they can't cut; single steps never need them.
 
     Args:
         input_size: I, features of a timestep embedding.
