@@ -99,7 +99,7 @@ class Args(TrainingArgs):
     learning_rate: float = 1e-3
     tau: float = 0.02
     anneal_frames: int = 50_000
-    buffer_frames: int = 50_000
+    capacity: int = 50_000
     eval_interval: int = 500
     eval_trials: int = 64
 

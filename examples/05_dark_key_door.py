@@ -66,7 +66,7 @@ class Args(TrainingArgs):
     learning_rate: float = 2.5e-4
     total_updates: int = 12_000
     anneal_frames: int = 4_000_000
-    buffer_frames: int = 400_000
+    capacity: int = 400_000
 
 
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:

@@ -67,7 +67,7 @@ class Args(TrainingArgs):
     num_envs: int = 16
     total_updates: int = 20_000
     anneal_frames: int = 500_000
-    buffer_frames: int = 1_000_000
+    capacity: int = 1_000_000
     eval_interval: int = 1000
     eval_trials: int = 64
     checkpoint_interval: int = 2000

@@ -81,7 +81,7 @@ class Args(TrainingArgs):
     total_updates: int = 6000
     tau: float = 0.05
     anneal_frames: int = 50_000
-    buffer_frames: int = 300_000
+    capacity: int = 300_000
     eval_interval: int = 500
     eval_trials: int = 64
 
@@ -112,7 +112,7 @@ def make_replay(
     def make_buffer(capacity: int) -> ReplayBuffer:
         return make_trial_buffer(
             capacity,
-            slice_len=args.slice_length,
+            slice_length=args.slice_length,
             batch_size=args.batch_size,
             trim=True,
             overhang="both",
@@ -124,7 +124,7 @@ def make_replay(
     report = load_trials(offline, source, env)
     print(f"{dataset.id}: {report.describe()}")
     mixture = TrialMixture(
-        {"dataset": offline, "online": make_buffer(args.buffer_frames)},
+        {"dataset": offline, "online": make_buffer(args.capacity)},
         {"dataset": args.dataset_weight, "online": 1 - args.dataset_weight},
         anneal_updates=args.anneal_updates,
         online="online",

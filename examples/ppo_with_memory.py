@@ -119,7 +119,7 @@ def train(args: Args) -> None:
     actor, critic = make_networks(args, env, horizon)
     loss_module = ClipPPOLoss(actor, critic, normalize_advantage=True, critic_coeff=0.5)
     gae = GAE(gamma=0.99, lmbda=0.95, value_network=None)
-    optimizer = amago.make_optimizer(loss_module, lr=args.learning_rate)
+    optimizer = amago.make_optimizer(loss_module, learning_rate=args.learning_rate)
     frames = args.num_envs * horizon
     # Rows begin with a reset, so that a sequence holds all that the policy remembered as it acted.
     collector = Collector(env, actor, frames_per_batch=frames, total_frames=args.rounds * frames,

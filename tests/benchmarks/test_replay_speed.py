@@ -75,17 +75,17 @@ def median_ms(function, repeats: int = 300) -> float:
     return 1000 * statistics.median(times)
 
 
-def sampler(slice_len: int, **options) -> TrialSliceSampler:
-    return TrialSliceSampler(slice_len, warn_short=False, **options)
+def sampler(slice_length: int, **options) -> TrialSliceSampler:
+    return TrialSliceSampler(slice_length, warn_short=False, **options)
 
 
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
-@pytest.mark.parametrize("slice_len", [64, 128, 250, 1000])
-def test_sample(benchmark, half_million, slice_len, draw):
-    half_million.set_sampler(sampler(slice_len, draw=draw, overhang="both"))
+@pytest.mark.parametrize("slice_length", [64, 128, 250, 1000])
+def test_sample(benchmark, half_million, slice_length, draw):
+    half_million.set_sampler(sampler(slice_length, draw=draw, overhang="both"))
     batch = benchmark(half_million.sample)
-    assert batch.shape == (BATCH, slice_len)
-    if slice_len == 128:
+    assert batch.shape == (BATCH, slice_length)
+    if slice_length == 128:
         assert 1000 * benchmark.stats.stats.median <= 1.5
 
 
@@ -114,8 +114,8 @@ def test_ten_million_steps_are_as_fast(half_million, folder, record_property):
     assert big <= 1.3 * small
 
 
-@pytest.mark.parametrize("slice_len", [128, 1000])
-def test_against_one_file_per_trajectory(half_million, folder, slice_len, record_property):
+@pytest.mark.parametrize("slice_length", [128, 1000])
+def test_against_one_file_per_trajectory(half_million, folder, slice_length, record_property):
     """The public reference's way without workers: open 24 files, cut, pad, stack."""
     files, chance = [], np.random.default_rng(0)
     for number, length in enumerate(lengths(500_000)[:200]):
@@ -134,10 +134,10 @@ def test_against_one_file_per_trajectory(half_million, folder, slice_len, record
         rows = []
         for file in chance.choice(files, BATCH):
             with np.load(file) as arrays:
-                first = chance.integers(max(1, len(arrays["rews"]) - slice_len + 1))
+                first = chance.integers(max(1, len(arrays["rews"]) - slice_length + 1))
                 rows.append(
                     {
-                        key: torch.from_numpy(arrays[key][first : first + slice_len + 1])
+                        key: torch.from_numpy(arrays[key][first : first + slice_length + 1])
                         for key in arrays.files
                     }
                 )
@@ -146,7 +146,7 @@ def test_against_one_file_per_trajectory(half_million, folder, slice_len, record
             for key in rows[0]
         }
 
-    half_million.set_sampler(sampler(slice_len))
+    half_million.set_sampler(sampler(slice_length))
     ours, theirs = median_ms(half_million.sample), median_ms(sample_files, 50)
     record_property("milliseconds", (ours, theirs))
     assert theirs >= 5 * ours

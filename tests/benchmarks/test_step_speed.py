@@ -48,7 +48,9 @@ def test_collection_loop(benchmark, rows, compiled, tmp_path):
     policy = make_policy(env, context_length=45, exploration={}, **SMALL)
     if compiled:
         policy.compile(options={"cpp_wrapper": True})
-    buffer = make_trial_buffer(rows * 45 * 8, slice_len=45, batch_size=32, path=tmp_path / "replay")
+    buffer = make_trial_buffer(
+        rows * 45 * 8, slice_length=45, batch_size=32, path=tmp_path / "replay"
+    )
     collector = TrialCollector(env, policy, frames_per_batch=rows * 45, replay_buffer=buffer)
     batches = iter(collector)
     benchmark.pedantic(lambda: next(batches), rounds=8, warmup_rounds=3)

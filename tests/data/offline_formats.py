@@ -66,7 +66,7 @@ def collect(name: str, rounds: int = 3) -> Collected:
     torch.manual_seed(0)
     env = ENVS[name]()
     env.set_seed(0)
-    buffer = make_trial_buffer(3000, slice_len=4, batch_size=2, warn_short=False)
+    buffer = make_trial_buffer(3000, slice_length=4, batch_size=2, warn_short=False)
     collector = TrialCollector(
         env,
         env.rand_action,

@@ -42,7 +42,7 @@ def assert_whole_trials(rb) -> None:
 
 
 def test_torchrls_collector_writes_whole_trials_that_survive_the_fifo():
-    rb = make_trial_buffer(capacity=40, slice_len=5, batch_size=32, warn_short=False)
+    rb = make_trial_buffer(capacity=40, slice_length=5, batch_size=32, warn_short=False)
     collector = Collector(
         make_env(),
         act,
@@ -96,7 +96,7 @@ def test_what_a_transform_does_is_seen_in_batches_only():
 
 
 def test_transforms_may_work_in_place():
-    rb = make_trial_buffer(40, slice_len=4, batch_size=3)
+    rb = make_trial_buffer(40, slice_length=4, batch_size=3)
     rb.extend(make_trial(4, 10))
 
     def halve(batch):
@@ -111,7 +111,7 @@ def test_transforms_may_work_in_place():
 
 
 def test_stored_trials_do_not_change_in_place():
-    rb = make_trial_buffer(40, slice_len=4, batch_size=3)
+    rb = make_trial_buffer(40, slice_length=4, batch_size=3)
     rb.extend(make_trial(4, 10))
     for change in (
         lambda: rb.set_("id", torch.zeros(4)),
@@ -125,7 +125,7 @@ def test_stored_trials_do_not_change_in_place():
 
 def test_torchrls_trainer_hook_may_ask_for_priorities_that_arent_used():
     for draw in ("trials", "priority"):
-        rb = make_trial_buffer(40, slice_len=4, batch_size=3, draw=draw)
+        rb = make_trial_buffer(40, slice_length=4, batch_size=3, draw=draw)
         rb.extend(make_trial(4, 10))
         hook = ReplayBufferTrainer(rb, batch_size=3)
         batch = hook.sample(None)
@@ -216,10 +216,12 @@ class Halve:
     st.sampled_from(["none", "both"]),
     st.sampled_from(["left", "right"]),
 )
-def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_len, overhang, padding):
+def test_relabelled_entries_replace_stored_ones_step_by_step(
+    lengths, slice_length, overhang, padding
+):
     relabel = Halve()
     rb = make_trial_buffer(
-        60, slice_len, 20, relabel=relabel, overhang=overhang, padding=padding, warn_short=False,
+        60, slice_length, 20, relabel=relabel, overhang=overhang, padding=padding, warn_short=False,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     trials = make_trials(lengths)
@@ -270,10 +272,10 @@ def test_relabelling_must_leave_a_step():
 
 
 def test_refuses_sizes_that_cannot_work(tmp_path):
-    with pytest.raises(ValueError, match=r"slice_len must be in \[1, capacity=10\], got 11"):
+    with pytest.raises(ValueError, match=r"slice_length must be in \[1, capacity=10\], got 11"):
         make_trial_buffer(10, 11, 1)
     make_trial_buffer(10, 5, 1, path=tmp_path, warn_short=False).extend(make_trial(5))
-    with pytest.raises(ValueError, match=r"slice_len must be in \[1, capacity=10\], got 11"):
+    with pytest.raises(ValueError, match=r"slice_length must be in \[1, capacity=10\], got 11"):
         make_trial_buffer(None, 11, 1, path=tmp_path, mode="continue")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         make_trial_buffer(10, 5, 0)

@@ -21,7 +21,7 @@ def collect(kind, rounds, frames, reset_at=(), **options):
     env = make_trial_env(MetaFrozenLake(batch_size=(5,), seed=0), episodes=2)
     sizes = {"d_model": 16, "num_heads": 2, "num_layers": 1}
     policy = make_policy(env, context_length=18, seq_model_options=sizes, exploration={})
-    buffer = make_trial_buffer(2000, slice_len=18, batch_size=4, warn_short=False)
+    buffer = make_trial_buffer(2000, slice_length=18, batch_size=4, warn_short=False)
     collector = kind(env, policy, frames_per_batch=frames, replay_buffer=buffer, **options)
     batches = iter(collector)
     sizes = []
@@ -63,7 +63,7 @@ def collect_fragments(rounds, frames, fragment_length, stagger, rows=4, lengths=
     if lengths is not None:
         env = ScriptedTrials([[[[float(n + 1) for n in range(m)]] for m in lengths]] * rows)
     env = TransformedEnv(env, Compose(InitTracker(), PreviousStepTransform()))
-    buffer = make_trial_buffer(5000, slice_len=3, batch_size=64, warn_short=False)
+    buffer = make_trial_buffer(5000, slice_length=3, batch_size=64, warn_short=False)
     collector = TrialCollector(
         env, act, frames_per_batch=frames, replay_buffer=buffer, total_frames=-1,
         fragment_length=fragment_length, stagger=stagger,

@@ -17,7 +17,7 @@ MASK = ("collector", "mask")
 
 
 def make_buffer(lengths=(), first_id=0, **options):
-    options = {"slice_len": 4, "batch_size": 8, "warn_short": False, **options}
+    options = {"slice_length": 4, "batch_size": 8, "warn_short": False, **options}
     buffer = make_trial_buffer(200, **options)
     for length in lengths:
         buffer.extend(make_trial(length, first_id))
@@ -91,7 +91,7 @@ def test_all_at_once():
 
 def make_waiting_mixture(min_trials: int) -> TrialMixture:
     """Of a buffer that is ready and one that waits for so many trials, and holds 60 steps."""
-    new = make_trial_buffer(60, slice_len=4, batch_size=8, min_trials=min_trials)
+    new = make_trial_buffer(60, slice_length=4, batch_size=8, min_trials=min_trials)
     return TrialMixture(
         {"old": make_buffer([5]), "new": new},
         {"old": 0.5, "new": 0.5},
@@ -201,7 +201,7 @@ def test_a_folder_that_is_only_read(tmp_path):
     kept = written[:].clone()
     files = {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
     protected = make_trial_buffer(
-        None, slice_len=4, batch_size=8, path=tmp_path / "data", mode="read", warn_short=False
+        None, slice_length=4, batch_size=8, path=tmp_path / "data", mode="read", warn_short=False
     )
     buffers = {"old": protected, "new": make_buffer()}
     mixture = TrialMixture(buffers, {"old": 1, "new": 1}, online="new", batch_size=16)

@@ -133,10 +133,10 @@ BAD = {
 def test_bad_trajectories(bad):
     changes, message = BAD[bad]
     trajectories = [arrays(3), arrays(**changes), arrays(5)]
-    buffer = make_trial_buffer(50, slice_len=2, batch_size=2)
+    buffer = make_trial_buffer(50, slice_length=2, batch_size=2)
     with pytest.raises(TrajectoryError, match=f"trajectory 1: .*{message}"):
         load_trials(buffer, trajectories, schema())
-    buffer = make_trial_buffer(50, slice_len=2, batch_size=2)
+    buffer = make_trial_buffer(50, slice_length=2, batch_size=2)
     report = load_trials(buffer, trajectories, schema(), on_error="skip")
     assert report.lengths == [3, 5]
     assert list(report.skipped) == [1]
@@ -201,7 +201,7 @@ def test_what_came_before_is_checked(bad):
     changes, message = BAD_BEFORE[bad]
     good = Trajectory(*arrays(3).values())
     trajectories = [good, Trajectory(*arrays(4).values(), **changes)]
-    buffer = make_trial_buffer(50, slice_len=2, batch_size=2)
+    buffer = make_trial_buffer(50, slice_length=2, batch_size=2)
     with pytest.raises(TrajectoryError, match=f"trajectory 1: {message}"):
         load_trials(buffer, trajectories, schema())
     report = load_trials(buffer, trajectories, schema(), on_error="skip")
@@ -289,7 +289,7 @@ def test_steps_whose_next_is_of_another_shape():
             r"'terminated' under 'next' must have the shape \[2, 2\] of 'done', got \[2, 3\]",
         ),
     ):
-        buffer = make_trial_buffer(50, slice_len=2, batch_size=2)
+        buffer = make_trial_buffer(50, slice_length=2, batch_size=2)
         with pytest.raises(TrajectoryError, match=f"trajectory 1: {message}"):
             load_trials(buffer, [steps(), bad], trials)
         report = load_trials(buffer, [bad, steps()], trials, on_error="skip")
@@ -457,7 +457,7 @@ def test_trials_that_are_too_long():
 
 
 def load(trajectories, rule, **options):
-    buffer = make_trial_buffer(100, slice_len=2, batch_size=2)
+    buffer = make_trial_buffer(100, slice_length=2, batch_size=2)
     trials = TrialSchema(TRIAL_SPECS, Bounded(-1.0, 1.0, (1,)), rule=rule)
     return load_trials(buffer, trajectories, trials, **options)
 
@@ -524,7 +524,7 @@ def test_a_piece_in_which_no_attempt_begins(first_time):
 
 
 def test_a_buffer_that_is_too_small():
-    buffer = make_trial_buffer(7, slice_len=2, batch_size=2)
+    buffer = make_trial_buffer(7, slice_length=2, batch_size=2)
     with pytest.raises(ValueError, match="it holds 0 of at most 7 steps, and 8 more"):
         load_trials(buffer, [arrays(4), arrays(4)], schema())
 
@@ -543,7 +543,7 @@ def test_wrong_arguments():
 
 def test_more_steps_than_are_written_at_once(monkeypatch):
     monkeypatch.setattr("torchrl_amago.data.offline.load._WRITE_STEPS", 6)
-    buffer = make_trial_buffer(100, slice_len=2, batch_size=2)
+    buffer = make_trial_buffer(100, slice_length=2, batch_size=2)
     report = load_trials(buffer, (arrays(n) for n in (3, 4, 5, 2)), schema())
     assert report.lengths == [3, 4, 5, 2]
     assert len(buffer) == 14

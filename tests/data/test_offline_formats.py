@@ -63,7 +63,7 @@ def collected(request):
 
 
 def load(collected, trajectories, **options):
-    buffer = make_trial_buffer(4000, slice_len=4, batch_size=2, warn_short=False)
+    buffer = make_trial_buffer(4000, slice_length=4, batch_size=2, warn_short=False)
     report = load_trials(buffer, trajectories, collected.env, **options)
     return split(buffer[:]), report
 
@@ -127,7 +127,7 @@ def test_torchrls_datasets(collected):
     steps = torch.cat(collected.trials)
     loaded, _ = load(collected, read_torchrl(steps))
     assert_equal_trials(loaded, collected.trials)
-    buffer = make_trial_buffer(len(steps), slice_len=4, batch_size=2, warn_short=False)
+    buffer = make_trial_buffer(len(steps), slice_length=4, batch_size=2, warn_short=False)
     buffer.extend(steps)
     loaded, _ = load(collected, read_torchrl(buffer))
     assert_equal_trials(loaded, collected.trials)
@@ -142,7 +142,7 @@ def small_steps(**entries):
 
 def test_actions_are_in_the_environments_scale_unless_they_are_known_to_be_a_policys():
     bare, remembered = small_steps(), small_steps(prev_action=torch.zeros(2, 1))
-    trials = make_trial_buffer(10, slice_len=2, batch_size=1)
+    trials = make_trial_buffer(10, slice_length=2, batch_size=1)
     trials.extend(bare)
     others = TensorDictReplayBuffer(storage=LazyTensorStorage(10), batch_size=1)
     others.extend(bare)
@@ -364,7 +364,7 @@ def d4rl_arrays(ends, **changes):
 
 def test_a_lone_last_d4rl_step_is_no_trajectory():
     schema = TrialSchema(Composite(observation=Unbounded((3,))), Bounded(-1.0, 1.0, (1,)))
-    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
     arrays = d4rl_arrays([False, True, False])
     source = read_d4rl(arrays)
     assert (len(source), source.num_steps) == (1, 2)
@@ -381,7 +381,7 @@ def ends_of(source, rule, **options):
     trials = TrialSchema(
         Composite(observation=Unbounded((3,))), Bounded(-1.0, 1.0, (1,)), rule=rule
     )
-    buffer = make_trial_buffer(50, slice_len=2, batch_size=1)
+    buffer = make_trial_buffer(50, slice_length=2, batch_size=1)
     load_trials(buffer, source, trials, **options)
     ends = [trial["next"].select("terminated", "truncated")[-1] for trial in split(buffer[:])]
     assert all(end["terminated"] != end["truncated"] for end in ends)
@@ -475,7 +475,7 @@ def test_amago_fragments(tmp_path):
         "actions": prev_action[1:],
     }
     np.savez(tmp_path / "fragment.npz", **arrays)
-    buffer = make_trial_buffer(10, slice_len=3, batch_size=1)
+    buffer = make_trial_buffer(10, slice_length=3, batch_size=1)
     load_trials(buffer, read_amago([tmp_path / "fragment.npz"]), env)
     steps = buffer[:]
     assert steps["time_idx"].flatten().tolist() == [500, 501, 502]
@@ -501,7 +501,7 @@ def test_amago_files_that_cant_be_read(tmp_path):
         **{name: np.zeros((3, 1)) for name in ("rl2s", "time_idxs", "rews", "dones", "actions")},
     )
     np.savez(tmp_path / "3.npz", actions=np.array([{}], dtype=object))
-    buffer = make_trial_buffer(10, slice_len=3, batch_size=1)
+    buffer = make_trial_buffer(10, slice_length=3, batch_size=1)
     report = load_trials(buffer, read_amago(tmp_path), ENVS["toy categorical"](), on_error="skip")
     assert [*report.skipped] == [0, 1, 2, 3]
     problems = ["can't be read", "must hold rl2s", "must count up by 1", "can't be read"]
@@ -559,7 +559,7 @@ def test_amago_files_with_bad_arrays(bad, tmp_path):
     changes, message = BAD_FILES[bad]
     np.savez(tmp_path / "0.npz", **amago_arrays())
     np.savez(tmp_path / "1.npz", **amago_arrays(**changes))
-    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
     env = plain_toy("categorical")
     with pytest.raises(TrajectoryError, match=f"trajectory 1: .*{message}"):
         load_trials(buffer, read_amago(tmp_path), env)
@@ -582,7 +582,7 @@ def test_damaged_amago_files(kind, tmp_path):
     np.savez_compressed(tmp_path / "0.npz", **amago_arrays())
     content = (tmp_path / "0.npz").read_bytes()
     (tmp_path / "1.npz").write_bytes(damaged(content, kind))
-    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
     env = plain_toy("categorical")
     with pytest.raises(TrajectoryError, match="trajectory 1: .*1.npz .*can't be read"):
         load_trials(buffer, read_amago(tmp_path), env)
@@ -593,6 +593,6 @@ def test_damaged_amago_files(kind, tmp_path):
 def test_one_array_instead_of_an_archive(tmp_path):
     with (tmp_path / "0.npz").open("wb") as file:
         np.save(file, np.zeros(3))
-    buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
     with pytest.raises(TrajectoryError, match="trajectory 0: .*can't be read"):
         load_trials(buffer, read_amago(tmp_path), plain_toy("categorical"))

@@ -570,7 +570,7 @@ def collected():
     """Trials of random actions, flat, as the collector writes them."""
     maze = MazeRunner(7, num_goals=2, max_episode_steps=20, batch_size=[16], seed=0)
     env = make_trial_env(maze, episodes=1)
-    buffer = make_trial_buffer(10_000, slice_len=20, batch_size=4, warn_short=False)
+    buffer = make_trial_buffer(10_000, slice_length=20, batch_size=4, warn_short=False)
     torch.manual_seed(0)
     frames = 16 * 60
     collector = TrialCollector(
@@ -581,8 +581,10 @@ def collected():
     return buffer.newest(10_000)
 
 
-def refilled(steps: TensorDict, slice_len: int, relabel, **options):
-    buffer = make_trial_buffer(10_000, slice_len, 64, relabel=relabel, warn_short=False, **options)
+def refilled(steps: TensorDict, slice_length: int, relabel, **options):
+    buffer = make_trial_buffer(
+        10_000, slice_length, 64, relabel=relabel, warn_short=False, **options
+    )
     buffer.extend(steps)
     return buffer
 

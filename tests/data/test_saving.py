@@ -11,7 +11,7 @@ from torchrl_amago.data import TrialStorage, load_replay, make_trial_buffer, sav
 
 
 def make_buffer(capacity: int = 30, **kwargs):
-    return make_trial_buffer(capacity, slice_len=4, batch_size=16, warn_short=False, **kwargs)
+    return make_trial_buffer(capacity, slice_length=4, batch_size=16, warn_short=False, **kwargs)
 
 
 def filled_buffer(lengths=(3, 9, 4, 11, 2, 7), **kwargs):

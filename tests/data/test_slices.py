@@ -13,8 +13,10 @@ from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
 OVERHANGS = ["none", "left", "right", "both"]
 
 
-def make_buffer(lengths, capacity: int = 1000, slice_len: int = 4, batch_size: int = 8, **kwargs):
-    rb = make_trial_buffer(capacity, slice_len, batch_size, warn_short=False, **kwargs)
+def make_buffer(
+    lengths, capacity: int = 1000, slice_length: int = 4, batch_size: int = 8, **kwargs
+):
+    rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **kwargs)
     for trial in make_trials(lengths):
         rb.extend(trial)
     return rb
@@ -47,14 +49,16 @@ def test_short_trials_are_whole_and_slices_of_long_ones_fit():
     st.sampled_from(["trials", "steps", "priority"]),
     st.booleans(),
 )
-def test_slices_are_runs_of_steps_of_one_trial(lengths, slice_len, overhang, padding, draw, trim):
+def test_slices_are_runs_of_steps_of_one_trial(
+    lengths, slice_length, overhang, padding, draw, trim
+):
     rb = make_buffer(
-        lengths, slice_len=slice_len, batch_size=40, overhang=overhang, padding=padding, draw=draw,
+        lengths, slice_length=slice_length, batch_size=40, overhang=overhang, padding=padding, draw=draw,
         trim=trim, capacity=200,
     )  # fmt: skip
     batch = rb.sample()
     mask = batch["collector", "mask"]
-    width = int(mask.sum(1).max()) if trim else slice_len
+    width = int(mask.sum(1).max()) if trim else slice_length
     assert batch.shape == mask.shape == (40, width)
     trial_of, length_of = [], []
     for number, length in enumerate(lengths):
@@ -63,8 +67,8 @@ def test_slices_are_runs_of_steps_of_one_trial(lengths, slice_len, overhang, pad
     for row, ids in enumerate(rows(batch)):
         assert ids == list(range(ids[0], ids[0] + len(ids)))
         assert trial_of[ids[0]] == trial_of[ids[-1]] == batch["index"][row, 0]
-        if overhang == "none" or length_of[ids[0]] <= slice_len:
-            assert len(ids) == min(slice_len, length_of[ids[0]])
+        if overhang == "none" or length_of[ids[0]] <= slice_length:
+            assert len(ids) == min(slice_length, length_of[ids[0]])
         real = mask[row].nonzero().squeeze(-1)
         assert real.tolist() == list(range(int(real[0]), int(real[-1]) + 1))
         assert int(real[0]) == (0 if padding == "right" else width - len(ids))
@@ -83,7 +87,7 @@ def test_padding_repeats_what_followed_on_the_right_and_the_first_step_on_the_le
         ("right", [0, 1, 2, 3, 3], [1, 2, 3, 3, 3], [True, True, True, False, False]),
         ("left", [0, 0, 0, 1, 2], [0, 0, 1, 2, 3], [False, False, True, True, True]),
     ]:
-        rb = make_buffer([3], slice_len=5, batch_size=1, padding=padding)
+        rb = make_buffer([3], slice_length=5, batch_size=1, padding=padding)
         batch = rb.sample()
         assert batch["nested", "state"][0, :, 0].tolist() == state
         assert batch["next", "nested", "state"][0, :, 0].tolist() == ahead
@@ -91,21 +95,21 @@ def test_padding_repeats_what_followed_on_the_right_and_the_first_step_on_the_le
 
 
 def test_mask_is_there_when_nothing_is_padded():
-    mask = make_buffer([6], slice_len=2).sample()["collector", "mask"]
+    mask = make_buffer([6], slice_length=2).sample()["collector", "mask"]
     assert mask.dtype == torch.bool
     assert mask.shape == (8, 2)
     assert mask.all()
 
 
 def test_trials_are_equally_likely_whatever_their_length():
-    rb = make_buffer([1, 3, 400], slice_len=3, batch_size=4000)
+    rb = make_buffer([1, 3, 400], slice_length=3, batch_size=4000)
     count = rb.sample()["index"][:, 0].bincount(minlength=3).double()
     assert chi_square(count, torch.full((3,), 1 / 3)) < 4
 
 
 @pytest.mark.parametrize("overhang", OVERHANGS)
 def test_starts_are_uniform_among_the_windows(overhang):
-    rb = make_buffer([7], slice_len=3, batch_size=6000, overhang=overhang)
+    rb = make_buffer([7], slice_length=3, batch_size=6000, overhang=overhang)
     drawn = [(ids[0], len(ids)) for ids in rows(rb.sample())]
     expected = {
         "none": {(first, 3) for first in range(5)},
@@ -121,7 +125,7 @@ def test_starts_are_uniform_among_the_windows(overhang):
 @given(st.lists(st.integers(1, 15), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
 def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(lengths, size, seed):
     rb = make_buffer(
-        lengths, slice_len=size, batch_size=3000, overhang="both",
+        lengths, slice_length=size, batch_size=3000, overhang="both",
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     batch = rb.sample()
@@ -141,7 +145,7 @@ def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(len
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
 def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(lengths, size, seed):
     rb = make_buffer(
-        lengths, slice_len=size, batch_size=6000, overhang="both", draw="steps",
+        lengths, slice_length=size, batch_size=6000, overhang="both", draw="steps",
         generator=torch.Generator().manual_seed(seed),
     )  # fmt: skip
     batch = rb.sample()
@@ -153,7 +157,7 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(len
 @pytest.mark.parametrize("overhang", OVERHANGS)
 def test_step_weighted_trials_have_their_share_of_the_steps(overhang):
     lengths = [2, 5, 9, 40]
-    rb = make_buffer(lengths, slice_len=5, batch_size=20000, draw="steps", overhang=overhang)
+    rb = make_buffer(lengths, slice_length=5, batch_size=20000, draw="steps", overhang=overhang)
     batch = rb.sample()
     count = batch["index"][batch["collector", "mask"]].bincount().double()
     share = torch.tensor(lengths).double() / sum(lengths)
@@ -161,7 +165,9 @@ def test_step_weighted_trials_have_their_share_of_the_steps(overhang):
 
 
 def test_priorities_say_how_often_and_the_weights_make_up_for_it():
-    rb = make_buffer([3, 5, 4], slice_len=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0)
+    rb = make_buffer(
+        [3, 5, 4], slice_length=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0
+    )
     rb.update_priority(torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 5.0]))
     batch = rb.sample()
     number, weight = batch["index"][:, 0], batch["priority_weight"][:, 0]
@@ -170,7 +176,7 @@ def test_priorities_say_how_often_and_the_weights_make_up_for_it():
 
 
 def test_a_new_trial_has_the_largest_priority():
-    rb = make_buffer([3, 3], slice_len=3, batch_size=4000, draw="priority", alpha=1.0)
+    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, draw="priority", alpha=1.0)
     rb.update_priority(torch.tensor([0, 1]), torch.tensor([0.0, 6.0]))
     rb.extend(make_trial(3))
     count = rb.sample()["index"][:, 0].bincount(minlength=3).double()
@@ -179,7 +185,7 @@ def test_a_new_trial_has_the_largest_priority():
 
 
 def test_a_batch_brings_its_errors():
-    rb = make_buffer([2, 5, 4], slice_len=4, batch_size=500, draw="priority", alpha=1.0)
+    rb = make_buffer([2, 5, 4], slice_length=4, batch_size=500, draw="priority", alpha=1.0)
     batch = rb.sample()
     error = torch.where(batch["collector", "mask"], batch["id"], 1000).unsqueeze(-1)
     batch["td_error"] = -error.float()
@@ -206,7 +212,7 @@ def test_waiting_for_enough_trials():
 def test_warns_once_when_no_trial_fills_a_slice():
     rb = make_trial_buffer(100, 8, 8)
     rb.extend(torch.cat(make_trials([3, 5])))
-    with pytest.warns(UserWarning, match=r"slice_len=8 steps are longer.*of 2 has 5"):
+    with pytest.warns(UserWarning, match=r"slice_length=8 steps are longer.*of 2 has 5"):
         rb.sample()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -245,7 +251,9 @@ def test_another_sampler_finds_the_same_trials():
 
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_trim_leaves_out_what_is_padding_in_every_row(padding):
-    batch = make_buffer([3, 2, 3], slice_len=8, batch_size=32, padding=padding, trim=True).sample()
+    batch = make_buffer(
+        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim=True
+    ).sample()
     mask = batch["collector", "mask"]
     assert batch.shape == (32, 3)
     assert mask.any(0).all()
@@ -256,11 +264,11 @@ def test_trim_leaves_out_what_is_padding_in_every_row(padding):
 
 
 def test_trim_never_exceeds_slice_len():
-    assert make_buffer([9, 2], slice_len=4, batch_size=16, trim=True).sample().shape == (16, 4)
+    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim=True).sample().shape == (16, 4)
 
 
 def test_refuses_what_cannot_work():
-    with pytest.raises(ValueError, match=r"slice_len must be at least 1, got 0\. It is"):
+    with pytest.raises(ValueError, match=r"slice_length must be at least 1, got 0\. It is"):
         TrialSliceSampler(0)
     with pytest.raises(ValueError, match=r"min_trials must be at least 1, got 0"):
         TrialSliceSampler(3, min_trials=0)

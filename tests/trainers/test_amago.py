@@ -35,7 +35,7 @@ def test_one_update_by_hand(tmp_path):
     loss = make_trainer(tmp_path / "b", **options).loss_module
     updater = SoftUpdate(loss, tau=0.1)
     loss.load_state_dict(seen["loss"])
-    optimizer = make_optimizer(loss, lr=1e-2 / 4)
+    optimizer = make_optimizer(loss, learning_rate=1e-2 / 4)
     torch.set_rng_state(seen["rng"])
     out = loss(seen["batch"])
     (out["loss_actor"] + out["loss_qvalue"]).backward()
@@ -98,7 +98,7 @@ def test_waits_for_complete_trials(tmp_path):
 
 
 def test_updates_per_batch(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=9, updates_per_batch=2, min_trials=1)
+    trainer = make_trainer(tmp_path, total_updates=9, updates_per_round=2, min_trials=1)
     batches = []
     trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
     trainer.train()
@@ -267,7 +267,7 @@ def test_collector_must_fit(tmp_path):
         "optimizer": good.optimizer,
         "replay_buffer": good.replay_buffer,
         "total_updates": 1,
-        "updates_per_batch": 1,
+        "updates_per_round": 1,
         "run_dir": tmp_path,
     }
     with pytest.raises(TypeError, match=r"must be a torchrl.collectors.Collector .*, got list"):
@@ -284,8 +284,8 @@ def test_collector_must_fit(tmp_path):
     with pytest.raises(ValueError, match="whole trials, got one with trajs_per_batch=None"):
         AMAGOTrainer(collector=collector, **options)
     collector.shutdown()
-    with pytest.raises(ValueError, match="updates_per_batch must be at least 1, got 0"):
-        AMAGOTrainer(collector=good.collector, **(options | {"updates_per_batch": 0}))
+    with pytest.raises(ValueError, match="updates_per_round must be at least 1, got 0"):
+        AMAGOTrainer(collector=good.collector, **(options | {"updates_per_round": 0}))
 
 
 @pytest.mark.gpu

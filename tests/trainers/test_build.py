@@ -38,7 +38,7 @@ def test_settings_arrive(env, policy, tmp_path):
         run_dir=tmp_path,
         updates_per_round=3,
         batch_size=5,
-        buffer_frames=77,
+        capacity=77,
         learning_rate=0.25,
         tau=0.125,
         critic_options=dict(hidden_size=24, num_critics=3),
@@ -166,7 +166,7 @@ def test_refuses_lengths_below_one(env, policy, tmp_path, name, value):
 
 
 def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
-    online, data = (make_trial_buffer(50, slice_len=4, batch_size=5) for _ in range(2))
+    online, data = (make_trial_buffer(50, slice_length=4, batch_size=5) for _ in range(2))
     data.extend(env.rollout(4).exclude("_stream").reshape(-1))
     mixture = TrialMixture(
         {"data": data, "online": online}, {"data": 1, "online": 1}, batch_size=5, online="online"

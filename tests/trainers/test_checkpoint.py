@@ -16,7 +16,7 @@ ARCHITECTURE = {"loss.weight": "2x3 float32", "loss.bias": "2 float32"}
 
 
 def small_buffer(capacity=20):
-    return make_trial_buffer(capacity, slice_len=3, batch_size=2, warn_short=False)
+    return make_trial_buffer(capacity, slice_length=3, batch_size=2, warn_short=False)
 
 
 def filled_buffer():

@@ -47,17 +47,17 @@ def make_run(run_dir, make_env=lake, *, weights_seed=0, total_updates=TOTAL, **o
         exploration={"anneal_frames": 500},
     )
     loss = amago_loss(policy, critic_options={"hidden_size": 16})
-    rb = make_trial_buffer(200, slice_len=6, batch_size=4, warn_short=False)
+    rb = make_trial_buffer(200, slice_length=6, batch_size=4, warn_short=False)
     collector = Collector(
         env, policy, frames_per_batch=18, total_frames=-1, trajs_per_batch=1, replay_buffer=rb
     )
     return AMAGOTrainer(
         collector=collector,
         loss_module=loss,
-        optimizer=make_optimizer(loss, lr=1e-3),
+        optimizer=make_optimizer(loss, learning_rate=1e-3),
         replay_buffer=rb,
         total_updates=total_updates,
-        updates_per_batch=3,
+        updates_per_round=3,
         run_dir=run_dir,
         target_updater=SoftUpdate(loss, tau=0.01),
         exploration=policy.exploration,

@@ -25,7 +25,7 @@ def data(tmp_path_factory):
 
 def make_offline_trainer(run_dir, data, online_after=9, generator=None, **options):
     def mix(online):
-        offline = make_trial_buffer(100, slice_len=5, batch_size=3, warn_short=False)
+        offline = make_trial_buffer(100, slice_length=5, batch_size=3, warn_short=False)
         offline.extend(data)
         return TrialMixture(
             {"data": offline, "online": online},

@@ -32,7 +32,7 @@ def test_decay_shrinks_weights_only():
     net = nn.Linear(2, 2)
     nn.init.ones_(net.weight)
     nn.init.ones_(net.bias)
-    optimizer = make_optimizer(net, lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(net, learning_rate=0.1, weight_decay=0.5)
     for p in net.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
@@ -56,7 +56,7 @@ def test_frozen_parameters_are_left_out():
 
 
 def test_warmup_starts_at_one_nth():
-    optimizer = make_optimizer(nn.Linear(1, 1), lr=8.0)
+    optimizer = make_optimizer(nn.Linear(1, 1), learning_rate=8.0)
     scheduler = make_schedule(optimizer, 4)
     rates = []
     for _ in range(6):
@@ -67,7 +67,7 @@ def test_warmup_starts_at_one_nth():
 
 
 def test_no_warmup():
-    optimizer = make_optimizer(nn.Linear(1, 1), lr=8.0)
+    optimizer = make_optimizer(nn.Linear(1, 1), learning_rate=8.0)
     make_schedule(optimizer, 0)
     assert optimizer.param_groups[0]["lr"] == 8.0
     with pytest.raises(ValueError, match="warmup_updates must be at least 0, got -1"):

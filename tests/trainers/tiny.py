@@ -169,7 +169,7 @@ def make_trainer(
         in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical
     )
     rb = make_trial_buffer(
-        capacity, slice_len=5, batch_size=3, min_trials=min_trials, warn_short=False
+        capacity, slice_length=5, batch_size=3, min_trials=min_trials, warn_short=False
     )
     collector = Collector(
         env,
@@ -186,14 +186,14 @@ def make_trainer(
         "checkpoint_interval": 6,
         "log_interval": 4,
         "warmup_updates": 10,
-        "updates_per_batch": 4,
+        "updates_per_round": 4,
         "progress_bar": False,
         "seed": 3,
     }
     return AMAGOTrainer(
         collector=collector,
         loss_module=loss,
-        optimizer=make_optimizer(loss, lr=learning_rate),
+        optimizer=make_optimizer(loss, learning_rate=learning_rate),
         replay_buffer=rb if replay is None else replay(rb),
         target_updater=SoftUpdate(loss, tau=0.1),
         exploration=explore,

@@ -309,7 +309,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
 def make_trial_buffer(
     capacity: int | None,
-    slice_len: int,
+    slice_length: int,
     batch_size: int,
     *,
     path: str | Path | None = None,
@@ -335,7 +335,7 @@ def make_trial_buffer(
     Args:
         capacity: environment steps to keep, the oldest trials leave first; None takes that of an
             existing folder.
-        slice_len: steps T of each sampled slice.
+        slice_length: steps T of each sampled slice.
         batch_size: slices B of each sample.
         path: folder that keeps the trials; a temporary one, removed at exit, by default.
         mode: `"create"` begins a new folder. `"continue"` goes on with what is there: after a crash, or
@@ -362,7 +362,7 @@ def make_trial_buffer(
             :class:`TrialStorage`.
 
     Example:
-        >>> rb = make_trial_buffer(capacity=100, slice_len=4, batch_size=3)
+        >>> rb = make_trial_buffer(capacity=100, slice_length=4, batch_size=3)
         >>> rb.can_sample()
         False
         >>> done = (torch.arange(6) == 5).unsqueeze(-1)
@@ -380,7 +380,7 @@ def make_trial_buffer(
             "mode='create'."
         )
     sampler = TrialSliceSampler(
-        slice_len,
+        slice_length,
         padding=padding,
         trim=trim,
         overhang=overhang,
@@ -391,9 +391,9 @@ def make_trial_buffer(
         warn_short=warn_short,
     )
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
-    if slice_len > storage.max_size:
+    if slice_length > storage.max_size:
         raise ValueError(
-            f"slice_len must be in [1, capacity={storage.max_size}], got {slice_len}. A slice comes from "
+            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes from "
             "one stored trial; raise the capacity, which counts environment steps."
         )
     return TrialReplayBuffer(

@@ -46,7 +46,7 @@ class TrialCollector(Collector):
         >>> from torchrl_amago.data import make_trial_buffer
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
-        >>> buffer = make_trial_buffer(1000, slice_len=18, batch_size=4, warn_short=False)
+        >>> buffer = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = TrialCollector(
         ...     env, env.rand_action, replay_buffer=buffer, frames_per_batch=8 * 18, total_frames=8 * 18)
         >>> list(collector), len(buffer) > 0

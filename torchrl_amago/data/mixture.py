@@ -52,7 +52,7 @@ class TrialMixture:
         ...     done = (torch.arange(length) == length - 1).unsqueeze(-1)
         ...     after = {"done": done, "reward": torch.full((length, 1), reward)}
         ...     return TensorDict({"next": after}, [length])
-        >>> old, new = (make_trial_buffer(100, slice_len=3, batch_size=8) for _ in range(2))
+        >>> old, new = (make_trial_buffer(100, slice_length=3, batch_size=8) for _ in range(2))
         >>> mixture = TrialMixture(
         ...     {"old": old, "new": new}, {"old": 1.0, "new": 3.0}, online="new", batch_size=8)
         >>> _ = old.extend(trial(5, 0.0))
@@ -327,7 +327,7 @@ def online_part(buffer: ReplayBuffer | TrialMixture) -> ReplayBuffer:
 
     Example:
         >>> from torchrl_amago.data import make_trial_buffer
-        >>> buffer = make_trial_buffer(10, slice_len=2, batch_size=1)
+        >>> buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
         >>> online_part(TrialMixture({"a": buffer}, {"a": 1}, online="a", batch_size=1)) is buffer
         True
     """

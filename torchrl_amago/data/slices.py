@@ -47,13 +47,13 @@ class Windows(NamedTuple):
 class TrialSliceSampler(Sampler):
     """Draws a trial, then a slice of it uniformly among those that fit.
 
-    A trial that is shorter than `slice_len` is taken whole and padded. Randomness comes from
+    A trial that is shorter than `slice_length` is taken whole and padded. Randomness comes from
     `ReplayBuffer(generator=...)` where one is given, else from torch's global generator.
 
     Args:
-        slice_len: steps T of each slice.
+        slice_length: steps T of each slice.
         padding: side of the slice that is padded.
-        trim: make T the longest slice of the batch where that is less than `slice_len`: steps that
+        trim: make T the longest slice of the batch where that is less than `slice_length`: steps that
             would be padding in every row cost nothing then. Leave it off where shapes must not
             change, as under `torch.compile`.
         overhang: sides on which the window of T steps may stick out of a longer trial. With
@@ -68,13 +68,13 @@ class TrialSliceSampler(Sampler):
         alpha: exponent of priorities (arXiv 1511.05952, section 3.3).
         beta: exponent of importance weights (same, section 3.4); 1 corrects in full.
         min_trials: trials to wait for before the first batch.
-        warn_short: whether to warn, once, when no stored trial is as long as `slice_len`.
+        warn_short: whether to warn, once, when no stored trial is as long as `slice_length`.
 
     Raises:
         RuntimeError: from sampling, before there are `min_trials` trials (ask `rb.can_sample()`).
 
     Example:
-        >>> sampler = TrialSliceSampler(slice_len=4, overhang="both")
+        >>> sampler = TrialSliceSampler(slice_length=4, overhang="both")
         >>> windows = sampler.windows(torch.tensor([2, 9]))
         >>> windows.real[0].item(), windows.width, bool((windows.offset + windows.real)[1] <= 9)
         (2, 4, True)
@@ -82,7 +82,7 @@ class TrialSliceSampler(Sampler):
 
     def __init__(
         self,
-        slice_len: int,
+        slice_length: int,
         *,
         padding: Padding = "right",
         trim: bool = False,
@@ -93,23 +93,23 @@ class TrialSliceSampler(Sampler):
         min_trials: int = 1,
         warn_short: bool = True,
     ) -> None:
-        for name, value in (("slice_len", slice_len), ("min_trials", min_trials)):
+        for name, value in (("slice_length", slice_length), ("min_trials", min_trials)):
             if value < 1:
-                meaning = "steps in a slice" if name == "slice_len" else "trials to wait for"
+                meaning = "steps in a slice" if name == "slice_length" else "trials to wait for"
                 raise ValueError(
                     f"{name} must be at least 1, got {value}. It is the number of {meaning}."
                 )
         check_choice("padding", padding, get_args(Padding))
         check_choice("overhang", overhang, get_args(Overhang))
         check_choice("draw", draw, get_args(Draw))
-        self._slice_len, self.padding, self.trim = slice_len, padding, trim
+        self._slice_len, self.padding, self.trim = slice_length, padding, trim
         self.overhang, self.draw, self.min_trials = overhang, draw, min_trials
         self._warn_short = warn_short
         self._shares = Shares(self._step_share)
         self._priorities = Priorities(alpha, beta)
 
     @property
-    def slice_len(self) -> int:
+    def slice_length(self) -> int:
         """Steps T of each slice."""
         return self._slice_len
 
@@ -154,26 +154,26 @@ class TrialSliceSampler(Sampler):
 
     def _step_share(self, length: np.ndarray) -> np.ndarray:
         """How often trials are drawn for their steps to be as frequent as all others."""
-        slice_len = self.slice_len
+        slice_length = self.slice_length
         if self.overhang == "none":
-            per_window = np.full(len(length), float(slice_len))
+            per_window = np.full(len(length), float(slice_length))
         else:
             sides = 2 if self.overhang == "both" else 1
-            # Of the windows of a trial, slice_len - 1 stick out on each side, half of them on average.
-            num_windows = length - slice_len + 1 + sides * (slice_len - 1)
-            missing = sides * slice_len * (slice_len - 1) / 2
-            per_window = slice_len - missing / np.maximum(num_windows, 1)
-        return length / np.where(length <= slice_len, length, per_window)
+            # Of the windows of a trial, slice_length - 1 stick out on each side, half of them on average.
+            num_windows = length - slice_length + 1 + sides * (slice_length - 1)
+            missing = sides * slice_length * (slice_length - 1) / 2
+            per_window = slice_length - missing / np.maximum(num_windows, 1)
+        return length / np.where(length <= slice_length, length, per_window)
 
     def _warn_if_all_short(self, table: TrialTable) -> None:
         if not self._warn_short:
             return
         longest = int(table.steps.max())
-        if longest < self.slice_len:
+        if longest < self.slice_length:
             warnings.warn(
-                f"Slices of slice_len={self.slice_len} steps are longer than any stored trial "
+                f"Slices of slice_length={self.slice_length} steps are longer than any stored trial "
                 f"(the longest of {len(table)} has {longest}): every slice is padded. If trials "
-                "stay that short, a smaller slice_len saves compute; warn_short=False silences "
+                "stay that short, a smaller slice_length saves compute; warn_short=False silences "
                 "this.",
                 stacklevel=2,
             )
@@ -184,12 +184,12 @@ class TrialSliceSampler(Sampler):
 
     def windows(self, length_B: Tensor) -> Windows:
         """Draw a slice of each of these trials."""
-        slice_len = self.slice_len
+        slice_length = self.slice_length
         # Windows begin in [low, high]. A trial that fits into one has one window, beginning at 0.
-        spare_B = length_B - slice_len
+        spare_B = length_B - slice_length
         low, high_B = 0, spare_B
         if self.overhang in ("left", "both"):
-            low = 1 - slice_len
+            low = 1 - slice_length
         if self.overhang in ("right", "both"):
             high_B = length_B - 1
         uniform_B = torch.from_numpy(self._uniform(len(length_B)))
@@ -197,8 +197,8 @@ class TrialSliceSampler(Sampler):
         begin_B = torch.where(spare_B > 0, begin_B, 0)
         # What sticks out is cut off: first and last step of the slice, both inside the trial.
         first_B = begin_B.clamp(min=0)
-        real_B = torch.minimum(begin_B + slice_len, length_B) - first_B
-        width = int(real_B.max()) if self.trim else slice_len
+        real_B = torch.minimum(begin_B + slice_length, length_B) - first_B
+        width = int(real_B.max()) if self.trim else slice_length
         return Windows(first_B, real_B, width)
 
     def steps(self, windows: Windows) -> tuple[Tensor, Tensor]:
@@ -258,6 +258,6 @@ class TrialSliceSampler(Sampler):
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(slice_len={self.slice_len}, padding={self.padding!r}, "
+            f"{type(self).__name__}(slice_length={self.slice_length}, padding={self.padding!r}, "
             f"overhang={self.overhang!r}, draw={self.draw!r})"
         )

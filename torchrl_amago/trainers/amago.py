@@ -41,7 +41,7 @@ Outcome = Literal["finished", "interrupted"]
 
 
 class AMAGOTrainer(Trainer):
-    """Collect whole trials, update ``updates_per_batch`` times, again and again.
+    """Collect whole trials, update ``updates_per_round`` times, again and again.
 
     One update: sample slices, loss, backward, clip, optimiser, learning-rate warm-up, targets (soft
     update after the step). All of :class:`torchrl.trainers.Trainer`'s hook stages run where they
@@ -84,7 +84,7 @@ class AMAGOTrainer(Trainer):
         replay_buffer: sampled with its own batch size, once ``can_sample()`` says so; a buffer, or a
             mixture of several. With ``draw="priority"`` it is told the slices' errors.
         total_updates: updates at which the run ends.
-        updates_per_batch: updates after each batch the collector gathers.
+        updates_per_round: updates after each batch the collector gathers.
         run_dir: folder for everything the run writes.
         target_updater: stepped after every update, such as ``SoftUpdate(loss_module, tau=0.003)``.
         exploration: module whose ``step(frames)`` follows the collected frames; saved.
@@ -127,13 +127,13 @@ class AMAGOTrainer(Trainer):
         >>> small = {"d_model": 16, "num_heads": 2, "num_layers": 1}
         >>> policy = make_policy(env, context_length=18, seq_model_options=small, exploration={})
         >>> loss = amago_loss(policy)
-        >>> rb = make_trial_buffer(1000, slice_len=18, batch_size=4, warn_short=False)
+        >>> rb = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = Collector(env, policy, frames_per_batch=8 * 18, total_frames=-1,
         ...                       trajs_per_batch=1, replay_buffer=rb)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     trainer = AMAGOTrainer(
         ...         collector=collector, loss_module=loss, optimizer=make_optimizer(loss),
-        ...         replay_buffer=rb, total_updates=4, updates_per_batch=2, run_dir=folder,
+        ...         replay_buffer=rb, total_updates=4, updates_per_round=2, run_dir=folder,
         ...         target_updater=SoftUpdate(loss, tau=0.003), exploration=policy.exploration)
         ...     trainer.train()
         'finished'
@@ -147,7 +147,7 @@ class AMAGOTrainer(Trainer):
         optimizer: Optimizer,
         replay_buffer: ReplayBuffer | TrialMixture,
         total_updates: int,
-        updates_per_batch: int,
+        updates_per_round: int,
         run_dir: str | Path,
         target_updater: TargetNetUpdater | None = None,
         exploration: nn.Module | None = None,
@@ -176,7 +176,7 @@ class AMAGOTrainer(Trainer):
         check_counts(
             "Give a larger number.",
             total_updates=total_updates,
-            updates_per_batch=updates_per_batch,
+            updates_per_round=updates_per_round,
             eval_interval=eval_interval,
             checkpoint_interval=checkpoint_interval,
             log_interval=log_interval,
@@ -193,7 +193,7 @@ class AMAGOTrainer(Trainer):
             collector=collector,
             total_frames=float("inf") if no_limit else total_frames,
             frame_skip=1,
-            optim_steps_per_batch=updates_per_batch,
+            optim_steps_per_batch=updates_per_round,
             loss_module=loss_module,
             optimizer=optimizer,
             optimization_stepper=AMAGOOptimizationStepper(clip_norm, precision, self.run_dir),
@@ -335,7 +335,7 @@ class AMAGOTrainer(Trainer):
         raise RuntimeError(
             f"the replay buffer must hold min_trials={buffer.sampler.min_trials} trials before the "
             f"first update, got one of {capacity} steps, which holds {buffer.num_trials} of those "
-            "that are collected. Raise its capacity (make_trainer's buffer_frames), or lower "
+            "that are collected. Raise its capacity (make_trainer's capacity), or lower "
             "min_trials."
         )
 

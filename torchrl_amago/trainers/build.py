@@ -30,7 +30,7 @@ def make_trainer(
     slice_length: int | None = None,
     updates_per_round: int = 20,
     batch_size: int = 32,
-    buffer_frames: int = 120_000,
+    capacity: int = 120_000,
     replay_buffer: ReplayBuffer | TrialMixture | None = None,
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
@@ -60,9 +60,9 @@ def make_trainer(
             are shorter.
         updates_per_round: optimiser steps after each round.
         batch_size: trials, or slices of them, in a batch.
-        buffer_frames: capacity of the replay buffer in steps; the oldest trials leave first.
+        capacity: capacity of the replay buffer in steps; the oldest trials leave first.
         replay_buffer: one of your own, such as a mixture with offline data, in place of one made with
-            `slice_length`, `batch_size`, `buffer_frames` and `buffer_options`.
+            `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`, such as
             ``path``, ``min_trials``, ``draw`` or ``relabel``.
         fragment_length: steps after which trials are cut, for endless ones; see
@@ -108,7 +108,7 @@ def make_trainer(
         # Without overhang, a long trial's end would be in one of hundreds of windows.
         options = {"trim": True, "overhang": "both", "warn_short": False, **(buffer_options or {})}
         buffer = make_trial_buffer(
-            buffer_frames, slice_len=slice_length or trial_length, batch_size=batch_size, **options
+            capacity, slice_length=slice_length or trial_length, batch_size=batch_size, **options
         )
     collector = TrialCollector(
         env,
@@ -120,12 +120,12 @@ def make_trainer(
     return AMAGOTrainer(
         collector=collector,
         loss_module=loss_module,
-        optimizer=make_optimizer(loss_module, lr=learning_rate),
+        optimizer=make_optimizer(loss_module, learning_rate=learning_rate),
         target_updater=SoftUpdate(loss_module, tau=tau),
         replay_buffer=buffer,
         exploration=policy.exploration,
         total_updates=total_updates,
-        updates_per_batch=updates_per_round,
+        updates_per_round=updates_per_round,
         run_dir=run_dir,
         **trainer_options,
     )

@@ -61,7 +61,7 @@ class CheckpointStore:
     Example:
         >>> import tempfile
         >>> from torchrl_amago.data import make_trial_buffer
-        >>> rb = make_trial_buffer(capacity=10, slice_len=2, batch_size=1)
+        >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = CheckpointStore(folder)
         ...     path = store.save(500, {"x": torch.ones(2)}, rb, {"net.weight": "2 float32"})

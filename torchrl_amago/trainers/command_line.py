@@ -100,7 +100,7 @@ class TrainingArgs:
     """Share of the online weights that the targets take over at each update."""
     anneal_frames: int = 100_000
     """Environment steps over which exploration fades."""
-    buffer_frames: int = 120_000
+    capacity: int = 120_000
     """Capacity of the replay buffer in steps; the oldest trials leave first."""
 
     eval_interval: int = 250
@@ -158,7 +158,7 @@ class TrainingArgs:
             run_dir=self.run_dir,
             updates_per_round=self.updates_per_round,
             batch_size=self.batch_size,
-            buffer_frames=self.buffer_frames,
+            capacity=self.capacity,
             learning_rate=self.learning_rate,
             tau=self.tau,
             loss=self.loss,

@@ -137,7 +137,7 @@ class TrialMonitor:
     Example:
         >>> from tensordict import TensorDict
         >>> from torchrl_amago.data import make_trial_buffer
-        >>> rb = make_trial_buffer(capacity=10, slice_len=2, batch_size=1)
+        >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
         >>> monitor = TrialMonitor(rb, MetricWindow(), Path("run"))
         >>> done = torch.tensor([[False], [True]])
         >>> _ = rb.extend(TensorDict({"next": {"reward": torch.ones(2, 1), "done": done}}, [2]))

@@ -28,7 +28,7 @@ def decays(name: str, parameter: nn.Parameter) -> bool:
 
 def make_optimizer(
     loss_module: nn.Module,
-    lr: float = 1e-4,
+    learning_rate: float = 1e-4,
     weight_decay: float = 1e-3,
     *,
     decay_all: bool = False,
@@ -43,7 +43,7 @@ def make_optimizer(
 
     Args:
         loss_module: an :class:`~torchrl_amago.objectives.AMAGOLoss` or any module.
-        lr: learning rate; 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
+        learning_rate: 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
         weight_decay: decoupled decay, multiplied by the learning rate at each update.
         decay_all: decay every parameter.
         betas: decay rates of Adam's moments.
@@ -53,7 +53,7 @@ def make_optimizer(
         ValueError: if nothing requires a gradient.
 
     Example:
-        >>> optimizer = make_optimizer(nn.Linear(3, 2), lr=3e-4)
+        >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=3e-4)
         >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
         [(0.001, 1), (0.0, 1)]
     """
@@ -70,7 +70,7 @@ def make_optimizer(
     if kept:
         groups.append({"params": kept, "weight_decay": 0.0})
     groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
 def make_schedule(
@@ -91,7 +91,7 @@ def make_schedule(
         ValueError: for a negative ``warmup_updates``, or a ``final_share`` outside [0, 1].
 
     Example:
-        >>> optimizer = make_optimizer(nn.Linear(3, 2), lr=1.0)
+        >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=1.0)
         >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_share=0.1)
         >>> [round(schedule.lr_lambdas[0](update), 3) for update in (0, 3, 4, 54, 104, 999)]
         [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]

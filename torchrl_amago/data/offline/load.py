@@ -92,7 +92,7 @@ def load_trials(
         >>> trajectory = {
         ...     "observations": [[0.0], [1.0], [2.0]], "actions": [[0.5], [-0.5]],
         ...     "rewards": [1.0, 3.0], "terminations": [0, 0], "truncations": [0, 1]}
-        >>> buffer = make_trial_buffer(10, slice_len=2, batch_size=3)
+        >>> buffer = make_trial_buffer(10, slice_length=2, batch_size=3)
         >>> load_trials(buffer, [trajectory], schema).describe()
         '1 trials of 2 steps, mean return 4'
         >>> buffer.sample()["prev_reward"][0].flatten()
