@@ -16,7 +16,7 @@ from torchrl.collectors import Collector
 from torchrl.collectors.utils import _maybe_normalize_replay_buffer_tensordict_device
 
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
-from torchrl_amago.data.replay.layout import trial_ends
+from torchrl_amago.data.trial_ends import trial_ends
 
 
 class TrialCollector(Collector):

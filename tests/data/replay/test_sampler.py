@@ -82,15 +82,14 @@ def test_slices_are_runs_of_steps_of_one_trial(
     assert set(batch["id"].unique().tolist()) <= set(range(sum(lengths)))
 
 
-def test_padding_repeats_what_followed_on_the_right_and_the_first_step_on_the_left():
-    for padding, state, ahead, mask in [
-        ("right", [0, 1, 2, 3, 3], [1, 2, 3, 3, 3], [True, True, True, False, False]),
-        ("left", [0, 0, 0, 1, 2], [0, 0, 1, 2, 3], [False, False, True, True, True]),
+def test_padding_repeats_the_nearest_real_step():
+    for padding, step, mask in [
+        ("right", [0, 1, 2, 2, 2], [True, True, True, False, False]),
+        ("left", [0, 0, 0, 1, 2], [False, False, True, True, True]),
     ]:
-        rb = make_buffer([3], slice_length=5, batch_size=1, padding=padding)
-        batch = rb.sample()
-        assert batch["nested", "state"][0, :, 0].tolist() == state
-        assert batch["next", "nested", "state"][0, :, 0].tolist() == ahead
+        batch = make_buffer([3], slice_length=5, batch_size=1, padding=padding).sample()
+        assert batch["nested", "state"][0, :, 0].tolist() == step
+        assert batch["next", "nested", "state"][0, :, 0].tolist() == [n + 1 for n in step]
         assert batch["collector", "mask"].tolist() == [mask]
 
 
