@@ -74,11 +74,13 @@ def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Give an empty folder that takes the place of `path` once it is complete and on the disk.
 
     Args:
         path: folder to replace; missing parent folders are made.
+        flush: wait for the disk. Without, what is there survives the death of the process, but not the
+            failure of the machine.
 
     Raises:
         OSError: where the disk is full; `path` stays as it was.
@@ -98,7 +100,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     try:
         with explain_full_disk(path):
             yield partial
-            for entry in [*partial.rglob("*"), partial]:
+            for entry in [*partial.rglob("*"), partial] if flush else []:
                 sync(entry)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -107,7 +109,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(path, previous)
     os.replace(partial, path)
-    sync(path.parent)
+    if flush:
+        sync(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 

@@ -133,14 +133,14 @@ class TrialStorage(Storage):
         for key, value in row.items(True, True):
             *path, name = layout.as_tuple(key)
             file = self._here.joinpath("rows", *path, f"{name}.memmap")
-            size = file.stat().st_size if file.exists() else -1
+            size = file.stat().st_size if file.exists() else -bool(value.nbytes)
             if size < used * value.nbytes:
                 raise files.DamagedError(
                     f"{file} must have at least the {used * value.nbytes} bytes of its trials, it "
                     f"{'is missing' if size < 0 else f'has {size}'}. Use another copy of the folder"
                 )
-            if mode == "r":
-                num_rows = min(num_rows, size // max(value.nbytes, 1))
+            if mode == "r" and value.nbytes:
+                num_rows = min(num_rows, size // value.nbytes)
             elif size < num_rows * value.nbytes:  # a saved one is as long as its content
                 os.truncate(file, num_rows * value.nbytes)
             shape = (num_rows, value.nbytes)
@@ -163,7 +163,7 @@ class TrialStorage(Storage):
         if shutil.disk_usage(self.path).free < needed:
             with files.explain_full_disk(self.path, needed):
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        with files.replace_folder(self._here) as folder:
+        with files.replace_folder(self._here, flush=self.flush) as folder:
             LazyMemmapStorage(_max_rows(self.max_size), scratch_dir=folder / "rows").set(0, row)
             TrialTable.create(folder / "table.bin", self.max_size)
             self._write_schema(folder, spec)
@@ -360,7 +360,7 @@ class TrialStorage(Storage):
         """Write a folder that is a storage of its own: it can be opened, too."""
         here = Path(path) / "trials"
         if self.table() is not None:
-            with files.replace_folder(here) as folder:
+            with files.replace_folder(here, flush=self.flush) as folder:
                 self._copy_to(folder)
         elif here.exists():
             files.remove_folder(here)
@@ -372,7 +372,7 @@ class TrialStorage(Storage):
             return self._empty()
         saved = TrialStorage(self.max_size, path=path, mode="read")
         layout.check_same(saved.spec, self.spec if self.table() else saved.spec, path)
-        with self._lock(), files.replace_folder(self._here) as folder:
+        with self._lock(), files.replace_folder(self._here, flush=self.flush) as folder:
             saved._copy_to(folder)
 
     def _empty(self) -> None:

@@ -64,16 +64,7 @@ class TrialTable:
         memory = np.asarray(self._map)  # slices faster than a memmap
         self._counters, self._ring = memory[:16].view("<u8"), memory[_HEADER:].view(ENTRY)
         self._begin, self._known = 0, np.empty(0, ENTRY)
-        while True:
-            begin, entries = self.look()
-            start, length = (entries[x].astype(np.int64) for x in ("start", "length"))
-            rows = np.sort(entries[["first", "length"]], order="first")
-            stop = rows["first"].astype(np.int64) + rows["length"] + 1
-            overlap = (rows["first"][1:] < stop[:-1]).any() or length.sum() > capacity
-            if not overlap and (start[1:] == (start + length)[:-1]).all():
-                return
-            if begin == self.begin:
-                raise self._damage("trials that overwrite one another")
+        self.verify()
 
     @classmethod
     def create(cls, file: Path, capacity: int) -> TrialTable:
@@ -123,6 +114,19 @@ class TrialTable:
         if begin >= self.begin:
             raise self._damage("an entry that isn't what was written")
         return None  # evicted just now, and written over
+
+    def verify(self) -> None:
+        """Raise DamagedError if trials overwrite one another."""
+        while True:
+            begin, entries = self.look()
+            start, length = (entries[x].astype(np.int64) for x in ("start", "length"))
+            rows = np.sort(entries[["first", "length"]], order="first")
+            stop = rows["first"].astype(np.int64) + rows["length"] + 1
+            overlap = (rows["first"][1:] < stop[:-1]).any() or length.sum() > self.capacity
+            if not overlap and (start[1:] == (start + length)[:-1]).all():
+                return
+            if begin == self.begin:
+                raise self._damage("trials that overwrite one another")
 
     # -- writing, by one process at a time -------------------------------------------------------
 
