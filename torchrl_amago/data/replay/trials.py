@@ -43,11 +43,17 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
 
     Raises:
         KeyError: where neither trajectories nor ends are stored.
+        ValueError: where an element isn't a step.
     """
     version, size = version_of(storage), len(storage)
     if not size:
         return Trials(version, 0, *(np.empty(0, np.int64) for _ in range(3)))
     data, last = storage[:], version[-1]
+    if data.ndim > 1:
+        raise ValueError(
+            f"a storage must hold single steps, and each of its elements is {[*data.shape[1:]]} steps. Collect "
+            "with trajs_per_batch=1, or postproc=lambda batch: batch.reshape(-1)."
+        )
     ids, ends, init = data.get(traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
     if ids is None and ends is None:
         raise KeyError(
@@ -55,8 +61,11 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
             f"'next', and there are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
         )
     is_full = size == storage.max_size
-    slot = np.roll(np.arange(size), -(last + 1) if is_full and last is not None else 0)
-    ids = np.zeros(size, np.int64) if ids is None else _column(ids)[slot]
+    ids = np.zeros(size, np.int64) if ids is None else _column(ids)
+    if last is None:  # of a storage that was loaded: any place where no trajectory goes on will do
+        last = int(np.argmax(np.append(ids[:-1] != ids[1:], True)))
+    slot = np.roll(np.arange(size), -(last + 1) if is_full else 0)
+    ids = ids[slot]
     order = np.argsort(ids, kind="stable")
     slot, ids = slot[order], ids[order]
     begins = np.append(True, ids[1:] != ids[:-1])
