@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 
@@ -46,7 +46,8 @@ class BilevelExploration(TensorDictModuleBase, abc.ABC):
         action_key: entry to change.
         time_key: steps since the trial began, ``[*B, 1]``.
         init_key: first step of a trial, ``[*B, 1]``.
-        scale_key: private entry that carries ``scale``, ``[*B, 1]``.
+        scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read where it is
+            there.
 
     Raises:
         ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, or ``power`` not positive.
@@ -94,7 +95,7 @@ class BilevelExploration(TensorDictModuleBase, abc.ABC):
         self.power, self.randomize = power, randomize
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
         self.scale_key = scale_key
-        self.in_keys = [action_key, time_key, init_key, scale_key]
+        self.in_keys = [action_key, time_key, init_key]
         self.out_keys = [action_key, scale_key]
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))
 
@@ -123,6 +124,12 @@ class BilevelExploration(TensorDictModuleBase, abc.ABC):
         used_up = (time_idx / self.horizon).clamp(0.0, 1.0)
         return start + (end - start) * used_up**self.power
 
+    @property
+    def keyword_keys(self) -> list[NestedKey]:
+        """Entries that may be given as keywords: the inputs and, to go on with a trial, its scale."""
+        return [*self.in_keys, self.scale_key]
+
+    @dispatch(source="keyword_keys")
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add noise to the step's actions, and carry ``scale`` to the next step."""

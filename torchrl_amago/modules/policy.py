@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+    dispatch,
+)
 from torch import Tensor
 from torchrl.modules import recurrent_mode
 
@@ -46,6 +51,7 @@ class SelectDiscount(TensorDictModuleBase):
         super().__init__()
         self.index, self.in_keys, self.out_keys = index, [in_key], [out_key]
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen parameters."""
         params = tensordict.get(self.in_keys[0])
@@ -87,7 +93,8 @@ class Policy(TensorDictSequential):
         encoder = TensorDictSequential(timestep_encoder, trajectory_encoder)
         select = SelectDiscount()
         parts = [encoder, actor, select, sampler]
-        out_keys = [*sampler.out_keys, keys.STREAM]
+        # What memory and exploration need at the next step travels with the rollout.
+        out_keys = [*sampler.out_keys, *trajectory_encoder.out_keys[1:]]
         if exploration is not None:
             parts.append(exploration)
             out_keys += [key for key in exploration.out_keys if key not in out_keys]
@@ -117,6 +124,13 @@ class Policy(TensorDictSequential):
         """D, size of ``"state"``."""
         return self.encoder.module[1].output_size
 
+    @property
+    def keyword_keys(self) -> list[NestedKey]:
+        """Entries that may be given as keywords: the inputs, and what the last step handed on."""
+        handed_on = [key for key in self.out_keys if key not in self.module[3].out_keys]
+        return [*self.in_keys, *handed_on]
+
+    @dispatch(source="keyword_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Act: write the action, and what exploration and memory need at the next step."""
         if recurrent_mode() or args or kwargs or not self._can_act_at_once():

@@ -206,7 +206,7 @@ def test_keys_are_configurable():
     out = encoder(td)
     assert out["s"].shape == (3, 16)
     assert out["_m"].shape == (3, 1)
-    assert encoder.in_keys == [("a", "x"), "t", "start", "_m"]
+    assert encoder.in_keys == [("a", "x"), "t", "start"]
     assert encoder.out_keys == ["s", "_m"]
 
 

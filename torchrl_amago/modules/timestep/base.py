@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.data import NonTensor, TensorSpec
 from torchrl.modules import recurrent_mode
@@ -155,6 +155,7 @@ class TimestepEncoder(TensorDictModuleBase):
         """
         return inputs
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read ``in_keys``, write the embedding."""
         inputs = self.read(tensordict)
