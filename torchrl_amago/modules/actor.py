@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from torchrl_amago.action_space import split_parts
 from torchrl_amago.modules.layers import MLP, make_activation, make_norm
+from torchrl_amago.steps import is_traced
 
 
 class ActorHead(nn.Module, abc.ABC):
@@ -139,7 +140,7 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
             f"an action mask must be bool of shape {tuple(expected)}, got {mask_BP.dtype} of shape "
             f"{tuple(mask_BP.shape)}. It holds True for every action that is allowed, at every step."
         )
-    if not torch.compiler.is_compiling():
+    if not is_traced(mask_BP):
         parts = (mask_BP.shape[-1],) if mask_parts is None else tuple(mask_parts)
         for part_BP in split_parts(mask_BP, parts) if parts else ():
             if not part_BP.any(-1).all():

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -369,8 +370,14 @@ class InputNorm(nn.Module):
                 has no influence, NaN included; without any True nothing changes.
 
         Raises:
+            RuntimeError: under a `torch.vmap` over inputs alone.
             ValueError: if the shapes do not fit together.
         """
+        if is_batchedtensor(x) and not is_batchedtensor(self.mu):
+            raise RuntimeError(
+                "statistics of inputs can't follow several batches at once, as torch.vmap shows them. Use "
+                "deactivate_vmap=True, call eval() before, or normalize_inputs=False."
+            )
         if mask is None:
             mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
         if mask.ndim == x.ndim - 1:

@@ -142,6 +142,11 @@ class TimestepEncoder(TensorDictModuleBase):
         """
         raise NotImplementedError
 
+    @property
+    def moves_statistics(self) -> bool:
+        """Whether statistics of inputs follow this batch: in training, on sequences, with gradient."""
+        return self.training and recurrent_mode() and torch.is_grad_enabled()
+
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
         """Change inputs at random; called in training on sequences only, before :meth:`encode`.
 

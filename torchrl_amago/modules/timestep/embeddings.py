@@ -13,6 +13,7 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.steps import is_traced
 
 
 class EntryEmbedding(nn.Module):
@@ -50,13 +51,13 @@ class EntryEmbedding(nn.Module):
 def check_range(index: Tensor, sizes: Sequence[int] | int, what: str) -> None:
     """Refuse numbers outside of ``[0, size)`` where that costs next to nothing.
 
-    That is on a CPU, outside of ``torch.compile``; elsewhere the look-up itself fails, with a message
+    That is on a CPU, outside of ``torch.compile`` and ``torch.vmap``; elsewhere the look-up itself fails, with a message
     that says less.
 
     Raises:
         ValueError: if there is one.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+    if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(

@@ -207,10 +207,10 @@ class _Shown:
         return (age >= 0) if window is None else (age >= 0) & (age < window)
 
     def _bias(self, visible: Tensor, sink: Tensor | None) -> Tensor:
-        bias = torch.zeros(visible.shape, dtype=self.like.dtype, device=self.like.device)
+        shown = self.like.new_zeros(())
         if self.pattern.sink_bias and sink is not None:
-            bias = bias.masked_fill(sink, self.pattern.sink_bias)
-        return bias.masked_fill_(~visible, -math.inf)
+            shown = torch.where(sink, self.pattern.sink_bias, shown)
+        return torch.where(visible, shown, -math.inf)
 
 
 def _attend(

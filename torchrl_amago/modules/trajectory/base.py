@@ -10,7 +10,7 @@ from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDictBase, is_batchedtensor
 from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torch.nn import functional as F
@@ -19,6 +19,7 @@ from torchrl.modules import recurrent_mode
 from torchrl_amago import keys
 from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
+from torchrl_amago.steps import is_traced
 
 
 def check_sizes(**sizes: int) -> None:
@@ -38,9 +39,9 @@ def check_heads(d_model: int, num_heads: int) -> None:
 def starts_within_rows(is_init_NT: Tensor | None) -> Tensor | None:
     """Where trials begin, or None if none does after a row's first step, so that nothing must be cut.
 
-    Under `torch.compile` a branch on data isn't possible: there rows are always cut, right for any data.
+    Under `torch.compile` and `torch.vmap` rows are always cut, which is right for any data.
     """
-    if is_init_NT is None or torch.compiler.is_compiling():
+    if is_init_NT is None or is_traced(is_init_NT):
         return is_init_NT
     return is_init_NT if is_init_NT[:, 1:].any() else None
 
@@ -269,6 +270,12 @@ class TrajectoryEncoder(TensorDictModuleBase):
         self.check_positions(positions_N)
         if not self.has_memory:
             return positions_N, None
+        if is_batchedtensor(positions) or is_batchedtensor(like):
+            raise RuntimeError(
+                f"torch.vmap can't follow a rollout's memory, but {type(self).__name__} was called for a "
+                "single step under it. For sequences, put set_recurrent_mode(True) around the call; for "
+                "steps, build the loss or value estimator with deactivate_vmap=True."
+            )
         if is_init is None:
             raise KeyError(
                 f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
@@ -326,13 +333,14 @@ class TrajectoryEncoder(TensorDictModuleBase):
         mask = tensordict.get(self.mask_key, None)
         if mask is not None:
             mask = mask.reshape(*shape, 1)
-            self.check_mask(mask)
+            if not is_traced(mask):
+                self.check_mask(mask)
             x = torch.where(mask, x, 0.0)
             positions = torch.where(mask, positions, 0)
             # What comes after padding on the left begins there, be it in mid-trial.
             begins = mask & ~F.pad(mask, (0, 0, 1, 0), value=True)[..., :-1, :]
             is_init = begins if is_init is None else (is_init & mask) | begins
-        if not torch.compiler.is_compiling():
+        if not is_traced(positions):
             self.check_positions(positions)
         x_NTI = x.reshape(-1, *x.shape[-2:])
         rows = x_NTI.shape[:2]

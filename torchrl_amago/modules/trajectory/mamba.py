@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import is_batchedtensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.mamba_kernels import MambaKernels, load_kernels
 from torchrl_amago.modules.trajectory.selective_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.state_memory import StateMemory
+from torchrl_amago.steps import is_traced
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
 # a state forgets over 0.6 to 1000 steps.
@@ -225,7 +225,7 @@ class MambaEncoder(TrajectoryEncoder):
         return StateMemory(num_rows, shapes, device, dtype)
 
     def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
-        if self._kernels is None or torch.compiler.is_compiling() or is_batchedtensor(x_NTI):
+        if self._kernels is None or is_traced(x_NTI):
             return None
         if self.backend == "mamba_ssm" and not x_NTI.is_cuda:
             raise RuntimeError(
