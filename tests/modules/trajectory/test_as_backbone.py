@@ -221,9 +221,16 @@ def continuous_loss(cls, seq_model: str, **options):
     return cls(actor.eval(), critic.eval(), action_spec=spec, **options)
 
 
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @every_encoder
 @pytest.mark.parametrize("cls", [TD3Loss, CQLLoss, REDQLoss])
-def test_steps_and_next_steps_under_vmap(cls, seq_model):
+def test_steps_and_next_steps_under_vmap(double, cls, seq_model):
     batch, results = make_batch(), []
     batch["action"] = torch.rand(B, T, 2) * 2 - 1
     for deactivate in (False, True):
@@ -233,7 +240,7 @@ def test_steps_and_next_steps_under_vmap(cls, seq_model):
         sum(value for name, value in out.items() if name.startswith("loss")).backward()
         grads = {name: p.grad for name, p in loss_module.named_parameters() if p.grad is not None}
         results.append((out.select("loss_qvalue", "loss_actor").to_dict(), grads))
-    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
     assert len(results[0][1]) > 8
 
 
