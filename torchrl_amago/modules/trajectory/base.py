@@ -5,7 +5,6 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 
 from __future__ import annotations
 
-import warnings
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +17,7 @@ from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
 from torchrl_amago.choice import check_counts
-from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
+from torchrl_amago.modules.trajectory.streams import Memory, StreamTable, stream_of
 from torchrl_amago.steps import is_traced
 
 
@@ -230,8 +229,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
                 "sequences have no memory, but it was asked for in recurrent mode. Leave "
                 "set_recurrent_mode(True), or read the states that the encoder writes."
             )
-        number = tensordict.get(self.stream_key, None)
-        stream = 0 if number is None or not number.numel() else int(number.max())
+        stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream) if stream else None
         if memory is None:
             raise KeyError(
@@ -356,22 +354,14 @@ class TrajectoryEncoder(TensorDictModuleBase):
     ) -> tuple[int, Memory]:
         if self.on_weight_update == "restart":
             self._restart_if_weights_changed()
-        number = tensordict.get(self.stream_key, None)
-        stream = 0
-        if number is not None and number.numel():
-            # Rows of environments that were just reset hold 0, the others the rollout's stream.
-            low, stream = (int(bound) for bound in number.aminmax())
-            if low != stream and ((number != 0) & (number != stream)).any():
-                raise ValueError(
-                    "all rows of a step must belong to one rollout, got streams "
-                    f"{number.unique().tolist()} in {self.stream_key!r}. Call the policy on each "
-                    "rollout's tensordict separately, or remove the entry to start anew."
-                )
+        stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream) if stream else None
         num_rows = is_init_N.numel()
         if memory is not None and memory.batch_size == num_rows and memory.device == x.device:
             return stream, memory
-        self._check_start(stream, memory, is_init_N, positions_N)
+        # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
+        if (~is_init_N & (positions_N > 0)).any():
+            self._streams.complain_of_loss(stream, memory, num_rows, self.stream_key)
         memory = self.new_memory(num_rows, x.device, self._memory_dtype(x))
         return self._streams.add(memory), memory
 
@@ -379,28 +369,6 @@ class TrajectoryEncoder(TensorDictModuleBase):
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return next((p.dtype for p in self.parameters()), x.dtype)
-
-    def _check_start(
-        self, stream: int, memory: Memory | None, is_init_N: Tensor, positions_N: Tensor
-    ) -> None:
-        """Speak up when a new memory means that one was lost."""
-        # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
-        if not (~is_init_N & (positions_N > 0)).any():
-            return
-        if memory is not None and memory.batch_size != is_init_N.numel():
-            raise ValueError(
-                f"a rollout's batch size must not change between trials: stream {stream} has "
-                f"{memory.batch_size} rows, got {is_init_N.numel()}, some of them in mid-trial. "
-                f"Step all rows of a rollout together, or remove {self.stream_key!r} to start anew."
-            )
-        reason = (
-            f"its stream {stream} is not in this module: either it was evicted (raise max_streams, "
-            f"now {self._streams.max_streams}), or the module is a copy and the rollout isn't its own"
-            if stream
-            else f"{self.stream_key!r} was lost between steps: keep it in selected_out_keys, and put "
-            "TransformedEnv around a ParallelEnv, which by itself drops what its workers don't know"
-        )
-        warnings.warn(f"a rollout goes on in mid-trial without its memory; {reason}.", stacklevel=2)
 
     def _restart_if_weights_changed(self) -> None:
         # Version counters would miss writes through `.data` and from other processes. An update of
