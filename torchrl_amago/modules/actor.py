@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from torchrl_amago.action_space import split_parts
 from torchrl_amago.modules.layers import MLP, make_activation, make_norm
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.steps import is_traced
 
 
-class ActorHead(nn.Module, abc.ABC):
+class ActorHead(Configurable, nn.Module, abc.ABC):
     """What all actor heads share: what they read besides the state, and which actions are allowed.
 
     A subclass builds a network that reads :attr:`input_size` features, and applies it in :meth:`head`.

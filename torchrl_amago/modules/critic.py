@@ -20,6 +20,7 @@ from torchrl.modules.functional import symlog
 
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.settings import Configurable
 
 
 class EnsembleLinear(nn.Module):
@@ -42,7 +43,11 @@ class EnsembleLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_members, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_members, out_features))
-        bound = 1.0 / math.sqrt(in_features)  # as torch.nn.Linear draws its own
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases as torch.nn.Linear does."""
+        bound = 1.0 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
@@ -53,7 +58,7 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
 
 
-class CriticEnsemble(nn.Module):
+class CriticEnsemble(Configurable, nn.Module):
     """What all critics share: an ensemble of MLPs, and how a value is written down.
 
     Args:
@@ -104,10 +109,19 @@ class CriticEnsemble(nn.Module):
             for size_in, size_out in itertools.pairwise(sizes)
         )
         self.out = EnsembleLinear(num_critics, hidden_size, num_values * self.event_shape.numel())
+        self._output_slope: Tensor | None = None
+        self._output_bias: Tensor | None = None
         self.activation = make_activation(activation)
         if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
             # Their backward needs the result alone, and the input is as large as all members' layers.
             self.activation.inplace = True
+
+    def reset_parameters(self) -> None:
+        """Start from the outputs' slope and bias again, if they were set; layers reset themselves."""
+        if self._output_slope is not None:
+            self.set_output_slope(self._output_slope)
+        if self._output_bias is not None:
+            self.set_output_bias(self._output_bias)
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
@@ -122,6 +136,7 @@ class CriticEnsemble(nn.Module):
             ValueError: if the shape is another.
         """
         self._check_outputs("bias", bias)
+        self._output_bias = bias
         self.out.bias.view(self.num_critics, -1, *bias.shape).copy_(bias)
 
     @torch.no_grad()
@@ -137,9 +152,10 @@ class CriticEnsemble(nn.Module):
             ValueError: if the shape is another.
         """
         self._check_outputs("slope", slope)
+        self._output_slope = slope
         C, H, _ = self.out.weight.shape
         values_CHV1 = self.out.weight.view(C, H, -1, len(slope))[..., :1].clone()
-        self.out.weight.copy_((values_CHV1 * slope).flatten(2))
+        self.out.weight.copy_((values_CHV1 * slope.to(values_CHV1)).flatten(2))
 
     def _check_outputs(self, name: str, x: Tensor) -> None:
         expected = (self.event_shape.numel(),)
@@ -283,11 +299,18 @@ class ActionCritic(CriticEnsemble):
             raise ValueError(
                 f"action_gain must be above 0, got {action_gain}. Use 1 for weights as torch draws them."
             )
-        with torch.no_grad():
-            self.hidden[0].weight[:, -action_size:] *= action_gain
-        self.state_size, self.action_size = state_size, action_size
+        self.state_size, self.action_size, self.action_gain = state_size, action_size, action_gain
+        self._weigh_actions()
         self.clip_actions = clip_actions
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._weigh_actions()
+
+    @torch.no_grad()
+    def _weigh_actions(self) -> None:
+        self.hidden[0].weight[:, -self.action_size :] *= self.action_gain
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         """Values of the actions under every discount.

@@ -19,9 +19,10 @@ from torch import Tensor
 from torchrl_amago import keys
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.settings import Configurable
 
 
-class BilevelExploration(TensorDictModuleBase, abc.ABC):
+class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     """Noise with a schedule over training and one within the trial; subclasses write the noise.
 
     With ``p`` the share of ``anneal_frames`` used up and ``q`` the share of ``horizon`` used up,

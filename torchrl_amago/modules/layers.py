@@ -39,12 +39,24 @@ class SigmaReparamLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.gamma = nn.Parameter(torch.ones(1))
+        self.gamma = nn.Parameter(torch.empty(1))
+        self.register_buffer("u", torch.empty(out_features))
+        self.register_buffer("v", torch.empty(in_features))
+        self._reset_spectrum()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, with a spectral norm of 1."""
+        super().reset_parameters()
+        if hasattr(self, "gamma"):  # torch.nn.Linear's constructor calls this as well
+            self._reset_spectrum()
+
+    @torch.no_grad()
+    def _reset_spectrum(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
-        with torch.no_grad():
-            u_OR, _, v_RI = torch.linalg.svd(self.weight, full_matrices=False)
-        self.register_buffer("u", u_OR[:, 0].clone())
-        self.register_buffer("v", v_RI[0].clone())
+        self.gamma.fill_(1.0)
+        u_OR, _, v_RI = torch.linalg.svd(at_least_float32(self.weight), full_matrices=False)
+        self.u.copy_(u_OR[:, 0])
+        self.v.copy_(v_RI[0])
 
     def scale(self, power_iteration: bool = False) -> Tensor:
         """What multiplies `weight`: `gamma / sigma`, shape `[1]`.
@@ -86,6 +98,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
         self.eps = eps
+
+    def reset_parameters(self) -> None:
+        """Scale by 1 again."""
+        nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., size]`."""
@@ -339,10 +355,18 @@ class InputNorm(nn.Module):
 
     def __init__(self, size: int, beta: float = 1e-4, init_nu: float = 1.0) -> None:
         super().__init__()
-        self.beta = beta
-        self.register_buffer("mu", torch.zeros(size))
-        self.register_buffer("nu", torch.full((size,), float(init_nu)))
-        self.register_buffer("t", torch.ones(1))
+        self.beta, self.init_nu = beta, init_nu
+        self.register_buffer("mu", torch.empty(size))
+        self.register_buffer("nu", torch.empty(size))
+        self.register_buffer("t", torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all statistics."""
+        self.mu.zero_()
+        self.nu.fill_(self.init_nu)
+        self.t.fill_(1.0)
 
     @property
     def sigma(self) -> Tensor:

@@ -19,6 +19,7 @@ from torchrl.modules import recurrent_mode
 from torchrl_amago import keys
 from torchrl_amago.modules.actor import ActorHead
 from torchrl_amago.modules.distributions import PolicyDistribution
+from torchrl_amago.modules.settings import flatten, plain
 from torchrl_amago.modules.timestep import TimestepEncoder
 from torchrl_amago.modules.trajectory import Memory, TrajectoryEncoder
 
@@ -123,6 +124,27 @@ class Policy(TensorDictSequential):
     def state_size(self) -> int:
         """D, size of ``"state"``."""
         return self.encoder.module[1].output_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the policy does with its weights, by dotted name; JSON-able.
+
+        What shapes of weights don't tell is here: discounts, the one acted with, and for each part its
+        class and arguments (``"trajectory.window"``). Two policies with equal settings and weights act
+        alike.
+        """
+        timestep, trajectory = self.encoder.module
+        parts = {
+            "timestep": timestep,
+            "trajectory": trajectory,
+            "actor": self.actor.module,
+            "distribution": self.distribution,
+            "exploration": self.exploration,
+        }
+        # A dictionary's order is lost on the way through a file, but that of inputs counts.
+        read = {"timestep.in_keys": timestep.in_keys, "actor.in_keys": self.actor.in_keys}
+        acting = self.discounts[self.module[2].index]
+        return flatten(plain({"discounts": self.discounts, "discount": acting, **read, **parts}))
 
     @property
     def keyword_keys(self) -> list[NestedKey]:

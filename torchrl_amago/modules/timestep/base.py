@@ -14,6 +14,7 @@ from torchrl.data import NonTensor, TensorSpec
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.steps import Steps
 
 Shape = tuple[int, ...]
@@ -40,7 +41,7 @@ def flatten_and_join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tenso
     return torch.cat(flat, -1)
 
 
-class TimestepEncoder(TensorDictModuleBase):
+class TimestepEncoder(Configurable, TensorDictModuleBase):
     """Base of all timestep encoders. To write your own, implement :meth:`encode`.
 
     Inputs under a False mask (padding) are left out, or replaced by zeros, before anything else

@@ -13,10 +13,11 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.steps import is_traced
 
 
-class EntryEmbedding(nn.Module):
+class EntryEmbedding(Configurable, nn.Module):
     """Base of what turns one entry of a step into features; a part of the combined encoder.
 
     To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype that
@@ -152,9 +153,15 @@ class SequencePool(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden = nn.Linear(input_size, hidden_size)
-        self.position = nn.Parameter(0.02 * torch.randn(length, hidden_size)) if ordered else None
+        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
+        self.reset_parameters()
         self.activation = make_activation(activation)
         self.out = nn.Linear(hidden_size + 1, output_size)
+
+    def reset_parameters(self) -> None:
+        """Draw positions anew; layers reset themselves."""
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x_MLE: Tensor, there_ML: Tensor) -> Tensor:
         """Pool; what lies under False has no influence, NaN included."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torchrl.modules import ConvNet
 
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
 
 
@@ -31,7 +32,7 @@ def least_input(windows: Sequence[tuple[int, int]]) -> int:
     return size
 
 
-class ConvTrunk(ConvNet):
+class ConvTrunk(Configurable, ConvNet):
     """Convolutions in a row, each with its activation, flattened (channel, height, width).
 
     Args:
@@ -62,6 +63,10 @@ class ConvTrunk(ConvNet):
             activation_class=partial(make_activation, activation),
         )
         self.least_size = least_input(list(zip(kernels, strides, strict=True)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw orthogonal weights, without biases."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # torch's default shrinks the signal by a third or more at each layer.
@@ -83,7 +88,7 @@ class _ResidualBlock(nn.Module):
         return self.norm(x + self.conv2(self.activation(self.conv1(self.activation(x)))))
 
 
-class ImpalaTrunk(nn.Module):
+class ImpalaTrunk(Configurable, nn.Module):
     """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
 
     TorchRL's ``ImpalaNet`` can't be had without its heads.

@@ -17,6 +17,7 @@ from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
 from torchrl_amago.choice import check_counts
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.modules.trajectory.streams import Memory, StreamTable, stream_of
 from torchrl_amago.steps import is_traced
 
@@ -45,7 +46,7 @@ def starts_within_rows(is_init_NT: Tensor | None) -> Tensor | None:
     return is_init_NT if is_init_NT[:, 1:].any() else None
 
 
-class TrajectoryEncoder(TensorDictModuleBase):
+class TrajectoryEncoder(Configurable, TensorDictModuleBase):
     """Base of all trajectory encoders: `(timestep, time_idx, is_init) -> state`.
 
     Under :class:`torchrl.modules.set_recurrent_mode` the encoder reads whole sequences
@@ -104,6 +105,9 @@ class TrajectoryEncoder(TensorDictModuleBase):
         tensor([[4.]])
     """
 
+    not_settings = frozenset(
+        {"max_streams", "attention", "backend", "longest_memory"}  # of any encoder
+    )
     #: Whether a rollout's step depends on those before it.
     has_memory: ClassVar[bool] = True
 

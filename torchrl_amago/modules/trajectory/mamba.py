@@ -51,18 +51,20 @@ class MambaBlock(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        rates = torch.arange(1, d_state + 1, dtype=torch.float32)
-        self.A_log = nn.Parameter(rates.log().expand(self.d_inner, -1).clone())
-        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self._reset_step_size()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _reset_step_size(self) -> None:
+    def reset_parameters(self) -> None:
+        """Rates, skip connection and step sizes as Mamba's paper has them; layers reset themselves."""
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log())
+        self.D.fill_(1.0)
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         low, high = (math.log(delta) for delta in _DELTA_RANGE)
-        delta_E = torch.empty(self.d_inner).uniform_(low, high).exp()
+        delta_E = torch.empty_like(self.dt_proj.bias).uniform_(low, high).exp()
         # The inverse of softplus.
         self.dt_proj.bias.copy_(delta_E + (-torch.expm1(-delta_E)).log())
 
