@@ -18,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
+from torchrl_amago.choice import check_counts, check_positive
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation
 from torchrl_amago.modules.settings import Configurable
+
+_SIZES = "make_critic takes sizes from the policy."
 
 
 class EnsembleLinear(nn.Module):
@@ -41,6 +44,9 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, num_members: int, in_features: int, out_features: int) -> None:
         super().__init__()
+        check_counts(
+            _SIZES, num_members=num_members, in_features=in_features, out_features=out_features
+        )
         self.weight = nn.Parameter(torch.empty(num_members, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_members, out_features))
         self.reset_parameters()
@@ -76,6 +82,8 @@ class CriticEnsemble(Configurable, nn.Module):
         ValueError: if an argument is out of range.
     """
 
+    not_settings = frozenset({"action_gain"})  # only of a critic's first weights
+
     def __init__(
         self,
         input_size: int,
@@ -89,16 +97,16 @@ class CriticEnsemble(Configurable, nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_critics < 1 or num_layers < 1:
-            raise ValueError(
-                f"a critic ensemble needs num_critics >= 1 and num_layers >= 1, got {num_critics} "
-                f"and {num_layers}. Use 4 and 2, the published sizes."
-            )
-        if num_outputs is not None and num_outputs < 1:
-            raise ValueError(
-                f"num_outputs must be at least 1, or None for plain numbers, got {num_outputs}. It is "
-                "the number of bins of the value codec."
-            )
+        check_counts(
+            "The published critics are 4, of 2 hidden layers of 256; num_outputs is the number of a value "
+            "codec's bins, or None.",
+            input_size=input_size,
+            num_values=num_values,
+            num_critics=num_critics,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            **({} if num_outputs is None else {"num_outputs": num_outputs}),
+        )
         check_dropout(dropout=dropout)
         self.num_critics, self.num_outputs, self.dropout = num_critics, num_outputs, dropout
         #: Dimensions of one predicted value: ``()`` or ``(O,)``.
@@ -206,6 +214,9 @@ class DiscreteCritic(CriticEnsemble):
         num_critics: int = 4,
         **options: Any,
     ) -> None:
+        check_counts(
+            _SIZES, state_size=state_size, num_actions=num_actions, num_discounts=num_discounts
+        )
         super().__init__(state_size, num_discounts * num_actions, num_critics, **options)
         self.num_discounts, self.num_actions = num_discounts, num_actions
 
@@ -285,6 +296,7 @@ class ActionCritic(CriticEnsemble):
         action_gain: float = 1.0,
         **options: Any,
     ) -> None:
+        check_counts(_SIZES, state_size=state_size, action_size=action_size)
         super().__init__(state_size + 1 + action_size, 1, num_critics, **options)
         if not len(discounts) or not all(0.0 <= discount < 1.0 for discount in discounts):
             raise ValueError(
@@ -295,10 +307,7 @@ class ActionCritic(CriticEnsemble):
             raise ValueError(
                 f"clip_actions must be above 0, got {clip_actions}. Use None to see actions as they are."
             )
-        if not action_gain > 0:
-            raise ValueError(
-                f"action_gain must be above 0, got {action_gain}. Use 1 for weights as torch draws them."
-            )
+        check_positive("Use 1 for weights as torch draws them.", action_gain=action_gain)
         self.state_size, self.action_size, self.action_gain = state_size, action_size, action_gain
         self._weigh_actions()
         self.clip_actions = clip_actions

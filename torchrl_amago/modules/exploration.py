@@ -7,6 +7,7 @@ action, A length of the action vector.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from torchrl_amago import keys
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
+from torchrl_amago.choice import check_counts, check_positive
 from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.settings import Configurable
 
@@ -51,7 +53,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
             there.
 
     Raises:
-        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, or ``power`` not positive.
+        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, ``power`` not positive, or
+            an epsilon negative.
 
     Example:
         >>> class Shift(BilevelExploration):
@@ -81,16 +84,20 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         scale_key: NestedKey = keys.EPSILON_SCALE,
     ) -> None:
         super().__init__()
-        if horizon < 1 or anneal_frames < 1:
+        if not (1 <= horizon < math.inf and 1 <= anneal_frames < math.inf):
             raise ValueError(
                 f"horizon and anneal_frames must be at least 1, got {horizon} and {anneal_frames}. "
                 "They are the steps in a trial and the environment steps over which noise fades."
             )
-        if power <= 0:
+        if not all(0.0 <= epsilon < math.inf for epsilon in (*start_of_trial, *end_of_trial)):
             raise ValueError(
-                f"power must be positive, got {power}. 1 lets noise change evenly over the trial, "
-                "more keeps the change for its end."
+                "start_of_trial and end_of_trial must hold finite numbers of at least 0, got "
+                f"{start_of_trial} and {end_of_trial}. Each is a pair: at the start and the end of training."
             )
+        check_positive(
+            "1 lets noise change evenly over the trial, more keeps the change for its end.",
+            power=power,
+        )
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
@@ -188,7 +195,9 @@ class BilevelEpsilonGreedy(BilevelExploration):
         **schedule: Any,
     ) -> None:
         super().__init__(horizon, anneal_frames, **schedule)
-        self.sizes = (num_actions,) if isinstance(num_actions, int) else tuple(num_actions)
+        self.sizes = tuple(num_actions) if isinstance(num_actions, Sequence) else (num_actions,)
+        for size in self.sizes or (0,):
+            check_counts("It is how many choices there are.", num_actions=size)
         self.one_hot, self.mask_key = one_hot, mask_key
         if mask_key is not None:
             self.in_keys = [*self.in_keys, mask_key]

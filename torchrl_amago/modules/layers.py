@@ -17,6 +17,9 @@ from tensordict import is_batchedtensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from torchrl_amago.choice import check_counts, check_positive
+from torchrl_amago.modules.dropout import check_dropout
+
 
 class SigmaReparamLinear(nn.Linear):
     """Linear layer whose spectral norm is one learned number (arXiv 2303.06296, eq. 4).
@@ -210,7 +213,7 @@ class MLP(nn.Module):
         linear: class of the linear layers, called with (inputs, outputs).
 
     Raises:
-        ValueError: if `num_layers` is below 1, or a name is unknown.
+        ValueError: if a size or `num_layers` is below 1, or a name is unknown.
 
     Example:
         >>> MLP(4, 16, 2, 3)(torch.zeros(5, 4)).shape
@@ -229,11 +232,14 @@ class MLP(nn.Module):
         linear: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(
-                f"num_layers must be at least 1, got {num_layers}. "
-                "It counts hidden layers; for a single linear map use torch.nn.Linear."
-            )
+        check_counts(
+            "Sizes and hidden layers are counted; for a single linear map use torch.nn.Linear.",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            output_size=output_size,
+        )
+        check_dropout(dropout=dropout)
         sizes = [input_size] + [hidden_size] * num_layers
         self.hidden = nn.ModuleList(linear(i, o) for i, o in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(make_norm(norm, hidden_size) for _ in range(num_layers))
@@ -341,6 +347,9 @@ class InputNorm(nn.Module):
         beta: step size of the moving averages, once many updates were made.
         init_nu: initial second moment.
 
+    Raises:
+        ValueError: if a number is out of its range.
+
     Example:
         >>> norm = InputNorm(2)
         >>> norm.update(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([True, False]))
@@ -355,6 +364,8 @@ class InputNorm(nn.Module):
 
     def __init__(self, size: int, beta: float = 1e-4, init_nu: float = 1.0) -> None:
         super().__init__()
+        check_counts("It is the number of features.", size=size)
+        check_positive("Use 1e-4 and 1, the published ones.", beta=beta, init_nu=init_nu)
         self.beta, self.init_nu = beta, init_nu
         self.register_buffer("mu", torch.empty(size))
         self.register_buffer("nu", torch.empty(size))

@@ -15,6 +15,7 @@ from torch.distributions import Categorical, Distribution, OneHotCategorical
 from torch.nn.functional import one_hot
 
 from torchrl_amago.action_space import join_parts, one_hot_parts, split_parts
+from torchrl_amago.choice import check_positive
 from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
@@ -263,11 +264,10 @@ class Discrete(PolicyDistribution):
                 f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low where there "
                 "are many categories; 0 and 1 turn clipping off."
             )
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {self.temperature}. Lower ones give gradients "
-                "nearer to those of a one-hot, and of higher variance; 0.5 is usual."
-            )
+        check_positive(
+            "Lower ones give gradients nearer to those of a one-hot, and of higher variance; 0.5 is usual.",
+            temperature=self.temperature,
+        )
 
     @property
     def num_params(self) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -220,7 +221,8 @@ class ImageEmbedding(EntryEmbedding):
                 f"an image has three dimensions, got shape {self.shape}. Add one for the channels "
                 "of a grey image (torchrl.envs.UnsqueezeTransform)."
             )
-        if random_shift < 0 or not 0.0 <= random_shift_share <= 1.0:
+        is_whole = isinstance(random_shift, Integral) and random_shift >= 0
+        if not is_whole or not 0.0 <= random_shift_share <= 1.0:
             raise ValueError(
                 "random_shift must be at least 0 pixels and random_shift_share in [0, 1], got "
                 f"{random_shift} and {random_shift_share}. Use 4 and 0.75, or 0 for no shifts."

@@ -5,7 +5,6 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_counts
+from torchrl_amago.choice import check_choice, check_counts
 from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.modules.trajectory.streams import Memory, StreamTable, stream_of
 from torchrl_amago.steps import is_traced
@@ -24,15 +23,16 @@ from torchrl_amago.steps import is_traced
 
 def check_sizes(**sizes: int) -> None:
     """Refuse sizes of a sequence model below 1, by name."""
-    check_counts("For an agent without memory use FeedForwardEncoder.", **sizes)
+    check_counts("Sizes are counted; for an agent without memory use FeedForwardEncoder.", **sizes)
 
 
 def check_heads(d_model: int, num_heads: int) -> None:
     """Refuse a width that its heads can't share."""
-    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+    check_sizes(d_model=d_model, num_heads=num_heads)
+    if d_model % num_heads:
         raise ValueError(
             f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
-            f"Choose for example d_model={32 * max(num_heads, 1)}."
+            f"Choose for example d_model={32 * num_heads}."
         )
 
 
@@ -127,23 +127,14 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         state_key: NestedKey = keys.STATE,
     ) -> None:
         super().__init__()
-        if on_weight_update not in ("keep", "restart"):
-            raise ValueError(
-                f"on_weight_update must be 'keep' or 'restart', got {on_weight_update!r}. "
-                "'keep' is AMAGO's choice."
-            )
-        if context_length is not None and not (
-            isinstance(context_length, Integral) and context_length >= 1
-        ):
-            raise ValueError(
-                f"context_length must be an integer of at least 1, got {context_length}. A step always sees itself; "
-                "for an agent without memory use a feed-forward trajectory encoder."
-            )
-        if max_streams < 1:
-            raise ValueError(
-                f"max_streams must be at least 1, got {max_streams}. It is how many rollouts may be "
-                "under way at once: 2 for a collector and an evaluator."
-            )
+        check_sizes(input_size=input_size, output_size=output_size)
+        check_choice("on_weight_update", on_weight_update, ("keep", "restart"))
+        if context_length is not None:
+            check_sizes(context_length=context_length)
+        check_counts(
+            "It is how many rollouts may be under way at once: 2 for a collector and an evaluator.",
+            max_streams=max_streams,
+        )
         self.in_keys = [timestep_key, time_idx_key, is_init_key]
         self.out_keys = [state_key, stream_key] if self.has_memory else [state_key]
         self.stream_key, self.mask_key = stream_key, mask_key

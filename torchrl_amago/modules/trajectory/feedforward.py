@@ -5,6 +5,7 @@ Legend: N rows, T steps, I input features, D width.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class FeedForwardEncoder(TrajectoryEncoder):
         out_norm: str = "layer",
         **options: Any,
     ) -> None:
-        if num_layers < 0:
+        if not isinstance(num_layers, Integral) or num_layers < 0:
             raise ValueError(
                 f"num_layers must be at least 0, got {num_layers}. It is the number of blocks "
                 "between the first and the last linear layer."

@@ -377,6 +377,8 @@ def _check_names(
             f"max_positions goes with positions='learned' and only with it, got "
             f"positions={positions!r}, max_positions={max_positions}. It is the size of the table."
         )
+    if max_positions is not None:
+        check_sizes(max_positions=max_positions)
     if beyond_positions == "clip" and positions != "learned":
         raise ValueError(
             f"beyond_positions='clip' goes with positions='learned' and only with it, got "
