@@ -20,7 +20,7 @@ from torchrl.modules.functional import symlog
 
 from torchrl_amago.choice import check_counts, check_positive
 from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.layers import PreciseBuffers, make_activation
 from torchrl_amago.modules.settings import Configurable
 
 _SIZES = "make_critic takes sizes from the policy."
@@ -125,7 +125,10 @@ class CriticEnsemble(Configurable, nn.Module):
             self.activation.inplace = True
 
     def reset_parameters(self) -> None:
-        """Start from the outputs' slope and bias again, if they were set; layers reset themselves."""
+        """Draw all layers anew, then set the outputs' slope and bias, if they were."""
+        # The layers too: TensorDictModule passes the call on, so that it comes twice.
+        for layer in (*self.hidden, self.out):
+            layer.reset_parameters()
         if self._output_slope is not None:
             self.set_output_slope(self._output_slope)
         if self._output_bias is not None:
@@ -245,7 +248,7 @@ def discount_feature(discounts: Tensor) -> Tensor:
     return symlog(horizon)
 
 
-class ActionCritic(CriticEnsemble):
+class ActionCritic(CriticEnsemble, PreciseBuffers):
     """Ensemble of MLPs from a state and an action to the action's value under every discount.
 
         value_cg = mlp_c(state, symlog(1 / (1 - discount_g)), action)

@@ -328,7 +328,25 @@ def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000
     return rotated.to(x_BHTD.dtype)
 
 
-class InputNorm(nn.Module):
+class PreciseBuffers(nn.Module):
+    """Base of modules whose buffers stay in their precision when the module is converted to a lower one.
+
+    Example:
+        >>> InputNorm(2).to(torch.bfloat16).mu.dtype
+        torch.float32
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreciseBuffers:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize < old.dtype.itemsize:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class InputNorm(PreciseBuffers):
     """Shift and scale features by moving averages of their first two moments.
 
         beta_t = beta / (1 - (1 - beta)^t)
@@ -385,15 +403,6 @@ class InputNorm(nn.Module):
         # The variance of a constant feature may come out below zero by rounding.
         variance = self.nu - self.mu.square() + 1e-5
         return variance.clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputNorm:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype.itemsize < old.dtype.itemsize:
-                setattr(self, name, old.to(new.device))
-        return self
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:

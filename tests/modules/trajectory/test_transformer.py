@@ -137,6 +137,18 @@ def test_learned_positions_end_somewhere(monkeypatch):
     assert torch.equal(encode(clipped, td), encode(clipped, expected))
 
 
+def test_sequences_that_see_more_than_rollouts_are_warned_of_once():
+    encoder = build(context_length=4)
+    encode(encoder, sequences(steps=5))  # four steps, and what the last led to
+    short_trials = sequences(steps=6)
+    short_trials["time_idx"] %= 3
+    encode(encoder, short_trials)
+    encode(build(context_length=4, window=4), sequences(steps=6))
+    with pytest.warns(UserWarning, match="sequences of 6 steps see all.* Set window=4, raise"):
+        encode(encoder, sequences(steps=6))
+    encode(encoder, sequences(steps=6))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [

@@ -5,12 +5,14 @@ Legend: B batch, T steps, I input features, D width, H heads.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import (
@@ -232,6 +234,7 @@ class TransformerEncoder(TrajectoryEncoder):
                 f"over num_heads={num_heads}. Change one of them, or use positions='fixed'."
             )
         super().__init__(input_size, d_model, context_length=context_length, **options)
+        self._has_warned = False
         self.num_heads = num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
         self.pattern = AttentionPattern(window, num_sinks, sink_bias, logit_clip)
@@ -311,14 +314,28 @@ class TransformerEncoder(TrajectoryEncoder):
         return x
 
     def check_positions(self, positions: Tensor) -> None:
-        if self.positions != "learned" or self.beyond_positions == "clip":
-            return
-        size = self.position_table.num_embeddings
-        if positions.numel() and positions.max() >= size:
+        is_table = self.positions == "learned" and self.beyond_positions == "raise"
+        size = self.position_table.num_embeddings if is_table else None
+        if is_table and positions.numel() and positions.max() >= size:
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or choose "
                 "beyond_positions='clip', positions='fixed' or positions='rotary'."
+            )
+        self._warn_of_long_sequences(positions)
+
+    def _warn_of_long_sequences(self, positions: Tensor) -> None:
+        # Losses read one step beyond a slice; time indices tell long trials from rows of several short ones.
+        unbounded = recurrent_mode() and self.pattern.window is None and not self._has_warned
+        if not unbounded or positions.shape[-2] <= self.context_length + 1:
+            return
+        if positions.max() > self.context_length:
+            self._has_warned = True
+            warnings.warn(
+                f"sequences of {positions.shape[-2]} steps see all before them, rollouts the last "
+                f"context_length={self.context_length} alone, so that states differ from there on. Set "
+                f"window={self.context_length}, raise context_length, or sample shorter slices.",
+                stacklevel=2,
             )
 
     def _attend_window(
