@@ -53,6 +53,7 @@ class FeedForwardBlock(nn.Module):
         norm: see :func:`~torchrl_amago.modules.layers.make_norm`; after both linears.
 
     Example:
+        >>> import torch
         >>> FeedForwardBlock(8, 32)(torch.zeros(2, 5, 8), training=False).shape
         torch.Size([2, 5, 8])
     """
@@ -102,6 +103,7 @@ class FeedForwardEncoder(TrajectoryEncoder):
         ValueError: if a number is out of its range or a name unknown.
 
     Example:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> encoder = FeedForwardEncoder(4, d_model=16)
         >>> td = TensorDict(timestep=torch.zeros(3, 4), time_idx=torch.zeros(3, 1).long(),
