@@ -1,8 +1,10 @@
-"""Arguments that name one of a few things, or a part, or are one; and those that count."""
+"""Arguments that name one of a few things, or a part, or are one; those that count; and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import isfinite
+from numbers import Integral
 from typing import TypeVar
 
 Builder = TypeVar("Builder", bound=Callable)
@@ -50,18 +52,35 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_counts(remedy: str, **counts: int) -> None:
-    """Refuse counts below 1, by name.
+    """Refuse what isn't a whole number of at least 1, by name.
 
     Args:
         remedy: the message's last sentence.
         counts: values by the arguments' names.
 
     Raises:
-        ValueError: for the first that is smaller.
+        ValueError: for the first such.
 
     Example:
         >>> check_counts("Use 4, as published.", num_critics=2)
     """
     for name, value in counts.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}. {remedy}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. {remedy}")
+
+
+def check_positive(remedy: str, **numbers: float) -> None:
+    """Refuse numbers that aren't positive and finite, by name; see :func:`check_counts`.
+
+    Raises:
+        ValueError: for the first such.
+
+    Example:
+        >>> check_positive("Use 1 where in doubt.", temperature=0.5)
+    """
+    for name, value in numbers.items():
+        if value <= 0 or not isfinite(value):
+            finite = "" if isfinite(value) else " and finite"
+            raise ValueError(f"{name} must be positive{finite}, got {value}. {remedy}")

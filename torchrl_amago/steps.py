@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether branches can't depend on `x`: under `torch.compile`, `torch.export` and `torch.vmap`.
+
+    Example:
+        >>> is_traced(torch.zeros(2))
+        False
+    """
+    return torch.compiler.is_compiling() or is_batchedtensor(x)
 
 
 class Steps:
     """The steps M that count: ``[*B]`` as it is, or its real steps alone in one row ``[N]``.
 
     In one row, padding costs nothing and cannot be seen; shapes then depend on the data, which is
-    fine on a CPU but stops ``torch.compile``, and makes a GPU wait.
+    fine on a CPU but stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
 
     Args:
         mask: bool ``[*B]``, True on real steps.
-        compact: put the real steps in one row; default on a CPU, outside of ``torch.compile``.
+        compact: put the real steps in one row; default on a CPU, outside of those.
 
     Example:
         >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
@@ -28,7 +39,7 @@ class Steps:
 
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
         if compact is None:
-            compact = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+            compact = mask.device.type == "cpu" and not is_traced(mask)
         self.full_mask, self.compact = mask, compact
         #: ``[M]``, which of the steps that are kept are real.
         self.mask = mask[mask] if compact else mask

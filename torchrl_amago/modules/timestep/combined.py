@@ -9,9 +9,9 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
-from torchrl.modules import recurrent_mode
 from torchrl.modules.functional import symlog
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.layers import MLP, InputNorm, make_activation, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
@@ -97,6 +97,7 @@ class CombinedTimestepEncoder(TimestepEncoder):
         vector_size = sum(torch.Size(shape).numel() for shape in vectors.values())
         self.input_norm = self.vectors = None
         if vectors:
+            check_counts("Use 64 where in doubt.", vector_features=vector_features)
             self.vectors = nn.Linear(vector_size, vector_features)
             sizes.append(vector_features)
             if vector_scale == "normalize":
@@ -180,7 +181,7 @@ class CombinedTimestepEncoder(TimestepEncoder):
         if self.vector_scale == "symlog":
             return symlog(x)
         if self.input_norm is not None:
-            if self.training and recurrent_mode():
+            if self.moves_statistics:
                 self.input_norm.update(x.detach(), mask)
             x = self.input_norm(x)
         return x

@@ -12,10 +12,13 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.settings import Configurable
+from torchrl_amago.steps import is_traced
 
 
-class EntryEmbedding(nn.Module):
+class EntryEmbedding(Configurable, nn.Module):
     """Base of what turns one entry of a step into features; a part of the combined encoder.
 
     To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype that
@@ -38,6 +41,9 @@ class EntryEmbedding(nn.Module):
         self, shape: Sequence[int], output_size: int, mask_key: NestedKey | None = None
     ) -> None:
         super().__init__()
+        check_counts(
+            "It is the number of features that the entry becomes.", output_size=output_size
+        )
         self.shape = tuple(shape)
         self.output_size = output_size
         self.mask_key = mask_key
@@ -50,13 +56,13 @@ class EntryEmbedding(nn.Module):
 def check_range(index: Tensor, sizes: Sequence[int] | int, what: str) -> None:
     """Refuse numbers outside of ``[0, size)`` where that costs next to nothing.
 
-    That is on a CPU, outside of ``torch.compile``; elsewhere the look-up itself fails, with a message
+    That is on a CPU, outside of ``torch.compile`` and ``torch.vmap``; elsewhere the look-up itself fails, with a message
     that says less.
 
     Raises:
         ValueError: if there is one.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+    if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(
@@ -97,6 +103,7 @@ class CategoryEmbedding(EntryEmbedding):
                 f"{shape}, got {list(sizes)}. Build the embedding from the environment's spec "
                 "(CombinedTimestepEncoder.from_specs)."
             )
+        check_counts("Use 16 where in doubt.", embedding_size=embedding_size)
         super().__init__(shape, len(sizes) * embedding_size)
         # One table for all, each component in its own rows: one look-up however many they are.
         self.table = nn.Embedding(sum(sizes), embedding_size)
@@ -150,10 +157,23 @@ class SequencePool(nn.Module):
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
+        check_counts(
+            "For an entry without elements or features leave it out with obs_keys.",
+            length=length,
+            input_size=input_size,
+            hidden_size=hidden_size,
+            output_size=output_size,
+        )
         self.hidden = nn.Linear(input_size, hidden_size)
-        self.position = nn.Parameter(0.02 * torch.randn(length, hidden_size)) if ordered else None
+        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
+        self.reset_parameters()
         self.activation = make_activation(activation)
         self.out = nn.Linear(hidden_size + 1, output_size)
+
+    def reset_parameters(self) -> None:
+        """Draw positions anew; layers reset themselves."""
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x_MLE: Tensor, there_ML: Tensor) -> Tensor:
         """Pool; what lies under False has no influence, NaN included."""
@@ -203,6 +223,9 @@ class TokenEmbedding(EntryEmbedding):
         mask_key: NestedKey | None = None,
         activation: str = "leaky_relu",
     ) -> None:
+        check_counts(
+            "Use 32 features where in doubt.", num_tokens=num_tokens, embedding_size=embedding_size
+        )
         super().__init__((length,), output_size, mask_key)
         self.num_tokens, self.padding_token = num_tokens, padding_token
         self.table = nn.Embedding(num_tokens, embedding_size)

@@ -11,9 +11,11 @@ import abc
 import itertools
 import os
 import secrets
+import warnings
 from collections import OrderedDict
 
 import torch
+from tensordict import NestedKey
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -55,6 +57,33 @@ class Memory(abc.ABC):
         """Make room for one more step; called once before each, outside of compiled code."""
 
 
+def stream_of(number: Tensor | None, key: NestedKey) -> int:
+    """The stream that all rows of a step belong to; 0 for a new rollout.
+
+    Args:
+        number: `[*B, 1]`, int64, or None.
+        key: where it was read, for the message.
+
+    Raises:
+        ValueError: if rows belong to several.
+
+    Example:
+        >>> stream_of(torch.tensor([[7], [0]]), "_stream")
+        7
+    """
+    if number is None or not number.numel():
+        return 0
+    # Rows of environments that were just reset hold 0, the others the rollout's stream.
+    low, stream = (int(bound) for bound in number.aminmax())
+    if low != stream and ((number != 0) & (number != stream)).any():
+        raise ValueError(
+            "all rows of a step must belong to one rollout, got streams "
+            f"{number.unique().tolist()} in {key!r}. Call the policy on each "
+            "rollout's tensordict separately, or remove the entry to start anew."
+        )
+    return stream
+
+
 class StreamTable:
     """Bounded table of memories: the one that was not used for the longest time leaves first.
 
@@ -93,6 +122,35 @@ class StreamTable:
         while len(self._memories) > self.max_streams:
             self._memories.popitem(last=False)
         return stream
+
+    def complain_of_loss(
+        self, stream: int, memory: Memory | None, num_rows: int, key: NestedKey
+    ) -> None:
+        """Warn, or raise, where a rollout in mid-trial gets a new memory.
+
+        Args:
+            stream: the rollout's; 0 if its step named none.
+            memory: what the table has of that stream.
+            num_rows: of the step.
+            key: the stream's entry.
+
+        Raises:
+            ValueError: if the memory is one of another number of rows.
+        """
+        if memory is not None and memory.batch_size != num_rows:
+            raise ValueError(
+                f"a rollout's batch size must not change between trials: stream {stream} has "
+                f"{memory.batch_size} rows, got {num_rows}, some of them in mid-trial. "
+                f"Step all rows of a rollout together, or remove {key!r} to start anew."
+            )
+        reason = (
+            f"its stream {stream} is not in this module: either it was evicted (raise max_streams, "
+            f"now {self.max_streams}), or the module is a copy and the rollout isn't its own"
+            if stream
+            else f"{key!r} was lost between steps: keep it in selected_out_keys, and put "
+            "TransformedEnv around a ParallelEnv, which by itself drops what its workers don't know"
+        )
+        warnings.warn(f"a rollout goes on in mid-trial without its memory; {reason}.", stacklevel=3)
 
     def clear_rows(self) -> None:
         """Make every memory forget every row; streams stay valid."""
