@@ -105,7 +105,9 @@ def test_a_learner_waits_at_most_a_third_longer(trials):
 def test_relabel_alone(benchmark, trials, kind):
     batch = trials[: BATCH * STEPS].view(BATCH, STEPS).clone()
     batch["collector", "mask"] = torch.ones(BATCH, STEPS, dtype=torch.bool)
-    relabel = HindsightRelabel(kind, share=1.0) if kind == "future" else GoalSequenceRelabel(kind)
+    relabel = (
+        HindsightRelabel(kind, fraction=1.0) if kind == "future" else GoalSequenceRelabel(kind)
+    )
     if kind == "future":
         for side in (batch, batch["next"]):
             side["desired_goal"] = side["goals"][:, :, 0]

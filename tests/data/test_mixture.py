@@ -1,4 +1,4 @@
-"""Several buffers behind one: shares by weight, weights by time, nothing in a protected buffer changes."""
+"""Several buffers behind one: fractions by weight, weights by time, nothing in a protected buffer changes."""
 
 from __future__ import annotations
 
@@ -44,30 +44,33 @@ def test_slices_come_from_the_buffer_they_say():
     assert len(mixture) == 25
 
 
-def test_shares_are_the_weights():
+def test_fractions_are_the_weights():
     mixture = make_mixture(new=[7, 7], batch_size=500, generator=torch.Generator().manual_seed(0))
     count = sum(int((mixture.sample()[SOURCE][:, 0] == 1).sum()) for _ in range(20))
     # 10,000 draws of probability 0.2: three standard deviations are 120.
     assert count == pytest.approx(2000, abs=120)
-    assert mixture.shares() == {"old": pytest.approx(0.8), "new": pytest.approx(0.2)}
-    assert mixture.metrics() == {"share/old": pytest.approx(0.8), "share/new": pytest.approx(0.2)}
+    assert mixture.fractions() == {"old": pytest.approx(0.8), "new": pytest.approx(0.2)}
+    assert mixture.metrics() == {
+        "fraction/old": pytest.approx(0.8),
+        "fraction/new": pytest.approx(0.2),
+    }
 
 
-def shares_of(mixture, updates):
-    shares = []
+def fractions_of(mixture, updates):
+    fractions = []
     for _ in range(updates):
-        shares.append(mixture.shares()["new"])
+        fractions.append(mixture.fractions()["new"])
         mixture.sample()
-    return shares
+    return fractions
 
 
 def test_a_buffer_that_comes_later_rises_from_nothing():
     mixture = make_mixture(weights={"old": 0.5, "new": 0.5}, anneal_updates=4)
-    assert shares_of(mixture, 3) == [0, 0, 0]
+    assert fractions_of(mixture, 3) == [0, 0, 0]
     mixture.extend(make_trial(5, 1000))
     # Its weight goes up by 0.125 a batch, to 0.5; the other one stays at 0.5.
     expected = [0.125 / 0.625, 0.25 / 0.75, 0.375 / 0.875, 0.5, 0.5]
-    assert shares_of(mixture, 5) == pytest.approx(expected)
+    assert fractions_of(mixture, 5) == pytest.approx(expected)
     assert mixture.ready_at == {"old": 0, "new": 3}
 
 
@@ -79,14 +82,14 @@ def test_initial_weights():
         anneal_updates=2,
     )
     # Weights 0.5 and 1 at the first batch, 0 and 2 from the second on.
-    assert shares_of(mixture, 3) == pytest.approx([1 / 1.5, 1, 1])
+    assert fractions_of(mixture, 3) == pytest.approx([1 / 1.5, 1, 1])
 
 
 def test_all_at_once():
     mixture = make_mixture()
-    assert shares_of(mixture, 2) == [0, 0]
+    assert fractions_of(mixture, 2) == [0, 0]
     mixture.extend(make_trial(5, 1000))
-    assert shares_of(mixture, 2) == pytest.approx([0.2, 0.2])
+    assert fractions_of(mixture, 2) == pytest.approx([0.2, 0.2])
 
 
 def make_waiting_mixture(min_trials: int) -> TrialMixture:
@@ -106,17 +109,17 @@ def test_a_buffer_that_falls_below_its_minimum_waits_again():
     new = mixture.online
     for number in range(5):
         mixture.extend(make_trial(10, 1000 + 10 * number))
-    assert shares_of(mixture, 2) == pytest.approx([0.5, 0.5])
+    assert fractions_of(mixture, 2) == pytest.approx([0.5, 0.5])
     for number in range(2):  # long trials push the short ones out
         mixture.extend(make_trial(28, 2000 + 30 * number))
     assert not new.can_sample()
-    assert shares_of(mixture, 2) == [0, 0]
+    assert fractions_of(mixture, 2) == [0, 0]
     assert (mixture.sample()[SOURCE] == 0).all()
     assert not TrialMixture({"new": new}, {"new": 1}, batch_size=2).can_sample()
     for number in range(5):
         mixture.extend(make_trial(10, 3000 + 10 * number))
     # The way to its weight is that of a buffer that was ready all along.
-    assert shares_of(mixture, 1) == pytest.approx([0.5])
+    assert fractions_of(mixture, 1) == pytest.approx([0.5])
     assert mixture.ready_at == {"old": 0, "new": 0}
 
 
@@ -125,13 +128,13 @@ def test_a_late_buffer_goes_on_rising_after_a_pause():
     mixture.sample()
     for number in range(3):
         mixture.extend(make_trial(10, 1000 + 10 * number))
-    assert shares_of(mixture, 1) == pytest.approx([0.125 / 0.625])
+    assert fractions_of(mixture, 1) == pytest.approx([0.125 / 0.625])
     for number in range(2):
         mixture.extend(make_trial(28, 2000 + 30 * number))
-    assert shares_of(mixture, 1) == [0]
+    assert fractions_of(mixture, 1) == [0]
     for number in range(3):
         mixture.extend(make_trial(10, 3000 + 10 * number))
-    assert shares_of(mixture, 2) == pytest.approx([0.375 / 0.875, 0.5])
+    assert fractions_of(mixture, 2) == pytest.approx([0.375 / 0.875, 0.5])
 
 
 @given(
@@ -174,10 +177,10 @@ def test_weights_against_a_plain_account(parts, anneal_updates, gives_initial):
             steps = drawn - ready[number] + 1
             gone = 1.0 if not anneal_updates else min(steps / anneal_updates, 1.0)
             weights.append((1 - gone) * start + gone * last)
-        shares = list(mixture.shares().values())
+        fractions = list(mixture.fractions().values())
         total = sum(weights)
         assert mixture.can_sample() == (total > 0)
-        assert shares == pytest.approx([w / total if total else 0.0 for w in weights])
+        assert fractions == pytest.approx([w / total if total else 0.0 for w in weights])
         if total > 0:
             mixture.sample()
             drawn += 1
@@ -420,6 +423,6 @@ def test_wrong_arguments():
         TrialMixture(buffers | {"b": make_buffer(prefetch=2)}, {"a": 1, "b": 1}, batch_size=2)
     empty = TrialMixture({"b": make_buffer()}, {"b": 1}, batch_size=2)
     assert not empty.can_sample()
-    assert empty.shares() == {"b": 0.0}
+    assert empty.fractions() == {"b": 0.0}
     with pytest.raises(RuntimeError, match="needs a buffer that has a weight and is ready"):
         empty.sample()

@@ -18,7 +18,7 @@ from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import MazeRunner
 
 MASK = ("collector", "mask")
-BLANK = (-1.0, -1.0)
+EMPTY = (-1.0, -1.0)
 NAN = float("nan")
 REPLACED = [
     "goals",
@@ -38,16 +38,16 @@ REPLACED = [
 def play(achieved: list[list[tuple]], goals: list[tuple], before: float = 0.0) -> list[dict]:
     """What a trial shows that achieves these things in its steps and has these goals, until it ends.
 
-    One goal is met in a step, the first that isn't blank; then it is shown blank. The last one ends the
+    One goal is met in a step, the first that isn't empty; then it is shown empty. The last one ends the
     trial; if that doesn't happen, the last step truncates it.
     """
     goals, steps = list(goals), []
     for t, places in enumerate(achieved):
         shown = list(goals)
-        left = [i for i, goal in enumerate(goals) if goal != BLANK]
+        left = [i for i, goal in enumerate(goals) if goal != EMPTY]
         reward = float(bool(left) and goals[left[0]] in places)
         if reward:
-            goals[left[0]] = BLANK
+            goals[left[0]] = EMPTY
         terminated = reward == 1.0 and len(left) == 1
         last = terminated or t == len(achieved) - 1
         steps.append(
@@ -104,17 +104,17 @@ places = st.tuples(st.integers(0, 2), st.integers(0, 1)).map(lambda xy: (xy[0] /
 
 @st.composite
 def worlds(draw, most_goals: int = 4):
-    """(achieved, goals) of some trials of equal numbers of goals; some begin with blank ones."""
+    """(achieved, goals) of some trials of equal numbers of goals; some begin with empty ones."""
     num_goals, num_places = draw(st.integers(1, most_goals)), draw(st.integers(1, 3))
     trials = []
     for _ in range(draw(st.integers(1, 4))):
         place = st.lists(
-            st.one_of(places, st.just(BLANK)), min_size=num_places, max_size=num_places
+            st.one_of(places, st.just(EMPTY)), min_size=num_places, max_size=num_places
         )
         achieved = draw(st.lists(place, min_size=1, max_size=12))
         goals = draw(st.lists(places, min_size=num_goals, max_size=num_goals))
-        num_blank = draw(st.integers(0, num_goals - 1))
-        trials.append((achieved, [BLANK] * num_blank + goals[num_blank:]))
+        num_empty = draw(st.integers(0, num_goals - 1))
+        trials.append((achieved, [EMPTY] * num_empty + goals[num_empty:]))
     return trials
 
 
@@ -187,16 +187,16 @@ def test_new_sequences_are_made_as_the_paper_says(worlds, strategy, seed):
     out = relabelled(GoalSequenceRelabel(strategy), batch, seed)
     for b, ((achieved, goals), new) in enumerate(zip(worlds, goals_at_first(out), strict=True)):
         steps = play(achieved, goals)
-        old = [goal for goal in goals if goal != BLANK]
-        assert new[: len(goals) - len(old)] == [BLANK] * (len(goals) - len(old))
+        old = [goal for goal in goals if goal != EMPTY]
+        assert new[: len(goals) - len(old)] == [EMPTY] * (len(goals) - len(old))
         new = new[len(goals) - len(old) :]
-        assert BLANK not in new
+        assert EMPTY not in new
         met = [t for t, step in enumerate(steps) if step[("next", "reward")][0]]
         done, open_ = old[: len(met)], old[len(met) :]
         free = [
             t
             for t, step in enumerate(steps)
-            if t not in met and any(place != BLANK for place in step[("next", "achieved")])
+            if t not in met and any(place != EMPTY for place in step[("next", "achieved")])
         ]
         num_met = int(out["next", "reward"][b][out[MASK][b]].sum())
         if strategy == "all":
@@ -227,7 +227,7 @@ def test_a_relabelled_trial_by_hand():
         for name in ("done", "terminated"):
             assert out["next", name].flatten()[:length].tolist() == [False] * (length - 1) + [True]
         assert not out["next", "truncated"].flatten()[length - 1]
-        assert out["next", "goals"][0, length - 1].tolist() == [list(BLANK)] * 2
+        assert out["next", "goals"][0, length - 1].tolist() == [list(EMPTY)] * 2
     assert len(seen) == 3
 
 
@@ -238,8 +238,8 @@ def test_some_draws_each_number_of_new_goals_alike():
     batch = as_batch([play(walk, goals)]).expand(rows, 8).contiguous()
     out = GoalSequenceRelabel("some")(batch, torch.Generator().manual_seed(0))
     num_new = out["next", "reward"].sum((1, 2)).long()
-    share = torch.bincount(num_new, minlength=num_goals + 1) / rows
-    assert share.tolist() == pytest.approx([0.25] * 4, abs=4 * (0.1875 / rows) ** 0.5)
+    fraction = torch.bincount(num_new, minlength=num_goals + 1) / rows
+    assert fraction.tolist() == pytest.approx([0.25] * 4, abs=4 * (0.1875 / rows) ** 0.5)
     # Where one goal is new, each step's achievement is as likely.
     first = out["goals"][num_new == 1, 0, 0, 0]
     count = torch.bincount((first * 8).round().long(), minlength=8)
@@ -253,13 +253,13 @@ def test_each_achieved_goal_is_as_likely_and_a_step_gives_one():
     """Step 0 achieves two things and step 1 one: of three, each is the new goal equally often."""
     rows = 6000
     p, q, r, goal = (0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (9.0, 9.0)
-    batch = as_batch([play([[p, q], [BLANK, r]], [goal])]).expand(rows, 2).contiguous()
+    batch = as_batch([play([[p, q], [EMPTY, r]], [goal])]).expand(rows, 2).contiguous()
     out = GoalSequenceRelabel("all")(batch, torch.Generator().manual_seed(0))
     count = Counter(tuple(goal) for goal in out["goals"][:, 0, 0].tolist())
     assert set(count) == {p, q, r}
     for number in count.values():
         assert number / rows == pytest.approx(1 / 3, abs=4 * (2 / 9 / rows) ** 0.5)
-    both = as_batch([play([[p, q], [BLANK, r]], [goal, goal])]).expand(200, 2).contiguous()
+    both = as_batch([play([[p, q], [EMPTY, r]], [goal, goal])]).expand(200, 2).contiguous()
     out = GoalSequenceRelabel("all")(both, torch.Generator().manual_seed(0))
     assert (out["goals"][:, 0, 1] == torch.tensor(r)).all()
     assert out[MASK].all()
@@ -300,7 +300,7 @@ def test_goals_that_stay_shown_and_trials_that_go_on():
         step[("next", "terminated")] = [False]
         step[("next", "truncated")] = step[("next", "done")]
     batch = as_batch([trial])
-    relabel = GoalSequenceRelabel(blank=None, ends_trial=False)
+    relabel = GoalSequenceRelabel(empty_goal=None, ends_trial=False)
     relabel(batch)  # replays the stored trial, and finds it
     out = relabel.with_goals(batch, torch.tensor([[a, b]]))
     assert out[MASK].all()
@@ -404,10 +404,12 @@ def test_integer_goals_of_one_number():
     assert out["next", "goals"][0, -1, :, 0].tolist() == [-1, -1]
 
 
-def test_a_blank_that_goals_cant_hold_is_refused():
+def test_an_empty_goal_that_goals_cant_hold_is_refused():
     batch = as_batch([play([[(1.0, 0.0)]], [(1.0, 0.0)])])
     batch["goals"] = batch["goals"].to(torch.uint8)
-    with pytest.raises(ValueError, match=r"blank must be .* got -1.0 for goals of torch.uint8"):
+    with pytest.raises(
+        ValueError, match=r"empty_goal must be .* got -1.0 for goals of torch.uint8"
+    ):
         GoalSequenceRelabel()(batch)
 
 
@@ -498,7 +500,7 @@ def test_shapes_that_do_not_fit_are_refused():
     [
         (lambda: GoalSequenceRelabel("most"), "strategy must be one of 'some', 'all', 'none'"),
         (lambda: HindsightRelabel("past"), "strategy must be one of 'future', 'final', 'episode'"),
-        (lambda: HindsightRelabel(share=1.5), r"share must be in \[0, 1\], got 1.5"),
+        (lambda: HindsightRelabel(fraction=1.5), r"fraction must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_constructors_refuse(make, match):
@@ -511,13 +513,13 @@ def test_meeting_steps_are_those_of_a_plain_loop(data):
     num_steps, num_goals = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4))
     flags = st.lists(st.booleans(), min_size=num_goals, max_size=num_goals)
     hits = data.draw(st.lists(flags, min_size=num_steps, max_size=num_steps))
-    blank = data.draw(flags)
+    is_empty = data.draw(flags)
     expected, now = [], -1
     for k in range(num_goals):
-        if not blank[k]:
+        if not is_empty[k]:
             now = next((t for t in range(now + 1, num_steps) if hits[t][k]), num_steps)
         expected.append(now)
-    assert meeting_steps(torch.tensor([hits]), torch.tensor([blank])).tolist() == [expected]
+    assert meeting_steps(torch.tensor([hits]), torch.tensor([is_empty])).tolist() == [expected]
 
 
 # ------------------------------------------------------------------ the environment itself
@@ -674,7 +676,7 @@ def single_goal_trials(
 def test_single_goals_by_hand(strategy):
     batch = single_goal_trials([5, 2, 1] * 50)
     before = batch.clone()
-    out = HindsightRelabel(strategy, share=1.0)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel(strategy, fraction=1.0)(batch, torch.Generator().manual_seed(0))
     for key in before.keys(True, True):
         assert torch.equal(batch[key].nan_to_num(7.0), before[key].nan_to_num(7.0))
     for b, length in enumerate([5, 2, 1] * 50):
@@ -703,11 +705,11 @@ def test_where_single_goals_come_from():
         sum(1 / (length - first) for first in range(step + 1)) / length for step in range(length)
     ]
     for strategy, expected in (("episode", [0.25] * 4), ("future", future)):
-        out = HindsightRelabel(strategy, share=1.0)(batch, torch.Generator().manual_seed(0))
+        out = HindsightRelabel(strategy, fraction=1.0)(batch, torch.Generator().manual_seed(0))
         count = torch.bincount(out["desired_goal"][:, 0, 0].long(), minlength=length)
         expected = torch.tensor(expected) * rows
         assert ((count - expected) ** 2 / expected).sum() < 16.3  # 99.9%, 3 degrees of freedom
-    out = HindsightRelabel(share=0.3)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel(fraction=0.3)(batch, torch.Generator().manual_seed(0))
     kept = (out["desired_goal"][:, 0, 0] == 99).float().mean().item()
     assert kept == pytest.approx(0.7, abs=4 * (0.21 / rows) ** 0.5)
     unchanged = out["desired_goal"][:, 0, 0] == 99
@@ -723,7 +725,7 @@ def test_rewards_of_each_step_where_trials_go_on():
 
     batch = single_goal_trials([5], negative=True)
     relabel = HindsightRelabel(
-        "final", share=1.0, reward_fn=sparse, met_above=-0.5, ends_trial=False
+        "final", fraction=1.0, reward_fn=sparse, success_threshold=-0.5, ends_trial=False
     )
     out = relabel(batch)
     assert out["next", "reward"].flatten().tolist() == [-1, -1, -1, 0, 0]
@@ -731,7 +733,7 @@ def test_rewards_of_each_step_where_trials_go_on():
     assert out[MASK].all()
     assert torch.equal(out["next", "done"], batch["next", "done"])
     assert not out["next", "terminated"].any()
-    ending = HindsightRelabel("final", share=1.0, reward_fn=sparse, met_above=-0.5)
+    ending = HindsightRelabel("final", fraction=1.0, reward_fn=sparse, success_threshold=-0.5)
     assert ending(batch)[MASK].flatten().tolist() == [True] * 4 + [False]
 
 
@@ -739,7 +741,7 @@ def test_several_achievements_in_a_step():
     batch = single_goal_trials([3] * 200)
     place = batch["next", "achieved_goal"]
     batch["next", "achieved_goal"] = torch.stack([place, place + 10], 2)
-    out = HindsightRelabel("final", share=1.0)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel("final", fraction=1.0)(batch, torch.Generator().manual_seed(0))
     goals = out["desired_goal"][:, 0, 0]
     assert set(goals.tolist()) == {2.0, 12.0}
     assert (out["next", "reward"][:, -1] == 1).all()
@@ -754,7 +756,9 @@ def test_empty_places_are_no_goals():
     places[::3, -1] = -1.0
     places[1::3, -1, 2] = -1.0
     batch["next", "achieved_goal"] = places
-    out = HindsightRelabel("final", share=1.0, blank=-1.0)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel("final", fraction=1.0, empty_goal=-1.0)(
+        batch, torch.Generator().manual_seed(0)
+    )
     goals = out["desired_goal"][:, 0, 0].view(-1, 3)
     assert (goals[:, 0] == 99).all()
     assert torch.equal(out[MASK], batch[MASK])

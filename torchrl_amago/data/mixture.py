@@ -56,10 +56,10 @@ class TrialMixture:
         >>> mixture = TrialMixture(
         ...     {"old": old, "new": new}, {"old": 1.0, "new": 3.0}, online="new", batch_size=8)
         >>> _ = old.extend(trial(5, 0.0))
-        >>> mixture.sample()["next", "reward"].mean().item(), mixture.shares()
+        >>> mixture.sample()["next", "reward"].mean().item(), mixture.fractions()
         (0.0, {'old': 1.0, 'new': 0.0})
         >>> _ = mixture.extend(trial(5, 1.0))
-        >>> mixture.sample().shape, mixture.shares()
+        >>> mixture.sample().shape, mixture.fractions()
         (torch.Size([8, 3]), {'old': 0.25, 'new': 0.75})
     """
 
@@ -186,16 +186,16 @@ class TrialMixture:
 
     # -- weights -------------------------------------------------------------------------------
 
-    def shares(self) -> dict[str, float]:
+    def fractions(self) -> dict[str, float]:
         """Probability of each buffer for a slice of the next batch; all 0 while none is ready."""
         weights_P = self._weights()
         total = weights_P.sum()
-        shares_P = weights_P / total if total > 0 else weights_P
-        return dict(zip(self.buffers, shares_P.tolist(), strict=True))
+        fractions_P = weights_P / total if total > 0 else weights_P
+        return dict(zip(self.buffers, fractions_P.tolist(), strict=True))
 
     def metrics(self) -> dict[str, float]:
-        """The shares, named for a table of progress."""
-        return {f"share/{name}": share for name, share in self.shares().items()}
+        """The fractions, named for a table of progress."""
+        return {f"fraction/{name}": fraction for name, fraction in self.fractions().items()}
 
     def _weights(self) -> Tensor:
         """Weights of the next batch, ``[P]``; 0 for buffers that aren't ready."""

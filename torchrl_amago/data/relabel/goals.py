@@ -39,14 +39,14 @@ def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
     return _all_of_goal(achieved == goal.unsqueeze(3), 4).any(-1)
 
 
-def is_blank(goals: Tensor, blank: float | None, batch_dims: int) -> Tensor:
-    """Which goals are nothing but blanks, bool; a goal is what follows the first dimensions.
+def is_empty_goal(goals: Tensor, empty_goal: float | None, batch_dims: int) -> Tensor:
+    """Mark the goals that are empty, bool; a goal is what follows the first dimensions.
 
-    None is if ``blank`` is None.
+    None is where ``empty_goal`` is None.
     """
-    if blank is None:
+    if empty_goal is None:
         return torch.zeros(goals.shape[:batch_dims], dtype=torch.bool, device=goals.device)
-    return _all_of_goal(goals == blank, batch_dims)
+    return _all_of_goal(goals == empty_goal, batch_dims)
 
 
 def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
@@ -70,7 +70,7 @@ class GoalRelabel(Relabel):
         achieved_key: entry that shows what was achieved: that of ``next`` is what a step's reward is for.
         reward_fn: ``(achieved [B, T, 1, N, *goal], goal [B, 1, K, *goal]) -> [B, T, K]``, the
             environment's reward, or whether the goal is met (1 or 0).
-        met_above: a goal is met by a reward larger than this.
+        success_threshold: a goal is met by a reward larger than this.
         ends_trial: whether the trial is over, ``terminated``, where the goal, or the last one, is met.
         reward_key: in ``next``: reward of a step.
         prev_reward_key: entry that shows the previous step's reward.
@@ -84,7 +84,7 @@ class GoalRelabel(Relabel):
         goal_key: NestedKey,
         achieved_key: NestedKey,
         reward_fn: RewardFunction = exact_match,
-        met_above: float = 0.0,
+        success_threshold: float = 0.0,
         ends_trial: bool = True,
         reward_key: NestedKey = "reward",
         prev_reward_key: NestedKey = keys.PREV_REWARD,
@@ -104,7 +104,11 @@ class GoalRelabel(Relabel):
         ]
         self.replaced_keys = [*self.shown_keys, *self.done_keys]
         super().__init__([*self.replaced_keys, self.achieved_key])
-        self.reward_fn, self.met_above, self.ends_trial = reward_fn, met_above, ends_trial
+        self.reward_fn, self.success_threshold, self.ends_trial = (
+            reward_fn,
+            success_threshold,
+            ends_trial,
+        )
         self._to_check, self._is_first = check, True
 
     @abstractmethod
@@ -120,7 +124,7 @@ class GoalRelabel(Relabel):
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
-            met_BT = trials.get(self.reward_key).squeeze(-1) > self.met_above
+            met_BT = trials.get(self.reward_key).squeeze(-1) > self.success_threshold
             has_met = bool((met_BT & trials.get(keys.MASK)).any())
             # Trials that meet no goal would pass whatever reward_fn is.
             if has_met or self._is_first:
@@ -230,7 +234,7 @@ class GoalRelabel(Relabel):
         reward_RT = trials.get(self.reward_key)[rows_R].squeeze(-1)
         step_R = mask_RT.sum(-1) - 1
         terminated_R = trials.get(self.done_keys[1])[rows_R, step_R].squeeze(-1)
-        num_met_R = ((reward_RT > self.met_above) & mask_RT).sum(-1)
+        num_met_R = ((reward_RT > self.success_threshold) & mask_RT).sum(-1)
         # Others may be terminated by a time limit, and meet one of several goals just then.
         is_met_R = num_met_R >= self._num_goals(self._own_goals(trials)[rows_R])
         is_ended_R = terminated_R & is_met_R & self.ends_trial
@@ -252,7 +256,7 @@ class GoalRelabel(Relabel):
             raise ValueError(
                 f"{type(self).__name__} must find what was stored when it replays trials with their "
                 f"own goals, but {changed} come out otherwise. Let reward_fn be the environment's "
-                "reward and met_above fit it; let ends_trial say whether meeting the goal ends the "
+                "reward and success_threshold fit it; let ends_trial say whether meeting the goal ends the "
                 "trial; a trial must be a single attempt, and one that meets its goal end `terminated`, "
                 "not `truncated`, as with make_trial_env(trial_end='terminated' or 'attempt'). "
                 "check=False leaves this check out."
