@@ -1,0 +1,309 @@
+"""Files and folders replaced in one step, checksums, disk space and locks.
+
+Everything that a run keeps (checkpoints, policies, tables, replay) is written through these
+functions: a crash at any moment leaves the old version or the new one, a full disk is an
+:class:`OSError` with the path and the sizes, and damage is found before anything is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+try:
+    import fcntl
+except ImportError:  # Windows: no locks between processes there
+    fcntl = None
+
+MANIFEST = "manifest.json"
+
+_PARTIAL, _PREVIOUS = "partial", "previous"
+_CHUNK = 1 << 20
+
+
+class DamagedError(RuntimeError):
+    """Files that are incomplete or have changed since they were written."""
+
+
+# -- replacing -----------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
+    """Open a file that takes the place of `path` once it is complete and on the disk.
+
+    Args:
+        path: file to replace; missing parent folders are made.
+        mode: a mode for writing, as in `open`.
+        options: further arguments of `open`.
+
+    Raises:
+        OSError: where the disk is full; `path` stays as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder) / "note.txt"
+        ...     with replace_file(path, "w") as file:
+        ...         _ = file.write("whole")
+        ...     path.read_text()
+        'whole'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = _beside(path, _PARTIAL)
+    try:
+        with explain_full_disk(path), partial.open(mode, **options) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    os.replace(partial, path)
+
+
+@contextlib.contextmanager
+def replace_folder(path: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of `path` once it is complete and on the disk.
+
+    Args:
+        path: folder to replace; missing parent folders are made.
+
+    Raises:
+        OSError: where the disk is full; `path` stays as it was.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     path = Path(root) / "checkpoint"
+        ...     with replace_folder(path) as folder:
+        ...         _ = (folder / "note.txt").write_text("whole")
+        ...     sorted(file.name for file in path.iterdir())
+        ['note.txt']
+    """
+    partial, previous = _beside(path, _PARTIAL), _beside(path, _PREVIOUS)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        with explain_full_disk(path):
+            yield partial
+            for entry in [*partial.rglob("*"), partial]:
+                sync(entry)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        shutil.rmtree(previous, ignore_errors=True)
+        os.replace(path, previous)
+    os.replace(partial, path)
+    sync(path.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a crash leaves no half of it under its name."""
+    previous = _beside(path, _PREVIOUS)
+    shutil.rmtree(previous, ignore_errors=True)
+    os.replace(path, previous)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
+def recover(folder: Path) -> None:
+    """Finish or undo the replacements that a crash interrupted in a folder.
+
+    Call it only while no other process writes there, such as under :func:`lock`.
+    """
+    for previous in folder.glob(f".*.{_PREVIOUS}"):
+        name = previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
+        # Between its two renames a replacement has neither version under the name.
+        if _beside(folder / name, _PARTIAL).exists() and not (folder / name).exists():
+            os.replace(previous, folder / name)
+    for leftover in (*folder.glob(f".*.{_PARTIAL}"), *folder.glob(f".*.{_PREVIOUS}")):
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Force a file, or a folder's list of names, onto the disk."""
+    if path.is_dir() and os.name == "nt":
+        return  # Windows cannot open folders; its renames are journalled
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{suffix}")
+
+
+# -- checksums -----------------------------------------------------------------------------------
+
+
+def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Write `manifest.json`: facts, and size and SHA-256 of every other file of the folder.
+
+    Args:
+        folder: its files are complete.
+        facts: JSON values by name; `"files"` is taken.
+    """
+    files = {
+        file.relative_to(folder).as_posix(): {
+            "bytes": file.stat().st_size,
+            "sha256": sha256(file),
+        }
+        for file in sorted(_files(folder))
+    }
+    text = json.dumps({**facts, "files": files}, indent=1) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """Return the manifest of a folder, None where it is missing or unreadable."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    is_manifest = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+    return manifest if is_manifest else None
+
+
+def verify_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a folder whose files are exactly those that it lists.
+
+    Raises:
+        DamagedError: for a file that is missing, changed or not listed. An unlisted file could
+            stand in for a verified one.
+    """
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise DamagedError(f"{folder / MANIFEST} is missing or cannot be read")
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise DamagedError(f"{file} is missing")
+        size = file.stat().st_size
+        if size != expected["bytes"]:
+            raise DamagedError(f"{file} has {size} bytes instead of {expected['bytes']}")
+        if sha256(file) != expected["sha256"]:
+            raise DamagedError(f"{file} has changed since it was written (SHA-256 differs)")
+    found = {file.relative_to(folder).as_posix() for file in _files(folder)}
+    unlisted = sorted(found - manifest["files"].keys())
+    if unlisted:
+        raise DamagedError(f"{folder / unlisted[0]} is not listed in {MANIFEST}")
+    return manifest
+
+
+def sha256(file: Path) -> str:
+    """Compute the SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    # Everything that is not a plain folder counts, dangling links included.
+    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [path for path in found if path != folder / MANIFEST]
+
+
+# -- disk space ----------------------------------------------------------------------------------
+
+
+def reserve(file: Path, start: int, stop: int) -> None:
+    """Claim disk space for the bytes of a file from `start` to `stop`, which may lie past its end.
+
+    Writing to mapped memory that has no disk space ends the process with SIGBUS.
+
+    Raises:
+        OSError: where the disk is full.
+    """
+    if stop <= start:
+        return
+    if hasattr(os, "posix_fallocate"):
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with explain_full_disk(file, stop - start):
+                os.posix_fallocate(descriptor, start, stop - start)
+        finally:
+            os.close(descriptor)
+    elif shutil.disk_usage(file.parent).free < stop - start:
+        with explain_full_disk(file, stop - start):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@contextlib.contextmanager
+def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Name path, need and free space in the error of a full disk.
+
+    Args:
+        path: file or folder that is written.
+        needed: bytes, where known.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "explained", False):
+            raise
+        place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        need = "" if needed is None else f"{needed} bytes are needed, "
+        explained = OSError(
+            error.errno,
+            f"the disk must have room for {path}: {need}{shutil.disk_usage(place).free} bytes are "
+            "free. What was there before is intact. Free some space, or choose another disk",
+        )
+        explained.explained = True
+        raise explained from error
+
+
+# -- locks ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
+    """Hold a lock between processes; the death of its holder releases it.
+
+    Args:
+        file: lock file; it is made where it is missing, and never removed.
+        wait: wait for other holders.
+
+    Raises:
+        BlockingIOError: with `wait=False`, while another process holds the lock.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder, lock(Path(folder) / "lock"):
+        ...     (Path(folder) / "lock").exists()
+        True
+    """
+    if fcntl is None:
+        yield
+        return
+    # Opened anew each time: a descriptor that is shared after a fork would share the lock.
+    with file.open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError as error:
+            stream.seek(0)
+            holder = stream.read().strip() or "another process"
+            raise BlockingIOError(
+                error.errno, f"{file.parent} is in use by {holder}. Wait for it, or stop it"
+            ) from error
+        if not wait:
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            stream.flush()
+        yield
