@@ -112,4 +112,4 @@ def test_relabel_alone(benchmark, trials, kind):
         for side in (batch, batch["next"]):
             side["desired_goal"] = side["goals"][:, :, 0]
             side["achieved_goal"] = side["achieved"][:, :, 0]
-    assert benchmark(relabel, batch)["collector", "mask"].shape == (BATCH, STEPS)
+    assert benchmark(relabel.relabel_trials, batch)["collector", "mask"].shape == (BATCH, STEPS)

@@ -52,7 +52,8 @@ class GoalSequenceRelabel(GoalRelabel):
         >>> maze = MazeRunner(7, num_goals=2, max_episode_steps=30, batch_size=[8], seed=0)
         >>> trials = make_trial_env(maze, episodes=1).rollout(30)
         >>> trials["collector", "mask"] = torch.ones(trials.shape, dtype=torch.bool)
-        >>> new = GoalSequenceRelabel("all")(trials, torch.Generator().manual_seed(0))
+        >>> relabel = GoalSequenceRelabel("all", generator=torch.Generator().manual_seed(0))
+        >>> new = relabel(trials)
         >>> new["next", "reward"].sum(1).flatten().tolist() == [2.0] * 8
         True
     """
@@ -70,7 +71,7 @@ class GoalSequenceRelabel(GoalRelabel):
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
         self.strategy, self.empty_goal = strategy, empty_goal
         if strategy == "none":
-            self.in_keys = []
+            self.in_keys = self.out_keys = []
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self.strategy == "none":

@@ -76,6 +76,7 @@ class GoalRelabel(Relabel):
         prev_reward_key: entry that shows the previous step's reward.
         check: replay the first batch with its own goals, and the first in which one is met, to see that
             this gives what was stored.
+        generator: see :class:`Relabel`.
     """
 
     def __init__(
@@ -89,21 +90,20 @@ class GoalRelabel(Relabel):
         reward_key: NestedKey = "reward",
         prev_reward_key: NestedKey = keys.PREV_REWARD,
         check: bool = True,
+        generator: torch.Generator | None = None,
     ) -> None:
-        self.goal_key, self.next_goal_key = goal_key, _of_next(goal_key)
-        self.achieved_key = _of_next(achieved_key)
-        self.reward_key = _of_next(reward_key)
-        self.prev_reward_key, self.next_prev_reward_key = prev_reward_key, _of_next(prev_reward_key)
-        self.done_keys = [_of_next(name) for name in ("done", "terminated", "truncated")]
-        self.shown_keys = [
-            self.goal_key,
-            self.next_goal_key,
-            self.reward_key,
-            self.prev_reward_key,
-            self.next_prev_reward_key,
-        ]
-        self.replaced_keys = [*self.shown_keys, *self.done_keys]
-        super().__init__([*self.replaced_keys, self.achieved_key])
+        next_goal_key, reward_key = _of_next(goal_key), _of_next(reward_key)
+        next_prev_reward_key = _of_next(prev_reward_key)
+        shown = [goal_key, next_goal_key, reward_key, prev_reward_key, next_prev_reward_key]
+        done = [_of_next(name) for name in ("done", "terminated", "truncated")]
+        super().__init__(
+            [*shown, *done, _of_next(achieved_key)],
+            [*shown, *done, keys.MASK],
+            generator=generator,
+        )
+        self.goal_key, self.achieved_key = goal_key, _of_next(achieved_key)
+        self.reward_key, self.prev_reward_key = reward_key, prev_reward_key
+        self.shown_keys, self.done_keys, self.replaced_keys = shown, done, [*shown, *done]
         self.reward_fn, self.success_threshold, self.ends_trial = (
             reward_fn,
             success_threshold,

@@ -47,7 +47,8 @@ class HindsightRelabel(GoalRelabel):
         >>> no, last = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
         >>> zero, goal = torch.zeros(3, 1), torch.full((3, 1), 9.0)
         >>> trial = TensorDict({
-        ...     "desired_goal": goal, "prev_reward": zero, "collector": {"mask": torch.ones(3).bool()},
+        ...     "desired_goal": goal, "prev_reward": zero, "time_idx": torch.arange(3).unsqueeze(-1),
+        ...     "collector": {"mask": torch.ones(3).bool()},
         ...     "next": {"desired_goal": goal, "achieved_goal": place, "reward": zero,
         ...              "prev_reward": zero, "done": last, "terminated": no, "truncated": last}}, [3])
         >>> new = HindsightRelabel("final", fraction=1.0)(trial.unsqueeze(0))
