@@ -161,7 +161,11 @@ class Relabel(Transform, ABC):
 
     def set_container(self, container: Transform | EnvBase) -> None:
         super().set_container(container)
-        if self.container is not None:
+        try:
+            env = self.container
+        except ValueError:  # raised in a Compose that is in no environment
+            return
+        if env is not None:
             self.reset_parent()
             self._raise_in_env()
 
