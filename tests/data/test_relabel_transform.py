@@ -78,7 +78,7 @@ def trials():
     batch = next(iter(collector))
     lengths = batch[MASK].sum(-1)
     assert lengths.min() < lengths.max()
-    goal = batch["goals"][:, :1, 0].expand(batch.shape + (2,)).contiguous()
+    goal = batch["goals"][:, :1, 0].expand(*batch.shape, 2).contiguous()
     for side in (batch, batch["next"]):  # for HER: a goal that stays shown
         side["desired_goal"], side["achieved_goal"] = goal, side["achieved"][:, :, 0]
     return batch
@@ -309,6 +309,13 @@ def test_a_stock_buffer_runs_transforms_before_there_is_a_mask(make, trials, sam
     buffer.extend(flat(trials))
     with pytest.raises(ValueError, match=r"must get whole trials \[B, L\].*docs/hindsight.md"):
         buffer.sample()
+
+
+def test_a_stock_buffer_that_writes_through_it(make, trials):
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=64)
+    buffer.append_transform(make(), invert=True)
+    with pytest.raises(TypeError, match="whole trials as they are read, and was .* inverted"):
+        buffer.extend(flat(trials))
 
 
 def test_a_stock_buffer_that_relabels_after_the_sampler(trials):

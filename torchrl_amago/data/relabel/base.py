@@ -171,8 +171,8 @@ class Relabel(Transform, ABC):
 
     def _raise_in_env(self, *_: TensorDictBase) -> NoReturn:
         raise TypeError(
-            f"{type(self).__name__} must get whole trials, and was put into an environment, where "
-            f"trials are under way. {_PLACES}"
+            f"{type(self).__name__} must get whole trials as they are read, and was put into an "
+            f"environment, where they are under way, or inverted. {_PLACES}"
         )
 
     _reset = _step = _call = _raise_in_env
