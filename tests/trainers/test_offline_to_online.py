@@ -115,5 +115,7 @@ def test_other_data_cant_resume(tmp_path, data):
     make_offline_trainer(tmp_path, data, total_updates=6).train()
     ends = data["next", "done"].reshape(-1).nonzero().reshape(-1)
     other = make_offline_trainer(tmp_path, data[: int(ends[0]) + 1])
-    with pytest.raises(ValueError, match="goes on with the data that it was saved with"):
+    with pytest.raises(
+        ValueError, match="goes on with the data and the generator that it was saved with"
+    ):
         other.resume()
