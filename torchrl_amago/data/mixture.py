@@ -21,6 +21,8 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
 
+__all__ = ["TrialMixture", "online_part"]
+
 
 class TrialMixture:
     """Several buffers of whole trials behind the methods of one.

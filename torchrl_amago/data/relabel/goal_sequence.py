@@ -29,32 +29,33 @@ class GoalSequenceRelabel(GoalRelabel):
     turn it is, and the trial ends with its last goal.
 
     Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.MazeRunner`: all k at each
-    step, ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer. It must
-    be a single attempt.
+    step, ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer.
+    It must be a single attempt.
 
     Args:
-        strategy: how many goals are exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
+        strategy: number of goals exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
             trials of all returns; ``"all"``, h = k - n, so that each trial is a success; ``"none"``.
-        empty_goal: what a goal that is met is filled with, and what an empty place in ``achieved`` is; None
-            if goals stay shown.
+        empty_goal: number that fills the place of a goal that is met, and the empty places in
+            ``achieved``; None if goals stay shown.
         goal_key: entry ``[*B, k, *goal]``.
         achieved_key: entry ``[*B, N, *goal]``: N goals are achieved in each step, or fewer and the rest
             are empty.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown; when called, if goals can't hold ``empty_goal``, goals and what
-            was achieved don't have the same shape, or replaying a batch doesn't give what was stored.
+        ValueError: if the strategy is unknown; when called, if goals can't hold ``empty_goal``, goals
+            and what was achieved don't have the same shape, or replaying a batch doesn't give what was
+            stored.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
         >>> from torchrl_amago.envs.tasks import MazeRunner
-        >>> maze = MazeRunner(7, num_goals=2, max_episode_steps=30, batch_size=[8], seed=0)
+        >>> maze = MazeRunner(7, num_goals=9, max_episode_steps=30, batch_size=[8], seed=0)
         >>> trials = make_trial_env(maze, episodes=1).rollout(30)
         >>> trials["collector", "mask"] = torch.ones(trials.shape, dtype=torch.bool)
         >>> relabel = GoalSequenceRelabel("all", generator=torch.Generator().manual_seed(0))
         >>> new = relabel(trials)
-        >>> new["next", "reward"].sum(1).flatten().tolist() == [2.0] * 8
+        >>> new["next", "reward"].sum(1).flatten().tolist() == [9.0] * 8
         True
     """
 
@@ -82,8 +83,8 @@ class GoalSequenceRelabel(GoalRelabel):
             and torch.tensor(self.empty_goal).to(dtype) != self.empty_goal
         ):
             raise ValueError(
-                f"empty_goal must be a number that goals can hold, got {self.empty_goal} for goals of {dtype}. "
-                "Choose another one, or None if goals stay shown."
+                f"empty_goal must be a number that goals can hold, got {self.empty_goal} for goals of "
+                f"{dtype}. Choose another one, or None if goals stay shown."
             )
         return super().relabel(trials, generator)
 
@@ -182,11 +183,11 @@ class GoalSequenceRelabel(GoalRelabel):
 
 
 def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
-    """Steps at which the goals of a sequence are met: each by the first hit after that of the one before.
+    """Find the steps that meet the goals of a sequence: each the first hit after the goal before it.
 
     Args:
-        hits_BTK: bool, whether step t meets goal k if it is that goal's turn.
-        is_empty_BK: bool, goals that nothing need be done for.
+        hits_BTK: bool, True where step t meets goal k if it is that goal's turn.
+        is_empty_BK: bool, True for empty goals, which need no step.
 
     Returns:
         int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one before it,
@@ -210,14 +211,14 @@ def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
 
 
 def _num_met_before(met_RK: Tensor, num_steps: int) -> Tensor:
-    """How many goals are met before each step, int64 ``[R, S]``."""
+    """Number of goals met before each step, int64 ``[R, S]``."""
     count = torch.zeros(len(met_RK), num_steps + 1, dtype=torch.int64, device=met_RK.device)
     count.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
     return count[:, :-1].cumsum(1)
 
 
 def _in_order(when: list[Tensor], goals: list[Tensor], rank_BK: Tensor) -> Tensor:
-    """Of these goals, sorted by time, those of these ranks."""
+    """Sort goals by time and take those of these ranks."""
     order = torch.cat(when, 1).argsort(1)
     rows_B1 = torch.arange(len(order), device=order.device).unsqueeze(-1)
     return torch.cat(goals, 1)[rows_B1, order.gather(1, rank_BK)]

@@ -1,4 +1,4 @@
-"""What relabelling with goals has in common: the reward of a goal, and what follows from rewards.
+"""Base of relabelling with goals: the reward of a goal, and the endings that follow from rewards.
 
 Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals achieved
 in a step, R trials that change. A goal has any shape, which is left out of the suffixes: ``goals_BK``
@@ -22,7 +22,7 @@ RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
-    """Whether one of the goals achieved in a step is this one, number by number.
+    """Compare a goal with those achieved in a step, number by number; True if it is one of them.
 
     Args:
         achieved: ``[B, T, K, N, *goal]``, N goals achieved in each step.
@@ -40,10 +40,7 @@ def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
 
 
 def is_empty_goal(goals: Tensor, empty_goal: float | None, batch_dims: int) -> Tensor:
-    """Mark the goals that are empty, bool; a goal is what follows the first dimensions.
-
-    None is where ``empty_goal`` is None.
-    """
+    """Mark empty goals, bool; a goal spans all dimensions after the first ``batch_dims``."""
     if empty_goal is None:
         return torch.zeros(goals.shape[:batch_dims], dtype=torch.bool, device=goals.device)
     return _all_of_goal(goals == empty_goal, batch_dims)
@@ -56,7 +53,7 @@ def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
 
 
 def time_innermost(x_BT: Tensor) -> Tensor:
-    """The same values, steps next to each other in memory: what is done with them is much faster."""
+    """Copy with steps next to each other in memory, where operations on them are much faster."""
     return x_BT.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -67,11 +64,11 @@ class GoalRelabel(Relabel):
 
     Args:
         goal_key: entry that shows the goals.
-        achieved_key: entry that shows what was achieved: that of ``next`` is what a step's reward is for.
+        achieved_key: entry that shows what was achieved; a step's reward is for the one in ``next``.
         reward_fn: ``(achieved [B, T, 1, N, *goal], goal [B, 1, K, *goal]) -> [B, T, K]``, the
-            environment's reward, or whether the goal is met (1 or 0).
+            environment's reward, or 1 where the goal is met and 0 elsewhere.
         success_threshold: a goal is met by a reward larger than this.
-        ends_trial: whether the trial is over, ``terminated``, where the goal, or the last one, is met.
+        ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
         reward_key: in ``next``: reward of a step.
         prev_reward_key: entry that shows the previous step's reward.
         check: replay the first batch with its own goals, and the first in which one is met, to see that
@@ -104,11 +101,8 @@ class GoalRelabel(Relabel):
         self.goal_key, self.achieved_key = goal_key, _of_next(achieved_key)
         self.reward_key, self.prev_reward_key = reward_key, prev_reward_key
         self.shown_keys, self.done_keys, self.replaced_keys = shown, done, [*shown, *done]
-        self.reward_fn, self.success_threshold, self.ends_trial = (
-            reward_fn,
-            success_threshold,
-            ends_trial,
-        )
+        self.reward_fn, self.success_threshold = reward_fn, success_threshold
+        self.ends_trial = ends_trial
         self._to_check, self._is_first = check, True
 
     @abstractmethod
@@ -118,8 +112,8 @@ class GoalRelabel(Relabel):
         """Draw goals.
 
         Returns:
-            The goals of each trial, and bool ``[B]``, which trials get them; the others stay as they
-            were.
+            The goals of each trial, and bool ``[B]``, True for trials that get them; the others stay as
+            they were.
         """
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
@@ -135,12 +129,12 @@ class GoalRelabel(Relabel):
     def with_goals(
         self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
     ) -> TensorDictBase:
-        """What the trials would have been, had these been their goals.
+        """Replay trials as if these had been their goals.
 
         Args:
             trials: as for :meth:`relabel`.
             goals: of each trial.
-            is_new_B: bool ``[B]``, which trials get them; default all.
+            is_new_B: bool ``[B]``, True for trials that get them; default all.
 
         Returns:
             The entries that change, and the mask.
@@ -159,7 +153,7 @@ class GoalRelabel(Relabel):
 
     @abstractmethod
     def _num_goals(self, goals_R: Tensor) -> Tensor:
-        """How many goals trials have, ``[R]``."""
+        """Number of goals that trials have, ``[R]``."""
 
     def _own_goals(self, trials: TensorDictBase) -> Tensor:
         """The goals as they are shown first."""

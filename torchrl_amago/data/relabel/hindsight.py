@@ -22,24 +22,24 @@ Strategy = Literal["future", "final", "episode"]
 class HindsightRelabel(GoalRelabel):
     """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
 
-    A fraction of the trials gets as its goal what was achieved in one of its own steps. The agent remembers
-    a trial as a whole, so it has one goal in all its steps: HER draws goals anew for each transition.
+    A fraction of the trials gets as its goal what was achieved in one of its own steps. HER draws goals
+    anew for each transition; here an agent remembers its trial, which has one goal in all its steps.
     Each step's reward becomes ``reward_fn`` of what it achieved and the new goal.
 
     Args:
         strategy: the step whose achievement becomes the goal: ``"final"``, the last; ``"episode"``, any;
             ``"future"``, any that isn't before a step drawn first (so later ones are likelier).
-        fraction: of the trials that get a new goal, in [0, 1]; HER's best, four new goals for an old one, is
-            0.8.
+        fraction: fraction of the trials that get a new goal, in [0, 1]; HER's best, four new goals for
+            an old one, is 0.8.
         goal_key: entry ``[*B, *goal]``.
         achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` where N goals are achieved in each step.
-        empty_goal: what fills a place of those N that is empty; a trial for which only empty ones were drawn
-            keeps its goal. None if there are no empty places.
+        empty_goal: number that fills an empty place of those N; a trial for which only empty ones were
+            drawn keeps its goal. None if there are no empty places.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown or the fraction out of its range; when called, if shapes don't
-            fit, or replaying a batch doesn't give what was stored.
+        ValueError: if the strategy is unknown or the fraction out of its range; when called, if shapes
+            don't fit, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from tensordict import TensorDict
@@ -69,7 +69,7 @@ class HindsightRelabel(GoalRelabel):
         check_choice("strategy", strategy, get_args(Strategy))
         if not 0.0 <= fraction <= 1.0:
             raise ValueError(
-                f"fraction must be in [0, 1], got {fraction}. It is the part of the trials that get new goals."
+                f"fraction must be in [0, 1], got {fraction}. It says how many trials get new goals."
             )
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
         self.strategy, self.fraction, self.empty_goal = strategy, fraction, empty_goal

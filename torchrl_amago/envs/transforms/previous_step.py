@@ -1,4 +1,4 @@
-"""What the agent did and got: the previous action and reward as inputs, and the time in the trial.
+"""The previous action and reward as inputs of the agent, and the time in the trial.
 
 An agent that adapts must know which action led to which reward. Both are put into the next step's
 tensordict, in a form that networks read, and zeroed only when a trial begins.
@@ -235,7 +235,7 @@ def raise_outside_env(transform: Transform) -> NoReturn:
 
 
 def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:
-    """What bounded numbers are shifted and divided by: 0 and 1 for those without both bounds."""
+    """Shift and divisor of bounded numbers: 0 and 1 for those without both bounds."""
     low, high = spec.low / 2, spec.high / 2  # halved first: their difference could overflow
     largest = torch.finfo(spec.dtype).max / 2
     is_finite = (low > -largest) & (high < largest)
