@@ -268,9 +268,8 @@ def _check_buffers(buffers: Mapping[str, ReplayBuffer]) -> bool:
 
 def _checksum(buffer: ReplayBuffer) -> int:
     """Checksum of everything that a buffer holds."""
-    for owner in (buffer, buffer.storage):
-        if hasattr(owner, "checksum"):
-            return owner.checksum()
+    if hasattr(buffer.storage, "checksum"):
+        return buffer.storage.checksum()
     steps, total = buffer[:].flatten_keys() if len(buffer) else {}, 0
     for key in sorted(steps.keys()):
         total = zlib.crc32(steps[key].contiguous().view(torch.uint8).numpy(), total)
