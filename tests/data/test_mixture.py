@@ -11,7 +11,8 @@ from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictRepl
 from torchrl.data.replay_buffers import RandomSampler
 
 from tests.data.trials import make_trial
-from torchrl_amago.data import TrialStorage, load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data import mixture as mixture_module
 from torchrl_amago.data.mixture import TrialMixture
 
 SOURCE = ("collector", "source")
@@ -366,14 +367,14 @@ def test_the_same_data_go_on_wherever_they_lie(tmp_path):
 
 def test_data_are_read_through_once_for_all_checkpoints(monkeypatch):
     read = []
-    checksum = TrialStorage.checksum
+    checksum = mixture_module._checksum
     monkeypatch.setattr(
-        TrialStorage, "checksum", lambda storage: read.append(storage) or checksum(storage)
+        mixture_module, "_checksum", lambda buffer: read.append(buffer) or checksum(buffer)
     )
     mixture = make_mixture(new=[5])
     first = mixture.state_dict()["made_of"]
     assert mixture.state_dict()["made_of"] == first
-    assert read == [mixture.buffers["old"].storage]
+    assert read == [mixture.buffers["old"]]
     mixture.buffers["old"].extend(make_trial(5))
     assert mixture.state_dict()["made_of"] != first
 
