@@ -58,7 +58,7 @@ class Args(TrainingArgs):
     dataset_weight: float = 0.25
     """Share of a batch that comes from the dataset in the end."""
     anneal_updates: int = 1000
-    """Updates over which the share of new experience rises."""
+    """Updates over which the fraction of new experience rises."""
     online_coeff: float = 1.0
     """Weight of the policy gradient in the actor's loss."""
     offline_coeff: float = 0.1

@@ -57,9 +57,9 @@ def test_nothing_is_collected_before_the_switch(tmp_path, data):
     assert len(frames) == TOTAL
     assert torch.equal(trainer.replay_buffer.buffers["data"][:]["action"], before["action"])
     rows = read_progress(tmp_path)
-    shares = dict(zip(rows["update"].tolist(), rows["share/online"].tolist(), strict=True))
-    assert shares[4] == shares[8] == 0
-    assert shares[24] == pytest.approx(0.5)
+    fractions = dict(zip(rows["update"].tolist(), rows["fraction/online"].tolist(), strict=True))
+    assert fractions[4] == fractions[8] == 0
+    assert fractions[24] == pytest.approx(0.5)
     assert rows["frames"][rows["update"] == 8] == 0
     assert rows["trials"][-1] == trainer.monitor.trials > 0
 
@@ -115,5 +115,7 @@ def test_other_data_cant_resume(tmp_path, data):
     make_offline_trainer(tmp_path, data, total_updates=6).train()
     ends = data["next", "done"].reshape(-1).nonzero().reshape(-1)
     other = make_offline_trainer(tmp_path, data[: int(ends[0]) + 1])
-    with pytest.raises(ValueError, match="goes on with the data that it was saved with"):
+    with pytest.raises(
+        ValueError, match="goes on with the data and the generator that it was saved with"
+    ):
         other.resume()

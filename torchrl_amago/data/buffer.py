@@ -8,30 +8,23 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import TensorDictReplayBuffer
 from torchrl.data.replay_buffers import Writer
+from torchrl.envs import Transform
 
 from torchrl_amago import keys
+from torchrl_amago.data.relabel.base import Relabel
 from torchrl_amago.data.slices import Draw, Overhang, Padding, Trials, TrialSliceSampler
 from torchrl_amago.data.trial_ends import trial_ends
 from torchrl_amago.data.trial_storage import Mode, TrialStorage
 
 # Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
 _MAX_SHARE, _MEAN_SHARE = 0.9, 0.1
-
-
-class RelabelFunction(Protocol):
-    """Changes drawn trials before they are cut to slices."""
-
-    in_keys: Sequence[NestedKey]
-
-    def __call__(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
-        """From ``in_keys`` and mask of whole trials ``[B, L]`` to the entries that change, and mask."""
 
 
 class TrialWriter(Writer):
@@ -99,9 +92,14 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         *,
         storage: TrialStorage,
         sampler: TrialSliceSampler,
-        relabel: RelabelFunction | None = None,
+        relabel: Relabel | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(relabel, Relabel | None):
+            raise TypeError(
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Subclass Relabel, or "
+                "give other transforms to append_transform."
+            )
         self.relabel = relabel
         super().__init__(
             storage=storage,
@@ -110,6 +108,34 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             collate_fn=_identity,
             **options,
         )
+
+    # -- transforms ------------------------------------------------------------------------------
+
+    def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
+        """Append a transform; a relabeller becomes the buffer's ``relabel``.
+
+        Raises:
+            ValueError: for a relabeller after another one, or after other transforms, which get slices.
+        """
+        if isinstance(transform, Relabel):
+            return self.insert_transform(len(self._transform), transform, invert=invert)
+        return super().append_transform(transform, invert=invert)
+
+    def insert_transform(
+        self, index: int, transform: Transform, *, invert: bool = False
+    ) -> TrialReplayBuffer:
+        """Insert a transform; see :meth:`append_transform`."""
+        if not isinstance(transform, Relabel):
+            return super().insert_transform(index, transform, invert=invert)
+        if index or invert or self.relabel is not None:
+            raise ValueError(
+                "a buffer of trials has one relabeller, which reads what is stored, before all other "
+                f"transforms, got {type(transform).__name__} at index {index} with invert={invert} "
+                f"beside relabel={self.relabel}. Insert it at 0; to do two things, write one Relabel "
+                "that does both."
+            )
+        self.relabel = transform
+        return self
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -183,7 +209,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             # Before it is relabelled: what is no trial would look like a wrong reward function.
             if not self._are_there(trials):
                 return None
-            length_B, replaced_BL = self._relabel(whole_BL, trials.length)
+            replaced_BL = self.relabel.relabel_trials(whole_BL, self._rng)
+            length_B = replaced_BL.get(keys.MASK).sum(-1)
         windows = sampler.windows(length_B)
         pad_left = sampler.padding == "left"
         batch = storage.read_slices(
@@ -216,20 +243,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         )
         step_L = torch.arange(whole_BL.shape[1])
         return whole_BL.set(keys.MASK, step_L < trials.length.unsqueeze(-1))
-
-    def _relabel(
-        self, whole_BL: TensorDictBase, stored_length_B: Tensor
-    ) -> tuple[Tensor, TensorDictBase]:
-        """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
-        replaced_BL = self.relabel(whole_BL, self._rng)
-        length_B = replaced_BL.get(keys.MASK).sum(-1)
-        if (length_B < 1).any() or (length_B > stored_length_B).any():
-            raise ValueError(
-                "relabelling may shorten a trial to at least one step, got lengths "
-                f"{length_B.tolist()} from {stored_length_B.tolist()}. Return the mask of the steps "
-                "that are left, the first ones of each trial."
-            )
-        return length_B, replaced_BL
 
     def set_(self, *_: Any, **__: Any) -> None:
         """Refused, as are ``set_at_``, ``update_`` and ``rb[...] = ...``: trials don't change in place."""
@@ -318,7 +331,7 @@ def make_trial_buffer(
     draw: Draw = "trials",
     alpha: float = 0.6,
     beta: float = 0.4,
-    relabel: RelabelFunction | None = None,
+    relabel: Relabel | None = None,
     prefetch: int | None = None,
     generator: torch.Generator | None = None,
     padding: Padding = "right",
