@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import TypeVar
 
 Builder = TypeVar("Builder", bound=Callable)
@@ -33,7 +34,7 @@ def pick(argument: str, choice: str | Builder, known: Mapping[str, Builder], hin
     return known[choice]
 
 
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
+def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
     """Refuse what isn't among the choices; the first of them is the usual one.
 
     Raises:
@@ -50,7 +51,7 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_counts(remedy: str, **counts: int) -> None:
-    """Refuse counts below 1, by name.
+    """Refuse counts below 1, and what isn't a whole number, by name.
 
     Args:
         remedy: the message's last sentence.
@@ -63,5 +64,7 @@ def check_counts(remedy: str, **counts: int) -> None:
         >>> check_counts("Use 4, as published.", num_critics=2)
     """
     for name, value in counts.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be a whole number, got {value!r}. {remedy}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. {remedy}")

@@ -16,6 +16,9 @@ class Steps:
         mask: bool ``[*B]``, True on real steps.
         compact: put the real steps in one row; default on a CPU, outside of ``torch.compile``.
 
+    Raises:
+        ValueError: if the mask isn't bool.
+
     Example:
         >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
         >>> x_BT = torch.tensor([[1.0, float("nan")], [3.0, 4.0]])
@@ -27,6 +30,11 @@ class Steps:
     """
 
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use mask.bool() "
+                "if it holds zeros and ones."
+            )
         if compact is None:
             compact = mask.device.type == "cpu" and not torch.compiler.is_compiling()
         self.full_mask, self.compact = mask, compact

@@ -42,7 +42,11 @@ class EnsembleLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_members, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_members, out_features))
-        bound = 1.0 / math.sqrt(in_features)  # as torch.nn.Linear draws its own
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
+        bound = 1.0 / math.sqrt(self.weight.shape[1])  # as torch.nn.Linear draws its own
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
@@ -108,6 +112,20 @@ class CriticEnsemble(nn.Module):
         if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
             # Their backward needs the result alone, and the input is as large as all members' layers.
             self.activation.inplace = True
+        self._output_bias: Tensor | None = None
+        self._output_slope: Tensor | None = None
+
+    def reset_parameters(self) -> None:
+        """Start predictions where they were told to; the layers draw their own weights."""
+        if self._output_slope is not None:
+            self.set_output_slope(self._output_slope)
+        if self._output_bias is not None:
+            self.set_output_bias(self._output_bias)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the function and no shape tells, as values that JSON can hold."""
+        return {"activation": type(self.activation).__name__, "dropout": self.dropout}
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
@@ -123,6 +141,7 @@ class CriticEnsemble(nn.Module):
         """
         self._check_outputs("bias", bias)
         self.out.bias.view(self.num_critics, -1, *bias.shape).copy_(bias)
+        self._output_bias = bias
 
     @torch.no_grad()
     def set_output_slope(self, slope: Tensor) -> None:
@@ -139,7 +158,8 @@ class CriticEnsemble(nn.Module):
         self._check_outputs("slope", slope)
         C, H, _ = self.out.weight.shape
         values_CHV1 = self.out.weight.view(C, H, -1, len(slope))[..., :1].clone()
-        self.out.weight.copy_((values_CHV1 * slope).flatten(2))
+        self.out.weight.copy_((values_CHV1 * slope.to(values_CHV1)).flatten(2))
+        self._output_slope = slope
 
     def _check_outputs(self, name: str, x: Tensor) -> None:
         expected = (self.event_shape.numel(),)
@@ -283,11 +303,24 @@ class ActionCritic(CriticEnsemble):
             raise ValueError(
                 f"action_gain must be above 0, got {action_gain}. Use 1 for weights as torch draws them."
             )
-        with torch.no_grad():
-            self.hidden[0].weight[:, -action_size:] *= action_gain
         self.state_size, self.action_size = state_size, action_size
-        self.clip_actions = clip_actions
+        self.clip_actions, self.action_gain = clip_actions, action_gain
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
+        self._widen_actions()
+
+    def reset_parameters(self) -> None:
+        """Start predictions and the weights of actions as they were told to."""
+        super().reset_parameters()
+        self._widen_actions()
+
+    @torch.no_grad()
+    def _widen_actions(self) -> None:
+        self.hidden[0].weight[:, -self.action_size :] *= self.action_gain
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of every critic, and the bound on actions."""
+        return {**super().settings, "clip_actions": self.clip_actions}
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         """Values of the actions under every discount.

@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchrl.modules import recurrent_mode
 
 
 class SigmaReparamLinear(nn.Linear):
@@ -38,12 +39,24 @@ class SigmaReparamLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.gamma = nn.Parameter(torch.ones(1))
+        self.gamma = nn.Parameter(torch.empty(1))
+        self.register_buffer("u", torch.empty(out_features))
+        self.register_buffer("v", torch.empty(in_features))
+        self._start_spectral_norm()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, whose spectral norm is 1 again."""
+        super().reset_parameters()
+        if "gamma" in self._parameters:  # not yet, where nn.Linear's constructor calls
+            self._start_spectral_norm()
+
+    @torch.no_grad()
+    def _start_spectral_norm(self) -> None:
+        nn.init.ones_(self.gamma)
         nn.init.trunc_normal_(self.weight, std=0.02)
-        with torch.no_grad():
-            u_OR, _, v_RI = torch.linalg.svd(self.weight, full_matrices=False)
-        self.register_buffer("u", u_OR[:, 0].clone())
-        self.register_buffer("v", v_RI[0].clone())
+        u_OR, _, v_RI = torch.linalg.svd(self.weight, full_matrices=False)
+        self.u.copy_(u_OR[:, 0])
+        self.v.copy_(v_RI[0])
 
     def scale(self, power_iteration: bool = False) -> Tensor:
         """What multiplies `weight`: `gamma / sigma`, shape `[1]`.
@@ -85,6 +98,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
         self.eps = eps
+
+    def reset_parameters(self) -> None:
+        """Scale by 1."""
+        nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., size]`."""
@@ -338,10 +355,22 @@ class InputNorm(nn.Module):
 
     def __init__(self, size: int, beta: float = 1e-4, init_nu: float = 1.0) -> None:
         super().__init__()
-        self.beta = beta
-        self.register_buffer("mu", torch.zeros(size))
-        self.register_buffer("nu", torch.full((size,), float(init_nu)))
-        self.register_buffer("t", torch.ones(1))
+        self.beta, self.init_nu = beta, init_nu
+        self.register_buffer("mu", torch.empty(size))
+        self.register_buffer("nu", torch.empty(size))
+        self.register_buffer("t", torch.empty(1))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget all inputs."""
+        self.mu.zero_()
+        self.nu.fill_(self.init_nu)
+        self.t.fill_(1.0)
+
+    @property
+    def follows_inputs(self) -> bool:
+        """Whether a module that uses it shall :meth:`update` it: while a loss is being trained."""
+        return self.training and recurrent_mode() and torch.is_grad_enabled()
 
     @property
     def sigma(self) -> Tensor:

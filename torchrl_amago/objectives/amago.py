@@ -29,11 +29,12 @@ from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 from torchrl_amago.objectives.batch import Slices
 from torchrl_amago.objectives.checks import (
     check_critics,
+    check_distribution,
     check_filter,
     check_mask,
+    check_precision,
     check_same_discounts,
     check_scales,
-    check_weighting,
     check_words,
 )
 from torchrl_amago.objectives.critics import (
@@ -58,7 +59,9 @@ from torchrl_amago.objectives.metrics import (
     VALUE_METRICS,
     policy_metrics,
     value_metrics,
+    value_names,
 )
+from torchrl_amago.objectives.settings import PLAIN, Setting, distribution_settings, name_of
 
 MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
@@ -82,6 +85,11 @@ class AMAGOLoss(LossModule):
     Only ``terminated`` stops bootstrapping. Steps under a False mask count for nothing, whatever
     they hold. The encoder learns from both losses; targets use the online encoder without gradient.
     :func:`amago_loss` and :func:`amago2_loss` build it with the published choices.
+
+    Batches are rows ``[B, T]`` or flat, ``[N]``. Where a row holds several trials or slices, it is cut
+    (:func:`~torchrl_amago.rows.split_trials`), except under `torch.compile`. Every next observation is
+    read: `compact_obs=True` of TorchRL's collectors drops those at the ends of slices, and is refused.
+    Statistics of inputs and targets move in training mode alone, and not under `torch.no_grad`.
 
     Args:
         encoder_network: inputs of a step -> ``"state" [B, T, D]``, in recurrent mode.
@@ -110,7 +118,8 @@ class AMAGOLoss(LossModule):
         soften_actions: show critics a stored discrete action as the policy's probabilities are
             clipped (0.996 and four times 0.001 of five actions), as the public AMAGO code does, so
             that stored and chosen actions are valued alike.
-        actor_mask: a function that edits which ``[B, T, G]`` count in the actor's loss.
+        actor_mask: a function that edits which ``[B, T, G]`` count in the actor's loss; of a batch that
+            was split, it is shown the rows made of it.
         critic_mask: likewise ``[B, T, C, G]`` in the critics' loss.
         compact: run the heads and the equations on real steps alone, in one row, instead of on all of
             ``[B, T]``: the same numbers for less work where trials differ in length. Shapes then
@@ -121,13 +130,15 @@ class AMAGOLoss(LossModule):
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over real steps.
 
     Returns:
-        ``loss_actor`` and ``loss_qvalue``, whose sum is the total loss, and detached metrics, see
-        :mod:`~torchrl_amago.objectives.metrics`.
+        ``loss_actor`` and ``loss_qvalue``, whose sum is the total loss, and detached metrics, all
+        scalars (but for ``reduction="none"``), see :mod:`~torchrl_amago.objectives.metrics`. The batch
+        gets each step's absolute TD error, the priority.
 
     Raises:
-        ValueError: for arguments out of range, or parts for other discounts; for batches that aren't
-            ``[B, T]``, rows that don't hold steps of one trial with padding behind them, rewards that
-            aren't scalar, or actions outside of their space.
+        ValueError: for arguments out of range, or parts for other discounts; for batches of more
+            dimensions, padding before real steps of a row, a mask that isn't bool, rewards that aren't
+            scalar or too large, NaN in next observations, or actions outside of their space.
+        TypeError: if `distribution` isn't a policy's, or weights are of half precision.
         KeyError: if the tensordict lacks an entry.
 
     Example:
@@ -155,6 +166,8 @@ class AMAGOLoss(LossModule):
         action_vector: NestedKey = keys.ACTION_VECTOR
         action_value: NestedKey = keys.ACTION_VALUE
         mask: NestedKey = keys.MASK
+        is_init: NestedKey = keys.IS_INIT
+        done: NestedKey = "done"
         priority: NestedKey = "td_error"
         priority_weight: NestedKey = "priority_weight"
 
@@ -204,8 +217,12 @@ class AMAGOLoss(LossModule):
             target_reduction=target_reduction or "min",
             filter_space=filter_space,
             reduction=reduction,
+            compact=compact,
+            use_prioritized_weights=use_prioritized_weights,
+            use_target_actor=use_target_actor,
+            soften_actions=soften_actions,
         )
-        check_weighting(use_prioritized_weights)
+        check_distribution(distribution)
         check_scales(
             reward_scale,
             online_coeff=online_coeff,
@@ -231,6 +248,8 @@ class AMAGOLoss(LossModule):
         )
         self.value_codec = codec
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
+        self._value_names = value_names(discounts)
+        self._selected_out_keys: list[str] | None = None
         self.num_target_critics = num_target_critics
         self.target_reduction = target_reduction or ("min" if online_coeff > 0 else "mean")
         self.n_step, self.reward_scale = n_step, reward_scale
@@ -258,21 +277,87 @@ class AMAGOLoss(LossModule):
         return len(self.critic_network.in_keys) > 1
 
     @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries read from the tensordict, in the order :func:`dispatch` takes them."""
-        inputs = list(dict.fromkeys([*self._input_keys(), *self._actor_keys()]))
-        following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
-        return [*inputs, self.tensor_keys.action] + [("next", *_as_tuple(key)) for key in following]
+    def settings(self) -> dict[str, Setting]:
+        """What changes the loss and no shape tells, flat, as values that JSON can hold.
+
+        Functions are told by their names.
+        """
+        discounts = [float(f"{discount:.7g}") for discount in self.discounts.tolist()]
+        parts = {
+            "distribution": distribution_settings(self.distribution),
+            "value_codec": self.value_codec.settings,
+            "critic": getattr(getattr(self.critic_network, "module", None), "settings", {}),
+        }
+        return {
+            "discounts": discounts,
+            **{name: getattr(self, name) for name in PLAIN},
+            "advantage_filter": name_of(self.filter),
+            "actor_mask": name_of(self.actor_mask),
+            "critic_mask": name_of(self.critic_mask),
+            **{f"{part}.{k}": v for part, settings in parts.items() for k, v in settings.items()},
+        }
 
     @property
-    def out_keys(self) -> list[NestedKey]:
-        """Entries written."""
-        metrics = POLICY_METRICS + (VALUE_METRICS if self.uses_critic else ())
-        return ["loss_actor", "loss_qvalue", *metrics]
+    def in_keys(self) -> list[NestedKey]:
+        """Entries read from the tensordict, in the order :func:`dispatch` takes them.
 
-    @dispatch
+        The mask, last, may be missing: all steps are real then.
+        """
+        inputs = list(dict.fromkeys([*self._input_keys(), *self._actor_keys()]))
+        following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
+        following = [("next", *_as_tuple(key)) for key in following]
+        return [*inputs, self.tensor_keys.action, *following, self.tensor_keys.mask]
+
+    @property
+    def _dispatch_keys(self) -> list[NestedKey]:
+        """What else is read where it is there: ends and beginnings of trials, importance weights."""
+        names = self.tensor_keys
+        ends = ("next", *_as_tuple(names.done))
+        return list(dict.fromkeys([*self.in_keys, names.is_init, ends, names.priority_weight]))
+
+    @property
+    def out_keys_source(self) -> list[str]:
+        """Entries that can be selected."""
+        metrics = [*POLICY_METRICS]
+        if self.uses_critic:
+            metrics += [*VALUE_METRICS, *self._value_names]
+        return list(dict.fromkeys(["loss_actor", "loss_qvalue", *metrics]))
+
+    @property
+    def out_keys(self) -> list[str]:
+        """Entries written."""
+        return self._selected_out_keys or self.out_keys_source
+
+    # Not by TorchRL's hook, which takes a batch without a mask for a call with keywords.
+    def select_out_keys(self, *out_keys: str) -> AMAGOLoss:
+        """Write these entries alone from now on.
+
+        Raises:
+            ValueError: if there is no such entry.
+        """
+        if missing := set(out_keys) - set(self.out_keys):
+            raise ValueError(
+                f"out_keys to select must be among {self.out_keys}, got {sorted(map(str, missing))}. "
+                "reset_out_keys() brings back all."
+            )
+        self._selected_out_keys = list(out_keys)
+        return self
+
+    def reset_out_keys(self) -> AMAGOLoss:
+        """Write all entries again."""
+        self._selected_out_keys = None
+        return self
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw all weights anew; targets begin as their copies, statistics from their start."""
+        super().reset_parameters_recursive()
+        for name in ("actor_network_params", "critic_network_params"):
+            self._modules[f"target_{name}"].data.update_(self._modules[name].data)
+        self.value_codec.reset_parameters()
+
+    @dispatch(source="_dispatch_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the losses of a batch of slices ``[B, T]``, and update the codec's statistics."""
+        """Compute the losses of a batch of slices, and update the codec's statistics."""
         batch = self._read(tensordict, self.compact)
         steps = batch.steps
         current, following = self._states(batch)
@@ -283,7 +368,8 @@ class AMAGOLoss(LossModule):
         if self.uses_critic:
             prediction, value = self._online_answers(current, action_MA, policy)
             target_MG = self._td_target(batch, following)
-            self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
+            if self._moves_statistics:
+                self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(prediction, target_MG)
             q_MCG = self.value_codec.decode(prediction.detach())
             advantage_MG = self._advantage(prediction, q_MCG, value, self.filter_space)
@@ -296,9 +382,10 @@ class AMAGOLoss(LossModule):
                 weight_MG,
                 steps.mask,
                 self.reward_scale,
+                self._value_names,
             )
             metrics |= values
-            tensordict.set(self.tensor_keys.priority, steps.restore(td_error_M))
+            tensordict.set(self.tensor_keys.priority, batch.restore(td_error_M))
         terms["loss_actor"] = self._actor_term(policy, action_MA, value, weight_MG)
         return self._reduce(batch, terms, metrics)
 
@@ -310,12 +397,12 @@ class AMAGOLoss(LossModule):
         Networks are in evaluation mode, without dropout, also where the loss is in training.
 
         Args:
-            tensordict: slices ``[B, T]``.
+            tensordict: slices ``[B, T]``, or flat, ``[N]``.
             filter_space: as the constructor's; default that of training.
 
         Returns:
             ``q_value``, ``value``, ``advantage`` in reward units times ``reward_scale`` (ensemble
-            means), ``q_value_std``, ``value_std`` over the ensemble, and ``filter``: ``[B, T, G]``.
+            means), ``q_value_std``, ``value_std`` over the ensemble, and ``filter``: ``[*batch, G]``.
         """
         space = filter_space or self.filter_space
         check_words(filter_space=space)
@@ -327,14 +414,16 @@ class AMAGOLoss(LossModule):
             prediction, policy_value = self._online_answers(current, action_BTA, policy)
             q, value = self.value_codec.decode(prediction), policy_value.to("value")
             weight_BTG = self._imitation_weight(self._advantage(prediction, q, policy_value, space))
+        estimates = {
+            "q_value": q.mean(-2),
+            "value": value.mean(-2),
+            "advantage": q.mean(-2) - value.mean(-2),
+            "q_value_std": ensemble_std(q),
+            "value_std": ensemble_std(value),
+            "filter": weight_BTG,
+        }
         return TensorDict(
-            q_value=q.mean(-2),
-            value=value.mean(-2),
-            advantage=q.mean(-2) - value.mean(-2),
-            q_value_std=ensemble_std(q),
-            value_std=ensemble_std(value),
-            filter=weight_BTG,
-            batch_size=tensordict.shape,
+            {name: batch.restore(x) for name, x in estimates.items()}, batch_size=tensordict.shape
         )
 
     # --- inputs ---
@@ -344,17 +433,31 @@ class AMAGOLoss(LossModule):
 
     def _actor_keys(self) -> list[NestedKey]:
         """Observations that go straight to the actor."""
-        return [key for key in self.actor_network.in_keys if key != self.tensor_keys.state]
+        return [key for key in self.actor_network.in_keys if key != self._state_key]
+
+    @property
+    def _state_key(self) -> NestedKey:
+        written = self.encoder_network.out_keys
+        shared = [key for key in self.actor_network.in_keys if key in written]
+        return _own_name(self.tensor_keys.state, shared)
 
     def _read(self, tensordict: TensorDictBase, compact: bool | None) -> Slices:
-        return Slices(tensordict, self.tensor_keys, compact, self.discounts.device)
+        if not torch.compiler.is_compiling():
+            check_precision(self.discounts, next(self.parameters(), self.discounts))
+        inputs = {*self._input_keys(), *self._actor_keys()}
+        device = self.discounts.device
+        return Slices(tensordict, self.tensor_keys, inputs, compact, self.reward_scale, device)
+
+    @property
+    def _moves_statistics(self) -> bool:
+        return self.training and torch.is_grad_enabled()
 
     def _states(self, batch: Slices) -> tuple[dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
         """What the heads read: at the slice's steps, and one step on, there without gradient."""
         steps = batch.steps
         state_BSD = self._encode(batch)
-        current = {self.tensor_keys.state: steps.select(state_BSD[:, :-1])}
-        following = {self.tensor_keys.state: steps.select(state_BSD[:, 1:]).detach()}
+        current = {self._state_key: steps.select(state_BSD[:, :-1])}
+        following = {self._state_key: steps.select(state_BSD[:, 1:]).detach()}
         actor_keys = self._actor_keys()
         if not actor_keys:
             return current, following
@@ -378,22 +481,28 @@ class AMAGOLoss(LossModule):
         inputs.set(keys.MASK, mask_BS)
         _follow_mode(self.encoder_network, self.training)
         with _swapped_in(self.encoder_network_params, self.encoder_network):
-            return self.encoder_network(inputs).get(self.tensor_keys.state)
+            return self.encoder_network(inputs).get(self._state_key)
 
     # --- networks ---
 
     def _policy(self, inputs: dict[NestedKey, Tensor], params: TensorDictParams) -> Distribution:
-        return self.distribution(
-            self._run_head(self.actor_network, params, inputs, self.tensor_keys.action_params)
-        )
+        out_key = _own_name(self.tensor_keys.action_params, self.actor_network.out_keys)
+        return self.distribution(self._run_head(self.actor_network, params, inputs, out_key))
 
     def _answers(self, params: TensorDictParams, num_samples: int) -> CriticAnswers:
+        names, network = self.tensor_keys, self.critic_network
+        state_key = _own_name(self._state_key, network.in_keys)
+        action_key = _own_name(
+            names.action_vector, [key for key in network.in_keys if key != state_key]
+        )
+        out_key = _own_name(names.action_value, network.out_keys)
+
         def ask(state: Tensor, action: Tensor | None = None, frozen: bool = False) -> Tensor:
-            inputs = {self.tensor_keys.state: state}
+            inputs = {state_key: state}
             if action is not None:
-                inputs[self.tensor_keys.action_vector] = action
+                inputs[action_key] = action
             used = self._frozen(params) if frozen else params
-            return self._run_head(self.critic_network, used, inputs, self.tensor_keys.action_value)
+            return self._run_head(network, used, inputs, out_key)
 
         if self.takes_actions:
             return ActionInput(self.value_codec, ask, num_samples)
@@ -422,7 +531,7 @@ class AMAGOLoss(LossModule):
         """Raw predictions for the actions taken ``[M, C, G, *]``, and V of the policy."""
         shown_MA = self.distribution.soften(action_MA, policy) if self.soften_actions else action_MA
         return self._answers(self.critic_network_params, self.num_policy_actions).online(
-            current[self.tensor_keys.state], shown_MA, policy, self.online_coeff > 0
+            current[self._state_key], shown_MA, policy, self.online_coeff > 0
         )
 
     @torch.no_grad()
@@ -432,7 +541,7 @@ class AMAGOLoss(LossModule):
             actor = self.actor_network_params
         answers = self._answers(self.target_critic_network_params, self.num_target_actions)
         next_value_MCG = answers.of_policy(
-            following[self.tensor_keys.state], self._policy(following, actor)
+            following[self._state_key], self._policy(following, actor)
         ).to("value")
         *shape_M, C, G = next_value_MCG.shape
         subset_MKG = draw_critic_subset(
@@ -490,7 +599,7 @@ class AMAGOLoss(LossModule):
         return batch.importance(required=self.use_prioritized_weights is True)
 
     def _reduce(
-        self, batch: Slices, terms: dict[str, Tensor], metrics: dict[NestedKey, Tensor]
+        self, batch: Slices, terms: dict[str, Tensor], metrics: dict[str, Tensor]
     ) -> TensorDict:
         steps = batch.steps
         out = TensorDict(device=steps.mask.device)
@@ -509,10 +618,9 @@ class AMAGOLoss(LossModule):
                 out.set(name, masked_mean(term, mask, weight))
                 continue
             term = torch.where(mask, term if weight is None else weight * term, 0.0)
-            out.set(name, term.sum() if self.reduction == "sum" else steps.restore(term))
-        for name, value in metrics.items():
-            out.set(name, value)
-        return out
+            out.set(name, term.sum() if self.reduction == "sum" else batch.restore(term))
+        out.update(metrics)
+        return out if self._selected_out_keys is None else out.select(*self.out_keys)
 
 
 def _edited(hook: MaskHook, batch: Slices, term: Tensor, mask: Tensor) -> Tensor:
@@ -547,6 +655,11 @@ def _swapped_in(params: TensorDictBase, network: TensorDictModuleBase) -> Tensor
     """A context in which a network has other parameters."""
     # As they are: to make parameters of detached tensors is what torch.compile can't do.
     return params.to_module(network, preserve_module_state=False)
+
+
+def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
+    """The name under which networks pass something on: `name` if it is theirs, else the first of theirs."""
+    return name if name in names or not names else names[0]
 
 
 def _is_private(key: NestedKey) -> bool:

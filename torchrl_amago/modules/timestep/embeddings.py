@@ -151,9 +151,15 @@ class SequencePool(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden = nn.Linear(input_size, hidden_size)
-        self.position = nn.Parameter(0.02 * torch.randn(length, hidden_size)) if ordered else None
+        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
         self.activation = make_activation(activation)
+        self.reset_parameters()
         self.out = nn.Linear(hidden_size + 1, output_size)
+
+    def reset_parameters(self) -> None:
+        """Draw the positions anew."""
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x_MLE: Tensor, there_ML: Tensor) -> Tensor:
         """Pool; what lies under False has no influence, NaN included."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tensordict import NestedKey
 from torch import Tensor
-from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.layers import MLP, InputNorm, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
@@ -73,7 +72,7 @@ class MLPTimestepEncoder(TimestepEncoder):
         """Flatten, concatenate, normalise, apply the MLP."""
         x = flatten_and_join(inputs, self.shapes)
         if self.input_norm is not None:
-            if self.training and recurrent_mode():
+            if self.input_norm.follows_inputs:
                 self.input_norm.update(x.detach(), mask)
             x = self.input_norm(x)
         return self.out_norm(self.mlp(x))

@@ -62,6 +62,10 @@ class ConvTrunk(ConvNet):
             activation_class=partial(make_activation, activation),
         )
         self.least_size = least_input(list(zip(kernels, strides, strict=True)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # torch's default shrinks the signal by a third or more at each layer.

@@ -51,14 +51,17 @@ class MambaBlock(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        rates = torch.arange(1, d_state + 1, dtype=torch.float32)
-        self.A_log = nn.Parameter(rates.log().expand(self.d_inner, -1).clone())
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
         self.D = nn.Parameter(torch.ones(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self._reset_step_size()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _reset_step_size(self) -> None:
+    def reset_parameters(self) -> None:
+        """Start rates, skip and step sizes as published; the projections draw their own weights."""
+        rates_S = torch.arange(1, self.d_state + 1, dtype=torch.float32, device=self.D.device)
+        self.A_log.copy_(rates_S.log().expand_as(self.A_log))
+        nn.init.ones_(self.D)
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         low, high = (math.log(delta) for delta in _DELTA_RANGE)

@@ -94,6 +94,11 @@ class TransformerBlock(nn.Module):
         self.norm_ff_hidden = make_norm(extra_norm, d_ff)
         self.ff_out = linear(d_ff, d_model)
 
+    def reset_parameters(self) -> None:
+        """Scale every head by 1; the layers draw their own weights."""
+        if self.head_scale is not None:
+            nn.init.ones_(self.head_scale)
+
     def forward(self, x: Tensor, attend: Attend, training: bool) -> Tensor:
         """Map `[..., D]` to the same shape; what `...` sees of each other is up to `attend`."""
         qkv = _project(self.qkv, self.norm_attention(x), training)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,15 @@ class ValueCodec(nn.Module, abc.ABC):
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of targets as the statistics have them, ``[G]`` or ``[]``."""
         return torch.zeros(()), torch.ones(())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What changes the codec's function and no shape tells, as values that JSON can hold."""
+        return {"kind": type(self).__name__}
+
+    def reset_parameters(self) -> None:
+        """Start the statistics anew, if there are any."""
+        return
 
     @abc.abstractmethod
     def update(self, target: Tensor, mask: Tensor) -> None:
