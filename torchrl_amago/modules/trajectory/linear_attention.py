@@ -62,12 +62,16 @@ class GatedLinearAttention(nn.Module):
         # smaller one would blow its rounding up.
         self.norm = RMSNorm(d_model // num_heads, eps=1e-3)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start memories as long as they were built; the projections draw their own weights."""
         slow, fast = math.log(_TIME_CONSTANTS[1]), math.log(_TIME_CONSTANTS[0])
-        time_constant_H = torch.linspace(slow, fast, num_heads).exp()
-        with torch.no_grad():
-            # sigmoid(bias) = exp(-1 / time constant); write strengths start at 1/2.
-            self.gates.bias[:num_heads] = -torch.expm1(1.0 / time_constant_H).log()
-            self.gates.bias[num_heads:] = 0.0
+        time_constant_H = torch.linspace(slow, fast, self.num_heads).exp()
+        # sigmoid(bias) = exp(-1 / time constant); write strengths start at 1/2.
+        self.gates.bias[: self.num_heads] = -torch.expm1(1.0 / time_constant_H).log()
+        self.gates.bias[self.num_heads :] = 0.0
 
     def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
         """Whole sequences, with gradient; `is_init_NT` says where trials begin within rows."""

@@ -366,7 +366,7 @@ def _check_arguments(
         )
     if init_slope is not None and not 0 < init_slope < math.inf:
         raise ValueError(
-            f"init_slope must be positive and finite, got {init_slope}. Use 10, or None for weights without order."
+            f"init_slope must be positive, got {init_slope}. Use 10, or None for weights without order."
         )
     if len(popart.mu) != num_discounts:
         raise ValueError(

@@ -72,7 +72,7 @@ class PopArt(ValueCodec):
             )
         if not 0.0 < initial_nu < math.inf:
             raise ValueError(
-                f"initial_nu must be positive and finite, got {initial_nu}. It is a mean of squares; 100 is the "
+                f"initial_nu must be positive, got {initial_nu}. It is a finite mean of squares; 100 is the "
                 "published one."
             )
         self.beta, self.initial_nu, self.enabled = beta, initial_nu, enabled
