@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from numbers import Integral
 from typing import TypeVar
 
@@ -32,6 +33,19 @@ def pick(argument: str, choice: str | Builder, known: Mapping[str, Builder], hin
             f"{argument} must be one of {sorted(known)}, a class or a function, got {choice!r}. {hint}"
         )
     return known[choice]
+
+
+def name_of(choice: object) -> object:
+    """A function's name, with the arguments that a partial one is given; other values as they are.
+
+    Example:
+        >>> name_of(partial(max, default=3.0)), name_of(0.5)
+        ('max(default=3.0)', 0.5)
+    """
+    if isinstance(choice, partial):
+        given = [*map(repr, choice.args), *(f"{k}={v!r}" for k, v in choice.keywords.items())]
+        return f"{name_of(choice.func)}({', '.join(given)})"
+    return getattr(choice, "__qualname__", type(choice).__name__) if callable(choice) else choice
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:

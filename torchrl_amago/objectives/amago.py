@@ -7,22 +7,19 @@ raw prediction of the value codec: nothing, or its bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import expand_as_right
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
-from torchrl.objectives import LossModule
 
-from torchrl_amago import keys
-from torchrl_amago.choice import check_counts
+from torchrl_amago.choice import check_counts, name_of
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
@@ -32,15 +29,11 @@ from torchrl_amago.objectives.checks import (
     check_distribution,
     check_filter,
     check_mask,
-    check_precision,
     check_same_discounts,
     check_scales,
     check_words,
 )
 from torchrl_amago.objectives.critics import (
-    ActionInput,
-    CriticAnswers,
-    ListedActions,
     PolicyValue,
     ValueSpace,
     to_space,
@@ -61,13 +54,13 @@ from torchrl_amago.objectives.metrics import (
     value_metrics,
     value_names,
 )
-from torchrl_amago.objectives.settings import PLAIN, Setting, distribution_settings, name_of
+from torchrl_amago.objectives.networks import ActorCriticLoss, evaluating
 
 MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
 
 
-class AMAGOLoss(LossModule):
+class AMAGOLoss(ActorCriticLoss):
     """One update of AMAGO, for any action space (arXiv 2310.09971, Section 4 and Appendix A).
 
     For every step of every slice, and every discount g at once:
@@ -156,33 +149,6 @@ class AMAGOLoss(LossModule):
         ['loss_actor', 'loss_qvalue']
     """
 
-    @dataclass
-    class _AcceptedKeys:
-        action: NestedKey = keys.ACTION
-        reward: NestedKey = "reward"
-        terminated: NestedKey = "terminated"
-        state: NestedKey = keys.STATE
-        action_params: NestedKey = keys.ACTION_PARAMS
-        action_vector: NestedKey = keys.ACTION_VECTOR
-        action_value: NestedKey = keys.ACTION_VALUE
-        mask: NestedKey = keys.MASK
-        is_init: NestedKey = keys.IS_INIT
-        done: NestedKey = "done"
-        priority: NestedKey = "td_error"
-        priority_weight: NestedKey = "priority_weight"
-
-    default_keys = _AcceptedKeys
-
-    encoder_network: TensorDictModule
-    encoder_network_params: TensorDictParams
-    target_encoder_network_params: TensorDictParams
-    actor_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    critic_network: TensorDictModule
-    critic_network_params: TensorDictParams
-    target_critic_network_params: TensorDictParams
-
     def __init__(
         self,
         encoder_network: TensorDictModuleBase,
@@ -211,7 +177,6 @@ class AMAGOLoss(LossModule):
         use_prioritized_weights: bool | Literal["auto"] = "auto",
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
-        super().__init__()
         check_discounts(discounts)
         check_words(
             target_reduction=target_reduction or "min",
@@ -239,17 +204,12 @@ class AMAGOLoss(LossModule):
         check_filter(advantage_filter)
         codec = value_codec if value_codec is not None else PopArt(len(discounts))
         check_same_discounts(discounts, actor_network, critic_network, codec)
-        self.convert_to_functional(encoder_network, "encoder_network", create_target_params=False)
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
-        self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
-        self.distribution = distribution
+        super().__init__(encoder_network, actor_network, critic_network, distribution, codec)
         check_critics(
             critic_network, num_target_critics, distribution, self.takes_actions, online_coeff > 0
         )
-        self.value_codec = codec
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
         self._value_names = value_names(discounts)
-        self._selected_out_keys: list[str] | None = None
         self.num_target_critics = num_target_critics
         self.target_reduction = target_reduction or ("min" if online_coeff > 0 else "mean")
         self.n_step, self.reward_scale = n_step, reward_scale
@@ -271,49 +231,30 @@ class AMAGOLoss(LossModule):
         return self.online_coeff > 0 or self.filter is not None
 
     @property
-    def takes_actions(self) -> bool:
-        """Whether critics take the action as an input, rather than list the values of all."""
-        # Not by the action's key: set_keys may name it only after the loss was made.
-        return len(self.critic_network.in_keys) > 1
-
-    @property
-    def settings(self) -> dict[str, Setting]:
+    def settings(self) -> dict[str, str | float | bool | list[float] | None]:
         """What changes the loss and no shape tells, flat, as values that JSON can hold.
 
-        Functions are told by their names.
+        Functions are told by their names. What is computed alike either way (`compact`) is left out.
         """
-        discounts = [float(f"{discount:.7g}") for discount in self.discounts.tolist()]
+        arguments = inspect.signature(AMAGOLoss.__init__).parameters.values()
+        options = {
+            argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY
+        }
         parts = {
-            "distribution": distribution_settings(self.distribution),
+            "distribution": self.distribution.settings,
             "value_codec": self.value_codec.settings,
             "critic": getattr(getattr(self.critic_network, "module", None), "settings", {}),
         }
         return {
-            "discounts": discounts,
-            **{name: getattr(self, name) for name in PLAIN},
+            "discounts": [float(f"{discount:.7g}") for discount in self.discounts.tolist()],
             "advantage_filter": name_of(self.filter),
-            "actor_mask": name_of(self.actor_mask),
-            "critic_mask": name_of(self.critic_mask),
+            **{
+                name: name_of(value)
+                for name, value in sorted(self.__dict__.items())
+                if name in options - {"compact"}
+            },
             **{f"{part}.{k}": v for part, settings in parts.items() for k, v in settings.items()},
         }
-
-    @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries read from the tensordict, in the order :func:`dispatch` takes them.
-
-        The mask, last, may be missing: all steps are real then.
-        """
-        inputs = list(dict.fromkeys([*self._input_keys(), *self._actor_keys()]))
-        following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
-        following = [("next", *_as_tuple(key)) for key in following]
-        return [*inputs, self.tensor_keys.action, *following, self.tensor_keys.mask]
-
-    @property
-    def _dispatch_keys(self) -> list[NestedKey]:
-        """What else is read where it is there: ends and beginnings of trials, importance weights."""
-        names = self.tensor_keys
-        ends = ("next", *_as_tuple(names.done))
-        return list(dict.fromkeys([*self.in_keys, names.is_init, ends, names.priority_weight]))
 
     @property
     def out_keys_source(self) -> list[str]:
@@ -322,38 +263,6 @@ class AMAGOLoss(LossModule):
         if self.uses_critic:
             metrics += [*VALUE_METRICS, *self._value_names]
         return list(dict.fromkeys(["loss_actor", "loss_qvalue", *metrics]))
-
-    @property
-    def out_keys(self) -> list[str]:
-        """Entries written."""
-        return self._selected_out_keys or self.out_keys_source
-
-    # Not by TorchRL's hook, which takes a batch without a mask for a call with keywords.
-    def select_out_keys(self, *out_keys: str) -> AMAGOLoss:
-        """Write these entries alone from now on.
-
-        Raises:
-            ValueError: if there is no such entry.
-        """
-        if missing := set(out_keys) - set(self.out_keys):
-            raise ValueError(
-                f"out_keys to select must be among {self.out_keys}, got {sorted(map(str, missing))}. "
-                "reset_out_keys() brings back all."
-            )
-        self._selected_out_keys = list(out_keys)
-        return self
-
-    def reset_out_keys(self) -> AMAGOLoss:
-        """Write all entries again."""
-        self._selected_out_keys = None
-        return self
-
-    def reset_parameters_recursive(self) -> None:
-        """Draw all weights anew; targets begin as their copies, statistics from their start."""
-        super().reset_parameters_recursive()
-        for name in ("actor_network_params", "critic_network_params"):
-            self._modules[f"target_{name}"].data.update_(self._modules[name].data)
-        self.value_codec.reset_parameters()
 
     @dispatch(source="_dispatch_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -406,7 +315,7 @@ class AMAGOLoss(LossModule):
         """
         space = filter_space or self.filter_space
         check_words(filter_space=space)
-        with torch.no_grad(), set_recurrent_mode(True), _evaluating(self):
+        with torch.no_grad(), set_recurrent_mode(True), evaluating(self):
             batch = self._read(tensordict, compact=False)
             current, _ = self._states(batch)
             policy = self._policy(current, self.actor_network_params)
@@ -425,103 +334,6 @@ class AMAGOLoss(LossModule):
         return TensorDict(
             {name: batch.restore(x) for name, x in estimates.items()}, batch_size=tensordict.shape
         )
-
-    # --- inputs ---
-
-    def _input_keys(self) -> list[NestedKey]:
-        return [key for key in self.encoder_network.in_keys if not _is_private(key)]
-
-    def _actor_keys(self) -> list[NestedKey]:
-        """Observations that go straight to the actor."""
-        return [key for key in self.actor_network.in_keys if key != self._state_key]
-
-    @property
-    def _state_key(self) -> NestedKey:
-        written = self.encoder_network.out_keys
-        shared = [key for key in self.actor_network.in_keys if key in written]
-        return _own_name(self.tensor_keys.state, shared)
-
-    def _read(self, tensordict: TensorDictBase, compact: bool | None) -> Slices:
-        if not torch.compiler.is_compiling():
-            check_precision(self.discounts, next(self.parameters(), self.discounts))
-        inputs = {*self._input_keys(), *self._actor_keys()}
-        device = self.discounts.device
-        return Slices(tensordict, self.tensor_keys, inputs, compact, self.reward_scale, device)
-
-    @property
-    def _moves_statistics(self) -> bool:
-        return self.training and torch.is_grad_enabled()
-
-    def _states(self, batch: Slices) -> tuple[dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
-        """What the heads read: at the slice's steps, and one step on, there without gradient."""
-        steps = batch.steps
-        state_BSD = self._encode(batch)
-        current = {self._state_key: steps.select(state_BSD[:, :-1])}
-        following = {self._state_key: steps.select(state_BSD[:, 1:]).detach()}
-        actor_keys = self._actor_keys()
-        if not actor_keys:
-            return current, following
-        ended_M = steps.select(batch.terminated()).squeeze(-1)
-        for key in actor_keys:
-            x_BS = batch.sequence(key)
-            # Nobody may act in padding or after the end: there an action mask may allow nothing.
-            fill = 0 if x_BS.is_floating_point() else 1
-            current[key] = steps.select(x_BS[:, :-1], fill)
-            next_M = steps.select(x_BS[:, 1:], fill)
-            following[key] = next_M.masked_fill(expand_as_right(ended_M, next_M), fill)
-        return current, following
-
-    def _encode(self, batch: Slices) -> Tensor:
-        """States of T + 1 steps."""
-        mask_BT = batch.steps.full_mask
-        mask_BS = torch.cat([mask_BT[:, :1], mask_BT], 1)
-        inputs = TensorDict(batch_size=mask_BS.shape, device=batch.tensordict.device)
-        for key in self._input_keys():
-            inputs.set(key, batch.sequence(key))
-        inputs.set(keys.MASK, mask_BS)
-        _follow_mode(self.encoder_network, self.training)
-        with _swapped_in(self.encoder_network_params, self.encoder_network):
-            return self.encoder_network(inputs).get(self._state_key)
-
-    # --- networks ---
-
-    def _policy(self, inputs: dict[NestedKey, Tensor], params: TensorDictParams) -> Distribution:
-        out_key = _own_name(self.tensor_keys.action_params, self.actor_network.out_keys)
-        return self.distribution(self._run_head(self.actor_network, params, inputs, out_key))
-
-    def _answers(self, params: TensorDictParams, num_samples: int) -> CriticAnswers:
-        names, network = self.tensor_keys, self.critic_network
-        state_key = _own_name(self._state_key, network.in_keys)
-        action_key = _own_name(
-            names.action_vector, [key for key in network.in_keys if key != state_key]
-        )
-        out_key = _own_name(names.action_value, network.out_keys)
-
-        def ask(state: Tensor, action: Tensor | None = None, frozen: bool = False) -> Tensor:
-            inputs = {state_key: state}
-            if action is not None:
-                inputs[action_key] = action
-            used = self._frozen(params) if frozen else params
-            return self._run_head(network, used, inputs, out_key)
-
-        if self.takes_actions:
-            return ActionInput(self.value_codec, ask, num_samples)
-        return ListedActions(self.value_codec, ask)
-
-    def _frozen(self, params: TensorDictParams) -> TensorDictBase:
-        """What values the policy's own actions: the same critics, which learn nothing from it."""
-        return params.detach()
-
-    def _run_head(
-        self,
-        network: TensorDictModuleBase,
-        params: TensorDictParams,
-        inputs: dict[NestedKey, Tensor],
-        out_key: NestedKey,
-    ) -> Tensor:
-        _follow_mode(network, self.training)
-        with _swapped_in(params, network):
-            return network(TensorDict(inputs)).get(out_key)
 
     # --- equations ---
 
@@ -632,39 +444,3 @@ def _edited(hook: MaskHook, batch: Slices, term: Tensor, mask: Tensor) -> Tensor
     edited = hook(batch.tensordict, steps.restore(term.detach()), copy)
     check_mask(edited, full)
     return steps.select(edited & full)
-
-
-def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:
-    # Functional networks are not submodules, so train() and eval() of the loss do not reach them.
-    if network.training != training:
-        network.train(training)
-
-
-@contextmanager
-def _evaluating(loss: LossModule) -> Iterator[None]:
-    """Evaluation mode for as long as this lasts."""
-    was_training = loss.training
-    loss.eval()
-    try:
-        yield
-    finally:
-        loss.train(was_training)
-
-
-def _swapped_in(params: TensorDictBase, network: TensorDictModuleBase) -> TensorDictBase:
-    """A context in which a network has other parameters."""
-    # As they are: to make parameters of detached tensors is what torch.compile can't do.
-    return params.to_module(network, preserve_module_state=False)
-
-
-def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
-    """The name under which networks pass something on: `name` if it is theirs, else the first of theirs."""
-    return name if name in names or not names else names[0]
-
-
-def _is_private(key: NestedKey) -> bool:
-    return _as_tuple(key)[-1].startswith("_")
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)

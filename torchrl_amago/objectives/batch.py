@@ -18,7 +18,6 @@ from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.objectives.checks import (
     check_actions,
     check_batch_size,
-    check_mask_entry,
     check_reward,
     check_steps,
 )
@@ -57,31 +56,28 @@ class Slices:
         #: The batch as it was given; :attr:`tensordict` has rows of one trial each.
         self.given = self.tensordict = tensordict
         self.keys, self._index_RL = tensor_keys, None
-        mask_BT = tensordict.get(tensor_keys.mask, None)
-        if mask_BT is None:
-            mask_BT = torch.ones(tensordict.shape, dtype=torch.bool, device=device)
-        check_mask_entry(mask_BT, tensordict.shape)
-        mask_BT = mask_BT.reshape(tensordict.shape)
-        if not torch.compiler.is_compiling():
-            mask_BT = self._checked_and_split(mask_BT, inputs, reward_scale)
+        mask = tensordict.get(tensor_keys.mask, None)
+        if mask is None:
+            mask = torch.ones(tensordict.shape, dtype=torch.bool, device=device)
         #: Which steps count.
-        self.steps = Steps(mask_BT, compact)
+        self.steps = Steps(mask.reshape(tensordict.shape), compact)
+        if not torch.compiler.is_compiling():
+            self._check_and_split(inputs, compact, reward_scale)
 
-    def _checked_and_split(
-        self, mask: Tensor, inputs: Sequence[NestedKey], reward_scale: float
-    ) -> Tensor:
-        given = self.given
-        names = (self.keys.is_init, ("next", self.keys.done), keys.TRAJECTORY)
-        begins_BT = trial_begins(mask, *(given.get(name, None) for name in names))
+    def _check_and_split(
+        self, inputs: Sequence[NestedKey], compact: bool | None, reward_scale: float
+    ) -> None:
+        given, mask = self.given, self.steps.full_mask
+        marks = (self.keys.is_init, ("next", self.keys.done), keys.TRAJECTORY)
+        begins_BT = trial_begins(mask, *(given.get(mark, None) for mark in marks))
         mask_BT = mask.reshape(begins_BT.shape)
         found = [given.get(("next", key), None) for key in inputs]
         reward = given.get(("next", self.keys.reward), None)
-        cut = check_steps(mask_BT, begins_BT, found, reward, reward_scale, given.ndim == 1)
-        if given.ndim == 2 and not cut:
-            return mask
-        self._index_RL, mask_RL = index_of_rows(begins_BT, mask_BT)
-        self.tensordict = given.reshape(-1)[self._index_RL].set(self.keys.mask, mask_RL)
-        return mask_RL
+        is_flat = given.ndim == 1
+        if check_steps(mask_BT, begins_BT, found, reward, reward_scale, is_flat) or is_flat:
+            self._index_RL, mask_RL = index_of_rows(begins_BT, mask_BT)
+            self.tensordict = given.reshape(-1)[self._index_RL].set(self.keys.mask, mask_RL)
+            self.steps = Steps(mask_RL, compact)
 
     def restore(self, x_M: Tensor) -> Tensor:
         """Values of the steps that count in the shape of the batch as given, zero on padding."""

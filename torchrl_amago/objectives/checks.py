@@ -156,15 +156,6 @@ def check_batch_size(shape: torch.Size) -> None:
     )
 
 
-def check_mask_entry(mask: Tensor, shape: torch.Size) -> None:
-    """Raise ValueError for a mask that isn't one bool per step."""
-    if mask.dtype != torch.bool or mask.numel() != shape.numel():
-        raise ValueError(
-            f"the mask must hold one bool per step, {tuple(shape)}, True on real steps, got {mask.dtype} "
-            f"of {tuple(mask.shape)}. Use mask.bool() if it holds zeros and ones."
-        )
-
-
 def check_steps(
     mask_BT: Tensor,
     begins_BT: Tensor,
@@ -189,7 +180,7 @@ def check_steps(
     Raises:
         ValueError: if a row has padding before real steps, inputs hold NaN, or a reward is too large.
     """
-    behind_BT = mask_BT[:, 1:] & ~mask_BT[:, :-1]
+    behind_BT = mask_BT[:, 1:] & ~mask_BT[:, :-1] & (not is_flat)
     floats = [x for x in inputs if x is not None and x.is_floating_point()]
     # A sum sees every NaN, and more: what it finds is looked at step by step.
     suspicious = [~x.sum(dtype=torch.float32).isfinite() for x in floats]
@@ -207,10 +198,11 @@ def check_steps(
             "Check the replay buffer's sampler.",
             stacklevel=3,
         )
-    if any_behind and not is_flat:
+    if any_behind:
         raise ValueError(
-            f"real steps of a row must come first and padding behind them, got {_rows(behind_BT)} "
-            "with a real step behind padding. Use make_trial_buffer(padding='right'), the default."
+            "real steps of a row must come first and padding behind them, got "
+            f"{int(behind_BT.any(1).sum())} of {len(mask_BT)} rows with a real step behind padding. Use "
+            "make_trial_buffer(padding='right'), the default."
         )
     if any_large:
         raise ValueError(
@@ -234,11 +226,6 @@ def _check_nan(inputs: Sequence[Tensor], mask_BT: Tensor) -> None:
             "NextStateReconstructor can't tell it at the end of a slice: collect with "
             "compact_obs=False. make_trial_buffer stores each observation once all the same."
         )
-
-
-def _rows(where_BT: Tensor) -> str:
-    number = int(where_BT.any(1).sum())
-    return f"{number} of {len(where_BT)} rows"
 
 
 def check_actions(space: ActionSpace, action: Tensor, mask: Tensor) -> None:
