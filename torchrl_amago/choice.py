@@ -65,7 +65,7 @@ def check_choice(argument: str, value: object, choices: Sequence[object]) -> Non
 
 
 def check_counts(remedy: str, **counts: int) -> None:
-    """Refuse counts below 1, and what isn't a whole number, by name.
+    """Raise ValueError for counts below 1 and what is no integer, by name.
 
     Args:
         remedy: the message's last sentence.
@@ -79,6 +79,6 @@ def check_counts(remedy: str, **counts: int) -> None:
     """
     for name, value in counts.items():
         if not isinstance(value, Integral):
-            raise ValueError(f"{name} must be a whole number, got {value!r}. {remedy}")
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}. {remedy}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. {remedy}")

@@ -83,7 +83,7 @@ def test_loss_is_the_squared_error_of_normalised_values_without_gradient_to_the_
         ({"initial_nu": float("inf")}, "initial_nu must be positive, got inf. It is a finite mean"),
         ({"initial_nu": float("nan")}, "initial_nu must be positive, got nan"),
         ({"num_discounts": 0}, "num_discounts must be at least 1, got 0"),
-        ({"num_discounts": 1.5}, "num_discounts must be a whole number, got 1.5"),
+        ({"num_discounts": 1.5}, "num_discounts must be an integer of at least 1, got 1.5"),
     ],
 )
 def test_wrong_arguments(options, message):
