@@ -77,8 +77,8 @@ def trial_begins(
 
     Args:
         mask: bool ``[N]`` or ``[B, T]``, True on real steps.
-        is_init: True where a trial begins; this and the following hold a number per step, or are None.
-        is_last: True where a trial or slice ends.
+        is_init: where a trial begins; this and the following hold a number per step, or are None.
+        is_last: where a trial or slice ends.
         trajectory: differs between trials that follow one another.
 
     Returns:
@@ -100,9 +100,9 @@ def trial_begins(
     mask_BT = mask.reshape(-1, mask.shape[-1])
     cut_BT = ~mask_BT[:, :-1]
     if is_init is not None:
-        cut_BT = cut_BT | is_init.reshape(mask_BT.shape)[:, 1:]
+        cut_BT = cut_BT | is_init.reshape(mask_BT.shape)[:, 1:].bool()
     if is_last is not None:
-        cut_BT = cut_BT | is_last.reshape(mask_BT.shape)[:, :-1]
+        cut_BT = cut_BT | is_last.reshape(mask_BT.shape)[:, :-1].bool()
     if trajectory is not None:
         cut_BT = cut_BT | (trajectory.reshape(mask_BT.shape).diff(dim=1) != 0)
     return torch.cat([mask_BT[:, :1], mask_BT[:, 1:] & cut_BT], 1)

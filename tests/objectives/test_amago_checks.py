@@ -206,6 +206,12 @@ def test_critics_may_read_the_action_by_another_name():
     assert torch.equal(total(run(loss, batch)[0]), expected)
 
 
+def test_refuses_batches_without_steps():
+    for batch in (make_batch()[:, :0], make_batch().reshape(-1)[:0]):
+        with pytest.raises(ValueError, match=r"at least one step, got the batch size \["):
+            make_loss()(batch)
+
+
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
 def test_refuses_masks_that_are_not_bool(compact, dtype):

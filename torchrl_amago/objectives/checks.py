@@ -144,7 +144,12 @@ def check_precision(*tensors: Tensor) -> None:
 
 
 def check_batch_size(shape: torch.Size) -> None:
-    """Raise ValueError for batches that are neither flat nor rows of steps."""
+    """Raise ValueError for batches without steps, and those that are neither flat nor rows."""
+    if 0 in shape[-1:]:
+        raise ValueError(
+            f"the loss needs a batch of at least one step, got the batch size {list(shape)}. Sample "
+            "once the buffer holds a trial."
+        )
     if len(shape) == 2 or (len(shape) == 1 and not torch.compiler.is_compiling()):
         return
     remedy = f"Use batch.reshape(-1, {shape[-1] if shape else 'T'})."
