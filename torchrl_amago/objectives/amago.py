@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 
-from torchrl_amago.choice import check_counts, name_of
+from torchrl_amago.choice import check_counts, name_of, pick
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
@@ -27,7 +27,6 @@ from torchrl_amago.objectives.batch import Slices
 from torchrl_amago.objectives.checks import (
     check_critics,
     check_distribution,
-    check_filter,
     check_mask,
     check_same_discounts,
     check_scales,
@@ -201,7 +200,6 @@ class AMAGOLoss(ActorCriticLoss):
             num_target_actions=num_target_actions,
             num_policy_actions=num_policy_actions,
         )
-        check_filter(advantage_filter)
         codec = value_codec if value_codec is not None else PopArt(len(discounts))
         check_same_discounts(discounts, actor_network, critic_network, codec)
         super().__init__(encoder_network, actor_network, critic_network, distribution, codec)
@@ -215,7 +213,9 @@ class AMAGOLoss(ActorCriticLoss):
         self.n_step, self.reward_scale = n_step, reward_scale
         self.online_coeff, self.offline_coeff = online_coeff, offline_coeff
         self.critic_coeff = critic_coeff
-        self.filter = FILTERS.get(advantage_filter, advantage_filter)
+        self.filter = pick(
+            "advantage_filter", advantage_filter, FILTERS, "Use None to imitate every action."
+        )
         self.filter_space = filter_space
         self.num_target_actions = num_target_actions
         self.num_policy_actions = num_policy_actions
@@ -237,9 +237,8 @@ class AMAGOLoss(ActorCriticLoss):
         Functions are told by their names. What is computed alike either way (`compact`) is left out.
         """
         arguments = inspect.signature(AMAGOLoss.__init__).parameters.values()
-        options = {
-            argument.name for argument in arguments if argument.kind is argument.KEYWORD_ONLY
-        }
+        options = {x.name for x in arguments if x.kind is x.KEYWORD_ONLY} - {"compact"}
+        own = sorted(options & self.__dict__.keys())
         parts = {
             "distribution": self.distribution.settings,
             "value_codec": self.value_codec.settings,
@@ -248,11 +247,7 @@ class AMAGOLoss(ActorCriticLoss):
         return {
             "discounts": [float(f"{discount:.7g}") for discount in self.discounts.tolist()],
             "advantage_filter": name_of(self.filter),
-            **{
-                name: name_of(value)
-                for name, value in sorted(self.__dict__.items())
-                if name in options - {"compact"}
-            },
+            **{name: name_of(getattr(self, name)) for name in own},
             **{f"{part}.{k}": v for part, settings in parts.items() for k, v in settings.items()},
         }
 

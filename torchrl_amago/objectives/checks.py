@@ -16,7 +16,6 @@ from torchrl_amago.choice import check_choice
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.value_codec import ValueCodec
 from torchrl_amago.objectives.critics import ValueSpace
-from torchrl_amago.objectives.functional import FILTERS
 
 # Returns of a million steps of such rewards have squares within float32, and so have sums of them.
 LARGEST_REWARD = 1e12
@@ -59,15 +58,6 @@ def check_scales(reward_scale: float, **coefficients: float) -> None:
         raise ValueError(
             f"reward_scale must be above 0, got {reward_scale}. Use a finite number, 1 for rewards as "
             "they are; metrics are divided by it."
-        )
-
-
-def check_filter(advantage_filter: object) -> None:
-    """Refuse the name of a filter that there isn't."""
-    if isinstance(advantage_filter, str) and advantage_filter not in FILTERS:
-        raise ValueError(
-            f"advantage_filter must be one of {sorted(FILTERS)}, a function or None, got "
-            f"{advantage_filter!r}."
         )
 
 

@@ -188,15 +188,14 @@ class ActorCriticLoss(LossModule):
         for key in self._input_keys():
             inputs.set(key, batch.sequence(key))
         inputs.set(keys.MASK, mask_BS)
-        _follow_mode(self.encoder_network, self.training)
-        with _swapped_in(self.encoder_network_params, self.encoder_network):
-            return self.encoder_network(inputs).get(self._state_key)
+        return self._run(self.encoder_network, self.encoder_network_params, inputs, self._state_key)
 
     # --- networks ---
 
     def _policy(self, inputs: dict[NestedKey, Tensor], params: TensorDictParams) -> Distribution:
         out_key = _own_name(self.tensor_keys.action_params, self.actor_network.out_keys)
-        return self.distribution(self._run_head(self.actor_network, params, inputs, out_key))
+        inputs = TensorDict(inputs)
+        return self.distribution(self._run(self.actor_network, params, inputs, out_key))
 
     def _answers(self, params: TensorDictParams, num_samples: int) -> CriticAnswers:
         names, network = self.tensor_keys, self.critic_network
@@ -207,11 +206,11 @@ class ActorCriticLoss(LossModule):
         out_key = _own_name(names.action_value, network.out_keys)
 
         def ask(state: Tensor, action: Tensor | None = None, frozen: bool = False) -> Tensor:
-            inputs = {state_key: state}
+            inputs = TensorDict({state_key: state})
             if action is not None:
-                inputs[action_key] = action
+                inputs.set(action_key, action)
             used = self._frozen(params) if frozen else params
-            return self._run_head(network, used, inputs, out_key)
+            return self._run(network, used, inputs, out_key)
 
         if self.takes_actions:
             return ActionInput(self.value_codec, ask, num_samples)
@@ -221,16 +220,19 @@ class ActorCriticLoss(LossModule):
         """What values the policy's own actions: the same critics, which learn nothing from it."""
         return params.detach()
 
-    def _run_head(
+    def _run(
         self,
         network: TensorDictModuleBase,
-        params: TensorDictParams,
-        inputs: dict[NestedKey, Tensor],
+        params: TensorDictBase,
+        inputs: TensorDictBase,
         out_key: NestedKey,
     ) -> Tensor:
-        _follow_mode(network, self.training)
-        with _swapped_in(params, network):
-            return network(TensorDict(inputs)).get(out_key)
+        # Functional networks are not submodules, so train() and eval() of the loss do not reach them.
+        if network.training != self.training:
+            network.train(self.training)
+        # As they are: to make parameters of detached tensors is what torch.compile can't do.
+        with params.to_module(network, preserve_module_state=False):
+            return network(inputs).get(out_key)
 
 
 @contextmanager
@@ -242,18 +244,6 @@ def evaluating(loss: LossModule) -> Iterator[None]:
         yield
     finally:
         loss.train(was_training)
-
-
-def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:
-    # Functional networks are not submodules, so train() and eval() of the loss do not reach them.
-    if network.training != training:
-        network.train(training)
-
-
-def _swapped_in(params: TensorDictBase, network: TensorDictModuleBase) -> TensorDictBase:
-    """A context in which a network has other parameters."""
-    # As they are: to make parameters of detached tensors is what torch.compile can't do.
-    return params.to_module(network, preserve_module_state=False)
 
 
 def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
