@@ -49,7 +49,7 @@ def name_of(choice: object) -> object:
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
-    """Refuse what isn't among the choices; the first of them is the usual one.
+    """Raise ValueError for what isn't among the choices; the first of them is the usual one.
 
     Raises:
         ValueError: for another value.

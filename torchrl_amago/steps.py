@@ -1,4 +1,4 @@
-"""Which steps of a batch count, and how to get from all of them to those and back."""
+"""Selection of a batch's real steps, and the way back to all of them."""
 
 from __future__ import annotations
 

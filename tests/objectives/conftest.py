@@ -1,4 +1,4 @@
-"""What the recorded numbers need that the loss does otherwise on purpose."""
+"""The reference's choices for tests of recorded numbers, where ours differ on purpose."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from torchrl_amago.objectives import AMAGOLoss
 
 @pytest.fixture(autouse=True)
 def statistics_of_the_reference(request, monkeypatch):
-    """The public code moves PopArt's statistics in evaluation too, and inputs' ones without gradient."""
+    """Move PopArt's statistics in evaluation too, and inputs' ones without gradient.
+
+    The public code does the former; a test of recorded estimates does the latter by hand. All other
+    tests see our own rule, training mode with gradient alone.
+    """
     if not request.path.name.endswith("_golden.py"):
         return
     monkeypatch.setattr(AMAGOLoss, "_moves_statistics", True)

@@ -124,7 +124,7 @@ class CriticEnsemble(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the function and no shape tells, as values that JSON can hold."""
+        """Options that change the function but no shape, as JSON values."""
         return {"activation": type(self.activation).__name__, "dropout": self.dropout}
 
     @torch.no_grad()

@@ -369,7 +369,7 @@ class InputNorm(nn.Module):
 
     @property
     def follows_inputs(self) -> bool:
-        """Whether a module that uses it shall :meth:`update` it: while a loss is being trained."""
+        """True where a loss is being trained, and only there: then its user calls :meth:`update`."""
         return self.training and recurrent_mode() and torch.is_grad_enabled()
 
     @property

@@ -227,14 +227,14 @@ class AMAGOLoss(ActorCriticLoss):
 
     @property
     def uses_critic(self) -> bool:
-        """Whether the actor needs the critics, and so whether they are trained."""
+        """True if the actor needs the critics, which are trained only then."""
         return self.online_coeff > 0 or self.filter is not None
 
     @property
     def settings(self) -> dict[str, str | float | bool | list[float] | None]:
-        """What changes the loss and no shape tells, flat, as values that JSON can hold.
+        """Options that change the loss but no shape of its weights, flat, as JSON values.
 
-        Functions are told by their names. What is computed alike either way (`compact`) is left out.
+        Functions appear by name. `compact`, which changes no number, is left out.
         """
         arguments = inspect.signature(AMAGOLoss.__init__).parameters.values()
         options = {x.name for x in arguments if x.kind is x.KEYWORD_ONLY} - {"compact"}
@@ -296,7 +296,7 @@ class AMAGOLoss(ActorCriticLoss):
     def estimates(
         self, tensordict: TensorDictBase, filter_space: ValueSpace | None = None
     ) -> TensorDict:
-        """What critics think of a batch, by the same functions as the loss; nothing is updated.
+        """Values and advantages of a batch, by the same functions as the loss; nothing is updated.
 
         Networks are in evaluation mode, without dropout, also where the loss is in training.
 

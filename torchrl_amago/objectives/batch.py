@@ -1,4 +1,4 @@
-"""What the loss reads of a batch: entries by the loss's keys, refused where they can't be right.
+"""Entries of a batch as the loss reads them: by its keys, checked, in rows of one trial each.
 
 Legend: B rows, T steps, S = T + 1 states, A action size, M the steps that count, see
 :class:`~torchrl_amago.steps.Steps`.

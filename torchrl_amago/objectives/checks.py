@@ -1,4 +1,4 @@
-"""What the loss refuses, and what to do about it."""
+"""Checks of the loss's arguments and batches; each error says what to do."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def check_distribution(distribution: object) -> None:
 
 
 def check_scales(reward_scale: float, **coefficients: float) -> None:
-    """Refuse factors that turn a term of the loss round, or rewards into nothing."""
+    """Raise ValueError for coefficients below 0 and factors of rewards that aren't above it."""
     for name, value in coefficients.items():
         if not 0 <= value < math.inf:
             raise ValueError(
@@ -68,7 +68,7 @@ def check_critics(
     takes_actions: bool,
     online: bool,
 ) -> None:
-    """Refuse critics that don't go with the policy's actions or with the number drawn."""
+    """Raise ValueError for critics that don't fit the policy's actions or the number drawn."""
     size = getattr(getattr(critic_network, "module", None), "num_critics", None)
     if size is not None and num_target_critics > size:
         raise ValueError(
@@ -94,7 +94,7 @@ def check_same_discounts(
     critic_network: TensorDictModuleBase,
     codec: ValueCodec,
 ) -> None:
-    """Refuse parts for other discounts: of one discount, shapes would fit all the same.
+    """Raise ValueError for parts of other discounts: of one discount, shapes would fit all the same.
 
     Modules of a user's own that don't tell their number are left alone.
     """
@@ -224,7 +224,7 @@ def _check_nan(inputs: Sequence[Tensor], mask_BT: Tensor) -> None:
 
 
 def check_actions(space: ActionSpace, action: Tensor, mask: Tensor) -> None:
-    """Refuse stored actions outside of their space."""
+    """Raise ValueError for stored actions outside of their space."""
     valid = space.contains(action) | ~mask
     if not valid.all():
         example = action[~valid][0].tolist()
@@ -236,7 +236,7 @@ def check_actions(space: ActionSpace, action: Tensor, mask: Tensor) -> None:
 
 
 def check_reward(reward: Tensor, mask_BT1: Tensor) -> None:
-    """Refuse rewards of several numbers."""
+    """Raise ValueError for rewards of several numbers."""
     if reward.numel() != mask_BT1.numel():
         raise ValueError(
             f"rewards must be one number per step, {tuple(mask_BT1.shape)}, got "
@@ -245,7 +245,7 @@ def check_reward(reward: Tensor, mask_BT1: Tensor) -> None:
 
 
 def check_mask(edited: Tensor, full: Tensor) -> None:
-    """Refuse what a mask hook must not return."""
+    """Raise ValueError if a mask hook returned another shape or dtype."""
     if edited.shape != full.shape or edited.dtype != torch.bool:
         raise ValueError(
             f"actor_mask and critic_mask must return a bool mask of the loss's shape "

@@ -81,7 +81,7 @@ class ActorCriticLoss(LossModule):
 
     @property
     def takes_actions(self) -> bool:
-        """Whether critics take the action as an input, rather than list the values of all."""
+        """True if critics take the action as an input, False if they list the values of all."""
         # Not by the action's key: set_keys may name it only after the loss was made.
         return len(self.critic_network.in_keys) > 1
 
@@ -98,7 +98,7 @@ class ActorCriticLoss(LossModule):
 
     @property
     def _dispatch_keys(self) -> list[NestedKey]:
-        """What else is read where it is there: ends and beginnings of trials, importance weights."""
+        """`in_keys` and the optional entries: marks of trials, importance weights."""
         names = self.tensor_keys
         ends = ("next", *_as_tuple(names.done))
         return list(dict.fromkeys([*self.in_keys, names.is_init, ends, names.priority_weight]))
@@ -162,7 +162,7 @@ class ActorCriticLoss(LossModule):
         return self.training and torch.is_grad_enabled()
 
     def _states(self, batch: Slices) -> tuple[dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
-        """What the heads read: at the slice's steps, and one step on, there without gradient."""
+        """Inputs of the heads: at the slice's steps, and one step on, there without gradient."""
         steps = batch.steps
         state_BSD = self._encode(batch)
         current = {self._state_key: steps.select(state_BSD[:, :-1])}
@@ -217,7 +217,7 @@ class ActorCriticLoss(LossModule):
         return ListedActions(self.value_codec, ask)
 
     def _frozen(self, params: TensorDictParams) -> TensorDictBase:
-        """What values the policy's own actions: the same critics, which learn nothing from it."""
+        """Detached critic parameters, which score the policy's own actions."""
         return params.detach()
 
     def _run(

@@ -39,7 +39,7 @@ class ValueCodec(nn.Module, abc.ABC):
         return None
 
     def initial_slope(self) -> Tensor | None:
-        """How the critics' outputs for a value first vary together, ``[*event]``; None: each by itself."""
+        """First joint variation of the outputs for a value, ``[*event]``; None: each by itself."""
         return None
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class ValueCodec(nn.Module, abc.ABC):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What changes the codec's function and no shape tells, as values that JSON can hold."""
+        """Options that change the codec's function but no shape, as JSON values."""
         return {"kind": type(self).__name__}
 
     def reset_parameters(self) -> None:

@@ -23,7 +23,7 @@ from torchrl_amago.modules.value_codec.popart import PopArt
 
 
 class BinCodec(ValueCodec):
-    """What codecs that classify have in common; a subclass says what its labels are (``encode``).
+    """Base of codecs that classify; a subclass writes the labels (``encode``).
 
         loss(p, x) = - sum_n label(x)_n log softmax(p)_n
         decode(p)  = symexp(sum_n softmax(p)_n bins_n)
