@@ -1,6 +1,6 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, steps, action_space, choice <- objectives.functional <- modules, envs, data <- data.offline,
+The direction is ``keys, steps, action_space, choice <- rows, objectives.functional <- modules, envs, data <- data.offline,
 objectives <- evaluation, compat <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
@@ -28,6 +28,7 @@ RANKS = {
     "action_space": 0,
     "choice": 0,
     "steps": 0,
+    "rows": 1,
     "objectives.functional": 1,
     "modules": 2,
     "envs": 2,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from math import isfinite
 from numbers import Integral
 from typing import TypeVar
@@ -35,8 +36,21 @@ def pick(argument: str, choice: str | Builder, known: Mapping[str, Builder], hin
     return known[choice]
 
 
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse what isn't among the choices; the first of them is the usual one.
+def name_of(choice: object) -> object:
+    """A function's name, with the arguments that a partial one is given; other values as they are.
+
+    Example:
+        >>> name_of(partial(max, default=3.0)), name_of(0.5)
+        ('max(default=3.0)', 0.5)
+    """
+    if isinstance(choice, partial):
+        given = [*map(repr, choice.args), *(f"{k}={v!r}" for k, v in choice.keywords.items())]
+        return f"{name_of(choice.func)}({', '.join(given)})"
+    return getattr(choice, "__qualname__", type(choice).__name__) if callable(choice) else choice
+
+
+def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError for what isn't among the choices; the first of them is the usual one.
 
     Raises:
         ValueError: for another value.
@@ -52,7 +66,7 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_counts(remedy: str, **counts: int) -> None:
-    """Refuse what isn't a whole number of at least 1, by name.
+    """Raise ValueError for counts below 1 and what is no integer, by name.
 
     Args:
         remedy: the message's last sentence.

@@ -1,4 +1,4 @@
-"""Which steps of a batch count, and how to get from all of them to those and back."""
+"""Selection of a batch's real steps, and the way back to all of them."""
 
 from __future__ import annotations
 
@@ -27,6 +27,9 @@ class Steps:
         mask: bool ``[*B]``, True on real steps.
         compact: put the real steps in one row; default on a CPU, outside of those.
 
+    Raises:
+        ValueError: if the mask isn't bool.
+
     Example:
         >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
         >>> x_BT = torch.tensor([[1.0, float("nan")], [3.0, 4.0]])
@@ -38,6 +41,11 @@ class Steps:
     """
 
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use mask.bool() "
+                "if it holds zeros and ones."
+            )
         if compact is None:
             compact = mask.device.type == "cpu" and not is_traced(mask)
         self.full_mask, self.compact = mask, compact

@@ -42,22 +42,19 @@ class AMAGOOptimizationStepper(OptimizationStepper):
         self.clip_norm, self.precision, self.run_dir = clip_norm, precision, run_dir
         self._parameters: list[torch.nn.Parameter] | None = None
         self._parts: dict[str, list[torch.nn.Parameter]] = {}
-        self._discounts: list[str] = []
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """One update; gives losses, metrics and gradient norms (of all and by part), detached."""
         if self._parameters is None:
             self._parameters = list(parameters_of(trainer.optimizer))
             self._parts = _by_network(trainer.loss_module, self._parameters)
-            discounts = getattr(trainer.loss_module, "discounts", torch.empty(0))
-            self._discounts = [f"{discount:g}" for discount in discounts.tolist()]
             self._device_type = self._parameters[0].device.type
         with self._autocast():
             losses = trainer.compute_loss(sub_batch)
         trainer._post_loss_hook(sub_batch)
         total = sum(value for key, value in losses.items() if key.startswith("loss"))
         total.backward()
-        losses = self._flat(losses.detach())
+        losses = losses.detach()
         gradients = {
             part: [p.grad for p in params if p.grad is not None]
             for part, params in self._parts.items()
@@ -77,14 +74,6 @@ class AMAGOOptimizationStepper(OptimizationStepper):
         trainer.optimizer.zero_grad()
         losses.update({f"grad_norm_{part}": value for part, value in norms.items()})
         return losses.set("grad_norm", norm)
-
-    def _flat(self, losses: TensorDictBase) -> TensorDictBase:
-        """Scalars only: of the metrics of every discount, the values."""
-        q_value_G = losses.pop("per_discount", {}).get("q_value", None)
-        if q_value_G is not None:
-            named = zip(self._discounts, q_value_G.unbind(), strict=True)
-            losses.update({f"q_value/{discount}": value for discount, value in named})
-        return losses
 
     def _autocast(self):
         if self.precision == "fp32":
