@@ -86,7 +86,9 @@ def stored_steps() -> TensorDict:
 
 
 @EACH
-@pytest.mark.parametrize("wrap", [lambda it: it, Compose, nn.Sequential], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [lambda it: it, Compose, nn.Sequential], ids=["no env", "compose", "model"]
+)
 def test_outside_of_an_environment(kind, wrap):
     """No env, in a Compose, before a module."""
     transform = wrap(TRANSFORMS[kind]())
