@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -188,12 +189,8 @@ def test_every_argument_is_a_setting_or_named_as_none():
 
 
 def test_plain_values():
-    assert plain([float("nan"), float("-inf"), torch.float32, nn.ReLU()]) == [
-        "nan",
-        "-inf",
-        "torch.float32",
-        "ReLU",
-    ]
+    values = [float("nan"), float("-inf"), torch.float32, nn.ReLU(), np.int64(3), np.float32(0.5)]
+    assert plain(values) == ["nan", "-inf", "torch.float32", "ReLU", 3, 0.5]
     assert flatten(plain({"a": {("b", "c"): (1,)}, "d": {}})) == {"a.b.c": [1]}
 
 

@@ -64,13 +64,8 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         mask_parts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
-        check_counts(
-            "Sizes come from make_policy where the environment is known.",
-            state_size=state_size,
-            num_params=num_params,
-            num_discounts=num_discounts,
-            **{f"observation_sizes[{i}]": size for i, size in enumerate(observation_sizes)},
-        )
+        for size in observation_sizes:
+            check_counts("Leave out observations without numbers.", observation_sizes=size)
         self.mask_parts = mask_parts
         self.num_params, self.num_discounts = num_params, num_discounts
         self.observation_sizes, self.masks_actions = tuple(observation_sizes), masks_actions
@@ -251,12 +246,6 @@ class ResidualActor(ActorHead):
         **options: Any,
     ) -> None:
         super().__init__(state_size, num_params, num_discounts, **options)
-        check_counts(
-            "For an actor without residual blocks use Actor.",
-            feature_size=feature_size,
-            residual_size=residual_size,
-            num_blocks=num_blocks,
-        )
         self.embed = MLP(
             self.input_size, feature_size, 1, feature_size, activation=activation, dropout=dropout
         )

@@ -23,10 +23,8 @@ from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import PreciseBuffers, make_activation
 from torchrl_amago.modules.settings import Configurable
 
-_SIZES = "make_critic takes sizes from the policy."
 
-
-class EnsembleLinear(nn.Module):
+class EnsembleLinear(Configurable, nn.Module):
     """One linear layer per ensemble member, as a single batched product.
 
     Args:
@@ -44,9 +42,6 @@ class EnsembleLinear(nn.Module):
 
     def __init__(self, num_members: int, in_features: int, out_features: int) -> None:
         super().__init__()
-        check_counts(
-            _SIZES, num_members=num_members, in_features=in_features, out_features=out_features
-        )
         self.weight = nn.Parameter(torch.empty(num_members, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_members, out_features))
         self.reset_parameters()
@@ -97,16 +92,7 @@ class CriticEnsemble(Configurable, nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_counts(
-            "The published critics are 4, of 2 hidden layers of 256; num_outputs is the number of a value "
-            "codec's bins, or None.",
-            input_size=input_size,
-            num_values=num_values,
-            num_critics=num_critics,
-            hidden_size=hidden_size,
-            num_layers=num_layers,
-            **({} if num_outputs is None else {"num_outputs": num_outputs}),
-        )
+        check_counts("Use 2, as published.", num_layers=num_layers)
         check_dropout(dropout=dropout)
         self.num_critics, self.num_outputs, self.dropout = num_critics, num_outputs, dropout
         #: Dimensions of one predicted value: ``()`` or ``(O,)``.
@@ -217,9 +203,6 @@ class DiscreteCritic(CriticEnsemble):
         num_critics: int = 4,
         **options: Any,
     ) -> None:
-        check_counts(
-            _SIZES, state_size=state_size, num_actions=num_actions, num_discounts=num_discounts
-        )
         super().__init__(state_size, num_discounts * num_actions, num_critics, **options)
         self.num_discounts, self.num_actions = num_discounts, num_actions
 
@@ -299,7 +282,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         action_gain: float = 1.0,
         **options: Any,
     ) -> None:
-        check_counts(_SIZES, state_size=state_size, action_size=action_size)
         super().__init__(state_size + 1 + action_size, 1, num_critics, **options)
         if not len(discounts) or not all(0.0 <= discount < 1.0 for discount in discounts):
             raise ValueError(

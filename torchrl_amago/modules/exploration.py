@@ -197,7 +197,7 @@ class BilevelEpsilonGreedy(BilevelExploration):
         super().__init__(horizon, anneal_frames, **schedule)
         self.sizes = tuple(num_actions) if isinstance(num_actions, Sequence) else (num_actions,)
         for size in self.sizes or (0,):
-            check_counts("It is how many choices there are.", num_actions=size)
+            check_counts("Every part has choices.", num_actions=size)
         self.one_hot, self.mask_key = one_hot, mask_key
         if mask_key is not None:
             self.in_keys = [*self.in_keys, mask_key]

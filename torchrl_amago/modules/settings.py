@@ -1,4 +1,4 @@
-"""What a part was built with, as plain values that a file can hold and another run compare."""
+"""What a part was built with: checked, and kept as plain values that a file can hold and a run compare."""
 
 from __future__ import annotations
 
@@ -6,18 +6,32 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, ClassVar
 
 import torch
 
+from torchrl_amago.choice import check_counts
+
+# What counts from 1 wherever it is an argument. Some numbers of layers may be 0: they aren't here.
+_COUNTS = frozenset({
+    "action_size", "context_length", "d_conv", "d_ff", "d_hidden", "d_model", "d_state", "embedding_size",
+    "expand", "feature_size", "goal_size", "hidden_size", "image_features", "in_features", "input_size",
+    "length", "max_positions", "max_streams", "num_actions", "num_blocks", "num_critics", "num_discounts",
+    "num_goals", "num_heads", "num_members", "num_modes", "num_outputs", "num_params", "num_tokens",
+    "num_values", "out_features", "output_size", "residual_size", "state_size", "vector_features", "window",
+})  # fmt: skip
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Configurable:
     """Base of what remembers its constructor's arguments, and those of its base classes' constructors.
 
-    Subclasses have nothing to do for it.
+    Subclasses have nothing to do for it. Sizes and other arguments that count from 1 are checked by name.
+
+    Raises:
+        ValueError: from a constructor, if a number that counts isn't an integer of at least 1.
 
     Example:
         >>> class Average(Configurable):
@@ -51,16 +65,22 @@ def _remembering(init: Callable) -> Callable:
 
     @functools.wraps(init)
     def wrapped(self: Configurable, *args: Any, **kwargs: Any) -> None:
-        init(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:
+            return init(self, *args, **kwargs)  # whose own message says more
         bound.apply_defaults()
-        given = {
-            name: plain(bound.arguments[name])
+        named = {
+            name: bound.arguments[name]
             for name, parameter in list(signature.parameters.items())[1:]
             if parameter.kind not in _VARIABLE
         }
+        given = {k: v for k, v in named.items() if not (v is None or isinstance(v, Sequence))}
+        counts = {name: value for name, value in given.items() if name in _COUNTS}
+        check_counts(f"See {type(self).__name__}'s arguments.", **counts)
+        init(self, *args, **kwargs)
         # The constructors of bases ran inside of this one.
-        vars(self)["_arguments"] = {**vars(self).get("_arguments", {}), **given}
+        vars(self)["_arguments"] = {**vars(self).get("_arguments", {}), **plain(named)}
 
     return wrapped
 
@@ -72,10 +92,12 @@ def plain(value: object) -> Any:
         >>> plain({("a", "b"): (1, float("inf")), "norm": torch.nn.Identity})
         {'a.b': [1, 'inf'], 'norm': 'Identity'}
     """
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
     if value is None or isinstance(value, bool | int | str):
         return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
     if isinstance(value, torch.dtype):
         return str(value)
     if isinstance(value, Configurable):

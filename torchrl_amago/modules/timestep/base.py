@@ -14,7 +14,6 @@ from torchrl.data import NonTensor, TensorSpec
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.steps import Steps
 
@@ -96,9 +95,6 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
                 f"{type(self).__name__} needs at least one entry to read, got shapes={{}}. "
                 "Pass {'observation': (size,)} or use make_policy."
             )
-        check_counts(
-            "It is the number of features that the encoder writes.", output_size=output_size
-        )
         self.in_keys, self.out_keys = list(shapes), [out_key]
         self.shapes = tuple(tuple(shape) for shape in shapes.values())
         self.event_dims = tuple(len(shape) for shape in self.shapes)

@@ -9,7 +9,6 @@ from tensordict import NestedKey
 from torch import nn
 from torchrl.data import TensorSpec
 
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.timestep.base import Shape
 from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
 from torchrl_amago.modules.timestep.specs import kind_of
@@ -75,7 +74,6 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
                     "for several images, or none, use the combined or the MLP encoder."
                 )
             image_key = images[0]
-        check_counts("Use 256 where in doubt.", image_features=image_features)
         image = ImageEmbedding(
             shapes[image_key],
             output_size=image_features,

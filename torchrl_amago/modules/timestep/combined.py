@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules.functional import symlog
 
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.layers import MLP, InputNorm, make_activation, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
@@ -97,7 +96,6 @@ class CombinedTimestepEncoder(TimestepEncoder):
         vector_size = sum(torch.Size(shape).numel() for shape in vectors.values())
         self.input_norm = self.vectors = None
         if vectors:
-            check_counts("Use 64 where in doubt.", vector_features=vector_features)
             self.vectors = nn.Linear(vector_size, vector_features)
             sizes.append(vector_features)
             if vector_scale == "normalize":

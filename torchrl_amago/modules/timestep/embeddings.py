@@ -12,7 +12,6 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.layers import make_activation
 from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.steps import is_traced
@@ -41,9 +40,6 @@ class EntryEmbedding(Configurable, nn.Module):
         self, shape: Sequence[int], output_size: int, mask_key: NestedKey | None = None
     ) -> None:
         super().__init__()
-        check_counts(
-            "It is the number of features that the entry becomes.", output_size=output_size
-        )
         self.shape = tuple(shape)
         self.output_size = output_size
         self.mask_key = mask_key
@@ -103,7 +99,6 @@ class CategoryEmbedding(EntryEmbedding):
                 f"{shape}, got {list(sizes)}. Build the embedding from the environment's spec "
                 "(CombinedTimestepEncoder.from_specs)."
             )
-        check_counts("Use 16 where in doubt.", embedding_size=embedding_size)
         super().__init__(shape, len(sizes) * embedding_size)
         # One table for all, each component in its own rows: one look-up however many they are.
         self.table = nn.Embedding(sum(sizes), embedding_size)
@@ -122,7 +117,7 @@ class CategoryEmbedding(EntryEmbedding):
         return self.table(row_MK).flatten(-2)
 
 
-class SequencePool(nn.Module):
+class SequencePool(Configurable, nn.Module):
     """From a set or sequence of elements to features: what is there, on average.
 
         h_l = act(W x_l + p_l),    out = V [mean of h_l over the elements that are there; their share]
@@ -157,13 +152,6 @@ class SequencePool(nn.Module):
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
-        check_counts(
-            "For an entry without elements or features leave it out with obs_keys.",
-            length=length,
-            input_size=input_size,
-            hidden_size=hidden_size,
-            output_size=output_size,
-        )
         self.hidden = nn.Linear(input_size, hidden_size)
         self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
         self.reset_parameters()
@@ -223,9 +211,6 @@ class TokenEmbedding(EntryEmbedding):
         mask_key: NestedKey | None = None,
         activation: str = "leaky_relu",
     ) -> None:
-        check_counts(
-            "Use 32 features where in doubt.", num_tokens=num_tokens, embedding_size=embedding_size
-        )
         super().__init__((length,), output_size, mask_key)
         self.num_tokens, self.padding_token = num_tokens, padding_token
         self.table = nn.Embedding(num_tokens, embedding_size)

@@ -11,7 +11,6 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding, SequencePool, check_range
 
 
@@ -56,13 +55,6 @@ class GoalEmbedding(EntryEmbedding):
         mask_key: NestedKey | None = None,
         activation: str = "leaky_relu",
     ) -> None:
-        check_counts(
-            "num_tokens is None for goals of floats.",
-            num_goals=num_goals,
-            goal_size=goal_size,
-            embedding_size=embedding_size,
-            **({} if num_tokens is None else {"num_tokens": num_tokens}),
-        )
         super().__init__((num_goals, goal_size), output_size, mask_key)
         self.num_tokens, self.padding = num_tokens, padding
         self.table = None if num_tokens is None else nn.Embedding(num_tokens, embedding_size)

@@ -28,7 +28,6 @@ def check_sizes(**sizes: int) -> None:
 
 def check_heads(d_model: int, num_heads: int) -> None:
     """Refuse a width that its heads can't share."""
-    check_sizes(d_model=d_model, num_heads=num_heads)
     if d_model % num_heads:
         raise ValueError(
             f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
@@ -127,14 +126,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         state_key: NestedKey = keys.STATE,
     ) -> None:
         super().__init__()
-        check_sizes(input_size=input_size, output_size=output_size)
         check_choice("on_weight_update", on_weight_update, ("keep", "restart"))
-        if context_length is not None:
-            check_sizes(context_length=context_length)
-        check_counts(
-            "It is how many rollouts may be under way at once: 2 for a collector and an evaluator.",
-            max_streams=max_streams,
-        )
         self.in_keys = [timestep_key, time_idx_key, is_init_key]
         self.out_keys = [state_key, stream_key] if self.has_memory else [state_key]
         self.stream_key, self.mask_key = stream_key, mask_key

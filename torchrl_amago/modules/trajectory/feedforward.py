@@ -10,7 +10,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
@@ -133,7 +132,6 @@ class FeedForwardEncoder(TrajectoryEncoder):
                 "between the first and the last linear layer."
             )
         d_ff = 4 * d_model if d_ff is None else d_ff
-        check_counts("Choose for example d_model=256.", d_model=d_model, d_ff=d_ff)
         check_dropout(dropout=dropout)
         super().__init__(input_size, d_model, **options)
         self.dropout = dropout

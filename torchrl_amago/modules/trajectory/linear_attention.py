@@ -189,7 +189,7 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_heads(d_model, num_heads)
-        check_sizes(d_ff=d_ff, num_layers=num_layers)
+        check_sizes(num_layers=num_layers)
         super().__init__(input_size, d_model, **options)
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb

@@ -195,9 +195,7 @@ class MambaEncoder(TrajectoryEncoder):
         backend: Literal["auto", "torch", "mamba_ssm"] = "auto",
         **options: Any,
     ) -> None:
-        check_sizes(
-            d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, num_layers=num_layers
-        )
+        check_sizes(num_layers=num_layers)
         super().__init__(input_size, d_model, **options)
         self.backend = backend
         self._kernels = load_kernels(backend, d_conv, d_state)

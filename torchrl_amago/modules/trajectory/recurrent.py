@@ -42,7 +42,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         **options: Any,
     ) -> None:
         d_hidden = d_model if d_hidden is None else d_hidden
-        check_sizes(d_model=d_model, d_hidden=d_hidden, num_layers=num_layers)
+        check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
             raise ValueError(
                 f"longest_memory must be at least 2, got {longest_memory}. It is the number of steps "

@@ -126,17 +126,7 @@ class StreamTable:
     def complain_of_loss(
         self, stream: int, memory: Memory | None, num_rows: int, key: NestedKey
     ) -> None:
-        """Warn, or raise, where a rollout in mid-trial gets a new memory.
-
-        Args:
-            stream: the rollout's; 0 if its step named none.
-            memory: what the table has of that stream.
-            num_rows: of the step.
-            key: the stream's entry.
-
-        Raises:
-            ValueError: if the memory is one of another number of rows.
-        """
+        """Warn where a rollout in mid-trial gets a new memory; raise if its rows' number has changed."""
         if memory is not None and memory.batch_size != num_rows:
             raise ValueError(
                 f"a rollout's batch size must not change between trials: stream {stream} has "

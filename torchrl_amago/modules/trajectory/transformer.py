@@ -204,7 +204,7 @@ class TransformerEncoder(TrajectoryEncoder):
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_heads(d_model, num_heads)
-        check_sizes(context_length=context_length, num_layers=num_layers, d_ff=d_ff)
+        check_sizes(num_layers=num_layers)
         _check_window(window, context_length)
         _check_names(positions, max_positions, beyond_positions, segments)
         if (
@@ -394,8 +394,6 @@ def _check_names(
             f"max_positions goes with positions='learned' and only with it, got "
             f"positions={positions!r}, max_positions={max_positions}. It is the size of the table."
         )
-    if max_positions is not None:
-        check_sizes(max_positions=max_positions)
     if beyond_positions == "clip" and positions != "learned":
         raise ValueError(
             f"beyond_positions='clip' goes with positions='learned' and only with it, got "
