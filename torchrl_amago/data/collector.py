@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.collectors import Collector
 from torchrl.collectors.utils import _maybe_normalize_replay_buffer_tensordict_device
 
-from torchrl_amago.data.buffer import TrialReplayBuffer
+from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.data.trial_ends import trial_ends
 
 

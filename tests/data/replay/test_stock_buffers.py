@@ -1,0 +1,238 @@
+"""TrialSliceSampler on TorchRL's own buffers, filled by TorchRL's own collectors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict
+from torchrl.collectors import Collector, MultiCollector
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.envs import InitTracker, TransformedEnv
+
+from tests.data.trials import make_trial, make_trials, rows
+from tests.evaluation.scripted import ScriptedTrials, act
+from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler
+
+LENGTHS = [[3, 5], [4], [7, 2, 6]]
+STORAGES = [LazyTensorStorage, LazyMemmapStorage]
+
+
+def make_env() -> TransformedEnv:
+    """Rows whose trials end at different steps; rewards number the steps of each trial from 1."""
+    script = [[[[float(step) for step in range(1, n + 1)]] for n in row] for row in LENGTHS]
+    return TransformedEnv(ScriptedTrials(script), InitTracker())
+
+
+def make_policy():
+    return act
+
+
+def flatten(batch):
+    return batch.reshape(-1)
+
+
+def make_buffer(storage, batch_size=40, buffer=TensorDictReplayBuffer, **options):
+    sampler = TrialSliceSampler(5, warn_short=False, **options)
+    return buffer(storage=storage, sampler=sampler, batch_size=batch_size)
+
+
+def whole_trials(rb) -> list[tuple[int, ...]]:
+    """Slots of the trials that are whole, by looking at every step."""
+    steps = rb[:]
+    found = []
+    for trajectory in steps["collector", "traj_ids"].unique().tolist():
+        slots = (steps["collector", "traj_ids"] == trajectory).nonzero().squeeze(-1)
+        reward = steps["next", "reward"][slots].flatten()
+        slots = slots[reward.argsort()]
+        count = reward.sort().values.tolist()
+        if count == [*range(1, len(count) + 1)] and steps["next", "done"][slots[-1]]:
+            found.append(tuple(slots.tolist()))
+    return sorted(found)
+
+
+def found_trials(rb) -> list[tuple[int, ...]]:
+    trials = rb.sampler.trials(rb.storage)
+    pairs = zip(trials.start, trials.length, strict=True)
+    return sorted(tuple(trials.slot[start : start + length].tolist()) for start, length in pairs)
+
+
+def assert_slices_are_whole(rb) -> None:
+    """Slices count up, from 1 or as far as the trial is long, and flags are those of the environment."""
+    batch = rb.sample()
+    assert batch.shape == (40, 5)
+    step_BT, mask_BT = batch["next", "reward"].squeeze(-1), batch["collector", "mask"]
+    assert torch.equal(step_BT.diff(dim=1) == 1, mask_BT[:, 1:])
+    assert mask_BT[:, 0].all()
+    is_short = ~mask_BT.all(1)
+    assert (step_BT[is_short, 0] == 1).all()
+    lengths = torch.tensor(sorted({n for row in LENGTHS for n in row}))
+    done_BT = batch["next", "done"].squeeze(-1)
+    assert torch.isin(step_BT[done_BT], lengths).all()
+    assert (done_BT.sum(1) <= 1)[~is_short].all()
+    assert done_BT[is_short, -1].all()
+    assert torch.equal(batch["is_init"].squeeze(-1), step_BT == 1)
+    trajectory_BT = batch["collector", "traj_ids"]
+    assert (trajectory_BT == trajectory_BT[:, :1]).all()
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("trajs_per_batch", [None, 1])
+@pytest.mark.parametrize("capacity", [31, 1000])
+def test_a_stock_collector_fills_a_stock_buffer(storage, trajs_per_batch, capacity):
+    """Its batches cut trials into pieces that lie apart, and the ring overwrites their first steps."""
+    rb = make_buffer(storage(capacity))
+    collector = Collector(
+        make_env(), act, frames_per_batch=12, total_frames=12 * 30, replay_buffer=rb,
+        trajs_per_batch=trajs_per_batch, postproc=None if trajs_per_batch else flatten,
+    )  # fmt: skip
+    checked = 0
+    for _ in collector:
+        if not len(rb):
+            continue
+        assert found_trials(rb) == whole_trials(rb)
+        if rb.can_sample():
+            checked += 1
+            assert_slices_are_whole(rb)
+    collector.shutdown()
+    assert checked > 20
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_our_collector_fills_a_stock_buffer(storage):
+    rb = make_buffer(storage(50))
+    collector = TrialCollector(
+        make_env(), act, frames_per_batch=12, total_frames=12 * 20, replay_buffer=rb
+    )
+    for _ in collector:
+        if len(rb):
+            assert found_trials(rb) == whole_trials(rb)
+            assert_slices_are_whole(rb)
+    assert len(rb) == 50
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sync", [True, False])
+@pytest.mark.parametrize("storage", STORAGES)
+def test_stock_collectors_in_two_processes(sync, storage):
+    """What other processes write is seen, though this one's sampler hears nothing of it."""
+    rb = make_buffer(storage(150, shared_init=True))
+    rb.share()
+    collector = MultiCollector(
+        [make_env, make_env],
+        policy_factory=make_policy,
+        sync=sync,
+        frames_per_batch=24,
+        total_frames=24 * 25,
+        replay_buffer=rb,
+        use_buffers=False,
+        postproc=flatten,
+    )
+    seen = set()
+    try:
+        for _ in collector:
+            if len(rb) and rb.can_sample():
+                if sync:
+                    assert found_trials(rb) == whole_trials(rb)
+                    assert_slices_are_whole(rb)
+                seen |= set(rb.sample()["collector", "traj_ids"].unique().tolist())
+    finally:
+        collector.shutdown()
+    assert len(seen) > 20
+
+
+@given(
+    st.integers(5, 30),
+    st.lists(st.integers(1, 9), min_size=1, max_size=20),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from(STORAGES),
+)
+def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids, storage):
+    rb = make_buffer(storage(capacity))
+    trials = make_trials([n for n in lengths if n <= capacity], init_key=has_init)
+    for number, trial in enumerate(trials):
+        if has_ids:
+            trial["collector", "traj_ids"] = torch.full([len(trial)], number)
+        rb.extend(trial)
+        ids = rb[:]["id"]
+        found = [tuple(ids[list(slots)].tolist()) for slots in found_trials(rb)]
+        expected = [tuple(x["id"].tolist()) for x in trials[: number + 1]]
+        left, total = [], 0
+        for trial_ids in reversed(expected):
+            total += len(trial_ids)
+            if total > capacity or (total == capacity and not has_init):
+                break  # without is_init, the oldest trial counts as cut once the ring is full
+            left.append(trial_ids)
+        assert sorted(found) == sorted(left)
+        if found and rb.can_sample():
+            whole = {x for trial_ids in left for x in trial_ids}
+            for row in rows(rb.sample()):
+                assert set(row) <= whole
+                assert row == [*range(row[0], row[0] + len(row))]
+
+
+def test_elements_of_several_steps_are_refused():
+    rb = make_buffer(LazyTensorStorage(100))
+    list(Collector(make_env(), act, frames_per_batch=12, total_frames=12, replay_buffer=rb))
+    with pytest.raises(ValueError, match=r"each of its elements is \[4\] steps.*trajs_per_batch=1"):
+        rb.sample()
+
+
+def test_pieces_are_drawn_on_request():
+    rb = make_buffer(LazyTensorStorage(10), whole=False)
+    rb.extend(make_trial(9)[:7])
+    assert {tuple(row) for row in rows(rb.sample())} == {tuple(range(n, n + 5)) for n in range(3)}
+    rb.extend(make_trial(9)[7:])
+    rb.extend(make_trial(3, 50))  # steps 0 and 1 are gone
+    found = {tuple(row) for row in rows(rb.sample())}
+    assert found == {*(tuple(range(n, n + 5)) for n in range(2, 5)), (50, 51, 52)}
+
+
+def test_trajectories_without_flags_are_whole_once_another_one_follows():
+    rb = make_buffer(LazyTensorStorage(100))
+    for number, trial in enumerate(make_trials([3, 4], init_key=False)):
+        trial["collector", "traj_ids"] = torch.full([len(trial)], number)
+        rb.extend(trial.exclude(("next", "done")))
+    assert {tuple(row) for row in rows(rb.sample())} == {(0, 1, 2)}
+    rb = make_buffer(LazyTensorStorage(100))
+    rb.extend(TensorDict({"id": torch.arange(3)}, [3]))
+    with pytest.raises(KeyError, match=r"told apart by .*traj_ids.*only \['id', 'index'\]"):
+        rb.can_sample()
+
+
+def test_what_torchrl_does_not_name_in_public_is_there():
+    """Without these, every draw would look for the trials anew, and rings would have no seam."""
+    storage = LazyTensorStorage(10)
+    rb = make_buffer(storage)
+    rb.extend(make_trial(7))
+    before = storage._mutation_revision
+    assert storage._last_cursor_index == 6
+    found = rb.sampler.trials(storage)
+    assert rb.sampler.trials(storage) is found
+    rb.extend(make_trial(5))
+    assert storage._mutation_revision > before
+    assert storage._last_cursor_index == 1
+    assert rb.sampler.trials(storage) is not found
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
+def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path):
+    buffers = [make_buffer(storage(30), buffer=TrialReplayBuffer, draw=draw) for _ in range(3)]
+    rb = buffers[0]
+    for number, trial in enumerate(make_trials([7, 9, 5, 11, 6])):
+        trial["collector", "traj_ids"] = torch.full([len(trial)], number)
+        rb.extend(trial)
+    if draw == "priority":
+        batch = rb.sample()
+        batch["td_error"] = batch["id"].float()
+        rb.update_priority(batch)
+    rb.dumps(tmp_path)
+    buffers[1].loads(tmp_path)
+    torch.manual_seed(0)
+    expected = rb.sample()
+    torch.manual_seed(0)
+    assert (buffers[1].sample() == expected).all()
+    assert buffers[1].write_count == rb.write_count == 38

@@ -1,0 +1,567 @@
+"""Folders of trials: what is kept, who may use them, and what damage and full disks do."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tensordict import TensorDict, assert_close
+
+from tests.data.trials import make_trial, make_trials
+from torchrl_amago import files
+from torchrl_amago.data.replay.storage import EvictedError, TrialStorage
+from torchrl_amago.data.replay.table import ENTRY
+from torchrl_amago.files import DamagedError
+
+
+def write(storage, lengths, first_id=0):
+    trials = make_trials(lengths, first_id)
+    storage.write(torch.cat(trials), lengths)
+    return trials
+
+
+def contents(storage):
+    """The ids of every stored trial."""
+    lengths = storage.trials().length.tolist()
+    return [ids.tolist() for ids in storage[:]["id"].split(lengths)] if lengths else []
+
+
+def assert_holds(storage, trials):
+    """Exactly these trials, bit by bit."""
+    assert storage.trials().length.tolist() == [len(trial) for trial in trials]
+    if trials:
+        assert_close(storage[:], torch.cat(trials), rtol=0, atol=0)
+    storage.verify()
+
+
+def opened(path, mode="read"):
+    return TrialStorage(path=path, mode=mode)
+
+
+@given(
+    st.integers(9, 30),
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=2), min_size=1, max_size=15),
+)
+def test_what_is_stored_is_what_was_written_last(capacity, writes):
+    storage = TrialStorage(capacity)
+    written = []
+    for lengths in writes:
+        if sum(lengths) > capacity:
+            continue
+        written += write(storage, lengths, first_id=sum(len(trial) for trial in written))
+        count = len(storage.trials().length)
+        assert count >= len(lengths)
+        assert_holds(storage, written[-count:])
+        assert len(storage) == sum(len(trial) for trial in written[-count:]) <= capacity
+        assert storage.written == sum(len(trial) for trial in written)
+
+
+def test_rows_that_are_not_in_use_are_never_read():
+    storage = TrialStorage(20)
+    for first_id in range(0, 200, 4):
+        write(storage, [4], first_id)
+        _, entries = storage.table().look()
+        in_use = {row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)}
+        free = [row for row in range(len(storage.rows)) if row not in in_use]
+        for memory in storage._maps.values():
+            memory[free] = 255  # NaN in every float
+        for value in storage[:].values(True, True):
+            assert value.isfinite().all()
+
+
+def test_steps_are_found_by_place_mask_and_number():
+    storage = TrialStorage(20)
+    for place in (-13, 12, [0, 40]):
+        with pytest.raises(IndexError, match="out of bounds"):
+            storage[place]
+    write(storage, [4, 3, 5])
+    assert storage[5]["id"].item() == 5
+    assert storage[-1]["id"].item() == 11
+    assert storage[[0, 4, 11]]["id"].tolist() == [0, 4, 11]
+    assert storage[torch.tensor([[1, 2], [3, 4]])]["id"].tolist() == [[1, 2], [3, 4]]
+    assert storage[3:9:2]["id"].tolist() == [3, 5, 7]
+    mask = torch.arange(12) >= 10
+    for chosen in (mask, mask.numpy(), mask.tolist()):
+        assert storage[chosen]["id"].tolist() == [10, 11]
+    for place in (-13, -20, 12, [0, 40], [[3, -13]]):
+        with pytest.raises(IndexError, match="out of bounds"):
+            storage[place]
+    with pytest.raises(IndexError, match="boolean"):
+        storage[mask[:3]]
+    with pytest.raises(IndexError, match="integer"):
+        storage[torch.ones(3)]
+    write(storage, [10], first_id=12)  # numbers go on counting
+    assert storage.get([[7, 8], [12, 21]])["id"].tolist() == [[7, 8], [12, 21]]
+    assert storage.get([[7, 13]])["id"].tolist() == [[7, 13]]
+    for number in (3, 22):
+        with pytest.raises(EvictedError, match="must be from 4 to 21"):
+            storage.get(number)
+    some = storage.get([8], [("next", "nested", "state"), "id"])
+    assert set(some.keys(True, True)) == {("next", "nested", "state"), "id"}
+    with pytest.raises(KeyError, match="colour"):
+        storage.get([8], ["colour"])
+
+
+# -- folders -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flush", [False, True])
+def test_goes_on_where_it_stopped(tmp_path, flush):
+    storage = TrialStorage(12, path=tmp_path / "replay", flush=flush)
+    first = write(storage, [4, 5])
+    storage = opened(tmp_path / "replay", "continue")
+    assert_holds(storage, first)
+    second = write(storage, [6], first_id=9)
+    assert_holds(storage, [first[1], *second])
+    assert storage.written == 15
+    assert_holds(opened(tmp_path / "replay"), [first[1], *second])
+
+
+def test_a_copied_folder_is_the_same_storage(tmp_path):
+    storage = TrialStorage(12, path=tmp_path / "a")
+    write(storage, [4, 5, 3])
+    write(storage, [6], first_id=12)
+    before = contents(storage)
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    storage.dumps(tmp_path / "c")
+    for name in ("b", "c"):
+        for mode in ("read", "continue"):
+            assert contents(opened(tmp_path / name, mode)) == before
+    copy = opened(tmp_path / "c", "continue")
+    reader = opened(tmp_path / "c")
+    for number in range(5):
+        write(storage, [2 + number], first_id=100 * number)
+        write(copy, [2 + number], first_id=100 * number)
+        assert contents(copy) == contents(storage) == contents(reader)
+    assert copy.checksum() == storage.checksum()
+
+
+def test_readers_follow_writers(tmp_path):
+    writer = TrialStorage(12, path=tmp_path)
+    learner = TrialStorage(12, path=tmp_path, mode="continue")
+    assert contents(learner) == []
+    write(writer, [4])
+    reader = opened(tmp_path)
+    other = pickle.loads(pickle.dumps(writer))  # noqa: S301
+    for number in range(20):
+        write(writer if number % 3 else other, [1 + number % 5], first_id=100 * number)
+        assert contents(learner) == contents(reader) == contents(writer)
+
+
+def write_beside(writer, target, method, monkeypatch, lengths=(5, 5)):
+    """Let another process write as soon as a method was called; and wait for the lock."""
+    threads = []
+    real = getattr(target, method)
+
+    def call_and_write(*args):
+        result = real(*args)
+        if not threads:
+            threads.append(threading.Thread(target=write, args=(writer, list(lengths), 100)))
+            threads[0].start()
+            threads[0].join(0.3)
+        return result
+
+    monkeypatch.setattr(target, method, call_and_write)
+    return lambda: threads[0].join()
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+@pytest.mark.parametrize("way", ["dumps", "state_dict"])
+def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode, way):
+    writer = TrialStorage(12, path=tmp_path / "replay")
+    write(writer, [4, 5])
+    write(writer, [3], first_id=9)
+    storage = opened(tmp_path / "replay", mode)
+    wait = write_beside(writer, storage.table(), "look", monkeypatch, lengths=[5])
+    if way == "dumps":
+        storage.dumps(tmp_path / "copy")
+        copy = opened(tmp_path / "copy", "continue")
+    else:
+        copy = TrialStorage(12)
+        copy.load_state_dict(storage.state_dict())
+    wait()
+    # A reader doesn't make others wait: it leaves out what it could not copy in time.
+    assert contents(copy)[-1 if mode == "continue" else 0] == [9, 10, 11]
+    assert contents(writer) == [[9, 10, 11], [100, 101, 102, 103, 104]]
+    copy.verify()
+    for number in range(4):
+        write(copy, [4], first_id=10 * number)
+    assert contents(copy)[-1] == [30, 31, 32, 33]
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+def test_steps_that_are_overwritten_while_they_are_read_are_read_again(tmp_path, monkeypatch, mode):
+    writer = TrialStorage(12, path=tmp_path)
+    write(writer, [4, 5])
+    storage = opened(tmp_path, mode)
+    write_beside(writer, storage.table(), "look", monkeypatch)
+    assert storage[:]["id"].tolist() == [*range(100, 110)]
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
+    """Who may take the lock makes the writers wait; a reader says that it can't keep up."""
+    writer = TrialStorage(12, path=tmp_path)
+    write(writer, [4, 5])
+    storage = opened(tmp_path, mode)
+    real = storage.get
+
+    def read_while_others_write(*args):
+        thread = threading.Thread(target=write, args=(writer, [6, 6]), daemon=True)
+        thread.start()
+        thread.join(0.1)
+        return real(*args)
+
+    monkeypatch.setattr(storage, "get", read_while_others_write)
+    if mode == "continue":
+        assert len(storage[:]) == 12
+    else:
+        with pytest.raises(RuntimeError, match=r"each of 20 attempts.*mode='continue'"):
+            storage[:]
+
+
+def test_temporary_folders_are_removed_with_their_owner_and_at_exit():
+    storage = TrialStorage(10)
+    write(storage, [3])
+    path, copy = storage.path, pickle.dumps(storage)
+    assert path.exists()
+    del storage
+    assert not path.exists()
+    with pytest.raises(FileNotFoundError, match=r"a temporary one goes with its owner\. Make"):
+        pickle.loads(copy)  # noqa: S301
+    code = (
+        "import torch; from tensordict import TensorDict\n"
+        "from torchrl_amago.data import make_trial_buffer\n"
+        "rb = make_trial_buffer(10, 1, 1)\n"
+        "rb.extend(TensorDict({'x': torch.zeros(3)}, [3]), lengths=[3])\n"
+        "rb.me = rb; print(rb.storage.path)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not Path(run.stdout.split()[-1]).exists()
+
+
+def test_bytes_per_step_are_those_of_one_file_per_trajectory(tmp_path):
+    """The arrays of the public reference's trajectory files, in theirs and in our form."""
+    length, features, actions = 500, 39, 4
+    observation, action = torch.randn(length + 1, features), torch.randn(length, actions)
+    reward, time = torch.randn(length, 1), torch.arange(length + 1).unsqueeze(-1)
+    done = torch.arange(length).unsqueeze(-1) == length - 1
+    previous = torch.cat([torch.zeros(1, actions + 1), torch.cat([reward, action], -1)])
+    arrays = {
+        "_OBS_KEY_observation": observation, "rl2s": previous, "time_idxs": time,
+        "rews": reward, "dones": done, "actions": action,
+    }  # fmt: skip
+    np.savez(tmp_path / "trajectory.npz", **{key: x.numpy() for key, x in arrays.items()})
+    both = {
+        "observation": observation, "time_idx": time,
+        "prev_reward": previous[:, :1], "prev_action": previous[:, 1:],
+    }  # fmt: skip
+    trial = {key: x[:-1] for key, x in both.items()} | {"action": action}
+    trial["is_init"] = trial["time_idx"] == 0
+    trial["next"] = {key: x[1:] for key, x in both.items()}
+    trial["next"] |= {"reward": reward, "done": done, "terminated": done.clone()}
+    trial["next"] |= {"truncated": torch.zeros_like(done), "is_init": torch.zeros_like(done)}
+    storage, steps = (
+        TrialStorage(100 * length, path=tmp_path / "replay"),
+        TensorDict(trial, [length]),
+    )
+    for _ in range(250):  # several rounds
+        storage.write(steps, [length])
+    storage.dumps(tmp_path / "saved")
+    theirs = 100 * (tmp_path / "trajectory.npz").stat().st_size
+    for folder in ("replay", "saved"):
+        found = [file for file in (tmp_path / folder).rglob("*") if file.is_file()]
+        assert sum(file.stat().st_blocks * 512 for file in found) <= 1.2 * theirs
+    assert sum(file.stat().st_size for file in found) <= 1.25 * theirs
+
+
+# -- what goes wrong ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+    storage = TrialStorage(12, path=tmp_path / "replay")
+    write(storage, [4, 5])
+    return tmp_path / "replay"
+
+
+def assert_intact(folder):
+    assert contents(opened(folder)) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+
+
+def content_of(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_folders_are_opened_as_their_mode_says(tmp_path, folder):
+    with pytest.raises(FileExistsError, match=r"needs a folder without one.*mode='continue'"):
+        TrialStorage(12, path=folder)
+    with pytest.raises(FileNotFoundError, match=r"has none\. Check the path"):
+        opened(tmp_path / "typo")
+    assert not (tmp_path / "typo").exists()
+    for mode in ("continue", "read"):
+        with pytest.raises(ValueError, match=r"that of the folder, 12 steps.*got 20.*None takes"):
+            TrialStorage(20, path=folder, mode=mode)
+    with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
+        TrialStorage(0)
+    assert_intact(folder)
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+@pytest.mark.parametrize("name", ["rows/id.memmap", "table.bin", "schema.json"])
+@pytest.mark.parametrize("size", [None, 0, 7])
+def test_files_that_are_missing_or_cut_short_are_named_and_nothing_changes(
+    folder, mode, name, size
+):
+    file = folder / "trials" / name
+    if size is None:
+        file.unlink()
+    else:
+        os.truncate(file, size)
+    before = content_of(folder)
+    with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
+        TrialStorage(12, path=folder, mode=mode)
+    with pytest.raises((RuntimeError, FileExistsError)):
+        TrialStorage(12, path=folder)
+    assert content_of(folder) == before
+
+
+def test_any_flipped_bit_of_the_description_is_refused_or_changes_nothing(folder):
+    file = folder / "trials" / "schema.json"
+    content, refused = file.read_bytes(), 0
+    for place in range(len(content)):
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            file.write_bytes(damaged)
+            try:
+                assert_intact(folder)
+            except (DamagedError, ValueError):
+                refused += 1
+    assert refused > 6 * len(content)  # but for some of the blanks
+
+
+def test_any_flipped_bit_of_the_values_is_found_by_verify(folder):
+    storage = opened(folder, "continue")
+    storage.verify()
+    for memory in storage._maps.values():
+        for place in np.ndindex(11, memory.shape[1]):
+            memory[place] ^= 4
+            with pytest.raises(DamagedError, match="has changed since it was written, in 1"):
+                storage.verify()
+            memory[place] ^= 4
+    storage.verify()
+
+
+def test_damage_that_comes_later_stops_the_next_write(folder):
+    storage, other = (opened(folder, "continue") for _ in range(2))
+    write(other, [1, 1, 1], first_id=9)
+    table = folder / "trials/table.bin"
+    damaged = bytearray(table.read_bytes())
+    damaged[4096 + 3 * ENTRY.itemsize] ^= 1
+    with table.open("r+b") as stream:
+        stream.write(damaged)
+    before = content_of(folder)
+    for _ in range(2):
+        with pytest.raises(DamagedError, match="an entry that isn't what was written"):
+            write(storage, [6], first_id=9)
+    assert content_of(folder) == before
+
+
+class Killed(BaseException):
+    """The end of a process."""
+
+
+@pytest.mark.parametrize("moment", range(3))
+@pytest.mark.parametrize("when", ["create", "load"])
+def test_a_process_that_dies_while_it_makes_or_replaces_the_folder(
+    tmp_path, folder, monkeypatch, when, moment
+):
+    saved = opened(folder)
+    storage = TrialStorage(12, path=tmp_path / "other")
+    kept = write(storage, [3, 2], first_id=50) if when == "load" else []
+    calls = iter(range(moment))
+
+    def die(function):
+        def call(*args, **kwargs):
+            if next(calls, None) is None:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
+        patch.setattr(os, "replace", die(os.replace))
+        patch.setattr(files, "write_json", die(files.write_json))
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who dies doesn't tidy up
+        storage.loads(folder) if when == "load" else write(storage, [4])
+        raise Killed
+    storage = opened(tmp_path / "other", "continue") if kept else None
+    if when == "load":
+        assert contents(storage) in ([[50, 51, 52], [53, 54]], contents(saved))
+    else:
+        storage = TrialStorage(12, path=tmp_path / "other", mode="continue")
+        count = len(contents(storage))
+        assert_holds(storage, [*make_trials([4])[:count]])
+    write(storage, [5], first_id=70)
+    assert contents(storage)[-1] == [*range(70, 75)]
+    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == ["lock", "trials"]
+
+
+def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
+    synced, flushed = [], []
+    monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
+    real = np.memmap.flush
+    monkeypatch.setattr(np.memmap, "flush", lambda x: flushed.append(x.filename) or real(x))
+    write(TrialStorage(12, path=tmp_path / "a"), [4])
+    assert not synced
+    assert not flushed
+    write(TrialStorage(12, path=tmp_path / "b", flush=True), [4])
+    assert {"table.bin", "schema.json", "id.memmap", "b"} <= set(synced)
+    # Rows before what announces them.
+    assert [Path(name).name for name in flushed][-1] == "table.bin"
+    assert len(flushed) == 7
+
+
+def test_another_format_is_refused(folder):
+    schema = files.read_json(folder / "trials/schema.json")
+    files.write_json(folder / "trials/schema.json", schema | {"format": "trials 9"})
+    with pytest.raises(ValueError, match=r"torchrl_amago trials 2.*got .*trials 9"):
+        opened(folder, "continue")
+
+
+def test_nothing_that_lies_beside_is_read(folder):
+    (folder / "trials/rows/meta.json").write_text('{"_type": "<class \'os.system\'>"}')
+    (folder / "trials/rows/other.pickle").write_bytes(b"cos\nsystem\n(S'false'\ntR.")
+    assert_intact(folder)
+
+
+def test_other_entries_are_refused_and_nothing_is_lost(folder):
+    storage = opened(folder, "continue")
+    trial = make_trial(4)
+    trial["observation"] = torch.zeros(4, 5)
+    with pytest.raises(ValueError, match=r"observation: float32 2 stored, float32 5 here"):
+        storage.write(trial, [4])
+    assert_intact(folder)
+
+
+def test_reading_never_writes(folder):
+    before = content_of(folder)
+    storage = opened(folder)
+    for attempt in (
+        lambda: storage.write(make_trial(3), [3]),
+        lambda: storage.load_state_dict(TrialStorage(12).state_dict()),
+        lambda: storage.loads(folder),
+    ):
+        with pytest.raises(PermissionError, match="mode='read' can't be written to"):
+            attempt()
+    assert content_of(folder) == before
+
+
+def test_a_read_only_folder_can_be_read_and_says_no_to_writers(folder, monkeypatch):
+    real_open = open
+
+    def refuse(file, mode="r", *args, **kwargs):
+        if folder in Path(str(file)).parents and set(mode) & set("wa+"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(file))
+        return real_open(file, mode, *args, **kwargs)
+
+    # As root, the tests may write anywhere.
+    monkeypatch.setattr("io.open", refuse)
+    monkeypatch.setattr("builtins.open", refuse)
+    assert_intact(folder)
+    with pytest.raises(PermissionError, match=r"Permission denied.*mode='read'"):
+        opened(folder, "continue")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("room", range(8))
+def test_a_full_disk_is_named_and_nothing_is_lost(folder, monkeypatch, room):
+    storage = opened(folder, "continue")
+    real, calls = os.posix_fallocate, iter(range(room))
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            os, "posix_fallocate", lambda *x: full() if next(calls, None) is None else real(*x)
+        )
+        if room < 7:  # the table and six entries
+            with pytest.raises(OSError, match="the disk must have room.*Free some space"):
+                write(storage, [6], first_id=9)
+            assert_intact(folder)
+    write(storage, [6], first_id=9)
+    assert contents(storage) == [[4, 5, 6, 7, 8], [9, 10, 11, 12, 13, 14]]
+
+
+def test_a_full_disk_while_trials_are_loaded_or_the_folder_is_made(tmp_path, folder, monkeypatch):
+    storage = TrialStorage(12, path=tmp_path / "other")
+    for kept in ([], write(TrialStorage(12), [5, 1], first_id=20)):
+        if kept:
+            write(storage, [5, 1], first_id=20)
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "write_json", full)
+            with pytest.raises(OSError, match="the disk must have room.*Free some space"):
+                storage.loads(folder) if kept else write(storage, [4])
+        assert_holds(storage, kept)
+    storage.loads(folder)
+    assert contents(storage) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+
+
+def test_more_than_the_disk_holds_is_refused_at_once(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=379))
+    storage = TrialStorage(10, path=tmp_path / "replay")
+    with pytest.raises(OSError, match=r"380 bytes are needed, 379 bytes are free"):
+        write(storage, [3])
+    assert not (tmp_path / "replay/trials").exists()
+
+
+def test_a_real_full_disk(tmp_path):
+    """A file system of one megabyte, where the tests may mount one."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = shutil.which("mount") and subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk],
+        capture_output=True,
+        check=False,
+    )
+    if not mounted or mounted.returncode:
+        pytest.skip("needs the right to mount a file system")
+    try:
+        storage = TrialStorage(25_000, path=disk / "replay")
+        written = write(storage, [50])
+        (disk / "other").write_bytes(bytes(300_000))
+        with pytest.raises(OSError, match="the disk must have room"):  # noqa: PT012
+            for number in range(1, 1000):
+                written += write(storage, [50], first_id=50 * number)
+        assert len(written) > 100
+        assert_holds(opened(disk / "replay"), written)
+        (disk / "other").unlink()
+        written += write(storage, [50], first_id=5000)
+        assert_holds(storage, written)
+        del storage
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
+def test_refuses_writes_that_are_not_whole_trials():
+    storage = TrialStorage(10)
+    for lengths in ([3], [4, 1], [4, 0], []):
+        with pytest.raises(ValueError, match=r"steps \[N\] of whole trials.*TrialCollector"):
+            storage.write(make_trial(4), lengths)
+    with pytest.raises(ValueError, match="got 11 steps at once for a capacity of 10"):
+        storage.write(make_trial(11), [11])
+    with pytest.raises(TypeError, match="can't be changed in place"):
+        storage[0] = make_trial(1)

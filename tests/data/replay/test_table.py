@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.data.trials import surviving_trials
+from torchrl_amago.data.replay.table import ENTRY, TrialTable
+from torchrl_amago.files import DamagedError
+
+
+def make_table(capacity: int) -> TrialTable:
+    with tempfile.TemporaryDirectory() as folder:
+        return TrialTable.create(Path(folder, "table.bin"), capacity)  # is mapped, and stays so
+
+
+def write(table: TrialTable, lengths: list[int]) -> list[int]:
+    entries, begin = table.place(lengths)
+    table.evict(begin)
+    table.announce(entries)
+    return entries["first"].tolist()
+
+
+writes = st.tuples(
+    st.integers(4, 30),
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=40),
+).map(lambda case: (case[0], [w for w in case[1] if sum(w) <= case[0]]))
+
+
+@given(writes)
+def test_trials_never_overlap_and_the_newest_are_kept(case):
+    capacity, batches = case
+    table = make_table(capacity)
+    lengths: list[int] = []
+    for batch in batches:
+        write(table, batch)
+        lengths += batch
+        _, entries = table.look()
+        table.verify()  # they don't overlap, and fit
+        assert table.end == len(lengths)
+        assert table.written == sum(lengths)
+        assert entries["length"].tolist() == lengths[table.begin :]
+        assert sum(lengths[table.begin :]) <= capacity
+        assert len(entries) >= len(batch)
+        taken = [row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)]
+        assert len(set(taken)) == len(taken)
+        # Each step takes a row, each trial one more, and a round may end one trial late.
+        assert max(taken) < min(2 * capacity + 2 * max(lengths) + 2, 3 * capacity + 2)
+        # Gaps between rounds cost at most the place of a trial or two.
+        assert len(surviving_trials(lengths, capacity - 2 * 9)) <= len(entries)
+
+
+@given(st.integers(1, 12), st.integers(1, 6))
+def test_equal_trials_fill_the_capacity_exactly_and_no_more_rows(length, count):
+    table = make_table(capacity=length * count)
+    rows = set()
+    for number in range(5 * count):
+        rows |= set(write(table, [length]))
+        assert table.end - table.begin == min(number + 1, count)
+    assert max(rows) + length + 1 == count * (length + 1)
+
+
+def test_after_everything_was_given_up_writing_goes_on():
+    table = make_table(10)
+    write(table, [3, 4])
+    table.evict(2)
+    assert not len(table.look()[1])
+    write(table, [5])
+    assert (table.begin, table.end, table.written) == (2, 3, 12)
+
+
+@pytest.mark.parametrize("capacity", [7])
+def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path, capacity):
+    table = TrialTable.create(tmp_path / "table.bin", capacity)
+    for lengths in ([3], [2, 2], [4], [1, 1], [5]):
+        write(table, lengths)
+    table.flush()
+    begin, entries = table.look()
+    content, expected = (tmp_path / "table.bin").read_bytes(), (begin, entries.tolist())
+    refused = 0
+    used = [*range(16), *range(4096, len(content))]
+    for place in used:
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            (tmp_path / "damaged.bin").write_bytes(damaged)
+            try:
+                begin, entries = TrialTable(tmp_path / "damaged.bin", capacity).look()
+            except DamagedError:
+                refused += 1
+            else:
+                assert (begin, entries.tolist()) == expected, (place, bit)
+    assert refused == 8 * (16 + ENTRY.itemsize * len(entries))
+
+
+@pytest.mark.parametrize("size", [0, 16, 4096, -1])
+def test_a_file_cut_short_is_refused(tmp_path, size):
+    table = TrialTable.create(tmp_path / "table.bin", 10)
+    write(table, [3])
+    content = (tmp_path / "table.bin").read_bytes()
+    (tmp_path / "table.bin").write_bytes(content[:size])
+    with pytest.raises(DamagedError, match=rf"must have {len(content)} bytes"):
+        TrialTable(tmp_path / "table.bin", 10)
+
+
+def test_an_older_counter_brings_no_evicted_trial_back(tmp_path):
+    table = TrialTable.create(tmp_path / "table.bin", 10)
+    write(table, [4])
+    older = table._counters[0]
+    write(table, [4])
+    write(table, [4])
+    table._counters[0] = older
+    with pytest.raises(DamagedError, match="overwrite one another"):
+        TrialTable(tmp_path / "table.bin", 10)

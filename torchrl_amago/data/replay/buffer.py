@@ -1,0 +1,360 @@
+"""A TorchRL replay buffer of whole trials: B padded slices of T steps, from trials of at most L steps."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor
+from torchrl.data import Storage, TensorDictReplayBuffer
+from torchrl.data.replay_buffers import ImmutableDatasetWriter
+from torchrl.envs import Transform
+
+from torchrl_amago import keys
+from torchrl_amago.choice import check_counts
+from torchrl_amago.data.relabel.base import Relabel
+from torchrl_amago.data.replay.sampler import TrialSliceSampler
+from torchrl_amago.data.replay.storage import EvictedError, Mode, TrialStorage
+from torchrl_amago.data.replay.trials import Trials
+from torchrl_amago.data.trial_ends import trial_lengths
+
+# Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
+_MAX_SHARE, _MEAN_SHARE = 0.9, 0.1
+
+
+class TrialReplayBuffer(TensorDictReplayBuffer):
+    """Samples slices ``[B, T]`` of whole trials.
+
+    Made by :func:`make_trial_buffer`; sent to another process, it then opens the same folder there. On one of TorchRL's
+    one-dimensional storages, it adds relabelling and priorities to what a stock buffer with a
+    :class:`TrialSliceSampler` does. Besides the entries of the trials, a batch has
+
+    ========================= ============= ===========================================================
+    ``("collector", "mask")`` bool          True on real steps, False on padding
+    ``"index"``               int64         number of the trial, for :meth:`update_priority`
+    ``"priority_weight"``     float32       importance weight, with ``draw="priority"``
+    ========================= ============= ===========================================================
+
+    Args:
+        storage: the trials.
+        sampler: draws slices.
+        relabel: changes trials before they are cut to slices; the storage stays as it is.
+        options: of :class:`torchrl.data.TensorDictReplayBuffer`.
+
+    Example:
+        >>> from torchrl.data import LazyTensorStorage
+        >>> rb = TrialReplayBuffer(
+        ...     storage=LazyTensorStorage(9), sampler=TrialSliceSampler(2), batch_size=4)
+        >>> done = torch.tensor([[False], [True], [True]])
+        >>> _ = rb.extend(TensorDict({"next": {"done": done}}, [3]))
+        >>> rb.num_trials, len(rb), rb.sample()["collector", "mask"].shape
+        (2, 3, torch.Size([4, 2]))
+    """
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        sampler: TrialSliceSampler,
+        relabel: Relabel | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(relabel, Relabel | None):
+            raise TypeError(
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Subclass Relabel, or "
+                "give other transforms to append_transform."
+            )
+        self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
+        if self._is_ours:
+            options["writer"] = ImmutableDatasetWriter()  # trials are written as wholes, by extend
+        super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
+
+    # -- transforms ------------------------------------------------------------------------------
+
+    def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
+        """Append a transform; a relabeller becomes the buffer's ``relabel``.
+
+        Raises:
+            ValueError: for a relabeller after another one, or after other transforms, which get slices.
+        """
+        if isinstance(transform, Relabel):
+            return self.insert_transform(len(self.transform), transform, invert=invert)
+        return super().append_transform(transform, invert=invert)
+
+    def insert_transform(
+        self, index: int, transform: Transform, *, invert: bool = False
+    ) -> TrialReplayBuffer:
+        """Insert a transform; see :meth:`append_transform`."""
+        if not isinstance(transform, Relabel):
+            return super().insert_transform(index, transform, invert=invert)
+        if index or invert or self.relabel is not None:
+            raise ValueError(
+                "a buffer of trials has one relabeller, which reads what is stored, before all other "
+                f"transforms, got {type(transform).__name__} at index {index} with invert={invert} "
+                f"beside relabel={self.relabel}. Insert it at 0; to do two things, write one Relabel "
+                "that does both."
+            )
+        self.relabel = transform
+        return self
+
+    # -- writing ---------------------------------------------------------------------------------
+
+    def extend(
+        self,
+        tensordicts: TensorDictBase,
+        *,
+        lengths: Sequence[int] | None = None,
+        update_priority: bool | None = None,
+    ) -> Tensor:
+        """Store trials; the oldest ones make room.
+
+        Args:
+            tensordicts: steps ``[N]`` of whole trials, side by side.
+            lengths: number of steps of each; by default a trial ends where ``("next", "done")``,
+                ``"terminated"`` or ``"truncated"`` is True. Needed for fragments of a trial.
+            update_priority: has no effect; new trials have the largest priority so far.
+
+        Returns:
+            The trials' numbers.
+
+        Raises:
+            ValueError: for steps that aren't whole trials, don't fit into the buffer, have other entries
+                than those stored, or whose ``next`` isn't the root of the step after. Nothing is stored then.
+            OSError: where the disk is full. Nothing is stored, or given up, then.
+            PermissionError: in mode ``"read"``.
+        """
+        if not self._is_ours:
+            return super().extend(tensordicts, update_priority=update_priority)
+        tensordicts = self.transform.inv(tensordicts) if len(self.transform) else tensordicts
+        lengths = trial_lengths(tensordicts) if lengths is None else [int(n) for n in lengths]
+        with self._replay_lock, self._write_lock:
+            return torch.from_numpy(self.storage.write(tensordicts, lengths))
+
+    def add(self, data: Any) -> Any:
+        """Refused for whole trials: they don't come step by step."""
+        if self._is_ours:
+            raise TypeError(
+                "a buffer of trials takes whole trials, not single steps. Write them with extend."
+            )
+        return super().add(data)
+
+    def empty(self, empty_write_count: bool = True) -> None:
+        """Give up all trials, and begin to count anew."""
+        if not self._is_ours:
+            return super().empty(empty_write_count)
+        with self._replay_lock, self._write_lock:
+            self.storage._empty()
+            self.sampler._empty()
+
+    def set_(self, *_: Any, **__: Any) -> None:
+        """Refused, as are ``set_at_``, ``update_`` and ``rb[...] = ...``: trials don't change in place."""
+        raise TypeError(
+            "stored trials can't be changed in place. Write new ones with extend, or change batches "
+            "with rb.append_transform."
+        )
+
+    set_at_ = update_ = __setitem__ = set_
+
+    # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Most steps kept."""
+        return self.storage.max_size
+
+    @property
+    def num_trials(self) -> int:
+        """Trials that are there."""
+        with self._replay_lock:
+            return len(self.sampler.trials(self.storage).length)
+
+    @property
+    def write_count(self) -> int:
+        """Steps written so far, by all processes."""
+        with self._replay_lock:
+            return self.storage.written if self._is_ours else super().write_count
+
+    def newest(self, count: int) -> TensorDict:
+        """The steps written last ``[n]``, at most as many as are there, in the order of writing."""
+        return self[-count:] if count > 0 else self[:0]
+
+    def checksum(self) -> int:
+        """Combine the checksums of all trials that are there."""
+        return self.storage.checksum()
+
+    def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
+        batch = None
+        with self._replay_lock:
+            while batch is None:
+                # Other processes may evict what is being read: then others are drawn.
+                with contextlib.suppress(EvictedError):
+                    batch = self._read(batch_size)
+        batch = self.transform(batch) if len(self.transform) else batch
+        return (batch.pin_memory() if self._pin_memory else batch), {}
+
+    def _read(self, batch_size: int) -> TensorDictBase:
+        sampler, storage = self.sampler, self.storage
+        trials = sampler.trials(storage)
+        position_B, weight_B = sampler.draw_trials(trials, batch_size)
+        length_B, replaced_BL = torch.from_numpy(trials.length[position_B]), None
+        if self.relabel is not None:
+            length_B, replaced_BL = self._relabel(trials, position_B, length_B)
+        step_BT, mask_BT = sampler.steps(*sampler.windows(length_B))
+        batch = storage.get(trials.index(position_B, step_BT))
+        if replaced_BL is not None:
+            batch.update(replaced_BL[torch.arange(batch_size).unsqueeze(-1), step_BT])
+        for key, value in sampler.info(mask_BT, weight_B).items():
+            batch.set(key, value)
+        number_B = torch.from_numpy(trials.number[position_B])
+        return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
+
+    def _relabel(
+        self, trials: Trials, position_B: Any, length_B: Tensor
+    ) -> tuple[Tensor, TensorDictBase]:
+        """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
+        step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
+        index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
+        if self._is_ours:
+            whole_BL = self.storage.get(index_BL, self.relabel.in_keys)
+        else:
+            whole_BL = self.storage[:].select(*self.relabel.in_keys)[index_BL]
+        whole_BL.set(keys.MASK, step_L < length_B1)
+        replaced_BL = self.relabel.relabel_trials(whole_BL, self._rng)
+        return replaced_BL.get(keys.MASK).sum(-1), replaced_BL.exclude("collector")
+
+    # -- priorities ------------------------------------------------------------------------------
+
+    def update_priority(
+        self, index: Tensor | TensorDictBase, priority: Tensor | None = None
+    ) -> None:
+        """Set priorities of trials; those that are gone are passed over.
+
+        Args:
+            index: numbers of trials ``[n]``; or a batch that a loss has put ``td_error`` ``[B, T]``
+                into, of which the real steps count: 0.9 of their largest and 0.1 of their mean error
+                (R2D2, section 2.3). A batch has no effect where priorities aren't used.
+            priority: ``[n]``, not negative.
+        """
+        if not isinstance(index, TensorDictBase):
+            with self._replay_lock:
+                self.sampler.update_priority(index, priority, storage=self.storage)
+        elif self.sampler.draw == "priority":
+            mask_BT, error_BT = index.get(keys.MASK), index.get(self.priority_key, None)
+            if error_BT is None:
+                raise KeyError(
+                    f"new priorities are made of a batch's {self.priority_key!r}, and it holds only "
+                    f"{sorted(map(str, index.keys(True, True)))}. Let the loss write it, or name it "
+                    "with priority_key."
+                )
+            error_BT = (
+                torch.where(mask_BT, error_BT.reshape(mask_BT.shape).abs(), 0.0).detach().cpu()
+            )
+            mean_B = error_BT.sum(-1) / mask_BT.cpu().sum(-1).clamp(min=1)
+            priority_B = _MAX_SHARE * error_BT.amax(-1) + _MEAN_SHARE * mean_B
+            self.update_priority(index.get("index")[:, 0], priority_B)
+
+    update_tensordict_priority = update_priority
+
+    # -- saving ----------------------------------------------------------------------------------
+
+    def dumps(self, path: str | Path) -> None:
+        """Write trials, priorities and generator to a folder; of a prefetching buffer, no batches."""
+        path = Path(path)
+        path.mkdir(parents=True, exist_ok=True)
+        with self._replay_lock, self._write_lock:
+            for name in ("storage", "sampler", "writer"):
+                getattr(self, name).dumps(path / name)
+            state = None if self._rng is None else self._rng.get_state().tolist()
+        (path / "generator.json").write_text(json.dumps(state))
+
+    def loads(self, path: str | Path) -> None:
+        """Bring back what :meth:`dumps` wrote; raise ValueError, with nothing changed, if it doesn't fit."""
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+            with self._replay_lock, self._write_lock:
+                for name in ("storage", "sampler", "writer"):
+                    getattr(self, name).loads(Path(path, name))
+        state = json.loads(Path(path, "generator.json").read_text())
+        if state is not None:
+            self.set_rng(torch.Generator())
+            self._rng.set_state(torch.tensor(state, dtype=torch.uint8))
+
+
+def make_trial_buffer(
+    capacity: int | None,
+    slice_length: int,
+    batch_size: int,
+    *,
+    path: str | Path | None = None,
+    mode: Mode = "create",
+    flush: bool = False,
+    verify: bool = False,
+    relabel: Relabel | None = None,
+    prefetch: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> TrialReplayBuffer:
+    """A memory-mapped FIFO buffer of whole trials that samples padded slices `[B, T]`.
+
+    Give it to :class:`TrialCollector`, which writes each trial when it is complete, and train once
+    `rb.can_sample()` is True.
+
+    Args:
+        capacity: environment steps to keep, the oldest trials leave first; None takes that of an
+            existing folder.
+        slice_length: steps T of each sampled slice.
+        batch_size: slices B of each sample.
+        path: folder that keeps the trials; a temporary one, removed at exit, by default.
+        mode: `"create"` begins a new folder. `"continue"` goes on with what is there: after a crash, or
+            beside other processes that write to it. `"read"` never writes; what others write appears.
+        flush: wait for the disk at each write. Without, trials survive the death of the process, but not
+            the failure of the machine.
+        verify: compare all values of an existing folder to their checksums. Its tables are always checked.
+        relabel: changes whole trials before slices are cut, see :class:`TrialReplayBuffer`.
+        prefetch: batches drawn ahead in threads; pays off for slices of many hundred steps. Batches
+            then depend on when trials were written, and with more than one also on the threads' timing.
+        generator: source of the draws; torch's global generator by default.
+        options: of :class:`TrialSliceSampler`: `min_trials`, `draw`, `overhang`, `padding`, `trim` and so on.
+
+    Raises:
+        ValueError: where a size is not positive, or a slice is larger than the buffer; for a folder of another
+            format or capacity.
+        FileExistsError: for `"create"` where trials are there already.
+        FileNotFoundError: for `"read"` where there are none.
+        PermissionError: where the folder can't be written to, but for `"read"`.
+        DamagedError: for a damaged folder, a :class:`RuntimeError`.
+
+    Example:
+        >>> rb = make_trial_buffer(capacity=100, slice_length=4, batch_size=3)
+        >>> rb.can_sample()
+        False
+        >>> done = (torch.arange(6) == 5).unsqueeze(-1)
+        >>> _ = rb.extend(TensorDict({"next": {"done": done}}, [6]))
+        >>> rb.can_sample(), rb.sample().shape
+        (True, torch.Size([3, 4]))
+    """
+    check_counts("It is the number of slices in a batch.", batch_size=batch_size)
+    if path is None and mode != "create":
+        raise ValueError(f"mode={mode!r} needs the path of a folder, got None. Name the folder.")
+    sampler = TrialSliceSampler(slice_length, **options)
+    storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
+    if slice_length > storage.max_size:
+        raise ValueError(
+            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes from "
+            "one stored trial; raise the capacity, which counts environment steps."
+        )
+    if verify:
+        storage.verify()
+    return TrialReplayBuffer(
+        storage=storage, sampler=sampler, relabel=relabel, batch_size=batch_size, prefetch=prefetch,
+        generator=generator,
+    )  # fmt: skip
+
+
+def _identity(data: Any) -> Any:
+    return data
