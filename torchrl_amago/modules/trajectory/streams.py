@@ -12,6 +12,8 @@ import itertools
 import os
 import secrets
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,8 +53,35 @@ class Memory(abc.ABC):
         """Bytes of all rows together."""
         return sum(z.nbytes for z in tree_leaves(vars(self)) if isinstance(z, Tensor))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is remembered, by name: by default the tensors among the attributes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of :meth:`tensors`, and of what else the next step depends on."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over, in place, what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if names, shapes or dtypes are those of another memory.
+        """
+        found, expected = _describe(state), _describe(self.tensors())
+        if found != expected:
+            raise ValueError(
+                f"a memory takes over only tensors like its own, {expected}; got {found}. Build the "
+                "encoder with the arguments of the one that was saved."
+            )
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
+
     def advance(self) -> None:  # noqa: B027  (a hook, optional on purpose)
         """Make room for one more step; called once before each, outside of compiled code."""
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{z.dtype} {list(z.shape)}" for name, z in tensors.items()}
 
 
 class StreamTable:
@@ -93,6 +122,44 @@ class StreamTable:
         while len(self._memories) > self.max_streams:
             self._memories.popitem(last=False)
         return stream
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all memories.
+
+        Returns:
+            ``streams``, int64 ``[S]``, the one not used for the longest time first; ``memories``: for
+            each of ``"0"`` to ``"S - 1"`` its ``num_rows`` and its ``memory``, a dict of tensors.
+        """
+        memories = {
+            str(i): {"num_rows": torch.tensor(memory.batch_size), "memory": memory.state_dict()}
+            for i, memory in enumerate(self._memories.values())
+        }
+        streams = torch.tensor(list(self._memories), dtype=torch.int64)
+        return {"streams": streams, "memories": memories}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], new_memory: Callable[[int, torch.dtype], Memory]
+    ) -> None:
+        """Hold the memories of :meth:`state_dict` instead, under their streams.
+
+        Of more than `max_streams` the last ones are kept. If one doesn't fit, nothing changes.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            new_memory: makes an empty memory for a number of rows and a dtype.
+
+        Raises:
+            ValueError: if a memory that `new_memory` makes has other tensors.
+        """
+        memories = OrderedDict()
+        streams = state["streams"].tolist()
+        for i, stream in list(enumerate(streams))[-self.max_streams :]:
+            saved = state["memories"][str(i)]
+            dtypes = (z.dtype for z in saved["memory"].values() if z.is_floating_point())
+            memory = new_memory(int(saved["num_rows"]), next(dtypes, torch.float32))
+            memory.load_state_dict(saved["memory"])
+            memories[stream] = memory
+        self._memories = memories
 
     def clear_rows(self) -> None:
         """Make every memory forget every row; streams stay valid."""
