@@ -83,6 +83,8 @@ class TrialCollector(Collector):
         _check_fragments(fragment_length, replay_buffer)
         _check_options(replay_buffer, options)
         self.fragment_length, self.stagger, self._process = fragment_length, stagger, postproc
+        # Workers of a MultiCollector count trials together, so that no single one can go back.
+        self._shares_numbers = options.get("traj_pool") is not None
         self._row_trials: Tensor | None = None  # of each row, the trial of its last step
         self._drop_trials()
         # Batches come out of TorchRL's iterator then, instead of being written as they are.
@@ -193,11 +195,12 @@ class TrialCollector(Collector):
         Returns:
             A nested dict of tensors and plain values. Where the environment's class says
             ``can_save_state``, as :class:`~torchrl_amago.envs.tasks.BatchedTask` does, it has ``in_progress``:
-            all that the next step depends on besides weights and torch's global generator.
+            all that the next step depends on besides weights and torch's global generator. Workers of
+            a `MultiCollector` leave it out.
         """
         state = super().state_dict()
         env = _env_with_state(self.env)
-        if env is not None:
+        if env is not None and not self._shares_numbers:
             begun = torch.tensor(sorted(self._begun), dtype=torch.int64)
             in_progress = {
                 "env": env.state_dict(),
@@ -228,9 +231,9 @@ class TrialCollector(Collector):
         state, in_progress = dict(state_dict), state_dict.get("in_progress")
         if in_progress is not None:
             self._check_in_progress(in_progress)
-            # Loading hands out a number to each row; the rows have theirs.
-            numbers = {k: n - self.env.batch_size.numel() for k, n in state["traj_pool"].items()}
-            state["traj_pool"] = numbers
+            # Loading hands out a number to each row, but the rows have theirs.
+            num_rows = self.env.batch_size.numel()
+            state["traj_pool"] = {k: n - num_rows for k, n in state["traj_pool"].items()}
         super().load_state_dict(state, **kwargs)
         self._drop_trials()
         if in_progress is not None:
