@@ -56,7 +56,7 @@ def surviving_trials(lengths: list[int], capacity: int) -> list[tuple[int, int]]
 
 def stored_trials(rb) -> list[TensorDict]:
     """Every stored trial, oldest first, read step by step."""
-    return list(rb[:].split(rb.storage.table.steps.tolist())) if len(rb) else []
+    return list(rb[:].split(rb.storage.trials().length.tolist())) if len(rb) else []
 
 
 def rows(batch, key="id") -> list[list[int]]:

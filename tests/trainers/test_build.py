@@ -46,7 +46,7 @@ def test_settings_arrive(env, policy, tmp_path):
         warmup_updates=1,
     )
     assert trainer.collector.requested_frames_per_batch == 6 * 4
-    assert trainer.replay_buffer.storage.max_size == 77
+    assert trainer.replay_buffer.capacity == 77
     assert trainer.replay_buffer.batch_size == 5
     assert trainer.optim_steps_per_batch == 3
     assert trainer.total_updates == 9

@@ -5,13 +5,17 @@ shows trials with other goals as they are drawn, `TrialMixture` draws from sever
 `offline`, which knows environments too, brings data from elsewhere.
 """
 
-from torchrl_amago.data.buffer import TrialReplayBuffer, make_trial_buffer
 from torchrl_amago.data.collector import TrialCollector
 from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
-from torchrl_amago.data.saving import load_replay, save_replay
-from torchrl_amago.data.slices import TrialSliceSampler
-from torchrl_amago.data.trial_storage import TrialStorage
+from torchrl_amago.data.replay import (
+    TrialReplayBuffer,
+    TrialSliceSampler,
+    TrialStorage,
+    load_replay,
+    make_trial_buffer,
+    save_replay,
+)
 
 __all__ = [
     "GoalSequenceRelabel",

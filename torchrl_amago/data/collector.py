@@ -17,8 +17,9 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_amago import keys
-from torchrl_amago.data.buffer import TrialReplayBuffer
-from torchrl_amago.data.trial_ends import trial_ends
+from torchrl_amago.data.replay.buffer import TrialReplayBuffer
+from torchrl_amago.data.replay.layout import trial_ends
+from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
 _TRIAL = ("collector", "traj_ids")
 
@@ -38,7 +39,8 @@ class TrialCollector(Collector):
     Args:
         env: batched environment, or what makes one.
         policy: called at every step; or give ``policy_factory``.
-        replay_buffer: what trials are written to; with ``fragment_length`` a :class:`TrialReplayBuffer`.
+        replay_buffer: what trials are written to; with ``fragment_length`` one with a
+            :class:`TrialSliceSampler`.
         frames_per_batch: environment steps, all rows together, between two writes.
         fragment_length: steps after which a trial is cut; None never cuts.
         stagger: cut the first fragment of each trial early, by a length of its own, so that trials that
@@ -111,9 +113,12 @@ class TrialCollector(Collector):
     def _write(self, trials: TensorDictBase, lengths: list[int]) -> None:
         if self._process is not None:
             trials, lengths = _apply_to_rows(self._process, trials, lengths)
-        # Ends say it all where nothing is cut.
-        cut = {} if self.fragment_length is None else {"lengths": lengths}
-        self.replay_buffer.extend(trials, **cut)
+        # Ends say it all where nothing is cut, and numbers of trials in TorchRL's buffers.
+        buffer = self.replay_buffer
+        is_told = self.fragment_length is not None and (
+            isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
+        )
+        buffer.extend(trials, **({"lengths": lengths} if is_told else {}))
 
     def _complete_trials(self, steps: TensorDictBase) -> tuple[TensorDictBase, list[int]]:
         """Trials and fragments that these steps complete, side by side, and their lengths.
@@ -282,14 +287,18 @@ def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:
             f"fragment_length must be at least 1 or None, got {fragment_length}. It is the number "
             "of steps after which an endless trial is cut."
         )
-    # Of a buffer in another process only the process itself knows the kind.
-    is_local = getattr(replay_buffer, "service_backend", None) == "direct"
-    if is_local and not isinstance(replay_buffer, TrialReplayBuffer):
+    is_known = isinstance(getattr(replay_buffer, "sampler", None), TrialSliceSampler)
+    if _is_local(replay_buffer) and not is_known:
         raise ValueError(
-            "fragments need a buffer that is told where they end, a TrialReplayBuffer, got "
-            f"{type(replay_buffer).__name__}. Make it with make_trial_buffer, or leave "
-            "fragment_length out."
+            "fragments need a buffer that knows which steps belong together, one with a "
+            f"TrialSliceSampler, got {type(replay_buffer).__name__}. Make it with make_trial_buffer, or "
+            "leave fragment_length out."
         )
+
+
+def _is_local(replay_buffer: Any) -> bool:
+    """Whether it is in this process, so that its kind can be seen."""
+    return getattr(replay_buffer, "service_backend", None) == "direct"
 
 
 # What contradicts that whole trials are written: option, the value that is meant, why.

@@ -102,7 +102,6 @@ class TrialMixture:
         #: Batches drawn before each buffer first became ready: where its way to its weight began.
         self.ready_at: dict[str, int] = {}
         self._entries: dict[str, dict[NestedKey, tuple]] = {}
-        self._checksums: dict[str, tuple[tuple[int, int], int]] = {}
         self._rng: torch.Generator | None = None
         if generator is not None:
             self.set_rng(generator)
@@ -310,13 +309,7 @@ class TrialMixture:
         return {place: x._rng for place, x in owners.items() if x._rng is not None}
 
     def _checksum(self, name: str) -> int:
-        """Checksum of a buffer's trials; they are read through once, not for every checkpoint."""
-        storage = self.buffers[name].storage
-        table = storage.follow()
-        there = (table.begin, table.end)
-        if name not in self._checksums or self._checksums[name][0] != there:
-            self._checksums[name] = (there, storage.checksum())
-        return self._checksums[name][1]
+        return self.buffers[name].checksum()
 
     def _unchanging(self) -> list[str]:
         return [name for name in self.buffers if name != self._online]

@@ -330,7 +330,7 @@ class AMAGOTrainer(Trainer):
     def _check_capacity(self) -> None:
         """Stop a run that would wait for ever: its buffer was filled twice with too few trials."""
         buffer = self.online_buffer
-        capacity, written = buffer.storage.max_size, buffer.write_count - self._written_before
+        capacity, written = buffer.capacity, buffer.write_count - self._written_before
         if buffer.can_sample() or written < 2 * capacity:
             return
         raise RuntimeError(

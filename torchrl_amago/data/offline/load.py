@@ -177,7 +177,7 @@ class _TrialWriter:
         if not self._waiting:
             return
         steps, self._waiting = torch.cat(self._waiting), []
-        capacity, held = self.buffer.storage.max_size, len(self.buffer)
+        capacity, held = self.buffer.capacity, len(self.buffer)
         if held + len(steps) > capacity:
             raise ValueError(
                 f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, and "

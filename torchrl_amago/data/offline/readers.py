@@ -16,7 +16,6 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
-from torchrl_amago.data.buffer import TrialReplayBuffer
 from torchrl_amago.data.offline.arrays import flags, numbers
 from torchrl_amago.data.offline.trajectory import (
     ActionForm,
@@ -24,6 +23,7 @@ from torchrl_amago.data.offline.trajectory import (
     TrajectoryError,
     as_trajectory,
 )
+from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 
 if TYPE_CHECKING:
     from minari import MinariDataset

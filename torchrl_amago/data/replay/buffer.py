@@ -13,13 +13,15 @@ from typing import Any, Protocol
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorDictReplayBuffer
+from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import Writer
 
 from torchrl_amago import keys
-from torchrl_amago.data.slices import Draw, Overhang, Padding, Trials, TrialSliceSampler
-from torchrl_amago.data.trial_ends import trial_ends
-from torchrl_amago.data.trial_storage import Mode, TrialStorage
+from torchrl_amago.data.replay.layout import trial_ends
+from torchrl_amago.data.replay.sampler import Draw, Overhang, Padding, TrialSliceSampler
+from torchrl_amago.data.replay.storage import Mode, TrialStorage
+from torchrl_amago.data.replay.table import EvictedError
+from torchrl_amago.data.replay.trials import Drawn, SlotTrials, StoredTrials, Windows
 
 # Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
 _MAX_SHARE, _MEAN_SHARE = 0.9, 0.1
@@ -97,19 +99,15 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def __init__(
         self,
         *,
-        storage: TrialStorage,
+        storage: Storage,
         sampler: TrialSliceSampler,
         relabel: RelabelFunction | None = None,
         **options: Any,
     ) -> None:
         self.relabel = relabel
-        super().__init__(
-            storage=storage,
-            sampler=sampler,
-            writer=TrialWriter(),
-            collate_fn=_identity,
-            **options,
-        )
+        if isinstance(storage, TrialStorage):
+            options["writer"] = TrialWriter()
+        super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -136,104 +134,102 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
                 entries than those stored.
             OSError: where the disk is full.
         """
-        if self._transform is not None and len(self._transform):
-            tensordicts = self._transform.inv(tensordicts)
+        if not isinstance(self.storage, TrialStorage):
+            return super().extend(tensordicts, update_priority=update_priority)
+        tensordicts = self.transform.inv(tensordicts) if len(self.transform) else tensordicts
         with self._replay_lock, self._write_lock:
-            return self._writer.extend(tensordicts, lengths)
+            return self.writer.extend(tensordicts, lengths)
 
     # -- reading ---------------------------------------------------------------------------------
+
+    @property
+    def capacity(self) -> int:
+        """Most steps kept."""
+        return self.storage.max_size
 
     @property
     def num_trials(self) -> int:
         """Trials that are there."""
         with self._replay_lock:
-            return len(self._storage.follow())
+            return len(self.sampler.trials(self.storage))
 
     @property
     def write_count(self) -> int:
         """Steps written so far, by all processes."""
+        if not isinstance(self.storage, TrialStorage):
+            return super().write_count
         with self._replay_lock:
-            return self._storage.follow().written
+            return self.storage.trials().steps[1]
 
     def newest(self, count: int) -> TensorDict:
         """The steps written last ``[n]``, at most as many as are there, in the order of writing."""
-        with self._replay_lock:
-            return self._storage.newest(count)
+        return self[-count:] if count > 0 else self[:0]
+
+    def checksum(self) -> int:
+        """Checksum of all trials that are there."""
+        return self.storage.checksum()
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
+        attempts = 0
         with self._replay_lock:
-            batch = None
-            while batch is None:
-                batch = self._read(batch_size)
-        if self._transform is not None and len(self._transform):
+            while True:
+                try:
+                    batch = self._read(batch_size)
+                    break
+                except EvictedError:
+                    attempts += 1
+        if len(self.transform):
             # Until here root and `next` are views of the same rows; transforms may work in place.
             batch["next"] = batch["next"].clone()
-            batch = self._transform(batch)
-        if self._pin_memory:
-            batch = batch.pin_memory()
-        return batch, {}
+            batch = self.transform(batch)
+        return (batch.pin_memory() if self._pin_memory else batch), {}
 
-    def _read(self, batch_size: int) -> TensorDictBase | None:
-        """A batch; None if another process evicted one of its trials while it was read."""
-        storage, sampler = self._storage, self._sampler
-        trials = sampler.trials(storage.follow(), batch_size)
-        length_B, replaced_BL = trials.length, None
+    def _read(self, batch_size: int) -> TensorDictBase:
+        """Draw and read a batch.
+
+        Raises:
+            EvictedError: where another process evicted one of its trials meanwhile.
+        """
+        trials = self.sampler.trials(self.storage)
+        drawn = self.sampler.draw_trials(trials, batch_size)
+        length_B, replaced_BL = drawn.length, None
         if self.relabel is not None:
-            whole_BL = self._whole(trials)
-            # Before it is relabelled: what is no trial would look like a wrong reward function.
-            if not self._are_there(trials):
-                return None
-            length_B, replaced_BL = self._relabel(whole_BL, trials.length)
-        windows = sampler.windows(length_B)
-        pad_left = sampler.padding == "left"
-        batch = storage.read_slices(
-            trials.first + windows.offset, windows.real, windows.width, pad_left=pad_left
-        )
-        if not self._are_there(trials):
-            return None
-        step_BT, mask_BT = sampler.steps(windows)
+            length_B, replaced_BL = self._relabel(trials, drawn)
+        windows = self.sampler.windows(length_B)
+        batch = trials.read(drawn, windows)
+        trials.check(drawn.number)
+        step_BT, mask_BT = windows.steps()
         if replaced_BL is not None:
-            replaced_BL = replaced_BL.exclude("collector")
-            if pad_left or windows.offset.any() or windows.width > replaced_BL.shape[1]:
-                rows = torch.arange(batch_size).unsqueeze(-1)
-                batch.update(replaced_BL[rows, step_BT])
-            else:  # whole trials: nothing to copy
-                batch.update(replaced_BL[:, : windows.width])
+            rows = torch.arange(batch_size).unsqueeze(-1)
+            batch.update(replaced_BL[rows, step_BT])
         batch.set(keys.MASK, mask_BT)
-        batch.set("index", trials.number.unsqueeze(-1).expand(mask_BT.shape))
-        if trials.weight is not None:
-            batch.set("priority_weight", trials.weight.unsqueeze(-1).expand(mask_BT.shape))
+        batch.set("index", trials.label(drawn, step_BT))
+        if drawn.weight is not None:
+            batch.set("priority_weight", drawn.weight.unsqueeze(-1).expand(mask_BT.shape))
         return batch
 
-    def _are_there(self, trials: Trials) -> bool:
-        """Whether none of the trials has been evicted, so that all that was read is theirs."""
-        return int(trials.number.min()) >= self._storage.follow().begin
-
-    def _whole(self, trials: Trials) -> TensorDict:
-        """What the relabeller reads of trials, and the mask: ``[B, L]``."""
-        whole_BL = self._storage.read_columns(
-            trials.first, trials.length, list(self.relabel.in_keys)
-        )
-        step_L = torch.arange(whole_BL.shape[1])
-        return whole_BL.set(keys.MASK, step_L < trials.length.unsqueeze(-1))
-
     def _relabel(
-        self, whole_BL: TensorDictBase, stored_length_B: Tensor
+        self, trials: StoredTrials | SlotTrials, drawn: Drawn
     ) -> tuple[Tensor, TensorDictBase]:
         """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
-        replaced_BL = self.relabel(whole_BL, self._rng)
-        length_B = replaced_BL.get(keys.MASK).sum(-1)
-        if (length_B < 1).any() or (length_B > stored_length_B).any():
+        length_B = drawn.length
+        whole = Windows(torch.zeros_like(length_B), length_B, int(length_B.max()))
+        whole_BL = trials.read(drawn, whole, self.relabel.in_keys)
+        # Before it is relabelled: what is no trial would look like a wrong reward function.
+        trials.check(drawn.number)
+        replaced_BL = self.relabel(whole_BL.set(keys.MASK, whole.steps()[1]), self._rng)
+        new_length_B = replaced_BL.get(keys.MASK).sum(-1)
+        if (new_length_B < 1).any() or (new_length_B > length_B).any():
             raise ValueError(
                 "relabelling may shorten a trial to at least one step, got lengths "
-                f"{length_B.tolist()} from {stored_length_B.tolist()}. Return the mask of the steps "
+                f"{new_length_B.tolist()} from {length_B.tolist()}. Return the mask of the steps "
                 "that are left, the first ones of each trial."
             )
-        return length_B, replaced_BL
+        return new_length_B, replaced_BL.exclude("collector")
 
     def set_(self, *_: Any, **__: Any) -> None:
         """Refused, as are ``set_at_``, ``update_`` and ``rb[...] = ...``: trials don't change in place."""
-        self._storage.set(None, None)
+        self.storage.set(None, None)
 
     set_at_ = update_ = __setitem__ = set_
 
@@ -254,11 +250,11 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             self.update_tensordict_priority(index)
             return
         with self._replay_lock:
-            self._sampler.update_priority(index, priority, storage=self._storage)
+            self.sampler.update_priority(index, priority, storage=self.storage)
 
     def update_tensordict_priority(self, data: TensorDictBase) -> None:
         """As :meth:`update_priority` of a batch; without effect where priorities aren't used."""
-        if self._sampler.draw != "priority":
+        if self.sampler.draw != "priority":
             return
         mask_BT, error_BT = data.get(keys.MASK), data.get(self.priority_key, None)
         if error_BT is None:
@@ -283,8 +279,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with self._replay_lock, self._write_lock:
-            self._storage.dumps(path / "storage")
-            self._sampler.dumps(path / "sampler")
+            self.storage.dumps(path / "storage")
+            self.sampler.dumps(path / "sampler")
+            self.writer.dumps(path / "writer")
             generator = None if self._rng is None else bytes(self._rng.get_state().tolist()).hex()
         (path / "generator.json").write_text(json.dumps(generator))
 
@@ -298,8 +295,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
-                self._storage.loads(path / "storage")
-                self._sampler.loads(path / "sampler")
+                self.storage.loads(path / "storage")
+                self.sampler.loads(path / "sampler")
+                self.writer.loads(path / "writer")
         state = json.loads((path / "generator.json").read_text())
         if state is not None:
             generator = torch.Generator()
@@ -325,6 +323,7 @@ def make_trial_buffer(
     trim: bool = False,
     overhang: Overhang = "none",
     flush: bool = False,
+    verify: bool = False,
     warn_short: bool = True,
 ) -> TrialReplayBuffer:
     """A memory-mapped FIFO buffer of whole trials that samples padded slices `[B, T]`.
@@ -354,6 +353,7 @@ def make_trial_buffer(
         overhang: see :class:`TrialSliceSampler`.
         flush: wait for the disk at each write. Without, trials survive the death of the process, but not
             the failure of the machine.
+        verify: compare all values of an existing folder to their checksums. Its tables are always checked.
         warn_short: whether to warn, once, when no stored trial fills a slice.
 
     Raises:
@@ -391,6 +391,8 @@ def make_trial_buffer(
         warn_short=warn_short,
     )
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
+    if verify:
+        storage.verify()
     if slice_length > storage.max_size:
         raise ValueError(
             f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes from "

@@ -16,8 +16,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import assert_close
-
 from tests.data.test_journal import fill_disk
+
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago.data import TrialStorage
 from torchrl_amago.data import trial_storage as module
