@@ -34,7 +34,8 @@ class TrialCollector(Collector):
     true ``time_idx``; only the last fragment ends with ``done``.
 
     It is a ``collector_class`` of `MultiCollector`, `RayCollector` and `Collector(..., backend=...)`
-    too: each worker writes its own trials.
+    too: each worker writes its own trials. Give `MultiCollector` ``trajs_per_batch=1`` beside it, or it
+    prepares TorchRL's storages for batches instead of steps.
 
     Args:
         env: batched environment, or what makes one.

@@ -142,11 +142,18 @@ class SlotTrials:
 
     Raises:
         KeyError: where neither trajectories nor ends are stored.
+        ValueError: where the storage's items are batches of steps.
     """
 
     def __init__(self, storage: TensorStorage, whole: bool, traj_key: NestedKey) -> None:
         self.storage, self.version, size = storage, slot_version(storage), len(storage)
         data = storage[:] if size else None
+        if size and data.ndim != 1:
+            raise ValueError(
+                f"trials are found among single steps, but each item of the storage is a batch "
+                f"{list(data.shape[1:])} of them. Write steps [N]: collect with trajs_per_batch=1, with "
+                "TrialCollector, or with postproc=lambda batch: batch.reshape(-1)."
+            )
         known = None if data is None else data.get(traj_key, None)
         ends = None if data is None else trial_ends(data)
         if size and known is None and ends is None:
