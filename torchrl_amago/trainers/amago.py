@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torch.optim import Optimizer
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
