@@ -14,6 +14,9 @@ import json
 import os
 import shutil
 import socket
+import tempfile
+import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -71,11 +74,13 @@ def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
 
 
 @contextlib.contextmanager
-def replace_folder(path: Path) -> Iterator[Path]:
+def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Give an empty folder that takes the place of `path` once it is complete and on the disk.
 
     Args:
         path: folder to replace; missing parent folders are made.
+        flush: wait for the disk. Without, what is there survives the death of the process, but not the
+            failure of the machine.
 
     Raises:
         OSError: where the disk is full; `path` stays as it was.
@@ -95,7 +100,7 @@ def replace_folder(path: Path) -> Iterator[Path]:
     try:
         with explain_full_disk(path):
             yield partial
-            for entry in [*partial.rglob("*"), partial]:
+            for entry in [*partial.rglob("*"), partial] if flush else []:
                 sync(entry)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -104,7 +109,8 @@ def replace_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(path, previous)
     os.replace(partial, path)
-    sync(path.parent)
+    if flush:
+        sync(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -307,3 +313,58 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
             stream.flush()
         yield
+
+
+# -- small things ----------------------------------------------------------------------------------
+
+
+def write_json(file: Path, value: Any) -> None:
+    """Write a JSON value beside its checksum, for :func:`read_json`."""
+    text = json.dumps({"value": value, "crc32": _crc32(value)}, indent=1)
+    file.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(file: Path) -> Any:
+    """Return the value that :func:`write_json` wrote.
+
+    Raises:
+        DamagedError: for a file that is missing, or isn't what was written.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        value, is_intact = found["value"], found["crc32"] == _crc32(found["value"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{file} is missing or cannot be read ({error})") from error
+    if not is_intact:
+        raise DamagedError(f"{file} has changed since it was written")
+    return value
+
+
+def _crc32(value: Any) -> int:
+    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
+
+
+def temporary_folder(owner: object, prefix: str) -> Path:
+    """Make a folder that is removed with its owner, or at exit, but not by a process forked off."""
+    path, process = tempfile.mkdtemp(prefix=prefix), os.getpid()
+    weakref.finalize(owner, lambda: os.getpid() == process and shutil.rmtree(path, True))
+    return Path(path)
+
+
+def make_writable(folder: Path) -> None:
+    """Make a folder where it is missing, with a file `lock` that is written to.
+
+    Raises:
+        PermissionError: where that isn't allowed.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").open("ab").close()
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise PermissionError(
+            error.errno,
+            f"the folder must be one that can be written to, and {folder} can't ({error.strerror}). "
+            "Choose another path, or only read it with mode='read'",
+        ) from error

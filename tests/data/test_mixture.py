@@ -344,7 +344,7 @@ def test_the_same_data_go_on_wherever_they_lie(tmp_path):
     moved = make_trial_buffer(12, 4, 8, warn_short=False)  # other trials lay there before
     for trial in (make_trial(4, 900), make_trial(7, 950), make_trial(5), make_trial(6, 5)):
         moved.extend(trial)
-    assert moved.storage.trials().entries["first"][0] > 0
+    assert moved.storage.table().look()[1]["first"][0] > 0
     for buffer in (opened, at_once, moved):
         TrialMixture({"old": buffer}, {"old": 1}, batch_size=2).load_state_dict(state)
 

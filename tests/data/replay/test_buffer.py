@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.collectors import Collector
+from torchrl.data import ReplayBufferEnsemble
 from torchrl.envs import InitTracker, TransformedEnv
 from torchrl.trainers import ReplayBufferTrainer
 
@@ -340,26 +342,68 @@ class OnlyWhole(Relabel):
         return TensorDict({}, trials.batch_size)
 
 
-@pytest.mark.parametrize("reading", ["read_slices", "read_columns"])
-def test_a_trial_that_is_evicted_while_it_is_read_is_drawn_again(reading, tmp_path, monkeypatch):
+@pytest.mark.parametrize("relabel", [None, OnlyWhole])
+def test_a_trial_that_is_evicted_while_it_is_read_is_drawn_again(relabel, tmp_path, monkeypatch):
     options = dict(path=tmp_path / "replay", warn_short=False)
     writer = make_trial_buffer(12, 4, 8, **options)
     writer.extend(torch.cat(make_trials([4, 4])))
-    relabel = OnlyWhole() if reading == "read_columns" else None
-    learner = make_trial_buffer(12, 4, 8, mode="continue", relabel=relabel, **options)
-    read, seen = getattr(learner.storage, reading), []
+    learner = make_trial_buffer(12, 4, 8, mode="continue", relabel=relabel and relabel(), **options)
+    get, seen = learner.storage.get, []
 
     def interrupted(*args, **kwargs):
         seen.append(learner.num_trials)
         if len(seen) == 1:  # another process writes twice the capacity just now
             for first_id in (100, 200, 300):
                 writer.extend(torch.cat(make_trials([3, 5], first_id)))
-        return read(*args, **kwargs)
+        return get(*args, **kwargs)
 
-    monkeypatch.setattr(learner.storage, reading, interrupted)
+    monkeypatch.setattr(learner.storage, "get", interrupted)
     batch = learner.sample()
-    assert len(seen) == 2
+    assert len(seen) == (2 if relabel is None else 3)
     for row in rows(batch):
         first, last = row[0], row[-1]
         assert 300 <= first <= last <= 302 or 303 <= first <= last <= 307, row
         assert list(row) == list(range(first, last + 1))
+
+
+@pytest.mark.parametrize("mode", ["continue", "read"])
+def test_sampling_waits_for_a_writer_that_replaces_all_trials(tmp_path, mode):
+    options = dict(path=tmp_path / "replay", warn_short=False, min_trials=2)
+    writer = make_trial_buffer(12, 4, 8, **options)
+    writer.extend(torch.cat(make_trials([6, 6])))
+    learner = make_trial_buffer(12, 4, 8, mode=mode, **options)
+    assert learner.can_sample()
+    announced, table = threading.Event(), writer.storage.table()
+    announce = table.announce
+
+    def slowly(entries):
+        assert table.begin == table.end  # all were given up
+        announced.wait(0.2)
+        return announce(entries)
+
+    table.announce = slowly
+    thread = threading.Thread(target=lambda: writer.extend(make_trial(12, 50)))
+    thread.start()
+    while table.begin < table.end and thread.is_alive():
+        pass
+    # Fewer trials than it once waited for, but longer ones.
+    assert {50 <= row[0] <= 58 for row in rows(learner.sample())} == {True}
+    thread.join()
+    assert not learner.can_sample()
+    assert learner.sample().shape == (8, 4)
+
+
+def test_several_buffers_in_an_ensemble():
+    parts = []
+    for first_id in (0, 100):
+        rb = make_trial_buffer(60, 4, 6, warn_short=False)
+        rb.extend(torch.cat(make_trials([5, 3, 8], first_id)))
+        parts.append(rb)
+    ensemble = ReplayBufferEnsemble(*parts, batch_size=6, num_buffer_sampled=2)
+    for _ in range(10):
+        batch = ensemble.sample()
+        assert batch.shape == (2, 3, 4)
+        for part in batch:
+            for row in rows(part):
+                assert row == list(range(row[0], row[0] + len(row)))
+                assert len({0 <= x < 5 or 100 <= x < 105 for x in row}) == 1

@@ -6,20 +6,49 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, TensorDictReplayBuffer
 
 from tests.data.trials import make_trial, make_trials, rows
-from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
+from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
 
 OVERHANGS = ["none", "left", "right", "both"]
 
 
+KINDS = ["trials", "tensor", "memmap", "stock"]
+on_all = pytest.mark.parametrize("kind", KINDS)
+
+
 def make_buffer(
-    lengths, capacity: int = 1000, slice_length: int = 4, batch_size: int = 8, **kwargs
+    lengths,
+    capacity: int = 1000,
+    slice_length: int = 4,
+    batch_size: int = 8,
+    kind="trials",
+    **kwargs,
 ):
-    rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **kwargs)
+    """Whole trials, in our storage or in one of TorchRL's."""
+    if kind == "trials":
+        rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **kwargs)
+    else:
+        generator = kwargs.pop("generator", None)
+        storage = (LazyMemmapStorage if kind == "memmap" else LazyTensorStorage)(capacity)
+        sampler = TrialSliceSampler(slice_length, warn_short=False, **kwargs)
+        rb = (TensorDictReplayBuffer if kind == "stock" else TrialReplayBuffer)(
+            storage=storage, sampler=sampler, batch_size=batch_size, generator=generator
+        )
     for trial in make_trials(lengths):
         rb.extend(trial)
     return rb
+
+
+def trial_of(batch, lengths):
+    """Which of the trials each slice is of."""
+    stop = torch.tensor(lengths).cumsum(0)
+    return torch.searchsorted(stop, batch["id"].contiguous(), right=True)
+
+
+def numbers(rb):
+    return torch.from_numpy(rb.sampler.trials(rb.storage).number)
 
 
 def windows(batch) -> set[tuple[int, ...]]:
@@ -34,13 +63,15 @@ def chi_square(count, chance) -> float:
     return float((statistic - degrees) / (2 * degrees) ** 0.5)
 
 
-def test_short_trials_are_whole_and_slices_of_long_ones_fit():
-    rb = make_buffer([2, 7], batch_size=200)
+@on_all
+def test_short_trials_are_whole_and_slices_of_long_ones_fit(kind):
+    rb = make_buffer([2, 7], batch_size=200, kind=kind)
     batch = rb.sample()
     assert batch.shape == (200, 4)
     assert windows(batch) == {(0, 1), (2, 3, 4, 5), (3, 4, 5, 6), (4, 5, 6, 7), (5, 6, 7, 8)}
 
 
+@on_all
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=12),
     st.integers(1, 9),
@@ -50,11 +81,11 @@ def test_short_trials_are_whole_and_slices_of_long_ones_fit():
     st.booleans(),
 )
 def test_slices_are_runs_of_steps_of_one_trial(
-    lengths, slice_length, overhang, padding, draw, trim
+    kind, lengths, slice_length, overhang, padding, draw, trim
 ):
     rb = make_buffer(
         lengths, slice_length=slice_length, batch_size=40, overhang=overhang, padding=padding, draw=draw,
-        trim=trim, capacity=200,
+        trim=trim, capacity=200, kind=kind,
     )  # fmt: skip
     batch = rb.sample()
     mask = batch["collector", "mask"]
@@ -66,7 +97,9 @@ def test_slices_are_runs_of_steps_of_one_trial(
         length_of += [length] * length
     for row, ids in enumerate(rows(batch)):
         assert ids == list(range(ids[0], ids[0] + len(ids)))
-        assert trial_of[ids[0]] == trial_of[ids[-1]] == batch["index"][row, 0]
+        assert trial_of[ids[0]] == trial_of[ids[-1]]
+        if kind == "trials":
+            assert trial_of[ids[0]] == batch["index"][row, 0]
         if overhang == "none" or length_of[ids[0]] <= slice_length:
             assert len(ids) == min(slice_length, length_of[ids[0]])
         real = mask[row].nonzero().squeeze(-1)
@@ -82,34 +115,37 @@ def test_slices_are_runs_of_steps_of_one_trial(
     assert set(batch["id"].unique().tolist()) <= set(range(sum(lengths)))
 
 
-def test_padding_repeats_what_followed_on_the_right_and_the_first_step_on_the_left():
-    for padding, state, ahead, mask in [
-        ("right", [0, 1, 2, 3, 3], [1, 2, 3, 3, 3], [True, True, True, False, False]),
-        ("left", [0, 0, 0, 1, 2], [0, 0, 1, 2, 3], [False, False, True, True, True]),
+@on_all
+def test_padding_repeats_the_nearest_real_step(kind):
+    for padding, step, mask in [
+        ("right", [0, 1, 2, 2, 2], [True, True, True, False, False]),
+        ("left", [0, 0, 0, 1, 2], [False, False, True, True, True]),
     ]:
-        rb = make_buffer([3], slice_length=5, batch_size=1, padding=padding)
-        batch = rb.sample()
-        assert batch["nested", "state"][0, :, 0].tolist() == state
-        assert batch["next", "nested", "state"][0, :, 0].tolist() == ahead
+        batch = make_buffer([3], slice_length=5, batch_size=1, padding=padding, kind=kind).sample()
+        assert batch["nested", "state"][0, :, 0].tolist() == step
+        assert batch["next", "nested", "state"][0, :, 0].tolist() == [n + 1 for n in step]
         assert batch["collector", "mask"].tolist() == [mask]
 
 
-def test_mask_is_there_when_nothing_is_padded():
-    mask = make_buffer([6], slice_length=2).sample()["collector", "mask"]
+@on_all
+def test_mask_is_there_when_nothing_is_padded(kind):
+    mask = make_buffer([6], slice_length=2, kind=kind).sample()["collector", "mask"]
     assert mask.dtype == torch.bool
     assert mask.shape == (8, 2)
     assert mask.all()
 
 
-def test_trials_are_equally_likely_whatever_their_length():
-    rb = make_buffer([1, 3, 400], slice_length=3, batch_size=4000)
-    count = rb.sample()["index"][:, 0].bincount(minlength=3).double()
+@on_all
+def test_trials_are_equally_likely_whatever_their_length(kind):
+    rb = make_buffer([1, 3, 400], slice_length=3, batch_size=4000, kind=kind)
+    count = trial_of(rb.sample(), [1, 3, 400])[:, 0].bincount(minlength=3).double()
     assert chi_square(count, torch.full((3,), 1 / 3)) < 4
 
 
+@on_all
 @pytest.mark.parametrize("overhang", OVERHANGS)
-def test_starts_are_uniform_among_the_windows(overhang):
-    rb = make_buffer([7], slice_length=3, batch_size=6000, overhang=overhang)
+def test_starts_are_uniform_among_the_windows(overhang, kind):
+    rb = make_buffer([7], slice_length=3, batch_size=6000, overhang=overhang, kind=kind)
     drawn = [(ids[0], len(ids)) for ids in rows(rb.sample())]
     expected = {
         "none": {(first, 3) for first in range(5)},
@@ -122,14 +158,17 @@ def test_starts_are_uniform_among_the_windows(overhang):
     assert chi_square(count, torch.full(count.shape, 1 / len(expected))) < 4
 
 
+@on_all
 @given(st.lists(st.integers(1, 15), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(lengths, size, seed):
+def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(
+    kind, lengths, size, seed
+):
     rb = make_buffer(
         lengths, slice_length=size, batch_size=3000, overhang="both",
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), kind=kind,
     )  # fmt: skip
     batch = rb.sample()
-    ids, number = batch["id"], batch["index"]
+    ids, number = batch["id"], trial_of(batch, lengths)
     first = 0
     for trial, length in enumerate(lengths):
         here = (number == trial) & batch["collector", "mask"]
@@ -142,11 +181,14 @@ def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(len
         first += length
 
 
+@on_all
 @given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(lengths, size, seed):
+def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
+    kind, lengths, size, seed
+):
     rb = make_buffer(
         lengths, slice_length=size, batch_size=6000, overhang="both", draw="steps",
-        generator=torch.Generator().manual_seed(seed),
+        generator=torch.Generator().manual_seed(seed), kind=kind,
     )  # fmt: skip
     batch = rb.sample()
     count = batch["id"][batch["collector", "mask"]].bincount(minlength=sum(lengths)).double()
@@ -154,38 +196,46 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(len
     assert chi_square(count, torch.full(count.shape, 1 / sum(lengths))) < 6 * size
 
 
+@on_all
 @pytest.mark.parametrize("overhang", OVERHANGS)
-def test_step_weighted_trials_have_their_share_of_the_steps(overhang):
+def test_step_weighted_trials_have_their_share_of_the_steps(overhang, kind):
     lengths = [2, 5, 9, 40]
-    rb = make_buffer(lengths, slice_length=5, batch_size=20000, draw="steps", overhang=overhang)
+    rb = make_buffer(
+        lengths, slice_length=5, batch_size=20000, draw="steps", overhang=overhang, kind=kind
+    )
     batch = rb.sample()
-    count = batch["index"][batch["collector", "mask"]].bincount().double()
+    count = trial_of(batch, lengths)[batch["collector", "mask"]].bincount().double()
     share = torch.tensor(lengths).double() / sum(lengths)
     torch.testing.assert_close(count / count.sum(), share, rtol=0.06, atol=0)
 
 
-def test_priorities_say_how_often_and_the_weights_make_up_for_it():
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
     rb = make_buffer(
-        [3, 5, 4], slice_length=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0
+        [3, 5, 4], slice_length=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0, kind=kind
     )
-    rb.update_priority(torch.tensor([0, 1, 2]), torch.tensor([1.0, 2.0, 5.0]))
+    rb.update_priority(numbers(rb), torch.tensor([1.0, 2.0, 5.0]))
     batch = rb.sample()
-    number, weight = batch["index"][:, 0], batch["priority_weight"][:, 0]
+    number, weight = trial_of(batch, [3, 5, 4])[:, 0], batch["priority_weight"][:, 0]
     assert chi_square(number.bincount().double(), torch.tensor([1, 2, 5]) / 8) < 4
     torch.testing.assert_close(weight, torch.tensor([1.0, 0.5, 0.2])[number])
 
 
-def test_a_new_trial_has_the_largest_priority():
-    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, draw="priority", alpha=1.0)
-    rb.update_priority(torch.tensor([0, 1]), torch.tensor([0.0, 6.0]))
-    rb.extend(make_trial(3))
-    count = rb.sample()["index"][:, 0].bincount(minlength=3).double()
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_new_trial_has_the_largest_priority(kind):
+    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, draw="priority", alpha=1.0, kind=kind)
+    rb.update_priority(numbers(rb), torch.tensor([0.0, 6.0]))
+    rb.extend(make_trial(3, 6))
+    count = trial_of(rb.sample(), [3, 3, 3])[:, 0].bincount(minlength=3).double()
     assert count[0] <= 2  # an error of 0 leaves next to nothing
     assert chi_square(count[1:], torch.tensor([0.5, 0.5])) < 4
 
 
-def test_a_batch_brings_its_errors():
-    rb = make_buffer([2, 5, 4], slice_length=4, batch_size=500, draw="priority", alpha=1.0)
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_batch_brings_its_errors(kind):
+    rb = make_buffer(
+        [2, 5, 4], slice_length=4, batch_size=500, draw="priority", alpha=1.0, kind=kind
+    )
     batch = rb.sample()
     error = torch.where(batch["collector", "mask"], batch["id"], 1000).unsqueeze(-1)
     batch["td_error"] = -error.float()
@@ -196,10 +246,11 @@ def test_a_batch_brings_its_errors():
     torch.testing.assert_close(torch.tensor(weight), torch.tensor(expected))
 
 
-def test_waiting_for_enough_trials():
-    rb = make_buffer([], min_trials=2)
+@on_all
+def test_waiting_for_enough_trials(kind):
+    rb = make_buffer([], min_trials=2, kind=kind)
     for count in range(3):
-        assert rb.num_trials == count
+        assert len(numbers(rb)) == count
         assert rb.can_sample() == (count == 2)
         if count < 2:
             with pytest.raises(
@@ -227,8 +278,9 @@ def test_does_not_warn_when_one_trial_fills_a_slice():
         rb.sample()
 
 
-def test_draws_come_from_the_global_generator_or_from_the_given_one():
-    rb = make_buffer([6] * 10, batch_size=50)
+@on_all
+def test_draws_come_from_the_global_generator_or_from_the_given_one(kind):
+    rb = make_buffer([6] * 10, batch_size=50, kind=kind)
     torch.manual_seed(5)
     first = rb.sample()["id"]
     torch.manual_seed(5)
@@ -249,10 +301,11 @@ def test_another_sampler_finds_the_same_trials():
     assert windows(rb.sample()) == {tuple(range(4, 9)), tuple(range(9, 15))}
 
 
+@on_all
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_trim_leaves_out_what_is_padding_in_every_row(padding):
+def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
     batch = make_buffer(
-        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim=True
+        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim=True, kind=kind
     ).sample()
     mask = batch["collector", "mask"]
     assert batch.shape == (32, 3)
@@ -281,3 +334,6 @@ def test_refuses_what_cannot_work():
     rb = make_buffer([5])
     with pytest.raises(ValueError, match="draw='priority' only, got draw='trials'"):
         rb.update_priority(torch.tensor([0]), torch.tensor([1.0]))
+    rb = TensorDictReplayBuffer(storage=ListStorage(10), sampler=TrialSliceSampler(4), batch_size=2)
+    with pytest.raises(TypeError, match="one-dimensional LazyMemmapStorage.*got ListStorage"):
+        rb.can_sample()

@@ -3,21 +3,18 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.trials import surviving_trials
-from torchrl_amago.data.replay.table import EvictedError, TrialTable
+from torchrl_amago.data.replay.table import ENTRY, TrialTable
+from torchrl_amago.files import DamagedError
 
 
 def make_table(capacity: int) -> TrialTable:
-    folder = Path(tempfile.mkdtemp())
-    table = TrialTable.create(folder / "table.bin", capacity)
-    (folder / "table.bin").unlink()
-    folder.rmdir()
-    return table
+    with tempfile.TemporaryDirectory() as folder:
+        return TrialTable.create(Path(folder, "table.bin"), capacity)  # is mapped, and stays so
 
 
 def write(table: TrialTable, lengths: list[int]) -> list[int]:
@@ -25,10 +22,6 @@ def write(table: TrialTable, lengths: list[int]) -> list[int]:
     table.evict(begin)
     table.announce(entries)
     return entries["first"].tolist()
-
-
-def there(table: TrialTable) -> np.ndarray:
-    return table.verify()[1]
 
 
 writes = st.tuples(
@@ -45,7 +38,8 @@ def test_trials_never_overlap_and_the_newest_are_kept(case):
     for batch in batches:
         write(table, batch)
         lengths += batch
-        entries = there(table)  # checks that they don't overlap, and fit
+        _, entries = table.look()
+        table.verify()  # they don't overlap, and fit
         assert table.end == len(lengths)
         assert table.written == sum(lengths)
         assert entries["length"].tolist() == lengths[table.begin :]
@@ -73,15 +67,51 @@ def test_after_everything_was_given_up_writing_goes_on():
     table = make_table(10)
     write(table, [3, 4])
     table.evict(2)
-    assert not len(there(table))
+    assert not len(table.look()[1])
     write(table, [5])
     assert (table.begin, table.end, table.written) == (2, 3, 12)
 
 
-def test_an_entry_that_was_used_again_is_not_taken_for_the_old_one():
-    table = make_table(10)
-    for _ in range(13):
-        write(table, [5])
-    with pytest.raises(EvictedError):
-        table.read([2])
-    assert table.read([11, 12])["length"].tolist() == [5, 5]
+@pytest.mark.parametrize("capacity", [7])
+def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path, capacity):
+    table = TrialTable.create(tmp_path / "table.bin", capacity)
+    for lengths in ([3], [2, 2], [4], [1, 1], [5]):
+        write(table, lengths)
+    table.flush()
+    begin, entries = table.look()
+    content, expected = (tmp_path / "table.bin").read_bytes(), (begin, entries.tolist())
+    refused = 0
+    used = [*range(16), *range(4096, len(content))]
+    for place in used:
+        for bit in range(8):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << bit
+            (tmp_path / "damaged.bin").write_bytes(damaged)
+            try:
+                begin, entries = TrialTable(tmp_path / "damaged.bin", capacity).look()
+            except DamagedError:
+                refused += 1
+            else:
+                assert (begin, entries.tolist()) == expected, (place, bit)
+    assert refused == 8 * (16 + ENTRY.itemsize * len(entries))
+
+
+@pytest.mark.parametrize("size", [0, 16, 4096, -1])
+def test_a_file_cut_short_is_refused(tmp_path, size):
+    table = TrialTable.create(tmp_path / "table.bin", 10)
+    write(table, [3])
+    content = (tmp_path / "table.bin").read_bytes()
+    (tmp_path / "table.bin").write_bytes(content[:size])
+    with pytest.raises(DamagedError, match=rf"must have {len(content)} bytes"):
+        TrialTable(tmp_path / "table.bin", 10)
+
+
+def test_an_older_counter_brings_no_evicted_trial_back(tmp_path):
+    table = TrialTable.create(tmp_path / "table.bin", 10)
+    write(table, [4])
+    older = table._counters[0]
+    write(table, [4])
+    write(table, [4])
+    table._counters[0] = older
+    with pytest.raises(DamagedError, match="overwrite one another"):
+        TrialTable(tmp_path / "table.bin", 10)

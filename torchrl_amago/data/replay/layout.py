@@ -1,211 +1,35 @@
-"""The entries of steps, and how rows keep each value once.
+"""The entries of steps, and rows that keep each value once.
 
-TorchRL's steps say everything twice: `next` of step t is the root of step t + 1. Here a trial of L
-steps is L + 1 rows. Row t has the root entries of step t and what is under `next` alone (reward); the last
-row has what the last step led to.
-
-Legend: N steps, K trials, R = N + K rows.
+TorchRL's steps say everything twice: `next` of step t is the root of step t + 1. Here a trial of L steps is L + 1
+rows. Row t has the entries of step t but for those under `next` that the root has, too; row L has what the last
+step led to. N steps, K trials, R = N + K rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
-Kind = Literal["both", "root", "next"]
+Key = tuple[str, ...]
+Spec = dict[Key, str]  # what each entry of a step looks like, as "float32 2 3"
 
-_END_KEYS = ("done", "terminated", "truncated")
 _CHECKED_PAIRS = 64  # pairs (next of step t, root of step t + 1) of a write that are compared
 
 
-def trial_ends(steps: TensorDictBase) -> Tensor | None:
-    """Find which steps are their trial's last, by any of the flags under ``next``.
-
-    Args:
-        steps: ``[N]``.
-
-    Returns:
-        bool ``[N]``; None where there is no flag.
-
-    Example:
-        >>> done = torch.tensor([[False], [True]])
-        >>> trial_ends(TensorDict({"next": {"done": done}}, [2])).tolist()
-        [False, True]
-    """
-    flags = [steps.get(("next", key), None) for key in _END_KEYS]
-    flags = [flag.reshape(len(steps), -1).any(-1) for flag in flags if flag is not None]
-    return torch.stack(flags).any(0) if flags else None
+def as_tuple(key: NestedKey) -> Key:
+    """Give a key as a tuple."""
+    return (key,) if isinstance(key, str) else tuple(key)
 
 
-class Entry(NamedTuple):
-    """A tensor of each step: its key, where steps have it, and what it looks like."""
-
-    key: tuple[str, ...]
-    kind: Kind
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def row_key(self) -> tuple[str, ...]:
-        """Key in rows."""
-        return ("next", *self.key) if self.kind == "next" else self.key
-
-    @property
-    def file(self) -> Path:
-        """File in a memory-mapped tensordict."""
-        return Path(*self.row_key[:-1], f"{self.row_key[-1]}.memmap")
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of one value."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-    def __str__(self) -> str:
-        where = {"both": "root and next", "root": "root only", "next": "next only"}[self.kind]
-        return f"{[*self.shape]} {str(self.dtype).removeprefix('torch.')} ({where})"
-
-
-class Layout:
-    """The entries of the steps that a storage holds.
-
-    Entries that TorchRL keeps for itself are left out: those under ``"collector"`` and those whose name
-    begins with an underscore.
-
-    Args:
-        entries: by the order in which checksums take them.
-
-    Example:
-        >>> steps = TensorDict({"x": torch.arange(2.0), "next": {"x": torch.arange(1.0, 3.0),
-        ...                     "reward": torch.ones(2, 1)}}, [2])
-        >>> layout = Layout.of(steps)
-        >>> rows = layout.pack(steps, [2])
-        >>> rows["x"].tolist(), layout.unpack(rows)["next", "x"].tolist()
-        ([0.0, 1.0, 2.0], [1.0, 2.0])
-    """
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self.entries = tuple(entries)
-
-    @classmethod
-    def of(cls, steps: TensorDictBase) -> Layout:
-        """Describe steps ``[N]``.
-
-        Raises:
-            TypeError: for entries that aren't tensors.
-            ValueError: for an entry that is of another shape or dtype under ``next``, or for none.
-        """
-        root, following = _entries(steps)
-        found = []
-        for key in sorted(root.keys() | following.keys()):
-            here, there = root.get(key), following.get(key)
-            kind: Kind = "next" if here is None else "root" if there is None else "both"
-            if kind == "both" and (here.shape, here.dtype) != (there.shape, there.dtype):
-                raise ValueError(
-                    f"{key} must be of one shape and dtype in the root and under 'next', got "
-                    f"{[*here.shape[1:]]} {here.dtype} and {[*there.shape[1:]]} {there.dtype}. "
-                    "Make the environment's specs agree, or leave one of them out."
-                )
-            value = there if here is None else here
-            found.append(Entry(key, kind, value.dtype, tuple(value.shape[1:])))
-        if not found:
-            raise ValueError(
-                "a replay buffer needs steps with at least one entry, got none. Write what a "
-                "collector gives."
-            )
-        return cls(found)
-
-    def to_json(self) -> list[list[Any]]:
-        """Describe the entries in plain values."""
-        return [[e.key, e.kind, str(e.dtype).removeprefix("torch."), e.shape] for e in self.entries]
-
-    @classmethod
-    def from_json(cls, entries: list[list[Any]]) -> Layout:
-        """Invert :meth:`to_json`."""
-        return cls(
-            [Entry(tuple(k), kind, getattr(torch, d), tuple(s)) for k, kind, d, s in entries]
-        )
-
-    def check_same(self, other: Layout, where: str, remedy: str) -> None:
-        """Raise ValueError, naming what differs, unless the other layout is this one."""
-        mine, others = ({e.key: str(e) for e in x.entries} for x in (self, other))
-        differing = [
-            f"{'.'.join(key)}: {mine.get(key, 'nothing')} stored, {others.get(key, 'nothing')} here"
-            for key in sorted(mine.keys() | others.keys())
-            if mine.get(key) != others.get(key)
-        ]
-        if differing:
-            raise ValueError(f"{where}, and differ in {'; '.join(differing)}. {remedy}")
-
-    def pack(self, steps: TensorDictBase, lengths: Sequence[int]) -> TensorDict:
-        """Make rows ``[R]`` of trials that lie side by side, ``[N]``.
-
-        Raises:
-            ValueError: where ``next`` of a step isn't the root of the step after it: only one is kept.
-        """
-        root, following = _entries(steps)
-        length_K = torch.tensor(lengths)
-        last_K, trial_K = length_K.cumsum(0) - 1, torch.arange(len(length_K))
-        row_N = torch.arange(len(steps)) + trial_K.repeat_interleave(length_K)
-        inner = torch.ones(len(steps), dtype=torch.bool)
-        inner[last_K] = False
-        inner = inner.nonzero().squeeze(-1)
-        checked = inner[:: max(1, len(inner) // _CHECKED_PAIRS)]
-        rows = TensorDict(batch_size=[len(steps) + len(length_K)])
-        for entry in self.entries:
-            here = following[entry.key] if entry.kind == "next" else root[entry.key]
-            ahead = following[entry.key] if entry.kind == "both" else here
-            if entry.kind == "both":
-                _check_pairs(entry.key, ahead[checked], here[checked + 1])
-            values = here.new_empty(rows.batch_size + here.shape[1:])
-            values[row_N], values[last_K + trial_K + 1] = here, ahead[last_K]
-            rows.set(entry.row_key, values)
-        return rows
-
-    def unpack(self, rows: TensorDictBase) -> TensorDict:
-        """Give steps ``[*, S - 1]`` as views of rows ``[*, S]``, or of some of their entries."""
-        here, ahead = rows[..., :-1], rows[..., 1:]
-        for entry in self.entries:
-            if entry.kind == "both" and entry.key in rows.keys(True):
-                here.set(("next", *entry.key), ahead.get(entry.key))
-        return here
-
-    def row_keys(self, keys: Sequence[NestedKey]) -> list[tuple[str, ...]]:
-        """Find the rows' entries that these of steps are in."""
-        found = {}
-        for entry in self.entries:
-            places = {"both": (entry.key, ("next", *entry.key))}.get(entry.kind, (entry.row_key,))
-            found |= dict.fromkeys(places, entry.row_key)
-        try:
-            return [found[_parts(key)] for key in keys]
-        except KeyError as error:
-            names = sorted(".".join(key) for key in found)
-            raise KeyError(
-                f"an entry must be one that the trials have, {names}, got {error}"
-            ) from None
-
-
-def _check_pairs(key: tuple[str, ...], ahead: Tensor, then: Tensor) -> None:
-    differs = (ahead != then) & ~((ahead != ahead) & (then != then))  # NaN equals NaN here
-    if differs.any():
-        raise ValueError(
-            f"('next', {'.'.join(key)!r}) of a step must equal {'.'.join(key)!r} of the step after it, "
-            f"and differs in {int(differs.sum())} values: only one of them is stored. Let the "
-            "environment show the same in both, leave the entry out of 'next', or rename it there."
-        )
-
-
-def _entries(steps: TensorDictBase) -> tuple[dict, dict]:
-    """The tensors to keep of the root, and of ``next``, by their key as a tuple."""
-    places: tuple[dict, dict] = ({}, {})
+def entries_of(steps: TensorDictBase) -> dict[Key, Tensor]:
+    """Give the tensors of steps ``[N]``, but for TorchRL's own: under ``"collector"``, or ``"_..."``."""
+    entries = {}
     for key, value in steps.items(True, True, is_leaf=is_leaf_nontensor):
-        parts = _parts(key)
-        under_next = parts[0] == "next"
-        name = parts[under_next:]
+        parts = as_tuple(key)
+        name = parts[parts[0] == "next" :]
         if name[0] == "collector" or any(part.startswith("_") for part in name):
             continue
         if not isinstance(value, Tensor):
@@ -213,9 +37,79 @@ def _entries(steps: TensorDictBase) -> tuple[dict, dict]:
                 f"a replay buffer stores tensors, got {type(value).__name__} at {key!r}. Encode it "
                 "as a tensor, or exclude it."
             )
-        places[under_next][name] = value
-    return places
+        entries[parts] = value
+    if not entries:
+        raise ValueError("a replay buffer needs steps with at least one entry, got none.")
+    spec = spec_of(entries)
+    for key in spec:
+        if is_twice(key, spec) and spec[key] != spec[key[1:]]:
+            raise ValueError(
+                f"{key[1:]} must be of one dtype and shape in the root and under 'next', got "
+                f"{spec[key[1:]]} and {spec[key]}. Make the environment's specs agree, or leave one out."
+            )
+    return dict(sorted(entries.items()))
 
 
-def _parts(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)
+def spec_of(entries: Mapping[Key, Tensor]) -> Spec:
+    """Describe entries ``[N, ...]``."""
+    return {
+        key: " ".join([str(x.dtype).removeprefix("torch."), *map(str, x.shape[1:])])
+        for key, x in entries.items()
+    }
+
+
+def empty_row(spec: Spec) -> TensorDict:
+    """Make a row of zeros."""
+    row = TensorDict()
+    for key, (dtype, *shape) in ((key, text.split()) for key, text in spec.items()):
+        if not is_twice(key, spec):
+            row.set(key, torch.zeros([int(n) for n in shape], dtype=getattr(torch, dtype)))
+    return row
+
+
+def is_twice(key: Key, entries: Iterable[Key]) -> bool:
+    """Whether an entry under ``next`` is kept as the root's, one row on."""
+    return key[0] == "next" and key[1:] in entries
+
+
+def check_same(stored: Spec, here: Spec, place: object) -> None:
+    """Raise ValueError, naming what differs, unless two specs are the same."""
+    differing = [
+        f"{'.'.join(key)}: {stored.get(key, 'nothing')} stored, {here.get(key, 'nothing')} here"
+        for key in sorted(stored.keys() | here.keys())
+        if stored.get(key) != here.get(key)
+    ]
+    if differing:
+        raise ValueError(
+            f"steps must have the entries of those in {place}, and differ in {'; '.join(differing)}. Use "
+            "the environment and policy that they were collected with, or a new buffer."
+        )
+
+
+def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
+    """Make rows ``[R]`` of trials ``[N]`` that lie side by side."""
+    length_K = torch.tensor(lengths)
+    last_K, trial_K = length_K.cumsum(0) - 1, torch.arange(len(length_K))
+    row_N = torch.arange(sum(lengths)) + trial_K.repeat_interleave(length_K)
+    inner = (row_N.diff() == 1).nonzero().squeeze(-1)
+    inner = inner[:: max(1, len(inner) // _CHECKED_PAIRS)]
+    rows = TensorDict(batch_size=[sum(lengths) + len(lengths)])
+    for key, here in entries.items():
+        if is_twice(key, entries):
+            continue
+        ahead = entries.get(("next", *key), here)
+        then, following = (here[inner + 1], ahead[inner]) if ahead is not here else (here[:0],) * 2
+        differs = (following != then) & ~(
+            (following != following) & (then != then)
+        )  # NaN is NaN here
+        if differs.any():
+            name = ".".join(key)
+            raise ValueError(
+                f"('next', {name!r}) of a step must equal {name!r} of the step after it, and differs in "
+                f"{int(differs.sum())} values: only one of them is stored. Let the environment show the "
+                "same in both, leave the entry out of 'next', or rename it there."
+            )
+        values = here.new_empty(rows.batch_size + here.shape[1:])
+        values[row_N], values[last_K + trial_K + 1] = here, ahead[last_K]
+        rows.set(key, values)
+    return rows

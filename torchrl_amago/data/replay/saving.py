@@ -1,8 +1,4 @@
-"""Saving a replay buffer so that it comes back exactly, or says why not.
-
-A folder with a manifest and nothing pickled: replaced at once, verified as a whole before the buffer that it
-is loaded into is touched (see :mod:`torchrl_amago.files`).
-"""
+"""Saving a replay buffer so that it comes back exactly, or says why not; nothing is pickled."""
 
 from __future__ import annotations
 
@@ -12,7 +8,6 @@ from typing import Protocol
 from torchrl_amago import files
 
 _FORMAT = "torchrl_amago replay 3"
-_REMEDY = "Load another checkpoint, or leave the replay folder out and collect anew."
 
 
 class Saveable(Protocol):
@@ -67,15 +62,11 @@ def load_replay(rb: Saveable, path: str | Path) -> None:
     try:
         manifest = files.verify_manifest(path)
     except files.DamagedError as error:
-        raise files.DamagedError(f"{error}. {_REMEDY}") from error
-    if manifest.get("format") != _FORMAT:
+        raise files.DamagedError(f"{error}. Load another checkpoint, or collect anew") from error
+    saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
+    if saved != wanted:
         raise ValueError(
-            f"{path} must be of the format {_FORMAT!r}, got {manifest.get('format')!r}. Load it with "
-            "the version of torchrl_amago that wrote it."
-        )
-    if manifest["kind"] != type(rb).__name__:
-        raise ValueError(
-            f"a replay folder must be loaded into what it was saved from: {path} is of a "
-            f"{manifest['kind']}, got a {type(rb).__name__}. Make the buffer as it was made then."
+            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it was made "
+            "then, with the version of torchrl_amago that saved it."
         )
     rb.loads(path)

@@ -3,27 +3,24 @@
 ::
 
     trials/schema.json   format, capacity and the entries of a step, with a checksum
-    trials/rows/         the rows of all trials: a LazyMemmapStorage
+    trials/rows/         the rows of all trials, made by a LazyMemmapStorage
     trials/table.bin     which trials are there (see table)
     lock                 held by whoever writes
 
-A write gives up the trials that must go, copies the new rows, then announces the new trials. Loading
-makes `trials` anew, beside, and renames it into place. Rows survive the death of the process at once,
-the failure of the machine with ``flush``.
+A write gives up the trials that must go, copies the new rows, then announces the new trials. Loading makes `trials`
+anew beside, and renames it into place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import sys
 import tempfile
 import time
 import warnings
-import weakref
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -32,49 +29,30 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.data import LazyMemmapStorage, Storage, TensorStorage
 
 from torchrl_amago import files
-from torchrl_amago.data.replay.layout import Layout
-from torchrl_amago.data.replay.table import EvictedError, TrialTable
-from torchrl_amago.data.replay.trials import StoredTrials
+from torchrl_amago.data.replay import layout
+from torchrl_amago.data.replay.table import ENTRY, TrialTable
+from torchrl_amago.data.replay.trials import Trials
 
 Mode = Literal["create", "continue", "read"]
 
-FORMAT = "torchrl_amago trials 2"
+_FORMAT = "torchrl_amago trials 2"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
 _ATTEMPTS = 20  # how often steps are read that are overwritten meanwhile
-_PATIENCE = 1.0  # seconds that a reader waits for what another process is about to put in place
+_PATIENCE = 1.0  # seconds to wait for what another process is about to put in place
+
+
+class EvictedError(IndexError):
+    """Steps that are not there, or not any more."""
 
 
 class TrialStorage(Storage):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
 
-    Every process opens the folder for itself; an object that is sent to another process opens it there.
-    Writers take turns, readers never wait.
-
-    Args:
-        capacity: most steps kept; None takes that of the folder.
-        path: the folder; None for a temporary one, removed at exit.
-        mode: ``"create"`` begins a new one; ``"continue"`` goes on with what is there, if anything;
-            ``"read"`` never writes.
-        flush: wait for the disk at each write.
-
-    Raises:
-        FileExistsError: for ``"create"`` where trials are there already.
-        FileNotFoundError: for ``"read"`` where there are none.
-        PermissionError: where the folder can't be written to, but for ``"read"``.
-        ValueError: for a folder of another format or capacity.
-        DamagedError: for a damaged one, a :class:`RuntimeError`.
-        OSError: where the disk has no room for ``capacity`` steps.
-
-    Example:
-        >>> storage = TrialStorage(capacity=100)
-        >>> steps = TensorDict({"x": torch.arange(5), "next": {"x": torch.arange(1, 6)}}, [5])
-        >>> _ = storage.write(steps, [2, 3])
-        >>> len(storage), len(storage.trials()), storage[:]["next", "x"].tolist()
-        (5, 2, [1, 2, 3, 4, 5])
+    Every process opens the folder for itself; an object that is sent to another process opens it there. Writers take
+    turns, readers never wait. For arguments and errors see :func:`make_trial_buffer`.
     """
 
     def __init__(
@@ -86,137 +64,114 @@ class TrialStorage(Storage):
         flush: bool = False,
     ) -> None:
         self.mode, self.flush = mode, flush
-        self.path = _make_temporary(self) if path is None else Path(path).absolute()
-        self.layout: Layout | None = None
+        self.path = (
+            files.temporary_folder(self, "trials_") if path is None else Path(path).absolute()
+        )
+        self._here, self._inode = self.path / "trials", -1
         self._table: TrialTable | None = None
-        self._file, self._inode = self.path / "trials" / "table.bin", -1
+        self._trials: Trials | None = None
         if mode != "read":
-            _make_writable(self.path)
+            files.make_writable(self.path)
             with self._lock():
                 files.recover(self.path)
-        there = self._wait_for_trials() if mode == "read" else self._file.parent.exists()
-        if there and mode == "create":
-            raise FileExistsError(
-                f"a new replay buffer needs a folder without one, and {self.path} holds one. Choose "
-                "another path, go on with mode='continue', or only read it with mode='read'."
-            )
-        stored = _read_schema(self._file.parent)["capacity"] if there else capacity
-        if stored is None or stored < 1:
+        deadline = time.monotonic() + _PATIENCE
+        while (
+            mode == "read" and not self._here.exists()
+        ):  # between the renames of who replaces it, maybe
+            if time.monotonic() > deadline or not (self.path / ".trials.previous").exists():
+                raise FileNotFoundError(
+                    f"mode='read' needs a folder with trials, and {self.path} has none. Check the path; "
+                    "mode='continue' waits for the first trial, and mends what a crash left."
+                )
+        if self._here.exists():
+            if mode == "create":
+                raise FileExistsError(
+                    f"a new replay buffer needs a folder without one, and {self.path} holds one. Choose "
+                    "another path, go on with mode='continue', or only read it with mode='read'."
+                )
+            capacity = _read_schema(self._here)["capacity"] if capacity is None else capacity
+        if capacity is None or capacity < 1:
             raise ValueError(
-                f"capacity must be at least 1, got {stored}. It is the number of steps to keep."
+                f"capacity must be at least 1, got {capacity}. It is the number of steps to keep."
             )
-        super().__init__(stored)
-        if capacity not in (None, stored):
-            raise ValueError(self._other_capacity(capacity))
+        super().__init__(capacity)
         self.table()
 
     # -- opening ---------------------------------------------------------------------------------
-
-    def _wait_for_trials(self) -> bool:
-        deadline = time.monotonic() + _PATIENCE
-        while not self._file.parent.exists():
-            replaced = self.path.joinpath(".trials.previous").exists()
-            if not replaced or time.monotonic() > deadline:
-                raise FileNotFoundError(
-                    f"mode='read' needs a folder with trials, and {self.path} has none"
-                    + " but a half-replaced copy. Open it once with mode='continue'." * replaced
-                    + ". Check the path; mode='continue' waits for the first trial."
-                    * (not replaced)
-                )
-            time.sleep(0.01)
-        return True
 
     def table(self) -> TrialTable | None:
         """Return the table of the trials that are there now; None before the first write."""
         try:
             # Loading, here or elsewhere, puts other files in place.
-            if os.stat(self._file).st_ino != self._inode:
+            while (inode := os.stat(self._here / "table.bin").st_ino) != self._inode:
                 self._open()
-        except FileNotFoundError:
-            if self._table is None and self._file.parent.exists():
+                self._inode = inode
+        except FileNotFoundError as error:
+            if self._inode == -1 and self._here.exists():
                 raise files.DamagedError(
-                    f"{self._file.parent} is incomplete: a file is missing. Use another copy of the folder"
-                ) from None
+                    f"{self._here} is incomplete: {error}. Use another copy of the folder"
+                ) from error
         return self._table
 
     def _open(self) -> None:
-        while True:
-            inode, folder = os.stat(self._file).st_ino, self._file.parent
-            schema = _read_schema(folder)
-            if schema["capacity"] != self.max_size:
-                raise ValueError(self._other_capacity(schema["capacity"]))
-            table = TrialTable(self._file, self.max_size, self.mode != "read")
-            layout = Layout.from_json(schema["entries"])
-            maps = self._map(layout, int(_row_ranges(table.verify()[1])[1].max(initial=0)))
-            if os.stat(self._file).st_ino == inode:
-                break
-        self.layout, self._table, self._inode = layout, table, inode
-        self._set_maps(layout, maps)
+        schema = _read_schema(self._here)
+        if schema["capacity"] != self.max_size:
+            raise ValueError(
+                f"capacity must be that of the folder, {schema['capacity']} steps in {self.path}, got "
+                f"{self.max_size}. Use the same; None takes what is there."
+            )
+        table = TrialTable(self._here / "table.bin", self.max_size, self.mode != "read")
+        self.spec = {tuple(key): text for key, text in schema["entries"]}
+        self._map(_last_row(table.look()[1]))
+        self._table, self._trials = table, None
 
-    def _map(self, layout: Layout, used: int) -> list[np.ndarray]:
+    def _map(self, used: int) -> None:
         """Map the rows' files, of which so many rows are used, into memory."""
-        maps, num_rows = [], _max_rows(self.max_size)
-        for entry in layout.entries:
-            file = self._file.parent / "rows" / entry.file
-            size = file.stat().st_size if file.exists() else -1
-            if size < used * entry.num_bytes:
+        # By the checked schema alone: what tensordict writes beside could make it unpickle something.
+        row, self._maps, self._claimed = layout.empty_row(self.spec), {}, {}
+        num_rows, mode = _max_rows(self.max_size), "r" if self.mode == "read" else "r+"
+        for key, value in row.items(True, True):
+            *path, name = layout.as_tuple(key)
+            file = self._here.joinpath("rows", *path, f"{name}.memmap")
+            size = file.stat().st_size if file.exists() else -bool(value.nbytes)
+            if size < used * value.nbytes:
                 raise files.DamagedError(
-                    f"{file} must have at least the {used * entry.num_bytes} bytes of its trials, it "
+                    f"{file} must have at least the {used * value.nbytes} bytes of its trials, it "
                     f"{'is missing' if size < 0 else f'has {size}'}. Use another copy of the folder"
                 )
-            if self.mode == "read":
-                num_rows = size // entry.num_bytes if entry.num_bytes else used
-            elif size < num_rows * entry.num_bytes:  # a saved one is as long as its content
-                os.truncate(file, num_rows * entry.num_bytes)
-            shape = (num_rows, entry.num_bytes)
-            mode = "r" if self.mode == "read" else "r+"
-            maps.append(
-                np.memmap(file, np.uint8, mode, shape=shape)
-                if min(shape)
-                else np.empty(shape, np.uint8)
+            if mode == "r" and value.nbytes:
+                num_rows = min(num_rows, size // value.nbytes)
+            elif size < num_rows * value.nbytes:  # a saved one is as long as its content
+                os.truncate(file, num_rows * value.nbytes)
+            shape = (num_rows, value.nbytes)
+            self._maps[file] = (
+                np.memmap(file, np.uint8, mode, 0, shape) if min(shape) else np.empty(shape)
             )
-        return maps
+        rows = TensorDict(batch_size=[num_rows])
+        for (key, value), memory in zip(row.items(True, True), self._maps.values(), strict=True):
+            with warnings.catch_warnings():
+                # Tensors don't know read-only memory; these are never written to then.
+                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+                values = torch.from_numpy(memory[:num_rows]).reshape(-1).view(value.dtype)
+            rows.set(key, values.reshape(num_rows, *value.shape))
+        self.rows = TensorStorage(rows)
 
-    def _set_maps(self, layout: Layout, maps: list[np.ndarray]) -> None:
-        rows = TensorDict(batch_size=[min(map(len, maps))])
-        with warnings.catch_warnings():
-            # Tensors don't know read-only memory; these are never written to then.
-            warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-            for entry, memory in zip(layout.entries, maps, strict=True):
-                values = torch.from_numpy(memory[: len(rows)]).reshape(-1).view(entry.dtype)
-                rows.set(entry.row_key, values.reshape(len(rows), *entry.shape))
-        self._maps, self.rows = maps, TensorStorage(rows)
-        self._claimed: dict[Path, int] = {}
-
-    def _create(self, layout: Layout) -> TrialTable:
-        row_bytes = sum(entry.num_bytes for entry in layout.entries)
-        needed, free = self.max_size * row_bytes, shutil.disk_usage(self.path).free
-        if free < needed:
-            raise OSError(
-                errno.ENOSPC,
-                f"the disk of {self.path} must have room for capacity={self.max_size} steps of "
-                f"{row_bytes} bytes, {needed} in all, and has {free}. Lower the capacity, or "
-                "give the path of a larger disk",
-            )
-        partial = self.path / ".trials.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        with files.explain_full_disk(self.path):
-            self._make_files(partial, layout)
-            for path in [*partial.rglob("*"), partial] if self.flush else []:
-                files.sync(path)
-        # At once: the folder holds trials from here on.
-        os.replace(partial, self._file.parent)
+    def _create(self, spec: layout.Spec) -> TrialTable:
+        """Begin without trials; the files take no disk space until they are filled."""
+        row = layout.empty_row(spec)
+        needed = self.max_size * sum(x.nbytes for x in row.values(True, True))
+        if shutil.disk_usage(self.path).free < needed:
+            with files.explain_full_disk(self.path, needed):
+                raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
+        with files.replace_folder(self._here, flush=self.flush) as folder:
+            LazyMemmapStorage(_max_rows(self.max_size), scratch_dir=folder / "rows").set(0, row)
+            TrialTable.create(folder / "table.bin", self.max_size)
+            self._write_schema(folder, spec)
         return self.table()
 
-    def _make_files(self, folder: Path, layout: Layout) -> None:
-        """Make a storage without trials; its files take no disk space until they are filled."""
-        row = TensorDict(batch_size=[])
-        for entry in layout.entries:
-            row.set(entry.row_key, torch.zeros(entry.shape, dtype=entry.dtype))
-        LazyMemmapStorage(_max_rows(self.max_size), scratch_dir=folder / "rows").set(0, row)
-        TrialTable.create(folder / "table.bin", self.max_size)
-        _write_schema(folder, self.max_size, layout)
+    def _write_schema(self, folder: Path, spec: layout.Spec) -> None:
+        schema = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": self.max_size}
+        files.write_json(folder / "schema.json", schema | {"entries": [*spec.items()]})
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep writers away; a reader can't, as its folder may be read-only."""
@@ -225,21 +180,7 @@ class TrialStorage(Storage):
     # -- writing ---------------------------------------------------------------------------------
 
     def write(self, steps: TensorDictBase, lengths: list[int]) -> np.ndarray:
-        """Store trials; the oldest ones make room.
-
-        Args:
-            steps: ``[N]``, the trials' steps side by side.
-            lengths: number of steps of each.
-
-        Returns:
-            The trials' numbers.
-
-        Raises:
-            ValueError: for more steps than the capacity, for entries other than those stored, or where
-                ``next`` of a step isn't the root of the step after it. Nothing is stored then.
-            OSError: where the disk is full. Nothing is stored then.
-            PermissionError: in mode ``"read"``.
-        """
+        """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
         self._check_writable()
         if steps.ndim != 1 or sum(lengths) != len(steps) or min(lengths, default=0) < 1:
             raise ValueError(
@@ -252,39 +193,32 @@ class TrialStorage(Storage):
                 f"a write must fit into the storage, got {len(steps)} steps at once for a capacity "
                 f"of {self.max_size}. Raise the capacity, or write fewer trials at once."
             )
-        layout = Layout.of(steps)
-        rows = layout.pack(steps, lengths)
-        rows_K = np.asarray(lengths) + 1
-        stop_K = np.cumsum(rows_K)
-        values_K = _checksums(layout, rows, zip((stop_K - rows_K).tolist(), stop_K, strict=True))
+        entries = layout.entries_of(steps)
+        spec, rows = layout.spec_of(entries), layout.pack(entries, lengths)
+        count_K = np.asarray(lengths) + 1
+        start_K = np.cumsum(count_K) - count_K
+        values_K = _checksums(
+            rows, zip(start_K.tolist(), (start_K + count_K).tolist(), strict=True)
+        )
         with self._lock():
-            table = self.table() or self._create(layout)
-            self.layout.check_same(
-                layout,
-                f"steps must have the entries of those in {self.path}",
-                "Use the environment and policy that they were collected with, or a new folder.",
-            )
-            entries, begin = table.place(lengths)
-            entries["values"] = values_K
-            first_K = entries["first"].astype(np.int64)
+            table = self.table() or self._create(spec)
+            layout.check_same(self.spec, spec, self.path)
+            trials, begin = table.place(lengths)
+            trials["values"] = values_K
             # All of it first: trials must not be given up for some that there is no room for.
-            self._claim(table.file, table.slot_bytes(len(entries)))
-            for entry in self.layout.entries:
-                self._claim(self._rows_file(entry), int((first_K + rows_K).max()) * entry.num_bytes)
+            self._claim(table.file, table.bytes_for(len(trials)))
+            for file, memory in self._maps.items():
+                self._claim(file, _last_row(trials) * memory.shape[1])
             if begin != table.begin:
                 table.evict(begin)
-            shift_R = np.repeat(first_K - (stop_K - rows_K), rows_K)
+            shift_R = np.repeat(trials["first"] - start_K, count_K)
             self.rows.set(torch.from_numpy(np.arange(len(rows)) + shift_R), rows, set_cursor=False)
-            for memory in self._maps if self.flush else ():
+            for memory in self._maps.values() if self.flush else ():
                 memory.flush()
-            end = table.end
-            table.announce(entries)
+            numbers = table.announce(trials)
             if self.flush:
                 table.flush()
-        return np.arange(end, end + len(entries))
-
-    def _rows_file(self, entry: Any) -> Path:
-        return self._file.parent / "rows" / entry.file
+        return numbers
 
     def _claim(self, file: Path, stop: int) -> None:
         """Take disk space: writing to mapped memory that has none ends the process."""
@@ -301,80 +235,76 @@ class TrialStorage(Storage):
                 "mode='continue', or write to another one."
             )
 
-    def _other_capacity(self, other: int) -> str:
-        return (
-            f"capacity must be that of the folder: {self.path} is for {self.max_size} and {other} steps, in "
-            "one place and the other. Use the same one everywhere; None takes what is there."
-        )
-
     # -- reading ---------------------------------------------------------------------------------
 
-    def trials(self) -> StoredTrials:
-        """Give the trials that are there now."""
+    def trials(self) -> Trials:
+        """Give the trials that are there now; they begin at steps counted among all ever written."""
         table = self.table()
-        if table is not None and table.begin == table.end > 0:
-            # A writer may have given up all of them for those that it's about to announce.
+        begin, entries = table.look() if table else (0, np.empty(0, ENTRY))
+        if begin and not len(entries):
+            # A writer has given up all of them for those that it's about to announce.
+            deadline = time.monotonic() + (_PATIENCE if self.mode == "read" else 0)
             with self._lock():
-                deadline = time.monotonic() + _PATIENCE
-                while (
-                    self.mode == "read" and table.begin == table.end and time.monotonic() < deadline
-                ):
-                    time.sleep(0.002)
-                table = self.table()
-        return StoredTrials(self, table)
+                begin, entries = self.table().look()
+                while not len(entries) and time.monotonic() < deadline:
+                    begin, entries = self.table().look()
+        version, end = (self._inode, begin, len(entries)), begin + len(entries)
+        if self._trials is None or self._trials.version != version:
+            columns = (entries[x].astype(np.int64) for x in ("start", "length"))
+            self._trials = Trials(version, end, np.arange(begin, end), *columns)
+        return self._trials
 
-    def get(self, index: Any) -> TensorDict:
-        """Read steps by their numbers in the order of writing, those that are gone counted.
+    @property
+    def written(self) -> int:
+        """Steps written so far, by all processes."""
+        table = self.table()
+        return table.written if table else 0
 
-        Args:
-            index: integers of any shape, such as :meth:`TrialSliceSampler.sample` gives.
+    def get(self, index: Any, keys: Sequence[NestedKey] | None = None) -> TensorDict:
+        """Read steps by their numbers among all ever written, which a sampler gives; or some entries of them.
 
         Raises:
-            IndexError: for a step that isn't there, or not any more.
+            EvictedError: for a step that isn't there, or not any more.
         """
-        trials, number = self.trials(), np.asarray(index, np.int64)
-        oldest, stop = trials.steps
-        is_outside = (number < oldest) | (number >= stop)
-        if is_outside.any():
-            raise IndexError(
-                f"the number of a step must be from {oldest} to {stop - 1}, got "
-                f"{number[is_outside].flat[0]}. The oldest steps leave; rb[...] counts those that are there."
-            )
-        start, first = (trials.entries[x].astype(np.int64) for x in ("start", "first"))
-        trial = np.searchsorted(start, number, side="right") - 1
-        row = torch.as_tensor(first[trial] + number - start[trial])
-        steps = self.layout.unpack(self.read_rows(row.unsqueeze(-1) + torch.arange(2)))
-        trials.check(trials.begin + trial.reshape(-1))
-        return steps.squeeze(-1)
-
-    def read_rows(self, row: Tensor, keys: Sequence[NestedKey] | None = None) -> TensorDictBase:
-        """Copy rows, or some entries of them."""
-        if row.numel() and int(row.max()) >= len(
-            self.rows
-        ):  # another process went on with a saved one
-            self._set_maps(self.layout, self._map(self.layout, int(row.max()) + 1))
-        if keys is None:
-            return self.rows.get(row)
-        return self.rows[:].select(*self.layout.row_keys(keys))[row]
+        number, table = np.asarray(index, np.int64), self.table()
+        if table is None:
+            return TensorDict(batch_size=number.shape)
+        start, first = (table.look()[1][x].astype(np.int64) for x in ("start", "first"))
+        _check_there(number, table)
+        # A slice lies in one trial, as a rule: its lowest and highest steps say so.
+        ends = (
+            [f(number, -1, keepdims=True) for f in (np.min, np.max)]
+            if number.ndim > 1
+            else [number] * 2
+        )
+        trial, last = (np.searchsorted(start, end, side="right") - 1 for end in ends)
+        trial = trial if (trial == last).all() else np.searchsorted(start, number, side="right") - 1
+        row = torch.as_tensor(number + (first - start)[trial]).reshape(-1)
+        if len(row) and int(row.max()) + 1 >= len(self.rows):  # others went on with a saved one
+            self._map(int(row.max()) + 2)
+        rows, out = self.rows[:], TensorDict(batch_size=number.shape)
+        for key in self.spec if keys is None else map(layout.as_tuple, keys):
+            if key not in self.spec:
+                raise KeyError(f"trials have the entries {[*self.spec]}, and {key!r} was asked for")
+            is_twice = layout.is_twice(key, self.spec)
+            values = rows.get(key[is_twice:])
+            shape = (*number.shape, *values.shape[1:])
+            out.set(key, values.index_select(0, row + is_twice).reshape(shape))
+        _check_there(number, table)
+        return out
 
     def __getitem__(self, index: Any) -> TensorDict:
-        """Read steps by their place among those stored, the oldest first.
-
-        Args:
-            index: integer, slice, mask, or an array of integers of any shape.
-
-        Raises:
-            IndexError: for a place where there is no step.
-            RuntimeError: in mode ``"read"``, where other processes are faster than the reading.
-        """
+        """Read steps by their places among those stored: an integer, a slice, a mask, or integers."""
         for attempt in range(_ATTEMPTS):
             with (
                 self._lock() if attempt else contextlib.nullcontext(),
                 contextlib.suppress(EvictedError),
             ):
-                oldest, stop = self.trials().steps
-                place = _places(index, stop - oldest)
-                return self.get(oldest + place) if stop else TensorDict(batch_size=place.shape)
+                stop = self.written
+                places = range(stop - len(self), stop)
+                if isinstance(index, slice):
+                    return self.get(np.array(places[index], np.int64))
+                return self.get(np.array(places, np.int64)[np.asarray(index)])
         raise RuntimeError(
             f"steps of {self.path} must stay while they are read, and other processes have overwritten "
             f"some of these in each of {_ATTEMPTS} attempts. Ask for fewer or newer ones, or open the "
@@ -382,11 +312,7 @@ class TrialStorage(Storage):
         )
 
     def __len__(self) -> int:
-        oldest, stop = self.trials().steps
-        return stop - oldest
-
-    def contains(self, item: int) -> bool:
-        return 0 <= item < len(self)
+        return int(self.trials().length.sum())
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         raise TypeError(
@@ -397,28 +323,24 @@ class TrialStorage(Storage):
     # -- copies ------------------------------------------------------------------------------------
 
     def checksum(self) -> int:
-        """Compute a checksum of all trials, from those of each that were taken when it was written."""
-        entries = self.trials().entries
+        """Combine the checksums of all trials, taken when they were written."""
+        table = self.table()
+        entries = table.look()[1] if table else np.empty(0, ENTRY)
         return zlib.crc32(entries["values"].tobytes(), zlib.crc32(entries["length"].tobytes()))
 
     def verify(self) -> None:
-        """Compare all values to their checksums.
-
-        Raises:
-            DamagedError: where some have changed since they were written.
-        """
-        if self.table() is None:
-            return
+        """Compare all values to their checksums; raise DamagedError where some have changed."""
         with self._lock():
-            begin, entries = self.table().verify()
-            first, stop = _row_ranges(entries)
-            found = _checksums(self.layout, self.rows[:], zip(first, stop, strict=True))
+            table = self.table()
+            begin, entries = table.look() if table else (0, np.empty(0, ENTRY))
+            stop = entries["first"] + entries["length"] + 1
+            found = (
+                _checksums(self.rows[:], zip(entries["first"], stop, strict=True)) if table else []
+            )
             differing = begin + np.flatnonzero(np.array(found) != entries["values"])
-            # A reader doesn't keep writers away.
-            differing = differing[differing >= self.table().begin]
-            if len(differing):
+            if table and (differing >= table.begin).any():  # a reader doesn't keep writers away
                 raise files.DamagedError(
-                    f"{self._file.parent / 'rows'} has changed since it was written, in {len(differing)} "
+                    f"{self._here / 'rows'} has changed since it was written, in {len(differing)} "
                     "trials. Use another copy of the folder, or load a checkpoint"
                 )
 
@@ -426,78 +348,53 @@ class TrialStorage(Storage):
         """Write `trials` as they are at one moment; a reader leaves out what others evict meanwhile."""
         with self._lock():
             table = self.table()
-            used = int(_row_ranges(table.verify()[1])[1].max(initial=0))
-            for entry, memory in zip(self.layout.entries, self._maps, strict=True):
-                file = folder / "rows" / entry.file
-                file.parent.mkdir(parents=True, exist_ok=True)
-                np.asarray(memory[:used]).tofile(file)
+            used = _last_row(table.look()[1])
+            for file, memory in self._maps.items():
+                copy = folder / file.relative_to(self._here)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                np.asarray(memory[:used]).tofile(copy)
             table.copy_to(folder / "table.bin")
-            _write_schema(folder, self.max_size, self.layout)
-
-    def check_fits(self, saved: TrialStorage) -> None:
-        """Raise ValueError unless a saved storage can be loaded into this one."""
-        if saved.max_size != self.max_size:
-            raise ValueError(
-                "saved trials must be loaded into a buffer of the same capacity: they were saved with "
-                f"{saved.max_size} steps, this buffer has {self.max_size}. Make the buffer with "
-                "the saved capacity."
-            )
-        if self.table() is not None:
-            saved.layout.check_same(
-                self.layout,
-                "saved trials must have the entries of the buffer's",
-                "Use the environment and policy they were collected with, or a new buffer.",
-            )
+            self._write_schema(folder, self.spec)
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own: it can be opened, too."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        here = Path(path) / "trials"
         if self.table() is not None:
-            with files.replace_folder(path / "trials") as folder:
+            with files.replace_folder(here, flush=self.flush) as folder:
                 self._copy_to(folder)
-        elif (path / "trials").exists():
-            files.remove_folder(path / "trials")
+        elif here.exists():
+            files.remove_folder(here)
 
     def loads(self, path: str | Path) -> None:
-        """Replace the content by that of a folder that :meth:`dumps` wrote, at once.
-
-        Raises:
-            ValueError: where capacity or entries differ; the content stays as it was.
-        """
+        """Replace the content by that of a folder that :meth:`dumps` wrote, at once, if it fits."""
         self._check_writable()
-        if not (Path(path) / "trials").exists():
-            self._empty()
-            return
-        saved = TrialStorage(path=path, mode="read")
-        self.check_fits(saved)
-        with self._lock(), files.replace_folder(self._file.parent) as folder:
+        if not Path(path, "trials").exists():
+            return self._empty()
+        saved = TrialStorage(self.max_size, path=path, mode="read")
+        layout.check_same(saved.spec, self.spec if self.table() else saved.spec, path)
+        with self._lock(), files.replace_folder(self._here, flush=self.flush) as folder:
             saved._copy_to(folder)
-        self.table()
 
     def _empty(self) -> None:
         if self.table() is not None:
-            with self._lock(), files.replace_folder(self._file.parent) as folder:
-                self._make_files(folder, self.layout)
-            self.table()
+            with self._lock():
+                self._create(self.spec)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give everything as the bytes of the files that :meth:`dumps` writes."""
+        """Give the bytes of the files that :meth:`dumps` writes, by name."""
         with tempfile.TemporaryDirectory() as folder:
             self.dumps(folder)
             found = [file for file in Path(folder).rglob("*") if file.is_file()]
-            return {
-                file.relative_to(folder).as_posix(): torch.from_numpy(np.fromfile(file, np.uint8))
-                for file in found
-            }
+            names = [file.relative_to(folder).as_posix() for file in found]
+            contents = [torch.from_numpy(np.fromfile(file, np.uint8)) for file in found]
+        return dict(zip(names, contents, strict=True))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace the content by what :meth:`state_dict` gave."""
         with tempfile.TemporaryDirectory() as folder:
             for name, content in state_dict.items():
-                file = Path(folder) / name
-                file.parent.mkdir(parents=True, exist_ok=True)
-                content.numpy().tofile(file)
+                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
+                content.numpy().tofile(Path(folder, name))
             self.loads(folder)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -513,57 +410,41 @@ class TrialStorage(Storage):
             )
         self.__init__(**state)
 
-    def __repr__(self) -> str:
-        return (
-            f"TrialStorage(capacity={self.max_size}, path={str(self.path)!r}, mode={self.mode!r})"
+
+def _read_schema(folder: Path) -> dict[str, Any]:
+    schema = files.read_json(folder / "schema.json")
+    wanted = {"format": _FORMAT, "byteorder": sys.byteorder}
+    found = {key: schema.get(key) for key in wanted}
+    if found != wanted:
+        raise ValueError(
+            f"{folder} must be of {wanted}, got {found}. Open it with the version of torchrl_amago and the "
+            "kind of processor that wrote it, or choose another path."
         )
+    return schema
 
 
 def _max_rows(capacity: int) -> int:
     return 3 * capacity + 2
 
 
-def _row_ranges(entries: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each trial, and the one after its last."""
-    first = entries["first"].astype(np.int64)
-    return first, first + entries["length"] + 1
+def _last_row(entries: np.ndarray) -> int:
+    return int((entries["first"].astype(np.int64) + entries["length"] + 1).max(initial=0))
 
 
-def _places(index: Any, total: int) -> np.ndarray:
-    """Find places of steps by integers, a slice, or a mask over all steps."""
-    if isinstance(index, slice):
-        return np.arange(*index.indices(total))
-    place = np.asarray(index)
-    if place.dtype == bool:
-        if place.shape != (total,):
-            raise IndexError(
-                f"a mask must have one value for each of the {total} steps stored, got the shape "
-                f"{list(place.shape)}. Ask for rb[mask] with len(mask) == len(rb)."
-            )
-        return np.flatnonzero(place)
-    if place.size and not np.issubdtype(place.dtype, np.integer):
-        raise IndexError(
-            f"steps are asked for by integers, a slice or a mask, got {place.dtype}. Convert them first."
+def _check_there(number: np.ndarray, table: TrialTable) -> None:
+    entries, stop = table.look()[1], table.written
+    oldest = int(entries["start"][0]) if len(entries) else stop
+    if number.size and not oldest <= number.min() <= number.max() < stop:
+        raise EvictedError(
+            f"the number of a step must be from {oldest} to {stop - 1}, got {number.min()} to "
+            f"{number.max()}. The oldest steps leave; rb[...] counts those that are there."
         )
-    place = place.astype(np.int64)
-    is_outside = (place < -total) | (place >= total)
-    if is_outside.any():
-        raise IndexError(
-            f"the place of a step must be from {-total} to {total - 1}, with {total} steps stored, "
-            f"got {place[is_outside].flat[0]}. Ask for one that is there; len() tells how many."
-        )
-    return np.where(place < 0, place + total, place)
 
 
-def _checksums(
-    layout: Layout, rows: TensorDictBase, pieces: Iterable[tuple[int, int]]
-) -> list[int]:
+def _checksums(rows: TensorDictBase, pieces: Iterable[tuple[int, int]]) -> list[int]:
     """CRC-32 of the values of some runs of rows."""
-    columns = [
-        rows.get(entry.row_key).reshape(len(rows), -1).view(torch.uint8).numpy()
-        for entry in layout.entries
-        if entry.num_bytes
-    ]
+    columns = [rows.get(key) for key in sorted(map(layout.as_tuple, rows.keys(True, True)))]
+    columns = [x.reshape(len(rows), -1).view(torch.uint8).numpy() for x in columns if x.numel()]
     sums = []
     for start, stop in pieces:
         checksum = 0
@@ -571,71 +452,3 @@ def _checksums(
             checksum = zlib.crc32(column[start:stop], checksum)
         sums.append(checksum)
     return sums
-
-
-def _write_schema(folder: Path, capacity: int, layout: Layout) -> None:
-    schema = {"capacity": capacity, "byteorder": sys.byteorder, "entries": layout.to_json()}
-    text = json.dumps({"format": FORMAT, "crc32": _crc32(schema), "schema": schema}, indent=1)
-    (folder / "schema.json").write_text(text, encoding="utf-8")
-
-
-def _read_schema(folder: Path) -> dict[str, Any]:
-    """Read what :func:`_write_schema` wrote.
-
-    Raises:
-        DamagedError: where it can't be read, or isn't what was written.
-        ValueError: where it is of another format or another kind of machine.
-    """
-    file = folder / "schema.json"
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        version, checksum, schema = found["format"], found["crc32"], found["schema"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise files.DamagedError(
-            f"{file} must describe the trials of its folder, and can't be read ({error}). "
-            "Bring the file back, or use another copy of the folder."
-        ) from error
-    if version != FORMAT:
-        raise ValueError(
-            f"{folder} must be of the format {FORMAT!r}, got {version!r}. Open it with the version of "
-            "torchrl_amago that wrote it, or choose another path."
-        )
-    if _crc32(schema) != checksum:
-        raise files.DamagedError(f"{file} isn't what was written. Use another copy of the folder")
-    if schema["byteorder"] != sys.byteorder:
-        raise ValueError(
-            f"{folder} was written on a {schema['byteorder']}-endian machine, and this one isn't. Copy the "
-            "trials with extend."
-        )
-    return schema
-
-
-def _crc32(value: Any) -> int:
-    return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def _make_temporary(owner: object) -> Path:
-    """Make a folder that is removed with its owner, or at exit."""
-    path = Path(tempfile.mkdtemp(prefix="trials_"))
-    weakref.finalize(owner, _remove, path, os.getpid())
-    return path
-
-
-def _remove(path: Path, process: int) -> None:
-    if os.getpid() == process:  # not in a process that was forked off
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _make_writable(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with (path / "lock").open("ab"):
-            pass
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise PermissionError(
-            error.errno,
-            f"a buffer that is written to needs a folder that can be, and {path} can't "
-            f"({error.strerror}). Choose another path, or only read it with mode='read'",
-        ) from error

@@ -1,9 +1,9 @@
-"""Which trials a folder holds and where: what makes a write count, at one moment, for all processes.
+"""Which trials a folder holds, and where: what makes a write count, at one moment, for all processes.
 
 A memory-mapped file: two counters, then a ring with an entry for each trial, that of trial n at n
 modulo the capacity. Trials `begin` to `end - 1` are there. A writer raises `begin` before it
-overwrites rows and `end` once rows and entries are complete, each by a single aligned store, so that a
-process may die at any moment. Readers look at `begin` again after they have read rows. Counters and
+overwrites rows and `end` once rows and entries are complete, each by one aligned store, so a process
+may die at any moment. Readers look at `begin` again after they have read rows. Counters and
 entries carry checks of their own: no flipped bit goes unnoticed.
 """
 
@@ -31,18 +31,11 @@ _SALTS = (0x5A17, 0xC3E9)  # keep one counter's bytes from passing for the other
 # volume 3, section 6.4, on multiplicative hashing).
 _FACTORS = np.array(
     [
-        0x9E3779B97F4A7C15,
-        0xC2B2AE3D27D4EB4F,
-        0x165667B19E3779F9,
-        0xD6E8FEB86659FD93,
-        0xA0761D6478BD642F,
+        0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
+        0xD6E8FEB86659FD93, 0xA0761D6478BD642F,
     ],
     "<u8",
-)
-
-
-class EvictedError(Exception):
-    """A trial that other processes gave up while it was looked at."""
+)  # fmt: skip
 
 
 class TrialTable:
@@ -59,28 +52,19 @@ class TrialTable:
         writable: for a writer.
 
     Raises:
-        DamagedError: for a file of another size.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     table = TrialTable.create(Path(folder) / "table.bin", capacity=10)
-        ...     table.announce(table.place([4, 5])[0])
-        ...     entries, begin = table.place([4])
-        ...     table.written, entries["first"].tolist(), begin
-        (9, [0], 1)
+        DamagedError: for a file of another size, or one that can't be right.
     """
 
-    def __init__(self, file: Path, capacity: int, writable: bool) -> None:
+    def __init__(self, file: Path, capacity: int, writable: bool = True) -> None:
         self.file, self.capacity = file, capacity
-        expected, size = _HEADER + capacity * ENTRY.itemsize, file.stat().st_size
+        size, expected = file.stat().st_size, _HEADER + capacity * ENTRY.itemsize
         if size != expected:
-            raise DamagedError(
-                f"{file} must have {expected} bytes for a capacity of {capacity}, it has {size}"
-            )
+            raise DamagedError(f"{file} must have {expected} bytes, it has {size}")
         self._map = np.memmap(file, np.uint8, "r+" if writable else "r")
         memory = np.asarray(self._map)  # slices faster than a memmap
         self._counters, self._ring = memory[:16].view("<u8"), memory[_HEADER:].view(ENTRY)
+        self._begin, self._known = 0, np.empty(0, ENTRY)
+        self.verify()
 
     @classmethod
     def create(cls, file: Path, capacity: int) -> TrialTable:
@@ -88,7 +72,7 @@ class TrialTable:
         with file.open("wb") as stream:
             stream.write(b"".join(_encode(0, salt).to_bytes(8, "little") for salt in _SALTS))
             stream.truncate(_HEADER + capacity * ENTRY.itemsize)
-        return cls(file, capacity, writable=True)
+        return cls(file, capacity)
 
     @property
     def begin(self) -> int:
@@ -103,61 +87,48 @@ class TrialTable:
     @property
     def written(self) -> int:
         """Steps written so far, those of evicted trials included."""
-        return self.start_of(self.end)
+        begin, entries = self.look()
+        last = entries[-1:] if len(entries) else self._read(max(begin - 1, 0), begin)
+        return int(last["start"][0]) + int(last["length"][0]) if len(last) else 0
 
-    def start_of(self, number: int) -> int:
-        """Number of a trial's first step; also of the trial that comes next."""
-        if not number:
-            return 0
-        start, length = self.read([number - 1])[["start", "length"]][0].tolist()
-        return start + length
-
-    def read(self, numbers: np.ndarray | list[int]) -> np.ndarray:
-        """Copy the entries of these trials.
-
-        Raises:
-            EvictedError: where one isn't there any more.
-            DamagedError: where one isn't what was written.
-        """
-        numbers = np.asarray(numbers, np.int64)
-        entries = self._ring[numbers % self.capacity]
-        if (_checks(numbers, entries) != entries["check"]).any():
-            if numbers.min() < self.begin:
-                raise EvictedError
-            raise DamagedError(
-                f"{self.file} has an entry that isn't what was written: the table of trials is "
-                "damaged. Nothing was changed. Use another copy of the folder, or load a checkpoint"
-            )
-        return entries
-
-    def verify(self) -> tuple[int, np.ndarray]:
-        """Check the whole table; return `begin` and the entries of the trials that are there.
-
-        Raises:
-            DamagedError: for counters or entries that can't be.
-        """
+    def look(self) -> tuple[int, np.ndarray]:
+        """Return the number of the oldest trial, and the entries of all; only new ones are read."""
         while True:
             begin, end = self.begin, self.end
-            try:
-                if not 0 <= end - begin <= self.capacity:
-                    raise DamagedError(f"{self.file} lists the impossible trials {begin} to {end}")
-                entries = self.read(np.arange(begin, end))
-                start, length = (entries[x].astype(np.int64) for x in ("start", "length"))
-                rows = np.sort(entries[["first", "length"]], order="first")
-                stop = rows["first"].astype(np.int64) + rows["length"] + 1
-                follows = (start[1:] == (start + length)[:-1]).all()
-                overlap = (rows["first"][1:] < stop[:-1]).any()
-                if not follows or overlap or length.sum() > self.capacity:
-                    raise DamagedError(
-                        f"{self.file} lists trials that overwrite one another: its counters are damaged"
-                    )
-            except (EvictedError, DamagedError):
-                if self.begin == begin:
-                    raise
-            else:
-                return begin, entries
+            if not 0 <= end - begin <= self.capacity:
+                raise self._damage("a count that cannot be")
+            known = self._known[begin - self._begin :] if begin >= self._begin else self._known[:0]
+            new = self._read(begin + len(known), end)
+            if new is not None:
+                if len(new) or begin != self._begin:
+                    self._begin, self._known = begin, np.concatenate([known, new])
+                return begin, self._known
 
-    # -- writing, by one process at a time ---------------------------------------------------------
+    def _read(self, begin: int, end: int) -> np.ndarray | None:
+        if begin == end:
+            return self._ring[:0]
+        numbers = np.arange(begin, end)
+        entries = self._ring[numbers % self.capacity]
+        if (_checks(numbers, entries) == entries["check"]).all():
+            return entries
+        if begin >= self.begin:
+            raise self._damage("an entry that isn't what was written")
+        return None  # evicted just now, and written over
+
+    def verify(self) -> None:
+        """Raise DamagedError if trials overwrite one another."""
+        while True:
+            begin, entries = self.look()
+            start, length = (entries[x].astype(np.int64) for x in ("start", "length"))
+            rows = np.sort(entries[["first", "length"]], order="first")
+            stop = rows["first"].astype(np.int64) + rows["length"] + 1
+            overlap = (rows["first"][1:] < stop[:-1]).any() or length.sum() > self.capacity
+            if not overlap and (start[1:] == (start + length)[:-1]).all():
+                return
+            if begin == self.begin:
+                raise self._damage("trials that overwrite one another")
+
+    # -- writing, by one process at a time -------------------------------------------------------
 
     def place(self, lengths: list[int]) -> tuple[np.ndarray, int]:
         """Find rows for new trials of together at most `capacity` steps; nothing is changed.
@@ -165,19 +136,20 @@ class TrialTable:
         Returns:
             Their entries, and the number of the oldest trial that can stay.
         """
-        oldest, end, capacity = self.begin, self.end, self.capacity
-        cursor = round_start = written = 0
+        begin, alive = self.look()
+        end, written, capacity = self.end, self.written, self.capacity
+        cursor = round_start = oldest = 0
         if end:
-            written, round_start, cursor = self.written, *self._place_after(end - 1)
+            _, round_start, first, length, *_ = self._read(end - 1, end)[0].tolist()
+            cursor = first + length + 1
         placed: list[tuple[int, ...]] = []
-        began = written
 
         def front() -> tuple[int, int, int]:
             """Start, first row and row after the last of the oldest trial that stays."""
-            stop = end + len(placed)
-            if oldest == stop:
-                return written, capacity * 3, capacity * 3
-            old = self.read([oldest])[0].tolist() if oldest < end else placed[oldest - end]
+            if oldest == len(alive) + len(placed):
+                return written, 3 * capacity, 3 * capacity
+            is_old = oldest < len(alive)
+            old = alive[oldest].tolist() if is_old else placed[oldest - len(alive)]
             return old[0], old[2], old[2] + old[3] + 1
 
         for length in lengths:
@@ -190,39 +162,37 @@ class TrialTable:
             placed.append((written, round_start, cursor, length, 0, 0))
             cursor, written = cursor + length + 1, written + length
         entries = np.array(placed, ENTRY)
-        if oldest > end:  # they would overwrite one another, which an empty storage rules out
-            rows = np.asarray(lengths) + 1
-            entries["first"], entries["round"], oldest = np.cumsum(rows) - rows, began, end
-        return entries, oldest
-
-    def _place_after(self, number: int) -> tuple[int, int]:
-        _, round_start, first, length = self.read([number])[0].tolist()[:4]
-        return round_start, first + length + 1
+        if oldest > len(
+            alive
+        ):  # they would overwrite one another, which an empty storage rules out
+            rows, oldest = np.asarray(lengths) + 1, len(alive)
+            entries["first"], entries["round"] = np.cumsum(rows) - rows, placed[0][0]
+        return entries, begin + oldest
 
     def evict(self, begin: int) -> None:
         """Give up the trials before this number."""
         self._counters[0] = _encode(begin, _SALTS[0])
 
-    def announce(self, entries: np.ndarray) -> None:
-        """List new trials, whose rows are complete."""
-        end = self.end
-        numbers = np.arange(end, end + len(entries))
+    def announce(self, entries: np.ndarray) -> np.ndarray:
+        """List new trials, whose rows are complete; return their numbers."""
+        numbers = np.arange(self.end, self.end + len(entries))
         entries["check"] = _checks(numbers, entries)
         self._ring[numbers % self.capacity] = entries
-        self._counters[1] = _encode(end + len(entries), _SALTS[1])
+        self._counters[1] = _encode(self.end + len(entries), _SALTS[1])
+        return numbers
 
-    def slot_bytes(self, count: int) -> int:
+    def bytes_for(self, count: int) -> int:
         """Bytes of the file up to the end of the next `count` entries."""
-        stop = self.end % self.capacity + count
-        return _HEADER + min(stop, self.capacity) * ENTRY.itemsize
+        return _HEADER + min(self.end % self.capacity + count, self.capacity) * ENTRY.itemsize
 
     def copy_to(self, file: Path) -> None:
         """Write a table of the trials that are there now."""
-        begin, end = self.begin, self.end
         copy = TrialTable.create(file, self.capacity)
+        begin, entries = self.look()
+        end = begin + len(entries)
         # The last one says how many steps were written, evicted or not.
-        numbers = np.arange(max(0, min(begin, end - 1)), end)
-        copy._ring[numbers % self.capacity] = self.read(numbers)
+        for number in (np.arange(begin, end), np.arange(max(0, end - 1), end)):
+            copy._ring[number % self.capacity] = self._ring[number % self.capacity]
         copy._counters[:] = [_encode(x, salt) for x, salt in zip((begin, end), _SALTS, strict=True)]
         copy.flush()
 
@@ -233,11 +203,14 @@ class TrialTable:
     def _decode(self, place: int) -> int:
         word = int(self._counters[place])
         if _encode(word >> 16, _SALTS[place]) != word:
-            raise DamagedError(
-                f"{self.file} has a counter that isn't what was written: the table of trials is "
-                "damaged. Nothing was changed. Use another copy of the folder, or load a checkpoint"
-            )
+            raise self._damage("a counter that isn't what was written")
         return word >> 16
+
+    def _damage(self, what: str) -> DamagedError:
+        return DamagedError(
+            f"{self.file} has {what}: the table of trials is damaged. Nothing was changed. Use another "
+            "copy of the folder, or load a checkpoint"
+        )
 
 
 def _encode(number: int, salt: int) -> int:

@@ -1,0 +1,56 @@
+"""Ends of trials."""
+
+from __future__ import annotations
+
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor
+
+_END_KEYS = ("done", "terminated", "truncated")
+
+
+def trial_ends(steps: TensorDictBase) -> Tensor | None:
+    """Find which steps are their trial's last, by any of the flags under ``next``.
+
+    Args:
+        steps: ``[N]``.
+
+    Returns:
+        bool ``[N]``; None where there is no flag.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> done = torch.tensor([[False], [True]])
+        >>> trial_ends(TensorDict({"next": {"done": done}}, [2])).tolist()
+        [False, True]
+    """
+    flags = [steps.get(("next", key), None) for key in _END_KEYS]
+    flags = [flag.reshape(len(steps), -1).any(-1) for flag in flags if flag is not None]
+    return torch.stack(flags).any(0) if flags else None
+
+
+def trial_lengths(steps: TensorDictBase) -> list[int]:
+    """Find the lengths of trials that lie side by side, from the flags that end them.
+
+    Args:
+        steps: ``[N]``.
+
+    Raises:
+        ValueError: for steps without flags, or with some after the last end.
+    """
+    ends = trial_ends(steps) if steps.ndim == 1 else None
+    if ends is None:
+        raise ValueError(
+            "a write must be the steps [N] of whole trials with a flag ('next', 'done'), got steps "
+            f"{[*steps.shape]} with {sorted(map(str, steps.keys(True, True)))}. Use TrialCollector, "
+            "or Collector(..., trajs_per_batch=1)."
+        )
+    last = ends.nonzero().squeeze(-1)
+    open_steps = len(steps) - 1 - (int(last[-1]) if len(last) else -1)
+    if open_steps:
+        raise ValueError(
+            f"a write must end with the end of a trial, got {open_steps} steps after the last one that "
+            "is done. Write trials when they are complete; for pieces of endless ones give lengths=, "
+            "or use TrialCollector(fragment_length=...)."
+        )
+    return torch.diff(last, prepend=last.new_tensor([-1])).tolist()
