@@ -12,7 +12,7 @@ import torch
 from tensordict import TensorDictBase
 from torch import nn
 from torch.optim import Optimizer
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import Collector
 from torchrl.data import ReplayBuffer
@@ -21,6 +21,7 @@ from torchrl.record.loggers import Logger
 from torchrl.trainers import LRSchedulerHook, TargetNetUpdaterHook, Trainer, UpdateWeights
 
 from torchrl_amago.choice import check_counts
+from torchrl_amago.data.collector import TrialCollector
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import run_state
@@ -508,7 +509,8 @@ def _check_collector(collector: Collector, replay_buffer: ReplayBuffer) -> None:
             f"replay_buffer={type(getattr(collector, 'replay_buffer', None)).__name__}. Make it "
             "with Collector(..., trajs_per_batch=1, replay_buffer=replay_buffer)."
         )
-    if getattr(collector, "trajs_per_batch", None) is None:
+    writes_trials = isinstance(collector, TrialCollector) or collector.trajs_per_batch is not None
+    if not writes_trials:
         raise ValueError(
             "the collector must write whole trials, got one with trajs_per_batch=None, which "
             "writes fragments. Make it with Collector(..., trajs_per_batch=1, "

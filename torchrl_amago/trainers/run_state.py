@@ -111,10 +111,12 @@ def draw_seed() -> int:
 def collector_state(collector: BaseCollector) -> dict[str, Any]:
     """Counters (trial numbers are stored in the replay) and statistics of the transforms.
 
-    Without the policy's weights: they are the loss's, and saved there.
+    Without the policy's weights: they are the loss's, and saved there; and without the trials under
+    way, which end here.
     """
     state = collector.state_dict()
-    return {key: value for key, value in state.items() if key != "policy_state_dict"}
+    left_out = ("policy_state_dict", "in_progress")
+    return {key: value for key, value in state.items() if key not in left_out}
 
 
 def restart_trials(collector: BaseCollector, seed: int, state: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from tensordict import TensorDict, is_tensor_collection
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm

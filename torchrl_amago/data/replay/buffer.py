@@ -69,6 +69,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
                 f"relabel must be a Relabel or None, got {type(relabel).__name__}. Subclass Relabel, or "
                 "give other transforms to append_transform."
             )
+        if not isinstance(storage, Storage):
+            storage = storage()  # what makes one, as RayReplayBuffer hands it over
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
             options["writer"] = ImmutableDatasetWriter()  # trials are written as wholes, by extend

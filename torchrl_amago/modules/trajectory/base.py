@@ -5,6 +5,7 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -224,6 +225,39 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
                 f"Pass a tensordict that this encoder has stepped, with its {self.stream_key!r}."
             )
         return memory
+
+    def memory_state_dict(self) -> dict[str, Any]:
+        """Copies of what is remembered of all rollouts, for :meth:`load_memory_state_dict`.
+
+        Returns:
+            The nested dict of tensors of :meth:`StreamTable.state_dict`; where memories restart with
+            new weights also ``fingerprint``, the weights last seen.
+        """
+        state = self._streams.state_dict()
+        if self._fingerprint is not None:
+            state["fingerprint"] = self._fingerprint.clone()
+        return state
+
+    def load_memory_state_dict(
+        self, state: Mapping[str, Any], device: torch.device | str | None = None
+    ) -> None:
+        """Go on with the rollouts of a saved memory, exactly; what is remembered now is forgotten.
+
+        The rollouts' tensordicts must be those that were under way, with their stream.
+
+        Args:
+            state: what :meth:`memory_state_dict` gave.
+            device: of the rollouts; default: that of the parameters, or the CPU if there are none.
+
+        Raises:
+            ValueError: if an encoder of other sizes was saved. All is as before then.
+        """
+        if device is None:
+            device = next((p.device for p in self.parameters()), "cpu")
+        self._streams.load_state_dict(
+            state, lambda num_rows, dtype: self.new_memory(num_rows, torch.device(device), dtype)
+        )
+        self._fingerprint = state.get("fingerprint")
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile :meth:`sequence` and :meth:`step` with :func:`torch.compile`, in place.

@@ -13,6 +13,8 @@ import os
 import secrets
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from tensordict import NestedKey
@@ -53,6 +55,29 @@ class Memory(abc.ABC):
         """Bytes of all rows together."""
         return sum(z.nbytes for z in tree_leaves(vars(self)) if isinstance(z, Tensor))
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is remembered, by name: by default the tensors among the attributes."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of :meth:`tensors`, and of what else the next step depends on."""
+        return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over, in place, what :meth:`state_dict` gave.
+
+        Raises:
+            ValueError: if names, shapes or dtypes are those of another memory.
+        """
+        found, expected = _describe(state), _describe(self.tensors())
+        if found != expected:
+            raise ValueError(
+                f"a memory takes over only tensors like its own, {expected}; got {found}. Build the "
+                "encoder with the arguments of the one that was saved."
+            )
+        for name, tensor in self.tensors().items():
+            tensor.copy_(state[name])
+
     def advance(self) -> None:  # noqa: B027  (a hook, optional on purpose)
         """Make room for one more step; called once before each, outside of compiled code."""
 
@@ -82,6 +107,10 @@ def stream_of(number: Tensor | None, key: NestedKey) -> int:
             "rollout's tensordict separately, or remove the entry to start anew."
         )
     return stream
+
+
+def _describe(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    return {name: f"{z.dtype} {list(z.shape)}" for name, z in tensors.items()}
 
 
 class StreamTable:
@@ -141,6 +170,44 @@ class StreamTable:
             "TransformedEnv around a ParallelEnv, which by itself drops what its workers don't know"
         )
         warnings.warn(f"a rollout goes on in mid-trial without its memory; {reason}.", stacklevel=3)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Copies of all memories.
+
+        Returns:
+            ``streams``, int64 ``[S]``, the one not used for the longest time first; ``memories``: for
+            each of ``"0"`` to ``"S - 1"`` its ``num_rows`` and its ``memory``, a dict of tensors.
+        """
+        memories = {
+            str(i): {"num_rows": torch.tensor(memory.batch_size), "memory": memory.state_dict()}
+            for i, memory in enumerate(self._memories.values())
+        }
+        streams = torch.tensor(list(self._memories), dtype=torch.int64)
+        return {"streams": streams, "memories": memories}
+
+    def load_state_dict(
+        self, state: Mapping[str, Any], new_memory: Callable[[int, torch.dtype], Memory]
+    ) -> None:
+        """Hold the memories of :meth:`state_dict` instead, under their streams.
+
+        Of more than `max_streams` the last ones are kept. If one doesn't fit, nothing changes.
+
+        Args:
+            state: what :meth:`state_dict` gave.
+            new_memory: makes an empty memory for a number of rows and a dtype.
+
+        Raises:
+            ValueError: if a memory that `new_memory` makes has other tensors.
+        """
+        memories = OrderedDict()
+        streams = state["streams"].tolist()
+        for i, stream in list(enumerate(streams))[-self.max_streams :]:
+            saved = state["memories"][str(i)]
+            dtypes = (z.dtype for z in saved["memory"].values() if z.is_floating_point())
+            memory = new_memory(int(saved["num_rows"]), next(dtypes, torch.float32))
+            memory.load_state_dict(saved["memory"])
+            memories[stream] = memory
+        self._memories = memories
 
     def clear_rows(self) -> None:
         """Make every memory forget every row; streams stay valid."""
