@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
+from torchrl.data import Categorical
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
@@ -78,11 +79,10 @@ class TrajectoryChecker:
         self.written = [key for key in self.specs if key in written]
         self.given = [key for key in self.specs if key not in written]
         # Without a trial transform, a trial is an attempt.
-        self.rule = self._find(TrialTransform) or TrialTransform(1, trial_end="attempt")
-        self._previous = self._find(PreviousStepTransform) or PreviousStepTransform()
-
-    def _find(self, kind: type) -> Any:
-        return next((one for one in self.transforms if isinstance(one, kind)), None)
+        kinds = {TrialTransform: TrialTransform(1, trial_end="attempt")}
+        kinds |= {PreviousStepTransform: PreviousStepTransform()}
+        kinds |= {kind: one for kind in kinds for one in self.transforms if isinstance(one, kind)}
+        self.rule, self._previous = kinds.values()
 
     def check(self, item: Any) -> CheckedTrajectory:
         """Convert a trajectory of any kind (see :func:`as_trajectory`).
@@ -134,10 +134,10 @@ class TrajectoryChecker:
         if len(self.given) == 1 and keys.OBSERVATION in held:
             held.setdefault(self.given[0], held[keys.OBSERVATION])  # whatever it is called
         arrays.require("observations", self.given, held, "Name them as the environment does.")
-        specs = {key: spec for key, spec in self.specs.items() if key in held}
         return {
             key: arrays.fit(f"observations {key!r}", held[key], rows, spec)
-            for key, spec in specs.items()
+            for key, spec in self.specs.items()
+            if key in held
         }
 
     def _beginning(self, held_S: dict[NestedKey, Tensor]) -> tuple[bool, bool]:
@@ -158,14 +158,13 @@ class TrajectoryChecker:
 
 def _ends(trajectory: Trajectory, steps: int) -> tuple[bool, bool]:
     """Whether the last step terminated, and whether it was truncated; no other may be either."""
-    names = {"terminations": trajectory.terminated, "truncations": trajectory.truncated}
-    ends = [
-        arrays.reshape(name, arrays.flags(name, array), [steps]) for name, array in names.items()
-    ]
-    over = (ends[0] | ends[1]).nonzero().reshape(-1).tolist()
+    flag = Categorical(2, (), dtype=torch.bool)
+    terminated = arrays.fit("terminations", trajectory.terminated, steps, flag)
+    truncated = arrays.fit("truncations", trajectory.truncated, steps, flag)
+    over = (terminated | truncated).nonzero().reshape(-1).tolist()
     if over != [steps - 1]:
         raise TrajectoryError(
             f"its last step, and no other, must be terminated or truncated, got steps {over[:3]} of "
             f"{steps}. Split it where it ends, and mark it as truncated where it was cut off."
         )
-    return bool(ends[0][-1]), bool(ends[1][-1])
+    return bool(terminated[-1]), bool(truncated[-1])

@@ -92,10 +92,8 @@ def load_trials(
         tensor([0., 1.])
     """
     if is_tensor_collection(trajectories) or isinstance(trajectories, Mapping | ReplayBuffer):
-        raise TypeError(
-            f"load_trials takes trajectories one by one, got a {type(trajectories).__name__}. Let "
-            "read_torchrl or read_d4rl tell the trajectories in it apart."
-        )
+        problem = f"load_trials takes trajectories one by one, got a {type(trajectories).__name__}."
+        raise TypeError(f"{problem} Let read_torchrl or read_d4rl tell those in it apart.")
     if episodes_per_trial is not None:
         check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
     check_choice("on_error", on_error, get_args(OnError))
@@ -108,11 +106,9 @@ def load_trials(
         report.returns += [float(reward.sum()) for reward in rewards]
         report.lengths += lengths
     if report.skipped:
-        number = min(report.skipped)
-        torchrl_logger.warning(
-            f"skipped {len(report.skipped)} trajectories; the first is number {number}: "
-            f"{report.skipped[number]}"
-        )
+        first, problem = min(report.skipped.items())
+        text = f"skipped {len(report.skipped)} trajectories; the first is number {first}: {problem}"
+        torchrl_logger.warning(text)
     return report
 
 
@@ -145,26 +141,23 @@ class _Joining:
                 elif len(group) == size:
                     yield from self._join(group)
                     group = {}
-        problem = f"a trial is made of {size} trajectories, and the last has {len(group)}."
-        self._refuse(group, problem)
+        self._refuse(
+            group, f"a trial is made of {size} trajectories, and the last has {len(group)}."
+        )
 
     def _join(self, group: dict[int, CheckedTrajectory | None]) -> Iterator[RecordedTrial]:
         bad = [number for number, checked in group.items() if checked is None]
         try:
             if bad:
                 raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
-            trial = join(self.checker.rule, [*group.values()])
+            yield join(self.checker.rule, [*group.values()])
         except TrajectoryError as error:
             self._refuse(group, str(error))
-        else:
-            yield trial
 
     def _refuse(self, numbers: Iterable[int], problem: str) -> None:
         for number in numbers:
             if self.on_error == "raise":
-                raise TrajectoryError(
-                    f"trajectory {number}: {problem} (on_error='skip' leaves such out and counts them.)"
-                )
+                raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
             self.skipped.setdefault(number, problem)
 
 
@@ -187,7 +180,6 @@ def _write(buffer: ReplayBuffer, steps: TensorDict) -> None:
     if held + len(steps) > capacity:
         raise ValueError(
             f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, and "
-            f"{len(steps)} more are to be written. Give it a larger capacity; a reader knows its "
-            "num_steps."
+            f"{len(steps)} more are to be written. Make it as large as a reader's num_steps."
         )
     buffer.extend(steps)

@@ -192,10 +192,10 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
         name = f"{len(files)} files"
     absent = [str(file) for file in files if not file.is_file()]
     if absent or not files:
-        raise FileNotFoundError(
-            f"there must be trajectories of AMAGO in {name}, and {[*absent, '*.npz'][0]} isn't there. "
-            "Give the folder that holds the run's .npz files, <run>/buffer/fifo or protected."
+        problem = (
+            f"there must be trajectories of AMAGO in {name}, and {[*absent, '*.npz'][0]} isn't"
         )
+        raise FileNotFoundError(f"{problem} there. Give the run's folder buffer/fifo or protected.")
     steps = sum(_count_steps(file) for file in files)
     return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
 

@@ -17,7 +17,6 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
-from torchrl_amago import keys
 from torchrl_amago.data.offline.arrays import TrajectoryError
 from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChecker
 from torchrl_amago.envs.transforms import TrialTransform
@@ -34,12 +33,11 @@ class RecordedEnv(EnvBase):
 
     Args:
         observation_spec: without batch dimensions, like the other specs.
-        action_spec: of the action.
-        reward_spec: of the reward; one float32 number by default.
+        action_spec: one, or a Composite of one under another key than ``"action"``.
+        reward_spec: likewise; one float32 number by default.
         rows: ``[N]``, each an observation, the action taken there, and reward and ends (``done``,
             ``terminated``, ``truncated``) of the step that led there.
         first: ``[R]``, the row that each environment of the batch begins with.
-        action_key: of the action; ``reward_key`` of the reward.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
@@ -58,16 +56,12 @@ class RecordedEnv(EnvBase):
         *,
         rows: TensorDict | None = None,
         first: Tensor | None = None,
-        action_key: NestedKey = keys.ACTION,
-        reward_key: NestedKey = "reward",
     ) -> None:
         super().__init__(batch_size=() if first is None else first.shape)
-        reward_spec = Unbounded((1,)) if reward_spec is None else reward_spec
         flags = {key: Categorical(2, shape=(1,), dtype=torch.bool) for key in _FLAGS}
-        self.observation_spec = observation_spec.expand(self.batch_size)
-        self.action_spec = Composite({action_key: action_spec}).expand(self.batch_size)
-        self.reward_spec = Composite({reward_key: reward_spec}).expand(self.batch_size)
-        self.done_spec = Composite(flags).expand(self.batch_size)
+        specs = observation_spec, action_spec, reward_spec or Unbounded((1,)), Composite(flags)
+        specs = [spec.expand((*self.batch_size, *spec.shape)) for spec in specs]
+        self.observation_spec, self.action_spec, self.reward_spec, self.done_spec = specs
         self._rows, self._first, self._row = rows, first, first
 
     def act(self, tensordict: TensorDictBase) -> TensorDictBase:
@@ -110,39 +104,31 @@ class RecordedTrial(NamedTuple):
 
 
 def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTrial:
-    """Join attempts to a trial, or take one trajectory that is a trial or a piece of one.
-
-    Raises:
-        TrajectoryError: where they are too much for one trial, or no attempts, or where nothing tells
-            what the last step led to.
-    """
+    """Join attempts to a trial, or take one trajectory that is a trial or a piece of one."""
     if len(parts) > 1 and any(one.is_trial or one.is_fragment for one in parts):
-        raise TrajectoryError(
-            "only whole attempts can be joined to a trial, got trials or fragments. Load them with "
-            "episodes_per_trial=1."
-        )
+        problem = "only whole attempts can be joined to a trial, got trials or fragments."
+        raise TrajectoryError(f"{problem} Load them with episodes_per_trial=1.")
     rows, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows) - len(parts)
     if last.is_trial:
         rows = _split(rows, last.held_S[rule.soft_reset_key].reshape(-1))
     before = last.held_S if last.is_fragment else {}
-    played = int(rows["done"].sum()) + int(before.get(rule.episode_idx_key, [0])[0])
-    time = length + int(before.get(rule.trial_step_key, [0])[0])
+    played = int(rows["done"].sum() + before.get(rule.episode_idx_key, [0])[0])
+    time = int(length + before.get(rule.trial_step_key, [0])[0])
     if played > (rule.episodes or played) or time > (rule.horizon or time):
         raise TrajectoryError(
-            f"a trial must not be longer than those of the environment ({rule.episodes} attempts, "
-            f"{rule.horizon} steps), got {played} attempts of {time} steps. Change "
-            "episodes_per_trial, or cut them."
+            f"a trial must not be longer than the environment's ({rule.episodes} attempts, "
+            f"{rule.horizon} steps), got {played} attempts of {time} steps. Cut them."
         )
     is_over = (played == rule.episodes and not last.is_cut) or time == rule.horizon
     by_attempt = rule.trial_end == "attempt" and bool(rows["terminated"][-1])
     if last.last_is_stand_in and not (is_over and (by_attempt or rule.trial_end == "terminated")):
         rows, length, is_over = rows[:-1], length - 1, False
     if not length:
-        raise TrajectoryError(
-            "what the last step led to must be known where a trial is truncated, and is unknown for "
-            "an attempt of that step alone. Add next_observations, or leave it out."
+        problem = (
+            "what the last step led to must be known where a trial is truncated, got that step"
         )
+        raise TrajectoryError(f"{problem} alone. Add next_observations, or leave it out.")
     if last.is_cut or not is_over:
         for key in _FLAGS:
             rows[key][-1] = False  # the attempt or the trial goes on: no other attempt is seen
@@ -150,9 +136,8 @@ def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTr
 
 
 def _split(rows: TensorDict, soft_reset: Tensor) -> TensorDict:
-    """The rows of a trial, the first one of a later attempt twice: also for what led there."""
-    begins = soft_reset.nonzero().reshape(-1)
-    begins = begins[begins > 0]
+    """Rows in which the first one of each later attempt comes twice: also for what led there."""
+    begins = soft_reset[1:].nonzero().reshape(-1) + 1
     rows = rows[torch.cat([torch.arange(len(rows)), begins]).sort()[0]]
     first = begins + torch.arange(1, len(begins) + 1)
     for key in _FLAGS:
@@ -165,12 +150,10 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
     size_R = torch.tensor([len(trial.rows) for trial in trials])
     base = RecordedEnv(
         Composite({key: checker.specs[key] for key in checker.given}),
-        checker.action_spec,
-        checker.reward_spec,
+        Composite({checker.action_key: checker.action_spec}),
+        Composite({checker.reward_key: checker.reward_spec}),
         rows=torch.cat([trial.rows for trial in trials]),
         first=size_R.cumsum(0) - size_R,
-        action_key=checker.action_key,
-        reward_key=checker.reward_key,
     )
     transforms = [one.clone() for one in checker.transforms]
     for one in transforms:
