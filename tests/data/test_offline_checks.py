@@ -6,10 +6,20 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, OneHot, TensorSpec, Unbounded
+from torchrl.data import (
+    Bounded,
+    Categorical,
+    Composite,
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    OneHot,
+    TensorDictReplayBuffer,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 
-from torchrl_amago import PreviousStepTransform, make_trial_env
+from torchrl_amago import MetaFrozenLake, PreviousStepTransform, TrialCollector, make_trial_env
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.offline import (
     RecordedEnv,
@@ -555,9 +565,11 @@ def test_wrong_arguments():
             load(trajectories, rule(1))
 
 
-@pytest.mark.parametrize("limit", ["_TRIALS_AT_ONCE", "_BYTES_AT_ONCE"])
+@pytest.mark.parametrize(
+    "limit", ["load._TRIALS_AT_ONCE", "load._BYTES_AT_ONCE", "recorded._STACKED"]
+)
 def test_more_than_is_played_at_once(monkeypatch, limit):
-    monkeypatch.setattr(f"torchrl_amago.data.offline.load.{limit}", 2)
+    monkeypatch.setattr(f"torchrl_amago.data.offline.{limit}", 2)
     buffer = make_trial_buffer(100, slice_length=2, batch_size=2)
     report = load_trials(buffer, (arrays(n) for n in (3, 4, 5, 2)), plain_env())
     assert report.lengths == [3, 4, 5, 2]
@@ -570,3 +582,25 @@ def test_more_than_is_played_at_once(monkeypatch, limit):
 def test_an_environment_without_rows_cant_be_played():
     with pytest.raises(RuntimeError, match="has specs only"):
         plain_env().reset()
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+def test_any_buffer_will_do(storage):
+    buffer = TensorDictReplayBuffer(storage=storage(20), batch_size=4)
+    load_trials(buffer, [arrays(3), arrays(4)], plain_env())
+    assert buffer[:]["time_idx"].flatten().tolist() == [0, 1, 2, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match="it holds 7 of at most 20 steps, and 15 more"):
+        load_trials(buffer, [arrays(15)], plain_env())
+
+
+def test_a_collector_goes_on_where_data_were_loaded():
+    env = make_trial_env(MetaFrozenLake(batch_size=(4,)), episodes=2)
+    buffer = make_trial_buffer(2000, slice_length=4, batch_size=2, warn_short=False)
+    last = [False, True]
+    trajectory = Trajectory(np.zeros((3, 2)), [0, 1], [0, 1], last, [False] * 2)
+    load_trials(buffer, [trajectory] * 2, env)
+    frames = dict(frames_per_batch=400, total_frames=400)
+    for _ in TrialCollector(env, env.rand_action, replay_buffer=buffer, **frames):
+        pass
+    assert buffer.num_trials > 1
+    assert buffer.sample()["next", "reward"].shape == (2, 4, 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import sys
 
 import numpy as np
@@ -28,6 +28,7 @@ from torchrl.envs import (
     RewardScaling,
     SerialEnv,
     TransformedEnv,
+    check_env_specs,
 )
 
 from tests.data.offline_formats import (
@@ -201,34 +202,53 @@ def test_d4rl_arrays(name, complete):
         assert torch.equal(one["next", own][-1], last)
 
 
-@pytest.mark.parametrize("name", ["pendulum", "cart pole once"])
-def test_minari(name, tmp_path, monkeypatch):
-    minari = pytest.importorskip("minari")
+@pytest.fixture
+def minari(tmp_path, monkeypatch):
     monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+    return pytest.importorskip("minari")
+
+
+def save_as_minari(minari, collected, env_id):
     from minari.data_collector import EpisodeBuffer
 
-    env_id = "Pendulum-v1" if name == "pendulum" else "CartPole-v1"
-    collected = collect(name)
     episodes = []
     for number, trial in enumerate(collected.trials):
         (arrays,) = attempts_of(collected, trial)
         observations = next(iter(arrays.pop("observations").values()))
         episodes.append(EpisodeBuffer(id=number, observations=list(observations), **arrays))
-    dataset = minari.create_dataset_from_buffers(
-        "here/test-v0",
-        buffer=episodes,
-        env=env_id,
-        eval_env=env_id,
-        algorithm_name="random",
-        author="test",
-        author_email="test@example.org",
-        code_permalink="https://example.org",
-        description="random actions",
+    names = ("algorithm_name", "author", "author_email", "code_permalink", "description")
+    return minari.create_dataset_from_buffers(
+        "here/test-v0", episodes, env=env_id, eval_env=env_id, **dict.fromkeys(names, "test")
     )
+
+
+@pytest.mark.parametrize("name", ["pendulum", "cart pole once"])
+def test_minari(name, minari):
+    collected = collect(name)
+    env_id = "Pendulum-v1" if name == "pendulum" else "CartPole-v1"
+    dataset = save_as_minari(minari, collected, env_id)
     source = read_minari("here/test-v0")
     assert (len(source), source.num_steps) == (dataset.total_episodes, dataset.total_steps)
     assert_equal_trials(load(collected, read_minari(dataset))[0], collected.trials)
     assert_equal_trials(load(collected, source)[0], collected.trials)
+
+
+def test_no_code_that_a_minari_dataset_names_is_run(minari, tmp_path):
+    """A dataset says how to make its environment; nobody asks."""
+    collected = collect("pendulum")
+    save_as_minari(minari, collected, "Pendulum-v1")
+    file = tmp_path / "here/test-v0/data/metadata.json"
+    metadata = json.loads(file.read_text())
+    for name in ("env_spec", "eval_env_spec"):
+        spec = json.loads(metadata[name])
+        spec |= {"entry_point": "os:mkdir", "kwargs": {"path": str(tmp_path / "ran")}}
+        metadata[name] = json.dumps(spec)
+    file.write_text(json.dumps(metadata))
+    assert_equal_trials(load(collected, read_minari("here/test-v0"))[0], collected.trials)
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(TypeError, match="must inherit from the gymnasium.Env"):
+        minari.load_dataset("here/test-v0").recover_environment()
+    assert (tmp_path / "ran").exists()  # it could have been
 
 
 def test_without_minari(monkeypatch):
@@ -237,10 +257,7 @@ def test_without_minari(monkeypatch):
         read_minari("a/b-v0")
 
 
-def test_a_dataset_that_isnt_there(tmp_path, monkeypatch):
-    if importlib.util.find_spec("minari") is None:
-        pytest.skip("needs minari")
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
+def test_a_dataset_that_isnt_there(minari):
     with pytest.raises(FileNotFoundError, match="nothing"):
         read_minari("here/nothing-v0")
 
@@ -268,7 +285,13 @@ def started(env):
     return env
 
 
-LAST = [False] * 6 + [True]
+def seven_steps(env):
+    """What is stored of seven actions 0.5, each worth 1."""
+    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
+    last = [False] * 6 + [True]
+    load_trials(buffer, [Trajectory(np.zeros((8, 2)), [0.5] * 7, [1] * 7, last, last)], env)
+    return buffer[:]
+
 
 HIDDEN = {
     "plain workers": lambda: trials_of_workers(wide_toy),
@@ -284,13 +307,10 @@ HIDDEN = {
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_transforms_in_workers_are_seen(hidden):
     env = HIDDEN[hidden]()
-    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
-    # The environment's actions are in [-2, 2].
-    load_trials(buffer, [Trajectory(np.zeros((8, 2)), [0.5] * 7, [1] * 7, LAST, LAST)], env)
-    steps = buffer[:]
-    assert steps["action"].flatten().tolist() == [0.25] * 7
+    steps = seven_steps(env)
+    assert steps["action"].flatten().tolist() == [0.25] * 7  # the environment's are in [-2, 2]
     assert steps["next", "attempt_return"].flatten().tolist() == list(range(1, 8))
-    assert steps["next", "truncated"].flatten().tolist() == LAST
+    assert steps["next", "truncated"].flatten().tolist() == [False] * 6 + [True]
     assert not steps["next", "terminated"].any()
     env.close(raise_if_closed=False)
 
@@ -303,33 +323,38 @@ def test_transforms_in_transforms_are_seen():
     assert checker.transforms == list(trial)
 
 
-def test_entries_that_the_environment_hides_are_not_written():
-    env = make_trial_env(wide_toy(), horizon=7)
-    env.append_transform(ExcludeTransform("prev_reward"))
-    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
-    load_trials(buffer, [Trajectory(np.zeros((8, 2)), [0.5] * 7, [1] * 7, LAST, LAST)], env)
-    assert {"prev_action", "time_idx"} < set(buffer[:].keys())
-    assert "prev_reward" not in set(buffer[:].keys()) | set(buffer[:]["next"].keys())
-
-
-def test_other_keys_of_the_transforms():
-    env = TransformedEnv(
-        wide_toy(),
-        Compose(
-            TrialTransform(horizon=7, attempt_return_key=("trial", "return")),
-            ActionScaling(),
-            PreviousStepTransform(prev_action_key="before", time_idx_key="time"),
-        ),
-    )
-    buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
-    load_trials(buffer, [Trajectory(np.zeros((8, 2)), [0.5] * 7, [1] * 7, LAST, LAST)], env)
-    steps = buffer[:]
-    assert (
-        steps["time"].flatten().tolist()
-        == steps["trial", "return"].flatten().tolist()
-        == [*range(7)]
-    )
+def test_entries_are_those_of_the_environment():
+    previous = PreviousStepTransform(prev_action_key="before", time_idx_key="time")
+    trial = TrialTransform(horizon=7, attempt_return_key=("trial", "return"))
+    hiding = ExcludeTransform("prev_reward")
+    env = TransformedEnv(wide_toy(), Compose(trial, ActionScaling(), previous, hiding))
+    steps = seven_steps(env)
+    assert steps["time"].flatten().tolist() == [*range(7)]
+    assert steps["trial", "return"].flatten().tolist() == [*range(7)]
     assert steps["before"].flatten().tolist() == [0.0] + [0.25] * 6
+    assert "prev_reward" not in {*steps.keys(), *steps["next"].keys()}
+
+
+def test_what_an_environment_plays_is_up_to_its_rows():
+    """By itself it is an environment like others."""
+    flags = torch.tensor([False, False, True, False, True]).unsqueeze(-1)
+    rows = TensorDict(
+        observation=torch.arange(5.0).unsqueeze(-1),
+        action=torch.tensor([0, 1, 1, 1, 0]),
+        reward=torch.ones(5, 1),
+        done=flags,
+        terminated=flags.clone(),
+        truncated=torch.zeros_like(flags),
+        batch_size=[5],
+    )
+    specs = Composite(observation=Unbounded((1,))), Categorical(2)
+    env = RecordedEnv(*specs, rows=rows, first=torch.tensor([0, 3]))
+    check_env_specs(env)
+    steps = env.rollout(3, env.act, break_when_any_done=False)
+    assert steps["next", "observation"].squeeze(-1).tolist() == [[1, 2, 1], [4, 4, 4]]
+    assert steps["action"].tolist() == [[0, 1, 0], [1, 1, 1]]
+    some = env.reset(TensorDict(_reset=torch.tensor([[True], [False]]), batch_size=[2]))
+    assert env.step(env.act(some))["next", "observation"].flatten().tolist() == [1, 4]
 
 
 # -- D4RL's arrays, cut by hand ------------------------------------------------------------------
@@ -577,7 +602,6 @@ BAD_FILES = {
         {"rl2s": np.array([[np.nan, 0, 0, 0, 0]] * 3)},
         "'prev_reward' must be finite",
     ),
-    "text before": ({"rl2s": np.full((3, 5), "a")}, "must be one array of numbers"),
     "action before": ({"rl2s": np.full((3, 5), 7.0)}, "'prev_action' must be in the envir"),
     "half a step": ({"time_idxs": np.arange(3) + 0.5}, "'time_idx' must be numbers that"),
     "negative time": (

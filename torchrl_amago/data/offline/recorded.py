@@ -22,6 +22,8 @@ from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChe
 from torchrl_amago.envs.transforms import TrialTransform
 
 _FLAGS = ("done", "terminated", "truncated")
+# Steps that are kept apart until they are stacked; apart they take much more memory.
+_STACKED = 500
 
 
 class RecordedEnv(EnvBase):
@@ -160,17 +162,21 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
         if isinstance(one, TrialTransform):
             one.repeat, one.options = "env", None
     env = TransformedEnv(base, Compose(*transforms))
-    step, steps = env.reset(), []
+    step = env.reset()
     for r, trial in enumerate(trials):
         for key, x_S in trial.first.items():
             step[key][r] = x_S[0]
     length_R = torch.tensor([trial.length for trial in trials])
-    for _ in range(int(length_R.max())):
-        steps.append(env.step(base.act(step)))
-        step = env.step_mdp(steps[-1])
     shown = [*checker.given, *checker.written, *_FLAGS]  # the environment may hide some
     after = [("next", key) for key in (*shown, checker.reward_key)]
-    steps_RT = torch.stack(steps, 1).select(*shown, checker.action_key, *after)
+    pieces, piece = [], []
+    for t in range(1, int(length_R.max()) + 1):
+        piece.append(env.step(base.act(step)))
+        step = env.step_mdp(piece[-1])
+        if t % _STACKED == 0 or t == length_R.max():
+            pieces.append(torch.stack(piece, 1).select(*shown, checker.action_key, *after))
+            piece = []
+    steps_RT = torch.cat(pieces, 1)
     last = torch.arange(len(trials)), length_R - 1
     # Where the data end before the trial is over, it is cut off.
     steps_RT["next", "truncated"][last] |= ~steps_RT["next", "done"][last]
