@@ -225,26 +225,16 @@ def test_arrays_of_other_byte_orders_that_are_read_only_or_reversed():
     ]
 
 
-@pytest.mark.parametrize(
-    ("action", "kind"),
-    [([0.5, -1.0], "continuous"), ([0, 0, 1], "discrete"), ([0, 0, 0], "discrete")],
-)
-def test_a_fragment_remembers_what_came_before(action, kind):
-    env = plain_env(
-        Bounded(-1.0, 1.0, (2,)) if kind == "continuous" else Categorical(3), observation=NUMBER
-    )
+def test_a_fragment_remembers_what_came_before():
+    env = plain_env(Bounded(-1.0, 1.0, (2,)), observation=NUMBER)
     before = {"observation": [1, 2, 3], "prev_reward": [5, 0, 0], "time_idx": [3, 0, 0]}
-    before |= {"prev_action": [action] * 3, "is_init": [0, 0, 0]}
-    acted = [[0.5, 0.5]] * 2 if kind == "continuous" else [1, 1]
+    before |= {"prev_action": [[0.5, -1.0]] * 3, "is_init": [0, 0, 0]}
     buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
-    load_trials(buffer, [Trajectory(before, acted, [7, 8], [0, 0], [0, 1])], env)
+    load_trials(buffer, [Trajectory(before, [[0.25, 0.0]] * 2, [7, 8], [0, 0], [0, 1])], env)
     steps = buffer[:]
     assert steps["time_idx"].flatten().tolist() == [3, 4]
     assert steps["prev_reward"].flatten().tolist() == [5, 7]
-    assert steps["prev_action"].tolist() == [
-        action,
-        acted[0] if kind == "continuous" else [0, 1, 0],
-    ]
+    assert steps["prev_action"].tolist() == [[0.5, -1.0], [0.25, 0.0]]
     assert not steps["is_init"].any()
     assert steps["next", "time_idx"].flatten().tolist() == [4, 5]
 
