@@ -80,7 +80,9 @@ def check_data(batch: TensorDictBase, run_dir: Path, when: str) -> None:
         raise _error(problem, batch, run_dir)
 
 
-def stop_on_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path):
+def stop_on_loss(
+    losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path
+) -> None:
     """Raise :class:`NonFiniteError` for a loss or gradient that is not finite."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
     bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
@@ -126,7 +128,7 @@ def _error(problem: str, batch: TensorDictBase, run_dir: Path) -> NonFiniteError
     dump = dump_batch(batch, run_dir / DUMP_FOLDER)
     error = NonFiniteError(
         f"{problem}. The weights were not changed. The batch is in {dump}: look at it with "
-        "TensorDict.load_memmap(...), mend the environment or lower the learning rate, and resume "
+        "TensorDict.load_memmap(...), fix the environment or lower the learning rate, and resume "
         "from the last checkpoint."
     )
     error.dump = dump

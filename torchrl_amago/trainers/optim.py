@@ -77,22 +77,22 @@ def make_schedule(
     optimizer: Optimizer,
     warmup_updates: int,
     total_updates: int = 1,
-    final_share: float = 1.0,
+    final_fraction: float = 1.0,
 ) -> LambdaLR:
-    """Learning rate that rises linearly, then falls linearly, in shares of its peak.
+    """Learning rate that rises linearly, then falls linearly, in fractions of its peak.
 
     Args:
         optimizer: its ``lr`` is the peak.
         warmup_updates: updates of the rise, from 1/n of the peak to all of it; 0 for none.
-        total_updates: update at which ``final_share`` is reached, and kept from then on.
-        final_share: share of the peak at the end; 1 for no fall.
+        total_updates: update at which ``final_fraction`` is reached, and kept from then on.
+        final_fraction: fraction of the peak at the end; 1 for no fall.
 
     Raises:
-        ValueError: for a negative ``warmup_updates``, or a ``final_share`` outside [0, 1].
+        ValueError: for a negative ``warmup_updates``, or a ``final_fraction`` outside [0, 1].
 
     Example:
         >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=1.0)
-        >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_share=0.1)
+        >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_fraction=0.1)
         >>> [round(schedule.lr_lambdas[0](update), 3) for update in (0, 3, 4, 54, 104, 999)]
         [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]
     """
@@ -101,19 +101,19 @@ def make_schedule(
             f"warmup_updates must be at least 0, got {warmup_updates}. It is the number of updates "
             "over which the learning rate rises; 0 starts at the full rate."
         )
-    if not 0.0 <= final_share <= 1.0:
+    if not 0.0 <= final_fraction <= 1.0:
         raise ValueError(
-            f"final_share must be in [0, 1], got {final_share}. It is the share of the learning "
+            f"final_fraction must be in [0, 1], got {final_fraction}. It is the fraction of the learning "
             "rate that is left at the last update; 1 keeps it constant."
         )
 
-    def share(update: int) -> float:
+    def fraction(update: int) -> float:
         if update < warmup_updates:
             return (update + 1) / warmup_updates
         done = min(1.0, (update - warmup_updates) / max(1, total_updates - warmup_updates))
-        return 1.0 + done * (final_share - 1.0)
+        return 1.0 + done * (final_fraction - 1.0)
 
-    return LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, fraction)
 
 
 def parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:
