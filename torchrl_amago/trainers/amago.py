@@ -110,9 +110,10 @@ class AMAGOTrainer:
         progress_bar: a bar on a terminal, lines elsewhere; False for neither.
         success_threshold: an attempt succeeds if its return is larger.
         seed: seeds torch, numpy, python and the environment when a new run starts.
-        task: what the environment was made with, by name; a resumed run must agree.
-        options: further settings, by name. They are recorded, and a resumed run tells those that
-            have changed.
+        settings: what environment, policy and loss were made with, by name, besides their own
+            ``settings``; a resumed run must agree.
+        options: further values by name. They are recorded, and a resumed run tells which of them have
+            changed.
         components: parts of one's own by name, with ``state_dict`` and ``load_state_dict``; they are
             saved with the run's.
         callbacks: called with the trainer after every update; numbers that they return by name join
@@ -167,7 +168,7 @@ class AMAGOTrainer:
         progress_bar: bool = True,
         success_threshold: float = 0.0,
         seed: int | None = None,
-        task: Mapping[str, object] | None = None,
+        settings: Mapping[str, object] | None = None,
         options: Mapping[str, object] | None = None,
         components: Mapping[str, Any] | None = None,
         callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = (),
@@ -187,7 +188,7 @@ class AMAGOTrainer:
         self.policy = getattr(collector, "policy", None) if policy is None else policy
         self.intervals = Intervals() if intervals is None else intervals
         self.online_after, self.callbacks = online_after, list(callbacks)
-        self.seed, self.task, self.options = seed, dict(task or {}), dict(options or {})
+        self.seed, self.settings, self.options = seed, dict(settings or {}), dict(options or {})
         self.checkpoints = CheckpointStore(self.run_dir, keep_checkpoints)
         self.policy_files = PolicyFiles(self.run_dir, self.policy)
         self.report = RunReport(self.run_dir, loggers, progress_bar)
@@ -483,12 +484,12 @@ class AMAGOTrainer:
     def _settings(self) -> dict[str, Any]:
         """Values that a resumed run must agree with."""
         parts = {"policy": self.policy, "loss": self.loss_module}
-        named = {name: getattr(part, "settings", {}) for name, part in parts.items()}
-        named["task"] = {name: str(value) for name, value in self.task.items()}
-        values = {
-            f"{part}.{k}": value for part, values in named.items() for k, value in values.items()
+        own = {
+            f"{part}.{name}": value
+            for part, module in parts.items()
+            for name, value in getattr(module, "settings", {}).items()
         }
-        return {**values, "seed": self.seed}
+        return {**own, **self.settings, "seed": self.seed}
 
     def _options(self) -> dict[str, Any]:
         """Values that may change when a run is resumed."""
