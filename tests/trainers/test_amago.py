@@ -59,7 +59,7 @@ def test_rows(tmp_path):
     np.testing.assert_array_equal(rows["eval/x"], [np.nan, 7, np.nan, 7])
     assert set(CLOCK_COLUMNS) <= rows.keys()
     assert {"loss_actor", "loss_qvalue", "td_error", "grad_norm", "learning_rate"} <= rows.keys()
-    assert rows["frames"][-1] == trainer.collected_frames == trainer.exploration.frames
+    assert rows["frames"][-1] == trainer.counts.frames == trainer.exploration.frames
     assert rows["trials"][-1] == trainer.monitor.trials
     assert (np.diff(rows["seconds_training"]) > 0).all()
 
@@ -90,7 +90,7 @@ def test_waits_for_complete_trials(tmp_path):
     # 4 steps in a batch are 1 step of each of the 4 rows: no trial ends in the first 3 batches.
     trainer = make_trainer(tmp_path, total_updates=4, frames_per_batch=4, min_trials=9)
     batches = []
-    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
+    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer.counts.updates))
     trainer.train()
     assert len(batches) > 8
     assert set(batches) == {0}
@@ -100,7 +100,7 @@ def test_waits_for_complete_trials(tmp_path):
 def test_updates_per_batch(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=9, updates_per_round=2, min_trials=1)
     batches = []
-    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
+    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer.counts.updates))
     trainer.train()
     assert batches[-5:] == [0, 2, 4, 6, 8]
 
@@ -108,14 +108,14 @@ def test_updates_per_batch(tmp_path):
 def test_total_frames_end_the_run(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=10_000, total_frames=48)
     assert trainer.train() == "finished"
-    assert trainer.collected_frames == 48
-    assert trainer._optim_count % 4 == 0
+    assert trainer.counts.frames == 48
+    assert trainer.counts.updates % 4 == 0
 
 
 def test_torchrls_word_for_no_limit_of_frames(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=4, total_frames=-1)
     assert trainer.train() == "finished"
-    assert trainer._optim_count == 4
+    assert trainer.counts.updates == 4
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan")])
@@ -137,10 +137,10 @@ def test_hooks_and_request_stop(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=100)
     trainer.register_op("post_optim_log", lambda batch: {"rows": float(batch.shape[0])})
     trainer.register_op(
-        "post_optim", lambda: trainer._optim_count == 8 and trainer.request_stop("enough")
+        "post_optim", lambda: trainer.counts.updates == 8 and trainer.request_stop("enough")
     )
     assert trainer.train() == "finished"
-    assert trainer._optim_count == 8
+    assert trainer.counts.updates == 8
     assert read_progress(tmp_path)["rows"].tolist() == [3.0, 3.0]
     assert trainer.checkpoints.latest().name == "update_0000008"
 
@@ -167,7 +167,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, caplog):
         resume_command="python run.py --resume",
         loggers=["tensorboard"],
     )
-    stop = lambda: trainer._optim_count == 9 and signal.raise_signal(signal.SIGINT)  # noqa: E731
+    stop = lambda: trainer.counts.updates == 9 and signal.raise_signal(signal.SIGINT)  # noqa: E731
     trainer.register_op("post_optim", stop)
     handler = signal.getsignal(signal.SIGINT)
     with caplog.at_level(logging.WARNING, logger="torchrl"):
@@ -185,7 +185,7 @@ def test_ctrl_c_tells_how_to_go_on(tmp_path, caplog):
 def test_ctrl_c_before_any_checkpoint_writes_one(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=100, checkpoint_interval=50)
     trainer.register_op(
-        "post_optim", lambda: trainer._optim_count == 3 and signal.raise_signal(signal.SIGINT)
+        "post_optim", lambda: trainer.counts.updates == 3 and signal.raise_signal(signal.SIGINT)
     )
     assert trainer.train() == "interrupted"
     assert trainer.checkpoints.latest().name == "update_0000003"
@@ -245,7 +245,7 @@ def test_refused_resume_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=match):
             other.resume()
         assert all(torch.equal(v, before[k]) for k, v in other.loss_module.state_dict().items())
-        assert other._optim_count == 0
+        assert other.counts.updates == 0
         assert len(other.replay_buffer) == 0
     assert (tmp_path / "progress.csv").read_text() == csv
     with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
@@ -256,8 +256,8 @@ def test_a_trainer_does_not_share_counters(tmp_path):
     one = make_trainer(tmp_path / "a", total_updates=4)
     one.train()
     two = make_trainer(tmp_path / "b")
-    assert (two._optim_count, two.collected_frames) == (0, 0)
-    assert one._optim_count == 4
+    assert (two.counts.updates, two.counts.frames) == (0, 0)
+    assert one.counts.updates == 4
 
 
 def test_collector_must_fit(tmp_path):

@@ -24,7 +24,7 @@ def interrupt_at(trainer, update):
     step = trainer.optimization_stepper.step
 
     def pressing(*args):
-        if trainer._optim_count == update - 1:
+        if trainer.counts.updates == update - 1:
             signal.raise_signal(signal.SIGINT)
         return step(*args)
 
@@ -109,7 +109,7 @@ def test_interrupted_then_resumed(uninterrupted, tmp_path, stops):
             trainer.resume()
         interrupt_at(trainer, stop)
         assert trainer.train() == "interrupted"
-        assert trainer._optim_count == stop
+        assert trainer.counts.updates == stop
     last = make_trainer(
         tmp_path / "run", total_updates=TOTAL, weights_seed=9, evaluator=noisy_evaluator
     )
@@ -121,7 +121,7 @@ def test_killed_then_resumed(uninterrupted, tmp_path):
         pass
 
     def kill():
-        if trainer._optim_count == 12:
+        if trainer.counts.updates == 12:
             raise Killed
         return noisy_evaluator()
 
@@ -187,7 +187,7 @@ def test_resuming_takes_the_learning_rate_it_is_given(tmp_path, end, share):
 
 
 def test_resuming_with_more_updates_goes_on_along_the_longer_schedule(tmp_path):
-    options = dict(warmup_updates=2, final_lr_share=0.0)
+    options = dict(warmup_updates=2, final_lr_fraction=0.0)
     make_trainer(tmp_path / "run", total_updates=6, **options).train()
     resumed = make_trainer(tmp_path / "run", total_updates=10, **options).resume()
     # Four of the eight updates of the fall from 1e-2 to 0 are over.
@@ -198,7 +198,7 @@ def test_off_interval_end_may_be_resumed(tmp_path):
     make_trainer(tmp_path / "run", total_updates=7).train()
     longer = make_trainer(tmp_path / "run", total_updates=15)
     assert longer.resume().train() == "finished"
-    assert longer._optim_count == 15
+    assert longer.counts.updates == 15
     assert [path.name for path in longer.checkpoints.paths()] == [
         "update_0000015",
         "update_0000012",

@@ -48,7 +48,7 @@ def test_settings_arrive(env, policy, tmp_path):
     assert trainer.collector.requested_frames_per_batch == 6 * 4
     assert trainer.replay_buffer.storage.max_size == 77
     assert trainer.replay_buffer.batch_size == 5
-    assert trainer.optim_steps_per_batch == 3
+    assert trainer.updates_per_round == 3
     assert trainer.total_updates == 9
     assert trainer.exploration is policy.exploration
     assert trainer.optimizer.param_groups[0]["lr"] == 0.25
@@ -56,7 +56,7 @@ def test_settings_arrive(env, policy, tmp_path):
     assert loss.reward_scale == 2.0
     shapes = {tuple(p.shape) for p in loss.critic_network_params.values(True, True)}
     assert any(shape[0] == 3 and 24 in shape for shape in shapes)
-    assert trainer.target_net_updater.eps == pytest.approx(1 - 0.125)
+    assert trainer.target_updater.eps == pytest.approx(1 - 0.125)
     batch = trainer.replay_buffer.storage
     assert len(batch) == 0
     trainer.collector.shutdown()
@@ -176,7 +176,7 @@ def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
     assert trainer.replay_buffer is mixture
     assert trainer.collector.replay_buffer is online
     assert trainer.train() == "finished"
-    assert trainer.collected_frames == 6 * 4 == len(online)
+    assert trainer.counts.frames == 6 * 4 == len(online)
     with pytest.raises(ValueError, match="slice_length and buffer_options are for the buffer that"):
         make_trainer(env, policy, replay_buffer=mixture, slice_length=2, **options)
 

@@ -86,7 +86,7 @@ def test_interrupted_twice(uninterrupted, tmp_path):
         trainer = make_run(tmp_path, weights_seed=number)
         trainer.register_op(
             "post_optim",
-            lambda t=trainer, n=stop: t._optim_count == n and signal.raise_signal(signal.SIGINT),
+            lambda t=trainer, n=stop: t.counts.updates == n and signal.raise_signal(signal.SIGINT),
         )
         if number:
             trainer.resume()

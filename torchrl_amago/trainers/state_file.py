@@ -25,7 +25,7 @@ _PLAIN = (bool, int, float, str, type(None))
 # numpy has no such numbers: their bytes are stored.
 _AS_BYTES = {
     getattr(torch, name)
-    for name in ("bfloat16", "complex32", "float8_e4m3fn", "float8_e5m2")
+    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
     if hasattr(torch, name)
 }
 
@@ -139,6 +139,8 @@ def _decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if kind == "tensor":
         dtype, shape = getattr(torch, details[0]), details[1]
         stored = torch.from_numpy(arrays[content])
+        if not stored.numel():
+            return torch.empty(shape, dtype=dtype)
         return (stored.view(dtype) if dtype in _AS_BYTES else stored).reshape(shape)
     if kind == "dict":
         return {key: _decode(value, arrays) for key, value in content}
