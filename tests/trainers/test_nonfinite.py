@@ -73,7 +73,7 @@ def weights(trainer):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_loss_stops_the_run_before_the_weights_change(tmp_path, where):
     trainer = make_trainer(tmp_path, total_updates=20, checkpoint_interval=4)
-    compute, before = trainer.compute_loss, {}
+    compute, before = trainer.loss_module.forward, {}
 
     def spoil(sub_batch):
         losses = compute(sub_batch)
@@ -87,7 +87,7 @@ def test_loss_stops_the_run_before_the_weights_change(tmp_path, where):
                 losses["loss_actor"] = losses["loss_actor"] + zero.sqrt()
         return losses
 
-    trainer.compute_loss = spoil
+    trainer.loss_module.forward = spoil
     expected = r"'loss_actor' \(nan\)" if where == "loss" else "the gradients"
     with pytest.raises(NonFiniteError, match=f"not so: {expected}.*the batch itself is finite"):
         trainer.train()

@@ -6,10 +6,21 @@ import time
 import numpy as np
 import pytest
 import torch
-from torchrl.record.loggers import TensorboardLogger
+from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
-from torchrl_amago.trainers import MetricWindow, ProgressTable, make_logger, read_progress
-from torchrl_amago.trainers.logging import ProgressBar, Stopwatch
+from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.files import DamagedError
+from torchrl_amago.trainers import (
+    MetricWindow,
+    ProgressTable,
+    RunReport,
+    load_state,
+    make_logger,
+    read_progress,
+    save_state,
+)
+from torchrl_amago.trainers import report as report_module
+from torchrl_amago.trainers.report import Stopwatch
 
 
 def test_table_is_on_disk_after_each_row(tmp_path):
@@ -45,8 +56,45 @@ def test_cut_back(tmp_path):
 
 def test_cut_back_needs_the_rows(tmp_path):
     table = ProgressTable(tmp_path / "progress.csv")
-    with pytest.raises(RuntimeError, match=r"must hold the 3 rows written before .* got 0"):
-        table.load_state_dict({"num_rows": 3, "columns": ["a"]})
+    with pytest.raises(DamagedError, match=r"must hold the rows written before .* 0 rows of 3"):
+        table.load_state_dict({"num_rows": 3, "columns": ["a"], "sha256": ""})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (b"2,0.25", b"2,0.75", "have changed"),
+        (b"2,0.25", b"2", "have changed"),
+        (b"0.25", b"0.2\xff", "cannot be read"),
+        (b"0.25", b"0.2\x00", "have changed"),
+        (b"a,b", b"a,c", "have changed"),
+        (b"1,0.5\n", b"", "1 rows of 2"),
+    ],
+)
+def test_damage_to_the_kept_rows_is_found(tmp_path, old, new, problem):
+    table = ProgressTable(tmp_path / "progress.csv")
+    table.append({"a": 1, "b": 0.5})
+    table.append({"a": 2, "b": 0.25})
+    state = table.state_dict()
+    content = table.path.read_bytes()
+    table.path.write_bytes(content.replace(old, new))
+    damaged = table.path.read_bytes()
+    with pytest.raises(DamagedError, match=problem):
+        ProgressTable(table.path).load_state_dict(state)
+    assert table.path.read_bytes() == damaged
+    # Whatever follows those rows is dropped in any case.
+    table.path.write_bytes(content + b"3,")
+    ProgressTable(table.path).load_state_dict(state)
+    assert table.path.read_bytes() == content
+
+
+def test_later_columns_do_not_count_as_damage(tmp_path):
+    table = ProgressTable(tmp_path / "progress.csv")
+    table.append({"a": 1})
+    state, content = table.state_dict(), table.path.read_bytes()
+    table.append({"late": 2.0})
+    ProgressTable(table.path).load_state_dict(state)
+    assert table.path.read_bytes() == content
 
 
 def test_read_progress_of_no_run(tmp_path):
@@ -101,24 +149,132 @@ def test_stopwatch_keeps_activities_apart():
     assert watch.read() == before
 
 
-def test_bar_is_silent_without_terminal(capsys):
-    bar = ProgressBar(10, 0, enabled=True)
-    bar.update()
-    bar.show({"loss_actor": 1.0})
-    bar.close()
+ROW = dict(update=5, frames=40, extra={"loss_actor": float("nan")})
+
+
+def write_one_row(run_dir, **options):
+    report = RunReport(run_dir, **options)
+    report.open(total_updates=10, update=4, hparams={})
+    report.row(evaluation={"success_last": 0.96}, **ROW)
+    report.tick()
+    report.close()
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    lines = []
+    monkeypatch.setattr(report_module.torchrl_logger, "info", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("progress_bar", [True, False])
+def test_without_a_terminal_rows_are_lines(tmp_path, capsys, lines, progress_bar):
+    write_one_row(tmp_path, progress_bar=progress_bar)
     assert capsys.readouterr() == ("", "")
+    assert len(lines) == progress_bar
+    if progress_bar:
+        assert lines[0].startswith("update 5/10, 40 frames: last 0.96, frames/s")
 
 
-def test_bar_shows_what_one_watches(monkeypatch, capsys):
+def test_a_bar_shows_what_one_watches(tmp_path, monkeypatch, capsys, lines):
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    bar = ProgressBar(10, 4, enabled=True)
-    bar.show({"eval/success_last": 0.96, "loss_actor": float("nan"), "frames_per_second": 1234.5})
-    bar.update()
-    bar.close()
+    write_one_row(tmp_path)
     shown = capsys.readouterr().err
     assert "5/10" in shown
-    assert "last=0.96, frames/s=1234" in shown
+    assert "last=0.96, frames/s=" in shown
     assert "actor" not in shown
+    assert lines == []
+
+
+class ListLogger(CSVLogger):
+    """Remembers what it is told."""
+
+    def __init__(self, folder):
+        super().__init__("list", str(folder))
+        self.told, self.pictures = [], []
+        self.experiment.add_image = lambda name, *_, **options: self.pictures.append(
+            (name, options)
+        )
+
+    def log_scalar(self, name, value, step=None):
+        self.told.append((name, value, step))
+
+    def log_hparams(self, cfg):
+        self.told.append(("hparams", cfg))
+
+
+def test_loggers_get_settings_rows_and_the_evaluation_by_attempt(tmp_path):
+    logger = ListLogger(tmp_path)
+    report = RunReport(tmp_path / "run", [logger], progress_bar=False)
+    report.open(10, 0, {"tau": 0.01, "discounts": (0.9, 0.99)})
+    results = TrialResults(
+        attempt_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+        attempt_success=torch.tensor([[False, True], [True, True]]),
+        trial_return=torch.tensor([2.0, 2.0]),
+        trial_length=torch.tensor([4, 6]),
+    )
+    report.row(update=5, frames=40, extra={}, evaluation=results)
+    report.close()
+    assert logger.told[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
+    expected = [
+        ("frames", 40, 5),
+        ("eval/trial_return", 2.0, 5),
+        ("eval_attempt_1/success", 0.5, 5),
+    ]
+    assert set(expected) <= set(logger.told[1:])
+    assert ("eval_attempt_2/return", 1.5, 5) in logger.told
+    assert [name for name, _ in logger.pictures] == ["eval/adaptation_curve"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
+    """Checked with wandb itself, offline, where it is installed."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    saved = None
+    for update in (5, 6):
+        report = RunReport(tmp_path, ["wandb"], progress_bar=False)
+        if saved is not None:
+            report.load_state_dict(load_state(tmp_path / "report.npz"))
+        report.open(10, update, {"tau": 0.01})
+        report.row(update=update, frames=40, extra={"loss": 0.5}, evaluation={})
+        save_state(tmp_path / "report.npz", saved := report.state_dict())
+        ids.append(wandb.run.id)
+        assert wandb.run.config["tau"] == 0.01
+        report.close()
+        wandb.finish()
+    assert ids[0] == ids[1]
+
+
+class FakeWandb(ListLogger):
+    """Goes on with the run whose id it is given."""
+
+    def __init__(self, exp_name, save_dir, id=None):
+        super().__init__(save_dir)
+        self.id = id or "new-run"
+
+    def _checkpoint_state(self):
+        return {"id": self.id}
+
+    def _load_checkpoint_state(self, state):
+        assert state["id"] == self.id
+
+
+def test_the_id_of_a_logger_s_run_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrl.record.loggers.WandbLogger", FakeWandb)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    first = RunReport(tmp_path, ["wandb"], progress_bar=False)
+    first.open(10, 0, {})
+    first.loggers[0].id = "a-run"
+    save_state(tmp_path / "report.npz", first.state_dict())
+    first.close()
+    second = RunReport(tmp_path, ["wandb"], progress_bar=False)
+    second.load_state_dict(load_state(tmp_path / "report.npz"))
+    second.open(10, 5, {"learning_rate": 1.0})
+    assert second.loggers[0].id == "a-run"
+    # Settings that changed replace the old ones there.
+    assert second.loggers[0].told == [("hparams", {"learning_rate": 1.0})]
+    second.close()
 
 
 def test_tensorboard(tmp_path):

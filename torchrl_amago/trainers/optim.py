@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from torch import nn
@@ -50,13 +51,17 @@ def make_optimizer(
         eps: added to the root of the second moment.
 
     Raises:
-        ValueError: if nothing requires a gradient.
+        ValueError: if nothing requires a gradient, or for a learning rate out of its range.
 
     Example:
         >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=3e-4)
         >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
         [(0.001, 1), (0.0, 1)]
     """
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(
+            f"learning_rate must be positive and finite, got {learning_rate}. 1e-4 is AMAGO's."
+        )
     named = [(name, p) for name, p in loss_module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(

@@ -102,21 +102,21 @@ class Optimisation:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on optimising."""
-        groups, scheduler = self.optimizer.param_groups, self.scheduler
-        rates = [group["lr"] for group in groups]
+        scheduler, saved = self.scheduler, dict(state["scheduler"])
+        rates = [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         groups = self.optimizer.param_groups
         if isinstance(scheduler, LambdaLR):
             peaks = scheduler.base_lrs
-            scheduler.load_state_dict(state["scheduler"])
-            scheduler.base_lrs = peaks
-            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            factors = [factor(saved["last_epoch"]) for factor in scheduler.lr_lambdas]
             rates = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
+            saved |= {"base_lrs": peaks, "_last_lr": rates}
             for group, peak in zip(groups, peaks, strict=True):
                 group["initial_lr"] = peak
         elif scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
             rates = [group["lr"] for group in groups]
+        if scheduler is not None:
+            scheduler.load_state_dict(saved)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
         if state["target_counter"] is not None:
@@ -162,6 +162,7 @@ class Rollouts:
         if state is None:
             self._restart(_draw_seed(), self._state())
         elif state["seed"] is not None:
+            torchrl_logger.info("the trials in progress ended: this collector cannot save them")
             self._restart(state["seed"], state["collector"])
         else:
             try:
