@@ -42,7 +42,7 @@ def make_offline_trainer(run_dir, data, online_after=9, generator=None, **option
 
 def frames_by_update(trainer):
     frames = []
-    trainer.register_op("post_optim", lambda: frames.append(trainer.counts.frames))
+    trainer.callbacks.append(lambda trainer: frames.append(trainer.counts.frames))
     trainer.train()
     return frames
 

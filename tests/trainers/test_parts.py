@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torchrl.objectives import HardUpdate
 
 from tests.trainers.tiny import make_trainer, stop_at
 from torchrl_amago.trainers import make_schedule
@@ -88,7 +87,7 @@ def test_every_part_of_a_trainer_is_a_component(tmp_path):
 def make_optimisation(learning_rate, make_scheduler):
     net = nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate)
-    part = Optimisation(optimizer, make_scheduler(optimizer), None)
+    part = Optimisation(optimizer, make_scheduler(optimizer))
     net(torch.ones(1)).sum().backward()
     optimizer.step()
     if part.scheduler is not None:
@@ -111,19 +110,6 @@ def test_the_learning_rate_is_that_of_the_run_that_resumes(make_scheduler, rate)
     part = make_optimisation(0.5, make_scheduler)
     part.load_state_dict(saved)
     assert part.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
-
-
-def test_hard_updates_go_on_counting():
-    class Loss(nn.Module):
-        pass
-
-    updater = HardUpdate.__new__(HardUpdate)
-    updater.counter = 7
-    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
-    saved = Optimisation(optimizer, None, updater).state_dict()
-    updater.counter = 0
-    Optimisation(optimizer, None, updater).load_state_dict(saved)
-    assert updater.counter == 7
 
 
 # --- random numbers and rollouts ---

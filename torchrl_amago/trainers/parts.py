@@ -12,7 +12,6 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchrl._utils import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.objectives.utils import TargetNetUpdater
 
 
 class Components(dict[str, Any]):
@@ -76,28 +75,20 @@ class Counts:
 
 
 class Optimisation:
-    """Optimiser, learning-rate schedule and target updates.
+    """Optimiser and learning-rate schedule.
 
     Moments and the position in the schedule come back; the rates are this run's own. So a run that
     diverged can go on with a lower learning rate. With the same one, its rates are those saved.
     """
 
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        target_updater: TargetNetUpdater | None,
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
         self.optimizer, self.scheduler = optimizer, scheduler
-        self.target_updater = target_updater
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of all three."""
+        """The state of both."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {} if self.scheduler is None else self.scheduler.state_dict(),
-            # HardUpdate's; soft updates have none.
-            "target_counter": getattr(self.target_updater, "counter", None),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -119,8 +110,6 @@ class Optimisation:
             scheduler.load_state_dict(saved)
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate
-        if state["target_counter"] is not None:
-            self.target_updater.counter = state["target_counter"]
 
 
 class RandomState:
