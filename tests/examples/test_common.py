@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from common import DEBUG, TrainingArgs, run_command_line, train_and_evaluate
 
 from torchrl_amago import (
     SEQ_MODELS,
@@ -30,8 +31,6 @@ from torchrl_amago import (
 from torchrl_amago.trainers import PolicyFiles
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-sys.path.insert(0, str(EXAMPLES))
-from common import DEBUG, TrainingArgs, run_command_line, train_and_evaluate  # noqa: E402
 
 SIZES = {"d_model": 64, "num_layers": 2}
 HEADS = {**SIZES, "num_heads": 4}

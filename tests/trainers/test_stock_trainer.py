@@ -7,7 +7,6 @@ import csv
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing as mp
 from torchrl.collectors import Collector, MultiCollector
 from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import CSVLogger, TensorboardLogger

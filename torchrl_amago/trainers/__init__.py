@@ -1,12 +1,12 @@
-"""The training loop: collect, update, evaluate, log, checkpoint, resume.
+"""The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
 
-``amago`` has the loop, ``build`` everything around a policy that it needs, ``update`` one optimiser
-step, ``optim`` optimiser and schedule, ``nonfinite`` the guard against NaN, ``monitor`` the counts
-of collected trials, ``progress`` and ``report`` table, terminal and loggers, ``hooks`` the same for a
-stock trainer, ``parts`` the parts of a run's state, ``checkpoint``, ``policy_files`` and
-``state_file`` their files, ``signals`` stopping in good order.
+``amago`` has the loop, ``build`` everything around a policy that it needs, ``optim`` the optimiser and
+its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``progress`` and
+``report`` table, terminal and loggers, ``parts`` the state of a run, ``checkpoint``, ``policy_files`` and
+``state_file`` its files, ``signals`` how it is stopped.
 """
 
+from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer
 from torchrl_amago.trainers.checkpoint import (
@@ -14,10 +14,14 @@ from torchrl_amago.trainers.checkpoint import (
     describe_architecture,
     refuse_existing_run,
 )
-from torchrl_amago.trainers.hooks import EvaluationHook
-from torchrl_amago.trainers.monitor import TrialMonitor
+from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
 from torchrl_amago.trainers.nonfinite import NonFiniteError
-from torchrl_amago.trainers.optim import decays, make_optimizer, make_schedule
+from torchrl_amago.trainers.optim import (
+    FiniteOptimizationStepper,
+    decays,
+    make_optimizer,
+    make_schedule,
+)
 from torchrl_amago.trainers.parts import Components
 from torchrl_amago.trainers.policy_files import PolicyFiles, load_policy
 from torchrl_amago.trainers.progress import CLOCK_COLUMNS, ProgressTable, read_progress
@@ -27,8 +31,6 @@ from torchrl_amago.trainers.report import (
     evaluation_metrics,
     make_logger,
 )
-from torchrl_amago.trainers.state_file import load_state, save_state
-from torchrl_amago.trainers.update import FiniteOptimizationStepper
 
 __all__ = [
     "CLOCK_COLUMNS",

@@ -15,7 +15,6 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl._utils import logger as torchrl_logger
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
@@ -33,15 +32,14 @@ from torchrl_amago.trainers.checkpoint import (
     differing_entries,
     refuse_existing_run,
 )
-from torchrl_amago.trainers.monitor import TrialMonitor
+from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, evaluate_apart
 from torchrl_amago.trainers.nonfinite import blame_inputs
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper, update_priorities
 from torchrl_amago.trainers.parts import Components, Counts, Optimisation, RandomState, Rollouts
 from torchrl_amago.trainers.policy_files import PolicyFiles
 from torchrl_amago.trainers.report import RunReport, evaluation_metrics
 from torchrl_amago.trainers.signals import on_signals
-from torchrl_amago.trainers.update import FiniteOptimizationStepper, update_priorities
 
-Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
 Outcome = Literal["finished", "interrupted", "preempted"]
 
 
@@ -65,35 +63,21 @@ class Intervals:
 class AMAGOTrainer:
     """Collect whole trials, update ``updates_per_round`` times, again and again.
 
-    One update: sample slices, loss, backward, clip, optimiser, learning rate, targets. `docs/training.md`
-    describes the files in ``run_dir``, signals, and resuming.
-
-    **Resume.** A resumed run equals one that was never stopped, bit for bit (weights, targets,
-    optimiser, statistics, exploration, replay, next batch, ``progress.csv`` but for its clock
-    columns), on a CPU, with a collector of this process and a buffer that doesn't prefetch. Where
-    the environment can save its state (native tasks under
-    :class:`~torchrl_amago.data.TrialCollector`), checkpoints leave trials in progress alone; every
-    other environment is seeded anew at each checkpoint, which ends them, and must be determined by
-    its seed. Rows logged after the checkpoint are dropped.
-
-    **Signals.** Ctrl-C stops after the running update and writes nothing: the resumed run repeats
-    what came after the last checkpoint. SIGTERM, SIGHUP and SIGUSR1 write a checkpoint first. The
-    second signal of a kind has its usual effect.
-
-    **Offline.** With ``online_after``, the first updates are made on what the buffer holds already, and
-    nothing is collected. A :class:`~torchrl_amago.data.TrialMixture` keeps data and experience
-    apart: the collector writes to its buffer ``online``, which alone is part of the checkpoints.
+    `docs/training.md` describes the files in ``run_dir``, signals, loggers and what may change between
+    stop and resume. A resumed run equals one that was never stopped, bit for bit, on a CPU, with a
+    collector of this process and a buffer that doesn't prefetch. Native tasks under
+    :class:`~torchrl_amago.data.TrialCollector` go on in mid-trial; other environments are seeded anew at
+    each checkpoint, which ends the trials in progress.
 
     Args:
-        collector: writes to the replay buffer and yields nothing. Several processes are fine; then
-            frames are counted by the buffer's ``write_count``, and resuming is approximate.
+        collector: writes to the replay buffer and yields nothing. With several processes, frames
+            are counted by the buffer's ``write_count``, and resuming is approximate.
         loss_module: called on ``[B, T]`` slices; the entries of its output that begin with ``loss``
             are added up, the others are metrics.
         optimizer: see :func:`~torchrl_amago.trainers.make_optimizer`.
-        replay_buffer: sampled with its own batch size, once ``can_sample()`` is True; a buffer, or a
-            mixture of several. One that draws by priority is told the slices' errors.
-        total_updates: updates at which the run ends; the collector's ``total_frames`` may end it
-            earlier.
+        replay_buffer: sampled with its own batch size, once ``can_sample()`` is True. Of a
+            :class:`~torchrl_amago.data.TrialMixture`, only the buffer ``online`` is saved.
+        total_updates: end of the run; the collector's ``total_frames`` may end it earlier.
         updates_per_round: updates after each batch of the collector.
         run_dir: folder for everything the run writes.
         target_updater: stepped after every update, such as ``SoftUpdate(loss_module, tau=0.003)``.
@@ -105,22 +89,17 @@ class AMAGOTrainer:
             its environment, so that every evaluation sees the same held-out tasks.
         intervals: updates between rows, evaluations and checkpoints.
         keep_checkpoints: number of checkpoints kept.
-        online_after: updates before anything is collected; ``total_updates`` or more never collects.
+        online_after: updates on what the buffer holds already, before anything is collected.
         loggers: ``"tensorboard"``, ``"wandb"`` or torchrl loggers, besides the table.
         progress_bar: a bar on a terminal, lines elsewhere; False for neither.
         success_threshold: an attempt succeeds if its return is larger.
         seed: seeds torch, numpy, python and the environment when a new run starts.
-        settings: what environment, policy and loss were made with, by name, besides their own
-            ``settings``; a resumed run must agree.
-        options: further values by name. They are recorded, and a resumed run tells which of them have
-            changed.
-        components: parts of one's own by name, with ``state_dict`` and ``load_state_dict``; they are
-            saved with the run's.
+        settings: values by name that a resumed run must agree with, besides the ``settings`` of
+            policy and loss.
+        options: values by name that a resumed run tells if they have changed.
+        components: further parts by name, with ``state_dict`` and ``load_state_dict``.
         callbacks: called with the trainer after every update; numbers that they return by name join
             the next row as means.
-
-    Raises:
-        TypeError, ValueError: for arguments that don't fit.
 
     Example:
         >>> import tempfile
@@ -230,9 +209,6 @@ class AMAGOTrainer:
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
-
-        Returns:
-            ``"finished"``, ``"interrupted"`` (Ctrl-C) or ``"preempted"`` (other signals).
 
         Raises:
             FileExistsError: if ``run_dir`` holds a run and :meth:`resume` was not called.
@@ -390,11 +366,8 @@ class AMAGOTrainer:
     def _evaluate(self) -> Mapping[str, float] | TrialResults:
         if self.evaluator is None:
             return {}
-        rng = GlobalRNGState()
-        before = rng.state_dict()
         with self.report.stopwatch.apart("evaluation"):
-            results = self.evaluator()
-        rng.load_state_dict(before)  # evaluating more or less often must not change training
+            results = evaluate_apart(self.evaluator)  # however often, it must not change training
         self.counts.evaluated_at = self.counts.updates
         self._sync()
         self.policy_files.offer(evaluation_metrics(results))

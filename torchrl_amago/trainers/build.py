@@ -16,8 +16,11 @@ from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.trainers.amago import AMAGOTrainer
-from torchrl_amago.trainers.optim import make_optimizer, make_schedule
-from torchrl_amago.trainers.update import FiniteOptimizationStepper
+from torchrl_amago.trainers.optim import (
+    FiniteOptimizationStepper,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def make_trainer(

@@ -27,8 +27,8 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_amago import files
 from torchrl_amago.data import load_replay, save_replay
+from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers.progress import PROGRESS_FILE
-from torchrl_amago.trainers.state_file import load_state, save_state
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 3
@@ -41,11 +41,8 @@ class CheckpointStore:
 
     Args:
         run_dir: the run's folder.
-        keep: number of intact checkpoints to keep, newest first. Only folders that a run's own
-            manifests list are ever removed.
-
-    Raises:
-        ValueError: if ``keep`` is smaller than 1.
+        keep: number of intact checkpoints to keep, newest first. Only folders that the manifests
+            list as written by the run are ever removed.
 
     Example:
         >>> import tempfile
@@ -53,8 +50,8 @@ class CheckpointStore:
         >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = CheckpointStore(folder)
-        ...     path = store.save(500, {"x": torch.ones(2)}, rb, {"architecture": {"w": "2"}})
-        ...     path.name, store.load(path, {"architecture": {"w": "2"}})
+        ...     path = store.save(500, {"x": torch.ones(2)}, rb, {"settings": {"tau": 0.1}})
+        ...     path.name, store.load(path, {"settings": {"tau": 0.1}})
         ('update_0000500', {'x': tensor([1., 1.])})
     """
 
@@ -70,10 +67,7 @@ class CheckpointStore:
     # -- finding -------------------------------------------------------------------------------
 
     def paths(self) -> list[Path]:
-        """Every checkpoint, intact or not, last written first.
-
-        One whose manifest cannot be read comes first: only a person can say what it was.
-        """
+        """Every checkpoint, last written first; those whose manifest cannot be read come before."""
         found = [path for path in self.folder.glob("update_*") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_sequence(path), path.name), reverse=True)
 
@@ -82,11 +76,7 @@ class CheckpointStore:
         return next(iter(self.paths()), None)
 
     def find(self, path: str | Path | None = None) -> Path:
-        """Return the checkpoint at ``path``: itself, or the last one of a run's folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """Return the checkpoint at ``path``: itself, or the last one of a run's folder."""
         path = self.run_dir if path is None else Path(path)
         latest = CheckpointStore(path).latest()
         if latest is not None:
@@ -114,13 +104,10 @@ class CheckpointStore:
 
         Args:
             update: number of updates done; names the folder.
-            state: see :func:`~torchrl_amago.trainers.state_file.save_state`.
-            replay_buffer: saved by :func:`~torchrl_amago.data.save_replay`.
-            facts: JSON values for the manifest. ``"architecture"`` and ``"settings"`` are those
-                that :meth:`load` compares.
-
-        Raises:
-            OSError: where the disk is full; the checkpoints that are there stay as they are.
+            state: see :func:`~torchrl_amago.state_file.save_state`.
+            replay_buffer: see :func:`~torchrl_amago.data.save_replay`.
+            facts: JSON values for the manifest; :meth:`load` compares ``"architecture"`` and
+                ``"settings"``.
         """
         final = self.folder / f"update_{update:07d}"
         manifests = [files.read_manifest(path) or {} for path in self.paths()]
@@ -151,8 +138,7 @@ class CheckpointStore:
         """Check every file of a checkpoint and return its manifest.
 
         Raises:
-            DamagedError: naming the first file that is missing, changed or not listed, and the
-                newest other checkpoint that is intact.
+            DamagedError: naming what is wrong, and the newest other checkpoint that is intact.
         """
         problem = _problem(path)
         if problem is None:
@@ -171,12 +157,8 @@ class CheckpointStore:
     def load(self, path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         """Verify a checkpoint, compare its facts and read its state; nothing is changed.
 
-        Args:
-            path: the checkpoint.
-            facts: those of the run that resumes, of which architecture and settings must agree.
-
         Raises:
-            DamagedError: for a damaged checkpoint, see :meth:`verify`.
+            DamagedError: for a damaged checkpoint.
             ValueError: for one of another architecture, or with other settings.
         """
         manifest = self.verify(path)
@@ -198,10 +180,7 @@ class CheckpointStore:
 
 
 def refuse_existing_run(run_dir: str | Path) -> None:
-    """Raise FileExistsError if the folder holds a run; nothing is touched.
-
-    Call it before expensive set-up; :meth:`AMAGOTrainer.train` does so in any case.
-    """
+    """Raise FileExistsError if the folder holds a run; nothing is touched."""
     run_dir = Path(run_dir)
     latest = CheckpointStore(run_dir).latest()
     for path in (run_dir / PROGRESS_FILE, latest or run_dir / CHECKPOINTS_FOLDER / "none"):

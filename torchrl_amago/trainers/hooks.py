@@ -1,16 +1,23 @@
-"""Hooks of a stock :class:`torchrl.trainers.Trainer`."""
+"""Monitor and evaluation, for our trainer and as hooks of a stock :class:`torchrl.trainers.Trainer`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
-from tensordict import TensorDictBase
+import torch
+from tensordict import NestedKey, TensorDictBase
 from torchrl.checkpoint import GlobalRNGState
+from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
+from torchrl_amago import keys
 from torchrl_amago.evaluation import TrialResults
-from torchrl_amago.trainers.report import evaluation_metrics
+from torchrl_amago.trainers.nonfinite import check_data
+from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
+
+Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
 
 
 class EvaluationHook(TrainerHookBase):
@@ -26,9 +33,7 @@ class EvaluationHook(TrainerHookBase):
         (None, {'eval/score': 1.0})
     """
 
-    def __init__(
-        self, evaluator: Callable[[], Mapping[str, float] | TrialResults], interval: int = 1
-    ) -> None:
+    def __init__(self, evaluator: Evaluator, interval: int = 1) -> None:
         self.evaluator, self.interval, self._batches = evaluator, interval, 0
 
     def register(self, trainer: Trainer, name: str = "evaluation") -> None:
@@ -41,11 +46,7 @@ class EvaluationHook(TrainerHookBase):
         self._batches += 1
         if self._batches % self.interval:
             return None
-        rng = GlobalRNGState()
-        before = rng.state_dict()
-        results = self.evaluator()
-        rng.load_state_dict(before)
-        return evaluation_metrics(results)
+        return evaluation_metrics(evaluate_apart(self.evaluator))
 
     def state_dict(self) -> dict[str, Any]:
         """Batches so far."""
@@ -54,3 +55,154 @@ class EvaluationHook(TrainerHookBase):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on counting."""
         self._batches = int(state_dict["batches"])
+
+
+def evaluate_apart(evaluator: Evaluator) -> Mapping[str, float] | TrialResults:
+    """Evaluate; the global generators are left as they were."""
+    rng = GlobalRNGState()
+    before = rng.state_dict()
+    results = evaluator()
+    rng.load_state_dict(before)
+    return results
+
+
+class TrialMonitor(TrainerHookBase):
+    """Looks once at every step that a collector has written to the replay buffer.
+
+    It counts trials, averages their returns and successes, and stops on NaN and infinity. A trial
+    that is written in fragments counts once, as a whole, when its last one is there.
+
+    Args:
+        replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.
+        window: receives ``train/trial_return``, ``train/trial_length``, ``train/success_first`` and
+            ``train/success_last`` (of a trial's first and last attempt).
+        run_dir: folder for steps that have to be looked at.
+        success_threshold: an attempt succeeds if its return is larger.
+        reward_key: reward under ``next``.
+        end_key: end of a trial.
+        time_key: steps since the trial began, by which fragments are put together; without it,
+            trials must follow one another.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> from torchrl_amago.data import make_trial_buffer
+        >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
+        >>> monitor = TrialMonitor(rb)
+        >>> done = torch.tensor([[False], [True]])
+        >>> _ = rb.extend(TensorDict({"next": {"reward": torch.ones(2, 1), "done": done}}, [2]))
+        >>> monitor()
+        {'train/trial_return': 2.0, 'train/trial_length': 2.0, 'trials': 1}
+    """
+
+    def __init__(
+        self,
+        replay_buffer: ReplayBuffer,
+        window: MetricWindow | None = None,
+        run_dir: str | Path = ".",
+        success_threshold: float = 0.0,
+        reward_key: NestedKey = ("next", "reward"),
+        end_key: NestedKey = ("next", "done"),
+        time_key: NestedKey = keys.TIME_IDX,
+    ) -> None:
+        self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
+        self.window = MetricWindow() if window is None else window
+        self.success_threshold = success_threshold
+        self.reward_key, self.end_key, self.time_key = reward_key, end_key, time_key
+        self.seen = self.trials = 0
+        # Trials in progress, by their next time index: return and length of what is written.
+        self._begun: dict[int, list[tuple[float, int]]] = {}
+
+    def register(self, trainer: Trainer, name: str = "trial_monitor") -> None:
+        """Log with a stock trainer, after each collected batch."""
+        trainer.register_op("pre_steps_log", self)
+        trainer.register_module(name, self)
+
+    def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float]:
+        """Read the new steps; return the metrics of trials that ended, and empty the window."""
+        self.look()
+        return {**self.window.means(), "trials": self.trials}
+
+    def skip_existing(self) -> None:
+        """Count the trials that are there already, without logging them as collected."""
+        self.seen = self.replay_buffer.write_count
+        self.trials = getattr(self.replay_buffer, "num_trials", 0)
+
+    def look(self) -> None:
+        """Read the new steps into the window."""
+        steps = self._new_steps()
+        if steps is None:
+            return
+        check_data(steps, self.run_dir, "collected observations and rewards")
+        ends = steps.get(self.end_key).reshape(-1)
+        ended = self._ended_trials(steps, ends)
+        self.trials += len(ended)
+        self.window.add("train/trial_return", sum(gain for gain, _ in ended), len(ended))
+        self.window.add("train/trial_length", sum(length for _, length in ended), len(ended))
+        self._add_successes(steps, ends)
+
+    def trials_restarted(self) -> None:
+        """Forget trials in progress: they were ended, and the rest of them won't be written."""
+        self._begun.clear()
+
+    def _ended_trials(self, steps: TensorDictBase, ends: torch.Tensor) -> list[tuple[float, int]]:
+        """Return and length of each trial that ended, of all its fragments; those of others wait."""
+        time = steps.get(self.time_key, None)
+        is_last = ends.clone()
+        is_last[-1] = True
+        if time is not None:
+            time = time.reshape(-1)
+            is_last[:-1] |= time[1:] != time[:-1] + 1
+        fragment = is_last.cumsum(0) - is_last.long()
+        lengths = fragment.bincount()
+        reward = steps.get(self.reward_key).reshape(len(ends), -1).sum(1, dtype=torch.float64)
+        gains = reward.new_zeros(len(lengths)).index_add(0, fragment, reward)
+        # Without times there is one trial at a time, and what waits is of that one.
+        after = torch.zeros_like(lengths) if time is None else time[is_last] + 1
+        first = after if time is None else after - lengths
+        ended = []
+        columns = (first, after, gains, lengths, ends[is_last])
+        for begin, end, gain, length, is_over in zip(*(c.tolist() for c in columns), strict=True):
+            # Of trials that are equally old, the order of writing tells which one goes on.
+            waiting = self._begun.get(begin)
+            gain_before, length_before = waiting.pop(0) if waiting else (0.0, 0)
+            if waiting is not None and not waiting:
+                del self._begun[begin]
+            total = (gain_before + gain, length_before + length)
+            (ended if is_over else self._begun.setdefault(end, [])).append(total)
+        return ended
+
+    def _add_successes(self, steps: TensorDictBase, ends: torch.Tensor) -> None:
+        attempt = steps.get(keys.EPISODE_IDX, None)
+        attempt_return = steps.get(("next", keys.ATTEMPT_RETURN), None)
+        soft_reset = steps.get(("next", keys.SOFT_RESET), None)
+        if attempt is None or attempt_return is None or soft_reset is None:
+            return  # not a task of attempts
+        success = (attempt_return > self.success_threshold).reshape(-1)
+        over = ends | soft_reset.reshape(-1)
+        for name, chosen in (
+            ("train/success_first", over & (attempt.reshape(-1) == 0)),
+            ("train/success_last", ends),
+        ):
+            self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))
+
+    def _new_steps(self) -> TensorDictBase | None:
+        buffer = self.replay_buffer
+        written = buffer.write_count
+        count, self.seen = written - self.seen, written
+        if count <= 0:
+            return None
+        if hasattr(buffer, "newest"):
+            return buffer.newest(count)
+        # A ring of steps; of those that have been overwritten already nothing is known.
+        storage = buffer.storage
+        place = torch.arange(written - min(count, len(storage)), written) % storage.max_size
+        return storage.get(place)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, and trials in progress."""
+        return {"seen": self.seen, "trials": self.trials, "begun": self._begun}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self.seen, self.trials = int(state_dict["seen"]), int(state_dict["trials"])
+        self._begun = {time: list(waiting) for time, waiting in state_dict["begun"].items()}

@@ -15,10 +15,7 @@ from torchrl.collectors import BaseCollector, Collector
 
 
 class Components(dict[str, Any]):
-    """Parts by name, saved and loaded together.
-
-    Raises:
-        TypeError: for a part without ``state_dict`` and ``load_state_dict``.
+    """Parts by name, saved and loaded together; each has ``state_dict`` and ``load_state_dict``.
 
     Example:
         >>> parts = Components(net=torch.nn.Linear(1, 1, bias=False))
@@ -41,11 +38,7 @@ class Components(dict[str, Any]):
         return {name: part.state_dict() for name, part in self.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load every part, in order.
-
-        Raises:
-            ValueError: if other parts were saved.
-        """
+        """Load every part, in order; ValueError if other parts were saved."""
         if state.keys() != self.keys():
             raise ValueError(
                 f"a run goes on with the parts it was saved with, {sorted(state)}; got "
@@ -77,8 +70,8 @@ class Counts:
 class Optimisation:
     """Optimiser and learning-rate schedule.
 
-    Moments and the position in the schedule come back; the rates are this run's own. So a run that
-    diverged can go on with a lower learning rate. With the same one, its rates are those saved.
+    Moments and the position in the schedule come back; the rates are this run's own, so that one that
+    diverged can go on with a lower learning rate.
     """
 
     def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from torchrl_amago.files import DamagedError
+from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers.checkpoint import as_json, show_differences
-from torchrl_amago.trainers.state_file import load_state, save_state
 
 LAST, BEST = "policy.npz", "best_policy.npz"
 
@@ -19,24 +19,10 @@ LAST, BEST = "policy.npz", "best_policy.npz"
 class PolicyFiles:
     """A run's policy: `policy.npz` of the last checkpoint, `best_policy.npz` of the best evaluation.
 
-    Each is replaced in one step, so that there is a whole one at any time. What exploration counts is
-    left out. :func:`load_policy` reads them.
-
     Args:
         run_dir: the run's folder.
         policy: a module; nothing is written for anything else.
         metric: column of an evaluation; the larger, the better. Of equals the later one is kept.
-
-    Example:
-        >>> import tempfile
-        >>> policy = nn.Linear(2, 1)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     files = PolicyFiles(folder, policy)
-        ...     files.offer({"eval/trial_return": 0.5})
-        ...     files.offer({"eval/trial_return": 0.25})
-        ...     _ = load_policy(files.best, policy)
-        ...     files.best_value
-        0.5
     """
 
     def __init__(
@@ -53,11 +39,7 @@ class PolicyFiles:
             save_state(self.last, _describe(self.policy))
 
     def offer(self, evaluation: Mapping[str, float]) -> None:
-        """Write the policy if no earlier evaluation was better; ignore evaluations without the metric.
-
-        Args:
-            evaluation: numbers by column.
-        """
+        """Write the policy if no earlier evaluation was better; ignore evaluations without the metric."""
         value = evaluation.get(self.metric, math.nan)
         is_best = value >= (-math.inf if self.best_value is None else self.best_value)
         if is_best and isinstance(self.policy, nn.Module):
@@ -78,17 +60,12 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
 
     Args:
         path: `policy.npz` or `best_policy.npz` in a run's folder.
-        policy: built with the run's settings, for example by
-            :func:`~torchrl_amago.modules.assemble.make_policy`; changed in place.
-
-    Returns:
-        The policy.
+        policy: built with the run's settings; changed in place and returned.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedError: if the file is not as it was written, or another kind of file.
-        ValueError: if the weights are another policy's, or the policy's settings (discounts,
-            context length, ...) are not those of the run. Nothing has been changed then.
+        DamagedError: if it is not as it was written.
+        ValueError: if weights or settings are another policy's. Nothing has been changed then.
 
     Example:
         >>> import tempfile

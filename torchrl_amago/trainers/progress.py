@@ -70,9 +70,7 @@ class ProgressTable:
     def load_state_dict(self, state: Mapping[str, Any], source: Path | None = None) -> None:
         """Drop every row and column written after ``state_dict()``.
 
-        Args:
-            state: what ``state_dict()`` gave.
-            source: table to take the rows from, if it is another file.
+        The rows come from `source`, if that is another file.
 
         Raises:
             DamagedError: if the earlier rows are not there as they were written.
@@ -97,12 +95,7 @@ class ProgressTable:
 
 
 def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
-    """Read the table of a run: one float64 array per column, NaN for empty cells.
-
-    Raises:
-        FileNotFoundError: if the folder has no ``progress.csv``.
-        DamagedError: if the file is no such table.
-    """
+    """Read the table of a run: one float64 array per column, NaN for empty cells."""
     path = Path(run_dir) / PROGRESS_FILE
     if not path.exists():
         raise FileNotFoundError(

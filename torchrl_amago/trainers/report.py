@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchrl._utils import logger as torchrl_logger
 from torchrl.record.loggers import Logger
@@ -34,111 +33,72 @@ _SHOWN = (
 
 
 class MetricWindow:
-    """Means of metrics since the last log.
-
-    Tensors are added up where they are, in one stacked operation, and only read at log time: no
-    synchronisation with a device in between.
+    """Means of metrics since the last log; tensors are only read when it is asked for them.
 
     Example:
+        >>> import torch
         >>> window = MetricWindow()
         >>> window.add_scalars({"loss": torch.tensor(1.0)})
         >>> window.add_scalars({"loss": torch.tensor(3.0)})
         >>> window.add("return", total=10.0, count=4)
         >>> window.means()
-        {'return': 2.5, 'loss': 2.0}
+        {'loss': 2.0, 'return': 2.5}
     """
 
     def __init__(self) -> None:
-        self._keys: list[str] = []
-        self._sum: Tensor | None = None
-        self._count = 0
-        self._totals: dict[str, list[float]] = {}
+        self._totals: dict[str, list[Any]] = {}
 
     def add_scalars(self, metrics: Mapping[str, Tensor]) -> None:
         """Add one value of each metric (0-dimensional tensors)."""
-        keys = list(metrics.keys())
-        if keys != self._keys:
-            self._fold()
-            self._keys = keys
-        values = torch.stack([x.detach() for x in metrics.values()]).float()
-        # What a checkpoint brought back lies on the CPU.
-        self._sum = values if self._sum is None else self._sum.to(values.device).add_(values)
-        self._count += 1
+        for name, value in metrics.items():
+            self.add(name, value.detach().float())
 
-    def add(self, name: str, total: float, count: float = 1) -> None:
+    def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Add ``count`` values that sum to ``total``."""
         entry = self._totals.setdefault(name, [0.0, 0.0])
-        entry[0] += float(total)
-        entry[1] += float(count)
+        entry[0] = entry[0] + total
+        entry[1] += count
 
     def means(self) -> dict[str, float]:
         """Return the mean of every metric, in the order first seen, and start anew."""
-        self._fold()
-        out = {name: total / count for name, (total, count) in self._totals.items() if count}
-        self._totals = {}
-        return out
+        state, self._totals = self.state_dict(), {}
+        return {name: total / count for name, (total, count) in state.items() if count}
 
-    def _fold(self) -> None:
-        if self._sum is not None:
-            for name, total in zip(self._keys, self._sum.tolist(), strict=True):
-                self.add(name, total, self._count)
-        self._keys, self._sum, self._count = [], None, 0
+    def state_dict(self) -> dict[str, list[float]]:
+        """Sum and count of every metric since the last log."""
+        return {name: [float(total), count] for name, (total, count) in self._totals.items()}
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything added since the last log."""
-        total = torch.zeros(0) if self._sum is None else self._sum.clone()
-        return {"keys": self._keys, "sum": total, "count": self._count, "totals": self._totals}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Go on with a window."""
-        self._keys, self._count = list(state["keys"]), int(state["count"])
-        self._sum = state["sum"].clone() if self._count else None
-        self._totals = {name: list(entry) for name, entry in state["totals"].items()}
+        self._totals = {name: list(entry) for name, entry in state.items()}
 
 
 class Stopwatch:
-    """Seconds by activity; whatever is not measured apart is ``training``.
-
-    Example:
-        >>> watch = Stopwatch()
-        >>> watch.start()
-        >>> with watch.apart("evaluation"):
-        ...     pass
-        >>> sorted(watch.read())
-        ['checkpoint', 'evaluation', 'training']
-    """
+    """Seconds by activity; whatever is not measured apart is ``training``."""
 
     def __init__(self) -> None:
         self.seconds = {"training": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
-        self._since: float | None = None
+        self.start()
 
     def start(self) -> None:
         """Count from here."""
         self._since = time.perf_counter()
 
-    def stop(self) -> None:
-        """Pause."""
-        if self._since is not None:
-            self.seconds["training"] += time.perf_counter() - self._since
-            self._since = None
+    def read(self, activity: str = "training") -> dict[str, float]:
+        """Count the time since the last reading as ``activity``; return all seconds so far."""
+        now = time.perf_counter()
+        self.seconds[activity] += now - self._since
+        self._since = now
+        return dict(self.seconds)
 
     @contextmanager
     def apart(self, activity: str) -> Iterator[None]:
         """Count the time inside as ``activity``, not as training."""
-        self.stop()
-        began = time.perf_counter()
+        self.read()
         try:
             yield
         finally:
-            self.seconds[activity] += time.perf_counter() - began
-            self.start()
-
-    def read(self) -> dict[str, float]:
-        """Seconds so far."""
-        if self._since is not None:
-            self.stop()
-            self.start()
-        return dict(self.seconds)
+            self.read(activity)
 
 
 class RunReport:
@@ -151,19 +111,6 @@ class RunReport:
         run_dir: the run's folder.
         loggers: see :func:`make_logger`.
         progress_bar: False for neither bar nor lines.
-
-    Example:
-        >>> import tempfile
-        >>> from torchrl_amago.trainers import read_progress
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     report = RunReport(Path(folder), progress_bar=False)
-        ...     report.open(total_updates=100, update=0, hparams={"tau": 0.01})
-        ...     report.window.add("loss", 3.0, count=2)
-        ...     report.row(update=2, frames=64, extra={}, evaluation={"trial_return": 4.5})
-        ...     report.close()
-        ...     rows = read_progress(folder)
-        >>> rows["loss"].item(), rows["eval/trial_return"].item()
-        (1.5, 4.5)
     """
 
     def __init__(
@@ -172,25 +119,28 @@ class RunReport:
         self.run_dir, self.progress_bar = run_dir, progress_bar
         self.window, self.stopwatch = MetricWindow(), Stopwatch()
         self.table = ProgressTable(run_dir / PROGRESS_FILE)
-        #: Where the table's rows are when a run resumes; None for its own folder.
+        #: Folder of the run whose rows a resumed run takes over; None for its own.
         self.source: Path | None = None
         self.loggers: list[str | Logger] = list(loggers)
         self._logger_states: dict[str, Any] = {}
         self._bar: tqdm | None = None
-        self._total, self._latest = 0, {}
+        self._latest: dict[str, float] = {}
         self._last = {"frames": 0, "updates": 0, "training": 0.0}
 
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and bar, and tell the loggers the run's settings."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._total, is_new = total_updates, not self._logger_states
         for i, logger in enumerate(self.loggers):
             saved = self._logger_states.get(str(i), {})
-            self.loggers[i] = logger = make_logger(logger, self.run_dir, _id_of(saved))
+            run_id = saved.get("state", {}).get("local", {}).get("id")
+            self.loggers[i] = logger = make_logger(logger, self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
-            if is_new or _is_wandb(logger):  # others would list the run a second time
-                logger.log_hparams({k: _hparam(v) for k, v in hparams.items()})
+            if not saved or _is_wandb(logger):  # others would list the run a second time
+                plain = (bool, int, float, str)
+                logger.log_hparams(
+                    {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
+                )
         # disable=None is tqdm's own test for a terminal.
         disable = None if self.progress_bar else True
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
@@ -212,20 +162,25 @@ class RunReport:
         evaluation: Mapping[str, float] | TrialResults,
     ) -> None:
         """Write the means since the last row, ``extra`` and the numbers of an evaluation."""
-        seconds = self.stopwatch.read()
-        elapsed = max(seconds["training"] - self._last["training"], 1e-9)
-        row = {"update": update, "frames": frames}
-        row |= {f"seconds_{activity}": value for activity, value in seconds.items()}
-        row["frames_per_second"] = (frames - self._last["frames"]) / elapsed
-        row["updates_per_second"] = (update - self._last["updates"]) / elapsed
+        seconds, last = self.stopwatch.read(), self._last
+        elapsed = max(seconds["training"] - last["training"], 1e-9)
+        row = {
+            "update": update,
+            "frames": frames,
+            **{f"seconds_{activity}": value for activity, value in seconds.items()},
+            "frames_per_second": (frames - last["frames"]) / elapsed,
+            "updates_per_second": (update - last["updates"]) / elapsed,
+            **extra,
+            **self.window.means(),
+            **evaluation_metrics(evaluation),
+        }
         self._last = {"frames": frames, "updates": update, "training": seconds["training"]}
-        row |= {**extra, **self.window.means(), **evaluation_metrics(evaluation)}
         self.table.append(row)
         self._show(row)
         for logger in self.loggers:
             for name, value in row.items():
                 logger.log_scalar(name, value, step=update)
-        if isinstance(evaluation, TrialResults):
+        if isinstance(evaluation, TrialResults) and self.loggers:
             self._log_attempts(evaluation, update)
 
     def _show(self, row: Mapping[str, float]) -> None:
@@ -234,12 +189,10 @@ class RunReport:
         shown = {short: f"{value:.4g}" for short, value in shown.items()}
         self._bar.set_postfix(shown, refresh=False)
         numbers = ", ".join(f"{short} {value}" for short, value in shown.items())
-        self.say(f"update {row['update']}/{self._total}, {row['frames']} frames: {numbers}")
+        self.say(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {numbers}")
 
     def _log_attempts(self, results: TrialResults, update: int) -> None:
-        """Give the loggers return and success of each attempt, as numbers and as a picture."""
-        if results.attempt_return.shape[1] < 2 or not self.loggers:
-            return
+        """Log return and success of each attempt, as numbers and as a picture."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adaptation_curve.png"
             plot_adaptation_curve(results, path)
@@ -251,7 +204,6 @@ class RunReport:
 
     def close(self) -> None:
         """Close everything that is open."""
-        self.stopwatch.stop()
         for logger in self.loggers:
             if not isinstance(logger, str):
                 logger.shutdown()
@@ -259,7 +211,7 @@ class RunReport:
             self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Window, clocks, size of the table, and what loggers need to go on."""
+        """Window, clocks, size of the table, and whatever loggers need to go on."""
         loggers = {
             str(i): {"kind": type(logger).__name__, "state": logger.state_dict()}
             for i, logger in enumerate(self.loggers)
@@ -290,16 +242,12 @@ def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str,
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:
-    """A TorchRL logger by name, writing into ``run_dir``; loggers pass through.
+    """Make a TorchRL logger that writes into ``run_dir``; loggers pass through.
 
     Args:
         logger: ``"tensorboard"``, ``"wandb"`` or any :class:`torchrl.record.loggers.Logger`.
         run_dir: the run's folder; its name is the experiment's.
         run_id: run to go on with, of a logger that has ids.
-
-    Raises:
-        ImportError: if the package is missing; the message names the extra to install.
-        ValueError: for another name.
     """
     if not isinstance(logger, str):
         return logger
@@ -313,22 +261,12 @@ def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = 
             f"the {logger!r} logger needs the package {logger}, which is not installed. Install "
             f"it with: pip install 'torchrl-amago[{logger}]'"
         )
+    from torchrl.record.loggers import TensorboardLogger, WandbLogger
+
     run_dir = Path(run_dir)
     if logger == "tensorboard":
-        from torchrl.record.loggers import TensorboardLogger
-
         return TensorboardLogger(exp_name="tensorboard", log_dir=str(run_dir))
-    from torchrl.record.loggers import WandbLogger
-
     return WandbLogger(exp_name=run_dir.name, save_dir=str(run_dir), id=run_id)
-
-
-def _id_of(saved: Mapping[str, Any]) -> str | None:
-    return saved.get("state", {}).get("local", {}).get("id")
-
-
-def _hparam(value: Any) -> Any:
-    return value if isinstance(value, bool | int | float | str) else str(value)
 
 
 def _is_wandb(logger: Logger) -> bool:
