@@ -226,13 +226,13 @@ class AMAGOTrainer:
         except KeyboardInterrupt:
             self._outcome = "interrupted"
         except Exception as error:
-            # Ctrl-C reaches worker processes too: errors from their death are expected.
-            if self._outcome != "interrupted":
+            if self._outcome == "finished":
                 raise
-            torchrl_logger.debug(f"after the interruption: {error!r}")
+            # Signals reach worker processes too: errors from their death are expected.
+            torchrl_logger.warning(f"after the signal: {error!r}")
         finally:
             self.report.close()
-            self.collector.shutdown(raise_on_error=self._outcome != "interrupted")
+            self.collector.shutdown(raise_on_error=self._outcome == "finished")
             self._release()
         if self._outcome != "finished":
             torchrl_logger.warning(
