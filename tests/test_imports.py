@@ -24,6 +24,7 @@ NAME = "torchrl_amago"
 # A part may import those of lower rank and itself. Parts of equal rank don't know one another.
 RANKS = {
     "files": 0,
+    "state_file": 1,
     "keys": 0,
     "action_space": 0,
     "choice": 0,

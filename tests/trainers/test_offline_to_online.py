@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainers.test_amago_resume import assert_same_run, fingerprint, interrupt_at
+from tests.trainers.test_amago_resume import assert_same_run, fingerprint, signal_at
 from tests.trainers.tiny import make_trainer
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture
@@ -42,7 +42,7 @@ def make_offline_trainer(run_dir, data, online_after=9, generator=None, **option
 
 def frames_by_update(trainer):
     frames = []
-    trainer.register_op("post_optim", lambda: frames.append(trainer.collected_frames))
+    trainer.callbacks.append(lambda trainer: frames.append(trainer.counts.frames))
     trainer.train()
     return frames
 
@@ -104,7 +104,7 @@ def test_resumes_exactly_on_both_sides_of_the_switch(tmp_path, data, stop, own_g
 
     whole = finish(make(tmp_path / "whole"))
     first = make(tmp_path / "run")
-    interrupt_at(first, stop)
+    signal_at(first, stop)
     assert first.train() == "interrupted"
     torch.manual_seed(999)
     second = make(tmp_path / "run", weights_seed=1)
