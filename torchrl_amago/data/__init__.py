@@ -1,7 +1,7 @@
 """Replay of whole trials: storage that survives, draws of padded slices, collection, saving and loading.
 
-`make_trial_buffer` assembles a TorchRL replay buffer from a `TrialStorage` and a `TrialSliceSampler`. `relabel`
-shows trials with other goals as they are drawn, `TrialMixture` draws from several buffers, and
+`make_trial_buffer` gives a TorchRL replay buffer of whole trials, and `TrialSliceSampler` serves TorchRL's own, too.
+`relabel` shows trials with other goals as they are drawn, `TrialMixture` draws from several buffers, and
 `offline`, which knows environments too, brings data from elsewhere.
 """
 
@@ -11,7 +11,6 @@ from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Re
 from torchrl_amago.data.replay import (
     TrialReplayBuffer,
     TrialSliceSampler,
-    TrialStorage,
     load_replay,
     make_trial_buffer,
     save_replay,
@@ -25,7 +24,6 @@ __all__ = [
     "TrialMixture",
     "TrialReplayBuffer",
     "TrialSliceSampler",
-    "TrialStorage",
     "load_replay",
     "make_trial_buffer",
     "save_replay",

@@ -3,12 +3,10 @@
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer, make_trial_buffer
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 from torchrl_amago.data.replay.saving import load_replay, save_replay
-from torchrl_amago.data.replay.storage import TrialStorage
 
 __all__ = [
     "TrialReplayBuffer",
     "TrialSliceSampler",
-    "TrialStorage",
     "load_replay",
     "make_trial_buffer",
     "save_replay",
