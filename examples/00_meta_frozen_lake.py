@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -25,7 +26,6 @@ from torchrl_amago import (
     BothResults,
     HeldOut,
     MetaFrozenLake,
-    TrainingArgs,
     TrialResults,
     bayes_optimal_success,
     make_policy,
@@ -34,8 +34,6 @@ from torchrl_amago import (
     plot_adaptation_curve,
     plot_learning_curve,
     plot_trial_strip,
-    run_command_line,
-    train_and_evaluate,
 )
 
 
@@ -84,7 +82,7 @@ def train(
     args: Args,
     policy_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
-) -> BothResults | None:
+) -> BothResults:
     """Train and evaluate; options of the policy and the loss win over those of `args`."""
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
@@ -107,9 +105,8 @@ def train(
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        print(results.describe())
-        draw_pictures(args, results.greedy, held_out.pictures())
+    print(results.describe())
+    draw_pictures(args, results.greedy, held_out.pictures())
     return results
 
 

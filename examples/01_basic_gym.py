@@ -23,6 +23,7 @@ from typing import Any, Literal
 import gymnasium as gym
 import numpy as np
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -30,15 +31,12 @@ from torchrl_amago import (
     HeldOut,
     HLGauss,
     PopArt,
-    TrainingArgs,
     make_policy,
     make_trainer,
     make_trial_env,
     plot_learning_curve,
     plot_trial_strip,
     rollout_pictures,
-    run_command_line,
-    train_and_evaluate,
 )
 
 # What stays visible under --mask-velocities: cart position and pole angle; cosine and sine of the angle.
@@ -182,7 +180,7 @@ def loss_options(args: Args) -> dict[str, Any]:
     return options
 
 
-def train(args: Args) -> BothResults | None:
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     length = trial_length(args)
     context_length = min(args.context_length, length)
@@ -209,9 +207,8 @@ def train(args: Args) -> BothResults | None:
         **args.trainer_options(**critic_options),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        print(results.describe("trial_return"))
-        draw_pictures(args, policy, held_out.seed + 1)
+    print(results.describe("trial_return"))
+    draw_pictures(args, policy, held_out.seed + 1)
     return results
 
 

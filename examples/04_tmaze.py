@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -27,14 +28,11 @@ from torchrl_amago import (
     BothResults,
     HeldOut,
     TMaze,
-    TrainingArgs,
     make_policy,
     make_trainer,
     make_trial_env,
     plot_learning_curve,
     plot_trial_strip,
-    run_command_line,
-    train_and_evaluate,
 )
 
 
@@ -78,7 +76,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(maze, episodes=1, show_progress=False)
 
 
-def train(args: Args) -> BothResults | None:
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     trial_length = env.base_env.episode_length
@@ -104,9 +102,8 @@ def train(args: Args) -> BothResults | None:
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        print(results.describe("success", "trial_return"))
-        draw_pictures(args, held_out.pictures())
+    print(results.describe("success", "trial_return"))
+    draw_pictures(args, held_out.pictures())
     return results
 
 

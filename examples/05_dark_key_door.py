@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -27,7 +28,6 @@ from torchrl_amago import (
     BothResults,
     DarkKeyDoor,
     HeldOut,
-    TrainingArgs,
     TrialResults,
     make_policy,
     make_trainer,
@@ -35,8 +35,6 @@ from torchrl_amago import (
     plot_adaptation_curve,
     plot_learning_curve,
     plot_trial_strip,
-    run_command_line,
-    train_and_evaluate,
 )
 
 THROUGH_DOOR = 1.0  # an attempt succeeds if its return is larger: key and door
@@ -81,7 +79,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(room, horizon=args.horizon, show_progress=args.show_progress)
 
 
-def train(args: Args) -> BothResults | None:
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     policy = make_policy(
@@ -104,10 +102,9 @@ def train(args: Args) -> BothResults | None:
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        # Success at the last attempt says nothing here: the horizon cuts quick agents' last ones.
-        print(results.describe("trial_return", "success_first"))
-        draw_pictures(args, results.greedy, held_out.pictures())
+    # Success at the last attempt says nothing here: the horizon cuts quick agents' last ones.
+    print(results.describe("trial_return", "success_first"))
+    draw_pictures(args, results.greedy, held_out.pictures())
     return results
 
 

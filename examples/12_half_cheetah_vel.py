@@ -19,20 +19,18 @@ from pathlib import Path
 
 import gymnasium as gym
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
     BothResults,
     HeldOut,
-    TrainingArgs,
     TrialResults,
     make_policy,
     make_trainer,
     make_trial_env,
     plot_adaptation_curve,
     plot_learning_curve,
-    run_command_line,
-    train_and_evaluate,
 )
 from torchrl_amago.envs.libs import HalfCheetahVel
 
@@ -87,7 +85,7 @@ def make_env(args: Args, num_envs: int) -> EnvBase:
     )
 
 
-def train(args: Args) -> BothResults | None:
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     trial_length = args.episodes * args.episode_steps
     env = make_env(args, args.num_envs)
@@ -111,9 +109,8 @@ def train(args: Args) -> BothResults | None:
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        print(results.describe("trial_return"))
-        draw_pictures(args, results.greedy)
+    print(results.describe("trial_return"))
+    draw_pictures(args, results.greedy)
     return results
 
 

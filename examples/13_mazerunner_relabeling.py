@@ -24,6 +24,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -32,14 +33,11 @@ from torchrl_amago import (
     GoalSequenceRelabel,
     HeldOut,
     MazeRunner,
-    TrainingArgs,
     make_policy,
     make_trainer,
     make_trial_env,
     plot_learning_curve,
     plot_trial_strip,
-    run_command_line,
-    train_and_evaluate,
 )
 
 
@@ -75,7 +73,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(maze, episodes=1, show_progress=False)
 
 
-def train(args: Args) -> BothResults | None:
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     policy = make_policy(
@@ -98,9 +96,8 @@ def train(args: Args) -> BothResults | None:
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        print(results.describe("trial_return", "success", "trial_length"))
-        draw_pictures(args, held_out.pictures())
+    print(results.describe("trial_return", "success", "trial_length"))
+    draw_pictures(args, held_out.pictures())
     return results
 
 

@@ -2,12 +2,12 @@
 
     python examples/14_offline_to_online.py                          # makes pendulum/weak-5-v0 if need be
     python examples/14_offline_to_online.py --online-after 6000 --run-dir runs/offline_only   # never plays
-    python examples/14_offline_to_online.py --dataset mujoco/hopper/medium-v0   # any that Minari has here
+    python examples/14_offline_to_online.py --dataset mujoco/hopper/medium-v0 --env-id Hopper-v5
     python examples/14_offline_to_online.py --debug                  # under a minute, to see that all runs
     python examples/14_offline_to_online.py --resume                 # go on after Ctrl-C
 
-The first `--online-after` updates use the dataset alone. Then the agent plays in the environment that
-the dataset names, and batches are made of both, less and less of the dataset. Needs Minari
+The first `--online-after` updates use the dataset alone. Then the agent plays in the environment, and
+batches are made of both, less and less of the dataset. Needs Minari
 (`pip install 'torchrl-amago[offline]'`), which looks for datasets in $MINARI_DATASETS_PATH, by default
 ~/.minari/datasets. Results land in the run's folder: `progress.csv`, `learning_curve.png`,
 `evaluation.npz`, `evaluation_sampled.npz`, the policy's weights and checkpoints.
@@ -23,6 +23,7 @@ import make_minari_dataset
 import minari
 import numpy as np
 import torch
+from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
@@ -30,7 +31,6 @@ from torchrl_amago import (
     BothResults,
     HeldOut,
     PopArt,
-    TrainingArgs,
     TrialMixture,
     load_trials,
     make_policy,
@@ -39,8 +39,6 @@ from torchrl_amago import (
     make_trial_env,
     plot_learning_curve,
     read_minari,
-    run_command_line,
-    train_and_evaluate,
 )
 
 
@@ -50,6 +48,11 @@ class Args(TrainingArgs):
 
     dataset: str | None = None
     """Id of a Minari dataset on this machine; by default one that is made here, see make_minari_dataset.py."""
+    env_id: str | None = None
+    """Environment of --dataset, by its id in Gymnasium."""
+    trust_dataset_env: bool = False
+    """Make the environment that --dataset describes. Its description can run any code: only for datasets
+    of people you trust."""
     dataset_episodes: int = 5
     """Episodes of the dataset that is made here. Of many, with all their noise, nearly everything can be
     learned without playing."""
@@ -58,7 +61,7 @@ class Args(TrainingArgs):
     dataset_weight: float = 0.25
     """Share of a batch that comes from the dataset in the end."""
     anneal_updates: int = 1000
-    """Updates over which the share of new experience rises."""
+    """Updates over which the fraction of new experience rises."""
     online_coeff: float = 1.0
     """Weight of the policy gradient in the actor's loss."""
     offline_coeff: float = 0.1
@@ -95,9 +98,23 @@ def find_dataset(args: Args) -> minari.MinariDataset:
     return make_minari_dataset.make_dataset(own)
 
 
-def make_env(dataset: minari.MinariDataset, num_envs: int) -> EnvBase:
+def make_env(args: Args, dataset: minari.MinariDataset, num_envs: int) -> EnvBase:
+    env_id = args.env_id
+    if args.dataset is None:
+        env_id = make_minari_dataset.Args.env_id
+    elif (env_id is None) != args.trust_dataset_env:
+        raise ValueError(
+            f"--dataset needs either --env-id or --trust-dataset-env; {dataset.id} says that its "
+            f"environment is {dataset.env_spec.id}. Its description can run any code."
+        )
+
+    def make_one() -> gym.Env:
+        if env_id is None:
+            return dataset.recover_environment()
+        return gym.make(env_id, max_episode_steps=dataset.env_spec.max_episode_steps)
+
     together = gym.vector.SyncVectorEnv(
-        [dataset.recover_environment] * num_envs,
+        [make_one] * num_envs,
         # The trial transform resets what is done.
         autoreset_mode=gym.vector.AutoresetMode.DISABLED,
     )
@@ -133,11 +150,11 @@ def make_replay(
     return mixture, float(np.mean(report.returns))
 
 
-def train(args: Args) -> BothResults | None:
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     dataset = find_dataset(args)
     length = dataset.env_spec.max_episode_steps
-    env = make_env(dataset, args.num_envs)
+    env = make_env(args, dataset, args.num_envs)
     policy = make_policy(
         env,
         context_length=args.context_length,
@@ -149,7 +166,7 @@ def train(args: Args) -> BothResults | None:
         **args.policy_options(positions="rotary", window=args.context_length),
     )
     replay, dataset_return = make_replay(args, dataset, env)
-    held_out = HeldOut(policy, make_env(dataset, min(64, args.eval_trials)))
+    held_out = HeldOut(policy, make_env(args, dataset, min(64, args.eval_trials)))
     options = dict(online_coeff=args.online_coeff, offline_coeff=args.offline_coeff, n_step=3)
     if args.loss == "amago":
         # The published step size averages over a third of this run.
@@ -166,9 +183,8 @@ def train(args: Args) -> BothResults | None:
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    if results is not None:
-        print(f"{results.describe('trial_return')}; the dataset's mean {dataset_return:.3f}")
-        draw_picture(args, dataset.id, dataset_return)
+    print(f"{results.describe('trial_return')}; the dataset's mean {dataset_return:.3f}")
+    draw_picture(args, dataset.id, dataset_return)
     return results
 
 

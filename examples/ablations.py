@@ -25,11 +25,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from common import DEBUG
 
 from torchrl_amago import DISCOUNTS, HLGauss, PopArt, TrialResults, TwoHot, bayes_optimal_success
 from torchrl_amago.evaluation import BothResults, Interval, interquartile_mean
-from torchrl_amago.trainers import CheckpointStore, read_progress
-from torchrl_amago.trainers.command_line import DEBUG
+from torchrl_amago.trainers import read_progress
 
 # A module whose name begins with a digit can't be imported by a statement.
 lake = importlib.import_module("00_meta_frozen_lake")
@@ -117,7 +117,7 @@ class LakeArgs(lake.Args):
         return shlex.join([sys.executable, *sys.argv])
 
 
-def train(args: Args, variant: str, seed: int) -> BothResults | None:
+def train(args: Args, variant: str, seed: int) -> BothResults:
     folder = args.folder(variant, seed)
     settings = dict(
         run_dir=folder,
@@ -126,7 +126,7 @@ def train(args: Args, variant: str, seed: int) -> BothResults | None:
         total_updates=args.updates,
         # The same share of the run as in the example: exploration is to be over at the end.
         anneal_frames=lake.Args.anneal_frames * args.updates // lake.Args.total_updates,
-        resume=CheckpointStore(folder).latest() is not None,
+        resume=True,
     )
     changed = VARIANTS[variant]
     debug = DEBUG if args.debug else {}
@@ -139,7 +139,7 @@ def train(args: Args, variant: str, seed: int) -> BothResults | None:
 
 def train_process(args: Args, variant: str, seed: int) -> None:
     torch.set_num_threads(args.threads)
-    sys.exit(130 if train(args, variant, seed) is None else 0)
+    train(args, variant, seed)  # leaves with 130 after Ctrl-C
 
 
 def is_finished(folder: Path, updates: int) -> bool:
@@ -174,7 +174,7 @@ def train_missing(args: Args) -> list[str]:
             try:
                 process.join()
             except KeyboardInterrupt:
-                process.join()  # it got the signal too, and writes a checkpoint
+                process.join()  # it got the signal too, and ends by itself
                 sys.exit(130)
             if process.exitcode:
                 failed.append(str(folder))

@@ -43,9 +43,14 @@ def test_a_file_is_replaced_when_it_is_complete(tmp_path):
 def test_an_error_keeps_the_file_that_was_there(tmp_path):
     path = tmp_path / "note.txt"
     path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replace_file(path, "w") as file:
-        file.write("half")
-        raise KeyboardInterrupt
+
+    def replace():
+        with replace_file(path, "w") as file:
+            file.write("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace()
     assert path.read_text() == "old"
     assert names(tmp_path) == ["note.txt"]
 
@@ -63,9 +68,14 @@ def test_an_error_keeps_the_folder_that_was_there(tmp_path):
     path = tmp_path / "checkpoint"
     with replace_folder(path) as folder:
         (folder / "a").write_text("a")
-    with pytest.raises(ValueError, match="stop"), replace_folder(path) as folder:
-        (folder / "b").write_text("b")
-        raise ValueError("stop")
+
+    def replace():
+        with replace_folder(path) as folder:
+            (folder / "b").write_text("b")
+            raise ValueError("stop")
+
+    with pytest.raises(ValueError, match="stop"):
+        replace()
     assert names(path) == ["a"]
     assert names(tmp_path) == ["checkpoint"]
 

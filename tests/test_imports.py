@@ -1,6 +1,6 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, steps, action_space, choice <- objectives.functional <- modules, envs, data <- data.offline,
+The direction is ``keys, steps, action_space, choice <- rows, objectives.functional <- modules, envs, data <- data.offline,
 objectives <- evaluation, compat <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
@@ -24,10 +24,12 @@ NAME = "torchrl_amago"
 # A part may import those of lower rank and itself. Parts of equal rank don't know one another.
 RANKS = {
     "files": 0,
+    "state_file": 1,
     "keys": 0,
     "action_space": 0,
     "choice": 0,
     "steps": 0,
+    "rows": 1,
     "objectives.functional": 1,
     "modules": 2,
     "envs": 2,

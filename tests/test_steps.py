@@ -30,6 +30,13 @@ def test_without_a_fill_padding_stays_as_it_is():
     assert not Steps(MASK, compact=False).select(x, fill=0)[~MASK].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+@pytest.mark.parametrize("compact", [False, True, None])
+def test_refuses_masks_that_are_not_bool(dtype, compact):
+    with pytest.raises(ValueError, match=f"a mask of steps must be bool.*got {dtype}"):
+        Steps(MASK.to(dtype), compact)
+
+
 def test_one_row_on_cpu_outside_of_compilation(monkeypatch):
     assert Steps(MASK).compact
     assert not Steps(MASK.to("meta")).compact

@@ -89,12 +89,9 @@ from torchrl_amago.modules import (
 from torchrl_amago.objectives import LOSSES, AMAGOLoss, amago2_loss, amago_loss
 from torchrl_amago.trainers import (
     AMAGOTrainer,
-    TrainingArgs,
     load_policy,
     make_optimizer,
     make_trainer,
-    run_command_line,
-    train_and_evaluate,
 )
 
 __version__ = "0.1.0"
@@ -146,7 +143,6 @@ __all__ = [
     "TMaze",
     "TimestepEncoder",
     "TokenEmbedding",
-    "TrainingArgs",
     "TrajectoryEncoder",
     "TransformerEncoder",
     "TrialCollector",
@@ -180,7 +176,5 @@ __all__ = [
     "read_d4rl",
     "read_minari",
     "rollout_pictures",
-    "run_command_line",
     "save_replay",
-    "train_and_evaluate",
 ]

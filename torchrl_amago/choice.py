@@ -1,8 +1,11 @@
-"""Arguments that name one of a few things, or a part, or are one; and those that count."""
+"""Arguments that name one of a few things, or a part, or are one; those that count; and numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from math import isfinite
+from numbers import Integral
 from typing import TypeVar
 
 Builder = TypeVar("Builder", bound=Callable)
@@ -33,8 +36,21 @@ def pick(argument: str, choice: str | Builder, known: Mapping[str, Builder], hin
     return known[choice]
 
 
-def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
-    """Refuse what isn't among the choices; the first of them is the usual one.
+def name_of(choice: object) -> object:
+    """A function's name, with the arguments that a partial one is given; other values as they are.
+
+    Example:
+        >>> name_of(partial(max, default=3.0)), name_of(0.5)
+        ('max(default=3.0)', 0.5)
+    """
+    if isinstance(choice, partial):
+        given = [*map(repr, choice.args), *(f"{k}={v!r}" for k, v in choice.keywords.items())]
+        return f"{name_of(choice.func)}({', '.join(given)})"
+    return getattr(choice, "__qualname__", type(choice).__name__) if callable(choice) else choice
+
+
+def check_choice(argument: str, value: object, choices: Sequence[object]) -> None:
+    """Raise ValueError for what isn't among the choices; the first of them is the usual one.
 
     Raises:
         ValueError: for another value.
@@ -50,18 +66,35 @@ def check_choice(argument: str, value: str, choices: Sequence[str]) -> None:
 
 
 def check_counts(remedy: str, **counts: int) -> None:
-    """Refuse counts below 1, by name.
+    """Raise ValueError for counts below 1 and what is no integer, by name.
 
     Args:
         remedy: the message's last sentence.
         counts: values by the arguments' names.
 
     Raises:
-        ValueError: for the first that is smaller.
+        ValueError: for the first such.
 
     Example:
         >>> check_counts("Use 4, as published.", num_critics=2)
     """
     for name, value in counts.items():
+        if not isinstance(value, Integral):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}. {remedy}")
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}. {remedy}")
+
+
+def check_positive(remedy: str, **numbers: float) -> None:
+    """Refuse numbers that aren't positive and finite, by name; see :func:`check_counts`.
+
+    Raises:
+        ValueError: for the first such.
+
+    Example:
+        >>> check_positive("Use 1 where in doubt.", temperature=0.5)
+    """
+    for name, value in numbers.items():
+        if value <= 0 or not isfinite(value):
+            finite = "" if isfinite(value) else " and finite"
+            raise ValueError(f"{name} must be positive{finite}, got {value}. {remedy}")

@@ -32,6 +32,7 @@ ACTION_VALUE = "action_value"
 ACTION_VECTOR = "action_vector"
 MASK = ("collector", "mask")
 SOURCE = ("collector", "source")
+TRAJECTORY = ("collector", "traj_ids")
 
 
 class KeySpec(NamedTuple):
@@ -90,6 +91,8 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "the trial is over and worth nothing more: the only thing that stops bootstrapping"),
     KeySpec(MASK, "B, T", "bool", "TrialReplayBuffer", "timestep encoder, loss",
             "True on real steps, False on padding"),
+    KeySpec(TRAJECTORY, "*B", "int64", "TorchRL's collectors", "loss",
+            "number of the trial: rows of several trials are cut where it changes"),
     KeySpec(SOURCE, "B, T", "int64", "TrialMixture", "TrialMixture",
             "number of the buffer that a slice was drawn from"),
 )  # fmt: skip

@@ -1,20 +1,34 @@
-"""Which steps of a batch count, and how to get from all of them to those and back."""
+"""Selection of a batch's real steps, and the way back to all of them."""
 
 from __future__ import annotations
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor
+
+
+def is_traced(x: Tensor) -> bool:
+    """Whether branches can't depend on `x`: under `torch.compile`, `torch.export` and `torch.vmap`.
+
+    Example:
+        >>> is_traced(torch.zeros(2))
+        False
+    """
+    return torch.compiler.is_compiling() or is_batchedtensor(x)
 
 
 class Steps:
     """The steps M that count: ``[*B]`` as it is, or its real steps alone in one row ``[N]``.
 
     In one row, padding costs nothing and cannot be seen; shapes then depend on the data, which is
-    fine on a CPU but stops ``torch.compile``, and makes a GPU wait.
+    fine on a CPU but stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
 
     Args:
         mask: bool ``[*B]``, True on real steps.
-        compact: put the real steps in one row; default on a CPU, outside of ``torch.compile``.
+        compact: put the real steps in one row; default on a CPU, outside of those.
+
+    Raises:
+        ValueError: if the mask isn't bool.
 
     Example:
         >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
@@ -27,8 +41,13 @@ class Steps:
     """
 
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use mask.bool() "
+                "if it holds zeros and ones."
+            )
         if compact is None:
-            compact = mask.device.type == "cpu" and not torch.compiler.is_compiling()
+            compact = mask.device.type == "cpu" and not is_traced(mask)
         self.full_mask, self.compact = mask, compact
         #: ``[M]``, which of the steps that are kept are real.
         self.mask = mask[mask] if compact else mask

@@ -74,6 +74,9 @@ class Rollout:
         )
         self.step()
         self.td["is_init"].zero_()
+        if not self.encoder.has_memory:
+            self.nbytes = 0
+            return
         memory = self.encoder.memory_of(self.td)
         self.nbytes = memory.nbytes / 12
         for _ in range(steps_before - 1):

@@ -15,7 +15,7 @@ from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import DarkKeyDoor, MetaFrozenLake, PreviousStepTransform, make_trial_env
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.data import TrialCollector, make_trial_buffer
-from torchrl_amago.data.offline import TrialSchema
+from torchrl_amago.data.offline.checking import TrajectoryChecker
 
 
 class Collected(NamedTuple):
@@ -26,13 +26,9 @@ class Collected(NamedTuple):
     action_scale: float = 1.0  # from the policy's to the environment's
 
     @property
-    def schema(self) -> TrialSchema:
-        return TrialSchema.from_env(self.env)
-
-    @property
     def own_keys(self) -> list:
         """What the task shows, without what transforms add."""
-        return self.schema.given
+        return [*TrajectoryChecker(self.env).given]
 
 
 def vector_env(env_id: str, steps: int, rows: int = 3, **options) -> EnvBase:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from tensordict import assert_close
@@ -138,7 +140,7 @@ def test_refuses_empty_fragments():
 
 def test_refuses_fragments_for_a_buffer_that_cant_tell_them_apart():
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    with pytest.raises(ValueError, match="fragments need .* a TrialReplayBuffer, got ReplayBuffer"):
+    with pytest.raises(ValueError, match="fragments need .* TrialSliceSampler, got ReplayBuffer"):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, fragment_length=5)
 
 
@@ -152,3 +154,89 @@ def test_names_the_flags_that_are_missing():
     )
     with pytest.raises(ValueError, match="trials end where 'done', .* steps have none of them"):
         list(collector)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "reason"),
+    [
+        ("split_trajs", True, "without padding"),
+        ("set_truncated", True, "it would end each trial with the batch"),
+        ("track_traj_ids", False, "told apart by their number"),
+        ("extend_buffer", False, "steps wait until their trial is complete"),
+        ("trajs_per_write", 3, "are written together"),
+    ],
+)
+def test_refuses_what_contradicts_whole_trials(option, value, reason):
+    buffer = ReplayBuffer(storage=LazyTensorStorage(10))
+    with pytest.raises(ValueError, match=f"{option} must be .* got {value}: .*{reason}"):
+        TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, **{option: value})
+
+
+def test_refuses_to_write_nowhere():
+    with pytest.raises(TypeError, match="must have a replay_buffer to write trials to, got None"):
+        TrialCollector(None, act, frames_per_batch=1)
+
+
+@pytest.mark.parametrize("fragment_length", [None, 3])
+def test_postproc_sees_trials_as_padded_rows_and_may_shorten_them(fragment_length):
+    lengths, seen = [6, 2, 5], []
+
+    def cut_to_four(rows):
+        mask = rows["collector", "mask"]
+        assert (mask.long().diff(dim=1) <= 0).all()
+        seen.extend(rows["time_idx"][row, mask[row], 0].tolist() for row in range(len(rows)))
+        left = mask & (torch.arange(mask.shape[1]) < 4)
+        if fragment_length is None:
+            rows["next", "done"] = rows["next", "done"] | (rows["time_idx"] == 3)
+        return rows.set(("collector", "mask"), left)
+
+    env = ScriptedTrials([[[[1.0] * m]] for m in lengths])
+    env = TransformedEnv(env, Compose(InitTracker(), PreviousStepTransform()))
+    buffer = make_trial_buffer(500, slice_length=3, batch_size=8, warn_short=False)
+    collector = TrialCollector(
+        env, act, frames_per_batch=30, total_frames=120, replay_buffer=buffer, postproc=cut_to_four,
+        fragment_length=fragment_length, stagger=False,
+    )  # fmt: skip
+    list(collector)
+    if fragment_length is None:
+        assert {tuple(time) for time in seen} == {tuple(range(m)) for m in lengths}
+        assert {len(trial) for trial in stored_trials(buffer)} == {4, 2}
+    else:
+        assert {tuple(time) for time in seen} == {(0, 1, 2), (3, 4, 5), (0, 1), (3, 4)}
+    for trial in stored_trials(buffer):
+        assert ("collector", "mask") not in trial.keys(True)
+
+
+def test_dropping_trials_at_each_batch_drops_fragments_begun():
+    env = TransformedEnv(Endless(2), Compose(InitTracker(), PreviousStepTransform()))
+    buffer = make_trial_buffer(500, slice_length=3, batch_size=8, warn_short=False)
+    collector = TrialCollector(
+        env, act, frames_per_batch=20, total_frames=100, replay_buffer=buffer, fragment_length=4,
+        stagger=False, reset_at_each_iter=True,
+    )  # fmt: skip
+    list(collector)
+    # 10 steps of each row in each batch: two fragments, and two steps that are dropped.
+    times = [trial["time_idx"].flatten().tolist() for trial in stored_trials(buffer)]
+    assert sorted(times) == [[0, 1, 2, 3]] * 10 + [[4, 5, 6, 7]] * 10
+
+
+@pytest.mark.parametrize("prepared", ["next", "start"])
+def test_may_be_driven_step_by_step_or_from_a_thread(prepared):
+    env = TransformedEnv(Endless(2), Compose(InitTracker(), PreviousStepTransform()))
+    buffer = make_trial_buffer(500, slice_length=3, batch_size=8, warn_short=False)
+    collector = TrialCollector(
+        env, act, frames_per_batch=20, total_frames=100, replay_buffer=buffer, fragment_length=5,
+        stagger=False,
+    )  # fmt: skip
+    if prepared == "next":
+        for _ in range(5):
+            assert collector.next() is None
+    else:
+        collector.start()
+        deadline = time.monotonic() + 60
+        while collector.is_running():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert len(buffer) == 100
+    assert collector.stats()["frames"] == 100
+    collector.shutdown()

@@ -18,7 +18,7 @@ from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import MazeRunner
 
 MASK = ("collector", "mask")
-BLANK = (-1.0, -1.0)
+EMPTY = (-1.0, -1.0)
 NAN = float("nan")
 REPLACED = [
     "goals",
@@ -38,16 +38,16 @@ REPLACED = [
 def play(achieved: list[list[tuple]], goals: list[tuple], before: float = 0.0) -> list[dict]:
     """What a trial shows that achieves these things in its steps and has these goals, until it ends.
 
-    One goal is met in a step, the first that isn't blank; then it is shown blank. The last one ends the
+    One goal is met in a step, the first that isn't empty; then it is shown empty. The last one ends the
     trial; if that doesn't happen, the last step truncates it.
     """
     goals, steps = list(goals), []
     for t, places in enumerate(achieved):
         shown = list(goals)
-        left = [i for i, goal in enumerate(goals) if goal != BLANK]
+        left = [i for i, goal in enumerate(goals) if goal != EMPTY]
         reward = float(bool(left) and goals[left[0]] in places)
         if reward:
-            goals[left[0]] = BLANK
+            goals[left[0]] = EMPTY
         terminated = reward == 1.0 and len(left) == 1
         last = terminated or t == len(achieved) - 1
         steps.append(
@@ -87,7 +87,7 @@ def as_batch(trials: list[list[dict]]) -> TensorDict:
 
 def relabelled(relabel: Relabel, batch: TensorDict, seed: int = 0) -> TensorDict:
     """The batch with what a relabeller put in place of its entries, as the buffer gives it."""
-    return batch.clone().update(relabel(batch, torch.Generator().manual_seed(seed)))
+    return batch.clone().update(relabel.relabel_trials(batch, torch.Generator().manual_seed(seed)))
 
 
 def assert_shows(batch: TensorDict, trials: list[list[dict]]) -> None:
@@ -104,17 +104,17 @@ places = st.tuples(st.integers(0, 2), st.integers(0, 1)).map(lambda xy: (xy[0] /
 
 @st.composite
 def worlds(draw, most_goals: int = 4):
-    """(achieved, goals) of some trials of equal numbers of goals; some begin with blank ones."""
+    """(achieved, goals) of some trials of equal numbers of goals; some begin with empty ones."""
     num_goals, num_places = draw(st.integers(1, most_goals)), draw(st.integers(1, 3))
     trials = []
     for _ in range(draw(st.integers(1, 4))):
         place = st.lists(
-            st.one_of(places, st.just(BLANK)), min_size=num_places, max_size=num_places
+            st.one_of(places, st.just(EMPTY)), min_size=num_places, max_size=num_places
         )
         achieved = draw(st.lists(place, min_size=1, max_size=12))
         goals = draw(st.lists(places, min_size=num_goals, max_size=num_goals))
-        num_blank = draw(st.integers(0, num_goals - 1))
-        trials.append((achieved, [BLANK] * num_blank + goals[num_blank:]))
+        num_empty = draw(st.integers(0, num_goals - 1))
+        trials.append((achieved, [EMPTY] * num_empty + goals[num_empty:]))
     return trials
 
 
@@ -187,16 +187,16 @@ def test_new_sequences_are_made_as_the_paper_says(worlds, strategy, seed):
     out = relabelled(GoalSequenceRelabel(strategy), batch, seed)
     for b, ((achieved, goals), new) in enumerate(zip(worlds, goals_at_first(out), strict=True)):
         steps = play(achieved, goals)
-        old = [goal for goal in goals if goal != BLANK]
-        assert new[: len(goals) - len(old)] == [BLANK] * (len(goals) - len(old))
+        old = [goal for goal in goals if goal != EMPTY]
+        assert new[: len(goals) - len(old)] == [EMPTY] * (len(goals) - len(old))
         new = new[len(goals) - len(old) :]
-        assert BLANK not in new
+        assert EMPTY not in new
         met = [t for t, step in enumerate(steps) if step[("next", "reward")][0]]
         done, open_ = old[: len(met)], old[len(met) :]
         free = [
             t
             for t, step in enumerate(steps)
-            if t not in met and any(place != BLANK for place in step[("next", "achieved")])
+            if t not in met and any(place != EMPTY for place in step[("next", "achieved")])
         ]
         num_met = int(out["next", "reward"][b][out[MASK][b]].sum())
         if strategy == "all":
@@ -216,7 +216,7 @@ def test_a_relabelled_trial_by_hand():
     batch = as_batch([play([[x], [a], [y], [a]], [a, b])])
     seen = set()
     for seed in range(40):
-        out = GoalSequenceRelabel("all")(batch, torch.Generator().manual_seed(seed))
+        out = GoalSequenceRelabel("all").relabel_trials(batch, torch.Generator().manual_seed(seed))
         goals = tuple(goals_at_first(out)[0])
         seen.add(goals)
         length = {(x, a): 2, (a, y): 3, (a, a): 4}[goals]
@@ -227,7 +227,7 @@ def test_a_relabelled_trial_by_hand():
         for name in ("done", "terminated"):
             assert out["next", name].flatten()[:length].tolist() == [False] * (length - 1) + [True]
         assert not out["next", "truncated"].flatten()[length - 1]
-        assert out["next", "goals"][0, length - 1].tolist() == [list(BLANK)] * 2
+        assert out["next", "goals"][0, length - 1].tolist() == [list(EMPTY)] * 2
     assert len(seen) == 3
 
 
@@ -236,10 +236,10 @@ def test_some_draws_each_number_of_new_goals_alike():
     walk = [[(t / 8, 0.0)] for t in range(8)]
     goals = [(9.0, 9.0), (8.0, 8.0), (7.0, 7.0)]
     batch = as_batch([play(walk, goals)]).expand(rows, 8).contiguous()
-    out = GoalSequenceRelabel("some")(batch, torch.Generator().manual_seed(0))
+    out = GoalSequenceRelabel("some").relabel_trials(batch, torch.Generator().manual_seed(0))
     num_new = out["next", "reward"].sum((1, 2)).long()
-    share = torch.bincount(num_new, minlength=num_goals + 1) / rows
-    assert share.tolist() == pytest.approx([0.25] * 4, abs=4 * (0.1875 / rows) ** 0.5)
+    fraction = torch.bincount(num_new, minlength=num_goals + 1) / rows
+    assert fraction.tolist() == pytest.approx([0.25] * 4, abs=4 * (0.1875 / rows) ** 0.5)
     # Where one goal is new, each step's achievement is as likely.
     first = out["goals"][num_new == 1, 0, 0, 0]
     count = torch.bincount((first * 8).round().long(), minlength=8)
@@ -253,14 +253,14 @@ def test_each_achieved_goal_is_as_likely_and_a_step_gives_one():
     """Step 0 achieves two things and step 1 one: of three, each is the new goal equally often."""
     rows = 6000
     p, q, r, goal = (0.0, 0.0), (0.25, 0.0), (0.5, 0.0), (9.0, 9.0)
-    batch = as_batch([play([[p, q], [BLANK, r]], [goal])]).expand(rows, 2).contiguous()
-    out = GoalSequenceRelabel("all")(batch, torch.Generator().manual_seed(0))
+    batch = as_batch([play([[p, q], [EMPTY, r]], [goal])]).expand(rows, 2).contiguous()
+    out = GoalSequenceRelabel("all").relabel_trials(batch, torch.Generator().manual_seed(0))
     count = Counter(tuple(goal) for goal in out["goals"][:, 0, 0].tolist())
     assert set(count) == {p, q, r}
     for number in count.values():
         assert number / rows == pytest.approx(1 / 3, abs=4 * (2 / 9 / rows) ** 0.5)
-    both = as_batch([play([[p, q], [BLANK, r]], [goal, goal])]).expand(200, 2).contiguous()
-    out = GoalSequenceRelabel("all")(both, torch.Generator().manual_seed(0))
+    both = as_batch([play([[p, q], [EMPTY, r]], [goal, goal])]).expand(200, 2).contiguous()
+    out = GoalSequenceRelabel("all").relabel_trials(both, torch.Generator().manual_seed(0))
     assert (out["goals"][:, 0, 1] == torch.tensor(r)).all()
     assert out[MASK].all()
 
@@ -269,7 +269,7 @@ def test_none_reads_and_changes_nothing():
     relabel = GoalSequenceRelabel("none")
     assert relabel.in_keys == []
     mask = torch.tensor([[True, False]])
-    out = relabel(TensorDict({MASK: mask}, [1, 2]))
+    out = relabel.relabel_trials(TensorDict({MASK: mask}, [1, 2]))
     assert list(out.keys(True, True)) == [MASK]
     assert torch.equal(out[MASK], mask)
 
@@ -281,15 +281,16 @@ def test_same_seed_same_goals():
     relabel = GoalSequenceRelabel()
     global_state = torch.get_rng_state()
     first, again, other = (
-        relabel(batch, torch.Generator().manual_seed(seed))["goals"] for seed in (1, 1, 2)
+        relabel.relabel_trials(batch, torch.Generator().manual_seed(seed))["goals"]
+        for seed in (1, 1, 2)
     )
     assert torch.equal(torch.get_rng_state(), global_state)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     torch.manual_seed(5)
-    first = relabel(batch)["goals"]
+    first = relabel.relabel_trials(batch)["goals"]
     torch.manual_seed(5)
-    assert torch.equal(relabel(batch)["goals"], first)
+    assert torch.equal(relabel.relabel_trials(batch)["goals"], first)
 
 
 def test_goals_that_stay_shown_and_trials_that_go_on():
@@ -300,8 +301,8 @@ def test_goals_that_stay_shown_and_trials_that_go_on():
         step[("next", "terminated")] = [False]
         step[("next", "truncated")] = step[("next", "done")]
     batch = as_batch([trial])
-    relabel = GoalSequenceRelabel(blank=None, ends_trial=False)
-    relabel(batch)  # replays the stored trial, and finds it
+    relabel = GoalSequenceRelabel(empty_goal=None, ends_trial=False)
+    relabel.relabel_trials(batch)  # replays the stored trial, and finds it
     out = relabel.with_goals(batch, torch.tensor([[a, b]]))
     assert out[MASK].all()
     assert out["next", "reward"].flatten().tolist() == [0, 1, 1, 0]
@@ -341,7 +342,7 @@ def test_any_reward_function():
         [1, 4],
     )
     relabel = GoalSequenceRelabel(reward_fn=closeness)
-    relabel(batch)
+    relabel.relabel_trials(batch)
     out = relabel.with_goals(batch, torch.tensor([[[1.0, 0.0], [2.0, 0.0]]]))
     assert out["next", "reward"].flatten().tolist()[:3] == [-0.25, 1.0, 0.75]
     assert out[MASK].sum() == 3
@@ -370,8 +371,8 @@ def test_entries_of_other_names_nested_ones_too():
     )
     assert set(relabel.in_keys) == set(other.keys(True, True)) - {MASK}
     generators = [torch.Generator().manual_seed(0) for _ in range(2)]
-    out = relabel(other, generators[0])
-    expected = GoalSequenceRelabel("all")(batch, generators[1])
+    out = relabel.relabel_trials(other, generators[0])
+    expected = GoalSequenceRelabel("all").relabel_trials(batch, generators[1])
     for key in REPLACED:
         assert torch.equal(out[renamed.get(key, key)], expected[key])
 
@@ -398,24 +399,26 @@ def test_integer_goals_of_one_number():
         },
         [1, 3],
     )
-    out = GoalSequenceRelabel("all")(batch)
+    out = GoalSequenceRelabel("all").relabel_trials(batch)
     assert out["goals"].dtype == torch.int64
     assert out["goals"][..., 0].tolist() == [[[4, 5], [4, 5], [-1, 5]]]
     assert out["next", "goals"][0, -1, :, 0].tolist() == [-1, -1]
 
 
-def test_a_blank_that_goals_cant_hold_is_refused():
+def test_an_empty_goal_that_goals_cant_hold_is_refused():
     batch = as_batch([play([[(1.0, 0.0)]], [(1.0, 0.0)])])
     batch["goals"] = batch["goals"].to(torch.uint8)
-    with pytest.raises(ValueError, match=r"blank must be .* got -1.0 for goals of torch.uint8"):
-        GoalSequenceRelabel()(batch)
+    with pytest.raises(
+        ValueError, match=r"empty_goal must be .* got -1.0 for goals of torch.uint8"
+    ):
+        GoalSequenceRelabel().relabel_trials(batch)
 
 
 def test_a_trial_of_several_attempts_is_refused():
     a, x = (0.0, 0.0), (0.25, 0.0)
     attempts = play([[x], [a]], [a, x]) * 2
     with pytest.raises(ValueError, match=r"find what was stored .* \['goals'.*single attempt"):
-        GoalSequenceRelabel()(as_batch([attempts]))
+        GoalSequenceRelabel().relabel_trials(as_batch([attempts]))
 
 
 def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
@@ -423,8 +426,8 @@ def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
     trial[0][("next", "reward")] = [0.5]
     batch = as_batch([trial])
     with pytest.raises(ValueError, match=r"\[\('next', 'reward'\).*reward_fn be the environment's"):
-        GoalSequenceRelabel()(batch)
-    GoalSequenceRelabel(check=False)(batch)
+        GoalSequenceRelabel().relabel_trials(batch)
+    GoalSequenceRelabel(check=False).relabel_trials(batch)
 
 
 def test_a_met_goal_that_truncates_is_refused_with_the_remedy():
@@ -436,7 +439,7 @@ def test_a_met_goal_that_truncates_is_refused_with_the_remedy():
     with pytest.raises(
         ValueError, match=r"'terminated'\), .*end `terminated`, not `truncated`, as"
     ):
-        GoalSequenceRelabel()(batch)
+        GoalSequenceRelabel().relabel_trials(batch)
 
 
 def test_trials_are_checked_until_a_goal_was_met():
@@ -445,13 +448,13 @@ def test_trials_are_checked_until_a_goal_was_met():
     relabel = GoalSequenceRelabel(
         reward_fn=lambda achieved, goal: 0.0 * goal.sum(-1) * achieved[..., 0, 0]
     )
-    relabel(missed)  # says nothing of reward_fn
+    relabel.relabel_trials(missed)  # says nothing of reward_fn
     with pytest.raises(ValueError, match=r"find what was stored .*'reward'"):
-        relabel(met)
+        relabel.relabel_trials(met)
     relabel = GoalSequenceRelabel()
-    relabel(met)
+    relabel.relabel_trials(met)
     met["next", "reward"] *= 2
-    relabel(met)  # is checked no more
+    relabel.relabel_trials(met)  # is checked no more
 
 
 @pytest.mark.parametrize("make", [GoalSequenceRelabel, HindsightRelabel])
@@ -477,7 +480,7 @@ def test_a_time_limit_that_terminates_just_when_a_goal_is_met():
     a, b, x = (0.0, 0.0), (0.5, 0.0), (0.25, 0.0)
     batch = as_batch([play([[x], [a]], [a, b])])
     batch["next", "terminated"][0, 1], batch["next", "truncated"][0, 1] = True, False
-    GoalSequenceRelabel()(batch)  # finds what was stored
+    GoalSequenceRelabel().relabel_trials(batch)  # finds what was stored
     out = GoalSequenceRelabel().with_goals(batch, torch.tensor([[b, a]]))
     assert out["next", "terminated"].flatten().tolist() == [False, True]
 
@@ -486,11 +489,11 @@ def test_shapes_that_do_not_fit_are_refused():
     batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
     batch["next", "achieved"] = torch.zeros(1, 1, 2)
     with pytest.raises(ValueError, match=r"N goals of the same shape.*got \[2\] and \[1, 2\]"):
-        GoalSequenceRelabel()(batch)
+        GoalSequenceRelabel().relabel_trials(batch)
     batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
     relabel = GoalSequenceRelabel(reward_fn=lambda achieved, goal: (achieved == goal).all(-1))
     with pytest.raises(ValueError, match=r"shape \(1, 1, 1\), got \(1, 1, 1, 1\).*reduce over N"):
-        relabel(batch)
+        relabel.relabel_trials(batch)
 
 
 @pytest.mark.parametrize(
@@ -498,7 +501,7 @@ def test_shapes_that_do_not_fit_are_refused():
     [
         (lambda: GoalSequenceRelabel("most"), "strategy must be one of 'some', 'all', 'none'"),
         (lambda: HindsightRelabel("past"), "strategy must be one of 'future', 'final', 'episode'"),
-        (lambda: HindsightRelabel(share=1.5), r"share must be in \[0, 1\], got 1.5"),
+        (lambda: HindsightRelabel(fraction=1.5), r"fraction must be in \[0, 1\], got 1.5"),
     ],
 )
 def test_constructors_refuse(make, match):
@@ -511,13 +514,13 @@ def test_meeting_steps_are_those_of_a_plain_loop(data):
     num_steps, num_goals = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 4))
     flags = st.lists(st.booleans(), min_size=num_goals, max_size=num_goals)
     hits = data.draw(st.lists(flags, min_size=num_steps, max_size=num_steps))
-    blank = data.draw(flags)
+    is_empty = data.draw(flags)
     expected, now = [], -1
     for k in range(num_goals):
-        if not blank[k]:
+        if not is_empty[k]:
             now = next((t for t in range(now + 1, num_steps) if hits[t][k]), num_steps)
         expected.append(now)
-    assert meeting_steps(torch.tensor([hits]), torch.tensor([blank])).tolist() == [expected]
+    assert meeting_steps(torch.tensor([hits]), torch.tensor([is_empty])).tolist() == [expected]
 
 
 # ------------------------------------------------------------------ the environment itself
@@ -550,7 +553,7 @@ def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
     assert torch.equal(own[MASK], trials[MASK])
     for key in REPLACED:
         assert torch.equal(own[key][trials[MASK]], trials[key][trials[MASK]])
-    out = GoalSequenceRelabel(strategy)(trials, torch.Generator().manual_seed(0))
+    out = GoalSequenceRelabel(strategy).relabel_trials(trials, torch.Generator().manual_seed(0))
     assert (out[MASK] != trials[MASK]).any()
     state = maze.state_dict()
     state["_goals"] = (out["goals"][:, 0] * 7).round().long() @ torch.tensor([7, 1])
@@ -674,7 +677,9 @@ def single_goal_trials(
 def test_single_goals_by_hand(strategy):
     batch = single_goal_trials([5, 2, 1] * 50)
     before = batch.clone()
-    out = HindsightRelabel(strategy, share=1.0)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel(strategy, fraction=1.0).relabel_trials(
+        batch, torch.Generator().manual_seed(0)
+    )
     for key in before.keys(True, True):
         assert torch.equal(batch[key].nan_to_num(7.0), before[key].nan_to_num(7.0))
     for b, length in enumerate([5, 2, 1] * 50):
@@ -703,11 +708,13 @@ def test_where_single_goals_come_from():
         sum(1 / (length - first) for first in range(step + 1)) / length for step in range(length)
     ]
     for strategy, expected in (("episode", [0.25] * 4), ("future", future)):
-        out = HindsightRelabel(strategy, share=1.0)(batch, torch.Generator().manual_seed(0))
+        out = HindsightRelabel(strategy, fraction=1.0).relabel_trials(
+            batch, torch.Generator().manual_seed(0)
+        )
         count = torch.bincount(out["desired_goal"][:, 0, 0].long(), minlength=length)
         expected = torch.tensor(expected) * rows
         assert ((count - expected) ** 2 / expected).sum() < 16.3  # 99.9%, 3 degrees of freedom
-    out = HindsightRelabel(share=0.3)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel(fraction=0.3).relabel_trials(batch, torch.Generator().manual_seed(0))
     kept = (out["desired_goal"][:, 0, 0] == 99).float().mean().item()
     assert kept == pytest.approx(0.7, abs=4 * (0.21 / rows) ** 0.5)
     unchanged = out["desired_goal"][:, 0, 0] == 99
@@ -723,23 +730,25 @@ def test_rewards_of_each_step_where_trials_go_on():
 
     batch = single_goal_trials([5], negative=True)
     relabel = HindsightRelabel(
-        "final", share=1.0, reward_fn=sparse, met_above=-0.5, ends_trial=False
+        "final", fraction=1.0, reward_fn=sparse, success_threshold=-0.5, ends_trial=False
     )
-    out = relabel(batch)
+    out = relabel.relabel_trials(batch)
     assert out["next", "reward"].flatten().tolist() == [-1, -1, -1, 0, 0]
     assert out["prev_reward"].flatten().tolist() == [0, -1, -1, -1, 0]
     assert out[MASK].all()
     assert torch.equal(out["next", "done"], batch["next", "done"])
     assert not out["next", "terminated"].any()
-    ending = HindsightRelabel("final", share=1.0, reward_fn=sparse, met_above=-0.5)
-    assert ending(batch)[MASK].flatten().tolist() == [True] * 4 + [False]
+    ending = HindsightRelabel("final", fraction=1.0, reward_fn=sparse, success_threshold=-0.5)
+    assert ending.relabel_trials(batch)[MASK].flatten().tolist() == [True] * 4 + [False]
 
 
 def test_several_achievements_in_a_step():
     batch = single_goal_trials([3] * 200)
     place = batch["next", "achieved_goal"]
     batch["next", "achieved_goal"] = torch.stack([place, place + 10], 2)
-    out = HindsightRelabel("final", share=1.0)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel("final", fraction=1.0).relabel_trials(
+        batch, torch.Generator().manual_seed(0)
+    )
     goals = out["desired_goal"][:, 0, 0]
     assert set(goals.tolist()) == {2.0, 12.0}
     assert (out["next", "reward"][:, -1] == 1).all()
@@ -754,7 +763,9 @@ def test_empty_places_are_no_goals():
     places[::3, -1] = -1.0
     places[1::3, -1, 2] = -1.0
     batch["next", "achieved_goal"] = places
-    out = HindsightRelabel("final", share=1.0, blank=-1.0)(batch, torch.Generator().manual_seed(0))
+    out = HindsightRelabel("final", fraction=1.0, empty_goal=-1.0).relabel_trials(
+        batch, torch.Generator().manual_seed(0)
+    )
     goals = out["desired_goal"][:, 0, 0].view(-1, 3)
     assert (goals[:, 0] == 99).all()
     assert torch.equal(out[MASK], batch[MASK])
@@ -767,7 +778,7 @@ def test_single_goals_of_another_shape_are_refused():
     batch = single_goal_trials([3])
     batch["next", "achieved_goal"] = torch.zeros(1, 3, 2)
     with pytest.raises(ValueError, match=r"must have the goal's shape \[1\].*got \[2\]"):
-        HindsightRelabel()(batch)
+        HindsightRelabel().relabel_trials(batch)
 
 
 # ------------------------------------------------------------------ one's own
@@ -796,12 +807,12 @@ class NegativeReward(Relabel):
 def test_ones_own_relabeller():
     mask = torch.tensor([[True, True, True, False]])
     batch = TensorDict({MASK: mask, ("next", "reward"): torch.ones(1, 4, 1)}, [1, 4])
-    assert FirstHalf()(batch)[MASK].tolist() == [[True, True, False, False]]
-    out = NegativeReward()(batch)
+    assert FirstHalf().relabel_trials(batch)[MASK].tolist() == [[True, True, False, False]]
+    out = NegativeReward().relabel_trials(batch)
     assert (out["next", "reward"] == -1).all()
     assert torch.equal(out[MASK], mask)
     with pytest.raises(KeyError, match="NegativeReward reads .*reward.*but the trials hold only"):
-        NegativeReward()(batch.select(MASK))
+        NegativeReward().relabel_trials(batch.select(MASK))
     with pytest.raises(TypeError, match="abstract"):
         Relabel([])
 
@@ -816,5 +827,5 @@ class CornersOnly(GoalSequenceRelabel):
 
 def test_ones_own_goals():
     walk = [[(0.25, 0.0)], [(0.0, 0.0)], [(0.0, 0.0)]]
-    out = CornersOnly()(as_batch([play(walk, [(0.5, 0.5), (0.75, 0.75)])]))
+    out = CornersOnly().relabel_trials(as_batch([play(walk, [(0.5, 0.5), (0.75, 0.75)])]))
     assert_shows(out, [play(walk, [(0.0, 0.0)] * 2)])

@@ -140,11 +140,8 @@ def test_a_variant_trains_with_one_change(ablations, variant, monkeypatch, tmp_p
 def test_an_interrupted_run_resumes(ablations, monkeypatch, tmp_path):
     given = []
     monkeypatch.setattr(ablations.lake, "train", lambda args, **_: given.append(args))
-    args = ablations.Args(run_dir=tmp_path)
-    ablations.train(args, "n_step_3", 2)
-    (tmp_path / "n_step_3" / "2" / "checkpoints" / "update_0000001").mkdir(parents=True)
-    ablations.train(args, "n_step_3", 2)
-    assert [single.resume for single in given] == [False, True]
+    ablations.train(ablations.Args(run_dir=tmp_path), "n_step_3", 2)
+    assert given[0].resume  # if there is something
     assert "--resume" not in given[0].resume_command()
 
 

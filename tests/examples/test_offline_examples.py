@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -93,7 +95,7 @@ def test_resumes_with_the_same_dataset_only(example, making, tmp_path, monkeypat
     assert example.train(example.Args(**{**TINY, "loss": loss})) is not None
     more = {**TINY, "loss": loss, "total_updates": 6, "resume": True}
     making.make_dataset(making.Args(episodes=3))
-    with pytest.raises(ValueError, match="task.dataset_episodes: 2 in the checkpoint, 3 here"):
+    with pytest.raises(ValueError, match="dataset_episodes: 2 in the checkpoint, 3 here"):
         example.train(example.Args(**{**more, "dataset_episodes": 3}))
     assert example.train(example.Args(**more)) is not None
     rows = read_progress(tmp_path / "run")
@@ -104,12 +106,41 @@ def test_resumes_with_the_same_dataset_only(example, making, tmp_path, monkeypat
 def test_any_dataset_that_is_there(example, making, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     making.make_dataset(making.Args(env_id="CartPole-v1", quality="random", episodes=5))
-    args = example.Args(**{**TINY, "dataset": "cartpole/random-5-v0", "online_after": 4})
+    there = {**TINY, "dataset": "cartpole/random-5-v0", "online_after": 4}
+    args = example.Args(**{**there, "env_id": "CartPole-v1"})
     results = example.train(args)
     assert (results.greedy.trial_return >= 8).all()
     assert set(read_progress(tmp_path / "run")["frames"]) == {0}
     with pytest.raises(FileNotFoundError, match="nothing"):
         example.train(example.Args(**{**TINY, "dataset": "here/nothing-v0"}))
+
+
+def test_a_dataset_s_own_environment_is_made_only_if_it_is_trusted(
+    example, making, tmp_path, monkeypatch
+):
+    """Its description names a function that is called."""
+    dataset = making.make_dataset(making.Args(env_id="CartPole-v1", quality="random", episodes=1))
+    (file,) = (tmp_path / "minari").rglob("metadata.json")
+    planted = tmp_path / "planted"
+    metadata = json.loads(file.read_text())
+    spec = json.loads(metadata["env_spec"])
+    spec |= {"entry_point": "pathlib:Path.touch", "kwargs": {"self": str(planted)}}
+    file.write_text(json.dumps({**metadata, "env_spec": json.dumps(spec)}))
+    there = {**TINY, "dataset": dataset.id, "run_dir": tmp_path / "run", "online_after": 4}
+    with pytest.raises(ValueError, match="needs either --env-id or --trust-dataset-env; cartpole/"):
+        example.train(example.Args(**there))
+    with pytest.raises(ValueError, match="needs either"):
+        example.train(example.Args(**there, env_id="CartPole-v1", trust_dataset_env=True))
+    assert example.train(example.Args(**there, env_id="CartPole-v1")) is not None
+    assert not planted.exists()
+    called = []
+    monkeypatch.setattr(
+        "minari.MinariDataset.recover_environment",
+        lambda self: called.append(self.id) or gymnasium.make("CartPole-v1"),
+    )
+    trusted = {**there, "run_dir": tmp_path / "trusted", "trust_dataset_env": True}
+    assert example.train(example.Args(**trusted)) is not None
+    assert set(called) == {dataset.id}
 
 
 def test_qualities(making):

@@ -20,6 +20,7 @@ from tests.toy_env import ACTIONS, Toy
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.modules import (
+    SEQ_MODELS,
     MLPTimestepEncoder,
     TransformerEncoder,
     make_critic,
@@ -180,7 +181,7 @@ def test_refuses_missing_entries_and_unknown_names():
 def test_one_step_at_once_is_the_modules_in_a_row():
     env = make_env(rows=4)
     policy = make_policy(env, exploration={"anneal_frames": 100}, **SMALL)
-    assert policy._can_act_at_once()
+    assert policy.has_usual_parts()
     twin = copy.deepcopy(policy)
     with set_exploration_type(ExplorationType.RANDOM):
         rollouts = []
@@ -190,6 +191,93 @@ def test_one_step_at_once_is_the_modules_in_a_row():
             rollouts.append(env.rollout(25, act, break_when_any_done=False))
     assert_close(*(r.exclude("_stream", ("next", "_stream")) for r in rollouts))
     assert (rollouts[0]["_stream"] > 0).all()
+
+
+@pytest.mark.parametrize("seq_model", ["gru", "feedforward"])
+def test_what_travels_with_a_rollout_is_no_input(seq_model):
+    env = make_env()
+    options = {**SMALL, "seq_model_options": {"d_model": 16}}
+    policy = make_policy(env, seq_model=seq_model, exploration={}, **options)
+    handed_on = {"_epsilon_scale"} | ({"_stream"} if seq_model == "gru" else set())
+    assert set(policy.out_keys) == {"action"} | handed_on
+    for module in policy.modules():
+        assert not {"_stream", "_epsilon_scale"} & set(getattr(module, "in_keys", ()))
+    step = env.reset()
+    assert set(step.select(*policy.in_keys).keys()) | {"action"} == {"action", *policy.in_keys}
+    assert policy(step.select(*policy.in_keys))["action"].shape == (3,)
+
+
+def test_steps_by_keywords():
+    env = make_env()
+    policy = make_policy(env, exploration={}, **SMALL)
+    twin, td, carried = copy.deepcopy(policy), env.reset(), {}
+    for t in range(4):
+        inputs = {key: td[key] for key in policy.in_keys}
+        results = []
+        for act in (lambda: policy(**inputs, **carried), lambda: twin(td)):  # noqa: B023
+            torch.manual_seed(t)
+            with set_exploration_type(ExplorationType.RANDOM):
+                results.append(act())
+        outputs = dict(zip(policy.out_keys, results[0], strict=True))
+        assert torch.equal(outputs["action"], td["action"])
+        torch.testing.assert_close(outputs["_epsilon_scale"], td["_epsilon_scale"])
+        carried = {key: value for key, value in outputs.items() if key.startswith("_")}
+        _, td = env.step_and_maybe_reset(td)
+        carried = {key: torch.where(td["is_init"], 0, value) for key, value in carried.items()}
+    timestep, trajectory = policy.encoder.module
+    embedding = timestep(**{key: td[key] for key in timestep.in_keys})
+    time = {"time_idx": td["time_idx"], "is_init": td["is_init"]}
+    state, stream = trajectory(embedding, **time, _stream=carried["_stream"])
+    assert state.shape == (3, 16)
+    assert torch.equal(stream.unique(), carried["_stream"].unique())
+
+
+@pytest.mark.parametrize("where", ["observation", "weights"])
+@pytest.mark.parametrize("at_once", [True, False])
+def test_nan_is_never_acted_on(where, at_once):
+    env = make_env()
+    policy = make_policy(env, **SMALL)
+    if not at_once:
+        policy.encoder.register_forward_hook(lambda *args: None)
+    td = env.reset()
+    policy(td.clone())
+    if where == "observation":
+        td["observation"][1] = torch.nan
+        match = r"from NaN, got it in rows \[\[1\]\]: the step's entries \['observation'.* hold NaN"
+    else:
+        policy.actor.module.mlp.out.bias.data[-1] = torch.nan
+        match = (
+            r"rows \[\[0\], \[1\], \[2\]\]: all entries of the step are finite, so that the weights"
+        )
+    with pytest.raises(ValueError, match=match):
+        policy(td)
+    assert "action" not in td
+
+
+@pytest.mark.parametrize("seq_model", sorted(SEQ_MODELS))
+@torch.no_grad()
+def test_acts_in_half_precision(seq_model):
+    env = make_env(rows=8)
+    sizes = {} if seq_model == "identity" else {"d_model": 16}
+    options = {**SMALL, "seq_model": seq_model, "seq_model_options": sizes}
+    policy = make_policy(env, **options).reset_out_keys()
+    half = copy.deepcopy(policy).to(torch.bfloat16)
+    td, steps, carried = env.reset(), [], {}
+    for _ in range(10):
+        low = half(td.select(*policy.in_keys).update(carried))
+        carried = (
+            {"_stream": low["_stream"]} if seq_model not in ("identity", "feedforward") else {}
+        )
+        td = policy(td)
+        steps.append((td["logits"], low["logits"].float()))
+        _, td = env.step_and_maybe_reset(td)
+    exact, low = (torch.stack(logits) for logits in zip(*steps, strict=True))
+    torch.testing.assert_close(low, exact, rtol=0.1, atol=0.1)
+    assert low.isfinite().all()
+    critic = make_critic(half, takes_actions=True, hidden_size=8)
+    vector = torch.zeros(8, 1, 5)
+    assert critic.module(torch.zeros(8, policy.state_size).bfloat16(), vector).isfinite().all()
+    assert critic.module.discounts.dtype == torch.float32
 
 
 def test_other_outputs_than_the_action_may_be_asked_for():
@@ -222,7 +310,7 @@ def test_compiled_policy_acts_the_same_and_copies():
     for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):  # noqa: S301
         torch.manual_seed(0)
         assert copied(env.reset())["action"].shape == (4,)
-        assert copied._logits == copied._compute_logits
+        assert copied._logits == copied.compute_logits
 
 
 def test_encoders_with_a_forward_of_their_own_are_called():

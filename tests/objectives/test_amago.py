@@ -172,9 +172,8 @@ def test_every_action_space_with_every_codec(actions, codec):
     out, grads = run(loss, batch)
     assert total(out).isfinite()
     assert all(grad is not None and grad.isfinite().all() for grad in grads)
-    assert set(out.keys()) == {*loss.out_keys, "per_discount"}
-    for name, value in out["per_discount"].items():
-        assert torch.equal(value[-1], out[name])
+    assert list(out.keys()) == loss.out_keys
+    assert torch.equal(out["q_value/0.9"], out["q_value"])
     estimates = loss.estimates(batch)
     assert all(value.shape == (B, T, len(DISCOUNTS)) for value in estimates.values())
 
@@ -231,7 +230,8 @@ def test_only_terminated_stops_bootstrapping():
     batch = make_batch()
     reference = total(run(make_loss(), batch.clone())[0])
     batch["next", "truncated"] = torch.ones(B, T, 1, dtype=torch.bool)
-    batch["next", "done"] = torch.ones(B, T, 1, dtype=torch.bool)
+    batch["next", "done"] = torch.zeros(B, T, 1, dtype=torch.bool)
+    batch["next", "done"][range(B), LENGTHS - 1] = True  # as samplers mark the ends of slices
     assert torch.equal(total(run(make_loss(), batch.clone())[0]), reference)
     batch["next", "terminated"].fill_(True)
     assert not torch.equal(total(run(make_loss(), batch)[0]), reference)
@@ -247,14 +247,15 @@ def test_one_hot_and_categorical_actions_agree():
 
 
 def test_dispatch_takes_tensors_and_gives_tensors():
-    loss, batch = make_loss(), make_batch(masked=False)
-    flat = {"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in loss.in_keys}
-    torch.manual_seed(3)
-    out = loss(**flat)
-    expected = run(make_loss(), batch)[0]
-    by_name = dict(zip(loss.out_keys, out, strict=True))
-    assert torch.equal(by_name["loss_qvalue"], expected["loss_qvalue"])
-    assert set(expected.keys()) == {*loss.out_keys, "per_discount"}
+    batch = make_batch()
+    for masked in (True, False):
+        loss = make_loss()
+        keys = loss.in_keys if masked else loss.in_keys[:-1]  # the mask comes last
+        torch.manual_seed(3)
+        out = loss(**{"_".join(k) if isinstance(k, tuple) else k: batch[k] for k in keys})
+        expected = run(make_loss(), make_batch(masked=masked))[0]
+        assert torch.equal(torch.stack(out), torch.stack([*expected.values()]))
+        assert list(expected.keys()) == loss.out_keys
 
 
 def test_set_keys_renames_entries():
@@ -403,8 +404,9 @@ def test_metrics_against_numbers_by_hand():
         "target_scale": loss.value_codec.sigma / loss.reward_scale,
     }
     for name, value in expected.items():
-        torch.testing.assert_close(out["per_discount", name], value, msg=name)
-        assert torch.equal(out[name], out["per_discount", name][-1])
+        torch.testing.assert_close(out[name], value[-1], msg=name)
+    for discount, value in zip(DISCOUNTS, expected["q_value"], strict=True):
+        torch.testing.assert_close(out[f"q_value/{discount}"], value)
     assert out["effective_batch"] == mask.sum() == 11
 
 

@@ -509,7 +509,7 @@ def test_advantage_from_recorded_samples(case, monkeypatch):
     loss.online_coeff = 0.0
     if loss.training:
         # The recorded states are those after an update of the inputs' statistics; estimates make none.
-        with torch.no_grad(), set_recurrent_mode(True):
+        with set_recurrent_mode(True):
             loss._states(loss._read(batch, compact=False))
     out = loss.estimates(batch, filter_space="raw")
     mask = batch["collector", "mask"]

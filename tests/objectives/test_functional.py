@@ -18,6 +18,15 @@ from torchrl_amago.objectives.functional import (
 )
 
 
+def test_n_step_sums_take_no_longer_than_their_row():
+    reward, value = torch.randn(2, 3, 1), torch.randn(2, 3, 1)
+    done, mask = torch.zeros(2, 3, 1, dtype=torch.bool), torch.ones(2, 3, 1, dtype=torch.bool)
+    gamma = torch.tensor([0.9])
+    expected = n_step_target(reward, done, value, gamma, mask, n=3)
+    # One turn of the loop for each of 10^9 rewards would take hours.
+    assert torch.equal(n_step_target(reward, done, value, gamma, mask, n=10**9), expected)
+
+
 def _plain_n_step(reward, terminated, next_value, gamma, length, n):
     """n-step targets of one row by the definition, one step at a time."""
     targets = []

@@ -6,13 +6,15 @@ import signal
 import numpy as np
 import pytest
 import torch
+from torchrl import logger as torchrl_logger
 from torchrl.collectors import Collector
 from torchrl.objectives import SoftUpdate
 
-from tests.trainers.tiny import GuessTask, make_trainer
+from tests.trainers.tiny import GuessTask, make_trainer, stop_at
 from torchrl_amago.trainers import (
     CLOCK_COLUMNS,
     AMAGOTrainer,
+    Intervals,
     make_optimizer,
     read_progress,
 )
@@ -24,12 +26,14 @@ def test_one_update_by_hand(tmp_path):
     trainer = make_trainer(tmp_path / "a", **options)
     seen = {}
 
-    def remember(sub_batch):
-        seen["rng"], seen["batch"] = torch.get_rng_state(), sub_batch.clone()
-        seen["loss"] = {k: v.clone() for k, v in trainer.loss_module.state_dict().items()}
-        return sub_batch
+    update = trainer.stepper.update
 
-    trainer.register_op("process_optim_batch", remember)
+    def remember(loss_module, optimizer, batch):
+        seen["rng"], seen["batch"] = torch.get_rng_state(), batch.clone()
+        seen["loss"] = {k: v.clone() for k, v in loss_module.state_dict().items()}
+        return update(loss_module, optimizer, batch)
+
+    trainer.stepper.update = remember
     trainer.train()
 
     loss = make_trainer(tmp_path / "b", **options).loss_module
@@ -59,7 +63,7 @@ def test_rows(tmp_path):
     np.testing.assert_array_equal(rows["eval/x"], [np.nan, 7, np.nan, 7])
     assert set(CLOCK_COLUMNS) <= rows.keys()
     assert {"loss_actor", "loss_qvalue", "td_error", "grad_norm", "learning_rate"} <= rows.keys()
-    assert rows["frames"][-1] == trainer.collected_frames == trainer.exploration.frames
+    assert rows["frames"][-1] == trainer.counts.frames == trainer.exploration.frames
     assert rows["trials"][-1] == trainer.monitor.trials
     assert (np.diff(rows["seconds_training"]) > 0).all()
 
@@ -89,8 +93,8 @@ def test_last_update_is_evaluated_once(tmp_path):
 def test_waits_for_complete_trials(tmp_path):
     # 4 steps in a batch are 1 step of each of the 4 rows: no trial ends in the first 3 batches.
     trainer = make_trainer(tmp_path, total_updates=4, frames_per_batch=4, min_trials=9)
-    batches = []
-    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
+    batches, look = [], trainer.monitor.look
+    trainer.monitor.look = lambda: batches.append(trainer.counts.updates) or look()
     trainer.train()
     assert len(batches) > 8
     assert set(batches) == {0}
@@ -99,8 +103,8 @@ def test_waits_for_complete_trials(tmp_path):
 
 def test_updates_per_batch(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=9, updates_per_round=2, min_trials=1)
-    batches = []
-    trainer.register_op("pre_steps_log", lambda batch: batches.append(trainer._optim_count))
+    batches, look = [], trainer.monitor.look
+    trainer.monitor.look = lambda: batches.append(trainer.counts.updates) or look()
     trainer.train()
     assert batches[-5:] == [0, 2, 4, 6, 8]
 
@@ -108,14 +112,8 @@ def test_updates_per_batch(tmp_path):
 def test_total_frames_end_the_run(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=10_000, total_frames=48)
     assert trainer.train() == "finished"
-    assert trainer.collected_frames == 48
-    assert trainer._optim_count % 4 == 0
-
-
-def test_torchrls_word_for_no_limit_of_frames(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=4, total_frames=-1)
-    assert trainer.train() == "finished"
-    assert trainer._optim_count == 4
+    assert trainer.counts.frames == 48
+    assert trainer.counts.updates % 4 == 0
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, -1.0, float("nan")])
@@ -127,94 +125,109 @@ def test_the_largest_norm_must_be_positive(tmp_path, clip_norm):
 
 
 def test_a_buffer_too_small_for_min_trials_is_explained(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=4, capacity=30, min_trials=9, total_frames=400)
+    trainer = make_trainer(tmp_path, total_updates=4, capacity=30, min_trials=9, total_frames=408)
     message = r"must hold min_trials=9 trials .* got one of 30 steps, which holds [4-7] .* capacity"
     with pytest.raises(RuntimeError, match=message):
         trainer.train()
 
 
-def test_hooks_and_request_stop(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=100)
-    trainer.register_op("post_optim_log", lambda batch: {"rows": float(batch.shape[0])})
-    trainer.register_op(
-        "post_optim", lambda: trainer._optim_count == 8 and trainer.request_stop("enough")
-    )
+def test_callbacks_and_request_stop(tmp_path):
+    def callback(trainer):
+        if trainer.counts.updates == 8:
+            trainer.request_stop()
+        return {"parity": trainer.counts.updates % 2}
+
+    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[callback])
     assert trainer.train() == "finished"
-    assert trainer._optim_count == 8
-    assert read_progress(tmp_path)["rows"].tolist() == [3.0, 3.0]
+    assert trainer.counts.updates == 8
+    assert read_progress(tmp_path)["parity"].tolist() == [0.5, 0.5]
     assert trainer.checkpoints.latest().name == "update_0000008"
 
 
 def test_bf16_precision(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=4, precision="bf16")
     dtypes = []
-    compute = trainer.compute_loss
+    compute = trainer.loss_module.forward
 
     def spy(batch):
         dtypes.append(torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
         return compute(batch)
 
-    trainer.compute_loss = spy
+    trainer.loss_module.forward = spy
     trainer.train()
     assert set(dtypes) == {torch.bfloat16}
     assert {p.dtype for p in trainer.loss_module.parameters()} == {torch.float32}
 
 
-def test_ctrl_c_tells_how_to_go_on(tmp_path, caplog):
-    trainer = make_trainer(
-        tmp_path,
-        total_updates=100,
-        resume_command="python run.py --resume",
-        loggers=["tensorboard"],
-    )
-    stop = lambda: trainer._optim_count == 9 and signal.raise_signal(signal.SIGINT)  # noqa: E731
-    trainer.register_op("post_optim", stop)
-    handler = signal.getsignal(signal.SIGINT)
-    with caplog.at_level(logging.WARNING, logger="torchrl"):
-        assert trainer.train() == "interrupted"
+@pytest.mark.parametrize(
+    ("number", "outcome", "saved_at"),
+    [
+        (signal.SIGINT, "interrupted", 6),
+        (signal.SIGTERM, "preempted", 9),
+        (signal.SIGHUP, "preempted", 9),
+        (signal.SIGUSR1, "preempted", 9),
+    ],
+)
+def test_signals_stop_in_good_order_and_tell_how_to_go_on(
+    tmp_path, caplog, number, outcome, saved_at
+):
+    stop = stop_at(9, lambda: signal.raise_signal(number))
+    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[stop], loggers=["tensorboard"])
+    handler = signal.getsignal(number)
+    torchrl_logger.addHandler(caplog.handler)
+    assert trainer.train() == outcome
+    torchrl_logger.removeHandler(caplog.handler)
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
-    latest = tmp_path / "checkpoints/update_0000006"
+    latest = tmp_path / f"checkpoints/update_{saved_at:07d}"
     assert message == (
-        f"Interrupted at update 9. Last checkpoint: {latest}. To resume: python run.py --resume"
+        f"{outcome.capitalize()} at update 9. Last checkpoint: {latest}. To go on: resume() and train()."
     )
     assert trainer.collector.closed
-    assert not trainer.report._loggers[0].is_alive
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert not trainer.report.loggers[0].is_alive
+    assert signal.getsignal(number) is handler
+    assert trainer.checkpoints.latest() == latest
 
 
-def test_ctrl_c_before_any_checkpoint_writes_one(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=100, checkpoint_interval=50)
-    trainer.register_op(
-        "post_optim", lambda: trainer._optim_count == 3 and signal.raise_signal(signal.SIGINT)
-    )
+def test_a_run_that_dies_early_can_be_resumed(tmp_path):
+    stop = stop_at(3, lambda: signal.raise_signal(signal.SIGINT))
+    options = {"checkpoint_interval": 50}
+    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[stop], **options)
     assert trainer.train() == "interrupted"
-    assert trainer.checkpoints.latest().name == "update_0000003"
-    again = make_trainer(tmp_path, total_updates=6, checkpoint_interval=50)
-    assert again.resume().train() == "finished"
+    assert trainer.checkpoints.latest().name == "update_0000000"
+    again = make_trainer(tmp_path, total_updates=6, **options).resume()
+    assert again.train() == "finished"
+    assert read_progress(tmp_path)["update"].tolist() == [4]
+
+
+def test_resume_if_there_is_something(tmp_path):
+    with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
+        make_trainer(tmp_path).resume()
+    first = make_trainer(tmp_path, total_updates=6).resume(missing_ok=True)
+    assert first.train() == "finished"
+    second = make_trainer(tmp_path, total_updates=8).resume(missing_ok=True)
+    assert second.counts.updates == 6
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=100, checkpoint_interval=50)
     after = []
 
-    def press_twice():
+    def press_twice(_):
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
         after.append(1)
 
-    trainer.register_op("post_optim", press_twice)
+    options = {"checkpoint_interval": 50, "callbacks": [press_twice]}
+    trainer = make_trainer(tmp_path, total_updates=100, **options)
     assert trainer.train() == "interrupted"
     assert not after
     assert trainer.collector.closed
 
 
 def test_errors_close_everything_and_pass(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=100)
-
-    def fail():
+    def fail(_):
         raise KeyError("mine")
 
-    trainer.register_op("post_optim", fail)
+    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[fail])
     with pytest.raises(KeyError, match="mine"):
         trainer.train()
     assert trainer.collector.closed
@@ -245,7 +258,7 @@ def test_refused_resume_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=match):
             other.resume()
         assert all(torch.equal(v, before[k]) for k, v in other.loss_module.state_dict().items())
-        assert other._optim_count == 0
+        assert other.counts.updates == 0
         assert len(other.replay_buffer) == 0
     assert (tmp_path / "progress.csv").read_text() == csv
     with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
@@ -256,36 +269,36 @@ def test_a_trainer_does_not_share_counters(tmp_path):
     one = make_trainer(tmp_path / "a", total_updates=4)
     one.train()
     two = make_trainer(tmp_path / "b")
-    assert (two._optim_count, two.collected_frames) == (0, 0)
-    assert one._optim_count == 4
+    assert (two.counts.updates, two.counts.frames) == (0, 0)
+    assert one.counts.updates == 4
 
 
 def test_collector_must_fit(tmp_path):
     good = make_trainer(tmp_path)
-    options = {
-        "loss_module": good.loss_module,
-        "optimizer": good.optimizer,
-        "replay_buffer": good.replay_buffer,
-        "total_updates": 1,
-        "updates_per_round": 1,
-        "run_dir": tmp_path,
-    }
-    with pytest.raises(TypeError, match=r"must be a torchrl.collectors.Collector .*, got list"):
-        AMAGOTrainer(collector=[], **options)
+    rest = (good.loss_module, good.optimizer, good.replay_buffer)
+    options = {"total_updates": 1, "updates_per_round": 1, "run_dir": tmp_path}
+    with pytest.raises(TypeError, match=r"must be one of torchrl.collectors, got list"):
+        AMAGOTrainer([], *rest, **options)
     collector = Collector(GuessTask(), frames_per_batch=4, total_frames=-1)
     with pytest.raises(
         ValueError, match="must write to the trainer's replay_buffer, got .*NoneType"
     ):
-        AMAGOTrainer(collector=collector, **options)
+        AMAGOTrainer(collector, *rest, **options)
     collector.shutdown()
     collector = Collector(
         GuessTask(), frames_per_batch=4, total_frames=-1, replay_buffer=good.replay_buffer
     )
     with pytest.raises(ValueError, match="whole trials, got one with trajs_per_batch=None"):
-        AMAGOTrainer(collector=collector, **options)
+        AMAGOTrainer(collector, *rest, **options)
     collector.shutdown()
     with pytest.raises(ValueError, match="updates_per_round must be at least 1, got 0"):
-        AMAGOTrainer(collector=good.collector, **(options | {"updates_per_round": 0}))
+        AMAGOTrainer(good.collector, *rest, **(options | {"updates_per_round": 0}))
+
+
+@pytest.mark.parametrize("name", ["log", "evaluate", "checkpoint"])
+def test_intervals_must_be_positive(name):
+    with pytest.raises(ValueError, match=f"{name}_interval must be at least 1, got 0"):
+        Intervals(**{name: 0})
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.trainers.tiny import make_trainer
-from torchrl_amago.trainers import CLOCK_COLUMNS, read_progress, run_state
+from torchrl_amago.trainers import CLOCK_COLUMNS, read_progress
 
 TOTAL = 24
 
@@ -19,26 +19,28 @@ def noisy_evaluator():
     return {"score": float(torch.rand(()))}
 
 
-def interrupt_at(trainer, update):
-    """Press Ctrl-C while this update runs."""
-    step = trainer.optimization_stepper.step
+def signal_at(trainer, update, number=signal.SIGINT):
+    """Send a signal, by default Ctrl-C, while this update runs."""
+    step = trainer.stepper.update
 
-    def pressing(*args):
-        if trainer._optim_count == update - 1:
-            signal.raise_signal(signal.SIGINT)
+    def sending(*args):
+        if trainer.counts.updates == update - 1:
+            signal.raise_signal(number)
         return step(*args)
 
-    trainer.optimization_stepper.step = pressing
+    trainer.stepper.update = sending
 
 
 def fingerprint(trainer):
     """Every tensor and number a run is made of, then the next batch it would draw."""
-    state = run_state.capture(trainer, 0, {})
-    for clock in ("seconds", "last"):
+    state = trainer.components.state_dict()
+    for clock in ("seconds", "last", "table"):
         state["report"].pop(clock)
-    out = dict(flatten(state))
-    out |= {f"replay.{k}": v.clone() for k, v in trainer.replay_buffer[:].items(True, True)}
-    out["replay.written"] = trainer.replay_buffer.write_count
+    # Rollouts have other numbers in every process. What memory holds shows in the replay.
+    out = {k: v for k, v in flatten(state) if "._stream" not in k and ".memories." not in k}
+    buffer = trainer.online_buffer
+    out |= {f"replay.{k}": v.clone() for k, v in buffer[:].items(True, True)}
+    out["replay.written"] = buffer.write_count
     batch = trainer.replay_buffer.sample()
     out |= {f"next.{k}": v for k, v in batch.items(True, True)}
     return out
@@ -107,9 +109,9 @@ def test_interrupted_then_resumed(uninterrupted, tmp_path, stops):
         )
         if number:
             trainer.resume()
-        interrupt_at(trainer, stop)
+        signal_at(trainer, stop)
         assert trainer.train() == "interrupted"
-        assert trainer._optim_count == stop
+        assert trainer.counts.updates == stop
     last = make_trainer(
         tmp_path / "run", total_updates=TOTAL, weights_seed=9, evaluator=noisy_evaluator
     )
@@ -121,7 +123,7 @@ def test_killed_then_resumed(uninterrupted, tmp_path):
         pass
 
     def kill():
-        if trainer._optim_count == 12:
+        if trainer.counts.updates == 12:
             raise Killed
         return noisy_evaluator()
 
@@ -129,12 +131,13 @@ def test_killed_then_resumed(uninterrupted, tmp_path):
     with pytest.raises(Killed):
         trainer.train()
     # What a death in the middle of a write would leave.
-    (tmp_path / "run/checkpoints/.update_0000012.partial/state").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/.update_0000012.partial/replay").mkdir(parents=True)
+    (tmp_path / "run/.policy.npz.partial").write_text("half")
     with (tmp_path / "run/progress.csv").open("a") as file:
         file.write("12,48,")
     resumed = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator)
     assert_same_run(uninterrupted, finish(resumed.resume()))
-    assert not list((tmp_path / "run/checkpoints").glob(".*"))
+    assert [path.name for path in (tmp_path / "run").rglob(".*")] == [".lock"]
 
 
 def test_another_seed_is_another_run(uninterrupted, tmp_path):
@@ -187,7 +190,7 @@ def test_resuming_takes_the_learning_rate_it_is_given(tmp_path, end, share):
 
 
 def test_resuming_with_more_updates_goes_on_along_the_longer_schedule(tmp_path):
-    options = dict(warmup_updates=2, final_lr_share=0.0)
+    options = dict(warmup_updates=2, final_lr_fraction=0.0)
     make_trainer(tmp_path / "run", total_updates=6, **options).train()
     resumed = make_trainer(tmp_path / "run", total_updates=10, **options).resume()
     # Four of the eight updates of the fall from 1e-2 to 0 are over.
@@ -198,7 +201,7 @@ def test_off_interval_end_may_be_resumed(tmp_path):
     make_trainer(tmp_path / "run", total_updates=7).train()
     longer = make_trainer(tmp_path / "run", total_updates=15)
     assert longer.resume().train() == "finished"
-    assert longer._optim_count == 15
+    assert longer.counts.updates == 15
     assert [path.name for path in longer.checkpoints.paths()] == [
         "update_0000015",
         "update_0000012",

@@ -13,7 +13,7 @@ from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import TMaze, make_trial_env
 from torchrl_amago.modules import make_policy
 from torchrl_amago.objectives import amago_loss
-from torchrl_amago.trainers import make_trainer, read_progress
+from torchrl_amago.trainers import Intervals, make_trainer, read_progress
 
 
 @pytest.fixture
@@ -46,9 +46,10 @@ def test_settings_arrive(env, policy, tmp_path):
         warmup_updates=1,
     )
     assert trainer.collector.requested_frames_per_batch == 6 * 4
-    assert trainer.replay_buffer.capacity == 77
+    assert trainer.replay_buffer.storage.max_size == 77
+    assert trainer.policy is policy
     assert trainer.replay_buffer.batch_size == 5
-    assert trainer.optim_steps_per_batch == 3
+    assert trainer.updates_per_round == 3
     assert trainer.total_updates == 9
     assert trainer.exploration is policy.exploration
     assert trainer.optimizer.param_groups[0]["lr"] == 0.25
@@ -56,7 +57,7 @@ def test_settings_arrive(env, policy, tmp_path):
     assert loss.reward_scale == 2.0
     shapes = {tuple(p.shape) for p in loss.critic_network_params.values(True, True)}
     assert any(shape[0] == 3 and 24 in shape for shape in shapes)
-    assert trainer.target_net_updater.eps == pytest.approx(1 - 0.125)
+    assert trainer.target_updater.eps == pytest.approx(1 - 0.125)
     batch = trainer.replay_buffer.storage
     assert len(batch) == 0
     trainer.collector.shutdown()
@@ -91,7 +92,7 @@ def test_it_trains_the_policy_it_was_given(env, policy, tmp_path):
     before = [parameter.clone() for parameter in policy.parameters()]
     trainer = make_trainer(
         env, policy, trial_length=4, total_updates=4, updates_per_round=2, batch_size=4,
-        run_dir=tmp_path, log_interval=2, seed=0, progress_bar=False,
+        run_dir=tmp_path, intervals=Intervals(log=2), seed=0, progress_bar=False,
     )  # fmt: skip
     assert trainer.train() == "finished"
     progress = read_progress(tmp_path)
@@ -133,7 +134,7 @@ def test_every_loss_trains_continuous_actions_and_tells_of_every_discount(
         loss_options=loss_options,
         critic_options={"hidden_size": 16},
         precision=precision,
-        log_interval=2,
+        intervals=Intervals(log=2),
     )
     assert trainer.train() == "finished"
     (row, *_) = csv.DictReader((tmp_path / "progress.csv").read_text().splitlines())
@@ -157,12 +158,37 @@ def test_refuses_an_unknown_loss(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("trial_length", 0), ("round_steps", 0), ("round_steps", -3), ("slice_length", 0)],
+    [
+        *[
+            (name, value)
+            for name in ("trial_length", "round_steps", "slice_length")
+            for value in (0, -3)
+        ],
+        ("total_updates", 0),
+        ("updates_per_round", 0),
+        ("batch_size", 0),
+    ],
 )
 def test_refuses_lengths_below_one(env, policy, tmp_path, name, value):
     options = {"trial_length": 4, "total_updates": 1, "run_dir": tmp_path, name: value}
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {value}"):
         make_trainer(env, policy, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tau": 5.0}, r"tau must be in \(0, 1\], got 5.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be larger than 0, got 0.0"),
+        ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16', got 'fp16'"),
+        ({"final_lr_fraction": 2.0}, r"final_fraction must be in \[0, 1\], got 2.0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"learning_rate": -1e-3}, "learning_rate must be positive and finite, got -0.001"),
+    ],
+)
+def test_refuses_numbers_out_of_range(env, policy, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(env, policy, trial_length=4, total_updates=1, run_dir=tmp_path, **options)
 
 
 def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
@@ -176,7 +202,7 @@ def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
     assert trainer.replay_buffer is mixture
     assert trainer.collector.replay_buffer is online
     assert trainer.train() == "finished"
-    assert trainer.collected_frames == 6 * 4 == len(online)
+    assert trainer.counts.frames == 6 * 4 == len(online)
     with pytest.raises(ValueError, match="slice_length and buffer_options are for the buffer that"):
         make_trainer(env, policy, replay_buffer=mixture, slice_length=2, **options)
 

@@ -1,29 +1,35 @@
-"""The real parts together: frozen lakes, Transformer policy with its memory, AMAGOLoss, evaluation."""
+"""The real parts together: frozen lakes, policies with memory, AMAGOLoss, evaluation, every stop."""
 
 from __future__ import annotations
 
+import os
+import random
 import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import torch
-from torchrl.collectors import Collector
 from torchrl.envs import GymWrapper
-from torchrl.objectives import SoftUpdate
 
-from tests.trainers.test_amago_resume import assert_same_run, finish
+from tests.trainers.test_amago_resume import assert_same_run, finish, signal_at
 from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data.collector import TrialCollector
+from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-from torchrl_amago.evaluation import evaluate
+from torchrl_amago.evaluation import HeldOut
 from torchrl_amago.modules import make_policy
-from torchrl_amago.objectives import amago_loss
-from torchrl_amago.trainers import AMAGOTrainer, make_optimizer, read_progress
+from torchrl_amago.trainers import Intervals, make_trainer, read_progress
 
 TOTAL = 14
+SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
 
 
-def lake(rows, layouts="all"):
-    base = MetaFrozenLake(batch_size=(rows,), max_episode_steps=4, layouts=layouts)
+def lake(rows):
+    base = MetaFrozenLake(batch_size=(rows,), max_episode_steps=4)
     return make_trial_env(base, episodes=2)
 
 
@@ -36,38 +42,51 @@ def cart_poles(rows):
     return make_trial_env(base, episodes=2, repeat="seed")
 
 
-def make_run(run_dir, make_env=lake, *, weights_seed=0, total_updates=TOTAL, **options):
+def make_run(
+    run_dir,
+    make_env=lake,
+    *,
+    weights_seed=0,
+    total_updates=TOTAL,
+    seq_model="transformer",
+    loss="amago",
+    num_envs=6,
+    discounts=(0.9, 0.99),
+    seed=3,
+    replay=lambda rb: rb,
+    **options,
+):
     torch.manual_seed(weights_seed)
-    env, held_out = make_env(6), make_env(4)
+    env, held_out = make_env(num_envs), make_env(4)
+    sizes = {"d_model": 16, **({"num_heads": 2} if seq_model == "transformer" else {})}
     policy = make_policy(
         env,
         context_length=6,  # shorter than the trials: memory rolls over
-        seq_model_options={"d_model": 16, "num_heads": 2, "num_layers": 2, **options},
+        seq_model=seq_model,
+        seq_model_options={**sizes, **options},
         timestep_options={"hidden_size": 16, "output_size": 16},
+        discounts=discounts,
         exploration={"anneal_frames": 500},
     )
-    loss = amago_loss(policy, critic_options={"hidden_size": 16})
     rb = make_trial_buffer(200, slice_length=6, batch_size=4, warn_short=False)
-    collector = Collector(
-        env, policy, frames_per_batch=18, total_frames=-1, trajs_per_batch=1, replay_buffer=rb
-    )
-    return AMAGOTrainer(
-        collector=collector,
-        loss_module=loss,
-        optimizer=make_optimizer(loss, learning_rate=1e-3),
-        replay_buffer=rb,
+    held_out = HeldOut(policy, held_out, seed=7)
+    return make_trainer(
+        env,
+        policy,
+        trial_length=8,
+        round_steps=3,  # rounds end within trials
         total_updates=total_updates,
         updates_per_round=3,
         run_dir=run_dir,
-        target_updater=SoftUpdate(loss, tau=0.01),
-        exploration=policy.exploration,
-        evaluator=lambda: evaluate(policy, held_out, trials_per_row=1, seed=7),
-        eval_interval=5,
-        checkpoint_interval=5,
-        log_interval=2,
+        replay_buffer=replay(rb),
+        learning_rate=1e-3,
+        loss=loss,
+        critic_options={"hidden_size": 16},
+        evaluator=lambda: held_out.evaluate(4),
+        intervals=Intervals(log=2, evaluate=5, checkpoint=5),
         warmup_updates=5,
         progress_bar=False,
-        seed=3,
+        seed=seed,
     )
 
 
@@ -81,17 +100,154 @@ def test_finished_then_resumed(uninterrupted, tmp_path):
     assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=5).resume()))
 
 
-def test_interrupted_twice(uninterrupted, tmp_path):
-    for number, stop in enumerate((7, 13)):
+@pytest.mark.parametrize("name", SIGNALS)
+@pytest.mark.parametrize("stops", [[1], [7, 13], [9, 10, 11]])
+def test_stopped_by_signals(uninterrupted, tmp_path, name, stops):
+    for number, stop in enumerate(stops):
         trainer = make_run(tmp_path, weights_seed=number)
-        trainer.register_op(
-            "post_optim",
-            lambda t=trainer, n=stop: t._optim_count == n and signal.raise_signal(signal.SIGINT),
-        )
         if number:
             trainer.resume()
-        assert trainer.train() == "interrupted"
+        signal_at(trainer, stop, SIGNALS[name])
+        assert trainer.train() == ("interrupted" if name == "Ctrl-C" else "preempted")
+        saved = int(trainer.checkpoints.latest().name[-7:])
+        assert saved == (stop if name != "Ctrl-C" else stop // 5 * 5)
     assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
+
+
+def test_stopped_while_collecting(uninterrupted, tmp_path):
+    trainer = make_run(tmp_path)
+    look = trainer.monitor.look
+
+    def preempt():
+        look()
+        if trainer.counts.updates == 6:
+            signal.raise_signal(signal.SIGTERM)
+
+    trainer.monitor.look = preempt
+    assert trainer.train() == "preempted"
+    assert trainer.counts.updates == 6
+    assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
+
+
+def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
+    trainer = make_run(tmp_path)
+    trainer.intervals = Intervals(log=2, evaluate=5, checkpoint=1000)
+    a, b = uninterrupted[0], finish(trainer)[0]
+    named = [name for name in a if name.startswith(("loss.", "replay.", "next."))]
+    assert len(named) > 50
+    assert all(torch.equal(a[name], b[name]) for name in named if torch.is_tensor(a[name]))
+
+
+RUN = """
+import sys
+from tests.trainers.test_end_to_end import TOTAL, make_run
+trainer = make_run(sys.argv[1], weights_seed=int(sys.argv[2]))
+print(trainer.resume(missing_ok=True).train())
+"""
+
+
+def run_process(run_dir, weights_seed):
+    root = str(Path(__file__).parents[2])
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, str(run_dir), str(weights_seed)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_again_and_again(uninterrupted, tmp_path):
+    """With SIGKILL, whatever the process is about, once it has begun to write."""
+    rng = random.Random(0)
+    for number in range(3):
+        process = run_process(tmp_path, number)
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        deadline = time.monotonic() + 60
+        while process.poll() is None and time.monotonic() < deadline:
+            try:
+                now = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+            except FileNotFoundError:  # it is at it
+                continue
+            if now != before and (tmp_path / "checkpoints").exists():
+                time.sleep(rng.random() * 0.2)
+                break
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+    torch.set_num_threads(1)
+    assert_same_run(
+        uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume(missing_ok=True))
+    )
+    assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seq_model": "gru", "loss": "amago2"},
+        {"seq_model": "mamba"},
+        {"on_weight_update": "restart"},
+    ],
+    ids=str,
+)
+def test_other_memories(tmp_path, options):
+    whole = finish(make_run(tmp_path / "whole", **options))
+    first = make_run(tmp_path / "parts", **options)
+    signal_at(first, 8, signal.SIGTERM)
+    assert first.train() == "preempted"
+    parts = make_run(tmp_path / "parts", weights_seed=5, **options)
+    assert_same_run(whole, finish(parts.resume()))
+
+
+@pytest.mark.parametrize("make_env", [cart_poles, lake], ids=["gymnasium", "other number of rows"])
+def test_trials_that_cannot_go_on_end_and_the_run_says_so(tmp_path, make_env, monkeypatch):
+    told = []
+    monkeypatch.setattr("torchrl_amago.trainers.parts.torchrl_logger.info", told.append)
+    first = make_run(tmp_path, make_env, num_envs=6)
+    signal_at(first, 8, signal.SIGTERM)
+    assert first.train() == "preempted"
+    second = make_run(tmp_path, make_env, num_envs=6 if make_env is cart_poles else 4)
+    assert second.resume().train() == "finished"
+    assert any("trials in progress" in line and "end" in line for line in told)
+
+
+def test_seed_repeated_gymnasium_task(tmp_path):
+    """Its state can't be saved; checkpoints end its trials, in the uninterrupted run as well."""
+    whole = finish(make_run(tmp_path / "whole", cart_poles, total_updates=8))
+    make_run(tmp_path / "parts", cart_poles, total_updates=5).train()
+    parts = make_run(tmp_path / "parts", cart_poles, total_updates=8, weights_seed=5)
+    assert_same_run(whole, finish(parts.resume()))
+
+
+def test_a_mixture_goes_on_in_mid_trial(tmp_path):
+    def mix(online):
+        offline = make_trial_buffer(100, slice_length=6, batch_size=4, warn_short=False)
+        env = lake(4)
+        env.set_seed(0)
+        collector = TrialCollector(env, env.rand_action, replay_buffer=offline, frames_per_batch=64)
+        next(iter(collector))
+        return TrialMixture(
+            {"data": offline, "online": online},
+            {"data": 0.5, "online": 0.5},
+            online="online",
+            batch_size=4,
+        )
+
+    torch.manual_seed(1)
+    data_seed = torch.get_rng_state()
+
+    def make(run_dir, **options):
+        torch.set_rng_state(data_seed)
+        torch.manual_seed(0)
+        return make_run(run_dir, replay=mix, **options)
+
+    whole = finish(make(tmp_path / "whole"))
+    first = make(tmp_path / "run")
+    signal_at(first, 7, signal.SIGTERM)
+    assert first.train() == "preempted"
+    assert_same_run(whole, finish(make(tmp_path / "run").resume()))
 
 
 def test_the_rows_tell_what_one_watches(uninterrupted):
@@ -100,18 +256,3 @@ def test_the_rows_tell_what_one_watches(uninterrupted):
         assert (rows[f"eval/{name}"][rows["update"] % 5 == 0] >= 0).all()
         assert (rows[f"train/{name}"] >= 0).any()
     assert {"loss_actor", "loss_qvalue", "entropy", "td_error"} <= rows.keys()
-
-
-def test_seed_repeated_gymnasium_task(tmp_path):
-    whole = finish(make_run(tmp_path / "whole", cart_poles, total_updates=8))
-    make_run(tmp_path / "parts", cart_poles, total_updates=5).train()
-    parts = make_run(tmp_path / "parts", cart_poles, total_updates=8, weights_seed=5)
-    assert_same_run(whole, finish(parts.resume()))
-
-
-def test_memory_that_restarts_with_new_weights(tmp_path):
-    options = {"total_updates": 8, "on_weight_update": "restart"}
-    whole = finish(make_run(tmp_path / "whole", **options))
-    make_run(tmp_path / "parts", **options | {"total_updates": 5}).train()
-    parts = make_run(tmp_path / "parts", weights_seed=5, **options)
-    assert_same_run(whole, finish(parts.resume()))

@@ -58,11 +58,11 @@ def test_environment_data_stops_the_run(tmp_path, key):
     message = f"{where[key]} must be finite, .*'{key}'.*were not changed"
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()
-    assert trainer._optim_count > 0
+    assert trainer.counts.updates > 0
     dump = TensorDict.load_memmap(tmp_path / "nonfinite_batch")
     assert dump["next", key].isnan().any() if key == "reward" else dump[key].isnan().any()
     assert all(p.isfinite().all() for p in trainer.loss_module.parameters())
-    resumed = make_trainer(tmp_path, total_updates=trainer._optim_count + 2)
+    resumed = make_trainer(tmp_path, total_updates=trainer.counts.updates + 2)
     assert resumed.resume().train() == "finished"
 
 
@@ -73,11 +73,11 @@ def weights(trainer):
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_loss_stops_the_run_before_the_weights_change(tmp_path, where):
     trainer = make_trainer(tmp_path, total_updates=20, checkpoint_interval=4)
-    compute, before = trainer.compute_loss, {}
+    compute, before = trainer.loss_module.forward, {}
 
     def spoil(sub_batch):
         losses = compute(sub_batch)
-        if trainer._optim_count == 9:
+        if trainer.counts.updates == 9:
             before.update(weights(trainer))
             before["optimizer"] = [s["exp_avg"].clone() for s in trainer.optimizer.state.values()]
             if where == "loss":
@@ -87,7 +87,7 @@ def test_loss_stops_the_run_before_the_weights_change(tmp_path, where):
                 losses["loss_actor"] = losses["loss_actor"] + zero.sqrt()
         return losses
 
-    trainer.compute_loss = spoil
+    trainer.loss_module.forward = spoil
     expected = r"'loss_actor' \(nan\)" if where == "loss" else "the gradients"
     with pytest.raises(NonFiniteError, match=f"not so: {expected}.*the batch itself is finite"):
         trainer.train()
@@ -106,7 +106,7 @@ def test_bad_data_in_a_training_batch(tmp_path):
 
     def spoil():
         td = sample()
-        if trainer._optim_count == 5:
+        if trainer.counts.updates == 5:
             td["next", "reward"][0, 0] = INF
         return td
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.trainers.test_amago_resume import assert_same_run, fingerprint, interrupt_at
+from tests.trainers.test_amago_resume import assert_same_run, fingerprint, signal_at
 from tests.trainers.tiny import make_trainer
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture
@@ -42,7 +42,7 @@ def make_offline_trainer(run_dir, data, online_after=9, generator=None, **option
 
 def frames_by_update(trainer):
     frames = []
-    trainer.register_op("post_optim", lambda: frames.append(trainer.collected_frames))
+    trainer.callbacks.append(lambda trainer: frames.append(trainer.counts.frames))
     trainer.train()
     return frames
 
@@ -57,9 +57,9 @@ def test_nothing_is_collected_before_the_switch(tmp_path, data):
     assert len(frames) == TOTAL
     assert torch.equal(trainer.replay_buffer.buffers["data"][:]["action"], before["action"])
     rows = read_progress(tmp_path)
-    shares = dict(zip(rows["update"].tolist(), rows["share/online"].tolist(), strict=True))
-    assert shares[4] == shares[8] == 0
-    assert shares[24] == pytest.approx(0.5)
+    fractions = dict(zip(rows["update"].tolist(), rows["fraction/online"].tolist(), strict=True))
+    assert fractions[4] == fractions[8] == 0
+    assert fractions[24] == pytest.approx(0.5)
     assert rows["frames"][rows["update"] == 8] == 0
     assert rows["trials"][-1] == trainer.monitor.trials > 0
 
@@ -104,7 +104,7 @@ def test_resumes_exactly_on_both_sides_of_the_switch(tmp_path, data, stop, own_g
 
     whole = finish(make(tmp_path / "whole"))
     first = make(tmp_path / "run")
-    interrupt_at(first, stop)
+    signal_at(first, stop)
     assert first.train() == "interrupted"
     torch.manual_seed(999)
     second = make(tmp_path / "run", weights_seed=1)
@@ -115,5 +115,7 @@ def test_other_data_cant_resume(tmp_path, data):
     make_offline_trainer(tmp_path, data, total_updates=6).train()
     ends = data["next", "done"].reshape(-1).nonzero().reshape(-1)
     other = make_offline_trainer(tmp_path, data[: int(ends[0]) + 1])
-    with pytest.raises(ValueError, match="goes on with the data that it was saved with"):
+    with pytest.raises(
+        ValueError, match="goes on with the data and the generator that it was saved with"
+    ):
         other.resume()

@@ -18,7 +18,13 @@ from torchrl.objectives import LossModule, SoftUpdate
 
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
-from torchrl_amago.trainers import AMAGOTrainer, make_optimizer
+from torchrl_amago.trainers import (
+    AMAGOTrainer,
+    FiniteOptimizationStepper,
+    Intervals,
+    make_optimizer,
+    make_schedule,
+)
 
 
 class GuessTask(EnvBase):
@@ -154,6 +160,15 @@ def make_trainer(
     replay=None,
     min_trials=1,
     learning_rate=1e-2,
+    warmup_updates=10,
+    final_lr_fraction=1.0,
+    clip_norm=1.0,
+    precision="fp32",
+    total_frames=-1,
+    eval_interval=6,
+    checkpoint_interval=6,
+    log_interval=4,
+    tau=0.1,
     **options,
 ) -> AMAGOTrainer:
     """A trainer of everything above. ``weights_seed`` decides the initial weights only.
@@ -175,29 +190,35 @@ def make_trainer(
         env,
         TensorDictSequential(actor, sample, explore).to(device),
         frames_per_batch=frames_per_batch,
-        total_frames=-1,
+        total_frames=total_frames,
         trajs_per_batch=1,
         replay_buffer=rb,
         policy_device="cpu",
     )
     loss = TinyLoss(actor, hidden_size).to(device)
-    defaults = {
-        "eval_interval": 6,
-        "checkpoint_interval": 6,
-        "log_interval": 4,
-        "warmup_updates": 10,
-        "updates_per_round": 4,
-        "progress_bar": False,
-        "seed": 3,
-    }
+    optimizer = make_optimizer(loss, learning_rate=learning_rate)
+    defaults = {"updates_per_round": 4, "progress_bar": False, "seed": 3}
     return AMAGOTrainer(
-        collector=collector,
-        loss_module=loss,
-        optimizer=make_optimizer(loss, learning_rate=learning_rate),
-        replay_buffer=rb if replay is None else replay(rb),
-        target_updater=SoftUpdate(loss, tau=0.1),
+        collector,
+        loss,
+        optimizer,
+        rb if replay is None else replay(rb),
+        target_updater=SoftUpdate(loss, tau=tau),
+        scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
+        stepper=FiniteOptimizationStepper(clip_norm, precision),
         exploration=explore,
         total_updates=total_updates,
         run_dir=run_dir,
+        intervals=Intervals(log_interval, eval_interval, checkpoint_interval),
         **(defaults | options),
     )
+
+
+def stop_at(update, press):
+    """A callback that presses a key, or sends a signal, once this update is done."""
+
+    def callback(trainer):
+        if trainer.counts.updates == update:
+            press()
+
+    return callback

@@ -6,17 +6,22 @@ takes as long as stepping the environment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
+from torch.utils._pytree import tree_map
 from torchrl.collectors import Collector
-from torchrl.collectors.utils import _maybe_normalize_replay_buffer_tensordict_device
+from torchrl.envs import EnvBase, TransformedEnv
 
+from torchrl_amago import keys
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
+from torchrl_amago.data.replay.sampler import TrialSliceSampler
 from torchrl_amago.data.trial_ends import trial_ends
+
+_TRIAL = ("collector", "traj_ids")
 
 
 class TrialCollector(Collector):
@@ -28,19 +33,30 @@ class TrialCollector(Collector):
     in fragments then. A fragment is stored like a trial. Its steps are those of the trial, with their
     true ``time_idx``; only the last fragment ends with ``done``.
 
+    It is a ``collector_class`` of `MultiCollector`, `RayCollector` and `Collector(..., backend=...)`
+    too: each worker writes its own trials. Give `MultiCollector` ``trajs_per_batch=1`` beside it, or it
+    prepares TorchRL's storages for batches instead of steps.
+
     Args:
-        env: batched environment.
-        policy: called at every step.
-        replay_buffer: what trials are written to; with ``fragment_length`` a :class:`TrialReplayBuffer`.
+        env: batched environment, or what makes one.
+        policy: called at every step; or give ``policy_factory``.
+        replay_buffer: what trials are written to; with ``fragment_length`` one with a
+            :class:`TrialSliceSampler`.
         frames_per_batch: environment steps, all rows together, between two writes.
         fragment_length: steps after which a trial is cut; None never cuts.
         stagger: cut the first fragment of each trial early, by a length of its own, so that trials that
             began together don't all fill their fragments in the same step.
-        options: further arguments of :class:`torchrl.collectors.Collector`.
+        postproc: called on complete trials before they are written, as a batch ``[N, L]`` padded on the
+            right, with the mask ``("collector", "mask")``, such as a relabeller. What its mask leaves
+            is written.
+        options: further arguments of :class:`torchrl.collectors.Collector`. ``reset_at_each_iter``
+            drops the trials under way at the end of each batch. ``trajs_per_batch`` makes no
+            difference: trials are written as soon as they are complete.
 
     Raises:
-        ValueError: for a ``fragment_length`` smaller than 1, or with another buffer; from iterating, if
-            no flag says where trials end.
+        ValueError: for a ``fragment_length`` smaller than 1, or with another buffer, and for options that
+            contradict whole trials; from iterating, if no flag says where trials end.
+        TypeError: without a replay buffer.
 
     Example:
         >>> from torchrl_amago.data import make_trial_buffer
@@ -56,54 +72,54 @@ class TrialCollector(Collector):
     def __init__(
         self,
         env: Any,
-        policy: Any,
+        policy: Any = None,
         *,
-        replay_buffer: Any,
+        replay_buffer: Any = None,
         frames_per_batch: int,
         fragment_length: int | None = None,
         stagger: bool = True,
+        postproc: Callable[[TensorDictBase], TensorDictBase] | None = None,
         **options: Any,
     ) -> None:
-        if fragment_length is not None and fragment_length < 1:
-            raise ValueError(
-                f"fragment_length must be at least 1 or None, got {fragment_length}. It is the number "
-                "of steps after which an endless trial is cut."
-            )
-        if fragment_length is not None and not isinstance(replay_buffer, TrialReplayBuffer):
-            raise ValueError(
-                "fragments need a buffer that is told where they end, a TrialReplayBuffer, got "
-                f"{type(replay_buffer).__name__}. Make it with make_trial_buffer, or leave "
-                "fragment_length out."
-            )
-        self.fragment_length, self.stagger = fragment_length, stagger
-        self._pending: TensorDictBase | None = None
-        self._begun: set[int] = set()  # trials of which a fragment was written
+        # In case that a check fails: TorchRL's destructor looks at it.
+        self.closed = True
+        _check_fragments(fragment_length, replay_buffer)
+        _check_options(replay_buffer, options)
+        self.fragment_length, self.stagger, self._process = fragment_length, stagger, postproc
+        # Workers of a MultiCollector count trials together, so that no single one can go back.
+        self._shares_numbers = options.get("traj_pool") is not None
+        self._row_trials: Tensor | None = None  # of each row, the trial of its last step
+        self._drop_trials()
+        # Batches come out of TorchRL's iterator then, instead of being written as they are.
+        self._ignore_rb = True
         super().__init__(
             env,
             policy,
             replay_buffer=replay_buffer,
             frames_per_batch=frames_per_batch,
-            trajs_per_batch=1,
             **options,
         )
 
-    def _iter_by_trajectories(self) -> Iterator[None]:
-        self._flush_trajectory_assembly()
-        writes_steps, self._ignore_rb = self._ignore_rb, True
-        try:
-            for batch in self.iterator():
-                trials, lengths = self._complete_trials(batch.reshape(-1))
-                if self._discards_in_flight_trajectories():
-                    self._flush_trajectory_assembly()
-                if lengths:
-                    buffer = self.replay_buffer
-                    trials = _maybe_normalize_replay_buffer_tensordict_device(trials, buffer)
-                    # Ends say it all where nothing is cut.
-                    cut = {} if self.fragment_length is None else {"lengths": lengths}
-                    buffer.extend(trials, **cut)
-                yield
-        finally:
-            self._ignore_rb = writes_steps
+    def iterator(self) -> Iterator[None]:
+        """Write the trials that each batch completes; yields None after each batch."""
+        for batch in super().iterator():
+            self._row_trials = batch.get(_TRIAL)[..., -1].clone()
+            trials, lengths = self._complete_trials(batch.reshape(-1))
+            if self.reset_at_each_iter:
+                self._drop_trials()
+            if lengths:
+                self._write(trials, lengths)
+            yield
+
+    def _write(self, trials: TensorDictBase, lengths: list[int]) -> None:
+        if self._process is not None:
+            trials, lengths = _apply_to_rows(self._process, trials, lengths)
+        # Ends say it all where nothing is cut, and numbers of trials in TorchRL's buffers.
+        buffer = self.replay_buffer
+        is_told = self.fragment_length is not None and (
+            isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
+        )
+        buffer.extend(trials, **({"lengths": lengths} if is_told else {}))
 
     def _complete_trials(self, steps: TensorDictBase) -> tuple[TensorDictBase, list[int]]:
         """Trials and fragments that these steps complete, side by side, and their lengths.
@@ -113,7 +129,7 @@ class TrialCollector(Collector):
         if self._pending is not None:
             steps = torch.cat((self._pending, steps))
         # Stable: the order of time is kept within each trial.
-        trial, order = _trial_numbers(steps).sort(stable=True)
+        trial, order = steps.get(_TRIAL).sort(stable=True)
         number, length = trial.unique_consecutive(return_counts=True)
         last = length.cumsum(0) - 1
         ends = trial_ends(steps)
@@ -157,16 +173,181 @@ class TrialCollector(Collector):
             cuts += [length] if length else []
         return cuts
 
-    def _drop_partial_trajectories(self, traj_ids: list[int]) -> None:
-        self._begun -= set(traj_ids)
+    # --- trials under way ---
+
+    def reset(self, index: Any = None, **kwargs: Any) -> None:
+        """Start new trials, in the rows that `index` selects or in all; what they had begun is dropped.
+
+        Args:
+            index: into the environment's batch.
+            kwargs: for the environment's ``reset``.
+        """
+        super().reset(index, **kwargs)
+        if index is None or self._row_trials is None:
+            self._drop_trials()
+            return
+        trials = self._row_trials.unsqueeze(-1)[index].reshape(-1)
+        self._begun -= set(trials.tolist())
         if self._pending is not None:
-            trial = _trial_numbers(self._pending)
-            self._pending = self._pending[~torch.isin(trial, trial.new_tensor(traj_ids))]
+            self._pending = self._pending[~torch.isin(self._pending.get(_TRIAL), trials)]
 
-    def _flush_trajectory_assembly(self) -> None:
-        self._pending = None
-        self._begun.clear()
+    def _drop_trials(self) -> None:
+        self._pending: TensorDictBase | None = None
+        self._begun: set[int] = set()  # trials of which a fragment was written
+
+    def state_dict(self) -> dict[str, Any]:
+        """TorchRL's state of collector, transforms and policy, and the trials under way.
+
+        Returns:
+            A nested dict of tensors and plain values. Where the environment's class says
+            ``can_save_state``, as :class:`~torchrl_amago.envs.tasks.BatchedTask` does, it has ``in_progress``:
+            all that the next step depends on besides weights and torch's global generator. Workers of
+            a `MultiCollector` leave it out.
+        """
+        state = super().state_dict()
+        env = _env_with_state(self.env)
+        if env is not None and not self._shares_numbers:
+            begun = torch.tensor(sorted(self._begun), dtype=torch.int64)
+            in_progress = {
+                "env": env.state_dict(),
+                "carrier": self._carrier.to_dict(),
+                "begun": begun,
+                "memories": {str(i): m.memory_state_dict() for i, m in enumerate(self._encoders())},
+            }
+            if self._pending is not None:
+                in_progress["pending"] = self._pending.to_dict()
+            state["in_progress"] = tree_map(_copy, in_progress)
+        return state
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        With ``in_progress`` the next step is the one that the saved collector would have taken.
+        Without it the steps of trials under way are dropped: call :meth:`reset` then, unless the
+        collector is new.
+
+        Args:
+            state_dict: the state.
+            kwargs: as for TorchRL's collector: ``strict``.
+
+        Raises:
+            ValueError: if there are trials under way that this environment can't go on with. All is as
+                before then.
+        """
+        state, in_progress = dict(state_dict), state_dict.get("in_progress")
+        if in_progress is not None:
+            self._check_in_progress(in_progress)
+            # Loading hands out a number to each row, but the rows have theirs.
+            num_rows = self.env.batch_size.numel()
+            state["traj_pool"] = {k: n - num_rows for k, n in state["traj_pool"].items()}
+        super().load_state_dict(state, **kwargs)
+        self._drop_trials()
+        if in_progress is not None:
+            self._go_on(in_progress)
+
+    def _check_in_progress(self, in_progress: Mapping[str, Any]) -> None:
+        saved = in_progress["carrier"]["collector"]["traj_ids"].shape
+        if _env_with_state(self.env) is None or saved != self.env.batch_size:
+            base = getattr(self.env, "base_env", self.env)
+            raise ValueError(
+                "trials under way go on only in an environment that can load its state, with the rows "
+                f"{list(saved)} that they were saved from; got {type(base).__name__} with "
+                f"{list(self.env.batch_size)}. Make the same environment, or take 'in_progress' out of "
+                "the state to begin new trials."
+            )
+
+    def _go_on(self, in_progress: Mapping[str, Any]) -> None:
+        carrier = TensorDict(
+            in_progress["carrier"], batch_size=self.env.batch_size, device=self.env.device
+        ).clone()
+        self._carrier = carrier.clear_device_() if self._carrier.device is None else carrier
+        self._row_trials = carrier.get(_TRIAL).clone()
+        self._begun = set(in_progress["begun"].tolist())
+        if "pending" in in_progress:
+            pending = in_progress["pending"]
+            self._pending = TensorDict(
+                pending,
+                batch_size=[len(pending["collector"]["traj_ids"])],
+                device=self.storing_device,
+            ).clone()
+        _env_with_state(self.env).load_state_dict(in_progress["env"])
+        for i, encoder in enumerate(self._encoders()):
+            encoder.load_memory_state_dict(in_progress["memories"][str(i)])
+
+    def _encoders(self) -> list[Any]:
+        """The policy's modules that remember rollouts."""
+        modules = getattr(self.policy, "modules", tuple)()
+        return [module for module in modules if hasattr(module, "load_memory_state_dict")]
 
 
-def _trial_numbers(steps: TensorDictBase) -> Tensor:
-    return steps.get(("collector", "traj_ids")).reshape(-1)
+def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:
+    if fragment_length is None:
+        return
+    if fragment_length < 1:
+        raise ValueError(
+            f"fragment_length must be at least 1 or None, got {fragment_length}. It is the number "
+            "of steps after which an endless trial is cut."
+        )
+    is_known = isinstance(getattr(replay_buffer, "sampler", None), TrialSliceSampler)
+    if _is_local(replay_buffer) and not is_known:
+        raise ValueError(
+            "fragments need a buffer that knows which steps belong together, one with a "
+            f"TrialSliceSampler, got {type(replay_buffer).__name__}. Make it with make_trial_buffer, or "
+            "leave fragment_length out."
+        )
+
+
+def _is_local(replay_buffer: Any) -> bool:
+    """Whether it is in this process, so that its kind can be seen."""
+    return getattr(replay_buffer, "service_backend", None) == "direct"
+
+
+# What contradicts that whole trials are written: option, the value that is meant, why.
+_FIXED_OPTIONS = (
+    ("split_trajs", False, "trials are written whole, without padding"),
+    ("set_truncated", False, "it would end each trial with the batch"),
+    ("track_traj_ids", True, "trials are told apart by their number"),
+    ("extend_buffer", True, "steps wait until their trial is complete"),
+    ("trajs_per_write", None, "the trials that a batch completes are written together"),
+)
+
+
+def _check_options(replay_buffer: Any, options: dict[str, Any]) -> None:
+    """Refuse what contradicts whole trials, and take out what only TorchRL's assembly reads."""
+    if replay_buffer is None:
+        raise TypeError(
+            "a TrialCollector must have a replay_buffer to write trials to, got None. Make one with "
+            "make_trial_buffer, or use torchrl.collectors.Collector(..., trajs_per_batch=n)."
+        )
+    for name, value, reason in _FIXED_OPTIONS:
+        if options.get(name) not in (None, value):
+            raise ValueError(
+                f"{name} must be {value} in a TrialCollector, got {options[name]!r}: {reason}. Leave "
+                "it out, or use torchrl.collectors.Collector."
+            )
+    for name in ("trajs_per_batch", "trajs_per_write", "traj_format"):
+        options.pop(name, None)
+
+
+def _apply_to_rows(
+    process: Callable[[TensorDictBase], TensorDictBase], trials: TensorDictBase, lengths: list[int]
+) -> tuple[TensorDictBase, list[int]]:
+    """Show trials as padded rows, and put what is left of them side by side again."""
+    length_N1 = torch.tensor(lengths, device=trials.get(_TRIAL).device).unsqueeze(1)
+    step_L = torch.arange(max(lengths), device=length_N1.device)
+    first_N1 = length_N1.cumsum(0) - length_N1
+    # Padding repeats the last step.
+    rows = trials[first_N1 + step_L.clamp(max=length_N1 - 1)]
+    rows = process(rows.set(keys.MASK, step_L < length_N1))
+    mask_NL = rows.get(keys.MASK)
+    return rows.exclude(keys.MASK)[mask_NL], mask_NL.sum(1).tolist()
+
+
+def _env_with_state(env: EnvBase) -> EnvBase | None:
+    """The environment below the transforms if its own state can be saved."""
+    base = env.base_env if isinstance(env, TransformedEnv) else env
+    return base if getattr(type(base), "can_save_state", False) else None
+
+
+def _copy(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value

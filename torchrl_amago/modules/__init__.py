@@ -3,7 +3,8 @@
 Data flows through the files in this order::
 
     timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
-    policy puts them together; assemble builds policy and critics from an environment's specs
+    policy puts them together, and export takes a step of it out for torch.export; assemble builds
+    policy and critics from an environment's specs; settings says what a policy was built with
 """
 
 from torchrl.objectives import add_random_module
@@ -14,7 +15,6 @@ from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, EnsembleL
 from torchrl_amago.modules.distributions import (
     DISTRIBUTIONS,
     ClippedCategorical,
-    ClippedOneHotCategorical,
     PolicyDistribution,
     make_distribution,
 )
@@ -23,6 +23,7 @@ from torchrl_amago.modules.exploration import (
     BilevelGaussian,
     make_exploration,
 )
+from torchrl_amago.modules.export import PolicyStep
 from torchrl_amago.modules.policy import DISCOUNTS, Policy, SelectDiscount
 from torchrl_amago.modules.timestep import (
     TIMESTEP_ENCODERS,
@@ -63,7 +64,6 @@ __all__ = [
     "CNNTimestepEncoder",
     "CategoryEmbedding",
     "ClippedCategorical",
-    "ClippedOneHotCategorical",
     "CombinedTimestepEncoder",
     "DiscreteCritic",
     "EnsembleLinear",
@@ -80,6 +80,7 @@ __all__ = [
     "MambaEncoder",
     "Policy",
     "PolicyDistribution",
+    "PolicyStep",
     "PopArt",
     "ResidualActor",
     "SelectDiscount",

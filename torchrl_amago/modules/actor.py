@@ -13,10 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from torchrl_amago.action_space import split_parts
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.layers import MLP, make_activation, make_norm
+from torchrl_amago.modules.settings import Configurable
+from torchrl_amago.steps import is_traced
 
 
-class ActorHead(nn.Module, abc.ABC):
+class ActorHead(Configurable, nn.Module, abc.ABC):
     """What all actor heads share: what they read besides the state, and which actions are allowed.
 
     A subclass builds a network that reads :attr:`input_size` features, and applies it in :meth:`head`.
@@ -61,6 +64,8 @@ class ActorHead(nn.Module, abc.ABC):
         mask_parts: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
+        for size in observation_sizes:
+            check_counts("Leave out observations without numbers.", observation_sizes=size)
         self.mask_parts = mask_parts
         self.num_params, self.num_discounts = num_params, num_discounts
         self.observation_sizes, self.masks_actions = tuple(observation_sizes), masks_actions
@@ -139,7 +144,7 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
             f"an action mask must be bool of shape {tuple(expected)}, got {mask_BP.dtype} of shape "
             f"{tuple(mask_BP.shape)}. It holds True for every action that is allowed, at every step."
         )
-    if not torch.compiler.is_compiling():
+    if not is_traced(mask_BP):
         parts = (mask_BP.shape[-1],) if mask_parts is None else tuple(mask_parts)
         for part_BP in split_parts(mask_BP, parts) if parts else ():
             if not part_BP.any(-1).all():
@@ -220,7 +225,7 @@ class ResidualActor(ActorHead):
         ``[*B, state_size]`` -> ``[*B, G, P]``.
 
     Raises:
-        ValueError: if `num_blocks` is below 1, or a name is unknown.
+        ValueError: if a size or `num_blocks` is below 1, or a name is unknown.
 
     Example:
         >>> ResidualActor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -241,11 +246,6 @@ class ResidualActor(ActorHead):
         **options: Any,
     ) -> None:
         super().__init__(state_size, num_params, num_discounts, **options)
-        if num_blocks < 1:
-            raise ValueError(
-                f"num_blocks must be at least 1, got {num_blocks}. It counts residual blocks; for an "
-                "actor without any use Actor."
-            )
         self.embed = MLP(
             self.input_size, feature_size, 1, feature_size, activation=activation, dropout=dropout
         )

@@ -184,7 +184,7 @@ def make_critic(
     Returns:
         ``"state" [*B, D] -> "action_value" [*B, C, G, A, *]``, or
         ``("state" [*B, D], "action_vector" [*S, *B, G, A]) -> "action_value" [*S, *B, C, G, *]``; on the
-        policy's device.
+        policy's device and in its precision.
 
     Raises:
         ValueError: if the actions can't be listed, or an option is for critics of the other kind.
@@ -222,11 +222,12 @@ def make_critic(
             critic.set_output_slope(slope)
         if bias is not None:
             critic.set_output_bias(bias)
+    weight = next(policy.parameters())
     return TensorDictModule(
         critic,
         in_keys=[keys.STATE, keys.ACTION_VECTOR] if takes_actions else [keys.STATE],
         out_keys=[keys.ACTION_VALUE],
-    ).to(next(policy.parameters()).device)
+    ).to(weight.device, weight.dtype)
 
 
 def _extra_inputs(

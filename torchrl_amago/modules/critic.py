@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
+from torchrl_amago.choice import check_counts, check_positive
 from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.layers import PreciseBuffers, make_activation
+from torchrl_amago.modules.settings import Configurable
 
 
-class EnsembleLinear(nn.Module):
+class EnsembleLinear(Configurable, nn.Module):
     """One linear layer per ensemble member, as a single batched product.
 
     Args:
@@ -42,7 +44,11 @@ class EnsembleLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_members, in_features, out_features))
         self.bias = nn.Parameter(torch.empty(num_members, out_features))
-        bound = 1.0 / math.sqrt(in_features)  # as torch.nn.Linear draws its own
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw weights and biases as torch.nn.Linear does."""
+        bound = 1.0 / math.sqrt(self.weight.shape[1])
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
@@ -53,7 +59,7 @@ class EnsembleLinear(nn.Module):
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
 
 
-class CriticEnsemble(nn.Module):
+class CriticEnsemble(Configurable, nn.Module):
     """What all critics share: an ensemble of MLPs, and how a value is written down.
 
     Args:
@@ -71,6 +77,8 @@ class CriticEnsemble(nn.Module):
         ValueError: if an argument is out of range.
     """
 
+    not_settings = frozenset({"action_gain"})  # only of a critic's first weights
+
     def __init__(
         self,
         input_size: int,
@@ -84,16 +92,7 @@ class CriticEnsemble(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        if num_critics < 1 or num_layers < 1:
-            raise ValueError(
-                f"a critic ensemble needs num_critics >= 1 and num_layers >= 1, got {num_critics} "
-                f"and {num_layers}. Use 4 and 2, the published sizes."
-            )
-        if num_outputs is not None and num_outputs < 1:
-            raise ValueError(
-                f"num_outputs must be at least 1, or None for plain numbers, got {num_outputs}. It is "
-                "the number of bins of the value codec."
-            )
+        check_counts("Use 2, as published.", num_layers=num_layers)
         check_dropout(dropout=dropout)
         self.num_critics, self.num_outputs, self.dropout = num_critics, num_outputs, dropout
         #: Dimensions of one predicted value: ``()`` or ``(O,)``.
@@ -104,10 +103,22 @@ class CriticEnsemble(nn.Module):
             for size_in, size_out in itertools.pairwise(sizes)
         )
         self.out = EnsembleLinear(num_critics, hidden_size, num_values * self.event_shape.numel())
+        self._output_slope: Tensor | None = None
+        self._output_bias: Tensor | None = None
         self.activation = make_activation(activation)
         if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
             # Their backward needs the result alone, and the input is as large as all members' layers.
             self.activation.inplace = True
+
+    def reset_parameters(self) -> None:
+        """Draw all layers anew, then set the outputs' slope and bias, if they were."""
+        # The layers too: TensorDictModule passes the call on, so that it comes twice.
+        for layer in (*self.hidden, self.out):
+            layer.reset_parameters()
+        if self._output_slope is not None:
+            self.set_output_slope(self._output_slope)
+        if self._output_bias is not None:
+            self.set_output_bias(self._output_bias)
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
@@ -122,6 +133,7 @@ class CriticEnsemble(nn.Module):
             ValueError: if the shape is another.
         """
         self._check_outputs("bias", bias)
+        self._output_bias = bias
         self.out.bias.view(self.num_critics, -1, *bias.shape).copy_(bias)
 
     @torch.no_grad()
@@ -137,9 +149,10 @@ class CriticEnsemble(nn.Module):
             ValueError: if the shape is another.
         """
         self._check_outputs("slope", slope)
+        self._output_slope = slope
         C, H, _ = self.out.weight.shape
         values_CHV1 = self.out.weight.view(C, H, -1, len(slope))[..., :1].clone()
-        self.out.weight.copy_((values_CHV1 * slope).flatten(2))
+        self.out.weight.copy_((values_CHV1 * slope.to(values_CHV1)).flatten(2))
 
     def _check_outputs(self, name: str, x: Tensor) -> None:
         expected = (self.event_shape.numel(),)
@@ -218,7 +231,7 @@ def discount_feature(discounts: Tensor) -> Tensor:
     return symlog(horizon)
 
 
-class ActionCritic(CriticEnsemble):
+class ActionCritic(CriticEnsemble, PreciseBuffers):
     """Ensemble of MLPs from a state and an action to the action's value under every discount.
 
         value_cg = mlp_c(state, symlog(1 / (1 - discount_g)), action)
@@ -279,15 +292,19 @@ class ActionCritic(CriticEnsemble):
             raise ValueError(
                 f"clip_actions must be above 0, got {clip_actions}. Use None to see actions as they are."
             )
-        if not action_gain > 0:
-            raise ValueError(
-                f"action_gain must be above 0, got {action_gain}. Use 1 for weights as torch draws them."
-            )
-        with torch.no_grad():
-            self.hidden[0].weight[:, -action_size:] *= action_gain
-        self.state_size, self.action_size = state_size, action_size
+        check_positive("Use 1 for weights as torch draws them.", action_gain=action_gain)
+        self.state_size, self.action_size, self.action_gain = state_size, action_size, action_gain
+        self._weigh_actions()
         self.clip_actions = clip_actions
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._weigh_actions()
+
+    @torch.no_grad()
+    def _weigh_actions(self) -> None:
+        self.hidden[0].weight[:, -self.action_size :] *= self.action_gain
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
         """Values of the actions under every discount.

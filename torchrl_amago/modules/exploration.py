@@ -7,21 +7,24 @@ action, A length of the action vector.
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 
 from torchrl_amago import keys
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
+from torchrl_amago.choice import check_counts, check_positive
 from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.settings import Configurable
 
 
-class BilevelExploration(TensorDictModuleBase, abc.ABC):
+class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     """Noise with a schedule over training and one within the trial; subclasses write the noise.
 
     With ``p`` the share of ``anneal_frames`` used up and ``q`` the share of ``horizon`` used up,
@@ -46,10 +49,12 @@ class BilevelExploration(TensorDictModuleBase, abc.ABC):
         action_key: entry to change.
         time_key: steps since the trial began, ``[*B, 1]``.
         init_key: first step of a trial, ``[*B, 1]``.
-        scale_key: private entry that carries ``scale``, ``[*B, 1]``.
+        scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read where it is
+            there.
 
     Raises:
-        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, or ``power`` not positive.
+        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, ``power`` not positive, or
+            an epsilon negative.
 
     Example:
         >>> class Shift(BilevelExploration):
@@ -79,22 +84,26 @@ class BilevelExploration(TensorDictModuleBase, abc.ABC):
         scale_key: NestedKey = keys.EPSILON_SCALE,
     ) -> None:
         super().__init__()
-        if horizon < 1 or anneal_frames < 1:
+        if not (1 <= horizon < math.inf and 1 <= anneal_frames < math.inf):
             raise ValueError(
                 f"horizon and anneal_frames must be at least 1, got {horizon} and {anneal_frames}. "
                 "They are the steps in a trial and the environment steps over which noise fades."
             )
-        if power <= 0:
+        if not all(0.0 <= epsilon < math.inf for epsilon in (*start_of_trial, *end_of_trial)):
             raise ValueError(
-                f"power must be positive, got {power}. 1 lets noise change evenly over the trial, "
-                "more keeps the change for its end."
+                "start_of_trial and end_of_trial must hold finite numbers of at least 0, got "
+                f"{start_of_trial} and {end_of_trial}. Each is a pair: at the start and the end of training."
             )
+        check_positive(
+            "1 lets noise change evenly over the trial, more keeps the change for its end.",
+            power=power,
+        )
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
         self.scale_key = scale_key
-        self.in_keys = [action_key, time_key, init_key, scale_key]
+        self.in_keys = [action_key, time_key, init_key]
         self.out_keys = [action_key, scale_key]
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))
 
@@ -123,6 +132,12 @@ class BilevelExploration(TensorDictModuleBase, abc.ABC):
         used_up = (time_idx / self.horizon).clamp(0.0, 1.0)
         return start + (end - start) * used_up**self.power
 
+    @property
+    def keyword_keys(self) -> list[NestedKey]:
+        """Entries that may be given as keywords: the inputs and, to go on with a trial, its scale."""
+        return [*self.in_keys, self.scale_key]
+
+    @dispatch(source="keyword_keys")
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Add noise to the step's actions, and carry ``scale`` to the next step."""
@@ -180,7 +195,9 @@ class BilevelEpsilonGreedy(BilevelExploration):
         **schedule: Any,
     ) -> None:
         super().__init__(horizon, anneal_frames, **schedule)
-        self.sizes = (num_actions,) if isinstance(num_actions, int) else tuple(num_actions)
+        self.sizes = tuple(num_actions) if isinstance(num_actions, Sequence) else (num_actions,)
+        for size in self.sizes or (0,):
+            check_counts("Every part has choices.", num_actions=size)
         self.one_hot, self.mask_key = one_hot, mask_key
         if mask_key is not None:
             self.in_keys = [*self.in_keys, mask_key]

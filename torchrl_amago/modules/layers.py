@@ -13,8 +13,12 @@ import math
 from collections.abc import Callable
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from torchrl_amago.choice import check_counts, check_positive
+from torchrl_amago.modules.dropout import check_dropout
 
 
 class SigmaReparamLinear(nn.Linear):
@@ -38,12 +42,24 @@ class SigmaReparamLinear(nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.gamma = nn.Parameter(torch.ones(1))
+        self.gamma = nn.Parameter(torch.empty(1))
+        self.register_buffer("u", torch.empty(out_features))
+        self.register_buffer("v", torch.empty(in_features))
+        self._reset_spectrum()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew, with a spectral norm of 1."""
+        super().reset_parameters()
+        if hasattr(self, "gamma"):  # torch.nn.Linear's constructor calls this as well
+            self._reset_spectrum()
+
+    @torch.no_grad()
+    def _reset_spectrum(self) -> None:
         nn.init.trunc_normal_(self.weight, std=0.02)
-        with torch.no_grad():
-            u_OR, _, v_RI = torch.linalg.svd(self.weight, full_matrices=False)
-        self.register_buffer("u", u_OR[:, 0].clone())
-        self.register_buffer("v", v_RI[0].clone())
+        self.gamma.fill_(1.0)
+        u_OR, _, v_RI = torch.linalg.svd(at_least_float32(self.weight), full_matrices=False)
+        self.u.copy_(u_OR[:, 0])
+        self.v.copy_(v_RI[0])
 
     def scale(self, power_iteration: bool = False) -> Tensor:
         """What multiplies `weight`: `gamma / sigma`, shape `[1]`.
@@ -85,6 +101,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.scale = nn.Parameter(torch.ones(size))
         self.eps = eps
+
+    def reset_parameters(self) -> None:
+        """Scale by 1 again."""
+        nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[..., size]`."""
@@ -193,7 +213,7 @@ class MLP(nn.Module):
         linear: class of the linear layers, called with (inputs, outputs).
 
     Raises:
-        ValueError: if `num_layers` is below 1, or a name is unknown.
+        ValueError: if a size or `num_layers` is below 1, or a name is unknown.
 
     Example:
         >>> MLP(4, 16, 2, 3)(torch.zeros(5, 4)).shape
@@ -212,11 +232,14 @@ class MLP(nn.Module):
         linear: Callable[[int, int], nn.Module] = nn.Linear,
     ) -> None:
         super().__init__()
-        if num_layers < 1:
-            raise ValueError(
-                f"num_layers must be at least 1, got {num_layers}. "
-                "It counts hidden layers; for a single linear map use torch.nn.Linear."
-            )
+        check_counts(
+            "Sizes and hidden layers are counted; for a single linear map use torch.nn.Linear.",
+            input_size=input_size,
+            hidden_size=hidden_size,
+            num_layers=num_layers,
+            output_size=output_size,
+        )
+        check_dropout(dropout=dropout)
         sizes = [input_size] + [hidden_size] * num_layers
         self.hidden = nn.ModuleList(linear(i, o) for i, o in itertools.pairwise(sizes))
         self.norms = nn.ModuleList(make_norm(norm, hidden_size) for _ in range(num_layers))
@@ -305,7 +328,25 @@ def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000
     return rotated.to(x_BHTD.dtype)
 
 
-class InputNorm(nn.Module):
+class PreciseBuffers(nn.Module):
+    """Base of modules whose buffers stay in their precision when the module is converted to a lower one.
+
+    Example:
+        >>> InputNorm(2).to(torch.bfloat16).mu.dtype
+        torch.float32
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreciseBuffers:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize < old.dtype.itemsize:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class InputNorm(PreciseBuffers):
     """Shift and scale features by moving averages of their first two moments.
 
         beta_t = beta / (1 - (1 - beta)^t)
@@ -324,6 +365,9 @@ class InputNorm(nn.Module):
         beta: step size of the moving averages, once many updates were made.
         init_nu: initial second moment.
 
+    Raises:
+        ValueError: if a number is out of its range.
+
     Example:
         >>> norm = InputNorm(2)
         >>> norm.update(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([True, False]))
@@ -338,10 +382,20 @@ class InputNorm(nn.Module):
 
     def __init__(self, size: int, beta: float = 1e-4, init_nu: float = 1.0) -> None:
         super().__init__()
-        self.beta = beta
-        self.register_buffer("mu", torch.zeros(size))
-        self.register_buffer("nu", torch.full((size,), float(init_nu)))
-        self.register_buffer("t", torch.ones(1))
+        check_counts("It is the number of features.", size=size)
+        check_positive("Use 1e-4 and 1, the published ones.", beta=beta, init_nu=init_nu)
+        self.beta, self.init_nu = beta, init_nu
+        self.register_buffer("mu", torch.empty(size))
+        self.register_buffer("nu", torch.empty(size))
+        self.register_buffer("t", torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all statistics."""
+        self.mu.zero_()
+        self.nu.fill_(self.init_nu)
+        self.t.fill_(1.0)
 
     @property
     def sigma(self) -> Tensor:
@@ -349,15 +403,6 @@ class InputNorm(nn.Module):
         # The variance of a constant feature may come out below zero by rounding.
         variance = self.nu - self.mu.square() + 1e-5
         return variance.clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputNorm:
-        before = dict(self.named_buffers(recurse=False))
-        super()._apply(fn, recurse)
-        for name, old in before.items():
-            new = getattr(self, name)
-            if new.dtype.itemsize < old.dtype.itemsize:
-                setattr(self, name, old.to(new.device))
-        return self
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
@@ -369,8 +414,14 @@ class InputNorm(nn.Module):
                 has no influence, NaN included; without any True nothing changes.
 
         Raises:
+            RuntimeError: under a `torch.vmap` over inputs alone.
             ValueError: if the shapes do not fit together.
         """
+        if is_batchedtensor(x) and not is_batchedtensor(self.mu):
+            raise RuntimeError(
+                "statistics of inputs can't follow several batches at once, as torch.vmap shows them. Use "
+                "deactivate_vmap=True, call eval() before, or normalize_inputs=False."
+            )
         if mask is None:
             mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
         if mask.ndim == x.ndim - 1:

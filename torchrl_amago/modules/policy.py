@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, TensorDictSequential
+from tensordict.nn import (
+    TensorDictModule,
+    TensorDictModuleBase,
+    TensorDictSequential,
+    dispatch,
+)
 from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
 from torchrl_amago.modules.actor import ActorHead
 from torchrl_amago.modules.distributions import PolicyDistribution
+from torchrl_amago.modules.export import PolicyStep
+from torchrl_amago.modules.settings import flatten, plain
 from torchrl_amago.modules.timestep import TimestepEncoder
 from torchrl_amago.modules.trajectory import Memory, TrajectoryEncoder
+from torchrl_amago.steps import is_traced
 
 # AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
 DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
@@ -28,6 +37,9 @@ class SelectDiscount(TensorDictModuleBase):
         index: which discount; may be set anew at any time.
         in_key: parameters for every discount.
         out_key: parameters of the chosen one.
+
+    Raises:
+        ValueError: when called, if a parameter is NaN (which isn't looked for in compiled code).
 
     Example:
         >>> import torch
@@ -46,10 +58,13 @@ class SelectDiscount(TensorDictModuleBase):
         super().__init__()
         self.index, self.in_keys, self.out_keys = index, [in_key], [out_key]
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the chosen parameters."""
-        params = tensordict.get(self.in_keys[0])
-        return tensordict.set(self.out_keys[0], params[..., self.index, :])
+        params = tensordict.get(self.in_keys[0])[..., self.index, :]
+        if not is_traced(params):
+            check_not_nan(params.detach(), tensordict.exclude(self.in_keys[0]))
+        return tensordict.set(self.out_keys[0], params)
 
 
 class Policy(TensorDictSequential):
@@ -87,7 +102,8 @@ class Policy(TensorDictSequential):
         encoder = TensorDictSequential(timestep_encoder, trajectory_encoder)
         select = SelectDiscount()
         parts = [encoder, actor, select, sampler]
-        out_keys = [*sampler.out_keys, keys.STREAM]
+        # What memory and exploration need at the next step travels with the rollout.
+        out_keys = [*sampler.out_keys, *trajectory_encoder.out_keys[1:]]
         if exploration is not None:
             parts.append(exploration)
             out_keys += [key for key in exploration.out_keys if key not in out_keys]
@@ -117,9 +133,37 @@ class Policy(TensorDictSequential):
         """D, size of ``"state"``."""
         return self.encoder.module[1].output_size
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that decides what the policy does with its weights, by dotted name; JSON-able.
+
+        What shapes of weights don't tell is here: discounts, the one acted with, and for each part its
+        class and arguments (``"trajectory.window"``). Two policies with equal settings and weights act
+        alike.
+        """
+        timestep, trajectory = self.encoder.module
+        parts = {
+            "timestep": timestep,
+            "trajectory": trajectory,
+            "actor": self.actor.module,
+            "distribution": self.distribution,
+            "exploration": self.exploration,
+        }
+        # A dictionary's order is lost on the way through a file, but that of inputs counts.
+        read = {"timestep.in_keys": timestep.in_keys, "actor.in_keys": self.actor.in_keys}
+        acting = self.discounts[self.module[2].index]
+        return flatten(plain({"discounts": self.discounts, "discount": acting, **read, **parts}))
+
+    @property
+    def keyword_keys(self) -> list[NestedKey]:
+        """Entries that may be given as keywords: the inputs, and what the last step handed on."""
+        handed_on = [key for key in self.out_keys if key not in self.module[3].out_keys]
+        return [*self.in_keys, *handed_on]
+
+    @dispatch(source="keyword_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
         """Act: write the action, and what exploration and memory need at the next step."""
-        if recurrent_mode() or args or kwargs or not self._can_act_at_once():
+        if recurrent_mode() or args or kwargs or not self.has_usual_parts():
             return super().forward(tensordict, *args, **kwargs)
         return self._act(tensordict)
 
@@ -133,9 +177,18 @@ class Policy(TensorDictSequential):
             args: of `torch.compile`, likewise `kwargs`. On CPUs `options={"cpp_wrapper": True}` gives
                 the fastest steps, after a longer compilation.
         """
-        self._logits = torch.compile(self._compute_logits, *args, **kwargs)
+        self._logits = torch.compile(self.compute_logits, *args, **kwargs)
 
-    def _can_act_at_once(self) -> bool:
+    def step_module(self) -> PolicyStep:
+        """The greedy step as a function of tensors, for :func:`torch.export.export`; see :class:`PolicyStep`.
+
+        Raises:
+            ValueError: for encoders whose memory grows.
+        """
+        return PolicyStep(self)
+
+    def has_usual_parts(self) -> bool:
+        """Whether calling the parts does nothing but what their base classes say."""
         timestep, trajectory = self.encoder.module
         return (
             _keeps_forward(timestep, TimestepEncoder)
@@ -157,14 +210,17 @@ class Policy(TensorDictSequential):
         positions_N, memory = trajectory.begin_step(tensordict, shape, like=inputs[0])
         extra = [tensordict.get(key) for key in self.actor.in_keys[1:]]
         logits_key = self.module[2].out_keys[0]
-        tensordict.set(logits_key, self._logits(inputs, extra, positions_N, memory))
+        logits = self._logits(inputs, extra, positions_N, memory)
+        check_not_nan(logits, tensordict)
+        tensordict.set(logits_key, logits)
         for module in self.module[3:]:
             module(tensordict)
         return tensordict.exclude(logits_key, inplace=True)
 
-    def _compute_logits(
+    def compute_logits(
         self, inputs: list[Tensor], extra: list[Tensor], positions_N: Tensor, memory: Memory
     ) -> Tensor:
+        """Parameters of the action, ``[*B, P]``, from what encoders and actor read."""
         timestep, trajectory = self.encoder.module
         x = timestep.encode(inputs, None)
         batch = x.shape[:-1]
@@ -174,7 +230,7 @@ class Policy(TensorDictSequential):
         return logits_NP.reshape(*batch, -1)
 
     def _use_eager(self) -> None:
-        self._logits = self._compute_logits
+        self._logits = self.compute_logits
 
     def __getstate__(self) -> dict:
         # Compiled code can't be copied, and a bound method would lead back to the original.
@@ -202,6 +258,31 @@ class Policy(TensorDictSequential):
             )
         self.module[2].index = self.discounts.index(discount)
         return self
+
+
+def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
+    """Refuse to draw an action from NaN, which would be any action, and tell where it comes from.
+
+    Raises:
+        ValueError: naming rows and entries.
+    """
+    # A sum costs a quarter of what `isnan` does. Infinities may become NaN in it, hence the second look.
+    if not math.isnan(params.sum()) or not params.isnan().any():
+        return
+    entries = step.items(True, True)
+    seen = [key for key, x in entries if x.is_floating_point() and not x.isfinite().all()]
+    source = (
+        f"the step's entries {seen} hold NaN or infinity"
+        if seen
+        else (
+            "all entries of the step are finite, so that the weights, or what is remembered of earlier steps, "
+            "aren't"
+        )
+    )
+    raise ValueError(
+        f"actions can't be drawn from NaN, got it in rows {params.isnan().any(-1).nonzero().tolist()}: "
+        f"{source}. Mend the environment, or go back to weights from before."
+    )
 
 
 def check_discounts(discounts: Sequence[float]) -> None:

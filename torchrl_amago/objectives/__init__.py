@@ -1,5 +1,6 @@
 """The objective: pure functions of tensors in ``functional``, the loss module in ``amago``.
 
+``networks`` holds its networks, keys and calls, ``batch`` reads batches, ``checks`` are its errors,
 ``critics`` is how the loss asks critics of both kinds, ``metrics`` what it tells of an update,
 ``presets`` are the published choices.
 """

@@ -7,39 +7,32 @@ raw prediction of the value codec: nothing, or its bins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
-from tensordict.nn import TensorDictModule, TensorDictModuleBase, dispatch
+from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from tensordict.utils import expand_as_right
 from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
-from torchrl.objectives import LossModule
 
-from torchrl_amago import keys
-from torchrl_amago.choice import check_counts
+from torchrl_amago.choice import check_counts, name_of, pick
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
 from torchrl_amago.objectives.batch import Slices
 from torchrl_amago.objectives.checks import (
     check_critics,
-    check_filter,
+    check_distribution,
     check_mask,
     check_same_discounts,
     check_scales,
-    check_weighting,
     check_words,
 )
 from torchrl_amago.objectives.critics import (
-    ActionInput,
-    CriticAnswers,
-    ListedActions,
     PolicyValue,
     ValueSpace,
     to_space,
@@ -58,13 +51,15 @@ from torchrl_amago.objectives.metrics import (
     VALUE_METRICS,
     policy_metrics,
     value_metrics,
+    value_names,
 )
+from torchrl_amago.objectives.networks import ActorCriticLoss, evaluating
 
 MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
 
 
-class AMAGOLoss(LossModule):
+class AMAGOLoss(ActorCriticLoss):
     """One update of AMAGO, for any action space (arXiv 2310.09971, Section 4 and Appendix A).
 
     For every step of every slice, and every discount g at once:
@@ -82,6 +77,11 @@ class AMAGOLoss(LossModule):
     Only ``terminated`` stops bootstrapping. Steps under a False mask count for nothing, whatever
     they hold. The encoder learns from both losses; targets use the online encoder without gradient.
     :func:`amago_loss` and :func:`amago2_loss` build it with the published choices.
+
+    Batches are rows ``[B, T]`` or flat, ``[N]``. Where a row holds several trials or slices, it is cut
+    (:func:`~torchrl_amago.rows.split_trials`), except under `torch.compile`. Every next observation is
+    read: `compact_obs=True` of TorchRL's collectors drops those at the ends of slices, and is refused.
+    Statistics of inputs and targets move in training mode alone, and not under `torch.no_grad`.
 
     Args:
         encoder_network: inputs of a step -> ``"state" [B, T, D]``, in recurrent mode.
@@ -110,7 +110,8 @@ class AMAGOLoss(LossModule):
         soften_actions: show critics a stored discrete action as the policy's probabilities are
             clipped (0.996 and four times 0.001 of five actions), as the public AMAGO code does, so
             that stored and chosen actions are valued alike.
-        actor_mask: a function that edits which ``[B, T, G]`` count in the actor's loss.
+        actor_mask: a function that edits which ``[B, T, G]`` count in the actor's loss; of a batch that
+            was split, it is shown the rows made of it.
         critic_mask: likewise ``[B, T, C, G]`` in the critics' loss.
         compact: run the heads and the equations on real steps alone, in one row, instead of on all of
             ``[B, T]``: the same numbers for less work where trials differ in length. Shapes then
@@ -121,13 +122,15 @@ class AMAGOLoss(LossModule):
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over real steps.
 
     Returns:
-        ``loss_actor`` and ``loss_qvalue``, whose sum is the total loss, and detached metrics, see
-        :mod:`~torchrl_amago.objectives.metrics`.
+        ``loss_actor`` and ``loss_qvalue``, whose sum is the total loss, and detached metrics, all
+        scalars (but for ``reduction="none"``), see :mod:`~torchrl_amago.objectives.metrics`. The batch
+        gets each step's absolute TD error, the priority.
 
     Raises:
-        ValueError: for arguments out of range, or parts for other discounts; for batches that aren't
-            ``[B, T]``, rows that don't hold steps of one trial with padding behind them, rewards that
-            aren't scalar, or actions outside of their space.
+        ValueError: for arguments out of range, or parts for other discounts; for batches of more
+            dimensions, padding before real steps of a row, a mask that isn't bool, rewards that aren't
+            scalar or too large, NaN in next observations, or actions outside of their space.
+        TypeError: if `distribution` isn't a policy's, or weights are of half precision.
         KeyError: if the tensordict lacks an entry.
 
     Example:
@@ -144,31 +147,6 @@ class AMAGOLoss(LossModule):
         >>> sorted(k for k in loss(batch).keys() if k.startswith("loss"))
         ['loss_actor', 'loss_qvalue']
     """
-
-    @dataclass
-    class _AcceptedKeys:
-        action: NestedKey = keys.ACTION
-        reward: NestedKey = "reward"
-        terminated: NestedKey = "terminated"
-        state: NestedKey = keys.STATE
-        action_params: NestedKey = keys.ACTION_PARAMS
-        action_vector: NestedKey = keys.ACTION_VECTOR
-        action_value: NestedKey = keys.ACTION_VALUE
-        mask: NestedKey = keys.MASK
-        priority: NestedKey = "td_error"
-        priority_weight: NestedKey = "priority_weight"
-
-    default_keys = _AcceptedKeys
-
-    encoder_network: TensorDictModule
-    encoder_network_params: TensorDictParams
-    target_encoder_network_params: TensorDictParams
-    actor_network: TensorDictModule
-    actor_network_params: TensorDictParams
-    target_actor_network_params: TensorDictParams
-    critic_network: TensorDictModule
-    critic_network_params: TensorDictParams
-    target_critic_network_params: TensorDictParams
 
     def __init__(
         self,
@@ -198,14 +176,17 @@ class AMAGOLoss(LossModule):
         use_prioritized_weights: bool | Literal["auto"] = "auto",
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
-        super().__init__()
         check_discounts(discounts)
         check_words(
             target_reduction=target_reduction or "min",
             filter_space=filter_space,
             reduction=reduction,
+            compact=compact,
+            use_prioritized_weights=use_prioritized_weights,
+            use_target_actor=use_target_actor,
+            soften_actions=soften_actions,
         )
-        check_weighting(use_prioritized_weights)
+        check_distribution(distribution)
         check_scales(
             reward_scale,
             online_coeff=online_coeff,
@@ -219,24 +200,22 @@ class AMAGOLoss(LossModule):
             num_target_actions=num_target_actions,
             num_policy_actions=num_policy_actions,
         )
-        check_filter(advantage_filter)
         codec = value_codec if value_codec is not None else PopArt(len(discounts))
         check_same_discounts(discounts, actor_network, critic_network, codec)
-        self.convert_to_functional(encoder_network, "encoder_network", create_target_params=False)
-        self.convert_to_functional(actor_network, "actor_network", create_target_params=True)
-        self.convert_to_functional(critic_network, "critic_network", create_target_params=True)
-        self.distribution = distribution
+        super().__init__(encoder_network, actor_network, critic_network, distribution, codec)
         check_critics(
             critic_network, num_target_critics, distribution, self.takes_actions, online_coeff > 0
         )
-        self.value_codec = codec
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
+        self._value_names = value_names(discounts)
         self.num_target_critics = num_target_critics
         self.target_reduction = target_reduction or ("min" if online_coeff > 0 else "mean")
         self.n_step, self.reward_scale = n_step, reward_scale
         self.online_coeff, self.offline_coeff = online_coeff, offline_coeff
         self.critic_coeff = critic_coeff
-        self.filter = FILTERS.get(advantage_filter, advantage_filter)
+        self.filter = pick(
+            "advantage_filter", advantage_filter, FILTERS, "Use None to imitate every action."
+        )
         self.filter_space = filter_space
         self.num_target_actions = num_target_actions
         self.num_policy_actions = num_policy_actions
@@ -248,31 +227,41 @@ class AMAGOLoss(LossModule):
 
     @property
     def uses_critic(self) -> bool:
-        """Whether the actor needs the critics, and so whether they are trained."""
+        """True if the actor needs the critics, which are trained only then."""
         return self.online_coeff > 0 or self.filter is not None
 
     @property
-    def takes_actions(self) -> bool:
-        """Whether critics take the action as an input, rather than list the values of all."""
-        # Not by the action's key: set_keys may name it only after the loss was made.
-        return len(self.critic_network.in_keys) > 1
+    def settings(self) -> dict[str, str | float | bool | list[float] | None]:
+        """Options that change the loss but no shape of its weights, flat, as JSON values.
+
+        Functions appear by name. `compact`, which changes no number, is left out.
+        """
+        arguments = inspect.signature(AMAGOLoss.__init__).parameters.values()
+        options = {x.name for x in arguments if x.kind is x.KEYWORD_ONLY} - {"compact"}
+        own = sorted(options & self.__dict__.keys())
+        parts = {
+            "distribution": self.distribution.settings,
+            "value_codec": self.value_codec.settings,
+            "critic": getattr(getattr(self.critic_network, "module", None), "settings", {}),
+        }
+        return {
+            "discounts": [float(f"{discount:.7g}") for discount in self.discounts.tolist()],
+            "advantage_filter": name_of(self.filter),
+            **{name: name_of(getattr(self, name)) for name in own},
+            **{f"{part}.{k}": v for part, settings in parts.items() for k, v in settings.items()},
+        }
 
     @property
-    def in_keys(self) -> list[NestedKey]:
-        """Entries read from the tensordict, in the order :func:`dispatch` takes them."""
-        inputs = list(dict.fromkeys([*self._input_keys(), *self._actor_keys()]))
-        following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
-        return [*inputs, self.tensor_keys.action] + [("next", *_as_tuple(key)) for key in following]
+    def out_keys_source(self) -> list[str]:
+        """Entries that can be selected."""
+        metrics = [*POLICY_METRICS]
+        if self.uses_critic:
+            metrics += [*VALUE_METRICS, *self._value_names]
+        return list(dict.fromkeys(["loss_actor", "loss_qvalue", *metrics]))
 
-    @property
-    def out_keys(self) -> list[NestedKey]:
-        """Entries written."""
-        metrics = POLICY_METRICS + (VALUE_METRICS if self.uses_critic else ())
-        return ["loss_actor", "loss_qvalue", *metrics]
-
-    @dispatch
+    @dispatch(source="_dispatch_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the losses of a batch of slices ``[B, T]``, and update the codec's statistics."""
+        """Compute the losses of a batch of slices, and update the codec's statistics."""
         batch = self._read(tensordict, self.compact)
         steps = batch.steps
         current, following = self._states(batch)
@@ -283,7 +272,8 @@ class AMAGOLoss(LossModule):
         if self.uses_critic:
             prediction, value = self._online_answers(current, action_MA, policy)
             target_MG = self._td_target(batch, following)
-            self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
+            if self._moves_statistics:
+                self.value_codec.update(target_MG, steps.mask.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * self.value_codec.loss(prediction, target_MG)
             q_MCG = self.value_codec.decode(prediction.detach())
             advantage_MG = self._advantage(prediction, q_MCG, value, self.filter_space)
@@ -296,30 +286,31 @@ class AMAGOLoss(LossModule):
                 weight_MG,
                 steps.mask,
                 self.reward_scale,
+                self._value_names,
             )
             metrics |= values
-            tensordict.set(self.tensor_keys.priority, steps.restore(td_error_M))
+            tensordict.set(self.tensor_keys.priority, batch.restore(td_error_M))
         terms["loss_actor"] = self._actor_term(policy, action_MA, value, weight_MG)
         return self._reduce(batch, terms, metrics)
 
     def estimates(
         self, tensordict: TensorDictBase, filter_space: ValueSpace | None = None
     ) -> TensorDict:
-        """What critics think of a batch, by the same functions as the loss; nothing is updated.
+        """Values and advantages of a batch, by the same functions as the loss; nothing is updated.
 
         Networks are in evaluation mode, without dropout, also where the loss is in training.
 
         Args:
-            tensordict: slices ``[B, T]``.
+            tensordict: slices ``[B, T]``, or flat, ``[N]``.
             filter_space: as the constructor's; default that of training.
 
         Returns:
             ``q_value``, ``value``, ``advantage`` in reward units times ``reward_scale`` (ensemble
-            means), ``q_value_std``, ``value_std`` over the ensemble, and ``filter``: ``[B, T, G]``.
+            means), ``q_value_std``, ``value_std`` over the ensemble, and ``filter``: ``[*batch, G]``.
         """
         space = filter_space or self.filter_space
         check_words(filter_space=space)
-        with torch.no_grad(), set_recurrent_mode(True), _evaluating(self):
+        with torch.no_grad(), set_recurrent_mode(True), evaluating(self):
             batch = self._read(tensordict, compact=False)
             current, _ = self._states(batch)
             policy = self._policy(current, self.actor_network_params)
@@ -327,92 +318,17 @@ class AMAGOLoss(LossModule):
             prediction, policy_value = self._online_answers(current, action_BTA, policy)
             q, value = self.value_codec.decode(prediction), policy_value.to("value")
             weight_BTG = self._imitation_weight(self._advantage(prediction, q, policy_value, space))
+        estimates = {
+            "q_value": q.mean(-2),
+            "value": value.mean(-2),
+            "advantage": q.mean(-2) - value.mean(-2),
+            "q_value_std": ensemble_std(q),
+            "value_std": ensemble_std(value),
+            "filter": weight_BTG,
+        }
         return TensorDict(
-            q_value=q.mean(-2),
-            value=value.mean(-2),
-            advantage=q.mean(-2) - value.mean(-2),
-            q_value_std=ensemble_std(q),
-            value_std=ensemble_std(value),
-            filter=weight_BTG,
-            batch_size=tensordict.shape,
+            {name: batch.restore(x) for name, x in estimates.items()}, batch_size=tensordict.shape
         )
-
-    # --- inputs ---
-
-    def _input_keys(self) -> list[NestedKey]:
-        return [key for key in self.encoder_network.in_keys if not _is_private(key)]
-
-    def _actor_keys(self) -> list[NestedKey]:
-        """Observations that go straight to the actor."""
-        return [key for key in self.actor_network.in_keys if key != self.tensor_keys.state]
-
-    def _read(self, tensordict: TensorDictBase, compact: bool | None) -> Slices:
-        return Slices(tensordict, self.tensor_keys, compact, self.discounts.device)
-
-    def _states(self, batch: Slices) -> tuple[dict[NestedKey, Tensor], dict[NestedKey, Tensor]]:
-        """What the heads read: at the slice's steps, and one step on, there without gradient."""
-        steps = batch.steps
-        state_BSD = self._encode(batch)
-        current = {self.tensor_keys.state: steps.select(state_BSD[:, :-1])}
-        following = {self.tensor_keys.state: steps.select(state_BSD[:, 1:]).detach()}
-        actor_keys = self._actor_keys()
-        if not actor_keys:
-            return current, following
-        ended_M = steps.select(batch.terminated()).squeeze(-1)
-        for key in actor_keys:
-            x_BS = batch.sequence(key)
-            # Nobody may act in padding or after the end: there an action mask may allow nothing.
-            fill = 0 if x_BS.is_floating_point() else 1
-            current[key] = steps.select(x_BS[:, :-1], fill)
-            next_M = steps.select(x_BS[:, 1:], fill)
-            following[key] = next_M.masked_fill(expand_as_right(ended_M, next_M), fill)
-        return current, following
-
-    def _encode(self, batch: Slices) -> Tensor:
-        """States of T + 1 steps."""
-        mask_BT = batch.steps.full_mask
-        mask_BS = torch.cat([mask_BT[:, :1], mask_BT], 1)
-        inputs = TensorDict(batch_size=mask_BS.shape, device=batch.tensordict.device)
-        for key in self._input_keys():
-            inputs.set(key, batch.sequence(key))
-        inputs.set(keys.MASK, mask_BS)
-        _follow_mode(self.encoder_network, self.training)
-        with _swapped_in(self.encoder_network_params, self.encoder_network):
-            return self.encoder_network(inputs).get(self.tensor_keys.state)
-
-    # --- networks ---
-
-    def _policy(self, inputs: dict[NestedKey, Tensor], params: TensorDictParams) -> Distribution:
-        return self.distribution(
-            self._run_head(self.actor_network, params, inputs, self.tensor_keys.action_params)
-        )
-
-    def _answers(self, params: TensorDictParams, num_samples: int) -> CriticAnswers:
-        def ask(state: Tensor, action: Tensor | None = None, frozen: bool = False) -> Tensor:
-            inputs = {self.tensor_keys.state: state}
-            if action is not None:
-                inputs[self.tensor_keys.action_vector] = action
-            used = self._frozen(params) if frozen else params
-            return self._run_head(self.critic_network, used, inputs, self.tensor_keys.action_value)
-
-        if self.takes_actions:
-            return ActionInput(self.value_codec, ask, num_samples)
-        return ListedActions(self.value_codec, ask)
-
-    def _frozen(self, params: TensorDictParams) -> TensorDictBase:
-        """What values the policy's own actions: the same critics, which learn nothing from it."""
-        return params.detach()
-
-    def _run_head(
-        self,
-        network: TensorDictModuleBase,
-        params: TensorDictParams,
-        inputs: dict[NestedKey, Tensor],
-        out_key: NestedKey,
-    ) -> Tensor:
-        _follow_mode(network, self.training)
-        with _swapped_in(params, network):
-            return network(TensorDict(inputs)).get(out_key)
 
     # --- equations ---
 
@@ -422,7 +338,7 @@ class AMAGOLoss(LossModule):
         """Raw predictions for the actions taken ``[M, C, G, *]``, and V of the policy."""
         shown_MA = self.distribution.soften(action_MA, policy) if self.soften_actions else action_MA
         return self._answers(self.critic_network_params, self.num_policy_actions).online(
-            current[self.tensor_keys.state], shown_MA, policy, self.online_coeff > 0
+            current[self._state_key], shown_MA, policy, self.online_coeff > 0
         )
 
     @torch.no_grad()
@@ -432,7 +348,7 @@ class AMAGOLoss(LossModule):
             actor = self.actor_network_params
         answers = self._answers(self.target_critic_network_params, self.num_target_actions)
         next_value_MCG = answers.of_policy(
-            following[self.tensor_keys.state], self._policy(following, actor)
+            following[self._state_key], self._policy(following, actor)
         ).to("value")
         *shape_M, C, G = next_value_MCG.shape
         subset_MKG = draw_critic_subset(
@@ -490,7 +406,7 @@ class AMAGOLoss(LossModule):
         return batch.importance(required=self.use_prioritized_weights is True)
 
     def _reduce(
-        self, batch: Slices, terms: dict[str, Tensor], metrics: dict[NestedKey, Tensor]
+        self, batch: Slices, terms: dict[str, Tensor], metrics: dict[str, Tensor]
     ) -> TensorDict:
         steps = batch.steps
         out = TensorDict(device=steps.mask.device)
@@ -509,10 +425,9 @@ class AMAGOLoss(LossModule):
                 out.set(name, masked_mean(term, mask, weight))
                 continue
             term = torch.where(mask, term if weight is None else weight * term, 0.0)
-            out.set(name, term.sum() if self.reduction == "sum" else steps.restore(term))
-        for name, value in metrics.items():
-            out.set(name, value)
-        return out
+            out.set(name, term.sum() if self.reduction == "sum" else batch.restore(term))
+        out.update(metrics)
+        return out if self._selected_out_keys is None else out.select(*self.out_keys)
 
 
 def _edited(hook: MaskHook, batch: Slices, term: Tensor, mask: Tensor) -> Tensor:
@@ -524,34 +439,3 @@ def _edited(hook: MaskHook, batch: Slices, term: Tensor, mask: Tensor) -> Tensor
     edited = hook(batch.tensordict, steps.restore(term.detach()), copy)
     check_mask(edited, full)
     return steps.select(edited & full)
-
-
-def _follow_mode(network: TensorDictModuleBase, training: bool) -> None:
-    # Functional networks are not submodules, so train() and eval() of the loss do not reach them.
-    if network.training != training:
-        network.train(training)
-
-
-@contextmanager
-def _evaluating(loss: LossModule) -> Iterator[None]:
-    """Evaluation mode for as long as this lasts."""
-    was_training = loss.training
-    loss.eval()
-    try:
-        yield
-    finally:
-        loss.train(was_training)
-
-
-def _swapped_in(params: TensorDictBase, network: TensorDictModuleBase) -> TensorDictBase:
-    """A context in which a network has other parameters."""
-    # As they are: to make parameters of detached tensors is what torch.compile can't do.
-    return params.to_module(network, preserve_module_state=False)
-
-
-def _is_private(key: NestedKey) -> bool:
-    return _as_tuple(key)[-1].startswith("_")
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)

@@ -1,4 +1,4 @@
-"""What the loss reads of a batch: entries by the loss's keys, refused where they can't be right.
+"""Entries of a batch as the loss reads them: by its keys, checked, in rows of one trial each.
 
 Legend: B rows, T steps, S = T + 1 states, A action size, M the steps that count, see
 :class:`~torchrl_amago.steps.Steps`.
@@ -6,6 +6,7 @@ Legend: B rows, T steps, S = T + 1 states, A action size, M the steps that count
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -18,42 +19,74 @@ from torchrl_amago.objectives.checks import (
     check_actions,
     check_batch_size,
     check_reward,
-    check_rows,
+    check_steps,
 )
+from torchrl_amago.rows import index_of_rows, trial_begins
 from torchrl_amago.steps import Steps
 
 
 class Slices:
     """Slices of trials, ``[B, T]``, as the loss reads them.
 
+    Flat batches, and rows that hold several trials, are split into rows of one trial each, but not
+    under `torch.compile`: there a row must hold one trial, and nothing of a batch's data is checked.
+
     Args:
-        tensordict: the batch.
+        tensordict: the batch, ``[B, T]`` or ``[N]``.
         tensor_keys: the loss's.
+        inputs: entries that encoder and actor read.
         compact: see :class:`~torchrl_amago.steps.Steps`.
+        reward_scale: factor of rewards.
         device: of the mask, where the batch has none.
 
     Raises:
-        ValueError: for batches of another shape, and rows that don't hold steps of one trial with
-            padding behind them.
+        ValueError: for batches of another shape, and those that :func:`check_steps` refuses.
     """
 
     def __init__(
         self,
         tensordict: TensorDictBase,
         tensor_keys: Any,
+        inputs: Sequence[NestedKey],
         compact: bool | None,
+        reward_scale: float,
         device: torch.device,
     ) -> None:
         check_batch_size(tensordict.shape)
-        self.tensordict, self.keys = tensordict, tensor_keys
-        mask_BT = tensordict.get(tensor_keys.mask, None)
-        if mask_BT is None:
-            mask_BT = torch.ones(tensordict.shape, dtype=torch.bool, device=device)
-        mask_BT = mask_BT.reshape(tensordict.shape)
-        if not torch.compiler.is_compiling():
-            check_rows(mask_BT, tensordict.get(keys.IS_INIT, None))
+        #: The batch as it was given; :attr:`tensordict` has rows of one trial each.
+        self.given = self.tensordict = tensordict
+        self.keys, self._index_RL = tensor_keys, None
+        mask = tensordict.get(tensor_keys.mask, None)
+        if mask is None:
+            mask = torch.ones(tensordict.shape, dtype=torch.bool, device=device)
         #: Which steps count.
-        self.steps = Steps(mask_BT, compact)
+        self.steps = Steps(mask.reshape(tensordict.shape), compact)
+        if not torch.compiler.is_compiling():
+            self._check_and_split(inputs, compact, reward_scale)
+
+    def _check_and_split(
+        self, inputs: Sequence[NestedKey], compact: bool | None, reward_scale: float
+    ) -> None:
+        given, mask = self.given, self.steps.full_mask
+        marks = (self.keys.is_init, ("next", self.keys.done), keys.TRAJECTORY)
+        begins_BT = trial_begins(mask, *(given.get(mark, None) for mark in marks))
+        mask_BT = mask.reshape(begins_BT.shape)
+        found = [given.get(("next", key), None) for key in inputs]
+        reward = given.get(("next", self.keys.reward), None)
+        is_flat = given.ndim == 1
+        if check_steps(mask_BT, begins_BT, found, reward, reward_scale, is_flat) or is_flat:
+            self._index_RL, mask_RL = index_of_rows(begins_BT, mask_BT)
+            self.tensordict = given.reshape(-1)[self._index_RL].set(self.keys.mask, mask_RL)
+            self.steps = Steps(mask_RL, compact)
+
+    def restore(self, x_M: Tensor) -> Tensor:
+        """Values of the steps that count in the shape of the batch as given, zero on padding."""
+        x_RL = self.steps.restore(x_M)
+        if self._index_RL is None:
+            return x_RL
+        shape, mask_RL = self.given.shape, self.steps.full_mask
+        x_N = x_RL.new_zeros(shape.numel(), *x_RL.shape[2:])
+        return x_N.index_put((self._index_RL[mask_RL],), x_RL[mask_RL]).unflatten(0, shape)
 
     @property
     def mask_BT1(self) -> Tensor:
@@ -75,7 +108,8 @@ class Slices:
         if entry is None:
             raise KeyError(
                 f"the loss reads {key!r} of a batch, but it is missing {place}. Collect with the same "
-                "transforms as the policy was built for; name other keys with set_keys."
+                "transforms as the policy was built for, and with compact_obs=False; name other keys "
+                "with set_keys."
             )
         return entry
 

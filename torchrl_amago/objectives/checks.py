@@ -1,7 +1,8 @@
-"""What the loss refuses, and what to do about it."""
+"""Checks of the loss's arguments and batches; each error says what to do."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 from typing import get_args
@@ -15,48 +16,48 @@ from torchrl_amago.choice import check_choice
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.value_codec import ValueCodec
 from torchrl_amago.objectives.critics import ValueSpace
-from torchrl_amago.objectives.functional import FILTERS
+
+# Returns of a million steps of such rewards have squares within float32, and so have sums of them.
+LARGEST_REWARD = 1e12
 
 _CHOICES = {
     "target_reduction": ("min", "mean"),
     "filter_space": get_args(ValueSpace),
     "reduction": ("mean", "sum", "none"),
+    "compact": (None, True, False),
+    "use_prioritized_weights": ("auto", True, False),
+    "use_target_actor": (True, False),
+    "soften_actions": (True, False),
 }
 
 
-def check_words(**words: str) -> None:
-    """Refuse words that choose nothing, by the argument's name."""
+def check_words(**words: object) -> None:
+    """Raise ValueError for words that choose nothing, by the argument's name."""
     for name, word in words.items():
         check_choice(name, word, _CHOICES[name])
 
 
-def check_weighting(use_prioritized_weights: object) -> None:
-    """Refuse what is neither a choice nor left to the batch."""
-    if use_prioritized_weights not in (True, False, "auto"):
-        raise ValueError(
-            f"use_prioritized_weights must be True, False or 'auto', got {use_prioritized_weights!r}. "
-            "Use 'auto' where in doubt."
+def check_distribution(distribution: object) -> None:
+    """Raise TypeError for distributions that don't know the space of their actions."""
+    if not isinstance(distribution, PolicyDistribution):
+        raise TypeError(
+            "the loss needs a PolicyDistribution, which knows how actions are stored and shown to "
+            f"critics, got {distribution!r}. Give policy.distribution, or Discrete(space, "
+            "clip_low=0.0, clip_high=1.0) for a plain categorical one."
         )
 
 
 def check_scales(reward_scale: float, **coefficients: float) -> None:
-    """Refuse factors that turn a term of the loss round, or rewards into nothing."""
+    """Raise ValueError for coefficients below 0 and factors of rewards that aren't above it."""
     for name, value in coefficients.items():
-        if not value >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {value}. Use 0 to leave its term out.")
-    if not reward_scale > 0:
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"{name} must be 0 or more, got {value}. Use a finite number, 0 to leave its term out."
+            )
+    if not 0 < reward_scale < math.inf:
         raise ValueError(
-            f"reward_scale must be above 0, got {reward_scale}. Use 1 for rewards as they are; "
-            "metrics are divided by it."
-        )
-
-
-def check_filter(advantage_filter: object) -> None:
-    """Refuse the name of a filter that there isn't."""
-    if isinstance(advantage_filter, str) and advantage_filter not in FILTERS:
-        raise ValueError(
-            f"advantage_filter must be one of {sorted(FILTERS)}, a function or None, got "
-            f"{advantage_filter!r}."
+            f"reward_scale must be above 0, got {reward_scale}. Use a finite number, 1 for rewards as "
+            "they are; metrics are divided by it."
         )
 
 
@@ -67,7 +68,7 @@ def check_critics(
     takes_actions: bool,
     online: bool,
 ) -> None:
-    """Refuse critics that don't go with the policy's actions or with the number drawn."""
+    """Raise ValueError for critics that don't fit the policy's actions or the number drawn."""
     size = getattr(getattr(critic_network, "module", None), "num_critics", None)
     if size is not None and num_target_critics > size:
         raise ValueError(
@@ -93,7 +94,7 @@ def check_same_discounts(
     critic_network: TensorDictModuleBase,
     codec: ValueCodec,
 ) -> None:
-    """Refuse parts for other discounts: of one discount, shapes would fit all the same.
+    """Raise ValueError for parts of other discounts: of one discount, shapes would fit all the same.
 
     Modules of a user's own that don't tell their number are left alone.
     """
@@ -121,33 +122,71 @@ def check_same_discounts(
         )
 
 
+def check_precision(*tensors: Tensor) -> None:
+    """Raise TypeError for weights in half precision."""
+    for dtype in {tensor.dtype for tensor in tensors}:
+        if dtype.itemsize < 4:
+            raise TypeError(
+                f"the loss needs weights of float32 or more, got {dtype}, in which values, statistics "
+                "and small steps are lost. Leave them in float32 and compute under "
+                "torch.autocast(device, torch.bfloat16), as AMAGOTrainer(precision='bf16') does."
+            )
+
+
 def check_batch_size(shape: torch.Size) -> None:
-    """Refuse batches that aren't rows of steps."""
-    if len(shape) != 2:
-        steps = shape[-1] if len(shape) else "T"
+    """Raise ValueError for batches without steps, and those that are neither flat nor rows."""
+    if 0 in shape[-1:]:
         raise ValueError(
-            f"the loss reads batches [B, T], a row for each slice of a trial, got the batch size "
-            f"{list(shape)}. Use batch.reshape(-1, {steps})."
+            f"the loss needs a batch of at least one step, got the batch size {list(shape)}. Sample "
+            "once the buffer holds a trial."
         )
+    if len(shape) == 2 or (len(shape) == 1 and not torch.compiler.is_compiling()):
+        return
+    remedy = f"Use batch.reshape(-1, {shape[-1] if shape else 'T'})."
+    if len(shape) == 1:
+        remedy = "Call split_trials(batch) before the compiled loss."
+    raise ValueError(
+        "the loss reads batches [B, T], a row for each slice of a trial, and flat ones, [N], got the "
+        f"batch size {list(shape)}. {remedy}"
+    )
 
 
-def check_rows(mask_BT: Tensor, is_init: Tensor | None) -> None:
-    """Refuse rows of which the loss would read wrong states; warn where no step is real.
-
-    States are read at a row's first root, then at what every step led to: the root of any later step
-    is taken for what the step before led to.
+def check_steps(
+    mask_BT: Tensor,
+    begins_BT: Tensor,
+    inputs: Sequence[Tensor | None],
+    reward: Tensor | None,
+    reward_scale: float,
+    is_flat: bool,
+) -> bool:
+    """Check the data of a batch, waiting for a GPU once.
 
     Args:
         mask_BT: True on real steps.
-        is_init: where a trial begins, of any shape that has a number per step; None if unknown.
+        begins_BT: where trials begin, see :func:`~torchrl_amago.rows.trial_begins`.
+        inputs: what steps led to, of any shapes and dtypes; None for those that are missing.
+        reward: a number per step; None if missing.
+        reward_scale: its factor.
+        is_flat: the batch was given as one row, in which padding may lie anywhere.
+
+    Returns:
+        Whether there are rows to split.
+
+    Raises:
+        ValueError: if a row has padding before real steps, inputs hold NaN, or a reward is too large.
     """
-    behind_BT = mask_BT[:, 1:] & ~mask_BT[:, :-1]
-    begins_BT = mask_BT[:, :0]
-    if is_init is not None:
-        begins_BT = is_init.reshape(mask_BT.shape)[:, 1:] & mask_BT[:, 1:]
-    # Asked together, so that a GPU is waited for once.
-    asked = torch.stack([mask_BT.any(), behind_BT.any(), begins_BT.any()])
-    any_real, any_behind, any_begins = asked.tolist()
+    behind_BT = mask_BT[:, 1:] & ~mask_BT[:, :-1] & (not is_flat)
+    floats = [x for x in inputs if x is not None and x.is_floating_point()]
+    # A sum sees every NaN, and more: what it finds is looked at step by step.
+    suspicious = [~x.sum(dtype=torch.float32).isfinite() for x in floats]
+    if reward is None or reward.numel() != mask_BT.numel():
+        reward = mask_BT.new_zeros(mask_BT.shape)  # refused elsewhere, by name
+    scaled_BT = reward.reshape(mask_BT.shape) * reward_scale
+    is_large_BT = mask_BT & ~(scaled_BT.abs() <= LARGEST_REWARD)
+    flags = [mask_BT, behind_BT, begins_BT[:, 1:], is_large_BT, *suspicious]
+    any_real, any_behind, any_begins, any_large, *look = torch.stack(
+        [flag.any() for flag in flags]
+    ).tolist()
     if not any_real:
         warnings.warn(
             "every step of the batch is masked: the loss is zero and no statistic moves. "
@@ -156,23 +195,36 @@ def check_rows(mask_BT: Tensor, is_init: Tensor | None) -> None:
         )
     if any_behind:
         raise ValueError(
-            f"real steps of a row must come first and padding behind them, got {_rows(behind_BT)} "
-            "with a real step behind padding. Use make_trial_buffer(padding='right'), the default."
+            "real steps of a row must come first and padding behind them, got "
+            f"{int(behind_BT.any(1).sum())} of {len(mask_BT)} rows with a real step behind padding. Use "
+            "make_trial_buffer(padding='right'), the default."
         )
-    if any_begins:
+    if any_large:
         raise ValueError(
-            f"one row holds one trial, got {_rows(begins_BT)} in which another trial begins. Split "
-            "rollouts where trials end, or collect with TrialCollector."
+            f"rewards times reward_scale={reward_scale:g} must be finite and within +-"
+            f"{LARGEST_REWARD:g}, whose squares float32 can add up, got {scaled_BT[is_large_BT][0]:g}. "
+            "Lower reward_scale, or scale rewards in the environment."
         )
+    if any(look):
+        _check_nan(floats, mask_BT)
+    return any_begins
 
 
-def _rows(where_BT: Tensor) -> str:
-    number = int(where_BT.any(1).sum())
-    return f"{number} of {len(where_BT)} rows"
+def _check_nan(inputs: Sequence[Tensor], mask_BT: Tensor) -> None:
+    is_nan_BT = torch.zeros_like(mask_BT)
+    for x in inputs:
+        is_nan_BT |= x.isnan().reshape(*mask_BT.shape, -1).any(-1) & mask_BT
+    if is_nan_BT.any():
+        raise ValueError(
+            f"what steps led to must not be NaN, got NaN under next at {int(is_nan_BT.sum())} of "
+            f"{int(mask_BT.sum())} steps. Collectors with compact_obs=True drop it, and "
+            "NextStateReconstructor can't tell it at the end of a slice: collect with "
+            "compact_obs=False. make_trial_buffer stores each observation once all the same."
+        )
 
 
 def check_actions(space: ActionSpace, action: Tensor, mask: Tensor) -> None:
-    """Refuse stored actions outside of their space."""
+    """Raise ValueError for stored actions outside of their space."""
     valid = space.contains(action) | ~mask
     if not valid.all():
         example = action[~valid][0].tolist()
@@ -184,7 +236,7 @@ def check_actions(space: ActionSpace, action: Tensor, mask: Tensor) -> None:
 
 
 def check_reward(reward: Tensor, mask_BT1: Tensor) -> None:
-    """Refuse rewards of several numbers."""
+    """Raise ValueError for rewards of several numbers."""
     if reward.numel() != mask_BT1.numel():
         raise ValueError(
             f"rewards must be one number per step, {tuple(mask_BT1.shape)}, got "
@@ -193,7 +245,7 @@ def check_reward(reward: Tensor, mask_BT1: Tensor) -> None:
 
 
 def check_mask(edited: Tensor, full: Tensor) -> None:
-    """Refuse what a mask hook must not return."""
+    """Raise ValueError if a mask hook returned another shape or dtype."""
     if edited.shape != full.shape or edited.dtype != torch.bool:
         raise ValueError(
             f"actor_mask and critic_mask must return a bool mask of the loss's shape "

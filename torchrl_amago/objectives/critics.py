@@ -1,4 +1,4 @@
-"""What a loss asks of critics: the value of stored actions, and the average over a policy's actions.
+"""Values that a loss needs of critics: of stored actions, and averaged over a policy's actions.
 
 Critics that list the values of all actions give exact averages; critics that take the action as an
 input are asked about samples. Both answer the same questions here, so that the loss is one.
@@ -42,7 +42,7 @@ def to_space(codec: ValueCodec, prediction: Tensor, space: ValueSpace) -> Tensor
 
 
 class CriticAnswers(abc.ABC):
-    """How one kind of critics is asked.
+    """Calls of one kind of critics.
 
     Args:
         codec: turns raw predictions into numbers.

@@ -65,6 +65,7 @@ def n_step_target(
     zero = torch.zeros((), dtype=next_value_BTG.dtype, device=next_value_BTG.device)
     target_BTG = torch.zeros_like(next_value_BTG)
     alive_BTG = mask_BT1.expand_as(next_value_BTG)
+    n = min(n, next_value_BTG.shape[1])  # no sum goes further than its row
     for i in range(n):
         followed_BT1 = ahead(mask_BT1, i + 1) if i + 1 < n else torch.zeros_like(mask_BT1)
         survives_BTG = alive_BTG & ahead(go_on_BTG, i)

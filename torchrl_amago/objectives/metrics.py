@@ -1,13 +1,13 @@
-"""What one watches of an update: masked, detached numbers, of every discount and of the acting one.
+"""Metrics of an update: masked, detached scalars.
 
-Each metric is a mean over the real steps of the batch unless its name says otherwise. `name` is that
-of the last discount, the one acted with; `("per_discount", name) [G]` those of all. Values are in the
-environment's reward units.
+Each is a mean over the real steps of the batch unless its name says otherwise, for the last discount,
+the one acted with. Values are in the environment's reward units.
 
 =================== ============================================================================
 metric              meaning
 =================== ============================================================================
 ``q_value``         Q(s, a) of the actions taken, ensemble mean
+``q_value/0.9``     likewise, of each discount
 ``q_value_std``     standard deviation of it over the ensemble
 ``td_target``       what it is regressed on
 ``td_target_min``   smallest of the batch, likewise ``td_target_max``
@@ -25,15 +25,15 @@ Legend: M steps, C critics, G discounts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from tensordict import NestedKey
 from torch import Tensor
 from torch.distributions import Distribution
 
 from torchrl_amago.modules.value_codec import ValueCodec
 from torchrl_amago.objectives.functional import ensemble_std
 
-PER_DISCOUNT = "per_discount"
 POLICY_METRICS = ("entropy", "effective_batch")
 VALUE_METRICS = (
     "q_value",
@@ -49,17 +49,26 @@ VALUE_METRICS = (
 )
 
 
+def value_names(discounts: Sequence[float]) -> list[str]:
+    """Names of the metrics that tell the value of each discount.
+
+    Example:
+        >>> value_names([0.9, 0.999])
+        ['q_value/0.9', 'q_value/0.999']
+    """
+    return [f"q_value/{discount:g}" for discount in discounts]
+
+
 @torch.no_grad()
-def policy_metrics(policy: Distribution, mask_M: Tensor) -> dict[NestedKey, Tensor]:
+def policy_metrics(policy: Distribution, mask_M: Tensor) -> dict[str, Tensor]:
     """Metrics that need no critics.
 
     Args:
         policy: `[M, G]` distributions of actions.
         mask_M: True on real steps.
     """
-    out = _with_acting_discount({"entropy": _mean(policy.entropy(), mask_M)})
-    out["effective_batch"] = mask_M.sum().float()
-    return out
+    entropy_G = _mean(policy.entropy(), mask_M)
+    return {"entropy": entropy_G[-1], "effective_batch": mask_M.sum().float()}
 
 
 @torch.no_grad()
@@ -71,7 +80,8 @@ def value_metrics(
     weight_MG: Tensor,
     mask_M: Tensor,
     reward_scale: float,
-) -> tuple[dict[NestedKey, Tensor], Tensor]:
+    names: Sequence[str],
+) -> tuple[dict[str, Tensor], Tensor]:
     """Metrics of critics and filter, and the TD error of every step.
 
     Args:
@@ -82,6 +92,7 @@ def value_metrics(
         weight_MG: what the filter made of it.
         mask_M: True on real steps.
         reward_scale: the loss's factor of rewards.
+        names: of each discount's value, see :func:`value_names`.
 
     Returns:
         The metrics, and the absolute TD error `[M]` of the last discount.
@@ -99,15 +110,12 @@ def value_metrics(
         "td_error": _mean(error_MG, mask_M),
         "advantage": _mean(advantage_MG, mask_M),
         "filter": _mean(weight_MG, mask_M),
-        "target_mean": mean / reward_scale,
-        "target_scale": scale / reward_scale,
+        "target_mean": mean.expand(len(names)) / reward_scale,
+        "target_scale": scale.expand(len(names)) / reward_scale,
     }
-    return _with_acting_discount(per_discount), error_MG[..., -1]
-
-
-def _with_acting_discount(per_discount: dict[str, Tensor]) -> dict[NestedKey, Tensor]:
-    acting = {name: value_G[-1] for name, value_G in per_discount.items()}
-    return acting | {(PER_DISCOUNT, name): value_G for name, value_G in per_discount.items()}
+    metrics = {name: value_G[-1] for name, value_G in per_discount.items()}
+    metrics |= zip(names, per_discount["q_value"].unbind(), strict=True)
+    return metrics, error_MG[..., -1]
 
 
 def _mean(x_MG: Tensor, mask_M: Tensor) -> Tensor:

@@ -1,60 +1,61 @@
-"""The training loop: collect, update, evaluate, log, checkpoint, resume.
+"""The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
 
-``amago`` has the loop, ``build`` what it takes around a policy, ``hooks`` one optimiser step and
-what is read off collected trials, ``optim`` the optimiser, ``nonfinite`` the guard against NaN,
-``logging`` and ``report`` what a run tells, ``run_state`` what a run is made of, ``checkpoint`` how
-it is kept on disk, ``policy_files`` the trained policy, ``replacing`` how files change in one step,
-``interrupt`` what Ctrl-C does, and ``command_line`` the settings of a training script.
+``amago`` has the loop, ``build`` everything around a policy that it needs, ``optim`` the optimiser and
+its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``progress`` and
+``report`` table, terminal and loggers, ``parts`` the state of a run, ``checkpoint``, ``policy_files`` and
+``state_file`` its files, ``signals`` how it is stopped.
 """
 
-from torchrl_amago.trainers.amago import AMAGOTrainer
+from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer
-from torchrl_amago.trainers.checkpoint import CheckpointStore, refuse_existing_run
-from torchrl_amago.trainers.command_line import (
-    TrainingArgs,
-    run_command_line,
-    train_and_evaluate,
+from torchrl_amago.trainers.checkpoint import (
+    CheckpointStore,
+    describe_architecture,
+    refuse_existing_run,
 )
-from torchrl_amago.trainers.hooks import (
-    AMAGOOptimizationStepper,
-    TrialMonitor,
-    evaluation_metrics,
-)
-from torchrl_amago.trainers.logging import (
-    CLOCK_COLUMNS,
-    MetricWindow,
-    ProgressTable,
-    make_logger,
-    read_progress,
-)
+from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
 from torchrl_amago.trainers.nonfinite import NonFiniteError
-from torchrl_amago.trainers.optim import decays, make_optimizer, make_schedule
+from torchrl_amago.trainers.optim import (
+    FiniteOptimizationStepper,
+    decays,
+    make_optimizer,
+    make_schedule,
+)
+from torchrl_amago.trainers.parts import Components
 from torchrl_amago.trainers.policy_files import PolicyFiles, load_policy
-from torchrl_amago.trainers.report import RunReport
-from torchrl_amago.trainers.run_state import describe_architecture
+from torchrl_amago.trainers.progress import CLOCK_COLUMNS, ProgressTable, read_progress
+from torchrl_amago.trainers.report import (
+    MetricWindow,
+    RunReport,
+    evaluation_metrics,
+    make_logger,
+)
 
 __all__ = [
     "CLOCK_COLUMNS",
-    "AMAGOOptimizationStepper",
     "AMAGOTrainer",
     "CheckpointStore",
+    "Components",
+    "EvaluationHook",
+    "FiniteOptimizationStepper",
+    "Intervals",
     "MetricWindow",
     "NonFiniteError",
     "PolicyFiles",
     "ProgressTable",
     "RunReport",
-    "TrainingArgs",
     "TrialMonitor",
     "decays",
     "describe_architecture",
     "evaluation_metrics",
     "load_policy",
+    "load_state",
     "make_logger",
     "make_optimizer",
     "make_schedule",
     "make_trainer",
     "read_progress",
     "refuse_existing_run",
-    "run_command_line",
-    "train_and_evaluate",
+    "save_state",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
@@ -16,7 +16,11 @@ from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.trainers.amago import AMAGOTrainer
-from torchrl_amago.trainers.optim import make_optimizer
+from torchrl_amago.trainers.optim import (
+    FiniteOptimizationStepper,
+    make_optimizer,
+    make_schedule,
+)
 
 
 def make_trainer(
@@ -35,6 +39,10 @@ def make_trainer(
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
     learning_rate: float = 5e-4,
+    warmup_updates: int = 500,
+    final_lr_fraction: float = 1.0,
+    clip_norm: float | None = 1.0,
+    precision: Literal["fp32", "bf16"] = "fp32",
     tau: float = 0.01,
     loss: str | Callable[..., AMAGOLoss] = "amago",
     critic_options: dict[str, Any] | None = None,
@@ -68,7 +76,12 @@ def make_trainer(
         fragment_length: steps after which trials are cut, for endless ones; see
             :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate: peak learning rate of AdamW.
-        tau: share of the online weights that the targets take over at each update.
+        warmup_updates: updates over which the learning rate rises from 1/n of its peak to all.
+        final_lr_fraction: fraction of the peak left at ``total_updates``, to which the learning rate
+            falls linearly after the rise; 1 keeps it constant.
+        clip_norm: largest norm of the gradient, more than 0; None does not clip.
+        precision: ``"bf16"`` for bfloat16 autocast in forward and loss; weights stay float32.
+        tau: fraction of the online weights in the targets' soft update, in (0, 1].
         loss: by name (:data:`~torchrl_amago.objectives.LOSSES`), or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
@@ -76,8 +89,8 @@ def make_trainer(
         trainer_options: further arguments of :class:`AMAGOTrainer`.
 
     Raises:
-        ValueError: for an unknown loss, arguments of a buffer beside a buffer, or lengths smaller
-            than 1.
+        ValueError: for an unknown loss, arguments of a buffer beside a buffer, and numbers outside of
+            their range.
 
     Example:
         >>> import tempfile
@@ -89,10 +102,15 @@ def make_trainer(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     trainer = make_trainer(
         ...         env, policy, trial_length=18, total_updates=4, updates_per_round=2, batch_size=4,
-        ...         run_dir=folder)
+        ...         run_dir=folder, progress_bar=False)
         ...     trainer.train()
         'finished'
     """
+    if not 0 < tau <= 1:
+        raise ValueError(
+            f"tau must be in (0, 1], got {tau}. It is the fraction of the online weights that the "
+            "targets take over at each update."
+        )
     make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
     loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
@@ -117,13 +135,17 @@ def make_trainer(
         replay_buffer=online_part(buffer),
         fragment_length=fragment_length,
     )
+    optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     return AMAGOTrainer(
-        collector=collector,
-        loss_module=loss_module,
-        optimizer=make_optimizer(loss_module, learning_rate=learning_rate),
+        collector,
+        loss_module,
+        optimizer,
+        buffer,
         target_updater=SoftUpdate(loss_module, tau=tau),
-        replay_buffer=buffer,
+        scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
+        stepper=FiniteOptimizationStepper(clip_norm, precision),
         exploration=policy.exploration,
+        policy=policy,
         total_updates=total_updates,
         updates_per_round=updates_per_round,
         run_dir=run_dir,

@@ -1,9 +1,9 @@
-"""Checkpoints: written beside their place and renamed into it, verified before anything is loaded.
+"""Checkpoints of a run: replaced in one step, verified before anything is loaded.
 
 A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
 
-    manifest.json    format, update, architecture, versions, size and SHA-256 of every other file
-    state/           every tensor and number but the replay's, as one tensordict file and JSON
+    manifest.json    counts, architecture, settings, versions, size and SHA-256 of the other files
+    state.npz        every tensor and number but the replay's
     replay/          the replay buffer (see torchrl_amago.data.save_replay)
 
 Nothing in it is pickled.
@@ -11,11 +11,9 @@ Nothing in it is pickled.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import platform
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,29 +21,19 @@ from typing import Any
 import tensordict
 import torch
 import torchrl
-from torchrl.checkpoint import StateDictCheckpointAdapter
+from torch import nn
+from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
+from torchrl_amago import files
 from torchrl_amago.data import load_replay, save_replay
-from torchrl_amago.trainers.logging import PROGRESS_FILE
+from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago.trainers.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 2
-_CHUNK = 1 << 20
-
-
-class _StateHolder:
-    """Lets a plain nested dict pass through TorchRL's state-dict adapter."""
-
-    def __init__(self, state: dict[str, Any] | None = None) -> None:
-        self.state = state
-
-    def state_dict(self) -> dict[str, Any]:
-        return self.state
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.state = state
+FORMAT_VERSION = 3
+_STATE, _REPLAY = "state.npz", "replay"
+_NAME = re.compile(r"update_\d{7,}")
 
 
 class CheckpointStore:
@@ -53,10 +41,8 @@ class CheckpointStore:
 
     Args:
         run_dir: the run's folder.
-        keep: how many intact checkpoints to keep, newest first.
-
-    Raises:
-        ValueError: if ``keep`` is smaller than 1.
+        keep: number of intact checkpoints to keep, newest first. Only folders that the manifests
+            list as written by the run are ever removed.
 
     Example:
         >>> import tempfile
@@ -64,8 +50,8 @@ class CheckpointStore:
         >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     store = CheckpointStore(folder)
-        ...     path = store.save(500, {"x": torch.ones(2)}, rb, {"net.weight": "2 float32"})
-        ...     path.name, store.load(path, {"net.weight": "2 float32"})
+        ...     path = store.save(500, {"x": torch.ones(2)}, rb, {"settings": {"tau": 0.1}})
+        ...     path.name, store.load(path, {"settings": {"tau": 0.1}})
         ('update_0000500', {'x': tensor([1., 1.])})
     """
 
@@ -73,7 +59,7 @@ class CheckpointStore:
         if keep < 1:
             raise ValueError(
                 f"keep_checkpoints must be at least 1, got {keep}. A run without one cannot be "
-                "resumed; use checkpoint_interval to write them less often."
+                "resumed; use a larger checkpoint interval to write them less often."
             )
         self.run_dir, self.keep = Path(run_dir), keep
         self.folder = self.run_dir / CHECKPOINTS_FOLDER
@@ -81,11 +67,8 @@ class CheckpointStore:
     # -- finding -------------------------------------------------------------------------------
 
     def paths(self) -> list[Path]:
-        """Every checkpoint, intact or not, last written first.
-
-        One whose manifest cannot be read comes first: only a person can say what it was.
-        """
-        found = [path for path in self.folder.glob("update_*") if path.is_dir()]
+        """Every checkpoint, last written first; those whose manifest cannot be read come before."""
+        found = [path for path in self.folder.glob("update_*") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_sequence(path), path.name), reverse=True)
 
     def latest(self) -> Path | None:
@@ -93,18 +76,14 @@ class CheckpointStore:
         return next(iter(self.paths()), None)
 
     def find(self, path: str | Path | None = None) -> Path:
-        """The checkpoint meant by ``path``: one itself, or the last one of a run's folder.
-
-        Raises:
-            FileNotFoundError: if there is none.
-        """
+        """Return the checkpoint at ``path``: itself, or the last one of a run's folder."""
         path = self.run_dir if path is None else Path(path)
         latest = CheckpointStore(path).latest()
         if latest is not None:
             return latest
         # A damaged checkpoint is known by its place; a run may lie in a folder of that name, too.
         has_its_place = path.parent.name == CHECKPOINTS_FOLDER and path.match("update_*")
-        if path.is_dir() and (has_its_place or (path / MANIFEST).exists()):
+        if path.is_dir() and (has_its_place or (path / files.MANIFEST).exists()):
             return path
         raise FileNotFoundError(
             f"resuming needs a checkpoint, and {path} has none (looked for "
@@ -117,88 +96,53 @@ class CheckpointStore:
     def save(
         self,
         update: int,
-        state: dict[str, Any],
+        state: Mapping[str, Any],
         replay_buffer: ReplayBuffer,
-        architecture: Mapping[str, str],
-        frames: int = 0,
+        facts: Mapping[str, Any],
     ) -> Path:
         """Write a checkpoint; it appears under its name only when complete and on the disk.
 
         Args:
             update: number of updates done; names the folder.
-            state: nested dict of tensors and plain values.
-            replay_buffer: saved by :func:`~torchrl_amago.data.save_replay`.
-            architecture: see :func:`~torchrl_amago.trainers.describe_architecture`.
-            frames: environment steps collected so far.
+            state: see :func:`~torchrl_amago.state_file.save_state`.
+            replay_buffer: see :func:`~torchrl_amago.data.save_replay`.
+            facts: JSON values for the manifest; :meth:`load` compares ``"architecture"`` and
+                ``"settings"``.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         final = self.folder / f"update_{update:07d}"
-        stage, previous = _beside(final, "partial"), _beside(final, "previous")
-        for leftover in (*self.folder.glob(".*.partial"), *self.folder.glob(".*.previous")):
-            shutil.rmtree(leftover, ignore_errors=True)
-        stage.mkdir()
-        adapter = StateDictCheckpointAdapter(payload_format="consolidated")
-        adapter.save(_StateHolder(state), stage / "state", args=(), kwargs={})
-        save_replay(replay_buffer, stage / "replay")
-        self._write_manifest(stage, {"update": update, "frames": frames}, architecture)
-        if final.exists():
-            os.replace(final, previous)
-        os.replace(stage, final)
-        _sync(self.folder)
-        shutil.rmtree(previous, ignore_errors=True)
-        self._rotate()
+        manifests = [files.read_manifest(path) or {} for path in self.paths()]
+        kept = {name for manifest in manifests for name in manifest.get("kept", ())}
+        with files.replace_folder(final) as folder:
+            save_state(folder / _STATE, state)
+            save_replay(replay_buffer, folder / _REPLAY)
+            facts = {
+                "format_version": FORMAT_VERSION,
+                "update": update,
+                "sequence": 1 + max((m.get("sequence", -1) for m in manifests), default=-1),
+                "kept": sorted({*kept, final.name}),
+                **facts,
+                "versions": {
+                    "python": platform.python_version(),
+                    **{module.__name__: module.__version__ for module in (torch, torchrl, tensordict)},
+                },
+            }  # fmt: skip
+            files.write_manifest(folder, facts)
+        own = [path for path in self.paths() if path.name in facts["kept"]]
+        for path in [path for path in own if files.read_manifest(path) is not None][self.keep :]:
+            files.remove_folder(path)
         return final
-
-    def _write_manifest(
-        self, stage: Path, counts: dict[str, int], architecture: Mapping[str, str]
-    ) -> None:
-        files = sorted(file for file in stage.rglob("*") if file.is_file())
-        text = json.dumps(architecture, sort_keys=True)
-        manifest = {
-            "format_version": FORMAT_VERSION,
-            "sequence": 1 + max((_sequence(path, damaged=-1) for path in self.paths()), default=-1),
-            **counts,
-            "architecture": dict(architecture),
-            "architecture_sha256": hashlib.sha256(text.encode()).hexdigest(),
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torchrl": torchrl.__version__,
-                "tensordict": tensordict.__version__,
-            },
-            "files": {
-                file.relative_to(stage).as_posix(): {
-                    "bytes": file.stat().st_size,
-                    "sha256": _sha256(file, sync=True),
-                }
-                for file in files
-            },
-        }
-        target = stage / MANIFEST
-        target.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        _sync(target)
-        for folder in [*(path for path in stage.rglob("*") if path.is_dir()), stage]:
-            _sync(folder)
-
-    def _rotate(self) -> None:
-        readable = [path for path in self.paths() if _read_manifest(path) is not None]
-        for path in readable[self.keep :]:
-            doomed = _beside(path, "previous")
-            os.replace(path, doomed)  # a crash in the deletion must not leave half a checkpoint
-            shutil.rmtree(doomed, ignore_errors=True)
 
     # -- reading -------------------------------------------------------------------------------
 
     def verify(self, path: Path) -> dict[str, Any]:
-        """Check every file of a checkpoint and give its manifest.
+        """Check every file of a checkpoint and return its manifest.
 
         Raises:
-            RuntimeError: naming the first file that is missing, cut short or changed, and the
-                newest older checkpoint that is intact.
+            DamagedError: naming what is wrong, and the newest other checkpoint that is intact.
         """
         problem = _problem(path)
         if problem is None:
-            return _read_manifest(path)
+            return files.read_manifest(path)
         others = [other for other in CheckpointStore(path.parent.parent).paths() if other != path]
         intact = next((other for other in others if _problem(other) is None), None)
         remedy = (
@@ -206,76 +150,76 @@ class CheckpointStore:
             if intact is None
             else f"The newest intact one is {intact}: resume from that path."
         )
-        raise RuntimeError(f"a checkpoint must be complete and unchanged, but {problem}. {remedy}")
+        raise files.DamagedError(
+            f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
+        )
 
-    def load(self, path: Path, architecture: Mapping[str, str]) -> dict[str, Any]:
-        """Verify a checkpoint, compare its architecture and read its state; nothing is changed.
-
-        Args:
-            path: the checkpoint.
-            architecture: that of the run it is for.
+    def load(self, path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+        """Verify a checkpoint, compare its facts and read its state; nothing is changed.
 
         Raises:
-            RuntimeError: for a damaged checkpoint, see :meth:`verify`.
-            ValueError: for one of another architecture or format.
+            DamagedError: for a damaged checkpoint.
+            ValueError: for one of another architecture, or with other settings.
         """
         manifest = self.verify(path)
-        _check_architecture(manifest["architecture"], architecture, path)
-        holder = _StateHolder()
-        StateDictCheckpointAdapter().load(
-            holder,
-            path / "state",
-            map_location="cpu",
-            tensor_load_kwargs={},
-            args=(),
-            kwargs={},
-        )
-        return holder.state
+        for kind in ("architecture", "settings"):
+            saved, here = manifest.get(kind, {}), as_json(facts.get(kind, {}))
+            if saved != here:
+                raise ValueError(
+                    f"a checkpoint can only be loaded into the {kind} it was saved from; {path} "
+                    f"differs in {show_differences(saved, here, 'in the checkpoint')}. Build "
+                    "environment, policy, critic, loss and optimizer with the arguments of that "
+                    "run, or start anew in another run_dir."
+                )
+        return load_state(path / _STATE)
 
     @staticmethod
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
         """Fill ``replay_buffer`` from a checkpoint."""
-        load_replay(replay_buffer, path / "replay")
+        load_replay(replay_buffer, path / _REPLAY)
 
 
 def refuse_existing_run(run_dir: str | Path) -> None:
-    """Raise FileExistsError if the folder holds a run; nothing is touched.
-
-    Call it before expensive set-up; :meth:`AMAGOTrainer.train` does so in any case.
-    """
+    """Raise FileExistsError if the folder holds a run; nothing is touched."""
     run_dir = Path(run_dir)
-    for name in (PROGRESS_FILE, CHECKPOINTS_FOLDER):
-        if (run_dir / name).exists():
+    latest = CheckpointStore(run_dir).latest()
+    for path in (run_dir / PROGRESS_FILE, latest or run_dir / CHECKPOINTS_FOLDER / "none"):
+        if path.exists():
+            name = path.relative_to(run_dir)
             raise FileExistsError(
                 f"a new run needs a folder without one, but {run_dir} holds {name}. Choose another "
                 "run_dir, resume that run, or delete the folder."
             )
 
 
-def _problem(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
-    manifest = _read_manifest(path)
-    if manifest is None:
-        return f"{path / MANIFEST} is missing or cannot be read"
-    if manifest.get("format_version") != FORMAT_VERSION:
-        return (
-            f"{path / MANIFEST} has format version {manifest.get('format_version')}, and this "
-            f"code reads {FORMAT_VERSION} only"
-        )
-    for name, expected in manifest["files"].items():
-        file = path / name
-        if not file.is_file():
-            return f"{file} is missing"
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            return f"{file} has {size} bytes instead of {expected['bytes']}"
-        if _sha256(file) != expected["sha256"]:
-            return f"{file} has changed since it was written (SHA-256 differs)"
-    return None
+def describe_architecture(
+    modules: Mapping[str, nn.Module], optimizer: Optimizer | None = None
+) -> dict[str, str]:
+    """Shape and dtype of every parameter and buffer, and the size of every parameter group.
+
+    Example:
+        >>> describe_architecture({"net": nn.Linear(2, 1, bias=False)})
+        {'net.weight': '1x2 float32'}
+    """
+    described = {
+        f"{prefix}.{name}": f"{'x'.join(map(str, x.shape)) or 'scalar'} {str(x.dtype)[6:]}"
+        for prefix, module in modules.items()
+        for name, x in module.state_dict().items()
+        if isinstance(x, torch.Tensor)
+    }
+    groups = [] if optimizer is None else optimizer.param_groups
+    for number, group in enumerate(groups):
+        described[f"optimizer.group_{number}"] = f"{len(group['params'])} parameters"
+    return described
+
+
+def as_json(values: Any) -> Any:
+    """Return values as they come back from a JSON file: tuples as lists, other objects as text."""
+    return json.loads(json.dumps(values, default=str))
 
 
 def differing_entries(saved: Mapping[str, object], here: Mapping[str, object]) -> list[str]:
-    """Names that only one of two descriptions has, or that they describe differently.
+    """Names that only one of two mappings has, or that they map to different values.
 
     Example:
         >>> differing_entries({"a": 1, "b": 2}, {"a": 1, "c": 2})
@@ -285,54 +229,31 @@ def differing_entries(saved: Mapping[str, object], here: Mapping[str, object]) -
     return [name for name in names if saved.get(name) != here.get(name)]
 
 
-def _check_architecture(saved: dict[str, str], here: Mapping[str, str], path: Path) -> None:
+def show_differences(saved: Mapping[str, object], here: Mapping[str, object], where: str) -> str:
+    """Describe the first few entries in which a saved mapping differs from the one here."""
     differing = differing_entries(saved, here)
-    if not differing:
-        return
     shown = "; ".join(
-        f"{name}: {saved.get(name, 'absent')} in the checkpoint, {here.get(name, 'absent')} here"
+        f"{name}: {saved.get(name, 'absent')} {where}, {here.get(name, 'absent')} here"
         for name in differing[:3]
     )
-    raise ValueError(
-        f"a checkpoint can only be loaded into the architecture it was saved from; {path} differs "
-        f"in {len(differing)} entries: {shown}. Build policy, critic, loss and optimizer with the "
-        "arguments of that run, or start anew in another run_dir."
-    )
+    return f"{len(differing)} entries: {shown}"
 
 
-def _read_manifest(path: Path) -> dict[str, Any] | None:
+def _problem(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, or None."""
+    version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
+    if version != FORMAT_VERSION:
+        return (
+            f"{path / files.MANIFEST} has format version {version}, and this code reads "
+            f"{FORMAT_VERSION} only"
+        )
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return manifest if isinstance(manifest, dict) and "files" in manifest else None
+        files.verify_manifest(path)
+    except files.DamagedError as error:
+        return str(error)
+    return None
 
 
-def _sequence(path: Path, damaged: float = float("inf")) -> float:
-    manifest = _read_manifest(path)
-    return damaged if manifest is None else manifest.get("sequence", 0)
-
-
-def _sha256(file: Path, sync: bool = False) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        if sync:
-            os.fsync(stream.fileno())
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, onto the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows cannot open folders; its renames are journalled
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _beside(path: Path, suffix: str) -> Path:
-    return path.with_name(f".{path.name}.{suffix}")
+def _sequence(path: Path) -> float:
+    manifest = files.read_manifest(path)
+    return float("inf") if manifest is None else manifest.get("sequence", 0)

@@ -1,175 +1,134 @@
-"""Pieces of the training loop: one optimiser step, and what is read off newly collected trials."""
+"""Monitor and evaluation, for our trainer and as hooks of a stock :class:`torchrl.trainers.Trainer`."""
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import nn
-from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import OptimizationStepper
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.data import ReplayBuffer
+from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
-from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.evaluation import TrialResults
-from torchrl_amago.trainers.logging import MetricWindow
-from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
-from torchrl_amago.trainers.optim import parameters_of
+from torchrl_amago.trainers.nonfinite import check_data
+from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
+
+Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
 
 
-class AMAGOOptimizationStepper(OptimizationStepper):
-    """Loss, backward, clipping and optimiser step; nothing changes if anything is not finite.
-
-    The entries of the loss whose names begin with ``loss`` are added up. The batch is checked
-    before the forward (which updates running statistics), loss and gradient norm before the step.
-    The norm's check reads one number from the device: the only synchronisation of an update.
+class EvaluationHook(TrainerHookBase):
+    """Evaluates every few collected batches, without a trace in the training's random numbers.
 
     Args:
-        clip_norm: largest gradient norm, None for no clipping.
-        precision: ``"bf16"`` computes forward and loss in bfloat16 where autocast says so; weights
-            stay as they are.
-        run_dir: where the batch goes if it has to be looked at.
+        evaluator: called without arguments; gives named numbers or ``TrialResults``.
+        interval: collected batches between evaluations.
+
+    Example:
+        >>> hook = EvaluationHook(lambda: {"score": 1}, interval=2)
+        >>> hook(), hook()
+        (None, {'eval/score': 1.0})
     """
 
-    def __init__(
-        self, clip_norm: float | None, precision: Literal["fp32", "bf16"], run_dir: Path
-    ) -> None:
-        self.clip_norm, self.precision, self.run_dir = clip_norm, precision, run_dir
-        self._parameters: list[torch.nn.Parameter] | None = None
-        self._parts: dict[str, list[torch.nn.Parameter]] = {}
-        self._discounts: list[str] = []
+    def __init__(self, evaluator: Evaluator, interval: int = 1) -> None:
+        self.evaluator, self.interval, self._batches = evaluator, interval, 0
 
-    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """One update; gives losses, metrics and gradient norms (of all and by part), detached."""
-        if self._parameters is None:
-            self._parameters = list(parameters_of(trainer.optimizer))
-            self._parts = _by_network(trainer.loss_module, self._parameters)
-            discounts = getattr(trainer.loss_module, "discounts", torch.empty(0))
-            self._discounts = [f"{discount:g}" for discount in discounts.tolist()]
-            self._device_type = self._parameters[0].device.type
-        with self._autocast():
-            losses = trainer.compute_loss(sub_batch)
-        trainer._post_loss_hook(sub_batch)
-        total = sum(value for key, value in losses.items() if key.startswith("loss"))
-        total.backward()
-        losses = self._flat(losses.detach())
-        gradients = {
-            part: [p.grad for p in params if p.grad is not None]
-            for part, params in self._parts.items()
-        }
-        norms = {
-            part: torch.nn.utils.get_total_norm(grads) for part, grads in gradients.items() if grads
-        }
-        norm = torch.stack([*norms.values()]).norm()
-        checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
-        if not math.isfinite(checked):
-            trainer.optimizer.zero_grad()
-            stop_on_loss(losses, grad_norm, sub_batch, self.run_dir)
-        # As clip_grad_norm_, which also multiplies where there is nothing to clip.
-        if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
-        trainer.optimizer.step()
-        trainer.optimizer.zero_grad()
-        losses.update({f"grad_norm_{part}": value for part, value in norms.items()})
-        return losses.set("grad_norm", norm)
+    def register(self, trainer: Trainer, name: str = "evaluation") -> None:
+        """Evaluate after the updates of a batch, and log with the trainer."""
+        trainer.register_op("post_steps_log", self)
+        trainer.register_module(name, self)
 
-    def _flat(self, losses: TensorDictBase) -> TensorDictBase:
-        """Scalars only: of the metrics of every discount, the values."""
-        q_value_G = losses.pop("per_discount", {}).get("q_value", None)
-        if q_value_G is not None:
-            named = zip(self._discounts, q_value_G.unbind(), strict=True)
-            losses.update({f"q_value/{discount}": value for discount, value in named})
-        return losses
+    def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float] | None:
+        """Count a batch, and evaluate if it is time."""
+        self._batches += 1
+        if self._batches % self.interval:
+            return None
+        return evaluation_metrics(evaluate_apart(self.evaluator))
 
-    def _autocast(self):
-        if self.precision == "fp32":
-            return contextlib.nullcontext()
-        return torch.autocast(self._device_type, dtype=torch.bfloat16)
+    def state_dict(self) -> dict[str, Any]:
+        """Batches so far."""
+        return {"batches": self._batches}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on counting."""
+        self._batches = int(state_dict["batches"])
 
 
-def _by_network(
-    loss_module: nn.Module, parameters: list[nn.Parameter]
-) -> dict[str, list[nn.Parameter]]:
-    """Parameters by the network they belong to, of those that are optimised."""
-    parts: dict[str, list[nn.Parameter]] = {}
-    optimised = set(parameters)
-    for name, p in loss_module.named_parameters():
-        if p in optimised:
-            optimised.remove(p)
-            parts.setdefault(name.partition("_network_params")[0], []).append(p)
-    if optimised:
-        parts["other"] = list(optimised)
-    return parts
+def evaluate_apart(evaluator: Evaluator) -> Mapping[str, float] | TrialResults:
+    """Evaluate; the global generators are left as they were."""
+    rng = GlobalRNGState()
+    before = rng.state_dict()
+    results = evaluator()
+    rng.load_state_dict(before)
+    return results
 
 
-def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str, float]:
-    """Columns of an evaluation: named numbers as they are, ``TrialResults`` by their summary."""
-    if isinstance(results, TrialResults):
-        results = results.summary()
-    return {f"eval/{name}": float(value) for name, value in results.items()}
+class TrialMonitor(TrainerHookBase):
+    """Looks once at every step that a collector has written to the replay buffer.
 
-
-class TrialMonitor:
-    """Looks once at every step the collector has written to the replay buffer.
-
-    Counts trials, feeds returns and successes to the metrics, and stops on NaN and infinity before
-    anything is trained on them. A trial that is written in fragments counts once, as a whole, when its
-    last one is there.
+    It counts trials, averages their returns and successes, and stops on NaN and infinity. A trial
+    that is written in fragments counts once, as a whole, when its last one is there.
 
     Args:
-        replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps, and
-            ``newest(count)`` gives the last of them.
-        window: where the metrics go: ``train/trial_return``, ``train/trial_length``,
-            ``train/success_first`` and ``train/success_last`` (of the attempts in which a trial
-            began and ended), from exploring behaviour.
-        run_dir: where steps go if they have to be looked at.
+        replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.
+        window: receives ``train/trial_return``, ``train/trial_length``, ``train/success_first`` and
+            ``train/success_last`` (of a trial's first and last attempt).
+        run_dir: folder for steps that have to be looked at.
         success_threshold: an attempt succeeds if its return is larger.
         reward_key: reward under ``next``.
         end_key: end of a trial.
-        time_key: steps since the trial began, by which fragments are put together; where there is none,
-            trials follow one another.
+        time_key: steps since the trial began, by which fragments are put together; without it,
+            trials must follow one another.
 
     Example:
         >>> from tensordict import TensorDict
         >>> from torchrl_amago.data import make_trial_buffer
         >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
-        >>> monitor = TrialMonitor(rb, MetricWindow(), Path("run"))
+        >>> monitor = TrialMonitor(rb)
         >>> done = torch.tensor([[False], [True]])
         >>> _ = rb.extend(TensorDict({"next": {"reward": torch.ones(2, 1), "done": done}}, [2]))
         >>> monitor()
-        >>> monitor.trials, monitor.window.means()
-        (1, {'train/trial_return': 2.0, 'train/trial_length': 2.0})
+        {'train/trial_return': 2.0, 'train/trial_length': 2.0, 'trials': 1}
     """
 
     def __init__(
         self,
-        replay_buffer: TrialReplayBuffer,
-        window: MetricWindow,
-        run_dir: Path,
+        replay_buffer: ReplayBuffer,
+        window: MetricWindow | None = None,
+        run_dir: str | Path = ".",
         success_threshold: float = 0.0,
         reward_key: NestedKey = ("next", "reward"),
         end_key: NestedKey = ("next", "done"),
         time_key: NestedKey = keys.TIME_IDX,
     ) -> None:
-        self.replay_buffer, self.window, self.run_dir = replay_buffer, window, run_dir
+        self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
+        self.window = MetricWindow() if window is None else window
         self.success_threshold = success_threshold
         self.reward_key, self.end_key, self.time_key = reward_key, end_key, time_key
         self.seen = self.trials = 0
-        # Of the trials that go on, by the time at which they do: return and length of what is written.
+        # Trials in progress, by their next time index: return and length of what is written.
         self._begun: dict[int, list[tuple[float, int]]] = {}
+
+    def register(self, trainer: Trainer, name: str = "trial_monitor") -> None:
+        """Log with a stock trainer, after each collected batch."""
+        trainer.register_op("pre_steps_log", self)
+        trainer.register_module(name, self)
+
+    def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float]:
+        """Read the new steps; return the metrics of trials that ended, and empty the window."""
+        self.look()
+        return {**self.window.means(), "trials": self.trials}
 
     def skip_existing(self) -> None:
         """Count the trials that are there already, without logging them as collected."""
         self.seen = self.replay_buffer.write_count
-        self.trials = self.replay_buffer.num_trials
+        self.trials = getattr(self.replay_buffer, "num_trials", 0)
 
-    def __call__(self) -> None:
-        """Read what is new."""
+    def look(self) -> None:
+        """Read the new steps into the window."""
         steps = self._new_steps()
         if steps is None:
             return
@@ -182,7 +141,7 @@ class TrialMonitor:
         self._add_successes(steps, ends)
 
     def trials_restarted(self) -> None:
-        """Forget the trials that go on: they were ended, and the rest of them won't be written."""
+        """Forget trials in progress: they were ended, and the rest of them won't be written."""
         self._begun.clear()
 
     def _ended_trials(self, steps: TensorDictBase, ends: torch.Tensor) -> list[tuple[float, int]]:
@@ -206,6 +165,8 @@ class TrialMonitor:
             # Of trials that are equally old, the order of writing tells which one goes on.
             waiting = self._begun.get(begin)
             gain_before, length_before = waiting.pop(0) if waiting else (0.0, 0)
+            if waiting is not None and not waiting:
+                del self._begun[begin]
             total = (gain_before + gain, length_before + length)
             (ended if is_over else self._begun.setdefault(end, [])).append(total)
         return ended
@@ -225,15 +186,23 @@ class TrialMonitor:
             self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))
 
     def _new_steps(self) -> TensorDictBase | None:
-        written = self.replay_buffer.write_count
+        buffer = self.replay_buffer
+        written = buffer.write_count
         count, self.seen = written - self.seen, written
-        return self.replay_buffer.newest(count) if count > 0 else None
+        if count <= 0:
+            return None
+        if hasattr(buffer, "newest"):
+            return buffer.newest(count)
+        # A ring of steps; of those that have been overwritten already nothing is known.
+        storage = buffer.storage
+        place = torch.arange(written - min(count, len(storage)), written) % storage.max_size
+        return storage.get(place)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters; trials that go on are ended where a run resumes."""
-        return {"seen": self.seen, "trials": self.trials}
+        """Counters, and trials in progress."""
+        return {"seen": self.seen, "trials": self.trials, "begun": self._begun}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on counting."""
-        self.seen, self.trials = int(state["seen"]), int(state["trials"])
-        self.trials_restarted()
+        self.seen, self.trials = int(state_dict["seen"]), int(state_dict["trials"])
+        self._begun = {time: list(waiting) for time, waiting in state_dict["begun"].items()}

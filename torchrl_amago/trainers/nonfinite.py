@@ -21,8 +21,7 @@ DUMP_FOLDER = "nonfinite_batch"
 class NonFiniteError(RuntimeError):
     """NaN or infinity in data or loss. The weights have not been touched.
 
-    Attributes:
-        dump: folder of the batch, for :meth:`tensordict.TensorDict.load_memmap`.
+    `dump` is the batch's folder, for :meth:`tensordict.TensorDict.load_memmap`.
     """
 
     dump: Path | None = None
@@ -34,10 +33,9 @@ def _float_entries(batch: TensorDictBase) -> dict[NestedKey, Tensor]:
 
 
 def seems_finite(tensors: Iterable[Tensor]) -> bool:
-    """One cheap test over many tensors: their sums, added up, are finite.
+    """Cheap test over many tensors: their sums, added up, are finite.
 
-    NaN and infinity always survive a sum. So may an overflow of huge numbers, so a False is for
-    :func:`nonfinite_entries` to look into.
+    NaN and infinity always survive a sum; so may an overflow of huge numbers.
     """
     total = sum(x.sum(dtype=torch.float32) for x in tensors)
     return bool(torch.isfinite(total)) if isinstance(total, Tensor) else True
@@ -67,10 +65,8 @@ def nonfinite_entries(batch: TensorDictBase, mask_key: NestedKey = keys.MASK) ->
 def check_data(batch: TensorDictBase, run_dir: Path, when: str) -> None:
     """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity.
 
-    Args:
-        batch: any shape; ``("collector", "mask")`` tells real steps where it exists.
-        run_dir: the batch is written to ``run_dir/nonfinite_batch``.
-        when: where the batch came from, for the message.
+    ``("collector", "mask")`` tells real steps where it exists; ``when`` tells in the message where
+    the batch came from.
     """
     if seems_finite(_float_entries(batch).values()):
         return
@@ -80,7 +76,9 @@ def check_data(batch: TensorDictBase, run_dir: Path, when: str) -> None:
         raise _error(problem, batch, run_dir)
 
 
-def stop_on_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path):
+def stop_on_loss(
+    losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path
+) -> None:
     """Raise :class:`NonFiniteError` for a loss or gradient that is not finite."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
     bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
@@ -94,10 +92,9 @@ def stop_on_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase
 
 @contextmanager
 def blame_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
-    """Inside, an error after the policy was shown NaN or infinity is told as what it is.
+    """Re-raise an error as NonFiniteError if the policy's last input was not finite.
 
-    Sampling an action from NaN fails (or not) in many ways, and does so before the rollout's data
-    can be checked.
+    Sampling an action from NaN fails in many ways, before the rollout's data can be checked.
     """
     if not isinstance(policy, nn.Module):
         yield
@@ -126,7 +123,7 @@ def _error(problem: str, batch: TensorDictBase, run_dir: Path) -> NonFiniteError
     dump = dump_batch(batch, run_dir / DUMP_FOLDER)
     error = NonFiniteError(
         f"{problem}. The weights were not changed. The batch is in {dump}: look at it with "
-        "TensorDict.load_memmap(...), mend the environment or lower the learning rate, and resume "
+        "TensorDict.load_memmap(...), fix the environment or lower the learning rate, and resume "
         "from the last checkpoint."
     )
     error.dump = dump

@@ -1,12 +1,22 @@
-"""The optimiser and its warm-up: AdamW, with weight decay on weight matrices only by default."""
+"""AdamW, its schedule, and one optimiser step that changes nothing unless everything is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import math
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
+from tensordict import TensorDictBase
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchrl.trainers import Trainer
+from torchrl.trainers.trainers import OptimizationStepper
+
+from torchrl_amago.choice import check_choice
+from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
 
 # Last parts of parameter names that are shifts or scales, whatever their number of dimensions
 # (the biases of an ensemble are [C, out], the scales of attention heads [H, 1, 1], Mamba's log decays
@@ -37,26 +47,29 @@ def make_optimizer(
 ) -> AdamW:
     """AdamW over every parameter of ``loss_module`` that requires a gradient.
 
-    Norms, biases, gains and scales are not decayed: :func:`decays` is the rule. The public AMAGO
-    code decays everything; ``decay_all=True`` does so too. The fused implementation is used: for
-    many small tensors on a CPU it takes about a fifth of the time of the others.
+    Norms, biases, gains and scales are not decayed (:func:`decays`). The fused implementation takes a
+    fifth of the time of the others for many small tensors on a CPU.
 
     Args:
         loss_module: an :class:`~torchrl_amago.objectives.AMAGOLoss` or any module.
         learning_rate: 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
         weight_decay: decoupled decay, multiplied by the learning rate at each update.
-        decay_all: decay every parameter.
+        decay_all: decay every parameter, as the public AMAGO code does.
         betas: decay rates of Adam's moments.
         eps: added to the root of the second moment.
 
     Raises:
-        ValueError: if nothing requires a gradient.
+        ValueError: if nothing requires a gradient, or for a learning rate out of its range.
 
     Example:
         >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=3e-4)
         >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
         [(0.001, 1), (0.0, 1)]
     """
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(
+            f"learning_rate must be positive and finite, got {learning_rate}. 1e-4 is AMAGO's."
+        )
     named = [(name, p) for name, p in loss_module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(
@@ -77,22 +90,19 @@ def make_schedule(
     optimizer: Optimizer,
     warmup_updates: int,
     total_updates: int = 1,
-    final_share: float = 1.0,
+    final_fraction: float = 1.0,
 ) -> LambdaLR:
-    """Learning rate that rises linearly, then falls linearly, in shares of its peak.
+    """Learning rate that rises linearly, then falls linearly, in fractions of its peak.
 
     Args:
         optimizer: its ``lr`` is the peak.
         warmup_updates: updates of the rise, from 1/n of the peak to all of it; 0 for none.
-        total_updates: update at which ``final_share`` is reached, and kept from then on.
-        final_share: share of the peak at the end; 1 for no fall.
-
-    Raises:
-        ValueError: for a negative ``warmup_updates``, or a ``final_share`` outside [0, 1].
+        total_updates: update at which ``final_fraction`` is reached, and kept from then on.
+        final_fraction: fraction of the peak at the end; 1 for no fall.
 
     Example:
         >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=1.0)
-        >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_share=0.1)
+        >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_fraction=0.1)
         >>> [round(schedule.lr_lambdas[0](update), 3) for update in (0, 3, 4, 54, 104, 999)]
         [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]
     """
@@ -101,21 +111,154 @@ def make_schedule(
             f"warmup_updates must be at least 0, got {warmup_updates}. It is the number of updates "
             "over which the learning rate rises; 0 starts at the full rate."
         )
-    if not 0.0 <= final_share <= 1.0:
+    if not 0.0 <= final_fraction <= 1.0:
         raise ValueError(
-            f"final_share must be in [0, 1], got {final_share}. It is the share of the learning "
+            f"final_fraction must be in [0, 1], got {final_fraction}. It is the fraction of the learning "
             "rate that is left at the last update; 1 keeps it constant."
         )
 
-    def share(update: int) -> float:
+    def fraction(update: int) -> float:
         if update < warmup_updates:
             return (update + 1) / warmup_updates
         done = min(1.0, (update - warmup_updates) / max(1, total_updates - warmup_updates))
-        return 1.0 + done * (final_share - 1.0)
+        return 1.0 + done * (final_fraction - 1.0)
 
-    return LambdaLR(optimizer, share)
+    return LambdaLR(optimizer, fraction)
 
 
-def parameters_of(optimizer: Optimizer) -> Iterable[nn.Parameter]:
-    """Every parameter that ``optimizer`` changes."""
-    return [p for group in optimizer.param_groups for p in group["params"]]
+class FiniteOptimizationStepper(OptimizationStepper):
+    """Loss, backward, clipping and optimiser step; nothing changes if anything is not finite.
+
+    The entries of the loss whose names begin with ``loss`` are added up. The batch is checked
+    before the forward (which updates running statistics), loss and gradient norm before the step:
+    one number read from the device, the only synchronisation of an update. A stock
+    :class:`torchrl.trainers.Trainer` takes it as ``optimization_stepper``.
+
+    Args:
+        clip_norm: largest gradient norm, more than 0; None for no clipping.
+        precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
+        dump_dir: folder for a batch that has to be looked at; by default the trainer's ``run_dir``.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> class Square(nn.Linear):
+        ...     def forward(self, batch):
+        ...         return TensorDict(loss_square=super().forward(batch["x"]).square().mean())
+        >>> loss = Square(2, 1)
+        >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
+        >>> batch = TensorDict(x=torch.ones(3, 2), batch_size=3)
+        >>> sorted(FiniteOptimizationStepper().update(loss, optimizer, batch).keys())
+        ['grad_norm', 'grad_norm_other', 'loss_square']
+    """
+
+    updates_replay_priority = True
+
+    def __init__(
+        self,
+        clip_norm: float | None = 1.0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        dump_dir: str | Path | None = None,
+    ) -> None:
+        check_choice("precision", precision, ("fp32", "bf16"))
+        # `not >`, since NaN is neither.
+        if clip_norm is not None and not clip_norm > 0:
+            raise ValueError(
+                f"clip_norm must be larger than 0, got {clip_norm}. It is the largest norm that a "
+                "gradient keeps; None does not clip."
+            )
+        self.clip_norm, self.precision = clip_norm, precision
+        self.dump_dir = None if dump_dir is None else Path(dump_dir)
+        self._optimizer: Optimizer | None = None
+        self._parameters: list[nn.Parameter] = []
+        self._parts: dict[str, list[nn.Parameter]] = {}
+
+    def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
+        """Make one update for a stock trainer, which runs the hooks around it."""
+        batch = self.prepare(sub_batch, trainer.loss_module)
+        metrics = self.update(trainer.loss_module, trainer.optimizer, batch)
+        if trainer.replay_buffer is not None:
+            update_priorities(trainer.replay_buffer, batch)
+        return metrics
+
+    def prepare(self, batch: TensorDictBase, loss_module: nn.Module) -> TensorDictBase:
+        """Check a batch, and move it to the device of the loss."""
+        check_data(batch, self._dump_dir, "observations and rewards of a training batch")
+        device = next(loss_module.parameters()).device
+        return batch if device.type == "cpu" else batch.to(device)
+
+    def update(
+        self, loss_module: nn.Module, optimizer: Optimizer, batch: TensorDictBase
+    ) -> TensorDictBase:
+        """Make one update; return losses, metrics and gradient norms, detached scalars."""
+        if self._optimizer is not optimizer:
+            self._optimizer, self._parameters = (
+                optimizer,
+                [p for group in optimizer.param_groups for p in group["params"]],
+            )
+            self._parts = _by_network(loss_module, self._parameters)
+        with self._autocast():
+            losses = loss_module(batch)
+        total = sum(value for key, value in losses.items() if key.startswith("loss"))
+        total.backward()
+        metrics = _scalars(losses.detach(), loss_module)
+        norms = {
+            part: torch.nn.utils.get_total_norm(gradients)
+            for part, parameters in self._parts.items()
+            if (gradients := [p.grad for p in parameters if p.grad is not None])
+        }
+        norm = torch.stack([*norms.values()]).norm()
+        checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
+        if not math.isfinite(checked):
+            optimizer.zero_grad()
+            stop_on_loss(metrics, grad_norm, batch, self._dump_dir)
+        # As clip_grad_norm_, which also multiplies where there is nothing to clip.
+        if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        metrics.update({f"grad_norm_{part}": value for part, value in norms.items()})
+        return metrics.set("grad_norm", norm)
+
+    @property
+    def _dump_dir(self) -> Path:
+        return Path() if self.dump_dir is None else self.dump_dir
+
+    def _autocast(self) -> contextlib.AbstractContextManager:
+        if self.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self._parameters[0].device.type, dtype=torch.bfloat16)
+
+
+def update_priorities(replay_buffer: Any, batch: TensorDictBase) -> None:
+    """Tell a buffer that draws by priority the errors that the loss has put into a batch."""
+    if "priority_weight" in batch.keys() and hasattr(  # noqa: SIM118 - not a dict
+        replay_buffer, "update_tensordict_priority"
+    ):
+        replay_buffer.update_tensordict_priority(batch)
+    elif "priority_weight" in batch.keys():  # noqa: SIM118
+        replay_buffer.update_priority(batch)
+
+
+def _by_network(
+    loss_module: nn.Module, parameters: list[nn.Parameter]
+) -> dict[str, list[nn.Parameter]]:
+    """Group the optimised parameters by the network they belong to."""
+    parts: dict[str, list[nn.Parameter]] = {}
+    optimised = set(parameters)
+    for name, p in loss_module.named_parameters():
+        if p in optimised:
+            optimised.remove(p)
+            part = name.partition("_network_params")[0] if "_network_params" in name else "other"
+            parts.setdefault(part, []).append(p)
+    if optimised:
+        parts.setdefault("other", []).extend(optimised)
+    return parts
+
+
+def _scalars(losses: TensorDictBase, loss_module: nn.Module) -> TensorDictBase:
+    """Keep scalars; a loss that reports values of every discount has one for each of them."""
+    q_value_G = losses.pop("per_discount", {}).get("q_value", None)
+    if q_value_G is not None:
+        named = zip(loss_module.discounts.tolist(), q_value_G.unbind(), strict=True)
+        losses.update({f"q_value/{discount:g}": value for discount, value in named})
+    return losses.select(*[key for key, value in losses.items() if value.numel() == 1])

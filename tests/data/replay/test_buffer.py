@@ -192,15 +192,14 @@ def test_fragments_are_stored_by_their_lengths():
 # -- relabelling -------------------------------------------------------------------------------
 
 
-class Halve:
+class Halve(Relabel):
     """Keeps the first half of every trial, and counts from a random number."""
 
-    in_keys = ("id", ("next", "reward"))
-
     def __init__(self):
+        super().__init__(["id", ("next", "reward")])
         self.seen = []
 
-    def __call__(self, trials, generator):
+    def relabel(self, trials, generator):
         self.seen.append(trials.clone())
         mask = trials["collector", "mask"]
         length = (mask.sum(1, keepdim=True) + 1) // 2
@@ -255,14 +254,18 @@ def test_relabelled_entries_replace_stored_ones_step_by_step(
     assert (rb.sample() == batch).all()
 
 
-def test_relabelling_must_leave_a_step():
-    def nothing_left(trials, generator):
+class NothingLeft(Relabel):
+    def __init__(self):
+        super().__init__(["id"])
+
+    def relabel(self, trials, generator):
         return TensorDict(
             {"collector": {"mask": torch.zeros(trials.shape, dtype=bool)}}, trials.shape
         )
 
-    nothing_left.in_keys = ["id"]
-    rb = make_trial_buffer(60, 4, 2, relabel=nothing_left, warn_short=False)
+
+def test_relabelling_must_leave_a_step():
+    rb = make_trial_buffer(60, 4, 2, relabel=NothingLeft(), warn_short=False)
     rb.extend(make_trial(5))
     with pytest.raises(
         ValueError, match=r"to at least one step, got lengths \[0, 0\] from \[5, 5\]"

@@ -12,7 +12,6 @@ from torchrl.data import Categorical, MultiCategorical, OneHot
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions import (
     ClippedCategorical,
-    ClippedOneHotCategorical,
     Discrete,
     OneHotParts,
     clip_probabilities,
@@ -102,9 +101,6 @@ def test_forbidden_actions_are_never_sampled(low):
     for samples in (dist.sample((50_000,)), dist.rsample((50_000,)).round()):
         assert not samples[:, forbidden].any()
         assert samples[:, ~forbidden].any(0).all()
-    one_hot = ClippedOneHotCategorical(LOGITS, low)
-    assert not one_hot.sample((50_000,))[:, LOGITS == NEVER].any()
-    assert one_hot.deterministic_sample[0] == 1
 
 
 @pytest.mark.parametrize("name", ["exponential", "gumbel"])

@@ -126,7 +126,7 @@ def take_steps(encoder, x, time_idx, is_init, stream=None):
             td["_stream"] = stream
         encoder(td)
         states.append(td["state"])
-        stream = td["_stream"]
+        stream = td.get("_stream", None)
     return torch.stack(states, 1), stream
 
 

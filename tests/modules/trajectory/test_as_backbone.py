@@ -15,8 +15,8 @@ from torch import nn
 from torch.distributions import Categorical
 from torchrl.data import Bounded, Unbounded
 from torchrl.data import Categorical as CategoricalSpec
-from torchrl.modules import QValueActor, set_recurrent_mode
-from torchrl.objectives import ClipPPOLoss, DiscreteSACLoss, DQNLoss
+from torchrl.modules import NormalParamExtractor, QValueActor, TanhNormal, set_recurrent_mode
+from torchrl.objectives import ClipPPOLoss, CQLLoss, DiscreteSACLoss, DQNLoss, REDQLoss, TD3Loss
 from torchrl.objectives.value import GAE
 
 from torchrl_amago.modules import SEQ_MODELS, MLPTimestepEncoder
@@ -33,12 +33,12 @@ B, T, ACTIONS = 3, 8, 4
 every_encoder = pytest.mark.parametrize("seq_model", sorted(SEQ_MODELS))
 
 
-def make_encoder(seq_model: str) -> TensorDictSequential:
+def make_encoder(seq_model: str, **options) -> TensorDictSequential:
     torch.manual_seed(0)
-    options = {} if seq_model == "identity" else {"d_model": 16, "num_layers": 1}
+    sizes = {} if seq_model == "identity" else {"d_model": 16, "num_layers": 1}
     return TensorDictSequential(
         MLPTimestepEncoder({"observation": (5,)}, hidden_size=16, num_layers=1, output_size=16),
-        SEQ_MODELS[seq_model](16, context_length=T, **options),
+        SEQ_MODELS[seq_model](16, context_length=T, **sizes, **options),
     )
 
 
@@ -186,3 +186,105 @@ def test_random_numbers_under_vmap(timestep, seq_model):
         with set_recurrent_mode(True):
             losses.append(loss_module(batch)["loss_qvalue"].item())
     assert losses[0] != losses[1]
+
+
+class StateActionValue(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(18, 1)
+
+    def forward(self, state, action):
+        return self.linear(torch.cat([state, action], -1))
+
+
+def continuous_loss(cls, seq_model: str, **options):
+    """A loss that stacks steps and next steps, actors and their targets, all under `torch.vmap`."""
+    torch.manual_seed(0)
+    head = nn.Linear(16, 2)
+    actor = TensorDictSequential(
+        make_encoder(seq_model), TensorDictModule(head, ["state"], ["action"])
+    )
+    if cls is not TD3Loss:
+        head = nn.Sequential(nn.Linear(16, 4), NormalParamExtractor())
+        actor = ProbabilisticTensorDictSequential(
+            make_encoder(seq_model),
+            TensorDictModule(head, ["state"], ["loc", "scale"]),
+            ProbabilisticTensorDictModule(
+                ["loc", "scale"], ["action"], distribution_class=TanhNormal, return_log_prob=True
+            ),
+        )
+    critic = TensorDictSequential(
+        make_encoder(seq_model),
+        TensorDictModule(StateActionValue(), ["state", "action"], ["state_action_value"]),
+    )
+    spec = Bounded(-1, 1, shape=(2,))
+    return cls(actor.eval(), critic.eval(), action_spec=spec, **options)
+
+
+@pytest.fixture
+def double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@every_encoder
+@pytest.mark.parametrize("cls", [TD3Loss, CQLLoss, REDQLoss])
+def test_steps_and_next_steps_under_vmap(double, cls, seq_model):
+    batch, results = make_batch(), []
+    batch["action"] = torch.rand(B, T, 2) * 2 - 1
+    for deactivate in (False, True):
+        loss_module = continuous_loss(cls, seq_model, deactivate_vmap=deactivate)
+        torch.manual_seed(0)
+        out = loss_module(batch.clone())
+        sum(value for name, value in out.items() if name.startswith("loss")).backward()
+        grads = {name: p.grad for name, p in loss_module.named_parameters() if p.grad is not None}
+        results.append((out.select("loss_qvalue", "loss_actor").to_dict(), grads))
+    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-6)
+    assert len(results[0][1]) > 8
+
+
+TRANSFORMERS = {
+    "plain": {},
+    "clipped": {"logit_clip": 0.5},
+    "sinks": {"window": 3, "num_sinks": 1, "sink_bias": 0.5},
+    "learned": {"positions": "learned", "max_positions": T + 2},
+    "never several trials": {"segments": "never"},
+}
+BACKBONES = {(name, ""): {} for name in SEQ_MODELS} | {
+    ("transformer", name): options for name, options in TRANSFORMERS.items()
+}
+
+
+def estimate(value_network, batch, **options):
+    estimator = GAE(gamma=0.9, lmbda=0.9, value_network=value_network, **options)
+    return estimator(batch.clone())["advantage"]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES, ids=" ".join)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gae_under_vmap(backbone, masked):
+    encoder = make_encoder(backbone[0], **BACKBONES[backbone])
+    values = TensorDictModule(nn.Linear(16, 1), ["state"], ["state_value"])
+    network, batch = TensorDictSequential(encoder, values).eval(), make_batch()
+    if masked:
+        batch["collector", "mask"] = torch.arange(T) < torch.tensor([T, 5, 1])[:, None]
+        batch["next", "collector", "mask"] = batch["collector", "mask"]
+    with set_recurrent_mode(True):
+        found, expected = (estimate(network, batch, deactivate_vmap=d) for d in (False, True))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_what_vmap_cannot_do_says_so():
+    network = TensorDictSequential(
+        make_encoder("gru"), TensorDictModule(nn.Linear(16, 1), ["state"], ["state_value"])
+    )
+    with pytest.raises(RuntimeError, match="single step under it.*deactivate_vmap=True"):
+        estimate(network, make_batch())
+    with (
+        set_recurrent_mode(True),
+        pytest.raises(RuntimeError, match="statistics of inputs can't follow.*deactivate_vmap"),
+    ):
+        estimate(network.train(), make_batch(), differentiable=True)
+    free, batch = TensorDictSequential(make_encoder("feedforward"), network[1]).eval(), make_batch()
+    torch.testing.assert_close(*(estimate(free, batch, deactivate_vmap=d) for d in (False, True)))

@@ -97,6 +97,7 @@ class CudaTensor:
 )
 def test_auto_takes_flash_where_it_can_run(flash_attn, monkeypatch, q, pattern, capability, chosen):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(attention_backends, "is_batchedtensor", lambda q: False)
     monkeypatch.setattr(attention_backends, "_flash_attention", lambda *_: "flash")
     monkeypatch.setattr(attention_backends, "window_attention", lambda *_, **__: "sdpa")
     found = backend_attention("auto", q, q, q, pattern)

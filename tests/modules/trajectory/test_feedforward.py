@@ -56,7 +56,14 @@ def test_nothing_is_remembered(encoder):
     changed = torch.cat((torch.randn(2, 4, 4), x_NTI[:, 4:]), 1)
     one, other = (encoder.sequence(x, None, None)[:, 4] for x in (x_NTI, changed))
     torch.testing.assert_close(one, other, rtol=0, atol=0)
-    assert encoder.new_memory(2, torch.device("cpu"), torch.float32).batch_size == 2
+    step = TensorDict(timestep=x_NTI[:, 4], time_idx=torch.full((2, 1), 4), batch_size=[2])
+    assert encoder.out_keys == ["state"]
+    state = encoder(step)["state"]
+    torch.testing.assert_close(state, one)
+    assert set(step.keys()) == {"timestep", "time_idx", "state"}
+    assert len(encoder._streams) == 0
+    with pytest.raises(RuntimeError, match="looks at each step alone, but its memory was asked"):
+        encoder.memory_of(step)
 
 
 def test_identity_passes_gradients_and_hides_padding():

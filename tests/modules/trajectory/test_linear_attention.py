@@ -248,7 +248,7 @@ def test_on_a_gpu():
     ("options", "match"),
     [
         ({"num_heads": 3}, "num_heads must divide d_model, got num_heads=3, d_model=16"),
-        ({"num_heads": 0}, "num_heads must divide d_model"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"d_ff": 0}, "d_ff must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"activation": "sin"}, "activation must be one of"),

@@ -137,11 +137,23 @@ def test_learned_positions_end_somewhere(monkeypatch):
     assert torch.equal(encode(clipped, td), encode(clipped, expected))
 
 
+def test_sequences_that_see_more_than_rollouts_are_warned_of_once():
+    encoder = build(context_length=4)
+    encode(encoder, sequences(steps=5))  # four steps, and what the last led to
+    short_trials = sequences(steps=6)
+    short_trials["time_idx"] %= 3
+    encode(encoder, short_trials)
+    encode(build(context_length=4, window=4), sequences(steps=6))
+    with pytest.warns(UserWarning, match="sequences of 6 steps see all.* Set window=4, raise"):
+        encode(encoder, sequences(steps=6))
+    encode(encoder, sequences(steps=6))
+
+
 @pytest.mark.parametrize(
     ("options", "match"),
     [
         ({"num_heads": 3}, "num_heads must divide d_model.*num_heads=3, d_model=16"),
-        ({"num_heads": 0}, "num_heads must divide d_model"),
+        ({"num_heads": 0}, "num_heads must be at least 1, got 0"),
         ({"context_length": 0}, "context_length must be at least 1, got 0"),
         ({"context_length": 8.0}, "context_length must be an integer of at least 1, got 8.0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
@@ -156,13 +168,16 @@ def test_learned_positions_end_somewhere(monkeypatch):
         ),
         ({"dropout_ff": -0.5}, r"dropout_ff must be in \[0, 1\), got -0.5"),
         ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
-        ({"d_model": 0}, "num_heads must divide d_model"),
+        ({"d_model": 0}, "d_model must be at least 1, got 0"),
         ({"max_positions": 4}, "max_positions goes with positions='learned'"),
         ({"positions": "rotary", "num_heads": 16}, "even number of features per head"),
         ({"beyond_positions": "wrap"}, "beyond_positions must be one of"),
         ({"beyond_positions": "clip"}, "'clip' goes with positions='learned'"),
         ({"segments": "always"}, "segments must be one of"),
-        ({"on_weight_update": "forget"}, "on_weight_update must be 'keep' or 'restart'"),
+        (
+            {"on_weight_update": "forget"},
+            "on_weight_update must be one of 'keep', 'restart', got 'forget'",
+        ),
         ({"max_streams": 0}, "max_streams must be at least 1, got 0"),
         ({"norm": "batch"}, "norm must be one of"),
         ({"activation": "sin"}, "activation must be one of"),
@@ -206,7 +221,7 @@ def test_keys_are_configurable():
     out = encoder(td)
     assert out["s"].shape == (3, 16)
     assert out["_m"].shape == (3, 1)
-    assert encoder.in_keys == [("a", "x"), "t", "start", "_m"]
+    assert encoder.in_keys == [("a", "x"), "t", "start"]
     assert encoder.out_keys == ["s", "_m"]
 
 

@@ -392,6 +392,9 @@ def test_compiles_without_breaks(cls):
     ("options", "message"),
     [
         ({"num_bins": 1}, "num_bins must be at least 2, got 1"),
+        ({"num_bins": 2.5}, "num_bins must be an integer of at least 1, got 2.5"),
+        ({"num_bins": math.nan}, "num_bins must be an integer of at least 1, got nan"),
+        ({"init_slope": math.inf}, "init_slope must be positive, got inf"),
         ({"min_return": 90.0}, "min_return must be smaller than max_return.*90.0 and 90.0"),
         ({"max_return": math.inf}, "both finite.*inf"),
         ({"min_return": math.nan}, "both finite.*nan"),

@@ -78,9 +78,23 @@ def test_loss_is_the_squared_error_of_normalised_values_without_gradient_to_the_
     [
         ({"beta": 2.0}, r"beta must be in \(0, 1\), got 2.0. It is the step size"),
         ({"beta": 0.0}, r"beta must be in \(0, 1\), got 0.0"),
+        ({"beta": float("nan")}, r"beta must be in \(0, 1\), got nan"),
         ({"initial_nu": 0.0}, "initial_nu must be positive, got 0.0"),
+        ({"initial_nu": float("inf")}, "initial_nu must be positive, got inf. It is a finite mean"),
+        ({"initial_nu": float("nan")}, "initial_nu must be positive, got nan"),
+        ({"num_discounts": 0}, "num_discounts must be at least 1, got 0"),
+        ({"num_discounts": 1.5}, "num_discounts must be an integer of at least 1, got 1.5"),
     ],
 )
 def test_wrong_arguments(options, message):
     with pytest.raises(ValueError, match=message):
-        PopArt(1, **options)
+        PopArt(**{"num_discounts": 1, **options})
+
+
+def test_reset_forgets_all_targets():
+    codec, fresh = (PopArt(2, initial_nu=9.0) for _ in range(2))
+    codec.update(torch.randn(5, 2), torch.ones(5, 1, dtype=torch.bool))
+    assert not torch.equal(codec.mu, fresh.mu)
+    codec.reset_parameters()
+    for name, value in fresh.named_buffers():
+        assert torch.equal(codec.get_buffer(name), value), name

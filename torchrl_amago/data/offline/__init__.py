@@ -3,6 +3,7 @@
 Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
 """
 
+from torchrl_amago.data.offline.arrays import TrajectoryError
 from torchrl_amago.data.offline.load import LoadReport, load_trials
 from torchrl_amago.data.offline.readers import (
     TrajectorySource,
@@ -11,16 +12,15 @@ from torchrl_amago.data.offline.readers import (
     read_minari,
     read_torchrl,
 )
-from torchrl_amago.data.offline.schema import TrialRule, TrialSchema
-from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+from torchrl_amago.data.offline.recorded import RecordedEnv
+from torchrl_amago.data.offline.trajectory import Trajectory, as_trajectory
 
 __all__ = [
     "LoadReport",
+    "RecordedEnv",
     "Trajectory",
     "TrajectoryError",
     "TrajectorySource",
-    "TrialRule",
-    "TrialSchema",
     "as_trajectory",
     "load_trials",
     "read_amago",

@@ -1,40 +1,35 @@
-"""Trajectories into a replay buffer: joined to trials, checked, completed, written in large pieces."""
+"""Trajectories into a replay buffer: checked, joined to trials, replayed, written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import count
 from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 from tensordict import TensorDict, is_tensor_collection
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
-from torchrl_amago.choice import check_choice
-from torchrl_amago.data.offline.joining import join_attempts
-from torchrl_amago.data.offline.readers import TrajectorySource
-from torchrl_amago.data.offline.schema import Attempt, TrialSchema
-from torchrl_amago.data.offline.trajectory import TrajectoryError
+from torchrl_amago.choice import check_choice, check_counts
+from torchrl_amago.data.offline.arrays import TrajectoryError
+from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChecker
+from torchrl_amago.data.offline.recorded import RecordedTrial, join, replay
 
 OnError = Literal["raise", "skip"]
 
-# Steps that are written at once: enough that a write costs little per step, little enough for memory.
-_WRITE_STEPS = 16_384
+# Trials played side by side: a step of many costs little more than a step of one.
+_TRIALS_AT_ONCE = 256
+# What they may take, each as long as the longest of them, with root and next.
+_BYTES_AT_ONCE = 2**28
 
 
 @dataclass
 class LoadReport:
-    """What :func:`load_trials` has written, and what it has left out.
-
-    Args:
-        returns: of every trial.
-        lengths: steps of every trial.
-        skipped: what was wrong, by the number of the trajectory.
+    """Returns and lengths of the trials that were written, and problems of trajectories left out.
 
     Example:
         >>> LoadReport(returns=[1.0, 2.0], lengths=[5, 7]).describe()
@@ -55,26 +50,26 @@ class LoadReport:
 def load_trials(
     buffer: ReplayBuffer,
     trajectories: Iterable[Any],
-    env: EnvBase | TrialSchema,
+    env: EnvBase,
     *,
     episodes_per_trial: int | None = None,
     on_error: OnError = "raise",
     progress_bar: bool = True,
 ) -> LoadReport:
-    """Write trajectories into a replay buffer, as if a collector had collected them in ``env``.
+    """Write trajectories into a replay buffer, in their order, as if collected in ``env``.
 
-    Previous actions and rewards, time, attempts and everything else that the environment's trial
-    transforms write is worked out. Trajectories may be longer than any slice or memory.
+    They are played back under the environment's trial transforms, which write previous actions and
+    rewards, time, attempts and ends.
 
     Args:
-        buffer: such as :func:`~torchrl_amago.data.make_trial_buffer` gives; must hold everything, with
-            what it holds already.
+        buffer: must have room for everything.
         trajectories: what a reader gives (:func:`read_minari` and its like), or any iterable of what
             :func:`as_trajectory` knows: mappings of arrays, tensordicts of steps.
-        env: the environment that training goes on in, or what its steps hold.
-        episodes_per_trial: trajectories in a row that are attempts at one task, and become one trial;
-            default: as many as the environment's trials have. Trajectories that say where attempts
-            begin (an entry ``soft_reset``) are trials themselves.
+        env: the environment that training goes on in, never stepped; where there is none,
+            ``make_trial_env(RecordedEnv(...))``.
+        episodes_per_trial: trajectories in a row that become one trial, being attempts at one task;
+            by default as many as the environment's trials have, and those with an entry
+            ``soft_reset``, which says where attempts begin, are trials themselves.
         on_error: ``"raise"``, or ``"skip"`` to leave out trials with a bad trajectory, and count them.
         progress_bar: False to hide it; without a terminal it never shows.
 
@@ -84,130 +79,107 @@ def load_trials(
         ValueError: if the buffer is too small, or an argument wrong.
 
     Example:
-        >>> import torch
-        >>> from torchrl.data import Bounded, Composite, Unbounded
-        >>> from torchrl_amago.data import make_trial_buffer
-        >>> schema = TrialSchema(
-        ...     Composite(observation=Unbounded((1,)), prev_reward=Unbounded((1,))), Bounded(-1, 1, (1,)))
+        >>> import gymnasium as gym
+        >>> from torchrl_amago import make_trial_buffer, make_trial_env
+        >>> env = make_trial_env(gym.make("Pendulum-v1"), episodes=1, trial_end="attempt")
         >>> trajectory = {
-        ...     "observations": [[0.0], [1.0], [2.0]], "actions": [[0.5], [-0.5]],
-        ...     "rewards": [1.0, 3.0], "terminations": [0, 0], "truncations": [0, 1]}
+        ...     "observations": np.zeros((3, 3)), "actions": [[2.0], [-1.0]], "rewards": [1.0, 3.0],
+        ...     "terminations": [0, 0], "truncations": [0, 1]}
         >>> buffer = make_trial_buffer(10, slice_length=2, batch_size=3)
-        >>> load_trials(buffer, [trajectory], schema).describe()
+        >>> load_trials(buffer, [trajectory], env).describe()
         '1 trials of 2 steps, mean return 4'
         >>> buffer.sample()["prev_reward"][0].flatten()
         tensor([0., 1.])
     """
-    _check_arguments(trajectories, episodes_per_trial, on_error)
-    schema = env if isinstance(env, TrialSchema) else TrialSchema.from_env(env)
-    size = episodes_per_trial or (schema.rule and schema.rule.episodes) or 1
-    writer = _TrialWriter(buffer, schema, on_error)
-    group: dict[int, Attempt | None] = {}
-    bar = tqdm(
-        _loaders(trajectories),
-        total=len(trajectories) if hasattr(trajectories, "__len__") else None,
-        desc="loading trajectories",
-        disable=None if progress_bar else True,
-    )
-    for number, load in enumerate(bar):
-        attempt = writer.check(number, load)
-        if attempt is not None and episodes_per_trial is None and schema.is_whole_trial(attempt):
-            writer.add({number: attempt})
-            continue
-        group[number] = attempt
-        if len(group) == size:
-            writer.add(group)
-            group = {}
-    for number in group:
-        writer.refuse(
-            number, f"a trial is made of {size} trajectories, and the last has {len(group)}."
-        )
-    writer.flush()
-    report = writer.report
+    if is_tensor_collection(trajectories) or isinstance(trajectories, Mapping | ReplayBuffer):
+        problem = f"load_trials takes trajectories one by one, got a {type(trajectories).__name__}."
+        raise TypeError(f"{problem} Let read_torchrl or read_d4rl tell those in it apart.")
+    if episodes_per_trial is not None:
+        check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
+    check_choice("on_error", on_error, get_args(OnError))
+    checker, report = TrajectoryChecker(env), LoadReport()
+    joining = _Joining(checker, episodes_per_trial, on_error, report.skipped)
+    for trials in _side_by_side(joining.trials(trajectories, progress_bar)):
+        steps, lengths = replay(checker, trials), [trial.length for trial in trials]
+        _write(buffer, steps)
+        rewards = steps["next", checker.reward_key].double().split(lengths)
+        report.returns += [float(reward.sum()) for reward in rewards]
+        report.lengths += lengths
     if report.skipped:
-        first, problem = next(iter(report.skipped.items()))
-        torchrl_logger.warning(
-            f"skipped {len(report.skipped)} trajectories; the first is number {first}: {problem}"
-        )
+        first, problem = min(report.skipped.items())
+        text = f"skipped {len(report.skipped)} trajectories; the first is number {first}: {problem}"
+        torchrl_logger.warning(text)
     return report
 
 
-class _TrialWriter:
-    """Checks attempts, joins them and writes many trials at once; keeps the report."""
+@dataclass
+class _Joining:
+    """Trials made of trajectories; what is wrong with the others goes to ``skipped``."""
 
-    def __init__(self, buffer: ReplayBuffer, schema: TrialSchema, on_error: OnError) -> None:
-        self.buffer, self.schema, self.on_error = buffer, schema, on_error
-        self.report = LoadReport()
-        self._waiting: list[TensorDict] = []
+    checker: TrajectoryChecker
+    episodes_per_trial: int | None
+    on_error: OnError
+    skipped: dict[int, str]
 
-    def refuse(self, number: int, problem: str) -> None:
-        if self.on_error == "raise":
-            raise TrajectoryError(
-                f"trajectory {number}: {problem} (on_error='skip' leaves such out and counts them.)"
-            )
-        self.report.skipped.setdefault(number, problem)
-
-    def check(self, number: int, load: Callable[[], Any]) -> Attempt | None:
-        try:
-            return self.schema.check(load())
-        except TrajectoryError as error:
-            self.refuse(number, str(error))
-            return None
-
-    def add(self, group: dict[int, Attempt | None]) -> None:
-        """Write a trial made of the trajectories of these numbers, None for those refused."""
-        refused = [number for number, attempt in group.items() if attempt is None]
-        if refused:
-            for number in group:
-                self.refuse(number, f"trajectory {refused[0]}, of the same trial, was refused.")
-            return
-        try:
-            steps = join_attempts(self.schema, list(group.values()))
-        except TrajectoryError as error:
-            for number in group:
-                self.refuse(number, str(error))
-            return
-        self.report.returns.append(steps["next", self.schema.reward_key].double().sum().item())
-        self.report.lengths.append(len(steps))
-        self._waiting.append(steps)
-        if sum(map(len, self._waiting)) >= _WRITE_STEPS:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self._waiting:
-            return
-        steps, self._waiting = torch.cat(self._waiting), []
-        capacity, held = self.buffer.capacity, len(self.buffer)
-        if held + len(steps) > capacity:
-            raise ValueError(
-                f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, and "
-                f"{len(steps)} more are to be written. Give it a larger capacity; a reader knows its "
-                "num_steps."
-            )
-        self.buffer.extend(steps)
-
-
-def _loaders(trajectories: Iterable[Any]) -> Iterator[Callable[[], Any]]:
-    """What gives each trajectory, so that one that can't be read doesn't end the iteration."""
-    if isinstance(trajectories, TrajectorySource):
-        for number in range(len(trajectories)):
-            yield partial(trajectories.load, number)
-    else:
-        for trajectory in trajectories:
-            yield lambda trajectory=trajectory: trajectory
-
-
-def _check_arguments(
-    trajectories: Iterable[Any], episodes_per_trial: int | None, on_error: OnError
-) -> None:
-    if is_tensor_collection(trajectories) or isinstance(trajectories, Mapping | ReplayBuffer):
-        raise TypeError(
-            f"load_trials takes trajectories one by one, got a {type(trajectories).__name__}. Let "
-            "read_torchrl or read_d4rl tell the trajectories in it apart."
+    def trials(self, trajectories: Iterable[Any], progress_bar: bool) -> Iterator[RecordedTrial]:
+        """As many trajectories in a row as a trial has, but by default those that are trials alone."""
+        size = self.episodes_per_trial or self.checker.rule.episodes or 1
+        total = len(trajectories) if hasattr(trajectories, "__len__") else None
+        iterator, hide = iter(trajectories), None if progress_bar else True
+        group: dict[int, CheckedTrajectory | None] = {}
+        with tqdm(total=total, desc="loading trajectories", disable=hide) as bar:
+            for number in count():
+                try:
+                    group[number] = self.checker.check(next(iterator))
+                except StopIteration:
+                    break
+                except TrajectoryError as error:
+                    group[number] = self._refuse([number], str(error))
+                bar.update()
+                if self.episodes_per_trial is None and group[number] and group[number].is_trial:
+                    yield from self._join({number: group.pop(number)})
+                elif len(group) == size:
+                    yield from self._join(group)
+                    group = {}
+        self._refuse(
+            group, f"a trial is made of {size} trajectories, and the last has {len(group)}."
         )
-    if episodes_per_trial is not None and episodes_per_trial < 1:
+
+    def _join(self, group: dict[int, CheckedTrajectory | None]) -> Iterator[RecordedTrial]:
+        bad = [number for number, checked in group.items() if checked is None]
+        try:
+            if bad:
+                raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
+            yield join(self.checker.rule, [*group.values()])
+        except TrajectoryError as error:
+            self._refuse(group, str(error))
+
+    def _refuse(self, numbers: Iterable[int], problem: str) -> None:
+        for number in numbers:
+            if self.on_error == "raise":
+                raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
+            self.skipped.setdefault(number, problem)
+
+
+def _side_by_side(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
+    """As many trials at once as are fast and take little memory."""
+    chosen: list[RecordedTrial] = []
+    for trial in trials:
+        longest = max(one.length for one in (*chosen, trial))
+        size = 2 * trial.rows.bytes() // len(trial.rows) * longest * (len(chosen) + 1)
+        if chosen and (size > _BYTES_AT_ONCE or len(chosen) == _TRIALS_AT_ONCE):
+            yield chosen
+            chosen = []
+        chosen.append(trial)
+    if chosen:
+        yield chosen
+
+
+def _write(buffer: ReplayBuffer, steps: TensorDict) -> None:
+    capacity, held = buffer.storage.max_size, len(buffer)
+    if held + len(steps) > capacity:
         raise ValueError(
-            f"episodes_per_trial must be at least 1 or None, got {episodes_per_trial}. None takes as "
-            "many as the environment's trials have."
+            f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, and "
+            f"{len(steps)} more are to be written. Make it as large as a reader's num_steps."
         )
-    check_choice("on_error", on_error, get_args(OnError))
+    buffer.extend(steps)

@@ -1,7 +1,7 @@
 """Hindsight: stored trials shown with other goals, rewards and endings as they are drawn.
 
-``Relabel`` is what a buffer takes and a base for one's own; ``GoalSequenceRelabel`` is AMAGO's
-relabelling of sequences of goals, ``HindsightRelabel`` HER for single goals.
+``Relabel`` is the base of all relabellers, a TorchRL transform of whole trials. ``GoalSequenceRelabel``
+is AMAGO's relabelling of sequences of goals, ``HindsightRelabel`` HER for single goals.
 """
 
 from torchrl_amago.data.relabel.base import Relabel

@@ -4,26 +4,45 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import NoReturn
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torchrl.envs import EnvBase, Transform
 
 from torchrl_amago import keys
 
+_PLACES = (
+    "Whole trials and their masks are within reach in make_trial_buffer(relabel=...), in the padded "
+    "batches of Collector(..., trajs_per_batch=n), which a relabeller can be called on, and in the "
+    "postproc of a collector with split_trajs=True whose batches hold whole trials. "
+    "docs/hindsight.md shows it for other buffers."
+)
 
-class Relabel(ABC):
-    """Base of all relabellers: what a batch shows of stored trials, changed as they are drawn.
 
-    To write your own, say in ``in_keys`` what it reads, and implement :meth:`relabel`. The buffer
-    draws trials, reads these entries of all their steps, calls the relabeller, and only then cuts
-    out slices; the entries that it didn't replace come from storage, which is never written to.
+class Relabel(Transform, ABC):
+    """Transform of whole trials: shows them with other goals, rewards or ends than were stored.
+
+    To write your own, name the entries it reads in ``in_keys`` and implement :meth:`relabel`.
+
+    A relabeller has three places. A buffer of trials takes it as ``relabel=`` or by
+    ``append_transform``: it reads the entries of all steps of the drawn trials, relabels, and only
+    then cuts out slices; entries that aren't replaced come from storage, which is never written to.
+    Called on a padded batch ``[B, L]`` of whole trials it returns that batch relabelled. The same
+    call makes it the ``postproc`` of a collector whose batches are whole trials.
 
     Args:
         in_keys: entries to read: those of the root, and those of ``next`` as ``("next", ...)``.
+        out_keys: entries that may be replaced.
+        generator: source of randomness where no other is given, as a buffer does; None for torch's
+            global one.
 
     Raises:
+        TypeError: when it is put into an environment, where no trial is complete.
         KeyError: when called, if the trials lack an entry.
+        ValueError: when called, if rows aren't whole trials, or the new mask isn't the beginning of
+            each trial.
 
     Example:
         >>> from tensordict import TensorDict
@@ -34,15 +53,23 @@ class Relabel(ABC):
         ...     def relabel(self, trials, generator):
         ...         reward = self.factor * trials["next", "reward"]
         ...         return TensorDict({"next": {"reward": reward}}, trials.batch_size)
-        >>> mask = torch.tensor([[True, True, False]])
-        >>> trials = TensorDict(
-        ...     {"next": {"reward": torch.ones(1, 3, 1)}, "collector": {"mask": mask}}, [1, 3])
+        >>> step = torch.arange(3).view(1, 3, 1)
+        >>> trials = TensorDict({
+        ...     "time_idx": step, "collector": {"mask": torch.tensor([[True, True, False]])},
+        ...     "next": {"reward": torch.ones(1, 3, 1), "done": step == 1}}, [1, 3])
         >>> ScaledReward(0.5)(trials)["next", "reward"].flatten().tolist()
         [0.5, 0.5, 0.5]
     """
 
-    def __init__(self, in_keys: Sequence[NestedKey]) -> None:
-        self.in_keys = list(in_keys)
+    def __init__(
+        self,
+        in_keys: Sequence[NestedKey],
+        out_keys: Sequence[NestedKey] = (),
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(in_keys=list(in_keys), out_keys=list(out_keys))
+        self.generator = generator
 
     @abstractmethod
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
@@ -60,10 +87,18 @@ class Relabel(ABC):
             trials end sooner now: True on what is left, which is each trial's beginning.
         """
 
-    def __call__(
+    def relabel_trials(
         self, trials: TensorDictBase, generator: torch.Generator | None = None
     ) -> TensorDictBase:
-        """Relabel a batch, and add the mask if it didn't change; see :meth:`relabel`."""
+        """Relabel a batch and check the result.
+
+        Args:
+            trials: as for :meth:`relabel`; further entries may be there.
+            generator: source of randomness; by default the relabeller's own.
+
+        Returns:
+            The entries that :meth:`relabel` returned, and the mask.
+        """
         missing = [key for key in (*self.in_keys, keys.MASK) if trials.get(key, None) is None]
         if missing:
             raise KeyError(
@@ -71,15 +106,81 @@ class Relabel(ABC):
                 f"{sorted(map(str, trials.keys(True, True)))}. Name the environment's entries in its "
                 "constructor."
             )
-        out = self.relabel(trials, generator)
-        if out.get(keys.MASK, None) is None:
-            out.set(keys.MASK, trials.get(keys.MASK))
+        out = self.relabel(trials, self.generator if generator is None else generator)
+        mask_BL, new_BL = trials.get(keys.MASK), out.get(keys.MASK, None)
+        if new_BL is None:
+            return out.set(keys.MASK, mask_BL)
+        is_beginning = (new_BL <= mask_BL).all() & (new_BL[:, 1:] <= new_BL[:, :-1]).all()
+        if not (is_beginning & new_BL[:, 0].all()):
+            raise ValueError(
+                "relabelling may shorten a trial to at least one step, got lengths "
+                f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}. Return the mask of the "
+                "steps that are left, the first ones of each trial."
+            )
         return out
+
+    def set_rng(self, generator: torch.Generator | None) -> None:
+        """Draw from this generator where no other is given."""
+        self.generator = generator
+
+    # -- as a transform --------------------------------------------------------------------------
+
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Relabel a batch ``[B, L]`` of whole trials, padded on the right, with their mask.
+
+        Returns:
+            The batch with what was replaced; the one given stays as it is.
+        """
+        self._check_whole_trials(tensordict)
+        return tensordict.clone(recurse=False).update(self.relabel_trials(tensordict))
+
+    def _check_whole_trials(self, batch: TensorDictBase) -> None:
+        """Compare time indices and done flags with the mask."""
+        # Not is_init: SliceSampler sets it wherever a slice begins.
+        needed = (keys.MASK, keys.TIME_IDX, ("next", "done"))
+        found = [batch.get(key, None) for key in needed]
+        if batch.ndim != 2 or any(value is None for value in found):
+            raise ValueError(
+                f"{type(self).__name__} must get whole trials [B, L] with {', '.join(map(repr, needed))}, "
+                f"got a batch {list(batch.shape)} with {sorted(map(str, batch.keys(True, True)))}. "
+                f"{_PLACES}"
+            )
+        mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
+        step_L = torch.arange(batch.shape[1], device=mask_BL.device)
+        length_B1 = mask_BL.sum(-1, keepdim=True)
+        is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
+        is_whole_BL = (mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)
+        is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
+        if not is_whole_B.all():
+            raise ValueError(
+                f"{type(self).__name__} must get whole trials, padded on the right: rows that begin "
+                f"with a trial's first step, {keys.TIME_IDX!r} 0, and end with its last, the only one "
+                f"that is done. Got {int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are "
+                f"something else. {_PLACES}"
+            )
+
+    def set_container(self, container: Transform | EnvBase) -> None:
+        super().set_container(container)
+        try:
+            env = self.container
+        except ValueError:  # raised in a Compose that is in no environment
+            return
+        if env is not None:
+            self.reset_parent()
+            self._raise_in_env()
+
+    def _raise_in_env(self, *_: TensorDictBase) -> NoReturn:
+        raise TypeError(
+            f"{type(self).__name__} must get whole trials as they are read, and was put into an "
+            f"environment, where they are under way, or inverted. {_PLACES}"
+        )
+
+    _reset = _step = _call = _raise_in_env
 
 
 def uniform(
     shape: Sequence[int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """Numbers from U[0, 1), float32, drawn where the generator lives."""
+    """Draw numbers from U[0, 1), float32, where the generator lives."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)

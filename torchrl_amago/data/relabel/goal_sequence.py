@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl_amago import keys
 from torchrl_amago.choice import check_choice
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, is_blank, time_innermost
+from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal, time_innermost
 
 Strategy = Literal["some", "all", "none"]
 
@@ -29,31 +29,33 @@ class GoalSequenceRelabel(GoalRelabel):
     turn it is, and the trial ends with its last goal.
 
     Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.MazeRunner`: all k at each
-    step, ``blank`` in place of those met so far. A trial that begins with blank goals has fewer. It must
-    be a single attempt.
+    step, ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer.
+    It must be a single attempt.
 
     Args:
-        strategy: how many goals are exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
+        strategy: number of goals exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
             trials of all returns; ``"all"``, h = k - n, so that each trial is a success; ``"none"``.
-        blank: what a goal that is met is filled with, and what an empty place in ``achieved`` is; None
-            if goals stay shown.
+        empty_goal: number that fills the place of a goal that is met, and the empty places in
+            ``achieved``; None if goals stay shown.
         goal_key: entry ``[*B, k, *goal]``.
         achieved_key: entry ``[*B, N, *goal]``: N goals are achieved in each step, or fewer and the rest
-            are blank.
+            are empty.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown; when called, if goals can't hold ``blank``, goals and what
-            was achieved don't have the same shape, or replaying a batch doesn't give what was stored.
+        ValueError: if the strategy is unknown; when called, if goals can't hold ``empty_goal``, goals
+            and what was achieved don't have the same shape, or replaying a batch doesn't give what was
+            stored.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
         >>> from torchrl_amago.envs.tasks import MazeRunner
-        >>> maze = MazeRunner(7, num_goals=2, max_episode_steps=30, batch_size=[8], seed=0)
+        >>> maze = MazeRunner(7, num_goals=9, max_episode_steps=30, batch_size=[8], seed=0)
         >>> trials = make_trial_env(maze, episodes=1).rollout(30)
         >>> trials["collector", "mask"] = torch.ones(trials.shape, dtype=torch.bool)
-        >>> new = GoalSequenceRelabel("all")(trials, torch.Generator().manual_seed(0))
-        >>> new["next", "reward"].sum(1).flatten().tolist() == [2.0] * 8
+        >>> relabel = GoalSequenceRelabel("all", generator=torch.Generator().manual_seed(0))
+        >>> new = relabel(trials)
+        >>> new["next", "reward"].sum(1).flatten().tolist() == [9.0] * 8
         True
     """
 
@@ -61,25 +63,28 @@ class GoalSequenceRelabel(GoalRelabel):
         self,
         strategy: Strategy = "some",
         *,
-        blank: float | None = -1.0,
+        empty_goal: float | None = -1.0,
         goal_key: NestedKey = "goals",
         achieved_key: NestedKey = "achieved",
         **options: Any,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
-        self.strategy, self.blank = strategy, blank
+        self.strategy, self.empty_goal = strategy, empty_goal
         if strategy == "none":
-            self.in_keys = []
+            self.in_keys = self.out_keys = []
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self.strategy == "none":
             return TensorDict({}, trials.batch_size)
         dtype = trials.get(self.goal_key).dtype
-        if self.blank is not None and torch.tensor(self.blank).to(dtype) != self.blank:
+        if (
+            self.empty_goal is not None
+            and torch.tensor(self.empty_goal).to(dtype) != self.empty_goal
+        ):
             raise ValueError(
-                f"blank must be a number that goals can hold, got {self.blank} for goals of {dtype}. "
-                "Choose another one, or None if goals stay shown."
+                f"empty_goal must be a number that goals can hold, got {self.empty_goal} for goals of "
+                f"{dtype}. Choose another one, or None if goals stay shown."
             )
         return super().relabel(trials, generator)
 
@@ -87,10 +92,10 @@ class GoalSequenceRelabel(GoalRelabel):
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
         goals_BK, mask_BT = self._own_goals(trials), trials.get(keys.MASK)
-        is_goal_BK = ~is_blank(goals_BK, self.blank, 2)
-        # Which of the goals that are there this is; blank ones don't count.
+        is_goal_BK = ~is_empty_goal(goals_BK, self.empty_goal, 2)
+        # Which of the goals that are there this is; empty ones don't count.
         rank_BK = is_goal_BK.cumsum(-1) - 1
-        meets_BT = (trials.get(self.reward_key).squeeze(-1) > self.met_above) & mask_BT
+        meets_BT = (trials.get(self.reward_key).squeeze(-1) > self.success_threshold) & mask_BT
         num_met_BT = meets_BT.cumsum(1)
         num_met_B = num_met_BT[:, -1]
         # A goal is met after the steps by which no more goals are met than come before it.
@@ -119,7 +124,7 @@ class GoalSequenceRelabel(GoalRelabel):
     ) -> tuple[Tensor, Tensor]:
         """Goals achieved at free steps, and those steps, both ``[B, K]``; T where there are no more."""
         num_steps = is_free_BT.shape[1]
-        is_free_BTN = is_free_BT.unsqueeze(-1) & ~is_blank(achieved_BTN, self.blank, 3)
+        is_free_BTN = is_free_BT.unsqueeze(-1) & ~is_empty_goal(achieved_BTN, self.empty_goal, 3)
         score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
         # The best of a step's scores stands for the step: one goal of each, all goals alike.
         score_BT, place_BT = score_BTN.masked_fill(~is_free_BTN, -1.0).max(-1)
@@ -134,8 +139,8 @@ class GoalSequenceRelabel(GoalRelabel):
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_RK: Tensor) -> TensorDictBase:
         mask_RT = trials.get(keys.MASK)[rows_R]
         reward_RTK = self._rewards(time_innermost(self._achieved(trials)[rows_R]), goals_RK)
-        hits_RTK = (reward_RTK > self.met_above) & mask_RT.unsqueeze(-1)
-        met_RK = meeting_steps(hits_RTK, is_blank(goals_RK, self.blank, 2))
+        hits_RTK = (reward_RTK > self.success_threshold) & mask_RT.unsqueeze(-1)
+        met_RK = meeting_steps(hits_RTK, is_empty_goal(goals_RK, self.empty_goal, 2))
         num_steps, num_goals = hits_RTK.shape[1:]
         num_met_RS = _num_met_before(met_RK, num_steps + 1)
         # It is the turn of the goal that comes after those met; when all are, there is no reward.
@@ -149,15 +154,15 @@ class GoalSequenceRelabel(GoalRelabel):
         return self._replace(trials, rows_R, self._shown(goals_RK, num_met_RS), reward_RT1, end_R)
 
     def _shown(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
-        """The goals as they are shown at each step, ``[R, S, K]``: those met before are blank."""
+        """The goals as they are shown at each step, ``[R, S, K]``: those met before are empty."""
         num_goals = goals_RK.shape[1]
         # One view for each number of goals met; steps look theirs up.
         views = goals_RK.unsqueeze(1).expand(-1, num_goals + 1, *goals_RK.shape[1:])
-        if self.blank is not None:
+        if self.empty_goal is not None:
             order_K = torch.arange(num_goals, device=views.device)
             is_met = order_K < torch.arange(num_goals + 1, device=views.device).unsqueeze(-1)
             is_met = is_met.view(*is_met.shape, *(1,) * (goals_RK.ndim - 2))
-            views = views.masked_fill(is_met, self.blank)
+            views = views.masked_fill(is_met, self.empty_goal)
         first_R1 = (num_goals + 1) * torch.arange(len(goals_RK), device=views.device).unsqueeze(-1)
         shown = views.flatten(0, 1).index_select(0, (first_R1 + num_met_RS).flatten())
         return shown.unflatten(0, num_met_RS.shape)
@@ -174,18 +179,18 @@ class GoalSequenceRelabel(GoalRelabel):
         return achieved_BTN
 
     def _num_goals(self, goals_RK: Tensor) -> Tensor:
-        return (~is_blank(goals_RK, self.blank, 2)).sum(-1)
+        return (~is_empty_goal(goals_RK, self.empty_goal, 2)).sum(-1)
 
 
-def meeting_steps(hits_BTK: Tensor, is_blank_BK: Tensor) -> Tensor:
-    """Steps at which the goals of a sequence are met: each by the first hit after that of the one before.
+def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
+    """Find the steps that meet the goals of a sequence: each the first hit after the goal before it.
 
     Args:
-        hits_BTK: bool, whether step t meets goal k if it is that goal's turn.
-        is_blank_BK: bool, goals that nothing need be done for.
+        hits_BTK: bool, True where step t meets goal k if it is that goal's turn.
+        is_empty_BK: bool, True for empty goals, which need no step.
 
     Returns:
-        int64 ``[B, K]``, ascending; T where a goal isn't met. A blank goal is met with the one before it,
+        int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one before it,
         at -1 if there is none.
 
     Example:
@@ -195,25 +200,25 @@ def meeting_steps(hits_BTK: Tensor, is_blank_BK: Tensor) -> Tensor:
     """
     num_steps = hits_BTK.shape[1]
     step_T = torch.arange(num_steps, device=hits_BTK.device)
-    met_B = torch.full_like(is_blank_BK[:, 0], -1, dtype=torch.int64)
+    met_B = torch.full_like(is_empty_BK[:, 0], -1, dtype=torch.int64)
     met_BK = []
-    for hits_BT, is_blank_B in zip(hits_BTK.unbind(-1), is_blank_BK.unbind(-1), strict=True):
+    for hits_BT, is_empty_B in zip(hits_BTK.unbind(-1), is_empty_BK.unbind(-1), strict=True):
         is_first_BT = hits_BT & (step_T > met_B.unsqueeze(-1))
         first_B = torch.where(is_first_BT, step_T, num_steps).amin(-1)
-        met_B = torch.where(is_blank_B, met_B, first_B)
+        met_B = torch.where(is_empty_B, met_B, first_B)
         met_BK.append(met_B)
     return torch.stack(met_BK, -1)
 
 
 def _num_met_before(met_RK: Tensor, num_steps: int) -> Tensor:
-    """How many goals are met before each step, int64 ``[R, S]``."""
+    """Number of goals met before each step, int64 ``[R, S]``."""
     count = torch.zeros(len(met_RK), num_steps + 1, dtype=torch.int64, device=met_RK.device)
     count.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
     return count[:, :-1].cumsum(1)
 
 
 def _in_order(when: list[Tensor], goals: list[Tensor], rank_BK: Tensor) -> Tensor:
-    """Of these goals, sorted by time, those of these ranks."""
+    """Sort goals by time and take those of these ranks."""
     order = torch.cat(when, 1).argsort(1)
     rows_B1 = torch.arange(len(order), device=order.device).unsqueeze(-1)
     return torch.cat(goals, 1)[rows_B1, order.gather(1, rank_BK)]

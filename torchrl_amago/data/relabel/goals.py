@@ -1,4 +1,4 @@
-"""What relabelling with goals has in common: the reward of a goal, and what follows from rewards.
+"""Base of relabelling with goals: the reward of a goal, and the endings that follow from rewards.
 
 Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals achieved
 in a step, R trials that change. A goal has any shape, which is left out of the suffixes: ``goals_BK``
@@ -22,7 +22,7 @@ RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
-    """Whether one of the goals achieved in a step is this one, number by number.
+    """Compare a goal with those achieved in a step, number by number; True if it is one of them.
 
     Args:
         achieved: ``[B, T, K, N, *goal]``, N goals achieved in each step.
@@ -39,14 +39,11 @@ def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
     return _all_of_goal(achieved == goal.unsqueeze(3), 4).any(-1)
 
 
-def is_blank(goals: Tensor, blank: float | None, batch_dims: int) -> Tensor:
-    """Which goals are nothing but blanks, bool; a goal is what follows the first dimensions.
-
-    None is if ``blank`` is None.
-    """
-    if blank is None:
+def is_empty_goal(goals: Tensor, empty_goal: float | None, batch_dims: int) -> Tensor:
+    """Mark empty goals, bool; a goal spans all dimensions after the first ``batch_dims``."""
+    if empty_goal is None:
         return torch.zeros(goals.shape[:batch_dims], dtype=torch.bool, device=goals.device)
-    return _all_of_goal(goals == blank, batch_dims)
+    return _all_of_goal(goals == empty_goal, batch_dims)
 
 
 def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
@@ -56,7 +53,7 @@ def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
 
 
 def time_innermost(x_BT: Tensor) -> Tensor:
-    """The same values, steps next to each other in memory: what is done with them is much faster."""
+    """Copy with steps next to each other in memory, where operations on them are much faster."""
     return x_BT.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -67,15 +64,16 @@ class GoalRelabel(Relabel):
 
     Args:
         goal_key: entry that shows the goals.
-        achieved_key: entry that shows what was achieved: that of ``next`` is what a step's reward is for.
+        achieved_key: entry that shows what was achieved; a step's reward is for the one in ``next``.
         reward_fn: ``(achieved [B, T, 1, N, *goal], goal [B, 1, K, *goal]) -> [B, T, K]``, the
-            environment's reward, or whether the goal is met (1 or 0).
-        met_above: a goal is met by a reward larger than this.
-        ends_trial: whether the trial is over, ``terminated``, where the goal, or the last one, is met.
+            environment's reward, or 1 where the goal is met and 0 elsewhere.
+        success_threshold: a goal is met by a reward larger than this.
+        ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
         reward_key: in ``next``: reward of a step.
         prev_reward_key: entry that shows the previous step's reward.
         check: replay the first batch with its own goals, and the first in which one is met, to see that
             this gives what was stored.
+        generator: see :class:`Relabel`.
     """
 
     def __init__(
@@ -84,27 +82,27 @@ class GoalRelabel(Relabel):
         goal_key: NestedKey,
         achieved_key: NestedKey,
         reward_fn: RewardFunction = exact_match,
-        met_above: float = 0.0,
+        success_threshold: float = 0.0,
         ends_trial: bool = True,
         reward_key: NestedKey = "reward",
         prev_reward_key: NestedKey = keys.PREV_REWARD,
         check: bool = True,
+        generator: torch.Generator | None = None,
     ) -> None:
-        self.goal_key, self.next_goal_key = goal_key, _of_next(goal_key)
-        self.achieved_key = _of_next(achieved_key)
-        self.reward_key = _of_next(reward_key)
-        self.prev_reward_key, self.next_prev_reward_key = prev_reward_key, _of_next(prev_reward_key)
-        self.done_keys = [_of_next(name) for name in ("done", "terminated", "truncated")]
-        self.shown_keys = [
-            self.goal_key,
-            self.next_goal_key,
-            self.reward_key,
-            self.prev_reward_key,
-            self.next_prev_reward_key,
-        ]
-        self.replaced_keys = [*self.shown_keys, *self.done_keys]
-        super().__init__([*self.replaced_keys, self.achieved_key])
-        self.reward_fn, self.met_above, self.ends_trial = reward_fn, met_above, ends_trial
+        next_goal_key, reward_key = _of_next(goal_key), _of_next(reward_key)
+        next_prev_reward_key = _of_next(prev_reward_key)
+        shown = [goal_key, next_goal_key, reward_key, prev_reward_key, next_prev_reward_key]
+        done = [_of_next(name) for name in ("done", "terminated", "truncated")]
+        super().__init__(
+            [*shown, *done, _of_next(achieved_key)],
+            [*shown, *done, keys.MASK],
+            generator=generator,
+        )
+        self.goal_key, self.achieved_key = goal_key, _of_next(achieved_key)
+        self.reward_key, self.prev_reward_key = reward_key, prev_reward_key
+        self.shown_keys, self.done_keys, self.replaced_keys = shown, done, [*shown, *done]
+        self.reward_fn, self.success_threshold = reward_fn, success_threshold
+        self.ends_trial = ends_trial
         self._to_check, self._is_first = check, True
 
     @abstractmethod
@@ -114,13 +112,13 @@ class GoalRelabel(Relabel):
         """Draw goals.
 
         Returns:
-            The goals of each trial, and bool ``[B]``, which trials get them; the others stay as they
-            were.
+            The goals of each trial, and bool ``[B]``, True for trials that get them; the others stay as
+            they were.
         """
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
-            met_BT = trials.get(self.reward_key).squeeze(-1) > self.met_above
+            met_BT = trials.get(self.reward_key).squeeze(-1) > self.success_threshold
             has_met = bool((met_BT & trials.get(keys.MASK)).any())
             # Trials that meet no goal would pass whatever reward_fn is.
             if has_met or self._is_first:
@@ -131,12 +129,12 @@ class GoalRelabel(Relabel):
     def with_goals(
         self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
     ) -> TensorDictBase:
-        """What the trials would have been, had these been their goals.
+        """Replay trials as if these had been their goals.
 
         Args:
             trials: as for :meth:`relabel`.
             goals: of each trial.
-            is_new_B: bool ``[B]``, which trials get them; default all.
+            is_new_B: bool ``[B]``, True for trials that get them; default all.
 
         Returns:
             The entries that change, and the mask.
@@ -155,7 +153,7 @@ class GoalRelabel(Relabel):
 
     @abstractmethod
     def _num_goals(self, goals_R: Tensor) -> Tensor:
-        """How many goals trials have, ``[R]``."""
+        """Number of goals that trials have, ``[R]``."""
 
     def _own_goals(self, trials: TensorDictBase) -> Tensor:
         """The goals as they are shown first."""
@@ -230,7 +228,7 @@ class GoalRelabel(Relabel):
         reward_RT = trials.get(self.reward_key)[rows_R].squeeze(-1)
         step_R = mask_RT.sum(-1) - 1
         terminated_R = trials.get(self.done_keys[1])[rows_R, step_R].squeeze(-1)
-        num_met_R = ((reward_RT > self.met_above) & mask_RT).sum(-1)
+        num_met_R = ((reward_RT > self.success_threshold) & mask_RT).sum(-1)
         # Others may be terminated by a time limit, and meet one of several goals just then.
         is_met_R = num_met_R >= self._num_goals(self._own_goals(trials)[rows_R])
         is_ended_R = terminated_R & is_met_R & self.ends_trial
@@ -252,7 +250,7 @@ class GoalRelabel(Relabel):
             raise ValueError(
                 f"{type(self).__name__} must find what was stored when it replays trials with their "
                 f"own goals, but {changed} come out otherwise. Let reward_fn be the environment's "
-                "reward and met_above fit it; let ends_trial say whether meeting the goal ends the "
+                "reward and success_threshold fit it; let ends_trial say whether meeting the goal ends the "
                 "trial; a trial must be a single attempt, and one that meets its goal end `terminated`, "
                 "not `truncated`, as with make_trial_env(trial_end='terminated' or 'attempt'). "
                 "check=False leaves this check out."

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchrl_amago import keys
 from torchrl_amago.choice import check_choice
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, is_blank, time_innermost
+from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal, time_innermost
 
 Strategy = Literal["future", "final", "episode"]
 
@@ -22,24 +22,24 @@ Strategy = Literal["future", "final", "episode"]
 class HindsightRelabel(GoalRelabel):
     """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
 
-    A share of the trials gets as its goal what was achieved in one of its own steps. The agent remembers
-    a trial as a whole, so it has one goal in all its steps: HER draws goals anew for each transition.
+    A fraction of the trials gets as its goal what was achieved in one of its own steps. HER draws goals
+    anew for each transition; here an agent remembers its trial, which has one goal in all its steps.
     Each step's reward becomes ``reward_fn`` of what it achieved and the new goal.
 
     Args:
         strategy: the step whose achievement becomes the goal: ``"final"``, the last; ``"episode"``, any;
             ``"future"``, any that isn't before a step drawn first (so later ones are likelier).
-        share: of the trials that get a new goal, in [0, 1]; HER's best, four new goals for an old one, is
-            0.8.
+        fraction: fraction of the trials that get a new goal, in [0, 1]; HER's best, four new goals for
+            an old one, is 0.8.
         goal_key: entry ``[*B, *goal]``.
         achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` where N goals are achieved in each step.
-        blank: what fills a place of those N that is empty; a trial for which only empty ones were drawn
-            keeps its goal. None if there are no empty places.
+        empty_goal: number that fills an empty place of those N; a trial for which only empty ones were
+            drawn keeps its goal. None if there are no empty places.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown or the share out of its range; when called, if shapes don't
-            fit, or replaying a batch doesn't give what was stored.
+        ValueError: if the strategy is unknown or the fraction out of its range; when called, if shapes
+            don't fit, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from tensordict import TensorDict
@@ -47,10 +47,11 @@ class HindsightRelabel(GoalRelabel):
         >>> no, last = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
         >>> zero, goal = torch.zeros(3, 1), torch.full((3, 1), 9.0)
         >>> trial = TensorDict({
-        ...     "desired_goal": goal, "prev_reward": zero, "collector": {"mask": torch.ones(3).bool()},
+        ...     "desired_goal": goal, "prev_reward": zero, "time_idx": torch.arange(3).unsqueeze(-1),
+        ...     "collector": {"mask": torch.ones(3).bool()},
         ...     "next": {"desired_goal": goal, "achieved_goal": place, "reward": zero,
         ...              "prev_reward": zero, "done": last, "terminated": no, "truncated": last}}, [3])
-        >>> new = HindsightRelabel("final", share=1.0)(trial.unsqueeze(0))
+        >>> new = HindsightRelabel("final", fraction=1.0)(trial.unsqueeze(0))
         >>> new["desired_goal"].flatten().tolist(), new["next", "reward"].flatten().tolist()
         ([3.0, 3.0, 3.0], [0.0, 0.0, 1.0])
     """
@@ -59,19 +60,19 @@ class HindsightRelabel(GoalRelabel):
         self,
         strategy: Strategy = "future",
         *,
-        share: float = 0.8,
+        fraction: float = 0.8,
         goal_key: NestedKey = "desired_goal",
         achieved_key: NestedKey = "achieved_goal",
-        blank: float | None = None,
+        empty_goal: float | None = None,
         **options: Any,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
-        if not 0.0 <= share <= 1.0:
+        if not 0.0 <= fraction <= 1.0:
             raise ValueError(
-                f"share must be in [0, 1], got {share}. It is the part of the trials that get new goals."
+                f"fraction must be in [0, 1], got {fraction}. It says how many trials get new goals."
             )
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
-        self.strategy, self.share, self.blank = strategy, share, blank
+        self.strategy, self.fraction, self.empty_goal = strategy, fraction, empty_goal
 
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
@@ -88,10 +89,10 @@ class HindsightRelabel(GoalRelabel):
             step_B = first_B + (uniform_4B[1] * (length_B - first_B)).long()
         rows_B = torch.arange(len(mask_BT), device=mask_BT.device)
         achieved_BN = achieved_BTN[rows_B, step_B]
-        is_there_BN = ~is_blank(achieved_BN, self.blank, 2)
+        is_there_BN = ~is_empty_goal(achieved_BN, self.empty_goal, 2)
         rank_B = (uniform_4B[2] * is_there_BN.sum(-1)).long()
         place_B = (is_there_BN.cumsum(-1) > rank_B.unsqueeze(-1)).int().argmax(-1)
-        is_new_B = (uniform_4B[3] < self.share) & is_there_BN.any(-1)
+        is_new_B = (uniform_4B[3] < self.fraction) & is_there_BN.any(-1)
         return achieved_BN[rows_B, place_B], is_new_B
 
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
@@ -101,7 +102,7 @@ class HindsightRelabel(GoalRelabel):
             time_innermost(self._achieved(trials)[rows_R]), goals_R.unsqueeze(1)
         )
         step_T = torch.arange(num_steps, device=mask_RT.device)
-        is_met_RT = (reward_RT1.squeeze(-1) > self.met_above) & mask_RT & self.ends_trial
+        is_met_RT = (reward_RT1.squeeze(-1) > self.success_threshold) & mask_RT & self.ends_trial
         end_R = torch.where(is_met_RT, step_T, num_steps).amin(-1)
         goals_RS = goals_R.unsqueeze(1).expand(-1, num_steps + 1, *goals_R.shape[1:])
         return self._replace(trials, rows_R, goals_RS, reward_RT1, end_R)

@@ -13,9 +13,11 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import ImmutableDatasetWriter
+from torchrl.envs import Transform
 
 from torchrl_amago import keys
 from torchrl_amago.choice import check_counts
+from torchrl_amago.data.relabel.base import Relabel
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 from torchrl_amago.data.replay.storage import EvictedError, Mode, TrialStorage
 from torchrl_amago.data.replay.trials import Trials
@@ -41,9 +43,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     Args:
         storage: the trials.
         sampler: draws slices.
-        relabel: changes trials before they are cut to slices; the storage stays as it is. It is called with its
-            `in_keys` and the mask of whole trials ``[B, L]`` and a generator, and returns the entries that
-            change, and the mask.
+        relabel: changes trials before they are cut to slices; the storage stays as it is.
         options: of :class:`torchrl.data.TensorDictReplayBuffer`.
 
     Example:
@@ -57,12 +57,52 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     """
 
     def __init__(
-        self, *, storage: Storage, sampler: TrialSliceSampler, relabel: Any = None, **options: Any
+        self,
+        *,
+        storage: Storage,
+        sampler: TrialSliceSampler,
+        relabel: Relabel | None = None,
+        **options: Any,
     ) -> None:
+        if not isinstance(relabel, Relabel | None):
+            raise TypeError(
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Subclass Relabel, or "
+                "give other transforms to append_transform."
+            )
+        if not isinstance(storage, Storage):
+            storage = storage()  # what makes one, as RayReplayBuffer hands it over
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
             options["writer"] = ImmutableDatasetWriter()  # trials are written as wholes, by extend
         super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
+
+    # -- transforms ------------------------------------------------------------------------------
+
+    def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
+        """Append a transform; a relabeller becomes the buffer's ``relabel``.
+
+        Raises:
+            ValueError: for a relabeller after another one, or after other transforms, which get slices.
+        """
+        if isinstance(transform, Relabel):
+            return self.insert_transform(len(self.transform), transform, invert=invert)
+        return super().append_transform(transform, invert=invert)
+
+    def insert_transform(
+        self, index: int, transform: Transform, *, invert: bool = False
+    ) -> TrialReplayBuffer:
+        """Insert a transform; see :meth:`append_transform`."""
+        if not isinstance(transform, Relabel):
+            return super().insert_transform(index, transform, invert=invert)
+        if index or invert or self.relabel is not None:
+            raise ValueError(
+                "a buffer of trials has one relabeller, which reads what is stored, before all other "
+                f"transforms, got {type(transform).__name__} at index {index} with invert={invert} "
+                f"beside relabel={self.relabel}. Insert it at 0; to do two things, write one Relabel "
+                "that does both."
+            )
+        self.relabel = transform
+        return self
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -185,15 +225,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             whole_BL = self.storage.get(index_BL, self.relabel.in_keys)
         else:
             whole_BL = self.storage[:].select(*self.relabel.in_keys)[index_BL]
-        replaced_BL = self.relabel(whole_BL.set(keys.MASK, step_L < length_B1), self._rng)
-        left_B = replaced_BL.get(keys.MASK).sum(-1)
-        if (left_B < 1).any() or (left_B > length_B).any():
-            raise ValueError(
-                "relabelling may shorten a trial to at least one step, got lengths "
-                f"{left_B.tolist()} from {length_B.tolist()}. Return the mask of the steps "
-                "that are left, the first ones of each trial."
-            )
-        return left_B, replaced_BL.exclude("collector")
+        whole_BL.set(keys.MASK, step_L < length_B1)
+        replaced_BL = self.relabel.relabel_trials(whole_BL, self._rng)
+        return replaced_BL.get(keys.MASK).sum(-1), replaced_BL.exclude("collector")
 
     # -- priorities ------------------------------------------------------------------------------
 
@@ -262,7 +296,7 @@ def make_trial_buffer(
     mode: Mode = "create",
     flush: bool = False,
     verify: bool = False,
-    relabel: Any = None,
+    relabel: Relabel | None = None,
     prefetch: int | None = None,
     generator: torch.Generator | None = None,
     **options: Any,

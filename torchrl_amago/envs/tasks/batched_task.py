@@ -81,6 +81,8 @@ class BatchedTask(EnvBase):
     """
 
     repeats_task = True
+    # `state_dict` holds all that changes: a collector can stop in mid-trial and go on elsewhere.
+    can_save_state = True
     # Said when an action is out of range.
     action_meaning = "Sample from env.action_spec to see them."
     # Buffers that a step changes, besides the step counter: what a masked step puts back.

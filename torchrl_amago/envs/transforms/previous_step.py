@@ -1,10 +1,12 @@
-"""What the agent did and got: the previous action and reward as inputs, and the time in the trial.
+"""The previous action and reward as inputs of the agent, and the time in the trial.
 
 An agent that adapts must know which action led to which reward. Both are put into the next step's
 tensordict, in a form that networks read, and zeroed only when a trial begins.
 """
 
 from __future__ import annotations
+
+from typing import NoReturn
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -51,6 +53,7 @@ class PreviousStepTransform(Transform):
 
     Raises:
         ValueError: once the transform is used, if the action space isn't one of the above.
+        RuntimeError: if it is called outside of an environment, as in a replay buffer.
 
     Examples:
         >>> from torchrl.envs import TransformedEnv
@@ -98,6 +101,8 @@ class PreviousStepTransform(Transform):
         """The action's key and encoder, and the specs: read from the environment once."""
         if self._set_up is None:
             env = self.parent
+            if env is None:
+                raise_outside_env(self)
             key = self._find_action_key(env)
             encoder = ActionEncoder(env.full_action_spec_unbatched[key], env.batch_size)
             time = Unbounded(shape=(*env.batch_size, 1), dtype=torch.int64, device=env.device)
@@ -121,6 +126,11 @@ class PreviousStepTransform(Transform):
         return env.action_keys[0]
 
     # ----------------------------------------------------------------- stepping
+
+    def _call(self, next_tensordict: TensorDictBase) -> NoReturn:
+        raise_outside_env(self)
+
+    forward = _call
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
@@ -209,8 +219,23 @@ class ActionEncoder:
         return Bounded(low, 1.0, shape=shape, device=device)
 
 
+def raise_outside_env(transform: Transform) -> NoReturn:
+    """Say where a transform that follows an environment's steps belongs.
+
+    Raises:
+        RuntimeError: always.
+    """
+    name = type(transform).__name__
+    raise RuntimeError(
+        f"{name} must be in an environment, whose steps it follows, and was called outside of one, as "
+        "by a replay buffer or in a module. Put it into the environment that is collected from "
+        "(make_trial_env); what is collected then holds its entries. load_trials gives them to "
+        "recorded data."
+    )
+
+
 def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:
-    """What bounded numbers are shifted and divided by: 0 and 1 for those without both bounds."""
+    """Shift and divisor of bounded numbers: 0 and 1 for those without both bounds."""
     low, high = spec.low / 2, spec.high / 2  # halved first: their difference could overflow
     largest = torch.finfo(spec.dtype).max / 2
     is_finite = (low > -largest) & (high < largest)

@@ -7,7 +7,7 @@ attempt at the same task within the same step, and is done only when the trial i
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal, NoReturn, get_args
 
 import torch
 from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
@@ -17,7 +17,7 @@ from torchrl.data import Bounded, Categorical, Composite, Unbounded
 from torchrl.envs import Compose, EnvBase, FrameSkipTransform, MultiAction, Transform
 
 from torchrl_amago import keys
-from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
+from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform, raise_outside_env
 from torchrl_amago.envs.transforms.repeat import (
     Below,
     RepeatMode,
@@ -95,6 +95,7 @@ class TrialTransform(Transform):
             environment cannot repeat a task, has several done flags, already has transforms
             that must outlive an attempt (:class:`PreviousStepTransform`, ``InitTracker``), or gets
             some that step it several times (``FrameSkipTransform``, ``MultiAction``).
+        RuntimeError: if it is called outside of an environment, as in a replay buffer.
 
     Examples:
         >>> import gymnasium as gym
@@ -187,6 +188,11 @@ class TrialTransform(Transform):
         return self._repeater
 
     # ----------------------------------------------------------------- stepping
+
+    def _call(self, next_tensordict: TensorDictBase) -> NoReturn:
+        raise_outside_env(self)
+
+    forward = _call
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase

@@ -6,7 +6,7 @@ Legend: P parameters, A length of the action vector.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 import torch
@@ -132,6 +132,13 @@ class PolicyDistribution(abc.ABC):
                 f"{type(self).__name__} is a distribution over {' or '.join(self.kinds)} actions, "
                 f"got {self.space.kind} ones. make_distribution(space) chooses one that fits."
             )
+
+    @property
+    def settings(self) -> dict[str, str | float]:
+        """Kind and numbers, without the space, as values that JSON can hold."""
+        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
+        del numbers["space"]
+        return {"kind": type(self).__name__, **numbers}
 
     @property
     @abc.abstractmethod

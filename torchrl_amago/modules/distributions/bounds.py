@@ -76,9 +76,9 @@ def check_bounds(low: float, high: float | None, bound: str, name: str) -> None:
             f"{name} must be bounded by 'tanh' (between both bounds) or 'softplus' (above the lower "
             f"one), got {bound!r}."
         )
-    if low <= 0.0 or (high is not None and high <= low):
+    if not (0.0 < low < math.inf) or (high is not None and not low < high < math.inf):
         raise ValueError(
-            f"{name}_low must be positive and below {name}_high, got {low} and {high}. "
+            f"{name}_low must be positive and below {name}_high, got {low} and {high}. Both are finite; "
             f"{name}_high=None with 'softplus' is no bound above."
         )
     if bound == "tanh" and high is None:

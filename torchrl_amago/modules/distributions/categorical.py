@@ -11,10 +11,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.distributions import Categorical, Distribution, OneHotCategorical
-from torch.nn.functional import one_hot
+from torch.distributions import Categorical, Distribution
 
 from torchrl_amago.action_space import join_parts, one_hot_parts, split_parts
+from torchrl_amago.choice import check_positive
 from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
@@ -101,41 +101,6 @@ class ClippedCategorical(Categorical):
     def mean(self) -> Tensor:
         """The most probable action: an index has no mean, but policies may be asked for it."""
         return self.deterministic_sample
-
-
-class ClippedOneHotCategorical(OneHotCategorical):
-    """:class:`ClippedCategorical` for action spaces that are one-hot encoded.
-
-    Args:
-        logits: ``[..., A]``, float, unnormalised log-probabilities; -inf forbids an action.
-        clip_low: lower bound of a probability before renormalising.
-        clip_high: upper bound of a probability before renormalising.
-        dtype: of the actions; that of the environment's spec.
-
-    Example:
-        >>> ClippedOneHotCategorical(torch.tensor([0.0, 3.0])).deterministic_sample
-        tensor([0, 1])
-    """
-
-    def __init__(
-        self,
-        logits: Tensor,
-        clip_low: float = CLIP_LOW,
-        clip_high: float = CLIP_HIGH,
-        dtype: torch.dtype = torch.int64,
-    ) -> None:
-        probs = clipped_softmax(logits, clip_low, clip_high)
-        super().__init__(probs=probs, validate_args=False)
-        self.dtype = dtype
-
-    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw actions, ``[*sample_shape, ..., A]``."""
-        return super().sample(sample_shape).to(self.dtype)
-
-    @property
-    def deterministic_sample(self) -> Tensor:
-        """The most probable action, ``[..., A]``."""
-        return one_hot(self.probs.argmax(-1), self.probs.shape[-1]).to(self.dtype)
 
 
 class OneHotParts(VectorDistribution):
@@ -263,11 +228,10 @@ class Discrete(PolicyDistribution):
                 f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low where there "
                 "are many categories; 0 and 1 turn clipping off."
             )
-        if self.temperature <= 0:
-            raise ValueError(
-                f"temperature must be positive, got {self.temperature}. Lower ones give gradients "
-                "nearer to those of a one-hot, and of higher variance; 0.5 is usual."
-            )
+        check_positive(
+            "Lower ones give gradients nearer to those of a one-hot, and of higher variance; 0.5 is usual.",
+            temperature=self.temperature,
+        )
 
     @property
     def num_params(self) -> int:

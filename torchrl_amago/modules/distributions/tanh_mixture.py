@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, distributions
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.distributions import noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
@@ -119,11 +120,7 @@ class TanhMixture(PolicyDistribution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_modes < 1:
-            raise ValueError(
-                f"num_modes must be at least 1, got {self.num_modes}. It is the number of Gaussians "
-                "that are mixed."
-            )
+        check_counts("It is the number of Gaussians that are mixed.", num_modes=self.num_modes)
         check_bounds(self.std_low, self.std_high, self.std_bound, "std")
 
     @property

@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torchrl.data import NonTensor, TensorSpec
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.steps import Steps
 
 Shape = tuple[int, ...]
@@ -40,7 +41,7 @@ def flatten_and_join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tenso
     return torch.cat(flat, -1)
 
 
-class TimestepEncoder(TensorDictModuleBase):
+class TimestepEncoder(Configurable, TensorDictModuleBase):
     """Base of all timestep encoders. To write your own, implement :meth:`encode`.
 
     Inputs under a False mask (padding) are left out, or replaced by zeros, before anything else
@@ -142,6 +143,11 @@ class TimestepEncoder(TensorDictModuleBase):
         """
         raise NotImplementedError
 
+    @property
+    def moves_statistics(self) -> bool:
+        """Whether statistics of inputs follow this batch: in training, on sequences, with gradient."""
+        return self.training and recurrent_mode() and torch.is_grad_enabled()
+
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
         """Change inputs at random; called in training on sequences only, before :meth:`encode`.
 
@@ -155,6 +161,7 @@ class TimestepEncoder(TensorDictModuleBase):
         """
         return inputs
 
+    @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read ``in_keys``, write the embedding."""
         inputs = self.read(tensordict)

@@ -9,7 +9,6 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 from torchrl.data import TensorSpec
-from torchrl.modules import recurrent_mode
 from torchrl.modules.functional import symlog
 
 from torchrl_amago.modules.layers import MLP, InputNorm, make_activation, make_norm
@@ -180,7 +179,7 @@ class CombinedTimestepEncoder(TimestepEncoder):
         if self.vector_scale == "symlog":
             return symlog(x)
         if self.input_norm is not None:
-            if self.training and recurrent_mode():
+            if self.moves_statistics:
                 self.input_norm.update(x.detach(), mask)
             x = self.input_norm(x)
         return x

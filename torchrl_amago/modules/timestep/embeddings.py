@@ -13,9 +13,11 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.settings import Configurable
+from torchrl_amago.steps import is_traced
 
 
-class EntryEmbedding(nn.Module):
+class EntryEmbedding(Configurable, nn.Module):
     """Base of what turns one entry of a step into features; a part of the combined encoder.
 
     To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype that
@@ -50,13 +52,13 @@ class EntryEmbedding(nn.Module):
 def check_range(index: Tensor, sizes: Sequence[int] | int, what: str) -> None:
     """Refuse numbers outside of ``[0, size)`` where that costs next to nothing.
 
-    That is on a CPU, outside of ``torch.compile``; elsewhere the look-up itself fails, with a message
+    That is on a CPU, outside of ``torch.compile`` and ``torch.vmap``; elsewhere the look-up itself fails, with a message
     that says less.
 
     Raises:
         ValueError: if there is one.
     """
-    if index.device.type != "cpu" or torch.compiler.is_compiling():
+    if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(
@@ -115,7 +117,7 @@ class CategoryEmbedding(EntryEmbedding):
         return self.table(row_MK).flatten(-2)
 
 
-class SequencePool(nn.Module):
+class SequencePool(Configurable, nn.Module):
     """From a set or sequence of elements to features: what is there, on average.
 
         h_l = act(W x_l + p_l),    out = V [mean of h_l over the elements that are there; their share]
@@ -151,9 +153,15 @@ class SequencePool(nn.Module):
     ) -> None:
         super().__init__()
         self.hidden = nn.Linear(input_size, hidden_size)
-        self.position = nn.Parameter(0.02 * torch.randn(length, hidden_size)) if ordered else None
+        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
+        self.reset_parameters()
         self.activation = make_activation(activation)
         self.out = nn.Linear(hidden_size + 1, output_size)
+
+    def reset_parameters(self) -> None:
+        """Draw positions anew; layers reset themselves."""
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, x_MLE: Tensor, there_ML: Tensor) -> Tensor:
         """Pool; what lies under False has no influence, NaN included."""

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from tensordict import NestedKey
 from torch import Tensor
-from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.layers import MLP, InputNorm, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
@@ -17,7 +16,7 @@ from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_
 class MLPTimestepEncoder(TimestepEncoder):
     """MLP over all entries, flattened and concatenated in the order given.
 
-    In training (sequence mode) the running statistics of the inputs are updated first, from real
+    In training (sequences, with gradient) the running statistics of inputs are updated first, from real
     steps only, and then used.
 
     Args:
@@ -73,7 +72,7 @@ class MLPTimestepEncoder(TimestepEncoder):
         """Flatten, concatenate, normalise, apply the MLP."""
         x = flatten_and_join(inputs, self.shapes)
         if self.input_norm is not None:
-            if self.training and recurrent_mode():
+            if self.moves_statistics:
                 self.input_norm.update(x.detach(), mask)
             x = self.input_norm(x)
         return self.out_norm(self.mlp(x))

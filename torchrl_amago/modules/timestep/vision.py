@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules import ConvNet
 
 from torchrl_amago.modules.layers import make_activation
+from torchrl_amago.modules.settings import Configurable
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
 
 
@@ -31,7 +33,7 @@ def least_input(windows: Sequence[tuple[int, int]]) -> int:
     return size
 
 
-class ConvTrunk(ConvNet):
+class ConvTrunk(Configurable, ConvNet):
     """Convolutions in a row, each with its activation, flattened (channel, height, width).
 
     Args:
@@ -62,6 +64,10 @@ class ConvTrunk(ConvNet):
             activation_class=partial(make_activation, activation),
         )
         self.least_size = least_input(list(zip(kernels, strides, strict=True)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw orthogonal weights, without biases."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # torch's default shrinks the signal by a third or more at each layer.
@@ -83,7 +89,7 @@ class _ResidualBlock(nn.Module):
         return self.norm(x + self.conv2(self.activation(self.conv1(self.activation(x)))))
 
 
-class ImpalaTrunk(nn.Module):
+class ImpalaTrunk(Configurable, nn.Module):
     """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
 
     TorchRL's ``ImpalaNet`` can't be had without its heads.
@@ -215,7 +221,8 @@ class ImageEmbedding(EntryEmbedding):
                 f"an image has three dimensions, got shape {self.shape}. Add one for the channels "
                 "of a grey image (torchrl.envs.UnsqueezeTransform)."
             )
-        if random_shift < 0 or not 0.0 <= random_shift_share <= 1.0:
+        is_whole = isinstance(random_shift, Integral) and random_shift >= 0
+        if not is_whole or not 0.0 <= random_shift_share <= 1.0:
             raise ValueError(
                 "random_shift must be at least 0 pixels and random_shift_share in [0, 1], got "
                 f"{random_shift} and {random_shift_share}. Use 4 and 0.75, or 0 for no shifts."

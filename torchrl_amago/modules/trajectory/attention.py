@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from torchrl_amago.choice import check_positive
 from torchrl_amago.modules.layers import at_least_float32
 
 # Queries of a block. With a sliding window each block reads window - 1 + _BLOCK keys: smaller blocks
@@ -47,12 +49,16 @@ class AttentionPattern:
     logit_clip: float | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
+        if self.window is not None and not (isinstance(self.window, Integral) and self.window >= 1):
             raise ValueError(
                 f"window must be at least 1, got {self.window}. A step always sees itself; for an "
                 "agent without memory use a feed-forward trajectory encoder."
             )
-        if self.num_sinks < 0 or (self.num_sinks and self.window is None):
+        if (
+            not isinstance(self.num_sinks, Integral)
+            or self.num_sinks < 0
+            or (self.num_sinks and self.window is None)
+        ):
             raise ValueError(
                 f"num_sinks must be at least 0, and 0 without a window, got {self.num_sinks} and "
                 f"window={self.window}. Sinks are what is seen beyond the window."
@@ -61,10 +67,10 @@ class AttentionPattern:
             raise ValueError(
                 f"sink_bias={self.sink_bias} needs sinks, got num_sinks=0. Set both or neither."
             )
-        if self.logit_clip is not None and self.logit_clip <= 0:
-            raise ValueError(
-                f"logit_clip must be positive, got {self.logit_clip}. Leave it out not to clip."
-            )
+        if not math.isfinite(self.sink_bias):
+            raise ValueError(f"sink_bias must be finite, got {self.sink_bias}. Use 0 for none.")
+        if self.logit_clip is not None:
+            check_positive("Leave it out not to clip.", logit_clip=self.logit_clip)
 
 
 def window_attention(
@@ -207,10 +213,10 @@ class _Shown:
         return (age >= 0) if window is None else (age >= 0) & (age < window)
 
     def _bias(self, visible: Tensor, sink: Tensor | None) -> Tensor:
-        bias = torch.zeros(visible.shape, dtype=self.like.dtype, device=self.like.device)
+        shown = self.like.new_zeros(())
         if self.pattern.sink_bias and sink is not None:
-            bias = bias.masked_fill(sink, self.pattern.sink_bias)
-        return bias.masked_fill_(~visible, -math.inf)
+            shown = torch.where(sink, self.pattern.sink_bias, shown)
+        return torch.where(visible, shown, -math.inf)
 
 
 def _attend(

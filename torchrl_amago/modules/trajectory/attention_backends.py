@@ -12,6 +12,7 @@ from functools import cache
 from typing import Literal, get_args
 
 import torch
+from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -92,6 +93,7 @@ def _flash_can_run(q: Tensor, pattern: AttentionPattern) -> bool:
         q.device.type == "cuda"
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[-1] <= 256
+        and not is_batchedtensor(q)
         and _flash_fits(pattern)
         and _is_installed()
         and torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -5,47 +5,48 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 
 from __future__ import annotations
 
-import warnings
-from numbers import Integral
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
-from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import TensorDictModuleBase
+from tensordict import NestedKey, TensorDictBase, is_batchedtensor
+from tensordict.nn import TensorDictModuleBase, dispatch
 from torch import Tensor
 from torch.nn import functional as F
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_counts
-from torchrl_amago.modules.trajectory.streams import Memory, StreamTable
+from torchrl_amago.choice import check_choice, check_counts
+from torchrl_amago.modules.settings import Configurable
+from torchrl_amago.modules.trajectory.streams import Memory, StreamTable, stream_of
+from torchrl_amago.steps import is_traced
 
 
 def check_sizes(**sizes: int) -> None:
     """Refuse sizes of a sequence model below 1, by name."""
-    check_counts("For an agent without memory use FeedForwardEncoder.", **sizes)
+    check_counts("Sizes are counted; for an agent without memory use FeedForwardEncoder.", **sizes)
 
 
 def check_heads(d_model: int, num_heads: int) -> None:
     """Refuse a width that its heads can't share."""
-    if num_heads < 1 or d_model < 1 or d_model % num_heads:
+    if d_model % num_heads:
         raise ValueError(
             f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
-            f"Choose for example d_model={32 * max(num_heads, 1)}."
+            f"Choose for example d_model={32 * num_heads}."
         )
 
 
 def starts_within_rows(is_init_NT: Tensor | None) -> Tensor | None:
     """Where trials begin, or None if none does after a row's first step, so that nothing must be cut.
 
-    Under `torch.compile` a branch on data isn't possible: there rows are always cut, right for any data.
+    Under `torch.compile` and `torch.vmap` rows are always cut, which is right for any data.
     """
-    if is_init_NT is None or torch.compiler.is_compiling():
+    if is_init_NT is None or is_traced(is_init_NT):
         return is_init_NT
     return is_init_NT if is_init_NT[:, 1:].any() else None
 
 
-class TrajectoryEncoder(TensorDictModuleBase):
+class TrajectoryEncoder(Configurable, TensorDictModuleBase):
     """Base of all trajectory encoders: `(timestep, time_idx, is_init) -> state`.
 
     Under :class:`torchrl.modules.set_recurrent_mode` the encoder reads whole sequences
@@ -56,7 +57,9 @@ class TrajectoryEncoder(TensorDictModuleBase):
     it is. Rows where it is missing or 0 are new, a row with `is_init` starts empty. Copies
     (`deepcopy`, `pickle`) start without memory. The table holds `max_streams` rollouts.
 
-    To write an encoder, implement :meth:`sequence`, :meth:`step` and :meth:`new_memory`.
+    To write an encoder, implement :meth:`sequence`, :meth:`step` and :meth:`new_memory`. One whose step
+    needs nothing of earlier ones sets :attr:`has_memory` to False, writes no stream, and its `step`
+    gets None for a memory.
 
     Args:
         input_size: I, features of a timestep embedding.
@@ -70,7 +73,8 @@ class TrajectoryEncoder(TensorDictModuleBase):
         timestep_key: entry to read, `[*B, I]`.
         time_idx_key: steps since the trial began, `[*B, 1]`, integer.
         is_init_key: first step of a trial, `[*B, 1]`, bool; optional for sequences of one trial.
-        stream_key: entry to read and write, `[*B, 1]` int64.
+        stream_key: entry to write, `[*B, 1]` int64, and to read where it is there: it is none of
+            `in_keys`, since environments and batches of a loss don't have it.
         mask_key: True on real steps, `[*B, T]`, for sequences; may be absent. Inputs under False
             count as zeros.
         state_key: entry to write, `[*B, D]`.
@@ -101,6 +105,12 @@ class TrajectoryEncoder(TensorDictModuleBase):
         tensor([[4.]])
     """
 
+    not_settings = frozenset(
+        {"max_streams", "attention", "backend", "longest_memory"}  # of any encoder
+    )
+    #: Whether a rollout's step depends on those before it.
+    has_memory: ClassVar[bool] = True
+
     def __init__(
         self,
         input_size: int,
@@ -117,26 +127,10 @@ class TrajectoryEncoder(TensorDictModuleBase):
         state_key: NestedKey = keys.STATE,
     ) -> None:
         super().__init__()
-        if on_weight_update not in ("keep", "restart"):
-            raise ValueError(
-                f"on_weight_update must be 'keep' or 'restart', got {on_weight_update!r}. "
-                "'keep' is AMAGO's choice."
-            )
-        if context_length is not None and not (
-            isinstance(context_length, Integral) and context_length >= 1
-        ):
-            raise ValueError(
-                f"context_length must be an integer of at least 1, got {context_length}. A step always sees itself; "
-                "for an agent without memory use a feed-forward trajectory encoder."
-            )
-        if max_streams < 1:
-            raise ValueError(
-                f"max_streams must be at least 1, got {max_streams}. It is how many rollouts may be "
-                "under way at once: 2 for a collector and an evaluator."
-            )
-        self.in_keys = [timestep_key, time_idx_key, is_init_key, stream_key]
-        self.out_keys = [state_key, stream_key]
-        self.mask_key = mask_key
+        check_choice("on_weight_update", on_weight_update, ("keep", "restart"))
+        self.in_keys = [timestep_key, time_idx_key, is_init_key]
+        self.out_keys = [state_key, stream_key] if self.has_memory else [state_key]
+        self.stream_key, self.mask_key = stream_key, mask_key
         self.input_size, self.output_size = input_size, output_size
         self.context_length = context_length
         self.on_weight_update = on_weight_update
@@ -159,7 +153,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
         """
         raise NotImplementedError
 
-    def step(self, x_NI: Tensor, positions_N: Tensor, memory: Memory) -> Tensor:
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: Memory | None) -> Tensor:
         """Encode one step per row and remember it, as in evaluation whatever `training` says.
 
         Called without gradient, after the memory's `clear` and `advance`.
@@ -169,9 +163,11 @@ class TrajectoryEncoder(TensorDictModuleBase):
         """
         raise NotImplementedError
 
-    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> Memory:
-        """Make an empty memory for a rollout of `num_rows` environments."""
-        raise NotImplementedError
+    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> Memory | None:
+        """Make an empty memory for a rollout of `num_rows` environments; None without :attr:`has_memory`."""
+        if self.has_memory:
+            raise NotImplementedError
+        return None
 
     def check_positions(self, positions: Tensor) -> None:
         """Refuse positions that can't be encoded; called outside of compiled code."""
@@ -181,6 +177,12 @@ class TrajectoryEncoder(TensorDictModuleBase):
 
     # --- what it gets ---
 
+    @property
+    def keyword_keys(self) -> list[NestedKey]:
+        """Entries that may be given as keywords: the inputs and, to go on with a rollout, its stream."""
+        return [*self.in_keys, *self.out_keys[1:]]
+
+    @dispatch(source="keyword_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read the timestep's embedding, write the state (and, in step mode, the stream)."""
         x = self._get_timestep(tensordict)
@@ -202,23 +204,60 @@ class TrajectoryEncoder(TensorDictModuleBase):
         """What this encoder remembers of the rollout that the tensordict belongs to.
 
         Raises:
-            RuntimeError: under `set_recurrent_mode`: sequences have no memory.
+            RuntimeError: if there is none: of sequences, or of an encoder without :attr:`has_memory`.
             KeyError: if the rollout is unknown here.
         """
+        if not self.has_memory:
+            raise RuntimeError(
+                f"{type(self).__name__} looks at each step alone, but its memory was asked for. Ask only "
+                "encoders whose has_memory is True."
+            )
         if recurrent_mode():
             raise RuntimeError(
                 "sequences have no memory, but it was asked for in recurrent mode. Leave "
                 "set_recurrent_mode(True), or read the states that the encoder writes."
             )
-        number = tensordict.get(self.out_keys[1], None)
-        stream = 0 if number is None or not number.numel() else int(number.max())
+        stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream) if stream else None
         if memory is None:
             raise KeyError(
                 f"no memory of stream {stream} in this encoder: rollouts get one at their first step. "
-                f"Pass a tensordict that this encoder has stepped, with its {self.out_keys[1]!r}."
+                f"Pass a tensordict that this encoder has stepped, with its {self.stream_key!r}."
             )
         return memory
+
+    def memory_state_dict(self) -> dict[str, Any]:
+        """Copies of what is remembered of all rollouts, for :meth:`load_memory_state_dict`.
+
+        Returns:
+            The nested dict of tensors of :meth:`StreamTable.state_dict`; where memories restart with
+            new weights also ``fingerprint``, the weights last seen.
+        """
+        state = self._streams.state_dict()
+        if self._fingerprint is not None:
+            state["fingerprint"] = self._fingerprint.clone()
+        return state
+
+    def load_memory_state_dict(
+        self, state: Mapping[str, Any], device: torch.device | str | None = None
+    ) -> None:
+        """Go on with the rollouts of a saved memory, exactly; what is remembered now is forgotten.
+
+        The rollouts' tensordicts must be those that were under way, with their stream.
+
+        Args:
+            state: what :meth:`memory_state_dict` gave.
+            device: of the rollouts; default: that of the parameters, or the CPU if there are none.
+
+        Raises:
+            ValueError: if an encoder of other sizes was saved. All is as before then.
+        """
+        if device is None:
+            device = next((p.device for p in self.parameters()), "cpu")
+        self._streams.load_state_dict(
+            state, lambda num_rows, dtype: self.new_memory(num_rows, torch.device(device), dtype)
+        )
+        self._fingerprint = state.get("fingerprint")
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile :meth:`sequence` and :meth:`step` with :func:`torch.compile`, in place.
@@ -234,7 +273,7 @@ class TrajectoryEncoder(TensorDictModuleBase):
 
     def begin_step(
         self, tensordict: TensorDictBase, shape: torch.Size, like: Tensor
-    ) -> tuple[Tensor, Memory]:
+    ) -> tuple[Tensor, Memory | None]:
         """Find the rollout's memory and make it ready for one :meth:`step`; write the stream.
 
         Args:
@@ -243,22 +282,31 @@ class TrajectoryEncoder(TensorDictModuleBase):
             like: gives device and dtype of a new memory.
 
         Returns:
-            Positions `[N]` and the memory.
+            Positions `[N]` and the memory; None if the encoder has none.
         """
         positions, is_init = self._get_time(tensordict, shape)
+        positions_N = positions.reshape(-1)
+        self.check_positions(positions_N)
+        if not self.has_memory:
+            return positions_N, None
+        if is_batchedtensor(positions) or is_batchedtensor(like):
+            raise RuntimeError(
+                f"torch.vmap can't follow a rollout's memory, but {type(self).__name__} was called for a "
+                "single step under it. For sequences, put set_recurrent_mode(True) around the call; for "
+                "steps, build the loss or value estimator with deactivate_vmap=True."
+            )
         if is_init is None:
             raise KeyError(
                 f"single steps need {self.in_keys[2]!r}, which says where memory starts empty. "
                 "Append torchrl's InitTracker to the environment."
             )
-        is_init_N, positions_N = is_init.reshape(-1), positions.reshape(-1)
-        self.check_positions(positions_N)
+        is_init_N = is_init.reshape(-1)
         stream, memory = self._find_memory(tensordict, is_init_N, positions_N, like)
         memory.clear(is_init_N)
         memory.advance()
         # A new tensor each time: environments zero it in place when they reset.
         number = torch.full(positions.shape, stream, dtype=torch.int64, device=like.device)
-        tensordict.set(self.out_keys[1], number)
+        tensordict.set(self.stream_key, number)
         return positions_N, memory
 
     def _get(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
@@ -304,13 +352,14 @@ class TrajectoryEncoder(TensorDictModuleBase):
         mask = tensordict.get(self.mask_key, None)
         if mask is not None:
             mask = mask.reshape(*shape, 1)
-            self.check_mask(mask)
+            if not is_traced(mask):
+                self.check_mask(mask)
             x = torch.where(mask, x, 0.0)
             positions = torch.where(mask, positions, 0)
             # What comes after padding on the left begins there, be it in mid-trial.
             begins = mask & ~F.pad(mask, (0, 0, 1, 0), value=True)[..., :-1, :]
             is_init = begins if is_init is None else (is_init & mask) | begins
-        if not torch.compiler.is_compiling():
+        if not is_traced(positions):
             self.check_positions(positions)
         x_NTI = x.reshape(-1, *x.shape[-2:])
         rows = x_NTI.shape[:2]
@@ -326,22 +375,14 @@ class TrajectoryEncoder(TensorDictModuleBase):
     ) -> tuple[int, Memory]:
         if self.on_weight_update == "restart":
             self._restart_if_weights_changed()
-        number = tensordict.get(self.out_keys[1], None)
-        stream = 0
-        if number is not None and number.numel():
-            # Rows of environments that were just reset hold 0, the others the rollout's stream.
-            low, stream = (int(bound) for bound in number.aminmax())
-            if low != stream and ((number != 0) & (number != stream)).any():
-                raise ValueError(
-                    "all rows of a step must belong to one rollout, got streams "
-                    f"{number.unique().tolist()} in {self.out_keys[1]!r}. Call the policy on each "
-                    "rollout's tensordict separately, or remove the entry to start anew."
-                )
+        stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream) if stream else None
         num_rows = is_init_N.numel()
         if memory is not None and memory.batch_size == num_rows and memory.device == x.device:
             return stream, memory
-        self._check_start(stream, memory, is_init_N, positions_N)
+        # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
+        if (~is_init_N & (positions_N > 0)).any():
+            self._streams.complain_of_loss(stream, memory, num_rows, self.stream_key)
         memory = self.new_memory(num_rows, x.device, self._memory_dtype(x))
         return self._streams.add(memory), memory
 
@@ -349,28 +390,6 @@ class TrajectoryEncoder(TensorDictModuleBase):
         if torch.is_autocast_enabled(x.device.type):
             return torch.get_autocast_dtype(x.device.type)
         return next((p.dtype for p in self.parameters()), x.dtype)
-
-    def _check_start(
-        self, stream: int, memory: Memory | None, is_init_N: Tensor, positions_N: Tensor
-    ) -> None:
-        """Speak up when a new memory means that one was lost."""
-        # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
-        if not (~is_init_N & (positions_N > 0)).any():
-            return
-        if memory is not None and memory.batch_size != is_init_N.numel():
-            raise ValueError(
-                f"a rollout's batch size must not change between trials: stream {stream} has "
-                f"{memory.batch_size} rows, got {is_init_N.numel()}, some of them in mid-trial. "
-                f"Step all rows of a rollout together, or remove {self.out_keys[1]!r} to start anew."
-            )
-        reason = (
-            f"its stream {stream} is not in this module: either it was evicted (raise max_streams, "
-            f"now {self._streams.max_streams}), or the module is a copy and the rollout isn't its own"
-            if stream
-            else f"{self.out_keys[1]!r} was lost between steps: keep it in selected_out_keys, and put "
-            "TransformedEnv around a ParallelEnv, which by itself drops what its workers don't know"
-        )
-        warnings.warn(f"a rollout goes on in mid-trial without its memory; {reason}.", stacklevel=2)
 
     def _restart_if_weights_changed(self) -> None:
         # Version counters would miss writes through `.data` and from other processes. An update of

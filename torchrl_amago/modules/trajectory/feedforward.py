@@ -5,34 +5,14 @@ Legend: N rows, T steps, I input features, D width.
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
-from torchrl_amago.modules.trajectory.streams import Memory
-
-
-class NoMemory(Memory):
-    """What an encoder without memory keeps of a rollout: nothing.
-
-    Args:
-        batch_size: number of rows.
-        device: device of the rollout.
-
-    Example:
-        >>> NoMemory(3, torch.device("cpu")).clear(torch.ones(3, dtype=torch.bool))
-    """
-
-    def __init__(self, batch_size: int, device: torch.device) -> None:
-        self.batch_size, self.device = batch_size, torch.device(device)
-
-    def clear(self, rows_B: Tensor) -> None:
-        """Do nothing."""
 
 
 class IdentityEncoder(TrajectoryEncoder):
@@ -49,17 +29,16 @@ class IdentityEncoder(TrajectoryEncoder):
         tensor([[1., 2.]])
     """
 
+    has_memory = False
+
     def __init__(self, input_size: int, **options: Any) -> None:
         super().__init__(input_size, input_size, **options)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         return x_NTI
 
-    def step(self, x_NI: Tensor, positions_N: Tensor, memory: NoMemory) -> Tensor:
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: None) -> Tensor:
         return x_NI
-
-    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> NoMemory:
-        return NoMemory(num_rows, device)
 
 
 class FeedForwardBlock(nn.Module):
@@ -73,6 +52,7 @@ class FeedForwardBlock(nn.Module):
         norm: see :func:`~torchrl_amago.modules.layers.make_norm`; after both linears.
 
     Example:
+        >>> import torch
         >>> FeedForwardBlock(8, 32)(torch.zeros(2, 5, 8), training=False).shape
         torch.Size([2, 5, 8])
     """
@@ -122,6 +102,7 @@ class FeedForwardEncoder(TrajectoryEncoder):
         ValueError: if a number is out of its range or a name unknown.
 
     Example:
+        >>> import torch
         >>> from tensordict import TensorDict
         >>> encoder = FeedForwardEncoder(4, d_model=16)
         >>> td = TensorDict(timestep=torch.zeros(3, 4), time_idx=torch.zeros(3, 1).long(),
@@ -129,6 +110,8 @@ class FeedForwardEncoder(TrajectoryEncoder):
         >>> encoder(td)["state"].shape
         torch.Size([3, 16])
     """
+
+    has_memory = False
 
     def __init__(
         self,
@@ -143,13 +126,12 @@ class FeedForwardEncoder(TrajectoryEncoder):
         out_norm: str = "layer",
         **options: Any,
     ) -> None:
-        if num_layers < 0:
+        if not isinstance(num_layers, Integral) or num_layers < 0:
             raise ValueError(
                 f"num_layers must be at least 0, got {num_layers}. It is the number of blocks "
                 "between the first and the last linear layer."
             )
         d_ff = 4 * d_model if d_ff is None else d_ff
-        check_counts("Choose for example d_model=256.", d_model=d_model, d_ff=d_ff)
         check_dropout(dropout=dropout)
         super().__init__(input_size, d_model, **options)
         self.dropout = dropout
@@ -171,11 +153,8 @@ class FeedForwardEncoder(TrajectoryEncoder):
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         return self._encode(x_NTI, self.training)
 
-    def step(self, x_NI: Tensor, positions_N: Tensor, memory: NoMemory) -> Tensor:
+    def step(self, x_NI: Tensor, positions_N: Tensor, memory: None) -> Tensor:
         return self._encode(x_NI, training=False)
-
-    def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> NoMemory:
-        return NoMemory(num_rows, device)
 
     def _encode(self, x: Tensor, training: bool) -> Tensor:
         x = dropout(self.activation(self.embed(x)), self.dropout, training)

@@ -6,6 +6,7 @@ Legend: L layers, B batch, H heads, D features of one head, S slots of the ring.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -83,6 +84,21 @@ class RingCache(Memory):
     def length(self) -> Tensor:
         """How many steps each row sees, `[B]`."""
         return self.bias.view(self.batch_size, -1, self._num_slots)[:, 0].isfinite().sum(-1)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys and values of every layer, and what says which of them a row sees."""
+        names = ("keys", "values")
+        layers = {f"{name}.{i}": z for name in names for i, z in enumerate(getattr(self, name))}
+        return {**layers, "bias": self.bias, "newest": self.newest_1, "has_sink": self.has_sink_NS}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Copies of :meth:`tensors`, and where in the ring the newest step is."""
+        return {**super().state_dict(), "place": torch.tensor([self._slot, self._written])}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over, in place, what :meth:`state_dict` gave."""
+        super().load_state_dict({name: z for name, z in state.items() if name != "place"})
+        self._slot, self._written = state["place"].tolist()
 
     def clear(self, rows_B: Tensor) -> None:
         """Forget everything about the rows where the bool `rows_B` is True."""

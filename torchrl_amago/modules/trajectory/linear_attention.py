@@ -62,12 +62,16 @@ class GatedLinearAttention(nn.Module):
         # smaller one would blow its rounding up.
         self.norm = RMSNorm(d_model // num_heads, eps=1e-3)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Spread the heads' time constants; layers reset themselves."""
         slow, fast = math.log(_TIME_CONSTANTS[1]), math.log(_TIME_CONSTANTS[0])
-        time_constant_H = torch.linspace(slow, fast, num_heads).exp()
-        with torch.no_grad():
-            # sigmoid(bias) = exp(-1 / time constant); write strengths start at 1/2.
-            self.gates.bias[:num_heads] = -torch.expm1(1.0 / time_constant_H).log()
-            self.gates.bias[num_heads:] = 0.0
+        time_constant_H = torch.linspace(slow, fast, self.num_heads).exp()
+        # sigmoid(bias) = exp(-1 / time constant); write strengths start at 1/2.
+        self.gates.bias[: self.num_heads] = -torch.expm1(1.0 / time_constant_H).log()
+        self.gates.bias[self.num_heads :] = 0.0
 
     def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
         """Whole sequences, with gradient; `is_init_NT` says where trials begin within rows."""
@@ -185,7 +189,7 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_heads(d_model, num_heads)
-        check_sizes(d_ff=d_ff, num_layers=num_layers)
+        check_sizes(num_layers=num_layers)
         super().__init__(input_size, d_model, **options)
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from tensordict import is_batchedtensor
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,6 +19,7 @@ from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.mamba_kernels import MambaKernels, load_kernels
 from torchrl_amago.modules.trajectory.selective_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.state_memory import StateMemory
+from torchrl_amago.steps import is_traced
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
 # a state forgets over 0.6 to 1000 steps.
@@ -51,18 +51,20 @@ class MambaBlock(nn.Module):
         self.conv1d = nn.Conv1d(self.d_inner, self.d_inner, d_conv, groups=self.d_inner)
         self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, self.d_inner)
-        rates = torch.arange(1, d_state + 1, dtype=torch.float32)
-        self.A_log = nn.Parameter(rates.log().expand(self.d_inner, -1).clone())
-        self.D = nn.Parameter(torch.ones(self.d_inner))
+        self.A_log = nn.Parameter(torch.empty(self.d_inner, d_state))
+        self.D = nn.Parameter(torch.empty(self.d_inner))
         self.out_proj = nn.Linear(self.d_inner, d_model, bias=False)
-        self._reset_step_size()
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _reset_step_size(self) -> None:
+    def reset_parameters(self) -> None:
+        """Rates, skip connection and step sizes as Mamba's paper has them; layers reset themselves."""
+        self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log())
+        self.D.fill_(1.0)
         bound = self.dt_rank**-0.5
         nn.init.uniform_(self.dt_proj.weight, -bound, bound)
         low, high = (math.log(delta) for delta in _DELTA_RANGE)
-        delta_E = torch.empty(self.d_inner).uniform_(low, high).exp()
+        delta_E = torch.empty_like(self.dt_proj.bias).uniform_(low, high).exp()
         # The inverse of softplus.
         self.dt_proj.bias.copy_(delta_E + (-torch.expm1(-delta_E)).log())
 
@@ -193,9 +195,7 @@ class MambaEncoder(TrajectoryEncoder):
         backend: Literal["auto", "torch", "mamba_ssm"] = "auto",
         **options: Any,
     ) -> None:
-        check_sizes(
-            d_model=d_model, d_state=d_state, d_conv=d_conv, expand=expand, num_layers=num_layers
-        )
+        check_sizes(num_layers=num_layers)
         super().__init__(input_size, d_model, **options)
         self.backend = backend
         self._kernels = load_kernels(backend, d_conv, d_state)
@@ -225,7 +225,7 @@ class MambaEncoder(TrajectoryEncoder):
         return StateMemory(num_rows, shapes, device, dtype)
 
     def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
-        if self._kernels is None or torch.compiler.is_compiling() or is_batchedtensor(x_NTI):
+        if self._kernels is None or is_traced(x_NTI):
             return None
         if self.backend == "mamba_ssm" and not x_NTI.is_cuda:
             raise RuntimeError(

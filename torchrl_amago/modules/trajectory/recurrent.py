@@ -9,6 +9,7 @@ Legend: N rows, T steps, I input features, H hidden features, D state features.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -40,14 +41,19 @@ class _RecurrentEncoder(TrajectoryEncoder):
         longest_memory: int | None = None,
         **options: Any,
     ) -> None:
-        check_sizes(num_layers=num_layers)
-        super().__init__(input_size, d_model, **options)
         d_hidden = d_model if d_hidden is None else d_hidden
+        check_sizes(num_layers=num_layers)
+        if longest_memory is not None and not 2 <= longest_memory < math.inf:
+            raise ValueError(
+                f"longest_memory must be at least 2, got {longest_memory}. It is the number of steps "
+                "to remember over, such as the trial's length."
+            )
+        super().__init__(input_size, d_model, **options)
         self.rnn = self.network(input_size, d_hidden, num_layers, batch_first=True)
         self.out = nn.Linear(d_hidden, d_model)
         self.out_norm = make_norm(out_norm, d_model)
-        if longest_memory is not None:
-            self._remember_up_to(longest_memory)
+        self.longest_memory = longest_memory
+        self.reset_parameters()
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
@@ -76,19 +82,16 @@ class _RecurrentEncoder(TrajectoryEncoder):
         raise NotImplementedError
 
     @torch.no_grad()
-    def _remember_up_to(self, longest_memory: int) -> None:
-        """Set the gates' biases so that units forget over 1 to so many steps (arXiv 1804.11188)."""
-        if longest_memory < 2:
-            raise ValueError(
-                f"longest_memory must be at least 2, got {longest_memory}. It is the number of steps "
-                "to remember over, such as the trial's length."
-            )
+    def reset_parameters(self) -> None:
+        """Draw gates that forget over 1 to `longest_memory` steps (arXiv 1804.11188), if it is given."""
+        if self.longest_memory is None:
+            return
         for layer in range(self.rnn.num_layers):
             bias_in, bias_hidden = (
                 getattr(self.rnn, f"bias_{kind}_l{layer}").chunk(self.gates)
                 for kind in ("ih", "hh")
             )
-            keep = torch.empty_like(bias_in[1]).uniform_(1, longest_memory - 1).log()
+            keep = torch.empty_like(bias_in[1]).uniform_(1, self.longest_memory - 1).log()
             bias_in[1].copy_(keep)
             bias_hidden[1].zero_()
             if self.gates == 4:  # an LSTM writes as much as it forgets

@@ -51,6 +51,11 @@ class StateMemory(Memory):
             ]
         self.device = self.layers[0][0].device
 
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of every layer, named ``layer.number``."""
+        layers = enumerate(self.layers)
+        return {f"{i}.{j}": state for i, layer in layers for j, state in enumerate(layer)}
+
     def clear(self, rows_B: Tensor) -> None:
         for layer in self.layers:
             for state in layer:

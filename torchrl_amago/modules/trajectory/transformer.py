@@ -5,12 +5,14 @@ Legend: B batch, T steps, I input features, D width, H heads.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torchrl.modules import recurrent_mode
 
 from torchrl_amago.modules.dropout import check_dropout, dropout
 from torchrl_amago.modules.layers import (
@@ -93,6 +95,11 @@ class TransformerBlock(nn.Module):
         self.activation = make_activation(activation)
         self.norm_ff_hidden = make_norm(extra_norm, d_ff)
         self.ff_out = linear(d_ff, d_model)
+
+    def reset_parameters(self) -> None:
+        """Scale all heads by 1 again; layers reset themselves."""
+        if self.head_scale is not None:
+            nn.init.ones_(self.head_scale)
 
     def forward(self, x: Tensor, attend: Attend, training: bool) -> Tensor:
         """Map `[..., D]` to the same shape; what `...` sees of each other is up to `attend`."""
@@ -197,7 +204,7 @@ class TransformerEncoder(TrajectoryEncoder):
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
         check_heads(d_model, num_heads)
-        check_sizes(context_length=context_length, num_layers=num_layers, d_ff=d_ff)
+        check_sizes(num_layers=num_layers)
         _check_window(window, context_length)
         _check_names(positions, max_positions, beyond_positions, segments)
         if (
@@ -227,6 +234,7 @@ class TransformerEncoder(TrajectoryEncoder):
                 f"over num_heads={num_heads}. Change one of them, or use positions='fixed'."
             )
         super().__init__(input_size, d_model, context_length=context_length, **options)
+        self._has_warned = False
         self.num_heads = num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
         self.pattern = AttentionPattern(window, num_sinks, sink_bias, logit_clip)
@@ -255,7 +263,7 @@ class TransformerEncoder(TrajectoryEncoder):
         self.norm = make_norm(norm, d_model)
 
     def check_mask(self, mask: Tensor) -> None:
-        if self.segments != "never" or torch.compiler.is_compiling():
+        if self.segments != "never":
             return
         # What real steps would see of the padding is only hidden by a mask, which "never" does without.
         if (mask[..., 1:, :] & ~mask[..., :-1, :]).any():
@@ -306,14 +314,28 @@ class TransformerEncoder(TrajectoryEncoder):
         return x
 
     def check_positions(self, positions: Tensor) -> None:
-        if self.positions != "learned" or self.beyond_positions == "clip":
-            return
-        size = self.position_table.num_embeddings
-        if positions.numel() and positions.max() >= size:
+        is_table = self.positions == "learned" and self.beyond_positions == "raise"
+        size = self.position_table.num_embeddings if is_table else None
+        if is_table and positions.numel() and positions.max() >= size:
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or choose "
                 "beyond_positions='clip', positions='fixed' or positions='rotary'."
+            )
+        self._warn_of_long_sequences(positions)
+
+    def _warn_of_long_sequences(self, positions: Tensor) -> None:
+        # Losses read one step beyond a slice; time indices tell long trials from rows of several short ones.
+        unbounded = recurrent_mode() and self.pattern.window is None and not self._has_warned
+        if not unbounded or positions.shape[-2] <= self.context_length + 1:
+            return
+        if positions.max() > self.context_length:
+            self._has_warned = True
+            warnings.warn(
+                f"sequences of {positions.shape[-2]} steps see all before them, rollouts the last "
+                f"context_length={self.context_length} alone, so that states differ from there on. Set "
+                f"window={self.context_length}, raise context_length, or sample shorter slices.",
+                stacklevel=2,
             )
 
     def _attend_window(

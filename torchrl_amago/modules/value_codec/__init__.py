@@ -1,4 +1,4 @@
-"""How critics write down a value: encode a target, compare it with a prediction, read it back.
+"""Codecs between values and critics' predictions: encode a target, compare, read it back.
 
 A codec turns TD targets into what critics predict and back: ``encode(target) -> label``,
 ``loss(prediction, target)``, ``decode(prediction) -> value``, ``update(target, mask)``. Whatever it

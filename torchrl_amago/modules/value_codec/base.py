@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,12 +39,21 @@ class ValueCodec(nn.Module, abc.ABC):
         return None
 
     def initial_slope(self) -> Tensor | None:
-        """How the critics' outputs for a value first vary together, ``[*event]``; None: each by itself."""
+        """First joint variation of the outputs for a value, ``[*event]``; None: each by itself."""
         return None
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of targets as the statistics have them, ``[G]`` or ``[]``."""
         return torch.zeros(()), torch.ones(())
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Options that change the codec's function but no shape, as JSON values."""
+        return {"kind": type(self).__name__}
+
+    def reset_parameters(self) -> None:
+        """Start the statistics anew, if there are any."""
+        return
 
     @abc.abstractmethod
     def update(self, target: Tensor, mask: Tensor) -> None:

@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchrl.modules import functional as F
 from torchrl.objectives import two_hot_encode
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.value_codec.base import ValueCodec
 from torchrl_amago.modules.value_codec.popart import PopArt
 
 
 class BinCodec(ValueCodec):
-    """What codecs that classify have in common; a subclass says what its labels are (``encode``).
+    """Base of codecs that classify; a subclass writes the labels (``encode``).
 
         loss(p, x) = - sum_n label(x)_n log softmax(p)_n
         decode(p)  = symexp(sum_n softmax(p)_n bins_n)
@@ -127,6 +129,20 @@ class BinCodec(ValueCodec):
         if self.init_slope is None:
             return None
         return self.init_slope * torch.linspace(-1.0, 1.0, len(self.bins), device=self.bins.device)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Kind, range, spacing, and those of ``popart``."""
+        low, high = self.bins[[0, -1]].tolist()
+        popart = {f"popart.{name}": value for name, value in self.popart.settings.items()}
+        range_of_bins = {"lowest_bin": low, "highest_bin": high, "symlog": self.symlog}
+        return {**super().settings, **range_of_bins, **popart}
+
+    def reset_parameters(self) -> None:
+        """Forget all targets."""
+        self.popart.reset_parameters()
+        self.num_outside.zero_()
+        self._num_updates, self._has_warned = 0, False
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Those of ``popart``."""
@@ -307,6 +323,11 @@ class HLGauss(BinCodec):
             )
         self.sigma = sigma
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of every codec of bins, and the label's width."""
+        return {**super().settings, "sigma": self.sigma}
+
     def encode(self, target: Tensor) -> Tensor:
         """Mass of every bin, ``[..., G] -> [..., G, Bins]``."""
         # Far outside of the range no bin would have any mass.
@@ -326,6 +347,8 @@ def _check_arguments(
     init_slope: float | None,
     popart: PopArt,
 ) -> None:
+    check_counts("Give the number of the policy's discounts.", num_discounts=num_discounts)
+    check_counts("Use 128, the published number.", num_bins=num_bins)
     if num_bins < 2:
         raise ValueError(
             f"a value lies between two bins, so num_bins must be at least 2, got {num_bins}. "
@@ -341,7 +364,7 @@ def _check_arguments(
             f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
             f"{init_value}. Widen the range, or leave it None."
         )
-    if init_slope is not None and not init_slope > 0:
+    if init_slope is not None and not 0 < init_slope < math.inf:
         raise ValueError(
             f"init_slope must be positive, got {init_slope}. Use 10, or None for weights without order."
         )

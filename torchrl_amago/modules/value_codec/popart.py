@@ -5,9 +5,13 @@ Legend: N targets, G discounts.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from torchrl_amago.choice import check_counts
 from torchrl_amago.modules.value_codec.base import ValueCodec
 
 
@@ -29,7 +33,8 @@ class PopArt(ValueCodec):
         enabled: False makes every method the identity (plain regression on reward units).
 
     Raises:
-        ValueError: if ``beta`` is not in (0, 1), or ``initial_nu`` not positive.
+        ValueError: if ``num_discounts`` is below 1, ``beta`` is not in (0, 1), or ``initial_nu`` is
+            not positive and finite.
 
     Example:
         >>> codec = PopArt(num_discounts=1)
@@ -59,23 +64,36 @@ class PopArt(ValueCodec):
         enabled: bool = True,
     ) -> None:
         super().__init__()
+        check_counts("Give the number of the policy's discounts.", num_discounts=num_discounts)
         if not 0.0 < beta < 1.0:
             raise ValueError(
                 f"beta must be in (0, 1), got {beta}. It is the step size of moving averages: 5e-4 is the "
                 "published one, larger ones follow sooner."
             )
-        if not initial_nu > 0:
+        if not 0.0 < initial_nu < math.inf:
             raise ValueError(
-                f"initial_nu must be positive, got {initial_nu}. It is a mean of squares; 100 is the "
+                f"initial_nu must be positive, got {initial_nu}. It is a finite mean of squares; 100 is the "
                 "published one."
             )
-        self.beta, self.enabled = beta, enabled
-        self.register_buffer("mu", torch.zeros(num_discounts))
-        self.register_buffer("nu", torch.full((num_discounts,), float(initial_nu)))
-        self.register_buffer("weight", torch.ones(num_discounts))
-        self.register_buffer("bias", torch.zeros(num_discounts))
+        self.beta, self.initial_nu, self.enabled = beta, initial_nu, enabled
+        for name in ("mu", "nu", "weight", "bias"):
+            self.register_buffer(name, torch.empty(num_discounts))
+        self.register_buffer("count", torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Forget all targets."""
+        self.mu.zero_()
+        self.nu.fill_(self.initial_nu)
+        self.weight.fill_(1.0)
+        self.bias.zero_()
         # Starts at 1, as in the public code: the first update moves half-way, not all the way.
-        self.register_buffer("count", torch.ones(()))
+        self.count.fill_(1.0)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Kind, step size, and whether it is enabled."""
+        return {**super().settings, "beta": self.beta, "enabled": self.enabled}
 
     @property
     def sigma(self) -> Tensor:

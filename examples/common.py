@@ -1,9 +1,11 @@
-"""The command line of a training script: the settings that every task has, and what becomes of them."""
+"""Settings that every example has, its command line, and training with the evaluation at its end."""
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import inspect
+import math
 import shlex
 import sys
 from collections.abc import Callable, Mapping
@@ -12,14 +14,21 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
+from torchrl import logger as torchrl_logger
 
-from torchrl_amago.choice import check_counts
-from torchrl_amago.evaluation import BothResults, HeldOut
-from torchrl_amago.modules import SEQ_MODELS
-from torchrl_amago.objectives import LOSSES
-from torchrl_amago.trainers.allocator import keep_freed_memory
-from torchrl_amago.trainers.amago import AMAGOTrainer
-from torchrl_amago.trainers.policy_files import load_policy
+from torchrl_amago import (
+    LOSSES,
+    SEQ_MODELS,
+    AMAGOTrainer,
+    BothResults,
+    HeldOut,
+    load_policy,
+)
+from torchrl_amago.files import DamagedError
+from torchrl_amago.trainers import Intervals
+
+# As shells and batch systems expect them: 75 asks for another try (EX_TEMPFAIL).
+EXIT_CODES = {"interrupted": 130, "preempted": 75}
 
 # What --debug changes in every script: networks and a run that are over in seconds.
 DEBUG = dict(
@@ -44,7 +53,7 @@ class TrainingArgs:
     docstring that it repeats gets another default. The docstrings are what `--help` shows.
 
     Raises:
-        ValueError: for `num_envs` or `eval_trials` smaller than 1.
+        ValueError: for numbers outside of their range.
 
     Example:
         >>> @dataclass
@@ -61,7 +70,9 @@ class TrainingArgs:
     run_dir: Path = Path("runs/run")
     """Folder for everything this run writes."""
     resume: bool = False
-    """Go on from the newest checkpoint in run_dir."""
+    """Go on from the newest checkpoint in run_dir; start anew if there is none."""
+    resume_from: Path | None = None
+    """Checkpoint, or folder of a run, to go on from. With --resume, only if run_dir has no checkpoint."""
     debug: bool = False
     """A short run with a small network, to see that everything works (under a minute)."""
     seed: int = 1
@@ -97,7 +108,7 @@ class TrainingArgs:
     warmup_updates: int = 100
     """Updates over which the learning rate rises."""
     tau: float = 0.01
-    """Share of the online weights that the targets take over at each update."""
+    """Fraction of the online weights in the targets' soft update."""
     anneal_frames: int = 100_000
     """Environment steps over which exploration fades."""
     capacity: int = 120_000
@@ -118,8 +129,21 @@ class TrainingArgs:
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        # What the trainer doesn't see; it checks the others.
-        check_counts("Give a larger number.", num_envs=self.num_envs, eval_trials=self.eval_trials)
+        ranges = {
+            "num_envs eval_trials total_updates updates_per_round batch_size capacity anneal_frames "
+            "eval_interval checkpoint_interval threads d_model num_layers num_heads hidden_size": (
+                "at least 1",
+                lambda value: value >= 1,
+            ),
+            "warmup_updates seed": ("at least 0", lambda value: value >= 0),
+            "learning_rate": ("positive and finite", lambda value: 0 < value < math.inf),
+            "tau": ("in (0, 1]", lambda value: 0 < value <= 1),
+        }
+        for names, (rule, holds) in ranges.items():
+            for name in names.split():
+                value = getattr(self, name)
+                if not holds(value):
+                    raise ValueError(f"{name} must be {rule}, got {value}.")
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_amago.modules.make_policy`: sizes and sequence model.
@@ -165,17 +189,25 @@ class TrainingArgs:
             precision=self.precision,
             critic_options=dict(hidden_size=self.hidden_size, **critic_options),
             warmup_updates=self.warmup_updates,
-            final_lr_share=0.1,
-            eval_interval=self.eval_interval,
-            checkpoint_interval=self.checkpoint_interval,
+            final_lr_fraction=0.1,
+            intervals=Intervals(evaluate=self.eval_interval, checkpoint=self.checkpoint_interval),
             loggers=self.logger,
             seed=self.seed,
-            task=self.task_fields(),
-            resume_command=self.resume_command(),
+            **self._record(),
         )
 
+    def _record(self) -> dict[str, dict[str, Any]]:
+        """Every field that shapes the run: a checkpoint can't be resumed with other `settings`."""
+        fixed = ("seq_model", "d_model", "num_layers", "num_heads", "hidden_size", "loss")
+        apart = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", *fixed)
+        common = [field.name for field in dataclasses.fields(TrainingArgs)]
+        return {
+            "settings": {**{name: getattr(self, name) for name in fixed}, **self.task_fields()},
+            "options": {name: getattr(self, name) for name in common if name not in apart},
+        }
+
     def task_fields(self) -> dict[str, Any]:
-        """The fields that a subclass added: a checkpoint of other values can't be resumed."""
+        """The fields that a subclass added."""
         common = {field.name for field in dataclasses.fields(TrainingArgs)}
         names = [field.name for field in dataclasses.fields(self) if field.name not in common]
         return {name: getattr(self, name) for name in names}
@@ -187,48 +219,59 @@ class TrainingArgs:
 
 def run_command_line(
     args_class: type[TrainingArgs],
-    train: Callable[[Any], BothResults | None],
+    train: Callable[[Any], Any],
     debug: Mapping[str, Any] | None = None,
 ) -> NoReturn:
-    """Read the command line, train, and leave with the exit code: 0 finished, 130 interrupted.
+    """Read the command line, train, and leave with the exit code.
 
-    With `--debug` other defaults hold, those of :data:`DEBUG`, and results land in a folder of
-    their own; flags that are given win over both.
+    That is 0 after a whole run, 130 after Ctrl-C, 75 after a signal of a batch system, and 2 with one
+    line for what a user can put right (`RL_LOGGING_LEVEL=DEBUG` shows where it was raised). With
+    `--debug` other defaults hold, those of :data:`DEBUG`, and results land in a folder of their own;
+    flags that are given win over both.
 
     Args:
         args_class: what the command line is read into; its docstring is the help's first line.
-        train: called with it; returns what :func:`train_and_evaluate` does.
+        train: called with it.
         debug: further defaults under `--debug`.
     """
-    import tyro  # here, so that importing the package stays quick
+    import tyro  # here, since processes of several runs import this file
 
     defaults = args_class()
     if "--debug" in sys.argv[1:]:
         changes = dict(debug=True, run_dir=Path(f"{defaults.run_dir}_debug"))
         defaults = dataclasses.replace(defaults, **{**changes, **DEBUG, **(debug or {})})
-    args = tyro.cli(args_class, default=defaults)
-    torch.set_num_threads(args.threads)
-    keep_freed_memory()
-    sys.exit(130 if train(args) is None else 0)
+    try:
+        args = tyro.cli(args_class, default=defaults)
+        torch.set_num_threads(args.threads)
+        keep_freed_memory()
+        train(args)
+    except (ValueError, OSError, DamagedError) as error:
+        torchrl_logger.debug("raised here", exc_info=True)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(0)
 
 
-def train_and_evaluate(
-    args: TrainingArgs, trainer: AMAGOTrainer, held_out: HeldOut
-) -> BothResults | None:
-    """Train, from the newest checkpoint with `--resume`; then play the held-out trials and keep the results.
+def train_and_evaluate(args: TrainingArgs, trainer: AMAGOTrainer, held_out: HeldOut) -> BothResults:
+    """Train, from a checkpoint where the flags ask for it; then play and keep the held-out trials.
 
     Args:
         args: says whether to resume, where results go and how many trials to play.
         trainer: of this run.
         held_out: the trials, and whose they are.
 
-    Returns:
-        The results; None if training was interrupted.
+    Raises:
+        SystemExit: if a signal ended the training.
     """
-    if args.resume:
-        trainer.resume()
-    if trainer.train() == "interrupted":
-        return None
+    has_checkpoint = trainer.checkpoints.latest() is not None
+    if args.resume_from is not None and not (args.resume and has_checkpoint):
+        trainer.resume(args.resume_from)
+    elif args.resume:
+        trainer.resume(missing_ok=True)
+    outcome = trainer.train()
+    if outcome != "finished":
+        print(f"To go on: {args.resume_command()}")
+        sys.exit(EXIT_CODES[outcome])
     if args.final_policy == "best":
         load_policy(trainer.policy_files.best, held_out.policy)
         # A choice among noisy figures favours the lucky ones: other trials tell how good it is.
@@ -241,3 +284,31 @@ def train_and_evaluate(
 def _argument_names(encoder: Callable[..., Any]) -> set[str]:
     # Of __init__: the signature of a tensordict module's class shows __new__, which takes anything.
     return set(inspect.signature(encoder.__init__).parameters)
+
+
+# Numbers of glibc's malloc.h; the threshold is the largest that it takes.
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
+_LARGEST_THRESHOLD, _LARGEST_INT = 32 * 2**20, 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep freed memory for this process, for the rest of its life.
+
+    By default glibc gives large blocks back to the system as soon as they are freed; each update then
+    touches hundreds of megabytes of fresh pages, which costs a tenth of its time. The process
+    keeps its largest size instead. For scripts: a library shouldn't decide this for its users.
+
+    Returns:
+        Whether anything changed: False where the C library isn't glibc.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    wanted = (
+        (_MMAP_THRESHOLD, _LARGEST_THRESHOLD),
+        (_TRIM_THRESHOLD, _LARGEST_INT),
+        (_TOP_PAD, 64 * 2**20),
+    )
+    accepted = [mallopt(option, value) for option, value in wanted]
+    return all(accepted)

@@ -1,0 +1,203 @@
+"""A trial collector stopped in mid-trial goes on elsewhere as if it had never stopped."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+import torch
+from tensordict import TensorDict
+from torchrl.collectors import Collector
+from torchrl.envs import GymEnv, RewardSum, SerialEnv
+
+from tests.evaluation.scripted import act
+from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
+from torchrl_amago.data import TrialCollector
+from torchrl_amago.envs.tasks import BatchedTask, DarkKeyDoor, MazeRunner, TMaze
+
+ENCODERS = {
+    "transformer": {"d_model": 16, "num_heads": 2, "num_layers": 1},
+    "gru": {"d_model": 16, "num_layers": 1},
+    "lstm": {"d_model": 16, "num_layers": 2},
+    "mamba": {"d_model": 16, "num_layers": 1},
+    "linear_attention": {"d_model": 16, "num_layers": 1, "num_heads": 2},
+    "feedforward": {"d_model": 16, "num_layers": 1},
+}
+TASKS = {
+    "lake": lambda seed: make_trial_env(MetaFrozenLake(batch_size=(5,), seed=seed), episodes=3),
+    "door": lambda seed: make_trial_env(DarkKeyDoor(batch_size=(4,), seed=seed), episodes=2),
+    "maze": lambda seed: make_trial_env(MazeRunner(batch_size=(3,), seed=seed), horizon=70),
+    "tmaze": lambda seed: make_trial_env(TMaze(corridor_length=8, batch_size=(6,), seed=seed), episodes=2),
+    "two dimensions": lambda seed: make_trial_env(
+        MetaFrozenLake(batch_size=(2, 3), seed=seed), episodes=2
+    ).append_transform(RewardSum()),
+}  # fmt: skip
+
+
+class Recorder(list):
+    """In place of a buffer: keeps what is written."""
+
+    def extend(self, trials, lengths=None):
+        self.append((trials.clone(), lengths))
+
+
+def make_collector(task, encoder, seed, **options):
+    torch.manual_seed(seed)
+    env = TASKS[task](seed)
+    policy = make_policy(
+        env, context_length=40, seq_model=encoder, seq_model_options=ENCODERS[encoder],
+        exploration={"horizon": 40},
+    )  # fmt: skip
+    return TrialCollector(
+        env,
+        policy,
+        replay_buffer=Recorder(),
+        frames_per_batch=7 * env.batch_size.numel(),
+        **options,
+    )
+
+
+def through_a_file(state):
+    """What a weights-only load gives: nothing but tensors and plain values pass."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def collect(collector, batches):
+    written = collector.replay_buffer
+    begin, rounds = len(written), iter(collector)
+    for _ in range(batches):
+        next(rounds)
+    return written[begin:]
+
+
+def assert_same(found, expected):
+    assert len(found) == len(expected) > 0
+    for (trials, lengths), (expected_trials, expected_lengths) in zip(found, expected, strict=True):
+        assert lengths == expected_lengths
+        assert set(trials.keys(True, True)) == set(expected_trials.keys(True, True))
+        assert (trials == expected_trials).all()
+
+
+def assert_goes_on(task, encoder, **options):
+    collector = make_collector(task, encoder, seed=0, **options)
+    collect(collector, 5)
+    state, rng = through_a_file(collector.state_dict()), torch.get_rng_state()
+    expected = collect(collector, 30)
+    other = make_collector(task, encoder, seed=1, **options)
+    collect(other, 2)
+    other.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert_same(collect(other, 30), expected)
+    return state
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_with_every_encoder(encoder):
+    state = assert_goes_on("lake", encoder)
+    assert len(state["in_progress"]["memories"]["0"]["streams"]) > 0
+    assert len(state["in_progress"]["pending"]["action"]) > 0
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("options", [{}, {"fragment_length": 6}], ids=["whole", "fragments"])
+def test_in_every_task(task, options):
+    state = assert_goes_on(task, "gru", **options)
+    if options:
+        assert len(state["in_progress"]["begun"]) > 0
+
+
+def test_state_is_not_shared_with_the_collector():
+    collector = make_collector("lake", "gru", seed=0)
+    collect(collector, 5)
+    state = collector.state_dict()["in_progress"]
+    before = through_a_file(state)
+    collect(collector, 3)
+    pairs = [
+        (TensorDict(before[key]), TensorDict(state[key]))
+        for key in ("carrier", "pending", "memories")
+    ]
+    assert all((old == new).all() for old, new in pairs)
+    assert torch.equal(before["env"]["_num_steps"], state["env"]["_num_steps"])
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 3]])
+def test_rows_reset_right_after_loading(rows):
+    collector = make_collector("lake", "gru", seed=0)
+    collect(collector, 5)
+    state = through_a_file(collector.state_dict())
+    other = make_collector("lake", "gru", seed=1)
+    other.load_state_dict(state)
+    found = []
+    for each in (collector, other):
+        torch.manual_seed(2)
+        each.reset(rows)
+        found.append(collect(each, 20))
+    assert_same(*found)
+
+
+def test_without_state_of_the_environment_trials_begin_anew():
+    lake = lambda seed: MetaFrozenLake(batch_size=(2,), seed=seed)  # noqa: E731
+    for env in (SerialEnv(2, lambda: lake(0)), GymEnv("CartPole-v1")):
+        collector = TrialCollector(
+            env, env.rand_action, replay_buffer=Recorder(), frames_per_batch=20, total_frames=-1
+        )
+        collect(collector, 2)
+        state = collector.state_dict()
+        assert "in_progress" not in state
+        collector.load_state_dict(state, strict=False)
+        collector.reset()
+        for trials, _ in collect(collector, 15):
+            ids = trials["collector", "traj_ids"]
+            # Each trial is whole: as many ends as there are trials.
+            assert trials["next", "done"].sum() == len(ids.unique())
+        collector.shutdown()
+
+
+def test_loading_drops_the_steps_that_wait():
+    collector = make_collector("lake", "gru", seed=0)
+    collect(collector, 4)
+    state = collector.state_dict()
+    del state["in_progress"]
+    collector.load_state_dict(state)
+    collector.reset()
+    ids = [trials["collector", "traj_ids"] for trials, _ in collect(collector, 30)]
+    assert int(torch.cat(ids).min()) >= int(state["traj_pool"]["traj_id"])
+
+
+def test_is_refused_by_another_environment():
+    collector, other = (make_collector(task, "gru", seed=0) for task in ("lake", "door"))
+    before = through_a_file(other.state_dict())
+    with pytest.raises(
+        ValueError, match=r"the rows \[5\] that they were saved from; got DarkKeyDoor with \[4\]"
+    ):
+        other.load_state_dict(collector.state_dict())
+    after = other.state_dict()
+    assert after["traj_pool"] == before["traj_pool"]
+    env = GymEnv("CartPole-v1")
+    third = TrialCollector(env, act, replay_buffer=Recorder(), frames_per_batch=4)
+    with pytest.raises(ValueError, match="only in an environment that can load its state"):
+        third.load_state_dict(collector.state_dict())
+
+
+def test_torchrls_collector_loads_the_rest():
+    collector = make_collector("lake", "gru", seed=0)
+    collect(collector, 5)
+    state = collector.state_dict()
+    env = TASKS["lake"](1)
+    sizes = ENCODERS["gru"]
+    policy = make_policy(
+        env, context_length=40, seq_model="gru", seq_model_options=sizes, exploration={"horizon": 40}
+    )  # fmt: skip
+    other = Collector(env, policy, frames_per_batch=5)
+    other.load_state_dict(state)
+    assert other.state_dict()["frames"] == state["frames"]
+    for name, value in policy.state_dict().items():
+        assert torch.equal(value, state["policy_state_dict"][name])
+
+
+def test_every_native_task_can_save_its_state():
+    assert BatchedTask.can_save_state
+    assert not getattr(GymEnv, "can_save_state", False)

@@ -1,0 +1,399 @@
+"""Relabellers as TorchRL transforms: the points of `TransformBase` in TorchRL's `test/transforms`.
+
+They belong where whole trials are; the points about environments are that they say so at once.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from functools import partial
+
+import pytest
+import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector
+from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
+from torchrl.envs import Compose, ParallelEnv, RewardScaling, SerialEnv, TransformedEnv
+
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
+from torchrl_amago.envs import make_trial_env
+from torchrl_amago.envs.tasks import MazeRunner
+
+MASK = ("collector", "mask")
+REWARD = ("next", "reward")
+IDS = ("collector", "traj_ids")
+LIMIT = 16
+
+
+class NegativeReward(Relabel):
+    """Touches the rewards of a random half of the trials."""
+
+    def __init__(self, **options):
+        super().__init__([REWARD], [REWARD], **options)
+
+    def relabel(self, trials, generator):
+        reward = trials[REWARD]
+        chosen = torch.rand(len(trials), 1, 1, generator=generator) < 0.5
+        return TensorDict({REWARD: torch.where(chosen, -1 - reward, reward)}, trials.batch_size)
+
+
+RELABELLERS = {
+    "sequence": partial(GoalSequenceRelabel, "some"),
+    "single": HindsightRelabel,
+    "own": NegativeReward,
+}
+
+
+@pytest.fixture(params=RELABELLERS)
+def make(request):
+    return RELABELLERS[request.param]
+
+
+def maze_env(rows=(8,), num_goals=1):
+    maze = MazeRunner(7, num_goals=num_goals, max_episode_steps=LIMIT, batch_size=rows, seed=0)
+    return make_trial_env(maze, episodes=1)
+
+
+def relabelling_env(relabel):
+    return TransformedEnv(maze_env([]).base_env, relabel)
+
+
+@pytest.fixture(scope="module")
+def trials():
+    """Twelve whole trials `[12, L]`, padded with zeros, as TorchRL's collector gives them."""
+    torch.manual_seed(0)
+    env = maze_env()
+    collector = Collector(
+        env,
+        env.rand_action,
+        frames_per_batch=8 * 3 * LIMIT,
+        total_frames=8 * 3 * LIMIT,
+        trajs_per_batch=12,
+        traj_format="padded",
+    )
+    batch = next(iter(collector))
+    lengths = batch[MASK].sum(-1)
+    assert lengths.min() < lengths.max()
+    goal = batch["goals"][:, :1, 0].expand(*batch.shape, 2).contiguous()
+    for side in (batch, batch["next"]):  # for HER: a goal that stays shown
+        side["desired_goal"], side["achieved_goal"] = goal, side["achieved"][:, :, 0]
+    return batch
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def flat(trials: TensorDict) -> TensorDict:
+    """The steps of trials side by side, without what the collector says of the batch."""
+    return trials[trials[MASK]].exclude(MASK)
+
+
+def buffer_of(trials: TensorDict, slice_length: int = LIMIT, **options):
+    buffer = make_trial_buffer(1000, slice_length, 64, warn_short=False, **options)
+    buffer.extend(flat(trials))
+    return buffer
+
+
+def assert_equal(one: TensorDict, other: TensorDict) -> None:
+    assert set(one.keys(True, True)) == set(other.keys(True, True))
+    for key in one.keys(True, True):
+        assert torch.equal(one[key], other[key]), key
+
+
+# ------------------------------------------------------------------ in environments: nowhere
+
+
+@pytest.mark.parametrize(
+    "put",
+    [
+        lambda relabel: TransformedEnv(maze_env(), relabel),
+        lambda relabel: TransformedEnv(maze_env().base_env, Compose(relabel)),
+        lambda relabel: maze_env().append_transform(relabel),
+        lambda relabel: maze_env().append_transform(Compose(relabel)),
+        lambda relabel: maze_env().insert_transform(0, relabel),
+        lambda relabel: (env := maze_env()).transform.append(relabel) or env,
+        lambda relabel: SerialEnv(2, partial(relabelling_env, relabel)),
+        lambda relabel: TransformedEnv(SerialEnv(2, partial(maze_env, [])), relabel),
+        lambda relabel: ParallelEnv(2, partial(relabelling_env, relabel)),
+    ],
+    ids=[
+        "single", "compose", "append", "append compose", "insert", "compose append",
+        "serial", "trans_serial", "parallel",
+    ],
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Nested TransformedEnvs are automatically unwrapped")
+def test_environments_are_no_place_for_it(make, put):
+    relabel = make()
+    with pytest.raises(TypeError, match=r"put into an environment.*make_trial_buffer\(relabel="):
+        put(relabel)
+    assert Compose(relabel)[0] is relabel  # it can go elsewhere
+
+
+def test_trans_parallel_env(make):
+    with pytest.raises(TypeError, match="put into an environment"):
+        TransformedEnv(ParallelEnv(2, partial(maze_env, [])), make())
+
+
+def test_an_environment_that_took_it_nevertheless_does_not_run(make):
+    env = maze_env()
+    with pytest.raises(TypeError):
+        env.append_transform(make())
+    with pytest.raises(TypeError, match="put into an environment"):
+        env.rollout(2)
+
+
+# ------------------------------------------------------------------ on batches
+
+
+def test_no_env(make, trials):
+    before = trials.clone()
+    relabel = make(generator=seeded())
+    out = relabel(trials)
+    assert_equal(trials, before)
+    assert set(out.keys(True, True)) == set(trials.keys(True, True))
+    changed = make().relabel_trials(trials, seeded())
+    assert_equal(out, trials.clone().update(changed))
+    assert not torch.equal(out[REWARD], trials[REWARD])
+    for key in set(trials.keys(True, True)) - set(relabel.out_keys):
+        assert out[key] is trials[key]
+    assert set(changed.keys(True, True)) <= {*relabel.out_keys, MASK}
+
+
+def test_compose_and_model(make, trials):
+    twice = Compose(make(generator=seeded()), RewardScaling(0, 2, in_keys=[REWARD]))
+    expected = make(generator=seeded())(trials)[REWARD] * 2
+    assert torch.equal(twice(trials)[REWARD], expected)
+    copied = TensorDictModule(nn.Identity(), [REWARD], ["seen"])
+    out = nn.Sequential(make(generator=seeded()), copied)(trials)
+    assert torch.equal(out["seen"] * 2, expected)
+
+
+def test_inverse_changes_nothing(make, trials):
+    assert_equal(make().inv(trials), trials)
+
+
+def test_draws_follow_the_generator(make, trials):
+    relabel = make()
+    relabel.set_rng(seeded(1))
+    first, second = relabel(trials), relabel(trials)
+    assert not torch.equal(first[REWARD], second[REWARD])
+    assert_equal(make(generator=seeded(1))(trials), first)
+    for copied in (copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))):  # noqa: S301
+        twin, relabel = copied(relabel), make(generator=relabel.generator)
+        assert_equal(twin(trials), relabel(trials))
+    torch.manual_seed(4)
+    first = make()(trials)
+    torch.manual_seed(4)
+    assert_equal(make()(trials), first)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda it: it.exclude(MASK), r"must get whole trials \[B, L\] with \('collector', 'mask'\)"),
+        (lambda it: it.exclude("time_idx"), "'time_idx'"),
+        (lambda it: it.exclude(("next", "done")), "'done'"),
+        (lambda it: it.flatten(), r"got a batch \[192\]"),
+        (lambda it: it[:, 1:], "12 of 12 rows that are something else"),
+        (lambda it: it[:, :2], "rows that are something else"),
+        (lambda it: torch.cat([it, it], 1), "12 of 12 rows"),
+        (lambda it: it.flip(1), "rows that are something else"),
+        (lambda it: it.set(MASK, it[MASK] & (torch.arange(12).unsqueeze(-1) > 0)), "1 of 12 rows"),
+    ],
+    ids=[
+        "no mask", "no time", "no done", "flat", "no start", "no end", "several", "padded left",
+        "nothing real",
+    ],
+)  # fmt: skip
+def test_batches_of_anything_but_whole_trials(make, trials, spoil, match):
+    with pytest.raises(ValueError, match=match):
+        make()(spoil(trials.clone()))
+
+
+class Gap(Relabel):
+    """Leaves out a step in the middle."""
+
+    def __init__(self):
+        super().__init__([])
+
+    def relabel(self, trials, generator):
+        mask = trials[MASK].clone()
+        mask[:, 1] = False
+        return TensorDict({MASK: mask}, trials.batch_size)
+
+
+def test_a_mask_must_be_the_beginning_of_each_trial(trials):
+    with pytest.raises(ValueError, match="the steps that are left, the first ones of each trial"):
+        Gap()(trials)
+
+
+# ------------------------------------------------------------------ in buffers
+
+
+@pytest.mark.parametrize("slice_length", [LIMIT, 5])
+@pytest.mark.parametrize("how", ["append", "insert"])
+def test_appended_to_a_buffer_of_trials(make, trials, slice_length, how):
+    given = buffer_of(trials, slice_length, relabel=make(), generator=seeded())
+    buffer = buffer_of(trials, slice_length, generator=seeded())
+    stored = buffer[:].clone()
+    if how == "append":
+        buffer.append_transform(make())
+    else:
+        buffer.append_transform(RewardScaling(0, 1, in_keys=[REWARD]))
+        buffer.insert_transform(0, make())
+    for _ in range(3):
+        assert_equal(buffer.sample(), given.sample())
+    assert_equal(buffer[:], stored)
+
+
+def test_a_buffer_of_trials_takes_one_relabeller_before_all_else(make, trials):
+    buffer = buffer_of(trials, relabel=make())
+    with pytest.raises(ValueError, match="has one relabeller"):
+        buffer.append_transform(make())
+    buffer = buffer_of(trials)
+    buffer.append_transform(RewardScaling(0, 1, in_keys=[REWARD]))
+    with pytest.raises(ValueError, match="before all other transforms.*at index 1.*Insert it at 0"):
+        buffer.append_transform(make())
+    with pytest.raises(ValueError, match="with invert=True"):
+        buffer_of(trials).append_transform(make(), invert=True)
+    with pytest.raises(TypeError, match="relabel must be a Relabel or None, got function"):
+        make_trial_buffer(100, 4, 2, relabel=lambda trials, generator: trials)
+
+
+def test_inside_a_compose_of_a_buffer_it_gets_slices(trials):
+    """Which are whole trials only where none is longer than a slice."""
+    buffer = buffer_of(trials, generator=seeded())
+    buffer.append_transform(Compose(GoalSequenceRelabel("all")))
+    batch = buffer.sample()
+    reward = batch[REWARD].squeeze(-1).where(batch[MASK], 0)
+    assert (reward.sum(-1) == 1).all()
+    buffer = buffer_of(trials, slice_length=2)
+    buffer.append_transform(Compose(GoalSequenceRelabel("all")))
+    with pytest.raises(ValueError, match="rows that are something else"):
+        buffer.sample()
+
+
+def stock_sampler(slice_length: int = LIMIT) -> SliceSampler:
+    return SliceSampler(
+        slice_len=slice_length,
+        traj_key=IDS,
+        strict_length=False,
+        pad_output=True,
+        truncated_key=None,
+    )
+
+
+class WholeTrialBuffer(TensorDictReplayBuffer):
+    """Relabels once the sampler's mask is there."""
+
+    def __init__(self, relabel, **options):
+        super().__init__(**options)
+        self.relabel = relabel
+
+    def sample(self, batch_size=None, return_info=False):
+        batch, info = super().sample(batch_size, return_info=True)
+        batch = self.relabel(batch.view(-1, LIMIT))
+        return (batch, info) if return_info else batch
+
+
+@pytest.mark.parametrize("sampler", [None, stock_sampler])
+def test_a_stock_buffer_runs_transforms_before_there_is_a_mask(make, trials, sampler):
+    options = {} if sampler is None else {"sampler": sampler()}
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=640, **options)
+    buffer.append_transform(make())
+    buffer.extend(flat(trials))
+    with pytest.raises(ValueError, match=r"must get whole trials \[B, L\].*docs/hindsight.md"):
+        buffer.sample()
+
+
+def test_a_stock_buffer_that_writes_through_it(make, trials):
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=64)
+    buffer.append_transform(make(), invert=True)
+    with pytest.raises(TypeError, match="whole trials as they are read, and was .* inverted"):
+        buffer.extend(flat(trials))
+
+
+def test_a_stock_buffer_that_relabels_after_the_sampler(trials):
+    """As in the documentation: of 640 trials, each ends by its new goal."""
+    buffer = WholeTrialBuffer(
+        GoalSequenceRelabel("all", generator=seeded()),
+        storage=LazyTensorStorage(1000),
+        sampler=stock_sampler(),
+        batch_size=640 * LIMIT,
+    )
+    buffer.extend(flat(trials))
+    batch = buffer.sample()
+    last = batch[MASK].sum(-1, keepdim=True) - 1
+    for key, expected in (("done", True), ("terminated", True), ("truncated", False)):
+        assert (batch["next", key].squeeze(-1).gather(1, last) == expected).sum() == 640, key
+    assert (batch[REWARD].squeeze(-1).gather(1, last) == 1).sum() == 640
+    assert_equal(buffer[:].exclude("index"), flat(trials))
+
+
+def test_slices_of_a_stock_buffer(trials):
+    buffer = TensorDictReplayBuffer(
+        storage=LazyTensorStorage(1000),
+        sampler=stock_sampler(LIMIT - 1),
+        batch_size=(LIMIT - 1) * 40,
+    )
+    buffer.extend(flat(trials))
+    batch = buffer.sample().view(-1, LIMIT - 1)
+    assert batch["is_init"][:, 0].all()  # the sampler's: they say nothing
+    with pytest.raises(ValueError, match="rows that are something else"):
+        GoalSequenceRelabel("all")(batch)
+
+
+# ------------------------------------------------------------------ in collectors
+
+
+def collected(steps: int, num_goals: int = 1, **options) -> list[TensorDict]:
+    """Two batches of so many steps of eight rows."""
+    torch.manual_seed(1)
+    env = maze_env(num_goals=num_goals)
+    frames = 8 * steps
+    return list(
+        Collector(env, env.rand_action, frames_per_batch=frames, total_frames=2 * frames, **options)
+    )
+
+
+@pytest.mark.filterwarnings("ignore:split_trajs=True produces a:UserWarning")
+@pytest.mark.parametrize("make", [partial(GoalSequenceRelabel, "some"), NegativeReward])
+def test_as_a_postproc_of_whole_trials(make):
+    """Nine goals are never met in time: each row of a batch is a trial up to its time limit."""
+    options = {"num_goals": 9, "split_trajs": True}
+    plain = collected(LIMIT, **options)
+    shown = collected(LIMIT, postproc=make(generator=seeded()), **options)
+    by_hand = make(generator=seeded())
+    assert len(plain) == 2
+    for one, other in zip(plain, shown, strict=True):
+        assert not torch.equal(one[REWARD], other[REWARD])
+        assert_equal(by_hand(one).exclude(IDS), other.exclude(IDS))
+
+
+@pytest.mark.filterwarnings("ignore:split_trajs=True produces a:UserWarning")
+@pytest.mark.parametrize(
+    ("steps", "options"),
+    [
+        (LIMIT, {}),
+        (LIMIT, {"trajs_per_batch": 2, "traj_format": "padded"}),
+        (LIMIT - 1, {"split_trajs": True}),
+    ],
+    ids=["raw", "before trajectories are put together", "cut"],
+)
+def test_as_a_postproc_of_anything_else(make, steps, options):
+    with pytest.raises(ValueError, match="must get whole trials"):
+        collected(steps, postproc=make(), **options)
+
+
+def test_on_the_trajectories_of_a_collector(trials):
+    batches = collected(3 * LIMIT, trajs_per_batch=5, traj_format="padded")
+    shown = list(map(GoalSequenceRelabel("all", generator=seeded()), batches))
+    assert len(shown) == len(batches) > 2
+    for batch in shown:
+        reward = batch[REWARD].squeeze(-1).where(batch[MASK], 0)
+        assert (reward.sum(-1) == 1).all()

@@ -1,0 +1,235 @@
+"""Every way through TorchRL's collectors and buffers ends in the same batches of slices.
+
+The environment shows where in which trial a step is, so that no slice can cross trials unnoticed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from functools import partial
+
+import pytest
+import torch
+from tensordict.nn import TensorDictModule
+from torch import nn
+from torchrl.collectors import Collector, MultiCollector
+from torchrl.data import (
+    LazyMemmapStorage,
+    LazyTensorStorage,
+    ReplayBufferEnsemble,
+    TensorDictReplayBuffer,
+)
+from torchrl.envs import Compose, InitTracker, TransformedEnv
+from torchrl.objectives import SoftUpdate
+
+from tests.evaluation.scripted import ScriptedTrials
+from torchrl_amago import MetaFrozenLake, amago_loss, make_policy, make_trial_env
+from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
+from torchrl_amago.envs import PreviousStepTransform
+
+# Trials of each row, by length; the n-th reward of a trial is 100 * length + n.
+LENGTHS = [[3, 12, 1, 7], [5, 5, 9, 2], [20, 1, 1, 4]]
+SLICE = 8
+
+
+def make_env(rows=3):
+    def attempt(length):
+        return [[100.0 * length + n for n in range(length)]]
+
+    script = [[attempt(length) for length in LENGTHS[row]] for row in range(rows)]
+    return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
+
+
+class Answer(nn.Module):
+    """Says the same number always: the weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(()), requires_grad=False)
+
+    def forward(self, observation):
+        return self.weight.expand(observation.shape[:-1]).long()
+
+
+def make_answer():
+    return TensorDictModule(Answer(), ["observation"], ["action"])
+
+
+def make_buffer(kind, capacity, **options):
+    if kind == "trials":
+        return make_trial_buffer(capacity, SLICE, batch_size=16, warn_short=False)
+    sampler = TrialSliceSampler(SLICE, warn_short=False, **options)
+    storage = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage}[kind](capacity)
+    return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=16)
+
+
+COLLECTORS = {
+    "stock": partial(Collector, trajs_per_batch=1),
+    "stock, steps": partial(Collector, postproc=lambda batch: batch.reshape(-1)),
+    "trials": TrialCollector,
+    "fragments": partial(TrialCollector, fragment_length=4),
+}
+
+
+def assert_slices_are_of_one_trial(rb, draws=25):
+    """Each row is a window of one whole trial, real where the mask says so, nothing left out."""
+    seen = set()
+    for _ in range(draws):
+        batch = rb.sample()
+        assert batch.ndim == 2
+        mask, reward = batch["collector", "mask"], batch["next", "reward"].squeeze(-1)
+        for row in range(len(batch)):
+            real = mask[row]
+            length, step = reward[row, real] // 100, reward[row, real] % 100
+            assert (length == length[0]).all()
+            assert (step.diff() == 1).all()
+            assert torch.equal(batch["time_idx"][row, real, 0], step.long())
+            assert torch.equal(batch["is_init"][row, real, 0], step == 0)
+            assert torch.equal(batch["next", "done"][row, real, 0], step == length - 1)
+            if ("collector", "traj_ids") in batch.keys(True):
+                numbers = batch["collector", "traj_ids"][row, real]
+                assert (numbers == numbers[0]).all()
+            assert real.sum() == min(SLICE, length[0])
+            seen.add(int(length[0]))
+    return seen
+
+
+@pytest.mark.parametrize("capacity", [50, 1000])
+@pytest.mark.parametrize("collector", COLLECTORS)
+@pytest.mark.parametrize("kind", ["tensor", "memmap", "trials"])
+def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
+    if kind == "trials" and collector in ("stock, steps", "fragments"):
+        pytest.skip("a buffer of trials takes whole trials, and fragments count as such")
+    rb = make_buffer(kind, capacity)
+    rounds = COLLECTORS[collector](
+        make_env(), make_answer(), frames_per_batch=21, total_frames=21 * 12, replay_buffer=rb
+    )
+    for number, _ in enumerate(rounds):
+        if number in (5, 7, 11):
+            seen = assert_slices_are_of_one_trial(rb)
+    if capacity == 1000:
+        assert seen == set(itertools.chain(*LENGTHS))
+        assert len(rb) > 21 * 12 - 3 * 20
+    else:
+        assert len(rb) <= 50
+
+
+def test_buffer_of_batches_instead_of_steps_is_refused():
+    """What a batched environment's collector writes by itself: items of [T] steps."""
+    rb = make_buffer("tensor", 100)
+    list(
+        Collector(make_env(), make_answer(), frames_per_batch=21, total_frames=42, replay_buffer=rb)
+    )
+    with pytest.raises(
+        ValueError, match=r"each item of the storage is a batch \[7\].*TrialCollector"
+    ):
+        rb.sample()
+
+
+# --- several processes ---
+
+WORKERS = {
+    "trials, sync": (MultiCollector, {"sync": True, "collector_class": TrialCollector}, "trials"),
+    "trials, async": (
+        MultiCollector,
+        {"sync": False, "collector_class": TrialCollector, "trajs_per_batch": 1},
+        "memmap",
+    ),
+    "fragments, async": (
+        MultiCollector,
+        {
+            "sync": False,
+            "collector_class": partial(TrialCollector, fragment_length=4),
+            "trajs_per_batch": 1,
+        },
+        "memmap",
+    ),
+    "stock, sync": (MultiCollector, {"sync": True, "trajs_per_batch": 1}, "trials"),
+    "stock, async": (MultiCollector, {"sync": False, "trajs_per_batch": 1}, "memmap"),
+    "backend": (
+        Collector,
+        {"backend": "process", "backend_options": {"collector_class": TrialCollector}},
+        "trials",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", WORKERS)
+def test_workers_write_trials_and_follow_the_weights(workers):
+    make, options, kind = WORKERS[workers]
+    policy, rb = make_answer(), make_buffer(kind, 5000)
+    collector = make(
+        [make_env] * 2, policy, frames_per_batch=42, total_frames=-1, replay_buffer=rb, **options
+    )
+    try:
+        rounds = iter(collector)
+        while len(rb) < 200:
+            assert next(rounds) is None
+        assert_slices_are_of_one_trial(rb)
+        assert not rb[:]["action"].any()
+        policy.module.weight.fill_(1.0)
+        collector.update_policy_weights_()
+        deadline = time.monotonic() + 60
+        # Trials that were under way hold actions of both.
+        while not rb[:]["action"][-20:].all():
+            assert time.monotonic() < deadline
+            next(rounds)
+        assert_slices_are_of_one_trial(rb)
+    finally:
+        collector.shutdown()
+
+
+# --- several buffers ---
+
+
+def fill(rb, rounds=10, **options):
+    collector = TrialCollector(
+        make_env(), make_answer(), frames_per_batch=21, total_frames=21 * rounds, replay_buffer=rb,
+        **options,
+    )  # fmt: skip
+    list(collector)
+    return rb
+
+
+@pytest.mark.parametrize("kinds", [("trials", "trials"), ("tensor", "memmap")])
+@pytest.mark.parametrize("p", [None, [0.9, 0.1]])
+def test_ensemble_of_buffers(kinds, p):
+    members = [fill(make_buffer(kind, 1000)) for kind in kinds]
+    ensemble = ReplayBufferEnsemble(*members, p=p, num_buffer_sampled=4, batch_size=16)
+    batch = ensemble.sample()
+    assert batch.shape[:2] == (4, 4)
+    rows = batch.reshape(16, -1)
+
+    class Sampled:
+        def sample(self):
+            return rows
+
+    assert_slices_are_of_one_trial(Sampled(), draws=1)
+
+
+# --- into the loss ---
+
+
+@pytest.mark.parametrize("collector", ["stock", "stock, steps", "trials"])
+@pytest.mark.parametrize("kind", ["tensor", "memmap", "trials"])
+def test_batches_feed_the_loss(kind, collector):
+    if (kind, collector) == ("trials", "stock, steps"):
+        pytest.skip("a buffer of trials takes whole trials")
+    env = make_trial_env(MetaFrozenLake(batch_size=(4,), seed=0), episodes=2)
+    policy = make_policy(
+        env, context_length=18, seq_model="gru", seq_model_options={"d_model": 16, "num_layers": 1}
+    )
+    loss = amago_loss(policy)
+    SoftUpdate(loss, tau=0.1)
+    rb = make_buffer(kind, 150)
+    rounds = COLLECTORS[collector](
+        env, policy, frames_per_batch=40, total_frames=200, replay_buffer=rb
+    )
+    list(rounds)
+    losses = loss(rb.sample())
+    total = sum(value for key, value in losses.items() if key.startswith("loss_"))
+    total.backward()
+    assert total.isfinite()
+    assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)

@@ -1,0 +1,305 @@
+"""The parts of a run's state, the lock on its folder, and settings that a resumed run must keep."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from tests.trainers.tiny import make_trainer, stop_at
+from torchrl_amago.trainers import make_schedule
+from torchrl_amago.trainers.parts import Optimisation, RandomState, Rollouts
+
+# --- components ---
+
+
+class Counter:
+    """A part that nobody knows."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, trainer):
+        self.calls += 1
+        return {"calls": self.calls}
+
+    def state_dict(self):
+        return {"calls": self.calls, "history": torch.arange(self.calls)}
+
+    def load_state_dict(self, state):
+        assert torch.equal(state["history"], torch.arange(state["calls"]))
+        self.calls = state["calls"]
+
+
+def test_an_unknown_part_is_saved_and_restored(tmp_path):
+    one, other = Counter(), Counter()
+    options = {"components": {"mine": one}, "callbacks": [one]}
+    make_trainer(tmp_path, total_updates=7, **options).train()
+    options = {"components": {"mine": other}, "callbacks": [other]}
+    resumed = make_trainer(tmp_path, total_updates=9, **options).resume()
+    assert other.calls == 7
+    resumed.train()
+    assert other.calls == 9
+
+
+def test_parts_must_be_those_that_were_saved(tmp_path):
+    make_trainer(tmp_path, total_updates=4, components={"mine": Counter()}).train()
+    with pytest.raises(ValueError, match=r"parts it was saved with, .*'mine'.*; got \['counts'"):
+        make_trainer(tmp_path).resume()
+
+
+def test_components_need_both_methods_and_names_of_their_own(tmp_path):
+    with pytest.raises(TypeError, match=r"must have state_dict\(\) and .* got mine=int"):
+        make_trainer(tmp_path, components={"mine": 3})
+    with pytest.raises(ValueError, match=r"names of their own, got \['loss'\]"):
+        make_trainer(tmp_path, components={"loss": Counter()})
+
+
+def test_every_part_of_a_trainer_is_a_component(tmp_path):
+    """Whatever the trainer holds that has a state is in the dictionary, or inside of a part there."""
+    trainer = make_trainer(tmp_path)
+    held = {
+        name: value
+        for name, value in vars(trainer).items()
+        if hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+    }
+    inside = {"optimizer", "scheduler", "collector", "policy", "online_buffer", "replay_buffer"}
+    # Without a state.
+    assert trainer.stepper.state_dict() == {}
+    parts = [*trainer.components.values(), trainer.components, trainer.stepper]
+    assert {name for name, part in held.items() if not any(part is p for p in parts)} <= inside
+    optimisation = trainer.components["optimisation"]
+    assert optimisation.optimizer is trainer.optimizer
+    assert optimisation.scheduler is trainer.scheduler
+    assert trainer.components["rollouts"].collector is trainer.collector
+
+
+# --- optimisation ---
+
+
+def make_optimisation(learning_rate, make_scheduler):
+    net = nn.Linear(1, 1)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate)
+    part = Optimisation(optimizer, make_scheduler(optimizer))
+    net(torch.ones(1)).sum().backward()
+    optimizer.step()
+    if part.scheduler is not None:
+        part.scheduler.step()
+    return part
+
+
+@pytest.mark.parametrize(
+    ("make_scheduler", "rate"),
+    [
+        (lambda optimizer: None, 0.5),
+        (lambda optimizer: make_schedule(optimizer, 4), 0.25),
+        # Of other schedules nothing is known but their state.
+        (lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.1), 0.1),
+    ],
+    ids=["constant", "rise", "other"],
+)
+def test_the_learning_rate_is_that_of_the_run_that_resumes(make_scheduler, rate):
+    saved = make_optimisation(1.0, make_scheduler).state_dict()
+    part = make_optimisation(0.5, make_scheduler)
+    part.load_state_dict(saved)
+    assert part.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+# --- random numbers and rollouts ---
+
+
+def test_generators_are_set_when_training_begins():
+    part = RandomState()
+    saved, expected = part.state_dict(), torch.rand(3)
+    part.load_state_dict(saved)
+    assert not torch.equal(torch.rand(3), expected)
+    part.begin()
+    assert torch.equal(torch.rand(3), expected)
+
+
+def first_steps(rollouts):
+    return rollouts.collector._carrier["observation"].clone()
+
+
+def test_the_seed_decides_the_trials_that_begin(tmp_path):
+    trainer = make_trainer(tmp_path)  # kept: a trainer that is collected shuts its collector down
+    rollouts = Rollouts(trainer.collector)
+    rollouts.prepare()
+    saved = rollouts.state_dict()
+    assert not rollouts.proceed()
+    first = first_steps(rollouts)
+    rollouts.load_state_dict(saved)
+    rollouts.begin()
+    assert torch.equal(first_steps(rollouts), first)
+    rollouts.load_state_dict({**saved, "seed": saved["seed"] + 1})
+    rollouts.begin()
+    assert not torch.equal(first_steps(rollouts), first)
+
+
+def test_restarting_leaves_torchs_generator_alone(tmp_path):
+    trainer = make_trainer(tmp_path)
+    rollouts = Rollouts(trainer.collector)
+    trainer.collector.env.base_env._set_seed = torch.manual_seed  # as some environments do
+    rollouts.prepare()
+    before = torch.get_rng_state()
+    rollouts.proceed()
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_restarting_drops_unfinished_trials_and_numbers_the_new(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path, frames_per_batch=4)
+    rollouts, batches = Rollouts(trainer.collector), iter(trainer.collector)
+    next(batches)  # one step of each row
+    rollouts.prepare()
+    rollouts.load_state_dict(rollouts.state_dict())
+    numbers = []
+    for restart in (rollouts.proceed, rollouts.begin):
+        restart()
+        numbers.append(trainer.collector._carrier["collector", "traj_ids"].tolist())
+    assert numbers[0] == numbers[1]
+    written = []
+    monkeypatch.setattr(trainer.replay_buffer, "extend", written.append)
+    while not written:
+        next(batches)
+    assert set(written[0]["collector", "traj_ids"].tolist()) <= set(numbers[0])
+    assert written[0]["time_idx"][0] == 0
+
+
+# --- settings and options ---
+
+
+def with_settings(trainer, **settings):
+    trainer.loss_module.settings = settings
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"seed": 3}, {"seed": 4}, "1 entries: seed: 3 in the checkpoint, 4 here"),
+        (
+            {"settings": {"size": 3}},
+            {"settings": {"size": 4}},
+            "size: 3 in the checkpoint, 4 here",
+        ),
+    ],
+)
+def test_settings_must_be_those_that_were_saved(tmp_path, first, then, message):
+    make_trainer(tmp_path, total_updates=4, **first).train()
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **then).resume()
+    assert make_trainer(tmp_path, **first).resume().counts.updates == 4
+
+
+def test_settings_of_modules_must_be_those_that_were_saved(tmp_path):
+    with_settings(make_trainer(tmp_path, total_updates=4), n_step=(1,), gammas=[0.9]).train()
+    match = r"loss.n_step: \[1\] in the checkpoint, \[5\] here"
+    with pytest.raises(ValueError, match=match):
+        with_settings(make_trainer(tmp_path), n_step=[5], gammas=[0.9]).resume()
+    with_settings(make_trainer(tmp_path), n_step=[1], gammas=[0.9]).resume()
+
+
+def test_options_that_changed_are_told(tmp_path, monkeypatch):
+    make_trainer(tmp_path, total_updates=4, options={"mine": 1, "same": (2,)}).train()
+    told = []
+    monkeypatch.setattr("torchrl_amago.trainers.amago.torchrl_logger.info", told.append)
+    changed = {
+        "total_updates": 8, "learning_rate": 1e-3, "clip_norm": None, "precision": "bf16", "tau": 0.5,
+        "updates_per_round": 2, "frames_per_batch": 16, "log_interval": 2, "eval_interval": 3,
+        "checkpoint_interval": 7,
+    }  # fmt: skip
+    make_trainer(tmp_path, options={"mine": 2, "same": [2]}, **changed).resume()
+    names = {"evaluate_interval" if name == "eval_interval" else name for name in changed}
+    assert {line.split()[2].partition("=")[0] for line in told} == {*names, "mine"}
+    assert "resumed with tau=0.5 instead of 0.1" in told
+
+
+# --- the lock ---
+
+
+def test_a_second_trainer_is_refused_and_told_by_whom(tmp_path):
+    first = make_trainer(tmp_path, total_updates=8)
+    seen = []
+
+    def attempt(trainer):
+        if trainer.counts.updates == 5:
+            for attempt in (make_trainer(tmp_path).train, make_trainer(tmp_path).resume):
+                with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"):
+                    attempt()
+                seen.append(sorted(path.name for path in tmp_path.iterdir()))
+
+    first.callbacks.append(attempt)
+    assert first.train() == "finished"
+    assert len(seen) == 2
+    # Released at the end.
+    assert make_trainer(tmp_path, total_updates=9).resume().train() == "finished"
+
+
+def test_a_refused_resume_releases_the_lock(tmp_path):
+    make_trainer(tmp_path, total_updates=4).train()
+    with pytest.raises(ValueError, match="architecture"):
+        make_trainer(tmp_path, hidden_size=16).resume()
+    assert make_trainer(tmp_path, total_updates=6).resume().train() == "finished"
+
+
+HOLD = """
+import sys, time
+from tests.trainers.tiny import make_trainer, stop_at
+def wait():
+    print("holding", flush=True)
+    time.sleep(60)
+make_trainer(sys.argv[1], callbacks=[stop_at(7, wait)]).train()
+"""
+
+
+def test_a_crash_releases_the_lock(tmp_path):
+    root = str(Path(__file__).parents[2])
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": root},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "holding\n"
+    with pytest.raises(BlockingIOError, match=f"in use by process {process.pid} on"):
+        make_trainer(tmp_path).resume()
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    assert make_trainer(tmp_path).resume().counts.updates == 6
+
+
+def test_leftovers_of_dead_processes_are_removed(tmp_path):
+    make_trainer(tmp_path, total_updates=7).train()
+    leftovers = [".progress.csv.partial", ".policy.npz.partial", "checkpoints/.update_0000009.partial/a",
+                 "checkpoints/.update_0000001.previous/manifest.json"]  # fmt: skip
+    for leftover in leftovers:
+        (tmp_path / leftover).parent.mkdir(exist_ok=True)
+        (tmp_path / leftover).write_text("half")
+    make_trainer(tmp_path, total_updates=8).resume().train()
+    assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
+
+
+def test_a_checkpoint_that_was_half_replaced_is_found(tmp_path):
+    trainer = make_trainer(tmp_path, total_updates=6)
+    trainer.train()
+    path = trainer.checkpoints.latest()
+    path.rename(path.with_name(f".{path.name}.previous"))
+    path.with_name(f".{path.name}.partial").mkdir()
+    assert make_trainer(tmp_path, total_updates=8).resume().counts.updates == 6
+
+
+def test_signals_leave_a_run_that_nobody_else_uses(tmp_path):
+    stop = stop_at(5, lambda: signal.raise_signal(signal.SIGTERM))
+    assert make_trainer(tmp_path, callbacks=[stop]).train() == "preempted"
+    began = time.monotonic()
+    assert make_trainer(tmp_path, total_updates=6).resume().train() == "finished"
+    assert time.monotonic() - began < 30

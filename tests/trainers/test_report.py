@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import importlib.util
+import time
+
+import numpy as np
+import pytest
+import torch
+from torchrl.record.loggers import CSVLogger, TensorboardLogger
+
+from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.files import DamagedError
+from torchrl_amago.trainers import (
+    MetricWindow,
+    ProgressTable,
+    RunReport,
+    load_state,
+    make_logger,
+    read_progress,
+    save_state,
+)
+from torchrl_amago.trainers import report as report_module
+from torchrl_amago.trainers.report import Stopwatch
+
+
+def test_table_is_on_disk_after_each_row(tmp_path):
+    table = ProgressTable(tmp_path / "progress.csv")
+    assert not table.path.exists()
+    table.append({"update": 1, "loss": 0.1})
+    assert table.path.read_text() == "update,loss\n1,0.1\n"
+    table.append({"update": 2, "loss": 1 / 3})
+    assert table.path.read_text().splitlines()[-1] == f"2,{1 / 3!r}"
+
+
+def test_late_columns(tmp_path):
+    table = ProgressTable(tmp_path / "progress.csv")
+    table.append({"a": 1})
+    table.append({"b": 2.0})
+    table.append({"a": 3, "b": 4.0})
+    progress = read_progress(tmp_path)
+    np.testing.assert_array_equal(progress["a"], [1, np.nan, 3])
+    np.testing.assert_array_equal(progress["b"], [np.nan, 2, 4])
+
+
+def test_cut_back(tmp_path):
+    table = ProgressTable(tmp_path / "progress.csv")
+    table.append({"a": 1})
+    state = table.state_dict()
+    table.append({"a": 2, "late": 5})
+    again = ProgressTable(tmp_path / "progress.csv")
+    again.load_state_dict(state)
+    assert table.path.read_text().split() == ["a", "1"]
+    again.append({"a": 7})
+    assert read_progress(tmp_path)["a"].tolist() == [1, 7]
+
+
+def test_cut_back_needs_the_rows(tmp_path):
+    table = ProgressTable(tmp_path / "progress.csv")
+    with pytest.raises(DamagedError, match=r"must hold the rows written before .* 0 rows of 3"):
+        table.load_state_dict({"num_rows": 3, "columns": ["a"], "sha256": ""})
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (b"2,0.25", b"2,0.75", "have changed"),
+        (b"2,0.25", b"2", "have changed"),
+        (b"0.25", b"0.2\xff", "cannot be read"),
+        (b"0.25", b"0.2\x00", "have changed"),
+        (b"a,b", b"a,c", "have changed"),
+        (b"1,0.5\n", b"", "1 rows of 2"),
+    ],
+)
+def test_damage_to_the_kept_rows_is_found(tmp_path, old, new, problem):
+    table = ProgressTable(tmp_path / "progress.csv")
+    table.append({"a": 1, "b": 0.5})
+    table.append({"a": 2, "b": 0.25})
+    state = table.state_dict()
+    content = table.path.read_bytes()
+    table.path.write_bytes(content.replace(old, new))
+    damaged = table.path.read_bytes()
+    with pytest.raises(DamagedError, match=problem):
+        ProgressTable(table.path).load_state_dict(state)
+    assert table.path.read_bytes() == damaged
+    # Whatever follows those rows is dropped in any case.
+    table.path.write_bytes(content + b"3,")
+    ProgressTable(table.path).load_state_dict(state)
+    assert table.path.read_bytes() == content
+
+
+def test_later_columns_do_not_count_as_damage(tmp_path):
+    table = ProgressTable(tmp_path / "progress.csv")
+    table.append({"a": 1})
+    state, content = table.state_dict(), table.path.read_bytes()
+    table.append({"late": 2.0})
+    ProgressTable(table.path).load_state_dict(state)
+    assert table.path.read_bytes() == content
+
+
+def test_read_progress_of_no_run(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"progress\.csv does not exist"):
+        read_progress(tmp_path)
+
+
+def test_window_means():
+    window = MetricWindow()
+    for value in (1.0, 2.0, 6.0):
+        window.add_scalars({"loss": torch.tensor(value), "norm": torch.tensor(value).bfloat16()})
+    window.add("return", total=10.0, count=4)
+    window.add("return", total=2.0, count=2)
+    assert window.means() == {"loss": 3.0, "norm": 3.0, "return": 2.0}
+    assert window.means() == {}
+
+
+def test_window_with_changing_metrics():
+    window = MetricWindow()
+    window.add_scalars({"a": torch.tensor(1.0)})
+    window.add_scalars({"a": torch.tensor(3.0), "b": torch.tensor(5.0)})
+    assert window.means() == {"a": 2.0, "b": 5.0}
+
+
+def test_window_goes_on():
+    one, other = MetricWindow(), MetricWindow()
+    one.add_scalars({"a": torch.tensor(0.1)})
+    one.add("n", 3.0)
+    other.load_state_dict(one.state_dict())
+    one.add_scalars({"a": torch.tensor(0.7)})
+    other.add_scalars({"a": torch.tensor(0.7)})
+    assert one.means() == other.means() == {"n": 3.0, "a": pytest.approx(0.4)}
+
+
+def test_window_does_not_hold_the_callers_tensors():
+    window, value = MetricWindow(), torch.tensor(1.0)
+    window.add_scalars({"a": value})
+    value.fill_(100.0)
+    assert window.means() == {"a": 1.0}
+
+
+def test_stopwatch_keeps_activities_apart():
+    watch = Stopwatch()
+    watch.start()
+    with watch.apart("evaluation"):
+        time.sleep(0.05)
+    seconds = watch.read()
+    assert seconds["evaluation"] >= 0.05 > seconds["training"]
+
+
+ROW = dict(update=5, frames=40, extra={"loss_actor": float("nan")})
+
+
+def write_one_row(run_dir, **options):
+    report = RunReport(run_dir, **options)
+    report.open(total_updates=10, update=4, hparams={})
+    report.row(evaluation={"success_last": 0.96}, **ROW)
+    report.tick()
+    report.close()
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    lines = []
+    monkeypatch.setattr(report_module.torchrl_logger, "info", lines.append)
+    return lines
+
+
+@pytest.mark.parametrize("progress_bar", [True, False])
+def test_without_a_terminal_rows_are_lines(tmp_path, capsys, lines, progress_bar):
+    write_one_row(tmp_path, progress_bar=progress_bar)
+    assert capsys.readouterr() == ("", "")
+    assert len(lines) == progress_bar
+    if progress_bar:
+        assert lines[0].startswith("update 5/10, 40 frames: last 0.96, frames/s")
+
+
+def test_a_bar_shows_what_one_watches(tmp_path, monkeypatch, capsys, lines):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    write_one_row(tmp_path)
+    shown = capsys.readouterr().err
+    assert "5/10" in shown
+    assert "last=0.96, frames/s=" in shown
+    assert "actor" not in shown
+    assert lines == []
+
+
+class ListLogger(CSVLogger):
+    """Remembers what it is told."""
+
+    def __init__(self, folder):
+        super().__init__("list", str(folder))
+        self.told, self.pictures = [], []
+        self.experiment.add_image = lambda name, *_, **options: self.pictures.append(
+            (name, options)
+        )
+
+    def log_scalar(self, name, value, step=None):
+        self.told.append((name, value, step))
+
+    def log_hparams(self, cfg):
+        self.told.append(("hparams", cfg))
+
+
+def test_loggers_get_settings_rows_and_the_evaluation_by_attempt(tmp_path):
+    logger = ListLogger(tmp_path)
+    report = RunReport(tmp_path / "run", [logger], progress_bar=False)
+    report.open(10, 0, {"tau": 0.01, "discounts": (0.9, 0.99)})
+    results = TrialResults(
+        attempt_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+        attempt_success=torch.tensor([[False, True], [True, True]]),
+        trial_return=torch.tensor([2.0, 2.0]),
+        trial_length=torch.tensor([4, 6]),
+    )
+    report.row(update=5, frames=40, extra={}, evaluation=results)
+    report.close()
+    assert logger.told[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
+    expected = [
+        ("frames", 40, 5),
+        ("eval/trial_return", 2.0, 5),
+        ("eval_attempt_1/success", 0.5, 5),
+    ]
+    assert set(expected) <= set(logger.told[1:])
+    assert ("eval_attempt_2/return", 1.5, 5) in logger.told
+    assert [name for name, _ in logger.pictures] == ["eval/adaptation_curve"]
+
+
+def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
+    """Checked with wandb itself, offline, where it is installed."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    ids = []
+    saved = None
+    for update in (5, 6):
+        report = RunReport(tmp_path, ["wandb"], progress_bar=False)
+        if saved is not None:
+            report.load_state_dict(load_state(tmp_path / "report.npz"))
+        report.open(10, update, {"tau": 0.01})
+        report.row(update=update, frames=40, extra={"loss": 0.5}, evaluation={})
+        save_state(tmp_path / "report.npz", saved := report.state_dict())
+        ids.append(wandb.run.id)
+        assert wandb.run.config["tau"] == 0.01
+        report.close()
+        wandb.finish()
+    assert ids[0] == ids[1]
+
+
+class FakeWandb(ListLogger):
+    """Goes on with the run whose id it is given."""
+
+    def __init__(self, exp_name, save_dir, id=None):
+        super().__init__(save_dir)
+        self.id = id or "new-run"
+
+    def _checkpoint_state(self):
+        return {"id": self.id}
+
+    def _load_checkpoint_state(self, state):
+        assert state["id"] == self.id
+
+
+def test_the_id_of_a_logger_s_run_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrl.record.loggers.WandbLogger", FakeWandb)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    first = RunReport(tmp_path, ["wandb"], progress_bar=False)
+    first.open(10, 0, {})
+    first.loggers[0].id = "a-run"
+    save_state(tmp_path / "report.npz", first.state_dict())
+    first.close()
+    second = RunReport(tmp_path, ["wandb"], progress_bar=False)
+    second.load_state_dict(load_state(tmp_path / "report.npz"))
+    second.open(10, 5, {"learning_rate": 1.0})
+    assert second.loggers[0].id == "a-run"
+    # Settings that changed replace the old ones there.
+    assert second.loggers[0].told == [("hparams", {"learning_rate": 1.0})]
+    second.close()
+
+
+def test_tensorboard(tmp_path):
+    logger = make_logger("tensorboard", tmp_path)
+    assert isinstance(logger, TensorboardLogger)
+    logger.log_scalar("loss", 1.0, step=3)
+    logger.shutdown()
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert make_logger(logger, tmp_path) is logger
+
+
+def test_missing_logger_names_the_extra(tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"pip install 'torchrl-amago\[wandb\]'"):
+        make_logger("wandb", tmp_path)
+
+
+def test_unknown_logger(tmp_path):
+    with pytest.raises(ValueError, match=r"must be 'tensorboard', 'wandb' or .* got 'mlflow'"):
+        make_logger("mlflow", tmp_path)

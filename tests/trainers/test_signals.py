@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from torchrl_amago.trainers.signals import on_signals
+
+PREEMPTION = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
+
+
+def test_first_asks_second_raises():
+    asked = []
+    before = signal.getsignal(signal.SIGINT)
+    with on_signals(asked.append):
+        signal.raise_signal(signal.SIGINT)
+        assert asked == ["interrupted"]
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert asked == ["interrupted"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("number", PREEMPTION)
+def test_preemption_asks_once_and_is_put_back(number):
+    asked, before = [], signal.getsignal(number)
+    with on_signals(asked.append):
+        signal.raise_signal(number)
+        # The next one ends the process.
+        assert signal.getsignal(number) is signal.SIG_DFL
+    assert asked == ["preempted"]
+    assert signal.getsignal(number) is before
+
+
+def test_ignored_signals_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        asked = []
+        with on_signals(asked.append):
+            signal.raise_signal(signal.SIGHUP)
+        assert asked == []
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_other_threads_leave_signals_alone():
+    seen = []
+
+    def run():
+        with on_signals(seen.append):
+            seen.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [signal.getsignal(signal.SIGINT)]

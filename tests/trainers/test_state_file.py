@@ -1,0 +1,128 @@
+"""Nested states in one file: exact round trips, and no damage unnoticed."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+
+from torchrl_amago.files import DamagedError
+from torchrl_amago.trainers import load_state, save_state
+
+DTYPES = [
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,
+    torch.float8_e5m2, torch.complex64, torch.complex128, torch.int8, torch.int16,
+    torch.int32, torch.int64, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.bool,
+]  # fmt: skip
+
+
+def same(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        is_alike = type(b) is torch.Tensor and (a.dtype, a.shape) == (b.dtype, b.shape)
+        # Bytes, since NaN isn't equal to itself.
+        return is_alike and a.contiguous().numpy(force=True).tobytes() == b.numpy().tobytes()
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tensors_of_every_dtype_come_back(tmp_path, dtype):
+    full = (torch.arange(24) % 7).to(torch.float32).reshape(2, 3, 4).to(dtype)
+    state = {"full": full, "scalar": full[1, 2, 3], "empty": full[:0], "cut": full[:, ::2].mT}
+    save_state(tmp_path / "x.npz", state)
+    for name, value in load_state(tmp_path / "x.npz").items():
+        assert (value.dtype, value.shape) == (dtype, state[name].shape)
+        # Not all dtypes know equality.
+        assert torch.equal(
+            value.contiguous().reshape(-1).view(torch.uint8),
+            state[name].contiguous().reshape(-1).view(torch.uint8),
+        )
+
+
+def test_nested_values_come_back_exactly(tmp_path):
+    state = {
+        "numbers": [0.1 + 0.2, float("inf"), -float("inf"), float("nan"), -0.0, 1e-320, 2**80, -1],
+        "others": (None, True, False, "text with / and \u2713", ()),
+        "odd keys": {0: 1, 0.5: 2, None: 3, True: 4, "a/b": torch.ones(1), "a": {"b": torch.zeros(1)}},
+        "same names": {"0": torch.ones(1), 0: torch.zeros(1)},
+        "sizes": (torch.Size([2, 3]), torch.device("cpu")),
+        "empty": [{}, [], ""],
+        "file": torch.tensor([float("nan"), -0.0]),
+    }  # fmt: skip
+    save_state(tmp_path / "x.npz", state)
+    assert same(state, load_state(tmp_path / "x.npz"))
+    save_state(tmp_path / "x.npz", torch.ones(2))
+    assert same(torch.ones(2), load_state(tmp_path / "x.npz"))
+    save_state(tmp_path / "x.npz", OrderedDict(a=1))
+    assert load_state(tmp_path / "x.npz") == {"a": 1}
+
+
+def test_an_optimizer_comes_back(tmp_path):
+    net = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(net.parameters(), fused=True)
+    net(torch.ones(2)).sum().backward()
+    optimizer.step()
+    save_state(tmp_path / "x.npz", optimizer.state_dict())
+    assert same(optimizer.state_dict(), load_state(tmp_path / "x.npz"))
+
+
+def test_numpy_reads_it_without_pickle(tmp_path):
+    save_state(tmp_path / "x.npz", {"net": {"weight": torch.ones(2)}})
+    with np.load(tmp_path / "x.npz", allow_pickle=False) as arrays:
+        assert arrays["state/net/weight"].tolist() == [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"a": [object()]}, "got object at state/a/0"),
+        ({("a", "b"): 1}, r"keys of a saved state must be plain values, got \('a', 'b'\)"),
+        ({"a": np.int64(1)}, "got int64 at state/a"),
+    ],
+)
+def test_other_values_are_refused_and_the_old_file_stays(tmp_path, value, message):
+    save_state(tmp_path / "x.npz", {"a": 1})
+    with pytest.raises(TypeError, match=message):
+        save_state(tmp_path / "x.npz", value)
+    assert load_state(tmp_path / "x.npz") == {"a": 1}
+
+
+def test_any_flipped_bit_and_any_truncation_is_found(tmp_path):
+    path = tmp_path / "x.npz"
+    save_state(path, {"w": torch.randn(50), "b": torch.randn(3).bfloat16(), "n": 3})
+    content, rng = path.read_bytes(), random.Random(0)
+    for _ in range(600):
+        place = rng.randrange(len(content))
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << rng.randrange(8)
+        path.write_bytes(damaged)
+        with pytest.raises(DamagedError, match=r"x\.npz must be complete and as it was written"):
+            load_state(path)
+    for length in [0, 1, 72, 73, *rng.sample(range(len(content)), 100)]:
+        path.write_bytes(content[:length])
+        with pytest.raises(DamagedError, match="must be complete"):
+            load_state(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"some text", b"x" * 5000])
+def test_other_files_are_refused(tmp_path, content):
+    (tmp_path / "x.npz").write_bytes(content)
+    with pytest.raises(DamagedError, match="must be complete and as it was written"):
+        load_state(tmp_path / "x.npz")
+
+
+def test_files_of_torch_are_refused_unread(tmp_path):
+    torch.save({"a": torch.ones(100)}, tmp_path / "x.npz")
+    with pytest.raises(DamagedError, match="checksum is missing"):
+        load_state(tmp_path / "x.npz")
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        load_state(tmp_path / "x.npz")

@@ -1,0 +1,162 @@
+"""Our parts as hooks of TorchRL's own trainer, and TorchRL's parts in ours."""
+
+from __future__ import annotations
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from torchrl.collectors import Collector, MultiCollector
+from torchrl.objectives import SoftUpdate
+from torchrl.record.loggers import CSVLogger, TensorboardLogger
+from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
+
+from torchrl_amago.data import TrialCollector, make_trial_buffer
+from torchrl_amago.envs import MetaFrozenLake, make_trial_env
+from torchrl_amago.evaluation import HeldOut
+from torchrl_amago.modules import make_policy
+from torchrl_amago.objectives import amago_loss
+from torchrl_amago.trainers import (
+    AMAGOTrainer,
+    EvaluationHook,
+    FiniteOptimizationStepper,
+    Intervals,
+    NonFiniteError,
+    TrialMonitor,
+    make_optimizer,
+    read_progress,
+)
+
+
+def make_env(rows=6):
+    return make_trial_env(MetaFrozenLake(batch_size=(rows,), max_episode_steps=4), episodes=2)
+
+
+def make_parts(**buffer_options):
+    env = make_env()
+    policy = make_policy(
+        env,
+        context_length=8,
+        seq_model="gru",
+        seq_model_options={"d_model": 16},
+        timestep_options={"hidden_size": 16, "output_size": 16},
+        exploration={"anneal_frames": 500},
+    )
+    loss = amago_loss(policy, critic_options={"hidden_size": 16})
+    rb = make_trial_buffer(500, slice_length=8, batch_size=4, warn_short=False, **buffer_options)
+    return env, policy, loss, rb
+
+
+def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_options):
+    env, policy, loss, rb = make_parts(**buffer_options)
+    options = {"trajs_per_batch": 1} if collector_class is Collector else {}
+    collector = collector_class(
+        env, policy, frames_per_batch=6 * 8, total_frames=6 * 8 * 4, replay_buffer=rb, **options
+    )
+    trainer = Trainer(
+        collector=collector,
+        total_frames=6 * 8 * 4,
+        frame_skip=1,
+        optim_steps_per_batch=3,
+        loss_module=loss,
+        optimizer=make_optimizer(loss, learning_rate=1e-3),
+        optimization_stepper=stepper or FiniteOptimizationStepper(dump_dir=folder),
+        replay_buffer=rb,
+        logger=logger,
+        log_interval=1,
+        progress_bar=False,
+    )
+    trainer.register_op("process_optim_batch", ReplayBufferTrainer(rb, batch_size=4).sample)
+    TargetNetUpdaterHook(SoftUpdate(loss, tau=0.01)).register(trainer, "targets")
+    TrialMonitor(rb, run_dir=folder).register(trainer)
+    held_out = HeldOut(policy, make_env(4))
+    EvaluationHook(lambda: held_out.evaluate(4), interval=2).register(trainer)
+    return trainer
+
+
+@pytest.mark.parametrize("collector_class", [Collector, TrialCollector])
+def test_a_stock_trainer_trains_and_logs(tmp_path, collector_class):
+    logger = CSVLogger("run", str(tmp_path))
+    trainer = make_stock_trainer(tmp_path, collector_class, logger)
+    before = {name: p.clone() for name, p in trainer.loss_module.named_parameters()}
+    trainer.train()
+    changed = [not torch.equal(p, before[n]) for n, p in trainer.loss_module.named_parameters()]
+    assert sum(changed) > len(changed) / 2
+    scalars = tmp_path / "run" / "scalars"
+    names = {file.relative_to(scalars).as_posix() for file in scalars.rglob("*.csv")}
+    for name in ("loss_actor", "grad_norm", "train/trial_return", "eval/success_last", "q_value/"):
+        assert any(entry.startswith(name) for entry in names), (name, names)
+    rows = list(csv.reader((scalars / "loss_qvalue.csv").read_text().splitlines()))
+    assert len(rows) >= 2
+    assert all(np.isfinite(float(row[1])) for row in rows)
+
+
+def test_a_stock_trainer_with_tensorboard_and_priorities(tmp_path):
+    logger = TensorboardLogger("run", str(tmp_path))
+    trainer = make_stock_trainer(tmp_path, TrialCollector, logger, draw="priority")
+    trainer.train()
+    logger.experiment.flush()
+    assert list(tmp_path.rglob("events*"))
+    weights = trainer.replay_buffer.sample()["priority_weight"]
+    assert len(weights.unique()) > 1  # the loss has told the buffer
+
+
+def test_a_stock_trainer_stops_on_nan(tmp_path):
+    class Spoilt(FiniteOptimizationStepper):
+        def prepare(self, batch, loss_module):
+            batch["next", "reward"][0, 0] = torch.nan
+            return super().prepare(batch, loss_module)
+
+    logger = CSVLogger("run", str(tmp_path))
+    trainer = make_stock_trainer(tmp_path, TrialCollector, logger, Spoilt(dump_dir=tmp_path))
+    with pytest.raises(NonFiniteError, match="training batch must be finite"):
+        trainer.train()
+    assert (tmp_path / "nonfinite_batch").is_dir()
+
+
+def test_hooks_are_saved_with_the_trainer(tmp_path):
+    logger = CSVLogger("run", str(tmp_path))
+    trainer = make_stock_trainer(tmp_path, TrialCollector, logger)
+    trainer.collector.shutdown, shutdown = lambda: None, trainer.collector.shutdown
+    trainer.train()
+    state = trainer.state_dict()
+    shutdown()
+    assert state["evaluation"] == {"batches": 4}
+    assert state["trial_monitor"]["trials"] == trainer.replay_buffer.num_trials
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync):
+    env, policy, loss, rb = make_parts(path=tmp_path / "replay")
+    env.close()
+    collector = MultiCollector(
+        [make_env] * 2,
+        policy,
+        sync=sync,
+        collector_class=TrialCollector,
+        frames_per_batch=2 * 6 * 8,
+        total_frames=-1,
+        replay_buffer=rb,
+    )
+    trainer = AMAGOTrainer(
+        collector,
+        loss,
+        make_optimizer(loss, learning_rate=1e-3),
+        rb,
+        target_updater=SoftUpdate(loss, tau=0.01),
+        exploration=policy.exploration,
+        policy=policy,
+        total_updates=8,
+        updates_per_round=2,
+        run_dir=tmp_path / "run",
+        intervals=Intervals(log=2),
+        progress_bar=False,
+        seed=0,
+    )
+    assert trainer.train() == "finished"
+    rows = read_progress(tmp_path / "run")
+    # Asynchronous workers go on writing.
+    assert 0 < rows["frames"][-1] <= rb.write_count
+    assert rows["trials"][-1] > 0
+    assert (tmp_path / "run" / "policy.npz").exists()

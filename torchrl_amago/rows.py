@@ -1,0 +1,132 @@
+"""Rows that hold one trial each, made of flat batches and of rows that hold several trials.
+
+Legend: N steps in one row, B rows, T steps of a row, R rows of one trial each, L steps of the longest.
+"""
+
+from __future__ import annotations
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+
+from torchrl_amago import keys
+
+
+def split_trials(
+    batch: TensorDictBase,
+    *,
+    mask_key: NestedKey = keys.MASK,
+    is_init_key: NestedKey = keys.IS_INIT,
+    end_key: NestedKey = ("next", "done"),
+    trajectory_key: NestedKey = keys.TRAJECTORY,
+) -> TensorDictBase:
+    """Rows of one trial each, padded at their ends, from steps in the order in which they were taken.
+
+    A row is cut before a step where `is_init` is True or the trajectory's number changes, behind one
+    where `end_key` is True (which slice samplers set at the end of each slice), and around padding.
+    Whichever of these entries is missing cuts nothing.
+
+    Args:
+        batch: ``[N]``, flat, or rows ``[B, T]``.
+        mask_key: True on real steps, ``[N]`` or ``[B, T]``; if missing, all are.
+        is_init_key: first step of a trial.
+        end_key: last step of a trial, or of a slice of one.
+        trajectory_key: a number that differs between trials that follow one another.
+
+    Returns:
+        ``[R, L]``, a copy, with the mask under `mask_key`. Padding repeats a row's last step. Rows
+        keep the order of their first steps.
+
+    Raises:
+        ValueError: if the batch has another number of dimensions, or is flat and nothing tells where
+            trials begin or end.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> flat = TensorDict({"x": torch.arange(5), "is_init": torch.zeros(5, 1).bool()}, [5])
+        >>> flat["is_init"][2] = True
+        >>> rows = split_trials(flat)
+        >>> rows["x"]
+        tensor([[0, 1, 1],
+                [2, 3, 4]])
+        >>> rows["collector", "mask"]
+        tensor([[ True,  True, False],
+                [ True,  True,  True]])
+    """
+    if batch.ndim not in (1, 2):
+        raise ValueError(
+            f"a batch to split must be flat, [N], or rows of steps, [B, T], got {list(batch.shape)}. "
+            "Use batch.reshape(-1, batch.shape[-1])."
+        )
+    mask = batch.get(mask_key, None)
+    if mask is None:
+        mask = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
+    marks = (batch.get(key, None) for key in (is_init_key, end_key, trajectory_key))
+    begins_BT = trial_begins(mask.reshape(batch.shape), *marks)
+    index_RL, mask_RL = index_of_rows(begins_BT, mask.reshape(begins_BT.shape))
+    return batch.reshape(-1)[index_RL].set(mask_key, mask_RL)
+
+
+def trial_begins(
+    mask: Tensor,
+    is_init: Tensor | None = None,
+    is_last: Tensor | None = None,
+    trajectory: Tensor | None = None,
+) -> Tensor:
+    """First steps of trials, or of parts of them: real steps that the step before doesn't lead to.
+
+    Args:
+        mask: bool ``[N]`` or ``[B, T]``, True on real steps.
+        is_init: where a trial begins; this and the following hold a number per step, or are None.
+        is_last: where a trial or slice ends.
+        trajectory: differs between trials that follow one another.
+
+    Returns:
+        bool ``[B, T]``, ``[1, N]`` of a flat batch.
+
+    Raises:
+        ValueError: for a flat batch without any of the three.
+
+    Example:
+        >>> trial_begins(torch.tensor([True, True, True]), is_last=torch.tensor([True, False, False]))
+        tensor([[ True,  True, False]])
+    """
+    if mask.ndim == 1 and is_init is None and is_last is None and trajectory is None:
+        raise ValueError(
+            "a flat batch must tell where trials begin or end, got none of is_init, ('next', 'done') "
+            "and ('collector', 'traj_ids'). Collect with InitTracker(), or pass rows [B, T] of one "
+            "trial each."
+        )
+    mask_BT = mask.reshape(-1, mask.shape[-1])
+    cut_BT = ~mask_BT[:, :-1]
+    if is_init is not None:
+        cut_BT = cut_BT | is_init.reshape(mask_BT.shape)[:, 1:].bool()
+    if is_last is not None:
+        cut_BT = cut_BT | is_last.reshape(mask_BT.shape)[:, :-1].bool()
+    if trajectory is not None:
+        cut_BT = cut_BT | (trajectory.reshape(mask_BT.shape).diff(dim=1) != 0)
+    return torch.cat([mask_BT[:, :1], mask_BT[:, 1:] & cut_BT], 1)
+
+
+def index_of_rows(begins_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of each row's steps among all ``B T`` of them, and which are real.
+
+    Args:
+        begins_BT: see :func:`trial_begins`.
+        mask_BT: True on real steps.
+
+    Returns:
+        int64 and bool, ``[R, L]``. Without any real step, one row of one step of padding.
+
+    Example:
+        >>> index_of_rows(torch.tensor([[True, False, True]]), torch.ones(1, 3, dtype=torch.bool))[0]
+        tensor([[0, 1],
+                [2, 2]])
+    """
+    begins_N, mask_N = begins_BT.reshape(-1), mask_BT.reshape(-1)
+    start_R = begins_N.nonzero().squeeze(1)
+    length_R = (begins_N.cumsum(0)[mask_N] - 1).bincount(minlength=1)
+    start_R1 = (start_R if len(start_R) else torch.zeros_like(length_R)).unsqueeze(1)
+    length_R1 = length_R.unsqueeze(1)
+    step_L = torch.arange(max(1, int(length_R.max())), device=mask_BT.device)
+    return start_R1 + torch.minimum(step_L, (length_R1 - 1).clamp_min(0)), step_L < length_R1

@@ -1,0 +1,42 @@
+"""Signals as requests to stop in good order."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+# SIGHUP and SIGUSR1 do not exist on Windows.
+_PREEMPTION = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+)
+
+
+@contextlib.contextmanager
+def on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
+    """Turn the first of each signal into a call of ``request_stop``; the next has its usual effect.
+
+    It is called with ``"interrupted"`` for SIGINT (Ctrl-C) and ``"preempted"`` for SIGTERM, SIGHUP
+    and SIGUSR1. Signals that the process ignores, such as SIGHUP under ``nohup``, stay ignored. In
+    other threads than the main one, which alone receives signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: object) -> None:
+        is_interrupt = number == signal.SIGINT
+        signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+        request_stop("interrupted" if is_interrupt else "preempted")
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_PREEMPTION)}
+    handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
+    for number in handled:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number in handled:
+            # None is a handler that was not installed from Python, which cannot be put back.
+            signal.signal(number, before[number] or signal.SIG_DFL)
