@@ -209,10 +209,14 @@ def test_what_is_collected_goes_to_the_online_buffer():
         alone.extend(make_trial(5))
 
 
+def contents(folder):
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
 def test_a_folder_that_is_only_read(tmp_path):
     written = make_buffer([5, 6], path=tmp_path / "data")
     kept = written[:].clone()
-    files = {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    files = contents(tmp_path / "data")
     protected = make_trial_buffer(
         None, slice_length=4, batch_size=8, path=tmp_path / "data", mode="read", warn_short=False
     )
@@ -222,7 +226,7 @@ def test_a_folder_that_is_only_read(tmp_path):
         mixture.extend(make_trial(7, 1000 + 10 * number))
         mixture.sample()
     assert_close(protected[:], kept, rtol=0, atol=0)
-    assert files == {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    assert files == contents(tmp_path / "data")
     assert mixture.num_trials == 2 + mixture.online.num_trials
 
 
@@ -360,7 +364,6 @@ def test_the_same_data_go_on_wherever_they_lie(tmp_path):
     moved = make_trial_buffer(12, 4, 8, warn_short=False)  # other trials lay there before
     for trial in (make_trial(4, 900), make_trial(7, 950), make_trial(5), make_trial(6, 5)):
         moved.extend(trial)
-    assert moved.storage.table.first[0] > 0
     for buffer in (opened, at_once, moved):
         TrialMixture({"old": buffer}, {"old": 1}, batch_size=2).load_state_dict(state)
 
