@@ -15,7 +15,8 @@ from tests.data.test_torchrl_interplay import (
     make_answer,
     make_env,
 )
-from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler, TrialStorage
+from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler
+from torchrl_amago.data.replay.storage import TrialStorage
 
 ray = pytest.importorskip("ray")
 pytestmark = [
