@@ -25,7 +25,6 @@ HOSTS = ("torchrl", "tensordict")
 IMPORTS: dict[str, str] = {}
 
 _EXTENSION = "TorchRL documents it as what a subclass implements"
-_TRAINER = "the hooks of TorchRL's trainer have no public names"
 _STATE = "what TorchRL empties, locks or draws from has no public name for subclasses"
 
 # What our classes define, set or read of a class of TorchRL's above them.
@@ -46,19 +45,7 @@ IN_CLASSES: dict[str, str] = {
     "Sampler._empty": _STATE,
     "Sampler._rng": _STATE,
     "Storage._empty": _STATE,
-    "Trainer._log": _TRAINER,
-    "Trainer._log_interval": _TRAINER,
-    "Trainer._optim_count": _TRAINER,
-    "Trainer._post_optim_hook": _TRAINER,
-    "Trainer._post_optim_log": _TRAINER,
-    "Trainer._post_steps_hook": _TRAINER,
-    "Trainer._post_steps_log_hook": _TRAINER,
-    "Trainer._pre_optim_hook": _TRAINER,
-    "Trainer._pre_steps_log_hook": _TRAINER,
-    "Trainer._process_optim_batch_hook": _TRAINER,
-    "Trainer._setup_hook": _TRAINER,
-    "Trainer._shutdown_hook": _TRAINER,
-    "Trainer._stop_training": _TRAINER,
+    "Transform._call": _EXTENSION,
     "Transform._container": "the Compose around a transform has no public name",
     "Transform._inv_call": _EXTENSION,
     "Transform._reset": _EXTENSION,
@@ -76,9 +63,9 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "_forward_hooks": ("torch.nn.Module", "a hook must not be passed over by the fast step"),
     "_forward_pre_hooks": ("torch.nn.Module", "a hook must not be passed over by the fast step"),
     "_last_cursor_index": ("torchrl.data.TensorStorage", _CURSOR),
+    "_modules": ("torch.nn.Module", "a child by a name made up at run time"),
     "_mutation_revision": ("torchrl.data.TensorStorage", _CURSOR),
     "_np_random_seed": ("gymnasium.Env", "np_random_seed would seed an environment that has none"),
-    "_post_loss_hook": ("torchrl.trainers.Trainer", _TRAINER),
     "_prefetch": ("torchrl.data.ReplayBuffer", "set by a public argument, read by nothing public"),
     "_reset_env_preprocess": ("torchrl.envs.Transform", _RESET),
 }

@@ -35,7 +35,8 @@ def test_goes_on_exactly(name, steps):
     other.load_memory_state_dict(state)
     states, again = take_steps(other, *future, stream)
     assert torch.equal(states, expected)
-    assert torch.equal(again, stream)
+    # Encoders without memory take no stream.
+    assert (again is stream is None) or torch.equal(again, stream)
     # What was saved isn't shared with either of them.
     other.load_memory_state_dict(state)
     assert torch.equal(take_steps(other, *future, stream)[0], expected)
