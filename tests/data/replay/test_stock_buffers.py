@@ -176,7 +176,9 @@ def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids,
 def test_elements_of_several_steps_are_refused():
     rb = make_buffer(LazyTensorStorage(100))
     list(Collector(make_env(), act, frames_per_batch=12, total_frames=12, replay_buffer=rb))
-    with pytest.raises(ValueError, match=r"each of its elements is \[4\] steps.*trajs_per_batch=1"):
+    with pytest.raises(
+        ValueError, match=r"each item of the storage is a batch \[4\].*trajs_per_batch=1"
+    ):
         rb.sample()
 
 

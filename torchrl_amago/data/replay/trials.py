@@ -51,8 +51,8 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
     data, last = storage[:], version[-1]
     if data.ndim > 1:
         raise ValueError(
-            f"a storage must hold single steps, and each of its elements is {[*data.shape[1:]]} steps. Collect "
-            "with trajs_per_batch=1, or postproc=lambda batch: batch.reshape(-1)."
+            f"each item of the storage is a batch {[*data.shape[1:]]} of steps, and must be one step. Use "
+            "TrialCollector, trajs_per_batch=1, or postproc=lambda batch: batch.reshape(-1)."
         )
     ids, ends, init = data.get(traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
     if ids is None and ends is None:
