@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 
 from torchrl_amago import (
     LOSSES,

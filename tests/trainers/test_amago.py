@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.collectors import Collector
 from torchrl.objectives import SoftUpdate
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torchrl._utils import logger as torchrl_logger
+from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector, Collector
 
