@@ -251,7 +251,7 @@ def test_refused_resume_changes_nothing(tmp_path):
     csv = (tmp_path / "progress.csv").read_text()
     for options, match in (
         ({"hidden_size": 16}, r"actor_network_params.module.0.weight: 8x3 float32 in the checkp"),
-        ({"capacity": 50}, "same capacity"),
+        ({"capacity": 50}, "capacity must be that of the folder, 100 steps"),
     ):
         other = make_trainer(tmp_path, **options)
         before = {k: v.clone() for k, v in other.loss_module.state_dict().items()}

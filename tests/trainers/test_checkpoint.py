@@ -63,7 +63,7 @@ def test_an_empty_replay_can_be_saved(tmp_path):
 def test_nothing_is_pickled(tmp_path):
     path = save(CheckpointStore(tmp_path), 1)
     names = {file.suffix for file in path.rglob("*") if file.is_file()}
-    assert names == {".json", ".npz", ".bin"}
+    assert names == {".json", ".npz", ".bin", ".memmap"}
 
 
 def test_manifest_lists_every_file(tmp_path):

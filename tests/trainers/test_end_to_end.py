@@ -22,7 +22,7 @@ from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import HeldOut
 from torchrl_amago.modules import make_policy
-from torchrl_amago.trainers import Intervals, make_trainer, read_progress
+from torchrl_amago.trainers import Intervals, load_policy, make_trainer, read_progress
 
 TOTAL = 14
 SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
@@ -54,6 +54,7 @@ def make_run(
     discounts=(0.9, 0.99),
     seed=3,
     replay=lambda rb: rb,
+    loss_options=None,
     **options,
 ):
     torch.manual_seed(weights_seed)
@@ -81,6 +82,7 @@ def make_run(
         replay_buffer=replay(rb),
         learning_rate=1e-3,
         loss=loss,
+        loss_options=loss_options,
         critic_options={"hidden_size": 16},
         evaluator=lambda: held_out.evaluate(4),
         intervals=Intervals(log=2, evaluate=5, checkpoint=5),
@@ -248,6 +250,26 @@ def test_a_mixture_goes_on_in_mid_trial(tmp_path):
     signal_at(first, 7, signal.SIGTERM)
     assert first.train() == "preempted"
     assert_same_run(whole, finish(make(tmp_path / "run").resume()))
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"discounts": (0.9, 0.95)}, r"policy.discounts: \[0.9, 0.99\] .*, \[0.9, 0.95\] here"),
+        ({"positions": "rotary"}, "policy.trajectory.positions"),
+        ({"window": 3}, "policy.trajectory.window"),
+        ({"loss_options": {"n_step": 3}}, "loss.n_step: 1 in the checkpoint, 3 here"),
+    ],
+    ids=str,
+)
+def test_settings_that_no_shape_reveals_are_refused(tmp_path, changed, named):
+    make_run(tmp_path, total_updates=1).train()
+    other = make_run(tmp_path, **changed)
+    with pytest.raises(ValueError, match=named):
+        other.resume()
+    if "loss_options" not in changed:
+        with pytest.raises(ValueError, match=named.removeprefix("policy.").partition(" .*")[0]):
+            load_policy(tmp_path / "policy.npz", other.policy)
 
 
 def test_the_rows_tell_what_one_watches(uninterrupted):

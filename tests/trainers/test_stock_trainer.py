@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from torchrl.collectors import Collector, MultiCollector
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
-from torchrl_amago.data import TrialCollector, make_trial_buffer
+from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import HeldOut
 from torchrl_amago.modules import make_policy
@@ -124,6 +125,43 @@ def test_hooks_are_saved_with_the_trainer(tmp_path):
     shutdown()
     assert state["evaluation"] == {"batches": 4}
     assert state["trial_monitor"]["trials"] == trainer.replay_buffer.num_trials
+
+
+@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
+@pytest.mark.parametrize("whole_trials", [True, False])
+def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole_trials):
+    def make(total_updates):
+        env, policy, loss, _ = make_parts()
+        sampler = TrialSliceSampler(8, warn_short=False)
+        rb = TensorDictReplayBuffer(storage=storage(600), sampler=sampler, batch_size=4)
+        pieces = {"postproc": lambda batch: batch.reshape(-1)}
+        options = {"trajs_per_batch": 1} if whole_trials else pieces
+        collector = Collector(
+            env, policy, frames_per_batch=6 * 8, total_frames=-1, replay_buffer=rb, **options
+        )
+        return AMAGOTrainer(
+            collector,
+            loss,
+            make_optimizer(loss, learning_rate=1e-3),
+            rb,
+            target_updater=SoftUpdate(loss, tau=0.01),
+            total_updates=total_updates,
+            updates_per_round=2,
+            run_dir=tmp_path / "run",
+            intervals=Intervals(log=2, checkpoint=4),
+            progress_bar=False,
+            seed=0,
+        )
+
+    assert make(8).train() == "finished"
+    resumed = make(12).resume()
+    assert len(resumed.replay_buffer) > 0
+    assert resumed.train() == "finished"
+    rows = read_progress(tmp_path / "run")
+    assert rows["frames"].tolist() == [48.0 * n for n in range(1, 7)]
+    assert np.isfinite(rows["loss_actor"]).all()
+    assert rows["trials"][-1] > rows["trials"][3] > 0
+    assert rows["train/trial_length"][-1] > 0
 
 
 @pytest.mark.parametrize("sync", [True, False])

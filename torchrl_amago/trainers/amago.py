@@ -36,7 +36,7 @@ from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, evaluate_apart
 from torchrl_amago.trainers.nonfinite import blame_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, update_priorities
 from torchrl_amago.trainers.parts import Components, Counts, Optimisation, RandomState, Rollouts
-from torchrl_amago.trainers.policy_files import PolicyFiles
+from torchrl_amago.trainers.policy_files import PolicyFiles, policy_settings
 from torchrl_amago.trainers.report import RunReport, evaluation_metrics
 from torchrl_amago.trainers.signals import on_signals
 
@@ -457,11 +457,10 @@ class AMAGOTrainer:
 
     def _settings(self) -> dict[str, Any]:
         """Values that a resumed run must agree with."""
-        parts = {"policy": self.policy, "loss": self.loss_module}
+        loss = getattr(self.loss_module, "settings", {})
+        parts = {"policy": policy_settings(self.policy), "loss": loss}
         own = {
-            f"{part}.{name}": value
-            for part, module in parts.items()
-            for name, value in getattr(module, "settings", {}).items()
+            f"{part}.{k}": value for part, values in parts.items() for k, value in values.items()
         }
         return {**own, **self.settings, "seed": self.seed}
 

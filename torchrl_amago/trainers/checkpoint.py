@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import files
-from torchrl_amago.data import load_replay, save_replay
+from torchrl_amago.data import TrialReplayBuffer, load_replay, save_replay
 from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers.progress import PROGRESS_FILE
 
@@ -114,7 +114,9 @@ class CheckpointStore:
         kept = {name for manifest in manifests for name in manifest.get("kept", ())}
         with files.replace_folder(final) as folder:
             save_state(folder / _STATE, state)
-            save_replay(replay_buffer, folder / _REPLAY)
+            # TorchRL's storages can't be saved before the first step is there.
+            if isinstance(replay_buffer, TrialReplayBuffer) or len(replay_buffer):
+                save_replay(replay_buffer, folder / _REPLAY)
             facts = {
                 "format_version": FORMAT_VERSION,
                 "update": update,
@@ -176,7 +178,8 @@ class CheckpointStore:
     @staticmethod
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
         """Fill ``replay_buffer`` from a checkpoint."""
-        load_replay(replay_buffer, path / _REPLAY)
+        if (path / _REPLAY).exists():
+            load_replay(replay_buffer, path / _REPLAY)
 
 
 def refuse_existing_run(run_dir: str | Path) -> None:
@@ -226,7 +229,7 @@ def differing_entries(saved: Mapping[str, object], here: Mapping[str, object]) -
         ['b', 'c']
     """
     names = [*saved, *(name for name in here if name not in saved)]
-    return [name for name in names if saved.get(name) != here.get(name)]
+    return [name for name in names if saved.get(name, "absent") != here.get(name, "absent")]
 
 
 def show_differences(saved: Mapping[str, object], here: Mapping[str, object], where: str) -> str:

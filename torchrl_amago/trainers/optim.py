@@ -200,7 +200,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
             losses = loss_module(batch)
         total = sum(value for key, value in losses.items() if key.startswith("loss"))
         total.backward()
-        metrics = _scalars(losses.detach(), loss_module)
+        metrics = losses.detach()
         norms = {
             part: torch.nn.utils.get_total_norm(gradients)
             for part, parameters in self._parts.items()
@@ -253,12 +253,3 @@ def _by_network(
     if optimised:
         parts.setdefault("other", []).extend(optimised)
     return parts
-
-
-def _scalars(losses: TensorDictBase, loss_module: nn.Module) -> TensorDictBase:
-    """Keep scalars; a loss that reports values of every discount has one for each of them."""
-    q_value_G = losses.pop("per_discount", {}).get("q_value", None)
-    if q_value_G is not None:
-        named = zip(loss_module.discounts.tolist(), q_value_G.unbind(), strict=True)
-        losses.update({f"q_value/{discount:g}": value for discount, value in named})
-    return losses.select(*[key for key, value in losses.items() if value.numel() == 1])

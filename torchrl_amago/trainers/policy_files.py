@@ -113,7 +113,13 @@ def _describe(policy: nn.Module) -> dict[str, Any]:
         for name, x in policy.state_dict().items()
         if isinstance(x, Tensor) and not name.startswith(prefixes)
     }
-    return {"weights": weights, "settings": as_json(getattr(policy, "settings", {}))}
+    return {"weights": weights, "settings": as_json(policy_settings(policy))}
+
+
+def policy_settings(policy: object) -> dict[str, Any]:
+    """Return the settings of a policy that decide how it acts, without those of its exploration."""
+    settings = getattr(policy, "settings", {})
+    return {k: value for k, value in settings.items() if k.partition(".")[0] != "exploration"}
 
 
 def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
