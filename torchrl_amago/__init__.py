@@ -87,6 +87,7 @@ from torchrl_amago.modules import (
     make_timestep_encoder,
 )
 from torchrl_amago.objectives import LOSSES, AMAGOLoss, amago2_loss, amago_loss
+from torchrl_amago.rows import split_trials
 from torchrl_amago.trainers import (
     AMAGOTrainer,
     load_policy,
@@ -177,4 +178,5 @@ __all__ = [
     "read_minari",
     "rollout_pictures",
     "save_replay",
+    "split_trials",
 ]
