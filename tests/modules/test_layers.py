@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.golden_utils import assert_close, cases, load
+from torchrl_amago.modules.input_norm import InputNorm
 from torchrl_amago.modules.layers import (
     MLP,
-    InputNorm,
     RMSNorm,
     SigmaReparamLinear,
     make_activation,

@@ -10,7 +10,8 @@ from torchrl.data import Binary, Bounded, Categorical
 from torchrl_amago import modules
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules import distributions, timestep
-from torchrl_amago.modules.layers import MLP, InputNorm
+from torchrl_amago.modules.input_norm import InputNorm
+from torchrl_amago.modules.layers import MLP
 
 COUNTS = (0, -4, 2.5, math.nan)
 NUMBERS = (0.0, -1.0, math.nan, math.inf)

@@ -20,7 +20,8 @@ from torchrl.modules.functional import symlog
 
 from torchrl_amago.choice import check_counts, check_positive
 from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import PreciseBuffers, make_activation
+from torchrl_amago.modules.input_norm import PreciseBuffers
+from torchrl_amago.modules.layers import make_activation
 from torchrl_amago.modules.settings import Configurable
 
 

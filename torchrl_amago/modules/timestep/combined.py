@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules.functional import symlog
 
-from torchrl_amago.modules.layers import MLP, InputNorm, make_activation, make_norm
+from torchrl_amago.modules.input_norm import InputNorm
+from torchrl_amago.modules.layers import MLP, make_activation, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
 from torchrl_amago.modules.timestep.specs import EntryOptions, embed_specs

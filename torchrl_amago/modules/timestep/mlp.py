@@ -9,7 +9,8 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from torchrl_amago.modules.layers import MLP, InputNorm, make_norm
+from torchrl_amago.modules.input_norm import InputNorm
+from torchrl_amago.modules.layers import MLP, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 
 
