@@ -167,6 +167,6 @@ def test_runs_and_resumes_the_same_task_only(example, tmp_path, capsys):
     written = {"evaluation.npz", "evaluation_sampled.npz", "learning_curve.png"}
     assert written | example.pictures <= {path.name for path in args.run_dir.iterdir()}
     more = {**TINY, **example.short, "total_updates": 4, "resume": True, "run_dir": args.run_dir}
-    with pytest.raises(ValueError, match=f"entries: {next(iter(example.other))}: "):
+    with pytest.raises(ValueError, match=f"entries: .*{next(iter(example.other))}: "):
         example.train(example.Args(**{**more, **example.other}))
     assert example.train(example.Args(**more)) is not None
