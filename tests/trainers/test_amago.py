@@ -250,7 +250,7 @@ def test_refused_resume_changes_nothing(tmp_path):
     make_trainer(tmp_path, total_updates=4).train()
     csv = (tmp_path / "progress.csv").read_text()
     for options, match in (
-        ({"hidden_size": 16}, r"actor_network_params.module.0.weight: 8x3 float32 in the checkp"),
+        ({"hidden_size": 16}, r"actor_network_params.module.0.weight: 8x3 float32 there"),
         ({"capacity": 50}, "capacity must be that of the folder, 100 steps"),
     ):
         other = make_trainer(tmp_path, **options)
@@ -277,18 +277,16 @@ def test_collector_must_fit(tmp_path):
     good = make_trainer(tmp_path)
     rest = (good.loss_module, good.optimizer, good.replay_buffer)
     options = {"total_updates": 1, "updates_per_round": 1, "run_dir": tmp_path}
-    with pytest.raises(TypeError, match=r"must be one of torchrl.collectors, got list"):
+    with pytest.raises(ValueError, match=r"must write whole trials .* got a list"):
         AMAGOTrainer([], *rest, **options)
     collector = Collector(GuessTask(), frames_per_batch=4, total_frames=-1)
-    with pytest.raises(
-        ValueError, match="must write to the trainer's replay_buffer, got .*NoneType"
-    ):
+    with pytest.raises(ValueError, match="the trainer's replay_buffer, got .*NoneType"):
         AMAGOTrainer(collector, *rest, **options)
     collector.shutdown()
     collector = Collector(
         GuessTask(), frames_per_batch=4, total_frames=-1, replay_buffer=good.replay_buffer
     )
-    with pytest.raises(ValueError, match="whole trials, got one with trajs_per_batch=None"):
+    with pytest.raises(ValueError, match="whole trials .*, got one with trajs_per_batch=None"):
         AMAGOTrainer(collector, *rest, **options)
     collector.shutdown()
     with pytest.raises(ValueError, match="updates_per_round must be at least 1, got 0"):

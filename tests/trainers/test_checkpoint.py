@@ -146,7 +146,7 @@ def test_another_format_is_refused(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["format_version"] = 99
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RuntimeError, match="format version 99, and this code reads 3"):
+    with pytest.raises(RuntimeError, match="format version 99, and this code reads 4"):
         CheckpointStore(tmp_path).load(path, FACTS)
 
 
@@ -154,8 +154,8 @@ def test_another_architecture_is_refused(tmp_path):
     path = save(CheckpointStore(tmp_path), 1)
     here = {"loss.weight": "4x3 float32", "loss.gain": "2 float32"}
     expected = (
-        "3 entries: loss.weight: 2x3 float32 in the checkpoint, 4x3 float32 here; "
-        "loss.bias: 2 float32 in the checkpoint, absent here; loss.gain: absent in the checkpoint"
+        "3 entries: loss.weight: 2x3 float32 there, 4x3 float32 here; "
+        "loss.bias: 2 float32 there, absent here; loss.gain: absent there"
     )
     with pytest.raises(ValueError, match=expected):
         CheckpointStore(tmp_path).load(path, {**FACTS, "architecture": here})
@@ -163,9 +163,7 @@ def test_another_architecture_is_refused(tmp_path):
 
 def test_other_settings_are_refused(tmp_path):
     path = save(CheckpointStore(tmp_path), 1)
-    expected = (
-        r"into the settings .* discounts: \[0.9, 0.99\] in the checkpoint, \[0.9, 0.95\] here"
-    )
+    expected = r"the settings saved .* discounts: \[0.9, 0.99\] there, \[0.9, 0.95\] here"
     with pytest.raises(ValueError, match=expected):
         CheckpointStore(tmp_path).load(path, {**FACTS, "settings": {"discounts": (0.9, 0.95)}})
 

@@ -258,7 +258,7 @@ def test_a_mixture_goes_on_in_mid_trial(tmp_path):
         ({"discounts": (0.9, 0.95)}, r"policy.discounts: \[0.9, 0.99\] .*, \[0.9, 0.95\] here"),
         ({"positions": "rotary"}, "policy.trajectory.positions"),
         ({"window": 3}, "policy.trajectory.window"),
-        ({"loss_options": {"n_step": 3}}, "loss.n_step: 1 in the checkpoint, 3 here"),
+        ({"loss_options": {"n_step": 3}}, "loss.n_step: 1 there, 3 here"),
     ],
     ids=str,
 )

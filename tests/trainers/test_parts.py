@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.trainers.tiny import make_trainer, stop_at
 from torchrl_amago.trainers import make_schedule
-from torchrl_amago.trainers.parts import Optimisation, RandomState, Rollouts
+from torchrl_amago.trainers.parts import Optimisation, Rollouts
 
 # --- components ---
 
@@ -115,8 +115,10 @@ def test_the_learning_rate_is_that_of_the_run_that_resumes(make_scheduler, rate)
 # --- random numbers and rollouts ---
 
 
-def test_generators_are_set_when_training_begins():
-    part = RandomState()
+def test_generators_are_set_when_training_begins(tmp_path):
+    trainer = make_trainer(tmp_path)
+    part = Rollouts(trainer.collector)
+    part.prepare()
     saved, expected = part.state_dict(), torch.rand(3)
     part.load_state_dict(saved)
     assert not torch.equal(torch.rand(3), expected)
@@ -183,11 +185,11 @@ def with_settings(trainer, **settings):
 @pytest.mark.parametrize(
     ("first", "then", "message"),
     [
-        ({"seed": 3}, {"seed": 4}, "1 entries: seed: 3 in the checkpoint, 4 here"),
+        ({"seed": 3}, {"seed": 4}, "1 entries: seed: 3 there, 4 here"),
         (
             {"settings": {"size": 3}},
             {"settings": {"size": 4}},
-            "size: 3 in the checkpoint, 4 here",
+            "size: 3 there, 4 here",
         ),
     ],
 )
@@ -200,7 +202,7 @@ def test_settings_must_be_those_that_were_saved(tmp_path, first, then, message):
 
 def test_settings_of_modules_must_be_those_that_were_saved(tmp_path):
     with_settings(make_trainer(tmp_path, total_updates=4), n_step=(1,), gammas=[0.9]).train()
-    match = r"loss.n_step: \[1\] in the checkpoint, \[5\] here"
+    match = r"loss.n_step: \[1\] there, \[5\] here"
     with pytest.raises(ValueError, match=match):
         with_settings(make_trainer(tmp_path), n_step=[5], gammas=[0.9]).resume()
     with_settings(make_trainer(tmp_path), n_step=[1], gammas=[0.9]).resume()

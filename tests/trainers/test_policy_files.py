@@ -75,7 +75,9 @@ def test_other_settings_are_refused(tmp_path):
     files.save_last()
     other = Windowed(16)
     before = weights_of(other)
-    with pytest.raises(ValueError, match=r"settings in .* 1 entries: window: 8 there, 16 here"):
+    with pytest.raises(
+        ValueError, match=r"settings saved in .* 1 entries: window: 8 there, 16 here"
+    ):
         load_policy(files.last, other)
     assert all(torch.equal(x, before[name]) for name, x in weights_of(other).items())
     load_policy(files.last, Windowed(8))
@@ -172,9 +174,9 @@ def test_weights_of_another_policy_are_refused(tmp_path):
     files.save_last()
     other = nn.Linear(3, 4)
     before = weights_of(other)
-    with pytest.raises(ValueError, match=r"2 entries: weight.*bias: \(2,\) there, \(4,\) here"):
+    with pytest.raises(ValueError, match=r"2 entries: weight.*bias: 2 there, 4 here"):
         load_policy(files.last, other)
-    with pytest.raises(ValueError, match=r"bias: \(2,\) there, absent here"):
+    with pytest.raises(ValueError, match=r"bias: 2 there, absent here"):
         load_policy(files.last, nn.Linear(3, 2, bias=False))
     assert all(torch.equal(x, before[name]) for name, x in weights_of(other).items())
 

@@ -1,9 +1,8 @@
 """The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
 
 ``amago`` has the loop, ``build`` everything around a policy that it needs, ``optim`` the optimiser and
-its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``progress`` and
-``report`` table, terminal and loggers, ``parts`` the state of a run, ``checkpoint``, ``policy_files`` and
-``state_file`` its files, ``signals`` how it is stopped.
+its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``report`` table,
+terminal and loggers, ``parts`` the state of a run, ``checkpoint`` its files, ``signals`` its end.
 """
 
 from torchrl_amago.state_file import load_state, save_state
@@ -11,7 +10,9 @@ from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer
 from torchrl_amago.trainers.checkpoint import (
     CheckpointStore,
+    PolicyFiles,
     describe_architecture,
+    load_policy,
     refuse_existing_run,
 )
 from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
@@ -23,13 +24,14 @@ from torchrl_amago.trainers.optim import (
     make_schedule,
 )
 from torchrl_amago.trainers.parts import Components
-from torchrl_amago.trainers.policy_files import PolicyFiles, load_policy
-from torchrl_amago.trainers.progress import CLOCK_COLUMNS, ProgressTable, read_progress
 from torchrl_amago.trainers.report import (
+    CLOCK_COLUMNS,
     MetricWindow,
+    ProgressTable,
     RunReport,
     evaluation_metrics,
     make_logger,
+    read_progress,
 )
 
 __all__ = [

@@ -1,7 +1,8 @@
-"""What a run reports: means of metrics, clocks, and rows for table, terminal and loggers."""
+"""What a run reports: means of metrics and clocks, in `progress.csv`, on the terminal, to loggers."""
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import math
 import tempfile
@@ -11,39 +12,105 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 from torchrl import logger as torchrl_logger
+from torchrl.record import loggers as torchrl_loggers
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
+from torchrl_amago.choice import check_choice
 from torchrl_amago.evaluation import TrialResults, plot_adaptation_curve
-from torchrl_amago.trainers.progress import PROGRESS_FILE, ProgressTable
+from torchrl_amago.files import DamagedError, explain_full_disk, replace_file
 
-# The numbers one watches, under short names, from the latest row that has them.
-_SHOWN = (
-    ("eval/trial_return", "return"),
-    ("eval/success_first", "first"),
-    ("eval/success_last", "last"),
-    ("train/trial_return", "train return"),
-    ("loss_actor", "actor"),
-    ("loss_qvalue", "critic"),
-    ("frames_per_second", "frames/s"),
-    ("updates_per_second", "updates/s"),
+PROGRESS_FILE = "progress.csv"
+ACTIVITIES = ("training", "evaluation", "checkpoint")
+CLOCK_COLUMNS = (
+    *(f"seconds_{activity}" for activity in ACTIVITIES),
+    "frames_per_second",
+    "updates_per_second",
 )
+# The numbers one watches, under short names, from the latest row that has them.
+_SHOWN = {
+    "eval/trial_return": "return",
+    "eval/success_first": "first",
+    "eval/success_last": "last",
+    "train/trial_return": "train return",
+    "loss_actor": "actor",
+    "loss_qvalue": "critic",
+    "frames_per_second": "frames/s",
+    "updates_per_second": "updates/s",
+}
+
+
+class ProgressTable:
+    """A CSV file that is on the disk row by row.
+
+    TorchRL's ``CSVLogger`` writes one file per scalar; plots want one table. Where a row brings new
+    columns, the file is replaced as a whole. The state holds its text: a resumed run has the rows of
+    its checkpoint, whatever has become of the file.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.columns: list[str] = []
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Write one row; columns it lacks stay empty."""
+        new = [column for column in row if column not in self.columns]
+        if new:
+            rows = _read_rows(self.path) if self.columns else []
+            self.columns += new
+            with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        with (
+            explain_full_disk(self.path),
+            self.path.open("a", newline="", encoding="utf-8") as file,
+        ):
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def state_dict(self) -> dict[str, str]:
+        return {"text": self.path.read_text(encoding="utf-8") if self.columns else ""}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        self.columns = next(csv.reader(state["text"].splitlines()), [])
+        if self.columns:
+            with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
+                file.write(state["text"])
+        else:
+            self.path.unlink(missing_ok=True)
+
+
+def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
+    """Read the table of a run: one float64 array per column, NaN for empty cells.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        DamagedError: if it cannot be read.
+    """
+    path = Path(run_dir) / PROGRESS_FILE
+    if not path.exists():
+        raise FileNotFoundError(
+            f"a run's folder holds {PROGRESS_FILE}, but {path} does not exist. Pass the run_dir "
+            "of an AMAGOTrainer that has logged at least once."
+        )
+    try:
+        rows = _read_rows(path)
+        columns = rows[0].keys() if rows else ()
+        return {c: np.array([float(row[c] or "nan") for row in rows]) for c in columns}
+    except (ValueError, csv.Error) as error:
+        raise DamagedError(f"{path} must be a table of numbers, but {error}.") from error
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 class MetricWindow:
-    """Means of metrics since the last log; tensors are only read when it is asked for them.
-
-    Example:
-        >>> import torch
-        >>> window = MetricWindow()
-        >>> window.add_scalars({"loss": torch.tensor(1.0)})
-        >>> window.add_scalars({"loss": torch.tensor(3.0)})
-        >>> window.add("return", total=10.0, count=4)
-        >>> window.means()
-        {'loss': 2.0, 'return': 2.5}
-    """
+    """Means of metrics since the last row; tensors are only read when it is asked for them."""
 
     def __init__(self) -> None:
         self._totals: dict[str, list[Any]] = {}
@@ -55,9 +122,8 @@ class MetricWindow:
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Add ``count`` values that sum to ``total``."""
-        entry = self._totals.setdefault(name, [0.0, 0.0])
-        entry[0] = entry[0] + total
-        entry[1] += count
+        before, counted = self._totals.get(name, (0.0, 0.0))
+        self._totals[name] = [before + total, counted + count]
 
     def means(self) -> dict[str, float]:
         """Return the mean of every metric, in the order first seen, and start anew."""
@@ -65,19 +131,17 @@ class MetricWindow:
         return {name: total / count for name, (total, count) in state.items() if count}
 
     def state_dict(self) -> dict[str, list[float]]:
-        """Sum and count of every metric since the last log."""
         return {name: [float(total), count] for name, (total, count) in self._totals.items()}
 
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
-        """Go on with a window."""
-        self._totals = {name: list(entry) for name, entry in state.items()}
+        self._totals = dict(state)
 
 
 class Stopwatch:
     """Seconds by activity; whatever is not measured apart is ``training``."""
 
     def __init__(self) -> None:
-        self.seconds = {"training": 0.0, "evaluation": 0.0, "checkpoint": 0.0}
+        self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
         self.start()
 
     def start(self) -> None:
@@ -102,16 +166,7 @@ class Stopwatch:
 
 
 class RunReport:
-    """Writes the same row to ``progress.csv``, the terminal and the loggers.
-
-    On a terminal a progress bar shows the numbers; without one, each row is a line of TorchRL's
-    logger.
-
-    Args:
-        run_dir: the run's folder.
-        loggers: see :func:`make_logger`.
-        progress_bar: False for neither bar nor lines.
-    """
+    """Writes the same row to ``progress.csv``, the terminal (bar, or lines elsewhere) and the loggers."""
 
     def __init__(
         self, run_dir: Path, loggers: Sequence[str | Logger] = (), progress_bar: bool = True
@@ -119,8 +174,6 @@ class RunReport:
         self.run_dir, self.progress_bar = run_dir, progress_bar
         self.window, self.stopwatch = MetricWindow(), Stopwatch()
         self.table = ProgressTable(run_dir / PROGRESS_FILE)
-        #: Folder of the run whose rows a resumed run takes over; None for its own.
-        self.source: Path | None = None
         self.loggers: list[str | Logger] = list(loggers)
         self._logger_states: dict[str, Any] = {}
         self._bar: tqdm | None = None
@@ -130,6 +183,8 @@ class RunReport:
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and bar, and tell the loggers the run's settings."""
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        plain = (bool, int, float, str)
+        hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
         for i, logger in enumerate(self.loggers):
             saved = self._logger_states.get(str(i), {})
             run_id = saved.get("state", {}).get("local", {}).get("id")
@@ -137,10 +192,7 @@ class RunReport:
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
             if not saved or _is_wandb(logger):  # others would list the run a second time
-                plain = (bool, int, float, str)
-                logger.log_hparams(
-                    {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
-                )
+                logger.log_hparams(hparams)
         # disable=None is tqdm's own test for a terminal.
         disable = None if self.progress_bar else True
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
@@ -150,8 +202,9 @@ class RunReport:
         if self.progress_bar and self._bar.disable:
             torchrl_logger.info(line)
 
-    def tick(self) -> None:
-        """Count one more update."""
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Count one more update, with its metrics."""
+        self.window.add_scalars(metrics)
         self._bar.update()
 
     def row(
@@ -185,8 +238,8 @@ class RunReport:
 
     def _show(self, row: Mapping[str, float]) -> None:
         self._latest.update({k: v for k, v in row.items() if not math.isnan(v)})
-        shown = {short: self._latest[key] for key, short in _SHOWN if key in self._latest}
-        shown = {short: f"{value:.4g}" for short, value in shown.items()}
+        latest = self._latest
+        shown = {short: f"{latest[key]:.4g}" for key, short in _SHOWN.items() if key in latest}
         self._bar.set_postfix(shown, refresh=False)
         numbers = ", ".join(f"{short} {value}" for short, value in shown.items())
         self.say(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {numbers}")
@@ -211,24 +264,20 @@ class RunReport:
             self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Window, clocks, size of the table, and whatever loggers need to go on."""
-        loggers = {
-            str(i): {"kind": type(logger).__name__, "state": logger.state_dict()}
-            for i, logger in enumerate(self.loggers)
-            if not isinstance(logger, str)
-        }
         return {
             "window": self.window.state_dict(),
             "seconds": self.stopwatch.read(),
             "last": dict(self._last),
             "table": self.table.state_dict(),
-            "loggers": loggers,
+            "loggers": {
+                str(i): {"kind": type(logger).__name__, "state": logger.state_dict()}
+                for i, logger in enumerate(self.loggers)
+                if not isinstance(logger, str)
+            },
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a report; rows that were written after it are dropped."""
-        source = None if self.source is None else self.source / PROGRESS_FILE
-        self.table.load_state_dict(state["table"], source)
+        self.table.load_state_dict(state["table"])
         self.window.load_state_dict(state["window"])
         self.stopwatch.seconds = dict(state["seconds"])
         self._last, self._logger_states = dict(state["last"]), state["loggers"]
@@ -242,31 +291,19 @@ def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str,
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:
-    """Make a TorchRL logger that writes into ``run_dir``; loggers pass through.
-
-    Args:
-        logger: ``"tensorboard"``, ``"wandb"`` or any :class:`torchrl.record.loggers.Logger`.
-        run_dir: the run's folder; its name is the experiment's.
-        run_id: run to go on with, of a logger that has ids.
-    """
+    """Make a TorchRL logger that writes into ``run_dir``, or goes on with a wandb run; others pass."""
     if not isinstance(logger, str):
         return logger
-    if logger not in ("tensorboard", "wandb"):
-        raise ValueError(
-            f"loggers must be 'tensorboard', 'wandb' or torchrl Logger objects, got {logger!r}. "
-            f"{PROGRESS_FILE} is written in any case."
-        )
+    check_choice("loggers", logger, ("tensorboard", "wandb"))
     if importlib.util.find_spec(logger) is None:
         raise ImportError(
             f"the {logger!r} logger needs the package {logger}, which is not installed. Install "
             f"it with: pip install 'torchrl-amago[{logger}]'"
         )
-    from torchrl.record.loggers import TensorboardLogger, WandbLogger
-
-    run_dir = Path(run_dir)
     if logger == "tensorboard":
-        return TensorboardLogger(exp_name="tensorboard", log_dir=str(run_dir))
-    return WandbLogger(exp_name=run_dir.name, save_dir=str(run_dir), id=run_id)
+        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=str(run_dir))
+    run_dir = Path(run_dir)
+    return torchrl_loggers.WandbLogger(run_dir.name, save_dir=str(run_dir), id=run_id)
 
 
 def _is_wandb(logger: Logger) -> bool:
@@ -274,7 +311,6 @@ def _is_wandb(logger: Logger) -> bool:
 
 
 def _log_picture(logger: Logger, name: str, path: Path, update: int) -> None:
-    """Log a PNG file where the logger shows pictures (TensorBoard, wandb)."""
     if _is_wandb(logger):
         import wandb
 
