@@ -94,12 +94,11 @@ ROW = dict(update=5, frames=40, extra={"loss_actor": float("nan")})
 def write_one_row(run_dir, **options):
     report = RunReport(run_dir, **options)
     report.open(total_updates=10, update=4, hparams={})
-    with report.stopwatch.apart("evaluation"):
+    with report.apart("evaluation"):
         time.sleep(0.05)
-    seconds = report.stopwatch.read()
-    assert seconds["evaluation"] >= 0.05 > seconds["training"]
+    assert report.seconds["evaluation"] >= 0.05 > report.seconds["training"]
     report.row(evaluation={"success_last": 0.96}, **ROW)
-    report.add({})
+    report.tick()
     report.close()
 
 

@@ -24,7 +24,6 @@ from torchrl_amago import files
 from torchrl_amago.choice import check_counts
 from torchrl_amago.data import TrialCollector, TrialReplayBuffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
-from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers.checkpoint import (
     CheckpointStore,
     PolicyFiles,
@@ -38,7 +37,7 @@ from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, evaluate_apart
 from torchrl_amago.trainers.nonfinite import blame_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, update_priorities
 from torchrl_amago.trainers.parts import Components, Counts, Optimisation, Rollouts
-from torchrl_amago.trainers.report import RunReport, evaluation_metrics
+from torchrl_amago.trainers.report import Results, RunReport, evaluation_metrics
 from torchrl_amago.trainers.signals import on_signals
 
 Outcome = Literal["finished", "interrupted", "preempted"]
@@ -144,7 +143,10 @@ class AMAGOTrainer:
         check_counts("", total_updates=self.total_updates, updates_per_round=self.updates_per_round)
         self.online_buffer, self.run_dir = online_part(self.replay_buffer), Path(self.run_dir)
         _check_collector(self.collector, self.online_buffer)
+        mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
         self.callbacks = list(self.callbacks)
+        if mixture is not None:
+            self.callbacks.append(lambda _: mixture.metrics())
         if self.stepper.dump_dir is None:
             self.stepper.dump_dir = self.run_dir
         if self.policy is None:
@@ -159,7 +161,7 @@ class AMAGOTrainer:
         # All that a checkpoint holds besides the replay; loaded in this order.
         parts = {
             "report": self.report,
-            "mixture": self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None,
+            "mixture": mixture,
             "loss": self.loss_module,
             "optimisation": Optimisation(self.optimizer, self.scheduler),
             "target_updater": self.target_updater,
@@ -231,8 +233,10 @@ class AMAGOTrainer:
                     self.target_updater.step()
                 counts.updates += 1
                 counts.updates_left -= 1
-                self.report.add(metrics)
-                self._call_back()
+                self.report.tick()
+                self.report.window.add_scalars(metrics)
+                for callback in self.callbacks:
+                    self.report.window.add_scalars(callback(self) or {})
                 evaluation = self._evaluate() if counts.updates % every.evaluate == 0 else {}
                 if evaluation or counts.updates % every.log == 0:
                     self._write_row(evaluation)
@@ -273,7 +277,6 @@ class AMAGOTrainer:
             self.policy_files.save_last()
         else:
             self._checkpoint()  # a run that dies early can be resumed, too
-        self.report.stopwatch.start()
 
     def _collect(self, batches: Iterator[None]) -> bool:
         """Collect a batch and find how many updates follow; False at the collector's end."""
@@ -327,31 +330,23 @@ class AMAGOTrainer:
         if self._outcome == "finished" and is_missing:
             self._write_row(self._evaluate())
 
-    def _call_back(self) -> None:
-        for callback in self.callbacks:
-            for name, value in (callback(self) or {}).items():
-                self.report.window.add(name, float(value))
-        if isinstance(self.replay_buffer, TrialMixture):
-            for name, value in self.replay_buffer.metrics().items():
-                self.report.window.add(name, value)
-
-    def _evaluate(self) -> Mapping[str, float] | TrialResults:
+    def _evaluate(self) -> Results:
         if self.evaluator is None:
             return {}
-        with self.report.stopwatch.apart("evaluation"):
+        with self.report.apart("evaluation"):
             results = evaluate_apart(self.evaluator)  # however often, it must not change training
         self.counts.evaluated_at = self.counts.updates
         self._sync()
         self.policy_files.offer(evaluation_metrics(results))
         return results
 
-    def _write_row(self, evaluation: Mapping[str, float] | TrialResults) -> None:
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        extra = {"trials": self.monitor.trials, "learning_rate": learning_rate}
+    def _write_row(self, evaluation: Results) -> None:
+        rate = self.optimizer.param_groups[0]["lr"]
+        extra = {"trials": self.monitor.trials, "learning_rate": rate}
         self.report.row(self.counts.updates, self.counts.frames, extra, evaluation)
 
     def _checkpoint(self, goes_on: bool = True) -> None:
-        with self.report.stopwatch.apart("checkpoint"):
+        with self.report.apart("checkpoint"):
             self._rollouts.prepare()
             state, updates = self.components.state_dict(), self.counts.updates
             facts = {**self._facts(), "frames": self.counts.frames}

@@ -13,11 +13,10 @@ from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
-from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers.nonfinite import check_data
-from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
+from torchrl_amago.trainers.report import MetricWindow, Results, evaluation_metrics
 
-Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
+Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
@@ -49,7 +48,7 @@ class EvaluationHook(TrainerHookBase):
         self._batches = int(state_dict["batches"])
 
 
-def evaluate_apart(evaluator: Evaluator) -> Mapping[str, float] | TrialResults:
+def evaluate_apart(evaluator: Evaluator) -> Results:
     """Evaluate; the global generators are left as they were."""
     rng = GlobalRNGState()
     before = rng.state_dict()

@@ -23,6 +23,7 @@ from torchrl_amago.choice import check_choice
 from torchrl_amago.evaluation import TrialResults, plot_adaptation_curve
 from torchrl_amago.files import DamagedError, explain_full_disk, replace_file
 
+Results = Mapping[str, float] | TrialResults
 PROGRESS_FILE = "progress.csv"
 ACTIVITIES = ("training", "evaluation", "checkpoint")
 CLOCK_COLUMNS = (
@@ -115,10 +116,10 @@ class MetricWindow:
     def __init__(self) -> None:
         self._totals: dict[str, list[Any]] = {}
 
-    def add_scalars(self, metrics: Mapping[str, Tensor]) -> None:
-        """Add one value of each metric (0-dimensional tensors)."""
+    def add_scalars(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Add one value of each metric: numbers, or 0-dimensional tensors."""
         for name, value in metrics.items():
-            self.add(name, value.detach().float())
+            self.add(name, value.detach().float() if isinstance(value, Tensor) else float(value))
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Add ``count`` values that sum to ``total``."""
@@ -137,52 +138,38 @@ class MetricWindow:
         self._totals = dict(state)
 
 
-class Stopwatch:
-    """Seconds by activity; whatever is not measured apart is ``training``."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(ACTIVITIES, 0.0)
-        self.start()
-
-    def start(self) -> None:
-        """Count from here."""
-        self._since = time.perf_counter()
-
-    def read(self, activity: str = "training") -> dict[str, float]:
-        """Count the time since the last reading as ``activity``; return all seconds so far."""
-        now = time.perf_counter()
-        self.seconds[activity] += now - self._since
-        self._since = now
-        return dict(self.seconds)
-
-    @contextmanager
-    def apart(self, activity: str) -> Iterator[None]:
-        """Count the time inside as ``activity``, not as training."""
-        self.read()
-        try:
-            yield
-        finally:
-            self.read(activity)
-
-
 class RunReport:
     """Writes the same row to ``progress.csv``, the terminal (bar, or lines elsewhere) and the loggers."""
 
     def __init__(
         self, run_dir: Path, loggers: Sequence[str | Logger] = (), progress_bar: bool = True
     ) -> None:
-        self.run_dir, self.progress_bar = run_dir, progress_bar
-        self.window, self.stopwatch = MetricWindow(), Stopwatch()
-        self.table = ProgressTable(run_dir / PROGRESS_FILE)
-        self.loggers: list[str | Logger] = list(loggers)
+        self.run_dir, self.progress_bar, self.loggers = run_dir, progress_bar, list(loggers)
+        self.window, self.table = MetricWindow(), ProgressTable(run_dir / PROGRESS_FILE)
+        self.seconds, self._since = dict.fromkeys(ACTIVITIES, 0.0), time.perf_counter()
         self._logger_states: dict[str, Any] = {}
         self._bar: tqdm | None = None
         self._latest: dict[str, float] = {}
         self._last = {"frames": 0, "updates": 0, "training": 0.0}
 
+    def _read_clock(self, activity: str | None = "training") -> None:
+        """Count the time since the last reading as ``activity``, or not at all."""
+        now = time.perf_counter()
+        if activity is not None:
+            self.seconds[activity] += now - self._since
+        self._since = now
+
+    @contextmanager
+    def apart(self, activity: str) -> Iterator[None]:
+        """Count the time inside as ``activity``, not as training."""
+        self._read_clock()
+        try:
+            yield
+        finally:
+            self._read_clock(activity)
+
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and bar, and tell the loggers the run's settings."""
-        self.run_dir.mkdir(parents=True, exist_ok=True)
         plain = (bool, int, float, str)
         hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
         for i, logger in enumerate(self.loggers):
@@ -196,38 +183,35 @@ class RunReport:
         # disable=None is tqdm's own test for a terminal.
         disable = None if self.progress_bar else True
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
+        self._read_clock(None)
 
     def say(self, line: str) -> None:
         """Log a line where no progress bar is shown."""
         if self.progress_bar and self._bar.disable:
             torchrl_logger.info(line)
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
-        """Count one more update, with its metrics."""
-        self.window.add_scalars(metrics)
+    def tick(self) -> None:
+        """Count one more update."""
         self._bar.update()
 
     def row(
-        self,
-        update: int,
-        frames: int,
-        extra: Mapping[str, float],
-        evaluation: Mapping[str, float] | TrialResults,
+        self, update: int, frames: int, extra: Mapping[str, float], evaluation: Results
     ) -> None:
         """Write the means since the last row, ``extra`` and the numbers of an evaluation."""
-        seconds, last = self.stopwatch.read(), self._last
-        elapsed = max(seconds["training"] - last["training"], 1e-9)
+        self._read_clock()
+        last, training = self._last, self.seconds["training"]
+        elapsed = max(training - last["training"], 1e-9)
         row = {
             "update": update,
             "frames": frames,
-            **{f"seconds_{activity}": value for activity, value in seconds.items()},
+            **{f"seconds_{activity}": value for activity, value in self.seconds.items()},
             "frames_per_second": (frames - last["frames"]) / elapsed,
             "updates_per_second": (update - last["updates"]) / elapsed,
             **extra,
             **self.window.means(),
             **evaluation_metrics(evaluation),
         }
-        self._last = {"frames": frames, "updates": update, "training": seconds["training"]}
+        self._last = {"frames": frames, "updates": update, "training": training}
         self.table.append(row)
         self._show(row)
         for logger in self.loggers:
@@ -245,7 +229,6 @@ class RunReport:
         self.say(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {numbers}")
 
     def _log_attempts(self, results: TrialResults, update: int) -> None:
-        """Log return and success of each attempt, as numbers and as a picture."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adaptation_curve.png"
             plot_adaptation_curve(results, path)
@@ -264,9 +247,10 @@ class RunReport:
             self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
+        self._read_clock()
         return {
             "window": self.window.state_dict(),
-            "seconds": self.stopwatch.read(),
+            "seconds": dict(self.seconds),
             "last": dict(self._last),
             "table": self.table.state_dict(),
             "loggers": {
@@ -279,11 +263,11 @@ class RunReport:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.table.load_state_dict(state["table"])
         self.window.load_state_dict(state["window"])
-        self.stopwatch.seconds = dict(state["seconds"])
+        self.seconds = dict(state["seconds"])
         self._last, self._logger_states = dict(state["last"]), state["loggers"]
 
 
-def evaluation_metrics(results: Mapping[str, float] | TrialResults) -> dict[str, float]:
+def evaluation_metrics(results: Results) -> dict[str, float]:
     """Columns of an evaluation: named numbers as they are, ``TrialResults`` by their summary."""
     if isinstance(results, TrialResults):
         results = results.summary()
