@@ -12,7 +12,8 @@ from torch import nn
 
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.files import DamagedError
-from torchrl_amago.trainers import CheckpointStore, describe_architecture, refuse_existing_run
+from torchrl_amago.trainers import refuse_existing_run
+from torchrl_amago.trainers.checkpoint import CheckpointStore, describe_architecture
 
 ARCHITECTURE = {"loss.weight": "2x3 float32", "loss.bias": "2 float32"}
 FACTS = {"architecture": ARCHITECTURE, "settings": {"discounts": [0.9, 0.99]}}

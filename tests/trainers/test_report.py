@@ -10,16 +10,10 @@ from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.files import DamagedError
-from torchrl_amago.trainers import (
-    MetricWindow,
-    ProgressTable,
-    RunReport,
-    load_state,
-    make_logger,
-    read_progress,
-    save_state,
-)
+from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago.trainers import ProgressTable, read_progress
 from torchrl_amago.trainers import report as report_module
+from torchrl_amago.trainers.report import MetricWindow, RunReport, make_logger
 
 
 def test_rows_are_on_disk_and_columns_may_come_late(tmp_path):

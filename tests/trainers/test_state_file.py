@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from torchrl_amago.files import DamagedError
-from torchrl_amago.trainers import load_state, save_state
+from torchrl_amago.state_file import load_state, save_state
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

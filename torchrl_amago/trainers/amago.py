@@ -35,7 +35,7 @@ from torchrl_amago.trainers.checkpoint import (
 )
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, evaluate_apart
 from torchrl_amago.trainers.nonfinite import blame_inputs
-from torchrl_amago.trainers.optim import FiniteOptimizationStepper, update_priorities
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper
 from torchrl_amago.trainers.parts import Components, Counts, Optimisation, Rollouts
 from torchrl_amago.trainers.report import Results, RunReport, evaluation_metrics
 from torchrl_amago.trainers.signals import on_signals
@@ -179,9 +179,9 @@ class AMAGOTrainer:
         self._sync_weights = _needs_weight_sync(self.collector, self.loss_module)
         self._written = 0  # steps in the buffer's history when frames were counted last
         self._saved_at = -1
-        self._is_resumed = self._stop = False
+        self._is_resumed = self._stop = self._has_lock = False
         self._outcome: Outcome = "finished"
-        self._lock: contextlib.ExitStack | None = None
+        self._lock = contextlib.ExitStack()
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
@@ -224,9 +224,7 @@ class AMAGOTrainer:
             if not counts.updates_left and not self._collect(batches):
                 break
             while counts.updates_left and not self.is_done:
-                batch = self.stepper.prepare(self.replay_buffer.sample(), self.loss_module)
-                metrics = self.stepper.update(self.loss_module, self.optimizer, batch)
-                update_priorities(self.replay_buffer, batch)
+                metrics = self.stepper.step(self, self.replay_buffer.sample())
                 if self.scheduler is not None:
                     self.scheduler.step()
                 if self.target_updater is not None:
@@ -394,18 +392,17 @@ class AMAGOTrainer:
 
     def _claim(self) -> None:
         """Lock the run's folder, and remove what dead processes left there."""
-        if self._lock is not None:
+        if self._has_lock:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        lock = contextlib.ExitStack()
-        lock.enter_context(files.lock(self.run_dir / ".lock", wait=False))
-        self._lock = lock
+        self._lock.enter_context(files.lock(self.run_dir / ".lock", wait=False))
+        self._has_lock = True
         for folder in (self.run_dir, self.checkpoints.folder):
             files.recover(folder)
 
     def _release(self) -> None:
         self._lock.close()
-        self._lock = None
+        self._has_lock = False
 
     def _stop_on_signal(self, outcome: Outcome) -> None:
         # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -62,8 +62,8 @@ def make_optimizer(
     named = [(name, p) for name, p in loss_module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(
-            "make_optimizer needs a module with at least one parameter that requires a gradient, "
-            f"got {type(loss_module).__name__} with none. Pass the loss module itself."
+            "make_optimizer needs at least one parameter that requires a gradient, got "
+            f"{type(loss_module).__name__} with none. Pass the loss module itself."
         )
     groups: dict[float, list[nn.Parameter]] = {weight_decay: []}
     for name, p in named:
@@ -142,11 +142,13 @@ class FiniteOptimizationStepper(OptimizationStepper):
         self._parts: dict[str, list[nn.Parameter]] = {}
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Make one update for a stock trainer, which runs the hooks around it."""
+        """Make one update of our trainer or a stock one, whose buffer may draw by the loss's errors."""
         batch = self.prepare(sub_batch, trainer.loss_module)
         metrics = self.update(trainer.loss_module, trainer.optimizer, batch)
-        if trainer.replay_buffer is not None:
-            update_priorities(trainer.replay_buffer, batch)
+        buffer = trainer.replay_buffer
+        if buffer is not None and "priority_weight" in set(batch.keys()):
+            stock = getattr(buffer, "update_tensordict_priority", None)
+            (stock or buffer.update_priority)(batch)
         return metrics
 
     def prepare(self, batch: TensorDictBase, loss_module: nn.Module) -> TensorDictBase:
@@ -189,13 +191,6 @@ class FiniteOptimizationStepper(OptimizationStepper):
         if self.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(next(loss_module.parameters()).device.type, dtype=torch.bfloat16)
-
-
-def update_priorities(replay_buffer: Any, batch: TensorDictBase) -> None:
-    """Tell a buffer that draws by priority the errors that the loss has put into a batch."""
-    if "priority_weight" in set(batch.keys()):
-        stock = getattr(replay_buffer, "update_tensordict_priority", None)
-        (stock or replay_buffer.update_priority)(batch)
 
 
 def _by_network(loss_module: nn.Module, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
