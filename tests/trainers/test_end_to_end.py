@@ -135,6 +135,9 @@ def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
     trainer = make_run(tmp_path)
     trainer.intervals = Intervals(log=2, evaluate=5, checkpoint=1000)
     a, b = uninterrupted[0], finish(trainer)[0]
+    # Evaluations have rollouts too, whose memories nobody needs any more.
+    saved = trainer.components["rollouts"].state_dict()["collector"]["in_progress"]
+    assert len(saved["memories"]["0"]["streams"]) == 1
     named = [name for name in a if name.startswith(("loss.", "replay.", "next."))]
     assert len(named) > 50
     assert all(torch.equal(a[name], b[name]) for name in named if torch.is_tensor(a[name]))
