@@ -28,7 +28,7 @@ from torchrl_amago import (
     make_trainer,
     make_trial_env,
 )
-from torchrl_amago.trainers import PolicyFiles
+from torchrl_amago.trainers.checkpoint import PolicyFiles
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 

@@ -95,7 +95,7 @@ def test_resumes_with_the_same_dataset_only(example, making, tmp_path, monkeypat
     assert example.train(example.Args(**{**TINY, "loss": loss})) is not None
     more = {**TINY, "loss": loss, "total_updates": 6, "resume": True}
     making.make_dataset(making.Args(episodes=3))
-    with pytest.raises(ValueError, match="dataset_episodes: 2 in the checkpoint, 3 here"):
+    with pytest.raises(ValueError, match="dataset_episodes: 2 there, 3 here"):
         example.train(example.Args(**{**more, "dataset_episodes": 3}))
     assert example.train(example.Args(**more)) is not None
     rows = read_progress(tmp_path / "run")

@@ -183,7 +183,7 @@ def test_refuses_lengths_below_one(env, policy, tmp_path, name, value):
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16', got 'fp16'"),
         ({"final_lr_fraction": 2.0}, r"final_fraction must be in \[0, 1\], got 2.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
-        ({"learning_rate": -1e-3}, "learning_rate must be positive and finite, got -0.001"),
+        ({"learning_rate": -1e-3}, "learning_rate must be positive, got -0.001"),
     ],
 )
 def test_refuses_numbers_out_of_range(env, policy, tmp_path, options, message):

@@ -9,11 +9,11 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
-from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.files import DamagedError
-from torchrl_amago.trainers import CheckpointStore, describe_architecture, refuse_existing_run
+from torchrl_amago.trainers import refuse_existing_run
+from torchrl_amago.trainers.checkpoint import CheckpointStore, describe_architecture
 
 ARCHITECTURE = {"loss.weight": "2x3 float32", "loss.bias": "2 float32"}
 FACTS = {"architecture": ARCHITECTURE, "settings": {"discounts": [0.9, 0.99]}}
@@ -34,30 +34,12 @@ def save(store, update, **state):
     return store.save(update, {"tensor": torch.arange(3.0), **state}, filled_buffer(), FACTS)
 
 
-def test_generators_come_back(tmp_path):
-    store, rb = CheckpointStore(tmp_path), filled_buffer()
-    path = store.save(3, {"rng": GlobalRNGState().state_dict()}, rb, FACTS)
-    expected = torch.rand(5)
-    torch.rand(3)
-    GlobalRNGState().load_state_dict(store.load(path, FACTS)["rng"])
-    assert torch.equal(torch.rand(5), expected)
-
-
-def test_replay_comes_back(tmp_path):
-    store, rb = CheckpointStore(tmp_path), filled_buffer()
-    path = store.save(3, {"x": torch.ones(1)}, rb, FACTS)
-    other = small_buffer()
-    store.load_replay(path, other)
-    assert (other[:] == rb[:]).all()
-    assert other.write_count == 6
-
-
-def test_an_empty_replay_can_be_saved(tmp_path):
-    store = CheckpointStore(tmp_path)
-    path = store.save(0, {"x": torch.ones(1)}, small_buffer(), FACTS)
-    other = small_buffer()
-    store.load_replay(path, other)
-    assert len(other) == 0
+@pytest.mark.parametrize("make_buffer", [filled_buffer, small_buffer], ids=["filled", "empty"])
+def test_replay_comes_back(tmp_path, make_buffer):
+    store, rb, other = CheckpointStore(tmp_path), make_buffer(), small_buffer()
+    store.load_replay(store.save(3, {"x": torch.ones(1)}, rb, FACTS), other)
+    assert len(rb) == len(other) == other.write_count
+    assert not len(rb) or (other[:] == rb[:]).all()
 
 
 def test_nothing_is_pickled(tmp_path):
@@ -87,58 +69,27 @@ def test_rotation_keeps_the_last_written(tmp_path):
     assert [path.name for path in store.paths()] == ["update_0000005", "update_0000010"]
 
 
-def test_saving_again_replaces(tmp_path):
-    store = CheckpointStore(tmp_path)
-    save(store, 1, which=1)
-    path = save(store, 1, which=2)
-    assert store.load(path, FACTS)["which"] == 2
-    assert [p.name for p in store.folder.iterdir()] == ["update_0000001"]
-
-
-def test_a_failed_save_leaves_the_old(tmp_path):
-    store = CheckpointStore(tmp_path)
-    path = save(store, 1, which=1)
-    with pytest.raises(TypeError):
-        save(store, 1, which=object())
-    assert store.load(path, FACTS)["which"] == 1
-    save(store, 2)
-    assert not [p for p in store.folder.iterdir() if p.name.startswith(".")]
-
-
-@pytest.mark.parametrize("name", ["state.npz", "replay/manifest.json"])
-@pytest.mark.parametrize("damage", ["truncate", "flip", "delete"])
-def test_damage_is_named_with_the_intact_one(tmp_path, name, damage):
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("state.npz", b"", "has 0 bytes"),
+        ("replay/manifest.json", None, "is missing"),
+        ("manifest.json", b"{", "cannot be read"),
+        ("manifest.json", None, "cannot be read"),
+    ],
+)
+def test_damage_is_named_with_the_intact_one(tmp_path, name, content, problem):
     store = CheckpointStore(tmp_path)
     older, newer = save(store, 1), save(store, 2)
-    file = newer / name
-    content = file.read_bytes()
-    middle = len(content) // 2
-    if damage == "truncate":
-        file.write_bytes(content[:middle])
-    elif damage == "flip":
-        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
-    else:
-        file.unlink()
-    message = {"truncate": f"has {middle} bytes", "flip": "has changed", "delete": "is missing"}
-    with pytest.raises(RuntimeError, match=f"{name} {message[damage]}.*intact one is {older}"):
-        store.load(newer, FACTS)
-    assert store.load(older, FACTS)["tensor"].tolist() == [0.0, 1.0, 2.0]
-
-
-def test_no_intact_one_left(tmp_path):
-    store = CheckpointStore(tmp_path)
-    path = save(store, 1)
-    (path / "manifest.json").write_text("{")
-    with pytest.raises(RuntimeError, match=r"cannot be read.*no other intact checkpoint"):
-        store.load(store.find(), FACTS)
-
-
-def test_an_unreadable_checkpoint_is_not_passed_over(tmp_path):
-    store = CheckpointStore(tmp_path)
-    older, newer = save(store, 1), save(store, 2)
-    (newer / "manifest.json").unlink()
-    with pytest.raises(RuntimeError, match=f"intact one is {older}"):
-        store.load(store.find(), FACTS)
+    for path, remedy in ((newer, f"intact one is {older}"), (older, "no other intact checkpoint")):
+        (path / name).unlink()
+        if content is not None:
+            (path / name).write_bytes(content)
+        with pytest.raises(DamagedError, match=f"{name} .*{problem}.*{remedy}"):
+            store.load(path, FACTS)
+        if path is newer:
+            assert store.find() == newer  # it is not passed over
+            assert store.load(older, FACTS)["tensor"].tolist() == [0.0, 1.0, 2.0]
 
 
 def test_another_format_is_refused(tmp_path):
@@ -146,28 +97,36 @@ def test_another_format_is_refused(tmp_path):
     manifest = json.loads((path / "manifest.json").read_text())
     manifest["format_version"] = 99
     (path / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(RuntimeError, match="format version 99, and this code reads 3"):
+    with pytest.raises(RuntimeError, match="format version 99, and this code reads 4"):
         CheckpointStore(tmp_path).load(path, FACTS)
 
 
-def test_another_architecture_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("here", "expected"),
+    [
+        (
+            {"architecture": {"loss.weight": "4x3 float32", "loss.gain": "2 float32"}},
+            "the architecture saved .* 3 entries: loss.weight: 2x3 float32 there, 4x3 float32 here; "
+            "loss.bias: 2 float32 there, absent here; loss.gain: absent there",
+        ),
+        (
+            {"settings": {"discounts": (0.9, 0.95)}},
+            r"the settings saved .* discounts: \[0.9, 0.99\] there, \[0.9, 0.95\] here",
+        ),
+    ],
+)
+def test_other_facts_are_refused(tmp_path, here, expected):
     path = save(CheckpointStore(tmp_path), 1)
-    here = {"loss.weight": "4x3 float32", "loss.gain": "2 float32"}
-    expected = (
-        "3 entries: loss.weight: 2x3 float32 in the checkpoint, 4x3 float32 here; "
-        "loss.bias: 2 float32 in the checkpoint, absent here; loss.gain: absent in the checkpoint"
-    )
     with pytest.raises(ValueError, match=expected):
-        CheckpointStore(tmp_path).load(path, {**FACTS, "architecture": here})
+        CheckpointStore(tmp_path).load(path, {**FACTS, **here})
 
 
-def test_other_settings_are_refused(tmp_path):
-    path = save(CheckpointStore(tmp_path), 1)
-    expected = (
-        r"into the settings .* discounts: \[0.9, 0.99\] in the checkpoint, \[0.9, 0.95\] here"
-    )
-    with pytest.raises(ValueError, match=expected):
-        CheckpointStore(tmp_path).load(path, {**FACTS, "settings": {"discounts": (0.9, 0.95)}})
+def test_the_architecture_is_that_of_modules_and_groups():
+    net = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+    described = describe_architecture({"net": net}, torch.optim.SGD(net.parameters(), lr=1.0))
+    assert described["net.0.weight"] == "1x2 float32"
+    assert described["net.1.num_batches_tracked"] == "scalar int64"
+    assert described["optimizer.group_0"] == "4 parameters"
 
 
 @pytest.mark.parametrize(
@@ -207,14 +166,6 @@ def test_a_full_disk_is_explained_and_the_older_checkpoint_intact(tmp_path, monk
         save(store, 2)
     assert [path.name for path in store.folder.iterdir()] == [older.name]
     assert store.load(older, FACTS)["tensor"].tolist() == [0.0, 1.0, 2.0]
-
-
-def test_describe_architecture_sees_modules_and_groups():
-    net = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
-    described = describe_architecture({"net": net}, torch.optim.SGD(net.parameters(), lr=1.0))
-    assert described["net.0.weight"] == "1x2 float32"
-    assert described["net.1.num_batches_tracked"] == "scalar int64"
-    assert described["optimizer.group_0"] == "4 parameters"
 
 
 def test_find(tmp_path):

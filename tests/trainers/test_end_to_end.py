@@ -135,6 +135,9 @@ def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
     trainer = make_run(tmp_path)
     trainer.intervals = Intervals(log=2, evaluate=5, checkpoint=1000)
     a, b = uninterrupted[0], finish(trainer)[0]
+    # Evaluations have rollouts too, whose memories nobody needs any more.
+    saved = trainer.components["rollouts"].state_dict()["collector"]["in_progress"]
+    assert len(saved["memories"]["0"]["streams"]) == 1
     named = [name for name in a if name.startswith(("loss.", "replay.", "next."))]
     assert len(named) > 50
     assert all(torch.equal(a[name], b[name]) for name in named if torch.is_tensor(a[name]))
@@ -258,7 +261,7 @@ def test_a_mixture_goes_on_in_mid_trial(tmp_path):
         ({"discounts": (0.9, 0.95)}, r"policy.discounts: \[0.9, 0.99\] .*, \[0.9, 0.95\] here"),
         ({"positions": "rotary"}, "policy.trajectory.positions"),
         ({"window": 3}, "policy.trajectory.window"),
-        ({"loss_options": {"n_step": 3}}, "loss.n_step: 1 in the checkpoint, 3 here"),
+        ({"loss_options": {"n_step": 3}}, "loss.n_step: 1 there, 3 here"),
     ],
     ids=str,
 )

@@ -7,13 +7,9 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.evaluation import TrialResults
-from torchrl_amago.trainers import (
-    MetricWindow,
-    TrialMonitor,
-    evaluation_metrics,
-    load_state,
-    save_state,
-)
+from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago.trainers import TrialMonitor
+from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
 
 
 def trial(*attempts):

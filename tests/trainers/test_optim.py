@@ -6,7 +6,8 @@ from torch import nn
 
 from torchrl_amago.modules.critic import DiscreteCritic
 from torchrl_amago.modules.trajectory import TransformerEncoder
-from torchrl_amago.trainers import decays, make_optimizer, make_schedule
+from torchrl_amago.trainers import make_optimizer, make_schedule
+from torchrl_amago.trainers.optim import decays
 
 
 def test_what_decays():

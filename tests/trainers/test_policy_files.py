@@ -12,7 +12,9 @@ from torch import nn
 from tests.trainers.tiny import make_trainer
 from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
 from torchrl_amago.files import DamagedError
-from torchrl_amago.trainers import PolicyFiles, load_policy, load_state, save_state
+from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago.trainers import load_policy
+from torchrl_amago.trainers.checkpoint import PolicyFiles
 
 SMALL = {"seq_model": "gru", "seq_model_options": {"d_model": 8}}
 
@@ -48,37 +50,43 @@ def test_the_best_is_kept(tmp_path, values, best):
     assert_holds(files.best, {"weight": torch.full((1, 1), float(best))})
 
 
-def test_an_evaluation_without_the_metric_keeps_nothing(tmp_path):
-    files = PolicyFiles(tmp_path, nn.Linear(1, 1))
-    files.offer({"eval/score": 1.0})
-    assert files.best_value is None
-    assert not files.best.exists()
-
-
-def test_a_policy_without_weights_writes_nothing(tmp_path):
-    files = PolicyFiles(tmp_path, lambda tensordict: tensordict)
-    files.save_last()
-    files.offer({"eval/trial_return": 1.0})
+def test_nothing_is_written_without_weights_or_the_metric(tmp_path):
+    for policy, name in (
+        (lambda tensordict: tensordict, "trial_return"),
+        (nn.Linear(1, 1), "score"),
+    ):
+        files = PolicyFiles(tmp_path, policy)
+        files.offer({f"eval/{name}": 1.0})
+        assert files.best_value is None
+    PolicyFiles(tmp_path, lambda tensordict: tensordict).save_last()
     assert list(tmp_path.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="with each checkpoint"):
+        load_policy(files.last, nn.Linear(1, 1))
 
 
-class Windowed(nn.Linear):
+def windowed(window):
     """A policy with a setting that no shape shows."""
+    policy = nn.Linear(2, 1)
+    policy.settings = {"window": window, "discounts": (0.9, 0.99)}
+    return policy
 
-    def __init__(self, window):
-        super().__init__(2, 1)
-        self.settings = {"window": window, "discounts": (0.9, 0.99)}
 
-
-def test_other_settings_are_refused(tmp_path):
-    files = PolicyFiles(tmp_path, Windowed(8))
+@pytest.mark.parametrize(
+    ("saved", "other", "message"),
+    [
+        (windowed(8), windowed(16), "settings saved in .* 1 entries: window: 8 there, 16 here"),
+        (nn.Linear(3, 2), nn.Linear(3, 4), "2 entries: weight.*bias: 2 there, 4 here"),
+        (nn.Linear(3, 2), nn.Linear(3, 2, bias=False), "bias: 2 there, absent here"),
+    ],
+)
+def test_another_policy_is_refused(tmp_path, saved, other, message):
+    files = PolicyFiles(tmp_path, saved)
     files.save_last()
-    other = Windowed(16)
     before = weights_of(other)
-    with pytest.raises(ValueError, match=r"settings in .* 1 entries: window: 8 there, 16 here"):
+    with pytest.raises(ValueError, match=message):
         load_policy(files.last, other)
     assert all(torch.equal(x, before[name]) for name, x in weights_of(other).items())
-    load_policy(files.last, Windowed(8))
+    load_policy(files.last, saved)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "text", "another state"])
@@ -165,20 +173,3 @@ def test_exploration_is_no_part_of_a_policy_s_weights(tmp_path):
         for a, b in zip(trained.parameters(), other.parameters(), strict=True):
             assert torch.equal(a, b)
     assert torch.equal(exploring.exploration.frames, frames)
-
-
-def test_weights_of_another_policy_are_refused(tmp_path):
-    files = PolicyFiles(tmp_path, nn.Linear(3, 2))
-    files.save_last()
-    other = nn.Linear(3, 4)
-    before = weights_of(other)
-    with pytest.raises(ValueError, match=r"2 entries: weight.*bias: \(2,\) there, \(4,\) here"):
-        load_policy(files.last, other)
-    with pytest.raises(ValueError, match=r"bias: \(2,\) there, absent here"):
-        load_policy(files.last, nn.Linear(3, 2, bias=False))
-    assert all(torch.equal(x, before[name]) for name, x in weights_of(other).items())
-
-
-def test_a_missing_file_says_who_writes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match="with each checkpoint"):
-        load_policy(tmp_path / "policy.npz", nn.Linear(1, 1))

@@ -10,26 +10,15 @@ from torchrl_amago.trainers.signals import on_signals
 PREEMPTION = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
-def test_first_asks_second_raises():
-    asked = []
-    before = signal.getsignal(signal.SIGINT)
-    with on_signals(asked.append):
-        signal.raise_signal(signal.SIGINT)
-        assert asked == ["interrupted"]
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert asked == ["interrupted"]
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-@pytest.mark.parametrize("number", PREEMPTION)
-def test_preemption_asks_once_and_is_put_back(number):
+@pytest.mark.parametrize("number", [signal.SIGINT, *PREEMPTION])
+def test_the_first_asks_and_the_handler_is_put_back(number):
     asked, before = [], signal.getsignal(number)
     with on_signals(asked.append):
         signal.raise_signal(number)
         # The next one ends the process.
-        assert signal.getsignal(number) is signal.SIG_DFL
-    assert asked == ["preempted"]
+        default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        assert signal.getsignal(number) is default
+    assert asked == ["interrupted" if number == signal.SIGINT else "preempted"]
     assert signal.getsignal(number) is before
 
 

@@ -212,7 +212,10 @@ class TrialCollector(Collector):
                 "env": env.state_dict(),
                 "carrier": self._carrier.to_dict(),
                 "begun": begun,
-                "memories": {str(i): m.memory_state_dict() for i, m in enumerate(self._encoders())},
+                "memories": {
+                    str(i): module.memory_state_dict(self._streams_of(module))
+                    for i, module in enumerate(self._encoders())
+                },
             }
             if self._pending is not None:
                 in_progress["pending"] = self._pending.to_dict()
@@ -278,6 +281,11 @@ class TrialCollector(Collector):
         """The policy's modules that remember rollouts."""
         modules = getattr(self.policy, "modules", tuple)()
         return [module for module in modules if hasattr(module, "load_memory_state_dict")]
+
+    def _streams_of(self, encoder: Any) -> list[int]:
+        """What an encoder calls the rollout of these trials; it may remember others' too."""
+        streams = self._carrier.get(encoder.stream_key, None)
+        return [] if streams is None else streams.unique().tolist()
 
 
 def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:

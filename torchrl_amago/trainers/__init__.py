@@ -1,61 +1,31 @@
 """The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
 
 ``amago`` has the loop, ``build`` everything around a policy that it needs, ``optim`` the optimiser and
-its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``progress`` and
-``report`` table, terminal and loggers, ``parts`` the state of a run, ``checkpoint``, ``policy_files`` and
-``state_file`` its files, ``signals`` how it is stopped.
+its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``report`` table,
+terminal and loggers, ``parts`` the state of a run, ``checkpoint`` its files, ``signals`` its end.
 """
 
-from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer
-from torchrl_amago.trainers.checkpoint import (
-    CheckpointStore,
-    describe_architecture,
-    refuse_existing_run,
-)
+from torchrl_amago.trainers.checkpoint import load_policy, refuse_existing_run
 from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
 from torchrl_amago.trainers.nonfinite import NonFiniteError
-from torchrl_amago.trainers.optim import (
-    FiniteOptimizationStepper,
-    decays,
-    make_optimizer,
-    make_schedule,
-)
-from torchrl_amago.trainers.parts import Components
-from torchrl_amago.trainers.policy_files import PolicyFiles, load_policy
-from torchrl_amago.trainers.progress import CLOCK_COLUMNS, ProgressTable, read_progress
-from torchrl_amago.trainers.report import (
-    MetricWindow,
-    RunReport,
-    evaluation_metrics,
-    make_logger,
-)
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
+from torchrl_amago.trainers.report import CLOCK_COLUMNS, ProgressTable, read_progress
 
 __all__ = [
     "CLOCK_COLUMNS",
     "AMAGOTrainer",
-    "CheckpointStore",
-    "Components",
     "EvaluationHook",
     "FiniteOptimizationStepper",
     "Intervals",
-    "MetricWindow",
     "NonFiniteError",
-    "PolicyFiles",
     "ProgressTable",
-    "RunReport",
     "TrialMonitor",
-    "decays",
-    "describe_architecture",
-    "evaluation_metrics",
     "load_policy",
-    "load_state",
-    "make_logger",
     "make_optimizer",
     "make_schedule",
     "make_trainer",
     "read_progress",
     "refuse_existing_run",
-    "save_state",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import KW_ONLY, asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,20 +24,20 @@ from torchrl_amago import files
 from torchrl_amago.choice import check_counts
 from torchrl_amago.data import TrialCollector, TrialReplayBuffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
-from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers.checkpoint import (
     CheckpointStore,
+    PolicyFiles,
     as_json,
     describe_architecture,
-    differing_entries,
+    differences,
+    policy_settings,
     refuse_existing_run,
 )
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, evaluate_apart
 from torchrl_amago.trainers.nonfinite import blame_inputs
-from torchrl_amago.trainers.optim import FiniteOptimizationStepper, update_priorities
-from torchrl_amago.trainers.parts import Components, Counts, Optimisation, RandomState, Rollouts
-from torchrl_amago.trainers.policy_files import PolicyFiles, policy_settings
-from torchrl_amago.trainers.report import RunReport, evaluation_metrics
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper
+from torchrl_amago.trainers.parts import Components, Counts, Optimisation, Rollouts
+from torchrl_amago.trainers.report import Results, RunReport, evaluation_metrics
 from torchrl_amago.trainers.signals import on_signals
 
 Outcome = Literal["finished", "interrupted", "preempted"]
@@ -45,11 +45,7 @@ Outcome = Literal["finished", "interrupted", "preempted"]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Updates between rows of ``progress.csv``, evaluations and checkpoints.
-
-    Raises:
-        ValueError: for an interval smaller than 1.
-    """
+    """Updates between rows of ``progress.csv``, evaluations and checkpoints, each at least 1."""
 
     log: int = 50
     evaluate: int = 500
@@ -60,35 +56,28 @@ class Intervals:
         check_counts("It counts updates; give a larger number.", **named)
 
 
+@dataclass(eq=False, repr=False)
 class AMAGOTrainer:
     """Collect whole trials, update ``updates_per_round`` times, again and again.
 
-    `docs/training.md` describes the files in ``run_dir``, signals, loggers and what may change between
-    stop and resume. A resumed run equals one that was never stopped, bit for bit, on a CPU, with a
-    collector of this process and a buffer that doesn't prefetch. Native tasks under
-    :class:`~torchrl_amago.data.TrialCollector` go on in mid-trial; other environments are seeded anew at
-    each checkpoint, which ends the trials in progress.
+    `docs/training.md` describes the files in ``run_dir``, signals, loggers, exact resuming and what may
+    change between stop and resume.
 
     Args:
-        collector: writes to the replay buffer and yields nothing. With several processes, frames
-            are counted by the buffer's ``write_count``, and resuming is approximate.
+        collector: writes to the replay buffer and yields nothing.
         loss_module: called on ``[B, T]`` slices; the entries of its output that begin with ``loss``
             are added up, the others are metrics.
-        optimizer: see :func:`~torchrl_amago.trainers.make_optimizer`.
         replay_buffer: sampled with its own batch size, once ``can_sample()`` is True. Of a
             :class:`~torchrl_amago.data.TrialMixture`, only the buffer ``online`` is saved.
         total_updates: end of the run; the collector's ``total_frames`` may end it earlier.
         updates_per_round: updates after each batch of the collector.
-        run_dir: folder for everything the run writes.
         target_updater: stepped after every update, such as ``SoftUpdate(loss_module, tau=0.003)``.
-        scheduler: stepped after every update, see :func:`~torchrl_amago.trainers.make_schedule`.
         stepper: optimiser step; by default gradients are clipped at norm 1.
         exploration: module whose ``step(frames)`` follows the collected frames.
         policy: the policy whose weights are written; by default the collector's.
         evaluator: called without arguments; gives named numbers or ``TrialResults``. Make it seed
             its environment, so that every evaluation sees the same held-out tasks.
         intervals: updates between rows, evaluations and checkpoints.
-        keep_checkpoints: number of checkpoints kept.
         online_after: updates on what the buffer holds already, before anything is collected.
         loggers: ``"tensorboard"``, ``"wandb"`` or torchrl loggers, besides the table.
         progress_bar: a bar on a terminal, lines elsewhere; False for neither.
@@ -124,72 +113,55 @@ class AMAGOTrainer:
         'finished'
     """
 
-    def __init__(
-        self,
-        collector: BaseCollector,
-        loss_module: nn.Module,
-        optimizer: Optimizer,
-        replay_buffer: ReplayBuffer | TrialMixture,
-        *,
-        total_updates: int,
-        updates_per_round: int,
-        run_dir: str | Path,
-        target_updater: TargetNetUpdater | None = None,
-        scheduler: LRScheduler | None = None,
-        stepper: FiniteOptimizationStepper | None = None,
-        exploration: nn.Module | None = None,
-        policy: nn.Module | None = None,
-        evaluator: Evaluator | None = None,
-        intervals: Intervals | None = None,
-        keep_checkpoints: int = 2,
-        online_after: int = 0,
-        loggers: Sequence[str | Logger] = (),
-        progress_bar: bool = True,
-        success_threshold: float = 0.0,
-        seed: int | None = None,
-        settings: Mapping[str, object] | None = None,
-        options: Mapping[str, object] | None = None,
-        components: Mapping[str, Any] | None = None,
-        callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = (),
-    ) -> None:
-        self.online_buffer = online_part(replay_buffer)
-        _check_collector(collector, self.online_buffer)
-        counts = dict(total_updates=total_updates, updates_per_round=updates_per_round)
-        check_counts("Give a larger number.", **counts)
-        self.collector, self.loss_module, self.optimizer = collector, loss_module, optimizer
-        self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
-        self.total_updates, self.updates_per_round = total_updates, updates_per_round
-        self.target_updater, self.scheduler = target_updater, scheduler
-        self.stepper = FiniteOptimizationStepper() if stepper is None else stepper
+    collector: BaseCollector
+    loss_module: nn.Module
+    optimizer: Optimizer
+    replay_buffer: ReplayBuffer | TrialMixture
+    _: KW_ONLY
+    total_updates: int
+    updates_per_round: int
+    run_dir: str | Path
+    target_updater: TargetNetUpdater | None = None
+    scheduler: LRScheduler | None = None
+    stepper: FiniteOptimizationStepper = field(default_factory=FiniteOptimizationStepper)
+    exploration: nn.Module | None = None
+    policy: nn.Module | None = None
+    evaluator: Evaluator | None = None
+    intervals: Intervals = Intervals()
+    keep_checkpoints: int = 2
+    online_after: int = 0
+    loggers: Sequence[str | Logger] = ()
+    progress_bar: bool = True
+    success_threshold: float = 0.0
+    seed: int | None = None
+    settings: Mapping[str, object] = field(default_factory=dict)
+    options: Mapping[str, object] = field(default_factory=dict)
+    components: Mapping[str, Any] = field(default_factory=dict)
+    callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = ()
+
+    def __post_init__(self) -> None:
+        check_counts("", total_updates=self.total_updates, updates_per_round=self.updates_per_round)
+        self.online_buffer, self.run_dir = online_part(self.replay_buffer), Path(self.run_dir)
+        _check_collector(self.collector, self.online_buffer)
+        mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
+        self.callbacks = list(self.callbacks)
+        if mixture is not None:
+            self.callbacks.append(lambda _: mixture.metrics())
         if self.stepper.dump_dir is None:
             self.stepper.dump_dir = self.run_dir
-        self.exploration, self.evaluator = exploration, evaluator
-        self.policy = getattr(collector, "policy", None) if policy is None else policy
-        self.intervals = Intervals() if intervals is None else intervals
-        self.online_after, self.callbacks = online_after, list(callbacks)
-        self.seed, self.settings, self.options = seed, dict(settings or {}), dict(options or {})
-        self.checkpoints = CheckpointStore(self.run_dir, keep_checkpoints)
+        if self.policy is None:
+            self.policy = getattr(self.collector, "policy", None)
+        self.checkpoints = CheckpointStore(self.run_dir, self.keep_checkpoints)
         self.policy_files = PolicyFiles(self.run_dir, self.policy)
-        self.report = RunReport(self.run_dir, loggers, progress_bar)
+        self.report = RunReport(self.run_dir, self.loggers, self.progress_bar)
         self.monitor = TrialMonitor(
-            self.online_buffer, self.report.window, self.run_dir, success_threshold
+            self.online_buffer, self.report.window, self.run_dir, self.success_threshold
         )
-        self.counts = Counts()
-        self._rollouts, self._random = Rollouts(collector), RandomState()
-        self.components = self._make_components(components or {})
-        self._sync_weights = _needs_weight_sync(collector, loss_module)
-        self._written = 0  # steps in the buffer's history when frames were counted last
-        self._saved_at = -1
-        self._is_resumed = self._stop = self._has_lock = False
-        self._outcome: Outcome = "finished"
-        self._lock = contextlib.ExitStack()
-
-    def _make_components(self, own: Mapping[str, Any]) -> Components:
-        """Collect everything that a checkpoint holds besides the replay; loaded in this order."""
-        is_mixture = isinstance(self.replay_buffer, TrialMixture)
+        self.counts, self._rollouts = Counts(), Rollouts(self.collector)
+        # All that a checkpoint holds besides the replay; loaded in this order.
         parts = {
             "report": self.report,
-            "mixture": self.replay_buffer if is_mixture else None,
+            "mixture": mixture,
             "loss": self.loss_module,
             "optimisation": Optimisation(self.optimizer, self.scheduler),
             "target_updater": self.target_updater,
@@ -198,14 +170,18 @@ class AMAGOTrainer:
             "monitor": self.monitor,
             "policy_files": self.policy_files,
             "rollouts": self._rollouts,
-            "random": self._random,
         }
-        taken = parts.keys() & own.keys()
+        taken = parts.keys() & self.components.keys()
         if taken:
             raise ValueError(f"components must have names of their own, got {sorted(taken)}.")
-        return Components(**{k: part for k, part in parts.items() if part is not None}, **own)
-
-    # -- the loop ------------------------------------------------------------------------------
+        parts = {name: part for name, part in parts.items() if part is not None}
+        self.components = Components(**parts, **self.components)
+        self._sync_weights = _needs_weight_sync(self.collector, self.loss_module)
+        self._written = 0  # steps in the buffer's history when frames were counted last
+        self._saved_at = -1
+        self._is_resumed = self._stop = self._has_lock = False
+        self._outcome: Outcome = "finished"
+        self._lock = contextlib.ExitStack()
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
@@ -248,18 +224,17 @@ class AMAGOTrainer:
             if not counts.updates_left and not self._collect(batches):
                 break
             while counts.updates_left and not self.is_done:
-                batch = self.stepper.prepare(self.replay_buffer.sample(), self.loss_module)
-                metrics = self.stepper.update(self.loss_module, self.optimizer, batch)
-                update_priorities(self.replay_buffer, batch)
+                metrics = self.stepper.step(self, self.replay_buffer.sample())
                 if self.scheduler is not None:
                     self.scheduler.step()
                 if self.target_updater is not None:
                     self.target_updater.step()
                 counts.updates += 1
                 counts.updates_left -= 1
-                self.report.window.add_scalars(metrics)
                 self.report.tick()
-                self._call_back()
+                self.report.window.add_scalars(metrics)
+                for callback in self.callbacks:
+                    self.report.window.add_scalars(callback(self) or {})
                 evaluation = self._evaluate() if counts.updates % every.evaluate == 0 else {}
                 if evaluation or counts.updates % every.log == 0:
                     self._write_row(evaluation)
@@ -276,30 +251,34 @@ class AMAGOTrainer:
         self._stop = True
 
     def _begin(self) -> None:
-        is_new, hparams = not self._is_resumed, {**self._settings(), **self._options()}
-        self.report.open(self.total_updates, self.counts.updates, hparams)
-        self.report.say(self._describe())
-        if is_new and self.seed is not None:
-            torch.manual_seed(self.seed)
-            np.random.seed(self.seed % 2**32)
-            random.seed(self.seed)
-        if is_new:
+        facts, groups = self._facts(), self.optimizer.param_groups
+        options, num_done = facts["options"], self.counts.updates
+        self.report.open(self.total_updates, num_done, facts["settings"] | options)
+        self.report.say(
+            f"{'goes on' if self._is_resumed else 'begins'} in {self.run_dir}, update {num_done} of "
+            f"{self.total_updates}: {sum(p.numel() for g in groups for p in g['params'])} parameters "
+            f"on {groups[0]['params'][0].device}, {options['num_envs']} environments, "
+            f"{options['frames_per_batch']} steps and {self.updates_per_round} updates of "
+            f"{options['batch_size']} slices a round"
+        )
+        if not self._is_resumed:
             self.monitor.skip_existing()
+            if self.seed is not None:
+                torch.manual_seed(self.seed)
+                np.random.seed(self.seed % 2**32)
+                random.seed(self.seed)
         self._sync()
-        self._random.begin()
         self._rollouts.begin()
         self._written = self.online_buffer.write_count
-        if is_new:
-            self._checkpoint()  # a run that dies early can be resumed, too
-        else:
+        if self._is_resumed:
             # A crash may have come between a checkpoint and its policy's file.
             self.policy_files.save_last()
-        self.report.stopwatch.start()
+        else:
+            self._checkpoint()  # a run that dies early can be resumed, too
 
     def _collect(self, batches: Iterator[None]) -> bool:
         """Collect a batch and find how many updates follow; False at the collector's end."""
-        counts = self.counts
-        offline_left = self.online_after - counts.updates
+        counts, offline_left = self.counts, self.online_after - self.counts.updates
         if offline_left > 0:
             if not self.replay_buffer.can_sample():
                 raise RuntimeError(
@@ -312,32 +291,28 @@ class AMAGOTrainer:
         with blame_inputs(self.policy, self.run_dir):
             if next(batches, self) is self:
                 return False  # the collector's own total_frames
-        written, before = self.online_buffer.write_count, self._written
+        before, self._written = self._written, self.online_buffer.write_count
         is_local = isinstance(self.collector, Collector)
-        frames = self.collector.requested_frames_per_batch if is_local else written - before
-        self._written = written
+        frames = self.collector.requested_frames_per_batch if is_local else self._written - before
         counts.frames += frames
         if self.exploration is not None:
             self.exploration.step(frames)
         self.monitor.look()
         if self.replay_buffer.can_sample():
             counts.updates_left = self.updates_per_round
-        else:
+        elif not self.online_buffer.can_sample():
             self._check_capacity()
         return True
 
     def _check_capacity(self) -> None:
         """Stop a run that would wait for ever: its buffer was filled twice with too few trials."""
-        buffer = self.online_buffer
-        capacity = buffer.storage.max_size
-        if buffer.can_sample() or buffer.write_count < 2 * capacity:
-            return
-        raise RuntimeError(
-            f"the replay buffer must hold min_trials={getattr(buffer.sampler, 'min_trials', 1)} "
-            f"trials before the first update, got one of {capacity} steps, which holds "
-            f"{getattr(buffer, 'num_trials', 'none')} of those that are collected. Raise its "
-            "capacity (make_trainer's capacity), or lower min_trials."
-        )
+        buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
+        if self._written >= 2 * capacity:
+            raise RuntimeError(
+                f"the replay buffer must hold min_trials={getattr(buffer.sampler, 'min_trials', 1)} "
+                f"trials before the first update, got one of {capacity} steps, which holds "
+                f"{getattr(buffer, 'num_trials', 'none')} of them. Raise its capacity."
+            )
 
     def _sync(self) -> None:
         """Give the collector's copies of the policy the weights that the loss trains."""
@@ -353,33 +328,23 @@ class AMAGOTrainer:
         if self._outcome == "finished" and is_missing:
             self._write_row(self._evaluate())
 
-    # -- rows, evaluations, checkpoints --------------------------------------------------------
-
-    def _call_back(self) -> None:
-        for callback in self.callbacks:
-            for name, value in (callback(self) or {}).items():
-                self.report.window.add(name, float(value))
-        if isinstance(self.replay_buffer, TrialMixture):
-            for name, value in self.replay_buffer.metrics().items():
-                self.report.window.add(name, value)
-
-    def _evaluate(self) -> Mapping[str, float] | TrialResults:
+    def _evaluate(self) -> Results:
         if self.evaluator is None:
             return {}
-        with self.report.stopwatch.apart("evaluation"):
+        with self.report.apart("evaluation"):
             results = evaluate_apart(self.evaluator)  # however often, it must not change training
         self.counts.evaluated_at = self.counts.updates
         self._sync()
         self.policy_files.offer(evaluation_metrics(results))
         return results
 
-    def _write_row(self, evaluation: Mapping[str, float] | TrialResults) -> None:
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        extra = {"trials": self.monitor.trials, "learning_rate": learning_rate}
+    def _write_row(self, evaluation: Results) -> None:
+        rate = self.optimizer.param_groups[0]["lr"]
+        extra = {"trials": self.monitor.trials, "learning_rate": rate}
         self.report.row(self.counts.updates, self.counts.frames, extra, evaluation)
 
     def _checkpoint(self, goes_on: bool = True) -> None:
-        with self.report.stopwatch.apart("checkpoint"):
+        with self.report.apart("checkpoint"):
             self._rollouts.prepare()
             state, updates = self.components.state_dict(), self.counts.updates
             facts = {**self._facts(), "frames": self.counts.frames}
@@ -410,17 +375,18 @@ class AMAGOTrainer:
             if missing_ok and CheckpointStore(path or self.run_dir).latest() is None:
                 return self
             found = self.checkpoints.find(path)
-            source = found.parent.parent
-            if source.resolve() != self.run_dir.resolve():
+            if found.parent.parent.resolve() != self.run_dir.resolve():
                 refuse_existing_run(self.run_dir)
-                self.report.source = source
-            state = self.checkpoints.load(found, self._facts())
+            facts = self._facts()
+            state = self.checkpoints.load(found, facts)
             self.checkpoints.load_replay(found, self.online_buffer)
             self.components.load_state_dict(state)
         except BaseException:
             self._release()
             raise
-        self._tell_changes(files.read_manifest(found)["options"])
+        saved = files.read_manifest(found)["options"]
+        for name, (there, here) in differences(saved, facts["options"]).items():
+            torchrl_logger.info(f"resumed with {name}={here} instead of {there}")
         self._is_resumed, self._saved_at = True, self.counts.updates
         return self
 
@@ -442,71 +408,35 @@ class AMAGOTrainer:
         # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
         self._outcome, self._stop = outcome, True
 
-    # -- what a run is made of -----------------------------------------------------------------
-
     def _facts(self) -> dict[str, Any]:
-        """Everything that a resumed run is compared with."""
-        modules = {"loss": self.loss_module}
-        if self.exploration is not None:
-            modules["exploration"] = self.exploration
-        return {
-            "architecture": describe_architecture(modules, self.optimizer),
-            "settings": as_json(self._settings()),
-            "options": as_json(self._options()),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """Values that a resumed run must agree with."""
-        loss = getattr(self.loss_module, "settings", {})
-        parts = {"policy": policy_settings(self.policy), "loss": loss}
-        own = {
-            f"{part}.{k}": value for part, values in parts.items() for k, value in values.items()
-        }
-        return {**own, **self.settings, "seed": self.seed}
-
-    def _options(self) -> dict[str, Any]:
-        """Values that may change when a run is resumed."""
-        scheduler, tau = self.scheduler, getattr(self.target_updater, "eps", None)
+        """What a resumed run must agree with, and options, which may change."""
+        modules = {"loss": self.loss_module, "exploration": self.exploration}
+        policy, loss = policy_settings(self.policy), getattr(self.loss_module, "settings", {})
+        settings = {f"policy.{name}": value for name, value in policy.items()}
+        settings |= {f"loss.{name}": value for name, value in loss.items()}
+        tau, env = getattr(self.target_updater, "eps", None), getattr(self.collector, "env", None)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        return {
+        options = {
             "total_updates": self.total_updates,
             "updates_per_round": self.updates_per_round,
             "online_after": self.online_after,
             **{f"{name}_interval": value for name, value in asdict(self.intervals).items()},
-            "learning_rate": max(getattr(scheduler, "base_lrs", rates)),
+            "learning_rate": max(getattr(self.scheduler, "base_lrs", rates)),
             "clip_norm": self.stepper.clip_norm,
             "precision": self.stepper.precision,
             "tau": None if tau is None else round(1 - tau, 12),
             "batch_size": self.replay_buffer.batch_size,
-            "num_envs": _num_envs(self.collector),
+            "num_envs": None if env is None else env.batch_size.numel(),
             "frames_per_batch": getattr(self.collector, "requested_frames_per_batch", None),
-            **self.options,
         }
-
-    def _tell_changes(self, saved: Mapping[str, Any]) -> None:
-        here = as_json(self._options())
-        for name in differing_entries(saved, here):
-            torchrl_logger.info(
-                f"resumed with {name}={here.get(name, 'nothing')} instead of {saved.get(name, 'nothing')}"
-            )
-
-    def _describe(self) -> str:
-        parameters = sum(
-            p.numel() for group in self.optimizer.param_groups for p in group["params"]
-        )
-        device = next(self.loss_module.parameters()).device
-        options = self._options()
-        return (
-            f"{'goes on' if self._is_resumed else 'begins'} in {self.run_dir}, update "
-            f"{self.counts.updates} of {self.total_updates}: {parameters} parameters on {device}, "
-            f"{options['num_envs']} environments, {options['frames_per_batch']} steps and "
-            f"{self.updates_per_round} updates of {options['batch_size']} slices a round"
-        )
-
-
-def _num_envs(collector: BaseCollector) -> int | None:
-    env = getattr(collector, "env", None)
-    return None if env is None else env.batch_size.numel()
+        return {
+            "architecture": describe_architecture(
+                {name: module for name, module in modules.items() if module is not None},
+                self.optimizer,
+            ),
+            "settings": as_json({**settings, **self.settings, "seed": self.seed}),
+            "options": as_json({**options, **self.options}),
+        }
 
 
 def _needs_weight_sync(collector: BaseCollector, loss_module: nn.Module) -> bool:
@@ -519,24 +449,18 @@ def _needs_weight_sync(collector: BaseCollector, loss_module: nn.Module) -> bool
 
 
 def _check_collector(collector: BaseCollector, replay_buffer: ReplayBuffer) -> None:
-    if not isinstance(collector, BaseCollector):
-        raise TypeError(
-            f"the collector must be one of torchrl.collectors, got {type(collector).__name__}. "
-            "Make a torchrl_amago.data.TrialCollector."
-        )
-    if getattr(collector, "replay_buffer", None) is not replay_buffer:
-        raise ValueError(
-            "the collector must write to the trainer's replay_buffer, got a collector with "
-            f"replay_buffer={type(getattr(collector, 'replay_buffer', None)).__name__}. Make it "
-            "with TrialCollector(..., replay_buffer=replay_buffer)."
-        )
+    own, problem = getattr(collector, "replay_buffer", None), None
     writes_pieces = isinstance(collector, Collector) and collector.trajs_per_batch is None
-    if (
+    if own is not replay_buffer:
+        problem = f"a {type(collector).__name__} with replay_buffer={type(own).__name__}"
+    elif (
         isinstance(replay_buffer, TrialReplayBuffer)
         and writes_pieces
         and not isinstance(collector, TrialCollector)
     ):
+        problem = "one with trajs_per_batch=None, which writes fragments"
+    if problem is not None:
         raise ValueError(
-            "the collector must write whole trials, got one with trajs_per_batch=None, which "
-            "writes fragments. Make it with TrialCollector(..., replay_buffer=replay_buffer)."
+            f"the collector must write whole trials to the trainer's replay_buffer, got {problem}. "
+            "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
         )

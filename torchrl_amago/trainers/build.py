@@ -16,11 +16,7 @@ from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.trainers.amago import AMAGOTrainer
-from torchrl_amago.trainers.optim import (
-    FiniteOptimizationStepper,
-    make_optimizer,
-    make_schedule,
-)
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
 
 def make_trainer(
@@ -52,35 +48,25 @@ def make_trainer(
     """Assemble what trains a policy in rounds: every environment row plays for the length of a trial
     or for `round_steps`, then come some updates on whole trials or slices of them.
 
-    What it makes can be read off the trainer: ``collector``, ``replay_buffer``, ``loss_module``,
-    ``optimizer``. To exchange one of them, build the :class:`AMAGOTrainer` yourself.
-
     Args:
         env: batched environment with trial and previous-step transforms.
         policy: from :func:`~torchrl_amago.modules.policy.make_policy`.
         trial_length: most steps of a trial.
         total_updates: optimiser steps in all.
         run_dir: folder for everything the run writes.
-        round_steps: steps of each row in a round; default ``trial_length``. A trial that takes
-            several rounds counts once it is complete.
-        slice_length: steps of a slice in a batch; default ``trial_length``. Where that is longer,
-            all steps of a trial are equally likely, its last ones too, and slices near its ends
-            are shorter.
+        round_steps: steps of each row in a round; default ``trial_length``.
+        slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer trial
+            are equally likely, its last ones too, and slices near its ends are shorter.
         updates_per_round: optimiser steps after each round.
         batch_size: trials, or slices of them, in a batch.
         capacity: capacity of the replay buffer in steps; the oldest trials leave first.
         replay_buffer: one of your own, such as a mixture with offline data, in place of one made with
             `slice_length`, `batch_size`, `capacity` and `buffer_options`.
-        buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`, such as
-            ``path``, ``min_trials``, ``draw`` or ``relabel``.
-        fragment_length: steps after which trials are cut, for endless ones; see
-            :class:`~torchrl_amago.data.TrialCollector`.
+        buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
+        fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate: peak learning rate of AdamW.
-        warmup_updates: updates over which the learning rate rises from 1/n of its peak to all.
-        final_lr_fraction: fraction of the peak left at ``total_updates``, to which the learning rate
-            falls linearly after the rise; 1 keeps it constant.
-        clip_norm: largest norm of the gradient, more than 0; None does not clip.
-        precision: ``"bf16"`` for bfloat16 autocast in forward and loss; weights stay float32.
+        warmup_updates: see :func:`make_schedule`, as for ``final_lr_fraction``.
+        clip_norm: see :class:`FiniteOptimizationStepper`, as for ``precision``.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
         loss: by name (:data:`~torchrl_amago.objectives.LOSSES`), or a function called with
             ``(policy, critic_options=..., **loss_options)``.
@@ -106,28 +92,22 @@ def make_trainer(
         ...     trainer.train()
         'finished'
     """
-    if not 0 < tau <= 1:
-        raise ValueError(
-            f"tau must be in (0, 1], got {tau}. It is the fraction of the online weights that the "
-            "targets take over at each update."
-        )
-    make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
-    loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    given = {name: steps for name, steps in lengths.items() if steps is not None}
-    check_counts("Give a larger number.", **given)
+    check_counts("", **{name: steps for name, steps in lengths.items() if steps is not None})
+    if not 0 < tau <= 1:
+        raise ValueError(f"tau must be in (0, 1], got {tau}. Use 0.01 where in doubt.")
     if replay_buffer is not None and (slice_length or buffer_options):
         raise ValueError(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
+    make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
+    loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
     buffer = replay_buffer
     if buffer is None:
         # Without overhang, a long trial's end would be in one of hundreds of windows.
         options = {"trim": True, "overhang": "both", "warn_short": False, **(buffer_options or {})}
-        buffer = make_trial_buffer(
-            capacity, slice_length=slice_length or trial_length, batch_size=batch_size, **options
-        )
+        buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     collector = TrialCollector(
         env,
         policy,

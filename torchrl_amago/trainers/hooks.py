@@ -7,17 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import TensorDictBase
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
-from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers.nonfinite import check_data
-from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
+from torchrl_amago.trainers.report import MetricWindow, Results, evaluation_metrics
 
-Evaluator = Callable[[], "Mapping[str, float] | TrialResults"]
+Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
@@ -26,11 +25,6 @@ class EvaluationHook(TrainerHookBase):
     Args:
         evaluator: called without arguments; gives named numbers or ``TrialResults``.
         interval: collected batches between evaluations.
-
-    Example:
-        >>> hook = EvaluationHook(lambda: {"score": 1}, interval=2)
-        >>> hook(), hook()
-        (None, {'eval/score': 1.0})
     """
 
     def __init__(self, evaluator: Evaluator, interval: int = 1) -> None:
@@ -42,22 +36,19 @@ class EvaluationHook(TrainerHookBase):
         trainer.register_module(name, self)
 
     def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float] | None:
-        """Count a batch, and evaluate if it is time."""
         self._batches += 1
         if self._batches % self.interval:
             return None
         return evaluation_metrics(evaluate_apart(self.evaluator))
 
     def state_dict(self) -> dict[str, Any]:
-        """Batches so far."""
         return {"batches": self._batches}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on counting."""
         self._batches = int(state_dict["batches"])
 
 
-def evaluate_apart(evaluator: Evaluator) -> Mapping[str, float] | TrialResults:
+def evaluate_apart(evaluator: Evaluator) -> Results:
     """Evaluate; the global generators are left as they were."""
     rng = GlobalRNGState()
     before = rng.state_dict()
@@ -70,7 +61,8 @@ class TrialMonitor(TrainerHookBase):
     """Looks once at every step that a collector has written to the replay buffer.
 
     It counts trials, averages their returns and successes, and stops on NaN and infinity. A trial
-    that is written in fragments counts once, as a whole, when its last one is there.
+    that is written in fragments counts once, as a whole, when its last one is there; fragments are
+    put together by ``time_idx``, without which trials must follow one another.
 
     Args:
         replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.
@@ -78,20 +70,6 @@ class TrialMonitor(TrainerHookBase):
             ``train/success_last`` (of a trial's first and last attempt).
         run_dir: folder for steps that have to be looked at.
         success_threshold: an attempt succeeds if its return is larger.
-        reward_key: reward under ``next``.
-        end_key: end of a trial.
-        time_key: steps since the trial began, by which fragments are put together; without it,
-            trials must follow one another.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl_amago.data import make_trial_buffer
-        >>> rb = make_trial_buffer(capacity=10, slice_length=2, batch_size=1)
-        >>> monitor = TrialMonitor(rb)
-        >>> done = torch.tensor([[False], [True]])
-        >>> _ = rb.extend(TensorDict({"next": {"reward": torch.ones(2, 1), "done": done}}, [2]))
-        >>> monitor()
-        {'train/trial_return': 2.0, 'train/trial_length': 2.0, 'trials': 1}
     """
 
     def __init__(
@@ -100,14 +78,10 @@ class TrialMonitor(TrainerHookBase):
         window: MetricWindow | None = None,
         run_dir: str | Path = ".",
         success_threshold: float = 0.0,
-        reward_key: NestedKey = ("next", "reward"),
-        end_key: NestedKey = ("next", "done"),
-        time_key: NestedKey = keys.TIME_IDX,
     ) -> None:
         self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
         self.window = MetricWindow() if window is None else window
         self.success_threshold = success_threshold
-        self.reward_key, self.end_key, self.time_key = reward_key, end_key, time_key
         self.seen = self.trials = 0
         # Trials in progress, by their next time index: return and length of what is written.
         self._begun: dict[int, list[tuple[float, int]]] = {}
@@ -133,7 +107,7 @@ class TrialMonitor(TrainerHookBase):
         if steps is None:
             return
         check_data(steps, self.run_dir, "collected observations and rewards")
-        ends = steps.get(self.end_key).reshape(-1)
+        ends = steps.get(("next", "done")).reshape(-1)
         ended = self._ended_trials(steps, ends)
         self.trials += len(ended)
         self.window.add("train/trial_return", sum(gain for gain, _ in ended), len(ended))
@@ -146,7 +120,7 @@ class TrialMonitor(TrainerHookBase):
 
     def _ended_trials(self, steps: TensorDictBase, ends: torch.Tensor) -> list[tuple[float, int]]:
         """Return and length of each trial that ended, of all its fragments; those of others wait."""
-        time = steps.get(self.time_key, None)
+        time = steps.get(keys.TIME_IDX, None)
         is_last = ends.clone()
         is_last[-1] = True
         if time is not None:
@@ -154,7 +128,7 @@ class TrialMonitor(TrainerHookBase):
             is_last[:-1] |= time[1:] != time[:-1] + 1
         fragment = is_last.cumsum(0) - is_last.long()
         lengths = fragment.bincount()
-        reward = steps.get(self.reward_key).reshape(len(ends), -1).sum(1, dtype=torch.float64)
+        reward = steps.get(("next", "reward")).reshape(len(ends), -1).sum(1, dtype=torch.float64)
         gains = reward.new_zeros(len(lengths)).index_add(0, fragment, reward)
         # Without times there is one trial at a time, and what waits is of that one.
         after = torch.zeros_like(lengths) if time is None else time[is_last] + 1
@@ -199,10 +173,8 @@ class TrialMonitor(TrainerHookBase):
         return storage.get(place)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, and trials in progress."""
         return {"seen": self.seen, "trials": self.trials, "begun": self._begun}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on counting."""
         self.seen, self.trials = int(state_dict["seen"]), int(state_dict["trials"])
         self._begun = {time: list(waiting) for time, waiting in state_dict["begun"].items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,34 +24,30 @@ class NonFiniteError(RuntimeError):
     `dump` is the batch's folder, for :meth:`tensordict.TensorDict.load_memmap`.
     """
 
-    dump: Path | None = None
+    def __init__(self, problem: str, batch: TensorDictBase, run_dir: Path) -> None:
+        self.dump = run_dir / DUMP_FOLDER
+        shutil.rmtree(self.dump, ignore_errors=True)
+        self.dump.parent.mkdir(parents=True, exist_ok=True)
+        # Tensors only, as memory maps and JSON: other entries would be pickled.
+        tensors = batch.select(*_tensors(batch)).detach().cpu().contiguous()
+        tensors.memmap(self.dump, copy_existing=True)
+        super().__init__(
+            f"{problem}. The weights were not changed. The batch is in {self.dump}: look at it with "
+            "TensorDict.load_memmap(...), fix the environment or lower the learning rate, and resume "
+            "from the last checkpoint."
+        )
 
 
-def _float_entries(batch: TensorDictBase) -> dict[NestedKey, Tensor]:
+def _tensors(batch: TensorDictBase, *, floats_only: bool = False) -> dict[NestedKey, Tensor]:
     entries = batch.items(include_nested=True, leaves_only=True)
-    return {key: x for key, x in entries if isinstance(x, Tensor) and x.is_floating_point()}
+    tensors = {key: x for key, x in entries if isinstance(x, Tensor)}
+    return {key: x for key, x in tensors.items() if x.is_floating_point() or not floats_only}
 
 
-def seems_finite(tensors: Iterable[Tensor]) -> bool:
-    """Cheap test over many tensors: their sums, added up, are finite.
-
-    NaN and infinity always survive a sum; so may an overflow of huge numbers.
-    """
-    total = sum(x.sum(dtype=torch.float32) for x in tensors)
-    return bool(torch.isfinite(total)) if isinstance(total, Tensor) else True
-
-
-def nonfinite_entries(batch: TensorDictBase, mask_key: NestedKey = keys.MASK) -> list[str]:
-    """Describe each entry with NaN or infinity on real steps; padding may hold anything.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> nonfinite_entries(TensorDict(reward=torch.tensor([1.0, float("nan")]), batch_size=[2]))
-        ["'reward' (1 of 2 steps)"]
-    """
-    mask = batch.get(mask_key, None)
-    found = []
-    for key, value in _float_entries(batch).items():
+def nonfinite_entries(batch: TensorDictBase) -> list[str]:
+    """Describe each entry with NaN or infinity on real steps, those of ``("collector", "mask")``."""
+    mask, found = batch.get(keys.MASK, None), []
+    for key, value in _tensors(batch, floats_only=True).items():
         is_bad = ~torch.isfinite(value)
         is_bad = is_bad.flatten(batch.ndim).any(-1) if is_bad.ndim > batch.ndim else is_bad
         if mask is not None:
@@ -62,18 +58,16 @@ def nonfinite_entries(batch: TensorDictBase, mask_key: NestedKey = keys.MASK) ->
     return found
 
 
-def check_data(batch: TensorDictBase, run_dir: Path, when: str) -> None:
-    """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity.
-
-    ``("collector", "mask")`` tells real steps where it exists; ``when`` tells in the message where
-    the batch came from.
-    """
-    if seems_finite(_float_entries(batch).values()):
+def check_data(batch: TensorDictBase, run_dir: Path, name: str) -> None:
+    """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity."""
+    # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
+    entries = _tensors(batch, floats_only=True).values()
+    if math.isfinite(sum(x.sum(dtype=torch.float32) for x in entries)):
         return
     found = nonfinite_entries(batch)
     if found:
-        problem = f"{when} must be finite, but NaN or infinity is in {', '.join(found)}"
-        raise _error(problem, batch, run_dir)
+        problem = f"{name} must be finite, but NaN or infinity is in {', '.join(found)}"
+        raise NonFiniteError(problem, batch, run_dir)
 
 
 def stop_on_loss(
@@ -82,12 +76,11 @@ def stop_on_loss(
     """Raise :class:`NonFiniteError` for a loss or gradient that is not finite."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
     bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
-    if not bad:
-        bad = [f"the gradients (norm {grad_norm})"]
+    bad = bad or [f"the gradients (norm {grad_norm})"]
     found = nonfinite_entries(batch)
-    data = f"; in the batch: {', '.join(found)}" if found else "; the batch itself is finite"
-    problem = f"losses and gradients must be finite, but not so: {', '.join(bad)}{data}"
-    raise _error(problem, batch, run_dir)
+    data = f"in the batch: {', '.join(found)}" if found else "the batch itself is finite"
+    problem = f"losses and gradients must be finite, but not so: {', '.join(bad)}; {data}"
+    raise NonFiniteError(problem, batch, run_dir)
 
 
 @contextmanager
@@ -114,30 +107,6 @@ def blame_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
         problem = (
             f"what the policy sees must be finite, but NaN or infinity is in {', '.join(found)}"
         )
-        raise _error(problem, shown[0], run_dir) from error
+        raise NonFiniteError(problem, shown[0], run_dir) from error
     finally:
         hook.remove()
-
-
-def _error(problem: str, batch: TensorDictBase, run_dir: Path) -> NonFiniteError:
-    dump = dump_batch(batch, run_dir / DUMP_FOLDER)
-    error = NonFiniteError(
-        f"{problem}. The weights were not changed. The batch is in {dump}: look at it with "
-        "TensorDict.load_memmap(...), fix the environment or lower the learning rate, and resume "
-        "from the last checkpoint."
-    )
-    error.dump = dump
-    return error
-
-
-def dump_batch(batch: TensorDictBase, path: Path) -> Path:
-    """Write the tensors of ``batch`` to the folder ``path``, as memory maps and JSON (no pickle)."""
-    shutil.rmtree(path, ignore_errors=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    leaves = [
-        key
-        for key, x in batch.items(include_nested=True, leaves_only=True)
-        if isinstance(x, Tensor)
-    ]
-    batch.select(*leaves).detach().cpu().contiguous().memmap(path, copy_existing=True)
-    return path

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
-from torchrl_amago.choice import check_choice
+from torchrl_amago.choice import check_choice, check_positive
 from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
 
 # Last parts of parameter names that are shifts or scales, whatever their number of dimensions
@@ -25,13 +25,7 @@ _SHIFTS_AND_SCALES = ("bias", "gain", "gamma", "scale", "a_log")
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies: at least 2 dimensions, and not a shift or scale by name.
-
-    Example:
-        >>> import torch
-        >>> decays("critic.0.weight", torch.zeros(4, 8, 3)), decays("critic.0.bias", torch.zeros(4, 3))
-        (True, False)
-    """
+    """Whether weight decay applies: at least 2 dimensions, and not a shift or scale by name."""
     last = name.rpartition(".")[2].lower()
     return parameter.ndim >= 2 and not any(word in last for word in _SHIFTS_AND_SCALES)
 
@@ -55,8 +49,6 @@ def make_optimizer(
         learning_rate: 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
         weight_decay: decoupled decay, multiplied by the learning rate at each update.
         decay_all: decay every parameter, as the public AMAGO code does.
-        betas: decay rates of Adam's moments.
-        eps: added to the root of the second moment.
 
     Raises:
         ValueError: if nothing requires a gradient, or for a learning rate out of its range.
@@ -66,24 +58,19 @@ def make_optimizer(
         >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
         [(0.001, 1), (0.0, 1)]
     """
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(
-            f"learning_rate must be positive and finite, got {learning_rate}. 1e-4 is AMAGO's."
-        )
+    check_positive("1e-4 is AMAGO's.", learning_rate=learning_rate)
     named = [(name, p) for name, p in loss_module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(
-            "make_optimizer needs a module with at least one parameter that requires a gradient, "
-            f"got {type(loss_module).__name__} with none. Pass the loss module itself, not its "
-            "frozen targets."
+            "make_optimizer needs at least one parameter that requires a gradient, got "
+            f"{type(loss_module).__name__} with none. Pass the loss module itself."
         )
-    decayed = [p for name, p in named if decay_all or decays(name, p)]
-    kept = [p for name, p in named if not (decay_all or decays(name, p))]
-    groups = [{"params": decayed, "weight_decay": weight_decay}]
-    if kept:
-        groups.append({"params": kept, "weight_decay": 0.0})
-    groups = [group for group in groups if group["params"]]
-    return AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    groups: dict[float, list[nn.Parameter]] = {weight_decay: []}
+    for name, p in named:
+        decay = weight_decay if decay_all or decays(name, p) else 0.0
+        groups.setdefault(decay, []).append(p)
+    filled = [{"params": params, "weight_decay": d} for d, params in groups.items() if params]
+    return AdamW(filled, lr=learning_rate, betas=betas, eps=eps, fused=True)
 
 
 def make_schedule(
@@ -100,21 +87,16 @@ def make_schedule(
         total_updates: update at which ``final_fraction`` is reached, and kept from then on.
         final_fraction: fraction of the peak at the end; 1 for no fall.
 
-    Example:
-        >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=1.0)
-        >>> schedule = make_schedule(optimizer, 4, total_updates=104, final_fraction=0.1)
-        >>> [round(schedule.lr_lambdas[0](update), 3) for update in (0, 3, 4, 54, 104, 999)]
-        [0.25, 1.0, 1.0, 0.55, 0.1, 0.1]
+    Raises:
+        ValueError: for a negative ``warmup_updates`` or a ``final_fraction`` outside [0, 1].
     """
     if warmup_updates < 0:
         raise ValueError(
-            f"warmup_updates must be at least 0, got {warmup_updates}. It is the number of updates "
-            "over which the learning rate rises; 0 starts at the full rate."
+            f"warmup_updates must be at least 0, got {warmup_updates}. 0 starts at the full rate."
         )
     if not 0.0 <= final_fraction <= 1.0:
         raise ValueError(
-            f"final_fraction must be in [0, 1], got {final_fraction}. It is the fraction of the learning "
-            "rate that is left at the last update; 1 keeps it constant."
+            f"final_fraction must be in [0, 1], got {final_fraction}. 1 keeps the rate constant."
         )
 
     def fraction(update: int) -> float:
@@ -138,17 +120,6 @@ class FiniteOptimizationStepper(OptimizationStepper):
         clip_norm: largest gradient norm, more than 0; None for no clipping.
         precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
         dump_dir: folder for a batch that has to be looked at; by default the trainer's ``run_dir``.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> class Square(nn.Linear):
-        ...     def forward(self, batch):
-        ...         return TensorDict(loss_square=super().forward(batch["x"]).square().mean())
-        >>> loss = Square(2, 1)
-        >>> optimizer = torch.optim.SGD(loss.parameters(), lr=0.1)
-        >>> batch = TensorDict(x=torch.ones(3, 2), batch_size=3)
-        >>> sorted(FiniteOptimizationStepper().update(loss, optimizer, batch).keys())
-        ['grad_norm', 'grad_norm_other', 'loss_square']
     """
 
     updates_replay_priority = True
@@ -163,26 +134,26 @@ class FiniteOptimizationStepper(OptimizationStepper):
         # `not >`, since NaN is neither.
         if clip_norm is not None and not clip_norm > 0:
             raise ValueError(
-                f"clip_norm must be larger than 0, got {clip_norm}. It is the largest norm that a "
-                "gradient keeps; None does not clip."
+                f"clip_norm must be larger than 0, got {clip_norm}. None does not clip."
             )
         self.clip_norm, self.precision = clip_norm, precision
         self.dump_dir = None if dump_dir is None else Path(dump_dir)
         self._optimizer: Optimizer | None = None
-        self._parameters: list[nn.Parameter] = []
         self._parts: dict[str, list[nn.Parameter]] = {}
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
-        """Make one update for a stock trainer, which runs the hooks around it."""
+        """Make one update of our trainer or a stock one, whose buffer may draw by the loss's errors."""
         batch = self.prepare(sub_batch, trainer.loss_module)
         metrics = self.update(trainer.loss_module, trainer.optimizer, batch)
-        if trainer.replay_buffer is not None:
-            update_priorities(trainer.replay_buffer, batch)
+        buffer = trainer.replay_buffer
+        if buffer is not None and "priority_weight" in set(batch.keys()):
+            stock = getattr(buffer, "update_tensordict_priority", None)
+            (stock or buffer.update_priority)(batch)
         return metrics
 
     def prepare(self, batch: TensorDictBase, loss_module: nn.Module) -> TensorDictBase:
         """Check a batch, and move it to the device of the loss."""
-        check_data(batch, self._dump_dir, "observations and rewards of a training batch")
+        check_data(batch, self.dump_dir or Path(), "observations and rewards of a training batch")
         device = next(loss_module.parameters()).device
         return batch if device.type == "cpu" else batch.to(device)
 
@@ -191,12 +162,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
     ) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
         if self._optimizer is not optimizer:
-            self._optimizer, self._parameters = (
-                optimizer,
-                [p for group in optimizer.param_groups for p in group["params"]],
-            )
-            self._parts = _by_network(loss_module, self._parameters)
-        with self._autocast():
+            self._optimizer, self._parts = optimizer, _by_network(loss_module, optimizer)
+        with self._autocast(loss_module):
             losses = loss_module(batch)
         total = sum(value for key, value in losses.items() if key.startswith("loss"))
         total.backward()
@@ -210,46 +177,27 @@ class FiniteOptimizationStepper(OptimizationStepper):
         checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
         if not math.isfinite(checked):
             optimizer.zero_grad()
-            stop_on_loss(metrics, grad_norm, batch, self._dump_dir)
+            stop_on_loss(metrics, grad_norm, batch, self.dump_dir or Path())
         # As clip_grad_norm_, which also multiplies where there is nothing to clip.
         if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self._parameters, self.clip_norm, norm)
+            parameters = [p for part in self._parts.values() for p in part]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
         optimizer.step()
         optimizer.zero_grad()
         metrics.update({f"grad_norm_{part}": value for part, value in norms.items()})
         return metrics.set("grad_norm", norm)
 
-    @property
-    def _dump_dir(self) -> Path:
-        return Path() if self.dump_dir is None else self.dump_dir
-
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self, loss_module: nn.Module) -> contextlib.AbstractContextManager:
         if self.precision == "fp32":
             return contextlib.nullcontext()
-        return torch.autocast(self._parameters[0].device.type, dtype=torch.bfloat16)
+        return torch.autocast(next(loss_module.parameters()).device.type, dtype=torch.bfloat16)
 
 
-def update_priorities(replay_buffer: Any, batch: TensorDictBase) -> None:
-    """Tell a buffer that draws by priority the errors that the loss has put into a batch."""
-    if "priority_weight" in batch.keys() and hasattr(  # noqa: SIM118 - not a dict
-        replay_buffer, "update_tensordict_priority"
-    ):
-        replay_buffer.update_tensordict_priority(batch)
-    elif "priority_weight" in batch.keys():  # noqa: SIM118
-        replay_buffer.update_priority(batch)
-
-
-def _by_network(
-    loss_module: nn.Module, parameters: list[nn.Parameter]
-) -> dict[str, list[nn.Parameter]]:
+def _by_network(loss_module: nn.Module, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
     """Group the optimised parameters by the network they belong to."""
+    names = {p: name for name, p in loss_module.named_parameters()}
     parts: dict[str, list[nn.Parameter]] = {}
-    optimised = set(parameters)
-    for name, p in loss_module.named_parameters():
-        if p in optimised:
-            optimised.remove(p)
-            part = name.partition("_network_params")[0] if "_network_params" in name else "other"
-            parts.setdefault(part, []).append(p)
-    if optimised:
-        parts.setdefault("other", []).extend(optimised)
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        part, is_network, _ = names.get(p, "").partition("_network_params")
+        parts.setdefault(part if is_network else "other", []).append(p)
     return parts

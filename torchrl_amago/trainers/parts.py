@@ -15,14 +15,7 @@ from torchrl.collectors import BaseCollector, Collector
 
 
 class Components(dict[str, Any]):
-    """Parts by name, saved and loaded together; each has ``state_dict`` and ``load_state_dict``.
-
-    Example:
-        >>> parts = Components(net=torch.nn.Linear(1, 1, bias=False))
-        >>> parts.load_state_dict({"net": {"weight": torch.ones(1, 1)}})
-        >>> parts.state_dict()["net"]["weight"]
-        tensor([[1.]])
-    """
+    """Parts by name, saved and loaded together, in order."""
 
     def __init__(self, **parts: Any) -> None:
         for name, part in parts.items():
@@ -34,11 +27,10 @@ class Components(dict[str, Any]):
         super().__init__(parts)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of every part."""
         return {name: part.state_dict() for name, part in self.items()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Load every part, in order; ValueError if other parts were saved."""
+        """Load every part; ValueError if other parts were saved."""
         if state.keys() != self.keys():
             raise ValueError(
                 f"a run goes on with the parts it was saved with, {sorted(state)}; got "
@@ -59,11 +51,9 @@ class Counts:
     evaluated_at: int = -1
 
     def state_dict(self) -> dict[str, int]:
-        """Every count."""
         return asdict(self)
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting."""
         vars(self).update(state)
 
 
@@ -78,55 +68,31 @@ class Optimisation:
         self.optimizer, self.scheduler = optimizer, scheduler
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of both."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": {} if self.scheduler is None else self.scheduler.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on optimising."""
         scheduler, saved = self.scheduler, dict(state["scheduler"])
-        rates = [group["lr"] for group in self.optimizer.param_groups]
+        groups, names = self.optimizer.param_groups, ("lr", "initial_lr")
+        own = [{name: group[name] for name in names if name in group} for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
-        groups = self.optimizer.param_groups
         if isinstance(scheduler, LambdaLR):
-            peaks = scheduler.base_lrs
             factors = [factor(saved["last_epoch"]) for factor in scheduler.lr_lambdas]
-            rates = [peak * factor for peak, factor in zip(peaks, factors, strict=True)]
-            saved |= {"base_lrs": peaks, "_last_lr": rates}
-            for group, peak in zip(groups, peaks, strict=True):
-                group["initial_lr"] = peak
+            rates = [x * factor for x, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            saved |= {"base_lrs": scheduler.base_lrs, "_last_lr": rates}
+            own = [values | {"lr": rate} for values, rate in zip(own, rates, strict=True)]
         elif scheduler is not None:
-            rates = [group["lr"] for group in groups]
+            own = []  # of other schedules nothing is known but their state
         if scheduler is not None:
             scheduler.load_state_dict(saved)
-        for group, rate in zip(groups, rates, strict=True):
-            group["lr"] = rate
-
-
-class RandomState:
-    """The global generators; they are set when training begins, since set-up may draw from them."""
-
-    def __init__(self) -> None:
-        self._resumed: Mapping[str, Any] | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """Generators of torch, numpy and python."""
-        return GlobalRNGState().state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember a state for :meth:`begin`."""
-        self._resumed = state
-
-    def begin(self) -> None:
-        """Set the generators of a resumed run."""
-        if self._resumed is not None:
-            GlobalRNGState().load_state_dict(self._resumed)
+        for group, values in zip(self.optimizer.param_groups, own, strict=False):
+            group.update(values)
 
 
 class Rollouts:
-    """The collector and its trials in progress.
+    """The collector with its trials in progress, and the global generators that they draw from.
 
     Where the collector's state has ``in_progress``, a checkpoint leaves trials alone and the resumed
     run goes on with them. Otherwise every checkpoint ends them: the environment is seeded with a
@@ -143,27 +109,30 @@ class Rollouts:
         state = self._resumed
         if state is None:
             self._restart(_draw_seed(), self._state())
-        elif state["seed"] is not None:
+            return
+        GlobalRNGState().load_state_dict(state["random"])
+        if state["seed"] is not None:
             torchrl_logger.info("the trials in progress ended: this collector cannot save them")
             self._restart(state["seed"], state["collector"])
-        else:
-            try:
-                self.collector.load_state_dict(state["collector"], strict=False)
-            except ValueError as error:
-                torchrl_logger.info(f"the trials in progress at the checkpoint end here: {error}")
-                self._restart(_draw_seed(), state["collector"])
+            return
+        try:
+            self.collector.load_state_dict(state["collector"], strict=False)
+        except ValueError as error:
+            torchrl_logger.info(f"the trials in progress at the checkpoint end here: {error}")
+            self._restart(_draw_seed(), state["collector"])
 
     def prepare(self) -> None:
-        """Take the state of a checkpoint, before the generators' is taken."""
+        """Take the state of a checkpoint."""
         state = self._state()
         seed = None if "in_progress" in state else _draw_seed()
-        self._saved = {"seed": seed, "collector": state}
+        random = GlobalRNGState().state_dict()
+        self._saved = {"seed": seed, "collector": state, "random": random}
 
     def proceed(self) -> bool:
         """Go on after a checkpoint; return False if trials in progress have ended."""
         if self._saved["seed"] is None:
             return True
-        self._restart(**self._saved)
+        self._restart(self._saved["seed"], self._saved["collector"])
         return False
 
     def _restart(self, seed: int, collector: Mapping[str, Any]) -> None:
@@ -190,14 +159,12 @@ class Rollouts:
         return {key: value for key, value in state.items() if key != "policy_state_dict"}
 
     def state_dict(self) -> dict[str, Any]:
-        """Trials in progress, or the seed of those that begin; counters and transforms."""
         return self._saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Remember a state for :meth:`begin`."""
+        """Remember a state for :meth:`begin`: what sets up a run may draw random numbers."""
         self._resumed = state
 
 
 def _draw_seed() -> int:
-    """Draw a seed from torch's global generator."""
     return int(torch.randint(2**31 - 1, ()))

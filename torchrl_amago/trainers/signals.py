@@ -17,9 +17,8 @@ _PREEMPTION = tuple(
 def on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
     """Turn the first of each signal into a call of ``request_stop``; the next has its usual effect.
 
-    It is called with ``"interrupted"`` for SIGINT (Ctrl-C) and ``"preempted"`` for SIGTERM, SIGHUP
-    and SIGUSR1. Signals that the process ignores, such as SIGHUP under ``nohup``, stay ignored. In
-    other threads than the main one, which alone receives signals, nothing changes.
+    Its argument is ``"interrupted"`` for SIGINT (Ctrl-C), else ``"preempted"``. Ignored signals stay
+    ignored. In other threads than the main one, which alone receives signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -5,7 +5,7 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -226,14 +226,17 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
             )
         return memory
 
-    def memory_state_dict(self) -> dict[str, Any]:
+    def memory_state_dict(self, streams: Collection[int] | None = None) -> dict[str, Any]:
         """Copies of what is remembered of all rollouts, for :meth:`load_memory_state_dict`.
+
+        Args:
+            streams: those of the rollouts that are meant; by default all.
 
         Returns:
             The nested dict of tensors of :meth:`StreamTable.state_dict`; where memories restart with
             new weights also ``fingerprint``, the weights last seen.
         """
-        state = self._streams.state_dict()
+        state = self._streams.state_dict(streams)
         if self._fingerprint is not None:
             state["fingerprint"] = self._fingerprint.clone()
         return state

@@ -13,7 +13,7 @@ import os
 import secrets
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -171,19 +171,19 @@ class StreamTable:
         )
         warnings.warn(f"a rollout goes on in mid-trial without its memory; {reason}.", stacklevel=3)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Copies of all memories.
+    def state_dict(self, streams: Collection[int] | None = None) -> dict[str, Any]:
+        """Copies of all memories, or of those of some streams.
 
         Returns:
             ``streams``, int64 ``[S]``, the one not used for the longest time first; ``memories``: for
             each of ``"0"`` to ``"S - 1"`` its ``num_rows`` and its ``memory``, a dict of tensors.
         """
+        kept = [stream for stream in self._memories if streams is None or stream in streams]
         memories = {
             str(i): {"num_rows": torch.tensor(memory.batch_size), "memory": memory.state_dict()}
-            for i, memory in enumerate(self._memories.values())
+            for i, memory in enumerate(self._memories[stream] for stream in kept)
         }
-        streams = torch.tensor(list(self._memories), dtype=torch.int64)
-        return {"streams": streams, "memories": memories}
+        return {"streams": torch.tensor(kept, dtype=torch.int64), "memories": memories}
 
     def load_state_dict(
         self, state: Mapping[str, Any], new_memory: Callable[[int, torch.dtype], Memory]
