@@ -12,7 +12,7 @@ from torch import nn
 from torchrl.checkpoint import GlobalRNGState
 
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.files import DamagedError
+from torchrl_amago.files import DamagedError, write_manifest
 from torchrl_amago.trainers import CheckpointStore, describe_architecture, refuse_existing_run
 
 ARCHITECTURE = {"loss.weight": "2x3 float32", "loss.bias": "2 float32"}
@@ -144,8 +144,7 @@ def test_an_unreadable_checkpoint_is_not_passed_over(tmp_path):
 def test_another_format_is_refused(tmp_path):
     path = save(CheckpointStore(tmp_path), 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["format_version"] = 99
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, manifest | {"format_version": 99})
     with pytest.raises(RuntimeError, match="format version 99, and this code reads 3"):
         CheckpointStore(tmp_path).load(path, FACTS)
 
