@@ -94,6 +94,25 @@ def test_recovery_brings_back_the_last_complete_version(tmp_path, renamed):
     assert names(path) == ["a"]
 
 
+def test_recovery_of_one_name_leaves_the_others_alone(tmp_path):
+    for name in (".a[b].partial", ".a[b].previous", ".ab.partial", ".notes.previous"):
+        (tmp_path / name).mkdir()
+    recover(tmp_path, "a[b]")
+    assert names(tmp_path) == [".ab.partial", ".notes.previous", "a[b]"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "checkpoint"
+    link.symlink_to("disk")
+    for content in ("first", "second"):
+        with replace_folder(link) as folder:
+            (folder / "a").write_text(content)
+    assert link.is_symlink()
+    assert (tmp_path / "disk" / "a").read_text() == "second"
+    assert names(tmp_path) == ["checkpoint", "disk"]
+
+
 def test_recovery_finishes_removals(tmp_path):
     (tmp_path / ".gone.previous").mkdir()
     recover(tmp_path)
@@ -138,6 +157,19 @@ def test_damage_is_found(described, damage, match):
     damage(described)
     with pytest.raises(DamagedError, match=match):
         verify_manifest(described)
+
+
+def test_no_flipped_bit_of_the_manifest_changes_what_it_says(described):
+    file, before = described / MANIFEST, read_manifest(described)
+    content = file.read_bytes()
+    for place in range(8 * len(content)):
+        damaged = bytearray(content)
+        damaged[place // 8] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            assert verify_manifest(described) == before  # white space
+        except DamagedError:
+            continue
 
 
 def test_space_is_reserved_past_the_end(tmp_path):

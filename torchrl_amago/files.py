@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -94,6 +95,7 @@ def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
         ...     sorted(file.name for file in path.iterdir())
         ['note.txt']
     """
+    path = path.resolve() if path.is_symlink() else path  # a link stays one
     partial, previous = _beside(path, _PARTIAL), _beside(path, _PREVIOUS)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -122,17 +124,22 @@ def remove_folder(path: Path) -> None:
     shutil.rmtree(previous, ignore_errors=True)
 
 
-def recover(folder: Path) -> None:
+def recover(folder: Path, name: str | None = None) -> None:
     """Finish or undo the replacements that a crash interrupted in a folder.
 
     Call it only while no other process writes there, such as under :func:`lock`.
+
+    Args:
+        folder: where they were made.
+        name: the file or folder that was replaced; by default any, in a folder that is all our own.
     """
-    for previous in folder.glob(f".*.{_PREVIOUS}"):
-        name = previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
+    name = "*" if name is None else glob.escape(name)
+    for previous in folder.glob(f".{name}.{_PREVIOUS}"):
+        path = folder / previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
         # Between its two renames a replacement has neither version under the name.
-        if _beside(folder / name, _PARTIAL).exists() and not (folder / name).exists():
-            os.replace(previous, folder / name)
-    for leftover in (*folder.glob(f".*.{_PARTIAL}"), *folder.glob(f".*.{_PREVIOUS}")):
+        if _beside(path, _PARTIAL).exists() and not path.exists():
+            os.replace(previous, path)
+    for leftover in (*folder.glob(f".{name}.{_PARTIAL}"), *folder.glob(f".{name}.{_PREVIOUS}")):
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -158,11 +165,11 @@ def _beside(path: Path, suffix: str) -> Path:
 
 
 def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write `manifest.json`: facts, and size and SHA-256 of every other file of the folder.
+    """Write `manifest.json`: facts, size and SHA-256 of every other file, and a checksum of all this.
 
     Args:
         folder: its files are complete.
-        facts: JSON values by name; `"files"` is taken.
+        facts: JSON values by name; `"files"` and `"crc32"` are taken.
     """
     files = {
         file.relative_to(folder).as_posix(): {
@@ -171,18 +178,21 @@ def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
         }
         for file in sorted(_files(folder))
     }
-    text = json.dumps({**facts, "files": files}, indent=1) + "\n"
+    manifest = json.loads(json.dumps({**facts, "files": files}))
+    text = json.dumps({**manifest, "crc32": _manifest_crc32(manifest)}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, None where it is missing or unreadable."""
+    """Return the manifest of a folder, None where it is missing or not as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     is_manifest = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    return manifest if is_manifest else None
+    # Other versions' manifests, which have no checksum, are read to tell their version.
+    is_intact = is_manifest and manifest.get("crc32") in (None, _manifest_crc32(manifest))
+    return manifest if is_intact else None
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
@@ -193,8 +203,8 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
             stand in for a verified one.
     """
     manifest = read_manifest(folder)
-    if manifest is None:
-        raise DamagedError(f"{folder / MANIFEST} is missing or cannot be read")
+    if manifest is None or "crc32" not in manifest:
+        raise DamagedError(f"{folder / MANIFEST} is missing or cannot be read, or has changed")
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -209,6 +219,10 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
     if unlisted:
         raise DamagedError(f"{folder / unlisted[0]} is not listed in {MANIFEST}")
     return manifest
+
+
+def _manifest_crc32(manifest: Mapping[str, Any]) -> int:
+    return _crc32({key: value for key, value in manifest.items() if key != "crc32"})
 
 
 def sha256(file: Path) -> str:

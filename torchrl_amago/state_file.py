@@ -79,8 +79,12 @@ def load_state(path: Path) -> Any:
         if trailer[len(_MARK) :] != _digest(file, end).encode():
             raise _damaged(path, "its checksum differs")
         file.seek(0)
-        with np.load(file, allow_pickle=False) as arrays:
-            return _decode(json.loads(arrays[_TREE].tobytes()), arrays)
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                return _decode(json.loads(arrays[_TREE].tobytes()), arrays)
+        # Its checksum fits, yet it was made by something else.
+        except (LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
+            raise _damaged(path, f"it holds no state ({error!r})") from error
 
 
 def _damaged(path: Path, problem: str) -> DamagedError:

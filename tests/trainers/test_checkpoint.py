@@ -11,7 +11,7 @@ from tensordict import TensorDict
 from torch import nn
 
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.files import DamagedError
+from torchrl_amago.files import DamagedError, write_manifest
 from torchrl_amago.trainers import refuse_existing_run
 from torchrl_amago.trainers.checkpoint import CheckpointStore, describe_architecture
 
@@ -95,8 +95,7 @@ def test_damage_is_named_with_the_intact_one(tmp_path, name, content, problem):
 def test_another_format_is_refused(tmp_path):
     path = save(CheckpointStore(tmp_path), 1)
     manifest = json.loads((path / "manifest.json").read_text())
-    manifest["format_version"] = 99
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_manifest(path, manifest | {"format_version": 99})
     with pytest.raises(RuntimeError, match="format version 99, and this code reads 4"):
         CheckpointStore(tmp_path).load(path, FACTS)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections import OrderedDict
 
@@ -113,4 +114,22 @@ def test_other_files_are_refused(tmp_path, content):
     else:
         torch.save({"a": content}, path)
     with pytest.raises(DamagedError, match="must be complete and as it was written"):
+        load_state(path)
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        "{", "[" * 10_000, '["tensor", "w", "float32", [1]]', '["exec", "w"]', '["size", 3]',
+        '["tensor", "none", "load", [1]]', '["tensor", "none", "float32", [1000000000000]]',
+    ],
+)  # fmt: skip
+def test_other_content_with_a_checksum_that_fits_is_refused(tmp_path, tree):
+    path = tmp_path / "x.npz"
+    arrays = {"tree": np.frombuffer(tree.encode(), np.uint8), "none": np.zeros(0)}
+    with path.open("wb") as file:
+        np.savez(file, **arrays)
+    content = path.read_bytes()
+    path.write_bytes(content + b"\nSHA-256 " + hashlib.sha256(content).hexdigest().encode())
+    with pytest.raises(DamagedError, match="it holds no state"):
         load_state(path)

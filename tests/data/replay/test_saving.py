@@ -9,6 +9,7 @@ import torch
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
 from torchrl_amago.data.replay.storage import TrialStorage
+from torchrl_amago.files import write_manifest
 
 
 def make_buffer(capacity: int = 30, **kwargs):
@@ -263,12 +264,12 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     assert len(rb) == 4
 
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps(manifest | {"kind": "TrialMixture"}))
+    write_manifest(path, manifest | {"kind": "TrialMixture"})
     with pytest.raises(
         ValueError, match=r"of the format and kind .*'TrialReplayBuffer'.*got .*'TrialMixture'"
     ):
         load_replay(make_buffer(), path)
-    (path / "manifest.json").write_text(json.dumps(manifest | {"format": "replay 9"}))
+    write_manifest(path, manifest | {"format": "replay 9"})
     with pytest.raises(ValueError, match=r"'torchrl_amago replay 3'.*got .*'replay 9'"):
         load_replay(make_buffer(), path)
 
