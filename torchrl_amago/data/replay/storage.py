@@ -269,8 +269,9 @@ class TrialStorage(Storage):
         number, table = np.asarray(index, np.int64), self.table()
         if table is None:
             return TensorDict(batch_size=number.shape)
-        start, first = (table.look()[1][x].astype(np.int64) for x in ("start", "first"))
-        _check_there(number, table)
+        _, entries = table.look()
+        _check_there(number, entries)
+        start, first = (entries[x].astype(np.int64) for x in ("start", "first"))
         # A slice lies in one trial, as a rule: its lowest and highest steps say so.
         ends = (
             [f(number, -1, keepdims=True) for f in (np.min, np.max)]
@@ -293,7 +294,7 @@ class TrialStorage(Storage):
                 values.reshape(-1) if values.numel() == len(rows) else values
             )  # three times as fast
             out.set(key, flat.index_select(0, row + is_twice if is_twice else row).reshape(shape))
-        _check_there(number, table)
+        _check_there(number, table.look()[1])
         return out
 
     def __getitem__(self, index: Any) -> TensorDict:
@@ -434,9 +435,10 @@ def _last_row(entries: np.ndarray) -> int:
     return int((entries["first"].astype(np.int64) + entries["length"] + 1).max(initial=0))
 
 
-def _check_there(number: np.ndarray, table: TrialTable) -> None:
-    entries, stop = table.look()[1], table.written
-    oldest = int(entries["start"][0]) if len(entries) else stop
+def _check_there(number: np.ndarray, entries: np.ndarray) -> None:
+    if not len(entries):
+        raise EvictedError("all trials were given up for those that are being written")
+    oldest, stop = int(entries["start"][0]), int(entries["start"][-1] + entries["length"][-1])
     if number.size and not oldest <= number.min() <= number.max() < stop:
         raise EvictedError(
             f"the number of a step must be from {oldest} to {stop - 1}, got {number.min()} to "

@@ -87,8 +87,10 @@ class TrialTable:
     @property
     def written(self) -> int:
         """Steps written so far, those of evicted trials included."""
-        begin, entries = self.look()
-        last = entries[-1:] if len(entries) else self._read(max(begin - 1, 0), begin)
+        last = None
+        while last is None:
+            begin, entries = self.look()
+            last = entries[-1:] if len(entries) else self._read(max(begin - 1, 0), begin)
         return int(last["start"][0]) + int(last["length"][0]) if len(last) else 0
 
     def look(self) -> tuple[int, np.ndarray]:
