@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import ImmutableDatasetWriter
@@ -200,14 +200,13 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
     def _read(self, batch_size: int) -> TensorDictBase:
-        sampler, storage = self.sampler, self.storage
-        trials = sampler.trials(storage)
+        sampler, trials = self.sampler, self.sampler.trials(self.storage)
         position_B, weight_B = sampler.draw_trials(trials, batch_size)
         length_B, replaced_BL = torch.from_numpy(trials.length[position_B]), None
         if self.relabel is not None:
             length_B, replaced_BL = self._relabel(trials, position_B, length_B)
         step_BT, mask_BT = sampler.steps(*sampler.windows(length_B))
-        batch = storage.get(trials.index(position_B, step_BT))
+        batch = self._get(trials, position_B, step_BT)
         if replaced_BL is not None:
             batch.update(replaced_BL[torch.arange(batch_size).unsqueeze(-1), step_BT])
         for key, value in sampler.info(mask_BT, weight_B).items():
@@ -215,16 +214,23 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         number_B = torch.from_numpy(trials.number[position_B])
         return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
 
+    def _get(
+        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey] = ()
+    ) -> TensorDictBase:
+        index_BT = trials.index(position_B, step_BT)
+        if not self._is_ours:
+            return (self.storage[:].select(*names) if names else self.storage)[index_BT]
+        steps = self.storage.get(index_BT, names or None)
+        self.storage.check(trials, trials.number[position_B])
+        return steps
+
     def _relabel(
         self, trials: Trials, position_B: Any, length_B: Tensor
     ) -> tuple[Tensor, TensorDictBase]:
         """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
         step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
-        index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
-        if self._is_ours:
-            whole_BL = self.storage.get(index_BL, self.relabel.in_keys)
-        else:
-            whole_BL = self.storage[:].select(*self.relabel.in_keys)[index_BL]
+        inside_BL = torch.minimum(step_L, length_B1 - 1)
+        whole_BL = self._get(trials, position_B, inside_BL, self.relabel.in_keys)
         whole_BL.set(keys.MASK, step_L < length_B1)
         replaced_BL = self.relabel.relabel_trials(whole_BL, self._rng)
         return replaced_BL.get(keys.MASK).sum(-1), replaced_BL.exclude("collector")
