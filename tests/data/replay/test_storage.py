@@ -21,7 +21,7 @@ from tensordict import TensorDict, assert_close
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago import files
 from torchrl_amago.data.replay.storage import EvictedError, TrialStorage
-from torchrl_amago.data.replay.table import ENTRY
+from torchrl_amago.data.replay.table import ENTRY, TrialTable
 from torchrl_amago.files import DamagedError
 
 
@@ -195,22 +195,36 @@ def write_beside(writer, target, method, monkeypatch, lengths=(5, 5)):
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
-def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode):
+@pytest.mark.parametrize("moment", ["before rows are copied", "after"])
+def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode, moment):
     writer = TrialStorage(12, path=tmp_path / "replay")
     write(writer, [4, 5])
     write(writer, [3], first_id=9)
     storage = opened(tmp_path / "replay", mode)
-    wait = write_beside(writer, storage.table(), "look", monkeypatch, lengths=[5])
+    target = (TrialTable, "create") if moment == "after" else (storage, "entries")
+    wait = write_beside(writer, *target, monkeypatch, lengths=[5])
     storage.dumps(tmp_path / "copy")
     copy = opened(tmp_path / "copy", "continue")
     wait()
     # A reader doesn't make others wait: it leaves out what it could not copy in time.
-    assert contents(copy)[-1 if mode == "continue" else 0] == [9, 10, 11]
+    whole = [[0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
+    assert contents(copy) == (whole if mode == "continue" else whole[2:])
     assert contents(writer) == [[9, 10, 11], [100, 101, 102, 103, 104]]
     copy.verify()
     for number in range(4):
         write(copy, [4], first_id=10 * number)
     assert contents(copy)[-1] == [30, 31, 32, 33]
+
+
+def test_a_copy_of_what_a_writer_left_empty_counts_on(tmp_path):
+    storage = TrialStorage(12, path=tmp_path / "replay")
+    write(storage, [4, 5])
+    storage.table().evict(2)  # as one that dies before it announces what it wrote
+    storage.dumps(tmp_path / "copy")
+    copy = opened(tmp_path / "copy", "continue")
+    assert (contents(copy), copy.written) == ([], 9)
+    write(copy, [3])
+    assert (copy.trials().number.tolist(), copy.written) == ([2], 12)
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])

@@ -67,8 +67,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     ) -> None:
         if not isinstance(relabel, Relabel | None):
             raise TypeError(
-                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Subclass Relabel, or "
-                "give other transforms to append_transform."
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other transforms "
+                "to append_transform."
             )
         if not isinstance(storage, Storage):
             storage = storage()  # what makes one, as RayReplayBuffer hands it over
@@ -340,8 +340,8 @@ def make_trial_buffer(
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
     if slice_length > storage.max_size:
         raise ValueError(
-            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes from "
-            "one stored trial; raise the capacity, which counts environment steps."
+            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes "
+            "from one stored trial; raise the capacity."
         )
     if verify:
         storage.verify()
@@ -352,8 +352,7 @@ def make_trial_buffer(
 def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     """Write trials, priorities and generator of a replay buffer to a folder; nothing is pickled.
 
-    Batches that `prefetch` has drawn ahead are not saved: with prefetch, a resumed run is right, but
-    does not repeat the uninterrupted one.
+    Batches drawn ahead are not saved: with `prefetch`, a resumed run doesn't repeat the uninterrupted one.
 
     Args:
         rb: the buffer; of a mixture, its buffer ``online``.
@@ -366,8 +365,8 @@ def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     path = Path(path)
     if path.exists() and not (path / files.MANIFEST).exists():
         raise FileExistsError(
-            f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}. "
-            "Choose another path, or remove it."
+            f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}. Choose "
+            "another path, or remove it."
         )
     with files.replace_folder(path) as folder:
         rb.dumps(folder)
@@ -396,7 +395,7 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     if saved != wanted:
         raise ValueError(
             f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it was made "
-            "then, with the version of torchrl_amago that saved it."
+            "then, with that version of torchrl_amago."
         )
     rb.loads(path)
 

@@ -32,6 +32,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torchrl.data import Storage
 
 from torchrl_amago import files
+from torchrl_amago.choice import check_counts
 from torchrl_amago.data.replay import layout
 from torchrl_amago.data.replay.table import ENTRY, TrialTable
 from torchrl_amago.data.replay.trials import Trials
@@ -72,7 +73,7 @@ class TrialStorage(Storage):
         self._here, self._inode = path / "trials", -1
         self._table: TrialTable | None = None
         self._trials: Trials | None = None
-        self.spec: layout.Spec = {}
+        self.spec, self.rows = {}, TensorDict(batch_size=[0])
         if mode != "read":
             files.make_writable(path)
             with self._lock():
@@ -86,15 +87,14 @@ class TrialStorage(Storage):
                 f"a new replay buffer needs a folder without one, and {path} holds one. Choose another "
                 "path, go on with mode='continue', or only read it with mode='read'."
             )
-        if self._here.exists() and capacity is None:
-            capacity = _read_schema(self._here)["capacity"]
-        elif mode == "read" and not self._here.exists():
+        if mode == "read" and not self._here.exists():
             raise FileNotFoundError(
                 f"mode='read' needs a folder with trials, and {path} has none. Check the path; "
                 "mode='continue' waits for the first trial, and mends what a crash left."
             )
-        if capacity is None or capacity < 1:
-            raise ValueError(f"capacity must be at least 1, got {capacity}. It counts steps.")
+        if self._here.exists() and capacity is None:
+            capacity = _read_schema(self._here)["capacity"]
+        check_counts("It is the number of steps to keep.", capacity=capacity)
         super().__init__(capacity)
         self.table()
 
@@ -109,9 +109,8 @@ class TrialStorage(Storage):
                 self._inode = inode
         except FileNotFoundError as error:
             if self._inode == -1 and self._here.exists():
-                raise files.DamagedError(
-                    f"{self._here} is incomplete: {error}. Use another copy of the folder"
-                ) from error
+                problem = f"{self._here} is incomplete: {error}. Use another copy of the folder"
+                raise files.DamagedError(problem) from error
         return self._table
 
     def _open(self) -> None:
@@ -119,7 +118,7 @@ class TrialStorage(Storage):
         if schema["capacity"] != self.max_size:
             raise ValueError(
                 f"capacity must be that of the folder, {schema['capacity']} steps in {self.path}, got "
-                f"{self.max_size}. Use the same; None takes what is there."
+                f"{self.max_size}. None takes what is there."
             )
         table = TrialTable(self._here / "table.bin", self.max_size, self.mode != "read")
         self.spec = {tuple(key): text for key, text in schema["entries"]}
@@ -231,10 +230,7 @@ class TrialStorage(Storage):
 
     def _check_writable(self) -> None:
         if self.mode == "read":
-            raise PermissionError(
-                f"a buffer of mode='read' can't be written to ({self.path}). Open it with "
-                "mode='continue', or write to another one."
-            )
+            raise PermissionError(f"mode='read' can't be written to ({self.path}). Use 'continue'.")
 
     def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
         raise TypeError(IN_PLACE)
@@ -309,9 +305,8 @@ class TrialStorage(Storage):
                 self.check(trials, trials.number[:1])
                 return steps
         raise RuntimeError(
-            f"steps of {self.path} must stay while they are read, and other processes have overwritten "
-            f"some of these in each of {_ATTEMPTS} attempts. Open the folder with mode='continue', "
-            "which makes the others wait."
+            f"steps must stay while they are read, and others have overwritten some in {self.path} in "
+            f"each of {_ATTEMPTS} attempts. Open it with mode='continue', which makes them wait."
         )
 
     def __len__(self) -> int:
@@ -328,13 +323,12 @@ class TrialStorage(Storage):
         """Compare all values to their checksums; raise DamagedError where some have changed."""
         with self._lock():
             begin, entries = self.entries()
-            if not len(entries):
-                return
-            first, count = entries["first"].astype(np.int64), entries["length"].astype(np.int64) + 1
-            differing = begin + np.flatnonzero(
-                _checksums(self.rows, first, count) != entries["values"]
-            )
-            if (differing >= self._table.begin).any():  # a reader doesn't keep writers away
+            first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
+            found = _checksums(self.rows, first, length + 1)
+            differing = begin + np.flatnonzero(found != entries["values"])
+            if (
+                differing >= (self._table.begin if len(entries) else 0)
+            ).any():  # a reader may be late
                 raise files.DamagedError(
                     f"{self._here / 'rows'} has changed since it was written, in {len(differing)} "
                     "trials. Use another copy of the folder, or load a checkpoint"
@@ -350,12 +344,12 @@ class TrialStorage(Storage):
             files.remove_folder(here)
 
     def _copy_to(self, folder: Path) -> None:
-        """Write the trials as they are at one moment; a reader leaves out what others evict meanwhile."""
+        """Write the trials of one moment; a reader leaves out what others evict meanwhile."""
         with self._lock():
-            used = _last_row(self.entries()[1])
+            begin, entries = self.entries()
             for file, memory in self._maps.items():
-                np.asarray(memory[:used]).tofile(folder / "rows" / file.name)
-            self._table.copy_to(folder / "table.bin")
+                np.asarray(memory[: _last_row(entries)]).tofile(folder / "rows" / file.name)
+            self._table.copy_to(folder / "table.bin", begin, entries)
 
     def loads(self, path: str | Path) -> None:
         """Replace the content by that of a folder that :meth:`dumps` wrote, at once, if it fits."""
@@ -373,11 +367,8 @@ class TrialStorage(Storage):
                 self._create(self.spec)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give nothing: trials are saved to folders."""
-        raise NotImplementedError(
-            "stored trials are saved to folders, not to a state_dict. Use save_replay and load_replay, or "
-            "dumps and loads."
-        )
+        """Refused: trials are saved to folders."""
+        raise NotImplementedError("stored trials are saved to folders. Use save_replay, or dumps.")
 
     def __getstate__(self) -> dict[str, Any]:
         mode = "read" if self.mode == "read" else "continue"
@@ -387,8 +378,7 @@ class TrialStorage(Storage):
         if not state["path"].is_dir():
             raise FileNotFoundError(
                 f"a copied replay buffer opens the folder of its original, and {state['path']} isn't "
-                "there: a temporary one goes with its owner. Make the buffer with path=, or copy it "
-                "with save_replay and load_replay."
+                "there: a temporary one goes with its owner. Make the buffer with path=."
             )
         self.__init__(**state)
 
@@ -399,8 +389,8 @@ def _read_schema(folder: Path) -> dict[str, Any]:
     found = {key: schema.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(
-            f"{folder} must be of {wanted}, got {found}. Open it with the version of torchrl_amago and the "
-            "kind of processor that wrote it, or choose another path."
+            f"{folder} must be of {wanted}, got {found}. Open it with the version of torchrl_amago and "
+            "the kind of processor that wrote it, or choose another path."
         )
     return schema
 

@@ -30,11 +30,6 @@ class TrialTable:
     the trial there has left; so the oldest trials lie right ahead of the newest. `3 * capacity + 2` rows
     are always enough, and ordinary trials touch few more than `capacity`.
 
-    Args:
-        file: made by :meth:`create`.
-        capacity: most steps kept.
-        writable: for a writer.
-
     Raises:
         DamagedError: for a file of another size, or one that can't be right.
     """
@@ -156,15 +151,14 @@ class TrialTable:
         """Bytes of the file up to the end of the next `count` entries."""
         return _HEADER + min(self.end % self.capacity + count, self.capacity) * ENTRY.itemsize
 
-    def copy_to(self, file: Path) -> None:
-        """Write a table of the trials that are there now."""
-        copy = TrialTable.create(file, self.capacity)
-        begin, entries = self.look()
-        end = begin + len(entries)
-        # The last one says how many steps were written, evicted or not.
-        for number in (np.arange(begin, end), np.arange(max(0, end - 1), end)):
-            copy._ring[number % self.capacity] = self._ring[number % self.capacity]
-        copy._counters[:] = [_encode(x, salt) for x, salt in zip((begin, end), _SALTS, strict=True)]
+    def copy_to(self, file: Path, begin: int, entries: np.ndarray) -> None:
+        """Write a table of those trials of a :meth:`look` before that are still there."""
+        copy, end = TrialTable.create(file, self.capacity), begin + len(entries)
+        if not len(entries):  # the last one tells how many steps were written
+            entries = self._read(max(end - 1, 0), end)
+        copy._ring[np.arange(end - len(entries), end) % self.capacity] = entries
+        copy.evict(min(max(begin, self.begin), end))
+        copy._counters[1] = _encode(end, _SALTS[1])
         copy.flush()
 
     def flush(self) -> None:
@@ -191,7 +185,6 @@ def _encode(number: int, salt: int) -> int:
 
 def _checks(numbers: np.ndarray, entries: np.ndarray) -> np.ndarray:
     """CRC-32 of each entry, which begins with the trial's number."""
-    size, content = ENTRY.itemsize, entries.tobytes()
-    at = range(0, len(content), size)
-    pairs = zip(at, numbers.tolist(), strict=True)
-    return np.array([zlib.crc32(content[a : a + size - 4], n + 1) for a, n in pairs], "<u4")
+    content, size = entries.tobytes(), ENTRY.itemsize
+    pieces = (content[at : at + size - 4] for at in range(0, len(content), size))
+    return np.array([*map(zlib.crc32, pieces, (numbers + 1).tolist())], "<u4")
