@@ -32,8 +32,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     """Samples slices ``[B, T]`` of whole trials.
 
     Made by :func:`make_trial_buffer`; sent to another process, it then opens the same folder there. On one of TorchRL's
-    one-dimensional storages, it adds relabelling and priorities to what a stock buffer with a
-    :class:`TrialSliceSampler` does. Besides the entries of the trials, a batch has
+    one-dimensional storages, it adds relabelling and priorities to a stock buffer with a
+    :class:`TrialSliceSampler`. Besides the entries of the trials, a batch has
 
     ========================= ============= ===========================================================
     ``("collector", "mask")`` bool          True on real steps, False on padding
@@ -250,7 +250,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
                 f"new priorities are made of a batch's {self.priority_key!r}, and it holds only "
                 f"{sorted(map(str, index.keys(True, True)))}. Let the loss write it, or set priority_key."
             )
-        error_BT = torch.where(mask_BT, error_BT.reshape(mask_BT.shape).abs(), 0.0).detach()
+        error_BT = torch.where(mask_BT, error_BT.detach().reshape(mask_BT.shape).abs(), 0.0)
         mean_B = error_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
         priority_B = _MAX_SHARE * error_BT.amax(-1) + _MEAN_SHARE * mean_B
         return self.update_priority(index.get("index")[:, 0], priority_B)
@@ -276,8 +276,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             with self._replay_lock, self._write_lock:
                 for name in ("storage", "sampler", "writer"):
                     getattr(self, name).loads(Path(path, name))
-        state = json.loads(Path(path, "generator.json").read_text())
-        if state is not None:
+        if (state := json.loads(Path(path, "generator.json").read_text())) is not None:
             self.set_rng(torch.Generator())
             self._rng.set_state(torch.tensor(state, dtype=torch.uint8))
 
@@ -317,8 +316,7 @@ def make_trial_buffer(
         options: of :class:`TrialSliceSampler`: `min_trials`, `draw`, `overhang`, `padding`, `trim` and so on.
 
     Raises:
-        ValueError: where a size is not positive, or a slice is larger than the buffer; for a folder of another
-            format or capacity.
+        ValueError: for a size that can't be, and a folder of another format or capacity.
         FileExistsError: for `"create"` where trials are there already.
         FileNotFoundError: for `"read"` where there are none.
         PermissionError: where the folder can't be written to, but for `"read"`.
@@ -384,8 +382,7 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
         DamagedError: where a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
         ValueError: where the saved buffer doesn't fit this one.
     """
-    path = Path(path)
-    if not path.exists():
+    if not (path := Path(path)).exists():
         files.recover(path.parent)  # a crash fell between save_replay's two renames
     try:
         manifest = files.verify_manifest(path)

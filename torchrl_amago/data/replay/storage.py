@@ -78,10 +78,9 @@ class TrialStorage(Storage):
             files.make_writable(path)
             with self._lock():
                 files.recover(path)
-        deadline = time.monotonic() + _PATIENCE
-        while not self._here.exists() and (path / ".trials.previous").exists():
-            if time.monotonic() > deadline:  # else another process is replacing it
-                break
+        deadline, previous = time.monotonic() + _PATIENCE, path / ".trials.previous"
+        while not self._here.exists() and previous.exists() and time.monotonic() < deadline:
+            pass  # another process is replacing it
         if self._here.exists() and mode == "create":
             raise FileExistsError(
                 f"a new replay buffer needs a folder without one, and {path} holds one. Choose another "
@@ -244,9 +243,8 @@ class TrialStorage(Storage):
             # A writer has given up all of them for those that it's about to announce.
             deadline = time.monotonic() + (_PATIENCE if self.mode == "read" else 0)
             with self._lock():
-                trials = self._look()
-                while not len(trials.length) and time.monotonic() < deadline:
-                    trials = self._look()
+                while not len((trials := self._look()).length) and time.monotonic() < deadline:
+                    pass
         return trials
 
     def _look(self) -> Trials:
@@ -337,7 +335,7 @@ class TrialStorage(Storage):
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own: it can be opened, too."""
         here = Path(path) / "trials"
-        if self.table() is not None:
+        if self.table():
             with self._replaced(here, self.spec) as folder:
                 self._copy_to(folder)
         elif here.exists():
@@ -362,7 +360,7 @@ class TrialStorage(Storage):
             saved._copy_to(folder)
 
     def _empty(self) -> None:
-        if self.table() is not None:
+        if self.table():
             with self._lock():
                 self._create(self.spec)
 
