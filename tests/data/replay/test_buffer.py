@@ -189,6 +189,13 @@ def test_fragments_are_stored_by_their_lengths():
     assert {tuple(row) for row in rows(rb.sample())} == {(0, 1, 2), (3, 4, 5, 6)}
 
 
+def test_making_a_buffer_says_nothing(capfd):
+    rb = make_trial_buffer(100, 4, 5, warn_short=False)
+    rb.extend(make_trial(9))
+    rb.sample()
+    assert capfd.readouterr() == ("", "")
+
+
 # -- relabelling -------------------------------------------------------------------------------
 
 

@@ -53,6 +53,17 @@ def test_what_is_written_is_read_back_bit_by_bit(kinds, lengths):
         assert len([*found.keys(True, True)]) == len([*trials[0].keys(True, True)])
 
 
+def test_names_of_entries_may_be_odd(tmp_path):
+    names = ["a.b", ("a", "b"), "../up", "/root", "a b%2E", ("..", "ä")]
+    steps = TensorDict(batch_size=[3])
+    for number, name in enumerate(names):
+        steps[name] = torch.arange(3) + 10 * number
+    rb = make_trial_buffer(9, 1, 1, path=tmp_path / "replay", warn_short=False)
+    rb.extend(steps, lengths=[3])
+    assert (rb[:] == steps).all()
+    assert [file.name for file in tmp_path.iterdir()] == ["replay"]
+
+
 def test_each_value_is_stored_once():
     steps = layout.entries_of(make_trial(5))
     rows = layout.pack(steps, [5])

@@ -21,7 +21,7 @@ from tensordict import TensorDict, assert_close
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago import files
 from torchrl_amago.data.replay.storage import EvictedError, TrialStorage
-from torchrl_amago.data.replay.table import ENTRY
+from torchrl_amago.data.replay.table import ENTRY, TrialTable
 from torchrl_amago.files import DamagedError
 
 
@@ -101,16 +101,34 @@ def test_steps_are_found_by_place_mask_and_number():
         storage[mask[:3]]
     with pytest.raises(IndexError, match="integer"):
         storage[torch.ones(3)]
-    write(storage, [10], first_id=12)  # numbers go on counting
-    assert storage.get([[7, 8], [12, 21]])["id"].tolist() == [[7, 8], [12, 21]]
-    assert storage.get([[7, 13]])["id"].tolist() == [[7, 13]]
-    for number in (3, 22):
-        with pytest.raises(EvictedError, match="must be from 4 to 21"):
-            storage.get(number)
-    some = storage.get([8], [("next", "nested", "state"), "id"])
+    write(storage, [10], first_id=12)
+    trials = storage.trials()
+    row = trials.index(np.array([1, 0]), torch.tensor([[0, 1], [1, 2]]))
+    assert storage.get(row)["id"].tolist() == [[7, 8], [5, 6]]
+    some = storage.get(row, [("next", "nested", "state"), "id"])
     assert set(some.keys(True, True)) == {("next", "nested", "state"), "id"}
+    assert some["next", "nested", "state"][..., 0].tolist() == [[8, 9], [6, 7]]
     with pytest.raises(KeyError, match="colour"):
-        storage.get([8], ["colour"])
+        storage.get(row, ["colour"])
+
+
+def test_trials_that_have_left_are_told(tmp_path):
+    storage = TrialStorage(20, path=tmp_path / "a")
+    write(storage, [4, 3, 5])
+    before = storage.trials()
+    storage.check(before, before.number)
+    write(storage, [10], first_id=12)
+    storage.check(before, np.array([1, 2]))
+    for number in ([0], [2, 0], before.number):
+        with pytest.raises(EvictedError, match="some have left"):
+            storage.check(before, np.asarray(number))
+    other = TrialStorage(20)
+    write(other, [4, 3, 5])
+    other.dumps(tmp_path / "b")
+    storage.loads(tmp_path / "b")
+    assert len(storage) == 12
+    with pytest.raises(EvictedError, match="some have left"):
+        storage.check(before, np.array([2]))
 
 
 # -- folders -----------------------------------------------------------------------------------
@@ -177,27 +195,36 @@ def write_beside(writer, target, method, monkeypatch, lengths=(5, 5)):
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
-@pytest.mark.parametrize("way", ["dumps", "state_dict"])
-def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode, way):
+@pytest.mark.parametrize("moment", ["before rows are copied", "after"])
+def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode, moment):
     writer = TrialStorage(12, path=tmp_path / "replay")
     write(writer, [4, 5])
     write(writer, [3], first_id=9)
     storage = opened(tmp_path / "replay", mode)
-    wait = write_beside(writer, storage.table(), "look", monkeypatch, lengths=[5])
-    if way == "dumps":
-        storage.dumps(tmp_path / "copy")
-        copy = opened(tmp_path / "copy", "continue")
-    else:
-        copy = TrialStorage(12)
-        copy.load_state_dict(storage.state_dict())
+    target = (TrialTable, "create") if moment == "after" else (storage, "entries")
+    wait = write_beside(writer, *target, monkeypatch, lengths=[5])
+    storage.dumps(tmp_path / "copy")
+    copy = opened(tmp_path / "copy", "continue")
     wait()
     # A reader doesn't make others wait: it leaves out what it could not copy in time.
-    assert contents(copy)[-1 if mode == "continue" else 0] == [9, 10, 11]
+    whole = [[0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
+    assert contents(copy) == (whole if mode == "continue" else whole[2:])
     assert contents(writer) == [[9, 10, 11], [100, 101, 102, 103, 104]]
     copy.verify()
     for number in range(4):
         write(copy, [4], first_id=10 * number)
     assert contents(copy)[-1] == [30, 31, 32, 33]
+
+
+def test_a_copy_of_what_a_writer_left_empty_counts_on(tmp_path):
+    storage = TrialStorage(12, path=tmp_path / "replay")
+    write(storage, [4, 5])
+    storage.table().evict(2)  # as one that dies before it announces what it wrote
+    storage.dumps(tmp_path / "copy")
+    copy = opened(tmp_path / "copy", "continue")
+    assert (contents(copy), copy.written) == ([], 9)
+    write(copy, [3])
+    assert (copy.trials().number.tolist(), copy.written) == ([2], 12)
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
@@ -437,7 +464,7 @@ def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
 def test_another_format_is_refused(folder):
     schema = files.read_json(folder / "trials/schema.json")
     files.write_json(folder / "trials/schema.json", schema | {"format": "trials 9"})
-    with pytest.raises(ValueError, match=r"torchrl_amago trials 2.*got .*trials 9"):
+    with pytest.raises(ValueError, match=r"torchrl_amago trials 3.*got .*trials 9"):
         opened(folder, "continue")
 
 
@@ -461,7 +488,6 @@ def test_reading_never_writes(folder):
     storage = opened(folder)
     for attempt in (
         lambda: storage.write(make_trial(3), [3]),
-        lambda: storage.load_state_dict(TrialStorage(12).state_dict()),
         lambda: storage.loads(folder),
     ):
         with pytest.raises(PermissionError, match="mode='read' can't be written to"):

@@ -9,20 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import ImmutableDatasetWriter
 from torchrl.envs import Transform
 
-from torchrl_amago import keys
+from torchrl_amago import files, keys
 from torchrl_amago.choice import check_counts
 from torchrl_amago.data.relabel.base import Relabel
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
-from torchrl_amago.data.replay.storage import EvictedError, Mode, TrialStorage
+from torchrl_amago.data.replay.storage import IN_PLACE, EvictedError, Mode, TrialStorage
 from torchrl_amago.data.replay.trials import Trials
 from torchrl_amago.data.trial_ends import trial_lengths
 
+_FORMAT = "torchrl_amago replay 3"
 # Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
 _MAX_SHARE, _MEAN_SHARE = 0.9, 0.1
 
@@ -31,8 +32,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     """Samples slices ``[B, T]`` of whole trials.
 
     Made by :func:`make_trial_buffer`; sent to another process, it then opens the same folder there. On one of TorchRL's
-    one-dimensional storages, it adds relabelling and priorities to what a stock buffer with a
-    :class:`TrialSliceSampler` does. Besides the entries of the trials, a batch has
+    one-dimensional storages, it adds relabelling and priorities to a stock buffer with a
+    :class:`TrialSliceSampler`. Besides the entries of the trials, a batch has
 
     ========================= ============= ===========================================================
     ``("collector", "mask")`` bool          True on real steps, False on padding
@@ -66,8 +67,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     ) -> None:
         if not isinstance(relabel, Relabel | None):
             raise TypeError(
-                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Subclass Relabel, or "
-                "give other transforms to append_transform."
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other transforms "
+                "to append_transform."
             )
         if not isinstance(storage, Storage):
             storage = storage()  # what makes one, as RayReplayBuffer hands it over
@@ -79,11 +80,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     # -- transforms ------------------------------------------------------------------------------
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
-        """Append a transform; a relabeller becomes the buffer's ``relabel``.
-
-        Raises:
-            ValueError: for a relabeller after another one, or after other transforms, which get slices.
-        """
+        """Append a transform; see :meth:`insert_transform`."""
         if isinstance(transform, Relabel):
             return self.insert_transform(len(self.transform), transform, invert=invert)
         return super().append_transform(transform, invert=invert)
@@ -91,15 +88,18 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def insert_transform(
         self, index: int, transform: Transform, *, invert: bool = False
     ) -> TrialReplayBuffer:
-        """Insert a transform; see :meth:`append_transform`."""
+        """Insert a transform of slices; or the one relabeller, before all others.
+
+        Raises:
+            ValueError: for a relabeller after another one, or after other transforms.
+        """
         if not isinstance(transform, Relabel):
             return super().insert_transform(index, transform, invert=invert)
         if index or invert or self.relabel is not None:
             raise ValueError(
                 "a buffer of trials has one relabeller, which reads what is stored, before all other "
-                f"transforms, got {type(transform).__name__} at index {index} with invert={invert} "
-                f"beside relabel={self.relabel}. Insert it at 0; to do two things, write one Relabel "
-                "that does both."
+                f"transforms, got {type(transform).__name__} at index {index} with invert={invert} beside "
+                f"relabel={self.relabel}. Insert it at 0; let one Relabel do everything."
             )
         self.relabel = transform
         return self
@@ -113,7 +113,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         lengths: Sequence[int] | None = None,
         update_priority: bool | None = None,
     ) -> Tensor:
-        """Store trials; the oldest ones make room.
+        """Store trials; the oldest ones make room. On an error nothing is stored.
 
         Args:
             tensordicts: steps ``[N]`` of whole trials, side by side.
@@ -126,8 +126,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
         Raises:
             ValueError: for steps that aren't whole trials, don't fit into the buffer, have other entries
-                than those stored, or whose ``next`` isn't the root of the step after. Nothing is stored then.
-            OSError: where the disk is full. Nothing is stored, or given up, then.
+                than those stored, or whose ``next`` isn't the root of the step after.
+            OSError: where the disk is full.
             PermissionError: in mode ``"read"``.
         """
         if not self._is_ours:
@@ -140,9 +140,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def add(self, data: Any) -> Any:
         """Refused for whole trials: they don't come step by step."""
         if self._is_ours:
-            raise TypeError(
-                "a buffer of trials takes whole trials, not single steps. Write them with extend."
-            )
+            raise TypeError("a buffer takes whole trials, not single steps. Use extend.")
         return super().add(data)
 
     def empty(self, empty_write_count: bool = True) -> None:
@@ -155,10 +153,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def set_(self, *_: Any, **__: Any) -> None:
         """Refused, as are ``set_at_``, ``update_`` and ``rb[...] = ...``: trials don't change in place."""
-        raise TypeError(
-            "stored trials can't be changed in place. Write new ones with extend, or change batches "
-            "with rb.append_transform."
-        )
+        raise TypeError(IN_PLACE)
 
     set_at_ = update_ = __setitem__ = set_
 
@@ -185,10 +180,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """The steps written last ``[n]``, at most as many as are there, in the order of writing."""
         return self[-count:] if count > 0 else self[:0]
 
-    def checksum(self) -> int:
-        """Combine the checksums of all trials that are there."""
-        return self.storage.checksum()
-
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
         batch = None
         with self._replay_lock:
@@ -200,14 +191,13 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
     def _read(self, batch_size: int) -> TensorDictBase:
-        sampler, storage = self.sampler, self.storage
-        trials = sampler.trials(storage)
+        sampler, trials = self.sampler, self.sampler.trials(self.storage)
         position_B, weight_B = sampler.draw_trials(trials, batch_size)
         length_B, replaced_BL = torch.from_numpy(trials.length[position_B]), None
         if self.relabel is not None:
             length_B, replaced_BL = self._relabel(trials, position_B, length_B)
         step_BT, mask_BT = sampler.steps(*sampler.windows(length_B))
-        batch = storage.get(trials.index(position_B, step_BT))
+        batch = self._get(trials, position_B, step_BT)
         if replaced_BL is not None:
             batch.update(replaced_BL[torch.arange(batch_size).unsqueeze(-1), step_BT])
         for key, value in sampler.info(mask_BT, weight_B).items():
@@ -215,16 +205,23 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         number_B = torch.from_numpy(trials.number[position_B])
         return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
 
+    def _get(
+        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey] = ()
+    ) -> TensorDictBase:
+        index_BT = trials.index(position_B, step_BT)
+        if not self._is_ours:
+            return (self.storage[:].select(*names) if names else self.storage)[index_BT]
+        steps = self.storage.get(index_BT, names or None)
+        self.storage.check(trials, trials.number[position_B])
+        return steps
+
     def _relabel(
         self, trials: Trials, position_B: Any, length_B: Tensor
     ) -> tuple[Tensor, TensorDictBase]:
         """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
         step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
-        index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
-        if self._is_ours:
-            whole_BL = self.storage.get(index_BL, self.relabel.in_keys)
-        else:
-            whole_BL = self.storage[:].select(*self.relabel.in_keys)[index_BL]
+        inside_BL = torch.minimum(step_L, length_B1 - 1)
+        whole_BL = self._get(trials, position_B, inside_BL, self.relabel.in_keys)
         whole_BL.set(keys.MASK, step_L < length_B1)
         replaced_BL = self.relabel.relabel_trials(whole_BL, self._rng)
         return replaced_BL.get(keys.MASK).sum(-1), replaced_BL.exclude("collector")
@@ -244,21 +241,19 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """
         if not isinstance(index, TensorDictBase):
             with self._replay_lock:
-                self.sampler.update_priority(index, priority, storage=self.storage)
-        elif self.sampler.draw == "priority":
-            mask_BT, error_BT = index.get(keys.MASK), index.get(self.priority_key, None)
-            if error_BT is None:
-                raise KeyError(
-                    f"new priorities are made of a batch's {self.priority_key!r}, and it holds only "
-                    f"{sorted(map(str, index.keys(True, True)))}. Let the loss write it, or name it "
-                    "with priority_key."
-                )
-            error_BT = (
-                torch.where(mask_BT, error_BT.reshape(mask_BT.shape).abs(), 0.0).detach().cpu()
+                return self.sampler.update_priority(index, priority, storage=self.storage)
+        if self.sampler.draw != "priority":
+            return None
+        mask_BT, error_BT = index.get(keys.MASK), index.get(self.priority_key, None)
+        if error_BT is None:
+            raise KeyError(
+                f"new priorities are made of a batch's {self.priority_key!r}, and it holds only "
+                f"{sorted(map(str, index.keys(True, True)))}. Let the loss write it, or set priority_key."
             )
-            mean_B = error_BT.sum(-1) / mask_BT.cpu().sum(-1).clamp(min=1)
-            priority_B = _MAX_SHARE * error_BT.amax(-1) + _MEAN_SHARE * mean_B
-            self.update_priority(index.get("index")[:, 0], priority_B)
+        error_BT = torch.where(mask_BT, error_BT.detach().reshape(mask_BT.shape).abs(), 0.0)
+        mean_B = error_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
+        priority_B = _MAX_SHARE * error_BT.amax(-1) + _MEAN_SHARE * mean_B
+        return self.update_priority(index.get("index")[:, 0], priority_B)
 
     update_tensordict_priority = update_priority
 
@@ -281,8 +276,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             with self._replay_lock, self._write_lock:
                 for name in ("storage", "sampler", "writer"):
                     getattr(self, name).loads(Path(path, name))
-        state = json.loads(Path(path, "generator.json").read_text())
-        if state is not None:
+        if (state := json.loads(Path(path, "generator.json").read_text())) is not None:
             self.set_rng(torch.Generator())
             self._rng.set_state(torch.tensor(state, dtype=torch.uint8))
 
@@ -303,12 +297,10 @@ def make_trial_buffer(
 ) -> TrialReplayBuffer:
     """A memory-mapped FIFO buffer of whole trials that samples padded slices `[B, T]`.
 
-    Give it to :class:`TrialCollector`, which writes each trial when it is complete, and train once
-    `rb.can_sample()` is True.
+    Give it to :class:`TrialCollector`, and train once `rb.can_sample()` is True.
 
     Args:
-        capacity: environment steps to keep, the oldest trials leave first; None takes that of an
-            existing folder.
+        capacity: environment steps to keep; None takes that of an existing folder.
         slice_length: steps T of each sampled slice.
         batch_size: slices B of each sample.
         path: folder that keeps the trials; a temporary one, removed at exit, by default.
@@ -317,15 +309,14 @@ def make_trial_buffer(
         flush: wait for the disk at each write. Without, trials survive the death of the process, but not
             the failure of the machine.
         verify: compare all values of an existing folder to their checksums. Its tables are always checked.
-        relabel: changes whole trials before slices are cut, see :class:`TrialReplayBuffer`.
+        relabel: changes whole trials before slices are cut.
         prefetch: batches drawn ahead in threads; pays off for slices of many hundred steps. Batches
             then depend on when trials were written, and with more than one also on the threads' timing.
         generator: source of the draws; torch's global generator by default.
         options: of :class:`TrialSliceSampler`: `min_trials`, `draw`, `overhang`, `padding`, `trim` and so on.
 
     Raises:
-        ValueError: where a size is not positive, or a slice is larger than the buffer; for a folder of another
-            format or capacity.
+        ValueError: for a size that can't be, and a folder of another format or capacity.
         FileExistsError: for `"create"` where trials are there already.
         FileNotFoundError: for `"read"` where there are none.
         PermissionError: where the folder can't be written to, but for `"read"`.
@@ -347,15 +338,63 @@ def make_trial_buffer(
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
     if slice_length > storage.max_size:
         raise ValueError(
-            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes from "
-            "one stored trial; raise the capacity, which counts environment steps."
+            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes "
+            "from one stored trial; raise the capacity."
         )
     if verify:
         storage.verify()
-    return TrialReplayBuffer(
-        storage=storage, sampler=sampler, relabel=relabel, batch_size=batch_size, prefetch=prefetch,
-        generator=generator,
-    )  # fmt: skip
+    draws = dict(batch_size=batch_size, prefetch=prefetch, generator=generator)
+    return TrialReplayBuffer(storage=storage, sampler=sampler, relabel=relabel, **draws)
+
+
+def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
+    """Write trials, priorities and generator of a replay buffer to a folder; nothing is pickled.
+
+    Batches drawn ahead are not saved: with `prefetch`, a resumed run doesn't repeat the uninterrupted one.
+
+    Args:
+        rb: the buffer; of a mixture, its buffer ``online``.
+        path: the folder; a replay folder that is there already is replaced as a whole.
+
+    Raises:
+        FileExistsError: where `path` is there and is something else than a replay folder.
+        OSError: where the disk is full; the folder stays as it was.
+    """
+    path = Path(path)
+    if path.exists() and not (path / files.MANIFEST).exists():
+        raise FileExistsError(
+            f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}. Choose "
+            "another path, or remove it."
+        )
+    with files.replace_folder(path) as folder:
+        rb.dumps(folder)
+        files.write_manifest(folder, {"format": _FORMAT, "kind": type(rb).__name__})
+
+
+def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
+    """Bring a buffer back to what :func:`save_replay` wrote; on any error, leave it as it was.
+
+    Args:
+        rb: a buffer made with the same arguments as the saved one; its content is replaced.
+        path: the folder.
+
+    Raises:
+        DamagedError: where a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
+        ValueError: where the saved buffer doesn't fit this one.
+    """
+    if not (path := Path(path)).exists():
+        files.recover(path.parent)  # a crash fell between save_replay's two renames
+    try:
+        manifest = files.verify_manifest(path)
+    except files.DamagedError as error:
+        raise files.DamagedError(f"{error}. Load another checkpoint, or collect anew") from error
+    saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
+    if saved != wanted:
+        raise ValueError(
+            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it was made "
+            "then, with that version of torchrl_amago."
+        )
+    rb.loads(path)
 
 
 def _identity(data: Any) -> Any:

@@ -119,8 +119,8 @@ class TrialSliceSampler(Sampler):
             return storage.trials()
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
             raise TypeError(
-                "trials are found in a one-dimensional LazyMemmapStorage or LazyTensorStorage, or that of "
-                f"make_trial_buffer, got {type(storage).__name__} of ndim={storage.ndim}. Use one of them."
+                "trials are found in a LazyMemmapStorage or LazyTensorStorage of ndim=1, or that of "
+                f"make_trial_buffer, got {type(storage).__name__} of ndim={storage.ndim}. Use one."
             )
         if self._found is None or self._found.version != version_of(storage):
             self._found = trials_in(storage, self.whole, self.traj_key)
@@ -132,9 +132,8 @@ class TrialSliceSampler(Sampler):
         # After can_sample() said yes, other processes may have left fewer, but longer ones.
         if not count or trials.seen < self.min_trials:
             raise RuntimeError(
-                f"sampling needs at least {self.min_trials} trials, and the buffer has {count}. "
-                "Collect until rb.can_sample() is True; if it stays False, trials are never complete, "
-                "or capacity is too small for them."
+                f"sampling needs at least {self.min_trials} trials, and the buffer has {count}. Collect "
+                "until rb.can_sample() is True; if it never is, no trial ends or fits into capacity."
             )
         self._warn_if_all_short(trials.length)
         if self.draw == "trials":
@@ -177,9 +176,9 @@ class TrialSliceSampler(Sampler):
     def _warn_if_all_short(self, length: np.ndarray) -> None:
         if self._warn_short and length.max() < self.slice_length:
             warnings.warn(
-                f"Slices of slice_length={self.slice_length} steps are longer than any stored trial "
-                f"(the longest of {len(length)} has {length.max()}): every slice is padded. If trials stay "
-                "that short, a smaller slice_length saves compute; warn_short=False silences this.",
+                f"Slices of slice_length={self.slice_length} steps are longer than any stored trial (the "
+                f"longest of {len(length)} has {length.max()}). If trials stay that short, a smaller "
+                "slice_length saves compute; warn_short=False silences this.",
                 stacklevel=2,
             )
         # Either way the answer is known: later trials only make slices fit better.
@@ -238,9 +237,9 @@ class TrialSliceSampler(Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Give priorities, as plain numbers and lists."""
+        state = {"warn_short": self._warn_short, "largest": self._largest}
         weights = self._weights.tolist() if self.draw == "priority" else []
-        known = {"largest": self._largest, "numbers": self._numbers.tolist(), "weights": weights}
-        return {"warn_short": self._warn_short, **known}
+        return state | {"numbers": self._numbers.tolist(), "weights": weights}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._empty()

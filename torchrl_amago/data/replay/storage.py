@@ -1,9 +1,9 @@
-"""Whole trials in a folder that outlives the process, each value once, on TorchRL's memory-mapped storage.
+"""Whole trials in a folder that outlives the process, each value once: a storage for TorchRL's buffers.
 
 ::
 
     trials/schema.json   format, capacity and the entries of a step, with a checksum
-    trials/rows/         the rows of all trials, made by a LazyMemmapStorage
+    trials/rows/         the rows of all trials, a file for each entry (see layout)
     trials/table.bin     which trials are there (see table)
     lock                 held by whoever writes
 
@@ -18,34 +18,39 @@ import errno
 import os
 import shutil
 import sys
-import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import quote
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import LazyMemmapStorage, Storage, TensorStorage
+from torchrl.data import Storage
 
 from torchrl_amago import files
+from torchrl_amago.choice import check_counts
 from torchrl_amago.data.replay import layout
 from torchrl_amago.data.replay.table import ENTRY, TrialTable
 from torchrl_amago.data.replay.trials import Trials
 
 Mode = Literal["create", "continue", "read"]
 
-_FORMAT = "torchrl_amago trials 2"
+IN_PLACE = (
+    "stored trials can't be changed in place. Write new ones with extend, or change batches with "
+    "rb.append_transform."
+)
+_FORMAT = "torchrl_amago trials 3"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
 _ATTEMPTS = 20  # how often steps are read that are overwritten meanwhile
 _PATIENCE = 1.0  # seconds to wait for what another process is about to put in place
 
 
 class EvictedError(IndexError):
-    """Steps that are not there, or not any more."""
+    """Steps that are not there any more."""
 
 
 class TrialStorage(Storage):
@@ -63,37 +68,32 @@ class TrialStorage(Storage):
         mode: Mode = "create",
         flush: bool = False,
     ) -> None:
-        self.mode, self.flush = mode, flush
-        self.path = (
-            files.temporary_folder(self, "trials_") if path is None else Path(path).absolute()
-        )
-        self._here, self._inode = self.path / "trials", -1
+        path = files.temporary_folder(self, "trials_") if path is None else Path(path).absolute()
+        self.path, self.mode, self.flush = path, mode, flush
+        self._here, self._inode = path / "trials", -1
         self._table: TrialTable | None = None
         self._trials: Trials | None = None
+        self.spec, self.rows = {}, TensorDict(batch_size=[0])
         if mode != "read":
-            files.make_writable(self.path)
+            files.make_writable(path)
             with self._lock():
-                files.recover(self.path)
-        deadline = time.monotonic() + _PATIENCE
-        while (
-            mode == "read" and not self._here.exists()
-        ):  # between the renames of who replaces it, maybe
-            if time.monotonic() > deadline or not (self.path / ".trials.previous").exists():
-                raise FileNotFoundError(
-                    f"mode='read' needs a folder with trials, and {self.path} has none. Check the path; "
-                    "mode='continue' waits for the first trial, and mends what a crash left."
-                )
-        if self._here.exists():
-            if mode == "create":
-                raise FileExistsError(
-                    f"a new replay buffer needs a folder without one, and {self.path} holds one. Choose "
-                    "another path, go on with mode='continue', or only read it with mode='read'."
-                )
-            capacity = _read_schema(self._here)["capacity"] if capacity is None else capacity
-        if capacity is None or capacity < 1:
-            raise ValueError(
-                f"capacity must be at least 1, got {capacity}. It is the number of steps to keep."
+                files.recover(path)
+        deadline, previous = time.monotonic() + _PATIENCE, path / ".trials.previous"
+        while not self._here.exists() and previous.exists() and time.monotonic() < deadline:
+            pass  # another process is replacing it
+        if self._here.exists() and mode == "create":
+            raise FileExistsError(
+                f"a new replay buffer needs a folder without one, and {path} holds one. Choose another "
+                "path, go on with mode='continue', or only read it with mode='read'."
             )
+        if mode == "read" and not self._here.exists():
+            raise FileNotFoundError(
+                f"mode='read' needs a folder with trials, and {path} has none. Check the path; "
+                "mode='continue' waits for the first trial, and mends what a crash left."
+            )
+        if self._here.exists() and capacity is None:
+            capacity = _read_schema(self._here)["capacity"]
+        check_counts("It is the number of steps to keep.", capacity=capacity)
         super().__init__(capacity)
         self.table()
 
@@ -108,9 +108,8 @@ class TrialStorage(Storage):
                 self._inode = inode
         except FileNotFoundError as error:
             if self._inode == -1 and self._here.exists():
-                raise files.DamagedError(
-                    f"{self._here} is incomplete: {error}. Use another copy of the folder"
-                ) from error
+                problem = f"{self._here} is incomplete: {error}. Use another copy of the folder"
+                raise files.DamagedError(problem) from error
         return self._table
 
     def _open(self) -> None:
@@ -118,7 +117,7 @@ class TrialStorage(Storage):
         if schema["capacity"] != self.max_size:
             raise ValueError(
                 f"capacity must be that of the folder, {schema['capacity']} steps in {self.path}, got "
-                f"{self.max_size}. Use the same; None takes what is there."
+                f"{self.max_size}. None takes what is there."
             )
         table = TrialTable(self._here / "table.bin", self.max_size, self.mode != "read")
         self.spec = {tuple(key): text for key, text in schema["entries"]}
@@ -128,33 +127,30 @@ class TrialStorage(Storage):
     def _map(self, used: int) -> None:
         """Map the rows' files, of which so many rows are used, into memory."""
         # By the checked schema alone: what tensordict writes beside could make it unpickle something.
+        num_rows, is_reader = 3 * self.max_size + 2, self.mode == "read"
         row, self._maps, self._claimed = layout.empty_row(self.spec), {}, {}
-        num_rows, mode = _max_rows(self.max_size), "r" if self.mode == "read" else "r+"
-        for key, value in row.items(True, True):
-            *path, name = layout.as_tuple(key)
-            file = self._here.joinpath("rows", *path, f"{name}.memmap")
-            size = file.stat().st_size if file.exists() else -bool(value.nbytes)
-            if size < used * value.nbytes:
+        row_files = {key: _rows_file(self._here, key) for key in row.keys(True, True)}
+        for key, file in row_files.items():
+            size, width = file.stat().st_size if file.exists() else -1, row[key].nbytes
+            if size < used * width:
                 raise files.DamagedError(
-                    f"{file} must have at least the {used * value.nbytes} bytes of its trials, it "
+                    f"{file} must have at least the {used * width} bytes of its trials, it "
                     f"{'is missing' if size < 0 else f'has {size}'}. Use another copy of the folder"
                 )
-            if mode == "r" and value.nbytes:
-                num_rows = min(num_rows, size // value.nbytes)
-            elif size < num_rows * value.nbytes:  # a saved one is as long as its content
-                os.truncate(file, num_rows * value.nbytes)
-            shape = (num_rows, value.nbytes)
-            self._maps[file] = (
-                np.memmap(file, np.uint8, mode, 0, shape) if min(shape) else np.empty(shape)
-            )
-        rows = TensorDict(batch_size=[num_rows])
-        for (key, value), memory in zip(row.items(True, True), self._maps.values(), strict=True):
+            if is_reader and width:
+                num_rows = min(num_rows, size // width)
+            elif size < num_rows * width:  # a new or a saved one is as long as its content
+                os.truncate(file, num_rows * width)
+        self.rows = TensorDict(batch_size=[num_rows])
+        for key, file in row_files.items():
+            shape, mode = (num_rows, row[key].nbytes), "r" if is_reader else "r+"
+            memory = np.memmap(file, np.uint8, mode, 0, shape) if min(shape) else np.empty(shape)
             with warnings.catch_warnings():
                 # Tensors don't know read-only memory; these are never written to then.
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                values = torch.from_numpy(memory[:num_rows]).reshape(-1).view(value.dtype)
-            rows.set(key, values.reshape(num_rows, *value.shape))
-        self.rows = TensorStorage(rows)
+                values = torch.from_numpy(memory).reshape(-1).view(row[key].dtype)
+            self._maps[file] = memory
+            self.rows.set(key, values.reshape(num_rows, *row[key].shape))
 
     def _create(self, spec: layout.Spec) -> TrialTable:
         """Begin without trials; the files take no disk space until they are filled."""
@@ -163,15 +159,20 @@ class TrialStorage(Storage):
         if shutil.disk_usage(self.path).free < needed:
             with files.explain_full_disk(self.path, needed):
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        with files.replace_folder(self._here, flush=self.flush) as folder:
-            LazyMemmapStorage(_max_rows(self.max_size), scratch_dir=folder / "rows").set(0, row)
+        with self._replaced(self._here, spec) as folder:
+            for key in row.keys(True, True):
+                _rows_file(folder, key).touch()
             TrialTable.create(folder / "table.bin", self.max_size)
-            self._write_schema(folder, spec)
         return self.table()
 
-    def _write_schema(self, folder: Path, spec: layout.Spec) -> None:
+    @contextlib.contextmanager
+    def _replaced(self, here: Path, spec: layout.Spec) -> Any:
+        """Give a folder for rows and table that takes the place of `here` when they are complete."""
         schema = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": self.max_size}
-        files.write_json(folder / "schema.json", schema | {"entries": [*spec.items()]})
+        with files.replace_folder(here, flush=self.flush) as folder:
+            (folder / "rows").mkdir()
+            yield folder
+            files.write_json(folder / "schema.json", schema | {"entries": [*spec.items()]})
 
     def _lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep writers away; a reader can't, as its folder may be read-only."""
@@ -197,9 +198,7 @@ class TrialStorage(Storage):
         spec, rows = layout.spec_of(entries), layout.pack(entries, lengths)
         count_K = np.asarray(lengths) + 1
         start_K = np.cumsum(count_K) - count_K
-        values_K = _checksums(
-            rows, zip(start_K.tolist(), (start_K + count_K).tolist(), strict=True)
-        )
+        values_K = _checksums(rows, start_K, count_K)
         with self._lock():
             table = self.table() or self._create(spec)
             layout.check_same(self.spec, spec, self.path)
@@ -212,7 +211,7 @@ class TrialStorage(Storage):
             if begin != table.begin:
                 table.evict(begin)
             shift_R = np.repeat(trials["first"] - start_K, count_K)
-            self.rows.set(torch.from_numpy(np.arange(len(rows)) + shift_R), rows, set_cursor=False)
+            self.rows[torch.from_numpy(np.arange(len(rows)) + shift_R)] = rows
             for memory in self._maps.values() if self.flush else ():
                 memory.flush()
             numbers = table.announce(trials)
@@ -230,29 +229,39 @@ class TrialStorage(Storage):
 
     def _check_writable(self) -> None:
         if self.mode == "read":
-            raise PermissionError(
-                f"a buffer of mode='read' can't be written to ({self.path}). Open it with "
-                "mode='continue', or write to another one."
-            )
+            raise PermissionError(f"mode='read' can't be written to ({self.path}). Use 'continue'.")
+
+    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
+        raise TypeError(IN_PLACE)
 
     # -- reading ---------------------------------------------------------------------------------
 
     def trials(self) -> Trials:
-        """Give the trials that are there now; they begin at steps counted among all ever written."""
-        table = self.table()
-        begin, entries = table.look() if table else (0, np.empty(0, ENTRY))
-        if begin and not len(entries):
+        """Give the trials that are there now, which begin at rows."""
+        trials = self._look()
+        if trials.seen and not len(trials.length):
             # A writer has given up all of them for those that it's about to announce.
             deadline = time.monotonic() + (_PATIENCE if self.mode == "read" else 0)
             with self._lock():
-                begin, entries = self.table().look()
-                while not len(entries) and time.monotonic() < deadline:
-                    begin, entries = self.table().look()
-        version, end = (self._inode, begin, len(entries)), begin + len(entries)
-        if self._trials is None or self._trials.version != version:
-            columns = (entries[x].astype(np.int64) for x in ("start", "length"))
-            self._trials = Trials(version, end, np.arange(begin, end), *columns)
-        return self._trials
+                while not len((trials := self._look()).length) and time.monotonic() < deadline:
+                    pass
+        return trials
+
+    def _look(self) -> Trials:
+        begin, entries = self.entries()
+        version, trials, used = (self._inode, begin, len(entries)), self._trials, _last_row(entries)
+        if trials is None or trials.version != version:
+            if len(entries) and used > len(self.rows):  # others went on with a saved one
+                self._map(used)
+            first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
+            number = begin + np.arange(len(entries))
+            trials = self._trials = Trials(version, begin + len(entries), number, first, length)
+        return trials
+
+    def entries(self) -> tuple[int, np.ndarray]:
+        """Return the number of the oldest trial, and the table's entries of all."""
+        table = self.table()
+        return table.look() if table else (0, np.empty(0, ENTRY))
 
     @property
     def written(self) -> int:
@@ -260,113 +269,85 @@ class TrialStorage(Storage):
         table = self.table()
         return table.written if table else 0
 
-    def get(self, index: Any, keys: Sequence[NestedKey] | None = None) -> TensorDict:
-        """Read steps by their numbers among all ever written, which a sampler gives; or some entries of them.
-
-        Raises:
-            EvictedError: for a step that isn't there, or not any more.
-        """
-        number, table = np.asarray(index, np.int64), self.table()
-        if table is None:
-            return TensorDict(batch_size=number.shape)
-        start, first = (table.look()[1][x].astype(np.int64) for x in ("start", "first"))
-        _check_there(number, table)
-        # A slice lies in one trial, as a rule: its lowest and highest steps say so.
-        ends = (
-            [f(number, -1, keepdims=True) for f in (np.min, np.max)]
-            if number.ndim > 1
-            else [number] * 2
-        )
-        trial, last = (np.searchsorted(start, end, side="right") - 1 for end in ends)
-        trial = trial if (trial == last).all() else np.searchsorted(start, number, side="right") - 1
-        row = torch.as_tensor(number + (first - start)[trial]).reshape(-1)
-        if len(row) and int(row.max()) + 1 >= len(self.rows):  # others went on with a saved one
-            self._map(int(row.max()) + 2)
-        rows, out = self.rows[:], TensorDict(batch_size=number.shape)
+    def get(self, row: Any, keys: Sequence[NestedKey] | None = None) -> TensorDict:
+        """Read steps, or some entries of them, by the rows where they begin; see :meth:`check`."""
+        row = torch.as_tensor(row)
+        out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
+        ahead = here + 1
         for key in self.spec if keys is None else map(layout.as_tuple, keys):
             if key not in self.spec:
                 raise KeyError(f"trials have the entries {[*self.spec]}, and {key!r} was asked for")
             is_twice = layout.is_twice(key, self.spec)
-            values = rows.get(key[is_twice:])
-            shape = (*number.shape, *values.shape[1:])
-            flat = (
-                values.reshape(-1) if values.numel() == len(rows) else values
-            )  # three times as fast
-            out.set(key, flat.index_select(0, row + is_twice if is_twice else row).reshape(shape))
-        _check_there(number, table)
+            values = self.rows.get(key[is_twice:])
+            shape = row.shape + values.shape[1:]
+            if values.numel() == len(values):
+                values = values.reshape(-1)  # three times as fast
+            out.set(key, values.index_select(0, ahead if is_twice else here).reshape(shape))
         return out
+
+    def check(self, trials: Trials, number: np.ndarray) -> None:
+        """Raise EvictedError unless trials with these numbers have been there since :meth:`trials`."""
+        if trials.version[0] != self._inode or number.min(initial=trials.seen) < self._table.begin:
+            raise EvictedError("trials that are read must stay, and some have left")
 
     def __getitem__(self, index: Any) -> TensorDict:
         """Read steps by their places among those stored: an integer, a slice, a mask, or integers."""
         for attempt in range(_ATTEMPTS):
-            with (
-                self._lock() if attempt else contextlib.nullcontext(),
-                contextlib.suppress(EvictedError),
-            ):
-                stop = self.written
-                places = range(stop - len(self), stop)
-                if isinstance(index, slice):
-                    return self.get(np.array(places[index], np.int64))
-                return self.get(np.array(places, np.int64)[np.asarray(index)])
+            lock = self._lock() if attempt else contextlib.nullcontext()
+            with lock, contextlib.suppress(EvictedError):
+                trials = self._look() if attempt else self.trials()
+                length = trials.length
+                shift = trials.start - np.cumsum(length) + length
+                row = np.repeat(shift, length) + np.arange(length.sum())
+                steps = self.get(row[index if isinstance(index, slice) else np.asarray(index)])
+                self.check(trials, trials.number[:1])
+                return steps
         raise RuntimeError(
-            f"steps of {self.path} must stay while they are read, and other processes have overwritten "
-            f"some of these in each of {_ATTEMPTS} attempts. Ask for fewer or newer ones, or open the "
-            "folder with mode='continue', which makes the others wait."
+            f"steps must stay while they are read, and others have overwritten some in {self.path} in "
+            f"each of {_ATTEMPTS} attempts. Open it with mode='continue', which makes them wait."
         )
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
 
-    def set(self, cursor: Any, data: Any, *, set_cursor: bool = True) -> None:
-        raise TypeError(
-            "stored trials can't be changed in place. Write new ones with extend, or change batches "
-            "with rb.append_transform."
-        )
-
     # -- copies ------------------------------------------------------------------------------------
 
     def checksum(self) -> int:
         """Combine the checksums of all trials, taken when they were written."""
-        table = self.table()
-        entries = table.look()[1] if table else np.empty(0, ENTRY)
+        _, entries = self.entries()
         return zlib.crc32(entries["values"].tobytes(), zlib.crc32(entries["length"].tobytes()))
 
     def verify(self) -> None:
         """Compare all values to their checksums; raise DamagedError where some have changed."""
         with self._lock():
-            table = self.table()
-            begin, entries = table.look() if table else (0, np.empty(0, ENTRY))
-            stop = entries["first"] + entries["length"] + 1
-            found = (
-                _checksums(self.rows[:], zip(entries["first"], stop, strict=True)) if table else []
-            )
-            differing = begin + np.flatnonzero(np.array(found) != entries["values"])
-            if table and (differing >= table.begin).any():  # a reader doesn't keep writers away
+            begin, entries = self.entries()
+            first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
+            found = _checksums(self.rows, first, length + 1)
+            differing = begin + np.flatnonzero(found != entries["values"])
+            if (
+                differing >= (self._table.begin if len(entries) else 0)
+            ).any():  # a reader may be late
                 raise files.DamagedError(
                     f"{self._here / 'rows'} has changed since it was written, in {len(differing)} "
                     "trials. Use another copy of the folder, or load a checkpoint"
                 )
 
-    def _copy_to(self, folder: Path) -> None:
-        """Write `trials` as they are at one moment; a reader leaves out what others evict meanwhile."""
-        with self._lock():
-            table = self.table()
-            used = _last_row(table.look()[1])
-            for file, memory in self._maps.items():
-                copy = folder / file.relative_to(self._here)
-                copy.parent.mkdir(parents=True, exist_ok=True)
-                np.asarray(memory[:used]).tofile(copy)
-            table.copy_to(folder / "table.bin")
-            self._write_schema(folder, self.spec)
-
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own: it can be opened, too."""
         here = Path(path) / "trials"
-        if self.table() is not None:
-            with files.replace_folder(here, flush=self.flush) as folder:
+        if self.table():
+            with self._replaced(here, self.spec) as folder:
                 self._copy_to(folder)
         elif here.exists():
             files.remove_folder(here)
+
+    def _copy_to(self, folder: Path) -> None:
+        """Write the trials of one moment; a reader leaves out what others evict meanwhile."""
+        with self._lock():
+            begin, entries = self.entries()
+            for file, memory in self._maps.items():
+                np.asarray(memory[: _last_row(entries)]).tofile(folder / "rows" / file.name)
+            self._table.copy_to(folder / "table.bin", begin, entries)
 
     def loads(self, path: str | Path) -> None:
         """Replace the content by that of a folder that :meth:`dumps` wrote, at once, if it fits."""
@@ -375,30 +356,17 @@ class TrialStorage(Storage):
             return self._empty()
         saved = TrialStorage(self.max_size, path=path, mode="read")
         layout.check_same(saved.spec, self.spec if self.table() else saved.spec, path)
-        with self._lock(), files.replace_folder(self._here, flush=self.flush) as folder:
+        with self._lock(), self._replaced(self._here, saved.spec) as folder:
             saved._copy_to(folder)
 
     def _empty(self) -> None:
-        if self.table() is not None:
+        if self.table():
             with self._lock():
                 self._create(self.spec)
 
     def state_dict(self) -> dict[str, Any]:
-        """Give the bytes of the files that :meth:`dumps` writes, by name."""
-        with tempfile.TemporaryDirectory() as folder:
-            self.dumps(folder)
-            found = [file for file in Path(folder).rglob("*") if file.is_file()]
-            names = [file.relative_to(folder).as_posix() for file in found]
-            contents = [torch.from_numpy(np.fromfile(file, np.uint8)) for file in found]
-        return dict(zip(names, contents, strict=True))
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the content by what :meth:`state_dict` gave."""
-        with tempfile.TemporaryDirectory() as folder:
-            for name, content in state_dict.items():
-                Path(folder, name).parent.mkdir(parents=True, exist_ok=True)
-                content.numpy().tofile(Path(folder, name))
-            self.loads(folder)
+        """Refused: trials are saved to folders."""
+        raise NotImplementedError("stored trials are saved to folders. Use save_replay, or dumps.")
 
     def __getstate__(self) -> dict[str, Any]:
         mode = "read" if self.mode == "read" else "continue"
@@ -408,8 +376,7 @@ class TrialStorage(Storage):
         if not state["path"].is_dir():
             raise FileNotFoundError(
                 f"a copied replay buffer opens the folder of its original, and {state['path']} isn't "
-                "there: a temporary one goes with its owner. Make the buffer with path=, or copy it "
-                "with save_replay and load_replay."
+                "there: a temporary one goes with its owner. Make the buffer with path=."
             )
         self.__init__(**state)
 
@@ -420,38 +387,27 @@ def _read_schema(folder: Path) -> dict[str, Any]:
     found = {key: schema.get(key) for key in wanted}
     if found != wanted:
         raise ValueError(
-            f"{folder} must be of {wanted}, got {found}. Open it with the version of torchrl_amago and the "
-            "kind of processor that wrote it, or choose another path."
+            f"{folder} must be of {wanted}, got {found}. Open it with the version of torchrl_amago and "
+            "the kind of processor that wrote it, or choose another path."
         )
     return schema
 
 
-def _max_rows(capacity: int) -> int:
-    return 3 * capacity + 2
+def _rows_file(folder: Path, key: NestedKey) -> Path:
+    parts = [quote(part, safe="").replace(".", "%2E") for part in layout.as_tuple(key)]
+    return folder / "rows" / f"{'.'.join(parts)}.memmap"
 
 
 def _last_row(entries: np.ndarray) -> int:
     return int((entries["first"].astype(np.int64) + entries["length"] + 1).max(initial=0))
 
 
-def _check_there(number: np.ndarray, table: TrialTable) -> None:
-    entries, stop = table.look()[1], table.written
-    oldest = int(entries["start"][0]) if len(entries) else stop
-    if number.size and not oldest <= number.min() <= number.max() < stop:
-        raise EvictedError(
-            f"the number of a step must be from {oldest} to {stop - 1}, got {number.min()} to "
-            f"{number.max()}. The oldest steps leave; rb[...] counts those that are there."
-        )
-
-
-def _checksums(rows: TensorDictBase, pieces: Iterable[tuple[int, int]]) -> list[int]:
-    """CRC-32 of the values of some runs of rows."""
+def _checksums(rows: TensorDictBase, first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """CRC-32 of the values of runs of rows."""
     columns = [rows.get(key) for key in sorted(map(layout.as_tuple, rows.keys(True, True)))]
     columns = [x.reshape(len(rows), -1).view(torch.uint8).numpy() for x in columns if x.numel()]
-    sums = []
-    for start, stop in pieces:
-        checksum = 0
+    sums = np.zeros(len(first), "<u4")
+    for n, (start, stop) in enumerate(zip(first.tolist(), (first + count).tolist(), strict=True)):
         for column in columns:
-            checksum = zlib.crc32(column[start:stop], checksum)
-        sums.append(checksum)
+            sums[n] = zlib.crc32(column[start:stop], int(sums[n]))
     return sums

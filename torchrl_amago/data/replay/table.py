@@ -4,52 +4,31 @@ A memory-mapped file: two counters, then a ring with an entry for each trial, th
 modulo the capacity. Trials `begin` to `end - 1` are there. A writer raises `begin` before it
 overwrites rows and `end` once rows and entries are complete, each by one aligned store, so a process
 may die at any moment. Readers look at `begin` again after they have read rows. Counters and
-entries carry checks of their own: no flipped bit goes unnoticed.
+entries carry checksums of their own: no flipped bit goes unnoticed.
 """
 
 from __future__ import annotations
 
-import binascii
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from torchrl_amago.files import DamagedError
 
-#: A trial: number of its first step among all ever written, that of its round's first step, first row,
-#: steps, CRC-32 of its values, and a check of its number and of all this.
-ENTRY = np.dtype(
-    [
-        ("start", "<u8"),
-        ("round", "<u8"),
-        *((x, "<u4") for x in ("first", "length", "values", "check")),
-    ]
-)
+#: A trial: steps written up to its end since the beginning, first row, steps, CRC-32 of its values and of this.
+ENTRY = np.dtype([("stop", "<u8"), *((x, "<u4") for x in ("first", "length", "values", "check"))])
 _HEADER = 4096  # a page of its own for the counters
+_ATTEMPTS = 1000
 _SALTS = (0x5A17, 0xC3E9)  # keep one counter's bytes from passing for the other's, or for zeros
-# Odd, with all bits mixed: the flip of any bit changes the upper half of the sum of multiples (Knuth, TAOCP
-# volume 3, section 6.4, on multiplicative hashing).
-_FACTORS = np.array(
-    [
-        0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9,
-        0xD6E8FEB86659FD93, 0xA0761D6478BD642F,
-    ],
-    "<u8",
-)  # fmt: skip
 
 
 class TrialTable:
     """Entries of the trials in a folder of `capacity` steps.
 
-    A trial of L steps takes L + 1 rows side by side. Rows are filled from the front; once a round has placed
-    `capacity` steps and there is room at the front again, the next round begins there. So the oldest
-    trials always lie right ahead of the newest. `3 * capacity + 2` rows are always enough, and ordinary
-    trials touch few more than `capacity`.
-
-    Args:
-        file: made by :meth:`create`.
-        capacity: most steps kept.
-        writable: for a writer.
+    A trial of L steps takes L + 1 rows side by side. Rows are filled from the front, and again from there once
+    the trial there has left; so the oldest trials lie right ahead of the newest. `3 * capacity + 2` rows
+    are always enough, and ordinary trials touch few more than `capacity`.
 
     Raises:
         DamagedError: for a file of another size, or one that can't be right.
@@ -63,7 +42,7 @@ class TrialTable:
         self._map = np.memmap(file, np.uint8, "r+" if writable else "r")
         memory = np.asarray(self._map)  # slices faster than a memmap
         self._counters, self._ring = memory[:16].view("<u8"), memory[_HEADER:].view(ENTRY)
-        self._begin, self._known = 0, np.empty(0, ENTRY)
+        self._known = 0, np.empty(0, ENTRY)
         self.verify()
 
     @classmethod
@@ -87,26 +66,27 @@ class TrialTable:
     @property
     def written(self) -> int:
         """Steps written so far, those of evicted trials included."""
-        begin, entries = self.look()
-        last = entries[-1:] if len(entries) else self._read(max(begin - 1, 0), begin)
-        return int(last["start"][0]) + int(last["length"][0]) if len(last) else 0
+        for _ in range(_ATTEMPTS):
+            end = self.end
+            last = self._read(max(end - 1, 0), end)
+            if last is not None:  # else written over just now
+                return int(last["stop"].sum())
+        raise self._damage("a last entry that isn't what was written")
 
     def look(self) -> tuple[int, np.ndarray]:
         """Return the number of the oldest trial, and the entries of all; only new ones are read."""
         while True:
-            begin, end = self.begin, self.end
+            begin, end, (since, known) = self.begin, self.end, self._known
             if not 0 <= end - begin <= self.capacity:
                 raise self._damage("a count that cannot be")
-            known = self._known[begin - self._begin :] if begin >= self._begin else self._known[:0]
+            known = known[begin - since :] if begin >= since else known[:0]
             new = self._read(begin + len(known), end)
             if new is not None:
-                if len(new) or begin != self._begin:
-                    self._begin, self._known = begin, np.concatenate([known, new])
-                return begin, self._known
+                if len(new) or begin != since:
+                    self._known = begin, np.concatenate([known, new])
+                return self._known
 
     def _read(self, begin: int, end: int) -> np.ndarray | None:
-        if begin == end:
-            return self._ring[:0]
         numbers = np.arange(begin, end)
         entries = self._ring[numbers % self.capacity]
         if (_checks(numbers, entries) == entries["check"]).all():
@@ -117,16 +97,15 @@ class TrialTable:
 
     def verify(self) -> None:
         """Raise DamagedError if trials overwrite one another."""
-        while True:
+        overlap, begin = True, -1
+        while overlap and begin != self.begin:  # else others have written meanwhile
             begin, entries = self.look()
-            start, length = (entries[x].astype(np.int64) for x in ("start", "length"))
-            rows = np.sort(entries[["first", "length"]], order="first")
-            stop = rows["first"].astype(np.int64) + rows["length"] + 1
-            overlap = (rows["first"][1:] < stop[:-1]).any() or length.sum() > self.capacity
-            if not overlap and (start[1:] == (start + length)[:-1]).all():
-                return
-            if begin == self.begin:
-                raise self._damage("trials that overwrite one another")
+            order = entries["first"].argsort()
+            first, length = (entries[x][order].astype(np.int64) for x in ("first", "length"))
+            overlap = (first[1:] <= (first + length)[:-1]).any() or length.sum() > self.capacity
+            overlap |= (np.diff(entries["stop"]) != entries["length"][1:]).any()
+        if overlap:
+            raise self._damage("trials that overwrite one another")
 
     # -- writing, by one process at a time -------------------------------------------------------
 
@@ -136,38 +115,25 @@ class TrialTable:
         Returns:
             Their entries, and the number of the oldest trial that can stay.
         """
-        begin, alive = self.look()
-        end, written, capacity = self.end, self.written, self.capacity
-        cursor = round_start = oldest = 0
-        if end:
-            _, round_start, first, length, *_ = self._read(end - 1, end)[0].tolist()
-            cursor = first + length + 1
-        placed: list[tuple[int, ...]] = []
-
-        def front() -> tuple[int, int, int]:
-            """Start, first row and row after the last of the oldest trial that stays."""
-            if oldest == len(alive) + len(placed):
-                return written, 3 * capacity, 3 * capacity
-            is_old = oldest < len(alive)
-            old = alive[oldest].tolist() if is_old else placed[oldest - len(alive)]
-            return old[0], old[2], old[2] + old[3] + 1
-
-        for length in lengths:
-            while written + length - front()[0] > capacity:
+        begin, old = self.look()
+        new = np.zeros(len(lengths), ENTRY)
+        new["length"], new["stop"] = lengths, self.written + np.cumsum(lengths)
+        trials, oldest = np.concatenate([old, new]), 0
+        first, length, stop = (trials[x].astype(np.int64) for x in ("first", "length", "stop"))
+        for n in range(len(old), len(trials)):
+            oldest += np.searchsorted(stop[oldest:n] - length[oldest:n], stop[n] - self.capacity)
+            cursor = first[n - 1] + length[n - 1] + 1 if oldest < n else 0
+            if (
+                oldest < n and length[n] < first[oldest] < cursor
+            ):  # there is room at the front again
+                cursor = 0
+            while oldest < n and cursor <= first[oldest] <= cursor + length[n]:
                 oldest += 1
-            if written + length - round_start > capacity and front()[1] > length:
-                cursor, round_start = 0, written
-            while front()[1] < cursor + length + 1 and cursor < front()[2]:
-                oldest += 1
-            placed.append((written, round_start, cursor, length, 0, 0))
-            cursor, written = cursor + length + 1, written + length
-        entries = np.array(placed, ENTRY)
-        if oldest > len(
-            alive
-        ):  # they would overwrite one another, which an empty storage rules out
-            rows, oldest = np.asarray(lengths) + 1, len(alive)
-            entries["first"], entries["round"] = np.cumsum(rows) - rows, placed[0][0]
-        return entries, begin + oldest
+            first[n] = cursor
+        if oldest > len(old):  # they would overwrite one another, which an empty storage rules out
+            oldest, first[len(old) :] = len(old), np.cumsum(new["length"] + 1) - new["length"] - 1
+        new["first"] = first[len(old) :]
+        return new, begin + int(oldest)
 
     def evict(self, begin: int) -> None:
         """Give up the trials before this number."""
@@ -185,15 +151,14 @@ class TrialTable:
         """Bytes of the file up to the end of the next `count` entries."""
         return _HEADER + min(self.end % self.capacity + count, self.capacity) * ENTRY.itemsize
 
-    def copy_to(self, file: Path) -> None:
-        """Write a table of the trials that are there now."""
-        copy = TrialTable.create(file, self.capacity)
-        begin, entries = self.look()
-        end = begin + len(entries)
-        # The last one says how many steps were written, evicted or not.
-        for number in (np.arange(begin, end), np.arange(max(0, end - 1), end)):
-            copy._ring[number % self.capacity] = self._ring[number % self.capacity]
-        copy._counters[:] = [_encode(x, salt) for x, salt in zip((begin, end), _SALTS, strict=True)]
+    def copy_to(self, file: Path, begin: int, entries: np.ndarray) -> None:
+        """Write a table of those trials of a :meth:`look` before that are still there."""
+        copy, end = TrialTable.create(file, self.capacity), begin + len(entries)
+        if not len(entries):  # the last one tells how many steps were written
+            entries = self._read(max(end - 1, 0), end)
+        copy._ring[np.arange(end - len(entries), end) % self.capacity] = entries
+        copy.evict(min(max(begin, self.begin), end))
+        copy._counters[1] = _encode(end, _SALTS[1])
         copy.flush()
 
     def flush(self) -> None:
@@ -208,18 +173,18 @@ class TrialTable:
 
     def _damage(self, what: str) -> DamagedError:
         return DamagedError(
-            f"{self.file} has {what}: the table of trials is damaged. Nothing was changed. Use another "
-            "copy of the folder, or load a checkpoint"
+            f"{self.file} has {what}: the table of trials is damaged. Use another copy of the folder, "
+            "or load a checkpoint"
         )
 
 
 def _encode(number: int, salt: int) -> int:
-    """Put a number and a check of it into 64 bits."""
-    return number << 16 | binascii.crc_hqx(number.to_bytes(6, "little"), salt)
+    """Put a number and 16 bits of its CRC-32 into 64 bits."""
+    return number << 16 | zlib.crc32(number.to_bytes(6, "little"), salt) & 0xFFFF
 
 
 def _checks(numbers: np.ndarray, entries: np.ndarray) -> np.ndarray:
-    words = np.empty((len(entries), len(_FACTORS)), "<u8")
-    words[:, 0], words[:, 1:] = numbers + 1, entries.view("<u8").reshape(-1, 4)
-    words[:, -1] &= 0xFFFFFFFF  # without the check itself
-    return ((words * _FACTORS).sum(1) >> np.uint64(32)).astype("<u4")
+    """CRC-32 of each entry, which begins with the trial's number."""
+    content, size = entries.tobytes(), ENTRY.itemsize
+    pieces = (content[at : at + size - 4] for at in range(0, len(content), size))
+    return np.array([*map(zlib.crc32, pieces, (numbers + 1).tolist())], "<u4")

@@ -15,16 +15,14 @@ from torchrl_amago.data.trial_ends import trial_ends
 
 
 class Trials(NamedTuple):
-    """Trials ``[N]``: their numbers, which no others have, the places where they begin, and their lengths."""
+    """Trials ``[N]``: their numbers, which no others have, the rows or places where they begin, and lengths."""
 
     version: Any  # tells states of the storage apart
     seen: int  # trials written so far
     number: np.ndarray
     start: np.ndarray
     length: np.ndarray
-    slot: np.ndarray | None = (
-        None  # the storage's index of each place, where that isn't the place itself
-    )
+    slot: np.ndarray | None = None  # the storage's index of each place, where that is another one
 
     def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
         """Give the storage's index of steps of some of them."""
