@@ -10,17 +10,32 @@ from typing import Any, NamedTuple
 import torch
 from tensordict import NestedKey, TensorDict
 from torch import Tensor
-from torchrl.data import Categorical
+from torchrl.data import Binary, Categorical, Composite, OneHot, TensorSpec
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from torchrl_amago import keys
-from torchrl_amago.action_space import ActionSpace, is_finitely_bounded, is_in_policy_scale
-from torchrl_amago.data.offline import arrays
-from torchrl_amago.data.offline.arrays import TrajectoryError
-from torchrl_amago.data.offline.trajectory import ActionForm, Trajectory, as_trajectory
+from torchrl_amago.action_space import (
+    ActionSpace,
+    is_finitely_bounded,
+    is_in_policy_scale,
+    one_hot_parts,
+)
+from torchrl_amago.data.offline.trajectory import (
+    Trajectory,
+    TrajectoryError,
+    as_trajectory,
+    cast,
+    check_steps,
+    flags,
+    numbers,
+    require,
+    reshape,
+)
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
 from torchrl_amago.envs.transforms.repeat import first_worker
+
+_REPLAYED = (TrialTransform, PreviousStepTransform, InitTracker)
 
 
 class CheckedTrajectory(NamedTuple):
@@ -65,12 +80,9 @@ class TrajectoryChecker:
         self.space = ActionSpace.from_spec(self.action_spec)
         self.transforms: list[TrialTransform | PreviousStepTransform | InitTracker] = []
         while isinstance(env, TransformedEnv | BatchedEnvBase):
-            if isinstance(env, TransformedEnv):
-                self.transforms[:0] = [
-                    one
-                    for one in env.transform.modules()  # those of nested Composes, too
-                    if isinstance(one, TrialTransform | PreviousStepTransform | InitTracker)
-                ]
+            if isinstance(env, TransformedEnv):  # with those of nested Composes
+                inner = [one for one in env.transform.modules() if isinstance(one, _REPLAYED)]
+                self.transforms[:0] = inner
             env = env.base_env if isinstance(env, TransformedEnv) else first_worker(env)
         own = env.full_action_spec_unbatched[env.action_keys[0]].to("cpu")
         is_scaled = is_finitely_bounded(own) and not is_in_policy_scale(own)
@@ -78,11 +90,16 @@ class TrajectoryChecker:
         written = {key for one in self.transforms for key in one.out_keys}
         self.written = [key for key in self.specs if key in written]
         self.given = [key for key in self.specs if key not in written]
+        self.recorded_specs = (
+            Composite({key: self.specs[key] for key in self.given}),
+            Composite({self.action_key: self.action_spec}),
+            Composite({self.reward_key: self.reward_spec}),
+        )
         # Without a trial transform, a trial is an attempt.
-        kinds = {TrialTransform: TrialTransform(1, trial_end="attempt")}
-        kinds |= {PreviousStepTransform: PreviousStepTransform()}
-        kinds |= {kind: one for kind in kinds for one in self.transforms if isinstance(one, kind)}
-        self.rule, self._previous = kinds.values()
+        self.rule, self.previous = TrialTransform(1, trial_end="attempt"), PreviousStepTransform()
+        for one in self.transforms:
+            self.rule = one if isinstance(one, TrialTransform) else self.rule
+            self.previous = one if isinstance(one, PreviousStepTransform) else self.previous
 
     def check(self, item: Any) -> CheckedTrajectory:
         """Convert a trajectory of any kind (see :func:`as_trajectory`).
@@ -90,37 +107,50 @@ class TrajectoryChecker:
         Raises:
             TrajectoryError: for anything that an agent couldn't be trained on.
         """
-        trajectory = as_trajectory(item, self.action_key, self.reward_key)
-        action_L = self._action(trajectory.action, trajectory.action_form)
+        one = as_trajectory(item, self.action_key, self.reward_key)
+        action_L = self._action(one)
         steps = len(action_L)
-        held_S = self._observation(trajectory, steps + 1)
-        reward_L = arrays.fit("rewards", trajectory.reward, steps, self.reward_spec)
+        held_S = self._observation(one, steps + 1)
+        reward_L = fit("rewards", one.reward, steps, self.reward_spec)
         rows_S = TensorDict({key: held_S.pop(key) for key in self.given}, [steps + 1])
         # The last row's action and the first row's reward are never seen.
         rows_S[self.action_key] = torch.cat([action_L, action_L[-1:]])
         rows_S[self.reward_key] = torch.cat([reward_L[:1], reward_L])
-        is_last_S = (torch.arange(steps + 1) == steps).unsqueeze(-1)
-        terminated, truncated = _ends(trajectory, steps)
-        rows_S["done"] = is_last_S
-        rows_S["terminated"], rows_S["truncated"] = is_last_S & terminated, is_last_S & truncated
-        beginning = self._beginning(held_S)
-        end = trajectory.is_cut, trajectory.last_is_stand_in
-        return CheckedTrajectory(rows_S, held_S, *beginning, *end)
+        ends = {
+            "terminated": flags("terminations", one.terminated, steps),
+            "truncated": flags("truncations", one.truncated, steps),
+        }
+        ends["done"] = ends["terminated"] | ends["truncated"]
+        over = ends["done"].nonzero().reshape(-1).tolist()
+        if over != [steps - 1]:
+            raise TrajectoryError(
+                f"its last step, and no other, must be terminated or truncated, got steps {over[:3]} "
+                f"of {steps}. Split it where it ends, and mark it as truncated where it was cut off."
+            )
+        for key, flag_L in ends.items():
+            rows_S[key] = torch.cat([flag_L.new_zeros(1), flag_L]).unsqueeze(-1)
+        return CheckedTrajectory(
+            rows_S, held_S, *self._beginning(held_S), one.is_cut, one.last_is_stand_in
+        )
 
-    def _action(self, array: Any, form: ActionForm) -> Tensor:
-        name, space, given = "actions", self.space, arrays.numbers("actions", array)
+    def _action(self, trajectory: Trajectory) -> Tensor:
+        form, space, given = (
+            trajectory.action_form,
+            self.space,
+            numbers("actions", trajectory.action),
+        )
         if not len(given):
             raise TrajectoryError("it must have at least one step, got none. Leave it out.")
         if form == "vector":
-            vector_LA = arrays.reshape(name, given, (len(given), space.size)).float()
-            arrays.check_rows(name, given, self._is_action(vector_LA))
+            vector_LA = reshape("actions", given, (len(given), space.size)).float()
+            check_space("actions", given, self._is_action(vector_LA))
             return space.from_vector(vector_LA)
         if form == "policy" or self._bounds is None:
-            return arrays.fit_space(name, given, len(given), space)
+            return fit("actions", given, len(given), space)
         low, high = self._bounds
-        action_L = arrays.reshape(name, given, (len(given), *space.shape))
+        action_L = reshape("actions", given, (len(given), *space.shape))
         action_L = (action_L - (high + low) / 2) / ((high - low) / 2)
-        arrays.check_rows(name, given, space.contains(action_L))
+        check_space("actions", given, space.contains(action_L))
         return action_L.to(space.dtype)
 
     def _is_action(self, vector_LA: Tensor) -> Tensor:
@@ -133,38 +163,47 @@ class TrajectoryChecker:
         held = dict(trajectory.observation)
         if len(self.given) == 1 and keys.OBSERVATION in held:
             held.setdefault(self.given[0], held[keys.OBSERVATION])  # whatever it is called
-        arrays.require("observations", self.given, held, "Name them as the environment does.")
-        return {
-            key: arrays.fit(f"observations {key!r}", held[key], rows, spec)
-            for key, spec in self.specs.items()
-            if key in held
-        }
+        require("observations", self.given, held, "Name them as the environment does.")
+        specs = {key: spec for key, spec in self.specs.items() if key in held}
+        return {key: fit(f"observations {key!r}", held[key], rows, specs[key]) for key in specs}
 
     def _beginning(self, held_S: dict[NestedKey, Tensor]) -> tuple[bool, bool]:
         """Whether a trajectory says where attempts begin, and whether it begins in mid-trial."""
-        name, starts_S = self._previous.prev_action_key, held_S.get(self.rule.soft_reset_key)
+        name, starts_S = self.previous.prev_action_key, held_S.get(self.rule.soft_reset_key)
         action_A = held_S.get(name, torch.zeros(1, self.space.size))[:1]
         is_possible = self._is_action(action_A) | (action_A == 0).all()
-        arrays.check_rows(f"observations {name!r}", action_A, is_possible)
-        time_S = held_S.get(self._previous.time_idx_key, torch.zeros(1)).reshape(-1)
-        arrays.check_rows(f"observations {self._previous.time_idx_key!r}", time_S, time_S >= 0)
+        check_space(f"observations {name!r}", action_A, is_possible)
+        time_S = held_S.get(self.previous.time_idx_key, torch.zeros(1)).reshape(-1)
+        check_space(f"observations {self.previous.time_idx_key!r}", time_S, time_S >= 0)
         is_fragment = bool(time_S[0]) or (starts_S is not None and not bool(starts_S[0]))
         if is_fragment:
             needed = [key for key in self.rule.out_keys if key in self.written]
             remedy = "They follow from the trial's beginning: add them, or leave it out."
-            arrays.require("observations of a fragment of a trial", needed, held_S, remedy)
+            require("observations of a fragment of a trial", needed, held_S, remedy)
         return starts_S is not None, is_fragment
 
 
-def _ends(trajectory: Trajectory, steps: int) -> tuple[bool, bool]:
-    """Whether the last step terminated, and whether it was truncated; no other may be either."""
-    flag = Categorical(2, (), dtype=torch.bool)
-    terminated = arrays.fit("terminations", trajectory.terminated, steps, flag)
-    truncated = arrays.fit("truncations", trajectory.truncated, steps, flag)
-    over = (terminated | truncated).nonzero().reshape(-1).tolist()
-    if over != [steps - 1]:
-        raise TrajectoryError(
-            f"its last step, and no other, must be terminated or truncated, got steps {over[:3]} of "
-            f"{steps}. Split it where it ends, and mark it as truncated where it was cut off."
-        )
-    return bool(terminated[-1]), bool(truncated[-1])
+def fit(name: str, array: Any, rows: int, spec: TensorSpec | ActionSpace) -> Tensor:
+    """Convert an array to a tensor ``[rows, *spec.shape]`` of the spec's dtype.
+
+    Numbers must be finite, categories and bits possible. Indices become one-hot where the spec is,
+    floating-point numbers are rounded, dimensions of size 1 come and go; nothing else changes.
+    """
+    x = given = numbers(name, array)
+    if isinstance(spec, Categorical | OneHot | Binary):
+        spec = ActionSpace.from_spec(spec)
+    is_space = isinstance(spec, ActionSpace)
+    if is_space and spec.one_hot and x.numel() == rows * len(spec.sizes):
+        index = cast(name, x, torch.int64).reshape(rows, len(spec.sizes))
+        check_space(name, given, ((index >= 0) & (index < torch.tensor(spec.sizes))).all(-1))
+        x = one_hot_parts(index, spec.sizes)
+    x = cast(name, reshape(name, x, (rows, *spec.shape)), spec.dtype)
+    if is_space:
+        check_space(name, given, spec.contains(x))
+    return x
+
+
+def check_space(name: str, given: Tensor, is_possible: Tensor) -> None:
+    """Raise unless all rows of an array are in the environment's space."""
+    rule = f"{name} must be in the environment's space"
+    check_steps(rule, given, is_possible, "Clip or encode them.")
