@@ -15,9 +15,12 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_amago.choice import check_choice, check_counts
-from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChecker
 from torchrl_amago.data.offline.recorded import ROWS_AT_ONCE, RecordedTrial, join, replay
-from torchrl_amago.data.offline.trajectory import TrajectoryError
+from torchrl_amago.data.offline.trajectory import (
+    CheckedTrajectory,
+    TrajectoryChecker,
+    TrajectoryError,
+)
 
 OnError = Literal["raise", "skip"]
 Refuse = Callable[[Iterable[int], str], None]

@@ -17,8 +17,11 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
-from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChecker
-from torchrl_amago.data.offline.trajectory import TrajectoryError
+from torchrl_amago.data.offline.trajectory import (
+    CheckedTrajectory,
+    TrajectoryChecker,
+    TrajectoryError,
+)
 from torchrl_amago.envs.transforms import TrialTransform
 
 _FLAGS = ("done", "terminated", "truncated")
