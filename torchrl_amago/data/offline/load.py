@@ -17,13 +17,11 @@ from tqdm import tqdm
 from torchrl_amago.choice import check_choice, check_counts
 from torchrl_amago.data.offline.recorded import ROWS_AT_ONCE, RecordedTrial, join, replay
 from torchrl_amago.data.offline.trajectory import (
-    CheckedTrajectory,
     TrajectoryChecker,
     TrajectoryError,
 )
 
 OnError = Literal["raise", "skip"]
-Refuse = Callable[[Iterable[int], str], None]
 
 # What trials played side by side may take, each as long as the longest, with root and next.
 _BYTES_AT_ONCE = 2**28
@@ -108,12 +106,9 @@ def load_trials(
             report.skipped.setdefault(number, problem)
 
     total = len(trajectories) if hasattr(trajectories, "__len__") else None
-    hide = None if progress_bar else True
-    with tqdm(total=total, desc="loading trajectories", disable=hide) as bar:
-        checked = _checked(checker, trajectories, refuse, bar)
-        size = episodes_per_trial or checker.rule.episodes or 1
-        joined = _joined(checker, checked, size, episodes_per_trial is None, refuse)
-        for trials in _side_by_side(joined):
+    with tqdm(total=total, desc="loading trajectories", disable=not progress_bar or None) as bar:
+        source = checker, iter(trajectories), bar, refuse
+        for trials in _side_by_side(_trials(*source, episodes_per_trial)):
             steps, lengths = replay(checker, trials), [trial.length for trial in trials]
             held, capacity = len(buffer), buffer.storage.max_size
             if held + len(steps) > capacity:
@@ -132,42 +127,32 @@ def load_trials(
     return report
 
 
-def _checked(
-    checker: TrajectoryChecker, trajectories: Iterable[Any], refuse: Refuse, bar: tqdm
-) -> Iterator[CheckedTrajectory | None]:
-    """Trajectories as they are read; None in place of those that are refused."""
-    iterator = iter(trajectories)
-    for number in count():
-        checked = None
-        try:
-            checked = checker.check(next(iterator))
-        except StopIteration:
-            return
-        except TrajectoryError as error:
-            refuse([number], str(error))
-        bar.update()
-        yield checked
-
-
-def _joined(
+def _trials(
     checker: TrajectoryChecker,
-    trajectories: Iterable[CheckedTrajectory | None],
-    size: int,
-    takes_trials: bool,
-    refuse: Refuse,
+    trajectories: Iterator[Any],
+    bar: tqdm,
+    refuse: Callable[[Iterable[int], str], None],
+    episodes_per_trial: int | None,
 ) -> Iterator[RecordedTrial]:
-    """Trials of as many trajectories in a row, or of one that is a trial itself."""
-    group: dict[int, CheckedTrajectory | None] = {}
-    for number, one in enumerate(trajectories):
-        is_alone = takes_trials and one is not None and one.is_trial
-        if not is_alone:
+    """Trials of as many trajectories in a row, or by default of one that is a trial itself."""
+    size, group = episodes_per_trial or checker.rule.episodes or 1, {}
+    for number in count():
+        try:
+            one = checker.check(next(trajectories))
+        except StopIteration:
+            break
+        except TrajectoryError as error:
+            one = refuse([number], str(error))
+        bar.update()
+        if episodes_per_trial is None and one is not None and one.is_trial:
+            parts = {number: one}
+        else:
             group[number] = one
             if len(group) < size:
                 continue
-        parts, group = ({number: one}, group) if is_alone else (group, {})
-        bad = [number for number, part in parts.items() if part is None]
+            parts, group = group, {}
         try:
-            if bad:
+            if bad := [number for number, part in parts.items() if part is None]:
                 raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
             yield join(checker.rule, [*parts.values()])
         except TrajectoryError as error:

@@ -36,9 +36,8 @@ class TrajectorySource:
 
     Example:
         >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
-        >>> source = TrajectorySource("twice the same", 2, 2, lambda number: one)
-        >>> [len(trajectory) for trajectory in source]
-        [1, 1]
+        >>> len(TrajectorySource("twice the same", 2, 2, lambda number: one)[0])
+        1
     """
 
     name: str
@@ -92,9 +91,8 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
     A trajectory ends with a terminal, a timeout or the arrays; the last cut it off. Without
-    ``next_observations`` nothing tells what the last step led to. After a terminal the last
-    observation stands in for it, and :func:`load_trials` gives the step up where the trial isn't
-    terminated by it. Otherwise the step is given up here, and a trajectory of that step alone left out.
+    ``next_observations`` the last observation stands in for what a terminal led to, and any other
+    trajectory's last step is given up.
 
     Args:
         arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known, ``timeouts``
@@ -119,10 +117,10 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     size, following = shapes["terminals"][0], arrays.get("next_observations")
     is_same = shapes.get("next_observations", shapes["observations"]) == shapes["observations"]
     if {shape[0] for shape in shapes.values()} != {size} or not size or not is_same:
-        raise ValueError(
-            f"D4RL-style arrays must be of one length, at least 1, and observations and "
-            f"next_observations of one shape, got {shapes}. Take all from one dataset, cut alike."
+        rule = (
+            "must be of one length, at least 1, and observations and next_observations of one shape"
         )
+        raise ValueError(f"D4RL-style arrays {rule}, got {shapes}. Take all from one dataset.")
     terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
     timeout = arrays_of.flags("timeouts", arrays.get("timeouts", np.zeros(size))).numpy()
     first, last = _spans(terminal | timeout)
@@ -180,10 +178,10 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
     name = str(source) if is_folder else f"{len(files)} files"
     absent = [str(file) for file in files if not file.is_file()]
     if absent or not files:
-        raise FileNotFoundError(
-            f"there must be trajectories of AMAGO in {name}, and {[*absent, '*.npz'][0]} isn't "
-            "there. Give the run's folder buffer/fifo or protected."
+        got = (
+            f"{[*absent, '*.npz'][0]} isn't there. Give the run's folder buffer/fifo or protected."
         )
+        raise FileNotFoundError(f"there must be trajectories of AMAGO in {name}, and {got}")
     steps = sum(_count_steps(file) for file in files)
     return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
 
@@ -202,23 +200,19 @@ def _load_amago(file: Path) -> Trajectory:
         with file.open("rb") as stream, np.load(stream) as archive:
             arrays: dict[str, Any] = dict(archive)
     except _UNREADABLE as error:
-        problem = f"{file} must be a whole .npz file without pickled objects, and can't be read"
-        raise TrajectoryError(f"{problem} ({error}). Copy it again.") from error
+        rule = f"{file} must be a whole .npz file without pickles, and can't be read"
+        raise TrajectoryError(f"{rule} ({error}). Copy it again.") from error
     remedy = "Give files that AMAGO wrote with save_trajs_as='npz'."
     needed = ("rl2s", "time_idxs", "rews", "dones", "actions")
     arrays_of.require(str(file), needed, arrays, remedy)
     time = arrays_of.numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
     if not len(time) or time[0] < 0 or not np.array_equal(time, time[0] + np.arange(len(time))):
-        raise TrajectoryError(
-            f"time_idxs of {file} must count up by 1, from 0 or more, got {time[:8].tolist()}. "
-            "Give each trajectory a file of its own."
-        )
+        rule = f"time_idxs of {file} must count up by 1, from 0 or more"
+        raise TrajectoryError(f"{rule}, got {time[:8].tolist()}. {remedy}")
     before = arrays["rl2s"]
     if before.shape[:1] != time.shape or before.ndim != 2:
-        raise TrajectoryError(
-            f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A], got "
-            f"{list(before.shape)}. {remedy}"
-        )
+        rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
+        raise TrajectoryError(f"{rule}, got {list(before.shape)}. {remedy}")
     prefix = "_OBS_KEY_"
     shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
     shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
@@ -264,10 +258,8 @@ def read_torchrl(
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
     done = arrays_of.flags("'done'", steps.get(("next", "done"), np.zeros(len(steps)))).numpy()
     if not done.any():
-        raise ValueError(
-            "a dataset's steps must mark the last one of each trajectory in ('next', 'done'), and "
-            "none is marked. Set it; of Minari's data, which TorchRL reads as zeros, use read_minari."
-        )
+        rule = "a dataset's steps must mark each trajectory's last one in ('next', 'done')"
+        raise ValueError(f"{rule}, and none is marked. Set it; read Minari's data by read_minari.")
     first, last = _spans(done)
     if action_form is None:
         remembers = steps.get(keys.PREV_ACTION, None) is not None

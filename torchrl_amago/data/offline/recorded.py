@@ -81,9 +81,7 @@ class RecordedEnv(EnvBase):
         self, tensordict: TensorDictBase | None = None, repeat_task: bool = False
     ) -> TensorDictBase:
         if self._rows is None:
-            raise RuntimeError(
-                "a RecordedEnv without rows can't be played, it has specs only. Pass rows= and first=."
-            )
+            raise RuntimeError("a RecordedEnv without rows has specs only. Pass rows= and first=.")
         mask = torch.ones_like(self._row, dtype=torch.bool)
         if tensordict is not None:
             mask = tensordict.get("_reset", mask).reshape(mask.shape)
@@ -115,10 +113,8 @@ class RecordedTrial(NamedTuple):
 def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTrial:
     """Join attempts to a trial, or take one trajectory that is a trial or a piece of one."""
     if len(parts) > 1 and any(one.is_trial or one.is_fragment for one in parts):
-        raise TrajectoryError(
-            "only whole attempts can be joined to a trial, got trials or fragments. Load them with "
-            "episodes_per_trial=1."
-        )
+        problem = "only whole attempts can be joined to a trial, got trials or fragments"
+        raise TrajectoryError(f"{problem}. Load them with episodes_per_trial=1.")
     rows, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows) - len(parts)
     if last.is_trial:
@@ -127,18 +123,17 @@ def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTr
     played = int(rows["done"].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.trial_step_key, [0])[0])
     if played > (rule.episodes or played) or time > (rule.horizon or time):
-        raise TrajectoryError(
-            f"a trial must not be longer than the environment's ({rule.episodes} attempts, "
-            f"{rule.horizon} steps), got {played} attempts of {time} steps. Cut them."
-        )
+        most = f"({rule.episodes} attempts, {rule.horizon} steps)"
+        got = f"got {played} attempts of {time} steps. Cut them."
+        raise TrajectoryError(f"a trial must not be longer than the environment's {most}, {got}")
     is_over = (played == rule.episodes and not last.is_cut) or time == rule.horizon
     by_attempt = rule.trial_end == "attempt" and bool(rows["terminated"][-1])
     if last.last_is_stand_in and not (is_over and (by_attempt or rule.trial_end == "terminated")):
         rows, length, is_over = rows[:-1], length - 1, False
     if not length:
+        rule = "what the last step led to must be known where a trial is truncated"
         raise TrajectoryError(
-            "what the last step led to must be known where a trial is truncated, got that step "
-            "alone. Add next_observations, or leave it out."
+            f"{rule}, got that step alone. Add next_observations, or leave it out."
         )
     if last.is_cut or not is_over:
         for key in _FLAGS:
