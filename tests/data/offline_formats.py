@@ -15,7 +15,7 @@ from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import DarkKeyDoor, MetaFrozenLake, PreviousStepTransform, make_trial_env
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.data import TrialCollector, make_trial_buffer
-from torchrl_amago.data.offline.checking import TrajectoryChecker
+from torchrl_amago.data.offline.trajectory import TrajectoryChecker
 
 
 class Collected(NamedTuple):

@@ -28,7 +28,7 @@ from torchrl_amago.data.offline import (
     as_trajectory,
     load_trials,
 )
-from torchrl_amago.data.offline.checking import TrajectoryChecker
+from torchrl_amago.data.offline.trajectory import TrajectoryChecker
 
 NUMBER = Unbounded((1,))
 
@@ -88,7 +88,7 @@ BAD = {
     ),
     "NaN observation": (
         observations(observation=at(2, np.nan, (5, 2))),
-        r"'observation' must be finite, got NaN or infinity at 1 of 5 steps, the first at step 2",
+        r"'observation' must be finite, and 1 of 5 aren.t, the first at step 2",
     ),
     "infinite reward": ({"rewards": at(2, np.inf, (4,))}, "rewards must be finite, .* at step 2"),
     "overflow": (
@@ -146,7 +146,7 @@ BAD = {
     # What came before a fragment.
     "NaN previous reward": (
         observations(prev_reward=at(0, np.nan, (5,))),
-        "'prev_reward' must be finite, got NaN",
+        "'prev_reward' must be finite, and 1 of 5",
     ),
     "previous reward overflows": (
         observations(prev_reward=np.full(5, 1e300)),
@@ -555,9 +555,7 @@ def test_wrong_arguments():
             load(trajectories, rule(1))
 
 
-@pytest.mark.parametrize(
-    "limit", ["load._TRIALS_AT_ONCE", "load._BYTES_AT_ONCE", "recorded._STACKED"]
-)
+@pytest.mark.parametrize("limit", ["load.ROWS_AT_ONCE", "load._BYTES_AT_ONCE", "recorded._STACKED"])
 def test_more_than_is_played_at_once(monkeypatch, limit):
     monkeypatch.setattr(f"torchrl_amago.data.offline.{limit}", 2)
     buffer = make_trial_buffer(100, slice_length=2, batch_size=2)
@@ -594,3 +592,53 @@ def test_a_collector_goes_on_where_data_were_loaded():
         pass
     assert buffer.num_trials > 1
     assert buffer.sample()["next", "reward"].shape == (2, 4, 1)
+
+
+SPLIT = {
+    "plain": (lambda: plain_env(observation=NUMBER), {}),
+    "one attempt": (lambda: trial_env(rule(1)), {}),
+    "horizon": (lambda: trial_env(rule(None, 23, "truncated")), {}),
+    "longer horizon": (lambda: trial_env(rule(None, 200, "attempt")), {}),
+    "fragment": (
+        lambda: trial_env(rule(2, 200)),
+        {
+            "time_idx": 9,
+            "trial_step": 9,
+            "soft_reset": 0,
+            "attempt_return": 0.3,
+            "episode_idx": 1,
+            "trial_progress": 0.5,
+            "prev_reward": 2.5,
+        },
+    ),
+}
+
+
+def trial_env(rule):
+    base = RecordedEnv(Composite(observation=NUMBER), Bounded(-1.0, 1.0, (1,)))
+    return make_trial_env(base, **rule)
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_a_long_trial_played_in_pieces_is_the_same(kind, monkeypatch):
+    make_env, before = SPLIT[kind]
+    env, rng, trajectories = make_env(), np.random.default_rng(0), []
+    for length in (23, 3, 23):
+        last = np.arange(length) == length - 1
+        shown = {key: np.full(length + 1, x) for key, x in before.items()}
+        shown |= {"observation": rng.random(length + 1)}
+        is_discrete = kind == "plain"
+        action = rng.integers(0, 3, length) if is_discrete else rng.random(length)
+        trajectories.append(Trajectory(shown, action, rng.normal(size=length), last, 0 * last))
+    stored, steps_played, played, step = [], [], [], RecordedEnv._step
+    monkeypatch.setattr(RecordedEnv, "_step", lambda *args: played.append(0) or step(*args))
+    for shortest in (100, 4):
+        monkeypatch.setattr("torchrl_amago.data.offline.recorded._SHORTEST_PIECE", shortest)
+        buffer = make_trial_buffer(100, slice_length=2, batch_size=1)
+        load_trials(buffer, trajectories, env)
+        stored.append(buffer[:])
+        steps_played.append(len(played) - sum(steps_played))
+    assert steps_played == [23, 4]
+    whole, pieces = stored
+    for key, expected in whole.items(True, True):
+        assert torch.equal(pieces[key], expected), key

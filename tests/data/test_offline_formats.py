@@ -53,7 +53,7 @@ from torchrl_amago.data.offline import (
     read_minari,
     read_torchrl,
 )
-from torchrl_amago.data.offline.checking import TrajectoryChecker
+from torchrl_amago.data.offline.trajectory import TrajectoryChecker
 
 # Written by collectors and policies, known by no dataset.
 PRIVATE = [("collector", "traj_ids")]

@@ -1,7 +1,6 @@
 """Collect whole trials: the same data as TorchRL's collector writes, put together in a few operations.
 
-TorchRL cuts every batch into pieces, one per trial, and joins them again: with 64 short trials that
-takes as long as stepping the environment.
+TorchRL's way takes as long as stepping the environment with 64 short trials.
 """
 
 from __future__ import annotations
@@ -27,15 +26,14 @@ _TRIAL = ("collector", "traj_ids")
 class TrialCollector(Collector):
     """Collector that writes complete trials into a replay buffer, one after another.
 
-    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. The steps
-    of trials under way wait in the collector until their trial is complete, or, with
-    ``fragment_length``, until there are so many of them: endless and very long trials are written
-    in fragments then. A fragment is stored like a trial. Its steps are those of the trial, with their
-    true ``time_idx``; only the last fragment ends with ``done``.
+    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps of
+    trials under way wait until their trial is complete, or, with ``fragment_length``, until there are so
+    many: endless and very long trials are written in fragments then. A fragment is stored like a trial,
+    with its steps' true ``time_idx``; only the last fragment ends with ``done``.
 
     It is a ``collector_class`` of `MultiCollector`, `RayCollector` and `Collector(..., backend=...)`
-    too: each worker writes its own trials. Give `MultiCollector` ``trajs_per_batch=1`` beside it, or it
-    prepares TorchRL's storages for batches instead of steps.
+    too, whose workers write their own trials. `MultiCollector` needs ``trajs_per_batch=1`` beside it, or
+    it prepares TorchRL's storages for batches instead of steps.
 
     Args:
         env: batched environment, or what makes one.
@@ -46,16 +44,14 @@ class TrialCollector(Collector):
         fragment_length: steps after which a trial is cut; None never cuts.
         stagger: cut the first fragment of each trial early, by a length of its own, so that trials that
             began together don't all fill their fragments in the same step.
-        postproc: called on complete trials before they are written, as a batch ``[N, L]`` padded on the
-            right, with the mask ``("collector", "mask")``, such as a relabeller. What its mask leaves
-            is written.
+        postproc: called on complete trials, a batch ``[N, L]`` padded on the right with the mask
+            ``("collector", "mask")``, such as a relabeller; what its mask leaves is written.
         options: further arguments of :class:`torchrl.collectors.Collector`. ``reset_at_each_iter``
-            drops the trials under way at the end of each batch. ``trajs_per_batch`` makes no
-            difference: trials are written as soon as they are complete.
+            drops the trials under way at the end of each batch; ``trajs_per_batch`` does nothing.
 
     Raises:
-        ValueError: for a ``fragment_length`` smaller than 1, or with another buffer, and for options that
-            contradict whole trials; from iterating, if no flag says where trials end.
+        ValueError: for a ``fragment_length`` below 1 or with another buffer, options that contradict
+            whole trials, and, from iterating, if no flag says where trials end.
         TypeError: without a replay buffer.
 
     Example:
@@ -92,13 +88,8 @@ class TrialCollector(Collector):
         self._drop_trials()
         # Batches come out of TorchRL's iterator then, instead of being written as they are.
         self._ignore_rb = True
-        super().__init__(
-            env,
-            policy,
-            replay_buffer=replay_buffer,
-            frames_per_batch=frames_per_batch,
-            **options,
-        )
+        options |= {"replay_buffer": replay_buffer, "frames_per_batch": frames_per_batch}
+        super().__init__(env, policy, **options)
 
     def iterator(self) -> Iterator[None]:
         """Write the trials that each batch completes; yields None after each batch."""
@@ -116,16 +107,12 @@ class TrialCollector(Collector):
             trials, lengths = _apply_to_rows(self._process, trials, lengths)
         # Ends say it all where nothing is cut, and numbers of trials in TorchRL's buffers.
         buffer = self.replay_buffer
-        is_told = self.fragment_length is not None and (
-            isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
-        )
+        counts = isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
+        is_told = self.fragment_length is not None and counts
         buffer.extend(trials, **({"lengths": lengths} if is_told else {}))
 
     def _complete_trials(self, steps: TensorDictBase) -> tuple[TensorDictBase, list[int]]:
-        """Trials and fragments that these steps complete, side by side, and their lengths.
-
-        The others' steps are kept.
-        """
+        """Trials and fragments that these steps complete, side by side, and their lengths."""
         if self._pending is not None:
             steps = torch.cat((self._pending, steps))
         # Stable: the order of time is kept within each trial.
@@ -134,38 +121,33 @@ class TrialCollector(Collector):
         last = length.cumsum(0) - 1
         ends = trial_ends(steps)
         if ends is None:
+            held = sorted(map(str, steps["next"].keys(True, True)))
+            rule = "trials end where 'done', 'terminated' or 'truncated' is True under 'next'"
             raise ValueError(
-                "trials end where 'done', 'terminated' or 'truncated' is True under 'next', and the "
-                f"steps have none of them, only {sorted(map(str, steps['next'].keys(True, True)))}. "
-                "Give the environment one such flag at the root."
+                f"{rule}, and the steps have none of them, only {held}. Add one there."
             )
-        is_complete = ends[order[last]]
+        is_complete = ends[order[last]].tolist()
         chosen, pending, lengths = [], [], []
-        pieces = zip(
-            number.tolist(), order.split(length.tolist()), is_complete.tolist(), strict=True
-        )
+        pieces = zip(number.tolist(), order.split(length.tolist()), is_complete, strict=True)
         for trial_number, steps_of, complete in pieces:
             cuts = self._cuts(trial_number, len(steps_of), complete)
-            written = sum(cuts)
             lengths += cuts
-            chosen.append(steps_of[:written])
-            pending.append(steps_of[written:])
+            chosen.append(steps_of[: sum(cuts)])
+            pending.append(steps_of[sum(cuts) :])
         left = torch.cat(pending)
         self._pending = steps[left] if len(left) else None
         return steps[torch.cat(chosen)], lengths
 
     def _cuts(self, trial: int, length: int, complete: bool) -> list[int]:
         """Lengths of what is written now of a trial's waiting steps."""
-        fragment_length, cuts = self.fragment_length, []
-        if fragment_length is not None:
-            size = fragment_length
+        size, cuts = self.fragment_length, []
+        if size is not None:
             if self.stagger and trial not in self._begun:
                 rows = self.env.batch_size.numel()
-                size = -(-fragment_length * (trial % rows + 1) // rows)
+                size = -(-size * (trial % rows + 1) // rows)
             while length >= size:
                 cuts.append(size)
-                length -= size
-                size = fragment_length
+                length, size = length - size, self.fragment_length
             if cuts:
                 self._begun.add(trial)
         if complete:
@@ -176,12 +158,7 @@ class TrialCollector(Collector):
     # --- trials under way ---
 
     def reset(self, index: Any = None, **kwargs: Any) -> None:
-        """Start new trials, in the rows that `index` selects or in all; what they had begun is dropped.
-
-        Args:
-            index: into the environment's batch.
-            kwargs: for the environment's ``reset``.
-        """
+        """Start new trials, in the rows that `index` selects or in all; what they had begun is dropped."""
         super().reset(index, **kwargs)
         if index is None or self._row_trials is None:
             self._drop_trials()
@@ -199,19 +176,17 @@ class TrialCollector(Collector):
         """TorchRL's state of collector, transforms and policy, and the trials under way.
 
         Returns:
-            A nested dict of tensors and plain values. Where the environment's class says
-            ``can_save_state``, as :class:`~torchrl_amago.envs.tasks.BatchedTask` does, it has ``in_progress``:
-            all that the next step depends on besides weights and torch's global generator. Workers of
-            a `MultiCollector` leave it out.
+            A nested dict of tensors and plain values. It has ``in_progress``, all that the next step
+            depends on besides weights and torch's global generator, where the environment's class says
+            ``can_save_state`` and the collector is no worker of a `MultiCollector`.
         """
         state = super().state_dict()
         env = _env_with_state(self.env)
         if env is not None and not self._shares_numbers:
-            begun = torch.tensor(sorted(self._begun), dtype=torch.int64)
             in_progress = {
                 "env": env.state_dict(),
                 "carrier": self._carrier.to_dict(),
-                "begun": begun,
+                "begun": torch.tensor(sorted(self._begun), dtype=torch.int64),
                 "memories": {
                     str(i): module.memory_state_dict(self._streams_of(module))
                     for i, module in enumerate(self._encoders())
@@ -225,21 +200,26 @@ class TrialCollector(Collector):
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
         """Take over what :meth:`state_dict` gave.
 
-        With ``in_progress`` the next step is the one that the saved collector would have taken.
-        Without it the steps of trials under way are dropped: call :meth:`reset` then, unless the
-        collector is new.
+        With ``in_progress`` the next step is the one that the saved collector would have taken. Without
+        it trials under way are dropped: call :meth:`reset` then, unless the collector is new.
 
         Args:
             state_dict: the state.
-            kwargs: as for TorchRL's collector: ``strict``.
+            kwargs: for TorchRL's collector: ``strict``.
 
         Raises:
-            ValueError: if there are trials under way that this environment can't go on with. All is as
-                before then.
+            ValueError: for trials that this environment can't go on with; all is as before then.
         """
         state, in_progress = dict(state_dict), state_dict.get("in_progress")
         if in_progress is not None:
-            self._check_in_progress(in_progress)
+            saved = in_progress["carrier"]["collector"]["traj_ids"].shape
+            if _env_with_state(self.env) is None or saved != self.env.batch_size:
+                base = type(getattr(self.env, "base_env", self.env)).__name__
+                raise ValueError(
+                    "trials under way go on only in an environment that can load its state, with the "
+                    f"rows {list(saved)} that they were saved from; got {base} with "
+                    f"{list(self.env.batch_size)}. Take 'in_progress' out to begin new trials."
+                )
             # Loading hands out a number to each row, but the rows have theirs.
             num_rows = self.env.batch_size.numel()
             state["traj_pool"] = {k: n - num_rows for k, n in state["traj_pool"].items()}
@@ -248,31 +228,17 @@ class TrialCollector(Collector):
         if in_progress is not None:
             self._go_on(in_progress)
 
-    def _check_in_progress(self, in_progress: Mapping[str, Any]) -> None:
-        saved = in_progress["carrier"]["collector"]["traj_ids"].shape
-        if _env_with_state(self.env) is None or saved != self.env.batch_size:
-            base = getattr(self.env, "base_env", self.env)
-            raise ValueError(
-                "trials under way go on only in an environment that can load its state, with the rows "
-                f"{list(saved)} that they were saved from; got {type(base).__name__} with "
-                f"{list(self.env.batch_size)}. Make the same environment, or take 'in_progress' out of "
-                "the state to begin new trials."
-            )
-
     def _go_on(self, in_progress: Mapping[str, Any]) -> None:
-        carrier = TensorDict(
-            in_progress["carrier"], batch_size=self.env.batch_size, device=self.env.device
-        ).clone()
+        """Take over the trials under way."""
+        size, device = self.env.batch_size, self.env.device
+        carrier = TensorDict(in_progress["carrier"], batch_size=size, device=device).clone()
         self._carrier = carrier.clear_device_() if self._carrier.device is None else carrier
         self._row_trials = carrier.get(_TRIAL).clone()
         self._begun = set(in_progress["begun"].tolist())
         if "pending" in in_progress:
             pending = in_progress["pending"]
-            self._pending = TensorDict(
-                pending,
-                batch_size=[len(pending["collector"]["traj_ids"])],
-                device=self.storing_device,
-            ).clone()
+            size = [len(pending["collector"]["traj_ids"])]
+            self._pending = TensorDict(pending, size, device=self.storing_device).clone()
         _env_with_state(self.env).load_state_dict(in_progress["env"])
         for i, encoder in enumerate(self._encoders()):
             encoder.load_memory_state_dict(in_progress["memories"][str(i)])
@@ -292,17 +258,13 @@ def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:
     if fragment_length is None:
         return
     if fragment_length < 1:
-        raise ValueError(
-            f"fragment_length must be at least 1 or None, got {fragment_length}. It is the number "
-            "of steps after which an endless trial is cut."
-        )
+        rule = f"fragment_length must be at least 1 or None, got {fragment_length}"
+        raise ValueError(f"{rule}. It is the number of steps after which an endless trial is cut.")
     is_known = isinstance(getattr(replay_buffer, "sampler", None), TrialSliceSampler)
     if _is_local(replay_buffer) and not is_known:
-        raise ValueError(
-            "fragments need a buffer that knows which steps belong together, one with a "
-            f"TrialSliceSampler, got {type(replay_buffer).__name__}. Make it with make_trial_buffer, or "
-            "leave fragment_length out."
-        )
+        rule = "fragments need a buffer that knows which steps belong together"
+        got = f"one with a TrialSliceSampler, got {type(replay_buffer).__name__}"
+        raise ValueError(f"{rule}, {got}. Make it with make_trial_buffer.")
 
 
 def _is_local(replay_buffer: Any) -> bool:
@@ -321,18 +283,14 @@ _FIXED_OPTIONS = (
 
 
 def _check_options(replay_buffer: Any, options: dict[str, Any]) -> None:
-    """Refuse what contradicts whole trials, and take out what only TorchRL's assembly reads."""
+    """Check options, and take out what only TorchRL's assembly reads."""
     if replay_buffer is None:
-        raise TypeError(
-            "a TrialCollector must have a replay_buffer to write trials to, got None. Make one with "
-            "make_trial_buffer, or use torchrl.collectors.Collector(..., trajs_per_batch=n)."
-        )
+        problem = "a TrialCollector must have a replay_buffer to write trials to, got None"
+        raise TypeError(f"{problem}. Make one with make_trial_buffer.")
     for name, value, reason in _FIXED_OPTIONS:
         if options.get(name) not in (None, value):
-            raise ValueError(
-                f"{name} must be {value} in a TrialCollector, got {options[name]!r}: {reason}. Leave "
-                "it out, or use torchrl.collectors.Collector."
-            )
+            rule = f"{name} must be {value} in a TrialCollector, got {options[name]!r}"
+            raise ValueError(f"{rule}: {reason}. Leave it out, or use TorchRL's Collector.")
     for name in ("trajs_per_batch", "trajs_per_write", "traj_format"):
         options.pop(name, None)
 
@@ -352,7 +310,7 @@ def _apply_to_rows(
 
 
 def _env_with_state(env: EnvBase) -> EnvBase | None:
-    """The environment below the transforms if its own state can be saved."""
+    """The environment below the transforms, if its state can be saved."""
     base = env.base_env if isinstance(env, TransformedEnv) else env
     return base if getattr(type(base), "can_save_state", False) else None
 

@@ -1,7 +1,7 @@
 """Batches from several replay buffers at once: demonstrations beside new experience, data beside data.
 
-TorchRL's ``ReplayBufferEnsemble`` reads its members' storages itself. That passes over relabelling,
-transforms and priorities of the members, and fails where one isn't ready or slices differ in width.
+TorchRL's ``ReplayBufferEnsemble`` reads storages itself: past relabelling, transforms and priorities of
+its members, and it fails where one isn't ready or slices differ in width.
 
 Legend: B slices of a batch, T steps of a slice, P buffers.
 """
@@ -72,15 +72,11 @@ class TrialMixture:
         source_key: NestedKey = keys.SOURCE,
     ) -> None:
         if online not in (None, *buffers):
-            raise ValueError(
-                f"online must be one of the buffers {list(buffers)} or None, for a mixture that isn't "
-                f"written to, got {online!r}."
-            )
+            rule = f"online must be one of the buffers {list(buffers)} or None"
+            raise ValueError(f"{rule}, for a mixture that isn't written to, got {online!r}.")
         if batch_size < 1 or anneal_updates < 0:
-            raise ValueError(
-                "batch_size must be at least 1 and anneal_updates at least 0, got "
-                f"{batch_size} slices and {anneal_updates} batches."
-            )
+            got = f"got {batch_size} slices and {anneal_updates} batches"
+            raise ValueError(f"batch_size must be at least 1 and anneal_updates at least 0, {got}.")
         for name, given in (("weights", weights), ("initial_weights", initial_weights or weights)):
             values = list(given.values())
             if set(given) != set(buffers) or min(values, default=-1) < 0 or not sum(values) > 0:
@@ -104,9 +100,9 @@ class TrialMixture:
     def online(self) -> ReplayBuffer:
         """The buffer that is written to; RuntimeError if there is none."""
         if self._online is None:
+            problem = f"none of {list(self.buffers)} was chosen. Make it with online=..."
             raise RuntimeError(
-                "a mixture is written to by way of one of its buffers, and none of "
-                f"{list(self.buffers)} was chosen. Make it with online=..."
+                f"a mixture is written to by way of one of its buffers, and {problem}"
             )
         return self.buffers[self._online]
 
@@ -130,9 +126,9 @@ class TrialMixture:
         """Draw a batch ``[B, T]``, slices of a buffer side by side; RuntimeError if none is ready."""
         weights_P = self._weights()
         if not weights_P.sum() > 0:
+            problem = f"none of {list(self.buffers)} is. Ask can_sample() first."
             raise RuntimeError(
-                "sampling needs a buffer that has a weight and is ready, and none of "
-                f"{list(self.buffers)} is. Ask can_sample() first."
+                f"sampling needs a buffer that has a weight and is ready, and {problem}"
             )
         size = self.batch_size if batch_size is None else batch_size
         drawn_B = torch.multinomial(weights_P, size, replacement=True, generator=self._rng)
@@ -176,12 +172,11 @@ class TrialMixture:
         # Asked anew each time: a few long trials may push out more than min_trials of them.
         for name in (name for name, buffer in self.buffers.items() if buffer.can_sample()):
             ready_at, final = self.ready_at.setdefault(name, self.updates), self.weights[name]
-            initial = 0.0 if ready_at else final
-            if self.initial_weights is not None:
-                initial = self.initial_weights[name]
+            default = 0.0 if ready_at else final
+            initial = (self.initial_weights or {}).get(name, default)
             # The batch at which a buffer becomes ready is its first step: nobody waits at 0.
-            progress = (self.updates - ready_at + 1) / max(self.anneal_updates, 1)
-            weights[name] = initial + (final - initial) * min(progress, 1.0)
+            progress = min((self.updates - ready_at + 1) / max(self.anneal_updates, 1), 1.0)
+            weights[name] = initial + (final - initial) * progress
         return torch.tensor(list(weights.values()), dtype=torch.float64)
 
     def _sample_part(self, name: str, count: int) -> TensorDictBase:
@@ -202,17 +197,13 @@ class TrialMixture:
         entries = {key: (tuple(x.shape[2:]), x.dtype) for key, x in part.items(True, True)}
         for other_name, other in self._entries.items():
             needed = {key for key in entries.keys() ^ other.keys() if not _may_lack(key)}
-            differing = [
-                f"{key!r}: {other.get(key, 'nothing')} in {other_name!r}, "
-                f"{entries.get(key, 'nothing')} in {name!r}"
-                for key in sorted(needed | entries.keys() & other.keys(), key=str)
-                if entries.get(key) != other.get(key)
-            ]
-            if differing:
-                raise ValueError(
-                    "the steps of a mixture's buffers must have the same entries, shapes and dtypes, "
-                    f"and differ in {'; '.join(differing)}. Collect and draw all of them alike."
-                )
+            for key in sorted(needed | entries.keys() & other.keys(), key=str):
+                if entries.get(key) != (there := other.get(key, "nothing")):
+                    got = f"{there} in {other_name!r}, {entries.get(key, 'nothing')} in {name!r}"
+                    raise ValueError(
+                        "the steps of a mixture's buffers must have the same entries, shapes and dtypes, "
+                        f"and differ in {key!r}: {got}. Collect and draw all of them alike."
+                    )
         self._entries[name] = entries
 
     def state_dict(self) -> dict[str, Any]:
@@ -225,10 +216,9 @@ class TrialMixture:
         """Go on from a saved state; ValueError if data or generator are others than they were."""
         then, now = state["made_of"], self._made_of()
         if then != now:
-            raise ValueError(
-                f"a mixture goes on with the data and the generator that it was saved with, {then}, got "
-                f"{now}. Load the same data, in the same order, and give a generator if it had one."
-            )
+            rule = "a mixture goes on with the data and the generator that it was saved with"
+            remedy = "Load the same data, in the same order, and give a generator if it had one."
+            raise ValueError(f"{rule}, {then}, got {now}. {remedy}")
         self.set_rng(self._rng)  # load_replay gives the online buffer one of its own
         if self._rng is not None:
             self._rng.set_state(state["generator"])
@@ -256,10 +246,8 @@ def _check_buffers(buffers: Mapping[str, ReplayBuffer]) -> bool:
     """Check that the buffers' slices fit together; returns True where they are padded on the left."""
     for name, buffer in buffers.items():
         if getattr(buffer, "_prefetch", False):
-            raise ValueError(
-                f"a mixture's buffers must not prefetch, and {name!r} does: how many slices the next "
-                "batch takes from it isn't known before. Make it with prefetch=None."
-            )
+            problem = f"and {name!r} does. Make it with prefetch=None."
+            raise ValueError(f"a mixture's buffers must not prefetch, {problem}")
     sides = {name: getattr(buffer.sampler, "padding", None) for name, buffer in buffers.items()}
     if len(set(sides.values()) - {None}) > 1:
         raise ValueError(f"a mixture's buffers must pad slices on the same side, got {sides}.")

@@ -3,7 +3,6 @@
 Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
 """
 
-from torchrl_amago.data.offline.arrays import TrajectoryError
 from torchrl_amago.data.offline.load import LoadReport, load_trials
 from torchrl_amago.data.offline.readers import (
     TrajectorySource,
@@ -13,7 +12,7 @@ from torchrl_amago.data.offline.readers import (
     read_torchrl,
 )
 from torchrl_amago.data.offline.recorded import RecordedEnv
-from torchrl_amago.data.offline.trajectory import Trajectory, as_trajectory
+from torchrl_amago.data.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
 
 __all__ = [
     "LoadReport",

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, get_args
 
 import numpy as np
-from tensordict import TensorDict, is_tensor_collection
+from tensordict import is_tensor_collection
 from torchrl import logger as torchrl_logger
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_amago.choice import check_choice, check_counts
-from torchrl_amago.data.offline.arrays import TrajectoryError
-from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChecker
-from torchrl_amago.data.offline.recorded import RecordedTrial, join, replay
+from torchrl_amago.data.offline.recorded import ROWS_AT_ONCE, RecordedTrial, join, replay
+from torchrl_amago.data.offline.trajectory import (
+    TrajectoryChecker,
+    TrajectoryError,
+)
 
 OnError = Literal["raise", "skip"]
 
-# Trials played side by side: a step of many costs little more than a step of one.
-_TRIALS_AT_ONCE = 256
-# What they may take, each as long as the longest of them, with root and next.
+# What trials played side by side may take, each as long as the longest, with root and next.
 _BYTES_AT_ONCE = 2**28
 
 
@@ -98,13 +98,28 @@ def load_trials(
         check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
     check_choice("on_error", on_error, get_args(OnError))
     checker, report = TrajectoryChecker(env), LoadReport()
-    joining = _Joining(checker, episodes_per_trial, on_error, report.skipped)
-    for trials in _side_by_side(joining.trials(trajectories, progress_bar)):
-        steps, lengths = replay(checker, trials), [trial.length for trial in trials]
-        _write(buffer, steps)
-        rewards = steps["next", checker.reward_key].double().split(lengths)
-        report.returns += [float(reward.sum()) for reward in rewards]
-        report.lengths += lengths
+
+    def refuse(numbers: Iterable[int], problem: str) -> None:
+        for number in numbers:
+            if on_error == "raise":
+                raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
+            report.skipped.setdefault(number, problem)
+
+    total = len(trajectories) if hasattr(trajectories, "__len__") else None
+    with tqdm(total=total, desc="loading trajectories", disable=not progress_bar or None) as bar:
+        source = checker, iter(trajectories), bar, refuse
+        for trials in _side_by_side(_trials(*source, episodes_per_trial)):
+            steps, lengths = replay(checker, trials), [trial.length for trial in trials]
+            held, capacity = len(buffer), buffer.storage.max_size
+            if held + len(steps) > capacity:
+                raise ValueError(
+                    f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, "
+                    f"and {len(steps)} more come. Make it as large as a reader's num_steps."
+                )
+            buffer.extend(steps)
+            rewards = steps["next", checker.reward_key].double().split(lengths)
+            report.returns += [float(reward.sum()) for reward in rewards]
+            report.lengths += lengths
     if report.skipped:
         first, problem = min(report.skipped.items())
         text = f"skipped {len(report.skipped)} trajectories; the first is number {first}: {problem}"
@@ -112,53 +127,37 @@ def load_trials(
     return report
 
 
-@dataclass
-class _Joining:
-    """Trials made of trajectories; what is wrong with the others goes to ``skipped``."""
-
-    checker: TrajectoryChecker
-    episodes_per_trial: int | None
-    on_error: OnError
-    skipped: dict[int, str]
-
-    def trials(self, trajectories: Iterable[Any], progress_bar: bool) -> Iterator[RecordedTrial]:
-        """As many trajectories in a row as a trial has, but by default those that are trials alone."""
-        size = self.episodes_per_trial or self.checker.rule.episodes or 1
-        total = len(trajectories) if hasattr(trajectories, "__len__") else None
-        iterator, hide = iter(trajectories), None if progress_bar else True
-        group: dict[int, CheckedTrajectory | None] = {}
-        with tqdm(total=total, desc="loading trajectories", disable=hide) as bar:
-            for number in count():
-                try:
-                    group[number] = self.checker.check(next(iterator))
-                except StopIteration:
-                    break
-                except TrajectoryError as error:
-                    group[number] = self._refuse([number], str(error))
-                bar.update()
-                if self.episodes_per_trial is None and group[number] and group[number].is_trial:
-                    yield from self._join({number: group.pop(number)})
-                elif len(group) == size:
-                    yield from self._join(group)
-                    group = {}
-        self._refuse(
-            group, f"a trial is made of {size} trajectories, and the last has {len(group)}."
-        )
-
-    def _join(self, group: dict[int, CheckedTrajectory | None]) -> Iterator[RecordedTrial]:
-        bad = [number for number, checked in group.items() if checked is None]
+def _trials(
+    checker: TrajectoryChecker,
+    trajectories: Iterator[Any],
+    bar: tqdm,
+    refuse: Callable[[Iterable[int], str], None],
+    episodes_per_trial: int | None,
+) -> Iterator[RecordedTrial]:
+    """Trials of as many trajectories in a row, or by default of one that is a trial itself."""
+    size, group = episodes_per_trial or checker.rule.episodes or 1, {}
+    for number in count():
         try:
-            if bad:
-                raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
-            yield join(self.checker.rule, [*group.values()])
+            one = checker.check(next(trajectories))
+        except StopIteration:
+            break
         except TrajectoryError as error:
-            self._refuse(group, str(error))
-
-    def _refuse(self, numbers: Iterable[int], problem: str) -> None:
-        for number in numbers:
-            if self.on_error == "raise":
-                raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
-            self.skipped.setdefault(number, problem)
+            one = refuse([number], str(error))
+        bar.update()
+        if episodes_per_trial is None and one is not None and one.is_trial:
+            parts = {number: one}
+        else:
+            group[number] = one
+            if len(group) < size:
+                continue
+            parts, group = group, {}
+        try:
+            if bad := [number for number, part in parts.items() if part is None]:
+                raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
+            yield join(checker.rule, [*parts.values()])
+        except TrajectoryError as error:
+            refuse(parts, str(error))
+    refuse(group, f"a trial is made of {size} trajectories, and the last has {len(group)}.")
 
 
 def _side_by_side(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
@@ -167,19 +166,9 @@ def _side_by_side(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTria
     for trial in trials:
         longest = max(one.length for one in (*chosen, trial))
         size = 2 * trial.rows.bytes() // len(trial.rows) * longest * (len(chosen) + 1)
-        if chosen and (size > _BYTES_AT_ONCE or len(chosen) == _TRIALS_AT_ONCE):
+        if chosen and (size > _BYTES_AT_ONCE or len(chosen) == ROWS_AT_ONCE):
             yield chosen
             chosen = []
         chosen.append(trial)
     if chosen:
         yield chosen
-
-
-def _write(buffer: ReplayBuffer, steps: TensorDict) -> None:
-    capacity, held = buffer.storage.max_size, len(buffer)
-    if held + len(steps) > capacity:
-        raise ValueError(
-            f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, and "
-            f"{len(steps)} more are to be written. Make it as large as a reader's num_steps."
-        )
-    buffer.extend(steps)

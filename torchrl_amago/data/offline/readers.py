@@ -6,12 +6,12 @@ Readers read numbers: no code that a dataset holds or names (pickles, an environ
 from __future__ import annotations
 
 import dataclasses
-import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,23 +19,15 @@ from tensordict import NestedKey, TensorDictBase
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
-from torchrl_amago.data.offline.arrays import TrajectoryError, flags, numbers, require
-from torchrl_amago.data.offline.trajectory import ActionForm, Trajectory, as_trajectory
+from torchrl_amago.data.offline import trajectory as arrays_of
+from torchrl_amago.data.offline.trajectory import ActionForm, Trajectory, TrajectoryError
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 
 if TYPE_CHECKING:
     from minari import MinariDataset
 
 # What numpy, zipfile and zlib raise for damaged archives and for files that are none.
-_UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    EOFError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -44,9 +36,8 @@ class TrajectorySource:
 
     Example:
         >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
-        >>> source = TrajectorySource("twice the same", 2, 2, lambda number: one)
-        >>> [len(trajectory) for trajectory in source]
-        [1, 1]
+        >>> len(TrajectorySource("twice the same", 2, 2, lambda number: one)[0])
+        1
     """
 
     name: str
@@ -69,8 +60,7 @@ def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> Traj
     """Read the episodes of a Minari dataset (https://minari.farama.org).
 
     Args:
-        dataset: its id, such as ``"mujoco/hopper/medium-v0"``, which Minari looks for in
-            ``$MINARI_DATASETS_PATH``; or one that is loaded.
+        dataset: its id, which Minari looks for in ``$MINARI_DATASETS_PATH``; or one that is loaded.
         download: whether Minari may download it.
 
     Raises:
@@ -78,7 +68,7 @@ def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> Traj
         FileNotFoundError: where there is no such dataset.
 
     Example:
-        >>> len(read_minari("pendulum/none-v0"))  # doctest: +SKIP
+        >>> len(read_minari("mujoco/hopper/medium-v0"))  # doctest: +SKIP
         200
     """
     try:
@@ -101,9 +91,8 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
     A trajectory ends with a terminal, a timeout or the arrays; the last cut it off. Without
-    ``next_observations`` nothing tells what the last step led to. After a terminal the last
-    observation stands in for it, and :func:`load_trials` gives the step up where the trial isn't
-    terminated by it. Otherwise the step is given up here, and a trajectory of that step alone left out.
+    ``next_observations`` the last observation stands in for what a terminal led to, and any other
+    trajectory's last step is given up.
 
     Args:
         arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known, ``timeouts``
@@ -120,24 +109,21 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         >>> [len(trajectory) for trajectory in source]
         [2, 2]
     """
-    needed, known = (
-        ("observations", "actions", "rewards", "terminals"),
-        ("timeouts", "next_observations"),
-    )
-    require("D4RL-style arrays", needed, [*arrays], "Rename yours, or give load_trials mappings.")
-    following = arrays.get("next_observations")
-    shapes = {name: np.shape(arrays[name]) for name in (*needed, *known) if name in arrays}
-    size = shapes["terminals"][0]
+    needed = ("observations", "actions", "rewards", "terminals")
+    remedy = "Rename yours, or give load_trials mappings."
+    arrays_of.require("D4RL-style arrays", needed, [*arrays], remedy)
+    names = [name for name in (*needed, "timeouts", "next_observations") if name in arrays]
+    shapes = {name: np.shape(arrays[name]) for name in names}
+    size, following = shapes["terminals"][0], arrays.get("next_observations")
     is_same = shapes.get("next_observations", shapes["observations"]) == shapes["observations"]
     if {shape[0] for shape in shapes.values()} != {size} or not size or not is_same:
-        raise ValueError(
-            f"D4RL-style arrays must be of one length, at least 1, and observations and "
-            f"next_observations of one shape, got {shapes}. Take all from one dataset, cut alike."
+        rule = (
+            "must be of one length, at least 1, and observations and next_observations of one shape"
         )
-    terminal = flags("terminals", arrays["terminals"]).numpy()
-    timeout = flags("timeouts", arrays.get("timeouts", np.zeros(size, dtype=bool))).numpy()
-    last = np.union1d(np.flatnonzero(terminal | timeout), size - 1)
-    first = np.concatenate([[0], last[:-1] + 1])
+        raise ValueError(f"D4RL-style arrays {rule}, got {shapes}. Take all from one dataset.")
+    terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
+    timeout = arrays_of.flags("timeouts", arrays.get("timeouts", np.zeros(size))).numpy()
+    first, last = _spans(terminal | timeout)
     is_shortened = ~terminal[last] & (following is None)
     length = last - first + 1 - is_shortened
     first, last, is_shortened = (x[length > 0] for x in (first, last, is_shortened))
@@ -151,17 +137,20 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         rows = slice(begin, end + 1 - shortened)
         truncated = timeout[rows].copy()
         truncated[-1] = timeout[end] or not terminal[end]
+        ends = terminal[rows], truncated
         return Trajectory(
-            observation,
-            arrays["actions"][rows],
-            arrays["rewards"][rows],
-            terminal[rows],
-            truncated,
+            *(observation, arrays["actions"][rows], arrays["rewards"][rows], *ends),
             is_cut=shortened or not (terminal[end] or timeout[end]),
             last_is_stand_in=following is None and bool(terminal[end]),
         )
 
     return TrajectorySource("D4RL-style arrays", len(last), int(length.sum()), load)
+
+
+def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last step of each trajectory; the arrays' end is one, too."""
+    last = np.union1d(np.flatnonzero(is_last), len(is_last) - 1)
+    return np.concatenate([[0], last[:-1] + 1]), last
 
 
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
@@ -180,22 +169,19 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
         >>> import numpy as np
         >>> np.savez(
         ...     "0.npz", _OBS_KEY_observation=np.zeros((3, 4)), rl2s=np.zeros((3, 3)),
-        ...     time_idxs=np.arange(3)[:, None], rews=np.ones((2, 1)), actions=np.eye(2),
-        ...     dones=np.array([[False], [True]]))
+        ...     time_idxs=np.arange(3), rews=np.ones(2), actions=np.eye(2), dones=[False, True])
         >>> read_amago(".").num_steps
         2
     """
-    if isinstance(source, str | Path):
-        name, files = str(source), sorted(Path(source).rglob("*.npz"))
-    else:
-        files = [Path(file) for file in source]
-        name = f"{len(files)} files"
+    is_folder = isinstance(source, str | Path)
+    files = sorted(Path(source).rglob("*.npz")) if is_folder else [Path(file) for file in source]
+    name = str(source) if is_folder else f"{len(files)} files"
     absent = [str(file) for file in files if not file.is_file()]
     if absent or not files:
-        problem = (
-            f"there must be trajectories of AMAGO in {name}, and {[*absent, '*.npz'][0]} isn't"
+        got = (
+            f"{[*absent, '*.npz'][0]} isn't there. Give the run's folder buffer/fifo or protected."
         )
-        raise FileNotFoundError(f"{problem} there. Give the run's folder buffer/fifo or protected.")
+        raise FileNotFoundError(f"there must be trajectories of AMAGO in {name}, and {got}")
     steps = sum(_count_steps(file) for file in files)
     return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
 
@@ -214,30 +200,28 @@ def _load_amago(file: Path) -> Trajectory:
         with file.open("rb") as stream, np.load(stream) as archive:
             arrays: dict[str, Any] = dict(archive)
     except _UNREADABLE as error:
-        problem = f"{file} must be a whole .npz file without pickled objects, and can't be read"
-        raise TrajectoryError(f"{problem} ({error}). Copy it again.") from error
+        rule = f"{file} must be a whole .npz file without pickles, and can't be read"
+        raise TrajectoryError(f"{rule} ({error}). Copy it again.") from error
     remedy = "Give files that AMAGO wrote with save_trajs_as='npz'."
-    require(str(file), ("rl2s", "time_idxs", "rews", "dones", "actions"), arrays, remedy)
-    time = numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
+    needed = ("rl2s", "time_idxs", "rews", "dones", "actions")
+    arrays_of.require(str(file), needed, arrays, remedy)
+    time = arrays_of.numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
     if not len(time) or time[0] < 0 or not np.array_equal(time, time[0] + np.arange(len(time))):
-        problem = (
-            f"time_idxs of {file} must count up by 1, from 0 or more, got {time[:8].tolist()}."
-        )
-        raise TrajectoryError(f"{problem} Give each trajectory a file of its own.")
+        rule = f"time_idxs of {file} must count up by 1, from 0 or more"
+        raise TrajectoryError(f"{rule}, got {time[:8].tolist()}. {remedy}")
     before = arrays["rl2s"]
     if before.shape[:1] != time.shape or before.ndim != 2:
-        problem = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A],"
-        raise TrajectoryError(f"{problem} got {list(before.shape)}. {remedy}")
+        rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
+        raise TrajectoryError(f"{rule}, got {list(before.shape)}. {remedy}")
     prefix = "_OBS_KEY_"
     shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
     shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
     shown |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
-    terminated = flags(f"dones of {file}", arrays["dones"]).numpy()
+    terminated = arrays_of.flags(f"dones of {file}", arrays["dones"]).numpy()
     truncated = np.zeros_like(terminated)
     truncated[-1:] = ~terminated[-1:]
-    ends, is_cut = (terminated, truncated), not terminated[-1:].any()
-    actions, rewards = arrays["actions"], arrays["rews"]
-    return Trajectory(shown, actions, rewards, *ends, action_form="vector", is_cut=is_cut)
+    steps = shown, arrays["actions"], arrays["rews"], terminated, truncated
+    return Trajectory(*steps, action_form="vector", is_cut=not terminated[-1:].any())
 
 
 def read_torchrl(
@@ -256,8 +240,7 @@ def read_torchrl(
             the last one marked by ``("next", "done")``.
         action_form: see :class:`Trajectory`; default: ``"policy"`` for a :class:`TrialReplayBuffer` and
             for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
-        action_key: of the action.
-        reward_key: of the reward, under ``next``.
+        action_key: of the action; likewise ``reward_key``, under ``next``.
 
     Raises:
         ValueError: where the steps have no ends, or ``done`` is neither 0 nor 1.
@@ -265,29 +248,26 @@ def read_torchrl(
     Example:
         >>> import torch
         >>> from tensordict import TensorDict
-        >>> done = torch.tensor([0, 1, 0, 1], dtype=torch.bool).unsqueeze(-1)
-        >>> after = {"observation": torch.tensor([1, 2, 4, 5]), "done": done}
-        >>> steps = TensorDict({"observation": torch.tensor([0, 1, 3, 4]), "next": after}, [4])
-        >>> [trajectory.observation["observation"].tolist() for trajectory in read_torchrl(
-        ...     steps.set("action", torch.zeros(4)).set(("next", "reward"), torch.zeros(4)))]
+        >>> done, zero = torch.tensor([False, True, False, True]), torch.zeros(4)
+        >>> after = {"observation": torch.tensor([1, 2, 4, 5]), "done": done, "reward": zero}
+        >>> root = {"observation": torch.tensor([0, 1, 3, 4]), "action": zero}
+        >>> [trajectory.observation["observation"].tolist()
+        ...     for trajectory in read_torchrl(TensorDict({**root, "next": after}, [4]))]
         [[0, 1, 2], [3, 4, 5]]
     """
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
-    done = flags("'done'", steps.get(("next", "done"), np.zeros(len(steps), dtype=bool)))
+    done = arrays_of.flags("'done'", steps.get(("next", "done"), np.zeros(len(steps)))).numpy()
     if not done.any():
-        raise ValueError(
-            "a dataset's steps must mark the last one of each trajectory in ('next', 'done'), and "
-            "none is marked. Set it; of Minari's data, which TorchRL reads as zeros, use read_minari."
-        )
-    last = np.union1d(np.flatnonzero(done), len(steps) - 1)
-    first = np.concatenate([[0], last[:-1] + 1])
+        rule = "a dataset's steps must mark each trajectory's last one in ('next', 'done')"
+        raise ValueError(f"{rule}, and none is marked. Set it; read Minari's data by read_minari.")
+    first, last = _spans(done)
     if action_form is None:
         remembers = steps.get(keys.PREV_ACTION, None) is not None
         action_form = "policy" if remembers or isinstance(dataset, TrialReplayBuffer) else "env"
 
     def load(number: int) -> Trajectory:
         piece = steps[first[number] : last[number] + 1]
-        trajectory = as_trajectory(piece, action_key, reward_key)
+        trajectory = arrays_of.as_trajectory(piece, action_key, reward_key)
         return dataclasses.replace(trajectory, action_form=action_form)
 
     return TrajectorySource(type(dataset).__name__, len(last), len(steps), load)

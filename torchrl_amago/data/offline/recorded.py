@@ -3,7 +3,7 @@
 A step that an agent trains on holds more than data do: the previous action and reward, the time in the
 trial, its attempt. The transforms that write this in the real environment write it here as well.
 
-Legend: R trials that are played side by side, L steps of a trial, T steps of the longest.
+Legend: R rows that are played side by side, L steps of a trial, T steps of the longest row.
 """
 
 from __future__ import annotations
@@ -17,11 +17,18 @@ from torch import Tensor
 from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, TransformedEnv
 
-from torchrl_amago.data.offline.arrays import TrajectoryError
-from torchrl_amago.data.offline.checking import CheckedTrajectory, TrajectoryChecker
+from torchrl_amago.data.offline.trajectory import (
+    CheckedTrajectory,
+    TrajectoryChecker,
+    TrajectoryError,
+)
 from torchrl_amago.envs.transforms import TrialTransform
 
 _FLAGS = ("done", "terminated", "truncated")
+# Rows played side by side: a step of many costs little more than a step of one.
+ROWS_AT_ONCE = 256
+# Shorter pieces of a trial aren't worth their bookkeeping.
+_SHORTEST_PIECE = 100
 # Steps that are kept apart until they are stacked; apart they take much more memory.
 _STACKED = 500
 
@@ -74,9 +81,7 @@ class RecordedEnv(EnvBase):
         self, tensordict: TensorDictBase | None = None, repeat_task: bool = False
     ) -> TensorDictBase:
         if self._rows is None:
-            raise RuntimeError(
-                "a RecordedEnv without rows can't be played, it has specs only. Pass rows= and first=."
-            )
+            raise RuntimeError("a RecordedEnv without rows has specs only. Pass rows= and first=.")
         mask = torch.ones_like(self._row, dtype=torch.bool)
         if tensordict is not None:
             mask = tensordict.get("_reset", mask).reshape(mask.shape)
@@ -89,7 +94,7 @@ class RecordedEnv(EnvBase):
         return self._shown()
 
     def _shown(self) -> TensorDict:
-        # Trials that are over go on with rows of others until the longest is over.
+        # Rows that are over go on with those of others until the longest is over.
         self._row = self._row.clamp(max=len(self._rows) - 1)
         return self._rows[self._row].exclude(self.action_key)
 
@@ -108,8 +113,8 @@ class RecordedTrial(NamedTuple):
 def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTrial:
     """Join attempts to a trial, or take one trajectory that is a trial or a piece of one."""
     if len(parts) > 1 and any(one.is_trial or one.is_fragment for one in parts):
-        problem = "only whole attempts can be joined to a trial, got trials or fragments."
-        raise TrajectoryError(f"{problem} Load them with episodes_per_trial=1.")
+        problem = "only whole attempts can be joined to a trial, got trials or fragments"
+        raise TrajectoryError(f"{problem}. Load them with episodes_per_trial=1.")
     rows, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows) - len(parts)
     if last.is_trial:
@@ -118,19 +123,18 @@ def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTr
     played = int(rows["done"].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.trial_step_key, [0])[0])
     if played > (rule.episodes or played) or time > (rule.horizon or time):
-        raise TrajectoryError(
-            f"a trial must not be longer than the environment's ({rule.episodes} attempts, "
-            f"{rule.horizon} steps), got {played} attempts of {time} steps. Cut them."
-        )
+        most = f"({rule.episodes} attempts, {rule.horizon} steps)"
+        got = f"got {played} attempts of {time} steps. Cut them."
+        raise TrajectoryError(f"a trial must not be longer than the environment's {most}, {got}")
     is_over = (played == rule.episodes and not last.is_cut) or time == rule.horizon
     by_attempt = rule.trial_end == "attempt" and bool(rows["terminated"][-1])
     if last.last_is_stand_in and not (is_over and (by_attempt or rule.trial_end == "terminated")):
         rows, length, is_over = rows[:-1], length - 1, False
     if not length:
-        problem = (
-            "what the last step led to must be known where a trial is truncated, got that step"
+        rule = "what the last step led to must be known where a trial is truncated"
+        raise TrajectoryError(
+            f"{rule}, got that step alone. Add next_observations, or leave it out."
         )
-        raise TrajectoryError(f"{problem} alone. Add next_observations, or leave it out.")
     if last.is_cut or not is_over:
         for key in _FLAGS:
             rows[key][-1] = False  # the attempt or the trial goes on: no other attempt is seen
@@ -148,37 +152,62 @@ def _split(rows: TensorDict, soft_reset: Tensor) -> TensorDict:
 
 
 def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> TensorDict:
-    """Play trials under the environment's transforms; gives their steps ``[N]``, side by side."""
-    size_R = torch.tensor([len(trial.rows) for trial in trials])
-    base = RecordedEnv(
-        Composite({key: checker.specs[key] for key in checker.given}),
-        Composite({checker.action_key: checker.action_spec}),
-        Composite({checker.reward_key: checker.reward_spec}),
-        rows=torch.cat([trial.rows for trial in trials]),
-        first=size_R.cumsum(0) - size_R,
-    )
+    """Play trials under the environment's transforms; gives their steps ``[N]``, side by side.
+
+    A long trial of a single attempt is played in several pieces at once.
+    """
+    piece = max(_SHORTEST_PIECE, -(-sum(one.length for one in trials) // ROWS_AT_ONCE))
+    size = [one.length if one.rows["done"][:-1].any() else piece for one in trials]
+    first = torch.tensor([0, *(len(one.rows) for one in trials)]).cumsum(0)
+    # Of each row the trial, and the step of the trial that it begins with.
+    starts = [(k, t) for k, one in enumerate(trials) for t in range(0, one.length, size[k])]
+    trial_R, start_R = torch.tensor(starts).unbind(1)
+    length_R = torch.tensor([min(size[k], trials[k].length - t) for k, t in starts])
+    rows = torch.cat([one.rows for one in trials])
     transforms = [one.clone() for one in checker.transforms]
     for one in transforms:
         if isinstance(one, TrialTransform):
             one.repeat, one.options = "env", None
+    base = RecordedEnv(*checker.recorded_specs, rows=rows, first=first[trial_R] + start_R)
     env = TransformedEnv(base, Compose(*transforms))
     step = env.reset()
-    for r, trial in enumerate(trials):
-        for key, x_S in trial.first.items():
-            step[key][r] = x_S[0]
-    length_R = torch.tensor([trial.length for trial in trials])
+    for r, (k, t) in enumerate(starts):
+        _seed(checker, step, r, trials[k], t)
     shown = [*checker.given, *checker.written, *_FLAGS]  # the environment may hide some
     after = [("next", key) for key in (*shown, checker.reward_key)]
-    pieces, piece = [], []
+    stacked, steps = [], []
     for t in range(1, int(length_R.max()) + 1):
-        piece.append(env.step(base.act(step)))
-        step = env.step_mdp(piece[-1])
+        steps.append(env.step(base.act(step)))
+        step = env.step_mdp(steps[-1])
         if t % _STACKED == 0 or t == length_R.max():
-            pieces.append(torch.stack(piece, 1).select(*shown, checker.action_key, *after))
-            piece = []
-    steps_RT = torch.cat(pieces, 1)
-    last = torch.arange(len(trials)), length_R - 1
+            stacked.append(torch.stack(steps, 1).select(*shown, checker.action_key, *after))
+            steps = []
+    steps_RT = torch.cat(stacked, 1)
+    end = torch.arange(len(starts)), length_R - 1
+    later = start_R.nonzero().squeeze(-1)
+    for key in shown:  # where a piece begins, all is as the one before left it
+        steps_RT[key][later, 0] = steps_RT["next", key][end][later - 1]
     # Where the data end before the trial is over, it is cut off.
+    last = tuple(x[start_R.roll(-1) == 0] for x in end)
     steps_RT["next", "truncated"][last] |= ~steps_RT["next", "done"][last]
     steps_RT["next", "done"][last] = True
     return steps_RT[torch.arange(steps_RT.shape[1]) < length_R.unsqueeze(-1)]
+
+
+def _seed(
+    checker: TrajectoryChecker, step: TensorDict, r: int, trial: RecordedTrial, begin: int
+) -> None:
+    """Write what came before a row into its first step: all that transforms read there."""
+    for key, x_S in trial.first.items():
+        step[key][r] = x_S[0]
+    if not begin:
+        return
+    rule, total_key = checker.rule, checker.rule.attempt_return_key
+    for key in {checker.previous.time_idx_key, rule.trial_step_key} & {*checker.written}:
+        step[key][r] += begin
+    if total_key in checker.written:
+        before = step[total_key][r] * ~step[rule.soft_reset_key][r]
+        rewards = trial.rows[checker.reward_key][1 : begin + 1, 0].float()
+        # Summed up as the transform does: one after the other, in float32.
+        step[total_key][r] = torch.cat([before, rewards]).numpy().cumsum()[-1].item()
+        step[rule.soft_reset_key][r] = False

@@ -1,8 +1,4 @@
-"""Hindsight: stored trials shown with other goals, rewards and endings as they are drawn.
-
-``Relabel`` is the base of all relabellers, a TorchRL transform of whole trials. ``GoalSequenceRelabel``
-is AMAGO's relabelling of sequences of goals, ``HindsightRelabel`` HER for single goals.
-"""
+"""Hindsight: stored trials shown with other goals, rewards and endings as they are drawn."""
 
 from torchrl_amago.data.relabel.base import Relabel
 from torchrl_amago.data.relabel.goal_sequence import GoalSequenceRelabel

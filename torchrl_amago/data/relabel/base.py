@@ -15,9 +15,8 @@ from torchrl_amago import keys
 
 _PLACES = (
     "Whole trials and their masks are within reach in make_trial_buffer(relabel=...), in the padded "
-    "batches of Collector(..., trajs_per_batch=n), which a relabeller can be called on, and in the "
-    "postproc of a collector with split_trajs=True whose batches hold whole trials. "
-    "docs/hindsight.md shows it for other buffers."
+    "batches of Collector(..., trajs_per_batch=n), and in the postproc of a collector with "
+    "split_trajs=True whose batches hold whole trials. docs/hindsight.md shows it for other buffers."
 )
 
 
@@ -26,11 +25,9 @@ class Relabel(Transform, ABC):
 
     To write your own, name the entries it reads in ``in_keys`` and implement :meth:`relabel`.
 
-    A relabeller has three places. A buffer of trials takes it as ``relabel=`` or by
-    ``append_transform``: it reads the entries of all steps of the drawn trials, relabels, and only
-    then cuts out slices; entries that aren't replaced come from storage, which is never written to.
-    Called on a padded batch ``[B, L]`` of whole trials it returns that batch relabelled. The same
-    call makes it the ``postproc`` of a collector whose batches are whole trials.
+    A buffer of trials takes it as ``relabel=`` or by ``append_transform``: it relabels the drawn trials
+    whole, and only then cuts out slices; the storage is never written to. Called on a padded batch
+    ``[B, L]`` of whole trials, as the ``postproc`` of a collector of such is, it returns that relabelled.
 
     Args:
         in_keys: entries to read: those of the root, and those of ``next`` as ``("next", ...)``.
@@ -76,9 +73,8 @@ class Relabel(Transform, ABC):
         """Relabel a batch of whole trials.
 
         Args:
-            trials: ``[B, L]``, the entries of ``in_keys`` and the mask ``("collector", "mask")``, bool
-                ``[B, L]``; a trial shorter than L is padded on the right, with anything. Not to be
-                changed in place.
+            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector", "mask")``;
+                shorter trials are padded on the right, with anything. Not to be changed in place.
             generator: source of randomness; None for torch's global one.
 
         Returns:
@@ -90,33 +86,21 @@ class Relabel(Transform, ABC):
     def relabel_trials(
         self, trials: TensorDictBase, generator: torch.Generator | None = None
     ) -> TensorDictBase:
-        """Relabel a batch and check the result.
-
-        Args:
-            trials: as for :meth:`relabel`; further entries may be there.
-            generator: source of randomness; by default the relabeller's own.
-
-        Returns:
-            The entries that :meth:`relabel` returned, and the mask.
-        """
+        """Relabel a batch as :meth:`relabel` does, with checks; returns the mask always."""
         missing = [key for key in (*self.in_keys, keys.MASK) if trials.get(key, None) is None]
         if missing:
-            raise KeyError(
-                f"{type(self).__name__} reads {missing}, but the trials hold only "
-                f"{sorted(map(str, trials.keys(True, True)))}. Name the environment's entries in its "
-                "constructor."
-            )
+            held = f"the trials hold only {sorted(map(str, trials.keys(True, True)))}"
+            name = f"{type(self).__name__} reads {missing}, but {held}"
+            raise KeyError(f"{name}. Name the environment's entries in its constructor.")
         out = self.relabel(trials, self.generator if generator is None else generator)
         mask_BL, new_BL = trials.get(keys.MASK), out.get(keys.MASK, None)
         if new_BL is None:
             return out.set(keys.MASK, mask_BL)
         is_beginning = (new_BL <= mask_BL).all() & (new_BL[:, 1:] <= new_BL[:, :-1]).all()
         if not (is_beginning & new_BL[:, 0].all()):
-            raise ValueError(
-                "relabelling may shorten a trial to at least one step, got lengths "
-                f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}. Return the mask of the "
-                "steps that are left, the first ones of each trial."
-            )
+            got = f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}"
+            rule = f"relabelling may shorten a trial to at least one step, got lengths {got}"
+            raise ValueError(f"{rule}. Return the mask of each trial's first steps, those left.")
         return out
 
     def set_rng(self, generator: torch.Generator | None) -> None:
@@ -126,11 +110,7 @@ class Relabel(Transform, ABC):
     # -- as a transform --------------------------------------------------------------------------
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Relabel a batch ``[B, L]`` of whole trials, padded on the right, with their mask.
-
-        Returns:
-            The batch with what was replaced; the one given stays as it is.
-        """
+        """Relabel a padded batch ``[B, L]`` of whole trials; the one given stays as it is."""
         self._check_whole_trials(tensordict)
         return tensordict.clone(recurse=False).update(self.relabel_trials(tensordict))
 
@@ -140,11 +120,9 @@ class Relabel(Transform, ABC):
         needed = (keys.MASK, keys.TIME_IDX, ("next", "done"))
         found = [batch.get(key, None) for key in needed]
         if batch.ndim != 2 or any(value is None for value in found):
-            raise ValueError(
-                f"{type(self).__name__} must get whole trials [B, L] with {', '.join(map(repr, needed))}, "
-                f"got a batch {list(batch.shape)} with {sorted(map(str, batch.keys(True, True)))}. "
-                f"{_PLACES}"
-            )
+            got = f"a batch {list(batch.shape)} with {sorted(map(str, batch.keys(True, True)))}"
+            rule = f"must get whole trials [B, L] with {', '.join(map(repr, needed))}"
+            raise ValueError(f"{type(self).__name__} {rule}, got {got}. {_PLACES}")
         mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
         step_L = torch.arange(batch.shape[1], device=mask_BL.device)
         length_B1 = mask_BL.sum(-1, keepdim=True)
@@ -153,10 +131,9 @@ class Relabel(Transform, ABC):
         is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
         if not is_whole_B.all():
             raise ValueError(
-                f"{type(self).__name__} must get whole trials, padded on the right: rows that begin "
-                f"with a trial's first step, {keys.TIME_IDX!r} 0, and end with its last, the only one "
-                f"that is done. Got {int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are "
-                f"something else. {_PLACES}"
+                f"{type(self).__name__} must get whole trials, padded on the right, from the first step, "
+                f"{keys.TIME_IDX!r} 0, to the last, the only one that is done. Got "
+                f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else. {_PLACES}"
             )
 
     def set_container(self, container: Transform | EnvBase) -> None:
@@ -170,10 +147,8 @@ class Relabel(Transform, ABC):
             self._raise_in_env()
 
     def _raise_in_env(self, *_: TensorDictBase) -> NoReturn:
-        raise TypeError(
-            f"{type(self).__name__} must get whole trials as they are read, and was put into an "
-            f"environment, where they are under way, or inverted. {_PLACES}"
-        )
+        problem = "was put into an environment, where they are under way, or inverted"
+        raise TypeError(f"{type(self).__name__} must get whole trials, and {problem}. {_PLACES}")
 
     _reset = _step = _call = _raise_in_env
 

@@ -22,15 +22,14 @@ Strategy = Literal["some", "all", "none"]
 class GoalSequenceRelabel(GoalRelabel):
     """AMAGO's relabelling of instructions (arXiv 2310.09971, Appendix B, Algorithm 1).
 
-    A trial has k goals, to be met in order, one in a step. The trial may have met n of them. Of the
-    others, h are exchanged for goals that were achieved at other steps, drawn uniformly without
+    A trial, a single attempt, has k goals, to be met in order, one in a step, and has met n of them. Of
+    the others, h are exchanged for goals that were achieved at other steps, drawn uniformly without
     replacement; they and the n met are put in the order of time, before the last k - n - h of the
     goals that weren't met. Then the trial is replayed: a step's reward is that for the goal whose
     turn it is, and the trial ends with its last goal.
 
     Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.MazeRunner`: all k at each
     step, ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer.
-    It must be a single attempt.
 
     Args:
         strategy: number of goals exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
@@ -43,9 +42,8 @@ class GoalSequenceRelabel(GoalRelabel):
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown; when called, if goals can't hold ``empty_goal``, goals
-            and what was achieved don't have the same shape, or replaying a batch doesn't give what was
-            stored.
+        ValueError: if the strategy is unknown; when called, if goals can't hold ``empty_goal``, shapes
+            differ, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
@@ -77,15 +75,12 @@ class GoalSequenceRelabel(GoalRelabel):
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self.strategy == "none":
             return TensorDict({}, trials.batch_size)
-        dtype = trials.get(self.goal_key).dtype
-        if (
-            self.empty_goal is not None
-            and torch.tensor(self.empty_goal).to(dtype) != self.empty_goal
-        ):
-            raise ValueError(
-                f"empty_goal must be a number that goals can hold, got {self.empty_goal} for goals of "
-                f"{dtype}. Choose another one, or None if goals stay shown."
+        empty, dtype = self.empty_goal, trials.get(self.goal_key).dtype
+        if empty is not None and torch.tensor(empty).to(dtype) != empty:
+            problem = (
+                f"empty_goal must be a number that goals can hold, got {empty} for goals of {dtype}"
             )
+            raise ValueError(f"{problem}. Choose another one, or None if goals stay shown.")
         return super().relabel(trials, generator)
 
     def new_goals(
@@ -173,8 +168,7 @@ class GoalSequenceRelabel(GoalRelabel):
             raise ValueError(
                 f"what is achieved in a step, {self.achieved_key!r}, must be N goals of the same shape as "
                 f"the k goals in {self.goal_key!r}, got {list(achieved_BTN.shape[2:])} and "
-                f"{list(goals_BTK.shape[2:])} for each step. Show it as [N, *goal], with N = 1 if a step "
-                "achieves one thing; goals that are numbers have the shape [1]."
+                f"{list(goals_BTK.shape[2:])} for each step. Show it as [N, *goal], numbers as [N, 1]."
             )
         return achieved_BTN
 

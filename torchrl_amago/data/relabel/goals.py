@@ -69,8 +69,7 @@ class GoalRelabel(Relabel):
             environment's reward, or 1 where the goal is met and 0 elsewhere.
         success_threshold: a goal is met by a reward larger than this.
         ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
-        reward_key: in ``next``: reward of a step.
-        prev_reward_key: entry that shows the previous step's reward.
+        reward_key: in ``next``; ``prev_reward_key`` shows it at the step that follows.
         check: replay the first batch with its own goals, and the first in which one is met, to see that
             this gives what was stored.
         generator: see :class:`Relabel`.
@@ -93,11 +92,8 @@ class GoalRelabel(Relabel):
         next_prev_reward_key = _of_next(prev_reward_key)
         shown = [goal_key, next_goal_key, reward_key, prev_reward_key, next_prev_reward_key]
         done = [_of_next(name) for name in ("done", "terminated", "truncated")]
-        super().__init__(
-            [*shown, *done, _of_next(achieved_key)],
-            [*shown, *done, keys.MASK],
-            generator=generator,
-        )
+        in_keys, out_keys = [*shown, *done, _of_next(achieved_key)], [*shown, *done, keys.MASK]
+        super().__init__(in_keys, out_keys, generator=generator)
         self.goal_key, self.achieved_key = goal_key, _of_next(achieved_key)
         self.reward_key, self.prev_reward_key = reward_key, prev_reward_key
         self.shown_keys, self.done_keys, self.replaced_keys = shown, done, [*shown, *done]
@@ -109,12 +105,7 @@ class GoalRelabel(Relabel):
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Draw goals.
-
-        Returns:
-            The goals of each trial, and bool ``[B]``, True for trials that get them; the others stay as
-            they were.
-        """
+        """Draw goals of each trial; returns with them bool ``[B]``, True for trials that get them."""
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
@@ -129,16 +120,7 @@ class GoalRelabel(Relabel):
     def with_goals(
         self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
     ) -> TensorDictBase:
-        """Replay trials as if these had been their goals.
-
-        Args:
-            trials: as for :meth:`relabel`.
-            goals: of each trial.
-            is_new_B: bool ``[B]``, True for trials that get them; default all.
-
-        Returns:
-            The entries that change, and the mask.
-        """
+        """Replay trials as if these had been their goals, those of ``is_new_B``, bool ``[B]``, or all."""
         mask_BT = trials.get(keys.MASK)
         if is_new_B is None:
             is_new_B = torch.ones_like(mask_BT[:, 0])
@@ -149,7 +131,7 @@ class GoalRelabel(Relabel):
 
     @abstractmethod
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
-        """Give these trials these goals: see :meth:`with_goals`, and :meth:`_replace`."""
+        """Give these trials these goals: see :meth:`_replace`."""
 
     @abstractmethod
     def _num_goals(self, goals_R: Tensor) -> Tensor:
@@ -167,8 +149,7 @@ class GoalRelabel(Relabel):
             raise ValueError(
                 f"reward_fn must give a reward for each trial, step and goal, shape {expected}, got "
                 f"{tuple(reward_BTK.shape)}. Its arguments are achieved [B, T, 1, N, *goal] and goal "
-                "[B, 1, K, *goal]; reduce over N and over the goal's dimensions, and let the others "
-                "broadcast."
+                "[B, 1, K, *goal]; reduce over N and over the goal's dimensions."
             )
         return reward_BTK
 
@@ -180,26 +161,16 @@ class GoalRelabel(Relabel):
         reward_RT1: Tensor,
         end_R: Tensor,
     ) -> TensorDict:
-        """Put new goals and rewards in place, and end the trials.
+        """Put new goals, as they are shown, and rewards in place, and end the trials ``rows_R``.
 
-        Args:
-            trials: as for :meth:`relabel`.
-            rows_R: which of them change; the other arguments are about those.
-            goals_RS: the goals as they are shown at each step and after the last one.
-            reward_RT1: rewards.
-            end_R: step that ends each trial by meeting the goal; T or more for none.
+        ``end_R`` is the step that ends each by meeting the goal; T or more for none.
         """
         mask_BT = trials.get(keys.MASK)
         num_steps = mask_BT.shape[1]
         # The first one tells of the step before these, which stays as it was.
         first = trials.get(self.prev_reward_key)[rows_R, :1]
-        values = [
-            goals_RS[:, :-1],
-            goals_RS[:, 1:],
-            reward_RT1,
-            torch.cat([first, reward_RT1[:, :-1]], 1),
-            reward_RT1,
-        ]
+        previous_RT1 = torch.cat([first, reward_RT1[:, :-1]], 1)
+        values = goals_RS[:, :-1], goals_RS[:, 1:], reward_RT1, previous_RT1, reward_RT1
         out = TensorDict({}, trials.batch_size)
         for key, value in zip(self.shown_keys, values, strict=True):
             stored = trials.get(key)
@@ -212,16 +183,12 @@ class GoalRelabel(Relabel):
         out.set(self.done_keys[0], done.index_put(ended, yes))
         out.set(self.done_keys[1], terminated.index_put(ended, yes).index_put(cut, ~yes))
         out.set(self.done_keys[2], truncated.index_put(ended, ~yes).index_put(cut, yes))
-        end_B = torch.full_like(mask_BT[:, 0], num_steps, dtype=torch.int64)
-        end_B = end_B.index_copy(0, rows_R, end_R)
+        end_B = end_R.new_full((len(mask_BT),), num_steps).index_copy(0, rows_R, end_R)
         step_T = torch.arange(num_steps, device=mask_BT.device)
         return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
 
     def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of these trials that their own goal ended, and the steps at which it did.
-
-        With a goal that they don't meet they would have gone on: there, they are only cut off.
-        """
+        """Those of these trials that their own goal ended, and where: with another, they are cut off."""
         if not len(rows_R):
             return rows_R, rows_R
         mask_RT = trials.get(keys.MASK)[rows_R]
@@ -235,25 +202,20 @@ class GoalRelabel(Relabel):
         return rows_R[is_ended_R], step_R[is_ended_R]
 
     def _check_replay(self, trials: TensorDictBase) -> None:
-        mask_BT = trials.get(keys.MASK)
+        mask_BT, changed = trials.get(keys.MASK), []
         again = self.with_goals(trials, self._own_goals(trials))
-        changed = [
-            key
-            for key in self.replaced_keys
-            if not torch.allclose(
-                again.get(key)[mask_BT].double(), trials.get(key)[mask_BT].double(), atol=1e-5
-            )
-        ]
+        for key in self.replaced_keys:
+            new, old = (one.get(key)[mask_BT].double() for one in (again, trials))
+            changed += [] if torch.allclose(new, old, atol=1e-5) else [key]
         if not torch.equal(again.get(keys.MASK), mask_BT):
             changed.append(keys.MASK)
         if changed:
             raise ValueError(
                 f"{type(self).__name__} must find what was stored when it replays trials with their "
                 f"own goals, but {changed} come out otherwise. Let reward_fn be the environment's "
-                "reward and success_threshold fit it; let ends_trial say whether meeting the goal ends the "
-                "trial; a trial must be a single attempt, and one that meets its goal end `terminated`, "
-                "not `truncated`, as with make_trial_env(trial_end='terminated' or 'attempt'). "
-                "check=False leaves this check out."
+                "reward, and success_threshold and ends_trial fit it; a trial must be a single attempt, "
+                "and one that meets its goal end `terminated`, not `truncated`, as with "
+                "make_trial_env(trial_end='terminated' or 'attempt'). check=False leaves this out."
             )
 
 

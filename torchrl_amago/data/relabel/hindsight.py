@@ -22,9 +22,9 @@ Strategy = Literal["future", "final", "episode"]
 class HindsightRelabel(GoalRelabel):
     """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
 
-    A fraction of the trials gets as its goal what was achieved in one of its own steps. HER draws goals
-    anew for each transition; here an agent remembers its trial, which has one goal in all its steps.
-    Each step's reward becomes ``reward_fn`` of what it achieved and the new goal.
+    A fraction of the trials gets as its goal what was achieved in one of its own steps: one for the
+    whole trial, which an agent remembers, where HER draws anew for each transition. Rewards become
+    ``reward_fn`` of what was achieved and the new goal.
 
     Args:
         strategy: the step whose achievement becomes the goal: ``"final"``, the last; ``"episode"``, any;
@@ -38,8 +38,8 @@ class HindsightRelabel(GoalRelabel):
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown or the fraction out of its range; when called, if shapes
-            don't fit, or replaying a batch doesn't give what was stored.
+        ValueError: for an unknown strategy or a fraction out of its range; when called, if shapes don't
+            fit, or replaying a batch doesn't give what was stored.
 
     Example:
         >>> from tensordict import TensorDict
@@ -68,9 +68,8 @@ class HindsightRelabel(GoalRelabel):
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
         if not 0.0 <= fraction <= 1.0:
-            raise ValueError(
-                f"fraction must be in [0, 1], got {fraction}. It says how many trials get new goals."
-            )
+            problem = f"fraction must be in [0, 1], got {fraction}"
+            raise ValueError(f"{problem}. It says how many trials get new goals.")
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
         self.strategy, self.fraction, self.empty_goal = strategy, fraction, empty_goal
 
@@ -98,9 +97,8 @@ class HindsightRelabel(GoalRelabel):
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
         mask_RT = trials.get(keys.MASK)[rows_R]
         num_steps = mask_RT.shape[1]
-        reward_RT1 = self._rewards(
-            time_innermost(self._achieved(trials)[rows_R]), goals_R.unsqueeze(1)
-        )
+        achieved_RTN = time_innermost(self._achieved(trials)[rows_R])
+        reward_RT1 = self._rewards(achieved_RTN, goals_R.unsqueeze(1))
         step_T = torch.arange(num_steps, device=mask_RT.device)
         is_met_RT = (reward_RT1.squeeze(-1) > self.success_threshold) & mask_RT & self.ends_trial
         end_R = torch.where(is_met_RT, step_T, num_steps).amin(-1)
@@ -115,9 +113,9 @@ class HindsightRelabel(GoalRelabel):
         achieved, goal_BT = trials.get(self.achieved_key), trials.get(self.goal_key)
         achieved_BTN = achieved.unsqueeze(2) if achieved.ndim == goal_BT.ndim else achieved
         if achieved_BTN.shape[3:] != goal_BT.shape[2:]:
-            raise ValueError(
-                f"what is achieved in a step, {self.achieved_key!r}, must have the goal's shape "
-                f"{list(goal_BT.shape[2:])}, or one more dimension before it, got "
-                f"{list(achieved.shape[2:])}. Name the entries with goal_key and achieved_key."
+            rule = f"must have the goal's shape {list(goal_BT.shape[2:])}, or one more dimension before it"
+            got = (
+                f"got {list(achieved.shape[2:])}. Name the entries with goal_key and achieved_key."
             )
+            raise ValueError(f"what is achieved in a step, {self.achieved_key!r}, {rule}, {got}")
         return achieved_BTN
