@@ -36,6 +36,7 @@ IN_CLASSES: dict[str, str] = {
     "EnvBase._skip_tensordict": "what a masked step of a batched environment returns",
     "EnvBase._step": _EXTENSION,
     "LossModule._AcceptedKeys": _EXTENSION,
+    "TensorStorage._storage": "the mapped rows, where TorchRL keeps a storage's tensordict",
     "ReplayBuffer._clear_prefetch_queue_locked": "batches drawn ahead are stale after loading",
     "ReplayBuffer._futures_lock": "batches drawn ahead are stale after loading",
     "ReplayBuffer._pin_memory": "set by a public argument, read by nothing public",

@@ -73,7 +73,7 @@ def test_rows_that_are_not_in_use_are_never_read():
         write(storage, [4], first_id)
         _, entries = storage.table().look()
         in_use = {row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)}
-        free = [row for row in range(len(storage.rows)) if row not in in_use]
+        free = [row for row in range(len(storage._storage)) if row not in in_use]
         for memory in storage._maps.values():
             memory[free] = 255  # NaN in every float
         for value in storage[:].values(True, True):

@@ -383,7 +383,7 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
         ValueError: where the saved buffer doesn't fit this one.
     """
     if not (path := Path(path)).exists():
-        files.recover(path.parent)  # a crash fell between save_replay's two renames
+        files.recover(path.parent, path.name)  # a crash fell between save_replay's two renames
     try:
         manifest = files.verify_manifest(path)
     except files.DamagedError as error:

@@ -1,4 +1,4 @@
-"""Whole trials in a folder that outlives the process, each value once: a storage for TorchRL's buffers.
+"""Whole trials in a folder that outlives the process, each value once: a LazyMemmapStorage of their rows.
 
 ::
 
@@ -29,7 +29,7 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torchrl.data import Storage
+from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import files
 from torchrl_amago.choice import check_counts
@@ -53,8 +53,11 @@ class EvictedError(IndexError):
     """Steps that are not there any more."""
 
 
-class TrialStorage(Storage):
+class TrialStorage(LazyMemmapStorage):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
+
+    TorchRL's storage, but for four things: rows are written as whole trials, a table says which are there, files are
+    opened by a checked description, and disk space is claimed before it is written to.
 
     Every process opens the folder for itself; an object that is sent to another process opens it there. Writers take
     turns, readers never wait. For arguments and errors see :func:`make_trial_buffer`.
@@ -73,11 +76,11 @@ class TrialStorage(Storage):
         self._here, self._inode = path / "trials", -1
         self._table: TrialTable | None = None
         self._trials: Trials | None = None
-        self.spec, self.rows = {}, TensorDict(batch_size=[0])
+        self.spec: layout.Spec = {}
         if mode != "read":
             files.make_writable(path)
             with self._lock():
-                files.recover(path)
+                files.recover(path, self._here.name)
         deadline, previous = time.monotonic() + _PATIENCE, path / ".trials.previous"
         while not self._here.exists() and previous.exists() and time.monotonic() < deadline:
             pass  # another process is replacing it
@@ -94,7 +97,8 @@ class TrialStorage(Storage):
         if self._here.exists() and capacity is None:
             capacity = _read_schema(self._here)["capacity"]
         check_counts("It is the number of steps to keep.", capacity=capacity)
-        super().__init__(capacity)
+        super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
+        self._storage = TensorDict(batch_size=[0])
         self.table()
 
     # -- opening ---------------------------------------------------------------------------------
@@ -104,15 +108,26 @@ class TrialStorage(Storage):
         try:
             # Loading, here or elsewhere, puts other files in place.
             while (inode := os.stat(self._here / "table.bin").st_ino) != self._inode:
-                self._open()
-                self._inode = inode
+                self._open(inode)
         except FileNotFoundError as error:
             if self._inode == -1 and self._here.exists():
                 problem = f"{self._here} is incomplete: {error}. Use another copy of the folder"
                 raise files.DamagedError(problem) from error
         return self._table
 
-    def _open(self) -> None:
+    def _open(self, inode: int) -> None:
+        """Open the folder's files; do nothing if others have replaced them meanwhile."""
+        try:
+            opened = self._opened()
+        except (files.DamagedError, FileNotFoundError):
+            if os.stat(self._here / "table.bin").st_ino == inode:
+                raise
+            return
+        if os.stat(self._here / "table.bin").st_ino == inode:
+            self.spec, self._table, self._storage, self._maps = opened
+            self._inode, self._trials, self._claimed, self.initialized = inode, None, {}, True
+
+    def _opened(self) -> tuple[layout.Spec, TrialTable, TensorDict, dict[Path, np.ndarray]]:
         schema = _read_schema(self._here)
         if schema["capacity"] != self.max_size:
             raise ValueError(
@@ -120,15 +135,14 @@ class TrialStorage(Storage):
                 f"{self.max_size}. None takes what is there."
             )
         table = TrialTable(self._here / "table.bin", self.max_size, self.mode != "read")
-        self.spec = {tuple(key): text for key, text in schema["entries"]}
-        self._map(_last_row(table.look()[1]))
-        self._table, self._trials = table, None
+        spec = {tuple(key): text for key, text in schema["entries"]}
+        return spec, table, *self._mapped(spec, _last_row(table.look()[1]))
 
-    def _map(self, used: int) -> None:
+    def _mapped(self, spec: layout.Spec, used: int) -> tuple[TensorDict, dict[Path, np.ndarray]]:
         """Map the rows' files, of which so many rows are used, into memory."""
         # By the checked schema alone: what tensordict writes beside could make it unpickle something.
         num_rows, is_reader = 3 * self.max_size + 2, self.mode == "read"
-        row, self._maps, self._claimed = layout.empty_row(self.spec), {}, {}
+        row, maps = layout.empty_row(spec), {}
         row_files = {key: _rows_file(self._here, key) for key in row.keys(True, True)}
         for key, file in row_files.items():
             size, width = file.stat().st_size if file.exists() else -1, row[key].nbytes
@@ -141,7 +155,7 @@ class TrialStorage(Storage):
                 num_rows = min(num_rows, size // width)
             elif size < num_rows * width:  # a new or a saved one is as long as its content
                 os.truncate(file, num_rows * width)
-        self.rows = TensorDict(batch_size=[num_rows])
+        rows = TensorDict(batch_size=[num_rows])
         for key, file in row_files.items():
             shape, mode = (num_rows, row[key].nbytes), "r" if is_reader else "r+"
             memory = np.memmap(file, np.uint8, mode, 0, shape) if min(shape) else np.empty(shape)
@@ -149,8 +163,9 @@ class TrialStorage(Storage):
                 # Tensors don't know read-only memory; these are never written to then.
                 warnings.filterwarnings("ignore", "The given NumPy array is not writable")
                 values = torch.from_numpy(memory).reshape(-1).view(row[key].dtype)
-            self._maps[file] = memory
-            self.rows.set(key, values.reshape(num_rows, *row[key].shape))
+            maps[file] = memory
+            rows.set(key, values.reshape(num_rows, *row[key].shape))
+        return rows, maps
 
     def _create(self, spec: layout.Spec) -> TrialTable:
         """Begin without trials; the files take no disk space until they are filled."""
@@ -211,7 +226,7 @@ class TrialStorage(Storage):
             if begin != table.begin:
                 table.evict(begin)
             shift_R = np.repeat(trials["first"] - start_K, count_K)
-            self.rows[torch.from_numpy(np.arange(len(rows)) + shift_R)] = rows
+            self._storage[torch.from_numpy(np.arange(len(rows)) + shift_R)] = rows
             for memory in self._maps.values() if self.flush else ():
                 memory.flush()
             numbers = table.announce(trials)
@@ -251,8 +266,9 @@ class TrialStorage(Storage):
         begin, entries = self.entries()
         version, trials, used = (self._inode, begin, len(entries)), self._trials, _last_row(entries)
         if trials is None or trials.version != version:
-            if len(entries) and used > len(self.rows):  # others went on with a saved one
-                self._map(used)
+            if len(entries) and used > len(self._storage):  # others went on with a saved one
+                self._inode = -1
+                return self._look()
             first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
             number = begin + np.arange(len(entries))
             trials = self._trials = Trials(version, begin + len(entries), number, first, length)
@@ -278,7 +294,7 @@ class TrialStorage(Storage):
             if key not in self.spec:
                 raise KeyError(f"trials have the entries {[*self.spec]}, and {key!r} was asked for")
             is_twice = layout.is_twice(key, self.spec)
-            values = self.rows.get(key[is_twice:])
+            values = self._storage.get(key[is_twice:])
             shape = row.shape + values.shape[1:]
             if values.numel() == len(values):
                 values = values.reshape(-1)  # three times as fast
@@ -322,7 +338,7 @@ class TrialStorage(Storage):
         with self._lock():
             begin, entries = self.entries()
             first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
-            found = _checksums(self.rows, first, length + 1)
+            found = _checksums(self._storage, first, length + 1)
             differing = begin + np.flatnonzero(found != entries["values"])
             if (
                 differing >= (self._table.begin if len(entries) else 0)
@@ -346,7 +362,8 @@ class TrialStorage(Storage):
         with self._lock():
             begin, entries = self.entries()
             for file, memory in self._maps.items():
-                np.asarray(memory[: _last_row(entries)]).tofile(folder / "rows" / file.name)
+                with (folder / "rows" / file.name).open("wb") as copy:
+                    copy.write(np.ascontiguousarray(memory[: _last_row(entries)]))
             self._table.copy_to(folder / "table.bin", begin, entries)
 
     def loads(self, path: str | Path) -> None:

@@ -1,7 +1,7 @@
 """Which trials a folder holds, and where: what makes a write count, at one moment, for all processes.
 
 A memory-mapped file: two counters, then a ring with an entry for each trial, that of trial n at n
-modulo the capacity. Trials `begin` to `end - 1` are there. A writer raises `begin` before it
+modulo capacity + 1: a write never touches the entry of the last trial before it. Trials `begin` to `end - 1` are there. A writer raises `begin` before it
 overwrites rows and `end` once rows and entries are complete, each by one aligned store, so a process
 may die at any moment. Readers look at `begin` again after they have read rows. Counters and
 entries carry checksums of their own: no flipped bit goes unnoticed.
@@ -36,7 +36,7 @@ class TrialTable:
 
     def __init__(self, file: Path, capacity: int, writable: bool = True) -> None:
         self.file, self.capacity = file, capacity
-        size, expected = file.stat().st_size, _HEADER + capacity * ENTRY.itemsize
+        size, expected = file.stat().st_size, _HEADER + (capacity + 1) * ENTRY.itemsize
         if size != expected:
             raise DamagedError(f"{file} must have {expected} bytes, it has {size}")
         self._map = np.memmap(file, np.uint8, "r+" if writable else "r")
@@ -50,7 +50,7 @@ class TrialTable:
         """Make the file of an empty table; it takes no disk space until it is filled."""
         with file.open("wb") as stream:
             stream.write(b"".join(_encode(0, salt).to_bytes(8, "little") for salt in _SALTS))
-            stream.truncate(_HEADER + capacity * ENTRY.itemsize)
+            stream.truncate(_HEADER + (capacity + 1) * ENTRY.itemsize)
         return cls(file, capacity)
 
     @property
@@ -78,7 +78,9 @@ class TrialTable:
         while True:
             begin, end, (since, known) = self.begin, self.end, self._known
             if not 0 <= end - begin <= self.capacity:
-                raise self._damage("a count that cannot be")
+                if begin == self.begin:
+                    raise self._damage("a count that cannot be")
+                continue  # others wrote between the two looks
             known = known[begin - since :] if begin >= since else known[:0]
             new = self._read(begin + len(known), end)
             if new is not None:
@@ -88,7 +90,7 @@ class TrialTable:
 
     def _read(self, begin: int, end: int) -> np.ndarray | None:
         numbers = np.arange(begin, end)
-        entries = self._ring[numbers % self.capacity]
+        entries = self._ring[numbers % (self.capacity + 1)]
         if (_checks(numbers, entries) == entries["check"]).all():
             return entries
         if begin >= self.begin:
@@ -143,23 +145,31 @@ class TrialTable:
         """List new trials, whose rows are complete; return their numbers."""
         numbers = np.arange(self.end, self.end + len(entries))
         entries["check"] = _checks(numbers, entries)
-        self._ring[numbers % self.capacity] = entries
+        self._ring[numbers % (self.capacity + 1)] = entries
         self._counters[1] = _encode(self.end + len(entries), _SALTS[1])
         return numbers
 
     def bytes_for(self, count: int) -> int:
         """Bytes of the file up to the end of the next `count` entries."""
-        return _HEADER + min(self.end % self.capacity + count, self.capacity) * ENTRY.itemsize
+        slots = self.capacity + 1
+        return _HEADER + min(self.end % slots + count, slots) * ENTRY.itemsize
 
     def copy_to(self, file: Path, begin: int, entries: np.ndarray) -> None:
         """Write a table of those trials of a :meth:`look` before that are still there."""
-        copy, end = TrialTable.create(file, self.capacity), begin + len(entries)
+        TrialTable.create(file, self.capacity)
+        end = begin + len(entries)
         if not len(entries):  # the last one tells how many steps were written
             entries = self._read(max(end - 1, 0), end)
-        copy._ring[np.arange(end - len(entries), end) % self.capacity] = entries
-        copy.evict(min(max(begin, self.begin), end))
-        copy._counters[1] = _encode(end, _SALTS[1])
-        copy.flush()
+        slot = np.arange(end - len(entries), end) % (self.capacity + 1)
+        counters = (min(max(begin, self.begin), end), end)
+        words = [_encode(x, salt) for x, salt in zip(counters, _SALTS, strict=True)]
+        # Not through a map: writing to one on a full disk ends the process.
+        with file.open("r+b") as stream:
+            stream.write(np.array(words, "<u8").tobytes())
+            for run in np.split(np.arange(len(slot)), np.flatnonzero(np.diff(slot) != 1) + 1):
+                if len(run):
+                    stream.seek(_HEADER + int(slot[run[0]]) * ENTRY.itemsize)
+                    stream.write(entries[run].tobytes())
 
     def flush(self) -> None:
         """Wait until the file is on the disk."""
