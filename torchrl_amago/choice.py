@@ -98,3 +98,14 @@ def check_positive(remedy: str, **numbers: float) -> None:
         if value <= 0 or not isfinite(value):
             finite = "" if isfinite(value) else " and finite"
             raise ValueError(f"{name} must be positive{finite}, got {value}. {remedy}")
+
+
+def check_fractions(remedy: str, **numbers: float) -> None:
+    """Raise ValueError for numbers outside of [0, 1], by name; see :func:`check_counts`.
+
+    Example:
+        >>> check_fractions("Use 0.5 where in doubt.", alpha=0.5)
+    """
+    for name, value in numbers.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{name} must be in [0, 1], got {value}. {remedy}")

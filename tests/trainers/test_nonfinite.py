@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import shutil
+from collections import namedtuple
+
 import pytest
 import torch
 from tensordict import TensorDict
@@ -116,3 +119,11 @@ def test_bad_data_in_a_training_batch(tmp_path):
         trainer.train()
     state = trainer.loss_module.state_dict()
     assert all(x.isfinite().all() for x in state.values())  # running statistics included
+
+
+def test_a_full_disk_does_not_hide_the_error(tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")(1, 1, 0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(NonFiniteError, match="There is no room for the batch") as caught:
+        check_data(batch(NAN), tmp_path, "data")
+    assert not caught.value.dump.exists()

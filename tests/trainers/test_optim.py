@@ -73,3 +73,9 @@ def test_no_warmup():
     assert optimizer.param_groups[0]["lr"] == 8.0
     with pytest.raises(ValueError, match="warmup_updates must be at least 0, got -1"):
         make_schedule(optimizer, -1)
+
+
+@pytest.mark.parametrize("weight_decay", [-1.0, float("nan"), float("inf")])
+def test_weight_decay_out_of_range(weight_decay):
+    with pytest.raises(ValueError, match="weight_decay must be at least 0 and finite"):
+        make_optimizer(nn.Linear(1, 1), weight_decay=weight_decay)

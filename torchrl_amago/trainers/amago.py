@@ -141,7 +141,10 @@ class AMAGOTrainer:
 
     def __post_init__(self) -> None:
         check_counts("", total_updates=self.total_updates, updates_per_round=self.updates_per_round)
-        self.online_buffer, self.run_dir = online_part(self.replay_buffer), Path(self.run_dir)
+        self.online_buffer, self.run_dir = (
+            online_part(self.replay_buffer),
+            Path(self.run_dir).absolute(),
+        )
         _check_collector(self.collector, self.online_buffer)
         mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
         self.callbacks = list(self.callbacks)

@@ -60,7 +60,7 @@ class CheckpointStore:
 
     def find(self, path: str | Path | None = None) -> Path:
         """Return the checkpoint at ``path``: itself, or the last one of a run's folder."""
-        path = self.run_dir if path is None else Path(path)
+        path = (self.run_dir if path is None else Path(path)).absolute()
         latest = CheckpointStore(path).latest()
         if latest is not None:
             return latest

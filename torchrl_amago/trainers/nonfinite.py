@@ -21,7 +21,7 @@ DUMP_FOLDER = "nonfinite_batch"
 class NonFiniteError(RuntimeError):
     """NaN or infinity in data or loss. The weights have not been touched.
 
-    `dump` is the batch's folder, for :meth:`tensordict.TensorDict.load_memmap`.
+    `dump` is the batch's folder, for :meth:`tensordict.TensorDict.load_memmap`; a nearly full disk has none.
     """
 
     def __init__(self, problem: str, batch: TensorDictBase, run_dir: Path) -> None:
@@ -30,11 +30,15 @@ class NonFiniteError(RuntimeError):
         self.dump.parent.mkdir(parents=True, exist_ok=True)
         # Tensors only, as memory maps and JSON: other entries would be pickled.
         tensors = batch.select(*_tensors(batch)).detach().cpu().contiguous()
-        tensors.memmap(self.dump, copy_existing=True)
+        where = f"There is no room for the batch in {self.dump}"
+        # Writing mapped files on a full disk would end the process.
+        needed = 2 * tensors.bytes() + (1 << 20)
+        if shutil.disk_usage(self.dump.parent).free > needed:
+            tensors.memmap(self.dump, copy_existing=True)
+            where = f"The batch is in {self.dump}: look at it with TensorDict.load_memmap(...)"
         super().__init__(
-            f"{problem}. The weights were not changed. The batch is in {self.dump}: look at it with "
-            "TensorDict.load_memmap(...), fix the environment or lower the learning rate, and resume "
-            "from the last checkpoint."
+            f"{problem}. The weights were not changed. {where}. Fix the environment or lower the "
+            "learning rate, and resume from the last checkpoint."
         )
 
 

@@ -59,6 +59,8 @@ def make_optimizer(
         [(0.001, 1), (0.0, 1)]
     """
     check_positive("1e-4 is AMAGO's.", learning_rate=learning_rate)
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay must be at least 0 and finite, got {weight_decay}.")
     named = [(name, p) for name, p in loss_module.named_parameters() if p.requires_grad]
     if not named:
         raise ValueError(

@@ -337,3 +337,9 @@ def test_refuses_what_cannot_work():
     rb = TensorDictReplayBuffer(storage=ListStorage(10), sampler=TrialSliceSampler(4), batch_size=2)
     with pytest.raises(TypeError, match="LazyMemmapStorage.*ndim=1.*got ListStorage"):
         rb.can_sample()
+
+
+@pytest.mark.parametrize("options", [{"alpha": -1.0}, {"beta": float("nan")}, {"alpha": 2.0}])
+def test_exponents_out_of_range(options):
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got"):
+        TrialSliceSampler(4, draw="priority", **options)

@@ -272,3 +272,27 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     shutil.rmtree(path)
     with pytest.raises(RuntimeError, match="is missing or cannot be read"):
         load_replay(make_buffer(), path)
+
+
+def test_a_mistyped_path_leaves_its_neighbours_alone(tmp_path):
+    (tmp_path / ".mine.partial").mkdir()
+    rb = make_trial_buffer(10, 2, 1)
+    with pytest.raises(RuntimeError, match="missing or cannot be read"):
+        load_replay(rb, tmp_path / "nowhere")
+    assert (tmp_path / ".mine.partial").is_dir()
+
+
+def test_a_saved_table_is_written_without_a_map(tmp_path):
+    """Trials on both sides of the ring's seam, and none at all, come back."""
+    rb = make_trial_buffer(6, 2, 1, warn_short=False)
+    for length in (2, 3, 1, 1, 2, 1, 2):
+        rb.extend(make_trial(length))
+    save_replay(rb, tmp_path / "a")
+    other = make_trial_buffer(6, 2, 1, warn_short=False)
+    load_replay(other, tmp_path / "a")
+    assert (other[:] == rb[:]).all()
+    assert other.write_count == rb.write_count == 12
+    other.empty()
+    save_replay(other, tmp_path / "b")
+    load_replay(rb, tmp_path / "b")
+    assert len(rb) == 0

@@ -115,3 +115,16 @@ def test_an_older_counter_brings_no_evicted_trial_back(tmp_path):
     table._counters[0] = older
     with pytest.raises(DamagedError, match="overwrite one another"):
         TrialTable(tmp_path / "table.bin", 10)
+
+
+def test_a_death_before_the_end_moves_keeps_the_last_entry(tmp_path):
+    """As many trials of one step as there can be: none of their entries lies over the last one's."""
+    table = TrialTable.create(tmp_path / "table.bin", 4)
+    table.announce(table.place([4])[0])
+    trials, begin = table.place([1, 1, 1, 1])
+    table.evict(begin)
+    word = table._counters[1].copy()
+    table.announce(trials)
+    table._counters[1] = word
+    again = TrialTable(tmp_path / "table.bin", 4)
+    assert (again.begin, again.end, again.written) == (1, 1, 4)

@@ -15,7 +15,7 @@ from torchrl.data import Storage, TensorStorage
 from torchrl.data.replay_buffers import Sampler
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_choice, check_counts
+from torchrl_amago.choice import check_choice, check_counts, check_fractions
 from torchrl_amago.data.replay.storage import TrialStorage
 from torchrl_amago.data.replay.trials import Trials, trials_in, version_of
 
@@ -87,6 +87,7 @@ class TrialSliceSampler(Sampler):
         check_choice("padding", padding, get_args(Padding))
         check_choice("overhang", overhang, get_args(Overhang))
         check_choice("draw", draw, get_args(Draw))
+        check_fractions("Use 0.6 and 0.4, as published.", alpha=alpha, beta=beta)
         self.slice_length, self.padding, self.trim = slice_length, padding, trim
         self.overhang, self.draw, self.min_trials = overhang, draw, min_trials
         self.alpha, self.beta, self.whole, self.traj_key = alpha, beta, whole, traj_key

@@ -119,7 +119,7 @@ class TrialStorage(LazyMemmapStorage):
         """Open the folder's files; do nothing if others have replaced them meanwhile."""
         try:
             opened = self._opened()
-        except (files.DamagedError, FileNotFoundError):
+        except (files.DamagedError, FileNotFoundError, ValueError):  # a file grew shorter
             if os.stat(self._here / "table.bin").st_ino == inode:
                 raise
             return
