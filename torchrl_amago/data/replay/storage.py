@@ -98,7 +98,8 @@ class TrialStorage(LazyMemmapStorage):
             capacity = _read_schema(self._here)["capacity"]
         check_counts("It is the number of steps to keep.", capacity=capacity)
         super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
-        self._storage = TensorDict(batch_size=[0])
+        # Collectors of several processes would prepare a storage that awaits its first write.
+        self._storage, self.initialized = TensorDict(batch_size=[0]), True
         self.table()
 
     # -- opening ---------------------------------------------------------------------------------
@@ -125,7 +126,7 @@ class TrialStorage(LazyMemmapStorage):
             return
         if os.stat(self._here / "table.bin").st_ino == inode:
             self.spec, self._table, self._storage, self._maps = opened
-            self._inode, self._trials, self._claimed, self.initialized = inode, None, {}, True
+            self._inode, self._trials, self._claimed = inode, None, {}
 
     def _opened(self) -> tuple[layout.Spec, TrialTable, TensorDict, dict[Path, np.ndarray]]:
         schema = _read_schema(self._here)
