@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
-from torchrl_amago.choice import check_choice, check_positive
+from torchrl_amago.choice import check_choice, check_fractions, check_positive
 from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
 
 # Last parts of parameter names that are shifts or scales, whatever their number of dimensions
@@ -96,10 +96,7 @@ def make_schedule(
         raise ValueError(
             f"warmup_updates must be at least 0, got {warmup_updates}. 0 starts at the full rate."
         )
-    if not 0.0 <= final_fraction <= 1.0:
-        raise ValueError(
-            f"final_fraction must be in [0, 1], got {final_fraction}. 1 keeps the rate constant."
-        )
+    check_fractions("1 keeps the rate constant.", final_fraction=final_fraction)
 
     def fraction(update: int) -> float:
         if update < warmup_updates:

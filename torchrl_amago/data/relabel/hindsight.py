@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_choice
+from torchrl_amago.choice import check_choice, check_fractions
 from torchrl_amago.data.relabel.base import uniform
 from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal, time_innermost
 
@@ -67,9 +67,7 @@ class HindsightRelabel(GoalRelabel):
         **options: Any,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
-        if not 0.0 <= fraction <= 1.0:
-            problem = f"fraction must be in [0, 1], got {fraction}"
-            raise ValueError(f"{problem}. It says how many trials get new goals.")
+        check_fractions("It says how many trials get new goals.", fraction=fraction)
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
         self.strategy, self.fraction, self.empty_goal = strategy, fraction, empty_goal
 
