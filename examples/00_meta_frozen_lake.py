@@ -1,11 +1,11 @@
-"""Train an agent that adapts to an unknown frozen lake within five attempts at it.
+"""Train an agent that adapts to an unknown frozen lake within five episodes at it.
 
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
     python examples/00_meta_frozen_lake.py --debug          # under a minute, to see that all runs
     python examples/00_meta_frozen_lake.py --resume         # go on after Ctrl-C
     python examples/00_meta_frozen_lake.py --run-dir runs/gru --seq-model gru
 
-The agent isn't told where the holes are. A trial is five attempts at the same lake; what happened in
+The agent isn't told where the holes are. A trial is five episodes at the same lake; what happened in
 the earlier ones is all it has to go by. Results land in the run's folder: `progress.csv`,
 `learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
 the policy's weights and checkpoints.
@@ -21,20 +21,10 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import (
-    HELD_OUT_SEED,
-    BothResults,
-    HeldOut,
-    MetaFrozenLake,
-    TrialResults,
-    bayes_optimal_success,
-    make_policy,
-    make_trainer,
-    make_trial_env,
-    plot_adaptation_curve,
-    plot_learning_curve,
-    plot_trial_strip,
-)
+from torchrl_amago import HeldOut, MetaFrozenLake, make_policy, make_trainer, make_trial_env
+from torchrl_amago.envs import bayes_optimal_success
+from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, TrialResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
 
 
 @dataclass
@@ -44,11 +34,11 @@ class Args(TrainingArgs):
     size: int = 3
     """Cells on each side of the lake."""
     episodes: int = 5
-    """Attempts in a trial."""
+    """Episodes in a trial."""
     hard_mode: bool = False
     """Noisy position, holes opening behind the agent, shuffled actions."""
     recover_mode: bool = False
-    """Holes cost 0.1 instead of ending the attempt."""
+    """Holes cost 0.1 instead of ending the episode."""
     slip_chance: float = 0.0
     """Chance that a move does nothing."""
     show_progress: bool = True
@@ -121,7 +111,7 @@ def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
     plot_adaptation_curve(
         results,
         args.run_dir / "adaptation_curve.png",
-        reference=optimum.success_by_attempt if optimum else None,
+        reference=optimum.success_by_episode if optimum else None,
         title=f"{args.size}x{args.size} lakes, {len(results)} held-out trials, greedy",
     )
     plot_trial_strip(frames, args.run_dir / "trial.png", title="One trial on a held-out lake")

@@ -26,18 +26,9 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import (
-    BothResults,
-    HeldOut,
-    HLGauss,
-    PopArt,
-    make_policy,
-    make_trainer,
-    make_trial_env,
-    plot_learning_curve,
-    plot_trial_strip,
-    rollout_pictures,
-)
+from torchrl_amago import HeldOut, HLGauss, PopArt, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import BothResults, rollout_pictures
+from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 
 # What stays visible under --mask-velocities: cart position and pole angle; cosine and sine of the angle.
 WITHOUT_VELOCITIES = {"CartPole-v0": (0, 2), "CartPole-v1": (0, 2), "Pendulum-v1": (0, 1)}
@@ -141,7 +132,7 @@ def make_env(args: Args, num_envs: int, **options: str) -> EnvBase:
         episodes=args.episodes,
         show_progress=args.episodes > 1,
         # A time limit that isn't observed says nothing of what the last state is worth.
-        trial_end="attempt",
+        trial_end="episode",
     )
 
 
@@ -225,18 +216,18 @@ def draw_pictures(args: Args, policy, seed: int) -> None:
         title=f"{args.env_id}, {args.seq_model}, {args.loss}",
     )
     try:
-        attempts = rollout_pictures(policy, make_env(args, 1, render_mode="rgb_array"), seed=seed)
+        episodes = rollout_pictures(policy, make_env(args, 1, render_mode="rgb_array"), seed=seed)
     except Exception as error:  # noqa: BLE001 - whatever a task fails with, the results are there
         print(f"No trial.png, since {args.env_id} can't be drawn here: {error}")
         return
     plot_trial_strip(
         [
-            [attempt[int(step)] for step in np.linspace(0, len(attempt) - 1, 8)]
-            for attempt in attempts
+            [episode[int(step)] for step in np.linspace(0, len(episode) - 1, 8)]
+            for episode in episodes
         ],
         args.run_dir / "trial.png",
         headings=["start", *[""] * 6, "end"],
-        titles=[f"{len(attempt) - 1} steps" for attempt in attempts],
+        titles=[f"{len(episode) - 1} steps" for episode in episodes],
         picture_inches=1.3,
     )
 

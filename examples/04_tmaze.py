@@ -23,17 +23,9 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import (
-    HELD_OUT_SEED,
-    BothResults,
-    HeldOut,
-    TMaze,
-    make_policy,
-    make_trainer,
-    make_trial_env,
-    plot_learning_curve,
-    plot_trial_strip,
-)
+from torchrl_amago import HeldOut, TMaze, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 
 
 @dataclass
@@ -64,7 +56,7 @@ class Args(TrainingArgs):
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     maze = TMaze(
         args.corridor,
-        episode_length=args.episode,
+        max_episode_steps=args.episode,
         ambiguous_position=args.ambiguous_position,
         penalty=args.penalty,
         penalize=args.penalize,
@@ -79,7 +71,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
 def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
-    trial_length = env.base_env.episode_length
+    trial_length = env.base_env.max_episode_steps
     policy = make_policy(
         env,
         context_length=trial_length,

@@ -23,21 +23,11 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import (
-    HELD_OUT_SEED,
-    BothResults,
-    DarkKeyDoor,
-    HeldOut,
-    TrialResults,
-    make_policy,
-    make_trainer,
-    make_trial_env,
-    plot_adaptation_curve,
-    plot_learning_curve,
-    plot_trial_strip,
-)
+from torchrl_amago import DarkKeyDoor, HeldOut, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, TrialResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
 
-THROUGH_DOOR = 1.0  # an attempt succeeds if its return is larger: key and door
+THROUGH_DOOR = 1.0  # an episode succeeds if its return is larger: key and door
 
 
 @dataclass
@@ -46,10 +36,10 @@ class Args(TrainingArgs):
 
     size: int = 5
     """Cells on each side of the room."""
-    attempt_steps: int = 20
-    """Steps after which an attempt is over, if the agent isn't through the door before."""
+    max_episode_steps: int = 20
+    """Steps after which an episode is over, if the agent isn't through the door before."""
     horizon: int = 100
-    """Steps of a trial, however many attempts they make."""
+    """Steps of a trial, however many episodes they make."""
     dark: bool = True
     """Show the agent its own position only; else also the key, the door and whether it has the key."""
     randomize_actions: bool = False
@@ -71,7 +61,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     room = DarkKeyDoor(
         args.size,
         dark=args.dark,
-        max_episode_steps=args.attempt_steps,
+        max_episode_steps=args.max_episode_steps,
         randomize_actions=args.randomize_actions,
         batch_size=(num_envs,),
         seed=seed,
@@ -102,7 +92,7 @@ def train(args: Args) -> BothResults:
         **args.trainer_options(),
     )
     results = train_and_evaluate(args, trainer, held_out)
-    # Success at the last attempt says nothing here: the horizon cuts quick agents' last ones.
+    # Success at the last episode says nothing here: the horizon cuts quick agents' last ones.
     print(results.describe("trial_return", "success_first"))
     draw_pictures(args, results.greedy, held_out.pictures())
     return results
@@ -120,12 +110,12 @@ def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
         },
         title=f"{args.size}x{args.size} rooms, {args.seq_model}",
     )
-    # Only quick agents begin further attempts, so means over those would be means over them.
-    common = max(1, args.horizon // args.attempt_steps)
+    # Only quick agents begin further episodes, so means over those would be means over them.
+    common = max(1, args.horizon // args.max_episode_steps)
     results = dataclasses.replace(
         results,
-        attempt_return=results.attempt_return[:, :common],
-        attempt_success=results.attempt_success[:, :common],
+        episode_return=results.episode_return[:, :common],
+        episode_success=results.episode_success[:, :common],
     )
     plot_adaptation_curve(
         results,
@@ -133,7 +123,7 @@ def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
         measure="return",
         title=f"{args.size}x{args.size} rooms, {args.seq_model}, greedy",
     )
-    plot_trial_strip(frames[:8], args.run_dir / "trial.png", title="The first attempts of a trial")
+    plot_trial_strip(frames[:8], args.run_dir / "trial.png", title="The first episodes of a trial")
     print(f"Pictures: {args.run_dir}/{{learning_curve,adaptation_curve,trial}}.png")
 
 

@@ -1,13 +1,13 @@
 """Train Half-Cheetah to run at a velocity that it isn't told: rewards say how far off it is.
 
     pip install "torchrl-amago[mujoco]"
-    python examples/12_half_cheetah_vel.py             # three attempts at each velocity
+    python examples/12_half_cheetah_vel.py             # three episodes at each velocity
     python examples/12_half_cheetah_vel.py --seq-model gru --run-dir runs/cheetah_gru
     python examples/12_half_cheetah_vel.py --loss amago2 --run-dir runs/cheetah_2
     python examples/12_half_cheetah_vel.py --debug     # under a minute, to see that all runs
     python examples/12_half_cheetah_vel.py --resume    # go on after Ctrl-C
 
-A trial is three attempts of 200 steps at one target velocity between 0 and 3 m/s. Results land in
+A trial is three episodes of 200 steps at one target velocity between 0 and 3 m/s. Results land in
 the run's folder: `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `evaluation.npz`,
 `evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
@@ -22,17 +22,10 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import (
-    BothResults,
-    HeldOut,
-    TrialResults,
-    make_policy,
-    make_trainer,
-    make_trial_env,
-    plot_adaptation_curve,
-    plot_learning_curve,
-)
+from torchrl_amago import HeldOut, make_policy, make_trainer, make_trial_env
 from torchrl_amago.envs.libs import HalfCheetahVel
+from torchrl_amago.evaluation import BothResults, TrialResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve
 
 
 @dataclass
@@ -40,9 +33,9 @@ class Args(TrainingArgs):
     """Half-Cheetah with hidden target velocities, with AMAGO."""
 
     episodes: int = 3
-    """Attempts at each velocity."""
+    """Episodes at each velocity."""
     episode_steps: int = 200
-    """Steps of an attempt."""
+    """Steps of an episode."""
     min_velocity: float = 0.0
     """Lowest target in m/s."""
     max_velocity: float = 3.0

@@ -28,17 +28,15 @@ from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
-    HELD_OUT_SEED,
-    BothResults,
     GoalSequenceRelabel,
     HeldOut,
     MazeRunner,
     make_policy,
     make_trainer,
     make_trial_env,
-    plot_learning_curve,
-    plot_trial_strip,
 )
+from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 
 
 @dataclass
@@ -49,7 +47,7 @@ class Args(TrainingArgs):
     """Cells on each side of the maze, walls included; an odd number."""
     goals: int = 2
     """Goals to reach, one after the other."""
-    time_limit: int = 20
+    max_episode_steps: int = 20
     """Steps of a trial, if the last goal isn't reached before."""
     randomize_actions: bool = False
     """Permute the actions anew in every maze."""
@@ -65,7 +63,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     maze = MazeRunner(
         args.maze_size,
         num_goals=args.goals,
-        max_episode_steps=args.time_limit,
+        max_episode_steps=args.max_episode_steps,
         randomize_actions=args.randomize_actions,
         batch_size=(num_envs,),
         seed=seed,
@@ -78,7 +76,7 @@ def train(args: Args) -> BothResults:
     env = make_env(args, args.num_envs)
     policy = make_policy(
         env,
-        context_length=args.time_limit,
+        context_length=args.max_episode_steps,
         obs_keys=["observation", "goals"],
         exploration=dict(anneal_frames=args.anneal_frames),
         **args.policy_options(),
@@ -89,7 +87,7 @@ def train(args: Args) -> BothResults:
     trainer = make_trainer(
         env,
         policy,
-        trial_length=args.time_limit,
+        trial_length=args.max_episode_steps,
         buffer_options=dict(relabel=GoalSequenceRelabel(args.relabel)),
         evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
         success_threshold=all_goals,

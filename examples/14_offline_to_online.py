@@ -28,18 +28,17 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
-    BothResults,
     HeldOut,
     PopArt,
     TrialMixture,
-    load_trials,
     make_policy,
     make_trainer,
     make_trial_buffer,
     make_trial_env,
-    plot_learning_curve,
-    read_minari,
 )
+from torchrl_amago.evaluation import BothResults
+from torchrl_amago.offline import load_trials, read_minari
+from torchrl_amago.plots import plot_learning_curve
 
 
 @dataclass
@@ -118,7 +117,7 @@ def make_env(args: Args, dataset: minari.MinariDataset, num_envs: int) -> EnvBas
         # The trial transform resets what is done.
         autoreset_mode=gym.vector.AutoresetMode.DISABLED,
     )
-    return make_trial_env(together, episodes=1, show_progress=False, trial_end="attempt")
+    return make_trial_env(together, episodes=1, show_progress=False, trial_end="episode")
 
 
 def make_replay(
@@ -132,7 +131,7 @@ def make_replay(
             slice_length=args.slice_length,
             batch_size=args.batch_size,
             trim=True,
-            overhang="both",
+            crop="both",
             warn_short=False,
         )
 

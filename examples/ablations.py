@@ -27,8 +27,10 @@ import numpy as np
 import torch
 from common import DEBUG
 
-from torchrl_amago import DISCOUNTS, HLGauss, PopArt, TrialResults, TwoHot, bayes_optimal_success
-from torchrl_amago.evaluation import BothResults, Interval, interquartile_mean
+from torchrl_amago import HLGauss, PopArt, TwoHot
+from torchrl_amago.envs import bayes_optimal_success
+from torchrl_amago.evaluation import BothResults, Interval, TrialResults, interquartile_mean
+from torchrl_amago.modules import DISCOUNTS
 from torchrl_amago.trainers import read_progress
 
 # A module whose name begins with a digit can't be imported by a statement.
@@ -124,7 +126,7 @@ def train(args: Args, variant: str, seed: int) -> BothResults:
         seed=seed,
         threads=args.threads,
         total_updates=args.updates,
-        # The same share of the run as in the example: exploration is to be over at the end.
+        # The same fraction of the run as in the example: exploration is to be over at the end.
         anneal_frames=lake.Args.anneal_frames * args.updates // lake.Args.total_updates,
         resume=True,
     )
@@ -234,7 +236,7 @@ def bootstrap_seeds_and_trials(returns: list[np.ndarray], confidence: float = 0.
 
 PAGE = """# Ablations
 
-What single choices are worth on Meta-FrozenLake (3x3, five attempts at a lake) when training is short. Every variant
+What single choices are worth on Meta-FrozenLake (3x3, five episodes at a lake) when training is short. Every variant
 changes one thing in the baseline, `examples/00_meta_frozen_lake.py` with {settings} and {updates:,} updates. This
 page is written by
 
@@ -243,15 +245,15 @@ page is written by
 ```
 
 - Return per trial, of 5: a seed's is the mean over its greedy trials on held-out seeds after training (a trial is five
-  attempts at one lake; a run's `evaluation.npz` has them all). The figure is the interquartile mean over seeds (of three
+  episodes at one lake; a run's `evaluation.npz` has them all). The figure is the interquartile mean over seeds (of three
   seeds or fewer that is their mean), with a 95% bootstrap interval for which seeds are drawn anew, and the trials of each.
-- First and last attempt: share of trials whose first and last attempt reached the goal, averaged over seeds.
+- First and last episode: fraction of trials whose first and last episode reached the goal, averaged over seeds.
 - Seconds: of training, without evaluations and checkpoints, averaged over seeds. Other work on the same cores shows in
   them.
 - The exact optimum, that of an agent which knows how lakes are drawn, is {optimum:.3f}.
 
 Nothing was tuned for any variant, and few seeds tell large differences only: variants whose intervals overlap haven't been
-told apart. A short run shows how fast agents learn, not where they end. Exploration fades over the same share of a run as in
+told apart. A short run shows how fast agents learn, not where they end. Exploration fades over the same fraction of a run as in
 the example.
 
 {table}
@@ -290,7 +292,7 @@ def command_of(args: Args) -> str:
 
 def make_table(scores: dict[str, Score]) -> str:
     lines = [
-        "| variant | what is changed | seeds | return per trial | first attempt | last attempt | seconds |",
+        "| variant | what is changed | seeds | return per trial | first episode | last episode | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in scores.items():

@@ -16,15 +16,11 @@ from typing import Any, Literal, NoReturn
 import torch
 from torchrl import logger as torchrl_logger
 
-from torchrl_amago import (
-    LOSSES,
-    SEQ_MODELS,
-    AMAGOTrainer,
-    BothResults,
-    HeldOut,
-    load_policy,
-)
-from torchrl_amago.files import DamagedError
+from torchrl_amago import AMAGOTrainer, HeldOut, load_policy
+from torchrl_amago._files import DamagedError
+from torchrl_amago.evaluation import BothResults
+from torchrl_amago.modules import SEQ_MODELS
+from torchrl_amago.objectives import LOSSES
 from torchrl_amago.trainers import Intervals
 
 # As shells and batch systems expect them: 75 asks for another try (EX_TEMPFAIL).

@@ -30,7 +30,7 @@ from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
 import torchrl_amago as amago
-from torchrl_amago.trainers import ProgressTable, refuse_existing_run
+from torchrl_amago.trainers import ProgressTable, check_no_existing_run
 
 
 @dataclass
@@ -110,7 +110,7 @@ def add_advantages(batch: TensorDictBase, value_network: Seq, gae: GAE) -> None:
 
 
 def train(args: Args) -> None:
-    refuse_existing_run(args.run_dir)
+    check_no_existing_run(args.run_dir)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     env = make_env(args.num_envs)
@@ -156,7 +156,7 @@ def finish(args: Args, actor: Seq) -> None:
     amago.plot_adaptation_curve(
         results.greedy,
         args.run_dir / "adaptation_curve.png",
-        reference=amago.bayes_optimal_success(3, 5).success_by_attempt,
+        reference=amago.bayes_optimal_success(3, 5).success_by_episode,
         title=f"PPO, {args.seq_model}: {len(results.greedy)} held-out 3x3 lakes, greedy",
     )
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from torchrl_amago.files import (
+from torchrl_amago._files import (
     MANIFEST,
     DamagedError,
     explain_full_disk,

@@ -1,7 +1,7 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, steps, action_space, choice <- rows, objectives.functional <- modules, envs, data <- data.offline,
-objectives <- evaluation, compat <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
+The direction is ``keys, action_space, _masking, _validation, _files <- rows, objectives.functional <- modules,
+envs, data <- offline, objectives <- evaluation, compat <- plots, trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
 
@@ -23,21 +23,22 @@ NAME = "torchrl_amago"
 
 # A part may import those of lower rank and itself. Parts of equal rank don't know one another.
 RANKS = {
-    "files": 0,
-    "state_file": 1,
+    "_files": 0,
+    "_state_file": 1,
     "keys": 0,
     "action_space": 0,
-    "choice": 0,
-    "steps": 0,
+    "_validation": 0,
+    "_masking": 0,
     "rows": 1,
     "objectives.functional": 1,
     "modules": 2,
     "envs": 2,
     "data": 2,
-    "data.offline": 3,  # completes data as transforms of environments would
+    "offline": 3,
     "objectives": 3,
     "compat": 4,
     "evaluation": 4,
+    "plots": 5,
     "trainers": 5,
     "": 6,  # the package's own __init__ re-exports from everywhere
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_amago.steps import Steps
+from torchrl_amago._masking import Steps
 
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
 

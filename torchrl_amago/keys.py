@@ -16,7 +16,7 @@ SOFT_RESET = "soft_reset"
 TRIAL_PROGRESS = "trial_progress"
 EPISODE_IDX = "episode_idx"
 TRIAL_STEP = "trial_step"
-ATTEMPT_RETURN = "attempt_return"
+EPISODE_RETURN = "episode_return"
 PREV_ACTION = "prev_action"
 PREV_REWARD = "prev_reward"
 TIME_IDX = "time_idx"
@@ -50,15 +50,15 @@ KEY_TABLE: tuple[KeySpec, ...] = (
     KeySpec(OBSERVATION, "*B, ...", "any", "environment", "timestep encoder",
             "what the task shows; any number of keys of any name"),
     KeySpec(SOFT_RESET, "*B, 1", "bool", "TrialTransform", "timestep encoder, evaluation",
-            "this is the first step of an attempt"),
+            "this is the first step of an episode"),
     KeySpec(TRIAL_PROGRESS, "*B, 1", "float32", "TrialTransform", "timestep encoder",
-            "share of the trial that is used up, in [0, 1]; absent when hidden"),
+            "fraction of the trial that is used up, in [0, 1]; absent when hidden"),
     KeySpec(EPISODE_IDX, "*B, 1", "int64", "TrialTransform", "evaluation",
-            "number of the attempt, from 0"),
+            "number of the episode, from 0"),
     KeySpec(TRIAL_STEP, "*B, 1", "int64", "TrialTransform (with a horizon)", "TrialTransform",
             "steps of the trial so far"),
-    KeySpec(ATTEMPT_RETURN, "*B, 1", "float32", "TrialTransform", "evaluation",
-            "return of the attempt that the last step belonged to, that step included"),
+    KeySpec(EPISODE_RETURN, "*B, 1", "float32", "TrialTransform", "evaluation",
+            "return of the episode that the last step belonged to, that step included"),
     KeySpec(PREV_ACTION, "*B, A", "float32", "PreviousStepTransform", "timestep encoder",
             "action of the previous step (one-hot if discrete, else in [-1, 1]); 0 at the start"),
     KeySpec(PREV_REWARD, "*B, 1", "float32", "PreviousStepTransform", "timestep encoder",

@@ -82,7 +82,7 @@ def sampler(slice_length: int, **options) -> TrialSliceSampler:
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 @pytest.mark.parametrize("slice_length", [64, 128, 250, 1000])
 def test_sample(benchmark, half_million, slice_length, draw):
-    half_million.set_sampler(sampler(slice_length, draw=draw, overhang="both"))
+    half_million.set_sampler(sampler(slice_length, draw=draw, crop="both"))
     batch = benchmark(half_million.sample)
     assert batch.shape == (BATCH, slice_length)
     if slice_length == 128:

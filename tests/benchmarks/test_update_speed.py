@@ -14,7 +14,9 @@ from tensordict import TensorDict
 from torchrl.objectives import SoftUpdate
 
 from tests.toy_env import ACTIONS, Toy
-from torchrl_amago import DISCOUNTS, LOSSES, make_optimizer, make_policy, make_trial_env
+from torchrl_amago import make_optimizer, make_policy, make_trial_env
+from torchrl_amago.modules import DISCOUNTS
+from torchrl_amago.objectives import LOSSES
 
 SIZES = {
     "small": {

@@ -31,7 +31,7 @@ ENV = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=2, horizon=8)
 DISCOUNTS = (0.5, 0.9, 0.99)
 SMALL: dict[str, Any] = {
     "seq_model": "gru",
-    "seq_model_options": {"d_model": 6, "d_hidden": 5, "num_layers": 1},
+    "seq_model_options": {"d_model": 6, "hidden_size": 5, "num_layers": 1},
     "timestep_options": {"hidden_size": 7, "output_size": 4},
     "actor_options": {"hidden_size": 8},
 }
@@ -82,7 +82,7 @@ seq_models = st.one_of(
         | {"normformer": st.booleans(), "norm": st.sampled_from(["layer", "rms"])}
     ).map(lambda options: ("transformer", options)),
     st.fixed_dictionaries(
-        {"d_model": width, "d_hidden": width, "num_layers": st.integers(1, 3)}
+        {"d_model": width, "hidden_size": width, "num_layers": st.integers(1, 3)}
         | {"out_norm": st.sampled_from(["layer", "rms"])}
     ).map(lambda options: ("gru", options)),
     st.fixed_dictionaries(
@@ -314,7 +314,7 @@ def test_an_unknown_weight(name):
             ["timestep_options: hidden_size=7 (it is 10)", "num_layers=2 (it is 3)"],
         ),
         (
-            {"seq_model_options": {"d_model": 8, "d_hidden": 5, "num_layers": 2}},
+            {"seq_model_options": {"d_model": 8, "hidden_size": 5, "num_layers": 2}},
             ["seq_model_options: d_model=6 (it is 8)", "seq_model_options: num_layers=1 (it is 2)"],
         ),
         ({"actor_options": {"hidden_size": 12}}, ["actor_options: hidden_size=8 (it is 12)"]),

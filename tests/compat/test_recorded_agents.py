@@ -130,7 +130,7 @@ def test_every_weight_is_accounted_for(case):
 def test_the_description_says_what_was_built(case):
     hp, description = case.hyperparameters, describe_amago_weights(agent_weights(case))
     assert description.timestep_encoder.options == {
-        "hidden_size": hp["tstep"]["d_hidden"],
+        "hidden_size": hp["tstep"]["hidden_size"],
         "num_layers": hp["tstep"]["n_layers"],
         "output_size": hp["tstep"]["d_output"],
         "out_norm": "layer",
@@ -141,7 +141,7 @@ def test_the_description_says_what_was_built(case):
         "num_layers": traj["n_layers"],
     }
     if hp["encoder"] == "gru":
-        expected |= {"d_hidden": traj["d_hidden"], "out_norm": "layer"}
+        expected |= {"hidden_size": traj["hidden_size"], "out_norm": "layer"}
     else:
         expected |= {"d_ff": traj["d_ff"], "num_heads": traj["n_heads"], "norm": "layer"}
         expected |= {"sigma_reparam": True, "normformer": True}

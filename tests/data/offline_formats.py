@@ -15,7 +15,7 @@ from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import DarkKeyDoor, MetaFrozenLake, PreviousStepTransform, make_trial_env
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.data import TrialCollector, make_trial_buffer
-from torchrl_amago.data.offline.trajectory import TrajectoryChecker
+from torchrl_amago.offline.trajectory import TrajectoryChecker
 
 
 class Collected(NamedTuple):
@@ -48,10 +48,10 @@ ENVS: dict[str, Callable[[], EnvBase]] = {
     "room": lambda: make_trial_env(
         DarkKeyDoor(3, max_episode_steps=5, batch_size=(4,), seed=0), horizon=12
     ),
-    "pendulum": lambda: vector_env("Pendulum-v1", 9, episodes=1, trial_end="attempt"),
-    "cart pole": lambda: vector_env("CartPole-v1", 12, episodes=2, trial_end="attempt"),
+    "pendulum": lambda: vector_env("Pendulum-v1", 9, episodes=1, trial_end="episode"),
+    "cart pole": lambda: vector_env("CartPole-v1", 12, episodes=2, trial_end="episode"),
     "cart pole once": lambda: vector_env(
-        "CartPole-v1", 15, episodes=1, trial_end="attempt", show_progress=False
+        "CartPole-v1", 15, episodes=1, trial_end="episode", show_progress=False
     ),
     **{f"toy {name}": lambda name=name: toy_env(name) for name in ACTIONS},
 }
@@ -92,22 +92,22 @@ def rows_of(trial: TensorDict, key) -> np.ndarray:
     return torch.cat([trial[key], trial["next", key][-1:]]).numpy()
 
 
-def attempts_of(collected: Collected, trial: TensorDict) -> list[dict]:
-    """The trial cut into its attempts, as mappings of arrays with what the task shows alone."""
+def episodes_of(collected: Collected, trial: TensorDict) -> list[dict]:
+    """The trial cut into its episodes, as mappings of arrays with what the task shows alone."""
     begins = trial["soft_reset"].reshape(-1).nonzero().reshape(-1).tolist()
     action = env_action(collected, trial)
-    attempts = []
+    episodes = []
     for start, stop in zip(begins, [*begins[1:], len(trial)], strict=True):
         observations = {}
         for key in collected.own_keys:
             rows = rows_of(trial, key)[start : stop + 1].copy()
             if stop < len(trial):
-                rows[-1] = rows[0]  # what the attempt led to isn't known: the next one's is there
+                rows[-1] = rows[0]  # what the episode led to isn't known: the next one's is there
             observations[key] = rows
         last = np.arange(start, stop) == stop - 1
         is_end = stop == len(trial)
         truncated = bool(trial["next", "truncated"][-1]) and is_end
-        attempts.append(
+        episodes.append(
             {
                 "observations": observations,
                 "actions": action[start:stop],
@@ -116,7 +116,7 @@ def attempts_of(collected: Collected, trial: TensorDict) -> list[dict]:
                 "truncations": last & truncated,
             }
         )
-    return attempts
+    return episodes
 
 
 def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:

@@ -21,20 +21,20 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 
 from torchrl_amago import MetaFrozenLake, PreviousStepTransform, TrialCollector, make_trial_env
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.data.offline import (
+from torchrl_amago.offline import (
     RecordedEnv,
     Trajectory,
     TrajectoryError,
     as_trajectory,
     load_trials,
 )
-from torchrl_amago.data.offline.trajectory import TrajectoryChecker
+from torchrl_amago.offline.trajectory import TrajectoryChecker
 
 NUMBER = Unbounded((1,))
 
 
 def plain_env(action: TensorSpec | None = None, **observation: TensorSpec) -> EnvBase:
-    """Nobody's environment, whose trials are its attempts."""
+    """Nobody's environment, whose trials are its episodes."""
     observation = observation or {
         "observation": Unbounded((2,)),
         "cell": Categorical(5, shape=(1,)),
@@ -364,7 +364,7 @@ def test_several_actions_are_refused():
 # -- joining -------------------------------------------------------------------------------------
 
 
-def attempt(first: float, length: int, terminated: bool = True, **options) -> Trajectory:
+def episode(first: float, length: int, terminated: bool = True, **options) -> Trajectory:
     last = np.arange(length) == length - 1
     return Trajectory(
         first + np.arange(length + 1.0),
@@ -383,21 +383,21 @@ def load(trajectories, rule, **options):
     return buffer[:] if len(buffer) else None, report
 
 
-def joined(rule, *attempts: Trajectory) -> TensorDict:
-    return load(attempts, rule, episodes_per_trial=len(attempts))[0]
+def joined(rule, *episodes: Trajectory) -> TensorDict:
+    return load(episodes, rule, episodes_per_trial=len(episodes))[0]
 
 
 def rule(episodes=None, horizon=None, trial_end="terminated"):
     return dict(episodes=episodes, horizon=horizon, trial_end=trial_end)
 
 
-def test_a_trial_of_two_attempts_by_hand():
-    steps = joined(rule(2, 10), attempt(1, 2), attempt(5, 3, terminated=False))
+def test_a_trial_of_two_episodes_by_hand():
+    steps = joined(rule(2, 10), episode(1, 2), episode(5, 3, terminated=False))
     values = {
         "observation": [1, 2, 5, 6, 7],
         "soft_reset": [True, False, True, False, False],
         "episode_idx": [0, 0, 1, 1, 1],
-        "attempt_return": [0, 1, 3, 1, 3],
+        "episode_return": [0, 1, 3, 1, 3],
         "trial_step": [0, 1, 2, 3, 4],
         "prev_reward": [0, 1, 2, 1, 2],
         "time_idx": [0, 1, 2, 3, 4],
@@ -406,7 +406,7 @@ def test_a_trial_of_two_attempts_by_hand():
         ("next", "observation"): [2, 5, 6, 7, 8],
         ("next", "soft_reset"): [False, True, False, False, False],
         ("next", "episode_idx"): [0, 1, 1, 1, 1],
-        ("next", "attempt_return"): [1, 3, 1, 3, 6],
+        ("next", "episode_return"): [1, 3, 1, 3, 6],
         ("next", "is_init"): [False] * 5,
         ("next", "reward"): [1, 2, 1, 2, 3],
         ("next", "done"): [False, False, False, False, True],
@@ -426,43 +426,43 @@ def test_a_trial_of_two_attempts_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("rule", "attempts", "terminated"),
+    ("rule", "episodes", "terminated"),
     [
-        (rule(2), [attempt(1, 2), attempt(1, 2, False)], True),
-        (rule(2, trial_end="truncated"), [attempt(1, 2), attempt(1, 2, True)], False),
-        (rule(2, trial_end="attempt"), [attempt(1, 2), attempt(1, 2, True)], True),
-        (rule(2, trial_end="attempt"), [attempt(1, 2), attempt(1, 2, False)], False),
-        (rule(None, 4), [attempt(1, 2), attempt(1, 2, False)], True),
-        (rule(None, 4), [attempt(1, 2), attempt(1, 2, False, is_cut=True)], True),
-        (rule(2), [attempt(1, 2, is_cut=True), attempt(1, 2)], True),
+        (rule(2), [episode(1, 2), episode(1, 2, False)], True),
+        (rule(2, trial_end="truncated"), [episode(1, 2), episode(1, 2, True)], False),
+        (rule(2, trial_end="episode"), [episode(1, 2), episode(1, 2, True)], True),
+        (rule(2, trial_end="episode"), [episode(1, 2), episode(1, 2, False)], False),
+        (rule(None, 4), [episode(1, 2), episode(1, 2, False)], True),
+        (rule(None, 4), [episode(1, 2), episode(1, 2, False, is_cut=True)], True),
+        (rule(2), [episode(1, 2, is_cut=True), episode(1, 2)], True),
         # The trial goes on where the data end, so it is worth something there.
-        (rule(3), [attempt(1, 2), attempt(1, 2, True)], False),
-        (rule(None, 5, "attempt"), [attempt(1, 2), attempt(1, 2, True)], False),
-        (rule(2), [attempt(1, 2), attempt(1, 2, False, is_cut=True)], False),
+        (rule(3), [episode(1, 2), episode(1, 2, True)], False),
+        (rule(None, 5, "episode"), [episode(1, 2), episode(1, 2, True)], False),
+        (rule(2), [episode(1, 2), episode(1, 2, False, is_cut=True)], False),
     ],
 )
-def test_how_a_trial_ends(rule, attempts, terminated):
-    steps = joined(rule, *attempts)
+def test_how_a_trial_ends(rule, episodes, terminated):
+    steps = joined(rule, *episodes)
     assert steps["next", "done"].flatten().tolist() == [False, False, False, True]
     assert steps["next", "terminated"][-1].item() is terminated
     assert steps["next", "truncated"][-1].item() is not terminated
-    # No other attempt begins with the last observation.
+    # No other episode begins with the last observation.
     assert steps["next", "soft_reset"].flatten().tolist() == [False, True, False, False]
     assert steps["next", "observation"][-1].item() == 3
 
 
 def test_trials_that_are_too_long():
-    with pytest.raises(TrajectoryError, match=r"\(1 attempts, None steps\), got 2 attempts of 4"):
-        joined(rule(1), attempt(1, 2), attempt(1, 2))
-    with pytest.raises(TrajectoryError, match=r"\(None attempts, 3 steps\), got 1 attempts of 4"):
-        joined(rule(None, 3), attempt(1, 4))
+    with pytest.raises(TrajectoryError, match=r"\(1 episodes, None steps\), got 2 episodes of 4"):
+        joined(rule(1), episode(1, 2), episode(1, 2))
+    with pytest.raises(TrajectoryError, match=r"\(None episodes, 3 steps\), got 1 episodes of 4"):
+        joined(rule(None, 3), episode(1, 4))
 
 
-def test_a_bad_attempt_takes_its_trial_along():
-    bad = attempt(1, 2, False)
+def test_a_bad_episode_takes_its_trial_along():
+    bad = episode(1, 2, False)
     bad.truncated[:] = False
-    attempts = [attempt(1, 2), attempt(1, 3), bad, attempt(1, 4), attempt(1, 5), attempt(1, 6)]
-    _, report = load(attempts, rule(2), on_error="skip")
+    episodes = [episode(1, 2), episode(1, 3), bad, episode(1, 4), episode(1, 5), episode(1, 6)]
+    _, report = load(episodes, rule(2), on_error="skip")
     assert report.lengths == [5, 11]
     assert set(report.skipped) == {2, 3}
     assert "no other" in report.skipped[2]
@@ -470,18 +470,18 @@ def test_a_bad_attempt_takes_its_trial_along():
 
 
 def test_a_trial_that_isnt_complete():
-    attempts = [attempt(1, 2)] * 5
+    episodes = [episode(1, 2)] * 5
     message = "trajectory 4: a trial is made of 2 trajectories, and the last has 1"
     with pytest.raises(TrajectoryError, match=message):
-        load(attempts, rule(2))
-    _, report = load(attempts, rule(2), on_error="skip")
+        load(episodes, rule(2))
+    _, report = load(episodes, rule(2), on_error="skip")
     assert (report.lengths, list(report.skipped)) == ([4, 4], [4])
-    assert load(attempts, rule(2), episodes_per_trial=1)[1].lengths == [2] * 5
+    assert load(episodes, rule(2), episodes_per_trial=1)[1].lengths == [2] * 5
 
 
 def whole_trial(soft_reset, terminated=True, **held) -> Trajectory:
-    """A trial that says where attempts begin."""
-    first = attempt(1, len(soft_reset) - 1, terminated)
+    """A trial that says where episodes begin."""
+    first = episode(1, len(soft_reset) - 1, terminated)
     held |= {"observation": first.observation["observation"], "soft_reset": soft_reset}
     return Trajectory(held, first.action, first.reward, first.terminated, first.truncated)
 
@@ -489,11 +489,11 @@ def whole_trial(soft_reset, terminated=True, **held) -> Trajectory:
 def test_whole_trials_arent_joined():
     whole = whole_trial([True, False, False])
     assert load([whole] * 3, rule(2))[1].lengths == [2, 2, 2]
-    with pytest.raises(TrajectoryError, match="only whole attempts can be joined"):
+    with pytest.raises(TrajectoryError, match="only whole episodes can be joined"):
         load([whole] * 2, rule(2), episodes_per_trial=2)
-    # Between attempts that are joined, too.
-    assert load([attempt(1, 2), whole, attempt(1, 3)], rule(2))[1].lengths == [2, 5]
-    with pytest.raises(TrajectoryError, match=r"\(2 attempts, None steps\), got 3 attempts of 3"):
+    # Between episodes that are joined, too.
+    assert load([episode(1, 2), whole, episode(1, 3)], rule(2))[1].lengths == [2, 5]
+    with pytest.raises(TrajectoryError, match=r"\(2 episodes, None steps\), got 3 episodes of 3"):
         load([whole_trial([True, True, True, False])], rule(2))
 
 
@@ -501,16 +501,16 @@ def test_whole_trials_arent_joined():
 def test_the_ends_of_whole_trials_are_those_of_the_environment(episodes, is_over):
     steps, _ = load([whole_trial([True, False, True, False, False], False)], rule(episodes))
     assert steps["next", "soft_reset"].flatten().tolist() == [False, True, False, False]
-    assert steps["next", "attempt_return"].flatten().tolist() == [1, 3, 3, 7]
+    assert steps["next", "episode_return"].flatten().tolist() == [1, 3, 3, 7]
     assert steps["next", "terminated"].flatten().tolist() == [False, False, False, is_over]
     assert steps["next", "truncated"].flatten().tolist() == [False, False, False, not is_over]
 
 
 @pytest.mark.parametrize("time", [0, 5])
-def test_a_piece_in_which_no_attempt_begins(time):
+def test_a_piece_in_which_no_episode_begins(time):
     held = {
         "episode_idx": np.ones(3, dtype=int),
-        "attempt_return": np.arange(4.0, 7.0),
+        "episode_return": np.arange(4.0, 7.0),
         "trial_progress": np.full(3, 0.5),
         "time_idx": np.arange(time, time + 3),
     }
@@ -520,8 +520,8 @@ def test_a_piece_in_which_no_attempt_begins(time):
         return load([whole_trial([False] * 3, **kept)], rule(3))[0]
 
     # Played on from what came before: rewards are 1 and 2.
-    assert steps()["attempt_return"].flatten().tolist() == [4, 5]
-    assert steps()["next", "attempt_return"].flatten().tolist() == [5, 7]
+    assert steps()["episode_return"].flatten().tolist() == [4, 5]
+    assert steps()["next", "episode_return"].flatten().tolist() == [5, 7]
     assert steps()["next", "episode_idx"].flatten().tolist() == [1, 1]
     assert steps()["time_idx"].flatten().tolist() == [time, time + 1]
     with pytest.raises(TrajectoryError, match=r"fragment of a trial must .* \['episode_idx'\]"):
@@ -529,7 +529,7 @@ def test_a_piece_in_which_no_attempt_begins(time):
 
 
 def test_a_piece_that_ends_its_trial():
-    held = {"episode_idx": [1] * 3, "attempt_return": [4] * 3, "trial_progress": [0.5] * 3}
+    held = {"episode_idx": [1] * 3, "episode_return": [4] * 3, "trial_progress": [0.5] * 3}
     steps, _ = load([whole_trial([False] * 3, **held)], rule(2))
     assert steps["next", "terminated"].flatten().tolist() == [False, True]
 
@@ -557,7 +557,7 @@ def test_wrong_arguments():
 
 @pytest.mark.parametrize("limit", ["load.ROWS_AT_ONCE", "load._BYTES_AT_ONCE", "recorded._STACKED"])
 def test_more_than_is_played_at_once(monkeypatch, limit):
-    monkeypatch.setattr(f"torchrl_amago.data.offline.{limit}", 2)
+    monkeypatch.setattr(f"torchrl_amago.offline.{limit}", 2)
     buffer = make_trial_buffer(100, slice_length=2, batch_size=2)
     report = load_trials(buffer, (arrays(n) for n in (3, 4, 5, 2)), plain_env())
     assert report.lengths == [3, 4, 5, 2]
@@ -596,16 +596,16 @@ def test_a_collector_goes_on_where_data_were_loaded():
 
 SPLIT = {
     "plain": (lambda: plain_env(observation=NUMBER), {}),
-    "one attempt": (lambda: trial_env(rule(1)), {}),
+    "one episode": (lambda: trial_env(rule(1)), {}),
     "horizon": (lambda: trial_env(rule(None, 23, "truncated")), {}),
-    "longer horizon": (lambda: trial_env(rule(None, 200, "attempt")), {}),
+    "longer horizon": (lambda: trial_env(rule(None, 200, "episode")), {}),
     "fragment": (
         lambda: trial_env(rule(2, 200)),
         {
             "time_idx": 9,
             "trial_step": 9,
             "soft_reset": 0,
-            "attempt_return": 0.3,
+            "episode_return": 0.3,
             "episode_idx": 1,
             "trial_progress": 0.5,
             "prev_reward": 2.5,
@@ -633,7 +633,7 @@ def test_a_long_trial_played_in_pieces_is_the_same(kind, monkeypatch):
     stored, steps_played, played, step = [], [], [], RecordedEnv._step
     monkeypatch.setattr(RecordedEnv, "_step", lambda *args: played.append(0) or step(*args))
     for shortest in (100, 4):
-        monkeypatch.setattr("torchrl_amago.data.offline.recorded._SHORTEST_PIECE", shortest)
+        monkeypatch.setattr("torchrl_amago.offline.recorded._SHORTEST_PIECE", shortest)
         buffer = make_trial_buffer(100, slice_length=2, batch_size=1)
         load_trials(buffer, trajectories, env)
         stored.append(buffer[:])

@@ -34,8 +34,8 @@ from torchrl.envs import (
 
 from tests.data.offline_formats import (
     ENVS,
-    attempts_of,
     collect,
+    episodes_of,
     plain_toy,
     save_as_amago,
     split,
@@ -43,7 +43,7 @@ from tests.data.offline_formats import (
 from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import PreviousStepTransform, TrialTransform, make_trial_env
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.data.offline import (
+from torchrl_amago.offline import (
     RecordedEnv,
     Trajectory,
     TrajectoryError,
@@ -53,7 +53,7 @@ from torchrl_amago.data.offline import (
     read_minari,
     read_torchrl,
 )
-from torchrl_amago.data.offline.trajectory import TrajectoryChecker
+from torchrl_amago.offline.trajectory import TrajectoryChecker
 
 # Written by collectors and policies, known by no dataset.
 PRIVATE = [("collector", "traj_ids")]
@@ -95,7 +95,7 @@ def test_steps(collected):
 
 
 def test_steps_without_what_transforms_added(collected):
-    """Only the task's own entries, and where attempts begin: the rest is worked out."""
+    """Only the task's own entries, and where episodes begin: the rest is worked out."""
     own = ["soft_reset", *collected.own_keys]
     bare = [
         trial.select("action", *own, ("next", "reward"), ("next", "done")).update(
@@ -106,12 +106,12 @@ def test_steps_without_what_transforms_added(collected):
     assert_equal_trials(load(collected, bare)[0], collected.trials)
 
 
-def test_attempts_as_arrays(collected):
-    attempts = [attempts_of(collected, trial) for trial in collected.trials]
-    for arrays, trial in zip(attempts, collected.trials, strict=True):
+def test_episodes_as_arrays(collected):
+    episodes = [episodes_of(collected, trial) for trial in collected.trials]
+    for arrays, trial in zip(episodes, collected.trials, strict=True):
         loaded, _ = load(collected, arrays, episodes_per_trial=len(arrays))
         assert_equal_trials(loaded, [trial])
-    everything = [arrays for trial in attempts for arrays in trial]
+    everything = [arrays for trial in episodes for arrays in trial]
     if TrajectoryChecker(
         collected.env
     ).rule.episodes:  # as many as the environment says, by default
@@ -177,14 +177,14 @@ def test_a_datasets_action_and_reward_may_have_other_keys():
 @pytest.mark.parametrize("complete", [True, False])
 def test_d4rl_arrays(name, complete):
     collected = collect(name)
-    attempts = [attempts_of(collected, trial)[0] for trial in collected.trials]
-    rows = [next(iter(arrays["observations"].values())) for arrays in attempts]
+    episodes = [episodes_of(collected, trial)[0] for trial in collected.trials]
+    rows = [next(iter(arrays["observations"].values())) for arrays in episodes]
     arrays = {
         "observations": np.concatenate([row[:-1] for row in rows]),
-        "actions": np.concatenate([arrays["actions"] for arrays in attempts]),
-        "rewards": np.concatenate([arrays["rewards"] for arrays in attempts]),
-        "terminals": np.concatenate([arrays["terminations"] for arrays in attempts]),
-        "timeouts": np.concatenate([arrays["truncations"] for arrays in attempts]),
+        "actions": np.concatenate([arrays["actions"] for arrays in episodes]),
+        "rewards": np.concatenate([arrays["rewards"] for arrays in episodes]),
+        "terminals": np.concatenate([arrays["terminations"] for arrays in episodes]),
+        "timeouts": np.concatenate([arrays["truncations"] for arrays in episodes]),
     }
     if complete:
         arrays["next_observations"] = np.concatenate([row[1:] for row in rows])
@@ -214,7 +214,7 @@ def save_as_minari(minari, collected, env_id):
 
     episodes = []
     for number, trial in enumerate(collected.trials):
-        (arrays,) = attempts_of(collected, trial)
+        (arrays,) = episodes_of(collected, trial)
         observations = next(iter(arrays.pop("observations").values()))
         episodes.append(EpisodeBuffer(id=number, observations=list(observations), **arrays))
     names = ("algorithm_name", "author", "author_email", "code_permalink", "description")
@@ -310,7 +310,7 @@ def test_transforms_in_workers_are_seen(hidden):
     env = HIDDEN[hidden]()
     steps = seven_steps(env)
     assert steps["action"].flatten().tolist() == [0.25] * 7  # the environment's are in [-2, 2]
-    assert steps["next", "attempt_return"].flatten().tolist() == list(range(1, 8))
+    assert steps["next", "episode_return"].flatten().tolist() == list(range(1, 8))
     assert steps["next", "truncated"].flatten().tolist() == [False] * 6 + [True]
     assert not steps["next", "terminated"].any()
     env.close(raise_if_closed=False)
@@ -326,7 +326,7 @@ def test_transforms_in_transforms_are_seen():
 
 def test_entries_are_those_of_the_environment():
     previous = PreviousStepTransform(prev_action_key="before", time_idx_key="time")
-    trial = TrialTransform(horizon=7, attempt_return_key=("trial", "return"))
+    trial = TrialTransform(horizon=7, episode_return_key=("trial", "return"))
     hiding = ExcludeTransform("prev_reward")
     env = TransformedEnv(wide_toy(), Compose(trial, ActionScaling(), previous, hiding))
     steps = seven_steps(env)
@@ -445,7 +445,7 @@ def ends_of(source, *rule, **options):
     return list(zip(map(len, trials), [end["terminated"].item() for end in ends], strict=True))
 
 
-def test_where_d4rl_arrays_cut_an_attempt_off_it_is_truncated():
+def test_where_d4rl_arrays_cut_an_episode_off_it_is_truncated():
     complete = {"next_observations": np.zeros((5, 3))}
     timeouts = {"timeouts": np.array([0, 0, 1, 0, 0])}
     arrays = d4rl_arrays([0, 0, 1, 0, 0], **complete)
@@ -460,11 +460,11 @@ def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
     """Where a terminal isn't the trial's termination, the step that leads there is given up."""
     arrays = d4rl_arrays([0, 0, 1, 0, 1], observations=np.arange(5.0)[:, None] * np.ones(3))
     source = read_d4rl(arrays)
-    for trial_end in ("attempt", "terminated"):
+    for trial_end in ("episode", "terminated"):
         assert ends_of(source, 1, None, trial_end) == [(3, True), (2, True)]
     assert ends_of(source, 1, None, "truncated") == [(2, False), (1, False)]
     assert ends_of(source, 3, episodes_per_trial=2) == [(4, False)]
-    assert ends_of(source, None, 5, "attempt", episodes_per_trial=2) == [(5, True)]
+    assert ends_of(source, None, 5, "episode", episodes_per_trial=2) == [(5, True)]
     assert ends_of(source, None, 5, "truncated", episodes_per_trial=2) == [(4, False)]
     (steps,) = stored([source[0]], 2, episodes_per_trial=1)
     assert steps["next", "observation"][:, 0].tolist() == [1, 2]

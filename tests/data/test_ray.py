@@ -16,7 +16,7 @@ from tests.data.test_torchrl_interplay import (
     make_env,
 )
 from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler
-from torchrl_amago.data.replay.storage import TrialStorage
+from torchrl_amago.data.replay._storage import TrialStorage
 
 ray = pytest.importorskip("ray")
 pytestmark = [

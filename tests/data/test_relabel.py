@@ -414,11 +414,11 @@ def test_an_empty_goal_that_goals_cant_hold_is_refused():
         GoalSequenceRelabel().relabel_trials(batch)
 
 
-def test_a_trial_of_several_attempts_is_refused():
+def test_a_trial_of_several_episodes_is_refused():
     a, x = (0.0, 0.0), (0.25, 0.0)
-    attempts = play([[x], [a]], [a, x]) * 2
-    with pytest.raises(ValueError, match=r"find what was stored .* \['goals'.*single attempt"):
-        GoalSequenceRelabel().relabel_trials(as_batch([attempts]))
+    episodes = play([[x], [a]], [a, x]) * 2
+    with pytest.raises(ValueError, match=r"find what was stored .* \['goals'.*single episode"):
+        GoalSequenceRelabel().relabel_trials(as_batch([episodes]))
 
 
 def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
@@ -536,7 +536,7 @@ def walk(env, td: TensorDict, actions: torch.Tensor) -> TensorDict:
 
 
 @pytest.mark.parametrize("strategy", ["some", "all"])
-@pytest.mark.parametrize("trial_end", ["terminated", "attempt"])
+@pytest.mark.parametrize("trial_end", ["terminated", "episode"])
 def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
     """The stored actions, in the same mazes with the new goals, give the relabelled trials."""
     rows, limit = 48, 60
@@ -619,7 +619,7 @@ def test_slices_of_a_buffer_are_cut_from_relabelled_trials(collected):
     whole = refilled(collected, 20, GoalSequenceRelabel("all")).sample()
     reward = whole["next", "reward"].squeeze(-1).where(whole[MASK], 0)
     assert (reward.sum(-1) == 2).all()
-    buffer = refilled(collected, 4, GoalSequenceRelabel("all"), overhang="both")
+    buffer = refilled(collected, 4, GoalSequenceRelabel("all"), crop="both")
     batch = buffer.sample()
     real = batch[MASK]
     follows = real[:, 1:]

@@ -34,10 +34,10 @@ SLICE = 8
 
 
 def make_env(rows=3):
-    def attempt(length):
+    def episode(length):
         return [[100.0 * length + n for n in range(length)]]
 
-    script = [[attempt(length) for length in LENGTHS[row]] for row in range(rows)]
+    script = [[episode(length) for length in LENGTHS[row]] for row in range(rows)]
     return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
 
 

@@ -9,20 +9,20 @@ from torchrl.envs import EnvBase
 
 
 class ScriptedTrials(EnvBase):
-    """Row r plays `script[r]` over and over: a list of trials, each a list of attempts.
+    """Row r plays `script[r]` over and over: a list of trials, each a list of episodes.
 
-    An attempt is the list of its rewards. Actions change nothing.
+    An episode is the list of its rewards. Actions change nothing.
     """
 
     def __init__(self, script: list[list[list[list[float]]]]):
         rows = len(script)
         super().__init__(batch_size=[rows])
         self.script = script
-        self.position = [[-1, 0, 0] for _ in script]  # trial, attempt, step
+        self.position = [[-1, 0, 0] for _ in script]  # trial, episode, step
         flag = Binary(1, (rows, 1), dtype=torch.bool)
         self.observation_spec = Composite(
             observation=Unbounded((rows, 1)),
-            attempt_return=Unbounded((rows, 1)),
+            episode_return=Unbounded((rows, 1)),
             soft_reset=flag.clone(),
             shape=[rows],
         )
@@ -50,22 +50,22 @@ class ScriptedTrials(EnvBase):
     def _step(self, tensordict):
         self.num_steps += 1
         rows = len(self.script)
-        reward, attempt_return, soft_reset, done = ([None] * rows for _ in range(4))
-        for row, (trial, attempt, step) in enumerate(self.position):
-            attempts = self.script[row][trial]
-            reward[row] = attempts[attempt][step]
-            attempt_return[row] = sum(attempts[attempt][: step + 1])
-            is_over = step + 1 == len(attempts[attempt])
-            done[row] = is_over and attempt + 1 == len(attempts)
+        reward, episode_return, soft_reset, done = ([None] * rows for _ in range(4))
+        for row, (trial, episode, step) in enumerate(self.position):
+            episodes = self.script[row][trial]
+            reward[row] = episodes[episode][step]
+            episode_return[row] = sum(episodes[episode][: step + 1])
+            is_over = step + 1 == len(episodes[episode])
+            done[row] = is_over and episode + 1 == len(episodes)
             soft_reset[row] = is_over and not done[row]
-            self.position[row] = [trial, attempt + is_over, 0 if is_over else step + 1]
-        outcome = self._outcome(attempt_return, soft_reset, done)
+            self.position[row] = [trial, episode + is_over, 0 if is_over else step + 1]
+        outcome = self._outcome(episode_return, soft_reset, done)
         return outcome.set("reward", torch.tensor(reward).unsqueeze(-1))
 
-    def _outcome(self, attempt_return, soft_reset, done):
+    def _outcome(self, episode_return, soft_reset, done):
         column = {
             "observation": [0.0] * len(done),
-            "attempt_return": attempt_return,
+            "episode_return": episode_return,
             "soft_reset": soft_reset,
             "done": done,
             "terminated": done,
@@ -74,9 +74,9 @@ class ScriptedTrials(EnvBase):
         return TensorDict(columns, self.batch_size)
 
     def render(self, row: int):
-        """A picture whose value tells (trial, attempt, step) of the row."""
-        trial, attempt, step = self.position[row]
-        return torch.full((2, 2, 3), 100 * trial + 10 * attempt + step, dtype=torch.uint8).numpy()
+        """A picture whose value tells (trial, episode, step) of the row."""
+        trial, episode, step = self.position[row]
+        return torch.full((2, 2, 3), 100 * trial + 10 * episode + step, dtype=torch.uint8).numpy()
 
 
 def act(tensordict):

@@ -27,8 +27,8 @@ def test_every_number_of_two_scripted_rows():
         ]
     )
     results = evaluate(act, env, trials_per_row=2)
-    assert_equal(results.attempt_return, [[1, 1, NAN], [-0.5, 2, 1], [1, NAN, NAN], [0, 1, NAN]])
-    assert results.attempt_success.tolist() == [
+    assert_equal(results.episode_return, [[1, 1, NAN], [-0.5, 2, 1], [1, NAN, NAN], [0, 1, NAN]])
+    assert results.episode_success.tolist() == [
         [True, True, False], [False, True, True], [True, False, False], [False, True, False]
     ]  # fmt: skip
     assert_equal(results.trial_return, [2, 2.5, 1, 1])
@@ -47,7 +47,7 @@ def test_short_trials_are_not_favoured():
 def test_success_needs_more_than_the_threshold():
     env = ScriptedTrials([[[[1.0], [2.0], [3.0]]]])
     results = evaluate(act, env, trials_per_row=1, success_threshold=2.0)
-    assert results.attempt_success.tolist() == [[False, False, True]]
+    assert results.episode_success.tolist() == [[False, False, True]]
 
 
 def test_environment_is_seeded_and_begins_anew():
@@ -130,7 +130,7 @@ def test_epsilon_comes_back_after_an_error():
     noisy, env = make_agent({})
     training = explored(noisy, env)
     with pytest.raises(KeyError, match="reads 'score'"):
-        evaluate(noisy, env, trials_per_row=1, greedy=False, attempt_return_key="score")
+        evaluate(noisy, env, trials_per_row=1, greedy=False, episode_return_key="score")
     assert torch.equal(explored(noisy, env), training)
 
 
@@ -149,21 +149,21 @@ def test_refuses_what_it_cannot_count():
         RuntimeError, match=r"within max_trial_steps=5 steps.*episodes= or horizon="
     ):
         evaluate(act, env, trials_per_row=1, max_trial_steps=5)
-    with pytest.raises(KeyError, match=r"reads 'score'.*'attempt_return'.*Append the trial transf"):
-        evaluate(act, env, trials_per_row=1, attempt_return_key="score")
+    with pytest.raises(KeyError, match=r"reads 'score'.*'episode_return'.*Append the trial transf"):
+        evaluate(act, env, trials_per_row=1, episode_return_key="score")
 
 
-def make_results(attempt_return) -> TrialResults:
-    attempt_return = torch.tensor(attempt_return)
+def make_results(episode_return) -> TrialResults:
+    episode_return = torch.tensor(episode_return)
     return TrialResults(
-        attempt_return,
-        attempt_return > 0,
-        attempt_return.nansum(1),
-        torch.arange(1, 1 + len(attempt_return)),
+        episode_return,
+        episode_return > 0,
+        episode_return.nansum(1),
+        torch.arange(1, 1 + len(episode_return)),
     )
 
 
-def test_summary_uses_each_trials_own_last_attempt():
+def test_summary_uses_each_trials_own_last_episode():
     summary = make_results([[0.0, 1.0, NAN], [1.0, 0.0, 1.0]]).summary()
     assert summary == pytest.approx(
         {
@@ -176,19 +176,19 @@ def test_summary_uses_each_trials_own_last_attempt():
     )
 
 
-def test_measures_mark_attempts_that_did_not_happen():
+def test_measures_mark_episodes_that_did_not_happen():
     results = make_results([[-2.0, 3.0], [1.0, NAN]])
-    assert_equal(results.by_attempt("success"), [[0, 1], [1, NAN]])
-    assert_equal(results.by_attempt("return"), [[-2, 3], [1, NAN]])
+    assert_equal(results.by_episode("success"), [[0, 1], [1, NAN]])
+    assert_equal(results.by_episode("return"), [[-2, 3], [1, NAN]])
     assert len(results) == 2
     with pytest.raises(ValueError, match="measure must be 'success' or 'return', got 'speed'"):
-        results.by_attempt("speed")
+        results.by_episode("speed")
 
 
-def test_concatenate_fills_up_missing_attempts():
+def test_concatenate_fills_up_missing_episodes():
     results = TrialResults.concatenate([make_results([[1.0]]), make_results([[0.0, 2.0]])])
-    assert_equal(results.attempt_return, [[1, NAN], [0, 2]])
-    assert results.attempt_success.tolist() == [[True, False], [False, True]]
+    assert_equal(results.episode_return, [[1, NAN], [0, 2]])
+    assert results.episode_success.tolist() == [[True, False], [False, True]]
     assert_equal(results.trial_return, [1, 2])
     assert_equal(results.trial_length, [1, 1])
 
@@ -198,26 +198,26 @@ def test_on_the_frozen_lake_with_its_transforms():
 
     env = make_trial_env(MetaFrozenLake(3, batch_size=(16,)), episodes=3)
     results = evaluate(env.rand_action, env, trials_per_row=2, greedy=False)
-    assert results.attempt_happened.all()
-    assert results.attempt_return.shape == (32, 3)
-    torch.testing.assert_close(results.attempt_return.sum(1), results.trial_return)
+    assert results.episode_happened.all()
+    assert results.episode_return.shape == (32, 3)
+    torch.testing.assert_close(results.episode_return.sum(1), results.trial_return)
     assert 0 < results.summary()["success"] < 1
     again = evaluate(env.rand_action, env, trials_per_row=2, greedy=False)
-    assert torch.equal(again.attempt_return, results.attempt_return)
+    assert torch.equal(again.episode_return, results.episode_return)
 
 
 @pytest.mark.parametrize("name", ["results.npz", "greedy.v1"])
 def test_results_survive_a_file(tmp_path, name):
     results = TrialResults(
-        attempt_return=torch.tensor([[0.0, 1.0], [1.0, float("nan")]]),
-        attempt_success=torch.tensor([[False, True], [True, False]]),
+        episode_return=torch.tensor([[0.0, 1.0], [1.0, float("nan")]]),
+        episode_success=torch.tensor([[False, True], [True, False]]),
         trial_return=torch.tensor([1.0, 1.0]),
         trial_length=torch.tensor([12, 8]),
     )
     results.save(tmp_path / name)
     assert [path.name for path in tmp_path.iterdir()] == [name]
     loaded = TrialResults.load(tmp_path / name)
-    for field in ("attempt_return", "attempt_success", "trial_return", "trial_length"):
+    for field in ("episode_return", "episode_success", "trial_return", "trial_length"):
         one, other = getattr(results, field), getattr(loaded, field)
         assert one.dtype == other.dtype
         torch.testing.assert_close(one, other, equal_nan=True)

@@ -6,7 +6,7 @@ import torch
 from tests.evaluation.scripted import ScriptedTrials, act
 from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, HeldOut, TrialResults
 
-# Row 0: returns 1 and 3 in turn; row 1: always two attempts, of 0 and 2.
+# Row 0: returns 1 and 3 in turn; row 1: always two episodes, of 0 and 2.
 SCRIPT = [[[[1.0]], [[3.0, 0.0]]], [[[0.0], [2.0]]]]
 
 
@@ -19,7 +19,7 @@ def test_settings_arrive():
     env = ScriptedTrials(SCRIPT)
     results = HeldOut(act, env, seed=5, success_threshold=1.0).evaluate(4)
     assert results.trial_return.tolist() == [1, 3, 2, 2]
-    assert results.attempt_success.tolist() == [
+    assert results.episode_success.tolist() == [
         [False, False], [True, False], [False, True], [False, True]
     ]  # fmt: skip
     HeldOut(act, env).evaluate(1)
@@ -43,15 +43,15 @@ def test_the_same_trials_every_time():
 def test_pictures_are_of_another_trial_than_those_that_count():
     env = ScriptedTrials(SCRIPT)
     pictures = HeldOut(act, env, seed=5).pictures()
-    assert [len(attempt) for attempt in pictures] == [2]
+    assert [len(episode) for episode in pictures] == [2]
     assert env.seeds == [6]
 
 
 def make_both() -> BothResults:
     def results(first: float) -> TrialResults:
-        attempt_return = torch.tensor([[first, 2.0], [0.0, 0.0]])
+        episode_return = torch.tensor([[first, 2.0], [0.0, 0.0]])
         return TrialResults(
-            attempt_return, attempt_return > 0, attempt_return.sum(1), torch.tensor([4, 2])
+            episode_return, episode_return > 0, episode_return.sum(1), torch.tensor([4, 2])
         )
 
     return BothResults(results(1.0), results(0.0))

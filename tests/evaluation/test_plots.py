@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchrl_amago.evaluation import (
-    TrialResults,
-    plot_adaptation_curve,
-    plot_learning_curve,
-    plot_trial_strip,
-    plots,
-)
+from torchrl_amago import plots
+from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
 
 
 @pytest.fixture
@@ -32,7 +28,7 @@ def figure(monkeypatch):
 
 
 def make_results(rate: list[float], trials: int = 40) -> TrialResults:
-    """Exactly the given share of the trials succeeds at each attempt."""
+    """Exactly the given fraction of the trials succeeds at each episode."""
     rank = (torch.arange(trials) + 0.5) / trials
     success = rank.unsqueeze(-1) < torch.tensor(rate)
     return TrialResults(
@@ -48,7 +44,7 @@ def is_png(path) -> bool:
     return path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_adaptation_curve_draws_success_by_attempt_and_the_reference(tmp_path, figure):
+def test_adaptation_curve_draws_success_by_episode_and_the_reference(tmp_path, figure):
     path = tmp_path / "adaptation_curve.png"
     plot_adaptation_curve(
         make_results([0.5, 0.75, 1.0]), path, reference=[0.6, 0.9, 1.0], reference_label="optimum"
@@ -100,7 +96,7 @@ def test_learning_curve_reads_rows_and_csv_alike(tmp_path, figure):
         assert lines["training"] == [1.0, 2.0]
         assert lines["evaluation"] == [3.0]
         assert set(lines["optimal"]) == {4.5}
-        assert lines_of(success) == {"last attempt, evaluation": [0.5]}
+        assert lines_of(success) == {"last episode, evaluation": [0.5]}
         assert is_png(path)
 
 
@@ -141,7 +137,7 @@ def test_trial_strip_has_a_picture_per_step(tmp_path, figure):
     plot_trial_strip(frames, tmp_path / "trial.png", title="trial")
     shown = [int(ax.get_images()[0].get_array()[0, 0, 0]) for ax in figure().axes]
     assert shown == [0, 1, 10, 11, 12]
-    assert [ax.get_ylabel() for ax in figure().axes] == ["attempt 1", "", "attempt 2", "", ""]
+    assert [ax.get_ylabel() for ax in figure().axes] == ["episode 1", "", "episode 2", "", ""]
     assert [text.get_text() for text in figure().texts][:3] == ["start", "step 1", "step 2"]
     assert is_png(tmp_path / "trial.png")
 
@@ -155,7 +151,7 @@ def test_trial_strip_takes_headings(tmp_path, figure):
 def test_trial_strip_refuses_missing_pictures_and_titles(tmp_path):
     with pytest.raises(ValueError, match=r"one picture in each, got \[1, 0\] pictures"):
         plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)], []], tmp_path / "x.png")
-    with pytest.raises(ValueError, match="name each of the 1 attempts, got 2"):
+    with pytest.raises(ValueError, match="name each of the 1 episodes, got 2"):
         plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", titles=["a", "b"])
     with pytest.raises(ValueError, match="name each of the 1 columns, got 2"):
         plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", headings=["a", "b"])

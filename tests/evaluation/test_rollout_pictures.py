@@ -10,29 +10,29 @@ from tests.evaluation.scripted import ScriptedTrials, act
 from torchrl_amago.evaluation import rollout_pictures
 
 
-def test_pictures_of_the_chosen_row_attempt_by_attempt():
+def test_pictures_of_the_chosen_row_episode_by_episode():
     from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 
     lake = MetaFrozenLake(3, batch_size=(3,))
     env = make_trial_env(lake, episodes=4)
-    attempts = rollout_pictures(env.rand_action, env, row=1, greedy=False, seed=5)
-    assert len(attempts) == 4
-    assert all(2 <= len(attempt) <= lake.max_episode_steps + 1 for attempt in attempts)
-    starts = [attempt[0] for attempt in attempts]
-    # Each attempt starts at the same place of the same lake, and ends elsewhere, or after the limit.
+    episodes = rollout_pictures(env.rand_action, env, row=1, greedy=False, seed=5)
+    assert len(episodes) == 4
+    assert all(2 <= len(episode) <= lake.max_episode_steps + 1 for episode in episodes)
+    starts = [episode[0] for episode in episodes]
+    # Each episode starts at the same place of the same lake, and ends elsewhere, or after the limit.
     assert all((start == starts[0]).all() for start in starts)
-    for attempt in attempts:
-        assert len(attempt) == lake.max_episode_steps + 1 or (attempt[-1] != starts[0]).any()
+    for episode in episodes:
+        assert len(episode) == lake.max_episode_steps + 1 or (episode[-1] != starts[0]).any()
     again = rollout_pictures(env.rand_action, env, row=1, greedy=False, seed=5)
-    assert [len(attempt) for attempt in again] == [len(attempt) for attempt in attempts]
+    assert [len(episode) for episode in again] == [len(episode) for episode in episodes]
 
 
-def test_steps_of_every_attempt_are_counted_while_other_rows_begin_new_trials():
+def test_steps_of_every_episode_are_counted_while_other_rows_begin_new_trials():
     script = [[[[1.0]], [[1.0]]], [[[0.0, 0.0], [0.0, 0.0, 1.0]]]]
     env = TransformedEnv(ScriptedTrials(script), Compose(RewardSum()))
-    attempts = rollout_pictures(act, env, row=1)
-    values = [[int(picture[0, 0, 0]) for picture in attempt] for attempt in attempts]
-    # This environment draws what comes next, so an attempt's last picture shows the next start.
+    episodes = rollout_pictures(act, env, row=1)
+    values = [[int(picture[0, 0, 0]) for picture in episode] for episode in episodes]
+    # This environment draws what comes next, so an episode's last picture shows the next start.
     assert values == [[0, 1, 10], [10, 11, 12, 20]]
 
 
@@ -82,8 +82,8 @@ def test_gymnasium_environments_are_drawn(num_rows):
             autoreset_mode=gym.vector.AutoresetMode.DISABLED,
         )
     env = make_trial_env(base, episodes=2)
-    attempts = rollout_pictures(env.rand_action, env, row=row, greedy=False)
-    drawn = [[picture[0, 0].tolist() for picture in attempt] for attempt in attempts]
+    episodes = rollout_pictures(env.rand_action, env, row=row, greedy=False)
+    drawn = [[picture[0, 0].tolist() for picture in episode] for episode in episodes]
     assert drawn == [[[row, time, 0] for time in range(4)]] * 2
 
 

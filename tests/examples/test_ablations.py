@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from torchrl_amago import DISCOUNTS, HLGauss, PopArt, TrialResults, TwoHot
-from torchrl_amago.modules import FeedForwardEncoder, TransformerEncoder
+from torchrl_amago import HLGauss, PopArt, TwoHot
+from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.modules import DISCOUNTS, FeedForwardEncoder, TransformerEncoder
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
@@ -82,12 +83,12 @@ def run_script(*flags: str, folder: Path) -> subprocess.CompletedProcess:
 
 
 def write_run(folder: Path, returns: list[float], updates: int, seconds: float) -> None:
-    """A finished run of trials with two attempts: the first fails, the last succeeds if any returns."""
+    """A finished run of trials with two episodes: the first fails, the last succeeds if any returns."""
     folder.mkdir(parents=True)
     trial_return = torch.tensor(returns)
-    attempt_return = torch.stack([torch.zeros_like(trial_return), trial_return], -1)
+    episode_return = torch.stack([torch.zeros_like(trial_return), trial_return], -1)
     steps = torch.full((len(returns),), 9)
-    TrialResults(attempt_return, attempt_return > 0, trial_return, steps).save(
+    TrialResults(episode_return, episode_return > 0, trial_return, steps).save(
         folder / "evaluation.npz"
     )
     rows = f"update,seconds_training\n1,0.5\n{updates},{seconds}\n"

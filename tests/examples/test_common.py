@@ -20,7 +20,6 @@ import torch
 from common import DEBUG, TrainingArgs, run_command_line, train_and_evaluate
 
 from torchrl_amago import (
-    SEQ_MODELS,
     AMAGOTrainer,
     HeldOut,
     MetaFrozenLake,
@@ -28,6 +27,7 @@ from torchrl_amago import (
     make_trainer,
     make_trial_env,
 )
+from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.trainers.checkpoint import PolicyFiles
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

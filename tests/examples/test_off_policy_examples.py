@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from torchrl_amago import SEQ_MODELS, make_policy
+from torchrl_amago import make_policy
+from torchrl_amago.modules import SEQ_MODELS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NAMES = (
@@ -36,9 +37,9 @@ SHORT = {
     "00_meta_frozen_lake": {"size": 2, "episodes": 2},
     "01_basic_gym": {"episode_steps": 6, "episodes": 2, "seq_model": "feedforward"},
     "04_tmaze": {"corridor": 3, "seq_model": "gru"},
-    "05_dark_key_door": {"size": 2, "horizon": 5, "attempt_steps": 8},
+    "05_dark_key_door": {"size": 2, "horizon": 5, "max_episode_steps": 8},
     "12_half_cheetah_vel": {"episodes": 2, "episode_steps": 4, "loss": "amago2"},
-    "13_mazerunner_relabeling": {"time_limit": 6},
+    "13_mazerunner_relabeling": {"max_episode_steps": 6},
 }
 OTHER = {
     "00_meta_frozen_lake": {"slip_chance": 0.1},
@@ -99,7 +100,7 @@ TASK = {
     },
     "05_dark_key_door": {
         "size": 5,
-        "attempt_steps": 20,
+        "max_episode_steps": 20,
         "horizon": 100,
         "dark": True,
         "randomize_actions": False,
@@ -119,7 +120,7 @@ TASK = {
     "13_mazerunner_relabeling": {
         "maze_size": 7,
         "goals": 2,
-        "time_limit": 20,
+        "max_episode_steps": 20,
         "randomize_actions": False,
         "relabel": "some",
     },

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from torchrl_amago.modules.dropout import dropout
+from torchrl_amago.modules._dropout import dropout
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])

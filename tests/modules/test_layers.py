@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from tests.golden_utils import assert_close, cases, load
-from torchrl_amago.modules.input_norm import InputNorm
-from torchrl_amago.modules.layers import (
+from torchrl_amago.modules._input_norm import InputNorm
+from torchrl_amago.modules._layers import (
     MLP,
     RMSNorm,
     SigmaReparamLinear,
@@ -245,7 +245,7 @@ def test_rotary_products_depend_on_distance_only():
 )
 def test_input_norm(case):
     hp = case.hyperparameters
-    norm = InputNorm(hp["dim"], hp["beta"], hp["init_nu"])
+    norm = InputNorm(hp["dim"], hp["beta"], hp["initial_nu"])
     for i, x in enumerate(case["x"]):
         mask = ~(x == 4.0).all(-1)
         assert mask.any()

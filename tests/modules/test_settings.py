@@ -16,7 +16,7 @@ from torchrl_amago import modules
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.modules import HLGauss, Policy, TwoHot, make_critic, make_policy
-from torchrl_amago.modules.settings import Configurable, flatten, plain
+from torchrl_amago.modules._settings import Configurable, flatten, plain
 
 SIZES = {"d_model": 16, "num_layers": 1}
 HEADS = {**SIZES, "num_heads": 2}
@@ -51,7 +51,7 @@ TIMESTEPS = [
     (
         "cnn",
         {"trunk": "grid"},
-        {"random_shift": 2, "random_shift_share": 0.5, "activation": "gelu"},
+        {"random_shift": 2, "random_shift_fraction": 0.5, "activation": "gelu"},
     ),
     ("cnn", {"trunk": "grid"}, {"vector_scale": "none", "norm": "unit_ball"}),
     (

@@ -10,8 +10,8 @@ from torchrl.data import Binary, Bounded, Categorical
 from torchrl_amago import modules
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules import distributions, timestep
-from torchrl_amago.modules.input_norm import InputNorm
-from torchrl_amago.modules.layers import MLP
+from torchrl_amago.modules._input_norm import InputNorm
+from torchrl_amago.modules._layers import MLP
 
 COUNTS = (0, -4, 2.5, math.nan)
 NUMBERS = (0.0, -1.0, math.nan, math.inf)
@@ -25,7 +25,7 @@ EXPLORE = {"horizon": 9}
 # Class, arguments that are fine, those that count, those that are positive numbers.
 CONSTRUCTORS = [
     (MLP, dict(input_size=4, hidden_size=8, num_layers=1, output_size=2), "all", ""),
-    (InputNorm, dict(size=4), "all", "beta init_nu"),
+    (InputNorm, dict(size=4), "all", "beta initial_nu"),
     (modules.MLPTimestepEncoder, dict(shapes=SHAPES), "hidden_size num_layers output_size", ""),
     (
         modules.CNNTimestepEncoder,
@@ -65,8 +65,8 @@ CONSTRUCTORS = [
         "all d_ff window max_positions max_streams",
         "logit_clip",
     ),
-    (modules.GRUEncoder, TRAJECTORY, "all d_hidden max_streams", "longest_memory"),
-    (modules.LSTMEncoder, TRAJECTORY, "all d_hidden context_length", "longest_memory"),
+    (modules.GRUEncoder, TRAJECTORY, "all hidden_size max_streams", "longest_memory"),
+    (modules.LSTMEncoder, TRAJECTORY, "all hidden_size context_length", "longest_memory"),
     (modules.MambaEncoder, TRAJECTORY, "all d_state d_conv expand", ""),
     (modules.GatedLinearAttentionEncoder, dict(**TRAJECTORY, num_heads=2), "all d_ff", ""),
     (modules.FeedForwardEncoder, dict(input_size=4, d_model=16), "all d_ff", ""),
@@ -140,7 +140,7 @@ OTHERS = [
     (
         modules.ImageEmbedding,
         dict(shape=(16, 16, 3), trunk="grid"),
-        "random_shift_share",
+        "random_shift_fraction",
         (-0.1, 1.5, math.nan),
     ),
     (distributions.Discrete, dict(space=DISCRETE), "clip_low", (-0.1, 0.5, math.nan)),

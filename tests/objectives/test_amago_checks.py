@@ -169,7 +169,7 @@ def test_a_single_critic_has_no_spread():
         ({"discounts": (0.5, float("nan"))}, r"discounts must be one or more numbers in \(0, 1\)"),
         ({"compact": "maybe"}, "compact must be one of None, True, False, got 'maybe'"),
         ({"use_target_actor": "no"}, "use_target_actor must be one of True, False, got 'no'"),
-        ({"soften_actions": "no"}, "soften_actions must be one of True, False, got 'no'"),
+        ({"clip_actions": "no"}, "clip_actions must be one of True, False, got 'no'"),
     ],
 )
 def test_refuses_words_and_numbers_that_choose_nothing(options, message):

@@ -34,9 +34,10 @@ from torchrl_amago.modules import (
     TwoHot,
     ValueCodec,
 )
-from torchrl_amago.modules.distributions import make_distribution, noise
+from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions import make_distribution
 from torchrl_amago.objectives import AMAGOLoss, amago, exponential_filter
-from torchrl_amago.objectives.critics import ListedActions
+from torchrl_amago.objectives._critics import ListedActions
 
 # One update by hand needs no target updater; TorchRL warns of its absence.
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -73,7 +74,7 @@ def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
     }
     timestep = MLPTimestepEncoder(
         shapes,
-        hidden_size=hp["tstep"]["d_hidden"],
+        hidden_size=hp["tstep"]["hidden_size"],
         num_layers=hp["tstep"]["n_layers"],
         output_size=hp["tstep"]["d_output"],
     )
@@ -152,7 +153,7 @@ def build_trajectory_encoder(case: GoldenCase) -> TrajectoryEncoder:
         return GRUEncoder(
             hp["tstep"]["d_output"],
             d_model=traj["d_output"],
-            d_hidden=traj["d_hidden"],
+            hidden_size=traj["hidden_size"],
             num_layers=traj["n_layers"],
         )
     return TransformerEncoder(

@@ -9,7 +9,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.objectives.test_amago import FORMS, T, make_batch, make_loss, total
-from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.objectives import amago
 
 pytestmark = [

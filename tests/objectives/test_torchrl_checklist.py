@@ -46,7 +46,7 @@ from torchrl_amago.modules import (
     ResidualActor,
     TwoHot,
 )
-from torchrl_amago.modules.assemble import SEQ_MODELS
+from torchrl_amago.modules.build import SEQ_MODELS
 from torchrl_amago.objectives import AMAGOLoss, exponential_filter
 
 KEYS = {field.name: field.default for field in fields(AMAGOLoss.default_keys)}
@@ -422,7 +422,7 @@ def test_settings_tell_what_no_shape_does():
         {"num_target_actions": 2},
         {"num_policy_actions": 2},
         {"use_target_actor": False},
-        {"soften_actions": False},
+        {"clip_actions": False},
         {"use_prioritized_weights": False},
         {"reduction": "sum"},
         {"actor_mask": lambda batch, term, mask: mask},

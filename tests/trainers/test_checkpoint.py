@@ -10,9 +10,9 @@ import torch
 from tensordict import TensorDict
 from torch import nn
 
+from torchrl_amago._files import DamagedError, write_manifest
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.files import DamagedError, write_manifest
-from torchrl_amago.trainers import refuse_existing_run
+from torchrl_amago.trainers import check_no_existing_run
 from torchrl_amago.trainers.checkpoint import CheckpointStore, describe_architecture
 
 ARCHITECTURE = {"loss.weight": "2x3 float32", "loss.bias": "2 float32"}
@@ -200,11 +200,11 @@ def test_keep_must_be_positive(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["progress.csv", "checkpoints/update_0000003"])
-def test_refuse_existing_run(tmp_path, name):
-    refuse_existing_run(tmp_path)
-    refuse_existing_run(tmp_path / "not there")
+def test_check_no_existing_run(tmp_path, name):
+    check_no_existing_run(tmp_path)
+    check_no_existing_run(tmp_path / "not there")
     (tmp_path / "checkpoints").mkdir()  # a run that died before anything was written
-    refuse_existing_run(tmp_path)
+    check_no_existing_run(tmp_path)
     (tmp_path / name).mkdir()
     with pytest.raises(FileExistsError, match=f"holds {name}. Choose another run_dir, resume"):
-        refuse_existing_run(tmp_path)
+        check_no_existing_run(tmp_path)

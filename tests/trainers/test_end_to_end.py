@@ -209,7 +209,7 @@ def test_other_memories(tmp_path, options):
 @pytest.mark.parametrize("make_env", [cart_poles, lake], ids=["gymnasium", "other number of rows"])
 def test_trials_that_cannot_go_on_end_and_the_run_says_so(tmp_path, make_env, monkeypatch):
     told = []
-    monkeypatch.setattr("torchrl_amago.trainers.parts.torchrl_logger.info", told.append)
+    monkeypatch.setattr("torchrl_amago.trainers._parts.torchrl_logger.info", told.append)
     first = make_run(tmp_path, make_env, num_envs=6)
     signal_at(first, 8, signal.SIGTERM)
     assert first.train() == "preempted"

@@ -5,26 +5,26 @@ import torch
 from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 
+from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.evaluation import TrialResults
-from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers import TrialMonitor
 from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
 
 
-def trial(*attempts):
-    """Steps of one trial; each attempt is a list of rewards."""
-    rewards = torch.tensor([r for attempt in attempts for r in attempt]).unsqueeze(-1)
-    index = torch.tensor([i for i, attempt in enumerate(attempts) for _ in attempt]).unsqueeze(-1)
-    ends = torch.tensor([n == len(a) - 1 for a in attempts for n in range(len(a))]).unsqueeze(-1)
-    returns = torch.tensor([sum(a[: n + 1]) for a in attempts for n in range(len(a))])
+def trial(*episodes):
+    """Steps of one trial; each episode is a list of rewards."""
+    rewards = torch.tensor([r for episode in episodes for r in episode]).unsqueeze(-1)
+    index = torch.tensor([i for i, episode in enumerate(episodes) for _ in episode]).unsqueeze(-1)
+    ends = torch.tensor([n == len(a) - 1 for a in episodes for n in range(len(a))]).unsqueeze(-1)
+    returns = torch.tensor([sum(a[: n + 1]) for a in episodes for n in range(len(a))])
     done = torch.zeros_like(ends)
     done[-1] = True
     following = {
         "reward": rewards,
         "done": done,
         "soft_reset": ends & ~done,
-        "attempt_return": returns.unsqueeze(-1),
+        "episode_return": returns.unsqueeze(-1),
     }
     return TensorDict({"episode_idx": index, "next": following}, [len(rewards)])
 
@@ -129,8 +129,8 @@ def test_follows_what_is_written(monitor):
     assert monitor.trials == 7
 
 
-def test_tasks_without_attempts(monitor):
-    steps = trial([1.0, 2.0]).exclude("episode_idx", ("next", "attempt_return"))
+def test_tasks_without_episodes(monitor):
+    steps = trial([1.0, 2.0]).exclude("episode_idx", ("next", "episode_return"))
     monitor.replay_buffer.extend(steps)
     monitor.look()
     assert monitor.window.means() == {"train/trial_return": 3.0, "train/trial_length": 2.0}
@@ -147,8 +147,8 @@ def test_existing_trials_count_but_are_not_logged(monitor):
 def test_evaluation_metrics():
     assert evaluation_metrics({"score": torch.tensor(2.0)}) == {"eval/score": 2.0}
     results = TrialResults(
-        attempt_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
-        attempt_success=torch.tensor([[False, True], [True, True]]),
+        episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+        episode_success=torch.tensor([[False, True], [True, True]]),
         trial_return=torch.tensor([2.0, 2.0]),
         trial_length=torch.tensor([4, 6]),
     )

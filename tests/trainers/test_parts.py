@@ -13,7 +13,7 @@ from torch import nn
 
 from tests.trainers.tiny import make_trainer
 from torchrl_amago.trainers import make_schedule
-from torchrl_amago.trainers.parts import Optimisation, Rollouts
+from torchrl_amago.trainers._parts import Optimisation, Rollouts
 
 # --- components ---
 
@@ -216,14 +216,14 @@ def test_a_second_trainer_is_refused_and_told_by_whom(tmp_path):
     first = make_trainer(tmp_path, total_updates=8)
     seen = []
 
-    def attempt(trainer):
+    def episode(trainer):
         if trainer.counts.updates == 5:
-            for attempt in (make_trainer(tmp_path).train, make_trainer(tmp_path).resume):
+            for episode in (make_trainer(tmp_path).train, make_trainer(tmp_path).resume):
                 with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"):
-                    attempt()
+                    episode()
                 seen.append(sorted(path.name for path in tmp_path.iterdir()))
 
-    first.callbacks.append(attempt)
+    first.callbacks.append(episode)
     assert first.train() == "finished"
     assert len(seen) == 2
     # Released at the end.

@@ -11,8 +11,8 @@ from torch import nn
 
 from tests.trainers.tiny import make_trainer
 from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
-from torchrl_amago.files import DamagedError
-from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago._files import DamagedError
+from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.trainers import load_policy
 from torchrl_amago.trainers.checkpoint import PolicyFiles
 

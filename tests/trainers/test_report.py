@@ -8,9 +8,9 @@ import pytest
 import torch
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 
+from torchrl_amago._files import DamagedError
+from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.evaluation import TrialResults
-from torchrl_amago.files import DamagedError
-from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers import ProgressTable, read_progress
 from torchrl_amago.trainers import report as report_module
 from torchrl_amago.trainers.report import MetricWindow, RunReport, make_logger
@@ -139,13 +139,13 @@ class ListLogger(CSVLogger):
         self.told.append(("hparams", cfg))
 
 
-def test_loggers_get_settings_rows_and_the_evaluation_by_attempt(tmp_path):
+def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path):
     logger = ListLogger(tmp_path)
     report = RunReport(tmp_path / "run", [logger], progress_bar=False)
     report.open(10, 0, {"tau": 0.01, "discounts": (0.9, 0.99)})
     results = TrialResults(
-        attempt_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
-        attempt_success=torch.tensor([[False, True], [True, True]]),
+        episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+        episode_success=torch.tensor([[False, True], [True, True]]),
         trial_return=torch.tensor([2.0, 2.0]),
         trial_length=torch.tensor([4, 6]),
     )
@@ -155,10 +155,10 @@ def test_loggers_get_settings_rows_and_the_evaluation_by_attempt(tmp_path):
     expected = [
         ("frames", 40, 5),
         ("eval/trial_return", 2.0, 5),
-        ("eval_attempt_1/success", 0.5, 5),
+        ("eval_episode_1/success", 0.5, 5),
     ]
     assert set(expected) <= set(logger.told[1:])
-    assert ("eval_attempt_2/return", 1.5, 5) in logger.told
+    assert ("eval_episode_2/return", 1.5, 5) in logger.told
     assert [name for name, _ in logger.pictures] == ["eval/adaptation_curve"]
 
 

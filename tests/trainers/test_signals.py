@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from torchrl_amago.trainers.signals import on_signals
+from torchrl_amago.trainers._signals import on_signals
 
 PREEMPTION = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 

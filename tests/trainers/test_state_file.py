@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from torchrl_amago.files import DamagedError
-from torchrl_amago.state_file import load_state, save_state
+from torchrl_amago._files import DamagedError
+from torchrl_amago._state_file import load_state, save_state
 
 DTYPES = [
     torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn,

@@ -28,7 +28,7 @@ from torchrl_amago.trainers import (
 
 
 class GuessTask(EnvBase):
-    """Guess a hidden number from 0 to 2 in attempts of 2 steps; trials of 4 or 6 steps.
+    """Guess a hidden number from 0 to 2 in episodes of 2 steps; trials of 4 or 6 steps.
 
     Everything random comes from an own generator, which ``set_seed`` seeds. ``poison`` puts a
     value that is not finite into an entry, from a given step on.
@@ -45,7 +45,7 @@ class GuessTask(EnvBase):
             "observation": Unbounded((rows, 3)),
             "time_idx": Unbounded(shape, dtype=torch.int64),
             "episode_idx": Unbounded(shape, dtype=torch.int64),
-            "attempt_return": Unbounded(shape),
+            "episode_return": Unbounded(shape),
             "soft_reset": flag.clone(),
         }
         self.observation_spec = Composite(entries, shape=(rows,))
@@ -91,7 +91,7 @@ class GuessTask(EnvBase):
         out = TensorDict(observation=observation, batch_size=self.batch_size)
         out.set("time_idx", self.time.clone().unsqueeze(-1))
         out.set("episode_idx", (self.time // 2).unsqueeze(-1))
-        out.set("attempt_return", self.gain.clone().unsqueeze(-1))
+        out.set("episode_return", self.gain.clone().unsqueeze(-1))
         return out.set("soft_reset", (self.time % 2 == 0).unsqueeze(-1))
 
 

@@ -206,10 +206,10 @@ def _transformer_encoder(weights: Weights) -> PartDescription:
 
 
 def _gru_encoder(weights: Weights) -> PartDescription:
-    d_hidden, d_model = _linear(weights, "out")
+    hidden_size, d_model = _linear(weights, "out")
     options = {
         "d_model": d_model,
-        "d_hidden": d_hidden,
+        "hidden_size": hidden_size,
         "num_layers": _count(weights, r"rnn\.weight_hh_l(\d+)"),
         **_norms(weights, out_norm="out_norm"),
     }

@@ -16,9 +16,9 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_amago import keys
+from torchrl_amago.data._trial_ends import trial_ends
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
-from torchrl_amago.data.trial_ends import trial_ends
 
 _TRIAL = ("collector", "traj_ids")
 

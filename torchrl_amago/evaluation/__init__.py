@@ -1,17 +1,11 @@
-"""What an agent can do: unbiased evaluation, its statistics, and the pictures of both.
+"""Unbiased evaluation over whole trials, and its statistics.
 
-`evaluate` plays a fixed number of whole trials per environment row, `held_out` those of one seed again
-and again through a run; `statistics` gives interquartile means and bootstrap intervals; `plots`
-draws learning curves, adaptation curves and trials.
+`evaluate` plays a fixed number of trials per environment row, `evaluator` the trials of one held-out seed
+again and again through a run, and `statistics` gives interquartile means and bootstrap intervals.
 """
 
 from torchrl_amago.evaluation.evaluate import TrialResults, evaluate
-from torchrl_amago.evaluation.held_out import HELD_OUT_SEED, BothResults, HeldOut
-from torchrl_amago.evaluation.plots import (
-    plot_adaptation_curve,
-    plot_learning_curve,
-    plot_trial_strip,
-)
+from torchrl_amago.evaluation.evaluator import HELD_OUT_SEED, BothResults, HeldOut
 from torchrl_amago.evaluation.rollout_pictures import rollout_pictures
 from torchrl_amago.evaluation.statistics import (
     Interval,
@@ -29,9 +23,6 @@ __all__ = [
     "bootstrap_mean",
     "evaluate",
     "interquartile_mean",
-    "plot_adaptation_curve",
-    "plot_learning_curve",
-    "plot_trial_strip",
     "rollout_pictures",
     "stratified_bootstrap",
 ]

@@ -26,30 +26,30 @@ Measure = Literal["success", "return"]
 
 @dataclass(frozen=True)
 class TrialResults:
-    """What happened in N trials of up to k attempts each.
+    """What happened in N trials of up to k episodes each.
 
     Attributes:
-        attempt_return: `[N, k]` float32, return of each attempt; NaN where the trial was over
-            before the attempt began.
-        attempt_success: `[N, k]` bool, whether that return was above the threshold; False where
-            there was no attempt.
+        episode_return: `[N, k]` float32, return of each episode; NaN where the trial was over
+            before the episode began.
+        episode_success: `[N, k]` bool, whether that return was above the threshold; False where
+            there was no episode.
         trial_return: `[N]` float32, sum of the trial's rewards.
         trial_length: `[N]` int64, steps of the trial.
 
     Example:
         >>> nan = float("nan")
         >>> results = TrialResults(
-        ...     attempt_return=torch.tensor([[0.0, 1.0], [1.0, nan]]),
-        ...     attempt_success=torch.tensor([[False, True], [True, False]]),
+        ...     episode_return=torch.tensor([[0.0, 1.0], [1.0, nan]]),
+        ...     episode_success=torch.tensor([[False, True], [True, False]]),
         ...     trial_return=torch.tensor([1.0, 1.0]),
         ...     trial_length=torch.tensor([12, 8]),
         ... )
-        >>> results.by_attempt("success").nanmean(0)
+        >>> results.by_episode("success").nanmean(0)
         tensor([0.5000, 1.0000])
     """
 
-    attempt_return: Tensor
-    attempt_success: Tensor
+    episode_return: Tensor
+    episode_success: Tensor
     trial_return: Tensor
     trial_length: Tensor
 
@@ -57,26 +57,26 @@ class TrialResults:
         return len(self.trial_return)
 
     @property
-    def attempt_happened(self) -> Tensor:
-        """`[N, k]` bool, False where the trial was over before the attempt began."""
-        return ~self.attempt_return.isnan()
+    def episode_happened(self) -> Tensor:
+        """`[N, k]` bool, False where the trial was over before the episode began."""
+        return ~self.episode_return.isnan()
 
-    def by_attempt(self, measure: Measure = "success") -> Tensor:
-        """`[N, k]` float32: `"success"` (0 or 1) or `"return"`, NaN for attempts not begun."""
+    def by_episode(self, measure: Measure = "success") -> Tensor:
+        """`[N, k]` float32: `"success"` (0 or 1) or `"return"`, NaN for episodes not begun."""
         if measure == "return":
-            return self.attempt_return
+            return self.episode_return
         if measure != "success":
             raise ValueError(
                 f"measure must be 'success' or 'return', got {measure!r}. Use 'return' where "
-                "attempts don't simply succeed or fail."
+                "episodes don't simply succeed or fail."
             )
-        return torch.where(self.attempt_happened, self.attempt_success.float(), torch.nan)
+        return torch.where(self.episode_happened, self.episode_success.float(), torch.nan)
 
     def summary(self) -> dict[str, float]:
-        """Means over the trials, ready for a logger; `last` is each trial's own last attempt."""
-        success = self.by_attempt("success")
-        attempt = torch.arange(success.shape[1])
-        last = torch.where(self.attempt_happened, attempt, -1).amax(1, keepdim=True)
+        """Means over the trials, ready for a logger; `last` is each trial's own last episode."""
+        success = self.by_episode("success")
+        episode = torch.arange(success.shape[1])
+        last = torch.where(self.episode_happened, episode, -1).amax(1, keepdim=True)
         return {
             "trial_return": self.trial_return.mean().item(),
             "trial_length": self.trial_length.float().mean().item(),
@@ -100,15 +100,15 @@ class TrialResults:
 
     @classmethod
     def concatenate(cls, results: Sequence[TrialResults]) -> TrialResults:
-        """Pool the trials of several results; attempts that some lack are filled up with NaN."""
-        width = max(result.attempt_return.shape[1] for result in results)
+        """Pool the trials of several results; episodes that some lack are filled up with NaN."""
+        width = max(result.episode_return.shape[1] for result in results)
 
         def widen(values: Tensor, fill: float) -> Tensor:
             return nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
 
         return cls(
-            torch.cat([widen(result.attempt_return, torch.nan) for result in results]),
-            torch.cat([widen(result.attempt_success, False) for result in results]),
+            torch.cat([widen(result.episode_return, torch.nan) for result in results]),
+            torch.cat([widen(result.episode_success, False) for result in results]),
             torch.cat([result.trial_return for result in results]),
             torch.cat([result.trial_length for result in results]),
         )
@@ -123,7 +123,7 @@ def evaluate(
     seed: int = 0,
     success_threshold: float = 0.0,
     max_trial_steps: int = 100_000,
-    attempt_return_key: NestedKey = "attempt_return",
+    episode_return_key: NestedKey = "episode_return",
     soft_reset_key: NestedKey = "soft_reset",
     reward_key: NestedKey = "reward",
     done_key: NestedKey = "done",
@@ -143,10 +143,10 @@ def evaluate(
             the policy (`ExplorationType.RANDOM`), without the noise that `policy.exploration`, where
             there is such a module, adds in training.
         seed: held-out seed for the environment and the sampling.
-        success_threshold: an attempt succeeds when its return is above this.
+        success_threshold: an episode succeeds when its return is above this.
         max_trial_steps: a trial longer than this raises.
-        attempt_return_key: in `next`: return of the attempt that the step belonged to.
-        soft_reset_key: in `next`: True where the step ended an attempt and the trial goes on.
+        episode_return_key: in `next`: return of the episode that the step belonged to.
+        soft_reset_key: in `next`: True where the step ended an episode and the trial goes on.
         reward_key: in `next`: the reward.
         done_key: in `next`: True where the step ended the trial.
 
@@ -159,7 +159,7 @@ def evaluate(
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(16,)), episodes=5)
         >>> results = evaluate(env.rand_action, env, trials_per_row=2, greedy=False)
-        >>> results.attempt_return.shape
+        >>> results.episode_return.shape
         torch.Size([32, 5])
     """
     if trials_per_row < 1:
@@ -174,10 +174,10 @@ def evaluate(
         while not tally.is_complete:
             step, following = env.step_and_maybe_reset(policy(step))
             step_next = step["next"]
-            _check_keys(step_next, attempt_return_key, soft_reset_key)
+            _check_keys(step_next, episode_return_key, soft_reset_key)
             tally.add(
                 reward=step_next[reward_key],
-                attempt_return=step_next[attempt_return_key],
+                episode_return=step_next[episode_return_key],
                 soft_reset=step_next[soft_reset_key],
                 done=step_next[done_key],
             )
@@ -230,27 +230,27 @@ def _without_noise(policy: Callable) -> Iterator[None]:
 
 
 class _Tally:
-    """Per-row bookkeeping of the trials and attempts that count."""
+    """Per-row bookkeeping of the trials and episodes that count."""
 
     def __init__(self, rows: int, trials_per_row: int, max_trial_steps: int):
         self.trials_per_row = trials_per_row
         self.max_trial_steps = max_trial_steps
         self.trial = np.zeros(rows, dtype=np.int64)
-        self.attempt = np.zeros(rows, dtype=np.int64)
+        self.episode = np.zeros(rows, dtype=np.int64)
         self.trial_return = np.zeros((rows, trials_per_row))
         self.trial_length = np.zeros((rows, trials_per_row), dtype=np.int64)
-        # (row, trial, attempt, return) of every attempt that ended, one array each per step.
+        # (row, trial, episode, return) of every episode that ended, one array each per step.
         self.ended: list[tuple[np.ndarray, ...]] = []
 
     @property
     def is_complete(self) -> bool:
         return bool((self.trial == self.trials_per_row).all())
 
-    def add(self, reward: Tensor, attempt_return: Tensor, soft_reset: Tensor, done: Tensor) -> None:
+    def add(self, reward: Tensor, episode_return: Tensor, soft_reset: Tensor, done: Tensor) -> None:
         """Count one step of every row that has trials left to play."""
-        reward, attempt_return, soft_reset, done = (
+        reward, episode_return, soft_reset, done = (
             value.reshape(len(self.trial)).cpu().numpy()
-            for value in (reward, attempt_return, soft_reset, done)
+            for value in (reward, episode_return, soft_reset, done)
         )
         row = np.flatnonzero(self.trial < self.trials_per_row)
         self.trial_return[row, self.trial[row]] += reward[row]
@@ -262,19 +262,19 @@ class _Tally:
             )
         over = row[soft_reset[row] | done[row]]
         if over.size:
-            self.ended.append((over, self.trial[over], self.attempt[over], attempt_return[over]))
-            self.attempt[over] = np.where(done[over], 0, self.attempt[over] + 1)
+            self.ended.append((over, self.trial[over], self.episode[over], episode_return[over]))
+            self.episode[over] = np.where(done[over], 0, self.episode[over] + 1)
             self.trial[over] += done[over]
 
     def results(self, success_threshold: float) -> TrialResults:
         """Everything counted, trials in the order of rows."""
-        row, trial, attempt, value = map(np.concatenate, zip(*self.ended, strict=True))
-        attempt_return = np.full((self.trial.size * self.trials_per_row, attempt.max() + 1), np.nan)
-        attempt_return[row * self.trials_per_row + trial, attempt] = value
-        attempt_return = torch.from_numpy(attempt_return).float()
+        row, trial, episode, value = map(np.concatenate, zip(*self.ended, strict=True))
+        episode_return = np.full((self.trial.size * self.trials_per_row, episode.max() + 1), np.nan)
+        episode_return[row * self.trials_per_row + trial, episode] = value
+        episode_return = torch.from_numpy(episode_return).float()
         return TrialResults(
-            attempt_return,
-            attempt_return > success_threshold,
+            episode_return,
+            episode_return > success_threshold,
             torch.from_numpy(self.trial_return.reshape(-1)).float(),
             torch.from_numpy(self.trial_length.reshape(-1)),
         )

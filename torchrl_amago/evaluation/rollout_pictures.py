@@ -1,7 +1,7 @@
-"""Pictures of one trial, attempt by attempt.
+"""Pictures of one trial, episode by episode.
 
-The trial transform resets the task within the step that ends an attempt, so the picture that matters
-most, the attempt's end, is gone when `env.step` returns. A camera placed under the transforms takes
+The trial transform resets the task within the step that ends an episode, so the picture that matters
+most, the episode's end, is gone when `env.step` returns. A camera placed under the transforms takes
 it before.
 """
 
@@ -59,11 +59,11 @@ def rollout_pictures(
         greedy: act by the distribution's mode instead of sampling.
         seed: of environment and sampling.
         max_steps: a trial longer than this raises.
-        soft_reset_key: in `next`: True where the step ended an attempt and the trial goes on.
+        soft_reset_key: in `next`: True where the step ended an episode and the trial goes on.
         done_key: in `next`: True where the step ended the trial.
 
     Returns:
-        One list of pictures per attempt, from its first state to the one that ended it.
+        One list of pictures per episode, from its first state to the one that ended it.
 
     Raises:
         TypeError: where the environment cannot be drawn.
@@ -73,23 +73,23 @@ def rollout_pictures(
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=3)
-        >>> attempts = rollout_pictures(env.rand_action, env, row=1, greedy=False)
-        >>> len(attempts), attempts[0][0].shape[-1]
+        >>> episodes = rollout_pictures(env.rand_action, env, row=1, greedy=False)
+        >>> len(episodes), episodes[0][0].shape[-1]
         (3, 3)
     """
     filmed, camera = _with_camera(env, row)
     with rollout_mode(policy, greedy=greedy, seed=seed):
         filmed.set_seed(seed)
         step = filmed.reset()
-        attempts = [[_draw(filmed.base_env, row)]]
+        episodes = [[_draw(filmed.base_env, row)]]
         for _ in range(max_steps):
             # Other rows may be done before this one: they begin a new trial.
             step, following = filmed.step_and_maybe_reset(policy(step))
-            attempts[-1].append(camera.picture)
+            episodes[-1].append(camera.picture)
             if step["next", done_key].reshape(-1)[row]:
-                return attempts
+                return episodes
             if step["next", soft_reset_key].reshape(-1)[row]:
-                attempts.append([_draw(filmed.base_env, row)])
+                episodes.append([_draw(filmed.base_env, row)])
             step = following
     raise RuntimeError(
         f"The trial must end within max_steps={max_steps} steps, it did not. Give the trial "

@@ -60,7 +60,7 @@ def bootstrap_mean(
 ) -> Interval:
     """Mean over the first axis with its percentile-bootstrap interval; NaN marks missing values.
 
-    Whole rows are drawn, so that columns stay together (attempts of one trial are not independent).
+    Whole rows are drawn, so that columns stay together (episodes of one trial are not independent).
 
     Args:
         values: `[N, ...]`; missing entries are NaN and don't count.

@@ -10,7 +10,7 @@ Data flows through the files in this order::
 from torchrl.objectives import add_random_module
 
 from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
-from torchrl_amago.modules.assemble import ACTORS, SEQ_MODELS, make_critic, make_policy
+from torchrl_amago.modules.build import ACTORS, SEQ_MODELS, make_critic, make_policy
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, EnsembleLinear
 from torchrl_amago.modules.distributions import (
     DISTRIBUTIONS,

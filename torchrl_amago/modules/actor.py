@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from torchrl_amago._masking import is_traced
+from torchrl_amago._validation import check_counts
 from torchrl_amago.action_space import split_parts
-from torchrl_amago.choice import check_counts
-from torchrl_amago.modules.layers import MLP, make_activation, make_norm
-from torchrl_amago.modules.settings import Configurable
-from torchrl_amago.steps import is_traced
+from torchrl_amago.modules._layers import MLP, make_activation, make_norm
+from torchrl_amago.modules._settings import Configurable
 
 
 class ActorHead(Configurable, nn.Module, abc.ABC):
@@ -165,7 +165,7 @@ class Actor(ActorHead):
         num_discounts: G.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
         dropout: rate after each hidden layer.
         options: `observation_sizes` and `masks_actions`, see :class:`ActorHead`.
 
@@ -216,8 +216,8 @@ class ResidualActor(ActorHead):
         feature_size: width between the blocks.
         residual_size: width inside of a block.
         num_blocks: number of blocks, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: name of the norm in the blocks, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: name of the norm in the blocks, see :func:`~torchrl_amago.modules._layers.make_norm`.
         dropout: rate inside of the first MLP.
         options: `observation_sizes` and `masks_actions`, see :class:`ActorHead`.
 

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
-from torchrl_amago.choice import check_counts, check_positive
-from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.input_norm import PreciseBuffers
-from torchrl_amago.modules.layers import make_activation
-from torchrl_amago.modules.settings import Configurable
+from torchrl_amago._validation import check_counts, check_positive
+from torchrl_amago.modules._dropout import check_dropout, dropout
+from torchrl_amago.modules._input_norm import PreciseBuffers
+from torchrl_amago.modules._layers import make_activation
+from torchrl_amago.modules._settings import Configurable
 
 
 class EnsembleLinear(Configurable, nn.Module):
@@ -71,7 +71,7 @@ class CriticEnsemble(Configurable, nn.Module):
             classifies); None for one, without a dimension of its own.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
         dropout: rate after each hidden layer, in [0, 1).
 
     Raises:

@@ -18,16 +18,16 @@ from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 
 from torchrl_amago import keys
+from torchrl_amago._validation import check_counts, check_positive
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
-from torchrl_amago.choice import check_counts, check_positive
-from torchrl_amago.modules.distributions import noise
-from torchrl_amago.modules.settings import Configurable
+from torchrl_amago.modules._settings import Configurable
+from torchrl_amago.modules.distributions import _noise as noise
 
 
 class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     """Noise with a schedule over training and one within the trial; subclasses write the noise.
 
-    With ``p`` the share of ``anneal_frames`` used up and ``q`` the share of ``horizon`` used up,
+    With ``p`` the fraction of ``anneal_frames`` used up and ``q`` the fraction of ``horizon`` used up,
     both clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
 
         start = lerp(start_of_trial[0], start_of_trial[1], p)

@@ -18,13 +18,13 @@ from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
+from torchrl_amago._masking import is_traced
+from torchrl_amago.modules._settings import flatten, plain
 from torchrl_amago.modules.actor import ActorHead
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.export import PolicyStep
-from torchrl_amago.modules.settings import flatten, plain
 from torchrl_amago.modules.timestep import TimestepEncoder
 from torchrl_amago.modules.trajectory import Memory, TrajectoryEncoder
-from torchrl_amago.steps import is_traced
 
 # AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
 DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)

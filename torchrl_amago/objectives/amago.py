@@ -19,12 +19,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 
-from torchrl_amago.choice import check_counts, name_of, pick
+from torchrl_amago._validation import check_counts, name_of, pick
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.policy import DISCOUNTS, check_discounts
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec
-from torchrl_amago.objectives.batch import Slices
-from torchrl_amago.objectives.checks import (
+from torchrl_amago.objectives._checks import (
     check_critics,
     check_distribution,
     check_mask,
@@ -32,11 +31,20 @@ from torchrl_amago.objectives.checks import (
     check_scales,
     check_words,
 )
-from torchrl_amago.objectives.critics import (
+from torchrl_amago.objectives._critics import (
     PolicyValue,
     ValueSpace,
     to_space,
 )
+from torchrl_amago.objectives._metrics import (
+    POLICY_METRICS,
+    VALUE_METRICS,
+    policy_metrics,
+    value_metrics,
+    value_names,
+)
+from torchrl_amago.objectives._networks import ActorCriticLoss, evaluating
+from torchrl_amago.objectives._slice_batch import Slices
 from torchrl_amago.objectives.functional import (
     FILTERS,
     AdvantageFilter,
@@ -46,14 +54,6 @@ from torchrl_amago.objectives.functional import (
     n_step_target,
     reduce_ensemble,
 )
-from torchrl_amago.objectives.metrics import (
-    POLICY_METRICS,
-    VALUE_METRICS,
-    policy_metrics,
-    value_metrics,
-    value_names,
-)
-from torchrl_amago.objectives.networks import ActorCriticLoss, evaluating
 
 MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
@@ -107,7 +107,7 @@ class AMAGOLoss(ActorCriticLoss):
         num_target_actions: samples of the target policy for V' where critics take actions.
         num_policy_actions: samples of the policy for V and the online term, likewise.
         use_target_actor: let the target actor choose the TD target's actions.
-        soften_actions: show critics a stored discrete action as the policy's probabilities are
+        clip_actions: show critics a stored discrete action as the policy's probabilities are
             clipped (0.996 and four times 0.001 of five actions), as the public AMAGO code does, so
             that stored and chosen actions are valued alike.
         actor_mask: a function that edits which ``[B, T, G]`` count in the actor's loss; of a batch that
@@ -123,7 +123,7 @@ class AMAGOLoss(ActorCriticLoss):
 
     Returns:
         ``loss_actor`` and ``loss_qvalue``, whose sum is the total loss, and detached metrics, all
-        scalars (but for ``reduction="none"``), see :mod:`~torchrl_amago.objectives.metrics`. The batch
+        scalars (but for ``reduction="none"``), see :mod:`~torchrl_amago.objectives._metrics`. The batch
         gets each step's absolute TD error, the priority.
 
     Raises:
@@ -169,7 +169,7 @@ class AMAGOLoss(ActorCriticLoss):
         num_target_actions: int = 1,
         num_policy_actions: int = 1,
         use_target_actor: bool = True,
-        soften_actions: bool = True,
+        clip_actions: bool = True,
         actor_mask: MaskHook | None = None,
         critic_mask: MaskHook | None = None,
         compact: bool | None = None,
@@ -184,7 +184,7 @@ class AMAGOLoss(ActorCriticLoss):
             compact=compact,
             use_prioritized_weights=use_prioritized_weights,
             use_target_actor=use_target_actor,
-            soften_actions=soften_actions,
+            clip_actions=clip_actions,
         )
         check_distribution(distribution)
         check_scales(
@@ -219,7 +219,7 @@ class AMAGOLoss(ActorCriticLoss):
         self.filter_space = filter_space
         self.num_target_actions = num_target_actions
         self.num_policy_actions = num_policy_actions
-        self.use_target_actor, self.soften_actions = use_target_actor, soften_actions
+        self.use_target_actor, self.clip_actions = use_target_actor, clip_actions
         self.actor_mask, self.critic_mask = actor_mask, critic_mask
         self.compact = compact
         self.use_prioritized_weights = use_prioritized_weights
@@ -336,7 +336,9 @@ class AMAGOLoss(ActorCriticLoss):
         self, current: dict[NestedKey, Tensor], action_MA: Tensor, policy: Distribution
     ) -> tuple[Tensor, PolicyValue]:
         """Raw predictions for the actions taken ``[M, C, G, *]``, and V of the policy."""
-        shown_MA = self.distribution.soften(action_MA, policy) if self.soften_actions else action_MA
+        shown_MA = (
+            self.distribution.clip_action(action_MA, policy) if self.clip_actions else action_MA
+        )
         return self._answers(self.critic_network_params, self.num_policy_actions).online(
             current[self._state_key], shown_MA, policy, self.online_coeff > 0
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torchrl_amago.modules.assemble import make_critic
+from torchrl_amago.modules.build import make_critic
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import PopArt, TwoHot, ValueCodec
 from torchrl_amago.objectives.amago import AMAGOLoss
@@ -25,7 +25,7 @@ def amago_loss(
     Args:
         policy: what is trained; gives discounts and actions.
         value_codec: default :class:`PopArt`.
-        critic_options: arguments of :func:`~torchrl_amago.modules.assemble.make_critic`.
+        critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`, whose defaults are AMAGO's.
 
     Example:
@@ -57,7 +57,7 @@ def amago2_loss(
     Args:
         policy: what is trained; gives discounts and actions.
         value_codec: default :class:`TwoHot` over returns of up to 100,000 (times ``reward_scale``).
-        critic_options: arguments of :func:`~torchrl_amago.modules.assemble.make_critic`.
+        critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`. AMAGO-2's defaults are ``online_coeff=0``,
             ``offline_coeff=1``, ``num_policy_actions=3``.
 

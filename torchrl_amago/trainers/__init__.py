@@ -7,7 +7,7 @@ terminal and loggers, ``parts`` the state of a run, ``checkpoint`` its files, ``
 
 from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer
-from torchrl_amago.trainers.checkpoint import load_policy, refuse_existing_run
+from torchrl_amago.trainers.checkpoint import check_no_existing_run, load_policy
 from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
 from torchrl_amago.trainers.nonfinite import NonFiniteError
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
@@ -22,10 +22,10 @@ __all__ = [
     "NonFiniteError",
     "ProgressTable",
     "TrialMonitor",
+    "check_no_existing_run",
     "load_policy",
     "make_optimizer",
     "make_schedule",
     "make_trainer",
     "read_progress",
-    "refuse_existing_run",
 ]

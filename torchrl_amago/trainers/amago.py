@@ -20,25 +20,25 @@ from torchrl.data import ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 
-from torchrl_amago import files
-from torchrl_amago.choice import check_counts
+from torchrl_amago import _files as files
+from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector, TrialReplayBuffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.trainers._parts import Components, Counts, Optimisation, Rollouts
+from torchrl_amago.trainers._signals import on_signals
 from torchrl_amago.trainers.checkpoint import (
     CheckpointStore,
     PolicyFiles,
     as_json,
+    check_no_existing_run,
     describe_architecture,
     differences,
     policy_settings,
-    refuse_existing_run,
 )
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, evaluate_apart
 from torchrl_amago.trainers.nonfinite import blame_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
-from torchrl_amago.trainers.parts import Components, Counts, Optimisation, Rollouts
 from torchrl_amago.trainers.report import Results, RunReport, evaluation_metrics
-from torchrl_amago.trainers.signals import on_signals
 
 Outcome = Literal["finished", "interrupted", "preempted"]
 
@@ -81,7 +81,7 @@ class AMAGOTrainer:
         online_after: updates on what the buffer holds already, before anything is collected.
         loggers: ``"tensorboard"``, ``"wandb"`` or torchrl loggers, besides the table.
         progress_bar: a bar on a terminal, lines elsewhere; False for neither.
-        success_threshold: an attempt succeeds if its return is larger.
+        success_threshold: an episode succeeds if its return is larger.
         seed: seeds torch, numpy, python and the environment when a new run starts.
         settings: values by name that a resumed run must agree with, besides the ``settings`` of
             policy and loss.
@@ -197,7 +197,7 @@ class AMAGOTrainer:
         self._claim()
         try:
             if not self._is_resumed:
-                refuse_existing_run(self.run_dir)
+                check_no_existing_run(self.run_dir)
             with on_signals(self._stop_on_signal):
                 self._begin()
                 self._loop()
@@ -379,7 +379,7 @@ class AMAGOTrainer:
                 return self
             found = self.checkpoints.find(path)
             if found.parent.parent.resolve() != self.run_dir.resolve():
-                refuse_existing_run(self.run_dir)
+                check_no_existing_run(self.run_dir)
             facts = self._facts()
             state = self.checkpoints.load(found, facts)
             self.checkpoints.load_replay(found, self.online_buffer)

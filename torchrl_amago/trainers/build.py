@@ -10,7 +10,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago.choice import check_counts, pick
+from torchrl_amago._validation import check_counts, pick
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
@@ -105,8 +105,8 @@ def make_trainer(
     loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
     buffer = replay_buffer
     if buffer is None:
-        # Without overhang, a long trial's end would be in one of hundreds of windows.
-        options = {"trim": True, "overhang": "both", "warn_short": False, **(buffer_options or {})}
+        # Without crop, a long trial's end would be in one of hundreds of windows.
+        options = {"trim": True, "crop": "both", "warn_short": False, **(buffer_options or {})}
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     collector = TrialCollector(
         env,

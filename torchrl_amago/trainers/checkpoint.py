@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
-from torchrl_amago import files
-from torchrl_amago.choice import check_counts
+from torchrl_amago import _files as files
+from torchrl_amago._state_file import load_state, save_state
+from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer, load_replay, save_replay
-from torchrl_amago.state_file import load_state, save_state
 from torchrl_amago.trainers.report import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER, LAST, BEST = "checkpoints", "policy.npz", "best_policy.npz"
@@ -151,7 +151,7 @@ def _sequence(path: Path) -> float:
     return math.inf if manifest is None else manifest.get("sequence", 0)
 
 
-def refuse_existing_run(run_dir: str | Path) -> None:
+def check_no_existing_run(run_dir: str | Path) -> None:
     """Raise FileExistsError if the folder holds a run; nothing is touched."""
     for path in (Path(run_dir) / PROGRESS_FILE, *CheckpointStore(run_dir).paths()):
         if path.exists():

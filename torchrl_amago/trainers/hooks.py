@@ -67,9 +67,9 @@ class TrialMonitor(TrainerHookBase):
     Args:
         replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.
         window: receives ``train/trial_return``, ``train/trial_length``, ``train/success_first`` and
-            ``train/success_last`` (of a trial's first and last attempt).
+            ``train/success_last`` (of a trial's first and last episode).
         run_dir: folder for steps that have to be looked at.
-        success_threshold: an attempt succeeds if its return is larger.
+        success_threshold: an episode succeeds if its return is larger.
     """
 
     def __init__(
@@ -146,15 +146,15 @@ class TrialMonitor(TrainerHookBase):
         return ended
 
     def _add_successes(self, steps: TensorDictBase, ends: torch.Tensor) -> None:
-        attempt = steps.get(keys.EPISODE_IDX, None)
-        attempt_return = steps.get(("next", keys.ATTEMPT_RETURN), None)
+        episode = steps.get(keys.EPISODE_IDX, None)
+        episode_return = steps.get(("next", keys.EPISODE_RETURN), None)
         soft_reset = steps.get(("next", keys.SOFT_RESET), None)
-        if attempt is None or attempt_return is None or soft_reset is None:
-            return  # not a task of attempts
-        success = (attempt_return > self.success_threshold).reshape(-1)
+        if episode is None or episode_return is None or soft_reset is None:
+            return  # not a task of episodes
+        success = (episode_return > self.success_threshold).reshape(-1)
         over = ends | soft_reset.reshape(-1)
         for name, chosen in (
-            ("train/success_first", over & (attempt.reshape(-1) == 0)),
+            ("train/success_first", over & (episode.reshape(-1) == 0)),
             ("train/success_last", ends),
         ):
             self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))

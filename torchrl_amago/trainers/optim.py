@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
-from torchrl_amago.choice import check_choice, check_fractions, check_positive
+from torchrl_amago._validation import check_choice, check_fractions, check_positive
 from torchrl_amago.trainers.nonfinite import check_data, stop_on_loss
 
 # Last parts of parameter names that are shifts or scales, whatever their number of dimensions

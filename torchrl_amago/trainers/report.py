@@ -19,9 +19,10 @@ from torchrl.record import loggers as torchrl_loggers
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-from torchrl_amago.choice import check_choice
-from torchrl_amago.evaluation import TrialResults, plot_adaptation_curve
-from torchrl_amago.files import DamagedError, explain_full_disk, replace_file
+from torchrl_amago._files import DamagedError, explain_full_disk, replace_file
+from torchrl_amago._validation import check_choice
+from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.plots import plot_adaptation_curve
 
 Results = Mapping[str, float] | TrialResults
 PROGRESS_FILE = "progress.csv"
@@ -218,7 +219,7 @@ class RunReport:
             for name, value in row.items():
                 logger.log_scalar(name, value, step=update)
         if isinstance(evaluation, TrialResults) and self.loggers:
-            self._log_attempts(evaluation, update)
+            self._log_episodes(evaluation, update)
 
     def _show(self, row: Mapping[str, float]) -> None:
         self._latest.update({k: v for k, v in row.items() if not math.isnan(v)})
@@ -228,14 +229,14 @@ class RunReport:
         numbers = ", ".join(f"{short} {value}" for short, value in shown.items())
         self.say(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {numbers}")
 
-    def _log_attempts(self, results: TrialResults, update: int) -> None:
+    def _log_episodes(self, results: TrialResults, update: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adaptation_curve.png"
             plot_adaptation_curve(results, path)
             for logger in self.loggers:
                 for measure in ("return", "success"):
-                    for i, mean in enumerate(results.by_attempt(measure).nanmean(0).tolist()):
-                        logger.log_scalar(f"eval_attempt_{i + 1}/{measure}", mean, step=update)
+                    for i, mean in enumerate(results.by_episode(measure).nanmean(0).tolist()):
+                        logger.log_scalar(f"eval_episode_{i + 1}/{measure}", mean, step=update)
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
     def close(self) -> None:

@@ -224,12 +224,10 @@ class Halve(Relabel):
     st.sampled_from(["none", "both"]),
     st.sampled_from(["left", "right"]),
 )
-def test_relabelled_entries_replace_stored_ones_step_by_step(
-    lengths, slice_length, overhang, padding
-):
+def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_length, crop, padding):
     relabel = Halve()
     rb = make_trial_buffer(
-        60, slice_length, 20, relabel=relabel, overhang=overhang, padding=padding, warn_short=False,
+        60, slice_length, 20, relabel=relabel, crop=crop, padding=padding, warn_short=False,
         generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     trials = make_trials(lengths)
@@ -325,7 +323,7 @@ def test_the_same_seed_gives_the_same_batches_after_a_reopening(lengths, draw, r
 
         def opened(mode):
             return make_trial_buffer(
-                30, 4, 6, path=Path(folder, "replay"), mode=mode, draw=draw, overhang="both",
+                30, 4, 6, path=Path(folder, "replay"), mode=mode, draw=draw, crop="both",
                 relabel=relabel and relabel(), generator=torch.Generator().manual_seed(seed),
                 warn_short=False,
             )  # fmt: skip

@@ -8,7 +8,7 @@ from tensordict import NonTensorData, TensorDict
 
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.data.replay import layout
+from torchrl_amago.data.replay import _layout as layout
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64,

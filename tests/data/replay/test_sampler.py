@@ -81,10 +81,10 @@ def test_short_trials_are_whole_and_slices_of_long_ones_fit(kind):
     st.booleans(),
 )
 def test_slices_are_runs_of_steps_of_one_trial(
-    kind, lengths, slice_length, overhang, padding, draw, trim
+    kind, lengths, slice_length, crop, padding, draw, trim
 ):
     rb = make_buffer(
-        lengths, slice_length=slice_length, batch_size=40, overhang=overhang, padding=padding, draw=draw,
+        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding, draw=draw,
         trim=trim, capacity=200, kind=kind,
     )  # fmt: skip
     batch = rb.sample()
@@ -100,7 +100,7 @@ def test_slices_are_runs_of_steps_of_one_trial(
         assert trial_of[ids[0]] == trial_of[ids[-1]]
         if kind == "trials":
             assert trial_of[ids[0]] == batch["index"][row, 0]
-        if overhang == "none" or length_of[ids[0]] <= slice_length:
+        if crop == "none" or length_of[ids[0]] <= slice_length:
             assert len(ids) == min(slice_length, length_of[ids[0]])
         real = mask[row].nonzero().squeeze(-1)
         assert real.tolist() == list(range(int(real[0]), int(real[-1]) + 1))
@@ -143,16 +143,16 @@ def test_trials_are_equally_likely_whatever_their_length(kind):
 
 
 @on_all
-@pytest.mark.parametrize("overhang", OVERHANGS)
-def test_starts_are_uniform_among_the_windows(overhang, kind):
-    rb = make_buffer([7], slice_length=3, batch_size=6000, overhang=overhang, kind=kind)
+@pytest.mark.parametrize("crop", OVERHANGS)
+def test_starts_are_uniform_among_the_windows(crop, kind):
+    rb = make_buffer([7], slice_length=3, batch_size=6000, crop=crop, kind=kind)
     drawn = [(ids[0], len(ids)) for ids in rows(rb.sample())]
     expected = {
         "none": {(first, 3) for first in range(5)},
         "left": {(0, 1), (0, 2)} | {(first, 3) for first in range(5)},
         "right": {(5, 2), (6, 1)} | {(first, 3) for first in range(5)},
         "both": {(0, 1), (0, 2), (5, 2), (6, 1)} | {(first, 3) for first in range(5)},
-    }[overhang]
+    }[crop]
     assert set(drawn) == expected
     count = torch.tensor([drawn.count(window) for window in sorted(expected)]).double()
     assert chi_square(count, torch.full(count.shape, 1 / len(expected))) < 4
@@ -164,7 +164,7 @@ def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(
     kind, lengths, size, seed
 ):
     rb = make_buffer(
-        lengths, slice_length=size, batch_size=3000, overhang="both",
+        lengths, slice_length=size, batch_size=3000, crop="both",
         generator=torch.Generator().manual_seed(seed), kind=kind,
     )  # fmt: skip
     batch = rb.sample()
@@ -187,7 +187,7 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
     kind, lengths, size, seed
 ):
     rb = make_buffer(
-        lengths, slice_length=size, batch_size=6000, overhang="both", draw="steps",
+        lengths, slice_length=size, batch_size=6000, crop="both", draw="steps",
         generator=torch.Generator().manual_seed(seed), kind=kind,
     )  # fmt: skip
     batch = rb.sample()
@@ -197,12 +197,10 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
 
 
 @on_all
-@pytest.mark.parametrize("overhang", OVERHANGS)
-def test_step_weighted_trials_have_their_share_of_the_steps(overhang, kind):
+@pytest.mark.parametrize("crop", OVERHANGS)
+def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
     lengths = [2, 5, 9, 40]
-    rb = make_buffer(
-        lengths, slice_length=5, batch_size=20000, draw="steps", overhang=overhang, kind=kind
-    )
+    rb = make_buffer(lengths, slice_length=5, batch_size=20000, draw="steps", crop=crop, kind=kind)
     batch = rb.sample()
     count = trial_of(batch, lengths)[batch["collector", "mask"]].bincount().double()
     share = torch.tensor(lengths).double() / sum(lengths)
@@ -327,8 +325,8 @@ def test_refuses_what_cannot_work():
         TrialSliceSampler(3, min_trials=0)
     with pytest.raises(ValueError, match=r"padding must be one of 'right', 'left', got 'both'"):
         TrialSliceSampler(4, padding="both")
-    with pytest.raises(ValueError, match=r"overhang must be one of 'none'.*got 'up'"):
-        TrialSliceSampler(4, overhang="up")
+    with pytest.raises(ValueError, match=r"crop must be one of 'none'.*got 'up'"):
+        TrialSliceSampler(4, crop="up")
     with pytest.raises(ValueError, match=r"draw must be one of 'trials'.*got 'step'"):
         TrialSliceSampler(4, draw="step")
     rb = make_buffer([5])

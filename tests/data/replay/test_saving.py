@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.data.trials import make_trial, make_trials
+from torchrl_amago._files import write_manifest
 from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
-from torchrl_amago.data.replay.storage import TrialStorage
-from torchrl_amago.files import write_manifest
+from torchrl_amago.data.replay._storage import TrialStorage
 
 
 def make_buffer(capacity: int = 30, **kwargs):

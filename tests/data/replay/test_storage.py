@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, assert_close
 
 from tests.data.trials import make_trial, make_trials
-from torchrl_amago import files
-from torchrl_amago.data.replay.storage import EvictedError, TrialStorage
-from torchrl_amago.data.replay.table import ENTRY, TrialTable
-from torchrl_amago.files import DamagedError
+from torchrl_amago import _files as files
+from torchrl_amago._files import DamagedError
+from torchrl_amago.data.replay._storage import EvictedError, TrialStorage
+from torchrl_amago.data.replay._table import ENTRY, TrialTable
 
 
 def write(storage, lengths, first_id=0):
@@ -254,7 +254,7 @@ def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
     if mode == "continue":
         assert len(storage[:]) == 12
     else:
-        with pytest.raises(RuntimeError, match=r"each of 20 attempts.*mode='continue'"):
+        with pytest.raises(RuntimeError, match=r"each of 20 episodes.*mode='continue'"):
             storage[:]
 
 
@@ -486,12 +486,12 @@ def test_other_entries_are_refused_and_nothing_is_lost(folder):
 def test_reading_never_writes(folder):
     before = content_of(folder)
     storage = opened(folder)
-    for attempt in (
+    for episode in (
         lambda: storage.write(make_trial(3), [3]),
         lambda: storage.loads(folder),
     ):
         with pytest.raises(PermissionError, match="mode='read' can't be written to"):
-            attempt()
+            episode()
     assert content_of(folder) == before
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.data.trials import surviving_trials
-from torchrl_amago.data.replay.table import ENTRY, TrialTable
-from torchrl_amago.files import DamagedError
+from torchrl_amago._files import DamagedError
+from torchrl_amago.data.replay._table import ENTRY, TrialTable
 
 
 def make_table(capacity: int) -> TrialTable:

@@ -37,7 +37,7 @@ def test_without_mujoco_the_extra_is_named(monkeypatch):
 @pytest.fixture
 def env():
     pytest.importorskip("mujoco", reason="needs the extra mujoco")
-    env = HalfCheetahVel(episode_length=5)
+    env = HalfCheetahVel(max_episode_steps=5)
     yield env
     env.close()
 
@@ -66,7 +66,7 @@ def test_targets(env):
     assert np.mean(drawn) == pytest.approx(1.5, abs=0.2)
     again, _ = env.reset(options=HalfCheetahVel.SAME_TARGET)
     assert env.target_velocity == drawn[-1]
-    assert not np.array_equal(first, again)  # another attempt starts a little differently
+    assert not np.array_equal(first, again)  # another episode starts a little differently
     assert first.shape == (17,)  # the target isn't among what is observed
     env.reset(seed=3)
     env.reset()
@@ -81,7 +81,7 @@ def test_the_first_reset_draws_a_target_in_any_case(env):
 def test_trials_repeat_the_target_and_new_trials_change_it():
     pytest.importorskip("mujoco", reason="needs the extra mujoco")
     base = gym.vector.SyncVectorEnv(
-        [lambda: HalfCheetahVel(episode_length=4)] * 2,
+        [lambda: HalfCheetahVel(max_episode_steps=4)] * 2,
         autoreset_mode=gym.vector.AutoresetMode.DISABLED,
     )
     env = make_trial_env(base, episodes=3, repeat="options", options=HalfCheetahVel.SAME_TARGET)
@@ -91,7 +91,7 @@ def test_trials_repeat_the_target_and_new_trials_change_it():
         step["action"] = torch.zeros(2, 6)
         seen.append([row.target_velocity for row in base.envs])
         _, step = env.step_and_maybe_reset(step)
-    trials = np.array(seen).reshape(2, 12, 2)  # two trials of three attempts of four steps
+    trials = np.array(seen).reshape(2, 12, 2)  # two trials of three episodes of four steps
     assert (trials == trials[:, :1]).all()
     assert len(np.unique(trials[:, 0])) == 4
     base.close()

@@ -1,4 +1,4 @@
-"""DarkKeyDoor: attempts worked out by hand, the rules as properties against a plain loop, pictures."""
+"""DarkKeyDoor: episodes worked out by hand, the rules as properties against a plain loop, pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STAY, DOWN, UP, RIGHT, LEFT = range(5)
 
 
 def furnish(env: DarkKeyDoor, start: tuple, key: tuple, door: tuple) -> TensorDict:
-    """Put start, key and door of all rows where a test wants them; a new attempt."""
+    """Put start, key and door of all rows where a test wants them; a new episode."""
     env.reset()
     places = {"_start": start, "_key": key, "_door": door}
     state = env.state_dict()
@@ -68,7 +68,7 @@ def test_a_shared_cell_takes_two_steps():
     assert rewards(act(env, STAY, RIGHT)) == [1, 1]  # a key at the start is found by a step
 
 
-def test_the_step_limit_truncates_and_the_next_attempt_begins_without_the_key():
+def test_the_step_limit_truncates_and_the_next_episode_begins_without_the_key():
     env = DarkKeyDoor(4, max_episode_steps=3)
     furnish(env, start=(0, 0), key=(0, 1), door=(3, 3))
     out = act(env, RIGHT, STAY, STAY)
@@ -148,7 +148,7 @@ def test_actions_are_permuted_by_task():
     assert not torch.equal(env.state_dict()["_meaning"], first)
 
 
-def attempt_by_the_book(size: int, start, key, door, actions, limit) -> list[tuple]:
+def episode_by_the_book(size: int, start, key, door, actions, limit) -> list[tuple]:
     """The rules, one step after the other: (cell, reward, terminated, truncated)."""
     moves = {STAY: (0, 0), DOWN: (1, 0), UP: (-1, 0), RIGHT: (0, 1), LEFT: (0, -1)}
     cell, has_key, out = start, False, []
@@ -168,7 +168,7 @@ def attempt_by_the_book(size: int, start, key, door, actions, limit) -> list[tup
 
 
 @given(st.data())
-def test_attempts_follow_the_rules(data):
+def test_episodes_follow_the_rules(data):
     size = data.draw(st.integers(2, 4))
     cell = st.tuples(st.integers(0, size - 1), st.integers(0, size - 1))
     start, key, door = (data.draw(cell) for _ in range(3))
@@ -176,7 +176,7 @@ def test_attempts_follow_the_rules(data):
     actions = data.draw(st.lists(st.integers(0, 4), min_size=1, max_size=30))
     env = DarkKeyDoor(size, max_episode_steps=limit)
     furnish(env, start, key, door)
-    expected = attempt_by_the_book(size, start, key, door, actions, limit)
+    expected = episode_by_the_book(size, start, key, door, actions, limit)
     out = act(env, *actions[: len(expected)])
     cells = (out["observation"] * size).round().long().tolist()
     assert [tuple(at) for at in cells] == [cell for cell, *_ in expected]
@@ -190,17 +190,17 @@ def test_a_trial_of_fixed_length_soft_resets():
     furnish(env.base_env, start=(0, 0), key=(0, 1), door=(0, 2))
     td = env.reset()
     furnish(env.base_env, start=(0, 0), key=(0, 1), door=(0, 2))
-    paid, attempts = [], []
+    paid, episodes = [], []
     for step in range(12):
         # Row 0 walks right and through the door, again and again; row 1 stays.
         td["action"] = torch.tensor([RIGHT, STAY])
         step, td = env.step_and_maybe_reset(td)
         paid.append(step["next", "reward"].flatten().tolist())
-        attempts.append(step["next", "episode_idx"].flatten().tolist())
+        episodes.append(step["next", "episode_idx"].flatten().tolist())
     assert [reward for reward, _ in paid] == [1] * 12
-    assert [attempt for attempt, _ in attempts] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]
+    assert [episode for episode, _ in episodes] == [0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5]
     assert [reward for _, reward in paid] == [0] * 12
-    assert [attempt for _, attempt in attempts] == [0] * 4 + [1] * 5 + [2] * 3
+    assert [episode for _, episode in episodes] == [0] * 4 + [1] * 5 + [2] * 3
     assert step["next", "done"].all()
 
 

@@ -126,7 +126,7 @@ def test_one_hot_actions_of_any_dtype(scale):
     assert cells(out, 3) == [1, 0]
 
 
-def test_hole_ends_the_attempt():
+def test_hole_ends_the_episode():
     env = MetaFrozenLake(size=3, seed=0)
     env.reset()
     lay(env, ".H.", "...", "...")

@@ -29,23 +29,23 @@ def optimal_return_by_primitive_actions(size: int, episodes: int, steps: int) ->
         return row * size + column
 
     @cache
-    def value(possible: frozenset[int], cell: int, steps_left: int, attempts_left: int) -> float:
+    def value(possible: frozenset[int], cell: int, steps_left: int, episodes_left: int) -> float:
         """Expected return, not normalised by the probability of `possible`."""
-        if attempts_left == 0:
+        if episodes_left == 0:
             return 0.0
         if steps_left == 0:
-            return value(possible, 0, steps, attempts_left - 1)
+            return value(possible, 0, steps, episodes_left - 1)
         best = 0.0
         for move in ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1)):
             target = moved(cell, move)
             if target == goal:
                 mass = sum(weight[lake] for lake in possible)
-                total = mass + value(possible, 0, steps, attempts_left - 1)
+                total = mass + value(possible, 0, steps, episodes_left - 1)
             else:
                 fall = frozenset(lake for lake in possible if holes[lake][target])
                 stand = possible - fall
-                total = value(fall, 0, steps, attempts_left - 1) if fall else 0.0
-                total += value(stand, target, steps_left - 1, attempts_left) if stand else 0.0
+                total = value(fall, 0, steps, episodes_left - 1) if fall else 0.0
+                total += value(stand, target, steps_left - 1, episodes_left) if stand else 0.0
             best = max(best, total)
         return best
 
@@ -56,11 +56,11 @@ def play(planner: LakePlanner, holes: list[bool]) -> list[bool]:
     """Follow the optimal policy through one trial on one lake, by single steps."""
     goal = planner.size**2 - 1
     belief, success = planner.start_belief, []
-    for attempt in range(planner.episodes):
+    for episode in range(planner.episodes):
         cell, steps_left, solved = 0, planner.max_episode_steps, False
         while steps_left and not solved:
-            attempts_left = planner.episodes - attempt
-            target = planner.target(belief, cell, steps_left, attempts_left)
+            episodes_left = planner.episodes - episode
+            target = planner.target(belief, cell, steps_left, episodes_left)
             if target is None:
                 break
             way = planner.route(belief, cell, target)
@@ -78,7 +78,7 @@ def play(planner: LakePlanner, holes: list[bool]) -> list[bool]:
 def test_standard_task():
     optimum = bayes_optimal_success(size=3, episodes=5, max_episode_steps=9)
     assert optimum.expected_return == pytest.approx(4.496316758748, abs=1e-10)
-    assert optimum.success_by_attempt == pytest.approx(
+    assert optimum.success_by_episode == pytest.approx(
         (0.5755064457, 0.9208103131, 1.0, 1.0, 1.0), abs=1e-9
     )
 
@@ -86,9 +86,9 @@ def test_standard_task():
 def test_size_two_by_hand():
     # Of both paths, each one-cell, a given one is safe with (0.64 + 0.16) / 0.96 = 5/6, and if the
     # first is a hole the other one must be safe.
-    assert bayes_optimal_success(2, 1).success_by_attempt == pytest.approx((5 / 6,))
+    assert bayes_optimal_success(2, 1).success_by_episode == pytest.approx((5 / 6,))
     optimum = bayes_optimal_success(2, 3)
-    assert optimum.success_by_attempt == pytest.approx((5 / 6, 1.0, 1.0))
+    assert optimum.success_by_episode == pytest.approx((5 / 6, 1.0, 1.0))
     assert optimum.expected_return == pytest.approx(5 / 6 + 2)
 
 
@@ -99,12 +99,12 @@ def test_step_limits_by_hand():
     assert bayes_optimal_success(3, 3, 3).expected_return == 0.0
 
 
-def test_without_holes_every_attempt_succeeds():
+def test_without_holes_every_episode_succeeds():
     optimum = bayes_optimal_success(3, 2, p_safe=1.0)
-    assert optimum.success_by_attempt == (1.0, 1.0)
+    assert optimum.success_by_episode == (1.0, 1.0)
 
 
-def test_later_attempts_do_not_change_the_first_of_one():
+def test_later_episodes_do_not_change_the_first_of_one():
     assert bayes_optimal_success(3, 1).expected_return == pytest.approx(0.5755064457, abs=1e-9)
 
 
@@ -124,7 +124,7 @@ def test_policy_simulated_on_every_lake_gives_the_same_success(episodes, steps, 
     lakes, probability = enumerate_lakes(3, layouts=layouts)
     success = torch.tensor([play(planner, lake) for lake in lakes.flatten(1).tolist()])
     simulated = (success * probability.unsqueeze(-1)).sum(0)
-    assert simulated.tolist() == pytest.approx(planner.optimum().success_by_attempt, abs=1e-12)
+    assert simulated.tolist() == pytest.approx(planner.optimum().success_by_episode, abs=1e-12)
 
 
 def test_policy_in_the_environment_gives_the_same_success():
@@ -138,7 +138,7 @@ def test_policy_in_the_environment_gives_the_same_success():
     beliefs = [planner.start_belief] * num
     action_of_move = {0: 0, 3: 1, -3: 2, 1: 3, -1: 4}
     success = torch.zeros(num, episodes)
-    for attempt in range(episodes):
+    for episode in range(episodes):
         tensordict = env.reset(repeat_task=True)
         active = torch.ones(num, dtype=torch.bool)
         for steps_left in range(planner.max_episode_steps, 0, -1):
@@ -146,7 +146,7 @@ def test_policy_in_the_environment_gives_the_same_success():
             move = [0] * num
             for row in active.nonzero().squeeze(-1).tolist():
                 at = int(cell[row])
-                target = planner.target(beliefs[row], at, steps_left, episodes - attempt)
+                target = planner.target(beliefs[row], at, steps_left, episodes - episode)
                 if target is not None:
                     move[row] = planner.route(beliefs[row], at, target)[0] - at
             action = torch.tensor([action_of_move[step] for step in move])
@@ -156,11 +156,11 @@ def test_policy_in_the_environment_gives_the_same_success():
                 fell = bool(out["terminated"][row]) and not out["reward"][row]
                 learn = beliefs[row].with_hole if fell else beliefs[row].with_safe
                 beliefs[row] = learn(int(now[row]))
-            success[:, attempt] += out["reward"].squeeze(-1) * active
+            success[:, episode] += out["reward"].squeeze(-1) * active
             active &= ~out["done"].squeeze(-1)
             tensordict = out.exclude("reward")
     simulated = (success.double() * probability.unsqueeze(-1)).sum(0)
-    expected = planner.optimum().success_by_attempt
+    expected = planner.optimum().success_by_episode
     assert simulated.tolist() == pytest.approx(expected, abs=1e-9)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_amago.envs.tasks.frozen_lake_rules import move_table, position_table
+from torchrl_amago.envs.tasks.frozen_lake._rules import move_table, position_table
 
 
 def test_moves_from_the_middle_and_the_corners():

@@ -1,4 +1,4 @@
-"""MazeRunner: mazes against a plain generator, attempts worked out by hand and against a plain loop, pictures."""
+"""MazeRunner: mazes against a plain generator, episodes worked out by hand and against a plain loop, pictures."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from tensordict import TensorDict
 from torchrl_amago import make_policy
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import MazeRunner
-from torchrl_amago.envs.tasks.maze_runner_layouts import random_mazes, start_cell
-from torchrl_amago.envs.tasks.maze_runner_rules import depth_table
+from torchrl_amago.envs.tasks.maze_runner._layouts import random_mazes, start_cell
+from torchrl_amago.envs.tasks.maze_runner._rules import depth_table
 
 STAY, DOWN, UP, RIGHT, LEFT = range(5)
 
@@ -28,7 +28,7 @@ def walls_of(rows: list[str]) -> torch.Tensor:
 
 
 def furnish(env: MazeRunner, goals: list[tuple[int, int]], rows: list[str] = OPEN_7) -> TensorDict:
-    """Put walls and goals of all rows where a test wants them; a new attempt."""
+    """Put walls and goals of all rows where a test wants them; a new episode."""
     env.reset()
     state = env.state_dict()
     walls = walls_of(rows)
@@ -230,7 +230,7 @@ def test_actions_are_permuted_by_task():
     assert up.tolist() == pytest.approx([0.2] * 5, abs=4 * (0.16 / rows) ** 0.5)
 
 
-def attempt_by_the_book(maze, goals, actions, limit) -> list[tuple]:
+def episode_by_the_book(maze, goals, actions, limit) -> list[tuple]:
     """The rules, one step after the other: (cell, goals reached, reward, terminated, truncated)."""
     moves = {STAY: (0, 0), DOWN: (1, 0), UP: (-1, 0), RIGHT: (0, 1), LEFT: (0, -1)}
     cell, reached, out = divmod(start_cell(len(maze)), len(maze)), 0, []
@@ -259,7 +259,7 @@ def depths_by_the_book(maze, cell) -> list[int]:
 
 
 @given(st.data())
-def test_attempts_follow_the_rules(data):
+def test_episodes_follow_the_rules(data):
     size, num_goals = data.draw(st.sampled_from([7, 9, 11])), data.draw(st.integers(1, 3))
     seed, limit = data.draw(st.integers(0, 2**31)), data.draw(st.integers(1, 40))
     rows = 8
@@ -275,7 +275,7 @@ def test_attempts_follow_the_rules(data):
     actions = actions.view(limit, rows)
     steps = [env.step(TensorDict({"action": action}, [rows]))["next"] for action in actions]
     for row in range(rows):
-        expected = attempt_by_the_book(mazes[row], goals[row], actions[:, row].tolist(), limit)
+        expected = episode_by_the_book(mazes[row], goals[row], actions[:, row].tolist(), limit)
         for t, (cell, reached, reward, terminated, truncated) in enumerate(expected):
             out = steps[t][row]
             assert (out["achieved"][0] * size).round().tolist() == list(cell)

@@ -15,14 +15,14 @@ from torchrl.envs.utils import check_env_specs
 
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze
-from torchrl_amago.envs.tasks.maze_runner import MazeRunner
+from torchrl_amago.envs.tasks.maze_runner.task import MazeRunner
 
 # Each with the buffers that make up its task.
 TASKS = {
     "lake": (lambda **kw: MetaFrozenLake(4, **kw), ["_lake"]),
     "maze": (lambda **kw: TMaze(4, **kw), ["_goal"]),
     "maze, all shown": (
-        lambda **kw: TMaze(4, episode_length=7, show_time=True, oracle=True, **kw),
+        lambda **kw: TMaze(4, max_episode_steps=7, show_time=True, oracle=True, **kw),
         ["_goal"],
     ),
     "maze, ambiguous": (lambda **kw: TMaze(4, ambiguous_position=True, **kw), ["_goal"]),

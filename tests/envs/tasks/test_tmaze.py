@@ -66,7 +66,7 @@ def test_penalized_for_dawdling_alone():
 
 
 def test_a_longer_episode_forgives_and_pays_at_its_end_only():
-    env = TMaze(2, episode_length=6)
+    env = TMaze(2, max_episode_steps=6)
     steps = play(env, UP, AHEAD, AHEAD, UP, UP, AHEAD)
     assert rewards(steps) == [-0.2, -0.2, 0, 0, 0, 1]
     assert steps["next", "done"].flatten().tolist() == [False] * 5 + [True]
@@ -77,7 +77,7 @@ def test_a_longer_episode_forgives_and_pays_at_its_end_only():
 
 
 def test_walls_stay():
-    env = TMaze(2, episode_length=9, penalty=0.0)
+    env = TMaze(2, max_episode_steps=9, penalty=0.0)
     steps = play(env, BACK, UP, DOWN, AHEAD, UP, AHEAD, AHEAD, DOWN, BACK, goal=-1.0)
     places = [place[:2] for place in seen(steps)]
     assert places == [
@@ -87,7 +87,7 @@ def test_walls_stay():
 
 
 def test_back_at_the_start_the_goal_stays_hidden():
-    steps = play(TMaze(3, episode_length=8), AHEAD, BACK, AHEAD)
+    steps = play(TMaze(3, max_episode_steps=8), AHEAD, BACK, AHEAD)
     assert [observation[2] for observation in seen(steps)] == [1, 0, 0, 0]
 
 
@@ -133,7 +133,7 @@ def walk_by_the_book(env: TMaze, goal: float, actions: list[int]) -> tuple[list,
             x = min(max(x + (1 if action == AHEAD else -1), 0), env.corridor_length)
         elif action in (UP, DOWN) and x == env.corridor_length:
             y = min(max(y + (1 if action == UP else -1), -1), 1)
-        if t == env.episode_length:
+        if t == env.max_episode_steps:
             reward = float(y == goal)
         elif env.penalize == "behind":
             reward = -env.penalty if x < min(t, env.corridor_length) else 0.0
@@ -150,7 +150,7 @@ def walks(draw):
     extra = draw(st.integers(1, 4))
     episode = corridor + extra
     options = {
-        "episode_length": episode,
+        "max_episode_steps": episode,
         "penalty": draw(st.floats(0, 1)) / (episode - 1),
         "penalize": draw(st.sampled_from(["behind", "dawdling"])),
     }
@@ -180,7 +180,7 @@ def test_evaluation_reads_success():
         return td.set("action", torch.where(td["time_idx"] == 3, UP, AHEAD).squeeze(-1))
 
     results = evaluate(always_up, env, trials_per_row=2)
-    success = results.attempt_success[:, 0]
+    success = results.episode_success[:, 0]
     assert 0.3 < success.float().mean() < 0.7
     assert torch.equal(results.trial_return, success.float())
     assert (results.trial_length == 4).all()
@@ -191,7 +191,7 @@ def test_evaluation_reads_success():
     [
         ({"corridor_length": 0}, "corridor_length must be an integer of at least 1, got 0"),
         ({"corridor_length": 2.0}, "corridor_length must be an integer .* got 2.0"),
-        ({"episode_length": 10}, "larger than corridor_length=10, got 10.*don't reach an arm"),
+        ({"max_episode_steps": 10}, "larger than corridor_length=10, got 10.*don't reach an arm"),
         ({"penalty": -0.1}, r"penalty must be in .* = \[0, 0.1\], got -0.1.*cost per step"),
         ({"penalty": 0.2}, r"= \[0, 0.1\], got 0.2.*outweigh"),
         ({"penalize": "lag"}, "penalize must be one of .*'dawdling'.*got 'lag'"),

@@ -1,7 +1,7 @@
 """Small environments whose every step can be predicted, and a plain-Python reference of trials.
 
-In all of them the agent decides when an attempt ends: action 0 goes on, 1 terminates, 2 truncates.
-Observations show what is hidden in real tasks: the task, and the step within the attempt.
+In all of them the agent decides when an episode ends: action 0 goes on, 1 terminates, 2 truncates.
+Observations show what is hidden in real tasks: the task, and the step within the episode.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NUM_ACTIONS = 3
 
 
 class CountingEnv(EnvBase):
-    """Natively batched: observation [task, step of the attempt], reward 10 * task + step.
+    """Natively batched: observation [task, step of the episode], reward 10 * task + step.
 
     Row r's n-th task (from 0) is number ``first_task + 100 * r + n``.
     """
@@ -166,34 +166,34 @@ def simulate_row(
     actions: list[int], first_task: int = 0, episodes: int | None = None, horizon: int | None = None
 ) -> list[dict[str, Any]]:
     """Trials of :class:`CountingEnv`, one row, in plain Python: one dict per step."""
-    task, time, attempt, step, attempt_return = first_task, 0, 0, 0, 0.0
+    task, time, episode, step, episode_return = first_task, 0, 0, 0, 0.0
     prev_action, prev_reward = None, 0.0
     steps = []
-    is_first_of_attempt = True
+    is_first_of_episode = True
     for action in actions:
         root = {
             "observation": [task, time],
-            "soft_reset": is_first_of_attempt,
-            "episode_idx": attempt,
-            "attempt_return": attempt_return,
+            "soft_reset": is_first_of_episode,
+            "episode_idx": episode,
+            "episode_return": episode_return,
             "time_idx": step,
             "is_init": step == 0,
             "prev_reward": prev_reward,
             "prev_action": [float(prev_action == a) for a in range(NUM_ACTIONS)],
         }
         reward = 10.0 * task + time
-        attempt_return = reward + (0.0 if is_first_of_attempt else attempt_return)
+        episode_return = reward + (0.0 if is_first_of_episode else episode_return)
         time, step, prev_action, prev_reward = time + 1, step + 1, action, reward
-        is_last = episodes is not None and attempt == episodes - 1
+        is_last = episodes is not None and episode == episodes - 1
         trial_over = (action != 0 and is_last) or step == horizon
-        is_first_of_attempt = action != 0 and not trial_over
-        if is_first_of_attempt:
-            time, attempt = 0, attempt + 1
+        is_first_of_episode = action != 0 and not trial_over
+        if is_first_of_episode:
+            time, episode = 0, episode + 1
         after = {
             "observation": [task, time],
-            "soft_reset": is_first_of_attempt,
-            "episode_idx": attempt,
-            "attempt_return": attempt_return,
+            "soft_reset": is_first_of_episode,
+            "episode_idx": episode,
+            "episode_return": episode_return,
             "time_idx": step,
             "is_init": False,
             "prev_reward": reward,
@@ -203,8 +203,8 @@ def simulate_row(
         }
         steps.append({"root": root, "next": after})
         if trial_over:
-            task, time, attempt, step, attempt_return = task + 1, 0, 0, 0, 0.0
-            prev_action, prev_reward, is_first_of_attempt = None, 0.0, True
+            task, time, episode, step, episode_return = task + 1, 0, 0, 0, 0.0
+            prev_action, prev_reward, is_first_of_episode = None, 0.0, True
     return steps
 
 

@@ -87,7 +87,7 @@ def test_the_seed_passed_again_is_the_one_of_the_trial():
     base.received.clear()
     drive(env, torch.tensor([0, 1, 0, 1, 0, 2]))
     seeds = [seed for seed, _ in base.received if seed is not None]
-    # Two attempts of the first trial, two of the second.
+    # Two episodes of the first trial, two of the second.
     assert len(seeds) == 4
     assert seeds[0] == seeds[1] != seeds[2] == seeds[3]
 

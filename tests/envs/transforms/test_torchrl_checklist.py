@@ -19,7 +19,7 @@ from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
 TRANSFORMS = {
     "trial": partial(TrialTransform, episodes=2),
     "trial of other keys": partial(
-        TrialTransform, horizon=4, episode_idx_key=("trial", "attempt"), soft_reset_key="again"
+        TrialTransform, horizon=4, episode_idx_key=("trial", "episode"), soft_reset_key="again"
     ),
     "previous": PreviousStepTransform,
     "previous of other keys": partial(PreviousStepTransform, prev_action_key=("past", "action")),
@@ -107,7 +107,7 @@ def test_transform_env(kind):
     for key in written:
         value = first[key]
         assert value.shape[:1] == (8,)
-        # Nothing has been done, and the trial's first attempt begins.
+        # Nothing has been done, and the trial's first episode begins.
         assert (value == (key in ("soft_reset", "again"))).all(), key
     step = env.step(env.rand_action(first))
     assert set(written) <= set(step["next"].keys(True, True))

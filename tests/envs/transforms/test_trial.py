@@ -60,7 +60,7 @@ def batched_env(kind: str, rows: int, **kwargs) -> TransformedEnv | SerialEnv | 
 IN_PROCESS = ["native", "tensordict entry", "serial inside", "serial outside"]
 ACTIONS = torch.tensor(
     [
-        # Attempts of 2, 1 and 3 steps end the first trial; the second trial goes on.
+        # Episodes of 2, 1 and 3 steps end the first trial; the second trial goes on.
         [0, 1, 2, 0, 0, 1, 0, 0, 0, 0],
         [1, 1, 1, 0, 0, 0, 0, 0, 2, 1],
         [0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
@@ -71,7 +71,7 @@ ACTIONS = torch.tensor(
 # --------------------------------------------------------------------- by hand
 
 
-def test_trial_of_three_attempts_by_hand():
+def test_trial_of_three_episodes_by_hand():
     env = TransformedEnv(CountingEnv(), TrialTransform(episodes=3))
     steps = drive(env, ACTIONS[0, :8])
 
@@ -82,21 +82,21 @@ def test_trial_of_three_attempts_by_hand():
     assert flat("observation") == [[0, 0], [0, 1], [0, 0], [0, 0], [0, 1], [0, 2], [1, 0], [1, 1]]
     assert flat("episode_idx") == [0, 0, 1, 2, 2, 2, 0, 0]
     assert flat("soft_reset") == [1, 0, 1, 1, 0, 0, 1, 0]
-    assert flat("attempt_return") == [0, 0, 1, 0, 0, 1, 0, 10]
+    assert flat("episode_return") == [0, 0, 1, 0, 0, 1, 0, 10]
     assert flat("trial_progress") == pytest.approx([0, 0, 1 / 3, 2 / 3, 2 / 3, 2 / 3, 0, 0])
-    # The step that ends the trial resets nothing and begins no attempt.
+    # The step that ends the trial resets nothing and begins no episode.
     assert flat(("next", "observation"))[5] == [0, 3]
     assert flat(("next", "episode_idx")) == [0, 1, 2, 2, 2, 2, 0, 0]
     assert flat(("next", "soft_reset")) == [0, 1, 1, 0, 0, 0, 0, 0]
     assert flat(("next", "reward")) == [0, 1, 0, 0, 1, 2, 10, 11]
-    assert flat(("next", "attempt_return")) == [0, 1, 0, 0, 1, 3, 10, 21]
+    assert flat(("next", "episode_return")) == [0, 1, 0, 0, 1, 3, 10, 21]
     assert flat(("next", "done")) == [0, 0, 0, 0, 0, 1, 0, 0]
     assert flat(("next", "terminated")) == [0, 0, 0, 0, 0, 1, 0, 0]
     assert not any(flat(("next", "truncated")))
     assert "trial_step" not in steps
 
 
-def test_horizon_cuts_the_attempt_short_by_hand():
+def test_horizon_cuts_the_episode_short_by_hand():
     env = TransformedEnv(CountingEnv(), TrialTransform(horizon=4, trial_end="truncated"))
     steps = drive(env, torch.tensor([0, 1, 0, 0, 2, 1, 0, 1, 0]))
     assert steps["observation"].tolist() == [
@@ -104,7 +104,7 @@ def test_horizon_cuts_the_attempt_short_by_hand():
     ]  # fmt: skip
     assert steps["trial_step"].flatten().tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0]
     assert steps["trial_progress"].flatten().tolist() == [0, 0.25, 0.5, 0.75, 0, 0.25, 0.5, 0.75, 0]
-    # Progress stays below 1; an attempt that ends with the horizon begins no other one.
+    # Progress stays below 1; an episode that ends with the horizon begins no other one.
     assert steps["next", "trial_progress"].max() == 0.75
     assert steps["next", "episode_idx"].flatten().tolist() == [0, 1, 1, 1, 1, 2, 2, 2, 0]
     assert steps["next", "truncated"].flatten().tolist() == [0, 0, 0, 1, 0, 0, 0, 1, 0]
@@ -112,9 +112,9 @@ def test_horizon_cuts_the_attempt_short_by_hand():
     assert not steps["next", "terminated"].any()
 
 
-def test_a_trial_may_end_as_its_last_attempt_did():
-    env = TransformedEnv(CountingEnv(), TrialTransform(2, horizon=4, trial_end="attempt"))
-    # Ended by: the second attempt's end (terminated, truncated), the horizon, both at once.
+def test_a_trial_may_end_as_its_last_episode_did():
+    env = TransformedEnv(CountingEnv(), TrialTransform(2, horizon=4, trial_end="episode"))
+    # Ended by: the second episode's end (terminated, truncated), the horizon, both at once.
     actions = [1, 0, 1, 2, 2, 1, 0, 0, 0, 2, 0, 0, 1]
     steps = drive(env, torch.tensor(actions))["next"]
     assert steps["terminated"].flatten().nonzero().flatten().tolist() == [2, 12]
@@ -131,7 +131,7 @@ def test_episodes_and_horizon_end_whichever_comes_first():
     torch.testing.assert_close(progress[1, :5], torch.arange(5) / 5)
 
 
-def test_truncation_of_an_inner_attempt_is_swallowed():
+def test_truncation_of_an_inner_episode_is_swallowed():
     env = TransformedEnv(CountingEnv(), TrialTransform(episodes=2))
     steps = drive(env, torch.tensor([2, 2, 0]))
     assert steps["next", "truncated"].flatten().tolist() == [False, False, False]
@@ -206,7 +206,7 @@ def test_any_batch_shape(batch_size):
 def test_specs(kind):
     env = batched_env(kind, 2, episodes=2, horizon=5)
     check_env_specs(env)
-    keys = {"episode_idx", "soft_reset", "attempt_return", "trial_progress", "trial_step"}
+    keys = {"episode_idx", "soft_reset", "episode_return", "trial_progress", "trial_step"}
     assert keys | {"time_idx"} <= set(env.full_state_spec.keys())
 
 
@@ -232,7 +232,7 @@ def test_partial_reset_leaves_other_rows_alone():
     before = tensordict.clone()
     tensordict["_reset"] = torch.tensor([[True], [False]])
     after = env.reset(tensordict)
-    for key in ("episode_idx", "attempt_return", "time_idx", "prev_action", "observation"):
+    for key in ("episode_idx", "episode_return", "time_idx", "prev_action", "observation"):
         assert torch.equal(after[key][1], before[key][1]), key
     assert after["time_idx"].tolist() == [[0], [4]]
     assert after["soft_reset"][0]
@@ -281,7 +281,7 @@ def test_rows_that_skip_a_step_stay_as_they_were():
 # ---------------------------------------------------------------- other pieces
 
 
-def test_inner_step_counter_restarts_with_each_attempt():
+def test_inner_step_counter_restarts_with_each_episode():
     base = TransformedEnv(CountingEnv([2]), StepCounter(max_steps=3))
     env = make_trial_env(base, episodes=2)
     check_env_specs(env)
@@ -357,7 +357,7 @@ def test_meta_frozen_lake_repeats_its_lake():
         ({"horizon": 2.5}, "horizon must be an integer of at least 1 or None, got 2.5"),
         (
             {"episodes": 1, "trial_end": "done"},
-            "trial_end must be one of .*'attempt'.*, got 'done'",
+            "trial_end must be one of .*'episode'.*, got 'done'",
         ),
         ({"episodes": 1, "repeat": "again"}, "repeat must be None, 'env', .* got 'again'"),
         (
@@ -379,7 +379,7 @@ def test_refuses_an_environment_with_its_own_entry():
 
 
 @pytest.mark.parametrize("transform", [PreviousStepTransform, InitTracker])
-def test_refuses_what_would_restart_with_every_attempt(transform):
+def test_refuses_what_would_restart_with_every_episode(transform):
     env = TransformedEnv(CountingEnv(), Compose(transform(), TrialTransform(episodes=2)))
     with pytest.raises(ValueError, match="must come after the trial transform.*below it"):
         env.reset()
@@ -398,7 +398,7 @@ def test_frames_are_skipped_below():
     env = make_trial_env(TransformedEnv(CountingEnv(), FrameSkipTransform(2)), episodes=2)
     steps = drive(env, torch.tensor([0, 1, 0, 1]))
     assert steps["next", "reward"].flatten().tolist() == [1, 5, 1, 5]
-    assert steps["next", "attempt_return"].flatten().tolist() == [1, 6, 1, 6]
+    assert steps["next", "episode_return"].flatten().tolist() == [1, 6, 1, 6]
 
 
 @pytest.mark.parametrize("flags", [["done"], ["done", "terminated"]])
@@ -471,7 +471,7 @@ def test_step_without_reset_names_the_missing_entry():
         env.step(TensorDict({"action": torch.tensor(0)}))
 
 
-def test_refuses_an_attempt_that_begins_done():
+def test_refuses_an_episode_that_begins_done():
     def repeat(env, reset_mask, tensordict):
         return tensordict
 

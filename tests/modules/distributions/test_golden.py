@@ -16,10 +16,10 @@ from torchrl_amago.modules.distributions import (
     Discrete,
     TanhGaussian,
     TanhMixture,
-    noise,
     softplus_bounded,
     tanh_bounded,
 )
+from torchrl_amago.modules.distributions import _noise as noise
 
 
 def _continuous(size: int) -> ActionSpace:
@@ -128,7 +128,7 @@ def test_discrete(case, monkeypatch):
     log_prob = dist.log_prob(case["one_hot"])
     assert_close(log_prob, case["out/like_continuous/log_prob_one_hot"])
     assert_close(dist.entropy(), case["out/like_continuous/entropy"])
-    shown = policy_dist.soften(case["one_hot"], policy_dist(params.unsqueeze(-2)))
+    shown = policy_dist.clip_action(case["one_hot"], policy_dist(params.unsqueeze(-2)))
     assert_close(shown, case["out/action_from_buffer"])
     stored = policy_dist.stored(params)
     assert_close(stored.log_prob(case["action_index"]), case["out/log_prob"])

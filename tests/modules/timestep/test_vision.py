@@ -86,7 +86,7 @@ def test_all_steps_of_a_row_move_alike(lengths, seed):
     # Every pixel holds its place, so that the picture says where it came from.
     place = torch.stack(torch.meshgrid(torch.arange(6.0), torch.arange(6.0), indexing="ij"))
     pixels = place.expand(len(lengths), 5, 2, 6, 6)
-    seen = shifted_images(mask, pixels, random_shift=2, random_shift_share=0.75)
+    seen = shifted_images(mask, pixels, random_shift=2, random_shift_fraction=0.75)
     if seen.shape[0] == mask.numel():
         seen = seen.unflatten(0, mask.shape)[mask]
     centre = seen[:, :, 3, 3] - 3
@@ -161,8 +161,8 @@ def test_refusals():
         ImageEmbedding((84, 84, 3), trunk="resnet")
     with pytest.raises(ValueError, match=r"three dimensions, got shape \(84, 84\).*grey"):
         ImageEmbedding((84, 84))
-    with pytest.raises(ValueError, match=r"random_shift_share in \[0, 1\], got 4 and 1.5"):
-        ImageEmbedding((84, 84, 3), random_shift=4, random_shift_share=1.5)
+    with pytest.raises(ValueError, match=r"random_shift_fraction in \[0, 1\], got 4 and 1.5"):
+        ImageEmbedding((84, 84, 3), random_shift=4, random_shift_fraction=1.5)
     with pytest.raises(ValueError, match=r"num_groups=4 must divide .* got \[6\]"):
         ImpalaTrunk(3, channels=[6])
     with pytest.raises(ValueError, match=r"needs one image.* holds for \[\]"):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.modules.trajectory import attention
-from torchrl_amago.modules.trajectory.attention import (
+from torchrl_amago.modules.trajectory.kernels import attention
+from torchrl_amago.modules.trajectory.kernels.attention import (
     AttentionPattern,
     ring_attention,
     window_attention,

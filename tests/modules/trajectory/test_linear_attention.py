@@ -14,10 +14,10 @@ from tests.modules.trajectory.helpers import (
     random_trials,
     sequence_states,
 )
-from torchrl_amago import SEQ_MODELS
+from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.modules.trajectory import GatedLinearAttentionEncoder
-from torchrl_amago.modules.trajectory import gated_scan as scan_module
-from torchrl_amago.modules.trajectory.gated_scan import (
+from torchrl_amago.modules.trajectory.kernels import gated_scan as scan_module
+from torchrl_amago.modules.trajectory.kernels.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
@@ -171,7 +171,7 @@ def test_gradient_of_the_layer():
 
 
 @pytest.mark.parametrize("num_heads", [1, 4])
-def test_initial_decays_cover_attempts_and_trials(num_heads):
+def test_initial_decays_cover_episodes_and_trials(num_heads):
     bias = GatedLinearAttention(16, num_heads).gates.bias.detach()
     time_constants = -1.0 / torch.nn.functional.logsigmoid(bias[:num_heads].double())
     torch.testing.assert_close(time_constants[0].item(), 4096.0, rtol=1e-3, atol=0.0)

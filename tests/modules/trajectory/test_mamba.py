@@ -19,12 +19,12 @@ from tests.modules.trajectory.helpers import (
     assert_same_gradients,
     assert_same_on_a_gpu,
 )
-from torchrl_amago import SEQ_MODELS
+from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.modules.trajectory import MambaEncoder
-from torchrl_amago.modules.trajectory import selective_scan as scan_module
+from torchrl_amago.modules.trajectory.kernels import selective_scan as scan_module
+from torchrl_amago.modules.trajectory.kernels.mamba_kernels import load_kernels
+from torchrl_amago.modules.trajectory.kernels.selective_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.mamba import MambaBlock
-from torchrl_amago.modules.trajectory.mamba_kernels import load_kernels
-from torchrl_amago.modules.trajectory.selective_scan import selective_scan, selective_step
 
 
 def build(seed=0, **options) -> MambaEncoder:

@@ -12,7 +12,7 @@ from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 from tests.golden_utils import assert_close, load
 from torchrl_amago.compat.weights import gru_encoder
 from torchrl_amago.modules import GRUEncoder, LSTMEncoder
-from torchrl_amago.modules.trajectory.recurrence import _recurrence, recurrence
+from torchrl_amago.modules.trajectory.kernels.recurrence import _recurrence, recurrence
 
 BOTH = pytest.mark.parametrize("encoder_class", [GRUEncoder, LSTMEncoder])
 KINDS = pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -40,7 +40,7 @@ def build_recorded() -> tuple:
     encoder = GRUEncoder(
         hp["tstep_dim"],
         d_model=hp["d_output"],
-        d_hidden=hp["d_hidden"],
+        hidden_size=hp["hidden_size"],
         num_layers=hp["n_layers"],
     )
     encoder.load_state_dict(gru_encoder(case.starting("w/")))
@@ -85,7 +85,7 @@ def test_recorded_resets_in_both_modes():
 @settings(max_examples=20, deadline=None)
 def test_steps_equal_the_window(encoder_class, N, T, share, num_layers, seed):
     torch.manual_seed(seed)
-    encoder = encoder_class(3, d_model=8, d_hidden=6, num_layers=num_layers)
+    encoder = encoder_class(3, d_model=8, hidden_size=6, num_layers=num_layers)
     x_NTI, is_init_NT = torch.randn(N, T, 3), random_resets(N, T, share, seed)
     window = encoder.sequence(x_NTI, None, is_init_NT)
     torch.testing.assert_close(steps(encoder, x_NTI, is_init_NT), window, rtol=1e-5, atol=1e-5)
@@ -140,7 +140,7 @@ def test_written_out_gradients_are_the_kernels(kind):
 @BOTH
 def test_gradient_check_of_the_window_with_resets(encoder_class):
     torch.manual_seed(0)
-    encoder = encoder_class(2, d_model=3, d_hidden=3, num_layers=2).double()
+    encoder = encoder_class(2, d_model=3, hidden_size=3, num_layers=2).double()
     is_init_NT = torch.tensor([[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0]], dtype=torch.bool)
     x_NTI = torch.randn(2, 6, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: encoder.sequence(x, None, is_init_NT), x_NTI)

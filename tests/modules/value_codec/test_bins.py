@@ -74,7 +74,7 @@ def test_two_hot_labels_decode_to_the_target(seed, num_bins, low, span, symlog):
     sigma=st.floats(0.3, 2.0),
 )
 def test_hl_gauss_labels_decode_to_nearly_the_target(seed, num_bins, reach, symlog, sigma):
-    """Within the documented share of a bin; nearer to the ends than 5 sigma, inwards at most."""
+    """Within the documented fraction of a bin; nearer to the ends than 5 sigma, inwards at most."""
     codec = HLGauss(1, num_bins, -reach, reach, symlog, sigma=sigma).double()
     target = targets_inside(codec, seed, 20).unsqueeze(-1)
     label = codec.encode(target)

@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_choice
+from torchrl_amago._validation import check_choice
 from torchrl_amago.data.relabel.base import uniform
 from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal, time_innermost
 
@@ -22,13 +22,13 @@ Strategy = Literal["some", "all", "none"]
 class GoalSequenceRelabel(GoalRelabel):
     """AMAGO's relabelling of instructions (arXiv 2310.09971, Appendix B, Algorithm 1).
 
-    A trial, a single attempt, has k goals, to be met in order, one in a step, and has met n of them. Of
+    A trial, a single episode, has k goals, to be met in order, one in a step, and has met n of them. Of
     the others, h are exchanged for goals that were achieved at other steps, drawn uniformly without
     replacement; they and the n met are put in the order of time, before the last k - n - h of the
     goals that weren't met. Then the trial is replayed: a step's reward is that for the goal whose
     turn it is, and the trial ends with its last goal.
 
-    Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.MazeRunner`: all k at each
+    Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.task.MazeRunner`: all k at each
     step, ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer.
 
     Args:
@@ -97,8 +97,8 @@ class GoalSequenceRelabel(GoalRelabel):
         met_BK = torch.searchsorted(num_met_BT, rank_BK, right=True)
         num_new_B = (is_goal_BK.sum(-1) - num_met_B).clamp(min=0)
         if self.strategy == "some":
-            share_B = uniform(num_new_B.shape, generator, mask_BT.device)
-            num_new_B = (share_B * (num_new_B + 1)).long()
+            fraction_B = uniform(num_new_B.shape, generator, mask_BT.device)
+            num_new_B = (fraction_B * (num_new_B + 1)).long()
         step_BK, new_BK = self._alternatives(
             self._achieved(trials), mask_BT & ~meets_BT, num_new_B, generator
         )

@@ -213,9 +213,9 @@ class GoalRelabel(Relabel):
             raise ValueError(
                 f"{type(self).__name__} must find what was stored when it replays trials with their "
                 f"own goals, but {changed} come out otherwise. Let reward_fn be the environment's "
-                "reward, and success_threshold and ends_trial fit it; a trial must be a single attempt, "
+                "reward, and success_threshold and ends_trial fit it; a trial must be a single episode, "
                 "and one that meets its goal end `terminated`, not `truncated`, as with "
-                "make_trial_env(trial_end='terminated' or 'attempt'). check=False leaves this out."
+                "make_trial_env(trial_end='terminated' or 'episode'). check=False leaves this out."
             )
 
 

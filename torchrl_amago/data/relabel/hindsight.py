@@ -12,7 +12,7 @@ from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_choice, check_fractions
+from torchrl_amago._validation import check_choice, check_fractions
 from torchrl_amago.data.relabel.base import uniform
 from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal, time_innermost
 

@@ -15,13 +15,14 @@ from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import ImmutableDatasetWriter
 from torchrl.envs import Transform
 
-from torchrl_amago import files, keys
-from torchrl_amago.choice import check_counts
+from torchrl_amago import _files as files
+from torchrl_amago import keys
+from torchrl_amago._validation import check_counts
+from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
+from torchrl_amago.data.replay._storage import IN_PLACE, EvictedError, Mode, TrialStorage
+from torchrl_amago.data.replay._trials import Trials
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
-from torchrl_amago.data.replay.storage import IN_PLACE, EvictedError, Mode, TrialStorage
-from torchrl_amago.data.replay.trials import Trials
-from torchrl_amago.data.trial_ends import trial_lengths
 
 _FORMAT = "torchrl_amago replay 3"
 # Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
@@ -313,7 +314,7 @@ def make_trial_buffer(
         prefetch: batches drawn ahead in threads; pays off for slices of many hundred steps. Batches
             then depend on when trials were written, and with more than one also on the threads' timing.
         generator: source of the draws; torch's global generator by default.
-        options: of :class:`TrialSliceSampler`: `min_trials`, `draw`, `overhang`, `padding`, `trim` and so on.
+        options: of :class:`TrialSliceSampler`: `min_trials`, `draw`, `crop`, `padding`, `trim` and so on.
 
     Raises:
         ValueError: for a size that can't be, and a folder of another format or capacity.

@@ -15,12 +15,12 @@ from torchrl.data import Storage, TensorStorage
 from torchrl.data.replay_buffers import Sampler
 
 from torchrl_amago import keys
-from torchrl_amago.choice import check_choice, check_counts, check_fractions
-from torchrl_amago.data.replay.storage import TrialStorage
-from torchrl_amago.data.replay.trials import Trials, trials_in, version_of
+from torchrl_amago._validation import check_choice, check_counts, check_fractions
+from torchrl_amago.data.replay._storage import TrialStorage
+from torchrl_amago.data.replay._trials import Trials, trials_in, version_of
 
 Padding = Literal["right", "left"]
-Overhang = Literal["none", "left", "right", "both"]
+Crop = Literal["none", "left", "right", "both"]
 Draw = Literal["trials", "steps", "priority"]
 
 _STATE_FILE = "trial_slice_sampler.json"
@@ -39,12 +39,12 @@ class TrialSliceSampler(Sampler):
         padding: side of the slice that is padded; padding repeats the nearest real step.
         trim: make T the longest slice of the batch where that is less than `slice_length`. Leave it off where
             shapes must not change, as under `torch.compile`.
-        overhang: sides on which the window of T steps may stick out of a longer trial. With `"none"`, the
+        crop: sides on which the window of T steps may stick out of a longer trial. With `"none"`, the
             steps near a trial's ends lie in fewer windows than those in the middle; the others even that
             out, at the price of more padding. (`padded_sampling` of AMAGO, arXiv 2310.09971.)
         draw: `"trials"` draws every trial equally often. `"steps"` draws longer ones more often, so
-            that each has a share of the batches' steps as large as its share of the stored ones;
-            with `overhang="both"`, all stored steps are equally likely. `"priority"` draws in
+            that each has a fraction of the batches' steps as large as its fraction of the stored ones;
+            with `crop="both"`, all stored steps are equally likely. `"priority"` draws in
             proportion to `priority ** alpha`, and gives importance weights; new trials have the
             largest priority so far. It needs a :class:`TrialReplayBuffer`.
         alpha: exponent of priorities (arXiv 1511.05952, section 3.3).
@@ -73,7 +73,7 @@ class TrialSliceSampler(Sampler):
         *,
         padding: Padding = "right",
         trim: bool = False,
-        overhang: Overhang = "none",
+        crop: Crop = "none",
         draw: Draw = "trials",
         alpha: float = 0.6,
         beta: float = 0.4,
@@ -85,11 +85,11 @@ class TrialSliceSampler(Sampler):
         check_counts("It is the number of steps in a slice.", slice_length=slice_length)
         check_counts("It is the number of trials to wait for.", min_trials=min_trials)
         check_choice("padding", padding, get_args(Padding))
-        check_choice("overhang", overhang, get_args(Overhang))
+        check_choice("crop", crop, get_args(Crop))
         check_choice("draw", draw, get_args(Draw))
         check_fractions("Use 0.6 and 0.4, as published.", alpha=alpha, beta=beta)
         self.slice_length, self.padding, self.trim = slice_length, padding, trim
-        self.overhang, self.draw, self.min_trials = overhang, draw, min_trials
+        self.crop, self.draw, self.min_trials = crop, draw, min_trials
         self.alpha, self.beta, self.whole, self.traj_key = alpha, beta, whole, traj_key
         self._warn_short, self._found = warn_short, None
         self._empty()
@@ -155,7 +155,7 @@ class TrialSliceSampler(Sampler):
     def _running_sum(self, trials: Trials) -> np.ndarray:
         if trials.version != self._version:
             if self.draw == "steps":
-                self._weights = self._step_share(trials.length)
+                self._weights = self._step_fraction(trials.length)
             else:  # those that are still there keep their weights
                 weights = np.full(len(trials.number), self._largest**self.alpha)
                 _, new, old = np.intersect1d(trials.number, self._numbers, True, True)
@@ -166,9 +166,9 @@ class TrialSliceSampler(Sampler):
             self._running = np.cumsum(self._weights)
         return self._running
 
-    def _step_share(self, length: np.ndarray) -> np.ndarray:
+    def _step_fraction(self, length: np.ndarray) -> np.ndarray:
         """Weigh trials so that the steps of all are drawn equally often."""
-        size, sides = self.slice_length, {"none": 0, "both": 2}.get(self.overhang, 1)
+        size, sides = self.slice_length, {"none": 0, "both": 2}.get(self.crop, 1)
         # Of the windows of a trial, size - 1 stick out on each side, half of them on average.
         num_windows = length - size + 1 + sides * (size - 1)
         per_window = size - sides * size * (size - 1) / 2 / np.maximum(num_windows, 1)
@@ -191,8 +191,8 @@ class TrialSliceSampler(Sampler):
         """Draw a slice of each of these trials: its first step and its number of steps, ``[B]`` each."""
         # Windows begin in [low, high]. A trial that fits into one has one window, beginning at 0.
         spare_B = length_B - self.slice_length
-        low = 1 - self.slice_length if self.overhang in ("left", "both") else 0
-        high_B = length_B - 1 if self.overhang in ("right", "both") else spare_B
+        low = 1 - self.slice_length if self.crop in ("left", "both") else 0
+        high_B = length_B - 1 if self.crop in ("right", "both") else spare_B
         uniform_B = torch.from_numpy(self._uniform(len(length_B)))
         begin_B = low + (uniform_B * (high_B - low + 1)).floor().to(torch.int64)
         begin_B = torch.where(spare_B > 0, begin_B, 0)

@@ -25,7 +25,7 @@ class HalfCheetahVel(gym.Wrapper):
     ``make_trial_env(env, episodes=3, repeat="options", options=HalfCheetahVel.SAME_TARGET)``.
 
     Args:
-        episode_length: steps until the time limit truncates an attempt.
+        max_episode_steps: steps until the time limit truncates an episode.
         min_velocity: lowest target in m/s.
         max_velocity: highest target in m/s.
         ctrl_cost_weight: cost of actions.
@@ -48,7 +48,7 @@ class HalfCheetahVel(gym.Wrapper):
 
     def __init__(
         self,
-        episode_length: int = 200,
+        max_episode_steps: int = 200,
         min_velocity: float = 0.0,
         max_velocity: float = 3.0,
         ctrl_cost_weight: float = 0.05,
@@ -60,14 +60,14 @@ class HalfCheetahVel(gym.Wrapper):
                 f"min_velocity={min_velocity}, max_velocity={max_velocity}. Targets are drawn evenly "
                 "from between them; give equal numbers for a single task."
             )
-        super().__init__(_make(episode_length, ctrl_cost_weight, options))
+        super().__init__(_make(max_episode_steps, ctrl_cost_weight, options))
         self.min_velocity, self.max_velocity = min_velocity, max_velocity
         self.target_velocity: float | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an attempt, at a new task unless ``options`` say otherwise.
+        """Start an episode, at a new task unless ``options`` say otherwise.
 
         Args:
             seed: of the generator that tasks and first states are drawn from.
@@ -96,11 +96,11 @@ class HalfCheetahVel(gym.Wrapper):
         return observation, reward, terminated, truncated, info
 
 
-def _make(episode_length: int, ctrl_cost_weight: float, options: dict[str, Any]) -> gym.Env:
+def _make(max_episode_steps: int, ctrl_cost_weight: float, options: dict[str, Any]) -> gym.Env:
     try:
         return gym.make(
             "HalfCheetah-v5",
-            max_episode_steps=episode_length,
+            max_episode_steps=max_episode_steps,
             ctrl_cost_weight=ctrl_cost_weight,
             **options,
         )

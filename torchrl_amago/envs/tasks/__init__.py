@@ -9,20 +9,18 @@ from __future__ import annotations
 
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.envs.tasks.dark_key_door import DarkKeyDoor
-from torchrl_amago.envs.tasks.frozen_lake import MetaFrozenLake
-from torchrl_amago.envs.tasks.frozen_lake_drawing import draw_lake
-from torchrl_amago.envs.tasks.frozen_lake_layouts import (
+from torchrl_amago.envs.tasks.frozen_lake import (
     LAKE_SPLITS,
+    BayesOptimum,
+    LakePlanner,
     LakeSplit,
+    MetaFrozenLake,
+    bayes_optimal_success,
+    draw_lake,
     enumerate_lakes,
     in_split,
     is_crossable,
     random_lakes,
-)
-from torchrl_amago.envs.tasks.frozen_lake_planner import (
-    BayesOptimum,
-    LakePlanner,
-    bayes_optimal_success,
 )
 from torchrl_amago.envs.tasks.maze_runner import MazeRunner
 from torchrl_amago.envs.tasks.tmaze import TMaze

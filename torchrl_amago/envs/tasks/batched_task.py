@@ -26,7 +26,7 @@ class BatchedTask(EnvBase):
     :meth:`_constant` (look-up tables), calls ``set_seed`` at the end of its constructor, and writes
 
     - ``_draw_tasks(rows)``: new tasks for these rows, int64 ``[n]``;
-    - ``_begin_attempts(selected)``: the attempt's start in the rows of a bool mask ``[rows]``;
+    - ``_begin_episodes(selected)``: the episode's start in the rows of a bool mask ``[rows]``;
     - ``_advance(action)``: one step of all rows, ``action`` int64 ``[rows]``; gives reward float32
       and terminated bool, both ``[rows]``; ``_num_steps`` counts this step already;
     - ``_observe()``: the observation, float32 ``[rows, size]``.
@@ -34,7 +34,7 @@ class BatchedTask(EnvBase):
     Keys: ``observation``, ``action``, ``reward``, ``terminated``, ``truncated`` (at the step limit,
     if not terminated), ``done``.
 
-    Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new attempt at the same task in
+    Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new episode at the same task in
     the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
     ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. Without the keyword, an
     entry ``repeat_task`` of the reset tensordict is read, but TorchRL's ``TransformedEnv`` and
@@ -47,7 +47,7 @@ class BatchedTask(EnvBase):
     Args:
         observation_bounds: lowest and highest value of each entry of the observation.
         num_actions: A.
-        max_episode_steps: step limit of an attempt.
+        max_episode_steps: step limit of an episode.
         categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``, of which
             the largest entry counts.
         batch_size: any shape; all rows are stepped together.
@@ -69,7 +69,7 @@ class BatchedTask(EnvBase):
         ...         self.set_seed(0)
         ...     def _draw_tasks(self, rows):
         ...         self._answer[rows] = (self._random() < 0.5).long()[rows]
-        ...     def _begin_attempts(self, selected):
+        ...     def _begin_episodes(self, selected):
         ...         pass
         ...     def _advance(self, action):
         ...         right = action == self._answer
@@ -86,7 +86,7 @@ class BatchedTask(EnvBase):
     # Said when an action is out of range.
     action_meaning = "Sample from env.action_spec to see them."
     # Buffers that a step changes, besides the step counter: what a masked step puts back.
-    attempt_buffers: tuple[str, ...] = ()
+    episode_buffers: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class BatchedTask(EnvBase):
         if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
             raise ValueError(
                 "max_episode_steps must be an integer of at least 1, got "
-                f"{max_episode_steps!r}. It limits one attempt."
+                f"{max_episode_steps!r}. It limits one episode."
             )
         super().__init__(device=device, batch_size=torch.Size(batch_size))
         self.num_actions = num_actions
@@ -121,8 +121,8 @@ class BatchedTask(EnvBase):
         """Draw new tasks for these rows, int64 ``[n]``."""
 
     @abstractmethod
-    def _begin_attempts(self, selected: Tensor) -> None:
-        """Put the rows of a bool mask ``[rows]`` at the start of an attempt."""
+    def _begin_episodes(self, selected: Tensor) -> None:
+        """Put the rows of a bool mask ``[rows]`` at the start of an episode."""
 
     @abstractmethod
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
@@ -219,7 +219,7 @@ class BatchedTask(EnvBase):
             self._draw_tasks(rows)
             self._has_task.index_fill_(0, rows, True)
         self._num_steps.masked_fill_(selected, 0)
-        self._begin_attempts(selected)
+        self._begin_episodes(selected)
         done = torch.zeros((3, *self.batch_size, 1), dtype=torch.bool, device=new_task.device)
         return self._outcome(done[0], done[1], done[2])
 
@@ -254,7 +254,7 @@ class BatchedTask(EnvBase):
             return self._step_all(self._read_action(tensordict))
         # Masked rows skip this step: advance every row, then put those back.
         kept = ~stepped.reshape(-1)
-        changing = [getattr(self, name) for name in ("_num_steps", *self.attempt_buffers)]
+        changing = [getattr(self, name) for name in ("_num_steps", *self.episode_buffers)]
         before = [value.clone() for value in changing]
         out = self._step_all(self._read_action(tensordict))
         for value, old in zip(changing, before, strict=True):

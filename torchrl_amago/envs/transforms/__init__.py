@@ -1,6 +1,6 @@
 """Transforms that turn environments into adaptation tasks, and show the agent its own history.
 
-``trial.py`` joins attempts at one task into trials, ``repeat.py`` knows how to repeat a task,
+``trial.py`` joins episodes at one task into trials, ``repeat.py`` knows how to repeat a task,
 ``previous_step.py`` gives previous action, previous reward and time, ``trial_env.py`` assembles
 them.
 """

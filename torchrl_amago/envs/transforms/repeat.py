@@ -1,8 +1,8 @@
 """How a task is repeated: what a soft reset must pass to the environment to stay at the same task.
 
-A trial is several attempts at one task, so someone has to know how to start the next attempt
+A trial is several episodes at one task, so someone has to know how to start the next episode
 without drawing a new task. The four ways are four small classes with the same two methods:
-``soft_reset`` starts another attempt in some rows, ``hard_reset`` is told of rows that were just
+``soft_reset`` starts another episode in some rows, ``hard_reset`` is told of rows that were just
 given a new task. :func:`make_repeater` looks through wrappers and batched environments and chooses.
 """
 
@@ -155,7 +155,7 @@ class FunctionRepeater:
             raise ValueError(
                 "repeat(env, reset_mask, tensordict) must return a tensordict of the environment's "
                 f"batch size {tuple(below.env.batch_size)}, got {got}. Return all rows, with the "
-                "first observation of the new attempt in those of the mask."
+                "first observation of the new episode in those of the mask."
             )
         return below.transformed(below.request(mask.clone()), out)
 
@@ -197,7 +197,7 @@ class OptionsRepeater:
 
 
 class SeedRepeater:
-    """A task is a reset seed: drawn anew for a new task, passed again for another attempt.
+    """A task is a reset seed: drawn anew for a new task, passed again for another episode.
 
     Row i's n-th task seed is a hash of (row's own seed, i, n), so that the tasks of a row depend
     neither on the other rows nor on how long trials last. The row's own seed is the one that
@@ -217,7 +217,7 @@ class SeedRepeater:
         seeds = self._chosen(mask)
         if None in self._chosen(mask, default=0):
             raise RuntimeError(
-                "another attempt needs the seed of its trial's task, and there is none: the rows were "
+                "another episode needs the seed of its trial's task, and there is none: the rows were "
                 "not reset since the trial transform was put into this environment. Call env.reset() "
                 "after changing an environment's transforms."
             )

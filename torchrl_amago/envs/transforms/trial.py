@@ -1,8 +1,8 @@
-"""Trials: several attempts at one task, seen by the agent as one long episode.
+"""Trials: several episodes at one task, seen by the agent as one long episode.
 
-Memory can only help an agent to adapt if it outlives the end of an attempt. The trial transform
+Memory can only help an agent to adapt if it outlives the end of an episode. The trial transform
 hides the inner environment's ends from everything above it: the row that ended starts its next
-attempt at the same task within the same step, and is done only when the trial is.
+episode at the same task within the same step, and is done only when the trial is.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ __all__ = ["TrialTransform"]
 
 _DONE_KEYS = ("done", "terminated", "truncated")
 _STEPPING = (FrameSkipTransform, MultiAction)
-TrialEnd = Literal["terminated", "truncated", "attempt"]
+TrialEnd = Literal["terminated", "truncated", "episode"]
 
 
 class TrialTransform(Transform):
-    """Joins attempts at one task into a trial of ``episodes`` attempts, of ``horizon`` steps, or both.
+    """Joins episodes at one task into a trial of ``episodes`` episodes, of ``horizon`` steps, or both.
 
     When the inner environment is done in a row, that row is soft-reset in the same step: the next
-    observation is the first one of the next attempt, the reward is kept, and ``done``,
-    ``terminated`` and ``truncated`` read False. The trial ends with its last attempt, or at the
+    observation is the first one of the next episode, the reward is kept, and ``done``,
+    ``terminated`` and ``truncated`` read False. The trial ends with its last episode, or at the
     horizon, whichever comes first; nothing is soft-reset in that step, so its next observation is
-    the attempt's own last one. The next reset of the row draws a new task.
+    the episode's own last one. The next reset of the row draws a new task.
 
     Writes (``next`` of step t equals the root of step t+1 within a trial), also declared as state:
 
     =================== ========= ==================================================================
     key                 dtype     value, shape ``[*B, 1]``
     =================== ========= ==================================================================
-    ``episode_idx``     int64     number of the attempt, from 0; at most ``episodes - 1``: the step
-                                  that ends the trial begins no attempt, so doesn't count up
-    ``soft_reset``      bool      first step of an attempt, the trial's first step included
-    ``attempt_return``  float32   return of the attempt that the last step belonged to, that step
+    ``episode_idx``     int64     number of the episode, from 0; at most ``episodes - 1``: the step
+                                  that ends the trial begins no episode, so doesn't count up
+    ``soft_reset``      bool      first step of an episode, the trial's first step included
+    ``episode_return``  float32   return of the episode that the last step belonged to, that step
                                   included; 0 at the trial's start
-    ``trial_progress``  float32   share of the trial that is used up, in [0, 1): ``episode_idx /
+    ``trial_progress``  float32   fraction of the trial that is used up, in [0, 1): ``episode_idx /
                                   episodes``, ``trial_step / horizon`` or the larger of both; kept
                                   in the step that ends the trial; absent if ``show_progress=False``
     ``trial_step``      int64     steps since the trial began; only with a ``horizon``
@@ -63,11 +63,11 @@ class TrialTransform(Transform):
       the rows reset with the keyword ``repeat_task=True`` (or, without the keyword, with an entry
       ``repeat_task`` in the reset tensordict, bool ``[*B, 1]``).
     - ``"seed"``: for Gymnasium environments whose task depends on the reset seed. A new trial draws
-      a task seed and resets with it, each attempt resets with it again. So whatever else the seed
+      a task seed and resets with it, each episode resets with it again. So whatever else the seed
       decides is repeated as well. A new trial costs two resets: TorchRL resets before it asks us.
       ``set_seed`` makes the tasks reproducible.
     - ``"options"``: soft resets call ``reset(options=options)``.
-    - a function ``(env, reset_mask, tensordict) -> tensordict`` that starts a new attempt in the
+    - a function ``(env, reset_mask, tensordict) -> tensordict`` that starts a new episode in the
       rows of ``reset_mask``, bool ``[*B, 1]``. It gets the environment under the transforms, and
       the step's next tensordict.
 
@@ -76,24 +76,24 @@ class TrialTransform(Transform):
     Workers that are started by fork share torch's generator: without ``set_seed`` all play the same tasks.
 
     Args:
-        episodes: number of attempts.
+        episodes: number of episodes.
         horizon: number of steps.
         repeat: how the task is repeated; by default ``"env"`` where the environment can, else
             ``"seed"`` for Gymnasium environments.
         options: for ``repeat="options"``: a dict, or a function of the row's number.
         show_progress: whether ``trial_progress`` is written.
         trial_end: the flag set with ``done`` at the trial's end: ``"terminated"`` (worth nothing
-            more) or ``"truncated"`` (values bootstrap), whatever ended the last attempt; or
-            ``"attempt"``, the one of the last attempt, ``truncated`` where the horizon cuts it off.
-            Where one attempt is all, and has a time limit that isn't observed, take that one.
-        reward_key: reward to sum up in ``attempt_return``.
+            more) or ``"truncated"`` (values bootstrap), whatever ended the last episode; or
+            ``"episode"``, the one of the last episode, ``truncated`` where the horizon cuts it off.
+            Where one episode is all, and has a time limit that isn't observed, take that one.
+        reward_key: reward to sum up in ``episode_return``.
         soft_reset_key: where to write; likewise ``trial_progress_key``, ``episode_idx_key``,
-            ``attempt_return_key`` and ``trial_step_key``.
+            ``episode_return_key`` and ``trial_step_key``.
 
     Raises:
         ValueError: if an argument is out of its range, or, once the transform is used, if the
             environment cannot repeat a task, has several done flags, already has transforms
-            that must outlive an attempt (:class:`PreviousStepTransform`, ``InitTracker``), or gets
+            that must outlive an episode (:class:`PreviousStepTransform`, ``InitTracker``), or gets
             some that step it several times (``FrameSkipTransform``, ``MultiAction``).
         RuntimeError: if it is called outside of an environment, as in a replay buffer.
 
@@ -106,7 +106,7 @@ class TrialTransform(Transform):
         >>> trial = env.rollout(100)
         >>> trial["episode_idx"].flatten().tolist()
         [0, 0, 1, 1, 2, 2]
-        >>> trial["next", "attempt_return"].flatten().tolist()
+        >>> trial["next", "episode_return"].flatten().tolist()
         [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]
         >>> bool((trial["observation"][0] == trial["observation"][2]).all())
         True
@@ -125,11 +125,11 @@ class TrialTransform(Transform):
         soft_reset_key: NestedKey = keys.SOFT_RESET,
         trial_progress_key: NestedKey = keys.TRIAL_PROGRESS,
         episode_idx_key: NestedKey = keys.EPISODE_IDX,
-        attempt_return_key: NestedKey = keys.ATTEMPT_RETURN,
+        episode_return_key: NestedKey = keys.EPISODE_RETURN,
         trial_step_key: NestedKey = keys.TRIAL_STEP,
     ) -> None:
         _check_arguments(episodes, horizon, repeat, options, trial_end)
-        written = [episode_idx_key, soft_reset_key, attempt_return_key]
+        written = [episode_idx_key, soft_reset_key, episode_return_key]
         written += [trial_progress_key] if show_progress else []
         written += [trial_step_key] if horizon is not None else []
         super().__init__(in_keys=[], out_keys=written)
@@ -143,7 +143,7 @@ class TrialTransform(Transform):
         self.soft_reset_key = soft_reset_key
         self.trial_progress_key = trial_progress_key
         self.episode_idx_key = episode_idx_key
-        self.attempt_return_key = attempt_return_key
+        self.episode_return_key = episode_return_key
         self.trial_step_key = trial_step_key
         self._repeater = None
         self._below_cache: Below | None = None
@@ -211,7 +211,7 @@ class TrialTransform(Transform):
         zero = torch.zeros_like(done, dtype=torch.float32)
         # Rows outside of the mask are dropped by the caller.
         tensordict_reset.set(self.soft_reset_key, first)
-        tensordict_reset.set(self.attempt_return_key, zero)
+        tensordict_reset.set(self.episode_return_key, zero)
         tensordict_reset.set(self.episode_idx_key, zero.long())
         if self.show_progress:
             tensordict_reset.set(self.trial_progress_key, zero.clone())
@@ -220,12 +220,12 @@ class TrialTransform(Transform):
         return tensordict_reset
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        attempt_over = next_tensordict.get("done")
+        episode_over = next_tensordict.get("done")
         stepped = tensordict.get("_step", None)
         if stepped is not None:
-            stepped = stepped.view(attempt_over.shape)
-            attempt_over = attempt_over & stepped
-        written, soft_reset = self._advance(tensordict, next_tensordict, attempt_over)
+            stepped = stepped.view(episode_over.shape)
+            episode_over = episode_over & stepped
+        written, soft_reset = self._advance(tensordict, next_tensordict, episode_over)
         if stepped is not None:
             # Rows that skip this step (`break_when_all_done`) stay as they were.
             written = {
@@ -236,31 +236,31 @@ class TrialTransform(Transform):
             next_tensordict.set(key, value)
         if soft_reset.any():
             reset = self._get_repeater().soft_reset(self._below(), soft_reset, next_tensordict)
-            self._begin_attempts(next_tensordict, reset, soft_reset)
+            self._begin_episodes(next_tensordict, reset, soft_reset)
         return next_tensordict
 
     def _advance(
-        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase, attempt_over: Tensor
+        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase, episode_over: Tensor
     ) -> tuple[dict[NestedKey, Tensor], Tensor]:
-        """The entries after this step, and which rows begin another attempt."""
+        """The entries after this step, and which rows begin another episode."""
         episode_idx = self._state(tensordict, self.episode_idx_key)
         at_start = self._state(tensordict, self.soft_reset_key)
-        attempt_return = self._state(tensordict, self.attempt_return_key)
+        episode_return = self._state(tensordict, self.episode_return_key)
         reward = next_tensordict.get(self.reward_key).to(torch.float32)
-        trial_over = torch.zeros_like(attempt_over)
+        trial_over = torch.zeros_like(episode_over)
         if self.episodes is not None:
-            trial_over = attempt_over & (episode_idx >= self.episodes - 1)
+            trial_over = episode_over & (episode_idx >= self.episodes - 1)
         if self.horizon is not None:
             trial_step = self._state(tensordict, self.trial_step_key) + 1
             trial_over = trial_over | (trial_step >= self.horizon)
-        soft_reset = attempt_over & ~trial_over
+        soft_reset = episode_over & ~trial_over
         written = {
             self.soft_reset_key: soft_reset,
             self.episode_idx_key: episode_idx + soft_reset,
-            self.attempt_return_key: torch.where(at_start, reward, attempt_return + reward),
+            self.episode_return_key: torch.where(at_start, reward, episode_return + reward),
             "done": trial_over,
         }
-        if self.trial_end == "attempt":
+        if self.trial_end == "episode":
             terminated = trial_over & next_tensordict.get("terminated")
         else:
             terminated = trial_over & (self.trial_end == "terminated")
@@ -271,22 +271,24 @@ class TrialTransform(Transform):
             progress = trial_step.to(torch.float32) / self.horizon
         if self.show_progress:
             if self.episodes is not None:
-                done_share = written[self.episode_idx_key].to(torch.float32) / self.episodes
-                progress = done_share if progress is None else torch.maximum(done_share, progress)
+                done_fraction = written[self.episode_idx_key].to(torch.float32) / self.episodes
+                progress = (
+                    done_fraction if progress is None else torch.maximum(done_fraction, progress)
+                )
             if self.horizon is not None:
                 before = self._state(tensordict, self.trial_progress_key)
                 progress = torch.where(trial_over, before, progress)
             written[self.trial_progress_key] = progress
         return written, soft_reset
 
-    def _begin_attempts(
+    def _begin_episodes(
         self, next_tensordict: TensorDictBase, reset: TensorDictBase, mask: Tensor
     ) -> None:
         """Put the reset rows' first observations in place."""
         done = reset.get("done", None)
         if done is not None and (done & mask).any():
             raise RuntimeError(
-                "an attempt must not be done when it begins, but the environment was done right "
+                "an episode must not be done when it begins, but the environment was done right "
                 "after a soft reset. Check its reset, or what repeat= does."
             )
         everywhere = bool(mask.all())
@@ -328,7 +330,7 @@ class TrialTransform(Transform):
         specs = {
             self.episode_idx_key: count(None if self.episodes is None else self.episodes - 1),
             self.soft_reset_key: Categorical(2, shape=shape, dtype=torch.bool, device=device),
-            self.attempt_return_key: Unbounded(shape=shape, device=device),
+            self.episode_return_key: Unbounded(shape=shape, device=device),
         }
         if self.show_progress:
             specs[self.trial_progress_key] = Bounded(0.0, 1.0, shape=shape, device=device)
@@ -379,13 +381,13 @@ class TrialTransform(Transform):
             raise ValueError(
                 "PreviousStepTransform and InitTracker must come after the trial transform, got "
                 f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it: it would "
-                "start again with every attempt, and the agent would forget. Use make_trial_env."
+                "start again with every episode, and the agent would forget. Use make_trial_env."
             )
         stepping = [type(t).__name__ for t in after if isinstance(t, _STEPPING)]
         if stepping:
             raise ValueError(
                 "transforms that step the environment by themselves must come before the trial "
-                f"transform, got {stepping} after it: ends of attempts within their steps would be "
+                f"transform, got {stepping} after it: ends of episodes within their steps would be "
                 "missed. Apply them to the environment that the trial is made of."
             )
         self._get_repeater()
@@ -396,12 +398,12 @@ def _check_arguments(episodes, horizon, repeat, options, trial_end) -> None:
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(
                 f"{name} must be an integer of at least 1 or None, got {value!r}. "
-                "A trial is a number of attempts (episodes), of steps (horizon), or both."
+                "A trial is a number of episodes (episodes), of steps (horizon), or both."
             )
     if episodes is None and horizon is None:
         raise ValueError(
             "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
-            "attempts, horizon=H for H steps, or both."
+            "episodes, horizon=H for H steps, or both."
         )
     if trial_end not in get_args(TrialEnd):
         raise ValueError(

@@ -31,7 +31,7 @@ def make_trial_env(
     show_progress: bool = True,
     trial_end: TrialEnd = "terminated",
 ) -> TransformedEnv:
-    """Turn an environment into trials of several attempts at one task.
+    """Turn an environment into trials of several episodes at one task.
 
     Returns ``TransformedEnv(base, Compose(TrialTransform(...), PreviousStepTransform(),
     InitTracker()))``: what a policy with memory needs, checked before the first reset. Where actions
@@ -42,7 +42,7 @@ def make_trial_env(
         base: TorchRL environment, or a Gymnasium environment (wrapped with integer actions).
             Transforms that it already has stay in place, before the new ones. A Gymnasium vector
             environment needs ``autoreset_mode=AutoresetMode.DISABLED``.
-        episodes: number of attempts; likewise the arguments below, see :class:`TrialTransform`.
+        episodes: number of episodes; likewise the arguments below, see :class:`TrialTransform`.
 
     Raises:
         ValueError: if the arguments don't describe a trial, the environment cannot repeat a task,

@@ -172,7 +172,7 @@ class PolicyDistribution(abc.ABC):
         """
         return StoredActions(self(params), self.space)
 
-    def soften(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
+    def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
         """What critics are shown in place of the vector of a stored action.
 
         Args:

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, distributions
 
-from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,

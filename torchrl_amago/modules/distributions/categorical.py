@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Categorical, Distribution
 
+from torchrl_amago._validation import check_positive
 from torchrl_amago.action_space import join_parts, one_hot_parts, split_parts
-from torchrl_amago.choice import check_positive
-from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,
@@ -248,7 +248,7 @@ class Discrete(PolicyDistribution):
         # The way over one-hot vectors would cost as much as the draw.
         return ClippedCategorical(self._checked(params), self.clip_low, self.clip_high)
 
-    def soften(self, vector: Tensor, policy: OneHotParts) -> Tensor:
+    def clip_action(self, vector: Tensor, policy: OneHotParts) -> Tensor:
         """Clip the one-hot of each part to the bounds of probabilities, among the allowed, and renormalise."""
         # What was taken stays, even if the policy's mask says that it couldn't be.
         forbidden = (policy.probs[..., 0, :] == 0) & (vector == 0)

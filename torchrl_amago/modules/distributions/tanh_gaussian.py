@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributions
 from torch.nn.functional import softplus
 
-from torchrl_amago.modules.distributions import noise
+from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,

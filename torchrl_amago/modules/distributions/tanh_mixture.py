@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, distributions
 
-from torchrl_amago.choice import check_counts
-from torchrl_amago.modules.distributions import noise
+from torchrl_amago._validation import check_counts
+from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,

@@ -14,8 +14,8 @@ from torchrl.data import NonTensor, TensorSpec
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago.modules.settings import Configurable
-from torchrl_amago.steps import Steps
+from torchrl_amago._masking import Steps
+from torchrl_amago.modules._settings import Configurable
 
 Shape = tuple[int, ...]
 

@@ -9,9 +9,9 @@ from tensordict import NestedKey
 from torch import nn
 from torchrl.data import TensorSpec
 
+from torchrl_amago.modules.timestep._specs import kind_of
 from torchrl_amago.modules.timestep.base import Shape
 from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
-from torchrl_amago.modules.timestep.specs import kind_of
 from torchrl_amago.modules.timestep.vision import ImageEmbedding
 
 
@@ -26,12 +26,12 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
         image_key: which of them is the image; default the only one of three dimensions.
         trunk: ``nature`` (DQN's), ``impala``, ``drq``, ``grid`` or a module, see
             :class:`ImageEmbedding`; likewise ``trunk_options``, ``channels_first``,
-            ``random_shift`` and ``random_shift_share``.
+            ``random_shift`` and ``random_shift_fraction``.
         image_features: features of the image.
         vector_features: features of everything else together.
         output_size: D.
         num_layers: number of hidden layers after merging, of width ``hidden_size``.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
         options: further arguments of :class:`CombinedTimestepEncoder`: norms, switches, keys.
 
     Raises:
@@ -57,7 +57,7 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
         trunk_options: dict[str, Any] | None = None,
         channels_first: bool = False,
         random_shift: int = 0,
-        random_shift_share: float = 0.75,
+        random_shift_fraction: float = 0.75,
         image_features: int = 256,
         vector_features: int = 12,
         output_size: int = 256,
@@ -81,7 +81,7 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
             trunk_options=trunk_options,
             channels_first=channels_first,
             random_shift=random_shift,
-            random_shift_share=random_shift_share,
+            random_shift_fraction=random_shift_fraction,
             activation=activation,
         )
         super().__init__(

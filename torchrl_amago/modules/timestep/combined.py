@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torchrl.data import TensorSpec
 from torchrl.modules.functional import symlog
 
-from torchrl_amago.modules.input_norm import InputNorm
-from torchrl_amago.modules.layers import MLP, make_activation, make_norm
+from torchrl_amago.modules._input_norm import InputNorm
+from torchrl_amago.modules._layers import MLP, make_activation, make_norm
+from torchrl_amago.modules.timestep._specs import EntryOptions, embed_specs
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
-from torchrl_amago.modules.timestep.specs import EntryOptions, embed_specs
 
 VectorScale = Literal["normalize", "symlog", "none"]
 
@@ -40,9 +40,9 @@ class CombinedTimestepEncoder(TimestepEncoder):
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers; with 0 the features go through one linear layer.
         output_size: D.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
         norm: norm of the features and hidden layers, see
-            :func:`~torchrl_amago.modules.layers.make_norm`.
+            :func:`~torchrl_amago.modules._layers.make_norm`.
         out_norm: norm of the output.
         options: switches and keys of :class:`TimestepEncoder`.
 

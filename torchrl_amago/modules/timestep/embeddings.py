@@ -12,9 +12,9 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
-from torchrl_amago.modules.layers import make_activation
-from torchrl_amago.modules.settings import Configurable
-from torchrl_amago.steps import is_traced
+from torchrl_amago._masking import is_traced
+from torchrl_amago.modules._layers import make_activation
+from torchrl_amago.modules._settings import Configurable
 
 
 class EntryEmbedding(Configurable, nn.Module):
@@ -131,7 +131,7 @@ class SequencePool(Configurable, nn.Module):
         hidden_size: width of h.
         output_size: F.
         ordered: whether the order of elements matters.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
 
     Example:
         >>> pool = SequencePool(3, 2, hidden_size=8, output_size=4, ordered=False)
@@ -171,8 +171,8 @@ class SequencePool(Configurable, nn.Module):
             hidden_MLH = hidden_MLH + self.position
         total_MH = torch.where(there_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
         count_M1 = there_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        share_M1 = count_M1 / there_ML.shape[-1]
-        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), share_M1), -1))
+        fraction_M1 = count_M1 / there_ML.shape[-1]
+        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
 
 
 class TokenEmbedding(EntryEmbedding):
@@ -187,7 +187,7 @@ class TokenEmbedding(EntryEmbedding):
         padding_token: token that fills up short sequences, which isn't looked at; None for none.
         ordered: whether the order of tokens matters.
         mask_key: entry that is True on real tokens, ``[*M, L]``.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
 
     Raises:
         ValueError: when called, if a token is out of range.

@@ -30,7 +30,7 @@ class GoalEmbedding(EntryEmbedding):
         padding: a goal whose numbers all equal this is missing; None for none. NaN works in the
             embedding, but :class:`~torchrl_amago.trainers.AMAGOTrainer` refuses batches with NaN.
         mask_key: entry that is True on goals that are there, ``[*M, L]``.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
 
     Raises:
         ValueError: when called, if a token is out of range.

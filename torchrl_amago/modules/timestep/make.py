@@ -10,7 +10,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
-from torchrl_amago.choice import pick
+from torchrl_amago._validation import pick
 from torchrl_amago.modules.timestep.base import TimestepEncoder
 from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
 from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
@@ -29,7 +29,7 @@ _NOT_OBSERVATIONS = {
     keys.IS_INIT,
     keys.EPISODE_IDX,
     keys.TRIAL_STEP,
-    keys.ATTEMPT_RETURN,
+    keys.EPISODE_RETURN,
 }
 
 

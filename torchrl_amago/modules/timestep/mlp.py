@@ -9,8 +9,8 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
-from torchrl_amago.modules.input_norm import InputNorm
-from torchrl_amago.modules.layers import MLP, make_norm
+from torchrl_amago.modules._input_norm import InputNorm
+from torchrl_amago.modules._layers import MLP, make_norm
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
 
 
@@ -25,8 +25,8 @@ class MLPTimestepEncoder(TimestepEncoder):
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
         output_size: D.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: norm of the hidden layers, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: norm of the hidden layers, see :func:`~torchrl_amago.modules._layers.make_norm`.
         out_norm: norm of the output.
         normalize_inputs: shift and scale inputs by moving averages.
         auto_widen: make hidden and output size at least the number of inputs.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import ConvNet
 
-from torchrl_amago.modules.layers import make_activation
-from torchrl_amago.modules.settings import Configurable
+from torchrl_amago.modules._layers import make_activation
+from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
 
 
@@ -41,7 +41,7 @@ class ConvTrunk(Configurable, ConvNet):
         channels: channels of each layer.
         kernels: size of each layer's window.
         strides: step of each layer's window.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
 
     Example:
         >>> ConvTrunk(3, [8], [3], [2])(torch.zeros(1, 3, 7, 7)).shape
@@ -98,7 +98,7 @@ class ImpalaTrunk(Configurable, nn.Module):
         in_channels: channels of the image.
         channels: channels of each section: a convolution, pooling by 2, two residual blocks.
         num_groups: groups of the norms, dividing every number of channels; None for no norm.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
 
     Raises:
         ValueError: if the groups don't divide the channels.
@@ -170,7 +170,7 @@ def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
 
 
 def draw_shifts(num_rows: int, reach: int, share: float, device: torch.device) -> Tensor:
-    """Shifts ``[R, 2]`` in ``[-reach, reach]``, int64, for a share of the rows; zero for the others.
+    """Shifts ``[R, 2]`` in ``[-reach, reach]``, int64, for a fraction of the rows; zero for the others.
 
     Which rows is drawn at random, how many isn't: the share, rounded up.
     """
@@ -190,7 +190,7 @@ class ImageEmbedding(EntryEmbedding):
         trunk_options: further arguments of a named trunk, such as ``channels``.
         channels_first: where the channels are.
         random_shift: by how many pixels images move at most in training; 0 for none, DrQ has 4.
-        random_shift_share: share of the batch's rows that are moved, each step of a row alike.
+        random_shift_fraction: fraction of the batch's rows that are moved, each step of a row alike.
         activation: of a named trunk.
 
     Raises:
@@ -212,7 +212,7 @@ class ImageEmbedding(EntryEmbedding):
         trunk_options: dict[str, Any] | None = None,
         channels_first: bool = False,
         random_shift: int = 0,
-        random_shift_share: float = 0.75,
+        random_shift_fraction: float = 0.75,
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__(shape, output_size)
@@ -222,13 +222,13 @@ class ImageEmbedding(EntryEmbedding):
                 "of a grey image (torchrl.envs.UnsqueezeTransform)."
             )
         is_whole = isinstance(random_shift, Integral) and random_shift >= 0
-        if not is_whole or not 0.0 <= random_shift_share <= 1.0:
+        if not is_whole or not 0.0 <= random_shift_fraction <= 1.0:
             raise ValueError(
-                "random_shift must be at least 0 pixels and random_shift_share in [0, 1], got "
-                f"{random_shift} and {random_shift_share}. Use 4 and 0.75, or 0 for no shifts."
+                "random_shift must be at least 0 pixels and random_shift_fraction in [0, 1], got "
+                f"{random_shift} and {random_shift_fraction}. Use 4 and 0.75, or 0 for no shifts."
             )
         self.channels_first = channels_first
-        self.random_shift, self.random_shift_share = random_shift, random_shift_share
+        self.random_shift, self.random_shift_fraction = random_shift, random_shift_fraction
         channels, height, width = self.shape if channels_first else (self.shape[2], *self.shape[:2])
         if isinstance(trunk, str):
             trunk = _named_trunk(trunk, channels, activation, trunk_options or {})
@@ -255,7 +255,9 @@ class ImageEmbedding(EntryEmbedding):
         """Move all images of a row alike, by a shift drawn for it."""
         if not self.random_shift:
             return value
-        shift_R2 = draw_shifts(num_rows, self.random_shift, self.random_shift_share, value.device)
+        shift_R2 = draw_shifts(
+            num_rows, self.random_shift, self.random_shift_fraction, value.device
+        )
         image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
         moved_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
         moved = moved_MCHW if self.channels_first else moved_MCHW.movedim(1, -1)

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import make_activation, make_norm
+from torchrl_amago.modules._dropout import check_dropout, dropout
+from torchrl_amago.modules._layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 
 
@@ -48,8 +48,8 @@ class FeedForwardBlock(nn.Module):
         d_model: D, width of the stream.
         d_ff: width of the hidden layer.
         dropout: after both layers.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`; after both layers.
-        norm: see :func:`~torchrl_amago.modules.layers.make_norm`; after both linears.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`; after both layers.
+        norm: see :func:`~torchrl_amago.modules._layers.make_norm`; after both linears.
 
     Example:
         >>> import torch
@@ -93,8 +93,8 @@ class FeedForwardEncoder(TrajectoryEncoder):
         d_ff: width of the blocks' hidden layers; default `4 * d_model`.
         num_layers: number of blocks.
         dropout: in the blocks, on the embedding and on the state.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: norm inside the blocks, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: norm inside the blocks, see :func:`~torchrl_amago.modules._layers.make_norm`.
         out_norm: norm of the state.
         options: see :class:`TrajectoryEncoder`.
 

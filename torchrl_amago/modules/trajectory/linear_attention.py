@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import (
+from torchrl_amago.modules._dropout import check_dropout, dropout
+from torchrl_amago.modules._layers import (
     MLP,
     RMSNorm,
     StreamEmbedding,
@@ -27,13 +27,13 @@ from torchrl_amago.modules.trajectory.base import (
     check_sizes,
     starts_within_rows,
 )
-from torchrl_amago.modules.trajectory.gated_scan import (
+from torchrl_amago.modules.trajectory.kernels.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
-from torchrl_amago.modules.trajectory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
 
-# Steps over which heads forget at initialisation, from the last head to the first: from an attempt
+# Steps over which heads forget at initialisation, from the last head to the first: from an episode
 # to more than a trial. What no head can hold at first can hardly be learned.
 _TIME_CONSTANTS = (8.0, 4096.0)
 
@@ -106,8 +106,8 @@ class LinearAttentionBlock(nn.Module):
         num_heads: H.
         d_ff: width of the feed-forward's hidden layer.
         dropout_ff: on the feed-forward's output.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
     """
 
     def __init__(
@@ -153,8 +153,8 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         num_layers: number of blocks.
         dropout_ff: on feed-forwards' outputs.
         dropout_emb: on embeddings.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
         options: see :class:`TrajectoryEncoder`.
 
     Raises:

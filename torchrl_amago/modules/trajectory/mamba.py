@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_amago.modules.layers import StreamEmbedding, at_least_float32, make_norm
+from torchrl_amago._masking import is_traced
+from torchrl_amago.modules._layers import StreamEmbedding, at_least_float32, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
-from torchrl_amago.modules.trajectory.mamba_kernels import MambaKernels, load_kernels
-from torchrl_amago.modules.trajectory.selective_scan import selective_scan, selective_step
-from torchrl_amago.modules.trajectory.state_memory import StateMemory
-from torchrl_amago.steps import is_traced
+from torchrl_amago.modules.trajectory.kernels.mamba_kernels import MambaKernels, load_kernels
+from torchrl_amago.modules.trajectory.kernels.selective_scan import selective_scan, selective_step
+from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
 # a state forgets over 0.6 to 1000 steps.
@@ -161,7 +161,7 @@ class MambaEncoder(TrajectoryEncoder):
         d_conv: steps that the convolution sees.
         expand: inner channels per feature of the width.
         num_layers: number of blocks.
-        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
         backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
         options: see :class:`TrajectoryEncoder`.
 

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
-from torchrl_amago.modules.layers import make_norm
+from torchrl_amago.modules._layers import make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
-from torchrl_amago.modules.trajectory.recurrence import Kind, recurrence
-from torchrl_amago.modules.trajectory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.kernels.recurrence import Kind, recurrence
+from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
 
 
 class _RecurrentEncoder(TrajectoryEncoder):
@@ -35,13 +35,13 @@ class _RecurrentEncoder(TrajectoryEncoder):
         input_size: int,
         *,
         d_model: int = 256,
-        d_hidden: int | None = None,
+        hidden_size: int | None = None,
         num_layers: int = 2,
         out_norm: str = "layer",
         longest_memory: int | None = None,
         **options: Any,
     ) -> None:
-        d_hidden = d_model if d_hidden is None else d_hidden
+        hidden_size = d_model if hidden_size is None else hidden_size
         check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
             raise ValueError(
@@ -49,8 +49,8 @@ class _RecurrentEncoder(TrajectoryEncoder):
                 "to remember over, such as the trial's length."
             )
         super().__init__(input_size, d_model, **options)
-        self.rnn = self.network(input_size, d_hidden, num_layers, batch_first=True)
-        self.out = nn.Linear(d_hidden, d_model)
+        self.rnn = self.network(input_size, hidden_size, num_layers, batch_first=True)
+        self.out = nn.Linear(hidden_size, d_model)
         self.out_norm = make_norm(out_norm, d_model)
         self.longest_memory = longest_memory
         self.reset_parameters()
@@ -108,9 +108,9 @@ class GRUEncoder(_RecurrentEncoder):
     Args:
         input_size: I, features of a timestep embedding.
         d_model: D, size of the state.
-        d_hidden: H, width of the recurrent layers; default `d_model`.
+        hidden_size: H, width of the recurrent layers; default `d_model`.
         num_layers: number of recurrent layers.
-        out_norm: norm of the state, see :func:`~torchrl_amago.modules.layers.make_norm`.
+        out_norm: norm of the state, see :func:`~torchrl_amago.modules._layers.make_norm`.
         longest_memory: how many steps units remember over before training, at most: gates' biases are
             drawn for 1 to so many (chrono initialisation, arXiv 1804.11188, eq. 16). Default: torch's
             initialisation, with which memory fades over few steps.

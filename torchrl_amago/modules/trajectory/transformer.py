@@ -14,19 +14,13 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import recurrent_mode
 
-from torchrl_amago.modules.dropout import check_dropout, dropout
-from torchrl_amago.modules.layers import (
+from torchrl_amago.modules._dropout import check_dropout, dropout
+from torchrl_amago.modules._layers import (
     SigmaReparamLinear,
     make_activation,
     make_norm,
     rotate_by_position,
     sinusoidal_positions,
-)
-from torchrl_amago.modules.trajectory.attention import AttentionPattern
-from torchrl_amago.modules.trajectory.attention_backends import (
-    Backend,
-    backend_attention,
-    check_backend,
 )
 from torchrl_amago.modules.trajectory.base import (
     TrajectoryEncoder,
@@ -34,7 +28,13 @@ from torchrl_amago.modules.trajectory.base import (
     check_sizes,
     starts_within_rows,
 )
-from torchrl_amago.modules.trajectory.kv_cache import RingCache
+from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern
+from torchrl_amago.modules.trajectory.kernels.attention_backends import (
+    Backend,
+    backend_attention,
+    check_backend,
+)
+from torchrl_amago.modules.trajectory.memory.ring_cache import RingCache
 
 # (query, key, value), each [..., H, head size] -> [..., H, head size]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -59,8 +59,8 @@ class TransformerBlock(nn.Module):
         d_ff: width of the feed-forward's hidden layer.
         dropout_ff: on the feed-forward's output.
         dropout_qkv: on queries, keys and values.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
         sigma_reparam: use :class:`SigmaReparamLinear`, else `torch.nn.Linear`.
         normformer: use NormFormer's two extra norms.
         head_scaling: use NormFormer's scale per head.
@@ -133,8 +133,8 @@ class TransformerEncoder(TrajectoryEncoder):
         dropout_emb: on embeddings, positions included.
         dropout_attn: on attention weights.
         dropout_qkv: on queries, keys and values.
-        activation: see :func:`~torchrl_amago.modules.layers.make_activation`.
-        norm: see :func:`~torchrl_amago.modules.layers.make_norm`.
+        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
         max_positions: size of the learned table; the longest trial's length and 1, since losses also read
             what the last step led to.

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchrl.modules import functional as F
 from torchrl.objectives import two_hot_encode
 
-from torchrl_amago.choice import check_counts
+from torchrl_amago._validation import check_counts
 from torchrl_amago.modules.value_codec.base import ValueCodec
 from torchrl_amago.modules.value_codec.popart import PopArt
 

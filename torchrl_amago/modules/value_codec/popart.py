@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchrl_amago.choice import check_counts
+from torchrl_amago._validation import check_counts
 from torchrl_amago.modules.value_codec.base import ValueCodec
 
 

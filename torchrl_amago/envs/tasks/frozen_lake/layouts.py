@@ -1,0 +1,253 @@
+"""Which lakes exist: drawing them in batches, checking that each can be crossed, splitting them.
+
+The distribution is Gymnasium's ``generate_random_map``: every cell but the start and the goal is
+safe with probability 0.8, and a lake that cannot be crossed is drawn anew. Here thousands are
+drawn at once, and only those that failed are redrawn, which leaves the same distribution.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "LAKE_SPLITS",
+    "P_SAFE",
+    "LakeSplit",
+    "enumerate_lakes",
+    "in_split",
+    "is_crossable",
+    "random_lakes",
+]
+
+LakeSplit = Literal["all", "train", "heldout"]
+LAKE_SPLITS: tuple[str, ...] = get_args(LakeSplit)
+
+# Gymnasium's default fraction of frozen cells in `generate_random_map`.
+P_SAFE = 0.8
+
+# Salt of the split. Any value gives a sound split; with this one the held-out 3x3 and 4x4
+# lakes are a quarter by count and by probability, and the likeliest lake (no holes) is in "train".
+_SPLIT_SALT = 2417
+
+# At 0.8 the fraction of crossable lakes is above one half at every size, so that needing this many
+# rounds means that the arguments leave nothing to draw.
+_MAX_ROUNDS = 2_000
+
+# 4x4 has 2**14 layouts; 5x5 would have 2**23 and take gigabytes.
+_MAX_ENUMERABLE_SIZE = 4
+
+
+def is_crossable(holes: Tensor) -> Tensor:
+    """Whether a path of 4-neighbour moves over safe cells joins the two opposite corners.
+
+    A flood from cell (0, 0) in sweeps down, right, up and left, each a whole line of cells of all
+    lakes at once, until a round of sweeps wets nothing new. Few rounds are needed: one for every
+    two turns of the most winding path.
+
+    Args:
+        holes: bool ``[*L, S, S]``, True where the ice is missing.
+
+    Returns:
+        bool ``[*L]``.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks.frozen_lake.layouts import is_crossable
+        >>> is_crossable(torch.tensor([[[0, 1], [0, 0]], [[0, 1], [1, 0]]]).bool())
+        tensor([ True, False])
+    """
+    size = holes.shape[-1]
+    # Lakes last: every line of cells is then one contiguous block of memory.
+    safe = ~holes.reshape(-1, size, size).permute(1, 2, 0).contiguous()
+    wet = torch.zeros_like(safe)
+    wet[0, 0] = safe[0, 0]
+    # Unbound once: indexing anew costs more than the arithmetic on a line.
+    lines = [list(zip(wet.unbind(dim), safe.unbind(dim), strict=True)) for dim in (0, 1)]
+    sweeps = lines + [line[::-1] for line in lines]
+    before = torch.zeros_like(wet)
+    while not torch.equal(wet, before):
+        before.copy_(wet)
+        for sweep in sweeps:
+            for (wet_from, _), (wet_to, safe_to) in pairwise(sweep):
+                wet_to.bitwise_or_(wet_from & safe_to)
+    return wet[-1, -1].reshape(holes.shape[:-2])
+
+
+def in_split(holes: Tensor, layouts: LakeSplit) -> Tensor:
+    """Which lakes belong to a split. The answer depends on the layout alone, never on a seed.
+
+    A fixed 64-bit hash of the hole pattern puts about one layout in four in ``"heldout"`` and the
+    rest in ``"train"``, so that the two have no lake in common on any machine, in any run.
+
+    Args:
+        holes: bool ``[*L, S, S]``.
+        layouts: ``"train"``, ``"heldout"`` or ``"all"``.
+
+    Returns:
+        bool ``[*L]``.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks.frozen_lake.layouts import in_split
+        >>> lakes = torch.zeros(2, 3, 3, dtype=torch.bool)
+        >>> lakes[1, 0, 1] = True
+        >>> (in_split(lakes, "train") ^ in_split(lakes, "heldout")).all()
+        tensor(True)
+    """
+    _check_split(layouts, holes.shape[-1])
+    if layouts == "all":
+        return torch.ones(holes.shape[:-2], dtype=torch.bool, device=holes.device)
+    size = holes.shape[-1]
+    weights = [_splitmix64(_SPLIT_SALT + (size << 16) + cell) for cell in range(size * size)]
+    code = (holes.flatten(-2) * torch.tensor(weights, device=holes.device)).sum(-1)
+    code = code + _splitmix64(_SPLIT_SALT + size)
+    # Integer sums wrap around on every device alike; the shift and the odd factor mix the bits.
+    code = (code ^ (code >> 31)) * _splitmix64(_SPLIT_SALT)
+    heldout = ((code >> 40) & 3) == 0
+    return heldout if layouts == "heldout" else ~heldout
+
+
+def random_lakes(
+    num: int,
+    size: int,
+    generator: torch.Generator | None = None,
+    p_safe: float = P_SAFE,
+    *,
+    layouts: LakeSplit = "all",
+) -> Tensor:
+    """Draw lakes that can all be crossed, from Gymnasium's distribution, on the generator's device.
+
+    Args:
+        num: how many.
+        size: cells per side, at least 2. The start is cell (0, 0), the goal (size-1, size-1).
+        generator: source of randomness; also says the device. Defaults to torch's CPU one.
+        p_safe: probability that a cell is safe before the lake is checked, in (0, 1].
+        layouts: draw from all lakes, or only from the ``"train"`` or the ``"heldout"`` ones.
+
+    Returns:
+        bool ``[num, size, size]``, True at holes.
+
+    Raises:
+        ValueError: if an argument is out of its range.
+        RuntimeError: if lakes that can be crossed are too rare to be found.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks import random_lakes
+        >>> lakes = random_lakes(1000, 4, torch.Generator().manual_seed(0))
+        >>> lakes.shape, lakes.dtype
+        (torch.Size([1000, 4, 4]), torch.bool)
+    """
+    _check_size(size)
+    _check_split(layouts, size)
+    _check_p_safe(p_safe)
+    lakes = _draw(num, size, generator, p_safe)
+    rejected = (~_accepted(lakes, layouts)).nonzero().squeeze(-1)
+    for _ in range(_MAX_ROUNDS):
+        if not len(rejected):
+            return lakes
+        redrawn = _draw(len(rejected), size, generator, p_safe)
+        lakes[rejected] = redrawn
+        rejected = rejected[~_accepted(redrawn, layouts)]
+    raise RuntimeError(
+        f"no lake that can be crossed was found in {_MAX_ROUNDS} rounds of drawing (size={size}, "
+        f"p_safe={p_safe}, layouts={layouts!r}; {len(rejected)} of {num} missing). Use a p_safe "
+        "above 0.6: below it large lakes almost never can be crossed."
+    )
+
+
+def enumerate_lakes(
+    size: int, p_safe: float = P_SAFE, *, layouts: LakeSplit = "all"
+) -> tuple[Tensor, Tensor]:
+    """Every lake that :func:`random_lakes` can draw, with its exact probability.
+
+    Args:
+        size: cells per side, 2 to 4: there are ``2 ** (size**2 - 2)`` layouts to go through.
+        p_safe: as in :func:`random_lakes`.
+        layouts: as in :func:`random_lakes`.
+
+    Returns:
+        ``(holes, probability)``: bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
+
+    Raises:
+        ValueError: if size is outside 2 to 4, or another argument is out of its range.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks.frozen_lake.layouts import enumerate_lakes
+        >>> holes, probability = enumerate_lakes(2)
+        >>> holes.shape, [round(p, 4) for p in probability.tolist()]
+        (torch.Size([3, 2, 2]), [0.6667, 0.1667, 0.1667])
+    """
+    _check_size(size)
+    _check_split(layouts, size)
+    _check_p_safe(p_safe)
+    if size > _MAX_ENUMERABLE_SIZE:
+        raise ValueError(
+            f"enumerating lakes is feasible for size <= {_MAX_ENUMERABLE_SIZE}, got {size}: there "
+            f"are 2**{size * size - 2} layouts of that size. Sample them with random_lakes instead."
+        )
+    free = size * size - 2
+    bits = torch.arange(2**free).unsqueeze(-1) >> torch.arange(free)
+    holes = torch.zeros(2**free, size * size, dtype=torch.bool)
+    holes[:, 1:-1] = (bits & 1).bool()
+    holes = holes.view(-1, size, size)
+    holes = holes[_accepted(holes, layouts)]
+    num_holes = holes.sum((-2, -1)).double()
+    weight = p_safe ** (free - num_holes) * (1.0 - p_safe) ** num_holes
+    return holes, weight / weight.sum()
+
+
+def _draw(num: int, size: int, generator: torch.Generator | None, p_safe: float) -> Tensor:
+    device = None if generator is None else generator.device
+    holes = torch.rand(num, size, size, generator=generator, device=device) >= p_safe
+    holes[:, 0, 0] = False
+    holes[:, -1, -1] = False
+    return holes
+
+
+def _accepted(holes: Tensor, layouts: LakeSplit) -> Tensor:
+    crossable = is_crossable(holes)
+    return crossable if layouts == "all" else crossable & in_split(holes, layouts)
+
+
+def _check_size(size: int) -> None:
+    if not isinstance(size, int) or size < 2:
+        raise ValueError(
+            f"size must be an integer of at least 2, got {size!r}. It is the number of cells per "
+            "side; on a smaller lake the start would be the goal."
+        )
+
+
+def _check_p_safe(p_safe: float) -> None:
+    if not 0.0 < p_safe <= 1.0:
+        raise ValueError(
+            f"p_safe must be in (0, 1], got {p_safe}. It is the probability that a cell is safe; "
+            f"Gymnasium's is {P_SAFE}."
+        )
+
+
+def _check_split(layouts: str, size: int) -> None:
+    if layouts not in LAKE_SPLITS:
+        raise ValueError(
+            f"layouts must be one of {', '.join(map(repr, LAKE_SPLITS))}, got {layouts!r}. Use "
+            "'train' and 'heldout' to keep some lakes for evaluation, 'all' for no split."
+        )
+    if layouts != "all" and size < 3:
+        raise ValueError(
+            f"layouts={layouts!r} needs size >= 3, got {size}: there are only three 2x2 lakes, too "
+            "few to split. Use layouts='all' or a larger lake."
+        )
+
+
+def _splitmix64(index: int) -> int:
+    """The index-th output of SplitMix64 (Steele et al. 2014), odd, as a signed 64-bit integer."""
+    mask = (1 << 64) - 1
+    word = (index + 1) * 0x9E3779B97F4A7C15 & mask
+    word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    word = (word ^ (word >> 27)) * 0x94D049BB133111EB & mask
+    word = (word ^ (word >> 31)) | 1
+    return word - (1 << 64) if word >> 63 else word

@@ -1,0 +1,315 @@
+"""The best possible agent on Meta-FrozenLake, computed exactly.
+
+Before a trial, the agent knows only how lakes are drawn. What it learns is which cells are safe and
+which are holes: its belief is the set of lakes that agree with that. Planning over beliefs
+(a Bayes-adaptive MDP, `Duff 2002 <https://scholarworks.umass.edu/dissertations/AAI3039353/>`_) is
+therefore exact here, and small lakes can be solved by enumeration. No learned agent can have a
+higher expected return, which makes this the ruler for adaptation curves.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from torchrl_amago.envs.tasks.frozen_lake.layouts import P_SAFE, LakeSplit, enumerate_lakes
+
+__all__ = ["BayesOptimum", "LakePlanner", "bayes_optimal_success"]
+
+# Digits to which two plans count as equally good. Their values are sums of at most a few thousand
+# products, so that rounding errors stay far below, and real differences far above.
+_DIGITS = 11
+
+
+@dataclass(frozen=True)
+class BayesOptimum:
+    """What the Bayes-optimal agent achieves.
+
+    Attributes:
+        expected_return: expected undiscounted return of a trial: successful episodes, at most k.
+        success_by_episode: probability of success at each of the k episodes. Their sum is
+            ``expected_return``. Several optimal agents may differ here: see :class:`LakePlanner`.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks import BayesOptimum
+        >>> BayesOptimum(expected_return=1.5, success_by_episode=(0.5, 1.0))
+        BayesOptimum(expected_return=1.5, success_by_episode=(0.5, 1.0))
+    """
+
+    expected_return: float
+    success_by_episode: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Belief:
+    """The cells known to be safe and those known to be holes, as bit masks over cells.
+
+    Start from :attr:`LakePlanner.start_belief`; each step on an unknown cell adds one bit.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks.frozen_lake.planner import Belief
+        >>> Belief(safe=0b1, holes=0).with_safe(1).with_hole(2)
+        Belief(safe=3, holes=4)
+    """
+
+    safe: int
+    holes: int
+
+    def with_safe(self, cell: int) -> Belief:
+        """This belief after standing on a cell."""
+        return Belief(self.safe | 1 << cell, self.holes)
+
+    def with_hole(self, cell: int) -> Belief:
+        """This belief after falling into a cell."""
+        return Belief(self.safe, self.holes | 1 << cell)
+
+
+class LakePlanner:
+    """Exact planner for k episodes at an unknown lake (no hard mode, no recovery, no slips).
+
+    Only stepping on an unknown cell teaches anything, and moves between known cells are
+    deterministic. So a plan chooses among: walk to the goal over known cells; walk to an unknown
+    cell next to known ones and step on it; give the episode up. With belief b, position x, t steps
+    and k episodes left,
+
+        V(b, x, t, k) = max of  1 + V(b, start, T, k-1)                       goal within t steps
+                                p V(b + u safe, u, t - d, k)
+                                  + (1-p) V(b + u hole, start, T, k-1)        each unknown u within t
+                                V(b, start, T, k-1)                           give up
+
+    where d is the number of steps to u and p its probability of being safe given b. Values are
+    undiscounted. Value functions are kept as vectors, one success probability per episode left.
+
+    Ties: among plans with the same expected return, the one whose success probabilities are
+    largest at the first episode where they differ is taken (then the unknown cell with the lowest
+    index). ``expected_return`` does not depend on this rule; ``success_by_episode`` may.
+
+    Args:
+        size: cells per side, 2 to 4.
+        episodes: episodes per trial, k.
+        max_episode_steps: steps per episode, T. Defaults to size*size, as in ``MetaFrozenLake``.
+        p_safe: probability that a cell is safe before unsolvable lakes are redrawn.
+        layouts: the prior: all lakes, or those of one split.
+
+    Raises:
+        ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks import LakePlanner
+        >>> planner = LakePlanner(size=2, episodes=2)
+        >>> [round(p, 4) for p in planner.optimum().success_by_episode]
+        [0.8333, 1.0]
+    """
+
+    def __init__(
+        self,
+        size: int = 3,
+        episodes: int = 5,
+        max_episode_steps: int | None = None,
+        *,
+        p_safe: float = P_SAFE,
+        layouts: LakeSplit = "all",
+    ) -> None:
+        _check_feasible(size)
+        self.size = size
+        self.episodes = _positive("episodes", episodes)
+        self.max_episode_steps = _positive(
+            "max_episode_steps", size * size if max_episode_steps is None else max_episode_steps
+        )
+        self._goal = size * size - 1
+        self._neighbours = [_neighbours(cell, size) for cell in range(size * size)]
+        self._mass = _belief_mass(size, p_safe, layouts)
+        self._plans: dict[tuple[Belief, int, int, int], tuple[tuple[float, ...], int | None]] = {}
+        self._distances: dict[tuple[int, int], dict[int, int]] = {}
+
+    @property
+    def start_belief(self) -> Belief:
+        """What is known before a trial: the start and the goal are no holes."""
+        return Belief(1 | 1 << self._goal, 0)
+
+    def optimum(self) -> BayesOptimum:
+        """Solve the whole trial."""
+        success, _ = self._plan(self.start_belief, 0, self.max_episode_steps, self.episodes)
+        return BayesOptimum(sum(success), success)
+
+    def target(
+        self, belief: Belief, position: int, steps_left: int, episodes_left: int
+    ) -> int | None:
+        """The cell that the optimal agent walks to next, or None if it gives the episode up.
+
+        Args:
+            belief: what is known of the lake.
+            position: the agent's cell, ``size * first coordinate + second coordinate``.
+            steps_left: steps left in this episode.
+            episodes_left: episodes left, with this one.
+
+        Returns:
+            The goal, or an unknown cell; :meth:`route` gives the way.
+        """
+        return self._plan(belief, position, steps_left, episodes_left)[1]
+
+    def route(self, belief: Belief, position: int, target: int) -> list[int]:
+        """A shortest way over known-safe cells from a position to a target, without the former."""
+        came_from = {position: position}
+        queue = deque([position])
+        while queue and target not in came_from:
+            cell = queue.popleft()
+            for neighbour in self._neighbours[cell]:
+                passable = neighbour == target or belief.safe >> neighbour & 1
+                if neighbour not in came_from and passable and cell != self._goal:
+                    came_from[neighbour] = cell
+                    queue.append(neighbour)
+        way = [target]
+        while way[-1] != position:
+            way.append(came_from[way[-1]])
+        return way[-2::-1]
+
+    def _plan(
+        self, belief: Belief, position: int, steps_left: int, episodes_left: int
+    ) -> tuple[tuple[float, ...], int | None]:
+        """Success probability at each episode left, and the cell to walk to."""
+        if episodes_left == 0:
+            return (), None
+        key = (belief, position, steps_left, episodes_left)
+        if key not in self._plans:
+            self._plans[key] = self._best_plan(*key)
+        return self._plans[key]
+
+    def _best_plan(
+        self, belief: Belief, position: int, steps_left: int, episodes_left: int
+    ) -> tuple[tuple[float, ...], int | None]:
+        distances = self._distances_over_safe(belief.safe, position)
+        later = self._next_episode(belief, episodes_left)
+        if distances.get(self._goal, steps_left + 1) <= steps_left:
+            # Nothing beats a way that is known: every episode left will succeed.
+            return (1.0, *later), self._goal
+        plans = [((0.0, *later), None)]
+        for cell, distance in sorted(distances.items()):
+            known = (belief.safe | belief.holes) >> cell & 1
+            if not known and distance <= steps_left:
+                success = self._step_on(belief, cell, steps_left - distance, episodes_left)
+                plans.append((success, cell))
+        return max(plans, key=_preference)
+
+    def _step_on(
+        self, belief: Belief, cell: int, steps_left: int, episodes_left: int
+    ) -> tuple[float, ...]:
+        if_safe, if_hole = belief.with_safe(cell), belief.with_hole(cell)
+        p_safe = self._probability(if_safe) / self._probability(belief)
+        success = [0.0] * episodes_left
+        if p_safe > 0.0:
+            then, _ = self._plan(if_safe, cell, steps_left, episodes_left)
+            success = [p_safe * p for p in then]
+        if p_safe < 1.0:
+            then = (0.0, *self._next_episode(if_hole, episodes_left))
+            success = [p + (1.0 - p_safe) * q for p, q in zip(success, then, strict=True)]
+        return tuple(success)
+
+    def _next_episode(self, belief: Belief, episodes_left: int) -> tuple[float, ...]:
+        return self._plan(belief, 0, self.max_episode_steps, episodes_left - 1)[0]
+
+    def _probability(self, belief: Belief) -> float:
+        """Prior probability of the lakes that agree with a belief."""
+        code, digit = 0, 1
+        for cell in range(1, self._goal):
+            code += digit * ((belief.safe >> cell & 1) + 2 * (belief.holes >> cell & 1))
+            digit *= 3
+        return self._mass[code]
+
+    def _distances_over_safe(self, safe: int, position: int) -> dict[int, int]:
+        """Steps to every cell that can be entered from a way over safe cells."""
+        key = (safe, position)
+        if key not in self._distances:
+            distances = {position: 0}
+            queue = deque([position])
+            while queue:
+                cell = queue.popleft()
+                for neighbour in self._neighbours[cell]:
+                    if neighbour not in distances:
+                        distances[neighbour] = distances[cell] + 1
+                        if safe >> neighbour & 1 and neighbour != self._goal:
+                            queue.append(neighbour)
+            self._distances[key] = distances
+        return self._distances[key]
+
+
+def bayes_optimal_success(
+    size: int = 3,
+    episodes: int = 5,
+    max_episode_steps: int | None = None,
+    *,
+    p_safe: float = P_SAFE,
+    layouts: LakeSplit = "all",
+) -> BayesOptimum:
+    """The exact optimum of k episodes at an unknown lake; see :class:`LakePlanner`.
+
+    Args:
+        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, about a minute and 2 GB on 4x4).
+        episodes: episodes per trial.
+        max_episode_steps: steps per episode. Defaults to size*size.
+        p_safe: probability that a cell is safe before unsolvable lakes are redrawn.
+        layouts: the prior: all lakes, or those of one split. The optimum of a split is that of an
+            agent that knows the split.
+
+    Returns:
+        The expected return of a trial and the success probability at each episode.
+
+    Raises:
+        ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
+
+    Examples:
+        >>> from torchrl_amago.envs.tasks import bayes_optimal_success
+        >>> optimum = bayes_optimal_success(size=3, episodes=5, max_episode_steps=9)
+        >>> round(optimum.expected_return, 2), round(optimum.success_by_episode[0], 3)
+        (4.5, 0.576)
+    """
+    return LakePlanner(size, episodes, max_episode_steps, p_safe=p_safe, layouts=layouts).optimum()
+
+
+def _preference(plan: tuple[tuple[float, ...], int | None]) -> tuple[float, ...]:
+    """Sort key: expected return, then success at the first episode, the second one, ..."""
+    success, _ = plan
+    return tuple(round(value, _DIGITS) for value in (sum(success), *success))
+
+
+def _belief_mass(size: int, p_safe: float, layouts: LakeSplit) -> list[float]:
+    """Prior probability of every belief, indexed by its base-3 code (unknown, safe, hole).
+
+    Unknown is the sum of the other two. Adding that entry along one cell's axis after another
+    gives all ``3**free`` sums with one addition each.
+    """
+    holes, probability = enumerate_lakes(size, p_safe, layouts=layouts)
+    free = size * size - 2
+    pattern = (holes.flatten(1)[:, 1:-1].long() << torch.arange(free)).sum(-1)
+    mass = torch.zeros(2**free, dtype=torch.float64).index_put_((pattern,), probability)
+    # Bit i is axis free-1-i of this view: the last cell comes first, as in the code.
+    mass = mass.view((2,) * free)
+    for axis in range(free):
+        mass = torch.cat([mass.sum(axis, keepdim=True), mass], axis)
+    return mass.flatten().tolist()
+
+
+def _neighbours(cell: int, size: int) -> list[int]:
+    down, right = divmod(cell, size)
+    around = [(down + 1, right), (down - 1, right), (down, right + 1), (down, right - 1)]
+    return [i * size + j for i, j in around if 0 <= i < size and 0 <= j < size]
+
+
+def _check_feasible(size: int) -> None:
+    if isinstance(size, int) and size > 4:
+        raise ValueError(
+            f"exact planning needs size <= 4, got {size}: its beliefs number up to "
+            f"3**{size * size - 2}, one state per cell being unknown, safe or a hole. Compare "
+            "larger lakes with a long-trained agent, or with a planner that samples lakes."
+        )
+
+
+def _positive(name: str, value: int) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(
+            f"{name} must be an integer of at least 1, got {value!r}. An episode needs a step and "
+            "a trial an episode; the standard 3x3 task has 5 episodes of 9 steps."
+        )
+    return value

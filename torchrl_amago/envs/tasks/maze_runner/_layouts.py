@@ -1,0 +1,130 @@
+"""Which mazes exist, and where goals may be, drawn for a whole batch at once: random walls over a lobby.
+
+Walls grow as in mazelab's random mazes, which AMAGO's MazeRunner uses: from random nodes of a grid
+(every second cell), by steps to random neighbours where nothing stands yet. A wall never comes back
+to itself or to another one, so it encloses nothing and every free cell can be reached.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_maze_size", "random_goals", "random_mazes", "start_cell"]
+
+# mazelab's density: walls for each cell between the nodes.
+_DENSITY = 0.75
+
+# The grid is worked on with this many cells of wall around it: a step from its edge ends in them.
+_RIM = 2
+
+# The lobby: an alley, a room on either side, and four walls between and around them.
+_SMALLEST = 7
+
+
+def random_mazes(num: int, size: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw mazes whose free cells are all connected, on the generator's device.
+
+    The lower part is the same in all of them, a lobby: a passage from side to side, and below it,
+    three cells deep, an alley in the middle, where the agent starts (:func:`start_cell`), between a
+    room on the left and one on the right.
+
+    Args:
+        num: how many.
+        size: cells per side, odd and at least 7.
+        generator: source of randomness; also says the device. Defaults to torch's CPU one.
+
+    Returns:
+        bool ``[num, size, size]``, True at walls. The outermost cells are walls.
+
+    Raises:
+        ValueError: if the size is even or too small.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks.maze_runner._layouts import random_mazes
+        >>> maze = random_mazes(1, 7, torch.Generator().manual_seed(0))[0]
+        >>> for row in maze[2:].tolist():
+        ...     print("".join(" #"[is_wall] for is_wall in row))
+        #     #
+        # # # #
+        # # # #
+        # # # #
+        #######
+    """
+    check_maze_size(size)
+    wall = _grown_walls(num, size, generator)
+    middle = size // 2
+    wall[:, -5:-1, 1:-1] = False
+    wall[:, -4:-1, [middle - 1, middle + 1]] = True
+    return wall
+
+
+def start_cell(size: int) -> int:
+    """The cell at the bottom of the middle alley, ``size * first coordinate + second``."""
+    return size * (size - 2) + size // 2
+
+
+def random_goals(walls: Tensor, num_goals: int, generator: torch.Generator | None = None) -> Tensor:
+    """Goals of each maze: free cells, all different, none of them the start.
+
+    Args:
+        walls: bool ``[N, S, S]``.
+        num_goals: k.
+        generator: source of randomness.
+
+    Returns:
+        int64 ``[N, k]``, in the order in which they are to be reached.
+    """
+    score = torch.rand(walls.shape, generator=generator, device=walls.device)
+    score = score.masked_fill(walls, -1.0).flatten(1)
+    score[:, start_cell(walls.shape[-1])] = -1.0
+    return score.topk(num_goals, dim=-1).indices
+
+
+def _grown_walls(num: int, size: int, generator: torch.Generator | None) -> Tensor:
+    """Border and random walls, bool ``[num, size, size]``.
+
+    All mazes of the batch grow in the same loop, each at its own pace: where a wall is stuck, the
+    next one begins. (mazelab gives up on a wall after a number of tries, hardly ever before that.)
+    """
+    device = None if generator is None else generator.device
+    width = size + 2 * _RIM
+    wall = torch.ones(num, width, width, dtype=torch.bool, device=device)
+    wall[:, _RIM + 1 : -_RIM - 1, _RIM + 1 : -_RIM - 1] = False
+    flat = wall.view(-1)
+    offset_4 = torch.tensor([-1, 1, -width, width], device=device)
+    maze_N = width * width * torch.arange(num, device=device)
+    remaining_N = torch.full_like(maze_N, int(_DENSITY * (size // 2) ** 2))
+    # A corner of the border, where nothing can grow: the first thing that happens is a new wall.
+    node_N = maze_N + _RIM * (width + 1)
+    while True:
+        is_free_N4 = ~flat.take(node_N.unsqueeze(-1) + 2 * offset_4)
+        grows_N = is_free_N4.any(-1)
+        begins_N = ~grows_N & (remaining_N > 0)
+        if not (grows_N | begins_N).any():
+            return wall[:, _RIM:-_RIM, _RIM:-_RIM].clone()
+        uniform_N4 = torch.rand(is_free_N4.shape, generator=generator, device=device)
+        step_N = offset_4.take(torch.where(is_free_N4, uniform_N4, -1.0).argmax(-1))
+        begin_N = maze_N + _random_nodes(num, size, width, generator)
+        between_N = torch.where(grows_N, node_N + step_N, node_N)
+        node_N = torch.where(grows_N, node_N + 2 * step_N, torch.where(begins_N, begin_N, node_N))
+        flat.index_fill_(0, between_N, True)
+        flat.index_fill_(0, node_N, True)
+        remaining_N -= begins_N.long()
+
+
+def _random_nodes(num: int, size: int, width: int, generator: torch.Generator | None) -> Tensor:
+    """Nodes as cells of the widened grid, int64 ``[num]``."""
+    device = None if generator is None else generator.device
+    node = torch.randint(size // 2 + 1, (2, num), generator=generator, device=device)
+    return (_RIM + 2 * node[0]) * width + _RIM + 2 * node[1]
+
+
+def check_maze_size(size: int) -> None:
+    """Refuse sizes that have no lobby or no middle."""
+    if not isinstance(size, int) or size < _SMALLEST or size % 2 == 0:
+        raise ValueError(
+            f"size must be an odd integer of at least {_SMALLEST}, got {size!r}. It is the number of "
+            "cells per side, walls included: every second one can hold the end of a wall."
+        )

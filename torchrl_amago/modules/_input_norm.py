@@ -1,0 +1,138 @@
+"""Shift and scale of inputs by moving averages, in float32 whatever the weights are.
+
+Legend: B batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from tensordict import is_batchedtensor
+from torch import Tensor, nn
+
+from torchrl_amago._validation import check_counts, check_positive
+
+
+class PreciseBuffers(nn.Module):
+    """Base of modules whose buffers stay in their precision when the module is converted to a lower one.
+
+    Example:
+        >>> InputNorm(2).to(torch.bfloat16).mu.dtype
+        torch.float32
+    """
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreciseBuffers:
+        before = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize < old.dtype.itemsize:
+                setattr(self, name, old.to(new.device))
+        return self
+
+
+class InputNorm(PreciseBuffers):
+    """Shift and scale features by moving averages of their first two moments.
+
+        beta_t = beta / (1 - (1 - beta)^t)
+        mu <- (1 - beta_t) mu + beta_t mean(x),    nu <- (1 - beta_t) nu + beta_t mean(x^2)
+        sigma = sqrt(nu - mu^2 + 1e-5), in [1e-3, 1e6]
+
+    Features that hardly vary (sigma <= 0.01) are shifted but not scaled. `t` starts at 1 and counts
+    before use, so that the first update moves half-way. Moments of float32 leave a feature unscaled
+    whose mean is beyond about 3,000 standard deviations: subtract a constant before.
+
+    The statistics stay in float32 when a module is converted to half precision, where small steps would
+    get lost.
+
+    Args:
+        size: number of features.
+        beta: step size of the moving averages, once many updates were made.
+        initial_nu: initial second moment.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> norm = InputNorm(2)
+        >>> norm.update(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([True, False]))
+        >>> norm.mu.round(decimals=2)
+        tensor([0.5000, 1.0000])
+    """
+
+    #: Bound on normalised values, so that one outlier cannot overflow what follows.
+    limit = 1e4
+    #: Bound on what enters the moments, whose squares must be finite.
+    most = 1e9
+
+    def __init__(self, size: int, beta: float = 1e-4, initial_nu: float = 1.0) -> None:
+        super().__init__()
+        check_counts("It is the number of features.", size=size)
+        check_positive("Use 1e-4 and 1, the published ones.", beta=beta, initial_nu=initial_nu)
+        self.beta, self.initial_nu = beta, initial_nu
+        self.register_buffer("mu", torch.empty(size))
+        self.register_buffer("nu", torch.empty(size))
+        self.register_buffer("t", torch.empty(1))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Forget all statistics."""
+        self.mu.zero_()
+        self.nu.fill_(self.initial_nu)
+        self.t.fill_(1.0)
+
+    @property
+    def sigma(self) -> Tensor:
+        """Standard deviation of every feature, `[size]`."""
+        # The variance of a constant feature may come out below zero by rounding.
+        variance = self.nu - self.mu.square() + 1e-5
+        return variance.clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
+
+    @torch.no_grad()
+    def update(self, x: Tensor, mask: Tensor | None = None) -> None:
+        """Move the statistics towards a batch's, in float32.
+
+        Args:
+            x: `[*B, size]`; numbers beyond 1e9, infinite ones too, count as 1e9.
+            mask: bool `[*B]` or `[*B, 1]`, True on real steps (default: all). What lies under False
+                has no influence, NaN included; without any True nothing changes.
+
+        Raises:
+            RuntimeError: under a `torch.vmap` over inputs alone.
+            ValueError: if the shapes do not fit together.
+        """
+        if is_batchedtensor(x) and not is_batchedtensor(self.mu):
+            raise RuntimeError(
+                "statistics of inputs can't follow several batches at once, as torch.vmap shows them. Use "
+                "deactivate_vmap=True, call eval() before, or normalize_inputs=False."
+            )
+        if mask is None:
+            mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
+        if mask.ndim == x.ndim - 1:
+            mask = mask.unsqueeze(-1)
+        if mask.shape != (*x.shape[:-1], 1):
+            raise ValueError(
+                f"mask must have the shape of x without its last dimension, {tuple(x.shape[:-1])} "
+                f"(a last dimension of 1 is allowed), got {tuple(mask.shape)}. "
+                "Pass one bool per step, True on real steps."
+            )
+        x = torch.where(mask, x.float(), 0.0).clamp(-self.most, self.most)
+        x = x.reshape(-1, x.shape[-1])
+        total = mask.sum()
+        share = 1.0 / total.clamp(min=1)
+        t = self.t + 1
+        beta_t = self.beta / (1.0 - (1.0 - self.beta) ** t)
+        # A weight of zero, not a branch: a branch on data would stop torch.compile.
+        weight = torch.where(total > 0, beta_t, 0.0)
+        self.mu.lerp_((x.sum(0) * share).to(self.mu.dtype), weight.to(self.mu.dtype))
+        self.nu.lerp_((x.square().sum(0) * share).to(self.nu.dtype), weight.to(self.nu.dtype))
+        self.t.copy_(torch.where(total > 0, t, self.t))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise floats `[..., size]`."""
+        sigma = self.sigma
+        shifted = x - self.mu
+        normalised = torch.where(sigma > 0.01, shifted / sigma, shifted)
+        return normalised.clamp(-self.limit, self.limit).to(x.dtype)

@@ -1,0 +1,132 @@
+"""What a part was built with: checked, and kept as plain values that a file can hold and a run compare."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+import torch
+
+from torchrl_amago._validation import check_counts
+
+# What counts from 1 wherever it is an argument. Some numbers of layers may be 0: they aren't here.
+_COUNTS = frozenset({
+    "action_size", "context_length", "d_conv", "d_ff", "hidden_size", "d_model", "d_state", "embedding_size",
+    "expand", "feature_size", "goal_size", "image_features", "in_features", "input_size",
+    "length", "max_positions", "max_streams", "num_actions", "num_blocks", "num_critics", "num_discounts",
+    "num_goals", "num_heads", "num_members", "num_modes", "num_outputs", "num_params", "num_tokens",
+    "num_values", "out_features", "output_size", "residual_size", "state_size", "vector_features", "window",
+})  # fmt: skip
+_VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+
+
+class Configurable:
+    """Base of what remembers its constructor's arguments, and those of its base classes' constructors.
+
+    Subclasses have nothing to do for it. Sizes and other arguments that count from 1 are checked by name.
+
+    Raises:
+        ValueError: from a constructor, if a number that counts isn't an integer of at least 1.
+
+    Example:
+        >>> class Average(Configurable):
+        ...     not_settings = frozenset({"chunk"})
+        ...     def __init__(self, keep=0.9, chunk=64): ...
+        >>> Average(keep=0.5).settings
+        {'type': 'Average', 'keep': 0.5}
+    """
+
+    #: Arguments that leave the function as it is: how it is computed, or where weights start.
+    not_settings: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = _remembering(cls.__init__)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Arguments and the class's name, JSON-able; numbers that were set anew as they are now."""
+        settings = {"type": type(self).__name__}
+        for name, value in vars(self).get("_arguments", {}).items():
+            if name not in self.not_settings:
+                now = vars(self).get(name)
+                settings[name] = plain(now if isinstance(now, bool | int | float | str) else value)
+        return settings
+
+
+def _remembering(init: Callable) -> Callable:
+    signature = inspect.signature(init)
+
+    @functools.wraps(init)
+    def wrapped(self: Configurable, *args: Any, **kwargs: Any) -> None:
+        try:
+            bound = signature.bind(self, *args, **kwargs)
+        except TypeError:
+            return init(self, *args, **kwargs)  # whose own message says more
+        bound.apply_defaults()
+        named = {
+            name: bound.arguments[name]
+            for name, parameter in list(signature.parameters.items())[1:]
+            if parameter.kind not in _VARIABLE
+        }
+        given = {k: v for k, v in named.items() if not (v is None or isinstance(v, Sequence))}
+        counts = {name: value for name, value in given.items() if name in _COUNTS}
+        check_counts(f"See {type(self).__name__}'s arguments.", **counts)
+        init(self, *args, **kwargs)
+        # The constructors of bases ran inside of this one.
+        vars(self)["_arguments"] = {**vars(self).get("_arguments", {}), **plain(named)}
+
+    return wrapped
+
+
+def plain(value: object) -> Any:
+    """A value as JSON can hold it, equal to itself after reading: what isn't data goes by its name.
+
+    Example:
+        >>> plain({("a", "b"): (1, float("inf")), "norm": torch.nn.Identity})
+        {'a.b': [1, 'inf'], 'norm': 'Identity'}
+    """
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if isinstance(value, Integral):  # numpy's
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else str(float(value))
+    if isinstance(value, torch.dtype):
+        return str(value)
+    if isinstance(value, Configurable):
+        return value.settings
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return {"type": type(value).__name__, **plain(fields)}
+    if isinstance(value, Mapping):
+        return {_name(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    return getattr(value, "__name__", type(value).__name__)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under one dotted name each.
+
+    Example:
+        >>> flatten({"actor": {"hidden_size": 8}, "discounts": [0.9]})
+        {'actor.hidden_size': 8, 'discounts': [0.9]}
+    """
+    flat = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _name(key: object) -> str:
+    return ".".join(map(str, key)) if isinstance(key, tuple) else str(key)

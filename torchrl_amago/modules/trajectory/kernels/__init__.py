@@ -1,0 +1,1 @@
+"""Sequence kernels: attention, scans and recurrences as functions of tensors."""

@@ -1,0 +1,191 @@
+"""Other kernels for attention over whole windows: FlexAttention and flash-attn, for GPUs.
+
+They give what `window_attention` gives with `F.scaled_dot_product_attention`, which needs nothing.
+
+Legend: B batch, T steps, H heads, D features of one head, N = B * T.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Literal, get_args
+
+import torch
+from tensordict import is_batchedtensor
+from torch import Tensor
+from torch.nn import functional as F
+
+from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern, window_attention
+
+Backend = Literal["auto", "sdpa", "flex", "flash"]
+
+_LEAST_FLEX_HEAD = 16
+
+
+def check_backend(backend: Backend, pattern: AttentionPattern, dropout: float) -> None:
+    """Refuse what cannot be computed, when an encoder is built.
+
+    Raises:
+        ImportError: if flash-attn is asked for by name and isn't installed.
+        ValueError: if the name is unknown, or the backend lacks what is asked of it.
+    """
+    if backend not in get_args(Backend):
+        raise ValueError(
+            f"attention must be one of {get_args(Backend)}, got {backend!r}. 'auto' takes flash-attn "
+            "where it is installed and fits, else 'sdpa'."
+        )
+    if backend == "flash" and not _is_installed():
+        raise ImportError(
+            "attention='flash' needs the package flash-attn. Install torchrl_amago[flash] on a machine "
+            "with a GPU, or use attention='auto'."
+        )
+    if backend == "flash" and not _flash_fits(pattern):
+        raise ValueError(
+            "attention='flash' has neither sinks nor logit_clip. Use attention='sdpa' or 'flex'."
+        )
+    if backend == "flex" and dropout:
+        raise ValueError(
+            f"attention='flex' has no dropout_attn, got {dropout}. Use dropout_attn=0 or 'sdpa'."
+        )
+
+
+def backend_attention(
+    backend: Backend,
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    pattern: AttentionPattern,
+    *,
+    positions_BT: Tensor | None = None,
+    is_init_BT: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """:func:`window_attention` by the backend asked for, or by the one that fits.
+
+    Raises:
+        RuntimeError: if a backend that was asked for by name can't run on the device, or its dtype.
+    """
+    qkv = (q_BHTD, k_BHTD, v_BHTD)
+    if backend == "flex":
+        return _flex_attention(*qkv, pattern, positions_BT, is_init_BT)
+    if backend == "flash" or (backend == "auto" and _flash_can_run(q_BHTD, pattern)):
+        return _flash_attention(*qkv, pattern, is_init_BT, dropout)
+    return window_attention(
+        *qkv, pattern, positions_BT=positions_BT, is_init_BT=is_init_BT, dropout=dropout
+    )
+
+
+# --- flash-attn ---
+
+
+@cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def _flash_fits(pattern: AttentionPattern) -> bool:
+    return not pattern.num_sinks and pattern.logit_clip is None
+
+
+def _flash_can_run(q: Tensor, pattern: AttentionPattern) -> bool:
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] <= 256
+        and not is_batchedtensor(q)
+        and _flash_fits(pattern)
+        and _is_installed()
+        and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    )
+
+
+def _flash_attention(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    pattern: AttentionPattern,
+    is_init_BT: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    if q_BHTD.dtype not in (torch.float16, torch.bfloat16):
+        raise RuntimeError(
+            f"attention='flash' computes in float16 or bfloat16, got {q_BHTD.dtype}. Run the encoder "
+            "under torch.autocast, or use attention='auto', which falls back."
+        )
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
+
+    window = (-1 if pattern.window is None else pattern.window - 1, 0)
+    options = {"dropout_p": dropout, "causal": True, "window_size": window}
+    q, k, v = (z.transpose(1, 2) for z in (q_BHTD, k_BHTD, v_BHTD))
+    if is_init_BT is None:
+        return flash_attn_func(q, k, v, **options).transpose(1, 2)
+    # Each trial as a sequence of its own, whatever row it is in.
+    starts_BT = is_init_BT.clone()
+    starts_BT[:, 0] = True
+    start_M = starts_BT.flatten().nonzero().squeeze(1).int()
+    bounds = F.pad(start_M, (0, 1), value=starts_BT.numel())
+    longest = int(bounds.diff().max())
+    q_NHD, k_NHD, v_NHD = (z.flatten(0, 1) for z in (q, k, v))
+    out_NHD = flash_attn_varlen_func(
+        q_NHD, k_NHD, v_NHD, bounds, bounds, longest, longest, **options
+    )
+    return out_NHD.view(q.shape).transpose(1, 2)
+
+
+# --- FlexAttention ---
+
+
+@cache
+def _compiled_flex(device_type: str):
+    from torch.nn.attention.flex_attention import flex_attention
+
+    # Without compilation FlexAttention holds all scores. Its CPU kernel takes no symbolic sizes.
+    return torch.compile(flex_attention, dynamic=None if device_type == "cuda" else False)
+
+
+def _flex_attention(
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    pattern: AttentionPattern,
+    positions_BT: Tensor | None,
+    is_init_BT: Tensor | None,
+) -> Tensor:
+    if q_BHTD.device.type == "cpu" and torch.is_grad_enabled() and q_BHTD.requires_grad:
+        raise RuntimeError(
+            "attention='flex' has no backward on CPUs. Train on a GPU, or use attention='sdpa'."
+        )
+    if q_BHTD.device.type == "cuda" and q_BHTD.shape[-1] < _LEAST_FLEX_HEAD:
+        raise RuntimeError(
+            f"attention='flex' needs at least {_LEAST_FLEX_HEAD} features per head on GPUs, got "
+            f"{q_BHTD.shape[-1]}. Use fewer heads or a larger d_model, or attention='sdpa'."
+        )
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    batch, _, num_steps, _ = q_BHTD.shape
+    window = num_steps if pattern.window is None else pattern.window
+    trial_BT = None if is_init_BT is None else is_init_BT.cumsum(1)
+    sink_BT = positions_BT < pattern.num_sinks if pattern.num_sinks else None
+
+    def visible(b, h, i, j):
+        seen = i - j < window
+        if sink_BT is not None:
+            seen = seen | sink_BT[b, j]
+        if trial_BT is not None:
+            seen = seen & (trial_BT[b, i] == trial_BT[b, j])
+        return seen & (i >= j)
+
+    def change(score, b, h, i, j):
+        if pattern.sink_bias:
+            score = torch.where(sink_BT[b, j], score + pattern.sink_bias, score)
+        if pattern.logit_clip is not None:
+            score = score.clamp(-pattern.logit_clip, pattern.logit_clip)
+        return score
+
+    rows = batch if trial_BT is not None or sink_BT is not None else None
+    mask = create_block_mask(visible, rows, None, num_steps, num_steps, device=q_BHTD.device)
+    is_changed = pattern.sink_bias or pattern.logit_clip is not None
+    return _compiled_flex(q_BHTD.device.type)(
+        q_BHTD, k_BHTD, v_BHTD, score_mod=change if is_changed else None, block_mask=mask
+    )

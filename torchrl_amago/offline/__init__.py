@@ -1,0 +1,29 @@
+"""Offline data: trajectories from elsewhere, checked, and stored as a collector would have stored them.
+
+Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
+"""
+
+from torchrl_amago.offline.load import LoadReport, load_trials
+from torchrl_amago.offline.readers import (
+    TrajectorySource,
+    read_amago,
+    read_d4rl,
+    read_minari,
+    read_torchrl,
+)
+from torchrl_amago.offline.recorded import RecordedEnv
+from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+
+__all__ = [
+    "LoadReport",
+    "RecordedEnv",
+    "Trajectory",
+    "TrajectoryError",
+    "TrajectorySource",
+    "as_trajectory",
+    "load_trials",
+    "read_amago",
+    "read_d4rl",
+    "read_minari",
+    "read_torchrl",
+]
