@@ -121,8 +121,8 @@ def test_rooms_are_uniform_and_independent():
     for place in (env.start, env.key, env.door):
         assert place.shape == (rows, 2)
         cell = place @ torch.tensor([3, 1])
-        share = torch.bincount(cell, minlength=9) / rows
-        assert share.tolist() == pytest.approx([1 / 9] * 9, abs=4 * (8 / 81 / rows) ** 0.5)
+        fraction = torch.bincount(cell, minlength=9) / rows
+        assert fraction.tolist() == pytest.approx([1 / 9] * 9, abs=4 * (8 / 81 / rows) ** 0.5)
     for one, other in ((env.start, env.key), (env.key, env.door), (env.start, env.door)):
         meet = (one == other).all(-1).float().mean().item()
         assert meet == pytest.approx(1 / 9, abs=4 * (8 / 81 / rows) ** 0.5)
@@ -207,12 +207,11 @@ def test_a_trial_of_fixed_length_soft_resets():
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"size": 1}, "size must be an integer of at least 2, got 1. It is the number of cells"),
-        ({"size": 3.0}, "size must be an integer .* got 3.0"),
-        ({"max_episode_steps": 0}, "max_episode_steps must be .* at least 1, got 0. It limits"),
+        ({"size": 1}, "size must be an integer of at least 2, got 1"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, got 0. It limits"),
     ],
 )
-def test_constructor_refuses(kwargs, match):
+def test_arguments_out_of_range(kwargs, match):
     with pytest.raises(ValueError, match=match):
         DarkKeyDoor(**kwargs)
 

@@ -169,22 +169,21 @@ def test_a_known_split_can_only_help():
     _, probability = enumerate_lakes(3)
     lakes = {name: enumerate_lakes(3, layouts=name)[0] for name in ("train", "heldout")}
     value = {name: bayes_optimal_success(3, 5, layouts=name).expected_return for name in lakes}
-    share = 0.2495395948  # held-out probability, pinned in the layout tests
+    p_heldout = 0.2495395948  # held-out probability, pinned in the layout tests
     assert len(lakes["train"]) + len(lakes["heldout"]) == len(probability)
-    informed = share * value["heldout"] + (1 - share) * value["train"]
+    informed = p_heldout * value["heldout"] + (1 - p_heldout) * value["train"]
     assert informed > bayes_optimal_success(3, 5).expected_return
 
 
 @pytest.mark.parametrize(
     ("kwargs", "match"),
     [
-        ({"size": 5}, r"exact planning needs size <= 4, got 5: its beliefs number up to 3\*\*23"),
+        ({"size": 5}, "feasible for size <= 4, got 5"),
         ({"size": 1}, "size must be an integer of at least 2, got 1"),
-        ({"episodes": 0}, "episodes must be an integer of at least 1, got 0"),
-        ({"max_episode_steps": 0}, "max_episode_steps must be an integer of at least 1, got 0"),
-        ({"p_safe": 0.0}, r"p_safe must be in \(0, 1\], got 0"),
+        ({"episodes": 0}, "episodes must be at least 1, got 0"),
+        ({"max_episode_steps": 0}, "max_episode_steps must be at least 1, got 0"),
     ],
 )
-def test_planner_refuses(kwargs, match):
+def test_arguments_out_of_range(kwargs, match):
     with pytest.raises(ValueError, match=match):
         bayes_optimal_success(**kwargs)

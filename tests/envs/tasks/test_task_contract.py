@@ -1,4 +1,4 @@
-"""What every native task promises, whatever its rules: specs, resets, seeds, masks, saving, workers."""
+"""The contract of every native task: specs, resets, seeds, masks, saving, pictures, workers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,21 @@ from torchrl.envs import ParallelEnv, SerialEnv
 from torchrl.envs.utils import check_env_specs
 
 from torchrl_amago.envs import make_trial_env
-from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze
-from torchrl_amago.envs.tasks.maze_runner.task import MazeRunner
+from torchrl_amago.envs.tasks import DarkKeyDoor, MazeRunner, MetaFrozenLake, TMaze
 
 # Each with the buffers that make up its task.
 TASKS = {
     "lake": (lambda **kw: MetaFrozenLake(4, **kw), ["_lake"]),
+    "lake, hard": (
+        lambda **kw: MetaFrozenLake(
+            4, hard_mode=True, recover_mode=True, slip_chance=0.1, max_episode_steps=9, **kw
+        ),
+        ["_lake", "_table_start"],
+    ),
+    "lake, one-hot": (
+        lambda **kw: MetaFrozenLake(4, categorical_action_encoding=False, **kw),
+        ["_lake"],
+    ),
     "maze": (lambda **kw: TMaze(4, **kw), ["_goal"]),
     "maze, all shown": (
         lambda **kw: TMaze(4, max_episode_steps=7, show_time=True, oracle=True, **kw),
@@ -174,27 +183,27 @@ def test_copies_go_on_alike_and_apart(task, clone):
     assert (rollout(env, 20) == rollout(other, 20)).all()
 
 
-def test_refused_actions_lose_nothing(task):
+def test_actions_out_of_range_change_nothing(task):
     env = task[0](batch_size=[2], seed=0)
     if env.action_spec.shape != (2,):
         pytest.skip("one-hot actions are in range by their shape")
     env.reset()
     before = {name: value.clone() for name, value in env.named_buffers()}
-    with pytest.raises(ValueError, match=r"action must be in \[0, \d\], got values from 0 to 9"):
-        env.step(TensorDict({"action": torch.tensor([0, 9])}, [2]))
+    for action in ([0, 9], [-1, 0]):
+        with pytest.raises(ValueError, match=r"action must be in \[0, \d\], got values from "):
+            env.step(TensorDict({"action": torch.tensor(action)}, [2]))
     assert all(torch.equal(value, before[name]) for name, value in env.named_buffers())
 
 
-def test_render_wants_a_row_that_exists(task):
+def test_render_draws_a_row_that_exists(task):
     env = task[0](batch_size=[2, 2], seed=0)
     env.reset()
-    assert np.array_equal(env.render((1, 0)), env.render(2))
-    with pytest.raises(ValueError, match=r"needs a row when there are several.*render\(0\)"):
-        env.render()
-    with pytest.raises(IndexError, match=r"row must be in \[0, 3\], got 4"):
+    picture = env.render((1, 0), cell_pixels=16)
+    assert picture.dtype == np.uint8
+    assert np.array_equal(picture, env.render(2, cell_pixels=16))
+    assert np.array_equal(env.render(), env.render(0))
+    with pytest.raises(IndexError, match="index 4 is out of bounds"):
         env.render(4)
-    with pytest.raises(ValueError, match="cell_pixels must be at least 8, got 4"):
-        env.render(0, cell_pixels=4)
 
 
 @pytest.mark.parametrize("batched", [SerialEnv, ParallelEnv])

@@ -1,8 +1,9 @@
-"""Tasks that need memory, written as natively batched TorchRL environments.
+"""Tasks that need memory, as natively batched TorchRL environments.
 
-``MetaFrozenLake`` is the first example's task, and ``bayes_optimal_success`` says how well the best possible
-agent does on it; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding things again, ``MazeRunner`` following
-goals, with or without hindsight. ``BatchedTask`` is what they share, and a base for one's own.
+``MetaFrozenLake`` tests adaptation, and ``bayes_optimal_success`` computes the results of the best
+possible agent there; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding things again,
+``MazeRunner`` following goals, with or without hindsight. ``BatchedTask`` and ``GridTask`` are their
+bases, also for tasks of one's own.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from torchrl_amago.envs.tasks.frozen_lake import (
     LakeSplit,
     MetaFrozenLake,
     bayes_optimal_success,
-    draw_lake,
     enumerate_lakes,
     in_split,
     is_crossable,
     random_lakes,
 )
+from torchrl_amago.envs.tasks.grid_task import GridTask
 from torchrl_amago.envs.tasks.maze_runner import MazeRunner
 from torchrl_amago.envs.tasks.tmaze import TMaze
 
@@ -30,13 +31,13 @@ __all__ = [
     "BatchedTask",
     "BayesOptimum",
     "DarkKeyDoor",
+    "GridTask",
     "LakePlanner",
     "LakeSplit",
     "MazeRunner",
     "MetaFrozenLake",
     "TMaze",
     "bayes_optimal_success",
-    "draw_lake",
     "enumerate_lakes",
     "in_split",
     "is_crossable",

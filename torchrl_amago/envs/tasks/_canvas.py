@@ -1,97 +1,77 @@
-"""A canvas for pictures of tasks: simple shapes on an RGB array, without any plotting library."""
+"""A small canvas for pictures of grid tasks: cells with simple shapes, without a plotting library."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["Canvas", "draw_agent"]
+__all__ = ["Canvas", "Cell"]
 
 Colour = tuple[int, int, int]
 
-_AGENT = (244, 148, 40)
-_OUTLINE = (72, 42, 24)
-_WHITE = (255, 255, 255)
+_AGENT, _OUTLINE, _WHITE = (244, 148, 40), (72, 42, 24), (255, 255, 255)
+_FLAG, _POLE = (216, 60, 62), (92, 66, 48)
 
-# Shapes are drawn this many times larger and averaged down: smooth edges without a library.
+# Shapes are drawn this many times larger and averaged down, which smooths their edges.
 _SUPERSAMPLING = 3
 
 
 class Canvas:
-    """A grid of cells to fill shapes on; coordinates count cells, down and to the right.
+    """A grid of cells, ``cell_pixels`` wide and high."""
 
-    Args:
-        cell_pixels: side of a cell, in pixels, at least 8.
-        rows: cells downwards.
-        columns: cells to the right.
-        colour: of the ground, red, green and blue from 0 to 255.
+    def __init__(self, rows: int, columns: int, cell_pixels: int, colour: Colour) -> None:
+        self._side = cell_pixels * _SUPERSAMPLING
+        shape = (rows * self._side, columns * self._side, 3)
+        self._rgb = np.full(shape, colour, dtype=np.float32)
 
-    Raises:
-        ValueError: if cells are too small to draw in.
-
-    Examples:
-        >>> from torchrl_amago.envs.tasks._canvas import Canvas
-        >>> canvas = Canvas(8, rows=1, columns=2, colour=(0, 0, 0))
-        >>> canvas.fill(canvas.box(0, 1, 1, 2), (255, 255, 255))
-        >>> canvas.image()[0, :, 0].tolist() == [0] * 8 + [255] * 8
-        True
-    """
-
-    def __init__(
-        self, cell_pixels: int, rows: int = 1, columns: int = 1, *, colour: Colour
-    ) -> None:
-        if cell_pixels < 8:
-            raise ValueError(
-                f"cell_pixels must be at least 8, got {cell_pixels}. Shapes cannot be told apart in "
-                "smaller cells; draw larger and scale down."
-            )
-        fine = cell_pixels * _SUPERSAMPLING
-        down, right = ((np.arange(cells * fine) + 0.5) / fine for cells in (rows, columns))
-        self.down, self.right = np.meshgrid(down, right, indexing="ij")
-        self.rgb = np.full((*self.down.shape, 3), colour, dtype=np.float32)
-
-    def fill(self, mask: np.ndarray, colour: Colour) -> None:
-        """Colour the points of a mask."""
-        self.rgb[mask] = colour
-
-    def disc(self, down: float, right: float, radius: float, flatness: float = 1.0) -> np.ndarray:
-        """Points of a disc; with a flatness below 1 it is lower than wide."""
-        return ((self.down - down) / flatness) ** 2 + (self.right - right) ** 2 < radius**2
-
-    def box(self, top: float, bottom: float, left: float, right: float) -> np.ndarray:
-        """Points of a box."""
-        inside_down = (self.down >= top) & (self.down < bottom)
-        return inside_down & (self.right >= left) & (self.right < right)
-
-    def line(
-        self, start: tuple[float, float], end: tuple[float, float], width: float
-    ) -> np.ndarray:
-        """Points closer than half a width to the segment between two (down, right) points."""
-        along_down, along_right = end[0] - start[0], end[1] - start[1]
-        share = (self.down - start[0]) * along_down + (self.right - start[1]) * along_right
-        share = np.clip(share / (along_down**2 + along_right**2), 0.0, 1.0)
-        gap_down = self.down - (start[0] + share * along_down)
-        gap_right = self.right - (start[1] + share * along_right)
-        return np.hypot(gap_down, gap_right) < width / 2
-
-    def pennant(self, down: float, right: float, colour: Colour, pole: Colour) -> None:
-        """A flag on a pole, in the cell whose top left corner this is."""
-        self.fill(self.box(down + 0.14, down + 0.86, right + 0.32, right + 0.39), pole)
-        # Its height shrinks linearly to nothing at its right end.
-        in_flag = (self.right >= right + 0.39) & (self.right < right + 0.86)
-        half_height = 0.19 * (right + 0.86 - self.right) / 0.47
-        self.fill(in_flag & (np.abs(self.down - down - 0.34) < half_height), colour)
+    def cell(self, down: float, right: float, scale: float = 1.0) -> Cell:
+        """Return the square with this top left corner, in cells, as a place to draw in."""
+        top, left, side = (round(at * self._side) for at in (down, right, scale))
+        return Cell(self._rgb[top : top + side, left : left + side])
 
     def image(self) -> np.ndarray:
-        """The picture, uint8 ``[rows * cell_pixels, columns * cell_pixels, 3]``."""
-        height, width = (side // _SUPERSAMPLING for side in self.rgb.shape[:2])
-        blocks = self.rgb.reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING, 3)
+        """Return the picture, uint8 ``[rows * cell_pixels, columns * cell_pixels, 3]``."""
+        height, width = (side // _SUPERSAMPLING for side in self._rgb.shape[:2])
+        blocks = self._rgb.reshape(height, _SUPERSAMPLING, width, _SUPERSAMPLING, 3)
         return blocks.mean((1, 3)).round().astype(np.uint8)
 
 
-def draw_agent(canvas: Canvas, down: float = 0.0, right: float = 0.0) -> None:
-    """Draw the agent in the cell whose top left corner this is."""
-    canvas.fill(canvas.disc(down + 0.52, right + 0.5, 0.30), _OUTLINE)
-    canvas.fill(canvas.disc(down + 0.52, right + 0.5, 0.255), _AGENT)
-    for eye in (0.40, 0.60):
-        canvas.fill(canvas.disc(down + 0.46, right + eye, 0.075), _WHITE)
-        canvas.fill(canvas.disc(down + 0.47, right + eye, 0.038), _OUTLINE)
+class Cell:
+    """One cell of a canvas; coordinates of shapes run from 0 to 1, down and to the right."""
+
+    def __init__(self, rgb: np.ndarray) -> None:
+        self._rgb = rgb
+        side = (np.arange(len(rgb)) + 0.5) / len(rgb)
+        self._down, self._right = side[:, None], side
+
+    def box(self, top: float, bottom: float, left: float, right: float, colour: Colour) -> None:
+        """Fill a box."""
+        rows = (self._down >= top) & (self._down < bottom)
+        self._rgb[rows & (self._right >= left) & (self._right < right)] = colour
+
+    def frame(self, width: float, colour: Colour) -> None:
+        """Draw the cell's border."""
+        for low, high in ((0, width), (1 - width, 1)):
+            self.box(low, high, 0, 1, colour)
+            self.box(0, 1, low, high, colour)
+
+    def disc(
+        self, down: float, right: float, radius: float, colour: Colour, hole: float = 0.0
+    ) -> None:
+        """Fill a disc, or a ring around a hole of a given radius."""
+        distance = np.hypot(self._down - down, self._right - right)
+        self._rgb[(distance < radius) & (distance >= hole)] = colour
+
+    def agent(self) -> None:
+        """Draw the agent."""
+        self.disc(0.52, 0.5, 0.30, _OUTLINE)
+        self.disc(0.52, 0.5, 0.255, _AGENT)
+        for eye in (0.40, 0.60):
+            self.disc(0.46, eye, 0.075, _WHITE)
+            self.disc(0.47, eye, 0.038, _OUTLINE)
+
+    def flag(self) -> None:
+        """Draw a flag on a pole."""
+        self.box(0.14, 0.86, 0.32, 0.39, _POLE)
+        half_height = 0.19 * (0.86 - self._right) / 0.47  # a triangle that points to the right
+        is_flag = (np.abs(self._down - 0.34) < half_height) & (self._right >= 0.39)
+        self._rgb[is_flag] = _FLAG

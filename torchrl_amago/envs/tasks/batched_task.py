@@ -1,7 +1,7 @@
-"""What natively batched tasks share: specs, randomness, partial resets, masked steps, saving.
+"""The base of natively batched tasks: specs, randomness, partial resets, masked steps, saving.
 
-A task writes down its rules for all rows of a batch at once, in four methods; everything TorchRL and
-the trial transform ask for besides is here.
+A task writes down its rules for all rows of a batch at once, in four methods; everything else that
+TorchRL and the trial transform need is here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
+from torchrl_amago._validation import check_counts
+
 __all__ = ["BatchedTask"]
 
 
@@ -23,13 +25,14 @@ class BatchedTask(EnvBase):
     """Base of environments with one discrete action whose rows are stepped by the same operations.
 
     A subclass makes its buffers with :meth:`_state` (what changes, saved by ``state_dict()``) and
-    :meth:`_constant` (look-up tables), calls ``set_seed`` at the end of its constructor, and writes
+    :meth:`_constant` (look-up tables), and writes
 
     - ``_draw_tasks(rows)``: new tasks for these rows, int64 ``[n]``;
     - ``_begin_episodes(selected)``: the episode's start in the rows of a bool mask ``[rows]``;
-    - ``_advance(action)``: one step of all rows, ``action`` int64 ``[rows]``; gives reward float32
+    - ``_advance(action)``: one step of all rows, ``action`` int64 ``[rows]``; returns reward float32
       and terminated bool, both ``[rows]``; ``_num_steps`` counts this step already;
-    - ``_observe()``: the observation, float32 ``[rows, size]``.
+    - ``_observe()``: the observation, float32 ``[rows, size]``;
+    - ``_draw(row, cell_pixels)``: the picture that :meth:`render` returns, if there is one.
 
     Keys: ``observation``, ``action``, ``reward``, ``terminated``, ``truncated`` (at the step limit,
     if not terminated), ``done``.
@@ -48,25 +51,23 @@ class BatchedTask(EnvBase):
         observation_bounds: lowest and highest value of each entry of the observation.
         num_actions: A.
         max_episode_steps: step limit of an episode.
-        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``, of which
-            the largest entry counts.
+        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``, of
+            which the largest entry counts.
         batch_size: any shape; all rows are stepped together.
         device: device of the state and of all tensors.
+        seed: as for ``set_seed(seed)``; by default drawn from torch's global generator.
 
     Raises:
-        ValueError: if the step limit is not positive, an integer action is out of its range (checked on CPU
-            only: on other devices the check would stall the step), or a reset mask has another shape
-            than the batch.
+        ValueError: if the step limit is not positive, or an integer action is out of its range
+            (checked on CPU only: on other devices the check would stall the step).
 
     Examples:
         >>> import torch
         >>> from torchrl_amago.envs.tasks import BatchedTask
         >>> class Guess(BatchedTask):
-        ...     action_meaning = "It is the guess."
         ...     def __init__(self, **options):
         ...         super().__init__([(0.0, 1.0)], num_actions=2, max_episode_steps=5, **options)
         ...         self._state("_answer", torch.zeros(self.num_rows, dtype=torch.int64))
-        ...         self.set_seed(0)
         ...     def _draw_tasks(self, rows):
         ...         self._answer[rows] = (self._random() < 0.5).long()[rows]
         ...     def _begin_episodes(self, selected):
@@ -83,9 +84,9 @@ class BatchedTask(EnvBase):
     repeats_task = True
     # `state_dict` holds all that changes: a collector can stop in mid-trial and go on elsewhere.
     can_save_state = True
-    # Said when an action is out of range.
+    # Ends the error message for an action out of range.
     action_meaning = "Sample from env.action_spec to see them."
-    # Buffers that a step changes, besides the step counter: what a masked step puts back.
+    # Buffers that a step changes, besides the step counter: a masked step puts them back.
     episode_buffers: tuple[str, ...] = ()
 
     def __init__(
@@ -97,12 +98,9 @@ class BatchedTask(EnvBase):
         categorical_action_encoding: bool = True,
         batch_size: torch.Size | tuple[int, ...] = (),
         device: torch.device | str | int | None = None,
+        seed: int | None = None,
     ) -> None:
-        if not isinstance(max_episode_steps, int) or max_episode_steps < 1:
-            raise ValueError(
-                "max_episode_steps must be an integer of at least 1, got "
-                f"{max_episode_steps!r}. It limits one episode."
-            )
+        check_counts("It limits one episode.", max_episode_steps=max_episode_steps)
         super().__init__(device=device, batch_size=torch.Size(batch_size))
         self.num_actions = num_actions
         self.max_episode_steps = max_episode_steps
@@ -110,6 +108,8 @@ class BatchedTask(EnvBase):
         self._make_specs(observation_bounds)
         self._state("_has_task", torch.zeros(self.num_rows, dtype=torch.bool))
         self._state("_num_steps", torch.zeros(self.num_rows, dtype=torch.int64))
+        # Not the subclass's: its buffers don't exist yet, and will be new.
+        BatchedTask._set_seed(self, seed)
 
     @property
     def num_rows(self) -> int:
@@ -130,13 +130,14 @@ class BatchedTask(EnvBase):
 
     @abstractmethod
     def _observe(self) -> Tensor:
-        """The observation of all rows, float32 ``[rows, size]``."""
+        """Compute the observation of all rows, float32 ``[rows, size]``."""
 
     # ------------------------------------------------------------------ set-up
 
     def _make_specs(self, observation_bounds: list[tuple[float, float]]) -> None:
         batch_size, device = self.batch_size, self.device
         flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=device)
+        flags = {key: flag.clone() for key in ("done", "terminated", "truncated")}
         low, high = torch.tensor(observation_bounds, device=device).unbind(-1)
         shape = (*batch_size, len(observation_bounds))
         self.observation_spec = Composite(
@@ -150,13 +151,7 @@ class BatchedTask(EnvBase):
             shape = (*batch_size, self.num_actions)
             self.action_spec = OneHot(self.num_actions, shape=shape, device=device)
         self.reward_spec = Unbounded(shape=(*batch_size, 1), device=device)
-        self.done_spec = Composite(
-            done=flag,
-            terminated=flag.clone(),
-            truncated=flag.clone(),
-            shape=batch_size,
-            device=device,
-        )
+        self.done_spec = Composite(flags, shape=batch_size, device=device)
 
     def _state(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.to(self.device))
@@ -172,22 +167,21 @@ class BatchedTask(EnvBase):
         self._generator = torch.Generator(self._num_steps.device).manual_seed(seed)
         self._has_task.zero_()
 
-    def _random(self) -> Tensor:
-        """A number from U[0, 1) for each row."""
-        return torch.rand(
-            self._num_steps.shape, generator=self._generator, device=self._num_steps.device
-        )
+    def _random(self, *shape: int) -> Tensor:
+        """Draw numbers from U[0, 1), by default one for each row."""
+        shape = shape or self._num_steps.shape
+        return torch.rand(shape, generator=self._generator, device=self._num_steps.device)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict` holds besides buffers: the generator."""
+        """Return the generator's state, which `state_dict` holds besides the buffers."""
         return {"generator": self._generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` gave."""
+        """Restore what :meth:`get_extra_state` returned."""
         self._generator.set_state(state["generator"].cpu())
 
     def to(self, device: torch.device | str | int) -> BatchedTask:
-        """Move to a device. The state moves; randomness goes on from a new generator there."""
+        """Move the state to a device. Randomness continues from a new generator there."""
         super().to(device)
         if self._generator.device != self._num_steps.device:
             # Generators of different devices cannot share a state: seed one from the other.
@@ -224,15 +218,9 @@ class BatchedTask(EnvBase):
         return self._outcome(done[0], done[1], done[2])
 
     def _rows(self, mask: bool | Tensor) -> Tensor:
-        """A reset mask as bool ``[rows]``."""
-        if isinstance(mask, Tensor) and mask.numel() == self._has_task.numel():
-            return mask.reshape(-1)
-        if isinstance(mask, Tensor) and mask.numel() != 1:
-            raise ValueError(
-                f"a reset mask must have shape {[*self.batch_size, 1]}, got {list(mask.shape)}. "
-                "Give _reset and repeat_task one flag per row of the batch."
-            )
-        return torch.full_like(self._has_task, bool(mask))
+        """Return a reset mask ``[*B, 1]``, or one value for all rows, as bool ``[rows]``."""
+        mask = torch.as_tensor(mask, dtype=torch.bool, device=self._has_task.device)
+        return mask.reshape(-1).expand_as(self._has_task)
 
     def _outcome(self, done: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
         return TensorDict(
@@ -266,7 +254,7 @@ class BatchedTask(EnvBase):
         if not self._categorical:
             one_hot = action.reshape(-1, self.num_actions)
             if one_hot.dtype == torch.bool:
-                one_hot = one_hot.to(torch.uint8)  # which argmax knows
+                one_hot = one_hot.to(torch.uint8)  # argmax has no bool
             return one_hot.argmax(-1)
         action = action.reshape(-1)
         # Elsewhere than on CPU, looking at the values would wait for the device at every step.
@@ -279,7 +267,7 @@ class BatchedTask(EnvBase):
                 )
         return action
 
-    def _step_all(self, action: Tensor) -> TensorDictBase:
+    def _step_all(self, action: Tensor) -> TensorDict:
         self._num_steps.add_(1)
         reward, terminated = self._advance(action)
         truncated = (self._num_steps >= self.max_episode_steps) & ~terminated
@@ -293,21 +281,19 @@ class BatchedTask(EnvBase):
 
     # ----------------------------------------------------------------- render
 
-    def _flat_row(self, row: int | tuple[int, ...] | None) -> int:
-        """The number of a row to draw, in the flattened batch."""
-        rows = self.num_rows
-        if row is None:
-            if rows != 1:
-                raise ValueError(
-                    f"render needs a row when there are several, got None for batch_size "
-                    f"{list(self.batch_size)}. Call render(0) for the first one."
-                )
-            return 0
-        if isinstance(row, tuple):
-            return int(np.arange(rows).reshape(self.batch_size)[row])
-        if not -rows <= row < rows:
-            raise IndexError(
-                f"row must be in [0, {rows - 1}], got {row}. It counts the rows of batch_size "
-                f"{list(self.batch_size)}."
-            )
-        return row
+    def render(self, row: int | tuple[int, ...] = 0, *, cell_pixels: int = 32) -> np.ndarray:
+        """Draw one row from above, with what is hidden from the agent.
+
+        Args:
+            row: index into the flattened batch, or one index per batch dimension.
+            cell_pixels: side of a cell, in pixels.
+
+        Returns:
+            uint8 ``[height, width, 3]``.
+
+        Raises:
+            IndexError: if there is no such row.
+        """
+        rows = np.arange(self.num_rows)
+        index = rows.reshape(self.batch_size)[row] if isinstance(row, tuple) else rows[row]
+        return self._draw(int(index), cell_pixels)

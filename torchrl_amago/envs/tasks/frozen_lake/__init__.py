@@ -1,6 +1,5 @@
 """Meta Frozen Lake: the task, its layouts, its exact optimum and its pictures."""
 
-from torchrl_amago.envs.tasks.frozen_lake.drawing import draw_lake
 from torchrl_amago.envs.tasks.frozen_lake.layouts import (
     LAKE_SPLITS,
     LakeSplit,
@@ -23,7 +22,6 @@ __all__ = [
     "LakeSplit",
     "MetaFrozenLake",
     "bayes_optimal_success",
-    "draw_lake",
     "enumerate_lakes",
     "in_split",
     "is_crossable",

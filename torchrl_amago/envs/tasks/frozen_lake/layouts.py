@@ -1,4 +1,4 @@
-"""Which lakes exist: drawing them in batches, checking that each can be crossed, splitting them.
+"""Random lakes in batches: all crossable, and split into those for training and held-out ones.
 
 The distribution is Gymnasium's ``generate_random_map``: every cell but the start and the goal is
 safe with probability 0.8, and a lake that cannot be crossed is drawn anew. Here thousands are
@@ -12,6 +12,9 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from torchrl_amago._validation import check_choice, check_fractions, check_positive
+from torchrl_amago.envs.tasks.grid_task import check_size
 
 __all__ = [
     "LAKE_SPLITS",
@@ -35,14 +38,14 @@ _SPLIT_SALT = 2417
 
 # At 0.8 the fraction of crossable lakes is above one half at every size, so that needing this many
 # rounds means that the arguments leave nothing to draw.
-_MAX_ROUNDS = 2_000
+_MAX_ROUNDS = 1_000
 
 # 4x4 has 2**14 layouts; 5x5 would have 2**23 and take gigabytes.
 _MAX_ENUMERABLE_SIZE = 4
 
 
 def is_crossable(holes: Tensor) -> Tensor:
-    """Whether a path of 4-neighbour moves over safe cells joins the two opposite corners.
+    """Test if a path of 4-neighbour moves over safe cells joins the two opposite corners.
 
     A flood from cell (0, 0) in sweeps down, right, up and left, each a whole line of cells of all
     lakes at once, until a round of sweeps wets nothing new. Few rounds are needed: one for every
@@ -78,7 +81,7 @@ def is_crossable(holes: Tensor) -> Tensor:
 
 
 def in_split(holes: Tensor, layouts: LakeSplit) -> Tensor:
-    """Which lakes belong to a split. The answer depends on the layout alone, never on a seed.
+    """Test which lakes belong to a split. The result depends on the layout alone, never on a seed.
 
     A fixed 64-bit hash of the hole pattern puts about one layout in four in ``"heldout"`` and the
     rest in ``"train"``, so that the two have no lake in common on any machine, in any run.
@@ -98,7 +101,7 @@ def in_split(holes: Tensor, layouts: LakeSplit) -> Tensor:
         >>> (in_split(lakes, "train") ^ in_split(lakes, "heldout")).all()
         tensor(True)
     """
-    _check_split(layouts, holes.shape[-1])
+    check_choice("layouts", layouts, LAKE_SPLITS)
     if layouts == "all":
         return torch.ones(holes.shape[:-2], dtype=torch.bool, device=holes.device)
     size = holes.shape[-1]
@@ -124,8 +127,8 @@ def random_lakes(
     Args:
         num: how many.
         size: cells per side, at least 2. The start is cell (0, 0), the goal (size-1, size-1).
-        generator: source of randomness; also says the device. Defaults to torch's CPU one.
-        p_safe: probability that a cell is safe before the lake is checked, in (0, 1].
+        generator: source of randomness, on the device of the lakes. Defaults to torch's CPU one.
+        p_safe: probability that a cell is safe before the lake is checked.
         layouts: draw from all lakes, or only from the ``"train"`` or the ``"heldout"`` ones.
 
     Returns:
@@ -142,8 +145,7 @@ def random_lakes(
         >>> lakes.shape, lakes.dtype
         (torch.Size([1000, 4, 4]), torch.bool)
     """
-    _check_size(size)
-    _check_split(layouts, size)
+    check_split(size, layouts)
     _check_p_safe(p_safe)
     lakes = _draw(num, size, generator, p_safe)
     rejected = (~_accepted(lakes, layouts)).nonzero().squeeze(-1)
@@ -163,12 +165,11 @@ def random_lakes(
 def enumerate_lakes(
     size: int, p_safe: float = P_SAFE, *, layouts: LakeSplit = "all"
 ) -> tuple[Tensor, Tensor]:
-    """Every lake that :func:`random_lakes` can draw, with its exact probability.
+    """Enumerate the lakes that :func:`random_lakes` can draw, with their exact probabilities.
 
     Args:
         size: cells per side, 2 to 4: there are ``2 ** (size**2 - 2)`` layouts to go through.
-        p_safe: as in :func:`random_lakes`.
-        layouts: as in :func:`random_lakes`.
+        p_safe, layouts: as in :func:`random_lakes`.
 
     Returns:
         ``(holes, probability)``: bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
@@ -182,8 +183,7 @@ def enumerate_lakes(
         >>> holes.shape, [round(p, 4) for p in probability.tolist()]
         (torch.Size([3, 2, 2]), [0.6667, 0.1667, 0.1667])
     """
-    _check_size(size)
-    _check_split(layouts, size)
+    check_split(size, layouts)
     _check_p_safe(p_safe)
     if size > _MAX_ENUMERABLE_SIZE:
         raise ValueError(
@@ -214,37 +214,20 @@ def _accepted(holes: Tensor, layouts: LakeSplit) -> Tensor:
     return crossable if layouts == "all" else crossable & in_split(holes, layouts)
 
 
-def _check_size(size: int) -> None:
-    if not isinstance(size, int) or size < 2:
-        raise ValueError(
-            f"size must be an integer of at least 2, got {size!r}. It is the number of cells per "
-            "side; on a smaller lake the start would be the goal."
-        )
+def check_split(size: int, layouts: str) -> None:
+    """Raise ValueError for an unknown split, or a size that leaves too few lakes to split."""
+    check_choice("layouts", layouts, LAKE_SPLITS)
+    check_size(size, 2 if layouts == "all" else 3)
 
 
 def _check_p_safe(p_safe: float) -> None:
-    if not 0.0 < p_safe <= 1.0:
-        raise ValueError(
-            f"p_safe must be in (0, 1], got {p_safe}. It is the probability that a cell is safe; "
-            f"Gymnasium's is {P_SAFE}."
-        )
-
-
-def _check_split(layouts: str, size: int) -> None:
-    if layouts not in LAKE_SPLITS:
-        raise ValueError(
-            f"layouts must be one of {', '.join(map(repr, LAKE_SPLITS))}, got {layouts!r}. Use "
-            "'train' and 'heldout' to keep some lakes for evaluation, 'all' for no split."
-        )
-    if layouts != "all" and size < 3:
-        raise ValueError(
-            f"layouts={layouts!r} needs size >= 3, got {size}: there are only three 2x2 lakes, too "
-            "few to split. Use layouts='all' or a larger lake."
-        )
+    remedy = f"Gymnasium's is {P_SAFE}."
+    check_fractions(remedy, p_safe=p_safe)
+    check_positive(remedy, p_safe=p_safe)
 
 
 def _splitmix64(index: int) -> int:
-    """The index-th output of SplitMix64 (Steele et al. 2014), odd, as a signed 64-bit integer."""
+    """Compute the index-th output of SplitMix64 (Steele et al. 2014), odd, as a signed integer."""
     mask = (1 << 64) - 1
     word = (index + 1) * 0x9E3779B97F4A7C15 & mask
     word = (word ^ (word >> 30)) * 0xBF58476D1CE4E5B9 & mask

@@ -1,10 +1,10 @@
 """The best possible agent on Meta-FrozenLake, computed exactly.
 
-Before a trial, the agent knows only how lakes are drawn. What it learns is which cells are safe and
-which are holes: its belief is the set of lakes that agree with that. Planning over beliefs
+Before a trial, the agent knows only how lakes are drawn. By stepping on cells it learns that they are
+safe or holes: its belief is the set of lakes that agree with that. Planning over beliefs
 (a Bayes-adaptive MDP, `Duff 2002 <https://scholarworks.umass.edu/dissertations/AAI3039353/>`_) is
 therefore exact here, and small lakes can be solved by enumeration. No learned agent can have a
-higher expected return, which makes this the ruler for adaptation curves.
+higher expected return, which makes this the upper bound for adaptation curves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from torchrl_amago._validation import check_counts
 from torchrl_amago.envs.tasks.frozen_lake.layouts import P_SAFE, LakeSplit, enumerate_lakes
 
 __all__ = ["BayesOptimum", "LakePlanner", "bayes_optimal_success"]
@@ -22,20 +23,18 @@ __all__ = ["BayesOptimum", "LakePlanner", "bayes_optimal_success"]
 # products, so that rounding errors stay far below, and real differences far above.
 _DIGITS = 11
 
+# Success probability at each episode left, and the cell to walk to next.
+Plan = tuple[tuple[float, ...], int | None]
+
 
 @dataclass(frozen=True)
 class BayesOptimum:
-    """What the Bayes-optimal agent achieves.
+    """The expected results of the Bayes-optimal agent.
 
     Attributes:
         expected_return: expected undiscounted return of a trial: successful episodes, at most k.
         success_by_episode: probability of success at each of the k episodes. Their sum is
             ``expected_return``. Several optimal agents may differ here: see :class:`LakePlanner`.
-
-    Examples:
-        >>> from torchrl_amago.envs.tasks import BayesOptimum
-        >>> BayesOptimum(expected_return=1.5, success_by_episode=(0.5, 1.0))
-        BayesOptimum(expected_return=1.5, success_by_episode=(0.5, 1.0))
     """
 
     expected_return: float
@@ -47,22 +46,17 @@ class Belief:
     """The cells known to be safe and those known to be holes, as bit masks over cells.
 
     Start from :attr:`LakePlanner.start_belief`; each step on an unknown cell adds one bit.
-
-    Examples:
-        >>> from torchrl_amago.envs.tasks.frozen_lake.planner import Belief
-        >>> Belief(safe=0b1, holes=0).with_safe(1).with_hole(2)
-        Belief(safe=3, holes=4)
     """
 
     safe: int
     holes: int
 
     def with_safe(self, cell: int) -> Belief:
-        """This belief after standing on a cell."""
+        """Return the belief after standing on a cell."""
         return Belief(self.safe | 1 << cell, self.holes)
 
     def with_hole(self, cell: int) -> Belief:
-        """This belief after falling into a cell."""
+        """Return the belief after falling into a cell."""
         return Belief(self.safe, self.holes | 1 << cell)
 
 
@@ -87,11 +81,13 @@ class LakePlanner:
     index). ``expected_return`` does not depend on this rule; ``success_by_episode`` may.
 
     Args:
-        size: cells per side, 2 to 4.
+        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, about a minute and 2 GB on
+            4x4).
         episodes: episodes per trial, k.
         max_episode_steps: steps per episode, T. Defaults to size*size, as in ``MetaFrozenLake``.
         p_safe: probability that a cell is safe before unsolvable lakes are redrawn.
-        layouts: the prior: all lakes, or those of one split.
+        layouts: the prior: all lakes, or those of one split. The optimum of a split is that of an
+            agent that knows the split.
 
     Raises:
         ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
@@ -112,21 +108,21 @@ class LakePlanner:
         p_safe: float = P_SAFE,
         layouts: LakeSplit = "all",
     ) -> None:
-        _check_feasible(size)
+        self._mass = _belief_mass(size, p_safe, layouts)
+        steps = size * size if max_episode_steps is None else max_episode_steps
+        remedy = "The standard 3x3 task has 5 episodes of 9 steps."
+        check_counts(remedy, episodes=episodes, max_episode_steps=steps)
         self.size = size
-        self.episodes = _positive("episodes", episodes)
-        self.max_episode_steps = _positive(
-            "max_episode_steps", size * size if max_episode_steps is None else max_episode_steps
-        )
+        self.episodes = episodes
+        self.max_episode_steps = steps
         self._goal = size * size - 1
         self._neighbours = [_neighbours(cell, size) for cell in range(size * size)]
-        self._mass = _belief_mass(size, p_safe, layouts)
-        self._plans: dict[tuple[Belief, int, int, int], tuple[tuple[float, ...], int | None]] = {}
+        self._plans: dict[tuple[Belief, int, int, int], Plan] = {}
         self._distances: dict[tuple[int, int], dict[int, int]] = {}
 
     @property
     def start_belief(self) -> Belief:
-        """What is known before a trial: the start and the goal are no holes."""
+        """The belief before a trial: the start and the goal are no holes."""
         return Belief(1 | 1 << self._goal, 0)
 
     def optimum(self) -> BayesOptimum:
@@ -137,21 +133,15 @@ class LakePlanner:
     def target(
         self, belief: Belief, position: int, steps_left: int, episodes_left: int
     ) -> int | None:
-        """The cell that the optimal agent walks to next, or None if it gives the episode up.
+        """Return the cell to walk to next (the goal or an unknown one); None gives the episode up.
 
-        Args:
-            belief: what is known of the lake.
-            position: the agent's cell, ``size * first coordinate + second coordinate``.
-            steps_left: steps left in this episode.
-            episodes_left: episodes left, with this one.
-
-        Returns:
-            The goal, or an unknown cell; :meth:`route` gives the way.
+        ``position`` is a cell, ``size * first coordinate + second coordinate``; ``episodes_left``
+        counts the current one. :meth:`route` gives the way.
         """
         return self._plan(belief, position, steps_left, episodes_left)[1]
 
     def route(self, belief: Belief, position: int, target: int) -> list[int]:
-        """A shortest way over known-safe cells from a position to a target, without the former."""
+        """Return a shortest way over known-safe cells from a position, excluded, to a target."""
         came_from = {position: position}
         queue = deque([position])
         while queue and target not in came_from:
@@ -166,10 +156,7 @@ class LakePlanner:
             way.append(came_from[way[-1]])
         return way[-2::-1]
 
-    def _plan(
-        self, belief: Belief, position: int, steps_left: int, episodes_left: int
-    ) -> tuple[tuple[float, ...], int | None]:
-        """Success probability at each episode left, and the cell to walk to."""
+    def _plan(self, belief: Belief, position: int, steps_left: int, episodes_left: int) -> Plan:
         if episodes_left == 0:
             return (), None
         key = (belief, position, steps_left, episodes_left)
@@ -179,7 +166,7 @@ class LakePlanner:
 
     def _best_plan(
         self, belief: Belief, position: int, steps_left: int, episodes_left: int
-    ) -> tuple[tuple[float, ...], int | None]:
+    ) -> Plan:
         distances = self._distances_over_safe(belief.safe, position)
         later = self._next_episode(belief, episodes_left)
         if distances.get(self._goal, steps_left + 1) <= steps_left:
@@ -211,7 +198,7 @@ class LakePlanner:
         return self._plan(belief, 0, self.max_episode_steps, episodes_left - 1)[0]
 
     def _probability(self, belief: Belief) -> float:
-        """Prior probability of the lakes that agree with a belief."""
+        """Return the prior probability of the lakes that agree with a belief."""
         code, digit = 0, 1
         for cell in range(1, self._goal):
             code += digit * ((belief.safe >> cell & 1) + 2 * (belief.holes >> cell & 1))
@@ -219,7 +206,7 @@ class LakePlanner:
         return self._mass[code]
 
     def _distances_over_safe(self, safe: int, position: int) -> dict[int, int]:
-        """Steps to every cell that can be entered from a way over safe cells."""
+        """Count the steps to every cell that can be entered from a way over safe cells."""
         key = (safe, position)
         if key not in self._distances:
             distances = {position: 0}
@@ -243,21 +230,7 @@ def bayes_optimal_success(
     p_safe: float = P_SAFE,
     layouts: LakeSplit = "all",
 ) -> BayesOptimum:
-    """The exact optimum of k episodes at an unknown lake; see :class:`LakePlanner`.
-
-    Args:
-        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, about a minute and 2 GB on 4x4).
-        episodes: episodes per trial.
-        max_episode_steps: steps per episode. Defaults to size*size.
-        p_safe: probability that a cell is safe before unsolvable lakes are redrawn.
-        layouts: the prior: all lakes, or those of one split. The optimum of a split is that of an
-            agent that knows the split.
-
-    Returns:
-        The expected return of a trial and the success probability at each episode.
-
-    Raises:
-        ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
+    """Compute the exact optimum of k episodes at an unknown lake; arguments: see :class:`LakePlanner`.
 
     Examples:
         >>> from torchrl_amago.envs.tasks import bayes_optimal_success
@@ -268,14 +241,14 @@ def bayes_optimal_success(
     return LakePlanner(size, episodes, max_episode_steps, p_safe=p_safe, layouts=layouts).optimum()
 
 
-def _preference(plan: tuple[tuple[float, ...], int | None]) -> tuple[float, ...]:
-    """Sort key: expected return, then success at the first episode, the second one, ..."""
+def _preference(plan: Plan) -> tuple[float, ...]:
+    """Return a sort key: expected return, then success at the first episode, the second one, ..."""
     success, _ = plan
     return tuple(round(value, _DIGITS) for value in (sum(success), *success))
 
 
 def _belief_mass(size: int, p_safe: float, layouts: LakeSplit) -> list[float]:
-    """Prior probability of every belief, indexed by its base-3 code (unknown, safe, hole).
+    """Compute the prior probability of every belief, indexed by its base-3 code (unknown, safe, hole).
 
     Unknown is the sum of the other two. Adding that entry along one cell's axis after another
     gives all ``3**free`` sums with one addition each.
@@ -295,21 +268,3 @@ def _neighbours(cell: int, size: int) -> list[int]:
     down, right = divmod(cell, size)
     around = [(down + 1, right), (down - 1, right), (down, right + 1), (down, right - 1)]
     return [i * size + j for i, j in around if 0 <= i < size and 0 <= j < size]
-
-
-def _check_feasible(size: int) -> None:
-    if isinstance(size, int) and size > 4:
-        raise ValueError(
-            f"exact planning needs size <= 4, got {size}: its beliefs number up to "
-            f"3**{size * size - 2}, one state per cell being unknown, safe or a hole. Compare "
-            "larger lakes with a long-trained agent, or with a planner that samples lakes."
-        )
-
-
-def _positive(name: str, value: int) -> int:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(
-            f"{name} must be an integer of at least 1, got {value!r}. An episode needs a step and "
-            "a trial an episode; the standard 3x3 task has 5 episodes of 9 steps."
-        )
-    return value

@@ -13,29 +13,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_amago.envs.tasks.batched_task import BatchedTask
-from torchrl_amago.envs.tasks.frozen_lake._rules import (
-    NEIGHBOURS,
-    NOISE_OUTCOMES,
-    NUM_ACTIONS,
-    P_HOLE_BEHIND,
-    P_SWAPPED,
-    RECOVER_PENALTY,
-    move_table,
-    position_table,
-)
-from torchrl_amago.envs.tasks.frozen_lake.drawing import draw_lake
-from torchrl_amago.envs.tasks.frozen_lake.layouts import (
-    LakeSplit,
-    _check_size,
-    _check_split,
-    random_lakes,
-)
+from torchrl_amago.envs.tasks.frozen_lake._drawing import draw_lake
+from torchrl_amago.envs.tasks.frozen_lake.layouts import LakeSplit, check_split, random_lakes
+from torchrl_amago.envs.tasks.grid_task import GridTask, move_table, position_table
 
 __all__ = ["MetaFrozenLake"]
 
+# Constants of the reference task (AMAGO's MetaFrozenLake, hard and recover modes).
+_P_NOISY = 1 / 4
+_P_HOLE_BEHIND = 0.33
+_P_SWAPPED = 1 / 2
+_RECOVER_PENALTY = 0.1
 
-class MetaFrozenLake(BatchedTask):
+# A noisy position is one of 9 neighbours. Drawing from 36 outcomes, of which 27 mean "exact",
+# gives probability 1/4 with a single draw.
+_NEIGHBOURS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
+_NOISE_OUTCOMES = round(len(_NEIGHBOURS) / _P_NOISY)
+
+
+class MetaFrozenLake(GridTask):
     """A frozen lake whose holes the agent cannot see, natively batched.
 
     The agent starts at cell (0, 0) and gets reward 1 at the goal, cell (size-1, size-1). Holes end
@@ -45,14 +41,9 @@ class MetaFrozenLake(BatchedTask):
     `AMAGO-2 <https://arxiv.org/abs/2411.11188>`_'s code base, without its loop over episodes.
 
     Keys:
-        - ``observation``: float32 ``[*B, 2]``, the cell's two coordinates divided by ``size``.
-        - ``action``: 0 stays; 1 and 2 raise and lower the first coordinate (down and up in pictures),
-          3 and 4 the second one (right and left). Moves into the shore stay.
+        - ``observation``: float32 ``[*B, 2]``, the agent's coordinates.
         - ``terminated`` at the goal or in a hole; ``truncated`` at the step limit, if not
           terminated.
-
-    Resets, ``repeat_task`` and ``state_dict`` (lakes drawn ahead included) as :class:`BatchedTask`
-    has them.
 
     Args:
         size: cells per side, at least 2.
@@ -65,17 +56,14 @@ class MetaFrozenLake(BatchedTask):
         slip_chance: probability in [0, 1) that a move is replaced by staying.
         max_episode_steps: step limit of an episode. Defaults to size*size, doubled in hard mode and
             divided by ``1 - slip_chance``.
-        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, 5]``.
-        batch_size: any shape; all rows are stepped together.
-        device: device of the state and of all tensors.
-        seed: as ``set_seed(seed)``; by default drawn from torch's global generator.
-        layouts: which lakes to draw: ``"all"``, or the ``"train"`` (about 3 in 4) or ``"heldout"``
-            ones of a fixed split with no lake in common. Each split is the distribution of all lakes,
-            conditioned on being in it.
+        layouts: the lakes to draw from: ``"all"``, or the ``"train"`` (about 3 in 4) or
+            ``"heldout"`` ones of a fixed split with no lake in common. Each split is the
+            distribution of all lakes, conditioned on being in it.
+        shared: other arguments: see :class:`GridTask` (which also lists the actions) and
+            :class:`BatchedTask`.
 
     Raises:
-        ValueError: if an argument is out of its range, or an action is (checked on CPU only: on
-            other devices the check would stall the step).
+        ValueError: if an argument is out of its range, or an action is (checked on CPU only).
 
     Examples:
         >>> import torch
@@ -89,8 +77,6 @@ class MetaFrozenLake(BatchedTask):
         True
     """
 
-    action_meaning = "0 stays, 1 to 4 move; sample from env.action_spec to see them."
-
     def __init__(
         self,
         size: int = 3,
@@ -99,14 +85,10 @@ class MetaFrozenLake(BatchedTask):
         recover_mode: bool = False,
         slip_chance: float = 0.0,
         max_episode_steps: int | None = None,
-        categorical_action_encoding: bool = True,
-        batch_size: torch.Size | tuple[int, ...] = (),
-        device: torch.device | str | int | None = None,
-        seed: int | None = None,
         layouts: LakeSplit = "all",
+        **shared: Any,
     ) -> None:
-        _check_size(size)
-        _check_split(layouts, size)
+        check_split(size, layouts)
         if not 0.0 <= slip_chance < 1.0:
             raise ValueError(
                 f"slip_chance must be in [0, 1), got {slip_chance}. It is the probability that a "
@@ -114,22 +96,26 @@ class MetaFrozenLake(BatchedTask):
             )
         if max_episode_steps is None:
             max_episode_steps = int(size * size * (2 if hard_mode else 1) / (1.0 - slip_chance))
-        super().__init__(
-            [(0.0, 1.0)] * 2,
-            num_actions=NUM_ACTIONS,
-            max_episode_steps=max_episode_steps,
-            categorical_action_encoding=categorical_action_encoding,
-            batch_size=batch_size,
-            device=device,
-        )
-        self.size = size
+        super().__init__(size, 2, max_episode_steps=max_episode_steps, **shared)
         self.hard_mode = hard_mode
         self.recover_mode = recover_mode
         self.slip_chance = slip_chance
         self.layouts = layouts
         self.episode_buffers = ("_cell", *(["_broken_lake"] if hard_mode else []))
-        self._make_state()
-        self.set_seed(seed)
+        rows, cells, moves = self.num_rows, size**2, move_table(size)
+        # The second half is for tasks that swap the actions 1 and 3.
+        self._constant("_moves", torch.cat([moves, moves[[0, 3, 2, 1, 4]]]))
+        self._state("_lake", torch.zeros(rows, cells, dtype=torch.bool))
+        if hard_mode:
+            # Each cell's noisy positions, then its exact one.
+            self._constant("_positions", position_table(size, (*_NEIGHBOURS, (0, 0))))
+            # The lake as the current episode has left it, and the offset of the task's move table.
+            self._state("_broken_lake", torch.zeros(rows, cells, dtype=torch.bool))
+            self._state("_table_start", torch.zeros(rows, dtype=torch.int64))
+        # Lakes are drawn ahead: a partial reset then takes a few rows of a table instead of
+        # running the generator, whose cost barely depends on how many lakes it draws.
+        self._state("_pool", torch.zeros(max(1024, 8 * rows), cells, dtype=torch.bool))
+        self._pool_cursor = len(self._pool)
 
     @property
     def holes(self) -> Tensor:
@@ -138,24 +124,6 @@ class MetaFrozenLake(BatchedTask):
         In hard mode without those that opened during the episode.
         """
         return self._lake.view(*self.batch_size, self.size, self.size).clone()
-
-    # ------------------------------------------------------------------ set-up
-
-    def _make_state(self) -> None:
-        rows, cells = self.num_rows, self.size**2
-        self._constant("_moves", move_table(self.size))
-        self._constant("_positions", position_table(self.size, noisy=self.hard_mode))
-        self._constant("_row_start", torch.arange(rows) * cells)
-        self._state("_lake", torch.zeros(rows, cells, dtype=torch.bool))
-        self._state("_cell", torch.zeros(rows, dtype=torch.int64))
-        if self.hard_mode:
-            # The lake as the current episode has left it, and the offset of the task's move table.
-            self._state("_broken_lake", torch.zeros(rows, cells, dtype=torch.bool))
-            self._state("_table_start", torch.zeros(rows, dtype=torch.int64))
-        # Lakes are drawn ahead: a partial reset then takes a few rows of a table instead of
-        # running the generator, whose cost barely depends on how many lakes it draws.
-        self._state("_pool", torch.zeros(max(1024, 8 * rows), cells, dtype=torch.bool))
-        self._pool_cursor = len(self._pool)
 
     # ------------------------------------------------------------- randomness
 
@@ -173,11 +141,11 @@ class MetaFrozenLake(BatchedTask):
         return self._pool[start : start + num]
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What `state_dict` holds besides buffers: the generator and the place in the pool."""
+        """Return the generator's state and the place in the pool."""
         return {**super().get_extra_state(), "pool_cursor": self._pool_cursor}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` gave."""
+        """Restore what :meth:`get_extra_state` returned."""
         super().set_extra_state(state)
         self._pool_cursor = state["pool_cursor"]
 
@@ -186,8 +154,9 @@ class MetaFrozenLake(BatchedTask):
     def _draw_tasks(self, rows: Tensor) -> None:
         self._lake.index_copy_(0, rows, self._take_lakes(len(rows)))
         if self.hard_mode:
-            swapped = self._random()[: len(rows)] < P_SWAPPED
-            self._table_start.index_copy_(0, rows, swapped * self._moves[0].numel())
+            swapped = self._random()[: len(rows)] < _P_SWAPPED
+            self._table_start.index_copy_(0, rows, swapped * (self._moves.numel() // 2))
+        self._draw_meanings(rows)
 
     def _begin_episodes(self, selected: Tensor) -> None:
         self._cell.masked_fill_(selected, 0)
@@ -200,17 +169,18 @@ class MetaFrozenLake(BatchedTask):
         cell = self._cell
         moved = self._move(action)
         ground = self._broken_lake if self.hard_mode else self._lake
-        in_hole = ground.take(self._row_start + moved)
+        in_hole = ground.take(self._first_cell + moved)
         at_goal = moved == self.size**2 - 1
         if self.recover_mode:
-            reward = torch.where(in_hole, -RECOVER_PENALTY, at_goal.float())
+            reward = torch.where(in_hole, -_RECOVER_PENALTY, at_goal.float())
             cell.copy_(torch.where(in_hole, cell, moved))
             return reward, at_goal
         cell.copy_(moved)
         return at_goal.float(), at_goal | in_hole
 
     def _move(self, action: Tensor) -> Tensor:
-        """The cells that actions lead to; in hard mode also opens holes behind the moves."""
+        """Look up the cells that actions lead to; in hard mode also open holes behind the moves."""
+        action = self._meant(action)
         if self.slip_chance > 0.0:
             action = torch.where(self._random() < self.slip_chance, 0, action)
         cell = self._cell
@@ -218,50 +188,23 @@ class MetaFrozenLake(BatchedTask):
         if not self.hard_mode:
             return self._moves.take(index)
         moved = self._moves.take(index + self._table_start)
-        opens = (moved != cell) & (self._random() < P_HOLE_BEHIND)
-        left = self._row_start + cell
+        opens = (moved != cell) & (self._random() < _P_HOLE_BEHIND)
+        left = self._first_cell + cell
         ground = self._broken_lake.view(-1)
         ground.index_copy_(0, left, ground.take(left) | opens)
         return moved
 
     def _observe(self) -> Tensor:
-        index = self._cell
-        if self.hard_mode:
-            noise = torch.randint(
-                NOISE_OUTCOMES, index.shape, generator=self._generator, device=index.device
-            )
-            index = index * (NEIGHBOURS + 1) + noise.clamp_(max=NEIGHBOURS)
-        return self._positions.index_select(0, index)
-
-    # ----------------------------------------------------------------- render
-
-    def render(
-        self, row: int | tuple[int, ...] | None = None, *, cell_pixels: int = 32
-    ) -> np.ndarray:
-        """Draw one row's lake, with the holes that the agent cannot see.
-
-        The first coordinate runs down and the second one to the right, so that the start is top
-        left. Holes that opened during the episode are drawn cracked.
-
-        Args:
-            row: which row of the batch: an index into the flattened batch or one index per batch
-                dimension. May be left out if there is only one.
-            cell_pixels: side of a cell, in pixels.
-
-        Returns:
-            uint8 ``[size * cell_pixels, size * cell_pixels, 3]``.
-
-        Raises:
-            ValueError: if row is missing although there are several.
-            IndexError: if there is no such row.
-        """
-        index = self._flat_row(row)
-        holes = self._lake[index]
-        ground = self._broken_lake[index] if self.hard_mode else holes
-        shape = (self.size, self.size)
-        return draw_lake(
-            holes.view(shape).cpu().numpy(),
-            divmod(int(self._cell[index]), self.size),
-            opened=(ground & ~holes).view(shape).cpu().numpy(),
-            cell_pixels=cell_pixels,
+        if not self.hard_mode:
+            return self._position()
+        cell, exact = self._cell, len(_NEIGHBOURS)
+        noise = torch.randint(
+            _NOISE_OUTCOMES, cell.shape, generator=self._generator, device=cell.device
         )
+        return self._positions.index_select(0, cell * (exact + 1) + noise.clamp_(max=exact))
+
+    def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
+        holes = self._lake[row]
+        opened = self._broken_lake[row] & ~holes if self.hard_mode else torch.zeros_like(holes)
+        grids = [cells.view(self.size, -1).cpu().numpy() for cells in (holes, opened)]
+        return draw_lake(*grids, divmod(int(self._cell[row]), self.size), cell_pixels)

@@ -1,4 +1,4 @@
-"""Which mazes exist, and where goals may be, drawn for a whole batch at once: random walls over a lobby.
+"""Random mazes and goals, drawn for a whole batch at once, and the tables of a maze's views.
 
 Walls grow as in mazelab's random mazes, which AMAGO's MazeRunner uses: from random nodes of a grid
 (every second cell), by steps to random neighbours where nothing stands yet. A wall never comes back
@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_maze_size", "random_goals", "random_mazes", "start_cell"]
+__all__ = ["depth_table", "random_goals", "random_mazes", "start_cell"]
 
 # mazelab's density: walls for each cell between the nodes.
 _DENSITY = 0.75
@@ -19,7 +19,7 @@ _DENSITY = 0.75
 _RIM = 2
 
 # The lobby: an alley, a room on either side, and four walls between and around them.
-_SMALLEST = 7
+SMALLEST_SIZE = 7
 
 
 def random_mazes(num: int, size: int, generator: torch.Generator | None = None) -> Tensor:
@@ -32,13 +32,10 @@ def random_mazes(num: int, size: int, generator: torch.Generator | None = None) 
     Args:
         num: how many.
         size: cells per side, odd and at least 7.
-        generator: source of randomness; also says the device. Defaults to torch's CPU one.
+        generator: source of randomness, on the device of the mazes. Defaults to torch's CPU one.
 
     Returns:
         bool ``[num, size, size]``, True at walls. The outermost cells are walls.
-
-    Raises:
-        ValueError: if the size is even or too small.
 
     Examples:
         >>> import torch
@@ -52,7 +49,6 @@ def random_mazes(num: int, size: int, generator: torch.Generator | None = None) 
         # # # #
         #######
     """
-    check_maze_size(size)
     wall = _grown_walls(num, size, generator)
     middle = size // 2
     wall[:, -5:-1, 1:-1] = False
@@ -61,12 +57,12 @@ def random_mazes(num: int, size: int, generator: torch.Generator | None = None) 
 
 
 def start_cell(size: int) -> int:
-    """The cell at the bottom of the middle alley, ``size * first coordinate + second``."""
+    """Return the cell at the bottom of the middle alley, ``size * first coordinate + second``."""
     return size * (size - 2) + size // 2
 
 
 def random_goals(walls: Tensor, num_goals: int, generator: torch.Generator | None = None) -> Tensor:
-    """Goals of each maze: free cells, all different, none of them the start.
+    """Draw goals of each maze: free cells, all different, none of them the start.
 
     Args:
         walls: bool ``[N, S, S]``.
@@ -83,7 +79,7 @@ def random_goals(walls: Tensor, num_goals: int, generator: torch.Generator | Non
 
 
 def _grown_walls(num: int, size: int, generator: torch.Generator | None) -> Tensor:
-    """Border and random walls, bool ``[num, size, size]``.
+    """Draw border and random walls, bool ``[num, size, size]``.
 
     All mazes of the batch grow in the same loop, each at its own pace: where a wall is stuck, the
     next one begins. (mazelab gives up on a wall after a number of tries, hardly ever before that.)
@@ -115,16 +111,43 @@ def _grown_walls(num: int, size: int, generator: torch.Generator | None) -> Tens
 
 
 def _random_nodes(num: int, size: int, width: int, generator: torch.Generator | None) -> Tensor:
-    """Nodes as cells of the widened grid, int64 ``[num]``."""
+    """Draw nodes as cells of the widened grid, int64 ``[num]``."""
     device = None if generator is None else generator.device
     node = torch.randint(size // 2 + 1, (2, num), generator=generator, device=device)
     return (_RIM + 2 * node[0]) * width + _RIM + 2 * node[1]
 
 
-def check_maze_size(size: int) -> None:
-    """Refuse sizes that have no lobby or no middle."""
-    if not isinstance(size, int) or size < _SMALLEST or size % 2 == 0:
-        raise ValueError(
-            f"size must be an odd integer of at least {_SMALLEST}, got {size!r}. It is the number of "
-            "cells per side, walls included: every second one can hold the end of a wall."
-        )
+def depth_table(walls: Tensor) -> Tensor:
+    """Count the free cells between each cell and the next wall in four directions.
+
+    Args:
+        walls: bool ``[N, S, S]``, True at walls; the outermost cells are walls.
+
+    Returns:
+        float32 ``[N, S * S, 4]``, divided by S: west (left), north (up), east, south. Entries of
+        cells that are walls themselves mean nothing.
+
+    Examples:
+        >>> import torch
+        >>> from torchrl_amago.envs.tasks.maze_runner._layouts import depth_table
+        >>> walls = torch.tensor([[[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]]).bool()
+        >>> (4 * depth_table(walls))[0, 5].tolist()  # in cell (1, 1) one free cell lies to the east
+        [0.0, 0.0, 1.0, 0.0]
+    """
+    size = walls.shape[-1]
+    depths = [
+        _free_before(walls, -1),
+        _free_before(walls, -2),
+        _free_before(walls.flip(-1), -1).flip(-1),
+        _free_before(walls.flip(-2), -2).flip(-2),
+    ]
+    return torch.stack(depths, -1).flatten(1, 2) / size
+
+
+def _free_before(walls: Tensor, dim: int) -> Tensor:
+    """Count the free cells between each cell and the last wall before it along a dimension."""
+    shape = [1, 1, 1]
+    shape[dim] = walls.shape[dim]
+    place = torch.arange(walls.shape[dim], device=walls.device).view(shape)
+    last_wall = torch.where(walls, place, 0).cummax(dim).values
+    return place - 1 - last_wall

@@ -6,12 +6,13 @@ after as many steps as the corridor is long.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.envs.tasks.tmaze._drawing import draw_tmaze
 
@@ -20,8 +21,7 @@ __all__ = ["TMaze"]
 Penalize = Literal["behind", "dawdling"]
 
 # Along the corridor and back, to the sides at its end: (towards the junction, sidewards).
-MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
-NUM_ACTIONS = len(MOVES)
+_MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
 
 class TMaze(BatchedTask):
@@ -29,10 +29,10 @@ class TMaze(BatchedTask):
 
     The agent starts at one end of a corridor; at the other end, the junction, are two arms. One of
     them, drawn with probability 1/2 each, is right. Exactly at the episode's last step the reward is
-    1 in the right arm and 0 anywhere else. Each step before costs ``penalty`` if the agent is behind,
-    that is, has come less far than steps have passed (and is not at the junction yet); or, with
-    ``penalize="dawdling"``, if its action isn't 0. The first is the paper's rule. But a single wrong
-    step then costs all that can be lost, and what follows teaches nothing; the second rule, of
+    1 in the right arm and 0 anywhere else. Each earlier step costs ``penalty`` if the agent is
+    behind, that is, has come less far than steps have passed (and is not at the junction yet); or,
+    with ``penalize="dawdling"``, if its action isn't 0. The first is the paper's rule. But a single
+    wrong step then costs all that can be lost, and what follows teaches nothing; the second rule, of
     `AMAGO <https://arxiv.org/abs/2310.09971>`_'s experiments, has the same best agent and teaches
     walking at every step.
 
@@ -41,32 +41,28 @@ class TMaze(BatchedTask):
     agent that dawdles once cannot reach an arm in time.
 
     Keys:
-        - ``observation``: float32 ``[*B, 3]``, and one more entry with ``show_time``:
-          how far the agent has come (0 at the start, 1 at the junction and in its arms), side
-          (1 and -1 in the arms, else 0), goal (side of the right arm at the episode's first step,
-          later 0 unless ``oracle``), fraction of the episode that is used up.
+        - ``observation``: float32 ``[*B, 3]``, and one more entry with ``show_time``: the fraction
+          of the corridor that is behind the agent (1 at the junction and in its arms), side (1 and
+          -1 in the arms, else 0), goal (side of the right arm at the episode's first step, later 0
+          unless ``oracle``), fraction of the episode that is used up.
         - ``action``: 0 walks towards the junction, 2 back; 1 and 3 walk sidewards, to the arms of
           side 1 and -1. Moves into walls stay.
         - ``terminated`` at the last step.
 
-    Resets, ``repeat_task`` (the same goal again) and ``state_dict`` as :class:`BatchedTask` has them.
     ``make_trial_env(TMaze(...), episodes=1)`` makes it a trial of one episode.
 
     Args:
         corridor_length: steps from the start to the junction, at least 1.
-        max_episode_steps: steps of an episode. Defaults to ``corridor_length + 1``, the least that
-            suffices.
+        max_episode_steps: steps of an episode. Defaults to ``corridor_length + 1``, the fewest that
+            suffice.
         ambiguous_position: cells of the corridor look like the start, so that the agent doesn't see
             how far it has come.
-        penalty: cost of each such step; default ``1 / (max_episode_steps - 1)``,
-            as in the paper, which is also the most.
-        penalize: which steps cost: ``"behind"`` or ``"dawdling"``.
+        penalty: cost of each such step. Defaults to ``1 / (max_episode_steps - 1)``, as in the
+            paper, which is also its maximum.
+        penalize: the steps that cost: ``"behind"`` or ``"dawdling"``.
         show_time: observe the time step. A trajectory encoder with positions knows it anyway.
         oracle: show the goal at every step: then no memory is needed (the ablation).
-        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, 4]``.
-        batch_size: any shape; all rows are stepped together.
-        device: device of the state and of all tensors.
-        seed: as ``set_seed(seed)``; by default drawn from torch's global generator.
+        shared: other arguments: see :class:`BatchedTask`.
 
     Raises:
         ValueError: if an argument is out of its range, or an action is (checked on CPU only).
@@ -96,29 +92,36 @@ class TMaze(BatchedTask):
         penalize: Penalize = "behind",
         show_time: bool = False,
         oracle: bool = False,
-        categorical_action_encoding: bool = True,
-        batch_size: torch.Size | tuple[int, ...] = (),
-        device: torch.device | str | int | None = None,
-        seed: int | None = None,
+        **shared: Any,
     ) -> None:
-        if max_episode_steps is None and isinstance(corridor_length, int):
+        check_counts("It is the steps to the junction.", corridor_length=corridor_length)
+        if max_episode_steps is None:
             max_episode_steps = corridor_length + 1
-        _check_lengths(corridor_length, max_episode_steps)
+        if max_episode_steps <= corridor_length:
+            raise ValueError(
+                f"max_episode_steps must be larger than corridor_length={corridor_length}, got "
+                f"{max_episode_steps}. Fewer steps don't reach an arm; leave it out for the fewest."
+            )
+        max_penalty = 1.0 / (max_episode_steps - 1)
+        if penalty is not None and not 0.0 <= penalty <= max_penalty:
+            raise ValueError(
+                f"penalty must be in [0, 1 / (max_episode_steps - 1)] = [0, {max_penalty:.6g}], got "
+                f"{penalty}. It is a cost per step; a larger one could outweigh the final reward."
+            )
+        check_choice("penalize", penalize, get_args(Penalize))
+        observation_bounds = [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)] + [(0.0, 1.0)] * show_time
+        super().__init__(
+            observation_bounds,
+            num_actions=len(_MOVES),
+            max_episode_steps=max_episode_steps,
+            **shared,
+        )
         self.corridor_length = corridor_length
-        self.max_episode_steps = max_episode_steps
         self.ambiguous_position = ambiguous_position
-        self.penalty = _checked_penalty(penalty, max_episode_steps)
-        self.penalize = _checked_penalize(penalize)
+        self.penalty = max_penalty if penalty is None else penalty
+        self.penalize = penalize
         self.show_time = show_time
         self.oracle = oracle
-        super().__init__(
-            [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0), *([(0.0, 1.0)] if show_time else [])],
-            num_actions=NUM_ACTIONS,
-            max_episode_steps=max_episode_steps,
-            categorical_action_encoding=categorical_action_encoding,
-            batch_size=batch_size,
-            device=device,
-        )
         # Cells are numbered along the corridor, junction included; then come the two arms.
         num_cells = corridor_length + 3
         self._constant("_moves", _move_table(corridor_length))
@@ -128,7 +131,6 @@ class TMaze(BatchedTask):
         self._constant("_progress", torch.arange(num_cells).clamp(max=corridor_length))
         self._state("_goal", torch.zeros(self.num_rows))
         self._state("_cell", torch.zeros(self.num_rows, dtype=torch.int64))
-        self.set_seed(seed)
 
     @property
     def goal(self) -> Tensor:
@@ -164,42 +166,20 @@ class TMaze(BatchedTask):
             seen.append((self._num_steps / self.max_episode_steps).unsqueeze(-1))
         return torch.cat(seen, -1)
 
-    def render(
-        self, row: int | tuple[int, ...] | None = None, *, cell_pixels: int = 32
-    ) -> np.ndarray:
-        """Draw one row's maze from above: start left, arms right, the one of side 1 on top.
-
-        The corridor is drawn five cells long, whatever its length; the agent stands where its share
-        of the way is. The right arm has the flag, and the agent a lamp while it sees the goal.
-
-        Args:
-            row: which row of the batch: an index into the flattened batch or one index per batch
-                dimension. May be left out if there is only one.
-            cell_pixels: side of a cell, in pixels.
-
-        Returns:
-            uint8 ``[3 * cell_pixels, 6 * cell_pixels, 3]``.
-
-        Raises:
-            ValueError: if row is missing although there are several, or cells are too small.
-            IndexError: if there is no such row.
-        """
-        index = self._flat_row(row)
-        cell = int(self._cell[index])
-        return draw_tmaze(
-            int(self._progress[cell]) / self.corridor_length,
-            int(self._sides[cell]),
-            int(self._goal[index]),
-            sees_goal=self.oracle or int(self._num_steps[index]) == 0,
-            cell_pixels=cell_pixels,
-        )
+    def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
+        # The corridor is drawn five cells long, whatever its length.
+        cell = int(self._cell[row])
+        progress = int(self._progress[cell]) / self.corridor_length
+        sees_goal = self.oracle or int(self._num_steps[row]) == 0
+        side, goal = int(self._sides[cell]), int(self._goal[row])
+        return draw_tmaze(progress, side, goal, sees_goal, cell_pixels)
 
 
 def _move_table(corridor_length: int) -> Tensor:
-    """Where each action leads from each cell, int64 ``[4, corridor_length + 3]``."""
+    """Tabulate where each action leads from each cell, int64 ``[4, corridor_length + 3]``."""
     junction, arms = corridor_length, {1: corridor_length + 1, -1: corridor_length + 2}
-    table = torch.arange(corridor_length + 3).repeat(NUM_ACTIONS, 1)
-    for action, (ahead, sidewards) in enumerate(MOVES):
+    table = torch.arange(corridor_length + 3).repeat(len(_MOVES), 1)
+    for action, (ahead, sidewards) in enumerate(_MOVES):
         corridor = table[action, : junction + 1]
         corridor.add_(ahead).clamp_(0, junction)
         if sidewards:
@@ -209,44 +189,10 @@ def _move_table(corridor_length: int) -> Tensor:
 
 
 def _place_table(corridor_length: int, *, ambiguous: bool) -> Tensor:
-    """What is seen of each cell: how far and on which side, float32 ``[corridor_length + 3, 2]``."""
+    """Tabulate what is seen of each cell: progress and side, float32 ``[corridor_length + 3, 2]``."""
     far = (torch.arange(corridor_length + 3) / corridor_length).clamp(max=1.0)
     if ambiguous:
         far = far.floor()
     side = torch.zeros_like(far)
     side[-2:] = torch.tensor([1.0, -1.0])
     return torch.stack([far, side], -1)
-
-
-def _check_lengths(corridor_length: int, max_episode_steps: int | None) -> None:
-    if not isinstance(corridor_length, int) or corridor_length < 1:
-        raise ValueError(
-            f"corridor_length must be an integer of at least 1, got {corridor_length!r}. It is the "
-            "number of steps from the start to the junction."
-        )
-    if not isinstance(max_episode_steps, int) or max_episode_steps <= corridor_length:
-        raise ValueError(
-            f"max_episode_steps must be an integer larger than corridor_length={corridor_length}, got "
-            f"{max_episode_steps!r}. Fewer steps don't reach an arm; leave it out for the fewest."
-        )
-
-
-def _checked_penalize(penalize: Penalize) -> Penalize:
-    if penalize not in get_args(Penalize):
-        raise ValueError(
-            f"penalize must be one of {get_args(Penalize)}, got {penalize!r}. It says which steps "
-            "cost the penalty."
-        )
-    return penalize
-
-
-def _checked_penalty(penalty: float | None, max_episode_steps: int) -> float:
-    most = 1.0 / (max_episode_steps - 1)
-    if penalty is None:
-        return most
-    if not 0.0 <= penalty <= most:
-        raise ValueError(
-            f"penalty must be in [0, 1 / (max_episode_steps - 1)] = [0, {most:.6g}], got {penalty}. It "
-            "is a cost per step; a larger one could outweigh the reward for the right arm."
-        )
-    return penalty
