@@ -1,4 +1,4 @@
-"""Every tensordict key of the project in one table: shape, dtype, who writes it, who reads it.
+"""Every tensordict key of the project in one table: shape, dtype, writer, readers, meaning.
 
 Shapes: ``*B`` batch of environments (or ``B, T`` for a batch of slices), ``A`` action size,
 ``D`` features, ``G`` discounts, ``P`` distribution parameters. These are defaults: every module,
@@ -15,7 +15,6 @@ OBSERVATION = "observation"
 SOFT_RESET = "soft_reset"
 TRIAL_PROGRESS = "trial_progress"
 EPISODE_IDX = "episode_idx"
-TRIAL_STEP = "trial_step"
 EPISODE_RETURN = "episode_return"
 PREV_ACTION = "prev_action"
 PREV_REWARD = "prev_reward"
@@ -48,27 +47,26 @@ class KeySpec(NamedTuple):
 
 KEY_TABLE: tuple[KeySpec, ...] = (
     KeySpec(OBSERVATION, "*B, ...", "any", "environment", "timestep encoder",
-            "what the task shows; any number of keys of any name"),
+            "the task's observation; any number of keys of any name"),
     KeySpec(SOFT_RESET, "*B, 1", "bool", "TrialTransform", "timestep encoder, evaluation",
-            "this is the first step of an episode"),
+            "True at the first step of an episode"),
     KeySpec(TRIAL_PROGRESS, "*B, 1", "float32", "TrialTransform", "timestep encoder",
             "fraction of the trial that is used up, in [0, 1]; absent when hidden"),
     KeySpec(EPISODE_IDX, "*B, 1", "int64", "TrialTransform", "evaluation",
             "number of the episode, from 0"),
-    KeySpec(TRIAL_STEP, "*B, 1", "int64", "TrialTransform (with a horizon)", "TrialTransform",
-            "steps of the trial so far"),
     KeySpec(EPISODE_RETURN, "*B, 1", "float32", "TrialTransform", "evaluation",
             "return of the episode that the last step belonged to, that step included"),
     KeySpec(PREV_ACTION, "*B, A", "float32", "PreviousStepTransform", "timestep encoder",
             "action of the previous step (one-hot if discrete, else in [-1, 1]); 0 at the start"),
     KeySpec(PREV_REWARD, "*B, 1", "float32", "PreviousStepTransform", "timestep encoder",
             "reward of the previous step; 0 at the start"),
-    KeySpec(TIME_IDX, "*B, 1", "int64", "PreviousStepTransform", "trajectory encoder, exploration",
-            "steps since the trial began; soft resets do not restart it"),
+    KeySpec(TIME_IDX, "*B, 1", "int64", "TrialTransform (without one: PreviousStepTransform)",
+            "trajectory encoder, exploration, TrialTransform",
+            "steps since the trial began, from 0; soft resets do not restart it"),
     KeySpec(IS_INIT, "*B, 1", "bool", "InitTracker", "trajectory encoder, exploration",
-            "first step of a trial: memory is cleared here"),
+            "True at the first step of a trial, where memory is cleared"),
     KeySpec(STREAM, "*B, 1", "int64", "trajectory encoder", "trajectory encoder",
-            "which of the module's own memories belongs to this rollout"),
+            "number of the rollout, for the module's own memories"),
     KeySpec(EPSILON_SCALE, "*B, 1", "float32", "exploration", "exploration",
             "random factor of this trial's exploration schedule"),
     KeySpec(TIMESTEP, "*B, D", "float32", "timestep encoder", "trajectory encoder",
@@ -78,21 +76,21 @@ KEY_TABLE: tuple[KeySpec, ...] = (
     KeySpec(ACTION_PARAMS, "*B, G, P", "float32", "actor head", "policy, loss",
             "distribution parameters for every discount"),
     KeySpec(LOGITS, "*B, P", "float32", "policy", "policy",
-            "distribution parameters for the discount acted with"),
+            "distribution parameters for the acting discount"),
     KeySpec(ACTION_VECTOR, "*S, *B, G, A", "float32", "loss", "critics that take actions",
-            "actions as vectors, S samples of each"),
+            "actions as vectors, with S samples"),
     KeySpec(ACTION_VALUE, "*B, C, G, A or *S, *B, C, G", "float32", "critic ensemble", "loss",
-            "raw values of every action or of those asked about, for every critic and discount; "
-            "of bins, one more dimension"),
-    KeySpec(ACTION, "*B, and that of one action", "of the action space", "policy",
-            "environment, loss", "the action taken"),
+            "raw values of all actions or of ACTION_VECTOR, for every critic and discount; codecs of "
+            "bins add a dimension"),
+    KeySpec(ACTION, "*B, one action's", "the action space's", "policy", "environment, loss",
+            "action of this step"),
     KeySpec(("next", "reward"), "*B, 1", "float32", "environment", "loss", "reward of this step"),
     KeySpec(("next", "terminated"), "*B, 1", "bool", "environment", "loss",
-            "the trial is over and worth nothing more: the only thing that stops bootstrapping"),
+            "end of the trial with nothing more to gain; nothing else stops bootstrapping"),
     KeySpec(MASK, "B, T", "bool", "TrialReplayBuffer", "timestep encoder, loss",
             "True on real steps, False on padding"),
     KeySpec(TRAJECTORY, "*B", "int64", "TorchRL's collectors", "loss",
-            "number of the trial: rows of several trials are cut where it changes"),
+            "number of the trial; slices are cut where it changes"),
     KeySpec(SOURCE, "B, T", "int64", "TrialMixture", "TrialMixture",
-            "number of the buffer that a slice was drawn from"),
+            "number of the buffer that the slice was drawn from"),
 )  # fmt: skip

@@ -398,7 +398,6 @@ def test_a_trial_of_two_episodes_by_hand():
         "soft_reset": [True, False, True, False, False],
         "episode_idx": [0, 0, 1, 1, 1],
         "episode_return": [0, 1, 3, 1, 3],
-        "trial_step": [0, 1, 2, 3, 4],
         "prev_reward": [0, 1, 2, 1, 2],
         "time_idx": [0, 1, 2, 3, 4],
         "is_init": [True, False, False, False, False],
@@ -603,7 +602,6 @@ SPLIT = {
         lambda: trial_env(rule(2, 200)),
         {
             "time_idx": 9,
-            "trial_step": 9,
             "soft_reset": 0,
             "episode_return": 0.3,
             "episode_idx": 1,

@@ -121,7 +121,7 @@ def join(rule: TrialTransform, parts: Sequence[CheckedTrajectory]) -> RecordedTr
         rows = _split(rows, last.held_S[rule.soft_reset_key].reshape(-1))
     before = last.held_S if last.is_fragment else {}
     played = int(rows["done"].sum() + before.get(rule.episode_idx_key, [0])[0])
-    time = int(length + before.get(rule.trial_step_key, [0])[0])
+    time = int(length + before.get(rule.time_idx_key, [0])[0])
     if played > (rule.episodes or played) or time > (rule.horizon or time):
         most = f"({rule.episodes} episodes, {rule.horizon} steps)"
         got = f"got {played} episodes of {time} steps. Cut them."
@@ -203,7 +203,7 @@ def _seed(
     if not begin:
         return
     rule, total_key = checker.rule, checker.rule.episode_return_key
-    for key in {checker.previous.time_idx_key, rule.trial_step_key} & {*checker.written}:
+    for key in {checker.previous.time_idx_key, rule.time_idx_key} & {*checker.written}:
         step[key][r] += begin
     if total_key in checker.written:
         before = step[total_key][r] * ~step[rule.soft_reset_key][r]

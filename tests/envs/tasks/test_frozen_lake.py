@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs.utils import check_env_specs
 
 from torchrl_amago.envs.tasks import MetaFrozenLake, enumerate_lakes, in_split
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torchrl.envs import InitTracker, ParallelEnv, SerialEnv, TransformedEnv
+from torchrl.envs import InitTracker, SerialEnv, TransformedEnv
 from torchrl.envs.utils import check_env_specs
 
+from tests.envs.workers import forked
 from torchrl_amago.envs.tasks import MetaFrozenLake
 
 
@@ -19,9 +20,8 @@ def lakes(env) -> torch.Tensor:
     return torch.stack([state["_lake"] for state in env.state_dict().values()])
 
 
-@pytest.fixture(scope="module", params=[SerialEnv, ParallelEnv])
+@pytest.fixture(scope="module", params=[SerialEnv, forked], ids=["serial", "parallel"])
 def env(request):
-    """Shared by the tests: starting processes takes longer than all of them."""
     env = request.param(2, make_env)
     yield env
     env.close()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import ParallelEnv, SerialEnv
+from torchrl.envs import SerialEnv
 from torchrl.envs.utils import check_env_specs
 
+from tests.envs.workers import forked
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import DarkKeyDoor, MazeRunner, MetaFrozenLake, TMaze
 
@@ -206,7 +207,7 @@ def test_render_draws_a_row_that_exists(task):
         env.render(4)
 
 
-@pytest.mark.parametrize("batched", [SerialEnv, ParallelEnv])
+@pytest.mark.parametrize("batched", [SerialEnv, forked], ids=["serial", "parallel"])
 @pytest.mark.parametrize(
     ("make", "names"),
     [

@@ -119,7 +119,7 @@ class SeededGoal(gym.Env):
 
 
 class SilentGoal(SeededGoal):
-    """Doesn't call ``super().reset``, so that nobody can tell its seed from outside."""
+    """Doesn't call ``super().reset``, so that its seed is unknown outside."""
 
     def reset(self, *, seed: int | None = None, options: dict | None = None):
         self.goal = float(np.random.default_rng(seed).uniform(1, 2))

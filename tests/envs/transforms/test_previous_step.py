@@ -23,7 +23,7 @@ from torchrl.envs import (
 )
 
 from tests.envs.transforms.helpers import CountingEnv, drive
-from torchrl_amago.envs.transforms import PreviousStepTransform
+from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
 
 
 class ActionEnv(EnvBase):
@@ -151,7 +151,7 @@ def test_prev_reward_is_not_the_reward_itself():
 # ----------------------------------------------------------------------- errors
 
 
-def test_refuses_integer_ranges():
+def test_integer_ranges_are_no_actions():
     spec = Bounded(0, 5, shape=(2, 1), dtype=torch.int64)
     env = TransformedEnv(ActionEnv(spec, (2,)), PreviousStepTransform())
     with pytest.raises(
@@ -160,16 +160,16 @@ def test_refuses_integer_ranges():
         env.reset()
 
 
-def test_refuses_several_actions_without_a_name():
+def test_one_of_several_actions_must_be_named():
     spec = Composite(left=Categorical(2), right=Categorical(3))
     env = TransformedEnv(ActionEnv(spec), PreviousStepTransform())
-    with pytest.raises(ValueError, match=r"reads one action, got .*action_key="):
+    with pytest.raises(KeyError, match="more than one key present"):
         env.reset()
     env = TransformedEnv(ActionEnv(spec.clone()), PreviousStepTransform(action_key="right"))
     assert env.rollout(2)["prev_action"].shape == (2, 3)
 
 
-def test_refuses_a_second_one():
+def test_a_second_one_has_no_entries_left():
     env = TransformedEnv(CountingEnv(), Compose(PreviousStepTransform(), PreviousStepTransform()))
     with pytest.raises(ValueError, match="writes 'prev_action', but the environment already has"):
         _ = env.observation_spec
@@ -180,3 +180,14 @@ def test_step_without_reset_names_the_missing_entry():
     env.reset()
     with pytest.raises(KeyError, match="needs the entry 'time_idx'"):
         env.step(TensorDict({"action": torch.tensor(0)}))
+
+
+def test_the_time_of_a_trial_is_left_as_it_is():
+    entries = [TrialTransform(episodes=2), PreviousStepTransform()]
+    env = TransformedEnv(CountingEnv(), Compose(*entries))
+    check_env_specs(env)
+    steps = drive(env, torch.tensor([1, 0, 1, 0]))
+    assert steps["time_idx"].flatten().tolist() == [0, 1, 2, 0]
+    own = [TrialTransform(episodes=2), PreviousStepTransform(time_idx_key="clock")]
+    steps = drive(TransformedEnv(CountingEnv(), Compose(*own)), torch.tensor([1, 0, 1, 0]))
+    assert torch.equal(steps["clock"], steps["time_idx"])

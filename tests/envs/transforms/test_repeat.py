@@ -10,7 +10,6 @@ from torchrl.envs import (
     Compose,
     GymWrapper,
     ObservationNorm,
-    ParallelEnv,
     SerialEnv,
     StepCounter,
     TransformedEnv,
@@ -31,6 +30,7 @@ from tests.envs.transforms.helpers import (
     number_tasks,
     simulate_row,
 )
+from tests.envs.workers import forked
 from torchrl_amago.envs.transforms import TrialTransform, make_trial_env
 
 ACTIONS = torch.tensor(
@@ -172,7 +172,7 @@ def test_the_global_generator_seeds_an_environment_that_hides_its_seed():
 
 
 def test_parallel_workers_with_seeds_and_options():
-    base = ParallelEnv(2, make_seeded_goal)
+    base = forked(2, make_seeded_goal)
     try:
         env = make_trial_env(base, episodes=3)
         env.set_seed(4)
@@ -305,13 +305,13 @@ def test_chooses_by_what_the_environment_can():
             {},
             "needs an environment that can repeat a task.*got ForgetfulEnv",
         ),
-        (ForgetfulEnv, {"repeat": "env"}, "class attribute repeats_task = True, got ForgetfulEnv"),
-        (SeededGoal, {"repeat": "env"}, "repeats_task = True, got GymWrapper.*repeat='seed'"),
-        (CountingEnv, {"repeat": "seed"}, "needs a Gymnasium environment .*, got CountingEnv"),
+        (ForgetfulEnv, {"repeat": "env"}, "got ForgetfulEnv for repeat='env'.*repeats_task = True"),
+        (SeededGoal, {"repeat": "env"}, "got GymWrapper for repeat='env'"),
+        (CountingEnv, {"repeat": "seed"}, "got CountingEnv for repeat='seed'.*a Gymnasium env"),
         (
             CountingEnv,
             {"repeat": "options", "options": {}},
-            "needs a Gymnasium environment .*, got CountingEnv",
+            "got CountingEnv for repeat='options'",
         ),
         (
             lambda: SerialEnv(2, TensordictOnlyEnv),
@@ -325,18 +325,18 @@ def test_chooses_by_what_the_environment_can():
         ),
     ],
 )
-def test_refuses_what_cannot_repeat_a_task(make, kwargs, match):
+def test_environments_that_cannot_repeat_a_task(make, kwargs, match):
     with pytest.raises(ValueError, match=match):
         make_trial_env(make(), episodes=2, **kwargs)
 
 
-def test_refusal_comes_at_the_first_reset_without_the_helper():
+def test_the_first_reset_raises_without_make_trial_env():
     env = TransformedEnv(ForgetfulEnv(), TrialTransform(episodes=2))
     with pytest.raises(ValueError, match="can repeat a task"):
         env.reset()
 
 
-def test_a_task_seed_that_was_lost_is_told():
+def test_a_task_seed_that_was_lost_raises():
     env = TransformedEnv(make_seeded_goal(), TrialTransform(episodes=3))
     tensordict = env.reset().set("step_count", torch.zeros(1, dtype=torch.int64))
     env.append_transform(StepCounter())

@@ -10,9 +10,10 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import Compose, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
+from torchrl.envs import Compose, SerialEnv, TransformedEnv, check_env_specs
 
 from tests.envs.transforms.helpers import CountingEnv, assert_continuous, drive
+from tests.envs.workers import forked
 from torchrl_amago.envs.tasks import MetaFrozenLake
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
 
@@ -26,7 +27,6 @@ TRANSFORMS = {
 }
 ACTIONS = torch.tensor([[0, 1, 2, 0, 0, 1], [1, 0, 0, 0, 2, 0]])
 EACH = pytest.mark.parametrize("kind", TRANSFORMS)
-# Processes take seconds to start: one of each kind of transform.
 ONE_OF_EACH = pytest.mark.parametrize("kind", ["trial", "previous"])
 
 
@@ -72,9 +72,9 @@ def test_trans_serial_env_check(kind):
 @pytest.mark.parametrize("inside", [True, False], ids=["parallel_trans", "trans_parallel"])
 def test_parallel_env_check(kind, inside):
     if inside:
-        env = ParallelEnv(2, [partial(transformed, kind, base) for base in ROWS])
+        env = forked(2, [partial(transformed, kind, base) for base in ROWS])
     else:
-        env = transformed(kind, partial(ParallelEnv, 2, ROWS))
+        env = transformed(kind, partial(forked, 2, ROWS))
     try:
         assert_runs_alike(env, kind)
     finally:

@@ -1,4 +1,4 @@
-"""Continuous actions: what the policy says, what arrives in the environment, what is shown again."""
+"""Continuous actions: the policy's, those that reach the environment, those observed again."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torchrl_amago.envs import make_trial_env
 
 
 class SeenActions(gym.Wrapper):
-    """Remembers the actions that reach the environment below."""
+    """Keeps the actions that reach the environment below."""
 
     def __init__(self, env: gym.Env) -> None:
         super().__init__(env)
@@ -72,7 +72,7 @@ def test_each_number_is_scaled_by_its_own_bounds():
 
 
 @pytest.mark.parametrize("num_rows", [None, 3])
-def test_rollouts_are_shown_what_the_policy_did(num_rows):
+def test_rollouts_observe_the_policys_own_actions(num_rows):
     kwargs = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     base = (
         gym.make("Pendulum-v1")
@@ -111,7 +111,7 @@ def test_actions_that_are_scaled_already_stay():
     assert step["next", "prev_action"].tolist() == [0.5]
 
 
-def test_refuses_a_space_that_no_policy_fits():
+def test_a_space_that_no_policy_fits():
     env = make_trial_env(BoxGoal([0.0], [np.inf]), horizon=4)
     with pytest.raises(ValueError, match="must have finite bounds"):
         ActionSpace.from_spec(env.full_action_spec_unbatched[env.action_key])

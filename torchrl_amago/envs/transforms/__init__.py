@@ -1,8 +1,7 @@
 """Transforms that turn environments into adaptation tasks, and show the agent its own history.
 
-``trial.py`` joins episodes at one task into trials, ``repeat.py`` knows how to repeat a task,
-``previous_step.py`` gives previous action, previous reward and time, ``trial_env.py`` assembles
-them.
+``trial.py`` joins episodes at one task into trials, ``repeat.py`` repeats tasks,
+``previous_step.py`` writes previous action and reward, ``trial_env.py`` assembles them.
 """
 
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform

@@ -6,16 +6,17 @@ tensordict, in a form that networks read, and zeroed only when a trial begins.
 
 from __future__ import annotations
 
-from typing import NoReturn
+from collections.abc import Mapping
 
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
+from torchrl.data import Bounded, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, Transform
 
 from torchrl_amago import keys
 from torchrl_amago.action_space import ActionSpace, is_finitely_bounded
+from torchrl_amago.envs.transforms._step_transform import StepTransform
 
 __all__ = ["PreviousStepTransform"]
 
@@ -24,7 +25,7 @@ __all__ = ["PreviousStepTransform"]
 _TAKEN_ACTION = "_taken_action"
 
 
-class PreviousStepTransform(Transform):
+class PreviousStepTransform(StepTransform):
     """Writes the previous action, the previous reward and the time index of each step.
 
     All are zero at the start of a trial (at every reset that reaches this transform) and untouched
@@ -40,16 +41,16 @@ class PreviousStepTransform(Transform):
                                                   scaled to [-1, 1] where both bounds are finite,
                                                   else as they are
     ``prev_reward`` float32   ``[*B, 1]``         reward of the previous step
-    ``time_idx``    int64     ``[*B, 1]``         steps since the trial began, from 0
+    ``time_idx``    int64     ``[*B, 1]``         steps since the reset, from 0; only if no
+                                                  :class:`TrialTransform` before it writes the entry
     =============== ========= =================== ================================================
 
-    The action is the one seen from here: changes that earlier transforms make to it for the base
-    environment are not included.
+    The action is the policy's own, before earlier transforms change it for the base environment.
 
     Args:
         action_key: action to read; None for the environment's only one.
         reward_key: reward to read.
-        prev_action_key: where to write; likewise ``prev_reward_key`` and ``time_idx_key``.
+        prev_action_key, prev_reward_key, time_idx_key: entries to write.
 
     Raises:
         ValueError: once the transform is used, if the action space isn't one of the above.
@@ -81,7 +82,7 @@ class PreviousStepTransform(Transform):
         self.prev_action_key = prev_action_key
         self.prev_reward_key = prev_reward_key
         self.time_idx_key = time_idx_key
-        self._set_up: tuple | None = None
+        self._set_up: tuple[NestedKey, ActionEncoder, dict[NestedKey, TensorSpec]] | None = None
 
     # ------------------------------------------------------------ life in an env
 
@@ -97,45 +98,38 @@ class PreviousStepTransform(Transform):
         # Derived from the environment, and the encoder's functions cannot be pickled.
         return {**super().__getstate__(), "_set_up": None}
 
-    def _get_set_up(self) -> tuple[NestedKey, ActionEncoder, Composite]:
-        """The action's key and encoder, and the specs: read from the environment once."""
+    def _get_set_up(self) -> tuple[NestedKey, ActionEncoder, dict[NestedKey, TensorSpec]]:
+        """Return the action's key and encoder, and the specs, read from the environment once."""
         if self._set_up is None:
             env = self.parent
             if env is None:
-                raise_outside_env(self)
-            key = self._find_action_key(env)
+                self._raise_outside_env()
+            key = env.action_key if self.action_key is None else self.action_key
             encoder = ActionEncoder(env.full_action_spec_unbatched[key], env.batch_size)
-            time = Unbounded(shape=(*env.batch_size, 1), dtype=torch.int64, device=env.device)
             reward_shape = env.full_reward_spec[self.reward_key].shape
             specs = {
                 self.prev_action_key: encoder.spec(env.device),
                 self.prev_reward_key: Unbounded(shape=reward_shape, device=env.device),
-                self.time_idx_key: time,
             }
+            if self.time_idx_key not in env.observation_spec.keys(True, True):
+                shape = (*env.batch_size, 1)
+                time = Unbounded(shape=shape, dtype=torch.int64, device=env.device)
+                specs[self.time_idx_key] = time
             self._set_up = (key, encoder, specs)
         return self._set_up
 
-    def _find_action_key(self, env: EnvBase) -> NestedKey:
-        if self.action_key is not None:
-            return self.action_key
-        if len(env.action_keys) != 1:
-            raise ValueError(
-                f"PreviousStepTransform reads one action, got {env.action_keys}. "
-                "Name the one to read with action_key=."
-            )
-        return env.action_keys[0]
+    def _written_specs(self) -> Mapping[NestedKey, TensorSpec]:
+        return self._get_set_up()[2]
+
+    def _state_keys(self) -> list[NestedKey]:
+        return [key for key in self._written_specs() if key == self.time_idx_key]
 
     # ----------------------------------------------------------------- stepping
-
-    def _call(self, next_tensordict: TensorDictBase) -> NoReturn:
-        raise_outside_env(self)
-
-    forward = _call
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
     ) -> TensorDictBase:
-        for key, spec in self._get_set_up()[2].items():
+        for key, spec in self._written_specs().items():
             # Rows that are not reset are dropped by the caller.
             tensordict_reset.set(key, spec.zero())
         return tensordict_reset
@@ -145,53 +139,20 @@ class PreviousStepTransform(Transform):
         return tensordict.set(_TAKEN_ACTION, encoder(tensordict.get(action_key)))
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        time_idx = tensordict.get(self.time_idx_key, None)
-        if time_idx is None:
-            raise KeyError(
-                f"a step needs the entry {self.time_idx_key!r} that reset or the previous step "
-                f"wrote, got {sorted(map(str, tensordict.keys()))}. Pass on the tensordict of "
-                "env.reset() or step_mdp(...), not a new one."
-            )
         written = {
             self.prev_action_key: tensordict.get(_TAKEN_ACTION),
             self.prev_reward_key: next_tensordict.get(self.reward_key).to(torch.float32, copy=True),
-            self.time_idx_key: time_idx + 1,
         }
-        stepped = tensordict.get("_step", None)
-        for key, value in written.items():
-            if stepped is not None:
-                # Rows that skip this step (`break_when_all_done`) stay as they were.
-                rows = stepped.view(time_idx.shape)
-                value = torch.where(rows, value, tensordict.get(key))
-            next_tensordict.set(key, value)
+        if self.time_idx_key in self._written_specs():
+            written[self.time_idx_key] = self._before(tensordict, self.time_idx_key) + 1
+        self._write(tensordict, next_tensordict, written)
         return next_tensordict
-
-    # -------------------------------------------------------------------- specs
-
-    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
-        for key, spec in self._get_set_up()[2].items():
-            if key in observation_spec.keys(True, True):
-                raise ValueError(
-                    f"PreviousStepTransform writes {key!r}, but the environment already has that "
-                    "entry. Give the transform another key, or remove a second one."
-                )
-            observation_spec[key] = spec.clone()
-        return observation_spec
-
-    def transform_state_spec(self, state_spec: Composite) -> Composite:
-        state_spec[self.time_idx_key] = self._get_set_up()[2][self.time_idx_key].clone()
-        return state_spec
 
 
 class ActionEncoder:
     """Turns actions into float32 vectors ``[*B, A]``, continuous ones scaled by their bounds.
 
-    Args:
-        action_spec: the action's spec, without batch dimensions.
-        batch_size: the environment's batch size.
-
-    Raises:
-        ValueError: if the action space is not supported.
+    ``action_spec`` is without batch dimensions.
     """
 
     def __init__(self, action_spec: TensorSpec, batch_size: torch.Size) -> None:
@@ -211,7 +172,7 @@ class ActionEncoder:
         return self.space.to_vector(action)
 
     def spec(self, device: torch.device | None) -> TensorSpec:
-        """The spec of what is written."""
+        """Return the spec of the vectors."""
         shape = (*self.batch_size, self.space.size)
         if not self.has_bounds:
             return Unbounded(shape=shape, device=device)
@@ -219,23 +180,8 @@ class ActionEncoder:
         return Bounded(low, 1.0, shape=shape, device=device)
 
 
-def raise_outside_env(transform: Transform) -> NoReturn:
-    """Say where a transform that follows an environment's steps belongs.
-
-    Raises:
-        RuntimeError: always.
-    """
-    name = type(transform).__name__
-    raise RuntimeError(
-        f"{name} must be in an environment, whose steps it follows, and was called outside of one, as "
-        "by a replay buffer or in a module. Put it into the environment that is collected from "
-        "(make_trial_env); what is collected then holds its entries. load_trials gives them to "
-        "recorded data."
-    )
-
-
 def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:
-    """Shift and divisor of bounded numbers: 0 and 1 for those without both bounds."""
+    """Return shift and divisor of bounded numbers: 0 and 1 for those without both bounds."""
     low, high = spec.low / 2, spec.high / 2  # halved first: their difference could overflow
     largest = torch.finfo(spec.dtype).max / 2
     is_finite = (low > -largest) & (high < largest)

@@ -7,19 +7,23 @@ episode at the same task within the same step, and is done only when the trial i
 
 from __future__ import annotations
 
-from typing import Literal, NoReturn, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from tensordict import NestedKey, TensorDictBase, is_leaf_nontensor
 from tensordict.utils import expand_as_right
 from torch import Tensor
-from torchrl.data import Bounded, Categorical, Composite, Unbounded
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, FrameSkipTransform, MultiAction, Transform
 
 from torchrl_amago import keys
-from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform, raise_outside_env
+from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.envs.transforms._step_transform import StepTransform
+from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
 from torchrl_amago.envs.transforms.repeat import (
-    Below,
+    InnerEnv,
+    Repeater,
     RepeatMode,
     ResetOptions,
     make_repeater,
@@ -28,12 +32,11 @@ from torchrl_amago.envs.transforms.repeat import (
 __all__ = ["TrialTransform"]
 
 _DONE_KEYS = ("done", "terminated", "truncated")
-_STEPPING = (FrameSkipTransform, MultiAction)
 TrialEnd = Literal["terminated", "truncated", "episode"]
 
 
-class TrialTransform(Transform):
-    """Joins episodes at one task into a trial of ``episodes`` episodes, of ``horizon`` steps, or both.
+class TrialTransform(StepTransform):
+    """Joins episodes at one task into a trial of ``episodes`` episodes, ``horizon`` steps, or both.
 
     When the inner environment is done in a row, that row is soft-reset in the same step: the next
     observation is the first one of the next episode, the reward is kept, and ``done``,
@@ -46,15 +49,15 @@ class TrialTransform(Transform):
     =================== ========= ==================================================================
     key                 dtype     value, shape ``[*B, 1]``
     =================== ========= ==================================================================
+    ``time_idx``        int64     steps since the trial began, from 0
     ``episode_idx``     int64     number of the episode, from 0; at most ``episodes - 1``: the step
                                   that ends the trial begins no episode, so doesn't count up
     ``soft_reset``      bool      first step of an episode, the trial's first step included
     ``episode_return``  float32   return of the episode that the last step belonged to, that step
                                   included; 0 at the trial's start
     ``trial_progress``  float32   fraction of the trial that is used up, in [0, 1): ``episode_idx /
-                                  episodes``, ``trial_step / horizon`` or the larger of both; kept
-                                  in the step that ends the trial; absent if ``show_progress=False``
-    ``trial_step``      int64     steps since the trial began; only with a ``horizon``
+                                  episodes``, ``time_idx / horizon`` or the larger of both; kept in
+                                  the step that ends the trial; absent if ``show_progress=False``
     =================== ========= ==================================================================
 
     Ways to repeat a task:
@@ -64,16 +67,17 @@ class TrialTransform(Transform):
       ``repeat_task`` in the reset tensordict, bool ``[*B, 1]``).
     - ``"seed"``: for Gymnasium environments whose task depends on the reset seed. A new trial draws
       a task seed and resets with it, each episode resets with it again. So whatever else the seed
-      decides is repeated as well. A new trial costs two resets: TorchRL resets before it asks us.
+      decides is repeated as well. A new trial costs two resets: TorchRL's own comes first.
       ``set_seed`` makes the tasks reproducible.
     - ``"options"``: soft resets call ``reset(options=options)``.
     - a function ``(env, reset_mask, tensordict) -> tensordict`` that starts a new episode in the
-      rows of ``reset_mask``, bool ``[*B, 1]``. It gets the environment under the transforms, and
-      the step's next tensordict.
+      rows of ``reset_mask``, bool ``[*B, 1]``. Its arguments are the environment under the
+      transforms, and the step's next tensordict.
 
     Batched environments may be outside or inside: seeds and options reach each row of
     ``SerialEnv``, ``ParallelEnv`` and ``GymWrapper(SyncVectorEnv(autoreset_mode=DISABLED))``.
-    Workers that are started by fork share torch's generator: without ``set_seed`` all play the same tasks.
+    Workers that are started by fork share torch's generator: without ``set_seed`` all play the
+    same tasks.
 
     Args:
         episodes: number of episodes.
@@ -85,10 +89,10 @@ class TrialTransform(Transform):
         trial_end: the flag set with ``done`` at the trial's end: ``"terminated"`` (worth nothing
             more) or ``"truncated"`` (values bootstrap), whatever ended the last episode; or
             ``"episode"``, the one of the last episode, ``truncated`` where the horizon cuts it off.
-            Where one episode is all, and has a time limit that isn't observed, take that one.
+            Use that for trials of one episode with a time limit that isn't observed.
         reward_key: reward to sum up in ``episode_return``.
-        soft_reset_key: where to write; likewise ``trial_progress_key``, ``episode_idx_key``,
-            ``episode_return_key`` and ``trial_step_key``.
+        soft_reset_key, trial_progress_key, episode_idx_key, episode_return_key, time_idx_key:
+            entries to write.
 
     Raises:
         ValueError: if an argument is out of its range, or, once the transform is used, if the
@@ -126,12 +130,11 @@ class TrialTransform(Transform):
         trial_progress_key: NestedKey = keys.TRIAL_PROGRESS,
         episode_idx_key: NestedKey = keys.EPISODE_IDX,
         episode_return_key: NestedKey = keys.EPISODE_RETURN,
-        trial_step_key: NestedKey = keys.TRIAL_STEP,
+        time_idx_key: NestedKey = keys.TIME_IDX,
     ) -> None:
         _check_arguments(episodes, horizon, repeat, options, trial_end)
-        written = [episode_idx_key, soft_reset_key, episode_return_key]
+        written = [episode_idx_key, soft_reset_key, episode_return_key, time_idx_key]
         written += [trial_progress_key] if show_progress else []
-        written += [trial_step_key] if horizon is not None else []
         super().__init__(in_keys=[], out_keys=written)
         self.episodes = episodes
         self.horizon = horizon
@@ -144,34 +147,38 @@ class TrialTransform(Transform):
         self.trial_progress_key = trial_progress_key
         self.episode_idx_key = episode_idx_key
         self.episode_return_key = episode_return_key
-        self.trial_step_key = trial_step_key
-        self._repeater = None
-        self._below_cache: Below | None = None
+        self.time_idx_key = time_idx_key
+        self._repeater: Repeater | None = None
+        self._inner: InnerEnv | None = None
 
     # ------------------------------------------------------------ life in an env
 
     def set_container(self, container: Transform | EnvBase) -> None:
-        self._repeater = self._below_cache = None
+        self._repeater = self._inner = None
         super().set_container(container)
 
     def reset_parent(self) -> None:
-        self._repeater = self._below_cache = None
+        self._repeater = self._inner = None
         super().reset_parent()
 
     def empty_cache(self) -> None:
         # Not the repeater: it knows the tasks that the rows are at.
-        self._below_cache = None
+        self._inner = None
         super().empty_cache()
 
-    def _below(self) -> Below:
-        """The base environment and the transforms between it and this one."""
-        if self._below_cache is None:
-            below, _, env = self._neighbours()
-            self._below_cache = Below(env.base_env, below)
-        return self._below_cache
+    def _get_inner(self) -> InnerEnv:
+        if self._inner is None:
+            before, _, env = self._neighbours()
+            self._inner = InnerEnv(env.base_env, before)
+        return self._inner
+
+    def _get_repeater(self) -> Repeater:
+        if self._repeater is None:
+            self._repeater = make_repeater(self._get_inner().env, self.repeat, self.options)
+        return self._repeater
 
     def _neighbours(self) -> tuple[list[Transform], list[Transform], EnvBase]:
-        """The transforms before this one, those after it, and the environment that holds them."""
+        """Return the transforms before this one, those after it, and their environment."""
         before: list[Transform] = []
         after: list[Transform] = []
         inner, outer = self, self._container()
@@ -182,17 +189,7 @@ class TrialTransform(Transform):
             inner, outer = outer, outer._container()
         return before, after, outer
 
-    def _get_repeater(self):
-        if self._repeater is None:
-            self._repeater = make_repeater(self._below().env, self.repeat, self.options)
-        return self._repeater
-
     # ----------------------------------------------------------------- stepping
-
-    def _call(self, next_tensordict: TensorDictBase) -> NoReturn:
-        raise_outside_env(self)
-
-    forward = _call
 
     def _reset(
         self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
@@ -201,128 +198,88 @@ class TrialTransform(Transform):
         mask = tensordict.get("_reset", None)
         done = tensordict_reset.get("done")
         mask = torch.ones_like(done) if mask is None else mask.view(done.shape)
-        again = repeater.hard_reset(self._below(), mask)
+        again = repeater.hard_reset(self._get_inner(), mask)
         if again is not None:
             tensordict_reset.update(again)
         for key in _DONE_KEYS:
             if tensordict_reset.get(key, None) is None:  # see transform_done_spec
                 tensordict_reset.set(key, torch.zeros_like(done))
-        first = torch.ones_like(done)
         zero = torch.zeros_like(done, dtype=torch.float32)
         # Rows outside of the mask are dropped by the caller.
-        tensordict_reset.set(self.soft_reset_key, first)
+        tensordict_reset.set(self.soft_reset_key, torch.ones_like(done))
         tensordict_reset.set(self.episode_return_key, zero)
         tensordict_reset.set(self.episode_idx_key, zero.long())
+        tensordict_reset.set(self.time_idx_key, zero.long())
         if self.show_progress:
             tensordict_reset.set(self.trial_progress_key, zero.clone())
-        if self.horizon is not None:
-            tensordict_reset.set(self.trial_step_key, zero.long())
         return tensordict_reset
 
     def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
         episode_over = next_tensordict.get("done")
         stepped = tensordict.get("_step", None)
         if stepped is not None:
-            stepped = stepped.view(episode_over.shape)
-            episode_over = episode_over & stepped
-        written, soft_reset = self._advance(tensordict, next_tensordict, episode_over)
-        if stepped is not None:
-            # Rows that skip this step (`break_when_all_done`) stay as they were.
-            written = {
-                key: torch.where(stepped, value, tensordict.get(key))
-                for key, value in written.items()
-            }
-        for key, value in written.items():
-            next_tensordict.set(key, value)
+            episode_over = episode_over & stepped.view(episode_over.shape)
+        written = self._advance(tensordict, next_tensordict, episode_over)
+        soft_reset = written[self.soft_reset_key]
+        self._write(tensordict, next_tensordict, written)
         if soft_reset.any():
-            reset = self._get_repeater().soft_reset(self._below(), soft_reset, next_tensordict)
-            self._begin_episodes(next_tensordict, reset, soft_reset)
+            inner = self._get_inner()
+            reset = self._get_repeater().soft_reset(inner, soft_reset, next_tensordict)
+            _begin_episodes(next_tensordict, reset, soft_reset)
         return next_tensordict
 
     def _advance(
         self, tensordict: TensorDictBase, next_tensordict: TensorDictBase, episode_over: Tensor
-    ) -> tuple[dict[NestedKey, Tensor], Tensor]:
-        """The entries after this step, and which rows begin another episode."""
-        episode_idx = self._state(tensordict, self.episode_idx_key)
-        at_start = self._state(tensordict, self.soft_reset_key)
-        episode_return = self._state(tensordict, self.episode_return_key)
+    ) -> dict[NestedKey, Tensor]:
+        """Compute the entries and flags after this step."""
+        episode_idx = self._before(tensordict, self.episode_idx_key)
+        at_start = self._before(tensordict, self.soft_reset_key)
+        episode_return = self._before(tensordict, self.episode_return_key)
+        time_idx = self._before(tensordict, self.time_idx_key) + 1
         reward = next_tensordict.get(self.reward_key).to(torch.float32)
         trial_over = torch.zeros_like(episode_over)
         if self.episodes is not None:
             trial_over = episode_over & (episode_idx >= self.episodes - 1)
         if self.horizon is not None:
-            trial_step = self._state(tensordict, self.trial_step_key) + 1
-            trial_over = trial_over | (trial_step >= self.horizon)
-        soft_reset = episode_over & ~trial_over
-        written = {
-            self.soft_reset_key: soft_reset,
-            self.episode_idx_key: episode_idx + soft_reset,
-            self.episode_return_key: torch.where(at_start, reward, episode_return + reward),
-            "done": trial_over,
-        }
+            trial_over = trial_over | (time_idx >= self.horizon)
         if self.trial_end == "episode":
             terminated = trial_over & next_tensordict.get("terminated")
         else:
             terminated = trial_over & (self.trial_end == "terminated")
-        written["terminated"], written["truncated"] = terminated, trial_over & ~terminated
-        progress = None
-        if self.horizon is not None:
-            written[self.trial_step_key] = trial_step
-            progress = trial_step.to(torch.float32) / self.horizon
+        soft_reset = episode_over & ~trial_over
+        episode_idx = episode_idx + soft_reset
+        written = {
+            "done": trial_over,
+            "terminated": terminated,
+            "truncated": trial_over & ~terminated,
+            self.soft_reset_key: soft_reset,
+            self.episode_idx_key: episode_idx,
+            self.episode_return_key: torch.where(at_start, reward, episode_return + reward),
+            self.time_idx_key: time_idx,
+        }
         if self.show_progress:
-            if self.episodes is not None:
-                done_fraction = written[self.episode_idx_key].to(torch.float32) / self.episodes
-                progress = (
-                    done_fraction if progress is None else torch.maximum(done_fraction, progress)
-                )
+            progress = self._progress(episode_idx, time_idx)
             if self.horizon is not None:
-                before = self._state(tensordict, self.trial_progress_key)
+                before = self._before(tensordict, self.trial_progress_key)
                 progress = torch.where(trial_over, before, progress)
             written[self.trial_progress_key] = progress
-        return written, soft_reset
+        return written
 
-    def _begin_episodes(
-        self, next_tensordict: TensorDictBase, reset: TensorDictBase, mask: Tensor
-    ) -> None:
-        """Put the reset rows' first observations in place."""
-        done = reset.get("done", None)
-        if done is not None and (done & mask).any():
-            raise RuntimeError(
-                "an episode must not be done when it begins, but the environment was done right "
-                "after a soft reset. Check its reset, or what repeat= does."
-            )
-        everywhere = bool(mask.all())
-        for key in reset.keys(True, True, is_leaf=is_leaf_nontensor):
-            if key in _DONE_KEYS or key in ("_reset", "repeat_task"):
-                continue
-            value = reset.get(key)
-            before = next_tensordict.get(key, None)
-            if not everywhere and before is not None:
-                if isinstance(value, Tensor):
-                    value = torch.where(expand_as_right(mask.squeeze(-1), value), value, before)
-                else:
-                    rows = mask.view(next_tensordict.batch_size)
-                    kept = next_tensordict.select(key).where(~rows, other=reset.select(key))
-                    value = kept.get(key)
-            next_tensordict.set(key, value)
-
-    def _state(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
-        value = tensordict.get(key, None)
-        if value is None:
-            raise KeyError(
-                f"a step of a trial needs the entry {key!r} that reset or the previous step wrote, "
-                f"got {sorted(map(str, tensordict.keys()))}. Pass on the tensordict of env.reset() "
-                "or step_mdp(...), not a new one."
-            )
-        return value
+    def _progress(self, episode_idx: Tensor, time_idx: Tensor) -> Tensor:
+        fractions = [
+            count.to(torch.float32) / limit
+            for count, limit in ((episode_idx, self.episodes), (time_idx, self.horizon))
+            if limit is not None
+        ]
+        return fractions[0] if len(fractions) == 1 else torch.maximum(*fractions)
 
     # -------------------------------------------------------------------- specs
 
-    def _state_specs(self) -> dict[NestedKey, Bounded | Categorical | Unbounded]:
+    def _written_specs(self) -> Mapping[NestedKey, TensorSpec]:
         batch_size, device = self.parent.batch_size, self.parent.device
         shape = (*batch_size, 1)
 
-        def count(limit: int | None):
+        def count(limit: int | None) -> TensorSpec:
             if limit is None:
                 return Unbounded(shape=shape, dtype=torch.int64, device=device)
             return Bounded(0, limit, shape=shape, dtype=torch.int64, device=device)
@@ -331,28 +288,16 @@ class TrialTransform(Transform):
             self.episode_idx_key: count(None if self.episodes is None else self.episodes - 1),
             self.soft_reset_key: Categorical(2, shape=shape, dtype=torch.bool, device=device),
             self.episode_return_key: Unbounded(shape=shape, device=device),
+            self.time_idx_key: count(self.horizon),
         }
         if self.show_progress:
             specs[self.trial_progress_key] = Bounded(0.0, 1.0, shape=shape, device=device)
-        if self.horizon is not None:
-            specs[self.trial_step_key] = count(self.horizon)
         return specs
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         self._check_env()
-        for key, spec in self._state_specs().items():
-            if key in observation_spec.keys(True, True):
-                raise ValueError(
-                    f"TrialTransform writes {key!r}, but the environment already has that entry. "
-                    "Give the transform another key, or remove a second TrialTransform."
-                )
-            observation_spec[key] = spec
-        return observation_spec
-
-    def transform_state_spec(self, state_spec: Composite) -> Composite:
-        for key, spec in self._state_specs().items():
-            state_spec[key] = spec
-        return state_spec
+        self._get_repeater()
+        return super().transform_observation_spec(observation_spec)
 
     def transform_done_spec(self, done_spec: Composite) -> Composite:
         for key in _DONE_KEYS:
@@ -363,61 +308,77 @@ class TrialTransform(Transform):
     def _check_env(self) -> None:
         env = self.parent
         shape = (*env.batch_size, 1)
-        done = {key: tuple(env.full_done_spec[key].shape) for key in env.done_keys}
-        if not set(done) <= set(_DONE_KEYS) or set(done.values()) != {shape}:
+        entries = {key: tuple(env.full_done_spec[key].shape) for key in env.done_keys}
+        entries[self.reward_key] = tuple(env.full_reward_spec[self.reward_key].shape)
+        if not set(env.done_keys) <= set(_DONE_KEYS) or set(entries.values()) != {shape}:
             raise ValueError(
-                f"a trial needs one done flag per row, entries {_DONE_KEYS} of shape {shape}, got "
-                f"{done}. Reduce the flags of several agents to one before the trial transform."
-            )
-        reward = tuple(env.full_reward_spec[self.reward_key].shape)
-        if reward != shape:
-            raise ValueError(
-                f"a trial needs one reward per row, of shape {shape}, got {reward} at "
-                f"{self.reward_key!r}. Sum it up before the trial transform, or name another reward_key."
+                f"a trial needs one reward and one done flag per row, {_DONE_KEYS} of shape {shape}, "
+                f"got {entries}. Reduce those of several agents to one before the trial transform."
             )
         before, after, _ = self._neighbours()
         restarting = any(isinstance(t, PreviousStepTransform) for t in before)
         if restarting or keys.IS_INIT in set(env.observation_spec.keys()):
             raise ValueError(
                 "PreviousStepTransform and InitTracker must come after the trial transform, got "
-                f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it: it would "
-                "start again with every episode, and the agent would forget. Use make_trial_env."
+                f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it, which "
+                "would restart with every episode: the agent would forget. Use make_trial_env."
             )
-        stepping = [type(t).__name__ for t in after if isinstance(t, _STEPPING)]
+        stepping = [
+            type(t).__name__ for t in after if isinstance(t, FrameSkipTransform | MultiAction)
+        ]
         if stepping:
             raise ValueError(
-                "transforms that step the environment by themselves must come before the trial "
+                "transforms that step the environment several times must come before the trial "
                 f"transform, got {stepping} after it: ends of episodes within their steps would be "
                 "missed. Apply them to the environment that the trial is made of."
             )
-        self._get_repeater()
 
 
-def _check_arguments(episodes, horizon, repeat, options, trial_end) -> None:
-    for name, value in (("episodes", episodes), ("horizon", horizon)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(
-                f"{name} must be an integer of at least 1 or None, got {value!r}. "
-                "A trial is a number of episodes (episodes), of steps (horizon), or both."
-            )
-    if episodes is None and horizon is None:
+def _begin_episodes(next_tensordict: TensorDictBase, reset: TensorDictBase, mask: Tensor) -> None:
+    """Put the reset rows' first observations in place."""
+    done = reset.get("done", None)
+    if done is not None and (done & mask).any():
+        raise RuntimeError(
+            "an episode must not be done when it begins, but the environment was done right after "
+            "a soft reset. Check its reset, or the function given as repeat=."
+        )
+    everywhere = bool(mask.all())
+    for key in reset.keys(True, True, is_leaf=is_leaf_nontensor):
+        if key in (*_DONE_KEYS, "_reset", "repeat_task"):
+            continue
+        value = reset.get(key)
+        before = next_tensordict.get(key, None)
+        if not everywhere and before is not None:
+            if isinstance(value, Tensor):
+                value = torch.where(expand_as_right(mask.squeeze(-1), value), value, before)
+            else:
+                rows = mask.view(next_tensordict.batch_size)
+                kept = next_tensordict.select(key).where(~rows, other=reset.select(key))
+                value = kept.get(key)
+        next_tensordict.set(key, value)
+
+
+def _check_arguments(
+    episodes: int | None,
+    horizon: int | None,
+    repeat: RepeatMode | None,
+    options: ResetOptions | None,
+    trial_end: TrialEnd,
+) -> None:
+    limits = {"episodes": episodes, "horizon": horizon}
+    limits = {name: limit for name, limit in limits.items() if limit is not None}
+    if not limits:
         raise ValueError(
             "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
             "episodes, horizon=H for H steps, or both."
         )
-    if trial_end not in get_args(TrialEnd):
-        raise ValueError(
-            f"trial_end must be one of {get_args(TrialEnd)}, got {trial_end!r}. "
-            "Only a terminated trial stops values from bootstrapping."
-        )
-    if not (repeat in (None, "env", "options", "seed") or callable(repeat)):
-        raise ValueError(
-            "repeat must be None, 'env', 'options', 'seed' or a function of (env, reset_mask, "
-            f"tensordict), got {repeat!r}. None chooses what the environment can do."
-        )
+    check_counts("It counts episodes or steps.", **limits)
+    check_choice("trial_end", trial_end, get_args(TrialEnd))
+    if not callable(repeat):
+        check_choice("repeat", repeat, (None, "env", "options", "seed"))
     if (repeat == "options") != (options is not None):
         raise ValueError(
             "repeat='options' and options= belong together, got "
             f"repeat={repeat!r}, options={options!r}. options is a dict, or a function of the "
-            "row's number that gives one."
+            "row's number that returns one."
         )

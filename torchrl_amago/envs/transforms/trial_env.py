@@ -1,4 +1,4 @@
-"""One line from an environment to an adaptation task: the transforms in the order that works."""
+"""Adaptation tasks from any environment: the transforms in the order that works."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torchrl.envs import (
     EnvBase,
     GymWrapper,
     InitTracker,
-    Transform,
     TransformedEnv,
 )
 
@@ -34,15 +33,15 @@ def make_trial_env(
     """Turn an environment into trials of several episodes at one task.
 
     Returns ``TransformedEnv(base, Compose(TrialTransform(...), PreviousStepTransform(),
-    InitTracker()))``: what a policy with memory needs, checked before the first reset. Where actions
-    are continuous with bounds other than -1 and 1, TorchRL's ``ActionScaling`` stands before
-    :class:`PreviousStepTransform`, so that policies act, and see their actions, in [-1, 1].
+    InitTracker()))``, the entries that a policy with memory needs, checked before the first reset.
+    Continuous actions with bounds other than -1 and 1 are scaled by TorchRL's ``ActionScaling``
+    before :class:`PreviousStepTransform`, so that policies act, and see their actions, in [-1, 1].
 
     Args:
         base: TorchRL environment, or a Gymnasium environment (wrapped with integer actions).
             Transforms that it already has stay in place, before the new ones. A Gymnasium vector
             environment needs ``autoreset_mode=AutoresetMode.DISABLED``.
-        episodes: number of episodes; likewise the arguments below, see :class:`TrialTransform`.
+        episodes: number of episodes. Other arguments: see :class:`TrialTransform`.
 
     Raises:
         ValueError: if the arguments don't describe a trial, the environment cannot repeat a task,
@@ -66,18 +65,14 @@ def make_trial_env(
         show_progress=show_progress,
         trial_end=trial_end,
     )
-    transforms = [trial, *_action_scaling(base), PreviousStepTransform(), InitTracker()]
-    # Joined with the transforms of `base`, so that no second TransformedEnv slows each step.
-    env = TransformedEnv(base, Compose(*transforms), auto_unwrap=True)
-    _ = env.specs
-    return env
-
-
-def _action_scaling(base: EnvBase) -> list[Transform]:
-    """What brings bounded numbers to [-1, 1]: nothing, if they are there already."""
-    return [
+    scaling = [
         ActionScaling(in_keys_inv=[key])
         for key in base.action_keys
         if is_finitely_bounded(base.full_action_spec[key])
         and not is_in_policy_scale(base.full_action_spec[key])
     ]
+    transforms = Compose(trial, *scaling, PreviousStepTransform(), InitTracker())
+    # Joined with the transforms of `base`, so that no second TransformedEnv slows each step.
+    env = TransformedEnv(base, transforms, auto_unwrap=True)
+    _ = env.specs
+    return env

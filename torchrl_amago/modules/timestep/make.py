@@ -28,7 +28,6 @@ _NOT_OBSERVATIONS = {
     keys.TIME_IDX,
     keys.IS_INIT,
     keys.EPISODE_IDX,
-    keys.TRIAL_STEP,
     keys.EPISODE_RETURN,
 }
 

@@ -1,0 +1,83 @@
+"""The base of transforms that write entries at each step, and read them at the next one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+import torch
+from tensordict import NestedKey, TensorDictBase
+from torch import Tensor
+from torchrl.data import Composite, TensorSpec
+from torchrl.envs import Transform
+
+__all__ = ["StepTransform"]
+
+
+class StepTransform(Transform):
+    """Base of transforms that follow an environment's steps, and work nowhere else.
+
+    A subclass names the specs of its entries in ``_written_specs()``. Those in ``_state_keys()`` are
+    inputs of the next step, too.
+    """
+
+    def _written_specs(self) -> Mapping[NestedKey, TensorSpec]:
+        raise NotImplementedError
+
+    def _state_keys(self) -> list[NestedKey]:
+        return list(self._written_specs())
+
+    def _raise_outside_env(self, *_: Any) -> NoReturn:
+        name = type(self).__name__
+        raise RuntimeError(
+            f"{name} must be in an environment, whose steps it follows, and was called outside of "
+            "one, as by a replay buffer or in a module. Put it into the environment that is "
+            "collected from (make_trial_env); what is collected then holds its entries. "
+            "load_trials gives them to recorded data."
+        )
+
+    _call = forward = _raise_outside_env
+
+    def _before(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+        """Return an entry that reset or the previous step wrote."""
+        value = tensordict.get(key, None)
+        if value is None:
+            raise KeyError(
+                f"a step needs the entry {key!r} that reset or the previous step wrote, got "
+                f"{sorted(map(str, tensordict.keys()))}. Pass on the tensordict of env.reset() or "
+                "step_mdp(...), not a new one."
+            )
+        return value
+
+    def _write(
+        self,
+        tensordict: TensorDictBase,
+        next_tensordict: TensorDictBase,
+        written: Mapping[NestedKey, Tensor],
+    ) -> None:
+        stepped = tensordict.get("_step", None)
+        if stepped is not None:
+            # Rows that skip this step (`break_when_all_done`) stay as they were.
+            stepped = stepped.view(*tensordict.batch_size, 1)
+            written = {
+                key: torch.where(stepped, value, self._before(tensordict, key))
+                for key, value in written.items()
+            }
+        for key, value in written.items():
+            next_tensordict.set(key, value)
+
+    def transform_observation_spec(self, observation_spec: Composite) -> Composite:
+        for key, spec in self._written_specs().items():
+            if key in observation_spec.keys(True, True):
+                raise ValueError(
+                    f"{type(self).__name__} writes {key!r}, but the environment already has that "
+                    "entry. Give the transform another key, or remove a second one."
+                )
+            observation_spec[key] = spec.clone()
+        return observation_spec
+
+    def transform_state_spec(self, state_spec: Composite) -> Composite:
+        specs = self._written_specs()
+        for key in self._state_keys():
+            state_spec[key] = specs[key].clone()
+        return state_spec
