@@ -10,7 +10,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze, random_lakes
+from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze
+from torchrl_amago.envs.tasks.frozen_lake import random_lakes
 
 STEPS = 100
 TASKS = {

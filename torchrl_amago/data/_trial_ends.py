@@ -1,4 +1,4 @@
-"""Ends of trials."""
+"""Ends of trials, read from the flags under ``next``."""
 
 from __future__ import annotations
 
@@ -6,17 +6,9 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 
-_END_KEYS = ("done", "terminated", "truncated")
-
 
 def trial_ends(steps: TensorDictBase) -> Tensor | None:
-    """Find which steps are their trial's last, by any of the flags under ``next``.
-
-    Args:
-        steps: ``[N]``.
-
-    Returns:
-        bool ``[N]``; None where there is no flag.
+    """Find the steps ``[N]`` that end their trial: bool ``[N]``, or None without any flag.
 
     Example:
         >>> from tensordict import TensorDict
@@ -24,16 +16,13 @@ def trial_ends(steps: TensorDictBase) -> Tensor | None:
         >>> trial_ends(TensorDict({"next": {"done": done}}, [2])).tolist()
         [False, True]
     """
-    flags = [steps.get(("next", key), None) for key in _END_KEYS]
+    flags = [steps.get(("next", key), None) for key in ("done", "terminated", "truncated")]
     flags = [flag.reshape(len(steps), -1).any(-1) for flag in flags if flag is not None]
     return torch.stack(flags).any(0) if flags else None
 
 
 def trial_lengths(steps: TensorDictBase) -> list[int]:
-    """Find the lengths of trials that lie side by side, from the flags that end them.
-
-    Args:
-        steps: ``[N]``.
+    """Return the lengths of trials that lie side by side in steps ``[N]``.
 
     Raises:
         ValueError: for steps without flags, or with some after the last end.
@@ -49,8 +38,8 @@ def trial_lengths(steps: TensorDictBase) -> list[int]:
     open_steps = len(steps) - 1 - (int(last[-1]) if len(last) else -1)
     if open_steps:
         raise ValueError(
-            f"a write must end with the end of a trial, got {open_steps} steps after the last one that "
-            "is done. Write trials when they are complete; for pieces of endless ones give lengths=, "
-            "or use TrialCollector(fragment_length=...)."
+            f"a write must end with the end of a trial, got {open_steps} steps after the last one "
+            "that is done. Write trials when they are complete; for pieces of endless ones give "
+            "lengths=, or use TrialCollector(fragment_length=...)."
         )
     return torch.diff(last, prepend=last.new_tensor([-1])).tolist()

@@ -1,10 +1,4 @@
-"""Environments: native batched tasks and the transforms that make trials of any environment.
-
-``tasks`` holds environments of our own, ``transforms`` the pieces that turn an environment that can
-repeat a task into trials and show the agent its previous action and reward.
-"""
-
-from __future__ import annotations
+"""Environments: ``tasks`` are natively batched, ``transforms`` make trials of any environment."""
 
 from torchrl_amago.envs.tasks import (
     DarkKeyDoor,

@@ -279,6 +279,8 @@ class TrajectoryChecker:
         is_fragment = bool(time_S[0]) or (starts_S is not None and not bool(starts_S[0]))
         if is_fragment:
             needed = [key for key in self.rule.out_keys if key in self.written]
+            if self.rule.horizon is None and self.rule.time_idx_key in needed:
+                needed.remove(self.rule.time_idx_key)
             remedy = "They follow from the trial's beginning: add them, or leave it out."
             require("observations of a fragment of a trial", needed, held_S, remedy)
         return starts_S is not None, is_fragment

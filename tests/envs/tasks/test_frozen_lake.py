@@ -6,7 +6,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_amago.envs.tasks import MetaFrozenLake, enumerate_lakes, in_split
+from torchrl_amago.envs.tasks.frozen_lake import MetaFrozenLake, enumerate_lakes, in_split
 
 STAY, DOWN, UP, RIGHT, LEFT = range(5)
 

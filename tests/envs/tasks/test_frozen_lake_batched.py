@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torchrl.envs import InitTracker, SerialEnv, TransformedEnv
@@ -60,7 +62,7 @@ def test_workers_take_one_flag_per_row(env):
 def test_workers_resume(env):
     env.set_seed(0)
     env.rollout(5, break_when_any_done=False)
-    state = env.state_dict()
+    state = deepcopy(env.state_dict())
     env.reset()
     expected = lakes(env)
     env.reset()

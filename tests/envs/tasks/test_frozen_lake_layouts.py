@@ -10,7 +10,12 @@ from gymnasium.envs.toy_text.frozen_lake import generate_random_map
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.envs.tasks import enumerate_lakes, in_split, is_crossable, random_lakes
+from torchrl_amago.envs.tasks.frozen_lake import (
+    enumerate_lakes,
+    in_split,
+    is_crossable,
+    random_lakes,
+)
 
 
 def breadth_first_crossable(holes: list[list[bool]]) -> bool:

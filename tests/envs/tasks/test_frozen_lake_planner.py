@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 import torch
 
-from torchrl_amago.envs.tasks import (
+from torchrl_amago.envs.tasks.frozen_lake import (
     LakePlanner,
     MetaFrozenLake,
     bayes_optimal_success,

@@ -1,4 +1,4 @@
-"""Tasks made from other packages' environments; each needs an extra, and says which."""
+"""Tasks made from other packages' environments, each with an extra to install."""
 
 from torchrl_amago.envs.libs.half_cheetah_vel import HalfCheetahVel
 

@@ -1,27 +1,30 @@
-"""A small canvas for pictures of grid tasks: cells with simple shapes, without a plotting library."""
+"""A small canvas for pictures of tasks: cells with simple shapes, without a plotting library."""
 
 from __future__ import annotations
 
 import numpy as np
 
-__all__ = ["Canvas", "Cell"]
-
 Colour = tuple[int, int, int]
 
+# The ground of a cell with the flag, and the ring around the start.
+PLATE, _START = (250, 226, 150), (160, 205, 188)
 _AGENT, _OUTLINE, _WHITE = (244, 148, 40), (72, 42, 24), (255, 255, 255)
-_FLAG, _POLE = (216, 60, 62), (92, 66, 48)
+_CLOTH, _POLE = (216, 60, 62), (92, 66, 48)
 
 # Shapes are drawn this many times larger and averaged down, which smooths their edges.
 _SUPERSAMPLING = 3
 
 
 class Canvas:
-    """A grid of cells, ``cell_pixels`` wide and high."""
+    """A grid of cells, ``cell_pixels`` wide and high, of one colour, with lines of another."""
 
-    def __init__(self, rows: int, columns: int, cell_pixels: int, colour: Colour) -> None:
+    def __init__(
+        self, rows: int, columns: int, cell_pixels: int, colour: Colour, lines: Colour | None = None
+    ) -> None:
         self._side = cell_pixels * _SUPERSAMPLING
-        shape = (rows * self._side, columns * self._side, 3)
-        self._rgb = np.full(shape, colour, dtype=np.float32)
+        self._rgb = np.full((rows * self._side, columns * self._side, 3), colour, dtype=np.float32)
+        for place in np.ndindex(rows, columns) if lines else ():
+            self.cell(*place).frame(lines)
 
     def cell(self, down: float, right: float, scale: float = 1.0) -> Cell:
         """Return the square with this top left corner, in cells, as a place to draw in."""
@@ -44,25 +47,27 @@ class Cell:
         self._down, self._right = side[:, None], side
 
     def box(self, top: float, bottom: float, left: float, right: float, colour: Colour) -> None:
-        """Fill a box."""
         rows = (self._down >= top) & (self._down < bottom)
         self._rgb[rows & (self._right >= left) & (self._right < right)] = colour
 
-    def frame(self, width: float, colour: Colour) -> None:
-        """Draw the cell's border."""
-        for low, high in ((0, width), (1 - width, 1)):
+    def fill(self, colour: Colour) -> None:
+        self._rgb[:] = colour
+
+    def frame(self, colour: Colour) -> None:
+        for low, high in ((0, 0.02), (0.98, 1)):
             self.box(low, high, 0, 1, colour)
             self.box(0, 1, low, high, colour)
 
     def disc(
         self, down: float, right: float, radius: float, colour: Colour, hole: float = 0.0
     ) -> None:
-        """Fill a disc, or a ring around a hole of a given radius."""
         distance = np.hypot(self._down - down, self._right - right)
         self._rgb[(distance < radius) & (distance >= hole)] = colour
 
+    def start(self) -> None:
+        self.disc(0.5, 0.5, 0.40, _START, hole=0.31)
+
     def agent(self) -> None:
-        """Draw the agent."""
         self.disc(0.52, 0.5, 0.30, _OUTLINE)
         self.disc(0.52, 0.5, 0.255, _AGENT)
         for eye in (0.40, 0.60):
@@ -70,8 +75,7 @@ class Cell:
             self.disc(0.47, eye, 0.038, _OUTLINE)
 
     def flag(self) -> None:
-        """Draw a flag on a pole."""
         self.box(0.14, 0.86, 0.32, 0.39, _POLE)
         half_height = 0.19 * (0.86 - self._right) / 0.47  # a triangle that points to the right
-        is_flag = (np.abs(self._down - 0.34) < half_height) & (self._right >= 0.39)
-        self._rgb[is_flag] = _FLAG
+        is_cloth = (np.abs(self._down - 0.34) < half_height) & (self._right >= 0.39)
+        self._rgb[is_cloth] = _CLOTH

@@ -18,8 +18,6 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
 
-__all__ = ["BatchedTask"]
-
 
 class BatchedTask(EnvBase):
     """Base of environments with one discrete action whose rows are stepped by the same operations.
@@ -29,8 +27,8 @@ class BatchedTask(EnvBase):
 
     - ``_draw_tasks(rows)``: new tasks for these rows, int64 ``[n]``;
     - ``_begin_episodes(selected)``: the episode's start in the rows of a bool mask ``[rows]``;
-    - ``_advance(action)``: one step of all rows, ``action`` int64 ``[rows]``; returns reward float32
-      and terminated bool, both ``[rows]``; ``_num_steps`` counts this step already;
+    - ``_advance(action)``: one step of all rows, ``action`` int64 ``[rows]``; returns reward
+      float32 and terminated bool, both ``[rows]``; ``_num_steps`` counts this step already;
     - ``_observe()``: the observation, float32 ``[rows, size]``;
     - ``_draw(row, cell_pixels)``: the picture that :meth:`render` returns, if there is one.
 
@@ -132,8 +130,6 @@ class BatchedTask(EnvBase):
     def _observe(self) -> Tensor:
         """Compute the observation of all rows, float32 ``[rows, size]``."""
 
-    # ------------------------------------------------------------------ set-up
-
     def _make_specs(self, observation_bounds: list[tuple[float, float]]) -> None:
         batch_size, device = self.batch_size, self.device
         flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=device)
@@ -158,8 +154,6 @@ class BatchedTask(EnvBase):
 
     def _constant(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.to(self.device), persistent=False)
-
-    # ------------------------------------------------------------- randomness
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
@@ -189,8 +183,6 @@ class BatchedTask(EnvBase):
             seed = torch.randint(2**62, (), generator=old, device=old.device)
             self._generator = torch.Generator(self._num_steps.device).manual_seed(int(seed))
         return self
-
-    # ------------------------------------------------------------------ reset
 
     def _reset(
         self,
@@ -234,8 +226,6 @@ class BatchedTask(EnvBase):
             device=self.device,
         )
 
-    # ------------------------------------------------------------------- step
-
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         stepped = tensordict.get("_step", None)
         if stepped is None:
@@ -278,8 +268,6 @@ class BatchedTask(EnvBase):
             truncated.view(flag_shape),
         )
         return out.set("reward", reward.view(flag_shape))
-
-    # ----------------------------------------------------------------- render
 
     def render(self, row: int | tuple[int, ...] = 0, *, cell_pixels: int = 32) -> np.ndarray:
         """Draw one row from above, with what is hidden from the agent.

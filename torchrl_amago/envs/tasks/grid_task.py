@@ -1,7 +1,7 @@
 """The base of tasks on a square grid: five moves, look-up tables, permuted actions.
 
-A cell is one number, ``size * first coordinate + second coordinate``. Where an action leads and what
-is seen from where are then single look-ups for all rows of a batch.
+A cell is one number, ``size * first coordinate + second coordinate``. Where an action leads and
+what is seen from where are then single look-ups for all rows of a batch.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
-
-__all__ = ["GridTask", "check_size", "move_table", "position_table"]
 
 # Stay, then one cell up or down each of the two axes.
 MOVES = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1))

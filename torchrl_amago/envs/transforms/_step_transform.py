@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -11,20 +12,16 @@ from torch import Tensor
 from torchrl.data import Composite, TensorSpec
 from torchrl.envs import Transform
 
-__all__ = ["StepTransform"]
-
 
 class StepTransform(Transform):
-    """Base of transforms that follow an environment's steps, and work nowhere else.
+    """Base of transforms that follow an environment's steps, and work nowhere else."""
 
-    A subclass names the specs of its entries in ``_written_specs()``. Those in ``_state_keys()`` are
-    inputs of the next step, too.
-    """
-
+    @abstractmethod
     def _written_specs(self) -> Mapping[NestedKey, TensorSpec]:
-        raise NotImplementedError
+        """Return the specs of the entries that this transform writes."""
 
     def _state_keys(self) -> list[NestedKey]:
+        """Return those of the entries that the next step reads."""
         return list(self._written_specs())
 
     def _raise_outside_env(self, *_: Any) -> NoReturn:
@@ -50,21 +47,15 @@ class StepTransform(Transform):
         return value
 
     def _write(
-        self,
-        tensordict: TensorDictBase,
-        next_tensordict: TensorDictBase,
-        written: Mapping[NestedKey, Tensor],
+        self, tensordict: TensorDictBase, after: TensorDictBase, written: Mapping[NestedKey, Tensor]
     ) -> None:
         stepped = tensordict.get("_step", None)
-        if stepped is not None:
-            # Rows that skip this step (`break_when_all_done`) stay as they were.
-            stepped = stepped.view(*tensordict.batch_size, 1)
-            written = {
-                key: torch.where(stepped, value, self._before(tensordict, key))
-                for key, value in written.items()
-            }
         for key, value in written.items():
-            next_tensordict.set(key, value)
+            if stepped is not None:
+                # Rows that skip this step (`break_when_all_done`) stay as they were.
+                rows = stepped.view(*tensordict.batch_size, 1)
+                value = torch.where(rows, value, self._before(tensordict, key))
+            after.set(key, value)
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         for key, spec in self._written_specs().items():

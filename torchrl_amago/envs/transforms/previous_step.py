@@ -18,8 +18,6 @@ from torchrl_amago import keys
 from torchrl_amago.action_space import ActionSpace, is_finitely_bounded
 from torchrl_amago.envs.transforms._step_transform import StepTransform
 
-__all__ = ["PreviousStepTransform"]
-
 # Between the inverse pass of `step`, which sees the action as the policy chose it, and `_step`,
 # which sees it as other transforms have changed it for the base environment.
 _TAKEN_ACTION = "_taken_action"
@@ -84,8 +82,6 @@ class PreviousStepTransform(StepTransform):
         self.time_idx_key = time_idx_key
         self._set_up: tuple[NestedKey, ActionEncoder, dict[NestedKey, TensorSpec]] | None = None
 
-    # ------------------------------------------------------------ life in an env
-
     def set_container(self, container: Transform | EnvBase) -> None:
         self._set_up = None
         super().set_container(container)
@@ -107,14 +103,14 @@ class PreviousStepTransform(StepTransform):
             key = env.action_key if self.action_key is None else self.action_key
             encoder = ActionEncoder(env.full_action_spec_unbatched[key], env.batch_size)
             reward_shape = env.full_reward_spec[self.reward_key].shape
+            time_shape = (*env.batch_size, 1)
             specs = {
                 self.prev_action_key: encoder.spec(env.device),
-                self.prev_reward_key: Unbounded(shape=reward_shape, device=env.device),
+                self.prev_reward_key: Unbounded(reward_shape, device=env.device),
+                self.time_idx_key: Unbounded(time_shape, dtype=torch.int64, device=env.device),
             }
-            if self.time_idx_key not in env.observation_spec.keys(True, True):
-                shape = (*env.batch_size, 1)
-                time = Unbounded(shape=shape, dtype=torch.int64, device=env.device)
-                specs[self.time_idx_key] = time
+            if self.time_idx_key in env.observation_spec.keys(True, True):
+                del specs[self.time_idx_key]
             self._set_up = (key, encoder, specs)
         return self._set_up
 
@@ -124,45 +120,38 @@ class PreviousStepTransform(StepTransform):
     def _state_keys(self) -> list[NestedKey]:
         return [key for key in self._written_specs() if key == self.time_idx_key]
 
-    # ----------------------------------------------------------------- stepping
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase, first: TensorDictBase) -> TensorDictBase:
         for key, spec in self._written_specs().items():
             # Rows that are not reset are dropped by the caller.
-            tensordict_reset.set(key, spec.zero())
-        return tensordict_reset
+            first.set(key, spec.zero())
+        return first
 
     def _inv_call(self, tensordict: TensorDictBase) -> TensorDictBase:
         action_key, encoder, _ = self._get_set_up()
         return tensordict.set(_TAKEN_ACTION, encoder(tensordict.get(action_key)))
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
+    def _step(self, tensordict: TensorDictBase, after: TensorDictBase) -> TensorDictBase:
         written = {
             self.prev_action_key: tensordict.get(_TAKEN_ACTION),
-            self.prev_reward_key: next_tensordict.get(self.reward_key).to(torch.float32, copy=True),
+            self.prev_reward_key: after.get(self.reward_key).to(torch.float32, copy=True),
         }
         if self.time_idx_key in self._written_specs():
             written[self.time_idx_key] = self._before(tensordict, self.time_idx_key) + 1
-        self._write(tensordict, next_tensordict, written)
-        return next_tensordict
+        self._write(tensordict, after, written)
+        return after
 
 
 class ActionEncoder:
-    """Turns actions into float32 vectors ``[*B, A]``, continuous ones scaled by their bounds.
-
-    ``action_spec`` is without batch dimensions.
-    """
+    """Actions as float32 vectors ``[*B, A]``; ``action_spec`` is without batch dimensions."""
 
     def __init__(self, action_spec: TensorSpec, batch_size: torch.Size) -> None:
         self.space = ActionSpace.from_spec(action_spec, check_bounds=False)
         self.shape = (*batch_size, *self.space.shape)
         self.batch_size = torch.Size(batch_size)
-        is_continuous = self.space.kind == "continuous"
-        self.has_bounds = not is_continuous or is_finitely_bounded(action_spec)
+        self.low = -1.0 if self.space.kind == "continuous" else 0.0
+        self.has_bounds = not self.low or is_finitely_bounded(action_spec)
         self.center = self.half_width = None
-        if is_continuous and isinstance(action_spec, Bounded):
+        if self.low and isinstance(action_spec, Bounded):
             self.center, self.half_width = _center_and_half_width(action_spec)
 
     def __call__(self, action: Tensor) -> Tensor:
@@ -176,8 +165,7 @@ class ActionEncoder:
         shape = (*self.batch_size, self.space.size)
         if not self.has_bounds:
             return Unbounded(shape=shape, device=device)
-        low = -1.0 if self.space.kind == "continuous" else 0.0
-        return Bounded(low, 1.0, shape=shape, device=device)
+        return Bounded(self.low, 1.0, shape=shape, device=device)
 
 
 def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,14 @@
 """Repeating a task: resets that start another episode without drawing a new task.
 
-The four ways are four small classes with the same two methods: ``soft_reset`` starts another episode
-in some rows, ``hard_reset`` follows the reset that gave some rows a new task.
-:func:`make_repeater` looks through wrappers and batched environments and chooses.
+The four ways are four small classes. :func:`make_repeater` looks through wrappers and batched
+environments and chooses.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple
@@ -19,8 +19,6 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase, GymWrapper, SerialEnv, Transform, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
-
-__all__ = ["RepeatFunction", "RepeatMode", "ResetOptions", "make_repeater"]
 
 RepeatFunction = Callable[[EnvBase, Tensor, TensorDictBase], TensorDictBase]
 RepeatMode = Literal["env", "options", "seed"] | RepeatFunction
@@ -111,17 +109,15 @@ def first_worker(env: BatchedEnvBase) -> EnvBase:
     return env.create_env_fn[0](**env.create_env_kwargs[0])
 
 
-class Repeater:
+class Repeater(ABC):
     """Base of the ways to repeat a task; masks are bool ``[*B, 1]``."""
 
-    def soft_reset(
-        self, inner: InnerEnv, mask: Tensor, tensordict: TensorDictBase
-    ) -> TensorDictBase:
-        """Start another episode at the same task in some rows; returns all rows."""
-        raise NotImplementedError
+    @abstractmethod
+    def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
+        """Start another episode in the mask's rows, after a step's next tensordict."""
 
     def hard_reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase | None:
-        """Follow a reset to new tasks; a tensordict replaces its output."""
+        """Follow TorchRL's own reset to new tasks; a tensordict replaces its output."""
         return None
 
 
@@ -133,15 +129,13 @@ class EnvRepeater(Repeater):
         self._by_keyword = "repeat_task" in parameters
         if nesting.is_wrapped and not self._by_keyword:
             raise ValueError(
-                "repeat='env' under another transformed or batched environment needs an environment "
-                "whose _reset takes the keyword repeat_task, since undeclared entries of the reset "
-                f"tensordict are dropped on the way; {type(nesting.leaf).__name__}._reset takes "
+                "repeat='env' through transformed or batched environments needs one whose _reset "
+                "takes the keyword repeat_task, since undeclared entries of the reset tensordict "
+                f"are dropped on the way; {type(nesting.leaf).__name__}._reset takes "
                 f"{sorted(parameters)}. Add the keyword, or put the trial transform directly on it."
             )
 
-    def soft_reset(
-        self, inner: InnerEnv, mask: Tensor, tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         if self._by_keyword:
             return inner.reset(mask, repeat_task=True)
         env = inner.env
@@ -155,11 +149,9 @@ class FunctionRepeater(Repeater):
     def __init__(self, function: RepeatFunction) -> None:
         self._function = function
 
-    def soft_reset(
-        self, inner: InnerEnv, mask: Tensor, tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         # Clones, because the tensors already belong to the step's result.
-        out = self._function(inner.env, mask.clone(), tensordict.clone())
+        out = self._function(inner.env, mask.clone(), after.clone())
         if not isinstance(out, TensorDictBase) or out.batch_size != inner.env.batch_size:
             got = tuple(out.batch_size) if isinstance(out, TensorDictBase) else type(out).__name__
             raise ValueError(
@@ -177,9 +169,7 @@ class OptionsRepeater(Repeater):
         self._nesting = nesting
         self._options = options
 
-    def soft_reset(
-        self, inner: InnerEnv, mask: Tensor, tensordict: TensorDictBase
-    ) -> TensorDictBase:
+    def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         if not (callable(self._options) and self._nesting.is_vector):
             return self._reset(inner, mask)
         # Rows with options of their own have to take turns in a vector environment.
@@ -207,7 +197,7 @@ class SeedRepeater(Repeater):
 
     Row i's n-th task seed is a hash of (row's own seed, i, n), so that the tasks of a row depend
     neither on the other rows nor on how long trials last. The row's own seed is the one that
-    ``set_seed`` gave to the Gymnasium environment (its ``np_random_seed``), recognised by its change
+    ``set_seed`` gave to the Gymnasium environment (its ``np_random_seed``), recognised by a change
     since the last reset here: transforms have no hook for ``set_seed``.
     """
 
@@ -219,18 +209,19 @@ class SeedRepeater(Repeater):
         self._last_seen: list[int | None] = [None] * num_rows
         self._may_warn = True
 
-    def soft_reset(
-        self, inner: InnerEnv, mask: Tensor, tensordict: TensorDictBase | None
-    ) -> TensorDictBase:
+    def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
+        return self._reset(inner, mask)
+
+    def _reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
         selected = mask.view(-1).tolist()
         seeds = [
             self._task_seed[row] if is_reset else None for row, is_reset in enumerate(selected)
         ]
         if seeds.count(None) > selected.count(False):
             raise RuntimeError(
-                "another episode needs the seed of its trial's task, and there is none: the rows were "
-                "not reset since the trial transform was put into this environment. Call env.reset() "
-                "after changing an environment's transforms."
+                "another episode needs the seed of its trial's task, and there is none: the rows "
+                "were not reset since the trial transform was put into this environment. Call "
+                "env.reset() after changing an environment's transforms."
             )
         return inner.reset(mask, **self._nesting.kwargs_of_rows("seed", seeds))
 
@@ -242,14 +233,14 @@ class SeedRepeater(Repeater):
         rows = mask.view(-1).nonzero().view(-1).tolist()
         for row in rows:
             self._draw(row)
-        out = self.soft_reset(inner, mask, None)
+        out = self._reset(inner, mask)
         self._last_seen = _current_seeds(inner.env)
         if self._may_warn and any(self._last_seen[row] is None for row in rows):
             self._may_warn = False
             warnings.warn(
-                f"{self._nesting.leaf} does not report the seed it was reset with, so set_seed does "
-                "not decide its tasks (torch.manual_seed does). Call super().reset(seed=seed) in "
-                "the Gymnasium environment's reset.",
+                f"{self._nesting.leaf} does not report the seed it was reset with, so set_seed "
+                "does not decide its tasks (torch.manual_seed does). Call super().reset(seed=seed) "
+                "in the Gymnasium environment's reset.",
                 stacklevel=2,
             )
         return out
@@ -308,8 +299,8 @@ def make_repeater(
         raise ValueError(
             f"a trial needs an environment that can repeat a task, got {type(leaf).__name__} for "
             f"repeat={repeat!r}. 'env' needs the class attribute repeats_task = True; 'seed' and "
-            "'options' need a Gymnasium environment (GymEnv, GymWrapper); any other can be repeated "
-            "by a function: repeat=f with f(env, reset_mask, tensordict) -> reset tensordict."
+            "'options' need a Gymnasium environment (GymEnv, GymWrapper); for any other pass a "
+            "function: repeat=f with f(env, reset_mask, tensordict) -> reset tensordict."
         )
     if repeat == "env":
         return EnvRepeater(nesting)
@@ -322,7 +313,7 @@ def _check_autoreset(env: GymWrapper) -> None:
     mode = getattr(getattr(env._env, "autoreset_mode", None), "name", None)
     if mode != "DISABLED":
         raise ValueError(
-            "a trial over a Gymnasium vector environment needs autoreset_mode=AutoresetMode.DISABLED, "
-            f"got {mode}: it would start a new task before the trial transform can repeat the old "
-            "one. Pass it to SyncVectorEnv or AsyncVectorEnv."
+            "a trial over a Gymnasium vector environment needs "
+            f"autoreset_mode=AutoresetMode.DISABLED, got {mode}: it would start a new task before "
+            "the old one can be repeated. Pass it to SyncVectorEnv or AsyncVectorEnv."
         )

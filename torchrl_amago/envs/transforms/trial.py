@@ -29,8 +29,6 @@ from torchrl_amago.envs.transforms.repeat import (
     make_repeater,
 )
 
-__all__ = ["TrialTransform"]
-
 _DONE_KEYS = ("done", "terminated", "truncated")
 TrialEnd = Literal["terminated", "truncated", "episode"]
 
@@ -76,8 +74,7 @@ class TrialTransform(StepTransform):
 
     Batched environments may be outside or inside: seeds and options reach each row of
     ``SerialEnv``, ``ParallelEnv`` and ``GymWrapper(SyncVectorEnv(autoreset_mode=DISABLED))``.
-    Workers that are started by fork share torch's generator: without ``set_seed`` all play the
-    same tasks.
+    Forked workers share torch's generator: without ``set_seed`` all play the same tasks.
 
     Args:
         episodes: number of episodes.
@@ -110,8 +107,6 @@ class TrialTransform(StepTransform):
         >>> trial = env.rollout(100)
         >>> trial["episode_idx"].flatten().tolist()
         [0, 0, 1, 1, 2, 2]
-        >>> trial["next", "episode_return"].flatten().tolist()
-        [1.0, 2.0, 1.0, 2.0, 1.0, 2.0]
         >>> bool((trial["observation"][0] == trial["observation"][2]).all())
         True
     """
@@ -132,7 +127,6 @@ class TrialTransform(StepTransform):
         episode_return_key: NestedKey = keys.EPISODE_RETURN,
         time_idx_key: NestedKey = keys.TIME_IDX,
     ) -> None:
-        _check_arguments(episodes, horizon, repeat, options, trial_end)
         written = [episode_idx_key, soft_reset_key, episode_return_key, time_idx_key]
         written += [trial_progress_key] if show_progress else []
         super().__init__(in_keys=[], out_keys=written)
@@ -150,8 +144,26 @@ class TrialTransform(StepTransform):
         self.time_idx_key = time_idx_key
         self._repeater: Repeater | None = None
         self._inner: InnerEnv | None = None
+        self._check_arguments()
 
-    # ------------------------------------------------------------ life in an env
+    def _check_arguments(self) -> None:
+        limits = {"episodes": self.episodes, "horizon": self.horizon}
+        limits = {name: limit for name, limit in limits.items() if limit is not None}
+        if not limits:
+            raise ValueError(
+                "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
+                "episodes, horizon=H for H steps, or both."
+            )
+        check_counts("It counts episodes or steps.", **limits)
+        check_choice("trial_end", self.trial_end, get_args(TrialEnd))
+        if not callable(self.repeat):
+            check_choice("repeat", self.repeat, (None, "env", "options", "seed"))
+        if (self.repeat == "options") != (self.options is not None):
+            raise ValueError(
+                "repeat='options' and options= belong together, got "
+                f"repeat={self.repeat!r}, options={self.options!r}. options is a dict, or a "
+                "function of the row's number that returns one."
+            )
 
     def set_container(self, container: Transform | EnvBase) -> None:
         self._repeater = self._inner = None
@@ -189,61 +201,57 @@ class TrialTransform(StepTransform):
             inner, outer = outer, outer._container()
         return before, after, outer
 
-    # ----------------------------------------------------------------- stepping
-
-    def _reset(
-        self, tensordict: TensorDictBase, tensordict_reset: TensorDictBase
-    ) -> TensorDictBase:
+    def _reset(self, tensordict: TensorDictBase, first: TensorDictBase) -> TensorDictBase:
         repeater = self._get_repeater()
         mask = tensordict.get("_reset", None)
-        done = tensordict_reset.get("done")
+        done = first.get("done")
         mask = torch.ones_like(done) if mask is None else mask.view(done.shape)
         again = repeater.hard_reset(self._get_inner(), mask)
         if again is not None:
-            tensordict_reset.update(again)
+            first.update(again)
         for key in _DONE_KEYS:
-            if tensordict_reset.get(key, None) is None:  # see transform_done_spec
-                tensordict_reset.set(key, torch.zeros_like(done))
+            if first.get(key, None) is None:  # see transform_done_spec
+                first.set(key, torch.zeros_like(done))
         zero = torch.zeros_like(done, dtype=torch.float32)
         # Rows outside of the mask are dropped by the caller.
-        tensordict_reset.set(self.soft_reset_key, torch.ones_like(done))
-        tensordict_reset.set(self.episode_return_key, zero)
-        tensordict_reset.set(self.episode_idx_key, zero.long())
-        tensordict_reset.set(self.time_idx_key, zero.long())
+        first.set(self.soft_reset_key, torch.ones_like(done))
+        first.set(self.episode_return_key, zero)
+        first.set(self.episode_idx_key, zero.long())
+        first.set(self.time_idx_key, zero.long())
         if self.show_progress:
-            tensordict_reset.set(self.trial_progress_key, zero.clone())
-        return tensordict_reset
+            first.set(self.trial_progress_key, zero.clone())
+        return first
 
-    def _step(self, tensordict: TensorDictBase, next_tensordict: TensorDictBase) -> TensorDictBase:
-        episode_over = next_tensordict.get("done")
+    def _step(self, tensordict: TensorDictBase, after: TensorDictBase) -> TensorDictBase:
+        episode_over = after.get("done")
         stepped = tensordict.get("_step", None)
         if stepped is not None:
             episode_over = episode_over & stepped.view(episode_over.shape)
-        written = self._advance(tensordict, next_tensordict, episode_over)
+        written = self._advance(tensordict, after, episode_over)
         soft_reset = written[self.soft_reset_key]
-        self._write(tensordict, next_tensordict, written)
+        self._write(tensordict, after, written)
         if soft_reset.any():
             inner = self._get_inner()
-            reset = self._get_repeater().soft_reset(inner, soft_reset, next_tensordict)
-            _begin_episodes(next_tensordict, reset, soft_reset)
-        return next_tensordict
+            reset = self._get_repeater().soft_reset(inner, soft_reset, after)
+            _begin_episodes(after, reset, soft_reset)
+        return after
 
     def _advance(
-        self, tensordict: TensorDictBase, next_tensordict: TensorDictBase, episode_over: Tensor
+        self, tensordict: TensorDictBase, after: TensorDictBase, episode_over: Tensor
     ) -> dict[NestedKey, Tensor]:
         """Compute the entries and flags after this step."""
         episode_idx = self._before(tensordict, self.episode_idx_key)
         at_start = self._before(tensordict, self.soft_reset_key)
         episode_return = self._before(tensordict, self.episode_return_key)
         time_idx = self._before(tensordict, self.time_idx_key) + 1
-        reward = next_tensordict.get(self.reward_key).to(torch.float32)
+        reward = after.get(self.reward_key).to(torch.float32)
         trial_over = torch.zeros_like(episode_over)
         if self.episodes is not None:
             trial_over = episode_over & (episode_idx >= self.episodes - 1)
         if self.horizon is not None:
             trial_over = trial_over | (time_idx >= self.horizon)
         if self.trial_end == "episode":
-            terminated = trial_over & next_tensordict.get("terminated")
+            terminated = trial_over & after.get("terminated")
         else:
             terminated = trial_over & (self.trial_end == "terminated")
         soft_reset = episode_over & ~trial_over
@@ -272,8 +280,6 @@ class TrialTransform(StepTransform):
             if limit is not None
         ]
         return fractions[0] if len(fractions) == 1 else torch.maximum(*fractions)
-
-    # -------------------------------------------------------------------- specs
 
     def _written_specs(self) -> Mapping[NestedKey, TensorSpec]:
         batch_size, device = self.parent.batch_size, self.parent.device
@@ -312,8 +318,8 @@ class TrialTransform(StepTransform):
         entries[self.reward_key] = tuple(env.full_reward_spec[self.reward_key].shape)
         if not set(env.done_keys) <= set(_DONE_KEYS) or set(entries.values()) != {shape}:
             raise ValueError(
-                f"a trial needs one reward and one done flag per row, {_DONE_KEYS} of shape {shape}, "
-                f"got {entries}. Reduce those of several agents to one before the trial transform."
+                f"a trial needs one reward and one done flag per row, {_DONE_KEYS} of shape "
+                f"{shape}, got {entries}. Reduce those of several agents to one before it."
             )
         before, after, _ = self._neighbours()
         restarting = any(isinstance(t, PreviousStepTransform) for t in before)
@@ -323,18 +329,17 @@ class TrialTransform(StepTransform):
                 f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it, which "
                 "would restart with every episode: the agent would forget. Use make_trial_env."
             )
-        stepping = [
-            type(t).__name__ for t in after if isinstance(t, FrameSkipTransform | MultiAction)
-        ]
+        stepping = [t for t in after if isinstance(t, FrameSkipTransform | MultiAction)]
         if stepping:
+            names = [type(t).__name__ for t in stepping]
             raise ValueError(
                 "transforms that step the environment several times must come before the trial "
-                f"transform, got {stepping} after it: ends of episodes within their steps would be "
+                f"transform, got {names} after it: ends of episodes within their steps would be "
                 "missed. Apply them to the environment that the trial is made of."
             )
 
 
-def _begin_episodes(next_tensordict: TensorDictBase, reset: TensorDictBase, mask: Tensor) -> None:
+def _begin_episodes(after: TensorDictBase, reset: TensorDictBase, mask: Tensor) -> None:
     """Put the reset rows' first observations in place."""
     done = reset.get("done", None)
     if done is not None and (done & mask).any():
@@ -347,38 +352,12 @@ def _begin_episodes(next_tensordict: TensorDictBase, reset: TensorDictBase, mask
         if key in (*_DONE_KEYS, "_reset", "repeat_task"):
             continue
         value = reset.get(key)
-        before = next_tensordict.get(key, None)
+        before = after.get(key, None)
         if not everywhere and before is not None:
             if isinstance(value, Tensor):
                 value = torch.where(expand_as_right(mask.squeeze(-1), value), value, before)
             else:
-                rows = mask.view(next_tensordict.batch_size)
-                kept = next_tensordict.select(key).where(~rows, other=reset.select(key))
+                rows = mask.view(after.batch_size)
+                kept = after.select(key).where(~rows, other=reset.select(key))
                 value = kept.get(key)
-        next_tensordict.set(key, value)
-
-
-def _check_arguments(
-    episodes: int | None,
-    horizon: int | None,
-    repeat: RepeatMode | None,
-    options: ResetOptions | None,
-    trial_end: TrialEnd,
-) -> None:
-    limits = {"episodes": episodes, "horizon": horizon}
-    limits = {name: limit for name, limit in limits.items() if limit is not None}
-    if not limits:
-        raise ValueError(
-            "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
-            "episodes, horizon=H for H steps, or both."
-        )
-    check_counts("It counts episodes or steps.", **limits)
-    check_choice("trial_end", trial_end, get_args(TrialEnd))
-    if not callable(repeat):
-        check_choice("repeat", repeat, (None, "env", "options", "seed"))
-    if (repeat == "options") != (options is not None):
-        raise ValueError(
-            "repeat='options' and options= belong together, got "
-            f"repeat={repeat!r}, options={options!r}. options is a dict, or a function of the "
-            "row's number that returns one."
-        )
+        after.set(key, value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gymnasium as gym
 from torchrl.envs import (
     ActionScaling,
@@ -14,10 +16,7 @@ from torchrl.envs import (
 
 from torchrl_amago.action_space import is_finitely_bounded, is_in_policy_scale
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
-from torchrl_amago.envs.transforms.repeat import RepeatMode, ResetOptions
-from torchrl_amago.envs.transforms.trial import TrialEnd, TrialTransform
-
-__all__ = ["make_trial_env"]
+from torchrl_amago.envs.transforms.trial import TrialTransform
 
 
 def make_trial_env(
@@ -25,10 +24,7 @@ def make_trial_env(
     *,
     episodes: int | None = None,
     horizon: int | None = None,
-    repeat: RepeatMode | None = None,
-    options: ResetOptions | None = None,
-    show_progress: bool = True,
-    trial_end: TrialEnd = "terminated",
+    **trial: Any,
 ) -> TransformedEnv:
     """Turn an environment into trials of several episodes at one task.
 
@@ -41,7 +37,9 @@ def make_trial_env(
         base: TorchRL environment, or a Gymnasium environment (wrapped with integer actions).
             Transforms that it already has stay in place, before the new ones. A Gymnasium vector
             environment needs ``autoreset_mode=AutoresetMode.DISABLED``.
-        episodes: number of episodes. Other arguments: see :class:`TrialTransform`.
+        episodes: number of episodes.
+        horizon: number of steps.
+        trial: other arguments: see :class:`TrialTransform`.
 
     Raises:
         ValueError: if the arguments don't describe a trial, the environment cannot repeat a task,
@@ -57,21 +55,15 @@ def make_trial_env(
     """
     if isinstance(base, gym.Env | gym.vector.VectorEnv):
         base = GymWrapper(base, categorical_action_encoding=True)
-    trial = TrialTransform(
-        episodes,
-        horizon,
-        repeat=repeat,
-        options=options,
-        show_progress=show_progress,
-        trial_end=trial_end,
-    )
     scaling = [
         ActionScaling(in_keys_inv=[key])
         for key in base.action_keys
         if is_finitely_bounded(base.full_action_spec[key])
         and not is_in_policy_scale(base.full_action_spec[key])
     ]
-    transforms = Compose(trial, *scaling, PreviousStepTransform(), InitTracker())
+    transforms = Compose(
+        TrialTransform(episodes, horizon, **trial), *scaling, PreviousStepTransform(), InitTracker()
+    )
     # Joined with the transforms of `base`, so that no second TransformedEnv slows each step.
     env = TransformedEnv(base, transforms, auto_unwrap=True)
     _ = env.specs

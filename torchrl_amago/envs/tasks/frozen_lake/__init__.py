@@ -1,7 +1,6 @@
-"""Meta Frozen Lake: the task, its layouts, its exact optimum and its pictures."""
+"""Meta-FrozenLake: the task, its distribution of lakes and its exact optimum."""
 
 from torchrl_amago.envs.tasks.frozen_lake.layouts import (
-    LAKE_SPLITS,
     LakeSplit,
     enumerate_lakes,
     in_split,
@@ -16,7 +15,6 @@ from torchrl_amago.envs.tasks.frozen_lake.planner import (
 from torchrl_amago.envs.tasks.frozen_lake.task import MetaFrozenLake
 
 __all__ = [
-    "LAKE_SPLITS",
     "BayesOptimum",
     "LakePlanner",
     "LakeSplit",

@@ -16,18 +16,7 @@ from torch import Tensor
 from torchrl_amago._validation import check_choice, check_fractions, check_positive
 from torchrl_amago.envs.tasks.grid_task import check_size
 
-__all__ = [
-    "LAKE_SPLITS",
-    "P_SAFE",
-    "LakeSplit",
-    "enumerate_lakes",
-    "in_split",
-    "is_crossable",
-    "random_lakes",
-]
-
 LakeSplit = Literal["all", "train", "heldout"]
-LAKE_SPLITS: tuple[str, ...] = get_args(LakeSplit)
 
 # Gymnasium's default fraction of frozen cells in `generate_random_map`.
 P_SAFE = 0.8
@@ -49,17 +38,11 @@ def is_crossable(holes: Tensor) -> Tensor:
 
     A flood from cell (0, 0) in sweeps down, right, up and left, each a whole line of cells of all
     lakes at once, until a round of sweeps wets nothing new. Few rounds are needed: one for every
-    two turns of the most winding path.
-
-    Args:
-        holes: bool ``[*L, S, S]``, True where the ice is missing.
-
-    Returns:
-        bool ``[*L]``.
+    two turns of the most winding path. ``holes`` is bool ``[*L, S, S]``, the result bool ``[*L]``.
 
     Examples:
         >>> import torch
-        >>> from torchrl_amago.envs.tasks.frozen_lake.layouts import is_crossable
+        >>> from torchrl_amago.envs.tasks.frozen_lake import is_crossable
         >>> is_crossable(torch.tensor([[[0, 1], [0, 0]], [[0, 1], [1, 0]]]).bool())
         tensor([ True, False])
     """
@@ -85,23 +68,17 @@ def in_split(holes: Tensor, layouts: LakeSplit) -> Tensor:
 
     A fixed 64-bit hash of the hole pattern puts about one layout in four in ``"heldout"`` and the
     rest in ``"train"``, so that the two have no lake in common on any machine, in any run.
-
-    Args:
-        holes: bool ``[*L, S, S]``.
-        layouts: ``"train"``, ``"heldout"`` or ``"all"``.
-
-    Returns:
-        bool ``[*L]``.
+    ``holes`` is bool ``[*L, S, S]``, the result bool ``[*L]``.
 
     Examples:
         >>> import torch
-        >>> from torchrl_amago.envs.tasks.frozen_lake.layouts import in_split
+        >>> from torchrl_amago.envs.tasks.frozen_lake import in_split
         >>> lakes = torch.zeros(2, 3, 3, dtype=torch.bool)
         >>> lakes[1, 0, 1] = True
         >>> (in_split(lakes, "train") ^ in_split(lakes, "heldout")).all()
         tensor(True)
     """
-    check_choice("layouts", layouts, LAKE_SPLITS)
+    check_choice("layouts", layouts, get_args(LakeSplit))
     if layouts == "all":
         return torch.ones(holes.shape[:-2], dtype=torch.bool, device=holes.device)
     size = holes.shape[-1]
@@ -125,7 +102,7 @@ def random_lakes(
     """Draw lakes that can all be crossed, from Gymnasium's distribution, on the generator's device.
 
     Args:
-        num: how many.
+        num: number of lakes.
         size: cells per side, at least 2. The start is cell (0, 0), the goal (size-1, size-1).
         generator: source of randomness, on the device of the lakes. Defaults to torch's CPU one.
         p_safe: probability that a cell is safe before the lake is checked.
@@ -140,10 +117,9 @@ def random_lakes(
 
     Examples:
         >>> import torch
-        >>> from torchrl_amago.envs.tasks import random_lakes
-        >>> lakes = random_lakes(1000, 4, torch.Generator().manual_seed(0))
-        >>> lakes.shape, lakes.dtype
-        (torch.Size([1000, 4, 4]), torch.bool)
+        >>> from torchrl_amago.envs.tasks.frozen_lake import random_lakes
+        >>> random_lakes(1000, 4, torch.Generator().manual_seed(0)).shape
+        torch.Size([1000, 4, 4])
     """
     check_split(size, layouts)
     _check_p_safe(p_safe)
@@ -167,10 +143,6 @@ def enumerate_lakes(
 ) -> tuple[Tensor, Tensor]:
     """Enumerate the lakes that :func:`random_lakes` can draw, with their exact probabilities.
 
-    Args:
-        size: cells per side, 2 to 4: there are ``2 ** (size**2 - 2)`` layouts to go through.
-        p_safe, layouts: as in :func:`random_lakes`.
-
     Returns:
         ``(holes, probability)``: bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
 
@@ -178,7 +150,7 @@ def enumerate_lakes(
         ValueError: if size is outside 2 to 4, or another argument is out of its range.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks.frozen_lake.layouts import enumerate_lakes
+        >>> from torchrl_amago.envs.tasks.frozen_lake import enumerate_lakes
         >>> holes, probability = enumerate_lakes(2)
         >>> holes.shape, [round(p, 4) for p in probability.tolist()]
         (torch.Size([3, 2, 2]), [0.6667, 0.1667, 0.1667])
@@ -187,8 +159,8 @@ def enumerate_lakes(
     _check_p_safe(p_safe)
     if size > _MAX_ENUMERABLE_SIZE:
         raise ValueError(
-            f"enumerating lakes is feasible for size <= {_MAX_ENUMERABLE_SIZE}, got {size}: there "
-            f"are 2**{size * size - 2} layouts of that size. Sample them with random_lakes instead."
+            f"enumerating lakes is feasible for size <= {_MAX_ENUMERABLE_SIZE}, got {size}, which "
+            f"has 2**{size * size - 2} layouts. Sample them with random_lakes instead."
         )
     free = size * size - 2
     bits = torch.arange(2**free).unsqueeze(-1) >> torch.arange(free)
@@ -216,7 +188,7 @@ def _accepted(holes: Tensor, layouts: LakeSplit) -> Tensor:
 
 def check_split(size: int, layouts: str) -> None:
     """Raise ValueError for an unknown split, or a size that leaves too few lakes to split."""
-    check_choice("layouts", layouts, LAKE_SPLITS)
+    check_choice("layouts", layouts, get_args(LakeSplit))
     check_size(size, 2 if layouts == "all" else 3)
 
 

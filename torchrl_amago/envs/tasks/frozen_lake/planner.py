@@ -1,7 +1,7 @@
 """The best possible agent on Meta-FrozenLake, computed exactly.
 
-Before a trial, the agent knows only how lakes are drawn. By stepping on cells it learns that they are
-safe or holes: its belief is the set of lakes that agree with that. Planning over beliefs
+Before a trial, the agent knows only how lakes are drawn. By stepping on cells it learns that they
+are safe or holes: its belief is the set of lakes that agree with that. Planning over beliefs
 (a Bayes-adaptive MDP, `Duff 2002 <https://scholarworks.umass.edu/dissertations/AAI3039353/>`_) is
 therefore exact here, and small lakes can be solved by enumeration. No learned agent can have a
 higher expected return, which makes this the upper bound for adaptation curves.
@@ -10,25 +10,22 @@ higher expected return, which makes this the upper bound for adaptation curves.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.envs.tasks.frozen_lake.layouts import P_SAFE, LakeSplit, enumerate_lakes
 
-__all__ = ["BayesOptimum", "LakePlanner", "bayes_optimal_success"]
-
 # Digits to which two plans count as equally good. Their values are sums of at most a few thousand
 # products, so that rounding errors stay far below, and real differences far above.
 _DIGITS = 11
 
 # Success probability at each episode left, and the cell to walk to next.
-Plan = tuple[tuple[float, ...], int | None]
+_Plan = tuple[tuple[float, ...], int | None]
 
 
-@dataclass(frozen=True)
-class BayesOptimum:
+class BayesOptimum(NamedTuple):
     """The expected results of the Bayes-optimal agent.
 
     Attributes:
@@ -41,12 +38,8 @@ class BayesOptimum:
     success_by_episode: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Belief:
-    """The cells known to be safe and those known to be holes, as bit masks over cells.
-
-    Start from :attr:`LakePlanner.start_belief`; each step on an unknown cell adds one bit.
-    """
+class Belief(NamedTuple):
+    """The cells known to be safe and those known to be holes, as bit masks over cells."""
 
     safe: int
     holes: int
@@ -68,10 +61,10 @@ class LakePlanner:
     cell next to known ones and step on it; give the episode up. With belief b, position x, t steps
     and k episodes left,
 
-        V(b, x, t, k) = max of  1 + V(b, start, T, k-1)                       goal within t steps
+        V(b, x, t, k) = max of  1 + V(b, start, T, k-1)                  goal within t steps
                                 p V(b + u safe, u, t - d, k)
-                                  + (1-p) V(b + u hole, start, T, k-1)        each unknown u within t
-                                V(b, start, T, k-1)                           give up
+                                  + (1-p) V(b + u hole, start, T, k-1)   each unknown u within t
+                                V(b, start, T, k-1)                      give up
 
     where d is the number of steps to u and p its probability of being safe given b. Values are
     undiscounted. Value functions are kept as vectors, one success probability per episode left.
@@ -81,19 +74,17 @@ class LakePlanner:
     index). ``expected_return`` does not depend on this rule; ``success_by_episode`` may.
 
     Args:
-        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, about a minute and 2 GB on
-            4x4).
+        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, a minute and 2 GB on 4x4).
         episodes: episodes per trial, k.
         max_episode_steps: steps per episode, T. Defaults to size*size, as in ``MetaFrozenLake``.
         p_safe: probability that a cell is safe before unsolvable lakes are redrawn.
-        layouts: the prior: all lakes, or those of one split. The optimum of a split is that of an
-            agent that knows the split.
+        layouts: the prior: all lakes, or those of one split, known to the agent.
 
     Raises:
         ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks import LakePlanner
+        >>> from torchrl_amago.envs.tasks.frozen_lake import LakePlanner
         >>> planner = LakePlanner(size=2, episodes=2)
         >>> [round(p, 4) for p in planner.optimum().success_by_episode]
         [0.8333, 1.0]
@@ -117,7 +108,7 @@ class LakePlanner:
         self.max_episode_steps = steps
         self._goal = size * size - 1
         self._neighbours = [_neighbours(cell, size) for cell in range(size * size)]
-        self._plans: dict[tuple[Belief, int, int, int], Plan] = {}
+        self._plans: dict[tuple[Belief, int, int, int], _Plan] = {}
         self._distances: dict[tuple[int, int], dict[int, int]] = {}
 
     @property
@@ -130,44 +121,35 @@ class LakePlanner:
         success, _ = self._plan(self.start_belief, 0, self.max_episode_steps, self.episodes)
         return BayesOptimum(sum(success), success)
 
-    def target(
-        self, belief: Belief, position: int, steps_left: int, episodes_left: int
-    ) -> int | None:
+    def target(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> int | None:
         """Return the cell to walk to next (the goal or an unknown one); None gives the episode up.
 
-        ``position`` is a cell, ``size * first coordinate + second coordinate``; ``episodes_left``
-        counts the current one. :meth:`route` gives the way.
+        The agent is in ``cell``, ``size * first coordinate + second coordinate``;
+        ``episodes_left`` counts the current episode. :meth:`route` returns the way.
         """
-        return self._plan(belief, position, steps_left, episodes_left)[1]
+        return self._plan(belief, cell, steps_left, episodes_left)[1]
 
-    def route(self, belief: Belief, position: int, target: int) -> list[int]:
-        """Return a shortest way over known-safe cells from a position, excluded, to a target."""
-        came_from = {position: position}
-        queue = deque([position])
-        while queue and target not in came_from:
-            cell = queue.popleft()
-            for neighbour in self._neighbours[cell]:
-                passable = neighbour == target or belief.safe >> neighbour & 1
-                if neighbour not in came_from and passable and cell != self._goal:
-                    came_from[neighbour] = cell
-                    queue.append(neighbour)
+    def route(self, belief: Belief, cell: int, target: int) -> list[int]:
+        """Return a shortest way over known-safe cells from a cell, excluded, to a target."""
+        distances = self._distances_over_safe(belief.safe, cell)
         way = [target]
-        while way[-1] != position:
-            way.append(came_from[way[-1]])
-        return way[-2::-1]
+        while distances[way[0]] > 1:
+            way.insert(0, next(
+                before for before in self._neighbours[way[0]]
+                if distances.get(before) == distances[way[0]] - 1 and belief.safe >> before & 1
+            ))  # fmt: skip
+        return way
 
-    def _plan(self, belief: Belief, position: int, steps_left: int, episodes_left: int) -> Plan:
+    def _plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
         if episodes_left == 0:
             return (), None
-        key = (belief, position, steps_left, episodes_left)
+        key = (belief, cell, steps_left, episodes_left)
         if key not in self._plans:
             self._plans[key] = self._best_plan(*key)
         return self._plans[key]
 
-    def _best_plan(
-        self, belief: Belief, position: int, steps_left: int, episodes_left: int
-    ) -> Plan:
-        distances = self._distances_over_safe(belief.safe, position)
+    def _best_plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
+        distances = self._distances_over_safe(belief.safe, cell)
         later = self._next_episode(belief, episodes_left)
         if distances.get(self._goal, steps_left + 1) <= steps_left:
             # Nothing beats a way that is known: every episode left will succeed.
@@ -205,12 +187,12 @@ class LakePlanner:
             digit *= 3
         return self._mass[code]
 
-    def _distances_over_safe(self, safe: int, position: int) -> dict[int, int]:
+    def _distances_over_safe(self, safe: int, start: int) -> dict[int, int]:
         """Count the steps to every cell that can be entered from a way over safe cells."""
-        key = (safe, position)
+        key = (safe, start)
         if key not in self._distances:
-            distances = {position: 0}
-            queue = deque([position])
+            distances = {start: 0}
+            queue = deque([start])
             while queue:
                 cell = queue.popleft()
                 for neighbour in self._neighbours[cell]:
@@ -223,14 +205,11 @@ class LakePlanner:
 
 
 def bayes_optimal_success(
-    size: int = 3,
-    episodes: int = 5,
-    max_episode_steps: int | None = None,
-    *,
-    p_safe: float = P_SAFE,
-    layouts: LakeSplit = "all",
+    size: int = 3, episodes: int = 5, max_episode_steps: int | None = None, **prior: Any
 ) -> BayesOptimum:
-    """Compute the exact optimum of k episodes at an unknown lake; arguments: see :class:`LakePlanner`.
+    """Compute the exact optimum of k episodes at an unknown lake.
+
+    Arguments: see :class:`LakePlanner`; ``prior`` is its ``p_safe`` and ``layouts``.
 
     Examples:
         >>> from torchrl_amago.envs.tasks import bayes_optimal_success
@@ -238,17 +217,17 @@ def bayes_optimal_success(
         >>> round(optimum.expected_return, 2), round(optimum.success_by_episode[0], 3)
         (4.5, 0.576)
     """
-    return LakePlanner(size, episodes, max_episode_steps, p_safe=p_safe, layouts=layouts).optimum()
+    return LakePlanner(size, episodes, max_episode_steps, **prior).optimum()
 
 
-def _preference(plan: Plan) -> tuple[float, ...]:
-    """Return a sort key: expected return, then success at the first episode, the second one, ..."""
+def _preference(plan: _Plan) -> tuple[float, ...]:
+    # Expected return, then success at the first episode, the second one, ...
     success, _ = plan
     return tuple(round(value, _DIGITS) for value in (sum(success), *success))
 
 
 def _belief_mass(size: int, p_safe: float, layouts: LakeSplit) -> list[float]:
-    """Compute the prior probability of every belief, indexed by its base-3 code (unknown, safe, hole).
+    """Compute every belief's prior probability, by its base-3 code (unknown, safe, hole).
 
     Unknown is the sum of the other two. Adding that entry along one cell's axis after another
     gives all ``3**free`` sums with one addition each.

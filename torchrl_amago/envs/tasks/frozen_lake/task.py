@@ -1,8 +1,8 @@
 """Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more.
 
-All rows of the batch are stepped by the same few tensor operations, so that 64 lakes cost about
-what one does. One episode of this environment is one episode; k episodes at the same lake come
-from the trial transform, which resets rows with ``repeat_task``.
+All rows of the batch are stepped by the same few tensor operations, so that 64 lakes cost about as
+much as one. k episodes at the same lake come from the trial transform, which resets rows with
+``repeat_task``.
 """
 
 from __future__ import annotations
@@ -13,11 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_amago.envs.tasks.frozen_lake._drawing import draw_lake
+from torchrl_amago.envs.tasks._canvas import PLATE, Canvas
 from torchrl_amago.envs.tasks.frozen_lake.layouts import LakeSplit, check_split, random_lakes
 from torchrl_amago.envs.tasks.grid_task import GridTask, move_table, position_table
-
-__all__ = ["MetaFrozenLake"]
 
 # Constants of the reference task (AMAGO's MetaFrozenLake, hard and recover modes).
 _P_NOISY = 1 / 4
@@ -29,6 +27,9 @@ _RECOVER_PENALTY = 0.1
 # gives probability 1/4 with a single draw.
 _NEIGHBOURS = tuple((down, right) for down in (-1, 0, 1) for right in (-1, 0, 1))
 _NOISE_OUTCOMES = round(len(_NEIGHBOURS) / _P_NOISY)
+
+_ICE, _LINES = (214, 234, 246), (176, 206, 226)
+_RIM, _WATER, _DEEP = (124, 160, 190), (24, 52, 92), (12, 30, 60)
 
 
 class MetaFrozenLake(GridTask):
@@ -59,11 +60,7 @@ class MetaFrozenLake(GridTask):
         layouts: the lakes to draw from: ``"all"``, or the ``"train"`` (about 3 in 4) or
             ``"heldout"`` ones of a fixed split with no lake in common. Each split is the
             distribution of all lakes, conditioned on being in it.
-        shared: other arguments: see :class:`GridTask` (which also lists the actions) and
-            :class:`BatchedTask`.
-
-    Raises:
-        ValueError: if an argument is out of its range, or an action is (checked on CPU only).
+        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> import torch
@@ -71,10 +68,6 @@ class MetaFrozenLake(GridTask):
         >>> env = MetaFrozenLake(size=3, batch_size=[4], seed=0)
         >>> env.rollout(3, break_when_any_done=False)["observation"].shape
         torch.Size([4, 3, 2])
-        >>> lakes = env.holes
-        >>> _ = env.reset(repeat_task=True)
-        >>> torch.equal(env.holes, lakes)
-        True
     """
 
     def __init__(
@@ -115,7 +108,7 @@ class MetaFrozenLake(GridTask):
         # Lakes are drawn ahead: a partial reset then takes a few rows of a table instead of
         # running the generator, whose cost barely depends on how many lakes it draws.
         self._state("_pool", torch.zeros(max(1024, 8 * rows), cells, dtype=torch.bool))
-        self._pool_cursor = len(self._pool)
+        self._state("_pool_left", torch.zeros((), dtype=torch.int64))
 
     @property
     def holes(self) -> Tensor:
@@ -125,31 +118,19 @@ class MetaFrozenLake(GridTask):
         """
         return self._lake.view(*self.batch_size, self.size, self.size).clone()
 
-    # ------------------------------------------------------------- randomness
-
     def _set_seed(self, seed: int | None) -> None:
         super()._set_seed(seed)
-        self._pool_cursor = len(self._pool)
+        self._pool_left.zero_()
 
     def _take_lakes(self, num: int) -> Tensor:
-        if self._pool_cursor + num > len(self._pool):
-            lakes = random_lakes(len(self._pool), self.size, self._generator, layouts=self.layouts)
+        left = int(self._pool_left)
+        if left < num:
+            left = len(self._pool)
+            lakes = random_lakes(left, self.size, self._generator, layouts=self.layouts)
             self._pool.copy_(lakes.flatten(1))
-            self._pool_cursor = 0
-        start = self._pool_cursor
-        self._pool_cursor += num
+        self._pool_left.fill_(left - num)
+        start = len(self._pool) - left
         return self._pool[start : start + num]
-
-    def get_extra_state(self) -> dict[str, Any]:
-        """Return the generator's state and the place in the pool."""
-        return {**super().get_extra_state(), "pool_cursor": self._pool_cursor}
-
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` returned."""
-        super().set_extra_state(state)
-        self._pool_cursor = state["pool_cursor"]
-
-    # ------------------------------------------------------------ reset and step
 
     def _draw_tasks(self, rows: Tensor) -> None:
         self._lake.index_copy_(0, rows, self._take_lakes(len(rows)))
@@ -204,7 +185,17 @@ class MetaFrozenLake(GridTask):
         return self._positions.index_select(0, cell * (exact + 1) + noise.clamp_(max=exact))
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
-        holes = self._lake[row]
-        opened = self._broken_lake[row] & ~holes if self.hard_mode else torch.zeros_like(holes)
-        grids = [cells.view(self.size, -1).cpu().numpy() for cells in (holes, opened)]
-        return draw_lake(*grids, divmod(int(self._cell[row]), self.size), cell_pixels)
+        canvas = Canvas(self.size, self.size, cell_pixels, _ICE, _LINES)
+        canvas.cell(0, 0).start()
+        goal = canvas.cell(self.size - 1, self.size - 1)
+        goal.fill(PLATE)
+        goal.flag()
+        holes = self._broken_lake[row] if self.hard_mode else self._lake[row]
+        for hole in holes.nonzero().flatten().tolist():
+            cell = canvas.cell(*divmod(hole, self.size))
+            radius = 0.38 if self._lake[row, hole] else 0.22  # opened in this episode
+            cell.disc(0.5, 0.5, radius + 0.05, _RIM)
+            cell.disc(0.5, 0.5, radius, _WATER)
+            cell.disc(0.56, 0.53, 0.66 * radius, _DEEP)
+        canvas.cell(*divmod(int(self._cell[row]), self.size)).agent()
+        return canvas.image()

@@ -10,8 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["depth_table", "random_goals", "random_mazes", "start_cell"]
-
 # mazelab's density: walls for each cell between the nodes.
 _DENSITY = 0.75
 

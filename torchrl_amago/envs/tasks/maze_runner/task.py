@@ -1,7 +1,7 @@
 """MazeRunner: run through an unknown maze to one goal after the other.
 
-The agent sees the distances to the walls around it, and the goals that it has still to reach. Goals,
-and what was achieved, are observations of their own, so that hindsight can exchange them
+The agent sees the distances to the walls around it, and the goals that it has still to reach.
+Goals, and what was achieved, are observations of their own, so that hindsight can exchange them
 (:class:`~torchrl_amago.data.relabel.GoalSequenceRelabel`).
 """
 
@@ -15,8 +15,8 @@ from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import Bounded, Composite
 
+from torchrl_amago.envs.tasks._canvas import PLATE, Canvas
 from torchrl_amago.envs.tasks.grid_task import MOVES, GridTask, check_size
-from torchrl_amago.envs.tasks.maze_runner._drawing import draw_maze
 from torchrl_amago.envs.tasks.maze_runner._layouts import (
     SMALLEST_SIZE,
     depth_table,
@@ -25,13 +25,16 @@ from torchrl_amago.envs.tasks.maze_runner._layouts import (
     start_cell,
 )
 
-__all__ = ["MazeRunner"]
-
 # Shown in place of a goal that is reached; no cell has such coordinates.
 _REACHED = -1.0
 
 # Mazes are drawn this many at once (at least), and kept: drawing one costs as much as drawing all.
 _MIN_STOCK = 64
+
+_FLOOR, _WALL, _LATER, _DOT = (244, 240, 230), (74, 82, 98), (222, 228, 238), (64, 104, 176)
+
+# Where the picture of a later goal has its dots: one for each goal before it, seven at most.
+_DOTS = ((0.5, 0.5), (0.3, 0.3), (0.7, 0.7), (0.3, 0.7), (0.7, 0.3), (0.5, 0.2), (0.5, 0.8))
 
 
 class MazeRunner(GridTask):
@@ -61,11 +64,7 @@ class MazeRunner(GridTask):
         size: cells per side, odd and at least 7, walls included.
         num_goals: k, length of the sequence.
         max_episode_steps: step limit of an episode.
-        shared: other arguments: see :class:`GridTask` (which also lists the actions) and
-            :class:`BatchedTask`.
-
-    Raises:
-        ValueError: if an argument is out of its range, or an action is (checked on CPU only).
+        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> import torch
@@ -74,8 +73,6 @@ class MazeRunner(GridTask):
         >>> steps = maze.rollout(3, break_when_any_done=False)
         >>> steps["observation"].shape, steps["goals"].shape, steps["achieved"].shape
         (torch.Size([4, 3, 7]), torch.Size([4, 3, 2, 2]), torch.Size([4, 3, 1, 2]))
-        >>> torch.equal(steps["achieved"][..., 0, :], steps["observation"][..., :2])
-        True
     """
 
     episode_buffers = ("_cell", "_num_reached")
@@ -106,8 +103,6 @@ class MazeRunner(GridTask):
     def goals(self) -> Tensor:
         """All goals' cells, reached or not, a new int64 tensor ``[*B, k, 2]``."""
         return self._coordinates(self._goals)
-
-    # ------------------------------------------------------------------ set-up
 
     def _make_goal_specs(self) -> None:
         def places(num: int, low: float) -> Bounded:
@@ -140,8 +135,6 @@ class MazeRunner(GridTask):
         super()._set_seed(seed)
         self._stock_left.zero_()
 
-    # -------------------------------------------------------------------- task
-
     def _draw_tasks(self, rows: Tensor) -> None:
         mazes = self._take_from_stock(len(rows))
         walls = self._stock_walls[mazes]
@@ -166,8 +159,6 @@ class MazeRunner(GridTask):
     def _begin_episodes(self, selected: Tensor) -> None:
         self._cell.masked_fill_(selected, start_cell(self.size))
         self._num_reached.masked_fill_(selected, 0)
-
-    # -------------------------------------------------------------------- step
 
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         ahead = self._cell + self._steps.take(self._meant(action))
@@ -194,8 +185,17 @@ class MazeRunner(GridTask):
         return out.set("achieved", self._position().view(*self.batch_size, 1, 2))
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
-        walls = self._walls[row].view(self.size, -1).cpu().numpy()
+        canvas = Canvas(self.size, self.size, cell_pixels, _FLOOR)
+        for wall in self._walls[row].nonzero().flatten().tolist():
+            canvas.cell(*divmod(wall, self.size)).fill(_WALL)
+        canvas.cell(*divmod(start_cell(self.size), self.size)).start()
         goals = self._goals[row, int(self._num_reached[row]) :].tolist()
-        cells = (int(self._cell[row]), start_cell(self.size), *goals)
-        agent, start, *goals = (divmod(cell, self.size) for cell in cells)
-        return draw_maze(walls, agent, goals, start, cell_pixels)
+        for order, goal in enumerate(goals):
+            cell = canvas.cell(*divmod(goal, self.size))
+            cell.box(0.05, 0.95, 0.05, 0.95, _LATER if order else PLATE)
+            if not order:
+                cell.flag()
+            for dot in _DOTS[:order]:
+                cell.disc(*dot, 0.09, _DOT)
+        canvas.cell(*divmod(int(self._cell[row]), self.size)).agent()
+        return canvas.image()

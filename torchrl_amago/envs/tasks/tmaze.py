@@ -1,6 +1,6 @@
 """Passive T-Maze: see the goal once, walk down a corridor, turn to the right side at its end.
 
-Nothing but memory is tested: which arm is right is shown at the first step only, and the choice comes
+Nothing but memory is tested: the right arm is shown at the first step only, and the choice comes
 after as many steps as the corridor is long.
 """
 
@@ -13,28 +13,28 @@ import torch
 from torch import Tensor
 
 from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.envs.tasks._canvas import Canvas
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
-from torchrl_amago.envs.tasks.tmaze._drawing import draw_tmaze
-
-__all__ = ["TMaze"]
 
 Penalize = Literal["behind", "dawdling"]
 
 # Along the corridor and back, to the sides at its end: (towards the junction, sidewards).
 _MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
 
+_WALL, _FLOOR, _LINES, _LAMP = (70, 74, 84), (232, 226, 212), (208, 200, 182), (252, 214, 92)
+
 
 class TMaze(BatchedTask):
     """The Passive T-Maze of Ni et al. (`arXiv 2307.03864 <https://arxiv.org/abs/2307.03864>`_).
 
     The agent starts at one end of a corridor; at the other end, the junction, are two arms. One of
-    them, drawn with probability 1/2 each, is right. Exactly at the episode's last step the reward is
-    1 in the right arm and 0 anywhere else. Each earlier step costs ``penalty`` if the agent is
-    behind, that is, has come less far than steps have passed (and is not at the junction yet); or,
-    with ``penalize="dawdling"``, if its action isn't 0. The first is the paper's rule. But a single
-    wrong step then costs all that can be lost, and what follows teaches nothing; the second rule, of
-    `AMAGO <https://arxiv.org/abs/2310.09971>`_'s experiments, has the same best agent and teaches
-    walking at every step.
+    them, drawn with probability 1/2 each, is right. At the episode's last step the reward is 1 in
+    the right arm and 0 anywhere else. Each earlier step costs ``penalty`` if the agent is behind,
+    that is, has come less far than steps have passed (and is not at the junction yet); or, with
+    ``penalize="dawdling"``, if its action isn't 0. The first is the paper's rule. But a single
+    wrong step then costs all that can be lost, and what follows teaches nothing; the second rule,
+    of `AMAGO <https://arxiv.org/abs/2310.09971>`_'s experiments, has the same best agent and
+    teaches walking at every step.
 
     An episode succeeds, and only then, if its return is above 0: the default ``success_threshold``
     of :func:`~torchrl_amago.evaluation.evaluate`. With the default lengths each step counts: an
@@ -64,9 +64,6 @@ class TMaze(BatchedTask):
         oracle: show the goal at every step: then no memory is needed (the ablation).
         shared: other arguments: see :class:`BatchedTask`.
 
-    Raises:
-        ValueError: if an argument is out of its range, or an action is (checked on CPU only).
-
     Examples:
         >>> import torch
         >>> from torchrl_amago.envs.tasks import TMaze
@@ -75,8 +72,6 @@ class TMaze(BatchedTask):
         >>> steps = env.rollout(3, ahead)
         >>> steps["observation"][0, :, 0].tolist()
         [0.0, 0.5, 1.0]
-        >>> steps["observation"][..., 2].abs()[0].tolist()
-        [1.0, 0.0, 0.0]
     """
 
     action_meaning = "0 walks towards the junction, 2 back, 1 and 3 sidewards."
@@ -105,8 +100,8 @@ class TMaze(BatchedTask):
         max_penalty = 1.0 / (max_episode_steps - 1)
         if penalty is not None and not 0.0 <= penalty <= max_penalty:
             raise ValueError(
-                f"penalty must be in [0, 1 / (max_episode_steps - 1)] = [0, {max_penalty:.6g}], got "
-                f"{penalty}. It is a cost per step; a larger one could outweigh the final reward."
+                f"penalty must be in [0, 1 / (max_episode_steps - 1)] = [0, {max_penalty:.6g}], "
+                f"got {penalty}. It is a cost per step; more could outweigh the final reward."
             )
         check_choice("penalize", penalize, get_args(Penalize))
         observation_bounds = [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)] + [(0.0, 1.0)] * show_time
@@ -168,11 +163,18 @@ class TMaze(BatchedTask):
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
         # The corridor is drawn five cells long, whatever its length.
-        cell = int(self._cell[row])
-        progress = int(self._progress[cell]) / self.corridor_length
-        sees_goal = self.oracle or int(self._num_steps[row]) == 0
-        side, goal = int(self._sides[cell]), int(self._goal[row])
-        return draw_tmaze(progress, side, goal, sees_goal, cell_pixels)
+        cell, goal, junction = self._cell[row], int(self._goal[row]), 5
+        progress = int(self._progress[cell]) / self.corridor_length * junction
+        canvas = Canvas(3, junction + 1, cell_pixels, _WALL)
+        corridor = [(1, column) for column in range(junction)]
+        for place in corridor + [(line, junction) for line in range(3)]:
+            canvas.cell(*place).fill(_FLOOR)
+            canvas.cell(*place).frame(_LINES)
+        canvas.cell(1 - goal, junction).flag()
+        if self.oracle or self._num_steps[row] == 0:  # a lamp on the goal's side while it shows
+            canvas.cell(1 - goal, progress).disc(0.5, 0.5, 0.26, _LAMP)
+        canvas.cell(1 - int(self._sides[cell]), progress).agent()
+        return canvas.image()
 
 
 def _move_table(corridor_length: int) -> Tensor:
@@ -189,7 +191,7 @@ def _move_table(corridor_length: int) -> Tensor:
 
 
 def _place_table(corridor_length: int, *, ambiguous: bool) -> Tensor:
-    """Tabulate what is seen of each cell: progress and side, float32 ``[corridor_length + 3, 2]``."""
+    """Tabulate the progress and side seen in each cell, float32 ``[corridor_length + 3, 2]``."""
     far = (torch.arange(corridor_length + 3) / corridor_length).clamp(max=1.0)
     if ambiguous:
         far = far.floor()

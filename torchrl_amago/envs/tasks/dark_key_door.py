@@ -1,7 +1,7 @@
 """Dark Key-to-Door: find an invisible key, then an invisible door; then do it again, knowing where.
 
-One episode of this environment is one episode; a trial of as many episodes as fit into H steps comes
-from the trial transform, ``make_trial_env(DarkKeyDoor(...), horizon=H)``.
+A trial of as many episodes as fit into H steps comes from the trial transform,
+``make_trial_env(DarkKeyDoor(...), horizon=H)``.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_amago.envs.tasks.dark_key_door._drawing import draw_room
+from torchrl_amago.envs.tasks._canvas import Canvas, Cell
 from torchrl_amago.envs.tasks.grid_task import GridTask, check_size, move_table
 
-__all__ = ["DarkKeyDoor"]
+_DARK, _LIGHT = (92, 96, 112), (238, 232, 218)
+_DARK_LINES, _LIGHT_LINES = (72, 76, 92), (206, 198, 180)
+_KEY, _DOOR, _OPENING = (246, 206, 74), (122, 78, 46), (46, 34, 28)
 
 
 class DarkKeyDoor(GridTask):
@@ -39,11 +41,7 @@ class DarkKeyDoor(GridTask):
         dark: show the agent's own position only. A light room needs no memory unless actions are
             permuted.
         max_episode_steps: step limit of an episode.
-        shared: other arguments: see :class:`GridTask` (which also lists the actions) and
-            :class:`BatchedTask`.
-
-    Raises:
-        ValueError: if an argument is out of its range, or an action is (checked on CPU only).
+        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> import torch
@@ -51,10 +49,6 @@ class DarkKeyDoor(GridTask):
         >>> room = DarkKeyDoor(size=5, batch_size=[4], seed=0)
         >>> room.rollout(3, break_when_any_done=False)["observation"].shape
         torch.Size([4, 3, 2])
-        >>> door = room.door
-        >>> _ = room.reset(repeat_task=True)
-        >>> torch.equal(room.door, door)
-        True
     """
 
     episode_buffers = ("_cell", "_has_key")
@@ -113,5 +107,25 @@ class DarkKeyDoor(GridTask):
         return torch.cat([position, self._has_key.unsqueeze(-1).float(), key, door], -1)
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
-        places = [divmod(int(cell[row]), self.size) for cell in (self._cell, self._key, self._door)]
-        return draw_room(self.size, *places, bool(self._has_key[row]), self.dark, cell_pixels)
+        places = (self._cell[row], self._key[row], self._door[row])
+        agent, key, door = (divmod(int(cell), self.size) for cell in places)
+        colours = (_DARK, _DARK_LINES) if self.dark else (_LIGHT, _LIGHT_LINES)
+        canvas = Canvas(self.size, self.size, cell_pixels, *colours)
+        cell = canvas.cell(*door)
+        cell.box(0.08, 0.94, 0.18, 0.82, _DOOR)
+        if self._has_key[row]:  # the agent carries it, and the door is open
+            cell.box(0.15, 0.94, 0.26, 0.74, _OPENING)
+            canvas.cell(*agent).agent()
+            _draw_key(canvas.cell(agent[0] + 0.54, agent[1] + 0.3, scale=0.6))
+        else:
+            cell.disc(0.54, 0.70, 0.05, _KEY)
+            _draw_key(canvas.cell(*key))
+            canvas.cell(*agent).agent()
+        return canvas.image()
+
+
+def _draw_key(cell: Cell) -> None:
+    cell.disc(0.5, 0.3, 0.16, _KEY, hole=0.07)
+    cell.box(0.46, 0.54, 0.42, 0.83, _KEY)
+    cell.box(0.5, 0.66, 0.64, 0.71, _KEY)
+    cell.box(0.5, 0.66, 0.76, 0.83, _KEY)
