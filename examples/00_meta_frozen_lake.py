@@ -1,13 +1,14 @@
 """Train an agent that adapts to an unknown frozen lake within five episodes.
 
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
-    python examples/00_meta_frozen_lake.py --debug          # under a minute, a test of the installation
+    python examples/00_meta_frozen_lake.py --debug          # under a minute, a test of the setup
     python examples/00_meta_frozen_lake.py --resume         # go on after Ctrl-C
     python examples/00_meta_frozen_lake.py --run-dir runs/gru --seq-model gru
 
-The agent doesn't observe where the holes are. A trial is five episodes at the same lake, and the earlier
-episodes are all the information there is. The run's folder gets `progress.csv`, `learning_curve.png`,
-`adaptation_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights and checkpoints.
+The agent doesn't observe where the holes are. A trial is five episodes at the same lake, and the
+earlier episodes are all the information there is. The run's folder gets `progress.csv`,
+`learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`,
+`evaluation_sampled.npz`, weights and checkpoints.
 """
 
 from __future__ import annotations

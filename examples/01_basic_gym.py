@@ -1,15 +1,14 @@
-"""Train an agent on any Gymnasium environment whose observations are vectors, with or without memory.
+"""Train an agent, with or without memory, on any Gymnasium environment of vector observations.
 
     python examples/01_basic_gym.py --mask-velocities              # CartPole without its velocities
-    python examples/01_basic_gym.py --mask-velocities --seq-model feedforward --run-dir runs/no_memory
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
-    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 --run-dir runs/pendulum_2
+    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \\
+        --run-dir runs/pendulum_2
     python examples/01_basic_gym.py --env-id Acrobot-v1 --keep 0 1 2 3 --run-dir runs/acrobot
-    python examples/01_basic_gym.py --debug                        # under a minute, a test of the installation
 
-A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets `progress.csv`,
-`learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights, checkpoints, and `trial.png` where
-the environment can be drawn (`pip install "gymnasium[classic-control]"`).
+A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets
+`progress.csv`, `learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights,
+checkpoints, and `trial.png` (`pip install "gymnasium[classic-control]"`).
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ class Args(GymArgs):
     """Any Gymnasium environment with AMAGO."""
 
     timestep_encoder: Literal["mlp", "combined"] = "mlp"
-    """Encoder of a step: mlp for vectors, combined also for dictionaries with images or categories."""
+    """Encoder of a step: mlp for vectors, combined for dictionaries of any observations."""
     context_length: int = 16
     """Steps that the policy sees."""
     slice_length: int = 16
-    """Steps of a slice in a batch: long ones give most steps their full context, short ones are quick."""
+    """Steps of a slice in a batch; long slices give most steps their full context."""
     round_steps: int = 25
     """Steps of each environment between updates."""
     discounts: tuple[float, ...] = (0.9, 0.95, 0.97)
@@ -47,11 +46,11 @@ class Args(GymArgs):
     popart_beta: float = 0.01
     """Step size of the running scale of values, if the loss is amago; 5e-4 is published."""
     return_range: tuple[float, float] | None = None
-    """Discounted returns that bins cover evenly, if the loss is amago2; default the loss's own bins."""
+    """Discounted returns that bins cover evenly, for amago2; default the loss's own bins."""
     num_bins: int = 9
     """Bins of return_range, at least 6, two of them below and two above it."""
     init_slope: float | None = 10.0
-    """Order of the first weights of return_range's bins (docs/value_codecs.md); None for no order."""
+    """Order of the first weights of those bins, see docs/value_codecs.md; None for no order."""
     action_gain: float = 8.0
     """Factor of the first weights of the action in critics, if the loss is amago2."""
 

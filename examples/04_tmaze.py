@@ -1,14 +1,15 @@
 """Train an agent that remembers one bit for as long as a corridor is: the Passive T-Maze.
 
     python examples/04_tmaze.py             # a corridor of 50 steps, on two CPU cores
-    python examples/04_tmaze.py --debug     # under a minute, a test of the installation
+    python examples/04_tmaze.py --debug     # under a minute, a test of the setup
     python examples/04_tmaze.py --resume    # go on after Ctrl-C
     python examples/04_tmaze.py --run-dir runs/gru_100 --corridor 100 --seq-model gru
     python examples/04_tmaze.py --run-dir runs/no_memory --seq-model feedforward    # stays at 1/2
     python examples/04_tmaze.py --run-dir runs/oracle --seq-model feedforward --oracle
 
-The right arm at the corridor's end is shown at the first step only. The run's folder gets `progress.csv`,
-`learning_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights and checkpoints.
+The right arm at the corridor's end is shown at the first step only. The run's folder gets
+`progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
+weights and checkpoints.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ class Args(TrainingArgs):
     penalty: float | None = None
     """Cost of a step that `penalize` names; default 1 / (max_episode_steps - 1)."""
     penalize: Literal["behind", "dawdling"] = "dawdling"
-    """Steps that cost: all while the agent is behind the clock (the paper's rule), or those that don't
-    go ahead."""
+    """Steps that cost: all while the agent is behind the clock (the paper's rule), or those that
+    don't go ahead."""
     show_time: bool = False
     """Observe the time step."""
     oracle: bool = False

@@ -1,10 +1,10 @@
 """Train an agent that finds an invisible key and door, and then finds them again and again.
 
     python examples/05_dark_key_door.py                    # an hour on a CPU core
-    python examples/05_dark_key_door.py --seq-model feedforward --run-dir runs/no_memory   # for comparison
-    python examples/05_dark_key_door.py --randomize-actions --run-dir runs/shuffled        # actions unknown, too
-    python examples/05_dark_key_door.py --no-dark --run-dir runs/light                     # all is shown
-    python examples/05_dark_key_door.py --debug            # under a minute, a test of the installation
+    python examples/05_dark_key_door.py --seq-model feedforward --run-dir runs/no_memory
+    python examples/05_dark_key_door.py --randomize-actions --run-dir runs/shuffled
+    python examples/05_dark_key_door.py --no-dark --run-dir runs/light
+    python examples/05_dark_key_door.py --debug            # under a minute, a test of the setup
     python examples/05_dark_key_door.py --resume           # go on after Ctrl-C
 
 A trial is 100 steps in the same room; each time the agent comes to the key and then to the door (a
@@ -41,7 +41,7 @@ class Args(TrainingArgs):
     horizon: int = 100
     """Steps of a trial, however many episodes they make."""
     dark: bool = True
-    """Show the agent its own position only; else also the key, the door and whether it has the key."""
+    """Hide the key, the door and the possession of the key from the agent."""
     randomize_actions: bool = False
     """Permute the actions anew in every room."""
     show_progress: bool = True

@@ -4,7 +4,7 @@
     python examples/12_half_cheetah_vel.py             # three episodes at each velocity
     python examples/12_half_cheetah_vel.py --seq-model gru --run-dir runs/cheetah_gru
     python examples/12_half_cheetah_vel.py --loss amago2 --run-dir runs/cheetah_2
-    python examples/12_half_cheetah_vel.py --debug     # under a minute, a test of the installation
+    python examples/12_half_cheetah_vel.py --debug     # under a minute, a test of the setup
     python examples/12_half_cheetah_vel.py --resume    # go on after Ctrl-C
 
 A trial is three episodes of 200 steps at one target velocity between 0 and 3 m/s. Results land in
@@ -41,7 +41,7 @@ class Args(TrainingArgs):
     max_velocity: float = 3.0
     """Highest target in m/s; an agent that is to run as fast as it can gets beyond 10."""
     context_length: int = 64
-    """Steps that the policy remembers, and steps of a slice in a batch; rewards tell the target soon."""
+    """Steps that the policy remembers, and steps of a slice; a few rewards reveal the target."""
     round_steps: int = 100
     """Steps of each environment between updates."""
     discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)

@@ -1,19 +1,21 @@
-"""Train an agent to run through unknown mazes to one goal after the other, and to learn from goals it missed.
+"""Train an agent to reach goals in unknown mazes, with hindsight for the goals that it missed.
 
     python examples/13_mazerunner_relabeling.py                    # two minutes on two CPU cores
-    python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight    # for comparison
+    python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight
     python examples/13_mazerunner_relabeling.py --relabel all --run-dir runs/all_successes
-    python examples/13_mazerunner_relabeling.py --randomize-actions --max-episode-steps 60 --total-updates 4000 --run-dir runs/rewired
-    python examples/13_mazerunner_relabeling.py --debug            # under a minute, a test of the installation
+    python examples/13_mazerunner_relabeling.py --randomize-actions --max-episode-steps 60 \\
+        --total-updates 4000 --run-dir runs/rewired
+    python examples/13_mazerunner_relabeling.py --debug            # a test of the setup
     python examples/13_mazerunner_relabeling.py --resume           # go on after Ctrl-C
 
-Most trials of a beginner come to none of their goals, so there is no reward to learn from. But wherever
-the agent went could have been a goal: hindsight exchanges goals that were missed for places that were
-reached, as trials are drawn from the replay buffer, and computes rewards and endings anew. The agent
-sees the goals, but not `achieved`, the entry that says what hindsight may choose from.
+Most trials of a beginner come to none of their goals, so there is no reward to learn from. But
+wherever the agent went could have been a goal: hindsight exchanges goals that were missed for
+places that were reached, as trials are drawn from the replay buffer, and computes rewards and
+endings anew. The agent sees the goals, but not `achieved`, the entry that says what hindsight may
+choose from.
 
-Results land in the run's folder: `progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`,
-`evaluation_sampled.npz`, the policy's weights and checkpoints.
+Results land in the run's folder: `progress.csv`, `learning_curve.png`, `trial.png`,
+`evaluation.npz`, `evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """Train an agent that becomes better than its dataset: offline first, then online, in one run.
 
-    python examples/14_offline_to_online.py                          # makes pendulum/weak-5-v0 if needed
-    python examples/14_offline_to_online.py --online-after 6000 --run-dir runs/offline_only   # never plays
+    python examples/14_offline_to_online.py                   # makes pendulum/weak-5-v0 if needed
+    python examples/14_offline_to_online.py --online-after 6000 --run-dir runs/offline
     python examples/14_offline_to_online.py --dataset mujoco/hopper/medium-v0 --env-id Hopper-v5
-    python examples/14_offline_to_online.py --debug                  # under a minute, a test of the installation
+    python examples/14_offline_to_online.py --debug           # under a minute, a test of the setup
 
-The first `--online-after` updates use the dataset alone. Then the agent plays, and batches mix both, less and
-less of the dataset. Minari (`pip install 'torchrl-amago[offline]'`) looks for datasets in
-$MINARI_DATASETS_PATH, by default ~/.minari/datasets. The run's folder gets `progress.csv`,
-`learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights and checkpoints.
+The first `--online-after` updates use the dataset alone. Then the agent plays, and batches mix
+both, less and less of the dataset. Minari (`pip install 'torchrl-amago[offline]'`) looks for
+datasets in $MINARI_DATASETS_PATH. The run's folder gets `progress.csv`, `learning_curve.png`,
+`evaluation.npz`, `evaluation_sampled.npz`, weights and checkpoints.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class Args(TrainingArgs):
     env_id: str | None = None
     """Id of the dataset's environment in Gymnasium."""
     trust_dataset_env: bool = False
-    """Make the environment that the dataset describes, which can run any code of the dataset's author."""
+    """Make the environment by the dataset's description, which can run any code."""
     dataset_episodes: int = 5
-    """Episodes of the dataset made here. Many noisy ones teach nearly everything without playing."""
+    """Episodes of the dataset made here; many would make playing needless."""
     online_after: int = 2000
     """Updates on the dataset alone; with total_updates the agent never plays."""
     dataset_weight: float = 0.25
@@ -103,14 +103,13 @@ def train(args: Args) -> BothResults:
     resume_if_asked(args, trainer)
     results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     print(f"mean return of the dataset: {dataset_return:.3f}")
-    plays = args.online_after < args.total_updates
     draw_progress(
         args,
         f"{dataset.id}, {args.seq_model}, {args.loss}",
         x="update",
         reference={"return per trial": dataset_return},
         reference_label="dataset",
-        marks={"begins to play": args.online_after} if plays else None,
+        marks={"begins to play": args.online_after},
     )
     return results
 

@@ -1,13 +1,14 @@
-"""Measure single choices of AMAGO on the lake: short runs with one change each, a table and a picture.
+"""Measure single choices of AMAGO on the lake by short runs, each with one change.
 
     python examples/ablations.py                      # 10 variants, 3 seeds, about 2 minutes each
     python examples/ablations.py --variants baseline memory_free --seeds 1 2
     python examples/ablations.py --debug              # networks and runs of seconds
     python examples/ablations.py --plot-only          # table and picture of the finished runs
 
-Every run is a process of its own and writes about 50 MB into `VARIANT/SEED` in the run's folder. The same
-command goes on after Ctrl-C: it skips finished runs and resumes an interrupted one from its checkpoint. In
-the end the run's folder holds the page `ablations.md` and its picture `figures/ablations.png`.
+Every run is a process of its own and writes about 50 MB into `VARIANT/SEED` in the run's folder.
+The same command goes on after Ctrl-C: it skips finished runs and resumes an interrupted one from
+its checkpoint. In the end the run's folder holds the page `ablations.md` and its picture
+`figures/ablations.png`.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Args:
     threads: int = 2
     """CPU threads of a run."""
     debug: bool = False
-    """Small networks, 40 updates and one seed in a folder of its own, a test of the installation."""
+    """Small networks, 40 updates, one seed and a folder of its own: a test of the installation."""
     plot_only: bool = False
     """Write page and picture of the finished runs, train nothing."""
 

@@ -17,25 +17,24 @@ RESAMPLES = 2000
 
 PAGE = """# Ablations
 
-What single choices are worth on Meta-FrozenLake (3x3, five episodes at a lake) when training is short. Every variant
-changes one thing in the baseline, `examples/00_meta_frozen_lake.py` with {settings} and {updates:,} updates. This
-page is written by
+Worth of single choices on Meta-FrozenLake (3x3, five episodes at a lake) in short training. Every
+variant changes one thing in the baseline, `examples/00_meta_frozen_lake.py` with {settings} and
+{updates:,} updates. This page is written by
 
 ```bash
 {command}
 ```
 
-- Return per trial, of 5: a seed's is the mean over its greedy trials on held-out seeds after training (a trial is five
-  episodes at one lake; a run's `evaluation.npz` has them all). The figure is the interquartile mean over seeds (of three
-  seeds or fewer that is their mean), with a 95% bootstrap interval for which seeds are drawn anew, and the trials of each.
-- First and last episode: fraction of trials whose first and last episode reached the goal, averaged over seeds.
-- Seconds: of training, without evaluations and checkpoints, averaged over seeds. Other work on the same cores shows in
-  them.
-- The exact optimum, that of an agent which knows how lakes are drawn, is {optimum:.3f}.
+- Return per trial, of 5: interquartile mean over seeds (of three seeds or fewer, their mean) of the
+  mean over greedy trials on held-out seeds. The 95% bootstrap interval draws seeds anew, and the
+  trials of each. A run's `evaluation.npz` has all trials.
+- First and last episode: fraction of trials whose first and last episode reached the goal.
+- Seconds: training without evaluations and checkpoints. Other work on the same cores shows in them.
+- The exact optimum, of an agent that knows how lakes are drawn, is {optimum:.3f}.
 
-Nothing was tuned for any variant, and few seeds tell large differences only: variants whose intervals overlap haven't been
-told apart. A short run shows how fast agents learn, not where they end. Exploration fades over the same fraction of a run as in
-the example.
+Nothing was tuned for any variant. Few seeds show large differences only: overlapping intervals
+leave an order open. A short run shows how fast agents learn, not where they end. Exploration fades over
+the same fraction of a run as in the example.
 
 {table}
 
@@ -60,8 +59,8 @@ def is_finished(folder: Path, updates: int) -> bool:
     made = int(read_progress(folder)["update"][-1])
     if made != updates:
         raise ValueError(
-            f"all runs must have the same --updates, got {updates}, and {folder} has a result after "
-            f"{made}. Give --updates {made}, another --run-dir, or delete that folder."
+            f"all runs must have the same --updates, got {updates}, and {folder} has a result "
+            f"after {made}. Give --updates {made}, another --run-dir, or delete that folder."
         )
     return True
 
@@ -75,7 +74,7 @@ def read_scores(args: Any) -> dict[str, Score]:
             scores[variant] = score(finished)
     if not scores:
         raise ValueError(
-            f"a page needs at least one finished run, and {args.run_dir} has none of those asked for "
+            f"a page needs at least one finished run, and {args.run_dir} has none of "
             f"({', '.join(args.variants)}). Leave out --plot-only to train them."
         )
     return scores
@@ -137,7 +136,7 @@ def command_of(args: Any) -> str:
 
 def make_table(scores: dict[str, Score]) -> str:
     lines = [
-        "| variant | what is changed | seeds | return per trial | first episode | last episode | seconds |",
+        "| variant | change | seeds | return per trial | first episode | last episode | seconds |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in scores.items():

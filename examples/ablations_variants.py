@@ -26,9 +26,10 @@ from torchrl_amago import (
 from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
 from torchrl_amago.modules import DISCOUNTS
 
-# A trial returns 0 to 5, times the loss's reward_scale of 10. Critics first predict the middle of the range,
-# which therefore is 0: optimistic initial values stall learning for thousands of updates.
-# 128 bins, the published number, would make one run as long as all others: they are outputs for every action.
+# A trial returns 0 to 5, times the loss's reward_scale of 10. Critics first predict the middle of
+# the range, which therefore is 0: optimistic initial values stall learning for thousands of
+# updates. 128 bins, the published number, would make one run as long as all others: they are
+# outputs for every action.
 RETURNS = dict(num_bins=16, min_return=-55.0, max_return=55.0, symlog=False)
 
 

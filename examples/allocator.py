@@ -1,4 +1,4 @@
-"""The C library's allocator, set to keep freed memory: updates of a script then run about a tenth faster."""
+"""A setting of the C library's allocator that makes updates about a tenth faster."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory for the rest of this process's life.
 
     By default glibc returns large blocks to the system as soon as they are freed. Each update then
-    touches hundreds of megabytes of fresh pages, which costs a tenth of its time. Afterwards the process
-    keeps its largest size. This is for scripts: a library shouldn't decide it for its users.
+    touches hundreds of megabytes of fresh pages, which costs a tenth of its time. Afterwards the
+    process keeps its largest size. A script may decide so, a library may not.
 
     Returns:
         True if the settings were changed, False if the C library isn't glibc.

@@ -1,4 +1,4 @@
-"""Settings, command line, resuming, final evaluation and pictures: all that the training examples share."""
+"""Code that the training examples share: settings, command line, evaluation, pictures."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class TrainingArgs:
     resume: bool = False
     """Go on from the newest checkpoint in run_dir; start anew if there is none."""
     resume_from: Path | None = None
-    """Checkpoint, or folder of a run, to go on from. With --resume, only if run_dir has no checkpoint."""
+    """Checkpoint, or folder of a run, to go on from; --resume prefers one in run_dir."""
     debug: bool = False
     """A short run with a small network, to see that everything works (under a minute)."""
     seed: int = 1
     """Seed of everything: networks, tasks, exploration, batches."""
 
     seq_model: Literal[tuple(SEQ_MODELS)] = "transformer"
-    """What remembers: the trajectory encoder."""
+    """Trajectory encoder, the policy's memory."""
     d_model: int = 64
     """Width of the sequence model."""
     num_layers: int = 1
@@ -89,8 +89,8 @@ class TrainingArgs:
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
 
     loss: Literal[tuple(LOSSES)] = "amago"
-    """What is trained on: AMAGO's regression and policy gradient, or AMAGO-2's classification and
-    filtered imitation."""
+    """AMAGO's regression and policy gradient, or AMAGO-2's classification and filtered
+    imitation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes networks and loss in bfloat16; quick on CPUs with AMX and on GPUs."""
 
@@ -99,7 +99,7 @@ class TrainingArgs:
     total_updates: int = 3000
     """Optimiser steps in all."""
     updates_per_round: int = 20
-    """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
+    """Optimiser steps after each round, the collection of one trial's steps per environment."""
     batch_size: int = 32
     """Trials in a batch."""
     learning_rate: float = 5e-4
@@ -118,8 +118,8 @@ class TrainingArgs:
     eval_trials: int = 512
     """Trials in the last evaluation; a quarter of it in those before."""
     final_policy: Literal["last", "best"] = "last"
-    """Whose trials the last evaluation plays: the policy as training left it, or that of the best evaluation
-    before (by mean return), on trials of another seed than it was chosen by."""
+    """Policy of the last evaluation: the last one, or that of the best evaluation before (by mean
+    return), which then plays trials of another seed."""
     checkpoint_interval: int = 500
     """Updates between checkpoints."""
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -129,8 +129,9 @@ class TrainingArgs:
 
     def __post_init__(self) -> None:
         ranges = {
-            "num_envs eval_trials total_updates updates_per_round batch_size capacity anneal_frames "
-            "eval_interval checkpoint_interval threads d_model num_layers num_heads hidden_size": (
+            "num_envs eval_trials total_updates updates_per_round batch_size capacity "
+            "anneal_frames eval_interval checkpoint_interval threads d_model num_layers "
+            "num_heads hidden_size": (
                 "at least 1",
                 lambda value: value >= 1,
             ),
@@ -171,7 +172,7 @@ class TrainingArgs:
         )
 
     def trainer_options(self, held_out: HeldOut, **critic_options: Any) -> dict[str, Any]:
-        """Return the arguments of :func:`~torchrl_amago.trainers.make_trainer` that don't depend on the task.
+        """Return the arguments of `make_trainer` that don't depend on the task.
 
         Args:
             held_out: evaluator, which plays a quarter of `eval_trials` during training.
@@ -223,10 +224,11 @@ class TrainingArgs:
 def command_line(
     args_class: type[TrainingArgs], debug: Mapping[str, Any] | None = None
 ) -> Iterator[Any]:
-    """Yield the settings read from the command line; turn errors of users into one line and exit code 2.
+    """Yield the settings of the command line; turn a user's error into one line and exit code 2.
 
-    With `--debug`, :data:`DEBUG` replaces the defaults and results go to a folder of their own; flags on the
-    command line win over both. `RL_LOGGING_LEVEL=DEBUG` shows where an error was raised.
+    With `--debug`, :data:`DEBUG` replaces the defaults and results go to a folder of their own;
+    flags on the command line win over both. `RL_LOGGING_LEVEL=DEBUG` shows where an error was
+    raised.
 
     Args:
         args_class: dataclass to fill; its docstring is the first line of the help.
@@ -292,7 +294,7 @@ def both(measure: str) -> dict[str, str]:
 
 
 def draw_progress(args: TrainingArgs, title: str, panels: Mapping | None = None, **options) -> None:
-    """Draw `learning_curve.png` from the run's `progress.csv`; the default panel is the return per trial."""
+    """Draw `learning_curve.png` from `progress.csv`; by default the return per trial."""
     plot_learning_curve(
         args.run_dir / "progress.csv",
         args.run_dir / "learning_curve.png",

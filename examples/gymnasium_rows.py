@@ -1,4 +1,4 @@
-"""Gymnasium environments as rows of one batch, and the settings of examples that take any of them."""
+"""Gymnasium environments as rows of one batch, and settings that choose one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from torchrl.envs import EnvBase
 from torchrl_amago import Policy, make_trial_env
 from torchrl_amago.evaluation import rollout_pictures
 
-# Entries that stay visible under --mask-velocities: position and angle; cosine and sine of the angle.
+# Entries that stay visible under --mask-velocities: position and angle; cosine and sine of the
+# angle.
 WITHOUT_VELOCITIES = {"CartPole-v0": (0, 2), "CartPole-v1": (0, 2), "Pendulum-v1": (0, 1)}
 
 
@@ -59,9 +60,7 @@ class GymArgs(TrainingArgs):
             return env
         space = env.observation_space
         if len(space.shape or ()) != 1 or not all(0 <= i < space.shape[0] for i in keep):
-            raise ValueError(
-                f"--keep takes indices of a vector's entries, got {keep} for observations of {space}."
-            )
+            raise ValueError(f"--keep takes indices of a vector's entries, got {keep} for {space}.")
         visible = gym.spaces.Box(space.low[keep], space.high[keep], dtype=space.dtype)
         return gym.wrappers.TransformObservation(env, lambda entries: entries[keep], visible)
 
@@ -86,9 +85,9 @@ class GymArgs(TrainingArgs):
         return self.episodes * steps
 
     def draw_trial(self, policy: Policy, seed: int) -> None:
-        """Draw `trial.png`, the first episode of a greedy trial, if the environment can be drawn."""
+        """Draw `trial.png`, the first episode of a greedy trial, if that is possible."""
         try:
             env = self.make_env(1, render_mode="rgb_array")
             draw_steps(self, rollout_pictures(policy, env, seed=seed)[0])
-        except Exception as error:  # noqa: BLE001 - whatever a task fails with, the results are there
+        except Exception as error:  # noqa: BLE001 - the results are there
             print(f"No trial.png, since {self.env_id} can't be drawn here: {error}")

@@ -1,9 +1,9 @@
-"""The whole method in one loop: an agent learns to adapt to an unknown frozen lake within five episodes.
+"""The whole method in one loop: learn to adapt to an unknown lake within five episodes.
 
     python examples/minimal.py        # about five minutes on two CPU cores
 
-No trainer, no command line: environment, policy, loss, replay buffer, collector, optimiser and targets are
-TorchRL components, and the loop below is all that joins them.
+No trainer, no command line: environment, policy, loss, replay buffer, collector, optimiser and
+targets are TorchRL components, and the loop below is all that joins them.
 """
 
 import torch

@@ -17,7 +17,7 @@ from torchrl_amago.offline import load_trials, read_minari
 
 
 def find_dataset(args: Any) -> minari.MinariDataset:
-    """Load the dataset of `args`; without a name, the scripted controller's, made where it is missing."""
+    """Load the dataset of `args`, by default the scripted controller's, made if missing."""
     if args.dataset is not None:
         return minari.load_dataset(args.dataset)
     own = make_minari_dataset.Args(episodes=args.dataset_episodes)
@@ -33,8 +33,8 @@ def make_env(args: Any, dataset: minari.MinariDataset, num_envs: int) -> EnvBase
         env_id = make_minari_dataset.Args.env_id
     elif (env_id is None) != args.trust_dataset_env:
         raise ValueError(
-            f"--dataset needs either --env-id or --trust-dataset-env; the environment of {dataset.id} "
-            f"is {dataset.env_spec.id} by its own description, which can run any code."
+            f"--dataset needs either --env-id or --trust-dataset-env; {dataset.id} says that its "
+            f"environment is {dataset.env_spec.id}. Its description can run any code."
         )
 
     def make_one() -> gym.Env:
@@ -50,7 +50,7 @@ def make_env(args: Any, dataset: minari.MinariDataset, num_envs: int) -> EnvBase
 def make_replay(
     args: Any, dataset: minari.MinariDataset, env: EnvBase
 ) -> tuple[TrialMixture, float]:
-    """Return a mixture of the dataset, protected, and an empty buffer; and the dataset's mean return."""
+    """Return a mixture of the dataset and an empty buffer, and the dataset's mean return."""
 
     def make_buffer(capacity: int) -> ReplayBuffer:
         return make_trial_buffer(

@@ -45,8 +45,9 @@ def make_networks(args: Any, env: EnvBase, horizon: int) -> tuple[Seq, Mod]:
 def add_advantages(batch: TensorDictBase, value_network: Seq, gae: GAE) -> None:
     """Write advantages and value targets into a batch of rows `[B, T]`.
 
-    One pass over T + 1 steps gives the value of each step and of the one after, with its own history.
-    (GAE by itself would read the next steps as sequences of their own, which lack the first step.)
+    One pass over T + 1 steps gives the value of each step and of the one after, with its own
+    history. (GAE by itself would read the next steps as sequences of their own, which lack the
+    first step.)
     """
     keys, last = value_network.in_keys, batch["next"][:, -1:]
     inputs = torch.cat([td.select(*keys, strict=False) for td in (batch, last)], 1)

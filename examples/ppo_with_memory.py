@@ -1,11 +1,11 @@
 """Learn on-policy with TorchRL's own PPO on top of our encoders: RL2, on the task of example 00.
 
-    python examples/ppo_with_memory.py                       # minutes on two CPU cores; any --seq-model
-    python examples/ppo_with_memory.py --debug               # under a minute, a test of the installation
+    python examples/ppo_with_memory.py                # minutes on two CPU cores
+    python examples/ppo_with_memory.py --debug        # under a minute, a test of the setup
 
-Actor and critic share the timestep and trajectory encoders; loss, advantages and collector are TorchRL's.
-The run's folder gets `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, `evaluation.npz` and
-`evaluation_sampled.npz`, comparable with those of example 00.
+Actor and critic share the timestep and trajectory encoders; loss, advantages and collector are
+TorchRL's. The run's folder gets `progress.csv`, `learning_curve.png`, `adaptation_curve.png`,
+`evaluation.npz` and `evaluation_sampled.npz`, comparable with those of example 00.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_every_encoder_acts(example):
     for name in SEQ_MODELS:
         args = example.Args(**{**TINY, **example.short, "seq_model": name})
         layouts = ("all",) if hasattr(args, "hold_out_layouts") else ()
-        make_env = getattr(example, "make_env", example.Args.make_env)
+        make_env = getattr(example, "make_env", None) or example.Args.make_env
         env = make_env(args, 2, *layouts)
         policy = make_policy(env, context_length=20, **args.policy_options())
         assert env.rollout(5, policy)["action"].shape[0] == 2
