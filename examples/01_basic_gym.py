@@ -1,8 +1,8 @@
-"""Train an agent, with or without memory, on any Gymnasium environment of vector observations.
+r"""Train an agent, with or without memory, on any Gymnasium environment of vector observations.
 
     python examples/01_basic_gym.py --mask-velocities              # CartPole without its velocities
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
-    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \\
+    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \
         --run-dir runs/pendulum_2
     python examples/01_basic_gym.py --env-id Acrobot-v1 --keep 0 1 2 3 --run-dir runs/acrobot
 

@@ -1,9 +1,9 @@
-"""Train an agent to reach goals in unknown mazes, with hindsight for the goals that it missed.
+r"""Train an agent to reach goals in unknown mazes, with hindsight for the goals that it missed.
 
     python examples/13_mazerunner_relabeling.py                    # two minutes on two CPU cores
     python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight
     python examples/13_mazerunner_relabeling.py --relabel all --run-dir runs/all_successes
-    python examples/13_mazerunner_relabeling.py --randomize-actions --max-episode-steps 60 \\
+    python examples/13_mazerunner_relabeling.py --randomize-actions --max-episode-steps 60 \
         --total-updates 4000 --run-dir runs/rewired
     python examples/13_mazerunner_relabeling.py --debug            # a test of the setup
     python examples/13_mazerunner_relabeling.py --resume           # go on after Ctrl-C
