@@ -9,37 +9,36 @@ targets are TorchRL components, and the loop below is all that joins them.
 import torch
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago import (
-    MetaFrozenLake,
-    TrialCollector,
-    amago_loss,
-    evaluate,
-    make_optimizer,
-    make_policy,
-    make_trial_buffer,
-    make_trial_env,
-)
+from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, evaluate, make_optimizer
+from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
 from torchrl_amago.envs import bayes_optimal_success
 
 SEED, NUM_ENVS, ROUNDS, UPDATES_PER_ROUND = 1, 64, 120, 20
-TRIAL_LENGTH = 45  # five episodes of at most nine steps
+TRIAL = 5 * 9  # steps: five episodes of at most nine
 
 torch.manual_seed(SEED)
 env = make_trial_env(MetaFrozenLake(3, batch_size=(NUM_ENVS,)), episodes=5)
-policy = make_policy(env, context_length=TRIAL_LENGTH, exploration={"anneal_frames": 200_000})
+policy = make_policy(
+    env,
+    context_length=TRIAL,
+    seq_model_options={"d_model": 64, "num_layers": 2, "num_heads": 4},
+    timestep_options={"hidden_size": 256, "output_size": 64},
+    exploration={"anneal_frames": 200_000},
+)
 loss = amago_loss(policy)
-buffer = make_trial_buffer(capacity=120_000, slice_length=TRIAL_LENGTH, batch_size=32)
+buffer = make_trial_buffer(capacity=120_000, slice_length=TRIAL, batch_size=32)
 optimizer, targets = make_optimizer(loss, learning_rate=5e-4), SoftUpdate(loss, tau=0.01)
+round_frames = NUM_ENVS * TRIAL  # every lake is played for a trial
 collector = TrialCollector(
     env,
     policy,
-    frames_per_batch=NUM_ENVS * TRIAL_LENGTH,  # one round: every lake is played for a trial
-    total_frames=ROUNDS * NUM_ENVS * TRIAL_LENGTH,
+    frames_per_batch=round_frames,
+    total_frames=ROUNDS * round_frames,
     replay_buffer=buffer,
 )
 
 for _ in collector:
-    policy.exploration.step(NUM_ENVS * TRIAL_LENGTH)
+    policy.exploration.step(round_frames)
     for _ in range(UPDATES_PER_ROUND):
         losses = loss(buffer.sample())
         (losses["loss_actor"] + losses["loss_qvalue"]).backward()
