@@ -1,8 +1,7 @@
 """Draw hero.png: a trial beside the adaptation curves of an agent with memory and one without.
 
-python examples/00_meta_frozen_lake.py --run-dir runs/memory
-python examples/00_meta_frozen_lake.py --seq-model feedforward --run-dir runs/no_memory
-python docs/figures/make_hero.py runs/memory runs/no_memory
+Run `examples/00_meta_frozen_lake.py` into runs/memory and, with `--seq-model feedforward`, into
+runs/no_memory; then `python docs/figures/make_hero.py runs/memory runs/no_memory`.
 """
 
 from __future__ import annotations
