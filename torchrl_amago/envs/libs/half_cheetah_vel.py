@@ -70,11 +70,9 @@ class HalfCheetahVel(gym.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode, at a new task unless ``options`` say otherwise.
+        """Start an episode at a new task.
 
-        Args:
-            seed: of the generator that tasks and first states are drawn from.
-            options: ``same_target`` stays at a task once drawn; ``target_velocity`` sets it.
+        Of the options, ``same_target`` stays at a task once drawn; ``target_velocity`` sets it.
         """
         options = options or {}
         # Not passed on: the simulation has no such options.

@@ -32,13 +32,12 @@ class BatchedTask(EnvBase):
     - ``_observe()``: the observation, float32 ``[rows, size]``;
     - ``_draw(row, cell_pixels)``: the picture that :meth:`render` returns, if there is one.
 
-    Keys: ``observation``, ``action``, ``reward``, ``terminated``, ``truncated`` (at the step limit,
-    if not terminated), ``done``.
+    ``truncated`` is set at the step limit, if the episode isn't terminated.
 
     Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new episode at the same task in
     the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
     ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. Without the keyword, an
-    entry ``repeat_task`` of the reset tensordict is read, but TorchRL's ``TransformedEnv`` and
+    entry ``repeat_task`` of the reset tensordict is read, but ``TransformedEnv`` and
     ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
 
     ``state_dict()`` holds all that changes (buffers, generator), so that a loaded environment
@@ -114,21 +113,19 @@ class BatchedTask(EnvBase):
         """Rows of the flattened batch."""
         return self.batch_size.numel()
 
-    @abstractmethod
-    def _draw_tasks(self, rows: Tensor) -> None:
-        """Draw new tasks for these rows, int64 ``[n]``."""
+    # The rules; see the docstring of the class.
 
     @abstractmethod
-    def _begin_episodes(self, selected: Tensor) -> None:
-        """Put the rows of a bool mask ``[rows]`` at the start of an episode."""
+    def _draw_tasks(self, rows: Tensor) -> None: ...
 
     @abstractmethod
-    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        """Step all rows: reward float32 and terminated bool, both ``[rows]``."""
+    def _begin_episodes(self, selected: Tensor) -> None: ...
 
     @abstractmethod
-    def _observe(self) -> Tensor:
-        """Compute the observation of all rows, float32 ``[rows, size]``."""
+    def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def _observe(self) -> Tensor: ...
 
     def _make_specs(self, observation_bounds: list[tuple[float, float]]) -> None:
         batch_size, device = self.batch_size, self.device
@@ -206,8 +203,8 @@ class BatchedTask(EnvBase):
             self._has_task.index_fill_(0, rows, True)
         self._num_steps.masked_fill_(selected, 0)
         self._begin_episodes(selected)
-        done = torch.zeros((3, *self.batch_size, 1), dtype=torch.bool, device=new_task.device)
-        return self._outcome(done[0], done[1], done[2])
+        flags = torch.zeros((3, *self.batch_size, 1), dtype=torch.bool, device=new_task.device)
+        return self._outcome(*flags)
 
     def _rows(self, mask: bool | Tensor) -> Tensor:
         """Return a reset mask ``[*B, 1]``, or one value for all rows, as bool ``[rows]``."""
@@ -270,14 +267,10 @@ class BatchedTask(EnvBase):
         return out.set("reward", reward.view(flag_shape))
 
     def render(self, row: int | tuple[int, ...] = 0, *, cell_pixels: int = 32) -> np.ndarray:
-        """Draw one row from above, with what is hidden from the agent.
+        """Draw one row from above, all that is hidden from the agent included.
 
-        Args:
-            row: index into the flattened batch, or one index per batch dimension.
-            cell_pixels: side of a cell, in pixels.
-
-        Returns:
-            uint8 ``[height, width, 3]``.
+        ``row`` is an index into the flattened batch, or one index per batch dimension;
+        ``cell_pixels`` is the side of a cell. Returns uint8 ``[height, width, 3]``.
 
         Raises:
             IndexError: if there is no such row.

@@ -24,17 +24,15 @@ class DarkKeyDoor(GridTask):
     """A room with a key and a door (`Algorithm Distillation <https://arxiv.org/abs/2210.14215>`_).
 
     The reward is 1 when the agent comes to the key, and 1 when it then comes to the door, which
-    ends the episode; without the key the door does nothing. A task is the cells of key, door and
-    start: uniform and independent of each other, so that they may coincide. (If key and door do,
-    the door takes another step.) All three stay from episode to episode, as in `AMAGO
+    terminates the episode; without the key the door does nothing. A task is the cells of key, door
+    and start: uniform and independent of each other, so that they may coincide. (If key and door
+    do, the door takes another step.) All three stay from episode to episode, as in `AMAGO
     <https://arxiv.org/abs/2310.09971>`_'s code base. Unlike there, the dark room shows neither the
     time nor whether the agent has the key, and beginning an episode costs no step: returns of the
     two aren't comparable.
 
-    Keys:
-        - ``observation``: dark, float32 ``[*B, 2]``: the agent's coordinates. Light, ``[*B, 7]``:
-          also whether it has the key (0 or 1), the key's coordinates and the door's.
-        - ``terminated`` at the door; ``truncated`` at the step limit, if not terminated.
+    ``observation``: dark, float32 ``[*B, 2]``: the agent's coordinates. Light, ``[*B, 7]``: also
+    whether it has the key (0 or 1), the key's coordinates and the door's.
 
     Args:
         size: cells per side, at least 2.
@@ -44,7 +42,6 @@ class DarkKeyDoor(GridTask):
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
-        >>> import torch
         >>> from torchrl_amago.envs.tasks import DarkKeyDoor
         >>> room = DarkKeyDoor(size=5, batch_size=[4], seed=0)
         >>> room.rollout(3, break_when_any_done=False)["observation"].shape

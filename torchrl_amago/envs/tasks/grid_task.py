@@ -69,9 +69,7 @@ class GridTask(BatchedTask):
 
 
 def move_table(size: int) -> Tensor:
-    """Tabulate where each action leads from each cell, int64 ``[5, size * size]``.
-
-    Moves off the grid stay.
+    """Tabulate where each action leads from each cell, int64 ``[5, size * size]``; walls stay.
 
     Examples:
         >>> from torchrl_amago.envs.tasks.grid_task import move_table
@@ -82,10 +80,7 @@ def move_table(size: int) -> Tensor:
 
 
 def position_table(size: int, offsets: Sequence[tuple[int, int]] = ((0, 0),)) -> Tensor:
-    """Tabulate each cell's coordinates over size after each offset, kept on the grid.
-
-    Returns:
-        float32 ``[size * size * len(offsets), 2]``.
+    """Tabulate coordinates over size, float32 ``[size * size * len(offsets), 2]``, on the grid.
 
     Examples:
         >>> from torchrl_amago.envs.tasks.grid_task import position_table

@@ -47,7 +47,6 @@ class TMaze(BatchedTask):
           unless ``oracle``), fraction of the episode that is used up.
         - ``action``: 0 walks towards the junction, 2 back; 1 and 3 walk sidewards, to the arms of
           side 1 and -1. Moves into walls stay.
-        - ``terminated`` at the last step.
 
     ``make_trial_env(TMaze(...), episodes=1)`` makes it a trial of one episode.
 
@@ -118,12 +117,15 @@ class TMaze(BatchedTask):
         self.show_time = show_time
         self.oracle = oracle
         # Cells are numbered along the corridor, junction included; then come the two arms.
-        num_cells = corridor_length + 3
+        progress = torch.arange(corridor_length + 3).clamp(max=corridor_length)
+        side = torch.tensor([0.0] * (corridor_length + 1) + [1.0, -1.0])
+        far = progress / corridor_length
         self._constant("_moves", _move_table(corridor_length))
-        places = _place_table(corridor_length, ambiguous=ambiguous_position)
-        self._constant("_places", places)
-        self._constant("_sides", places[:, 1].clone())
-        self._constant("_progress", torch.arange(num_cells).clamp(max=corridor_length))
+        self._constant(
+            "_places", torch.stack([far.floor() if ambiguous_position else far, side], -1)
+        )
+        self._constant("_sides", side)
+        self._constant("_progress", progress)
         self._state("_goal", torch.zeros(self.num_rows))
         self._state("_cell", torch.zeros(self.num_rows, dtype=torch.int64))
 
@@ -188,13 +190,3 @@ def _move_table(corridor_length: int) -> Tensor:
             table[action, junction] = arms[sidewards]
             table[action, arms[-sidewards]] = junction
     return table
-
-
-def _place_table(corridor_length: int, *, ambiguous: bool) -> Tensor:
-    """Tabulate the progress and side seen in each cell, float32 ``[corridor_length + 3, 2]``."""
-    far = (torch.arange(corridor_length + 3) / corridor_length).clamp(max=1.0)
-    if ambiguous:
-        far = far.floor()
-    side = torch.zeros_like(far)
-    side[-2:] = torch.tensor([1.0, -1.0])
-    return torch.stack([far, side], -1)

@@ -34,10 +34,7 @@ class InnerEnv(NamedTuple):
     def reset(
         self, mask: Tensor, request: TensorDictBase | None = None, **kwargs: Any
     ) -> TensorDictBase:
-        """Reset the rows of ``mask`` (bool ``[*B, 1]``) without the checks of ``EnvBase.reset``.
-
-        Called in steps, where time matters; the caller selects the rows of the mask.
-        """
+        """Reset the mask's rows without the checks of ``EnvBase.reset``: steps must be fast."""
         request = self.request(mask, request)
         return self.transformed(request, self.env._reset(request, **kwargs))
 
@@ -94,11 +91,9 @@ def nesting_of(env: EnvBase) -> Nesting:
     is_wrapped = False
     while isinstance(env, TransformedEnv | BatchedEnvBase):
         is_wrapped = True
-        if isinstance(env, TransformedEnv):
-            env = env.base_env
-            continue
-        workers = (*workers, env.num_workers)
-        env = first_worker(env)
+        if isinstance(env, BatchedEnvBase):
+            workers = (*workers, env.num_workers)
+        env = env.base_env if isinstance(env, TransformedEnv) else first_worker(env)
     return Nesting(env, workers, is_wrapped)
 
 
@@ -174,7 +169,7 @@ class OptionsRepeater(Repeater):
             return self._reset(inner, mask)
         # Rows with options of their own have to take turns in a vector environment.
         out = None
-        for row in mask.view(-1).nonzero().view(-1).tolist():
+        for row in _rows(mask):
             one = torch.zeros_like(mask)
             one.view(-1)[row] = True
             turn = self._reset(inner, one)
@@ -182,13 +177,11 @@ class OptionsRepeater(Repeater):
         return out
 
     def _reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
-        # Copied because TorchRL writes the reset mask of vector environments into the dict.
-        options = [
-            deepcopy(self._options(row) if callable(self._options) else self._options)
-            if is_reset
-            else None
-            for row, is_reset in enumerate(mask.view(-1).tolist())
-        ]
+        options: list[dict[str, Any] | None] = [None] * mask.numel()
+        for row in _rows(mask):
+            of_row = self._options(row) if callable(self._options) else self._options
+            # Copied because TorchRL writes the reset mask of vector environments into the dict.
+            options[row] = deepcopy(of_row)
         return inner.reset(mask, **self._nesting.kwargs_of_rows("options", options))
 
 
@@ -213,11 +206,10 @@ class SeedRepeater(Repeater):
         return self._reset(inner, mask)
 
     def _reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
-        selected = mask.view(-1).tolist()
-        seeds = [
-            self._task_seed[row] if is_reset else None for row, is_reset in enumerate(selected)
-        ]
-        if seeds.count(None) > selected.count(False):
+        seeds: list[int | None] = [None] * mask.numel()
+        for row in _rows(mask):
+            seeds[row] = self._task_seed[row]
+        if mask.sum() > sum(seed is not None for seed in seeds):
             raise RuntimeError(
                 "another episode needs the seed of its trial's task, and there is none: the rows "
                 "were not reset since the trial transform was put into this environment. Call "
@@ -230,12 +222,11 @@ class SeedRepeater(Repeater):
             if seed is not None and seed != self._last_seen[row]:  # set_seed was called
                 self._row_seed[row] = seed
                 self._num_tasks[row] = 0
-        rows = mask.view(-1).nonzero().view(-1).tolist()
-        for row in rows:
+        for row in _rows(mask):
             self._draw(row)
         out = self._reset(inner, mask)
         self._last_seen = _current_seeds(inner.env)
-        if self._may_warn and any(self._last_seen[row] is None for row in rows):
+        if self._may_warn and any(self._last_seen[row] is None for row in _rows(mask)):
             self._may_warn = False
             warnings.warn(
                 f"{self._nesting.leaf} does not report the seed it was reset with, so set_seed "
@@ -252,6 +243,10 @@ class SeedRepeater(Repeater):
         # 31 bits, because some environments hand the seed to libraries that take int32.
         self._task_seed[row] = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
         self._num_tasks[row] += 1
+
+
+def _rows(mask: Tensor) -> list[int]:
+    return mask.view(-1).nonzero().view(-1).tolist()
 
 
 def _current_seeds(env: EnvBase) -> list[int | None]:
@@ -278,21 +273,20 @@ def _current_seeds(env: EnvBase) -> list[int | None]:
 def make_repeater(
     env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None
 ) -> Repeater:
-    """Choose how ``env``, the one under the trial transform, repeats tasks.
-
-    ``repeat`` and ``options`` are those of :class:`TrialTransform`.
-
-    Raises:
-        ValueError: if the environment cannot repeat a task in this way.
-    """
+    """Choose how the environment under a trial transform repeats tasks."""
     if callable(repeat):
         return FunctionRepeater(repeat)
     nesting = nesting_of(env)
     leaf = nesting.leaf
     is_gym = isinstance(leaf, GymWrapper)
     repeats_task = bool(getattr(type(leaf), "repeats_task", False))
-    if is_gym and nesting.is_vector:
-        _check_autoreset(leaf)
+    autoreset = getattr(getattr(leaf, "_env", None), "autoreset_mode", None)
+    if is_gym and nesting.is_vector and getattr(autoreset, "name", None) != "DISABLED":
+        raise ValueError(
+            "a trial over a Gymnasium vector environment needs autoreset_mode="
+            f"AutoresetMode.DISABLED, got {autoreset}: it would start a new task before the old "
+            "one can be repeated. Pass it to SyncVectorEnv or AsyncVectorEnv."
+        )
     if repeat is None:
         repeat = "env" if repeats_task or not is_gym else "seed"
     if not (repeats_task if repeat == "env" else is_gym):
@@ -307,13 +301,3 @@ def make_repeater(
     if repeat == "options":
         return OptionsRepeater(nesting, options)
     return SeedRepeater(nesting, env.batch_size.numel())
-
-
-def _check_autoreset(env: GymWrapper) -> None:
-    mode = getattr(getattr(env._env, "autoreset_mode", None), "name", None)
-    if mode != "DISABLED":
-        raise ValueError(
-            "a trial over a Gymnasium vector environment needs "
-            f"autoreset_mode=AutoresetMode.DISABLED, got {mode}: it would start a new task before "
-            "the old one can be repeated. Pass it to SyncVectorEnv or AsyncVectorEnv."
-        )

@@ -44,19 +44,18 @@ class TrialTransform(StepTransform):
 
     Writes (``next`` of step t equals the root of step t+1 within a trial), also declared as state:
 
-    =================== ========= ==================================================================
-    key                 dtype     value, shape ``[*B, 1]``
-    =================== ========= ==================================================================
-    ``time_idx``        int64     steps since the trial began, from 0
-    ``episode_idx``     int64     number of the episode, from 0; at most ``episodes - 1``: the step
-                                  that ends the trial begins no episode, so doesn't count up
-    ``soft_reset``      bool      first step of an episode, the trial's first step included
-    ``episode_return``  float32   return of the episode that the last step belonged to, that step
-                                  included; 0 at the trial's start
-    ``trial_progress``  float32   fraction of the trial that is used up, in [0, 1): ``episode_idx /
-                                  episodes``, ``time_idx / horizon`` or the larger of both; kept in
-                                  the step that ends the trial; absent if ``show_progress=False``
-    =================== ========= ==================================================================
+    ================== ======= =====================================================================
+    key                dtype   value, shape ``[*B, 1]``
+    ================== ======= =====================================================================
+    ``time_idx``       int64   steps since the trial began, from 0
+    ``episode_idx``    int64   number of the episode, from 0; not counted up when the trial ends
+    ``soft_reset``     bool    first step of an episode, the trial's first step included
+    ``episode_return`` float32 return of the episode that the last step belonged to, that step
+                               included; 0 at the trial's start
+    ``trial_progress`` float32 fraction of the trial that is used up, in [0, 1): ``episode_idx /
+                               episodes``, ``time_idx / horizon`` or the larger of both; kept in the
+                               step that ends the trial; absent if ``show_progress=False``
+    ================== ======= =====================================================================
 
     Ways to repeat a task:
 
@@ -64,13 +63,12 @@ class TrialTransform(StepTransform):
       the rows reset with the keyword ``repeat_task=True`` (or, without the keyword, with an entry
       ``repeat_task`` in the reset tensordict, bool ``[*B, 1]``).
     - ``"seed"``: for Gymnasium environments whose task depends on the reset seed. A new trial draws
-      a task seed and resets with it, each episode resets with it again. So whatever else the seed
-      decides is repeated as well. A new trial costs two resets: TorchRL's own comes first.
-      ``set_seed`` makes the tasks reproducible.
+      a seed, and each of its episodes resets with it, which repeats all else that the seed decides,
+      too. A new trial costs two resets: TorchRL's own comes first. ``set_seed`` decides the seeds.
     - ``"options"``: soft resets call ``reset(options=options)``.
     - a function ``(env, reset_mask, tensordict) -> tensordict`` that starts a new episode in the
-      rows of ``reset_mask``, bool ``[*B, 1]``. Its arguments are the environment under the
-      transforms, and the step's next tensordict.
+      rows of ``reset_mask``, bool ``[*B, 1]``, of the environment under the transforms, after the
+      step's next tensordict.
 
     Batched environments may be outside or inside: seeds and options reach each row of
     ``SerialEnv``, ``ParallelEnv`` and ``GymWrapper(SyncVectorEnv(autoreset_mode=DISABLED))``.
@@ -92,10 +90,10 @@ class TrialTransform(StepTransform):
             entries to write.
 
     Raises:
-        ValueError: if an argument is out of its range, or, once the transform is used, if the
-            environment cannot repeat a task, has several done flags, already has transforms
-            that must outlive an episode (:class:`PreviousStepTransform`, ``InitTracker``), or gets
-            some that step it several times (``FrameSkipTransform``, ``MultiAction``).
+        ValueError: once the transform is used, if the environment cannot repeat a task, has several
+            done flags, already has transforms that must outlive an episode
+            (:class:`PreviousStepTransform`, ``InitTracker``), or gets some that step it several
+            times (``FrameSkipTransform``, ``MultiAction``).
         RuntimeError: if it is called outside of an environment, as in a replay buffer.
 
     Examples:
@@ -143,7 +141,6 @@ class TrialTransform(StepTransform):
         self.episode_return_key = episode_return_key
         self.time_idx_key = time_idx_key
         self._repeater: Repeater | None = None
-        self._inner: InnerEnv | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -166,23 +163,16 @@ class TrialTransform(StepTransform):
             )
 
     def set_container(self, container: Transform | EnvBase) -> None:
-        self._repeater = self._inner = None
+        self._repeater = None
         super().set_container(container)
 
     def reset_parent(self) -> None:
-        self._repeater = self._inner = None
+        self._repeater = None
         super().reset_parent()
 
-    def empty_cache(self) -> None:
-        # Not the repeater: it knows the tasks that the rows are at.
-        self._inner = None
-        super().empty_cache()
-
     def _get_inner(self) -> InnerEnv:
-        if self._inner is None:
-            before, _, env = self._neighbours()
-            self._inner = InnerEnv(env.base_env, before)
-        return self._inner
+        before, _, env = self._neighbours()
+        return InnerEnv(env.base_env, before)
 
     def _get_repeater(self) -> Repeater:
         if self._repeater is None:
@@ -231,8 +221,7 @@ class TrialTransform(StepTransform):
         soft_reset = written[self.soft_reset_key]
         self._write(tensordict, after, written)
         if soft_reset.any():
-            inner = self._get_inner()
-            reset = self._get_repeater().soft_reset(inner, soft_reset, after)
+            reset = self._get_repeater().soft_reset(self._get_inner(), soft_reset, after)
             _begin_episodes(after, reset, soft_reset)
         return after
 

@@ -5,14 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
-from torchrl.envs import (
-    ActionScaling,
-    Compose,
-    EnvBase,
-    GymWrapper,
-    InitTracker,
-    TransformedEnv,
-)
+from torchrl.envs import ActionScaling, Compose, EnvBase, GymWrapper, InitTracker, TransformedEnv
 
 from torchrl_amago.action_space import is_finitely_bounded, is_in_policy_scale
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
@@ -37,13 +30,7 @@ def make_trial_env(
         base: TorchRL environment, or a Gymnasium environment (wrapped with integer actions).
             Transforms that it already has stay in place, before the new ones. A Gymnasium vector
             environment needs ``autoreset_mode=AutoresetMode.DISABLED``.
-        episodes: number of episodes.
-        horizon: number of steps.
-        trial: other arguments: see :class:`TrialTransform`.
-
-    Raises:
-        ValueError: if the arguments don't describe a trial, the environment cannot repeat a task,
-            or its action space is not supported.
+        episodes, horizon, trial: length and other arguments of :class:`TrialTransform`.
 
     Examples:
         >>> import gymnasium as gym

@@ -1,8 +1,7 @@
 """Random lakes in batches: all crossable, and split into those for training and held-out ones.
 
 The distribution is Gymnasium's ``generate_random_map``: every cell but the start and the goal is
-safe with probability 0.8, and a lake that cannot be crossed is drawn anew. Here thousands are
-drawn at once, and only those that failed are redrawn, which leaves the same distribution.
+safe with probability 0.8, and a lake that cannot be crossed is drawn anew.
 """
 
 from __future__ import annotations
@@ -66,9 +65,9 @@ def is_crossable(holes: Tensor) -> Tensor:
 def in_split(holes: Tensor, layouts: LakeSplit) -> Tensor:
     """Test which lakes belong to a split. The result depends on the layout alone, never on a seed.
 
-    A fixed 64-bit hash of the hole pattern puts about one layout in four in ``"heldout"`` and the
-    rest in ``"train"``, so that the two have no lake in common on any machine, in any run.
-    ``holes`` is bool ``[*L, S, S]``, the result bool ``[*L]``.
+    A fixed 64-bit hash puts about one layout in four in ``"heldout"`` and the rest in ``"train"``,
+    so that the two have no lake in common on any machine, in any run. ``holes`` is bool
+    ``[*L, S, S]``, the result bool ``[*L]``.
 
     Examples:
         >>> import torch
@@ -101,15 +100,15 @@ def random_lakes(
 ) -> Tensor:
     """Draw lakes that can all be crossed, from Gymnasium's distribution, on the generator's device.
 
+    Returns bool ``[num, size, size]``, True at holes; the start is cell (0, 0), the goal
+    (size-1, size-1).
+
     Args:
         num: number of lakes.
-        size: cells per side, at least 2. The start is cell (0, 0), the goal (size-1, size-1).
-        generator: source of randomness, on the device of the lakes. Defaults to torch's CPU one.
+        size: cells per side, at least 2.
+        generator: source of randomness; by default torch's for the CPU.
         p_safe: probability that a cell is safe before the lake is checked.
         layouts: draw from all lakes, or only from the ``"train"`` or the ``"heldout"`` ones.
-
-    Returns:
-        bool ``[num, size, size]``, True at holes.
 
     Raises:
         ValueError: if an argument is out of its range.
@@ -143,8 +142,7 @@ def enumerate_lakes(
 ) -> tuple[Tensor, Tensor]:
     """Enumerate the lakes that :func:`random_lakes` can draw, with their exact probabilities.
 
-    Returns:
-        ``(holes, probability)``: bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
+    Returns bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
 
     Raises:
         ValueError: if size is outside 2 to 4, or another argument is out of its range.

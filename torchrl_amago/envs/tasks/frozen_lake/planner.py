@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchrl_amago._validation import check_counts
-from torchrl_amago.envs.tasks.frozen_lake.layouts import P_SAFE, LakeSplit, enumerate_lakes
+from torchrl_amago.envs.tasks.frozen_lake.layouts import enumerate_lakes
 
 # Digits to which two plans count as equally good. Their values are sums of at most a few thousand
 # products, so that rounding errors stay far below, and real differences far above.
@@ -26,16 +26,10 @@ _Plan = tuple[tuple[float, ...], int | None]
 
 
 class BayesOptimum(NamedTuple):
-    """The expected results of the Bayes-optimal agent.
+    """The expected results of the Bayes-optimal agent."""
 
-    Attributes:
-        expected_return: expected undiscounted return of a trial: successful episodes, at most k.
-        success_by_episode: probability of success at each of the k episodes. Their sum is
-            ``expected_return``. Several optimal agents may differ here: see :class:`LakePlanner`.
-    """
-
-    expected_return: float
-    success_by_episode: tuple[float, ...]
+    expected_return: float  # undiscounted, of a trial: the number of successful episodes
+    success_by_episode: tuple[float, ...]  # sums up to the return; see LakePlanner for ties
 
 
 class Belief(NamedTuple):
@@ -77,8 +71,7 @@ class LakePlanner:
         size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, a minute and 2 GB on 4x4).
         episodes: episodes per trial, k.
         max_episode_steps: steps per episode, T. Defaults to size*size, as in ``MetaFrozenLake``.
-        p_safe: probability that a cell is safe before unsolvable lakes are redrawn.
-        layouts: the prior: all lakes, or those of one split, known to the agent.
+        prior: ``p_safe`` and ``layouts`` of :func:`enumerate_lakes`, both known to the agent.
 
     Raises:
         ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
@@ -91,15 +84,9 @@ class LakePlanner:
     """
 
     def __init__(
-        self,
-        size: int = 3,
-        episodes: int = 5,
-        max_episode_steps: int | None = None,
-        *,
-        p_safe: float = P_SAFE,
-        layouts: LakeSplit = "all",
+        self, size: int = 3, episodes: int = 5, max_episode_steps: int | None = None, **prior: Any
     ) -> None:
-        self._mass = _belief_mass(size, p_safe, layouts)
+        self._mass = _belief_mass(size, **prior)
         steps = size * size if max_episode_steps is None else max_episode_steps
         remedy = "The standard 3x3 task has 5 episodes of 9 steps."
         check_counts(remedy, episodes=episodes, max_episode_steps=steps)
@@ -209,7 +196,7 @@ def bayes_optimal_success(
 ) -> BayesOptimum:
     """Compute the exact optimum of k episodes at an unknown lake.
 
-    Arguments: see :class:`LakePlanner`; ``prior`` is its ``p_safe`` and ``layouts``.
+    Arguments: see :class:`LakePlanner`.
 
     Examples:
         >>> from torchrl_amago.envs.tasks import bayes_optimal_success
@@ -226,13 +213,13 @@ def _preference(plan: _Plan) -> tuple[float, ...]:
     return tuple(round(value, _DIGITS) for value in (sum(success), *success))
 
 
-def _belief_mass(size: int, p_safe: float, layouts: LakeSplit) -> list[float]:
+def _belief_mass(size: int, **prior: Any) -> list[float]:
     """Compute every belief's prior probability, by its base-3 code (unknown, safe, hole).
 
     Unknown is the sum of the other two. Adding that entry along one cell's axis after another
     gives all ``3**free`` sums with one addition each.
     """
-    holes, probability = enumerate_lakes(size, p_safe, layouts=layouts)
+    holes, probability = enumerate_lakes(size, **prior)
     free = size * size - 2
     pattern = (holes.flatten(1)[:, 1:-1].long() << torch.arange(free)).sum(-1)
     mass = torch.zeros(2**free, dtype=torch.float64).index_put_((pattern,), probability)

@@ -41,10 +41,8 @@ class MetaFrozenLake(GridTask):
     probability 0.8 (Gymnasium's ``generate_random_map``). The task is the Meta-FrozenLake of
     `AMAGO-2 <https://arxiv.org/abs/2411.11188>`_'s code base, without its loop over episodes.
 
-    Keys:
-        - ``observation``: float32 ``[*B, 2]``, the agent's coordinates.
-        - ``terminated`` at the goal or in a hole; ``truncated`` at the step limit, if not
-          terminated.
+    ``observation``: float32 ``[*B, 2]``, the agent's coordinates. ``terminated`` at the goal or in
+    a hole.
 
     Args:
         size: cells per side, at least 2.
@@ -63,7 +61,6 @@ class MetaFrozenLake(GridTask):
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
-        >>> import torch
         >>> from torchrl_amago.envs.tasks import MetaFrozenLake
         >>> env = MetaFrozenLake(size=3, batch_size=[4], seed=0)
         >>> env.rollout(3, break_when_any_done=False)["observation"].shape

@@ -23,17 +23,10 @@ SMALLEST_SIZE = 7
 def random_mazes(num: int, size: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw mazes whose free cells are all connected, on the generator's device.
 
-    The lower part is the same in all of them, a lobby: a passage from side to side, and below it,
-    three cells deep, an alley in the middle, where the agent starts (:func:`start_cell`), between a
-    room on the left and one on the right.
-
-    Args:
-        num: how many.
-        size: cells per side, odd and at least 7.
-        generator: source of randomness, on the device of the mazes. Defaults to torch's CPU one.
-
-    Returns:
-        bool ``[num, size, size]``, True at walls. The outermost cells are walls.
+    Returns bool ``[num, size, size]``, True at walls; the outermost cells are walls. ``size`` is
+    odd and at least 7. The lower part is the same in all mazes, a lobby: a passage from side to
+    side, and below it, three cells deep, an alley in the middle, where the agent starts
+    (:func:`start_cell`), between a room on the left and one on the right.
 
     Examples:
         >>> import torch
@@ -60,16 +53,7 @@ def start_cell(size: int) -> int:
 
 
 def random_goals(walls: Tensor, num_goals: int, generator: torch.Generator | None = None) -> Tensor:
-    """Draw goals of each maze: free cells, all different, none of them the start.
-
-    Args:
-        walls: bool ``[N, S, S]``.
-        num_goals: k.
-        generator: source of randomness.
-
-    Returns:
-        int64 ``[N, k]``, in the order in which they are to be reached.
-    """
+    """Draw k goals of each maze, bool ``[N, S, S]``: different free cells, int64 ``[N, k]``."""
     score = torch.rand(walls.shape, generator=generator, device=walls.device)
     score = score.masked_fill(walls, -1.0).flatten(1)
     score[:, start_cell(walls.shape[-1])] = -1.0
@@ -100,7 +84,8 @@ def _grown_walls(num: int, size: int, generator: torch.Generator | None) -> Tens
             return wall[:, _RIM:-_RIM, _RIM:-_RIM].clone()
         uniform_N4 = torch.rand(is_free_N4.shape, generator=generator, device=device)
         step_N = offset_4.take(torch.where(is_free_N4, uniform_N4, -1.0).argmax(-1))
-        begin_N = maze_N + _random_nodes(num, size, width, generator)
+        node_2N = torch.randint(size // 2 + 1, (2, num), generator=generator, device=device)
+        begin_N = maze_N + (_RIM + 2 * node_2N[0]) * width + _RIM + 2 * node_2N[1]
         between_N = torch.where(grows_N, node_N + step_N, node_N)
         node_N = torch.where(grows_N, node_N + 2 * step_N, torch.where(begins_N, begin_N, node_N))
         flat.index_fill_(0, between_N, True)
@@ -108,22 +93,11 @@ def _grown_walls(num: int, size: int, generator: torch.Generator | None) -> Tens
         remaining_N -= begins_N.long()
 
 
-def _random_nodes(num: int, size: int, width: int, generator: torch.Generator | None) -> Tensor:
-    """Draw nodes as cells of the widened grid, int64 ``[num]``."""
-    device = None if generator is None else generator.device
-    node = torch.randint(size // 2 + 1, (2, num), generator=generator, device=device)
-    return (_RIM + 2 * node[0]) * width + _RIM + 2 * node[1]
-
-
 def depth_table(walls: Tensor) -> Tensor:
-    """Count the free cells between each cell and the next wall in four directions.
+    """Count the free cells between each cell and the next wall, for walls bool ``[N, S, S]``.
 
-    Args:
-        walls: bool ``[N, S, S]``, True at walls; the outermost cells are walls.
-
-    Returns:
-        float32 ``[N, S * S, 4]``, divided by S: west (left), north (up), east, south. Entries of
-        cells that are walls themselves mean nothing.
+    Returns float32 ``[N, S * S, 4]``, divided by S: west (left), north (up), east, south. The
+    outermost cells must be walls; entries of walls themselves mean nothing.
 
     Examples:
         >>> import torch
@@ -134,18 +108,15 @@ def depth_table(walls: Tensor) -> Tensor:
     """
     size = walls.shape[-1]
     depths = [
-        _free_before(walls, -1),
-        _free_before(walls, -2),
-        _free_before(walls.flip(-1), -1).flip(-1),
-        _free_before(walls.flip(-2), -2).flip(-2),
+        _free_to_the_west(walls),
+        _free_to_the_west(walls.mT).mT,
+        _free_to_the_west(walls.flip(-1)).flip(-1),
+        _free_to_the_west(walls.mT.flip(-1)).flip(-1).mT,
     ]
     return torch.stack(depths, -1).flatten(1, 2) / size
 
 
-def _free_before(walls: Tensor, dim: int) -> Tensor:
-    """Count the free cells between each cell and the last wall before it along a dimension."""
-    shape = [1, 1, 1]
-    shape[dim] = walls.shape[dim]
-    place = torch.arange(walls.shape[dim], device=walls.device).view(shape)
-    last_wall = torch.where(walls, place, 0).cummax(dim).values
+def _free_to_the_west(walls: Tensor) -> Tensor:
+    place = torch.arange(walls.shape[-1], device=walls.device)
+    last_wall = torch.where(walls, place, 0).cummax(-1).values
     return place - 1 - last_wall

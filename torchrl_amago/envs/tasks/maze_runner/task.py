@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torchrl.data import Bounded, Composite
+from torchrl.data import Bounded
 
 from torchrl_amago.envs.tasks._canvas import PLATE, Canvas
 from torchrl_amago.envs.tasks.grid_task import MOVES, GridTask, check_size
@@ -55,7 +55,6 @@ class MazeRunner(GridTask):
           -1 for those reached.
         - ``achieved``: float32 ``[*B, 1, 2]``, the agent's coordinates again. It is for hindsight,
           not for the policy: ``make_policy(..., obs_keys=["observation", "goals"])``.
-        - ``terminated`` at the last goal; ``truncated`` at the step limit, if not terminated.
 
     ``make_trial_env(MazeRunner(...), episodes=1)`` makes it a trial of one episode; the agent sees
     the time, so that a trial that is out of time may count as terminated, as is the default there.
@@ -67,7 +66,6 @@ class MazeRunner(GridTask):
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
-        >>> import torch
         >>> from torchrl_amago.envs.tasks import MazeRunner
         >>> maze = MazeRunner(size=7, num_goals=2, batch_size=[4], seed=0)
         >>> steps = maze.rollout(3, break_when_any_done=False)
@@ -91,8 +89,22 @@ class MazeRunner(GridTask):
             )
         super().__init__(size, 7, max_episode_steps=max_episode_steps, **shared)
         self.num_goals = num_goals
-        self._make_goal_specs()
-        self._make_buffers()
+        for key, num, low in (("goals", num_goals, _REACHED), ("achieved", 1, 0.0)):
+            shape = (*self.batch_size, num, 2)
+            self.observation_spec[key] = Bounded(low, 1.0, shape=shape, device=self.device)
+        rows, cells = self.num_rows, size**2
+        # After the positions of all cells, the one that is shown of reached goals.
+        reached = torch.full((1, 2), _REACHED, device=self.device)
+        self._constant("_positions", torch.cat([self._positions, reached]))
+        self._constant("_steps", torch.tensor(MOVES) @ torch.tensor([size, 1]))
+        self._state("_walls", torch.ones(rows, cells, dtype=torch.bool))
+        self._state("_depth", torch.zeros(rows, cells, 4))
+        self._state("_goals", torch.zeros(rows, num_goals, dtype=torch.int64))
+        self._state("_num_reached", torch.zeros(rows, dtype=torch.int64))
+        stock = max(rows, _MIN_STOCK)
+        self._state("_stock_walls", torch.ones(stock, cells, dtype=torch.bool))
+        self._state("_stock_depth", torch.zeros(stock, cells, 4))
+        self._state("_stock_left", torch.zeros((), dtype=torch.int64))
 
     @property
     def walls(self) -> Tensor:
@@ -103,33 +115,6 @@ class MazeRunner(GridTask):
     def goals(self) -> Tensor:
         """All goals' cells, reached or not, a new int64 tensor ``[*B, k, 2]``."""
         return self._coordinates(self._goals)
-
-    def _make_goal_specs(self) -> None:
-        def places(num: int, low: float) -> Bounded:
-            return Bounded(low, 1.0, shape=(*self.batch_size, num, 2), device=self.device)
-
-        self.observation_spec = Composite(
-            observation=self.observation_spec["observation"],
-            goals=places(self.num_goals, _REACHED),
-            achieved=places(1, 0.0),
-            shape=self.batch_size,
-            device=self.device,
-        )
-
-    def _make_buffers(self) -> None:
-        rows, cells = self.num_rows, self.size**2
-        # After the positions of all cells, the one that is shown of reached goals.
-        reached = torch.full((1, 2), _REACHED, device=self.device)
-        self._constant("_positions", torch.cat([self._positions, reached]))
-        self._constant("_steps", torch.tensor(MOVES) @ torch.tensor([self.size, 1]))
-        self._state("_walls", torch.ones(rows, cells, dtype=torch.bool))
-        self._state("_depth", torch.zeros(rows, cells, 4))
-        self._state("_goals", torch.zeros(rows, self.num_goals, dtype=torch.int64))
-        self._state("_num_reached", torch.zeros(rows, dtype=torch.int64))
-        stock = max(rows, _MIN_STOCK)
-        self._state("_stock_walls", torch.ones(stock, cells, dtype=torch.bool))
-        self._state("_stock_depth", torch.zeros(stock, cells, 4))
-        self._state("_stock_left", torch.zeros((), dtype=torch.int64))
 
     def _set_seed(self, seed: int | None) -> None:
         super()._set_seed(seed)
