@@ -203,13 +203,14 @@ class BatchedTask(EnvBase):
             self._has_task.index_fill_(0, rows, True)
         self._num_steps.masked_fill_(selected, 0)
         self._begin_episodes(selected)
-        flags = torch.zeros((3, *self.batch_size, 1), dtype=torch.bool, device=new_task.device)
-        return self._outcome(*flags)
+        done = torch.zeros((3, *self.batch_size, 1), dtype=torch.bool, device=new_task.device)
+        return self._outcome(done[0], done[1], done[2])
 
     def _rows(self, mask: bool | Tensor) -> Tensor:
         """Return a reset mask ``[*B, 1]``, or one value for all rows, as bool ``[rows]``."""
-        mask = torch.as_tensor(mask, dtype=torch.bool, device=self._has_task.device)
-        return mask.reshape(-1).expand_as(self._has_task)
+        if isinstance(mask, Tensor):
+            return mask.reshape(-1).expand_as(self._has_task)
+        return torch.full_like(self._has_task, mask)
 
     def _outcome(self, done: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
         return TensorDict(

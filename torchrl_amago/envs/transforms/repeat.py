@@ -207,9 +207,10 @@ class SeedRepeater(Repeater):
 
     def _reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
         seeds: list[int | None] = [None] * mask.numel()
-        for row in _rows(mask):
+        rows = _rows(mask)
+        for row in rows:
             seeds[row] = self._task_seed[row]
-        if mask.sum() > sum(seed is not None for seed in seeds):
+        if any(seeds[row] is None for row in rows):
             raise RuntimeError(
                 "another episode needs the seed of its trial's task, and there is none: the rows "
                 "were not reset since the trial transform was put into this environment. Call "
@@ -222,11 +223,12 @@ class SeedRepeater(Repeater):
             if seed is not None and seed != self._last_seen[row]:  # set_seed was called
                 self._row_seed[row] = seed
                 self._num_tasks[row] = 0
-        for row in _rows(mask):
+        rows = _rows(mask)
+        for row in rows:
             self._draw(row)
         out = self._reset(inner, mask)
         self._last_seen = _current_seeds(inner.env)
-        if self._may_warn and any(self._last_seen[row] is None for row in _rows(mask)):
+        if self._may_warn and any(self._last_seen[row] is None for row in rows):
             self._may_warn = False
             warnings.warn(
                 f"{self._nesting.leaf} does not report the seed it was reset with, so set_seed "
@@ -246,7 +248,7 @@ class SeedRepeater(Repeater):
 
 
 def _rows(mask: Tensor) -> list[int]:
-    return mask.view(-1).nonzero().view(-1).tolist()
+    return [row for row, is_in in enumerate(mask.view(-1).tolist()) if is_in]
 
 
 def _current_seeds(env: EnvBase) -> list[int | None]:

@@ -141,6 +141,7 @@ class TrialTransform(StepTransform):
         self.episode_return_key = episode_return_key
         self.time_idx_key = time_idx_key
         self._repeater: Repeater | None = None
+        self._inner: InnerEnv | None = None
         self._check_arguments()
 
     def _check_arguments(self) -> None:
@@ -163,16 +164,23 @@ class TrialTransform(StepTransform):
             )
 
     def set_container(self, container: Transform | EnvBase) -> None:
-        self._repeater = None
+        self._repeater = self._inner = None
         super().set_container(container)
 
     def reset_parent(self) -> None:
-        self._repeater = None
+        self._repeater = self._inner = None
         super().reset_parent()
 
+    def empty_cache(self) -> None:
+        # Not the repeater: it knows the tasks that the rows are at.
+        self._inner = None
+        super().empty_cache()
+
     def _get_inner(self) -> InnerEnv:
-        before, _, env = self._neighbours()
-        return InnerEnv(env.base_env, before)
+        if self._inner is None:
+            before, _, env = self._neighbours()
+            self._inner = InnerEnv(env.base_env, before)
+        return self._inner
 
     def _get_repeater(self) -> Repeater:
         if self._repeater is None:
