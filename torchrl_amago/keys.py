@@ -80,8 +80,8 @@ KEY_TABLE: tuple[KeySpec, ...] = (
     KeySpec(ACTION_VECTOR, "*S, *B, G, A", "float32", "loss", "critics that take actions",
             "actions as vectors, with S samples"),
     KeySpec(ACTION_VALUE, "*B, C, G, A or *S, *B, C, G", "float32", "critic ensemble", "loss",
-            "raw values of all actions or of ACTION_VECTOR, for every critic and discount; codecs of "
-            "bins add a dimension"),
+            "raw values of all actions or of ACTION_VECTOR, for every critic and discount; codecs "
+            "of bins add a dimension"),
     KeySpec(ACTION, "*B, one action's", "the action space's", "policy", "environment, loss",
             "action of this step"),
     KeySpec(("next", "reward"), "*B, 1", "float32", "environment", "loss", "reward of this step"),

@@ -31,8 +31,8 @@ def trial_lengths(steps: TensorDictBase) -> list[int]:
     if ends is None:
         raise ValueError(
             "a write must be the steps [N] of whole trials with a flag ('next', 'done'), got steps "
-            f"{[*steps.shape]} with {sorted(map(str, steps.keys(True, True)))}. Use TrialCollector, "
-            "or Collector(..., trajs_per_batch=1)."
+            f"{[*steps.shape]} with {sorted(map(str, steps.keys(True, True)))}. "
+            "Use TrialCollector, or Collector(..., trajs_per_batch=1)."
         )
     last = ends.nonzero().squeeze(-1)
     open_steps = len(steps) - 1 - (int(last[-1]) if len(last) else -1)

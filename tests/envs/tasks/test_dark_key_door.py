@@ -1,4 +1,4 @@
-"""DarkKeyDoor: episodes worked out by hand, the rules as properties against a plain loop, pictures."""
+"""DarkKeyDoor: episodes by hand, the rules as properties against a plain loop, pictures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STAY, DOWN, UP, RIGHT, LEFT = range(5)
 
 
 def furnish(env: DarkKeyDoor, start: tuple, key: tuple, door: tuple) -> TensorDict:
-    """Put start, key and door of all rows where a test wants them; a new episode."""
+    """Place start, key and door of all rows; begin a new episode."""
     env.reset()
     places = {"_start": start, "_key": key, "_door": door}
     state = env.state_dict()

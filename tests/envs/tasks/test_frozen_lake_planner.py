@@ -16,7 +16,7 @@ from torchrl_amago.envs.tasks.frozen_lake import (
 
 
 def optimal_return_by_primitive_actions(size: int, episodes: int, steps: int) -> float:
-    """Independent solver: expectimax over single moves and sets of lakes, no shared code or ideas."""
+    """Solve by expectimax over single moves and sets of lakes: no shared code or ideas."""
     lakes, probability = enumerate_lakes(size)
     holes = lakes.flatten(1).tolist()
     weight = probability.tolist()

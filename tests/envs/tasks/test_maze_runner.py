@@ -1,4 +1,4 @@
-"""MazeRunner: mazes against a plain generator, episodes worked out by hand and against a plain loop, pictures."""
+"""MazeRunner: mazes against a plain generator, episodes by hand and against a plain loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def walls_of(rows: list[str]) -> torch.Tensor:
 
 
 def furnish(env: MazeRunner, goals: list[tuple[int, int]], rows: list[str] = OPEN_7) -> TensorDict:
-    """Put walls and goals of all rows where a test wants them; a new episode."""
+    """Place walls and goals of all rows; begin a new episode."""
     env.reset()
     state = env.state_dict()
     walls = walls_of(rows)

@@ -16,7 +16,7 @@ AHEAD, UP, BACK, DOWN = range(4)
 
 
 def play(env: TMaze, *actions: int, goal: float = 1.0) -> TensorDict:
-    """Reset, set the goal, take actions in all rows: steps ``[rows, T]``, one-dimensional batches."""
+    """Reset, set the goal, take actions in all rows; returns steps ``[rows, T]``."""
     td = env.reset()
     env.load_state_dict({**env.state_dict(), "_goal": torch.full((env.num_rows,), goal)})
     td = env.reset(repeat_task=True)

@@ -42,7 +42,7 @@ def single_trial_env(first_task: int = 0, **kwargs) -> TransformedEnv:
 
 
 def batched_env(kind: str, rows: int, **kwargs) -> TransformedEnv | SerialEnv | ParallelEnv:
-    """Trials over `rows` rows, each starting at task 100 * row, assembled in one of several ways."""
+    """Make trials over rows, each starting at task 100 * row, in one of several ways."""
     inside = [partial(single_trial_env, 100 * row, **kwargs) for row in range(rows)]
     outside = [partial(CountingEnv, (), 100 * row) for row in range(rows)]
     if kind == "native":

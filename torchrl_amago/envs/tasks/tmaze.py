@@ -59,7 +59,7 @@ class TMaze(BatchedTask):
         penalty: cost of each such step. Defaults to ``1 / (max_episode_steps - 1)``, as in the
             paper, which is also its maximum.
         penalize: the steps that cost: ``"behind"`` or ``"dawdling"``.
-        show_time: observe the time step. A trajectory encoder with positions knows it anyway.
+        show_time: observe the time step, which encoders with positions have anyway.
         oracle: show the goal at every step: then no memory is needed (the ablation).
         shared: other arguments: see :class:`BatchedTask`.
 

@@ -59,7 +59,7 @@ class TrialTransform(StepTransform):
 
     Ways to repeat a task:
 
-    - ``"env"``: the environment says ``repeats_task = True`` and its ``_reset`` keeps the task in
+    - ``"env"``: the environment has ``repeats_task = True`` and its ``_reset`` keeps the task in
       the rows reset with the keyword ``repeat_task=True`` (or, without the keyword, with an entry
       ``repeat_task`` in the reset tensordict, bool ``[*B, 1]``).
     - ``"seed"``: for Gymnasium environments whose task depends on the reset seed. A new trial draws
@@ -172,7 +172,7 @@ class TrialTransform(StepTransform):
         super().reset_parent()
 
     def empty_cache(self) -> None:
-        # Not the repeater: it knows the tasks that the rows are at.
+        # Not the repeater: it holds the tasks that the rows are at.
         self._inner = None
         super().empty_cache()
 

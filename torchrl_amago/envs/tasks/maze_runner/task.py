@@ -25,7 +25,7 @@ from torchrl_amago.envs.tasks.maze_runner._layouts import (
     start_cell,
 )
 
-# Shown in place of a goal that is reached; no cell has such coordinates.
+# Stands for a goal that is reached; no cell has such coordinates.
 _REACHED = -1.0
 
 # Mazes are drawn this many at once (at least), and kept: drawing one costs as much as drawing all.
@@ -42,7 +42,7 @@ class MazeRunner(GridTask):
 
     The reward is 1 at each step that ends at the next goal; the last goal ends the episode. A task
     is a maze, the goals' cells in it (free, uniform, all different, never the start) and, with
-    ``randomize_actions``, what the actions do. The agent starts at the bottom of the lobby's middle
+    ``randomize_actions``, the actions' meanings. The agent starts at the bottom of the lobby's middle
     alley. Walls and the lobby are as in the authors' code base
     (:func:`~torchrl_amago.envs.tasks.maze_runner._layouts.random_mazes`); goals are shown as
     coordinates divided by ``size``, there as cells.
@@ -93,7 +93,7 @@ class MazeRunner(GridTask):
             shape = (*self.batch_size, num, 2)
             self.observation_spec[key] = Bounded(low, 1.0, shape=shape, device=self.device)
         rows, cells = self.num_rows, size**2
-        # After the positions of all cells, the one that is shown of reached goals.
+        # After the positions of all cells, the stand-in for reached goals.
         reached = torch.full((1, 2), _REACHED, device=self.device)
         self._constant("_positions", torch.cat([self._positions, reached]))
         self._constant("_steps", torch.tensor(MOVES) @ torch.tensor([size, 1]))
@@ -164,8 +164,8 @@ class MazeRunner(GridTask):
         out = super()._outcome(done, terminated, truncated)
         order = torch.arange(self.num_goals, device=self._goals.device)
         is_reached = order < self._num_reached.unsqueeze(-1)
-        shown = torch.where(is_reached, self.size**2, self._goals)
-        goals = self._positions.index_select(0, shown.flatten())
+        cells = torch.where(is_reached, self.size**2, self._goals)
+        goals = self._positions.index_select(0, cells.flatten())
         out.set("goals", goals.view(*self.batch_size, self.num_goals, 2))
         return out.set("achieved", self._position().view(*self.batch_size, 1, 2))
 
