@@ -21,9 +21,15 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOut, MetaFrozenLake, make_policy, make_trainer, make_trial_env
+from torchrl_amago import (
+    HeldOutEvaluator,
+    MetaFrozenLake,
+    make_policy,
+    make_trainer,
+    make_trial_env,
+)
 from torchrl_amago.envs import bayes_optimal_success
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, TrialResults
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults, TrialResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
 
 
@@ -72,7 +78,7 @@ def train(
     args: Args,
     policy_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
-) -> BothResults:
+) -> EvaluationResults:
     """Train and evaluate; options of the policy and the loss win over those of `args`."""
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
@@ -85,7 +91,7 @@ def train(
     )
     layouts = "heldout" if args.hold_out_layouts else "all"
     eval_env = make_env(args, min(256, args.eval_trials), layouts, seed=HELD_OUT_SEED)
-    held_out = HeldOut(policy, eval_env)
+    held_out = HeldOutEvaluator(policy, eval_env)
     trainer = make_trainer(
         env,
         policy,

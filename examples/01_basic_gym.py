@@ -26,8 +26,15 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOut, HLGauss, PopArt, make_policy, make_trainer, make_trial_env
-from torchrl_amago.evaluation import BothResults, rollout_pictures
+from torchrl_amago import (
+    HeldOutEvaluator,
+    HLGauss,
+    PopArt,
+    make_policy,
+    make_trainer,
+    make_trial_env,
+)
+from torchrl_amago.evaluation import EvaluationResults, rollout_pictures
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 
 # What stays visible under --mask-velocities: cart position and pole angle; cosine and sine of the angle.
@@ -171,7 +178,7 @@ def loss_options(args: Args) -> dict[str, Any]:
     return options
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     length = trial_length(args)
     context_length = min(args.context_length, length)
@@ -185,7 +192,7 @@ def train(args: Args) -> BothResults:
         # Relative, since it doesn't matter how long an episode has lasted.
         **args.policy_options(positions="rotary", window=context_length),
     )
-    held_out = HeldOut(policy, make_env(args, min(64, args.eval_trials)))
+    held_out = HeldOutEvaluator(policy, make_env(args, min(64, args.eval_trials)))
     critic_options = dict(action_gain=args.action_gain) if args.loss == "amago2" else {}
     trainer = make_trainer(
         env,

@@ -23,8 +23,8 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOut, TMaze, make_policy, make_trainer, make_trial_env
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago import HeldOutEvaluator, TMaze, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 
 
@@ -68,7 +68,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(maze, episodes=1, show_progress=False)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     trial_length = env.base_env.max_episode_steps
@@ -85,7 +85,7 @@ def train(args: Args) -> BothResults:
         **args.policy_options(longest_memory=trial_length),
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
-    held_out = HeldOut(policy, eval_env)
+    held_out = HeldOutEvaluator(policy, eval_env)
     trainer = make_trainer(
         env,
         policy,

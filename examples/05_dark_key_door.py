@@ -23,8 +23,8 @@ import torch
 from common import TrainingArgs, run_command_line, train_and_evaluate
 from torchrl.envs import EnvBase
 
-from torchrl_amago import DarkKeyDoor, HeldOut, make_policy, make_trainer, make_trial_env
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, TrialResults
+from torchrl_amago import DarkKeyDoor, HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults, TrialResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
 
 THROUGH_DOOR = 1.0  # an episode succeeds if its return is larger: key and door
@@ -69,7 +69,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(room, horizon=args.horizon, show_progress=args.show_progress)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     policy = make_policy(
@@ -82,7 +82,7 @@ def train(args: Args) -> BothResults:
         **args.policy_options(),
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
-    held_out = HeldOut(policy, eval_env, success_threshold=THROUGH_DOOR)
+    held_out = HeldOutEvaluator(policy, eval_env, success_threshold=THROUGH_DOOR)
     trainer = make_trainer(
         env,
         policy,

@@ -28,7 +28,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
-    HeldOut,
+    HeldOutEvaluator,
     PopArt,
     TrialMixture,
     make_policy,
@@ -36,7 +36,7 @@ from torchrl_amago import (
     make_trial_buffer,
     make_trial_env,
 )
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.offline import load_trials, read_minari
 from torchrl_amago.plots import plot_learning_curve
 
@@ -149,7 +149,7 @@ def make_replay(
     return mixture, float(np.mean(report.returns))
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     dataset = find_dataset(args)
     length = dataset.env_spec.max_episode_steps
@@ -165,7 +165,7 @@ def train(args: Args) -> BothResults:
         **args.policy_options(positions="rotary", window=args.context_length),
     )
     replay, dataset_return = make_replay(args, dataset, env)
-    held_out = HeldOut(policy, make_env(args, dataset, min(64, args.eval_trials)))
+    held_out = HeldOutEvaluator(policy, make_env(args, dataset, min(64, args.eval_trials)))
     options = dict(online_coeff=args.online_coeff, offline_coeff=args.offline_coeff, n_step=3)
     if args.loss == "amago":
         # The published step size averages over a third of this run.

@@ -29,7 +29,7 @@ from common import DEBUG
 
 from torchrl_amago import HLGauss, PopArt, TwoHot
 from torchrl_amago.envs import bayes_optimal_success
-from torchrl_amago.evaluation import BothResults, Interval, TrialResults, interquartile_mean
+from torchrl_amago.evaluation import EvaluationResults, Interval, TrialResults, interquartile_mean
 from torchrl_amago.modules import DISCOUNTS
 from torchrl_amago.trainers import read_progress
 
@@ -119,7 +119,7 @@ class LakeArgs(lake.Args):
         return shlex.join([sys.executable, *sys.argv])
 
 
-def train(args: Args, variant: str, seed: int) -> BothResults:
+def train(args: Args, variant: str, seed: int) -> EvaluationResults:
     folder = args.folder(variant, seed)
     settings = dict(
         run_dir=folder,

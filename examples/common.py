@@ -16,9 +16,9 @@ from typing import Any, Literal, NoReturn
 import torch
 from torchrl import logger as torchrl_logger
 
-from torchrl_amago import AMAGOTrainer, HeldOut, load_policy
+from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, load_policy
 from torchrl_amago._files import DamagedError
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.trainers import Intervals
@@ -248,7 +248,9 @@ def run_command_line(
     sys.exit(0)
 
 
-def train_and_evaluate(args: TrainingArgs, trainer: AMAGOTrainer, held_out: HeldOut) -> BothResults:
+def train_and_evaluate(
+    args: TrainingArgs, trainer: AMAGOTrainer, held_out: HeldOutEvaluator
+) -> EvaluationResults:
     """Train, from a checkpoint where the flags ask for it; then play and keep the held-out trials.
 
     Args:
@@ -272,7 +274,7 @@ def train_and_evaluate(args: TrainingArgs, trainer: AMAGOTrainer, held_out: Held
         load_policy(trainer.policy_files.best, held_out.policy)
         # A choice among noisy figures favours the lucky ones: other trials tell how good it is.
         held_out.seed += 2
-    results = held_out.evaluate_both(args.eval_trials)
+    results = held_out.evaluate_greedy_and_sampled(args.eval_trials)
     results.save(args.run_dir)
     return results
 

@@ -149,7 +149,7 @@ def train(args: Args) -> None:
 
 def finish(args: Args, actor: Seq) -> None:
     env = make_env(min(256, args.eval_trials))
-    results = amago.HeldOut(actor, env).evaluate_both(args.eval_trials)
+    results = amago.HeldOutEvaluator(actor, env).evaluate_greedy_and_sampled(args.eval_trials)
     results.save(args.run_dir)
     print(results.describe())
     amago.plot_learning_curve(args.run_dir / "progress.csv", args.run_dir / "learning_curve.png")

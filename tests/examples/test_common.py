@@ -21,7 +21,7 @@ from common import DEBUG, TrainingArgs, run_command_line, train_and_evaluate
 
 from torchrl_amago import (
     AMAGOTrainer,
-    HeldOut,
+    HeldOutEvaluator,
     MetaFrozenLake,
     make_policy,
     make_trainer,
@@ -328,14 +328,14 @@ def test_a_script_s_last_evaluation_is_the_chosen_policy_s(tmp_path, final_polic
 
     trainer = FakeTrainer("finished", files)
     args = TrainingArgs(run_dir=tmp_path, eval_trials=8, final_policy=final_policy)
-    results = train_and_evaluate(args, trainer, HeldOut(policy, env, seed=5))
+    results = train_and_evaluate(args, trainer, HeldOutEvaluator(policy, env, seed=5))
 
     assert all(
         torch.equal(x, expected[name])
         for name, x in policy.state_dict().items()
         if isinstance(x, torch.Tensor)
     )
-    again = HeldOut(policy, env, seed=seed).evaluate(8)
+    again = HeldOutEvaluator(policy, env, seed=seed).evaluate(8)
     assert torch.equal(results.greedy.trial_return, again.trial_return)
 
 

@@ -39,11 +39,11 @@ class WeightReport:
             as the policy and the loss were built; check that they equal the AMAGO agent's.
 
     Example:
-        >>> print(WeightReport({"actor.a": "actor.b"}, {"critics.c": "for training"}, ("discounts",)))
+        >>> print(WeightReport({"actor.a": "actor.b"}, {"critics.c": "for training"}, ("bins",)))
         1 loaded
         1 unused: for training
             critics.c
-        1 kept: discounts
+        1 kept: bins
     """
 
     loaded: Mapping[str, str]
@@ -75,8 +75,8 @@ def load_amago_weights(
 
     The policy must have the agent's networks, sizes and discounts, and read the same inputs in the
     same order: observations sorted by name, then the previous reward and action. With a loss,
-    critics, target networks and PopArt's statistics are filled too. Make
-    :class:`~torchrl.objectives.SoftUpdate` before, since it copies the online weights to the targets.
+    critics, target networks and PopArt's statistics are filled too; make TorchRL's `SoftUpdate`
+    before, since it copies the online weights to the targets.
 
     Args:
         source: a file that AMAGO wrote, or a state dict; see :func:`read_amago_weights`.
