@@ -52,8 +52,8 @@ def plot_learning_curve(
 ) -> None:
     """Draw logged columns over the steps of a run.
 
-    Several seeds become their mean and its 95% bootstrap interval over seeds, as far as all of them
-    got; the others are interpolated at the first seed's points.
+    Several seeds become their mean with its 95% bootstrap interval, over the steps that all of them
+    reached, interpolated at the first seed's points.
 
     Args:
         runs: the run's table, or a sequence of tables of several seeds; or either by name for
@@ -72,14 +72,12 @@ def plot_learning_curve(
 
     Example:
         >>> import tempfile
-        >>> seeds = [
-        ...     [{"frames": 64 * t, "eval/trial_return": (t + seed) / 10} for t in range(40)]
-        ...     for seed in range(3)
-        ... ]
+        >>> rows = [{"frames": 64 * t, "eval/trial_return": t / 10} for t in range(40)]
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_learning_curve({"agent": seeds}, f"{folder}/learning_curve.png")
+        ...     plot_learning_curve({"agent": [rows, rows, rows]}, f"{folder}/learning_curve.png")
     """
-    tables = {name: _read_seeds(run) for name, run in _by_name(runs, "").items()}
+    runs = runs if isinstance(runs, Mapping) else {"": runs}
+    tables = {name: _read_seeds(run) for name, run in runs.items()}
     logged = {key for seeds in tables.values() for rows in seeds for row in rows for key in row}
     panels = {k: columns for k, columns in (panels or _PANELS).items() if logged & columns.keys()}
     if not panels or x not in logged:
@@ -151,26 +149,25 @@ def plot_adaptation_curve(
     from matplotlib.ticker import MaxNLocator
 
     figure, (ax,) = _figure(1, width=5.2, height=3.6)
-    agents = {
-        name: [run] if isinstance(run, TrialResults) else list(run)
-        for name, run in _by_name(results, "agent").items()
-    }
-    most_episodes = max(run.episode_return.shape[1] for runs in agents.values() for run in runs)
-    marker = "o" if most_episodes <= 20 else None
+    results = results if isinstance(results, Mapping) else {"agent": results}
+    agents = {k: [run] if isinstance(run, TrialResults) else run for k, run in results.items()}
+    num_episodes = max(run.episode_return.shape[1] for runs in agents.values() for run in runs)
+    episodes = range(1, num_episodes + 1)
+    marker = "o" if num_episodes <= 20 else None
     for number, (name, runs) in enumerate(agents.items()):
         colour, label = _COLOURS[number % len(_COLOURS)], name
         if len(runs) > 1:
             label = f"{name}, {len(runs)} seeds"
             for run in runs:
                 values = run.by_episode(measure).nanmean(0).numpy()
-                ax.plot(_episodes(values), values, color=colour, lw=0.8, alpha=0.45)
+                ax.plot(episodes[: len(values)], values, color=colour, lw=0.8, alpha=0.45)
         pooled = TrialResults.concatenate(runs).by_episode(measure).numpy()
         mean, low, high = bootstrap_mean(pooled)
-        ax.fill_between(_episodes(mean), low, high, color=colour, alpha=0.2, lw=0)
-        ax.plot(_episodes(mean), mean, color=colour, marker=marker, ms=5, lw=2, label=label)
+        ax.fill_between(episodes[: len(mean)], low, high, color=colour, alpha=0.2, lw=0)
+        ax.plot(episodes[: len(mean)], mean, color=colour, marker=marker, ms=5, lw=2, label=label)
     if reference is not None:
         ax.plot(
-            _episodes(reference), reference, color=_REFERENCE_COLOUR, ls="--", lw=1.5,
+            range(1, len(reference) + 1), reference, color=_REFERENCE_COLOUR, ls="--", lw=1.5,
             marker=marker and "D", ms=3.5, label=reference_label,
         )  # fmt: skip
     ax.set_xlabel("episode at the same task")
@@ -179,9 +176,9 @@ def plot_adaptation_curve(
     if measure == "success":
         _percent_axis(ax)
     trials = sum(len(run) for runs in agents.values() for run in runs)
-    band = f"95% bootstrap interval, {trials:,} trials"
-    band_colour = _COLOURS[0] if len(agents) == 1 else "#888888"
-    ax.fill_between([], [], color=band_colour, alpha=0.2, lw=0, label=band)
+    label = f"95% bootstrap interval, {trials:,} trials"
+    colour = _COLOURS[0] if len(agents) == 1 else "#888888"
+    ax.fill_between([], [], color=colour, alpha=0.2, lw=0, label=label)
     ax.legend(frameon=False, fontsize=9, loc="lower right" if measure == "success" else "best")
     _finish(figure, path, title)
 
@@ -237,10 +234,6 @@ def plot_trial_strip(
     _finish(figure, path, title, y=0.98, va="top")
 
 
-def _by_name(runs: Any, name: str) -> Mapping[str, Any]:
-    return runs if isinstance(runs, Mapping) else {name: runs}
-
-
 def _read_seeds(run: Table | Sequence[Table]) -> list[list[dict[str, float]]]:
     """Read the tables of one or several seeds; entries that are no finite number are left out."""
     if isinstance(run, str | Path):
@@ -276,10 +269,6 @@ def _draw_mean(ax: Axes, seeds: list[np.ndarray], colour: str, label: str, thin:
         x, mean, color=colour, label=label, lw=0.9 if thin else 1.8, alpha=0.6 if thin else 1.0,
         marker=None if thin or len(x) > 40 else "o", ms=3.5,
     )  # fmt: skip
-
-
-def _episodes(values: Sequence[float]) -> np.ndarray:
-    return np.arange(1, len(values) + 1)
 
 
 def _percent_axis(ax: Axes) -> None:

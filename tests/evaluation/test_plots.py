@@ -24,6 +24,7 @@ def figure(monkeypatch):
         finish(figure, *args, **kwargs)
 
     monkeypatch.setattr(plots, "_finish", record)
+    monkeypatch.setattr(plots, "_DPI", 20)  # drawing takes most of the time
     return lambda: drawn[-1]
 
 

@@ -14,9 +14,9 @@ def test_pictures_of_one_environment_by_episode():
     from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 
     lake = MetaFrozenLake(3, batch_size=(3,))
-    env = make_trial_env(lake, episodes=4)
+    env = make_trial_env(lake, episodes=3)
     episodes = rollout_pictures(env.rand_action, env, env_index=1, greedy=False, seed=5)
-    assert len(episodes) == 4
+    assert len(episodes) == 3
     assert all(2 <= len(episode) <= lake.max_episode_steps + 1 for episode in episodes)
     starts = [episode[0] for episode in episodes]
     # Each episode starts at the same cell of the same lake, and ends elsewhere or at the limit.

@@ -17,12 +17,10 @@ from torchrl_amago.modules import CNNTimestepEncoder, Policy, PopArt
 from torchrl_amago.objectives import AMAGOLoss
 
 # AMAGO's networks that may stay out, with the reason.
+_NO_LOSS = "for training, and no loss was given"
 _UNUSED = {
     "maximized_critics": "a copy of the critics; the loss uses the critics themselves",
-    **dict.fromkeys(
-        ("critics", "target_critics", "target_actor", "popart"),
-        "for training, and no loss was given",
-    ),
+    **dict.fromkeys(("critics", "target_critics", "target_actor", "popart"), _NO_LOSS),
 }
 # Our buffers that AMAGO keeps in its configuration.
 _CONFIGURATION = {"discounts", "bins", "num_outside"}
