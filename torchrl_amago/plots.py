@@ -140,9 +140,7 @@ def plot_adaptation_curve(
     Example:
         >>> import tempfile, torch
         >>> success = torch.rand(200, 5) < torch.tensor([0.5, 0.8, 0.9, 0.95, 0.95])
-        >>> results = TrialResults(
-        ...     success.float(), success, success.sum(1).float(), torch.full((200,), 30)
-        ... )
+        >>> results = TrialResults(success.float(), success, success.sum(1), torch.full((200,), 30))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_adaptation_curve({"memory": results}, f"{folder}/adaptation_curve.png")
     """

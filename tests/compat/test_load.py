@@ -114,7 +114,7 @@ critics = st.fixed_dictionaries(
 
 
 @given(timesteps, seq_models, actors, critics, st.integers(1, 3), st.sampled_from([None, 5, 16]))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_round_trips(timestep, seq_model, actor, critic, num_discounts, num_bins):
     def build() -> tuple[Policy, AMAGOLoss]:
         policy = policy_of(

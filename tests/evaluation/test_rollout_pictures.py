@@ -32,7 +32,7 @@ def test_every_step_has_a_picture_while_others_start_new_trials():
     env = TransformedEnv(ScriptedTrials(script), Compose(RewardSum()))
     episodes = rollout_pictures(act, env, env_index=1)
     values = [[int(picture[0, 0, 0]) for picture in episode] for episode in episodes]
-    # This environment draws what comes next, so an episode's last picture shows the next start.
+    # This environment draws its next state, so an episode's last picture is the next start.
     assert values == [[0, 1, 10], [10, 11, 12, 20]]
 
 

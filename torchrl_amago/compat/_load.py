@@ -195,7 +195,7 @@ def _reason_to_omit(
 
 
 def _input_problems(policy: Policy) -> dict[str, list[str]]:
-    """Compare the order and scale of inputs with AMAGO's, which no shape shows."""
+    """Compare the order and scale of inputs with AMAGO's, since shapes do not depend on them."""
     encoder, problems = policy.encoder.module[0], {}
     read = list(encoder.in_keys)
     if isinstance(encoder, CNNTimestepEncoder):
