@@ -24,14 +24,12 @@ class HalfCheetahVel(gym.Wrapper):
 
     Args:
         max_episode_steps: steps until the time limit truncates an episode.
-        min_velocity: lowest target in m/s.
-        max_velocity: highest target in m/s.
+        min_velocity, max_velocity: lowest and highest target in m/s.
         ctrl_cost_weight: cost of actions.
         options: further arguments of ``gymnasium.make("HalfCheetah-v5")``, such as ``render_mode``.
 
     Raises:
         ImportError: if MuJoCo isn't installed.
-        ValueError: if the velocities are in the wrong order.
 
     Example:
         >>> HalfCheetahVel.SAME_TARGET

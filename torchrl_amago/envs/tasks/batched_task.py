@@ -41,8 +41,7 @@ class BatchedTask(EnvBase):
     ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
 
     ``state_dict()`` holds all that changes (buffers, generator), so that a loaded environment
-    continues exactly. As any module's, it shares its tensors with the environment, which changes
-    them at the next step: ``deepcopy`` one that is to be loaded in the same process.
+    continues exactly. The next step changes its tensors: ``deepcopy`` one to load in this process.
 
     Args:
         observation_bounds: lowest and highest value of each entry of the observation.

@@ -1,7 +1,7 @@
 """The base of tasks on a square grid: five moves, look-up tables, permuted actions.
 
-A cell is one number, ``size * first coordinate + second coordinate``. Where an action leads and
-what is seen from where are then single look-ups for all rows of a batch.
+A cell is one number, ``size * first coordinate + second coordinate``. Moves and observations are
+then single look-ups for all rows of a batch.
 """
 
 from __future__ import annotations
@@ -69,23 +69,14 @@ class GridTask(BatchedTask):
 
 
 def move_table(size: int) -> Tensor:
-    """Tabulate where each action leads from each cell, int64 ``[5, size * size]``; walls stay.
-
-    Examples:
-        >>> from torchrl_amago.envs.tasks.grid_task import move_table
-        >>> move_table(2)[1].tolist()  # action 1 adds 1 to the first coordinate
-        [2, 3, 2, 3]
-    """
+    """Tabulate where each action leads from each cell, int64 ``[5, size * size]``."""
     return torch.stack([_shifted(size, move) @ torch.tensor([size, 1]) for move in MOVES])
 
 
 def position_table(size: int, offsets: Sequence[tuple[int, int]] = ((0, 0),)) -> Tensor:
-    """Tabulate coordinates over size, float32 ``[size * size * len(offsets), 2]``, on the grid.
+    """Tabulate each cell's coordinates after each offset, kept on the grid and divided by size.
 
-    Examples:
-        >>> from torchrl_amago.envs.tasks.grid_task import position_table
-        >>> position_table(2).tolist()
-        [[0.0, 0.0], [0.0, 0.5], [0.5, 0.0], [0.5, 0.5]]
+    Returns float32 ``[size * size * len(offsets), 2]``.
     """
     return torch.stack([_shifted(size, offset) for offset in offsets], 1).view(-1, 2) / size
 

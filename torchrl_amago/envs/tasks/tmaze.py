@@ -41,10 +41,9 @@ class TMaze(BatchedTask):
     agent that dawdles once cannot reach an arm in time.
 
     Keys:
-        - ``observation``: float32 ``[*B, 3]``, and one more entry with ``show_time``: the fraction
-          of the corridor that is behind the agent (1 at the junction and in its arms), side (1 and
-          -1 in the arms, else 0), goal (side of the right arm at the episode's first step, later 0
-          unless ``oracle``), fraction of the episode that is used up.
+        - ``observation``: float32 ``[*B, 3]``: fraction of the corridor that is behind the agent,
+          side (1 and -1 in the arms, else 0), goal (side of the right arm at the episode's first
+          step, later 0 unless ``oracle``); with ``show_time`` also that of the episode's steps.
         - ``action``: 0 walks towards the junction, 2 back; 1 and 3 walk sidewards, to the arms of
           side 1 and -1. Moves into walls stay.
 
@@ -54,10 +53,9 @@ class TMaze(BatchedTask):
         corridor_length: steps from the start to the junction, at least 1.
         max_episode_steps: steps of an episode. Defaults to ``corridor_length + 1``, the fewest that
             suffice.
-        ambiguous_position: cells of the corridor look like the start, so that the agent doesn't see
-            how far it has come.
-        penalty: cost of each such step. Defaults to ``1 / (max_episode_steps - 1)``, as in the
-            paper, which is also its maximum.
+        ambiguous_position: cells of the corridor look like the start.
+        penalty: cost of each such step. Defaults to its maximum, ``1 / (max_episode_steps - 1)``,
+            as in the paper.
         penalize: the steps that cost: ``"behind"`` or ``"dawdling"``.
         show_time: observe the time step, which encoders with positions have anyway.
         oracle: show the goal at every step: then no memory is needed (the ablation).

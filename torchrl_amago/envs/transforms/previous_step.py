@@ -39,8 +39,7 @@ class PreviousStepTransform(StepTransform):
                                                   scaled to [-1, 1] where both bounds are finite,
                                                   else as they are
     ``prev_reward`` float32   ``[*B, 1]``         reward of the previous step
-    ``time_idx``    int64     ``[*B, 1]``         steps since the reset, from 0; only if no
-                                                  :class:`TrialTransform` before it writes the entry
+    ``time_idx``    int64     ``[*B, 1]``         steps since the reset, unless written before
     =============== ========= =================== ================================================
 
     The action is the policy's own, before earlier transforms change it for the base environment.

@@ -31,18 +31,14 @@ class InnerEnv(NamedTuple):
     env: EnvBase
     transforms: Sequence[Transform]
 
-    def reset(
-        self, mask: Tensor, request: TensorDictBase | None = None, **kwargs: Any
-    ) -> TensorDictBase:
+    def reset(self, mask: Tensor, **kwargs: Any) -> TensorDictBase:
         """Reset the mask's rows without the checks of ``EnvBase.reset``: steps must be fast."""
-        request = self.request(mask, request)
+        request = self.request(_reset=mask)
         return self.transformed(request, self.env._reset(request, **kwargs))
 
-    def request(self, mask: Tensor, request: TensorDictBase | None = None) -> TensorDictBase:
-        """Return the base environment's input for a reset of these rows."""
-        if request is None:
-            request = TensorDict({}, batch_size=self.env.batch_size, device=self.env.device)
-        request.set("_reset", mask)
+    def request(self, **entries: Tensor) -> TensorDictBase:
+        """Return the base environment's input for a reset."""
+        request = TensorDict(entries, batch_size=self.env.batch_size, device=self.env.device)
         for transform in reversed(self.transforms):
             request = transform._reset_env_preprocess(request)
         return request
@@ -133,9 +129,8 @@ class EnvRepeater(Repeater):
     def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         if self._by_keyword:
             return inner.reset(mask, repeat_task=True)
-        env = inner.env
-        request = TensorDict({"repeat_task": mask}, batch_size=env.batch_size, device=env.device)
-        return inner.reset(mask, request)
+        request = inner.request(_reset=mask, repeat_task=mask)
+        return inner.transformed(request, inner.env._reset(request))
 
 
 class FunctionRepeater(Repeater):
@@ -154,7 +149,7 @@ class FunctionRepeater(Repeater):
                 f"batch size {tuple(inner.env.batch_size)}, got {got}. Return all rows, with the "
                 "first observation of the new episode in those of the mask."
             )
-        return inner.transformed(inner.request(mask.clone()), out)
+        return inner.transformed(inner.request(_reset=mask.clone()), out)
 
 
 class OptionsRepeater(Repeater):

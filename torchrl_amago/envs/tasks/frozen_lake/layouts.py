@@ -100,15 +100,8 @@ def random_lakes(
 ) -> Tensor:
     """Draw lakes that can all be crossed, from Gymnasium's distribution, on the generator's device.
 
-    Returns bool ``[num, size, size]``, True at holes; the start is cell (0, 0), the goal
-    (size-1, size-1).
-
-    Args:
-        num: number of lakes.
-        size: cells per side, at least 2.
-        generator: source of randomness; by default torch's for the CPU.
-        p_safe: probability that a cell is safe before the lake is checked.
-        layouts: draw from all lakes, or only from the ``"train"`` or the ``"heldout"`` ones.
+    Returns bool ``[num, size, size]``, True at holes. ``p_safe`` is the probability that a cell is
+    safe before the lake is checked; ``layouts`` names the split to draw from.
 
     Raises:
         ValueError: if an argument is out of its range.

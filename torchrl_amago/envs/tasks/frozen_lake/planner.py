@@ -10,6 +10,7 @@ higher expected return, which makes this the upper bound for adaptation curves.
 from __future__ import annotations
 
 from collections import deque
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -95,8 +96,8 @@ class LakePlanner:
         self.max_episode_steps = steps
         self._goal = size * size - 1
         self._neighbours = [_neighbours(cell, size) for cell in range(size * size)]
-        self._plans: dict[tuple[Belief, int, int, int], _Plan] = {}
-        self._distances: dict[tuple[int, int], dict[int, int]] = {}
+        self._plan = cache(self._best_plan)
+        self._distances = cache(self._distances_over_safe)
 
     @property
     def start_belief(self) -> Belief:
@@ -111,14 +112,13 @@ class LakePlanner:
     def target(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> int | None:
         """Return the cell to walk to next (the goal or an unknown one); None gives the episode up.
 
-        The agent is in ``cell``, ``size * first coordinate + second coordinate``;
-        ``episodes_left`` counts the current episode. :meth:`route` returns the way.
+        Cells are ``size * first coordinate + second``; ``episodes_left`` counts the current one.
         """
         return self._plan(belief, cell, steps_left, episodes_left)[1]
 
     def route(self, belief: Belief, cell: int, target: int) -> list[int]:
         """Return a shortest way over known-safe cells from a cell, excluded, to a target."""
-        distances = self._distances_over_safe(belief.safe, cell)
+        distances = self._distances(belief.safe, cell)
         way = [target]
         while distances[way[0]] > 1:
             way.insert(0, next(
@@ -127,16 +127,10 @@ class LakePlanner:
             ))  # fmt: skip
         return way
 
-    def _plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
+    def _best_plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
         if episodes_left == 0:
             return (), None
-        key = (belief, cell, steps_left, episodes_left)
-        if key not in self._plans:
-            self._plans[key] = self._best_plan(*key)
-        return self._plans[key]
-
-    def _best_plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
-        distances = self._distances_over_safe(belief.safe, cell)
+        distances = self._distances(belief.safe, cell)
         later = self._next_episode(belief, episodes_left)
         if distances.get(self._goal, steps_left + 1) <= steps_left:
             # Nothing beats a way that is known: every episode left will succeed.
@@ -176,19 +170,16 @@ class LakePlanner:
 
     def _distances_over_safe(self, safe: int, start: int) -> dict[int, int]:
         """Count the steps to every cell that can be entered from a way over safe cells."""
-        key = (safe, start)
-        if key not in self._distances:
-            distances = {start: 0}
-            queue = deque([start])
-            while queue:
-                cell = queue.popleft()
-                for neighbour in self._neighbours[cell]:
-                    if neighbour not in distances:
-                        distances[neighbour] = distances[cell] + 1
-                        if safe >> neighbour & 1 and neighbour != self._goal:
-                            queue.append(neighbour)
-            self._distances[key] = distances
-        return self._distances[key]
+        distances = {start: 0}
+        queue = deque([start])
+        while queue:
+            cell = queue.popleft()
+            for neighbour in self._neighbours[cell]:
+                if neighbour not in distances:
+                    distances[neighbour] = distances[cell] + 1
+                    if safe >> neighbour & 1 and neighbour != self._goal:
+                        queue.append(neighbour)
+        return distances
 
 
 def bayes_optimal_success(

@@ -1,8 +1,7 @@
 """Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more.
 
 All rows of the batch are stepped by the same few tensor operations, so that 64 lakes cost about as
-much as one. k episodes at the same lake come from the trial transform, which resets rows with
-``repeat_task``.
+much as one. k episodes at the same lake come from the trial transform.
 """
 
 from __future__ import annotations
@@ -50,14 +49,12 @@ class MetaFrozenLake(GridTask):
             1/4; a cell that a move leaves becomes a hole with probability 0.33 until the episode's
             end (in recover mode also when the move fell into a hole and was undone); half of the
             tasks swap the actions 1 and 3.
-        recover_mode: a hole costs 0.1 and puts the agent back where it came from, instead of ending
-            the episode.
+        recover_mode: a hole costs 0.1 and undoes the move, instead of ending the episode.
         slip_chance: probability in [0, 1) that a move is replaced by staying.
         max_episode_steps: step limit of an episode. Defaults to size*size, doubled in hard mode and
             divided by ``1 - slip_chance``.
         layouts: the lakes to draw from: ``"all"``, or the ``"train"`` (about 3 in 4) or
-            ``"heldout"`` ones of a fixed split with no lake in common. Each split is the
-            distribution of all lakes, conditioned on being in it.
+            ``"heldout"`` ones of a fixed split with no lake in common.
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
@@ -102,17 +99,13 @@ class MetaFrozenLake(GridTask):
             # The lake as the current episode has left it, and the offset of the task's move table.
             self._state("_broken_lake", torch.zeros(rows, cells, dtype=torch.bool))
             self._state("_table_start", torch.zeros(rows, dtype=torch.int64))
-        # Lakes are drawn ahead: a partial reset then takes a few rows of a table instead of
-        # running the generator, whose cost barely depends on how many lakes it draws.
+        # Lakes are drawn ahead, because the cost of drawing barely depends on their number.
         self._state("_pool", torch.zeros(max(1024, 8 * rows), cells, dtype=torch.bool))
         self._state("_pool_left", torch.zeros((), dtype=torch.int64))
 
     @property
     def holes(self) -> Tensor:
-        """The holes of each row's lake, a new bool tensor ``[*B, size, size]``.
-
-        In hard mode without those that opened during the episode.
-        """
+        """The holes that episodes begin with, a new bool tensor ``[*B, size, size]``."""
         return self._lake.view(*self.batch_size, self.size, self.size).clone()
 
     def _set_seed(self, seed: int | None) -> None:

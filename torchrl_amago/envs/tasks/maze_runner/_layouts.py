@@ -98,13 +98,6 @@ def depth_table(walls: Tensor) -> Tensor:
 
     Returns float32 ``[N, S * S, 4]``, divided by S: west (left), north (up), east, south. The
     outermost cells must be walls; entries of walls themselves mean nothing.
-
-    Examples:
-        >>> import torch
-        >>> from torchrl_amago.envs.tasks.maze_runner._layouts import depth_table
-        >>> walls = torch.tensor([[[1, 1, 1, 1], [1, 0, 0, 1], [1, 1, 1, 1], [1, 1, 1, 1]]]).bool()
-        >>> (4 * depth_table(walls))[0, 5].tolist()  # in cell (1, 1) one free cell lies to the east
-        [0.0, 0.0, 1.0, 0.0]
     """
     size = walls.shape[-1]
     depths = [

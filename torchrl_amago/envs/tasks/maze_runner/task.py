@@ -42,10 +42,9 @@ class MazeRunner(GridTask):
 
     The reward is 1 at each step that ends at the next goal; the last goal ends the episode. A task
     is a maze, the goals' cells in it (free, uniform, all different, never the start) and, with
-    ``randomize_actions``, the actions' meanings. The agent starts at the bottom of the lobby's middle
-    alley. Walls and the lobby are as in the authors' code base
-    (:func:`~torchrl_amago.envs.tasks.maze_runner._layouts.random_mazes`); goals are shown as
-    coordinates divided by ``size``, there as cells.
+    ``randomize_actions``, the actions' meanings. The agent starts at the bottom of the lobby's
+    middle alley. Walls and the lobby are as in the authors' code base
+    (:func:`~torchrl_amago.envs.tasks.maze_runner._layouts.random_mazes`), whose goals are cells.
 
     Keys:
         - ``observation``: float32 ``[*B, 7]``: the agent's coordinates; how many free cells lie to
@@ -79,8 +78,7 @@ class MazeRunner(GridTask):
         self, size: int = 11, *, num_goals: int = 3, max_episode_steps: int = 250, **shared: Any
     ) -> None:
         check_size(size, SMALLEST_SIZE, odd=True)
-        # The lobby alone has a passage of size - 2 cells and alleys of three times size - 4; one is
-        # the start.
+        # The lobby has a passage of size - 2 cells and three rows of size - 4, start included.
         max_goals = (size - 2) + 3 * (size - 4) - 1
         if not isinstance(num_goals, int) or not 1 <= num_goals <= max_goals:
             raise ValueError(
