@@ -40,7 +40,7 @@ def build_recorded() -> tuple:
     encoder = GRUEncoder(
         hp["tstep_dim"],
         d_model=hp["d_output"],
-        hidden_size=hp["hidden_size"],
+        hidden_size=hp["d_hidden"],
         num_layers=hp["n_layers"],
     )
     encoder.load_state_dict(gru_encoder(case.starting("w/")))

@@ -18,7 +18,7 @@ from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules._layers import make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
-from torchrl_amago.modules.trajectory.kernels.recurrence import Kind, recurrence
+from torchrl_amago.modules.trajectory.kernels.recurrence import Cell, recurrence
 from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
 
 
@@ -26,7 +26,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
     """Recurrent network over the steps of a trial, a linear layer, a norm."""
 
     network: type[nn.RNNBase]
-    kind: Kind
+    cell: Cell
     tensors_per_layer: int
     gates: int
 
@@ -59,7 +59,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         x = x_NTI.transpose(0, 1)
         is_init_TN = None if is_init_NT is None else is_init_NT.t()
         for weights in self.rnn.all_weights:
-            x = recurrence(self.kind, x, is_init_TN, weights)
+            x = recurrence(self.cell, x, is_init_TN, weights)
         return self.out_norm(self.out(x)).transpose(0, 1)
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
@@ -133,7 +133,7 @@ class GRUEncoder(_RecurrentEncoder):
     """
 
     network = GRU
-    kind = "gru"
+    cell = "gru"
     tensors_per_layer = 1
     gates = 3
 
@@ -162,7 +162,7 @@ class LSTMEncoder(_RecurrentEncoder):
     """
 
     network = LSTM
-    kind = "lstm"
+    cell = "lstm"
     tensors_per_layer = 2
     gates = 4
 
