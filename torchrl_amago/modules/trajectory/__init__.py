@@ -12,9 +12,7 @@ from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 from torchrl_amago.modules.trajectory.feedforward import FeedForwardEncoder, IdentityEncoder
 from torchrl_amago.modules.trajectory.linear_attention import GatedLinearAttentionEncoder
 from torchrl_amago.modules.trajectory.mamba import MambaEncoder
-from torchrl_amago.modules.trajectory.memory.ring_cache import RingCache
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
-from torchrl_amago.modules.trajectory.memory.streams import Memory, StreamTable
+from torchrl_amago.modules.trajectory.memory import Memory, RingCache, StateMemory, StreamTable
 from torchrl_amago.modules.trajectory.recurrent import GRUEncoder, LSTMEncoder
 from torchrl_amago.modules.trajectory.transformer import TransformerEncoder
 

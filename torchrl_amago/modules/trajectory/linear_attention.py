@@ -31,7 +31,7 @@ from torchrl_amago.modules.trajectory.kernels.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Steps over which heads forget at initialisation, from the last head to the first: from an episode
 # to more than a trial. What no head can hold at first can hardly be learned.

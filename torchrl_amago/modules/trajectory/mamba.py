@@ -19,7 +19,7 @@ from torchrl_amago.modules._layers import StreamEmbedding, at_least_float32, mak
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
 from torchrl_amago.modules.trajectory.kernels.mamba_kernels import MambaKernels, load_kernels
 from torchrl_amago.modules.trajectory.kernels.selective_scan import selective_scan, selective_step
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
 # a state forgets over 0.6 to 1000 steps.

@@ -19,7 +19,7 @@ from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 from torchrl_amago.modules._layers import make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.kernels.recurrence import Cell, recurrence
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.memory import StateMemory
 
 
 class _RecurrentEncoder(TrajectoryEncoder):

@@ -34,7 +34,7 @@ from torchrl_amago.modules.trajectory.kernels.attention_backends import (
     backend_attention,
     check_backend,
 )
-from torchrl_amago.modules.trajectory.memory.ring_cache import RingCache
+from torchrl_amago.modules.trajectory.memory import RingCache
 
 # (query, key, value), each [..., H, head size] -> [..., H, head size]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -282,7 +282,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: RingCache) -> Tensor:
         x_ND = self._embed(x_NI, positions_N)
-        memory.show(positions_N)
+        memory.mark_sinks(positions_N)
         for layer, block in enumerate(self.blocks):
             attend = partial(self._attend_memory, positions_N, memory, layer)
             x_ND = block(x_ND, attend, training=False)
