@@ -9,12 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.modules.trajectory.kernels import attention
-from torchrl_amago.modules.trajectory.kernels.attention import (
-    AttentionPattern,
-    ring_attention,
-    window_attention,
-)
+from torchrl_amago._cpu import cpu_paths
+from torchrl_amago.modules.trajectory.kernels.attention import ring_attention, window_attention
+from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern, ScoreBias
 
 
 def naive(q, k, v, pattern, positions, is_init):
@@ -43,7 +40,7 @@ def trials(batch, steps, reset_share):
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch):
-    monkeypatch.setattr(attention, "_BLOCK", 8)
+    monkeypatch.setattr(ScoreBias, "BLOCK", 8)
 
 
 @given(

@@ -196,13 +196,13 @@ def test_input_refusals():
         encode(encoder, td.exclude("timestep"))
     with pytest.raises(KeyError, match="need 'is_init'.*InitTracker"):
         encoder(td[:, 0].exclude("is_init"))
-    with pytest.raises(ValueError, match=r"input_size=4 features, got shape \(3, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"\[\*B, T, I\] with I = input_size=4, got \(3, 6, 5\)"):
         encode(encoder, td.clone().set("timestep", torch.zeros(3, 6, 5)))
     with pytest.raises(ValueError, match=r"'time_idx' must have shape \(3, 6, 1\).*got \(3, 6\)"):
         encode(encoder, td.clone().set("time_idx", torch.zeros(3, 6, dtype=torch.int64)))
     with pytest.raises(ValueError, match=r"'is_init' must have shape \(3, 1\)"):
         encoder(td[:, 0].clone().set("is_init", torch.zeros(3, 2, dtype=torch.bool)))
-    with pytest.raises(ValueError, match="must have a time dimension"):
+    with pytest.raises(ValueError, match=r"must have shape \[\*B, T, I\].*got \(4,\)"):
         encode(encoder, td[0, 0])
 
 

@@ -28,12 +28,12 @@ from torchrl_amago.modules.trajectory.base import (
     check_sizes,
     starts_within_rows,
 )
-from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern
 from torchrl_amago.modules.trajectory.kernels.attention_backends import (
     Backend,
     backend_attention,
     check_backend,
 )
+from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
 from torchrl_amago.modules.trajectory.memory import RingCache
 
 # (query, key, value), each [..., H, head size] -> [..., H, head size]

@@ -1,9 +1,9 @@
-"""The recurrence of Mamba in plain PyTorch: a diagonal linear system whose coefficients follow the data.
+"""The recurrence of Mamba in plain PyTorch: a diagonal linear system with data-dependent coefficients.
 
 The states of all steps, `[B, T, E, N]`, would be 2 N times as large as everything else together, so
 they are never held at once: steps are taken in segments that fit a core's cache, only the state at
 each segment's start is kept, and the backward pass computes a segment's states again. Both passes are
-operators of their own, so that `torch.compile` sees one node and no loop whose length it must fix.
+operators, so that `torch.compile` sees one node and no loop whose length it must fix.
 
 Legend: B batch, T steps, E inner channels, N state size per channel, K steps of one segment.
 """
@@ -27,7 +27,7 @@ def selective_scan(
     read_BTN: Tensor,
     is_init_BT: Tensor | None = None,
 ) -> Tensor:
-    """Selective state space over whole sequences (arXiv 2312.00752, eq. 2 and 4, algorithm 2).
+    """Scan whole sequences by a selective state space (arXiv 2312.00752, eq. 2, 4, algorithm 2).
 
         h[t] = exp(delta[t] rate) h[t-1] + delta[t] x[t] write[t],    y[t] = read[t] . h[t]
 
@@ -40,7 +40,7 @@ def selective_scan(
         rate_EN: the paper's A, negative.
         write_BTN: the paper's B.
         read_BTN: the paper's C.
-        is_init_BT: bool, True where a trial begins; None if none begins within a row.
+        is_init_BT: bool, True at first steps of trials; None if none starts within a row.
 
     Returns:
         `[B, T, E]`, in the dtype of `x_BTE`, which all of them share.
@@ -61,7 +61,7 @@ def selective_step(
     read_BN: Tensor,
     state_BNE: Tensor,
 ) -> Tensor:
-    """One step of :func:`selective_scan`; moves `state_BNE` on in place and returns `[B, E]`."""
+    """Take one step of :func:`selective_scan` into `state_BNE`, in place: `[B, E]`."""
     state_BNE.mul_((delta_BE.unsqueeze(1) * rate_EN.t()).exp())
     state_BNE.addcmul_((delta_BE * x_BE).unsqueeze(1), write_BN.unsqueeze(2))
     # Not a matrix product: autocast would round the state to bfloat16 for it.
@@ -126,7 +126,7 @@ class _TimeMajor:
         per_step = max(1, x.shape[0] * rate.numel())
         self.segment_steps = min(max(_SEGMENT_ELEMENTS // per_step, 4), 64, x.shape[1])
         shape = (x.shape[0], *self.rate_NE.shape)
-        # Made once: fresh memory would cost more than what is computed in it.
+        # Made once: fresh memory would cost more than the computation in it.
         self._decay_KBNE = x.new_empty(self.segment_steps, *shape)
         self._state_KBNE = x.new_empty(self.segment_steps + 1, *shape)
 
@@ -139,7 +139,7 @@ class _TimeMajor:
         return [slice(start, start + self.segment_steps) for start in starts]
 
     def states(self, steps: slice, start_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Decays `[K, B, N, E]`, states `[K + 1, B, N, E]` from the start's on, and the cuts."""
+        """Compute decays `[K, B, N, E]`, states `[K + 1, B, N, E]` from the start on, and cuts."""
         cut_KB11 = self._cuts(steps)
         delta_KB1E = self.delta_TBE[steps].unsqueeze(2)
         decay_KBNE = self._decay_KBNE[: len(delta_KB1E)]
@@ -161,7 +161,6 @@ class _TimeMajor:
         if self.is_init_TB is None:
             return None
         cut_KB = self.is_init_TB[steps]
-        # Most segments hold no start of a trial. On a GPU, asking would cost more than cutting.
         if skip_empty_cuts(cut_KB) and not cut_KB.any():
             return None
         return cut_KB[:, :, None, None]
@@ -230,7 +229,7 @@ class _Gradients:
 
 
 def _read(weight_KBN: Tensor, state_KBNE: Tensor, out: Tensor) -> None:
-    """Sum over N of weight times state, into `out` `[K, B, E]`."""
+    """Sum weight times state over N, into `out` `[K, B, E]`."""
     torch.bmm(
         weight_KBN.flatten(0, 1).unsqueeze(1),
         state_KBNE.flatten(0, 1),
@@ -239,7 +238,7 @@ def _read(weight_KBN: Tensor, state_KBNE: Tensor, out: Tensor) -> None:
 
 
 def _sum_channels(state_KBNE: Tensor, channel_KBE: Tensor, out: Tensor) -> None:
-    """Sum over E of state times channel, into `out` `[K, B, N]`."""
+    """Sum state times channel over E, into `out` `[K, B, N]`."""
     torch.bmm(
         state_KBNE.flatten(0, 1),
         channel_KBE.flatten(0, 1).unsqueeze(2),
@@ -257,20 +256,8 @@ def _(
 
 
 @_scan_backward.register_fake
-def _(
-    grad_y: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    rate: Tensor,
-    write: Tensor,
-    read: Tensor,
-    is_init: Tensor | None,
-    start: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        torch.empty_like(z, memory_format=torch.contiguous_format)
-        for z in (x, delta, rate, write, read)
-    )
+def _(grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs[:5])
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
