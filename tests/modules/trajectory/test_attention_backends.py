@@ -11,8 +11,8 @@ import torch
 from tests.modules.trajectory.helpers import needs_compiler
 from tests.modules.trajectory.test_attention import naive, trials
 from torchrl_amago.modules.trajectory import TransformerEncoder
-from torchrl_amago.modules.trajectory.kernels import attention_backends
-from torchrl_amago.modules.trajectory.kernels.attention_backends import backend_attention
+from torchrl_amago.modules.trajectory.kernels import _attention_backends as attention_backends
+from torchrl_amago.modules.trajectory.kernels._attention_backends import backend_attention
 from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
 
 SIZES = {"context_length": 8, "d_model": 16, "num_heads": 2, "num_layers": 1}

@@ -12,7 +12,7 @@ from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 from tests.golden_utils import assert_close, load
 from torchrl_amago.compat.weights import gru_encoder
 from torchrl_amago.modules import GRUEncoder, LSTMEncoder
-from torchrl_amago.modules.trajectory.kernels.recurrence import _recurrence, recurrence
+from torchrl_amago.modules.trajectory.kernels.rnn import _recurrence, recurrence
 
 BOTH = pytest.mark.parametrize("encoder_class", [GRUEncoder, LSTMEncoder])
 KINDS = pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -257,10 +257,11 @@ def test_longest_memory(kind):
             p.zero_()
     weights = encoder.rnn.all_weights[0]
     state = [torch.ones(1, 400) for _ in range(encoder.tensors_per_layer)]
-    kept = encoder._cell(torch.zeros(1, 4), state, *weights)[-1]
-    memory = (
-        -1 / (kept - encoder._cell(torch.zeros(1, 4), [z * 0 for z in state], *weights)[-1]).log()
+    kept, empty = (
+        encoder._step_cell(torch.zeros(1, 4), [z * scale for z in state], weights)[-1]
+        for scale in (1, 0)
     )
+    memory = -1 / (kept - empty).log()
     assert 80 < memory.max() < 105
     assert memory.min() < 10
     with pytest.raises(ValueError, match="longest_memory must be at least 2, got 1"):

@@ -101,6 +101,7 @@ def ring_attention(
         score_N1S = _clip(score_N1S, bias_N1S, logit_clip)
     return torch.bmm(_softmax(score_N1S), values_NSD).view(q_BHD.shape)
 
+
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, clip: float | None, dropout: float
 ) -> Tensor:

@@ -1,6 +1,6 @@
 """The CUDA kernels of `mamba-ssm` and `causal-conv1d`, used when they are installed.
 
-They read whole sequences of one trial per row; they can't cut the state where a trial begins.
+They read whole sequences of one trial per row; they can't cut the state at a trial's start.
 
 Legend: B batch, T steps, E inner channels, N state size per channel, K convolution width.
 """
@@ -13,7 +13,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# What the kernels are compiled for.
+from torchrl_amago._validation import check_choice
+
+# Sizes that the kernels are compiled for.
 _CONV_WIDTHS = (2, 3, 4)
 _MAX_STATE = 256
 
@@ -25,7 +27,7 @@ class MambaKernels(NamedTuple):
     selective_scan_fn: Callable[..., Tensor]
 
     def convolve(self, x_BTE: Tensor, weight_E1K: Tensor, bias_E: Tensor) -> Tensor:
-        """Causal convolution of every channel, then SiLU, `[B, T, E]`."""
+        """Convolve every channel causally and apply SiLU: `[B, T, E]`."""
         x_BET = self.causal_conv1d_fn(
             x_BTE.transpose(1, 2).contiguous(),
             weight_E1K.squeeze(1).to(x_BTE.dtype),
@@ -45,10 +47,7 @@ class MambaKernels(NamedTuple):
         gate_BTE: Tensor,
         delta_bias_E: Tensor,
     ) -> Tensor:
-        """:func:`selective_scan` of `softplus(delta + bias)`, with skip connection and gate.
-
-        `(scan(...) + skip x) silu(gate)`, `[B, T, E]`.
-        """
+        """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, with step sizes `softplus(delta + bias)`."""
         x_BET, delta_BET, write_BNT, read_BNT, gate_BET = (
             z.to(x_BTE.dtype).transpose(1, 2).contiguous()
             for z in (x_BTE, delta_BTE, write_BTN, read_BTN, gate_BTE)
@@ -68,22 +67,18 @@ class MambaKernels(NamedTuple):
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
-    """Import the kernels as `backend` asks for.
+    """Import the kernels, or return None without them.
 
     Args:
-        backend: `torch` for none, `mamba_ssm` for the kernels, `auto` for them if they are there.
+        backend: `torch` for None, `mamba_ssm` for the kernels, `auto` for the kernels if possible.
         conv_width: K, which must be 2, 3 or 4 for the kernels.
         state_size: N, at most 256 for the kernels.
 
     Raises:
-        ImportError: if they are asked for by name but not installed.
+        ImportError: if they are chosen by name but not installed.
         ValueError: if the backend is unknown, or the kernels don't have these sizes.
     """
-    if backend not in ("auto", "torch", "mamba_ssm"):
-        raise ValueError(
-            f"backend must be 'auto', 'torch' or 'mamba_ssm', got {backend!r}. 'auto' takes the "
-            "kernels of mamba-ssm for CUDA tensors if they are installed."
-        )
+    check_choice("backend", backend, ("auto", "torch", "mamba_ssm"))
     fits = conv_width in _CONV_WIDTHS and state_size <= _MAX_STATE
     if backend == "mamba_ssm" and not fits:
         raise ValueError(
