@@ -74,19 +74,14 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
 
     Example:
         >>> from tensordict import TensorDict
-        >>> class Total(Memory):
-        ...     def __init__(self, rows, size):
-        ...         self.batch_size, self.device = rows, torch.device("cpu")
-        ...         self.sum = torch.zeros(rows, size)
-        ...     def clear(self, rows_B):
-        ...         self.sum[rows_B] = 0.0
+        >>> from torchrl_amago.modules.trajectory import StateMemory
         >>> class SumEncoder(TrajectoryEncoder):
         ...     def sequence(self, x_NTI, positions_NT, is_init_NT):
         ...         return x_NTI.cumsum(1)
         ...     def step(self, x_NI, positions_N, memory):
-        ...         return memory.sum.add_(x_NI).clone()
+        ...         return memory.layers[0][0].add_(x_NI).clone()
         ...     def new_memory(self, num_rows, device, dtype):
-        ...         return Total(num_rows, self.output_size)
+        ...         return StateMemory(num_rows, [[(self.output_size,)]], device, dtype)
         >>> encoder = SumEncoder(1, 1)
         >>> td = TensorDict(timestep=[[2.0]], time_idx=[[0]], is_init=[[True]], batch_size=[1])
         >>> td = encoder(td)
@@ -94,9 +89,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         tensor([[4.]])
     """
 
-    not_settings = frozenset(
-        {"max_streams", "attention", "backend", "longest_memory"}  # of any encoder
-    )
+    not_settings = frozenset({"max_streams", "attention", "backend", "longest_memory"})
     #: Whether a rollout's step depends on those before it.
     has_memory: ClassVar[bool] = True
 
@@ -202,8 +195,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
             like: gives device and dtype of a new memory.
 
         Returns:
-            Positions `[N]` and the memory, None if the encoder has none: the last two arguments of
-            :meth:`step_states`.
+            Positions `[N]` and the memory (None without memory), for :meth:`step_states`.
 
         Raises:
             RuntimeError: under `torch.vmap`.
@@ -215,9 +207,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
             return positions_N, None
         if is_batchedtensor(positions) or is_batchedtensor(like):
             raise RuntimeError(
-                f"torch.vmap can't follow a rollout's memory, but {type(self).__name__} was called for a "
-                "single step under it. For sequences, put set_recurrent_mode(True) around the call; for "
-                "steps, build the loss or value estimator with deactivate_vmap=True."
+                f"torch.vmap can't follow a rollout's memory, but {type(self).__name__} was called "
+                "for a single step under it. For sequences, put set_recurrent_mode(True) around the "
+                "call; for steps, build the loss or value estimator with deactivate_vmap=True."
             )
         if is_init is None:
             raise KeyError(

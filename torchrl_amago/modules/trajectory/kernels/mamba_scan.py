@@ -73,15 +73,15 @@ def _scan(
     x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor, is_init: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Outputs `[B, T, E]` and the states at segments' starts, `[segments, B, N, E]`."""
-    inputs = _TimeMajor(x, delta, rate, write, read, is_init)
-    y_TBE = torch.empty_like(inputs.delta_TBE)
-    start_SBNE = x.new_zeros(inputs.num_segments + 1, x.shape[0], *inputs.rate_NE.shape)
+    scan = _Segments(x, delta, rate, write, read, is_init)
+    y_TBE = torch.empty_like(scan.delta_TBE)
+    start_SBNE = x.new_zeros(len(scan.segments) + 1, *scan.shape_BNE)
     with torch.autocast(x.device.type, enabled=False):
-        for i, steps in enumerate(inputs.segments()):
-            _, state_KBNE, _ = inputs.states(steps, start_SBNE[i])
-            _read(inputs.read_TBN[steps], state_KBNE[1:], out=y_TBE[steps])
+        for i, steps in enumerate(scan.segments):
+            _, state_KBNE, _ = scan.states(steps, start_SBNE[i])
+            y_TBE[steps] = (scan.read_TBN[steps].unsqueeze(2) @ state_KBNE[1:]).squeeze(2)
             start_SBNE[i + 1] = state_KBNE[-1]
-    return y_TBE.transpose(0, 1).contiguous(), start_SBNE[:-1].clone()
+    return _swap(y_TBE), start_SBNE[:-1].clone()
 
 
 @torch.library.custom_op("torchrl_amago::selective_scan_backward", mutates_args=())
@@ -95,16 +95,53 @@ def _scan_backward(
     is_init: Tensor | None,
     start: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x, delta, rate, write, read`, from the last segment to the first."""
-    inputs = _TimeMajor(x, delta, rate, write, read, is_init)
-    grads = _Gradients(inputs, grad_y.transpose(0, 1).contiguous())
+    """Gradients of `x, delta, rate, write, read`, from the last segment to the first.
+
+    With `g[t]` the loss's gradient with respect to `h[t]`:
+
+        g[t] = read[t] dL/dy[t] + exp(delta[t+1] rate) g[t+1]
+        dL/d(delta[t] rate) = g[t] exp(delta[t] rate) h[t-1] =: w[t]
+    """
+    scan, grad_y_TBE = _Segments(x, delta, rate, write, read, is_init), _swap(grad_y)
+    forward = (scan.input_TBE, scan.delta_TBE, scan.rate_NE, scan.write_TBN, scan.read_TBN)
+    grads = [torch.zeros_like(z) for z in forward]
+    input_TBE, delta_TBE, rate_NE, write_TBN, read_TBN = grads
+    carry_BNE = x.new_zeros(scan.shape_BNE)
+    buffer_KBNE = x.new_empty(scan.segment_steps, *scan.shape_BNE)
     with torch.autocast(x.device.type, enabled=False):
-        for i, steps in reversed(list(enumerate(inputs.segments()))):
-            grads.add_segment(steps, start[i])
-    return grads.batch_major()
+        for i, steps in reversed(list(enumerate(scan.segments))):
+            decay_KBNE, state_KBNE, cut_KB11 = scan.states(steps, start[i])
+            before_KBNE, grad_y_KBE = state_KBNE[:-1], grad_y_TBE[steps]
+            if cut_KB11 is not None:
+                decay_KBNE.masked_fill_(cut_KB11, 0.0)
+                before_KBNE = before_KBNE.masked_fill(cut_KB11, 0.0)
+            g_KBNE = buffer_KBNE[: len(decay_KBNE)]
+            torch.mul(grad_y_KBE.unsqueeze(2), scan.read_TBN[steps].unsqueeze(3), out=g_KBNE)
+            g, decay = g_KBNE.unbind(0), decay_KBNE.unbind(0)
+            g[-1].add_(carry_BNE)
+            for k in range(len(g) - 2, -1, -1):
+                g[k].addcmul_(decay[k + 1], g[k + 1])
+            torch.mul(decay[0], g[0], out=carry_BNE)
+            read_TBN[steps] = (state_KBNE[1:] @ grad_y_KBE.unsqueeze(3)).squeeze(3)
+            write_TBN[steps] = (g_KBNE @ scan.input_TBE[steps].unsqueeze(3)).squeeze(3)
+            input_TBE[steps] = (scan.write_TBN[steps].unsqueeze(2) @ g_KBNE).squeeze(2)
+            w_KBNE = decay_KBNE.mul_(before_KBNE).mul_(g_KBNE)
+            rate_NE += torch.mul(w_KBNE, scan.delta_TBE[steps].unsqueeze(2), out=g_KBNE).sum((0, 1))
+            torch.sum(w_KBNE.mul_(scan.rate_NE), 2, out=delta_TBE[steps])
+    delta_TBE.addcmul_(input_TBE, scan.x_TBE)
+    x_TBE = input_TBE.mul_(scan.delta_TBE)
+    return (
+        *map(_swap, (x_TBE, delta_TBE)),
+        rate_NE.t().contiguous(),
+        *map(_swap, (write_TBN, read_TBN)),
+    )
 
 
-class _TimeMajor:
+def _swap(z: Tensor) -> Tensor:
+    return z.transpose(0, 1).contiguous()
+
+
+class _Segments:
     """The scan's arguments with time first, where one step's tensors are contiguous."""
 
     def __init__(
@@ -116,134 +153,36 @@ class _TimeMajor:
         read: Tensor,
         is_init: Tensor | None,
     ) -> None:
-        def swap(z: Tensor) -> Tensor:
-            return z.transpose(0, 1).contiguous()
-
-        self.x_TBE, self.delta_TBE, self.rate_NE = swap(x), swap(delta), rate.t().contiguous()
-        self.write_TBN, self.read_TBN = swap(write), swap(read)
-        self.is_init_TB = None if is_init is None else swap(is_init)
+        self.x_TBE, self.delta_TBE, self.rate_NE = _swap(x), _swap(delta), _swap(rate)
+        self.write_TBN, self.read_TBN = _swap(write), _swap(read)
+        self.is_init_TB = None if is_init is None else _swap(is_init)
         self.input_TBE = self.delta_TBE * self.x_TBE
-        per_step = max(1, x.shape[0] * rate.numel())
-        self.segment_steps = min(max(_SEGMENT_ELEMENTS // per_step, 4), 64, x.shape[1])
-        shape = (x.shape[0], *self.rate_NE.shape)
+        per_step, num_steps = max(1, x.shape[0] * rate.numel()), x.shape[1]
+        self.segment_steps = min(max(_SEGMENT_ELEMENTS // per_step, 4), 64, num_steps)
+        starts = range(0, num_steps, self.segment_steps)
+        self.segments = [slice(start, start + self.segment_steps) for start in starts]
+        self.shape_BNE = (x.shape[0], *self.rate_NE.shape)
         # Made once: fresh memory would cost more than the computation in it.
-        self._decay_KBNE = x.new_empty(self.segment_steps, *shape)
-        self._state_KBNE = x.new_empty(self.segment_steps + 1, *shape)
-
-    @property
-    def num_segments(self) -> int:
-        return -(-self.x_TBE.shape[0] // self.segment_steps)
-
-    def segments(self) -> list[slice]:
-        starts = range(0, self.x_TBE.shape[0], self.segment_steps)
-        return [slice(start, start + self.segment_steps) for start in starts]
+        self._decay_KBNE = x.new_empty(self.segment_steps, *self.shape_BNE)
+        self._state_KBNE = x.new_empty(self.segment_steps + 1, *self.shape_BNE)
 
     def states(self, steps: slice, start_BNE: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Compute decays `[K, B, N, E]`, states `[K + 1, B, N, E]` from the start on, and cuts."""
-        cut_KB11 = self._cuts(steps)
+        cut_KB11 = None if self.is_init_TB is None else self.is_init_TB[steps][..., None, None]
+        if cut_KB11 is not None and skip_empty_cuts(cut_KB11) and not cut_KB11.any():
+            cut_KB11 = None
         delta_KB1E = self.delta_TBE[steps].unsqueeze(2)
         decay_KBNE = self._decay_KBNE[: len(delta_KB1E)]
         torch.mul(delta_KB1E, self.rate_NE, out=decay_KBNE).exp_()
         state_KBNE = self._state_KBNE[: len(delta_KB1E) + 1]
         state_KBNE[0] = start_BNE
-        torch.mul(
-            self.input_TBE[steps].unsqueeze(2),
-            self.write_TBN[steps].unsqueeze(3),
-            out=state_KBNE[1:],
-        )
+        written = (self.input_TBE[steps].unsqueeze(2), self.write_TBN[steps].unsqueeze(3))
+        torch.mul(*written, out=state_KBNE[1:])
         state = state_KBNE.unbind(0)
         for k, decay_BNE in enumerate(decay_KBNE.unbind(0)):
             before = state[k] if cut_KB11 is None else state[k].masked_fill(cut_KB11[k], 0.0)
             state[k + 1].addcmul_(decay_BNE, before)
         return decay_KBNE, state_KBNE, cut_KB11
-
-    def _cuts(self, steps: slice) -> Tensor | None:
-        if self.is_init_TB is None:
-            return None
-        cut_KB = self.is_init_TB[steps]
-        if skip_empty_cuts(cut_KB) and not cut_KB.any():
-            return None
-        return cut_KB[:, :, None, None]
-
-
-class _Gradients:
-    """Gradients of the scan, filled segment by segment, last one first.
-
-    With `g[t]` the loss's gradient with respect to `h[t]`:
-
-        g[t] = read[t] dL/dy[t] + exp(delta[t+1] rate) g[t+1]
-        dL/d(delta[t] rate) = g[t] exp(delta[t] rate) h[t-1] =: w[t]
-    """
-
-    def __init__(self, inputs: _TimeMajor, grad_y_TBE: Tensor) -> None:
-        self.inputs, self.grad_y_TBE = inputs, grad_y_TBE
-        self.input_TBE = torch.empty_like(inputs.input_TBE)
-        self.delta_TBE = torch.empty_like(inputs.delta_TBE)
-        self.write_TBN = torch.empty_like(inputs.write_TBN)
-        self.read_TBN = torch.empty_like(inputs.read_TBN)
-        self.rate_NE = torch.zeros_like(inputs.rate_NE)
-        batch = grad_y_TBE.shape[1]
-        self.carry_BNE = grad_y_TBE.new_zeros(batch, *inputs.rate_NE.shape)
-        self._grad_KBNE = grad_y_TBE.new_empty(inputs.segment_steps, *self.carry_BNE.shape)
-
-    def add_segment(self, steps: slice, start_BNE: Tensor) -> None:
-        inputs = self.inputs
-        decay_KBNE, state_KBNE, cut_KB11 = inputs.states(steps, start_BNE)
-        before_KBNE = state_KBNE[:-1]
-        if cut_KB11 is not None:
-            decay_KBNE.masked_fill_(cut_KB11, 0.0)
-            before_KBNE = before_KBNE.masked_fill(cut_KB11, 0.0)
-        grad_KBNE = self._state_gradient(steps, decay_KBNE)
-        _sum_channels(state_KBNE[1:], self.grad_y_TBE[steps], out=self.read_TBN[steps])
-        _sum_channels(grad_KBNE, inputs.input_TBE[steps], out=self.write_TBN[steps])
-        _read(inputs.write_TBN[steps], grad_KBNE, out=self.input_TBE[steps])
-        w_KBNE = decay_KBNE.mul_(before_KBNE).mul_(grad_KBNE)
-        self.rate_NE += torch.mul(w_KBNE, inputs.delta_TBE[steps].unsqueeze(2), out=grad_KBNE).sum(
-            (0, 1)
-        )
-        torch.sum(w_KBNE.mul_(inputs.rate_NE), 2, out=self.delta_TBE[steps])
-
-    def _state_gradient(self, steps: slice, decay_KBNE: Tensor) -> Tensor:
-        grad_KBNE = self._grad_KBNE[: len(decay_KBNE)]
-        torch.mul(
-            self.grad_y_TBE[steps].unsqueeze(2),
-            self.inputs.read_TBN[steps].unsqueeze(3),
-            out=grad_KBNE,
-        )
-        grad, decay = grad_KBNE.unbind(0), decay_KBNE.unbind(0)
-        grad[-1].add_(self.carry_BNE)
-        for k in range(len(grad) - 2, -1, -1):
-            grad[k].addcmul_(decay[k + 1], grad[k + 1])
-        torch.mul(decay[0], grad[0], out=self.carry_BNE)
-        return grad_KBNE
-
-    def batch_major(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        inputs = self.inputs
-        self.delta_TBE.addcmul_(self.input_TBE, inputs.x_TBE)
-        x_TBE = self.input_TBE.mul_(inputs.delta_TBE)
-        x, delta, write, read = (
-            z.transpose(0, 1).contiguous()
-            for z in (x_TBE, self.delta_TBE, self.write_TBN, self.read_TBN)
-        )
-        return x, delta, self.rate_NE.t().contiguous(), write, read
-
-
-def _read(weight_KBN: Tensor, state_KBNE: Tensor, out: Tensor) -> None:
-    """Sum weight times state over N, into `out` `[K, B, E]`."""
-    torch.bmm(
-        weight_KBN.flatten(0, 1).unsqueeze(1),
-        state_KBNE.flatten(0, 1),
-        out=out.view(-1, 1, out.shape[-1]),
-    )
-
-
-def _sum_channels(state_KBNE: Tensor, channel_KBE: Tensor, out: Tensor) -> None:
-    """Sum state times channel over E, into `out` `[K, B, N]`."""
-    torch.bmm(
-        state_KBNE.flatten(0, 1),
-        channel_KBE.flatten(0, 1).unsqueeze(2),
-        out=out.view(-1, out.shape[-1], 1),
-    )
 
 
 @_scan.register_fake
