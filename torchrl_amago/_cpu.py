@@ -1,8 +1,8 @@
-"""Computations that CPUs do by other means than GPUs, each behind a named predicate, and their switch.
+"""Branches that differ between CPUs and GPUs, each behind a named predicate, and their switch.
 
-Every predicate is True for tensors on a CPU: there memory and random numbers are dear, and a branch
-on data is free, where a GPU would have to wait for it. :func:`cpu_paths` overrides the device, so that
-tests on a CPU run what a GPU runs.
+A predicate is True for tensors on a CPU: there memory and random numbers are expensive, and branches
+on data are free, while a GPU would have to wait for the data. :func:`cpu_paths` overrides the device,
+so that tests on a CPU run the GPU's branches.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _override: bool | None = None
 
 @contextmanager
 def cpu_paths(enabled: bool | None) -> Iterator[None]:
-    """Choose the CPU's computations on every device, or the GPU's.
+    """Take the CPU's branches on every device, or the GPU's.
 
     Compiled functions compile again when the choice changes.
 
     Args:
-        enabled: True for the CPU's, False for the GPU's, None for those of each tensor's device.
+        enabled: True for the CPU's, False for the GPU's, None for those of the tensor's device.
 
     Example:
         >>> with cpu_paths(False):
@@ -52,22 +52,22 @@ def is_traced(x: Tensor) -> bool:
 
 
 def float32_attention(x: Tensor) -> bool:
-    """Attend in float32 where gradients follow: half precision's backward takes up to 5 times as long."""
+    """Attend in float32 if gradients follow: the CPU kernel's backward is up to 5 times as fast."""
     return _on_cpu(x)
 
 
 def shared_dropout_bits(x: Tensor) -> bool:
-    """Drop four features by one random number: torch's draws take longer than a matrix product."""
+    """Let one random number drop four features: torch's draws take longer than a matrix product."""
     return _on_cpu(x)
 
 
 def skip_empty_cuts(x: Tensor) -> bool:
-    """Look whether a scan's segment has a reset before cutting it: most have none."""
+    """Cut a scan's segment only if it has a reset: most have none."""
     return _on_cpu(x)
 
 
 def compact_batches(mask: Tensor) -> bool:
-    """Put a batch's real steps in one row: padding then costs nothing, but shapes depend on data."""
+    """Put a batch's real steps in one row, without padding, in shapes that depend on the data."""
     return _on_cpu(mask) and not is_traced(mask)
 
 

@@ -5,6 +5,7 @@ Legend: B batch, T steps, I input features, D width, H heads.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -249,18 +250,9 @@ class TransformerEncoder(TrajectoryEncoder):
         return self.norm(x_ND)
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> RingCache:
-        head_size = self.output_size // self.num_heads
-        return RingCache(
-            len(self.blocks),
-            num_rows,
-            self.num_heads,
-            head_size,
-            self.pattern.window or self.context_length,
-            device,
-            dtype,
-            num_sinks=self.pattern.num_sinks,
-            sink_bias=self.pattern.sink_bias,
-        )
+        sizes = (len(self.blocks), num_rows, self.num_heads, self.output_size // self.num_heads)
+        context, sinks = self.pattern.window or self.context_length, self.pattern.num_sinks
+        return RingCache(*sizes, context, device, dtype, sinks, self.pattern.sink_bias)
 
     def _embed(self, x: Tensor, positions: Tensor) -> Tensor:
         x = self.embed(x)
@@ -274,22 +266,18 @@ class TransformerEncoder(TrajectoryEncoder):
         return x
 
     def check_positions(self, positions: Tensor) -> None:
-        is_table = self.positions == "learned" and self.beyond_positions == "raise"
-        size = self.position_table.num_embeddings if is_table else None
-        if is_table and positions.numel() and positions.max() >= size:
+        is_limited = self.positions == "learned" and self.beyond_positions == "raise"
+        size = self.position_table.num_embeddings if is_limited else math.inf
+        if is_limited and positions.max() >= size:
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or "
                 "choose beyond_positions='clip', positions='fixed' or positions='rotary'."
             )
-        self._warn_of_long_sequences(positions)
-
-    def _warn_of_long_sequences(self, positions: Tensor) -> None:
         # Losses read one step beyond a slice; time indices tell long trials from rows of several.
-        unbounded = recurrent_mode() and self.pattern.window is None and not self._has_warned
-        if not unbounded or positions.shape[-2] <= self.context_length + 1:
-            return
-        if positions.max() > self.context_length:
+        is_unbounded = recurrent_mode() and self.pattern.window is None and not self._has_warned
+        is_long = is_unbounded and positions.shape[-2] > self.context_length + 1
+        if is_long and positions.max() > self.context_length:
             self._has_warned = True
             warnings.warn(
                 f"sequences of {positions.shape[-2]} steps see all before them, rollouts only the last "
@@ -304,15 +292,10 @@ class TransformerEncoder(TrajectoryEncoder):
         q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in (q, k, v))
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
+        dropout = self.dropout_attn if self.training else 0.0
+        trials = {"positions_BT": positions_NT, "is_init_BT": is_init_NT}
         out_NHTD = backend_attention(
-            self.attention,
-            q,
-            k,
-            v,
-            self.pattern,
-            positions_BT=positions_NT,
-            is_init_BT=is_init_NT,
-            dropout=self.dropout_attn if self.training else 0.0,
+            self.attention, q, k, v, self.pattern, dropout=dropout, **trials
         )
         return out_NHTD.transpose(1, 2)
 
@@ -333,11 +316,11 @@ def _check_positions(
 ) -> None:
     check_choice("positions", positions, ("fixed", "learned", "rotary"))
     check_choice("beyond_positions", beyond_positions, ("raise", "clip"))
-    is_learned, is_clipped = positions == "learned", beyond_positions == "clip"
-    if is_learned and max_positions is not None:
-        fits = is_clipped or max_positions > context_length
+    if positions == "learned":
+        least = 1 if beyond_positions == "clip" else context_length + 1
+        fits = max_positions is not None and max_positions >= least
     else:
-        fits = not is_learned and max_positions is None and not is_clipped
+        fits = max_positions is None and beyond_positions == "raise"
     if not fits:
         raise ValueError(
             "positions='learned', and no other, needs max_positions above "
@@ -348,10 +331,9 @@ def _check_positions(
 
 
 def _check_even(d_model: int, num_heads: int, positions: str) -> None:
-    size = d_model // num_heads if positions == "rotary" else d_model
-    if size % 2:
-        name = "d_model / num_heads" if positions == "rotary" else "d_model"
+    heads = num_heads if positions == "rotary" else 1
+    if d_model % 2 or d_model // heads % 2:
         raise ValueError(
-            f"{name} must be even for positions={positions!r}, got {size}: positions are pairs of sine "
-            "and cosine. Change it by 1, or use positions='fixed' with an even d_model."
+            f"d_model must be even, and d_model / num_heads with positions='rotary', got {d_model} and "
+            f"num_heads={num_heads}: positions are pairs of sine and cosine."
         )

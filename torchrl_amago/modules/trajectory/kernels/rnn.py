@@ -70,17 +70,8 @@ def _run(cell: str, x_TNI: Tensor, weights: list[Tensor]) -> Tensor:
     empty_1NH = x_TNI.new_zeros(1, x_TNI.shape[1], weights[1].shape[1])
     kernel, state = (torch.gru, empty_1NH) if cell == "gru" else (torch.lstm, [empty_1NH] * 2)
     with torch.autocast(x_TNI.device.type, enabled=False):
-        return kernel(
-            x_TNI,
-            state,
-            weights,
-            has_biases=True,
-            num_layers=1,
-            dropout=0.0,
-            train=torch.is_grad_enabled(),  # whether to keep what a backward pass needs
-            bidirectional=False,
-            batch_first=False,
-        )[0]
+        # With biases, one layer, no dropout, kept for a backward pass, one direction, time first.
+        return kernel(x_TNI, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)[0]
 
 
 def _stretches(is_init_TN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -128,8 +119,8 @@ def _recurrence_backward(
 ) -> list[Tensor]:
     """Gradients of the inputs and the weights."""
 
-    def layer(x_TNI: Tensor, *weights: Tensor) -> Tensor:
-        return _run_trials(cell, x_TNI, is_init_TN, list(weights))
+    def layer(x: Tensor, *weights: Tensor) -> Tensor:
+        return _run_trials(cell, x, is_init_TN, list(weights))
 
     with torch.enable_grad():  # kernels keep what differentiation needs only then
         _, differentiate = torch.func.vjp(layer, x_TNI, *weights)

@@ -68,7 +68,7 @@ class RingCache(Memory):
         # Memory outlives the no-grad or inference block it is made in, and is written in others.
         with torch.inference_mode(False):
             make = partial(torch.zeros, device=device, dtype=dtype)
-            # Keys lie transposed, the layout that the product with a query reads fastest.
+            # Keys are transposed, the layout that the product with a query reads fastest.
             self.keys = [make(rows, head_size, self._num_slots) for _ in range(num_layers)]
             self.values = [make(rows, self._num_slots, head_size) for _ in range(num_layers)]
             self.bias = make(rows, 1, self._num_slots).fill_(-math.inf)
