@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-from tensordict import is_batchedtensor
 from torch import Tensor
 
+from torchrl_amago._cpu import compact_batches, is_traced
 
-def is_traced(x: Tensor) -> bool:
-    """Whether branches can't depend on `x`: under `torch.compile`, `torch.export` and `torch.vmap`.
-
-    Example:
-        >>> is_traced(torch.zeros(2))
-        False
-    """
-    return torch.compiler.is_compiling() or is_batchedtensor(x)
+__all__ = ["Steps", "is_traced"]
 
 
 class Steps:
@@ -47,7 +40,7 @@ class Steps:
                 "if it holds zeros and ones."
             )
         if compact is None:
-            compact = mask.device.type == "cpu" and not is_traced(mask)
+            compact = compact_batches(mask)
         self.full_mask, self.compact = mask, compact
         #: ``[M]``, which of the steps that are kept are real.
         self.mask = mask[mask] if compact else mask

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago._cpu import cpu_paths
 from torchrl_amago.modules.trajectory.kernels.attention import ring_attention, window_attention
 from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern, ScoreBias
 
@@ -124,20 +123,3 @@ def test_ring_attention_sees_visible_slots_in_any_order():
 def test_refuses(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionPattern(**options)
-
-
-@pytest.mark.parametrize("pattern", [AttentionPattern(), AttentionPattern(9, 2, 0.5)])
-def test_half_precision_is_trained_in_float32_on_cpus(pattern):
-    halves = torch.randn(3, 2, 3, 40, 4, dtype=torch.bfloat16)
-    positions = torch.arange(40).expand(2, 40)
-    weight = torch.randn(2, 3, 40, 4, dtype=torch.bfloat16)
-    found, expected = halves.clone().requires_grad_(), halves.float().requires_grad_()
-    with torch.autocast("cpu"):
-        out = window_attention(*found.unbind(0), pattern, positions_BT=positions)
-        assert out.dtype == torch.bfloat16
-    (out * weight).sum().backward()
-    exact = window_attention(*expected.unbind(0), pattern, positions_BT=positions)
-    (exact * weight).sum().backward()
-    assert torch.equal(out, exact.bfloat16())
-    # Sums over uses of a key are rounded once more.
-    torch.testing.assert_close(found.grad.float(), expected.grad, rtol=2e-2, atol=2e-2)

@@ -170,7 +170,10 @@ def test_sequences_that_see_more_than_rollouts_are_warned_of_once():
         ({"d_ff": -1}, "d_ff must be at least 1, got -1"),
         ({"d_model": 0}, "d_model must be at least 1, got 0"),
         ({"max_positions": 4}, "positions='learned', and no other, needs max_positions"),
-        ({"positions": "rotary", "num_heads": 16}, "d_model must be even, and d_model / num_heads with .*num_heads=16"),
+        (
+            {"positions": "rotary", "num_heads": 16},
+            "d_model must be even, and d_model / num_heads with .*num_heads=16",
+        ),
         ({"beyond_positions": "wrap"}, "beyond_positions must be one of"),
         ({"beyond_positions": "clip"}, "any with beyond_positions='clip'; got positions='fixed'"),
         ({"segments": "always"}, "segments must be one of"),
