@@ -1,4 +1,4 @@
-"""Attention by definition: a matrix of what each step may see, in float64."""
+"""Attention by definition: a matrix of all scores with a mask, in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern, S
 
 
 def naive(q, k, v, pattern, positions, is_init):
-    """All scores at once, masked step by step as the documentation says."""
+    """All scores at once, masked as documented."""
     steps = q.shape[2]
     trial = (torch.zeros_like(positions) if is_init is None else is_init).cumsum(1)
     age = torch.arange(steps)[:, None] - torch.arange(steps)
@@ -27,9 +27,9 @@ def naive(q, k, v, pattern, positions, is_init):
     return score.masked_fill(~visible[:, None], -math.inf).softmax(-1) @ v
 
 
-def trials(batch, steps, reset_share):
-    """Rows that begin at some step of a trial, and in which others begin."""
-    is_init = torch.rand(batch, steps) < reset_share
+def trials(batch, steps, reset_fraction):
+    """Rows that start at some step of a trial, and in which others start."""
+    is_init = torch.rand(batch, steps) < reset_fraction
     positions = torch.randint(0, 3, (batch, 1)) + torch.arange(steps)
     for t in range(steps):
         before = positions[:, t - 1] + 1 if t else positions[:, 0]
@@ -120,6 +120,6 @@ def test_ring_attention_sees_visible_slots_in_any_order():
         ({"logit_clip": 0.0}, "logit_clip must be positive, got 0.0"),
     ],
 )
-def test_refuses(options, message):
+def test_bad_patterns(options, message):
     with pytest.raises(ValueError, match=message):
         AttentionPattern(**options)

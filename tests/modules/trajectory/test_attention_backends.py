@@ -1,4 +1,4 @@
-"""Other attention kernels: what they are asked, against the numbers of `window_attention`."""
+"""Other attention kernels: their calls, against the numbers of `window_attention`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def inputs(dtype, device="cpu", heads=2, features=16, steps=70):
 
 @pytest.fixture
 def flash_attn(monkeypatch):
-    """A package with flash-attn's two functions, which do by definition what its documentation says."""
+    """A package with flash-attn's two functions, by the definitions in its documentation."""
 
     def dense(q, k, v, trial, dropout_p, causal, window_size):
         assert (dropout_p, causal, window_size[1]) == (0.0, True, 0)
@@ -56,7 +56,7 @@ def flash_attn(monkeypatch):
 
 @pytest.mark.parametrize("window", [None, 1, 9])
 @pytest.mark.parametrize("several", [False, True])
-def test_flash_is_asked_for_the_same(flash_attn, window, several):
+def test_flash_computes_the_same(flash_attn, window, several):
     q, k, v, positions, is_init = inputs(torch.bfloat16)
     options = {"positions_BT": positions, "is_init_BT": is_init if several else None}
     pattern = AttentionPattern(window)
@@ -65,7 +65,7 @@ def test_flash_is_asked_for_the_same(flash_attn, window, several):
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_flash_refusals(flash_attn):
+def test_flash_lacks(flash_attn):
     with pytest.raises(ValueError, match="neither sinks nor logit_clip"):
         TransformerEncoder(4, **SIZES, attention="flash", logit_clip=3.0)
     q, k, v, _, _ = inputs(torch.float32)
@@ -74,7 +74,7 @@ def test_flash_refusals(flash_attn):
 
 
 class CudaTensor:
-    """What is asked of a tensor before a kernel is chosen."""
+    """The attributes of a tensor that choose a kernel."""
 
     device = torch.device("cuda")
 
@@ -103,7 +103,7 @@ def test_auto_takes_flash_where_it_can_run(flash_attn, monkeypatch, q, pattern, 
     assert found == ("flash" if chosen else "sdpa")
 
 
-def test_backends_that_are_not_there():
+def test_missing_backends():
     if not attention_backends._is_installed():
         with pytest.raises(
             ImportError, match=r"needs the package flash-attn.*torchrl_amago\[flash\]"

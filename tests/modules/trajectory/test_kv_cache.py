@@ -1,4 +1,4 @@
-"""The ring: what it holds, what it forgets, and that it neither grows nor moves."""
+"""The ring of keys and values: its content, and that it neither grows nor moves."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_nothing_is_allocated_or_moved():
     assert [t.data_ptr() for t in (*cache.keys, *cache.values, cache.bias)] == before
 
 
-def test_stream_table_drops_the_one_left_alone_for_longest():
+def test_stream_table_drops_the_least_recently_used():
     table = StreamTable(2)
     make = lambda: RingCache(1, 1, 1, 2, 1)  # noqa: E731
     first, second = table.add(make()), table.add(make())

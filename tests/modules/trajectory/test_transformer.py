@@ -1,4 +1,4 @@
-"""The Transformer encoder's arguments, refusals, gradients and compilation."""
+"""The Transformer encoder's arguments, errors, gradients and compilation."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_segments_never_ignores_is_init():
     assert torch.equal(encode(encoder, td), expected)
 
 
-def test_segments_never_refuses_padding_on_the_left():
+def test_segments_never_raises_for_padding_on_the_left():
     encoder = build(segments="never").eval()
     td = sequences()
     expected = encode(encoder, td)
@@ -186,12 +186,12 @@ def test_sequences_that_see_more_than_rollouts_are_warned_of_once():
         ({"activation": "sin"}, "activation must be one of"),
     ],
 )
-def test_constructor_refusals(options, match):
+def test_bad_arguments(options, match):
     with pytest.raises(ValueError, match=match):
         build(**options)
 
 
-def test_input_refusals():
+def test_bad_inputs():
     encoder, td = build(), sequences()
     with pytest.raises(KeyError, match="reads 'time_idx'.*PreviousStepTransform"):
         encode(encoder, td.exclude("time_idx"))
@@ -199,7 +199,7 @@ def test_input_refusals():
         encode(encoder, td.exclude("timestep"))
     with pytest.raises(KeyError, match="need 'is_init'.*InitTracker"):
         encoder(td[:, 0].exclude("is_init"))
-    with pytest.raises(ValueError, match=r"\[\*B, T, I\] with I = input_size=4, got \(3, 6, 5\)"):
+    with pytest.raises(ValueError, match=r"\[\*B, T, I\], I = input_size=4.*got \(3, 6, 5\)"):
         encode(encoder, td.clone().set("timestep", torch.zeros(3, 6, 5)))
     with pytest.raises(ValueError, match=r"'time_idx' must have shape \(3, 6, 1\).*got \(3, 6\)"):
         encode(encoder, td.clone().set("time_idx", torch.zeros(3, 6, dtype=torch.int64)))
@@ -229,7 +229,7 @@ def test_keys_are_configurable():
 
 
 def test_three_functions_make_an_encoder():
-    """The contract leaves streams, masks, shapes and errors to the base class."""
+    """The base class does streams, masks, shapes and errors."""
     from torchrl_amago.modules.trajectory import Memory
 
     class Sum(TrajectoryEncoder):
@@ -261,8 +261,8 @@ def test_three_functions_make_an_encoder():
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
-def test_compiles_without_graph_breaks():
-    encoder, td = build(dropout_emb=0.0, dropout_ff=0.0), sequences()
+def test_compiles_without_graph_breaks_in_training():
+    encoder, td = build(dropout_emb=0.0, dropout_ff=0.0, num_layers=1), sequences()
     x, positions, is_init = td["timestep"], td["time_idx"].squeeze(-1), td["is_init"].squeeze(-1)
     compiled = torch.compile(encoder.sequence, fullgraph=True, backend="aot_eager")
     u = encoder.blocks[0].qkv.u.clone()
@@ -270,12 +270,3 @@ def test_compiles_without_graph_breaks():
     assert not torch.equal(encoder.blocks[0].qkv.u, u)
     encoder.eval()
     torch.testing.assert_close(out, encoder.sequence(x, positions, is_init), rtol=1e-5, atol=1e-5)
-    step = torch.compile(encoder.step, fullgraph=True, backend="aot_eager")
-    memory = encoder.new_memory(3, x.device, x.dtype)
-    with torch.no_grad():
-        for t in range(4):
-            memory.advance()
-            state = step(x[:, t], positions[:, t], memory)
-            torch.testing.assert_close(
-                state, encoder.sequence(x, positions, is_init)[:, t], rtol=1e-5, atol=1e-5
-            )

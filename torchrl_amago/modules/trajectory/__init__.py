@@ -1,8 +1,8 @@
 """Trajectory encoders: from the embeddings of single steps to states that remember the trial.
 
-`base` holds the contract of every encoder, the other files one family each. `memory` holds the memory
-of rollouts, `kernels` attention, scans and recurrences as functions of tensors. A new encoder is one
-class with three functions of tensors, see :class:`TrajectoryEncoder`.
+`base` holds the contract of every encoder, the other files one family each. `memory` holds the
+memory of rollouts, `kernels` attention, scans and recurrences as functions of tensors. A new
+encoder is one class with three functions of tensors, see :class:`TrajectoryEncoder`.
 """
 
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder

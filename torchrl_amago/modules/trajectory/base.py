@@ -30,28 +30,28 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
     `[*B, T, ...]` and is differentiable. Otherwise it takes one step `[*B, ...]`, without gradient
     and always as in evaluation, and remembers it. Both give the same states.
 
-    The module holds the memory of up to `max_streams` rollouts; the entry `_stream` of the tensordict
-    selects one. Rows where it is missing or 0 are new, a row with `is_init` starts empty. Copies
-    (`deepcopy`, `pickle`) start without memory.
+    The module holds the memory of up to `max_streams` rollouts; the entry `_stream` of the
+    tensordict selects one. Rows where it is missing or 0 are new, a row with `is_init` starts
+    empty. Copies (`deepcopy`, `pickle`) start without memory.
 
     To write an encoder, implement :meth:`sequence`, :meth:`step` and :meth:`new_memory`. An encoder
-    whose step doesn't depend on earlier ones sets :attr:`has_memory` to False, writes no stream, and
-    its `step` gets None for a memory.
+    whose step doesn't depend on earlier ones sets :attr:`has_memory` to False, writes no stream,
+    and its `step` gets None for a memory.
 
     Args:
         input_size: I, features of a timestep embedding.
         output_size: D, features of a state.
         context_length: number of steps that a rollout's step sees, itself included; None for all.
             Encoders with a memory of constant size always see all.
-        on_weight_update: `keep` memories when the weights change during a rollout (they hold results
-            of older weights), or `restart` them empty at the next step.
+        on_weight_update: `keep` memories when the weights change during a rollout (they hold
+            results of older weights), or `restart` them empty at the next step.
         max_streams: number of rollouts to remember. The least recently used one leaves first, since
             rollouts don't announce their end.
         timestep_key: entry to read, `[*B, I]`.
         time_idx_key: steps since the trial began, `[*B, 1]`, integer.
         is_init_key: first step of a trial, `[*B, 1]`, bool; optional for sequences of one trial.
-        stream_key: entry to write, `[*B, 1]` int64, and to read if present. It is none of `in_keys`,
-            since environments and batches of a loss don't have it.
+        stream_key: entry to write, `[*B, 1]` int64, and to read if present. It is none of
+            `in_keys`, since environments and batches of a loss don't have it.
         mask_key: True on real steps, `[*B, T]`, for sequences; may be absent. Inputs under False
             count as zeros.
         state_key: entry to write, `[*B, D]`.
@@ -158,7 +158,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
-        """Entries that may be passed as keywords: the inputs and, for a rollout's step, its stream."""
+        """Entries that may be passed as keywords: the inputs and a rollout's stream."""
         return [*self.in_keys, *self.out_keys[1:]]
 
     @dispatch(source="keyword_keys")
@@ -167,10 +167,10 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         x, sequences = self._get(tensordict, self.in_keys[0]), bool(recurrent_mode())
         if x.ndim < 1 + sequences or x.shape[-1] != self.input_size:
             raise ValueError(
-                f"{self.in_keys[0]!r} must have shape {'[*B, T, I]' if sequences else '[*B, I]'} with "
-                f"I = input_size={self.input_size}, got {tuple(x.shape)} and recurrent_mode={sequences}. "
-                "Build the encoder with the timestep encoder's output_size, and take single steps "
-                "outside of set_recurrent_mode(True)."
+                f"{self.in_keys[0]!r} must have shape {'[*B, T, I]' if sequences else '[*B, I]'}, "
+                f"I = input_size={self.input_size}, with recurrent_mode={sequences}; got "
+                f"{tuple(x.shape)}. Build the encoder with the timestep encoder's output_size, and "
+                "take single steps outside of set_recurrent_mode(True)."
             )
         shape = x.shape[:-1]
         if not x.numel():
@@ -207,8 +207,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
             return positions_N, None
         if is_batchedtensor(positions) or is_batchedtensor(like):
             raise RuntimeError(
-                f"torch.vmap can't follow a rollout's memory, but {type(self).__name__} was called "
-                "for a single step under it. For sequences, put set_recurrent_mode(True) around the "
+                f"torch.vmap can't follow a rollout's memory, got a single step of a "
+                f"{type(self).__name__}. For sequences, put set_recurrent_mode(True) around the "
                 "call; for steps, build the loss or value estimator with deactivate_vmap=True."
             )
         if is_init is None:
@@ -286,9 +286,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         memory = self._streams.find(stream) if stream else None
         if memory is None:
             raise KeyError(
-                f"no memory of stream {stream} in this {type(self).__name__} (has_memory="
-                f"{self.has_memory}): rollouts get one at their first step, sequences have none. Pass "
-                f"a tensordict that this encoder has stepped, with its {self.stream_key!r}."
+                f"no memory of stream {stream} in this {type(self).__name__} with has_memory="
+                f"{self.has_memory}: rollouts get one at their first step, sequences have none. "
+                f"Pass a tensordict that this encoder has stepped, with its {self.stream_key!r}."
             )
         return memory
 
@@ -347,7 +347,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
     # --- compilation ---
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile :meth:`sequence` and :meth:`step` in place, with :func:`torch.compile`'s arguments.
+        """Compile :meth:`sequence` and :meth:`step` in place, by :func:`torch.compile`.
 
         Streams are looked up outside of compiled code, so contexts may grow without recompilation.
         Copies run eagerly until they are compiled themselves.
@@ -382,7 +382,7 @@ def check_heads(d_model: int, num_heads: int) -> None:
 
 
 def starts_within_rows(is_init_NT: Tensor | None) -> Tensor | None:
-    """Return `is_init_NT`, or None if no trial starts after a row's first step: nothing is cut then.
+    """Return `is_init_NT`, or None if no trial starts after a row's first step.
 
     Under `torch.compile` and `torch.vmap` rows are always cut, which is right for any data.
     """

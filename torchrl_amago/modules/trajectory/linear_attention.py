@@ -1,7 +1,7 @@
 """Gated linear attention encoder: attention's matrix products, a recurrence's constant memory.
 
-Legend: N rows, T steps, I input features, D width, H heads, F features of one head; `*` stands for N
-or N, T.
+Legend: N rows, T steps, I input features, D width, H heads, F features of one head; `*` stands for
+N or N, T.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ class GatedLinearAttention(nn.Module):
         S[t] = decay[t] S[t-1] + write[t] k[t] v[t]^T,    out[t] = S[t]^T q[t]
         output = out_proj(rms_norm(out) silu(gate))
 
-    The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060), with
-    keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No convolution:
-    in RL a timestep already holds the action and reward that led to it.
+    The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060),
+    with keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No
+    convolution: in RL a timestep already holds the action and reward that led to it.
 
     Args:
         d_model: D, width of input and output.
@@ -135,15 +135,15 @@ class LinearAttentionBlock(nn.Module):
 class GatedLinearAttentionEncoder(TrajectoryEncoder):
     """Gated linear attention over the steps of a trial: the cheap choice for long contexts.
 
-    Training costs matrix products over chunks, linear in the number of steps. The cost of a rollout's
-    step doesn't depend on the number before it. Its memory (:class:`StateMemory`) has
+    Training costs matrix products over chunks, linear in the number of steps. The cost of a
+    rollout's step doesn't depend on the number before it. Its memory (:class:`StateMemory`) has
     `d_model**2 / num_heads` numbers per layer and environment, which also limits its recall.
 
     Args:
         input_size: I, features of a timestep embedding.
         num_heads: heads, each with its own decay; divides `d_model`. Fewer heads remember more.
-        options: `d_model`, `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm` and
-            the others of :class:`TrajectoryEncoder`.
+        options: `d_model`, `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm`
+            and the others of :class:`TrajectoryEncoder`.
 
     Example:
         >>> encoder = GatedLinearAttentionEncoder(4, d_model=16)

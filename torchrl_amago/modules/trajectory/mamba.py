@@ -58,7 +58,7 @@ class MambaBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draw rates, skip connection and step sizes as in Mamba's paper; layers reset themselves."""
+        """Draw rates, skips and step sizes as in Mamba's paper; layers reset themselves."""
         self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log())
         self.D.fill_(1.0)
         bound = self.dt_rank**-0.5

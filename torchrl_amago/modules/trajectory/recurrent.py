@@ -44,7 +44,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
             raise ValueError(
-                f"longest_memory must be at least 2, got {longest_memory}. It is the number of steps "
+                f"longest_memory must be at least 2, got {longest_memory}. Use the number of steps "
                 "to remember over, such as the trial's length."
             )
         super().__init__(input_size, d_model, **options)
@@ -111,8 +111,9 @@ class GRUEncoder(_RecurrentEncoder):
         d_model: D, size of the state.
         hidden_size: H, width of the recurrent layers; default `d_model`.
         longest_memory: greatest number of steps that units remember over before training. Gates'
-            biases are drawn for 1 to `longest_memory` steps (chrono initialisation, arXiv 1804.11188,
-            eq. 16). Default: torch's initialisation, with which memory fades over few steps.
+            biases are drawn for 1 to `longest_memory` steps (chrono initialisation, arXiv
+            1804.11188, eq. 16). Default: torch's initialisation, with which memory fades over few
+            steps.
         options: `num_layers`, `out_norm` and the others of :class:`TrajectoryEncoder`.
 
     Example:
@@ -128,8 +129,8 @@ class GRUEncoder(_RecurrentEncoder):
 class LSTMEncoder(_RecurrentEncoder):
     """Long short-term memory (Hochreiter & Schmidhuber 1997), a linear layer, a norm.
 
-    On a CPU its sequences are faster than a GRU's, since oneDNN has a kernel for them. Arguments: see
-    :class:`GRUEncoder`.
+    On a CPU its sequences are faster than a GRU's, since oneDNN has a kernel for them. Arguments:
+    see :class:`GRUEncoder`.
 
     Example:
         >>> LSTMEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape

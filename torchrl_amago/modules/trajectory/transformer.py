@@ -108,8 +108,8 @@ class TransformerBlock(nn.Module):
 class TransformerEncoder(TrajectoryEncoder):
     """Causal Transformer over the steps of a trial (arXiv 2310.09971, Appendix A).
 
-    Rollouts remember keys and values of the last `context_length` steps (or `window`, if given) in a
-    ring. Up to there, steps equal a whole window. Past it they equal attention banded to as many
+    Rollouts remember keys and values of the last `context_length` steps (or `window`, if given) in
+    a ring. Up to there, steps equal a whole window. Past it they equal attention banded to as many
     steps in every layer: deeper layers saw older tokens, so some information outlives the window.
 
     Args:
@@ -121,8 +121,8 @@ class TransformerEncoder(TrajectoryEncoder):
         dropout_attn: probability of zeroing an attention weight.
         dropout_qkv: of zeroing a feature of queries, keys and values.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
-        max_positions: size of the learned table: the longest trial's length plus 1, since losses also
-            read the observation after the last step.
+        max_positions: size of the learned table: the longest trial's length plus 1, since losses
+            also read the observation after the last step.
         beyond_positions: `raise` for steps beyond the learned table, or `clip` them to its last.
         sigma_reparam: use :class:`SigmaReparamLinear`, else `torch.nn.Linear`.
         normformer: use NormFormer's extra norms.
@@ -136,8 +136,8 @@ class TransformerEncoder(TrajectoryEncoder):
         segments: `auto` separates trials that follow each other in a row of a sequence (found by
             `is_init`; under `torch.compile` the mask for it is always built), `never` means that
             each row is a part of one trial, padded only on the right.
-        options: `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm` and the others
-            of :class:`TrajectoryEncoder`.
+        options: `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm` and the
+            others of :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.
@@ -229,8 +229,8 @@ class TransformerEncoder(TrajectoryEncoder):
         # Only a mask would hide padding from later steps, and "never" builds none.
         if self.segments == "never" and (mask[..., 1:, :] & ~mask[..., :-1, :]).any():
             raise ValueError(
-                "segments='never' needs rows that are padded on the right, got real steps after padding. "
-                "Make the buffer with padding='right', or use segments='auto'."
+                "segments='never' needs rows that are padded on the right, got real steps after "
+                "padding. Make the buffer with padding='right', or use segments='auto'."
             )
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
@@ -280,9 +280,9 @@ class TransformerEncoder(TrajectoryEncoder):
         if is_long and positions.max() > self.context_length:
             self._has_warned = True
             warnings.warn(
-                f"sequences of {positions.shape[-2]} steps see all before them, rollouts only the last "
-                f"context_length={self.context_length}, so that states differ from there on. Set "
-                f"window={self.context_length}, raise context_length, or sample shorter slices.",
+                f"sequences of {positions.shape[-2]} steps see all before them, rollouts only the "
+                f"last context_length={self.context_length}, so that states differ from there on. "
+                f"Set window={self.context_length}, raise context_length or sample shorter slices.",
                 stacklevel=2,
             )
 
@@ -334,6 +334,6 @@ def _check_even(d_model: int, num_heads: int, positions: str) -> None:
     heads = num_heads if positions == "rotary" else 1
     if d_model % 2 or d_model // heads % 2:
         raise ValueError(
-            f"d_model must be even, and d_model / num_heads with positions='rotary', got {d_model} and "
-            f"num_heads={num_heads}: positions are pairs of sine and cosine."
+            f"d_model must be even, and d_model / num_heads with positions='rotary', got {d_model} "
+            f"and num_heads={num_heads}: positions pair sine with cosine. Change one of them."
         )

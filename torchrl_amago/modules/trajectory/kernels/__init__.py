@@ -5,9 +5,9 @@ from torchrl_amago.modules.trajectory.kernels.gated_scan import (
     gated_linear_attention,
     gated_linear_attention_step,
 )
+from torchrl_amago.modules.trajectory.kernels.mamba_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern, ScoreBias
 from torchrl_amago.modules.trajectory.kernels.rnn import recurrence
-from torchrl_amago.modules.trajectory.kernels.mamba_scan import selective_scan, selective_step
 
 __all__ = [
     "AttentionPattern",

@@ -1,6 +1,7 @@
 """Other kernels for attention over whole windows: FlexAttention and flash-attn, for GPUs.
 
-They give the results of `window_attention` on `F.scaled_dot_product_attention`, which needs nothing.
+They give the results of `window_attention` on `F.scaled_dot_product_attention`, which needs
+nothing.
 
 Legend: B batch, T steps, H heads, D features of one head, N = B * T.
 """
@@ -33,8 +34,8 @@ def check_backend(backend: Backend, pattern: AttentionPattern, dropout: float) -
     check_choice("attention", backend, get_args(Backend))
     if backend == "flash" and not _is_installed():
         raise ImportError(
-            "attention='flash' needs the package flash-attn. Install torchrl_amago[flash] on a machine "
-            "with a GPU, or use attention='auto'."
+            "attention='flash' needs the package flash-attn. Install torchrl_amago[flash] on a "
+            "machine with a GPU, or use attention='auto'."
         )
     lacks = None
     if backend == "flash" and not _flash_fits(pattern):

@@ -47,7 +47,7 @@ class MambaKernels(NamedTuple):
         gate_BTE: Tensor,
         delta_bias_E: Tensor,
     ) -> Tensor:
-        """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, with step sizes `softplus(delta + bias)`."""
+        """Compute `(scan + skip x) silu(gate)`, with step sizes `softplus(delta + bias)`."""
         x_BET, delta_BET, write_BNT, read_BNT, gate_BET = (
             z.to(x_BTE.dtype).transpose(1, 2).contiguous()
             for z in (x_BTE, delta_BTE, write_BTN, read_BTN, gate_BTE)

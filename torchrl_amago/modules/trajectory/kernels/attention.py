@@ -86,7 +86,8 @@ def ring_attention(
         q_BHD: queries of the newest step.
         keys_NDS: stored keys, N = B * H.
         values_NSD: stored values.
-        bias_N1S: finite on visible slots, -inf on others. Slots must hold finite numbers all the same.
+        bias_N1S: finite on visible slots, -inf on others. Slots must hold finite numbers all the
+            same.
         logit_clip: see :class:`AttentionPattern`.
 
     Returns:

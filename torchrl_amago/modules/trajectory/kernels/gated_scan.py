@@ -6,8 +6,8 @@ above 1: nothing overflows and nothing is divided. The backward pass computes th
 again instead of keeping them. Both passes are operators, so that `torch.compile` sees one node and
 no number of chunks that it must fix.
 
-Legend: B batch, T steps, H heads, K features of a key, V features of a value, C chunks, L steps of a
-chunk.
+Legend: B batch, T steps, H heads, K features of a key, V features of a value, C chunks, L steps of
+a chunk.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def gated_linear_attention(
 
         S[t] = decay[t] S[t-1] + k[t] v[t]^T,    out[t] = S[t]^T q[t]
 
-    One decay per head and step; `S[-1] = 0`, and `S[t-1]` counts as zero where `is_init[t]`. Time and
-    memory are linear in T. Differentiable once.
+    One decay per head and step; `S[-1] = 0`, and `S[t-1]` counts as zero where `is_init[t]`. Time
+    and memory are linear in T. Differentiable once.
 
     Args:
         q_BTHK: queries.
@@ -168,7 +168,8 @@ class _Chunks:
         ended_BCHLK = (self.v @ end.transpose(-1, -2)).to(wide) * self.write_BCHL.unsqueeze(-1)
         k = (score_BCHLL.transpose(-1, -2) @ self.q).to(wide).add_(ended_BCHLK)
         # The exponential of a step's summed log-decay multiplies its query and divides its key, so
-        # that their gradients give its own; a chunk's last one multiplies all that leaves the chunk.
+        # that their gradients give its own; a chunk's last one multiplies all that leaves the
+        # chunk.
         sum_BCHL = (self.q * q).sum(-1) - (self.k * k).sum(-1)
         sum_BCHL[..., -1] += (self.k * ended_BCHLK).sum((-1, -2))
         sum_BCHL[..., -1] += (end_BCHKV * start_BCHKV).sum((-1, -2)) * self.carry_BCH

@@ -1,9 +1,9 @@
-"""The recurrence of Mamba in plain PyTorch: a diagonal linear system with data-dependent coefficients.
+"""The recurrence of Mamba in plain PyTorch: a diagonal linear system that depends on the data.
 
 The states of all steps, `[B, T, E, N]`, would be 2 N times as large as everything else together, so
 they are never held at once: steps are taken in segments that fit a core's cache, only the state at
-each segment's start is kept, and the backward pass computes a segment's states again. Both passes are
-operators, so that `torch.compile` sees one node and no loop whose length it must fix.
+each segment's start is kept, and the backward pass computes a segment's states again. Both passes
+are operators, so that `torch.compile` sees one node and no loop whose length it must fix.
 
 Legend: B batch, T steps, E inner channels, N state size per channel, K steps of one segment.
 """
@@ -31,8 +31,8 @@ def selective_scan(
 
         h[t] = exp(delta[t] rate) h[t-1] + delta[t] x[t] write[t],    y[t] = read[t] . h[t]
 
-    Every channel has N states; `h[-1] = 0`, and `h[t-1]` counts as zero where `is_init[t]`. Time and
-    memory are linear in T. Differentiable once.
+    Every channel has N states; `h[-1] = 0`, and `h[t-1]` counts as zero where `is_init[t]`. Time
+    and memory are linear in T. Differentiable once.
 
     Args:
         x_BTE: input of every channel.

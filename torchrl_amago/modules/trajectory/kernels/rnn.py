@@ -1,10 +1,10 @@
 """One layer of GRU or LSTM over rows of several trials, by PyTorch's own kernels.
 
-`torch.compile` would unroll the recurrence, and `torch.vmap` has no rule for the kernels. Both get the
-layer as one operator, whose backward pass runs the layer again to differentiate it.
+`torch.compile` would unroll the recurrence, and `torch.vmap` has no rule for the kernels. Both get
+the layer as one operator, whose backward pass runs the layer again to differentiate it.
 
-Legend: T steps, N rows, I input features, H hidden features, M = T * N, W stretches of rows without a
-reset, L steps of the longest of them.
+Legend: T steps, N rows, I input features, H hidden features, M = T * N, W stretches of rows without
+a reset, L steps of the longest of them.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def _stretches(is_init_TN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     computed is padding, and there are few groups.
 
     Yields:
-        For every group its steps' places in the flat `[T * N]` batch, `[L, W]`, and a mask of the real
-        ones; padding points to any step.
+        For every group its steps' places in the flat `[T * N]` batch, `[L, W]`, and a mask of the
+        real ones; padding points to any step.
     """
     num_steps, num_rows = is_init_TN.shape
     first_NT = is_init_TN.t().clone()

@@ -50,8 +50,8 @@ class Memory(abc.ABC):
         found, expected = _describe(state), _describe(self.tensors())
         if found != expected:
             raise ValueError(
-                f"a memory loads only tensors like its own, {expected}; got {found}. Build the encoder "
-                "with the arguments of the one that was saved."
+                f"a memory loads only tensors like its own, {expected}; got {found}. Build the "
+                "encoder with the arguments of the one that was saved."
             )
         for name, tensor in self.tensors().items():
             tensor.copy_(state[name])

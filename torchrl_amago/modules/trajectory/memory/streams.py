@@ -98,7 +98,7 @@ class StreamTable:
         self._memories.clear()
 
     def clear_if_changed(self, parameters: Iterable[Tensor]) -> None:
-        """Make every memory forget every row if the parameters differ from those of the last call."""
+        """Clear every memory if the parameters differ from those of the last call."""
         # Version counters would miss writes through `.data` and from other processes. An update of
         # weights moves every vector (gains, biases) and every matrix's first row.
         parts = [p.detach().reshape(-1)[: p.shape[-1]] for p in parameters if p.ndim]
@@ -131,10 +131,10 @@ class StreamTable:
             )
         reason = (
             f"its stream {stream} is not in this module: either it was evicted (raise max_streams, "
-            f"now {self.max_streams}), or the module is a copy and the rollout isn't its own"
+            f"now {self.max_streams}), or the module is a copy and the rollout is another's"
             if stream
             else f"{key!r} was lost between steps: keep it in selected_out_keys, and put "
-            "TransformedEnv around a ParallelEnv, which by itself drops entries its workers don't have"
+            "TransformedEnv around a ParallelEnv, which drops entries its workers don't have"
         )
         warnings.warn(
             f"a rollout continues in mid-trial without its memory; {reason}.", stacklevel=3
