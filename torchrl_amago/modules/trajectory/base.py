@@ -297,11 +297,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         self._streams.drop()
 
     def memory_state_dict(self, streams: Collection[int] | None = None) -> dict[str, Any]:
-        """Copy the memories of the given streams, by default of all.
-
-        Returns:
-            The nested dict of tensors of :meth:`StreamTable.state_dict`.
-        """
+        """Copy the memories of the given streams, by default of all: see :class:`StreamTable`."""
         return self._streams.state_dict(streams)
 
     def load_memory_state_dict(
@@ -313,10 +309,10 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
 
         Args:
             state: returned by :meth:`memory_state_dict`.
-            device: of the rollouts; default: that of the parameters, or the CPU if there are none.
+            device: of the rollouts; default: that of the parameters, else the CPU.
 
         Raises:
-            ValueError: if it is from an encoder of other sizes. Nothing has changed then.
+            ValueError: if it is from an encoder of other sizes; nothing has changed then.
         """
         if device is None:
             device = next((p.device for p in self.parameters()), "cpu")

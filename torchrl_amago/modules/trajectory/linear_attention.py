@@ -14,22 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_amago.modules._dropout import check_dropout, dropout
-from torchrl_amago.modules._layers import (
-    MLP,
-    RMSNorm,
-    StreamEmbedding,
-    at_least_float32,
-    make_norm,
-)
+from torchrl_amago.modules._layers import MLP, RMSNorm, StreamEmbedding, at_least_float32, make_norm
+from torchrl_amago.modules.trajectory import kernels
 from torchrl_amago.modules.trajectory.base import (
     TrajectoryEncoder,
     check_heads,
     check_sizes,
     starts_within_rows,
-)
-from torchrl_amago.modules.trajectory.kernels import (
-    gated_linear_attention,
-    gated_linear_attention_step,
 )
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
@@ -76,12 +67,12 @@ class GatedLinearAttention(nn.Module):
     def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
         """Mix whole sequences, with gradient; `is_init_NT` is True at first steps of trials."""
         q, k, v, log_decay, gate = self._project(x_NTD)
-        return self._out(gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
+        return self._out(kernels.gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
 
     def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
         """Take one step; update the state in place."""
         q, k, v, log_decay, gate = self._project(x_ND)
-        return self._out(gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
+        return self._out(kernels.gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values `[*, H, F]`, log-decays `[*, H]`, output gates `[*, H, F]`."""

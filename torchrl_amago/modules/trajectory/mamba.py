@@ -35,12 +35,7 @@ class MambaBlock(nn.Module):
         out = out_proj((scan(x, delta, -exp(A_log), B, C) + D x) silu(z))
 
     Parameters have the names and shapes of `mamba_ssm.Mamba`, so that state dicts fit both.
-
-    Args:
-        d_model: D, width of input and output.
-        d_state: S, states per channel.
-        d_conv: K, number of steps that the convolution sees.
-        expand: E / D.
+    Arguments: see :class:`MambaEncoder`.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
@@ -85,7 +80,10 @@ class MambaBlock(nn.Module):
         """
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
-            return self.out_proj(self._scan_with(kernels, x_NTE, gate_NTE))
+            x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
+            sequences = (x_NTE, *self._select(x_NTE))
+            y_NTE = kernels.scan(sequences, gate_NTE, self._rate(), self.D, self.dt_proj.bias)
+            return self.out_proj(y_NTE)
         x_NTE = F.silu(self._convolve(at_least_float32(x_NTE), is_init_NT))
         y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
         return self._out(y_NTE, x_NTE, gate_NTE)
@@ -100,14 +98,6 @@ class MambaBlock(nn.Module):
         x_NE = F.silu((window_NKE * weight_KE).sum(1) + self.conv1d.bias)
         y_NE = selective_step(x_NE, *self._coefficients(x_NE), state_NSE)
         return self._out(y_NE, x_NE, gate_NE)
-
-    def _scan_with(self, kernels: MambaKernels, x_NTE: Tensor, gate_NTE: Tensor) -> Tensor:
-        x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
-        delta_NTE, write_NTS, read_NTS = self._select(x_NTE)
-        rate_ES, bias_E = self._rate(), self.dt_proj.bias
-        return kernels.scan(
-            x_NTE, delta_NTE, rate_ES, write_NTS, read_NTS, self.D, gate_NTE, bias_E
-        )
 
     def _convolve(self, x_NTE: Tensor, is_init_NT: Tensor | None) -> Tensor:
         """Convolve every channel causally, within trials.

@@ -102,8 +102,8 @@ def _flash_attention(
 ) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    window = (-1 if pattern.window is None else pattern.window - 1, 0)
-    options = {"dropout_p": dropout, "causal": True, "window_size": window}
+    before = -1 if pattern.window is None else pattern.window - 1
+    options = {"dropout_p": dropout, "causal": True, "window_size": (before, 0)}
     q, k, v = (z.transpose(1, 2) for z in (q_BHTD, k_BHTD, v_BHTD))
     if is_init_BT is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)

@@ -8,7 +8,7 @@ Legend: B batch, T steps, E inner channels, N state size per channel, K convolut
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -28,42 +28,34 @@ class MambaKernels(NamedTuple):
 
     def convolve(self, x_BTE: Tensor, weight_E1K: Tensor, bias_E: Tensor) -> Tensor:
         """Convolve every channel causally and apply SiLU: `[B, T, E]`."""
-        x_BET = self.causal_conv1d_fn(
-            x_BTE.transpose(1, 2).contiguous(),
-            weight_E1K.squeeze(1).to(x_BTE.dtype),
-            bias_E.to(x_BTE.dtype),
-            activation="silu",
-        )
-        return x_BET.transpose(1, 2)
+        x_BET = x_BTE.transpose(1, 2).contiguous()
+        weights = (weight_E1K.squeeze(1).to(x_BET.dtype), bias_E.to(x_BET.dtype))
+        return self.causal_conv1d_fn(x_BET, *weights, activation="silu").transpose(1, 2)
 
     def scan(
         self,
-        x_BTE: Tensor,
-        delta_BTE: Tensor,
-        rate_EN: Tensor,
-        write_BTN: Tensor,
-        read_BTN: Tensor,
-        skip_E: Tensor,
+        sequences: Sequence[Tensor],
         gate_BTE: Tensor,
+        rate_EN: Tensor,
+        skip_E: Tensor,
         delta_bias_E: Tensor,
     ) -> Tensor:
-        """Compute `(scan + skip x) silu(gate)`, with step sizes `softplus(delta + bias)`."""
-        x_BET, delta_BET, write_BNT, read_BNT, gate_BET = (
-            z.to(x_BTE.dtype).transpose(1, 2).contiguous()
-            for z in (x_BTE, delta_BTE, write_BTN, read_BTN, gate_BTE)
+        """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, in the dtype of x.
+
+        Args:
+            sequences: inputs x and step sizes before bias and softplus, `[B, T, E]`, and the
+                paper's B and C, `[B, T, N]`.
+            gate_BTE: before its nonlinearity.
+            rate_EN: the paper's A.
+            skip_E: the paper's D.
+            delta_bias_E: bias of the step sizes.
+        """
+        x, delta, write, read, gate = (
+            z.to(sequences[0].dtype).transpose(1, 2).contiguous() for z in (*sequences, gate_BTE)
         )
-        y_BET = self.selective_scan_fn(
-            x_BET,
-            delta_BET,
-            rate_EN.float().contiguous(),
-            write_BNT,
-            read_BNT,
-            skip_E.float(),
-            z=gate_BET,
-            delta_bias=delta_bias_E.float(),
-            delta_softplus=True,
-        )
-        return y_BET.transpose(1, 2)
+        rate, skip, bias = (z.float().contiguous() for z in (rate_EN, skip_E, delta_bias_E))
+        options = {"z": gate, "delta_bias": bias, "delta_softplus": True}
+        return self.selective_scan_fn(x, delta, rate, write, read, skip, **options).transpose(1, 2)
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:

@@ -112,13 +112,7 @@ class StreamTable:
     def report_loss(
         self, stream: int, memory: Memory | None, num_rows: int, key: NestedKey
     ) -> None:
-        """Warn of a rollout that is in mid-trial without its memory.
-
-        Args:
-            stream: the rollout's stream, or 0 if it was lost.
-            memory: the stream's memory, which doesn't fit, or None.
-            num_rows: rows of the step.
-            key: entry that holds the stream.
+        """Warn of a rollout in mid-trial whose stream (0 if lost) has no memory that fits.
 
         Raises:
             ValueError: if the rollout's number of rows has changed.
@@ -168,9 +162,6 @@ class StreamTable:
         Args:
             state: returned by :meth:`state_dict`.
             new_memory: makes an empty memory for a number of rows and a dtype.
-
-        Raises:
-            ValueError: if a memory that `new_memory` makes has other tensors.
         """
         memories = OrderedDict()
         for i, stream in list(enumerate(state["streams"].tolist()))[-self.max_streams :]:
