@@ -36,8 +36,8 @@ class Steps:
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
         if mask.dtype != torch.bool:
             raise ValueError(
-                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use mask.bool() "
-                "if it holds zeros and ones."
+                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use "
+                "mask.bool() if it holds zeros and ones."
             )
         if compact is None:
             compact = compact_batches(mask)

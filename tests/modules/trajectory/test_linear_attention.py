@@ -152,7 +152,7 @@ def test_layer_by_definition():
     decay, write = layer.gates(x).sigmoid().chunk(2, -1)
     k = k / k.norm(dim=-1, keepdim=True)
     total = decay.log().cumsum(1)
-    left = (total[:, :, None] - total[:, None]).exp()  # of what step j wrote, at step i
+    left = (total[:, :, None] - total[:, None]).exp()  # of step j's write, at step i
     left = torch.where(torch.ones(50, 50).tril().bool()[..., None], left, 0.0)
     out = torch.einsum("bihk,bjhk,bijh,bjh,bjhv->bihv", q, k, left, write, v)
     out = layer.norm.scale * out / (out.square().mean(-1, keepdim=True) + 1e-3).sqrt()

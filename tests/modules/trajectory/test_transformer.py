@@ -122,7 +122,11 @@ def test_learned_positions_end_somewhere(monkeypatch):
     td = sequences(steps=6)
     assert encode(build(positions="learned", max_positions=9), td).shape == (3, 6, 16)
     encoder = build(positions="learned", max_positions=5, context_length=4)
-    assert encode(encoder, td[:, :5]).shape == (3, 5, 16)  # four steps, and what the last led to
+    assert encode(encoder, td[:, :5]).shape == (
+        3,
+        5,
+        16,
+    )  # four steps, and the one that the last led to
     with pytest.raises(ValueError, match=r"end at max_positions=5, got time index 5.*'clip'"):
         encode(encoder, td)
     with pytest.raises(ValueError, match="end at max_positions=5"):
@@ -139,7 +143,7 @@ def test_learned_positions_end_somewhere(monkeypatch):
 
 def test_sequences_that_see_more_than_rollouts_are_warned_of_once():
     encoder = build(context_length=4)
-    encode(encoder, sequences(steps=5))  # four steps, and what the last led to
+    encode(encoder, sequences(steps=5))  # four steps, and the one that the last led to
     short_trials = sequences(steps=6)
     short_trials["time_idx"] %= 3
     encode(encoder, short_trials)
@@ -159,7 +163,7 @@ def test_sequences_that_see_more_than_rollouts_are_warned_of_once():
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
         ({"window": 0}, "window must be at least 1, got 0"),
         ({"window": 9}, "window must be at most context_length, got window=9, context_length=8"),
-        ({"num_sinks": 1}, "num_sinks must be at least 0, and 0 without a window"),
+        ({"num_sinks": 1}, "num_sinks must be at least 0, 0 without a window"),
         ({"positions": "sin"}, "positions must be one of .* got 'sin'"),
         ({"positions": "learned"}, "needs max_positions above context_length=8"),
         (

@@ -5,6 +5,7 @@ Legend: *B batch, T steps, I input features, D state features, N rows (all batch
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -23,7 +24,7 @@ from torchrl_amago.modules.trajectory.memory import Memory, StreamTable
 from torchrl_amago.modules.trajectory.memory.streams import stream_of
 
 
-class TrajectoryEncoder(Configurable, TensorDictModuleBase):
+class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     """Base of all trajectory encoders: `(timestep, time_idx, is_init) -> state`.
 
     Under :class:`torchrl.modules.set_recurrent_mode` the encoder reads whole sequences
@@ -119,8 +120,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         self._streams = StreamTable(max_streams)
         self._use_eager()
 
-    # --- what an encoder implements ---
+    # --- the functions that an encoder implements ---
 
+    @abc.abstractmethod
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         """Encode whole sequences, with gradient.
 
@@ -132,17 +134,16 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
         Returns:
             States `[N, T, D]`.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: Memory | None) -> Tensor:
-        """Encode one step per row and remember it, as in evaluation whatever `training` says.
+        """Encode one step per row and remember it, always as in evaluation.
 
         Called without gradient, after the memory's `clear` and `advance`.
 
         Returns:
             States `[N, D]`.
         """
-        raise NotImplementedError
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> Memory | None:
         """Make an empty memory for a rollout of `num_rows` environments; None without memory."""
@@ -332,7 +333,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase):
             return stream, memory
         # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
         if (~is_init_N & (positions_N > 0)).any():
-            self._streams.report_loss(stream, memory, num_rows, self.stream_key)
+            self._streams.warn_of_lost_memory(stream, memory, num_rows, self.stream_key)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
         else:

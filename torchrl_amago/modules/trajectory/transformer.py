@@ -43,7 +43,7 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def _project(layer: nn.Linear, x: Tensor, training: bool) -> Tensor:
-    """Apply a linear layer in the given mode, whatever the layer's own `training` flag says."""
+    """Apply a linear layer in the given mode, not by its own `training` flag."""
     if isinstance(layer, SigmaReparamLinear):
         return layer(x, power_iteration=training)
     return layer(x)

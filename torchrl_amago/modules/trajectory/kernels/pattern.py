@@ -22,7 +22,7 @@ class AttentionPattern:
     Args:
         window: number of steps that a step sees, itself included; None for all of its trial.
         num_sinks: number of a trial's first steps that stay visible beyond the window, attention
-            sinks (arXiv 2309.17453). By position: a slice that begins later has none.
+            sinks (arXiv 2309.17453). By position: a slice that starts later has none.
         sink_bias: added to scores of sinks.
         logit_clip: scores are clamped to plus and minus this, before the softmax.
 
@@ -43,14 +43,12 @@ class AttentionPattern:
         if self.window is not None:
             check_counts("A step always sees itself.", window=self.window)
         is_count = isinstance(self.num_sinks, Integral) and self.num_sinks >= 0
-        if not is_count or (self.num_sinks and self.window is None):
+        is_needless = self.num_sinks and self.window is None
+        if not is_count or is_needless or (self.sink_bias and not self.num_sinks):
             raise ValueError(
-                f"num_sinks must be at least 0, and 0 without a window, got {self.num_sinks} and "
-                f"window={self.window}. Sinks are seen beyond the window."
-            )
-        if self.sink_bias and not self.num_sinks:
-            raise ValueError(
-                f"sink_bias={self.sink_bias} needs sinks, got num_sinks=0. Set both or neither."
+                "num_sinks must be at least 0, 0 without a window, and above 0 with sink_bias; got "
+                f"num_sinks={self.num_sinks}, window={self.window}, sink_bias={self.sink_bias}. "
+                "Sinks are seen beyond the window."
             )
         if self.logit_clip is not None:
             check_positive("Leave it out not to clip.", logit_clip=self.logit_clip)

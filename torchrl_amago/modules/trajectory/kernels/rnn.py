@@ -122,7 +122,7 @@ def _recurrence_backward(
     def layer(x: Tensor, *weights: Tensor) -> Tensor:
         return _run_trials(cell, x, is_init_TN, list(weights))
 
-    with torch.enable_grad():  # kernels keep what differentiation needs only then
+    with torch.enable_grad():  # without it kernels keep nothing for a backward pass
         _, differentiate = torch.func.vjp(layer, x_TNI, *weights)
         # An LSTM's two biases share their gradient, which an operator may not return twice.
         return [grad.clone() for grad in differentiate(grad_TNH)]

@@ -38,7 +38,7 @@ class Memory(abc.ABC):
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copy :meth:`tensors`, and whatever else the next step depends on."""
+        """Copy :meth:`tensors`, and other values that the next step depends on."""
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

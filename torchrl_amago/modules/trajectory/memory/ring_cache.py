@@ -20,7 +20,7 @@ _BLOCK = 64
 
 
 class RingCache(Memory):
-    """Ring of keys and values; nothing is shifted or copied, whatever the number of steps.
+    """Ring of keys and values; nothing is shifted or copied at any step.
 
     All rows write the same slot at the same step, and a row sees the slots written since its trial
     began, at most the last `context_length`. A cleared row's slots are zeroed, so that not even NaN
@@ -129,7 +129,7 @@ class RingCache(Memory):
         self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
 
     def _wrap(self, slot: int) -> int:
-        """Return a slot's place in the ring, which begins after the sinks."""
+        """Return a slot's place in the ring, which starts after the sinks."""
         return self.num_sinks + (slot - self.num_sinks) % (self._num_slots - self.num_sinks)
 
     def mark_sinks(self, positions_B: Tensor) -> None:

@@ -109,7 +109,7 @@ class StreamTable:
             for memory in self._memories.values():
                 memory.clear(torch.ones(memory.batch_size, dtype=torch.bool, device=memory.device))
 
-    def report_loss(
+    def warn_of_lost_memory(
         self, stream: int, memory: Memory | None, num_rows: int, key: NestedKey
     ) -> None:
         """Warn of a rollout in mid-trial whose stream (0 if lost) has no memory that fits.
