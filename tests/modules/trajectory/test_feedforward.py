@@ -82,6 +82,8 @@ def test_identity_passes_gradients_and_hides_padding():
 
 
 def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"num_layers must be at least 1, got -1. Or use 0"):
+        FeedForwardEncoder(4, num_layers=-1)
     with pytest.raises(ValueError, match=r"norm must be one of .*got 'batch'"):
         FeedForwardEncoder(4, norm="batch")
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.5"):

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from torchrl_amago._validation import check_counts
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
@@ -105,6 +106,8 @@ class FeedForwardEncoder(TrajectoryEncoder):
         **options: Any,
     ) -> None:
         d_ff = 4 * d_model if d_ff is None else d_ff
+        if num_layers:
+            check_counts("Or use 0, for no blocks.", num_layers=num_layers)
         check_dropout(dropout=dropout)
         super().__init__(input_size, d_model, **options)
         self.dropout = dropout

@@ -43,12 +43,13 @@ class AttentionPattern:
         if self.window is not None:
             check_counts("A step always sees itself.", window=self.window)
         is_count = isinstance(self.num_sinks, Integral) and self.num_sinks >= 0
-        is_needless = self.num_sinks and self.window is None
-        if not is_count or is_needless or (self.sink_bias and not self.num_sinks):
+        fits = not self.num_sinks or self.window is not None
+        bias_fits = not self.sink_bias or (self.num_sinks and math.isfinite(self.sink_bias))
+        if not (is_count and fits and bias_fits):
             raise ValueError(
-                "num_sinks must be at least 0, 0 without a window, and above 0 with sink_bias; got "
-                f"num_sinks={self.num_sinks}, window={self.window}, sink_bias={self.sink_bias}. "
-                "Sinks are seen beyond the window."
+                "num_sinks must be at least 0, 0 without a window, and positive with a finite "
+                f"sink_bias; got num_sinks={self.num_sinks}, window={self.window}, "
+                f"sink_bias={self.sink_bias}. Sinks are seen beyond the window."
             )
         if self.logit_clip is not None:
             check_positive("Leave it out not to clip.", logit_clip=self.logit_clip)
