@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
-from tensordict import is_batchedtensor
 from torch import Tensor
 
+from torchrl_amago._cpu import compact_batches, is_traced
 
-def is_traced(x: Tensor) -> bool:
-    """Whether branches can't depend on `x`: under `torch.compile`, `torch.export` and `torch.vmap`.
-
-    Example:
-        >>> is_traced(torch.zeros(2))
-        False
-    """
-    return torch.compiler.is_compiling() or is_batchedtensor(x)
+__all__ = ["Steps", "is_traced"]
 
 
 class Steps:
@@ -43,11 +36,11 @@ class Steps:
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
         if mask.dtype != torch.bool:
             raise ValueError(
-                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use mask.bool() "
-                "if it holds zeros and ones."
+                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use "
+                "mask.bool() if it holds zeros and ones."
             )
         if compact is None:
-            compact = mask.device.type == "cpu" and not is_traced(mask)
+            compact = compact_batches(mask)
         self.full_mask, self.compact = mask, compact
         #: ``[M]``, which of the steps that are kept are real.
         self.mask = mask[mask] if compact else mask

@@ -1,4 +1,4 @@
-"""Dropout: which share it drops, what it leaves, and that compiled code draws the same."""
+"""Dropout: the fraction it drops, the rest, and that compiled code draws the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchrl_amago.modules._dropout import dropout
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
 @pytest.mark.parametrize("shape", [(1000, 401), (7,), (3, 0)])
-def test_share_and_scale(p, shape):
+def test_fraction_and_scale(p, shape):
     torch.manual_seed(0)
     x = torch.ones(shape, requires_grad=True)
     out = dropout(x, p, training=True)

@@ -1,4 +1,4 @@
-"""Dropout with cheap random numbers on CPUs, where torch's own takes longer than a matrix product."""
+"""Dropout with cheap random numbers on CPUs: torch's own takes longer than a matrix product."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrl_amago._cpu import shared_dropout_bits
+
 _LEVELS = 1 << 16  # one 64-bit draw decides about four features
 
 
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero features with probability `p`, scale the others so that the mean stays.
+    """Zero features with probability `p` and scale the others so that the mean stays.
 
-    As :func:`torch.nn.functional.dropout`, except that on CPUs `p` is rounded to 16 bits and the
-    random numbers are others. Under `torch.compile` they are those of eager mode.
+    As :func:`torch.nn.functional.dropout`, except that on CPUs `p` is rounded to 16 bits and random
+    numbers are drawn differently. Compiled code draws the same as eager code.
 
     Args:
         x: any shape, floating point.
         p: in [0, 1).
-        training: return `x` as it is if False.
+        training: if False, return `x` unchanged.
 
     Example:
         >>> out = dropout(torch.ones(1000), 0.5, training=True)
@@ -28,32 +30,22 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not training or p == 0.0:
         return x
-    if x.device.type != "cpu":
+    if not shared_dropout_bits(x):
         return F.dropout(x, p)
     make = _mask_op if torch.compiler.is_compiling() else _mask
     return x * make(x.detach(), p)
 
 
 def check_dropout(**probabilities: float) -> None:
-    """Refuse what isn't a probability below 1.
-
-    Args:
-        probabilities: dropout rates by the name of their argument.
-
-    Raises:
-        ValueError: if one is out of range.
-    """
+    """Raise ValueError for dropout rates outside of [0, 1), by the name of their argument."""
     for name, p in probabilities.items():
         if not 0.0 <= p < 1.0:
-            raise ValueError(
-                f"{name} must be in [0, 1), got {p}. It is the probability of zeroing a feature; use 0 "
-                "for none."
-            )
+            raise ValueError(f"{name} must be in [0, 1), got {p}. Use 0 for no dropout.")
 
 
 def _mask(like: Tensor, p: float) -> Tensor:
     count, kind = -(-like.numel() // 4), {"dtype": torch.int64, "device": like.device}
-    if is_batchedtensor(like):  # only this knows of vmap
+    if is_batchedtensor(like):  # `random_` has no rule for vmap
         bits = torch.randint(-(2**63), 2**63 - 1, (count,), **kind)
     else:
         bits = torch.empty(count, **kind).random_(-(2**63), None)

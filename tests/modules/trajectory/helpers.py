@@ -1,5 +1,8 @@
-"""What tests of trajectory encoders share: a tiny environment whose rows end at different steps, a policy
-that remembers, random trials, and checks."""
+"""Helpers of tests of trajectory encoders.
+
+A tiny environment whose rows end at different steps, a policy that remembers, random trials,
+checks.
+"""
 
 from __future__ import annotations
 
@@ -130,9 +133,9 @@ def take_steps(encoder, x, time_idx, is_init, stream=None):
     return torch.stack(states, 1), stream
 
 
-def random_trials(batch, steps, reset_share=0.15):
-    """Inputs `[B, T, 4]`, time indices and trial starts of rows in which trials follow each other."""
-    is_init = torch.rand(batch, steps, 1) < reset_share
+def random_trials(batch, steps, reset_fraction=0.15):
+    """Inputs `[B, T, 4]`, time indices and trial starts of rows of several trials."""
+    is_init = torch.rand(batch, steps, 1) < reset_fraction
     is_init[:, 0] = True
     time_idx = torch.zeros(batch, steps, 1, dtype=torch.int64)
     for t in range(1, steps):
@@ -170,7 +173,7 @@ def assert_nan_goes_with_its_trial(encoder):
 def assert_padding_has_no_effect(encoder):
     """NaN and nonsense behind a trial's end change neither its states nor any gradient."""
     twin = copy.deepcopy(encoder)
-    x, time_idx, is_init = random_trials(3, 10, reset_share=0.0)
+    x, time_idx, is_init = random_trials(3, 10, reset_fraction=0.0)
     mask = torch.arange(10) < torch.tensor([10, 6, 1])[:, None]
     states = []
     for module, fill in ((encoder, 0.0), (twin, torch.nan)):
@@ -192,7 +195,7 @@ def assert_padding_has_no_effect(encoder):
 
 
 @torch.no_grad()
-def assert_no_drift(encoder, steps=2000):
+def assert_no_drift(encoder, steps=1000):
     """After so many steps of one trial, taken one by one, the state is that of one look at them."""
     x = torch.randn(2, steps, 4)
     expected = encoder.sequence(x, torch.zeros(2, steps), None)

@@ -1,4 +1,4 @@
-"""Every trajectory encoder as the backbone of TorchRL's own losses, over rows [B, T] with resets inside."""
+"""Every trajectory encoder as the backbone of TorchRL's losses, over rows with resets inside."""
 
 from __future__ import annotations
 
@@ -279,7 +279,7 @@ def test_what_vmap_cannot_do_says_so():
     network = TensorDictSequential(
         make_encoder("gru"), TensorDictModule(nn.Linear(16, 1), ["state"], ["state_value"])
     )
-    with pytest.raises(RuntimeError, match="single step under it.*deactivate_vmap=True"):
+    with pytest.raises(RuntimeError, match="got a single step of a .*deactivate_vmap=True"):
         estimate(network, make_batch())
     with (
         set_recurrent_mode(True),

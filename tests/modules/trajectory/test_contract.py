@@ -1,10 +1,10 @@
-"""What every trajectory encoder promises, whichever it is and whatever its options."""
+"""The contract of all trajectory encoders, under many settings."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -107,14 +107,15 @@ def test_no_encoder_is_left_out():
 @given(
     batch=st.integers(1, 5),
     steps=st.integers(1, 40),
-    reset_share=st.sampled_from([0.0, 0.05, 0.4]),
+    reset_fraction=st.sampled_from([0.0, 0.05, 0.4]),
     double=st.booleans(),
     seed=st.integers(0, 99),
 )
+@settings(max_examples=12)
 @torch.no_grad()
-def test_steps_equal_the_window(name, batch, steps, reset_share, double, seed):
+def test_steps_equal_the_window(name, batch, steps, reset_fraction, double, seed):
     encoder = build(name, seed, stir=double).eval()
-    x, time_idx, is_init = random_trials(batch, steps, reset_share)
+    x, time_idx, is_init = random_trials(batch, steps, reset_fraction)
     if double:
         encoder, x = encoder.double(), x.double()
     states, _ = take_steps(encoder, x, time_idx, is_init)
@@ -128,7 +129,7 @@ def test_steps_equal_the_window(name, batch, steps, reset_share, double, seed):
 @torch.no_grad()
 def test_is_causal_and_remembers(name):
     encoder = build(name).eval()
-    x, time_idx, is_init = random_trials(3, 9, reset_share=0.0)
+    x, time_idx, is_init = random_trials(3, 9, reset_fraction=0.0)
     before = sequence_states(encoder, x, time_idx, is_init)
     changed = x.clone()
     changed[:, 4] += 1.0
@@ -176,9 +177,9 @@ def test_nan_in_padding_has_no_effect(name):
 @every_encoder
 @torch.no_grad()
 def test_padding_on_the_left_has_no_effect(name):
-    """A slice that begins in mid-trial, behind padding."""
+    """A slice that starts in mid-trial, behind padding."""
     encoder = build(name).eval()
-    x, time_idx, is_init = random_trials(2, 12, reset_share=0.0)
+    x, time_idx, is_init = random_trials(2, 12, reset_fraction=0.0)
     time_idx, is_init = time_idx + 5, torch.zeros_like(is_init)
     mask = (torch.arange(12) >= torch.tensor([[3], [0]])) & (torch.arange(12) < 10)
     td = TensorDict(
@@ -225,7 +226,7 @@ def test_every_parameter_gets_a_gradient(name):
 @torch.no_grad()
 def test_memory_of_a_rollout(name):
     encoder = build(name).eval()
-    x, time_idx, is_init = random_trials(3, 30, reset_share=0.0)
+    x, time_idx, is_init = random_trials(3, 30, reset_fraction=0.0)
     _, stream = take_steps(encoder, x[:, :1], time_idx[:, :1], is_init[:, :1])
     td = TensorDict(_stream=stream, batch_size=[3])
     memory = encoder.memory_of(td)
@@ -234,13 +235,20 @@ def test_memory_of_a_rollout(name):
     assert encoder.memory_of(td) is memory
     assert memory.nbytes == size
     assert size > 0
-    with set_recurrent_mode(True), pytest.raises(RuntimeError, match="sequences have no memory"):
-        encoder.memory_of(td)
-    with pytest.raises(KeyError, match="no memory of stream 0"):
+    with pytest.raises(KeyError, match="no memory of stream 0.*sequences have none"):
         encoder.memory_of(td.exclude("_stream"))
 
 
-@every_encoder
+# Between them they have every option that changes the code which is traced.
+COMPILED = [
+    name
+    for name in ENCODERS
+    if name not in ("transformer, learned", "transformer, rotary", "transformer, window")
+    and name not in ("transformer, sinks", "mamba, narrow", "linear_attention, one head")
+]
+
+
+@pytest.mark.parametrize("name", COMPILED)
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # the compiler's own
@@ -248,23 +256,25 @@ def test_memory_of_a_rollout(name):
 def test_compiles_once_however_long_contexts_grow(name):
     torch._dynamo.reset()
     options = {} if name in MEMORY_FREE else {"num_layers": 1}
-    if name in ("transformer", "transformer, rotary"):
+    if name == "transformer":
         options |= {"context_length": 200, "window": 200}  # more than is read in one piece
-    encoder, plain = build(name, **options).eval(), build(name, **options).eval()
+    encoder, plain = (build(name, **options).eval().double() for _ in range(2))
     counter = CompileCounterWithBackend("eager")
-    encoder.compile(backend=counter)
-    trials = random_trials(3, 99 if "max_positions" in ENCODERS[name][1] else 220, reset_share=0.0)
+    encoder.compile(backend=counter, fullgraph=True)
+    num_steps = 99 if "max_positions" in ENCODERS[name][1] else 220
+    x, time_idx, is_init = random_trials(3, num_steps, reset_fraction=0.0)
+    trials = x.double(), time_idx, is_init
 
     def encode_first(steps):
         x, time_idx, is_init = (z[:, :steps].clone() for z in trials)
         states = encoder._sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
         expected = sequence_states(plain, x, time_idx, is_init)
-        torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(states, expected, rtol=1e-9, atol=1e-9)
         return counter.frame_count
 
-    for steps in (5, 40, 41):  # a second length is what makes lengths dynamic
+    for steps in (5, 40):  # a second length makes lengths dynamic
         warm = encode_first(steps)
-    for steps in (17, 64, 99):
+    for steps in (17, 99):
         assert encode_first(steps) == warm
     warm, stream, states = counter.frame_count + 2, None, []
     for steps in (slice(0, 70), slice(70, None)):
@@ -273,10 +283,10 @@ def test_compiles_once_however_long_contexts_grow(name):
         # The first length that is read, and the second, which makes lengths dynamic.
         assert counter.frame_count <= warm
     expected = sequence_states(plain, *trials)
-    torch.testing.assert_close(torch.cat(states, 1), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.cat(states, 1), expected, rtol=1e-9, atol=1e-9)
 
 
-BLOCKS = {  # what sequences of more than window + 128 steps do
+BLOCKS = {  # ways of sequences longer than window + 128 steps
     "window": {"window": 3},
     "sinks": {"window": 3, "num_sinks": 2, "segments": "never"},
     "clipped": {"window": None, "logit_clip": 0.3},
@@ -294,13 +304,13 @@ def test_blocks_of_long_sequences_compile_once(options):
     counter = CompileCounterWithBackend("eager")
     encoder.compile(backend=counter)
     frames = []
-    for steps in (300, 390, 310, 500, 700):
-        x, time_idx, is_init = random_trials(2, steps, reset_share=0.0)
+    for steps in (300, 390, 310, 700):
+        x, time_idx, is_init = random_trials(2, steps, reset_fraction=0.0)
         states = encoder._sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
         expected = sequence_states(plain, x, time_idx, is_init)
         torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
         frames.append(counter.frame_count)
-    assert frames == [1, 2, 2, 2, 2]
+    assert frames == [1, 2, 2, 2]
 
 
 @pytest.mark.slow
@@ -312,8 +322,8 @@ def test_how_many_numbers_there_are_is_no_reason_to_compile_again():
     counter = CompileCounterWithBackend("eager")
     encoder.compile(backend=counter)
     frames = []
-    for steps in (40, 50, 60, 9, 12, 7, 5, 2):
-        x, time_idx, is_init = random_trials(3, steps, reset_share=0.0)
+    for steps in (40, 50, 60, 9, 2):
+        x, time_idx, is_init = random_trials(3, steps, reset_fraction=0.0)
         encoder._sequence(x, time_idx.squeeze(-1), is_init.squeeze(-1))
         frames.append(counter.frame_count)
-    assert frames == [1] + 7 * [2]
+    assert frames == [1] + 4 * [2]

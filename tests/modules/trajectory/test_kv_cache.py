@@ -1,4 +1,4 @@
-"""The ring: what it holds, what it forgets, and that it neither grows nor moves."""
+"""The ring of keys and values: its content, and that it neither grows nor moves."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_sinks_stay_when_the_ring_rolls_over():
             cache.clear(torch.tensor([False, True]))
         positions = torch.tensor([t, t - 150 if t >= 150 else t])
         cache.advance()
-        cache.show(positions)
+        cache.mark_sinks(positions)
         value = positions.view(2, 1, 1).expand(2, 2, 4).float()
         cache.write(0, torch.zeros_like(value), value)
         seen = [{*range(min(p, 2)), *range(max(p - 2, 0), p + 1)} for p in positions.tolist()]
@@ -67,7 +67,7 @@ def test_a_memory_lost_in_mid_trial_has_no_sinks():
     cache = RingCache(1, 1, 2, 4, context_length=3, num_sinks=2)
     for t in range(8, 20):
         cache.advance()
-        cache.show(torch.tensor([t]))
+        cache.mark_sinks(torch.tensor([t]))
         value = torch.full((1, 2, 4), float(t))
         cache.write(0, torch.zeros_like(value), value)
         assert cache.length.tolist() == [min(t - 7, 3)]
@@ -96,7 +96,7 @@ def test_nothing_is_allocated_or_moved():
     assert [t.data_ptr() for t in (*cache.keys, *cache.values, cache.bias)] == before
 
 
-def test_stream_table_drops_the_one_left_alone_for_longest():
+def test_stream_table_drops_the_least_recently_used():
     table = StreamTable(2)
     make = lambda: RingCache(1, 1, 1, 2, 1)  # noqa: E731
     first, second = table.add(make()), table.add(make())

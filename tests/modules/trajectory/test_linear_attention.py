@@ -1,4 +1,4 @@
-"""Gated linear attention: its recurrence, its gradient, resets, decays, long sequences, recall."""
+"""Gated linear attention: recurrence, gradient, resets, decays, long sequences, recall."""
 
 from __future__ import annotations
 
@@ -64,14 +64,17 @@ def test_scan_by_hand():
 @given(
     batch=st.integers(1, 4),
     steps=st.integers(1, 140),
-    reset_share=st.sampled_from([0.0, 0.02, 0.5]),
+    reset_fraction=st.sampled_from([0.0, 0.02, 0.5]),
     decay=st.sampled_from([0.01, 1.0, 50.0]),
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
-def test_scan_is_the_recurrence(batch, steps, reset_share, decay, seed):
+def test_scan_is_the_recurrence(batch, steps, reset_fraction, decay, seed):
     torch.manual_seed(seed)
-    inputs, is_init = scan_inputs(batch, steps, decay=decay), torch.rand(batch, steps) < reset_share
+    inputs, is_init = (
+        scan_inputs(batch, steps, decay=decay),
+        torch.rand(batch, steps) < reset_fraction,
+    )
     expected = scan_by_definition(*inputs, is_init)
     torch.testing.assert_close(gated_linear_attention(*inputs, is_init), expected)
     state = torch.zeros(batch, 2, 3, 2, dtype=torch.float64)
@@ -81,12 +84,12 @@ def test_scan_is_the_recurrence(batch, steps, reset_share, decay, seed):
         torch.testing.assert_close(out, expected[:, t])
 
 
-@pytest.mark.parametrize("reset_share", [None, 0.3])
-def test_gradient_of_the_scan(monkeypatch, reset_share):
+@pytest.mark.parametrize("reset_fraction", [None, 0.3])
+def test_gradient_of_the_scan(monkeypatch, reset_fraction):
     monkeypatch.setattr(scan_module, "_CHUNK_STEPS", 4)
     torch.manual_seed(0)
-    inputs = scan_inputs(2, 11)
-    is_init = None if reset_share is None else torch.rand(2, 11) < reset_share
+    inputs = scan_inputs(1, 11)
+    is_init = None if reset_fraction is None else torch.rand(1, 11) < reset_fraction
     assert torch.autograd.gradcheck(lambda *z: gated_linear_attention(*z, is_init), inputs)
 
 
@@ -149,9 +152,9 @@ def test_layer_by_definition():
     decay, write = layer.gates(x).sigmoid().chunk(2, -1)
     k = k / k.norm(dim=-1, keepdim=True)
     total = decay.log().cumsum(1)
-    share = (total[:, :, None] - total[:, None]).exp()  # of what step j wrote, at step i
-    share = torch.where(torch.ones(50, 50).tril().bool()[..., None], share, 0.0)
-    out = torch.einsum("bihk,bjhk,bijh,bjh,bjhv->bihv", q, k, share, write, v)
+    left = (total[:, :, None] - total[:, None]).exp()  # of step j's write, at step i
+    left = torch.where(torch.ones(50, 50).tril().bool()[..., None], left, 0.0)
+    out = torch.einsum("bihk,bjhk,bijh,bjh,bjhv->bihv", q, k, left, write, v)
     out = layer.norm.scale * out / (out.square().mean(-1, keepdim=True) + 1e-3).sqrt()
     expected = layer.out_proj((out * gate * gate.sigmoid()).flatten(-2))
     torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-5)
@@ -255,6 +258,6 @@ def test_on_a_gpu():
         ({"norm": "batch"}, "norm must be one of"),
     ],
 )
-def test_refusals(options, match):
+def test_bad_arguments(options, match):
     with pytest.raises(ValueError, match=match):
         build(**options)

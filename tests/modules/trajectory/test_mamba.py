@@ -1,4 +1,4 @@
-"""Mamba: its recurrence, its gradient, the kernels' wiring, resets, refusals, long sequences."""
+"""Mamba: recurrence, gradient, the kernels' wiring, resets, bad arguments, long sequences."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from tests.modules.trajectory.helpers import (
 )
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.modules.trajectory import MambaEncoder
-from torchrl_amago.modules.trajectory.kernels import selective_scan as scan_module
-from torchrl_amago.modules.trajectory.kernels.mamba_kernels import load_kernels
-from torchrl_amago.modules.trajectory.kernels.selective_scan import selective_scan, selective_step
+from torchrl_amago.modules.trajectory.kernels import mamba_scan as scan_module
+from torchrl_amago.modules.trajectory.kernels._mamba_ssm import load_kernels
+from torchrl_amago.modules.trajectory.kernels.mamba_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.mamba import MambaBlock
 
 
@@ -66,13 +66,13 @@ def test_scan_by_hand():
 @given(
     batch=st.integers(1, 4),
     steps=st.integers(1, 150),
-    reset_share=st.sampled_from([0.0, 0.05, 0.5]),
+    reset_fraction=st.sampled_from([0.0, 0.05, 0.5]),
     seed=st.integers(0, 99),
 )
 @torch.no_grad()
-def test_scan_is_the_recurrence(batch, steps, reset_share, seed):
+def test_scan_is_the_recurrence(batch, steps, reset_fraction, seed):
     torch.manual_seed(seed)
-    inputs, is_init = scan_inputs(batch, steps), torch.rand(batch, steps) < reset_share
+    inputs, is_init = scan_inputs(batch, steps), torch.rand(batch, steps) < reset_fraction
     expected = scan_by_definition(*inputs, is_init)
     torch.testing.assert_close(selective_scan(*inputs, is_init), expected)
     state = torch.zeros(batch, 2, 3, dtype=torch.float64)
@@ -83,12 +83,12 @@ def test_scan_is_the_recurrence(batch, steps, reset_share, seed):
         torch.testing.assert_close(y, expected[:, t])
 
 
-@pytest.mark.parametrize("reset_share", [None, 0.3])
-def test_gradient_of_the_scan(monkeypatch, reset_share):
+@pytest.mark.parametrize("reset_fraction", [None, 0.3])
+def test_gradient_of_the_scan(monkeypatch, reset_fraction):
     monkeypatch.setattr(scan_module, "_SEGMENT_ELEMENTS", 1)  # segments of 4 steps, the last of 3
     torch.manual_seed(0)
     inputs = scan_inputs(2, 11)
-    is_init = None if reset_share is None else torch.rand(2, 11) < reset_share
+    is_init = None if reset_fraction is None else torch.rand(2, 11) < reset_fraction
     assert torch.autograd.gradcheck(lambda *z: selective_scan(*z, is_init), inputs)
 
 
@@ -194,12 +194,14 @@ def test_gradient_of_the_block():
     assert torch.autograd.gradcheck(run, (x, *parameters))
 
 
-@given(steps=st.integers(1, 12), reset_share=st.sampled_from([0.1, 0.6]), seed=st.integers(0, 99))
+@given(
+    steps=st.integers(1, 12), reset_fraction=st.sampled_from([0.1, 0.6]), seed=st.integers(0, 99)
+)
 @torch.no_grad()
-def test_resets_equal_trials_on_their_own(steps, reset_share, seed):
+def test_resets_equal_trials_on_their_own(steps, reset_fraction, seed):
     torch.manual_seed(seed)
     block, x = MambaBlock(8), torch.randn(1, steps, 8)
-    is_init = torch.rand(1, steps) < reset_share
+    is_init = torch.rand(1, steps) < reset_fraction
     starts = [0, *(t for t in range(1, steps) if is_init[0, t]), steps]
     alone = [block(x[:, a:b]) for a, b in itertools.pairwise(starts)]
     torch.testing.assert_close(block(x, is_init), torch.cat(alone, 1), rtol=1e-5, atol=1e-6)
@@ -211,7 +213,7 @@ def test_resets_equal_trials_on_their_own(steps, reset_share, seed):
 def fake_selective_scan_fn(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False
 ):
-    """What mamba_ssm documents: u, delta, z [B, D, L]; A [D, N]; B, C [B, N, L]; D, delta_bias [D]."""
+    """By mamba_ssm's page: u, delta, z [B, D, L]; A [D, N]; B, C [B, N, L]; D, delta_bias [D]."""
     for t in (u, delta, B, C, z):
         assert t.stride(-1) == 1  # its kernel reads along time
         assert t.dtype == u.dtype
@@ -226,7 +228,7 @@ def fake_selective_scan_fn(
 
 
 def fake_causal_conv1d_fn(x, weight, bias=None, activation=None):
-    """What causal_conv1d documents: x [B, D, L], weight [D, W], bias [D]."""
+    """As causal_conv1d documents: x [B, D, L], weight [D, W], bias [D]."""
     assert x.stride(-1) == 1
     assert x.dtype == weight.dtype == bias.dtype
     width = weight.shape[1]
@@ -264,7 +266,7 @@ def test_kernels_under_autocast(fake_kernels):
     torch.testing.assert_close(*states, rtol=2e-2, atol=2e-2)
 
 
-def test_where_kernels_are_used(fake_kernels):
+def test_uses_of_kernels(fake_kernels):
     encoder = build(backend="auto")
     on_gpu = torch.empty(1, 1, device="meta")
     assert encoder._kernels is not None
@@ -277,10 +279,7 @@ def test_where_kernels_are_used(fake_kernels):
     assert build(backend="auto", d_conv=5)._kernels is None
 
 
-def test_kernels_asked_for_by_name(fake_kernels):
-    encoder = build(backend="mamba_ssm")
-    with pytest.raises(RuntimeError, match="on CUDA only, got tensors on cpu.*backend='auto'"):
-        encoder.sequence(torch.zeros(1, 2, 4), torch.zeros(1, 2), None)
+def test_sizes_that_kernels_lack(fake_kernels):
     with pytest.raises(ValueError, match=r"needs d_conv in \(2, 3, 4\).*got d_conv=5"):
         build(backend="mamba_ssm", d_conv=5)
     with pytest.raises(ValueError, match="d_state up to 256.*d_state=300"):
@@ -298,8 +297,8 @@ def test_missing_kernels():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu():
     """With mamba-ssm installed also its kernels."""
-    for reset_share in (0.0, 0.1):
-        assert_same_on_a_gpu(build().eval(), reset_share=reset_share)
+    for reset_fraction in (0.0, 0.1):
+        assert_same_on_a_gpu(build().eval(), reset_fraction=reset_fraction)
 
 
 # --- the encoder ---
@@ -337,10 +336,10 @@ def test_memory_is_moved_in_place_and_has_constant_size():
         ({"d_conv": 0}, "d_conv must be at least 1, got 0"),
         ({"expand": 0}, "expand must be at least 1, got 0"),
         ({"num_layers": 0}, "num_layers must be at least 1, got 0"),
-        ({"backend": "cuda"}, "backend must be 'auto', 'torch' or 'mamba_ssm', got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of 'auto', 'torch', 'mamba_ssm', got 'cuda'"),
         ({"norm": "batch"}, "norm must be one of"),
     ],
 )
-def test_refusals(options, match):
+def test_bad_arguments(options, match):
     with pytest.raises(ValueError, match=match):
         build(**options)

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.collectors import Collector, MultiCollector
@@ -45,15 +45,16 @@ def small_encoder(context_length, **options):
     batch=st.integers(1, 5),
     steps=st.integers(1, 40),
     context_length=st.sampled_from([1, 2, 7, 64]),
-    reset_share=st.sampled_from([0.0, 0.05, 0.4]),
+    reset_fraction=st.sampled_from([0.0, 0.05, 0.4]),
     positions=st.sampled_from(["fixed", "rotary"]),
     seed=st.integers(0, 99),
 )
+@settings(max_examples=15)
 @torch.no_grad()
-def test_steps_equal_the_window(batch, steps, context_length, reset_share, positions, seed):
+def test_steps_equal_the_window(batch, steps, context_length, reset_fraction, positions, seed):
     torch.manual_seed(seed)
     encoder = small_encoder(context_length, window=context_length, positions=positions).eval()
-    trials = random_trials(batch, steps, reset_share)
+    trials = random_trials(batch, steps, reset_fraction)
     states, _ = take_steps(encoder, *trials)
     expected = sequence_states(encoder, *trials)
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
@@ -62,16 +63,16 @@ def test_steps_equal_the_window(batch, steps, context_length, reset_share, posit
 @torch.no_grad()
 def test_past_the_ring_several_times_round():
     encoder = small_encoder(5, window=5).eval()
-    trials = random_trials(3, 300, reset_share=0.02)
+    trials = random_trials(3, 300, reset_fraction=0.02)
     states, _ = take_steps(encoder, *trials)
     torch.testing.assert_close(states, sequence_states(encoder, *trials), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_past_the_window_is_not_a_fresh_window():
-    """What the documentation says of a rolled cache: deeper layers keep older information."""
+    """In a rolled cache deeper layers keep older information, as documented."""
     encoder = small_encoder(4).eval()
-    x, time_idx, is_init = random_trials(2, 12, reset_share=0.0)
+    x, time_idx, is_init = random_trials(2, 12, reset_fraction=0.0)
     states, _ = take_steps(encoder, x, time_idx, is_init)
     fresh = sequence_states(encoder, x[:, -4:], time_idx[:, -4:], is_init[:, -4:])
     assert (states[:, -1] - fresh[:, -1]).abs().max() > 1e-3
@@ -89,7 +90,7 @@ def test_bfloat16():
 
 
 def test_steps_ignore_training_mode():
-    """Collecting with a policy in training mode: no dropout, no change of any buffer, no gradient."""
+    """Collecting with a policy in training mode: no dropout, no changed buffer, no gradient."""
     encoder = small_encoder(8, window=8, dropout_emb=0.5, dropout_ff=0.5).train()
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
     trials = random_trials(3, 6)
@@ -119,7 +120,7 @@ def test_steps_see_new_weights_however_written(write):
 @pytest.mark.parametrize("mode", ["keep", "restart"])
 def test_weight_update_in_mid_trial(mode):
     encoder = small_encoder(8, on_weight_update=mode).eval()
-    x, time_idx, is_init = random_trials(2, 6, reset_share=0.0)
+    x, time_idx, is_init = random_trials(2, 6, reset_fraction=0.0)
     _, stream = take_steps(encoder, x[:, :3], time_idx[:, :3], is_init[:, :3])
     for p in encoder.parameters():
         p.data.mul_(1.2)
@@ -213,7 +214,7 @@ def test_parallel_env():
     env = TransformedEnv(workers)
     try:
         assert_remembered(policy, rollout(env, policy))
-        # By itself it drops the stream between steps. It must not do so silently.
+        # On its own it drops the stream between steps, which must not be silent.
         with pytest.warns(UserWarning, match="put TransformedEnv around a ParallelEnv"):
             rollout(workers, policy, 2)
     finally:
@@ -264,7 +265,7 @@ def test_copies_start_without_memory_and_leave_the_original_alone(how):
     assert len(other[1]._streams) == 0
     assert len(policy[1]._streams) == 1
     assert_remembered(other, rollout(env, other, 8))
-    # The copy meets a rollout of the original: it says so instead of mixing memories up.
+    # The copy warns of a rollout of the original instead of mixing memories up.
     with pytest.warns(UserWarning, match="is not in this module"):
         other(td.clone())
     for _ in range(6):
@@ -292,7 +293,7 @@ def test_nan_in_one_row_stays_there_and_goes_with_its_trial():
 @torch.no_grad()
 def test_nan_of_all_rows_is_gone_after_all_start_anew():
     encoder = small_encoder(6).eval()
-    x, time_idx, is_init = random_trials(2, 4, reset_share=0.0)
+    x, time_idx, is_init = random_trials(2, 4, reset_fraction=0.0)
     expected, stream = take_steps(encoder, x, time_idx, is_init)
     _, stream = take_steps(encoder, x * torch.nan, time_idx, is_init, stream)
     states, _ = take_steps(encoder, x, time_idx, is_init, stream)
@@ -316,7 +317,7 @@ def test_number_of_streams_is_bounded():
     assert len(policy[1]._streams) == 3
 
 
-def test_an_evicted_stream_says_so():
+def test_an_evicted_stream_is_warned_of():
     policy = make_policy(max_streams=1)
     env = batched_env((9, 9))
     td = env.step_mdp(env.step(policy(env.reset())))
@@ -325,7 +326,7 @@ def test_an_evicted_stream_says_so():
         policy(td)
 
 
-def test_a_lost_stream_says_so():
+def test_a_lost_stream_is_warned_of():
     encoder = small_encoder(4)
     td = TensorDict(
         timestep=torch.zeros(2, 4),
@@ -339,7 +340,7 @@ def test_a_lost_stream_says_so():
     encoder(td)  # made-up input, as collectors probe a policy with
 
 
-def test_rows_of_two_rollouts_are_refused():
+def test_rows_of_two_rollouts_raise():
     policy, env = make_policy(), batched_env((9, 9))
     one, two = policy(env.reset()), policy(env.reset())
     mixed = torch.stack([one[0], two[1]])

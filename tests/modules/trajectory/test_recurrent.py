@@ -12,16 +12,16 @@ from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 from tests.golden_utils import assert_close, load
 from tests.golden_weights import renamed
 from torchrl_amago.modules import GRUEncoder, LSTMEncoder
-from torchrl_amago.modules.trajectory.kernels.recurrence import _recurrence, recurrence
+from torchrl_amago.modules.trajectory.kernels.rnn import _recurrence, recurrence
 
 BOTH = pytest.mark.parametrize("encoder_class", [GRUEncoder, LSTMEncoder])
 KINDS = pytest.mark.parametrize("kind", ["gru", "lstm"])
 TORCH = {"gru": nn.GRU, "lstm": nn.LSTM}
 
 
-def random_resets(N: int, T: int, share: float, seed: int = 0) -> torch.Tensor:
+def random_resets(N: int, T: int, fraction: float, seed: int = 0) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return torch.rand(N, T, generator=generator) < share
+    return torch.rand(N, T, generator=generator) < fraction
 
 
 def steps(encoder, x_NTI: torch.Tensor, is_init_NT: torch.Tensor) -> torch.Tensor:
@@ -78,15 +78,15 @@ def test_recorded_resets_in_both_modes():
 @given(
     N=st.integers(1, 5),
     T=st.integers(1, 40),
-    share=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
+    fraction=st.sampled_from([0.0, 0.05, 0.3, 1.0]),
     num_layers=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=20, deadline=None)
-def test_steps_equal_the_window(encoder_class, N, T, share, num_layers, seed):
+def test_steps_equal_the_window(encoder_class, N, T, fraction, num_layers, seed):
     torch.manual_seed(seed)
     encoder = encoder_class(3, d_model=8, hidden_size=6, num_layers=num_layers)
-    x_NTI, is_init_NT = torch.randn(N, T, 3), random_resets(N, T, share, seed)
+    x_NTI, is_init_NT = torch.randn(N, T, 3), random_resets(N, T, fraction, seed)
     window = encoder.sequence(x_NTI, None, is_init_NT)
     torch.testing.assert_close(steps(encoder, x_NTI, is_init_NT), window, rtol=1e-5, atol=1e-5)
 
@@ -108,13 +108,13 @@ def test_same_as_torchrls_module_from_the_same_weights(encoder_class, module_cla
 
 
 @KINDS
-@pytest.mark.parametrize("share", [None, 0.0, 0.3])
-def test_written_out_gradients(kind, share):
+@pytest.mark.parametrize("fraction", [None, 0.0, 0.3])
+def test_gradients_of_the_operator(kind, fraction):
     torch.manual_seed(0)
     weights = [w.detach().requires_grad_() for w in TORCH[kind](3, 2).double().parameters()]
     x_TNI = torch.randn(5, 2, 3, dtype=torch.float64, requires_grad=True)
-    is_init_TN = None if share is None else random_resets(5, 2, share, seed=3)
-    if share:
+    is_init_TN = None if fraction is None else random_resets(5, 2, fraction, seed=3)
+    if fraction:
         assert is_init_TN[1:].any()
         assert not is_init_TN.all(0).any()
 
@@ -125,8 +125,8 @@ def test_written_out_gradients(kind, share):
 
 
 @KINDS
-def test_written_out_gradients_are_the_kernels(kind):
-    """Over a length and width at which a slip in the recursion shows in float32 too."""
+def test_gradients_of_the_operator_are_the_kernels(kind):
+    """oneDNN's LSTM kernel is for float32 alone."""
     torch.manual_seed(0)
     rnn = TORCH[kind](16, 16)
     x_TNI, cotangent = torch.randn(60, 3, 16, requires_grad=True), torch.randn(60, 3, 16)
@@ -213,7 +213,7 @@ def test_memory_lives_in_float32_and_outlives_inference_mode(encoder_class):
 def test_compiled_without_breaks_or_recompilation(encoder_class):
     torch.manual_seed(0)
     torch._dynamo.reset()
-    encoder = encoder_class(3, d_model=8)
+    encoder = encoder_class(3, d_model=8, num_layers=1)
     sequence_counter = CompileCounterWithBackend("aot_eager")
     step_counter = CompileCounterWithBackend("aot_eager")
     sequence = torch.compile(encoder.sequence, backend=sequence_counter, fullgraph=True)
@@ -250,17 +250,18 @@ def test_bad_arguments(encoder_class):
 @pytest.mark.parametrize("kind", [GRUEncoder, LSTMEncoder])
 @torch.no_grad()
 def test_longest_memory(kind):
-    """Over so many steps without input the state fades to about 1/e in the slowest units."""
+    """Within `longest_memory` steps without input the slowest units fade to about 1/e."""
     encoder = kind(4, d_model=400, num_layers=1, longest_memory=100)
     for name, p in encoder.rnn.named_parameters():
         if "weight" in name:
             p.zero_()
     weights = encoder.rnn.all_weights[0]
     state = [torch.ones(1, 400) for _ in range(encoder.tensors_per_layer)]
-    kept = encoder._cell(torch.zeros(1, 4), state, *weights)[-1]
-    memory = (
-        -1 / (kept - encoder._cell(torch.zeros(1, 4), [z * 0 for z in state], *weights)[-1]).log()
+    kept, empty = (
+        encoder._step_cell(torch.zeros(1, 4), [z * scale for z in state], weights)[-1]
+        for scale in (1, 0)
     )
+    memory = -1 / (kept - empty).log()
     assert 80 < memory.max() < 105
     assert memory.min() < 10
     with pytest.raises(ValueError, match="longest_memory must be at least 2, got 1"):

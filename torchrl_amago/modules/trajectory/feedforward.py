@@ -1,22 +1,22 @@
-"""Trajectory encoders without memory: what an agent can do that sees only the present step.
+"""Trajectory encoders without memory, for agents that see only the present step.
 
 Legend: N rows, T steps, I input features, D width.
 """
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 
+from torchrl_amago._validation import check_counts
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._layers import make_activation, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 
 
 class IdentityEncoder(TrajectoryEncoder):
-    """The state is the timestep's embedding.
+    """Encoder whose state is the timestep's embedding.
 
     Args:
         input_size: I, features of a timestep embedding, and of the state.
@@ -44,17 +44,8 @@ class IdentityEncoder(TrajectoryEncoder):
 class FeedForwardBlock(nn.Module):
     """Feed-forward block as in a Transformer, added to the stream.
 
-    Args:
-        d_model: D, width of the stream.
-        d_ff: width of the hidden layer.
-        dropout: after both layers.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`; after both layers.
-        norm: see :func:`~torchrl_amago.modules._layers.make_norm`; after both linears.
-
-    Example:
-        >>> import torch
-        >>> FeedForwardBlock(8, 32)(torch.zeros(2, 5, 8), training=False).shape
-        torch.Size([2, 5, 8])
+    Dropout and activation follow both layers, the norm both linears. Arguments: see
+    :class:`FeedForwardEncoder`.
     """
 
     def __init__(
@@ -67,7 +58,6 @@ class FeedForwardBlock(nn.Module):
         norm: str = "none",
     ) -> None:
         super().__init__()
-        check_dropout(dropout=dropout)
         self.dropout = dropout
         self.ff_in = nn.Linear(d_model, d_ff)
         self.norm_in = make_norm(norm, d_ff)
@@ -89,26 +79,15 @@ class FeedForwardEncoder(TrajectoryEncoder):
 
     Args:
         input_size: I, features of a timestep embedding.
-        d_model: D, width, and size of the state.
-        d_ff: width of the blocks' hidden layers; default `4 * d_model`.
-        num_layers: number of blocks.
+        num_layers: number of blocks; may be 0.
         dropout: in the blocks, on the embedding and on the state.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-        norm: norm inside the blocks, see :func:`~torchrl_amago.modules._layers.make_norm`.
-        out_norm: norm of the state.
-        options: see :class:`TrajectoryEncoder`.
-
-    Raises:
-        ValueError: if a number is out of its range or a name unknown.
+        options: `d_model`, `d_ff`, `activation`, `norm`, `out_norm` and the others of
+            :class:`TrajectoryEncoder`.
 
     Example:
         >>> import torch
-        >>> from tensordict import TensorDict
-        >>> encoder = FeedForwardEncoder(4, d_model=16)
-        >>> td = TensorDict(timestep=torch.zeros(3, 4), time_idx=torch.zeros(3, 1).long(),
-        ...                 is_init=torch.ones(3, 1).bool(), batch_size=[3])
-        >>> encoder(td)["state"].shape
-        torch.Size([3, 16])
+        >>> FeedForwardEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape
+        torch.Size([3, 5, 16])
     """
 
     has_memory = False
@@ -126,26 +105,17 @@ class FeedForwardEncoder(TrajectoryEncoder):
         out_norm: str = "layer",
         **options: Any,
     ) -> None:
-        if not isinstance(num_layers, Integral) or num_layers < 0:
-            raise ValueError(
-                f"num_layers must be at least 0, got {num_layers}. It is the number of blocks "
-                "between the first and the last linear layer."
-            )
         d_ff = 4 * d_model if d_ff is None else d_ff
+        if num_layers:
+            check_counts("Or use 0, for no blocks.", num_layers=num_layers)
         check_dropout(dropout=dropout)
         super().__init__(input_size, d_model, **options)
         self.dropout = dropout
         self.embed = nn.Linear(input_size, d_model)
         self.activation = make_activation(activation)
+        block = {"dropout": dropout, "activation": activation, "norm": norm}
         self.blocks = nn.ModuleList(
-            FeedForwardBlock(
-                d_model,
-                d_ff,
-                dropout=dropout,
-                activation=activation,
-                norm=norm,
-            )
-            for _ in range(num_layers)
+            FeedForwardBlock(d_model, d_ff, **block) for _ in range(num_layers)
         )
         self.out = nn.Linear(d_model, d_model)
         self.out_norm = make_norm(out_norm, d_model)

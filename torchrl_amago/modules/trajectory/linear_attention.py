@@ -1,7 +1,7 @@
 """Gated linear attention encoder: attention's matrix products, a recurrence's constant memory.
 
-Legend: N rows, T steps, I input features, D width, H heads, F features of one head; `*` stands for N
-or N, T.
+Legend: N rows, T steps, I input features, D width, H heads, F features of one head; `*` stands for
+N or N, T.
 """
 
 from __future__ import annotations
@@ -14,39 +14,30 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_amago.modules._dropout import check_dropout, dropout
-from torchrl_amago.modules._layers import (
-    MLP,
-    RMSNorm,
-    StreamEmbedding,
-    at_least_float32,
-    make_norm,
-)
+from torchrl_amago.modules._layers import MLP, RMSNorm, StreamEmbedding, at_least_float32, make_norm
+from torchrl_amago.modules.trajectory import kernels
 from torchrl_amago.modules.trajectory.base import (
     TrajectoryEncoder,
     check_heads,
     check_sizes,
     starts_within_rows,
 )
-from torchrl_amago.modules.trajectory.kernels.gated_scan import (
-    gated_linear_attention,
-    gated_linear_attention_step,
-)
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Steps over which heads forget at initialisation, from the last head to the first: from an episode
-# to more than a trial. What no head can hold at first can hardly be learned.
+# to more than a trial. A memory that no head holds at first is hardly ever learned.
 _TIME_CONSTANTS = (8.0, 4096.0)
 
 
 class GatedLinearAttention(nn.Module):
-    """Linear attention with a decay and a write strength per head that follow the data.
+    """Linear attention with a data-dependent decay and write strength per head.
 
         S[t] = decay[t] S[t-1] + write[t] k[t] v[t]^T,    out[t] = S[t]^T q[t]
         output = out_proj(rms_norm(out) silu(gate))
 
-    The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060), with
-    keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No convolution:
-    in RL a timestep already holds the action and reward that led to it.
+    The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060),
+    with keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No
+    convolution: in RL a timestep already holds the action and reward that led to it.
 
     Args:
         d_model: D, width of input and output.
@@ -58,8 +49,8 @@ class GatedLinearAttention(nn.Module):
         self.num_heads = num_heads
         self.qkvg = nn.Linear(d_model, 4 * d_model, bias=False)
         self.gates = nn.Linear(d_model, 2 * num_heads)
-        # An eps near the size of a single write: what a head does not recall stays small, where a
-        # smaller one would blow its rounding up.
+        # An eps near the size of a single write: a smaller one would amplify the rounding of steps
+        # that a head doesn't recall.
         self.norm = RMSNorm(d_model // num_heads, eps=1e-3)
         self.out_proj = nn.Linear(d_model, d_model, bias=False)
         self.reset_parameters()
@@ -74,14 +65,14 @@ class GatedLinearAttention(nn.Module):
         self.gates.bias[self.num_heads :] = 0.0
 
     def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
-        """Whole sequences, with gradient; `is_init_NT` says where trials begin within rows."""
+        """Mix whole sequences, with gradient; `is_init_NT` is True at first steps of trials."""
         q, k, v, log_decay, gate = self._project(x_NTD)
-        return self._out(gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
+        return self._out(kernels.gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
 
     def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
-        """One step; moves the state on in place."""
+        """Take one step; update the state in place."""
         q, k, v, log_decay, gate = self._project(x_ND)
-        return self._out(gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
+        return self._out(kernels.gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
 
     def _project(self, x: Tensor) -> tuple[Tensor, ...]:
         """Queries, keys, values `[*, H, F]`, log-decays `[*, H]`, output gates `[*, H, F]`."""
@@ -101,13 +92,7 @@ class GatedLinearAttention(nn.Module):
 class LinearAttentionBlock(nn.Module):
     """Gated linear attention and feed-forward, each behind a norm and added to the stream.
 
-    Args:
-        d_model: D, width of the stream.
-        num_heads: H.
-        d_ff: width of the feed-forward's hidden layer.
-        dropout_ff: on the feed-forward's output.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
+    Arguments: see :class:`GatedLinearAttentionEncoder`.
     """
 
     def __init__(
@@ -128,12 +113,12 @@ class LinearAttentionBlock(nn.Module):
         self.ff = MLP(d_model, d_ff, 1, d_model, activation)
 
     def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
-        """Whole sequences `[N, T, D]`."""
+        """Map whole sequences `[N, T, D]`."""
         x_NTD = x_NTD + self.attention(self.norm_attention(x_NTD), is_init_NT)
         return x_NTD + dropout(self.ff(self.norm_ff(x_NTD)), self.dropout_ff, self.training)
 
     def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
-        """One step `[N, D]`, as in evaluation; moves the state on in place."""
+        """Take one step `[N, D]`, as in evaluation; update the state in place."""
         x_ND = x_ND + self.attention.step(self.norm_attention(x_ND), state_NHFF)
         return x_ND + self.ff(self.norm_ff(x_ND))
 
@@ -141,36 +126,20 @@ class LinearAttentionBlock(nn.Module):
 class GatedLinearAttentionEncoder(TrajectoryEncoder):
     """Gated linear attention over the steps of a trial: the cheap choice for long contexts.
 
-    Training costs matrix products over chunks, linear in the number of steps. The cost of a rollout's
-    step doesn't depend on how many went before; it remembers `d_model**2 / num_heads` numbers per
-    layer and environment (see :class:`StateMemory`), which is also the limit of what it can recall.
+    Training costs matrix products over chunks, linear in the number of steps. The cost of a
+    rollout's step doesn't depend on the number before it. Its memory (:class:`StateMemory`) has
+    `d_model**2 / num_heads` numbers per layer and environment, which also limits its recall.
 
     Args:
         input_size: I, features of a timestep embedding.
-        d_model: D, width, and size of the state.
         num_heads: heads, each with its own decay; divides `d_model`. Fewer heads remember more.
-        d_ff: width of the feed-forward's hidden layers; default `4 * d_model`.
-        num_layers: number of blocks.
-        dropout_ff: on feed-forwards' outputs.
-        dropout_emb: on embeddings.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
-        options: see :class:`TrajectoryEncoder`.
-
-    Raises:
-        ValueError: if a number is out of its range or a name unknown.
+        options: `d_model`, `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm`
+            and the others of :class:`TrajectoryEncoder`.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.modules import set_recurrent_mode
-        >>> encoder = GatedLinearAttentionEncoder(4, d_model=16, num_heads=2, num_layers=1)
-        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
-        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
-        >>> with set_recurrent_mode(True):
-        ...     encoder(td)["state"].shape
+        >>> encoder = GatedLinearAttentionEncoder(4, d_model=16)
+        >>> encoder.sequence(torch.zeros(3, 5, 4), None, None).shape
         torch.Size([3, 5, 16])
-        >>> encoder(td[:, 0])["state"].shape
-        torch.Size([3, 16])
     """
 
     def __init__(
@@ -194,11 +163,9 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb
         self.embed = StreamEmbedding(input_size, d_model)
+        block = {"dropout_ff": dropout_ff, "activation": activation, "norm": norm}
         self.blocks = nn.ModuleList(
-            LinearAttentionBlock(
-                d_model, num_heads, d_ff, dropout_ff=dropout_ff, activation=activation, norm=norm
-            )
-            for _ in range(num_layers)
+            LinearAttentionBlock(d_model, num_heads, d_ff, **block) for _ in range(num_layers)
         )
         self.norm = make_norm(norm, d_model)
 

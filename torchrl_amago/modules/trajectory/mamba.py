@@ -1,4 +1,4 @@
-"""Mamba trajectory encoder: a state of constant size whose decay and writes follow the data.
+"""Mamba trajectory encoder: a state of constant size with data-dependent decay and writes.
 
 Legend: N rows, T steps, I input features, D width, E inner channels, S state size per channel,
 R rank of the step size's projection, K convolution width; `*` stands for N or N, T.
@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_amago._masking import is_traced
+from torchrl_amago._cpu import is_traced
 from torchrl_amago.modules._layers import StreamEmbedding, at_least_float32, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
-from torchrl_amago.modules.trajectory.kernels.mamba_kernels import MambaKernels, load_kernels
-from torchrl_amago.modules.trajectory.kernels.selective_scan import selective_scan, selective_step
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.kernels import selective_scan, selective_step
+from torchrl_amago.modules.trajectory.kernels._mamba_ssm import MambaKernels, load_kernels
+from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
 # a state forgets over 0.6 to 1000 steps.
@@ -35,12 +35,7 @@ class MambaBlock(nn.Module):
         out = out_proj((scan(x, delta, -exp(A_log), B, C) + D x) silu(z))
 
     Parameters have the names and shapes of `mamba_ssm.Mamba`, so that state dicts fit both.
-
-    Args:
-        d_model: D, width of input and output.
-        d_state: S, states per channel.
-        d_conv: K, steps that the convolution sees.
-        expand: E / D.
+    Arguments: see :class:`MambaEncoder`.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
@@ -58,7 +53,7 @@ class MambaBlock(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Rates, skip connection and step sizes as Mamba's paper has them; layers reset themselves."""
+        """Draw rates, skips and step sizes as in Mamba's paper; layers reset themselves."""
         self.A_log.copy_(torch.arange(1, self.d_state + 1, dtype=torch.float32).log())
         self.D.fill_(1.0)
         bound = self.dt_rank**-0.5
@@ -70,28 +65,31 @@ class MambaBlock(nn.Module):
 
     @property
     def state_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes, per row, of the tensors that :meth:`step` moves on."""
+        """Shapes, per row, of the tensors that :meth:`step` updates."""
         return [(self.d_conv, self.d_inner), (self.d_state, self.d_inner)]
 
     def forward(
         self, x_NTD: Tensor, is_init_NT: Tensor | None = None, kernels: MambaKernels | None = None
     ) -> Tensor:
-        """Whole sequences, with gradient.
+        """Mix whole sequences, with gradient.
 
         Args:
-            x_NTD: `[N, T, D]`.
-            is_init_NT: where trials begin within rows; None if none does.
-            kernels: functions that compute the same for sequences of one trial per row.
+            x_NTD: inputs.
+            is_init_NT: True at first steps of trials; None if none starts within a row.
+            kernels: equivalent functions for sequences of one trial per row.
         """
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
-            return self.out_proj(self._scan_with(kernels, x_NTE, gate_NTE))
+            x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
+            sequences = (x_NTE, *self._select(x_NTE))
+            y_NTE = kernels.scan(sequences, gate_NTE, self._rate(), self.D, self.dt_proj.bias)
+            return self.out_proj(y_NTE)
         x_NTE = F.silu(self._convolve(at_least_float32(x_NTE), is_init_NT))
         y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
         return self._out(y_NTE, x_NTE, gate_NTE)
 
     def step(self, x_ND: Tensor, state: Sequence[Tensor]) -> Tensor:
-        """One step `[N, D]`; moves the two tensors of `state` on in place."""
+        """Take one step `[N, D]`; update the two tensors of `state` in place."""
         window_NKE, state_NSE = state
         x_NE, gate_NE = self.in_proj(x_ND).chunk(2, -1)
         newest_N1E = x_NE.to(window_NKE.dtype).unsqueeze(1)
@@ -101,16 +99,8 @@ class MambaBlock(nn.Module):
         y_NE = selective_step(x_NE, *self._coefficients(x_NE), state_NSE)
         return self._out(y_NE, x_NE, gate_NE)
 
-    def _scan_with(self, kernels: MambaKernels, x_NTE: Tensor, gate_NTE: Tensor) -> Tensor:
-        x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
-        delta_NTE, write_NTS, read_NTS = self._select(x_NTE)
-        rate_ES, bias_E = self._rate(), self.dt_proj.bias
-        return kernels.scan(
-            x_NTE, delta_NTE, rate_ES, write_NTS, read_NTS, self.D, gate_NTE, bias_E
-        )
-
     def _convolve(self, x_NTE: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        """Causal convolution of every channel that doesn't see the trial before.
+        """Convolve every channel causally, within trials.
 
         As sums of shifted sequences: each lag can be cut, and no library's reduced precision for
         convolutions sets it apart from `step`.
@@ -121,10 +111,10 @@ class MambaBlock(nn.Module):
         age_NT1 = None if is_init_NT is None else _steps_since(is_init_NT).unsqueeze(-1)
         out_NTE = self.conv1d.bias.expand_as(x_NTE)
         for k, weight_E in enumerate(weight_EK.unbind(1)):
-            seen_NTE, lag = lag_NTE[:, k : k + steps], self.d_conv - 1 - k
+            past_NTE, lag = lag_NTE[:, k : k + steps], self.d_conv - 1 - k
             if age_NT1 is not None and lag:
-                seen_NTE = torch.where(age_NT1 >= lag, seen_NTE, 0.0)
-            out_NTE = torch.addcmul(out_NTE, seen_NTE, weight_E)
+                past_NTE = torch.where(age_NT1 >= lag, past_NTE, 0.0)
+            out_NTE = torch.addcmul(out_NTE, past_NTE, weight_E)
         return out_NTE
 
     def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,36 +140,24 @@ class MambaEncoder(TrajectoryEncoder):
 
     The cost of a step doesn't depend on how many went before, and a rollout's memory is a state of
     constant size (see :class:`StateMemory`). Runs in plain PyTorch on any device; on CUDA the
-    kernels of `mamba-ssm` compute the same from the same weights. They are left aside under
-    `torch.compile` and `torch.vmap`, which don't know them, and for rows where a trial begins after
-    the first step, which they can't cut; single steps never need them.
+    kernels of `mamba-ssm` compute the same from the same weights. They are not used under
+    `torch.compile` and `torch.vmap`, which have no rules for them, for rows where a trial starts
+    after the first step, which they can't cut, and for single steps.
 
     Args:
         input_size: I, features of a timestep embedding.
-        d_model: D, width, and size of the state.
         d_state: states per inner channel.
-        d_conv: steps that the convolution sees.
+        d_conv: number of steps that the convolution sees.
         expand: inner channels per feature of the width.
-        num_layers: number of blocks.
-        norm: see :func:`~torchrl_amago.modules._layers.make_norm`.
         backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
-        options: see :class:`TrajectoryEncoder`.
+        options: `d_model`, `num_layers`, `norm` and the others of :class:`TrajectoryEncoder`.
 
     Raises:
-        ImportError: if the kernels are asked for by name but not installed.
-        ValueError: if a number is below 1, a name unknown, or the kernels lack a size.
+        ImportError: if the kernels are chosen by name but not installed.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.modules import set_recurrent_mode
-        >>> encoder = MambaEncoder(4, d_model=16, num_layers=1)
-        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
-        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
-        >>> with set_recurrent_mode(True):
-        ...     encoder(td)["state"].shape
+        >>> MambaEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape
         torch.Size([3, 5, 16])
-        >>> encoder(td[:, 0])["state"].shape
-        torch.Size([3, 16])
     """
 
     def __init__(
@@ -225,19 +203,14 @@ class MambaEncoder(TrajectoryEncoder):
         return StateMemory(num_rows, shapes, device, dtype)
 
     def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
-        if self._kernels is None or is_traced(x_NTI):
+        if self._kernels is None or is_traced(x_NTI) or is_init_NT is not None:
             return None
-        if self.backend == "mamba_ssm" and not x_NTI.is_cuda:
-            raise RuntimeError(
-                f"backend='mamba_ssm' computes sequences on CUDA only, got tensors on "
-                f"{x_NTI.device}. Move the encoder and its input to a GPU, or use backend='auto'."
-            )
-        fits = x_NTI.dtype != torch.float64 or self.backend == "mamba_ssm"
-        return self._kernels if x_NTI.is_cuda and is_init_NT is None and fits else None
+        fits = x_NTI.is_cuda and x_NTI.dtype != torch.float64
+        return self._kernels if fits or self.backend == "mamba_ssm" else None
 
 
 def _steps_since(is_init_NT: Tensor) -> Tensor:
-    """Steps since the trial began or, before the first beginning in a row, since far away."""
+    """Count the steps since the trial began; before a row's first start, a large number."""
     step_T = torch.arange(is_init_NT.shape[1], device=is_init_NT.device)
     # Before a row's start there are zeros, which every lag may see.
     start_NT = torch.where(is_init_NT, step_T, -is_init_NT.shape[1])

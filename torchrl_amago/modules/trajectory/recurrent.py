@@ -1,8 +1,8 @@
 """Recurrent trajectory encoders: GRU and LSTM, with a state of constant size.
 
-The weights are in TorchRL's own `GRU` and `LSTM`, which torch.compile can look into (it refuses
-torch.nn's). Sequences don't run in their loops over steps but in `recurrence`, and give the numbers of
-TorchRL's `GRUModule` and `LSTMModule`, which keep the state in the tensordict.
+The weights are in TorchRL's own `GRU` and `LSTM`, which `torch.compile` accepts, unlike torch.nn's.
+Sequences run in `kernels.rnn` instead of their loops over steps, and give the numbers of TorchRL's
+`GRUModule` and `LSTMModule`, which keep the state in the tensordict.
 
 Legend: N rows, T steps, I input features, H hidden features, D state features.
 """
@@ -18,17 +18,16 @@ from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules._layers import make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
-from torchrl_amago.modules.trajectory.kernels.recurrence import Kind, recurrence
-from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
+from torchrl_amago.modules.trajectory.kernels.rnn import Cell, recurrence
+from torchrl_amago.modules.trajectory.memory import StateMemory
 
 
 class _RecurrentEncoder(TrajectoryEncoder):
     """Recurrent network over the steps of a trial, a linear layer, a norm."""
 
     network: type[nn.RNNBase]
-    kind: Kind
+    cell: Cell
     tensors_per_layer: int
-    gates: int
 
     def __init__(
         self,
@@ -45,7 +44,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
             raise ValueError(
-                f"longest_memory must be at least 2, got {longest_memory}. It is the number of steps "
+                f"longest_memory must be at least 2, got {longest_memory}. Use the number of steps "
                 "to remember over, such as the trial's length."
             )
         super().__init__(input_size, d_model, **options)
@@ -55,11 +54,26 @@ class _RecurrentEncoder(TrajectoryEncoder):
         self.longest_memory = longest_memory
         self.reset_parameters()
 
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw the gates' biases for 1 to `longest_memory` steps, if it is given."""
+        if self.longest_memory is None:
+            return
+        for _, _, bias_in, bias_hidden in self.rnn.all_weights:
+            is_lstm = self.cell == "lstm"
+            bias_in, bias_hidden = (z.chunk(4 if is_lstm else 3) for z in (bias_in, bias_hidden))
+            keep = torch.empty_like(bias_in[1]).uniform_(1, self.longest_memory - 1).log()
+            bias_in[1].copy_(keep)
+            bias_hidden[1].zero_()
+            if is_lstm:  # it writes as much as it forgets
+                bias_in[0].copy_(-keep)
+                bias_hidden[0].zero_()
+
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
         is_init_TN = None if is_init_NT is None else is_init_NT.t()
         for weights in self.rnn.all_weights:
-            x = recurrence(self.kind, x, is_init_TN, weights)
+            x = recurrence(self.cell, x, is_init_TN, weights)
         return self.out_norm(self.out(x)).transpose(0, 1)
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
@@ -67,7 +81,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         for stored, weights in zip(memory.layers, self.rnn.all_weights, strict=True):
             state = [h_NH.to(weights[0].dtype) for h_NH in stored]
             with torch.autocast(x.device.type, enabled=False):  # it would round the state
-                new = self._cell(x, state, *weights)
+                new = self._step_cell(x, state, weights)
             for h_NH, new_NH in zip(stored, new, strict=True):
                 h_NH.copy_(new_NH)
             x = new[0]
@@ -77,94 +91,52 @@ class _RecurrentEncoder(TrajectoryEncoder):
         layer = [(self.rnn.hidden_size,)] * self.tensors_per_layer
         return StateMemory(num_rows, [layer] * self.rnn.num_layers, device, dtype)
 
-    def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
-        """One layer's new state, what it emits first."""
-        raise NotImplementedError
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw gates that forget over 1 to `longest_memory` steps (arXiv 1804.11188), if it is given."""
-        if self.longest_memory is None:
-            return
-        for layer in range(self.rnn.num_layers):
-            bias_in, bias_hidden = (
-                getattr(self.rnn, f"bias_{kind}_l{layer}").chunk(self.gates)
-                for kind in ("ih", "hh")
-            )
-            keep = torch.empty_like(bias_in[1]).uniform_(1, self.longest_memory - 1).log()
-            bias_in[1].copy_(keep)
-            bias_hidden[1].zero_()
-            if self.gates == 4:  # an LSTM writes as much as it forgets
-                bias_in[0].copy_(-keep)
-                bias_hidden[0].zero_()
+    def _step_cell(
+        self, x_NI: Tensor, state: list[Tensor], weights: list[Tensor]
+    ) -> tuple[Tensor, ...]:
+        """One layer's new state, its output first."""
+        if self.cell == "gru":
+            return (torch.gru_cell(x_NI, *state, *weights),)
+        return torch.lstm_cell(x_NI, state, *weights)
 
 
 class GRUEncoder(_RecurrentEncoder):
     """Gated recurrent unit (arXiv 1406.1078) over the steps of a trial, a linear layer, a norm.
 
-    Its memory has constant size and sees the whole trial. A step costs the same however long the
-    trial is; sequences cost time linear in their length, but step after step.
+    Its memory has constant size and sees the whole trial. A step costs the same in trials of any
+    length; the time of sequences is linear in their length, but step after step.
 
     Args:
         input_size: I, features of a timestep embedding.
         d_model: D, size of the state.
         hidden_size: H, width of the recurrent layers; default `d_model`.
-        num_layers: number of recurrent layers.
-        out_norm: norm of the state, see :func:`~torchrl_amago.modules._layers.make_norm`.
-        longest_memory: how many steps units remember over before training, at most: gates' biases are
-            drawn for 1 to so many (chrono initialisation, arXiv 1804.11188, eq. 16). Default: torch's
-            initialisation, with which memory fades over few steps.
-        options: see :class:`TrajectoryEncoder`.
-
-    Raises:
-        ValueError: if a number is out of its range or a name unknown.
+        longest_memory: greatest number of steps that units remember over before training. Gates'
+            biases are drawn for 1 to `longest_memory` steps (chrono initialisation, arXiv
+            1804.11188, eq. 16). Default: torch's initialisation, with which memory fades over few
+            steps.
+        options: `num_layers`, `out_norm` and the others of :class:`TrajectoryEncoder`.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.modules import set_recurrent_mode
-        >>> encoder = GRUEncoder(4, d_model=16)
-        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
-        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
-        >>> with set_recurrent_mode(True):
-        ...     encoder(td)["state"].shape
+        >>> GRUEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape
         torch.Size([3, 5, 16])
-        >>> encoder(td[:, 0])["state"].shape
-        torch.Size([3, 16])
     """
 
     network = GRU
-    kind = "gru"
+    cell = "gru"
     tensors_per_layer = 1
-    gates = 3
-
-    def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
-        return (torch.gru_cell(x_NI, *state, *weights),)
 
 
 class LSTMEncoder(_RecurrentEncoder):
     """Long short-term memory (Hochreiter & Schmidhuber 1997), a linear layer, a norm.
 
-    On a CPU its sequences are faster than a GRU's, since oneDNN has a kernel for them.
-
-    Args:
-        input_size: I, features of a timestep embedding.
-        d_model: likewise the arguments below, see :class:`GRUEncoder`.
-
-    Raises:
-        ValueError: if a number is out of its range or a name unknown.
+    On a CPU its sequences are faster than a GRU's, since oneDNN has a kernel for them. Arguments:
+    see :class:`GRUEncoder`.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict(timestep=torch.zeros(3, 4), time_idx=torch.zeros(3, 1).long(),
-        ...                 is_init=torch.ones(3, 1).bool(), batch_size=[3])
-        >>> LSTMEncoder(4, d_model=16)(td)["state"].shape
-        torch.Size([3, 16])
+        >>> LSTMEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape
+        torch.Size([3, 5, 16])
     """
 
     network = LSTM
-    kind = "lstm"
+    cell = "lstm"
     tensors_per_layer = 2
-    gates = 4
-
-    def _cell(self, x_NI: Tensor, state: list[Tensor], *weights: Tensor) -> tuple[Tensor, ...]:
-        return torch.lstm_cell(x_NI, state, *weights)

@@ -3,11 +3,11 @@
 Within a chunk everything is a masked matrix product; a small loop carries the state from chunk to
 chunk. Decays are exponentials of differences of summed log-decays, later minus earlier, so never
 above 1: nothing overflows and nothing is divided. The backward pass computes the chunks' products
-again instead of keeping them. Both passes are operators of their own, so that `torch.compile` sees one
-node and no number of chunks that it must fix.
+again instead of keeping them. Both passes are operators, so that `torch.compile` sees one node and
+no number of chunks that it must fix.
 
-Legend: B batch, T steps, H heads, K features of a key, V features of a value, C chunks, L steps of a
-chunk.
+Legend: B batch, T steps, H heads, K features of a key, V features of a value, C chunks, L steps of
+a chunk.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ def gated_linear_attention(
     log_decay_BTH: Tensor,
     is_init_BT: Tensor | None = None,
 ) -> Tensor:
-    """Linear attention whose state decays (arXiv 2312.06635, section 4; 2405.21060, section 6).
+    """Attend linearly with a decaying state (arXiv 2312.06635, section 4; 2405.21060, section 6).
 
         S[t] = decay[t] S[t-1] + k[t] v[t]^T,    out[t] = S[t]^T q[t]
 
-    One decay per head and step; `S[-1] = 0`, and `S[t-1]` counts as zero where `is_init[t]`. Time and
-    memory are linear in T. Differentiable once.
+    One decay per head and step; `S[-1] = 0`, and `S[t-1]` counts as zero where `is_init[t]`. Time
+    and memory are linear in T. Differentiable once.
 
     Args:
         q_BTHK: queries.
         k_BTHK: keys.
         v_BTHV: values, like queries and keys in the dtype of the matrix products.
         log_decay_BTH: logarithm of the decay, at most 0, in the dtype of the state.
-        is_init_BT: bool, True where a trial begins; None if none begins within a row.
+        is_init_BT: bool, True at first steps of trials; None if none starts within a row.
 
     Returns:
         `[B, T, H, V]`, in the dtype of `log_decay_BTH`.
@@ -57,7 +57,7 @@ def gated_linear_attention(
 def gated_linear_attention_step(
     q_BHK: Tensor, k_BHK: Tensor, v_BHV: Tensor, log_decay_BH: Tensor, state_BHKV: Tensor
 ) -> Tensor:
-    """One step of :func:`gated_linear_attention`; moves the state on in place, returns `[B, H, V]`."""
+    """Take one step of :func:`gated_linear_attention` into the state, in place: `[B, H, V]`."""
     k_BHK1, v_BH1V, q_BHK1 = k_BHK.unsqueeze(-1), v_BHV.unsqueeze(-2), q_BHK.unsqueeze(-1)
     state_BHKV.mul_(log_decay_BH.exp()[..., None, None])
     state_BHKV.addcmul_(k_BHK1.to(state_BHKV.dtype), v_BH1V.to(state_BHKV.dtype))
@@ -97,12 +97,12 @@ def _attend_backward(
 
 
 class _Chunks:
-    """The arguments cut into chunks, `[B, C, H, L, ...]`, and what is left from step to step.
+    """The arguments cut into chunks, `[B, C, H, L, ...]`, and the decays between steps.
 
     Attributes:
-        within_BCHLL: fraction of what step j wrote that is left at step i.
+        within_BCHLL: fraction of step j's write that is left at step i.
         read_BCHL: fraction of the state at the chunk's start that is left at each step.
-        write_BCHL: fraction of what each step wrote that is left at the chunk's end.
+        write_BCHL: fraction of each step's write that is left at the chunk's end.
         carry_BCH: fraction of the state at the chunk's start that is left at its end.
     """
 
@@ -132,29 +132,31 @@ class _Chunks:
         self.read_BCHL, self.write_BCHL, self.carry_BCH = read, write, read[..., -1]
 
     def split(self, x_BTHX: Tensor) -> Tensor:
-        """Cut time into chunks, filled up with zeros: `[B, C, H, L, X]`."""
+        """Cut time into chunks, padded with zeros: `[B, C, H, L, X]`."""
         padded = F.pad(x_BTHX, (0, 0, 0, 0, 0, -x_BTHX.shape[1] % self.length))
         return padded.unflatten(1, (-1, self.length)).transpose(2, 3).contiguous()
 
     def join(self, x_BCHLX: Tensor) -> Tensor:
-        """The inverse of `split`."""
+        """Invert `split`."""
         return x_BCHLX.transpose(2, 3).flatten(1, 2)[:, : self.steps].contiguous()
 
     def starts(self) -> Tensor:
-        """State at the start of every chunk: `S[0] = 0`, `S[c+1] = carry[c] S[c] + added[c]`."""
+        """Compute the states at chunks' starts: `S[0] = 0`, `S[c+1] = carry[c] S[c] + added[c]`."""
         added_BCHKV = self._scaled(self.k, self.write_BCHL).transpose(-1, -2) @ self.v
         return self._carried(added_BCHKV, range(added_BCHKV.shape[1]))
 
     def outputs(self, start_BCHKV: Tensor) -> Tensor:
-        """`S[t]^T q[t]`: from the state before the chunk, and from steps within it."""
+        """Compute `S[t]^T q[t]`, from the state before the chunk and from steps within it."""
         before_BCHLV = self._scaled(self.q, self.read_BCHL) @ start_BCHKV.to(self.q.dtype)
         within_BCHLV = self._score()[0] @ self.v
         return within_BCHLV.to(start_BCHKV.dtype).add_(before_BCHLV)
 
     def gradients(self, grad_BCHLV: Tensor, start_BCHKV: Tensor) -> tuple[Tensor, ...]:
-        """Gradients of `q, k, v [B, C, H, L, X]` and `log_decay [B, C, H, L, 1]`."""
+        """Compute gradients of `q, k, v [B, C, H, L, X]` and `log_decay [B, C, H, L, 1]`."""
         wide, grad_BCHLV = start_BCHKV.dtype, grad_BCHLV.to(self.v.dtype)
-        end_BCHKV = self._end_gradients(grad_BCHLV)
+        # Gradient of every chunk's last state: `g[c-1] = dL/dS[c] + carry[c] g[c]`.
+        end_BCHKV = self._scaled(self.q, self.read_BCHL).transpose(-1, -2) @ grad_BCHLV
+        end_BCHKV = self._carried(end_BCHKV, reversed(range(end_BCHKV.shape[1])))
         end = end_BCHKV.to(self.v.dtype)
         score_BCHLL, weight_BCHLL = self._score()
         v = score_BCHLL.transpose(-1, -2) @ grad_BCHLV
@@ -166,20 +168,16 @@ class _Chunks:
         ended_BCHLK = (self.v @ end.transpose(-1, -2)).to(wide) * self.write_BCHL.unsqueeze(-1)
         k = (score_BCHLL.transpose(-1, -2) @ self.q).to(wide).add_(ended_BCHLK)
         # The exponential of a step's summed log-decay multiplies its query and divides its key, so
-        # that their gradients give its own; a chunk's last one multiplies all that leaves the chunk.
+        # that their gradients give its own; a chunk's last one multiplies all that leaves the
+        # chunk.
         sum_BCHL = (self.q * q).sum(-1) - (self.k * k).sum(-1)
         sum_BCHL[..., -1] += (self.k * ended_BCHLK).sum((-1, -2))
         sum_BCHL[..., -1] += (end_BCHKV * start_BCHKV).sum((-1, -2)) * self.carry_BCH
         log_decay_BCHL = sum_BCHL.flip(-1).cumsum(-1).flip(-1)
         return q, k, v, log_decay_BCHL.unsqueeze(-1)
 
-    def _end_gradients(self, grad_BCHLV: Tensor) -> Tensor:
-        """Gradient of every chunk's last state: `g[c-1] = dL/dS[c] + carry[c] g[c]`."""
-        start_BCHKV = self._scaled(self.q, self.read_BCHL).transpose(-1, -2) @ grad_BCHLV
-        return self._carried(start_BCHKV, reversed(range(start_BCHKV.shape[1])))
-
     def _carried(self, added_BCHKV: Tensor, order: Iterable[int]) -> Tensor:
-        """What chunks in this order add up to before each of them, decayed from one to the next."""
+        """Exclusive decayed sum over chunks, in the given order."""
         carry_BCH11 = self.carry_BCH[..., None, None]
         added_BCHKV = added_BCHKV.to(carry_BCH11.dtype)
         before_BCHKV = torch.empty_like(added_BCHKV)
@@ -209,18 +207,8 @@ def _(
 
 
 @_attend_backward.register_fake
-def _(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    is_init: Tensor | None,
-    start: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return tuple(
-        torch.empty_like(z, memory_format=torch.contiguous_format) for z in (q, k, v, log_decay)
-    )
+def _(grad_out: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs[:4])
 
 
 def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

@@ -1,7 +1,8 @@
-"""Memory of rollouts: what an encoder keeps between the steps of several environments."""
+"""Memory of rollouts: tensors that an encoder keeps between the steps of several environments."""
 
+from torchrl_amago.modules.trajectory.memory.base import Memory
 from torchrl_amago.modules.trajectory.memory.ring_cache import RingCache
 from torchrl_amago.modules.trajectory.memory.state_memory import StateMemory
-from torchrl_amago.modules.trajectory.memory.streams import Memory, StreamTable
+from torchrl_amago.modules.trajectory.memory.streams import StreamTable
 
 __all__ = ["Memory", "RingCache", "StateMemory", "StreamTable"]

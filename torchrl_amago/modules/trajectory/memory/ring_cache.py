@@ -1,4 +1,4 @@
-"""Keys and values of a rollout's last steps, in a ring: the oldest leaves by being overwritten.
+"""Ring of the keys and values of a rollout's last steps; the newest overwrites the oldest.
 
 Legend: L layers, B batch, H heads, D features of one head, S slots of the ring.
 """
@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from torchrl_amago.modules.trajectory.kernels.attention import ring_attention
-from torchrl_amago.modules.trajectory.memory.streams import Memory
+from torchrl_amago.modules.trajectory.memory.base import Memory
 
 # Slots are read in blocks: products over fewer numbers take a slow path in PyTorch's CPU kernels.
 _BLOCK = 64
 
 
 class RingCache(Memory):
-    """Ring of keys and values; nothing is shifted or copied, whatever the number of steps.
+    """Ring of keys and values; nothing is shifted or copied at any step.
 
     All rows write the same slot at the same step, and a row sees the slots written since its trial
     began, at most the last `context_length`. A cleared row's slots are zeroed, so that not even NaN
-    gets from one trial into the next.
+    passes from one trial into the next.
 
     In a rolled ring, deeper layers' keys were computed when older tokens were still visible:
     information from before the window survives there (as in banded attention over a whole trial).
@@ -34,11 +34,10 @@ class RingCache(Memory):
         batch_size: B.
         num_heads: H.
         head_size: D.
-        context_length: how many steps a row sees, the newest included.
+        context_length: number of steps a row sees, the newest included.
         device: where the ring is stored.
         dtype: of keys and values.
-        num_sinks: how many first steps of its trial a row sees for good. They lie in slots of their
-            own, before the ring.
+        num_sinks: number of a trial's first steps that stay visible, in slots before the ring.
         sink_bias: added to the scores of those steps.
 
     Example:
@@ -69,7 +68,7 @@ class RingCache(Memory):
         # Memory outlives the no-grad or inference block it is made in, and is written in others.
         with torch.inference_mode(False):
             make = partial(torch.zeros, device=device, dtype=dtype)
-            # Keys lie transposed, the layout that the product with a query reads fastest.
+            # Keys are transposed, the layout that the product with a query reads fastest.
             self.keys = [make(rows, head_size, self._num_slots) for _ in range(num_layers)]
             self.values = [make(rows, self._num_slots, head_size) for _ in range(num_layers)]
             self.bias = make(rows, 1, self._num_slots).fill_(-math.inf)
@@ -82,21 +81,20 @@ class RingCache(Memory):
 
     @property
     def length(self) -> Tensor:
-        """How many steps each row sees, `[B]`."""
+        """Number of steps each row sees, `[B]`."""
         return self.bias.view(self.batch_size, -1, self._num_slots)[:, 0].isfinite().sum(-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys and values of every layer, and what says which of them a row sees."""
+        """Return keys and values of every layer, and the tensors that decide which a row sees."""
         names = ("keys", "values")
         layers = {f"{name}.{i}": z for name in names for i, z in enumerate(getattr(self, name))}
         return {**layers, "bias": self.bias, "newest": self.newest_1, "has_sink": self.has_sink_NS}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copies of :meth:`tensors`, and where in the ring the newest step is."""
+        """Copy :meth:`tensors` and the newest step's place in the ring."""
         return {**super().state_dict(), "place": torch.tensor([self._slot, self._written])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over, in place, what :meth:`state_dict` gave."""
         super().load_state_dict({name: z for name, z in state.items() if name != "place"})
         self._slot, self._written = state["place"].tolist()
 
@@ -106,7 +104,7 @@ class RingCache(Memory):
         if not num_rows:
             return
         if num_rows == self.batch_size:
-            # What was never written is still as it was made.
+            # Slots that were never written are still zero.
             for keys, values in zip(self.keys, self.values, strict=True):
                 keys[..., : self._written].zero_()
                 values[:, : self._written].zero_()
@@ -121,7 +119,7 @@ class RingCache(Memory):
         self.has_sink_NS.index_fill_(0, rows_N, False)
 
     def advance(self) -> None:
-        """Move to the next slot, which all rows see from now on, and hide the one that is too old."""
+        """Move to the next slot, which all rows see from now on, and hide the one that left."""
         self._slot = self._wrap(self._slot + 1)
         self._written = min(self._written + 1, self._num_slots)
         if self.num_sinks + self.context_length < self._num_slots:
@@ -131,11 +129,11 @@ class RingCache(Memory):
         self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
 
     def _wrap(self, slot: int) -> int:
-        """The ring begins after the sinks."""
+        """Return a slot's place in the ring, which starts after the sinks."""
         return self.num_sinks + (slot - self.num_sinks) % (self._num_slots - self.num_sinks)
 
-    def show(self, positions_B: Tensor) -> None:
-        """Tell sinks from other steps, once per step, before the first :meth:`write`.
+    def mark_sinks(self, positions_B: Tensor) -> None:
+        """Mark the rows whose newest step is a sink; once per step, before the first :meth:`write`.
 
         Args:
             positions_B: steps since each row's trial began.
@@ -169,7 +167,7 @@ class RingCache(Memory):
             sinks_NSD.copy_(torch.where(is_sink_N1S.mT, value_N1D, sinks_NSD))
 
     def attend(self, layer: int, q_BHD: Tensor, logit_clip: float | None = None) -> Tensor:
-        """Attend from the newest step to what its row sees, in one layer: `[B, H, D]`."""
+        """Attend in one layer from the newest step to all that its row sees: `[B, H, D]`."""
         keys, values = self.keys[layer][..., : self._span], self.values[layer][:, : self._span]
         bias = self.bias[..., : self._span]
         return ring_attention(q_BHD.to(keys.dtype), keys, values, bias, logit_clip)

@@ -1,20 +1,21 @@
-"""What recurrent encoders remember of a rollout: tensors whose size doesn't grow with the trial."""
+"""Memory of recurrent encoders: tensors whose size doesn't grow with the trial."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
-from torchrl_amago.modules.trajectory.memory.streams import Memory
+from torchrl_amago.modules.trajectory.memory.base import Memory
 
 
 class StateMemory(Memory):
     """Tensors of constant size, zero at a trial's start, updated in place by an encoder's `step`.
 
-    Kept in float32 at least, also under autocast: what is added up over a thousand steps in bfloat16
-    stops changing after a few hundred.
+    Kept in float32 at least, also under autocast: a sum over a thousand steps in bfloat16 stops
+    changing after a few hundred.
 
     Args:
         num_rows: environments of the rollout, first dimension of every tensor.
@@ -52,11 +53,10 @@ class StateMemory(Memory):
         self.device = self.layers[0][0].device
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of every layer, named ``layer.number``."""
+        """Return the tensors of every layer, named ``layer.number``."""
         layers = enumerate(self.layers)
         return {f"{i}.{j}": state for i, layer in layers for j, state in enumerate(layer)}
 
     def clear(self, rows_B: Tensor) -> None:
-        for layer in self.layers:
-            for state in layer:
-                state.masked_fill_(rows_B.view(-1, *[1] * (state.ndim - 1)), 0.0)
+        for state in chain(*self.layers):
+            state.masked_fill_(rows_B.view(-1, *[1] * (state.ndim - 1)), 0.0)

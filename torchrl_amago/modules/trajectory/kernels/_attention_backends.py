@@ -1,6 +1,7 @@
 """Other kernels for attention over whole windows: FlexAttention and flash-attn, for GPUs.
 
-They give what `window_attention` gives with `F.scaled_dot_product_attention`, which needs nothing.
+They give the results of `window_attention` on `F.scaled_dot_product_attention`, which needs
+nothing.
 
 Legend: B batch, T steps, H heads, D features of one head, N = B * T.
 """
@@ -16,38 +17,33 @@ from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.nn import functional as F
 
-from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern, window_attention
+from torchrl_amago._validation import check_choice
+from torchrl_amago.modules.trajectory.kernels.attention import window_attention
+from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
 
 Backend = Literal["auto", "sdpa", "flex", "flash"]
 
-_LEAST_FLEX_HEAD = 16
-
 
 def check_backend(backend: Backend, pattern: AttentionPattern, dropout: float) -> None:
-    """Refuse what cannot be computed, when an encoder is built.
+    """Raise for a backend that is unknown, isn't installed or lacks an option.
 
     Raises:
-        ImportError: if flash-attn is asked for by name and isn't installed.
-        ValueError: if the name is unknown, or the backend lacks what is asked of it.
+        ImportError: if flash-attn is chosen by name and isn't installed.
+        ValueError: if the name is unknown, or the backend lacks the pattern or dropout.
     """
-    if backend not in get_args(Backend):
-        raise ValueError(
-            f"attention must be one of {get_args(Backend)}, got {backend!r}. 'auto' takes flash-attn "
-            "where it is installed and fits, else 'sdpa'."
-        )
+    check_choice("attention", backend, get_args(Backend))
     if backend == "flash" and not _is_installed():
         raise ImportError(
-            "attention='flash' needs the package flash-attn. Install torchrl_amago[flash] on a machine "
-            "with a GPU, or use attention='auto'."
+            "attention='flash' needs the package flash-attn. Install torchrl_amago[flash] on a "
+            "machine with a GPU, or use attention='auto'."
         )
+    lacks = None
     if backend == "flash" and not _flash_fits(pattern):
-        raise ValueError(
-            "attention='flash' has neither sinks nor logit_clip. Use attention='sdpa' or 'flex'."
-        )
-    if backend == "flex" and dropout:
-        raise ValueError(
-            f"attention='flex' has no dropout_attn, got {dropout}. Use dropout_attn=0 or 'sdpa'."
-        )
+        lacks = "neither sinks nor logit_clip"
+    elif backend == "flex" and dropout:
+        lacks = f"no dropout_attn, got {dropout}"
+    if lacks:
+        raise ValueError(f"attention={backend!r} has {lacks}. Leave it out, or use 'sdpa'.")
 
 
 def backend_attention(
@@ -61,11 +57,7 @@ def backend_attention(
     is_init_BT: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """:func:`window_attention` by the backend asked for, or by the one that fits.
-
-    Raises:
-        RuntimeError: if a backend that was asked for by name can't run on the device, or its dtype.
-    """
+    """Compute :func:`window_attention` by the chosen backend, or by the one that fits."""
     qkv = (q_BHTD, k_BHTD, v_BHTD)
     if backend == "flex":
         return _flex_attention(*qkv, pattern, positions_BT, is_init_BT)
@@ -108,28 +100,21 @@ def _flash_attention(
     is_init_BT: Tensor | None,
     dropout: float,
 ) -> Tensor:
-    if q_BHTD.dtype not in (torch.float16, torch.bfloat16):
-        raise RuntimeError(
-            f"attention='flash' computes in float16 or bfloat16, got {q_BHTD.dtype}. Run the encoder "
-            "under torch.autocast, or use attention='auto', which falls back."
-        )
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    window = (-1 if pattern.window is None else pattern.window - 1, 0)
-    options = {"dropout_p": dropout, "causal": True, "window_size": window}
+    before = -1 if pattern.window is None else pattern.window - 1
+    options = {"dropout_p": dropout, "causal": True, "window_size": (before, 0)}
     q, k, v = (z.transpose(1, 2) for z in (q_BHTD, k_BHTD, v_BHTD))
     if is_init_BT is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)
-    # Each trial as a sequence of its own, whatever row it is in.
+    # Each trial as a sequence of its own, in any row.
     starts_BT = is_init_BT.clone()
     starts_BT[:, 0] = True
     start_M = starts_BT.flatten().nonzero().squeeze(1).int()
     bounds = F.pad(start_M, (0, 1), value=starts_BT.numel())
     longest = int(bounds.diff().max())
-    q_NHD, k_NHD, v_NHD = (z.flatten(0, 1) for z in (q, k, v))
-    out_NHD = flash_attn_varlen_func(
-        q_NHD, k_NHD, v_NHD, bounds, bounds, longest, longest, **options
-    )
+    qkv_NHD = (z.flatten(0, 1) for z in (q, k, v))
+    out_NHD = flash_attn_varlen_func(*qkv_NHD, bounds, bounds, longest, longest, **options)
     return out_NHD.view(q.shape).transpose(1, 2)
 
 
@@ -152,15 +137,6 @@ def _flex_attention(
     positions_BT: Tensor | None,
     is_init_BT: Tensor | None,
 ) -> Tensor:
-    if q_BHTD.device.type == "cpu" and torch.is_grad_enabled() and q_BHTD.requires_grad:
-        raise RuntimeError(
-            "attention='flex' has no backward on CPUs. Train on a GPU, or use attention='sdpa'."
-        )
-    if q_BHTD.device.type == "cuda" and q_BHTD.shape[-1] < _LEAST_FLEX_HEAD:
-        raise RuntimeError(
-            f"attention='flex' needs at least {_LEAST_FLEX_HEAD} features per head on GPUs, got "
-            f"{q_BHTD.shape[-1]}. Use fewer heads or a larger d_model, or attention='sdpa'."
-        )
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, _, num_steps, _ = q_BHTD.shape
@@ -169,12 +145,12 @@ def _flex_attention(
     sink_BT = positions_BT < pattern.num_sinks if pattern.num_sinks else None
 
     def visible(b, h, i, j):
-        seen = i - j < window
+        near = i - j < window
         if sink_BT is not None:
-            seen = seen | sink_BT[b, j]
+            near = near | sink_BT[b, j]
         if trial_BT is not None:
-            seen = seen & (trial_BT[b, i] == trial_BT[b, j])
-        return seen & (i >= j)
+            near = near & (trial_BT[b, i] == trial_BT[b, j])
+        return near & (i >= j)
 
     def change(score, b, h, i, j):
         if pattern.sink_bias:

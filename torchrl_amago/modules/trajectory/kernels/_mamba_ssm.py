@@ -1,6 +1,6 @@
 """The CUDA kernels of `mamba-ssm` and `causal-conv1d`, used when they are installed.
 
-They read whole sequences of one trial per row; they can't cut the state where a trial begins.
+They read whole sequences of one trial per row; they can't cut the state at a trial's start.
 
 Legend: B batch, T steps, E inner channels, N state size per channel, K convolution width.
 """
@@ -8,12 +8,14 @@ Legend: B batch, T steps, E inner channels, N state size per channel, K convolut
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-# What the kernels are compiled for.
+from torchrl_amago._validation import check_choice
+
+# Sizes that the kernels are compiled for.
 _CONV_WIDTHS = (2, 3, 4)
 _MAX_STATE = 256
 
@@ -25,65 +27,50 @@ class MambaKernels(NamedTuple):
     selective_scan_fn: Callable[..., Tensor]
 
     def convolve(self, x_BTE: Tensor, weight_E1K: Tensor, bias_E: Tensor) -> Tensor:
-        """Causal convolution of every channel, then SiLU, `[B, T, E]`."""
-        x_BET = self.causal_conv1d_fn(
-            x_BTE.transpose(1, 2).contiguous(),
-            weight_E1K.squeeze(1).to(x_BTE.dtype),
-            bias_E.to(x_BTE.dtype),
-            activation="silu",
-        )
-        return x_BET.transpose(1, 2)
+        """Convolve every channel causally and apply SiLU: `[B, T, E]`."""
+        x_BET = x_BTE.transpose(1, 2).contiguous()
+        weights = (weight_E1K.squeeze(1).to(x_BET.dtype), bias_E.to(x_BET.dtype))
+        return self.causal_conv1d_fn(x_BET, *weights, activation="silu").transpose(1, 2)
 
     def scan(
         self,
-        x_BTE: Tensor,
-        delta_BTE: Tensor,
-        rate_EN: Tensor,
-        write_BTN: Tensor,
-        read_BTN: Tensor,
-        skip_E: Tensor,
+        sequences: Sequence[Tensor],
         gate_BTE: Tensor,
+        rate_EN: Tensor,
+        skip_E: Tensor,
         delta_bias_E: Tensor,
     ) -> Tensor:
-        """:func:`selective_scan` of `softplus(delta + bias)`, with skip connection and gate.
+        """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, in the dtype of x.
 
-        `(scan(...) + skip x) silu(gate)`, `[B, T, E]`.
+        Args:
+            sequences: inputs x and step sizes before bias and softplus, `[B, T, E]`, and the
+                paper's B and C, `[B, T, N]`.
+            gate_BTE: before its nonlinearity.
+            rate_EN: the paper's A.
+            skip_E: the paper's D.
+            delta_bias_E: bias of the step sizes.
         """
-        x_BET, delta_BET, write_BNT, read_BNT, gate_BET = (
-            z.to(x_BTE.dtype).transpose(1, 2).contiguous()
-            for z in (x_BTE, delta_BTE, write_BTN, read_BTN, gate_BTE)
+        x, delta, write, read, gate = (
+            z.to(sequences[0].dtype).transpose(1, 2).contiguous() for z in (*sequences, gate_BTE)
         )
-        y_BET = self.selective_scan_fn(
-            x_BET,
-            delta_BET,
-            rate_EN.float().contiguous(),
-            write_BNT,
-            read_BNT,
-            skip_E.float(),
-            z=gate_BET,
-            delta_bias=delta_bias_E.float(),
-            delta_softplus=True,
-        )
-        return y_BET.transpose(1, 2)
+        rate, skip, bias = (z.float().contiguous() for z in (rate_EN, skip_E, delta_bias_E))
+        options = {"z": gate, "delta_bias": bias, "delta_softplus": True}
+        return self.selective_scan_fn(x, delta, rate, write, read, skip, **options).transpose(1, 2)
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
-    """Import the kernels as `backend` asks for.
+    """Import the kernels, or return None without them.
 
     Args:
-        backend: `torch` for none, `mamba_ssm` for the kernels, `auto` for them if they are there.
+        backend: `torch` for None, `mamba_ssm` for the kernels, `auto` for the kernels if possible.
         conv_width: K, which must be 2, 3 or 4 for the kernels.
         state_size: N, at most 256 for the kernels.
 
     Raises:
-        ImportError: if they are asked for by name but not installed.
+        ImportError: if they are chosen by name but not installed.
         ValueError: if the backend is unknown, or the kernels don't have these sizes.
     """
-    if backend not in ("auto", "torch", "mamba_ssm"):
-        raise ValueError(
-            f"backend must be 'auto', 'torch' or 'mamba_ssm', got {backend!r}. 'auto' takes the "
-            "kernels of mamba-ssm for CUDA tensors if they are installed."
-        )
+    check_choice("backend", backend, ("auto", "torch", "mamba_ssm"))
     fits = conv_width in _CONV_WIDTHS and state_size <= _MAX_STATE
     if backend == "mamba_ssm" and not fits:
         raise ValueError(
