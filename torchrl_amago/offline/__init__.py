@@ -3,7 +3,7 @@
 Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
 """
 
-from torchrl_amago.offline.load import LoadReport, load_trials
+from torchrl_amago.offline.load import OfflineReport, load_trials
 from torchrl_amago.offline.readers import (
     TrajectorySource,
     read_amago,
@@ -15,7 +15,7 @@ from torchrl_amago.offline.recorded import RecordedEnv
 from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
 
 __all__ = [
-    "LoadReport",
+    "OfflineReport",
     "RecordedEnv",
     "Trajectory",
     "TrajectoryError",

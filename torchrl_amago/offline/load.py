@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, Literal, get_args
 
 import numpy as np
-from tensordict import is_tensor_collection
 from torchrl import logger as torchrl_logger
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_amago._validation import check_choice, check_counts
-from torchrl_amago.offline.recorded import ROWS_AT_ONCE, RecordedTrial, join, replay
-from torchrl_amago.offline.trajectory import (
-    TrajectoryChecker,
-    TrajectoryError,
-)
+from torchrl_amago.offline.recorded import MAX_ROWS, join, replay
+from torchrl_amago.offline.trajectory import RecordedTrial, TrajectoryChecker, TrajectoryError
 
 OnError = Literal["raise", "skip"]
 
-# What trials played side by side may take, each as long as the longest, with root and next.
-_BYTES_AT_ONCE = 2**28
+# Memory of trials played side by side, each as long as the longest, with root and next.
+_MAX_BYTES = 2**28
 
 
 @dataclass
-class LoadReport:
-    """Returns and lengths of the trials that were written, and problems of trajectories left out.
+class OfflineReport:
+    """Returns and lengths of the trials that were written, and problems of skipped trajectories.
 
     Example:
-        >>> LoadReport(returns=[1.0, 2.0], lengths=[5, 7]).describe()
+        >>> OfflineReport(returns=[1.0, 2.0], lengths=[5, 7]).describe()
         '2 trials of 12 steps, mean return 1.5'
     """
 
@@ -41,7 +37,7 @@ class LoadReport:
     skipped: dict[int, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line of text."""
         mean = np.mean(self.returns) if self.returns else float("nan")
         text = f"{len(self.returns)} trials of {sum(self.lengths)} steps, mean return {mean:.4g}"
         return f"{text}; {len(self.skipped)} skipped" if self.skipped else text
@@ -55,7 +51,7 @@ def load_trials(
     episodes_per_trial: int | None = None,
     on_error: OnError = "raise",
     progress_bar: bool = True,
-) -> LoadReport:
+) -> OfflineReport:
     """Write trajectories into a replay buffer, in their order, as if collected in ``env``.
 
     They are played back under the environment's trial transforms, which write previous actions and
@@ -63,15 +59,15 @@ def load_trials(
 
     Args:
         buffer: must have room for everything.
-        trajectories: what a reader gives (:func:`read_minari` and its like), or any iterable of what
-            :func:`as_trajectory` knows: mappings of arrays, tensordicts of steps.
-        env: the environment that training goes on in, never stepped; where there is none,
+        trajectories: a reader's (:func:`read_minari` and others), or any iterable of what
+            :func:`as_trajectory` takes: mappings of arrays, tensordicts of steps.
+        env: the environment that training goes on in, never stepped; without one,
             ``make_trial_env(RecordedEnv(...))``.
-        episodes_per_trial: trajectories in a row that become one trial, being episodes at one task;
-            by default as many as the environment's trials have, and those with an entry
-            ``soft_reset``, which says where episodes begin, are trials themselves.
-        on_error: ``"raise"``, or ``"skip"`` to leave out trials with a bad trajectory, and count them.
-        progress_bar: False to hide it; without a terminal it never shows.
+        episodes_per_trial: number of consecutive trajectories, each an episode at the same task,
+            that become one trial; by default as many as the environment's trials have.
+            Trajectories with an entry ``soft_reset``, which marks their episodes, are then trials.
+        on_error: ``"raise"``, or ``"skip"`` to leave out and count trials with a bad trajectory.
+        progress_bar: False to hide it; without a terminal it is never printed.
 
     Raises:
         TrajectoryError: for a trajectory that can't be trained on, with its number from 0. Trials
@@ -91,29 +87,25 @@ def load_trials(
         >>> buffer.sample()["prev_reward"][0].flatten()
         tensor([0., 1.])
     """
-    if is_tensor_collection(trajectories) or isinstance(trajectories, Mapping | ReplayBuffer):
-        problem = f"load_trials takes trajectories one by one, got a {type(trajectories).__name__}."
-        raise TypeError(f"{problem} Let read_torchrl or read_d4rl tell those in it apart.")
     if episodes_per_trial is not None:
         check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
     check_choice("on_error", on_error, get_args(OnError))
-    checker, report = TrajectoryChecker(env), LoadReport()
+    checker, report = TrajectoryChecker(env), OfflineReport()
 
-    def refuse(numbers: Iterable[int], problem: str) -> None:
-        for number in numbers:
-            if on_error == "raise":
-                raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
-            report.skipped.setdefault(number, problem)
+    def skip(numbers: Iterable[int], problem: str) -> None:
+        if on_error == "raise":
+            number = min(numbers)
+            raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
+        report.skipped = dict.fromkeys(numbers, problem) | report.skipped
 
     total = len(trajectories) if hasattr(trajectories, "__len__") else None
     with tqdm(total=total, desc="loading trajectories", disable=not progress_bar or None) as bar:
-        source = checker, iter(trajectories), bar, refuse
-        for trials in _side_by_side(_trials(*source, episodes_per_trial)):
+        for trials in _batches(_trials(checker, trajectories, episodes_per_trial, skip, bar)):
             steps, lengths = replay(checker, trials), [trial.length for trial in trials]
-            held, capacity = len(buffer), buffer.storage.max_size
-            if held + len(steps) > capacity:
+            stored, capacity = len(buffer), buffer.storage.max_size
+            if stored + len(steps) > capacity:
                 raise ValueError(
-                    f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, "
+                    f"the buffer must hold all trials: it holds {stored} of at most {capacity} steps, "
                     f"and {len(steps)} more come. Make it as large as a reader's num_steps."
                 )
             buffer.extend(steps)
@@ -121,54 +113,57 @@ def load_trials(
             report.returns += [float(reward.sum()) for reward in rewards]
             report.lengths += lengths
     if report.skipped:
-        first, problem = min(report.skipped.items())
-        text = f"skipped {len(report.skipped)} trajectories; the first is number {first}: {problem}"
-        torchrl_logger.warning(text)
+        first = min(report.skipped)
+        text = f"the first is number {first}: {report.skipped[first]}"
+        torchrl_logger.warning(f"skipped {len(report.skipped)} trajectories; {text}")
     return report
 
 
 def _trials(
     checker: TrajectoryChecker,
-    trajectories: Iterator[Any],
-    bar: tqdm,
-    refuse: Callable[[Iterable[int], str], None],
+    trajectories: Iterable[Any],
     episodes_per_trial: int | None,
+    skip: Callable[[Iterable[int], str], None],
+    bar: tqdm,
 ) -> Iterator[RecordedTrial]:
-    """Trials of as many trajectories in a row, or by default of one that is a trial itself."""
-    size, group = episodes_per_trial or checker.rule.episodes or 1, {}
+    """Join consecutive trajectories to trials; by default, take one that is a trial as it is."""
+    size, group = episodes_per_trial or checker.trial.episodes or 1, {}
+    iterator = iter(trajectories)
     for number in count():
         try:
-            one = checker.check(next(trajectories))
+            one = checker.check(next(iterator))
         except StopIteration:
             break
         except TrajectoryError as error:
-            one = refuse([number], str(error))
+            one = skip([number], str(error))
         bar.update()
-        if episodes_per_trial is None and one is not None and one.is_trial:
+        if episodes_per_trial is None and one is not None and one.marks_episodes:
             parts = {number: one}
         else:
             group[number] = one
             if len(group) < size:
                 continue
             parts, group = group, {}
+        if bad := [number for number, part in parts.items() if part is None]:
+            skip(parts, f"trajectory {bad[0]}, of the same trial, was skipped.")
+            continue
         try:
-            if bad := [number for number, part in parts.items() if part is None]:
-                raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
-            yield join(checker.rule, [*parts.values()])
+            yield join(checker.trial, [*parts.values()])
         except TrajectoryError as error:
-            refuse(parts, str(error))
-    refuse(group, f"a trial is made of {size} trajectories, and the last has {len(group)}.")
+            skip(parts, str(error))
+    if group:
+        skip(group, f"a trial has {size} trajectories, and the last one only {len(group)}.")
 
 
-def _side_by_side(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
-    """As many trials at once as are fast and take little memory."""
-    chosen: list[RecordedTrial] = []
+def _batches(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
+    """Group as many trials as are fast to play side by side and take little memory."""
+    batch: list[RecordedTrial] = []
     for trial in trials:
-        longest = max(one.length for one in (*chosen, trial))
-        size = 2 * trial.rows.bytes() // len(trial.rows) * longest * (len(chosen) + 1)
-        if chosen and (size > _BYTES_AT_ONCE or len(chosen) == ROWS_AT_ONCE):
-            yield chosen
-            chosen = []
-        chosen.append(trial)
-    if chosen:
-        yield chosen
+        longest = max(one.length for one in (*batch, trial))
+        size = 2 * trial.rows_S.bytes() // len(trial.rows_S) * longest * (len(batch) + 1)
+        if batch and (size > _MAX_BYTES or len(batch) == MAX_ROWS):
+            yield batch
+            batch = []
+        batch.append(trial)
+    if batch:
+        yield batch

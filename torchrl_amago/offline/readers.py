@@ -1,6 +1,6 @@
 """Trajectories from datasets: Minari, D4RL-style arrays, AMAGO's files, TorchRL's datasets.
 
-Readers read numbers: no code that a dataset holds or names (pickles, an environment's entry point) is run.
+Readers read numbers: no code that a dataset holds or names (a pickle, an entry point) is run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
@@ -20,7 +20,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
-from torchrl_amago.offline import trajectory as arrays_of
+from torchrl_amago.offline import trajectory as plain
 from torchrl_amago.offline.trajectory import ActionForm, Trajectory, TrajectoryError
 
 if TYPE_CHECKING:
@@ -28,11 +28,12 @@ if TYPE_CHECKING:
 
 # What numpy, zipfile and zlib raise for damaged archives and for files that are none.
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
+_AMAGO_ARRAYS = ("rl2s", "time_idxs", "rews", "dones", "actions")
 
 
 @dataclass(frozen=True)
 class TrajectorySource:
-    """Trajectories that ``load`` reads by number, when they are asked for.
+    """A sequence of trajectories, each read by ``load(number)`` when it is needed.
 
     Example:
         >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
@@ -60,12 +61,12 @@ def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> Traj
     """Read the episodes of a Minari dataset (https://minari.farama.org).
 
     Args:
-        dataset: its id, which Minari looks for in ``$MINARI_DATASETS_PATH``; or one that is loaded.
-        download: whether Minari may download it.
+        dataset: a loaded one, or the id of one in ``$MINARI_DATASETS_PATH``.
+        download: let Minari download it.
 
     Raises:
         ImportError: without Minari; the message names the extra.
-        FileNotFoundError: where there is no such dataset.
+        FileNotFoundError: if there is no such dataset.
 
     Example:
         >>> len(read_minari("mujoco/hopper/medium-v0"))  # doctest: +SKIP
@@ -91,15 +92,15 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
     A trajectory ends with a terminal, a timeout or the arrays; the last cut it off. Without
-    ``next_observations`` the last observation stands in for what a terminal led to, and any other
-    trajectory's last step is given up.
+    ``next_observations`` the last observation is a placeholder for what a terminal led to, and any
+    other trajectory's last step is dropped.
 
     Args:
-        arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known, ``timeouts``
-            and ``next_observations``; for example an open ``h5py.File``.
+        arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known,
+            ``timeouts`` and ``next_observations``; for example an open ``h5py.File``.
 
     Raises:
-        ValueError: where an array is missing, lengths or shapes differ, or a flag is neither 0 nor 1.
+        ValueError: if an array is missing, lengths differ, or a flag is neither 0 nor 1.
 
     Example:
         >>> import numpy as np
@@ -109,64 +110,55 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         >>> [len(trajectory) for trajectory in source]
         [2, 2]
     """
-    needed = ("observations", "actions", "rewards", "terminals")
+    names = ["observations", "actions", "rewards", "terminals"]
     remedy = "Rename yours, or give load_trials mappings."
-    arrays_of.require("D4RL-style arrays", needed, [*arrays], remedy)
-    names = [name for name in (*needed, "timeouts", "next_observations") if name in arrays]
-    shapes = {name: np.shape(arrays[name]) for name in names}
-    size, following = shapes["terminals"][0], arrays.get("next_observations")
-    is_same = shapes.get("next_observations", shapes["observations"]) == shapes["observations"]
-    if {shape[0] for shape in shapes.values()} != {size} or not size or not is_same:
-        rule = (
-            "must be of one length, at least 1, and observations and next_observations of one shape"
-        )
-        raise ValueError(f"D4RL-style arrays {rule}, got {shapes}. Take all from one dataset.")
-    terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
-    timeout = arrays_of.flags("timeouts", arrays.get("timeouts", np.zeros(size))).numpy()
+    plain.require_names("D4RL-style arrays", names, [*arrays], remedy)
+    names += [name for name in ("timeouts", "next_observations") if name in arrays]
+    lengths = {name: np.shape(arrays[name])[0] for name in names}
+    is_alike = len({*lengths.values()}) == 1
+    plain.require(is_alike, f"D4RL-style arrays must be of one length, got {lengths}.")
+    after = arrays.get("next_observations")
+    terminal = plain.flags("terminals", arrays["terminals"]).numpy()
+    timeout = plain.flags("timeouts", arrays.get("timeouts", np.zeros(len(terminal)))).numpy()
     first, last = _spans(terminal | timeout)
-    is_shortened = ~terminal[last] & (following is None)
-    length = last - first + 1 - is_shortened
-    first, last, is_shortened = (x[length > 0] for x in (first, last, is_shortened))
+    drops_last = ~terminal[last] & (after is None)
+    length = last - first + 1 - drops_last
+    first, last, drops_last = (x[length > 0] for x in (first, last, drops_last))
 
     def load(number: int) -> Trajectory:
-        begin, end, shortened = first[number], last[number], bool(is_shortened[number])
+        begin, end, drops = first[number], last[number], bool(drops_last[number])
         observation = np.asarray(arrays["observations"][begin : end + 1])
-        if not shortened:
-            after = observation[-1:] if following is None else following[end : end + 1]
-            observation = np.concatenate([observation, after])
-        rows = slice(begin, end + 1 - shortened)
-        truncated = timeout[rows].copy()
+        if not drops:
+            final = observation[-1:] if after is None else after[end : end + 1]
+            observation = np.concatenate([observation, final])
+        steps = slice(begin, end + 1 - drops)
+        truncated = timeout[steps].copy()
         truncated[-1] = timeout[end] or not terminal[end]
-        ends = terminal[rows], truncated
-        return Trajectory(
-            *(observation, arrays["actions"][rows], arrays["rewards"][rows], *ends),
-            is_cut=shortened or not (terminal[end] or timeout[end]),
-            last_is_stand_in=following is None and bool(terminal[end]),
-        )
+        given = arrays["actions"][steps], arrays["rewards"][steps], terminal[steps], truncated
+        is_cut = drops or not (terminal[end] or timeout[end])
+        has_final = after is not None or not terminal[end]
+        return Trajectory(observation, *given, is_cut=is_cut, has_final_observation=has_final)
 
     return TrajectorySource("D4RL-style arrays", len(last), int(length.sum()), load)
 
 
 def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last step of each trajectory; the arrays' end is one, too."""
+    """Return the first and last step of each trajectory; the end of the arrays ends one too."""
     last = np.union1d(np.flatnonzero(is_last), len(is_last) - 1)
     return np.concatenate([[0], last[:-1] + 1]), last
 
 
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
-    """Read the trajectories that AMAGO 3.x writes, one ``.npz`` file each.
-
-    Its files don't tell a time limit from a fragment's end: either is read as cut off. A fragment's
-    first step remembers what came before it. Pickled ``.traj`` files aren't read: they could run code.
+    """Read trajectories that AMAGO 3.x saved (``save_trajs_as="npz"``).
 
     Args:
-        source: a folder, such as ``<run>/buffer/fifo``, searched with all below it, or the files.
+        source: a folder (a run's ``buffer/fifo`` or ``buffer/protected``), searched with its
+            folders, or the files themselves.
 
     Raises:
-        FileNotFoundError: where there is no such file.
+        FileNotFoundError: if there are no such files.
 
     Example:
-        >>> import numpy as np
         >>> np.savez(
         ...     "0.npz", _OBS_KEY_observation=np.zeros((3, 4)), rl2s=np.zeros((3, 3)),
         ...     time_idxs=np.arange(3), rews=np.ones(2), actions=np.eye(2), dones=[False, True])
@@ -178,50 +170,50 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
     name = str(source) if is_folder else f"{len(files)} files"
     absent = [str(file) for file in files if not file.is_file()]
     if absent or not files:
-        got = (
-            f"{[*absent, '*.npz'][0]} isn't there. Give the run's folder buffer/fifo or protected."
-        )
+        got = f"{[*absent, '*.npz'][0]} isn't there. Give the run's folder buffer/fifo."
         raise FileNotFoundError(f"there must be trajectories of AMAGO in {name}, and {got}")
     steps = sum(_count_steps(file) for file in files)
     return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
 
 
-def _count_steps(file: Path) -> int:
-    try:
-        with file.open("rb") as stream, np.load(stream) as arrays:
-            return len(arrays["actions"])
-    except (*_UNREADABLE, KeyError):
-        return 0  # told, with its number, when it is loaded
-
-
-def _load_amago(file: Path) -> Trajectory:
+def _read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
     try:
         # Opened here, because numpy leaves the file of a damaged archive open.
         with file.open("rb") as stream, np.load(stream) as archive:
-            arrays: dict[str, Any] = dict(archive)
-    except _UNREADABLE as error:
+            return {name: archive[name] for name in names or archive}
+    except (*_UNREADABLE, KeyError) as error:
         rule = f"{file} must be a whole .npz file without pickles, and can't be read"
         raise TrajectoryError(f"{rule} ({error}). Copy it again.") from error
+
+
+def _count_steps(file: Path) -> int:
+    try:
+        return len(_read_npz(file, "actions")["actions"])
+    except (TrajectoryError, TypeError):
+        return 0  # an error when it is loaded
+
+
+def _load_amago(file: Path) -> Trajectory:
+    arrays = _read_npz(file)
     remedy = "Give files that AMAGO wrote with save_trajs_as='npz'."
-    needed = ("rl2s", "time_idxs", "rews", "dones", "actions")
-    arrays_of.require(str(file), needed, arrays, remedy)
-    time = arrays_of.numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
-    if not len(time) or time[0] < 0 or not np.array_equal(time, time[0] + np.arange(len(time))):
-        rule = f"time_idxs of {file} must count up by 1, from 0 or more"
-        raise TrajectoryError(f"{rule}, got {time[:8].tolist()}. {remedy}")
+    plain.require_names(str(file), _AMAGO_ARRAYS, arrays, remedy)
+    time = plain.numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
+    counts_up = time[0] >= 0 and np.array_equal(time, time[0] + np.arange(len(time)))
+    rule = f"time_idxs of {file} must count up by 1, from 0 or more"
+    plain.require(counts_up, f"{rule}, got {time[:8].tolist()}. {remedy}")
     before = arrays["rl2s"]
-    if before.shape[:1] != time.shape or before.ndim != 2:
-        rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
-        raise TrajectoryError(f"{rule}, got {list(before.shape)}. {remedy}")
+    rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
+    is_right = before.ndim == 2 and len(before) == len(time)
+    plain.require(is_right, f"{rule}, got {list(before.shape)}. {remedy}")
     prefix = "_OBS_KEY_"
     shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
     shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
     shown |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
-    terminated = arrays_of.flags(f"dones of {file}", arrays["dones"]).numpy()
+    terminated = plain.flags(f"dones of {file}", arrays["dones"]).numpy()
     truncated = np.zeros_like(terminated)
-    truncated[-1:] = ~terminated[-1:]
+    truncated[-1] = is_cut = not terminated[-1]
     steps = shown, arrays["actions"], arrays["rews"], terminated, truncated
-    return Trajectory(*steps, action_form="vector", is_cut=not terminated[-1:].any())
+    return Trajectory(*steps, action_form="vector", is_cut=is_cut)
 
 
 def read_torchrl(
@@ -233,17 +225,18 @@ def read_torchrl(
 ) -> TrajectorySource:
     """Read the trajectories of one of TorchRL's datasets, such as ``D4RLExperienceReplay``.
 
-    Not of ``MinariExperienceReplay``, which in TorchRL 0.14.1 holds zeros: use :func:`read_minari`.
+    TorchRL 0.14.1's ``MinariExperienceReplay`` holds zeros: use :func:`read_minari`.
 
     Args:
-        dataset: it, any buffer of whole trials, or steps ``[N]``, those of a trajectory side by side,
-            the last one marked by ``("next", "done")``.
-        action_form: see :class:`Trajectory`; default: ``"policy"`` for a :class:`TrialReplayBuffer` and
-            for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
-        action_key: of the action; likewise ``reward_key``, under ``next``.
+        dataset: it, any buffer of whole trials, or steps ``[N]``, one trajectory after the other.
+            ``("next", "done")`` marks the last step of each.
+        action_form: see :class:`Trajectory`; default: ``"policy"`` for a :class:`TrialReplayBuffer`
+            and for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
+        action_key: of the action.
+        reward_key: of the reward, under ``next``.
 
     Raises:
-        ValueError: where the steps have no ends, or ``done`` is neither 0 nor 1.
+        ValueError: if ``done`` is neither 0 nor 1.
 
     Example:
         >>> import torch
@@ -256,18 +249,15 @@ def read_torchrl(
         [[0, 1, 2], [3, 4, 5]]
     """
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
-    done = arrays_of.flags("'done'", steps.get(("next", "done"), np.zeros(len(steps)))).numpy()
-    if not done.any():
-        rule = "a dataset's steps must mark each trajectory's last one in ('next', 'done')"
-        raise ValueError(f"{rule}, and none is marked. Set it; read Minari's data by read_minari.")
+    done = plain.flags("'done'", steps.get(("next", "done"), np.zeros(len(steps)))).numpy()
     first, last = _spans(done)
     if action_form is None:
-        remembers = steps.get(keys.PREV_ACTION, None) is not None
-        action_form = "policy" if remembers or isinstance(dataset, TrialReplayBuffer) else "env"
+        has_past = steps.get(keys.PREV_ACTION, None) is not None
+        action_form = "policy" if has_past or isinstance(dataset, TrialReplayBuffer) else "env"
 
     def load(number: int) -> Trajectory:
         piece = steps[first[number] : last[number] + 1]
-        trajectory = arrays_of.as_trajectory(piece, action_key, reward_key)
+        trajectory = plain.as_trajectory(piece, action_key, reward_key)
         return dataclasses.replace(trajectory, action_form=action_form)
 
     return TrajectorySource(type(dataset).__name__, len(last), len(steps), load)

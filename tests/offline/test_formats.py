@@ -32,7 +32,7 @@ from torchrl.envs import (
     check_env_specs,
 )
 
-from tests.data.offline_formats import (
+from tests.offline.formats import (
     ENVS,
     collect,
     episodes_of,

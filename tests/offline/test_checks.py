@@ -555,7 +555,7 @@ def test_wrong_arguments():
             load(trajectories, rule(1))
 
 
-@pytest.mark.parametrize("limit", ["load.ROWS_AT_ONCE", "load._BYTES_AT_ONCE", "recorded._STACKED"])
+@pytest.mark.parametrize("limit", ["load.MAX_ROWS", "load._MAX_BYTES"])
 def test_more_than_is_played_at_once(monkeypatch, limit):
     monkeypatch.setattr(f"torchrl_amago.offline.{limit}", 2)
     buffer = make_trial_buffer(100, slice_length=2, batch_size=2)
@@ -633,7 +633,7 @@ def test_a_long_trial_played_in_pieces_is_the_same(kind, monkeypatch):
     stored, steps_played, played, step = [], [], [], RecordedEnv._step
     monkeypatch.setattr(RecordedEnv, "_step", lambda *args: played.append(0) or step(*args))
     for shortest in (100, 4):
-        monkeypatch.setattr("torchrl_amago.offline.recorded._SHORTEST_PIECE", shortest)
+        monkeypatch.setattr("torchrl_amago.offline.recorded._MIN_PIECE", shortest)
         buffer = make_trial_buffer(100, slice_length=2, batch_size=1)
         load_trials(buffer, trajectories, env)
         stored.append(buffer[:])
