@@ -114,7 +114,7 @@ def test_episodes_as_arrays(collected):
     everything = [arrays for trial in episodes for arrays in trial]
     if TrajectoryChecker(
         collected.env
-    ).rule.episodes:  # as many as the environment says, by default
+    ).trial.episodes:  # as many as the environment says, by default
         loaded, _ = load(collected, everything)
         assert_equal_trials(loaded, collected.trials)
 
@@ -320,7 +320,7 @@ def test_transforms_in_transforms_are_seen():
     trial = Compose(TrialTransform(horizon=7), PreviousStepTransform(), InitTracker())
     nested = TransformedEnv(Toy(ACTIONS["categorical"]), Compose(RewardScaling(0.0, 1.0), trial))
     checker = TrajectoryChecker(nested)
-    assert (checker.given, checker.rule) == (["observation"], trial[0])
+    assert (checker.given, checker.trial) == (["observation"], trial[0])
     assert checker.transforms == list(trial)
 
 
@@ -386,24 +386,19 @@ def test_every_d4rl_step_is_read_once(pieces, tail, complete):
         begun.append(step)
         if kind or step == size - 1:
             is_terminal = kind in ("terminal", "both")
-            if complete:
-                rows, steps = [*begun, step + 0.5], begun
-            elif is_terminal:
-                rows, steps = [*begun, step], begun
-            else:
-                rows, steps = begun, begun[:-1]
-            if steps:  # one that is given up may have been all of its trajectory
-                expected.append((rows, steps, is_terminal))
+            rows = [*begun, step + 0.5] if complete else begun
+            if complete or is_terminal or len(begun) > 1:  # else its step leads nowhere known
+                expected.append((rows, begun, kind))
             begun = []
     source = read_d4rl(arrays)
     assert source.num_steps == sum(len(steps) for _, steps, _ in expected)
-    for trajectory, (rows, steps, is_terminal) in zip(source, expected, strict=True):
+    for trajectory, (rows, steps, kind) in zip(source, expected, strict=True):
         assert trajectory.observation["observation"].reshape(-1).tolist() == rows
         assert trajectory.action.tolist() == trajectory.reward.tolist() == steps
         flags = [False] * (len(steps) - 1)
         assert trajectory.terminated.tolist()[:-1] == trajectory.truncated.tolist()[:-1] == flags
-        assert trajectory.terminated[-1] == is_terminal
-        assert trajectory.truncated[-1] or is_terminal
+        assert trajectory.terminated[-1] == (kind in ("terminal", "both"))
+        assert trajectory.truncated[-1] == (kind in ("timeout", "both"))
 
 
 def d4rl_arrays(ends, **changes):
@@ -423,7 +418,9 @@ def test_a_lone_last_d4rl_step_is_no_trajectory():
     assert ends_of(source) == [(2, True)]
     timeouts = np.array([True, False, False, True, True])  # others may be alone, too
     arrays = d4rl_arrays(np.zeros(5), timeouts=timeouts)
-    assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [2]
+    assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [3]
+    assert ends_of(read_d4rl(arrays)) == [(3, True)]
+    assert ends_of(read_d4rl(arrays), 1, None, "truncated") == [(2, False)]
     arrays["next_observations"] = np.zeros((5, 3))
     assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [1, 3, 1]
 
@@ -452,8 +449,9 @@ def test_where_d4rl_arrays_cut_an_episode_off_it_is_truncated():
     assert ends_of(read_d4rl(arrays)) == [(3, True), (2, False)]
     arrays = d4rl_arrays(np.zeros(5), **complete, **timeouts)  # the time limit ends the trial
     assert ends_of(read_d4rl(arrays)) == [(3, True), (2, False)]
-    arrays = d4rl_arrays(np.zeros(5), **timeouts)  # the step at the time limit is given up
-    assert ends_of(read_d4rl(arrays)) == [(2, False), (1, False)]
+    arrays = d4rl_arrays(np.zeros(5), **timeouts)  # what the last step led to isn't known
+    assert ends_of(read_d4rl(arrays)) == [(3, True), (1, False)]
+    assert ends_of(read_d4rl(arrays), 1, None, "episode") == [(2, False), (1, False)]
 
 
 def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
@@ -480,9 +478,9 @@ def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
 def test_d4rl_flags(name):
     """A flag that says nothing: where the next trajectory begins isn't known either."""
     for bad, message in (
-        ([0.0, np.nan, 0.0, 1.0], f"{name} must be finite, .* the first at step 1"),
-        ([0.0, 0.5, 0.0, 1.0], f"{name} must be numbers that torch.bool can hold"),
-        ([0, 2, 0, 1], f"{name} must be numbers that torch.bool"),
+        ([0.0, np.nan, 0.0, 1.0], f"{name} must be finite .* the first at step 1"),
+        ([0.0, 0.5, 0.0, 1.0], f"{name} must be finite .* the first at step 1: 0.5"),
+        ([0, 2, 0, 1], f"{name} must be finite .* the first at step 1: 2"),
     ):
         with pytest.raises(ValueError, match=message):
             read_d4rl(d4rl_arrays([0, 0, 0, 1], **{name: np.array(bad)}))
@@ -494,18 +492,19 @@ def test_d4rl_flags(name):
     ("changes", "message"),
     [
         ({"terminals": None}, r"D4RL-style arrays must hold .* without \['terminals'\]"),
-        ({"rewards": np.ones(3)}, r"must be of one length, .*'rewards': \(3,\)"),
-        ({"next_observations": np.zeros((2, 4))}, r"of one shape, .*\(2, 3\), .*\(2, 4\)"),
+        ({"rewards": np.ones(3)}, r"must be of one length, .*'rewards': 3"),
+        ({"next_observations": np.zeros((2, 4))}, "dimensions .* must match exactly"),
     ],
 )
 def test_d4rl_arrays_that_dont_fit(changes, message):
     arrays = d4rl_arrays([0, 1], **changes)
     with pytest.raises(ValueError, match=message):
-        read_d4rl({name: array for name, array in arrays.items() if array is not None})
+        read_d4rl({name: array for name, array in arrays.items() if array is not None})[0]
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"), [(0.0, "none is marked"), (torch.nan, "'done' must be finite, .* step 1")]
+    ("flag", "message"),
+    [(0.0, "must mark the last step"), (torch.nan, "'done' must be finite .* step 1")],
 )
 def test_steps_without_ends(flag, message):
     steps = torch.cat(collect("lake").trials)
@@ -549,7 +548,7 @@ def test_amago_fragments(tmp_path):
 
 
 def test_amago_files_that_cant_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="trajectories of AMAGO in"):
+    with pytest.raises(FileNotFoundError, match="no trajectories of AMAGO"):
         read_amago(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent.npz isn't there"):
         read_amago([tmp_path / "absent.npz"])
@@ -562,10 +561,10 @@ def test_amago_files_that_cant_be_read(tmp_path):
     np.savez(tmp_path / "3.npz", actions=np.array([{}], dtype=object))
     buffer = make_trial_buffer(10, slice_length=3, batch_size=1)
     report = load_trials(buffer, read_amago(tmp_path), ENVS["toy categorical"](), on_error="skip")
-    assert [*report.skipped] == [0, 1, 2, 3]
-    problems = ["can't be read", "without ['rl2s'", "must count up by 1", "can't be read"]
-    for problem, message in zip(problems, report.skipped.values(), strict=True):
-        assert problem in message
+    problems = ["can't be read", "without ['rl2s'", "actions must have the shape", "can't be read"]
+    assert sorted(report.skipped) == [*range(4)]
+    for number, problem in enumerate(problems):
+        assert problem in report.skipped[number]
 
 
 def amago_arrays(**changes):
@@ -593,17 +592,17 @@ def test_amago_files_that_end_without_done_are_cut_off(is_done, tmp_path):
 
 BAD_FILES = {
     "1-d rl2s": ({"rl2s": np.zeros(3)}, r"rl2s of .* must hold .*, got \[3\]"),
-    "empty rl2s": ({"rl2s": np.zeros((0, 5))}, r"rl2s of .* must hold .*, got \[0, 5\]"),
+    "empty rl2s": ({"rl2s": np.zeros((0, 5))}, "'prev_action' must have the shape"),
     "rl2s without action": ({"rl2s": np.zeros((3, 1))}, r"'prev_action' must have the shape"),
-    "action before": ({"rl2s": np.full((3, 5), 7.0)}, "'prev_action' must be in the envir"),
+    "action before": ({"rl2s": np.full((3, 5), 7.0)}, "'prev_action' must be finite numbers"),
     "negative time": (
         {"time_idxs": np.arange(3) - 7},
-        "time_idxs of .* must count up by 1, from 0 or more",
+        "'time_idx' must be finite numbers .* at step 0: -7",
     ),
-    "text as time": ({"time_idxs": np.full(3, "a")}, "time_idxs of .* must be one array of num"),
-    "NaN flag": ({"dones": np.array([0.0, np.nan])}, "dones of .* must be finite"),
-    "no flag": ({"dones": np.array([0, 2])}, "dones of .* must be numbers that torch.bool"),
-    "a number as actions": ({"actions": np.array(1.0)}, "actions must have a row per step"),
+    "text as time": ({"time_idxs": np.full(3, "a")}, "'time_idx' must be one array of num"),
+    "NaN flag": ({"dones": np.array([0.0, np.nan])}, "dones of .* must be finite numbers"),
+    "no flag": ({"dones": np.array([0, 2])}, "dones of .* must be finite numbers .* step 1: 2"),
+    "a number as actions": ({"actions": np.array(1.0)}, "actions must have the shape"),
 }
 
 

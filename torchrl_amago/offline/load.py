@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 from torchrl import logger as torchrl_logger
@@ -16,8 +16,6 @@ from tqdm import tqdm
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.offline.recorded import MAX_ROWS, join, replay
 from torchrl_amago.offline.trajectory import RecordedTrial, TrajectoryChecker, TrajectoryError
-
-OnError = Literal["raise", "skip"]
 
 # Memory of trials played side by side, each as long as the longest, with root and next.
 _MAX_BYTES = 2**28
@@ -49,7 +47,7 @@ def load_trials(
     env: EnvBase,
     *,
     episodes_per_trial: int | None = None,
-    on_error: OnError = "raise",
+    on_error: Literal["raise", "skip"] = "raise",
     progress_bar: bool = True,
 ) -> OfflineReport:
     """Write trajectories into a replay buffer, in their order, as if collected in ``env``.
@@ -63,15 +61,14 @@ def load_trials(
             :func:`as_trajectory` takes: mappings of arrays, tensordicts of steps.
         env: the environment that training goes on in, never stepped; without one,
             ``make_trial_env(RecordedEnv(...))``.
-        episodes_per_trial: number of consecutive trajectories, each an episode at the same task,
-            that become one trial; by default as many as the environment's trials have.
-            Trajectories with an entry ``soft_reset``, which marks their episodes, are then trials.
+        episodes_per_trial: number of consecutive trajectories (episodes at one task) that become
+            one trial; by default as many as the environment's trials have, and those with an entry
+            ``soft_reset``, which marks episodes, are trials themselves.
         on_error: ``"raise"``, or ``"skip"`` to leave out and count trials with a bad trajectory.
         progress_bar: False to hide it; without a terminal it is never printed.
 
     Raises:
-        TrajectoryError: for a trajectory that can't be trained on, with its number from 0. Trials
-            before it may have been written.
+        TrajectoryError: for a bad trajectory, with its number; those before it may be written.
         ValueError: if the buffer is too small, or an argument wrong.
 
     Example:
@@ -89,33 +86,31 @@ def load_trials(
     """
     if episodes_per_trial is not None:
         check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
-    check_choice("on_error", on_error, get_args(OnError))
+    check_choice("on_error", on_error, ("raise", "skip"))
     checker, report = TrajectoryChecker(env), OfflineReport()
 
     def skip(numbers: Iterable[int], problem: str) -> None:
         if on_error == "raise":
             number = min(numbers)
             raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
+        if not report.skipped:
+            torchrl_logger.warning(f"skipped a trajectory, number {min(numbers)}: {problem}")
         report.skipped = dict.fromkeys(numbers, problem) | report.skipped
 
-    total = len(trajectories) if hasattr(trajectories, "__len__") else None
-    with tqdm(total=total, desc="loading trajectories", disable=not progress_bar or None) as bar:
-        for trials in _batches(_trials(checker, trajectories, episodes_per_trial, skip, bar)):
+    total = getattr(trajectories, "num_steps", None)
+    with tqdm(total=total, unit="step", disable=not progress_bar or None) as bar:
+        for trials in _batches(_trials(checker, trajectories, episodes_per_trial, skip)):
             steps, lengths = replay(checker, trials), [trial.length for trial in trials]
             stored, capacity = len(buffer), buffer.storage.max_size
             if stored + len(steps) > capacity:
-                raise ValueError(
-                    f"the buffer must hold all trials: it holds {stored} of at most {capacity} steps, "
-                    f"and {len(steps)} more come. Make it as large as a reader's num_steps."
-                )
+                rule = f"the buffer must hold all trials: it holds {stored} of at most {capacity}"
+                remedy = "Make it as large as a reader's num_steps."
+                raise ValueError(f"{rule} steps, and {len(steps)} more come. {remedy}")
             buffer.extend(steps)
+            bar.update(len(steps))
             rewards = steps["next", checker.reward_key].double().split(lengths)
             report.returns += [float(reward.sum()) for reward in rewards]
             report.lengths += lengths
-    if report.skipped:
-        first = min(report.skipped)
-        text = f"the first is number {first}: {report.skipped[first]}"
-        torchrl_logger.warning(f"skipped {len(report.skipped)} trajectories; {text}")
     return report
 
 
@@ -124,19 +119,16 @@ def _trials(
     trajectories: Iterable[Any],
     episodes_per_trial: int | None,
     skip: Callable[[Iterable[int], str], None],
-    bar: tqdm,
 ) -> Iterator[RecordedTrial]:
     """Join consecutive trajectories to trials; by default, take one that is a trial as it is."""
-    size, group = episodes_per_trial or checker.trial.episodes or 1, {}
-    iterator = iter(trajectories)
+    size, group, source = episodes_per_trial or checker.trial.episodes or 1, {}, iter(trajectories)
     for number in count():
         try:
-            one = checker.check(next(iterator))
+            one = checker.check(next(source))
         except StopIteration:
             break
         except TrajectoryError as error:
             one = skip([number], str(error))
-        bar.update()
         if episodes_per_trial is None and one is not None and one.marks_episodes:
             parts = {number: one}
         else:
@@ -157,13 +149,13 @@ def _trials(
 
 def _batches(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
     """Group as many trials as are fast to play side by side and take little memory."""
-    batch: list[RecordedTrial] = []
+    batch, longest = [], 0
     for trial in trials:
-        longest = max(one.length for one in (*batch, trial))
+        longest = max(longest, trial.length)
         size = 2 * trial.rows_S.bytes() // len(trial.rows_S) * longest * (len(batch) + 1)
         if batch and (size > _MAX_BYTES or len(batch) == MAX_ROWS):
             yield batch
-            batch = []
+            batch, longest = [], trial.length
         batch.append(trial)
     if batch:
         yield batch

@@ -8,43 +8,44 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
-from torchrl_amago.offline import trajectory as plain
+from torchrl_amago.offline import trajectory as arrays_of
 from torchrl_amago.offline.trajectory import ActionForm, Trajectory, TrajectoryError
 
 if TYPE_CHECKING:
     from minari import MinariDataset
 
+_D4RL_ARRAYS = ["observations", "actions", "rewards", "terminals"]
+_AMAGO_ARRAYS = ["rl2s", "time_idxs", "rews", "dones", "actions"]
 # What numpy, zipfile and zlib raise for damaged archives and for files that are none.
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
-_AMAGO_ARRAYS = ("rl2s", "time_idxs", "rews", "dones", "actions")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrajectorySource:
     """A sequence of trajectories, each read by ``load(number)`` when it is needed.
 
     Example:
         >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
-        >>> len(TrajectorySource("twice the same", 2, 2, lambda number: one)[0])
+        >>> len(TrajectorySource(2, 2, lambda number: one)[0])
         1
     """
 
-    name: str
     num_trajectories: int
     num_steps: int
-    load: Callable[[int], Trajectory] = field(repr=False)
+    load: Callable[[int], Trajectory]
 
     def __len__(self) -> int:
         return self.num_trajectories
@@ -79,21 +80,16 @@ def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> Traj
         raise ImportError(f"{missing} Run pip install 'torchrl-amago[offline]'.") from error
     if isinstance(dataset, str):
         dataset = minari.load_dataset(dataset, download=download)
-
-    def load(number: int) -> Trajectory:
-        one = dataset[number]
-        ends = one.terminations, one.truncations
-        return Trajectory(one.observations, one.actions, one.rewards, *ends)
-
-    return TrajectorySource(dataset.id, dataset.total_episodes, dataset.total_steps, load)
+    arrays = attrgetter("observations", "actions", "rewards", "terminations", "truncations")
+    sizes = dataset.total_episodes, dataset.total_steps
+    return TrajectorySource(*sizes, lambda number: Trajectory(*arrays(dataset[number])))
 
 
 def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
-    A trajectory ends with a terminal, a timeout or the arrays; the last cut it off. Without
-    ``next_observations`` the last observation is a placeholder for what a terminal led to, and any
-    other trajectory's last step is dropped.
+    A terminal, a timeout or the end of the arrays ends a trajectory. Without ``next_observations``
+    the last step of one is dropped if a value would bootstrap there, see :class:`Trajectory`.
 
     Args:
         arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known,
@@ -110,36 +106,29 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         >>> [len(trajectory) for trajectory in source]
         [2, 2]
     """
-    names = ["observations", "actions", "rewards", "terminals"]
-    remedy = "Rename yours, or give load_trials mappings."
-    plain.require_names("D4RL-style arrays", names, [*arrays], remedy)
-    names += [name for name in ("timeouts", "next_observations") if name in arrays]
-    lengths = {name: np.shape(arrays[name])[0] for name in names}
+    name, remedy = "D4RL-style arrays", "Rename yours, or give load_trials mappings."
+    arrays_of.require_names(name, _D4RL_ARRAYS, [*arrays], remedy)
+    names = [*_D4RL_ARRAYS, *({"timeouts", "next_observations"} & {*arrays})]
+    lengths = {one: np.shape(arrays[one])[0] for one in names}
     is_alike = len({*lengths.values()}) == 1
-    plain.require(is_alike, f"D4RL-style arrays must be of one length, got {lengths}.")
+    arrays_of.require(is_alike, f"{name} must be of one length, got {lengths}.")
     after = arrays.get("next_observations")
-    terminal = plain.flags("terminals", arrays["terminals"]).numpy()
-    timeout = plain.flags("timeouts", arrays.get("timeouts", np.zeros(len(terminal)))).numpy()
+    terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
+    timeout = arrays_of.flags("timeouts", arrays.get("timeouts", 0 * terminal)).numpy()
     first, last = _spans(terminal | timeout)
-    drops_last = ~terminal[last] & (after is None)
-    length = last - first + 1 - drops_last
-    first, last, drops_last = (x[length > 0] for x in (first, last, drops_last))
+    # A lone step that leads nowhere known is no trajectory.
+    is_kept = (last > first) | terminal[last] | (after is not None)
+    spans = [slice(*span) for span in np.stack([first, last + 1], 1)[is_kept]]
 
     def load(number: int) -> Trajectory:
-        begin, end, drops = first[number], last[number], bool(drops_last[number])
-        observation = np.asarray(arrays["observations"][begin : end + 1])
-        if not drops:
-            final = observation[-1:] if after is None else after[end : end + 1]
-            observation = np.concatenate([observation, final])
-        steps = slice(begin, end + 1 - drops)
-        truncated = timeout[steps].copy()
-        truncated[-1] = timeout[end] or not terminal[end]
-        given = arrays["actions"][steps], arrays["rewards"][steps], terminal[steps], truncated
-        is_cut = drops or not (terminal[end] or timeout[end])
-        has_final = after is not None or not terminal[end]
-        return Trajectory(observation, *given, is_cut=is_cut, has_final_observation=has_final)
+        steps = spans[number]
+        observation = arrays["observations"][steps]
+        if after is not None:
+            observation = np.concatenate([observation, after[steps][-1:]])
+        given = arrays["actions"][steps], arrays["rewards"][steps], terminal[steps], timeout[steps]
+        return Trajectory(observation, *given)
 
-    return TrajectorySource("D4RL-style arrays", len(last), int(length.sum()), load)
+    return TrajectorySource(len(spans), sum(span.stop - span.start for span in spans), load)
 
 
 def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -167,13 +156,10 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
     """
     is_folder = isinstance(source, str | Path)
     files = sorted(Path(source).rglob("*.npz")) if is_folder else [Path(file) for file in source]
-    name = str(source) if is_folder else f"{len(files)} files"
-    absent = [str(file) for file in files if not file.is_file()]
-    if absent or not files:
-        got = f"{[*absent, '*.npz'][0]} isn't there. Give the run's folder buffer/fifo."
-        raise FileNotFoundError(f"there must be trajectories of AMAGO in {name}, and {got}")
-    steps = sum(_count_steps(file) for file in files)
-    return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
+    if absent := [file for file in files or [Path(source, "*.npz")] if not file.is_file()]:
+        raise FileNotFoundError(f"no trajectories of AMAGO: {absent[0]} isn't there.")
+    steps = sum(map(_count_steps, files))
+    return TrajectorySource(len(files), steps, lambda number: _load_amago(files[number]))
 
 
 def _read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
@@ -190,30 +176,22 @@ def _count_steps(file: Path) -> int:
     try:
         return len(_read_npz(file, "actions")["actions"])
     except (TrajectoryError, TypeError):
-        return 0  # an error when it is loaded
+        return 0  # raises when it is loaded
 
 
 def _load_amago(file: Path) -> Trajectory:
-    arrays = _read_npz(file)
-    remedy = "Give files that AMAGO wrote with save_trajs_as='npz'."
-    plain.require_names(str(file), _AMAGO_ARRAYS, arrays, remedy)
-    time = plain.numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
-    counts_up = time[0] >= 0 and np.array_equal(time, time[0] + np.arange(len(time)))
-    rule = f"time_idxs of {file} must count up by 1, from 0 or more"
-    plain.require(counts_up, f"{rule}, got {time[:8].tolist()}. {remedy}")
-    before = arrays["rl2s"]
+    arrays, remedy = _read_npz(file), "Give files that AMAGO wrote with save_trajs_as='npz'."
+    arrays_of.require_names(str(file), _AMAGO_ARRAYS, arrays, remedy)
+    before, time = arrays["rl2s"], arrays["time_idxs"]
     rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
-    is_right = before.ndim == 2 and len(before) == len(time)
-    plain.require(is_right, f"{rule}, got {list(before.shape)}. {remedy}")
+    arrays_of.require(before.ndim == 2, f"{rule}, got {list(before.shape)}. {remedy}")
     prefix = "_OBS_KEY_"
     shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
     shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
     shown |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
-    terminated = plain.flags(f"dones of {file}", arrays["dones"]).numpy()
-    truncated = np.zeros_like(terminated)
-    truncated[-1] = is_cut = not terminated[-1]
-    steps = shown, arrays["actions"], arrays["rews"], terminated, truncated
-    return Trajectory(*steps, action_form="vector", is_cut=is_cut)
+    terminated = arrays_of.flags(f"dones of {file}", arrays["dones"])
+    steps = shown, arrays["actions"], arrays["rews"], terminated, torch.zeros_like(terminated)
+    return Trajectory(*steps, action_form="vector")
 
 
 def read_torchrl(
@@ -228,28 +206,27 @@ def read_torchrl(
     TorchRL 0.14.1's ``MinariExperienceReplay`` holds zeros: use :func:`read_minari`.
 
     Args:
-        dataset: it, any buffer of whole trials, or steps ``[N]``, one trajectory after the other.
+        dataset: it, any buffer of whole trials, or steps ``[N]``, one trajectory after the other;
             ``("next", "done")`` marks the last step of each.
-        action_form: see :class:`Trajectory`; default: ``"policy"`` for a :class:`TrialReplayBuffer`
+        action_form: see :class:`Trajectory`; by default ``"policy"`` for a ``TrialReplayBuffer``
             and for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
         action_key: of the action.
         reward_key: of the reward, under ``next``.
 
     Raises:
-        ValueError: if ``done`` is neither 0 nor 1.
+        ValueError: if ``done`` is never set, or neither 0 nor 1.
 
     Example:
-        >>> import torch
         >>> from tensordict import TensorDict
-        >>> done, zero = torch.tensor([False, True, False, True]), torch.zeros(4)
-        >>> after = {"observation": torch.tensor([1, 2, 4, 5]), "done": done, "reward": zero}
-        >>> root = {"observation": torch.tensor([0, 1, 3, 4]), "action": zero}
-        >>> [trajectory.observation["observation"].tolist()
-        ...     for trajectory in read_torchrl(TensorDict({**root, "next": after}, [4]))]
+        >>> after = {"observation": [1, 2, 4, 5], "reward": [0] * 4, "done": [0, 1, 0, 1]}
+        >>> root = {"observation": [0, 1, 3, 4], "action": [0] * 4}
+        >>> source = read_torchrl(TensorDict({**root, "next": TensorDict(after, [4])}, [4]))
+        >>> [trajectory.observation["observation"].tolist() for trajectory in source]
         [[0, 1, 2], [3, 4, 5]]
     """
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
-    done = plain.flags("'done'", steps.get(("next", "done"), np.zeros(len(steps)))).numpy()
+    done = arrays_of.flags("'done'", steps["next", "done"]).numpy()
+    arrays_of.require(done.any(), "('next', 'done') must mark the last step of each trajectory.")
     first, last = _spans(done)
     if action_form is None:
         has_past = steps.get(keys.PREV_ACTION, None) is not None
@@ -257,7 +234,7 @@ def read_torchrl(
 
     def load(number: int) -> Trajectory:
         piece = steps[first[number] : last[number] + 1]
-        trajectory = plain.as_trajectory(piece, action_key, reward_key)
+        trajectory = arrays_of.as_trajectory(piece, action_key, reward_key)
         return dataclasses.replace(trajectory, action_form=action_form)
 
-    return TrajectorySource(type(dataset).__name__, len(last), len(steps), load)
+    return TrajectorySource(len(last), len(steps), load)

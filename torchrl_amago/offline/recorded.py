@@ -104,23 +104,25 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     require(is_joinable, f"{problem}. Load them with episodes_per_trial=1.")
     rows_S, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows_S) - len(parts)
+    ends = torch.tensor([len(one.rows_S) for one in parts]).cumsum(0) - 1
+    rows_S["done"][ends[:-1]] = True
     if last.marks_episodes:
         rows_S = _split_episodes(rows_S, last.recorded_S[rule.soft_reset_key].reshape(-1))
     before = last.recorded_S if last.is_fragment else {}
-    episodes = int(rows_S["done"].sum() + before.get(rule.episode_idx_key, [0])[0])
+    episodes = int(1 + rows_S["done"][:-1].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.trial_step_key, [0])[0])
     is_short = episodes <= (rule.episodes or episodes) and time <= (rule.horizon or time)
     limit = f"the environment's ({rule.episodes} episodes, {rule.horizon} steps)"
     got = f"got {episodes} episodes of {time} steps"
     require(is_short, f"a trial must not be longer than {limit}, {got}. Cut them.")
-    is_over = (episodes == rule.episodes and not last.is_cut) or time == rule.horizon
-    by_episode = rule.trial_end == "episode" and bool(rows_S["terminated"][-1])
+    is_over = (episodes == rule.episodes and rows_S["done"][-1].item()) or time == rule.horizon
+    by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
     if bootstraps and not last.has_final_observation:
         problem = "what the last step led to must be known if a value bootstraps there"
         require(length > 1, f"{problem}, got that step alone. Add next_observations.")
         rows_S, is_over = rows_S[:-1], False
-    if last.is_cut or not is_over:
+    if not is_over:
         for key in FLAGS:
             rows_S[key][-1] = False  # no other episode begins in this trial
     return RecordedTrial(rows_S, last.recorded_S if len(parts) == 1 else {})

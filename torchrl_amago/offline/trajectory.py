@@ -28,7 +28,6 @@ ActionForm = Literal["env", "policy", "vector"]
 
 FLAGS = ("done", "terminated", "truncated")
 _REPLAYED = (TrialTransform, PreviousStepTransform, InitTracker)
-_SPACE = "in the environment's space"
 # Names of a trajectory's arrays in a mapping; Minari's.
 _ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
@@ -42,18 +41,17 @@ class Trajectory:
     """L steps in a row: arrays or tensors, neither copied nor checked.
 
     Args:
-        observation: ``[L + 1, ...]`` of each entry by its key; the last row is what the last step
-            led to. An array alone is the entry ``"observation"``, nested mappings are nested keys.
+        observation: ``[L + 1, ...]`` of each entry by its key, the last row being what the last
+            step led to; ``[L, ...]`` if that is unknown: the last step is then dropped if a value
+            would bootstrap there. An array alone is the entry ``"observation"``.
         action: ``[L, ...]``.
         reward: ``[L]`` or ``[L, 1]``, like the flags.
-        terminated: True on a step that ended the trajectory; no value bootstraps there.
-        truncated: True on a step that cut it off.
+        terminated: True on the last step if it ended the episode for good.
+        truncated: True on the last step at a time limit. An episode with neither flag goes on where
+            the data end.
         action_form: ``"env"`` for actions as the environment under all transforms takes them,
             ``"policy"`` for a policy's (continuous ones in [-1, 1]), ``"vector"`` for the vectors
             that a policy reads as previous actions (one-hot where discrete).
-        is_cut: True if the episode goes on where the data end; False for a time limit of its own.
-        has_final_observation: False if the last observation is a placeholder for an unknown one.
-            The last step is then dropped wherever a value would bootstrap from it.
 
     Example:
         >>> trajectory = Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0])
@@ -67,8 +65,6 @@ class Trajectory:
     terminated: ArrayLike
     truncated: ArrayLike
     action_form: ActionForm = "env"
-    is_cut: bool = False
-    has_final_observation: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "observation", _flatten(self.observation))
@@ -145,8 +141,7 @@ class RecordedTrial(NamedTuple):
     recorded_S: dict[NestedKey, Tensor]  # what the data hold of the transforms' entries
     marks_episodes: bool = False
     is_fragment: bool = False  # it begins in mid-trial
-    is_cut: bool = False
-    has_final_observation: bool = True
+    has_final_observation: bool = True  # else the last row repeats the one before
 
     @property
     def length(self) -> int:
@@ -198,38 +193,40 @@ class TrajectoryChecker:
         one = as_trajectory(item, self.action_key, self.reward_key)
         action_L = self._action(one)
         steps = len(action_L)
-        recorded_S = self._observation(one, steps + 1)
+        recorded_S = self._observation(one)
+        rows = {len(x) for x in recorded_S.values()}
+        rule = f"observations must have a row per step, {steps}, and one of what the last led to"
+        require(rows in ({steps}, {steps + 1}), f"{rule}, got {rows}.")
+        if rows == {steps}:
+            recorded_S = {key: torch.cat([x, x[-1:]]) for key, x in recorded_S.items()}
         reward_L = fit("rewards", one.reward, steps, self.reward_spec)
-        rows_S = TensorDict({key: recorded_S.pop(key) for key in self.given}, [steps + 1])
-        # Nothing reads the last row's action and the first row's reward.
-        rows_S[self.action_key] = torch.cat([action_L, action_L[-1:]])
-        rows_S[self.reward_key] = torch.cat([reward_L[:1], reward_L])
         terminated_L = flags("terminations", one.terminated, steps)
         truncated_L = flags("truncations", one.truncated, steps)
         done_L = terminated_L | truncated_L
         over = done_L.nonzero().flatten().tolist()
-        rule = "its last step, and no other, must be terminated or truncated"
-        remedy = "Split it where it ends, and mark it as truncated where it was cut off."
-        require(over == [steps - 1], f"{rule}, got steps {over[:3]} of {steps}. {remedy}")
+        rule = "no step but the last may be terminated or truncated"
+        require(over in ([], [steps - 1]), f"{rule}, got {over[:3]} of {steps}. Split it there.")
+        rows_S = TensorDict({key: recorded_S.pop(key) for key in self.given}, [steps + 1])
+        # Nothing reads the last row's action and the first row's reward.
+        rows_S[self.action_key] = torch.cat([action_L, action_L[-1:]])
+        rows_S[self.reward_key] = torch.cat([reward_L[:1], reward_L])
         for key, flag_L in zip(FLAGS, (done_L, terminated_L, truncated_L), strict=True):
             rows_S[key] = torch.cat([flag_L.new_zeros(1), flag_L]).unsqueeze(-1)
-        end = one.is_cut, one.has_final_observation
-        return RecordedTrial(rows_S, recorded_S, *self._start(recorded_S), *end)
+        return RecordedTrial(rows_S, recorded_S, *self._start(recorded_S), rows != {steps})
 
     def _action(self, trajectory: Trajectory) -> Tensor:
-        form, space = trajectory.action_form, self.space
-        x = numbers("actions", trajectory.action)
+        form, space, given = trajectory.action_form, self.space, trajectory.action
         if form == "policy" or (form == "env" and not self._is_scaled):
-            return fit("actions", x, len(x), space)
+            return fit("actions", given, None, space)
         if form == "vector":
-            vector_LA = fit("actions", x, len(x), Unbounded((space.size,)))
-            action_L, is_right_L = space.from_vector(vector_LA), self._is_action(vector_LA)
+            x = fit("actions", given, None, Unbounded((space.size,)))
+            action_L, is_right_L = space.from_vector(x), self._is_action(x)
         else:
             low, high = self._base_action_spec.low, self._base_action_spec.high
-            action_L = fit("actions", x, len(x), Unbounded(space.shape, dtype=torch.float64))
-            action_L = ((action_L - (high + low) / 2) / ((high - low) / 2)).to(space.dtype)
+            x = fit("actions", given, None, Unbounded(space.shape, dtype=torch.float64))
+            action_L = ((x - (high + low) / 2) / ((high - low) / 2)).to(space.dtype)
             is_right_L = space.contains(action_L)
-        require_steps("actions", _SPACE, x, is_right_L)
+        require_steps("actions", x, is_right_L)
         return action_L
 
     def _is_action(self, vector_LA: Tensor) -> Tensor:
@@ -238,22 +235,22 @@ class TrajectoryChecker:
         is_same_L = (self.space.to_vector(action_L) - vector_LA).abs().amax(-1) < 1e-6
         return is_same_L & self.space.contains(action_L)
 
-    def _observation(self, trajectory: Trajectory, rows: int) -> dict[NestedKey, Tensor]:
+    def _observation(self, trajectory: Trajectory) -> dict[NestedKey, Tensor]:
         arrays = dict(trajectory.observation)
         if len(self.given) == 1 and keys.OBSERVATION in arrays:
             arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
         require_names("observations", self.given, arrays, "Name them as the environment does.")
         specs = {key: spec for key, spec in self.specs.items() if key in arrays}
-        return {k: fit(f"observations {k!r}", arrays[k], rows, spec) for k, spec in specs.items()}
+        return {k: fit(f"observations {k!r}", arrays[k], None, spec) for k, spec in specs.items()}
 
     def _start(self, recorded_S: dict[NestedKey, Tensor]) -> tuple[bool, bool]:
         """Return whether the data mark episodes, and whether they begin in mid-trial."""
         action_key, time_key = self.previous.prev_action_key, self.previous.time_idx_key
         action_A = recorded_S.get(action_key, torch.zeros(1, self.space.size))[:1]
         is_possible = self._is_action(action_A) | (action_A == 0).all()
-        require_steps(f"observations {action_key!r}", _SPACE, action_A, is_possible)
+        require_steps(f"observations {action_key!r}", action_A, is_possible)
         time_S = recorded_S.get(time_key, torch.zeros(1)).flatten()
-        require_steps(f"observations {time_key!r}", "0 or more", time_S, time_S >= 0)
+        require_steps(f"observations {time_key!r}", time_S, time_S >= 0)
         soft_reset_S = recorded_S.get(self.trial.soft_reset_key)
         is_fragment = bool(time_S[0]) or (soft_reset_S is not None and not bool(soft_reset_S[0]))
         if is_fragment:
@@ -275,17 +272,26 @@ def require_names(name: str, needed: Sequence[Any], names: Collection[Any], reme
     require(not missing, f"{name} must hold {needed}, got {[*names]} without {missing}. {remedy}")
 
 
-def require_steps(name: str, rule: str, x: Tensor, is_right: Tensor) -> None:
+def require_steps(name: str, x: Tensor, is_right_L: Tensor) -> None:
     """Raise unless a rule holds at every step."""
-    if not is_right.all():
-        wrong = (~is_right).nonzero()[:, 0].unique().tolist()
+    if not is_right_L.all():
+        wrong = (~is_right_L).nonzero().flatten().tolist()
         got = f"{len(wrong)} of {len(x)} aren't, the first at step {wrong[0]}"
-        value = str(x[wrong[0]].tolist())[:80]
-        require(False, f"{name} must be {rule}, and {got}: {value}. Clip or encode them.")
+        rule = f"{name} must be finite numbers in the environment's space, and {got}"
+        require(False, f"{rule}: {str(x[wrong[0]].tolist())[:80]}. Clip or encode them.")
 
 
-def numbers(name: str, array: Any) -> Tensor:
-    """Convert an array to a tensor of finite numbers with a row per step."""
+def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
+    """Convert zeros and ones ``[L]`` or ``[L, 1]`` to a bool tensor ``[L]``."""
+    return fit(name, array, steps, Unbounded((), dtype=torch.bool))
+
+
+def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace) -> Tensor:
+    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype, without changing its numbers.
+
+    Indices become one-hot if the spec is, floating-point numbers may be rounded, and dimensions of
+    size 1 come and go.
+    """
     try:
         if not isinstance(array, Tensor):
             array = np.asarray(array)
@@ -293,45 +299,25 @@ def numbers(name: str, array: Any) -> Tensor:
             array = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError) as error:
         raise TrajectoryError(f"{name} must be one array of numbers ({error}).") from error
-    x = array.detach().cpu()
-    require(x.ndim > 0 and len(x) > 0, f"{name} must have a row per step, got {x.tolist()}.")
-    require_steps(name, "finite", x, x.isfinite())
-    return x
-
-
-def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
-    """Convert zeros and ones ``[L]`` or ``[L, 1]`` to a bool tensor ``[L]``."""
-    x = numbers(name, array)
-    return fit(name, x, len(x) if steps is None else steps, Unbounded((), dtype=torch.bool))
-
-
-def fit(name: str, array: Any, rows: int, spec: TensorSpec | ActionSpace) -> Tensor:
-    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype, without changing its numbers.
-
-    Indices become one-hot if the spec is, floating-point numbers may be rounded, and dimensions of
-    size 1 come and go.
-    """
-    x = given = numbers(name, array)
+    x = given = array.detach().cpu()
+    rows = rows or (len(x) if x.ndim else 1)
     if isinstance(spec, Categorical | OneHot | Binary):
         spec = ActionSpace.from_spec(spec)
     is_space = isinstance(spec, ActionSpace)
     if is_space and spec.one_hot and x.numel() == rows * len(spec.sizes):
         indices = replace(spec, shape=(len(spec.sizes),), dtype=torch.int64, one_hot=False)
         x = action_space.one_hot_parts(fit(name, x, rows, indices), spec.sizes)
-    shape, got = [rows, *spec.shape], [*x.shape]
-    is_alike = [n for n in got[1:] if n != 1] == [n for n in spec.shape if n != 1]
-    remedy = "Give a row per step; observations need one more, of what the last step led to."
-    require(len(x) == rows and is_alike, f"{name} must have the shape {shape}, got {got}. {remedy}")
+    shape = torch.Size([rows, *spec.shape])
+    is_alike = (
+        x.shape[:1] == shape[:1] and x[:1].squeeze().shape == torch.empty(shape[1:]).squeeze().shape
+    )
+    require(is_alike and rows, f"{name} must have the shape {[*shape]}, got {[*given.shape]}.")
     x = x.reshape(shape)
     y = x.to(spec.dtype)
-    if x.is_floating_point() and y.is_floating_point():
-        is_same = bool(y.isfinite().all())
-    else:
+    is_right = x.isfinite() & y.isfinite()
+    if not (x.is_floating_point() and y.is_floating_point()):
         # There and back alone would miss a lost sign, and float64 alone the last digits of int64.
-        is_same = torch.equal(y.to(x.dtype), x) and torch.equal(y.double(), x.double())
-    if not is_same:
-        got = "{} between {:.8g} and {:.8g}".format(x.dtype, *x.double().aminmax())
-        require(False, f"{name} must be numbers that {y.dtype} can hold, got {got}.")
-    if is_space:
-        require_steps(name, _SPACE, given, spec.contains(y))
+        is_right &= (y.to(x.dtype) == x) & (y.double() == x.double())
+    is_right_L = is_right.reshape(rows, -1).all(-1)
+    require_steps(name, given, is_right_L & spec.contains(y) if is_space else is_right_L)
     return y
