@@ -41,7 +41,7 @@ def test_mlp(case, training):
     hp, inputs = case.hyperparameters, make_inputs(case)
     encoder = MLPTimestepEncoder(
         make_shapes(inputs),
-        hidden_size=hp["hidden_size"],
+        hidden_size=hp["d_hidden"],
         num_layers=hp.get("n_layers", 2),
         output_size=hp["d_output"],
         activation=hp.get("activation", "leaky_relu"),

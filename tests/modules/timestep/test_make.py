@@ -141,7 +141,7 @@ def test_chosen_entries():
 
 
 def test_an_entry_that_is_no_tensor_is_refused():
-    with pytest.raises(ValueError, match="'text' is none of them.*obs_keys"):
+    with pytest.raises(ValueError, match=r"\['text'\] are none. Choose obs_keys"):
         OwnEncoder.from_specs({"text": NonTensor(())})
 
 

@@ -100,7 +100,7 @@ def test_ones_own_encoder_is_one_class_and_one_method():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="needs at least one entry to read"):
+    with pytest.raises(ValueError, match="number_of_shapes must be at least 1, got 0"):
         MLPTimestepEncoder({})
     with pytest.raises(KeyError, match="reads .*level.*, but the tensordict holds only"):
         make_encoder()(make_batch(2).exclude("level"))

@@ -1,4 +1,4 @@
-"""From the specs of observations to what embeds them."""
+"""Embeddings of observations, chosen by their specs."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ EntryOptions = Mapping[str, Any]
 KINDS = ("vector", "image", "category", "tokens", "goals")
 
 
-def kind_of(spec: TensorSpec) -> str | None:
-    """What an entry is taken for if nobody says: one of :data:`KINDS`, None for nothing known.
+def default_kind(spec: TensorSpec) -> str | None:
+    """Return the default kind of an entry, one of :data:`KINDS`, or None for an unknown spec.
 
     Example:
-        >>> kind_of(Categorical(5)), kind_of(Bounded(0, 255, shape=(8, 8, 3), dtype=torch.uint8))
+        >>> default_kind(Categorical(5)), default_kind(Unbounded((8, 8, 3)))
         ('category', 'image')
     """
     if isinstance(spec, OneHot | Binary) or spec.dtype == torch.bool:
@@ -51,39 +51,27 @@ def kind_of(spec: TensorSpec) -> str | None:
 def embed_specs(
     specs: Mapping[NestedKey, TensorSpec], entries: Mapping[NestedKey, EntryOptions]
 ) -> tuple[dict[NestedKey, EntryEmbedding], dict[NestedKey, Shape]]:
-    """Embeddings, and shapes of vectors: the first arguments of ``CombinedTimestepEncoder``.
+    """Return embeddings and shapes of vectors, the arguments of ``CombinedTimestepEncoder``.
 
     Args:
         specs: for each entry, in order, the spec of one step.
-        entries: for some of them, arguments of their embedding, and ``"kind"`` to override the
-            choice by spec.
+        entries: for some of them, arguments of their embedding, and ``"kind"``.
 
     Raises:
-        ValueError: if an entry has a spec that nothing here embeds, or isn't there.
+        ValueError: if an entry has a spec or kind that nothing here embeds, or isn't there.
     """
-    if unknown := set(entries) - set(specs):
-        raise ValueError(
-            f"entries names {sorted(map(str, unknown))}, but what is read is {list(specs)}. "
-            "Correct the name, or read the entry too (obs_keys)."
-        )
     masks = {options["mask_key"] for options in entries.values() if "mask_key" in options}
-    if both := masks & set(entries):
+    embedded = {key: spec for key, spec in specs.items() if key not in masks}
+    if unknown := set(entries) - set(embedded):
         raise ValueError(
-            f"entries {sorted(map(str, both))} are masks of others (mask_key) and not embedded themselves, so "
-            "that they have no options. Drop those."
+            f"entries names {sorted(map(str, unknown))}, but what is embedded is {list(embedded)} "
+            "(masks are not). Correct the name, or read the entry too (obs_keys)."
         )
     embeddings, vectors = {}, {}
-    for key, spec in specs.items():
-        if key in masks:
-            continue
+    for key, spec in embedded.items():
         options = dict(entries.get(key, {}))
-        kind = options.pop("kind", kind_of(spec))
-        if kind == "vector" and options:
-            raise ValueError(
-                f"entry {key!r} is a vector, and vectors have no options of their own, got "
-                f"{sorted(options)}. Set its 'kind' ({', '.join(KINDS)}), or drop them."
-            )
-        if kind == "vector":
+        kind = options.pop("kind", default_kind(spec))
+        if kind == "vector" and not options:
             vectors[key] = tuple(spec.shape)
         else:
             embeddings[key] = _embedding(key, spec, kind, options)
@@ -93,46 +81,30 @@ def embed_specs(
 def _embedding(
     key: NestedKey, spec: TensorSpec, kind: str | None, options: dict[str, Any]
 ) -> EntryEmbedding:
-    if kind is None:
-        raise ValueError(
-            f"don't know how to embed entry {key!r} with a spec {type(spec).__name__}. Leave it out with "
-            "obs_keys, or write an EntryEmbedding for it and build a CombinedTimestepEncoder by hand."
-        )
-    if kind == "image":
-        return ImageEmbedding(spec.shape, **options)
-    if kind == "category":
-        return CategoryEmbedding(_sizes(key, spec, kind), shape=spec.shape, **options)
-    if kind == "tokens":
-        _require_dimensions(key, spec, kind, 1)
-        return TokenEmbedding(spec.shape[0], max(_sizes(key, spec, kind)), **options)
-    if kind == "goals":
-        _require_dimensions(key, spec, kind, 2)
-        if isinstance(spec, Categorical) and not isinstance(spec, Binary):
-            options = {"num_tokens": max(_sizes(key, spec, kind)), **options}
-        return GoalEmbedding(*spec.shape, **options)
+    num_dims = {"tokens": 1, "goals": 2}.get(kind, len(spec.shape))
+    sizes = None if kind == "vector" else _sizes(spec)
+    if len(spec.shape) == num_dims:
+        if kind == "image":
+            return ImageEmbedding(spec.shape, **options)
+        if kind == "category" and sizes:
+            return CategoryEmbedding(sizes, shape=spec.shape, **options)
+        if kind == "tokens" and sizes:
+            return TokenEmbedding(spec.shape[0], max(sizes), **options)
+        if kind == "goals":
+            options = {"num_tokens": max(sizes) if sizes else None, **options}
+            return GoalEmbedding(*spec.shape, **options)
     raise ValueError(
-        f"the kind of entry {key!r} must be one of {KINDS}, got {kind!r}. "
-        "For another, build a CombinedTimestepEncoder with your own EntryEmbedding."
+        f"entry {key!r} can't be embedded as kind {kind!r}: kinds are {KINDS}; categories and "
+        "tokens [L] need a Categorical or MultiCategorical spec, goals the shape [L, N], vectors "
+        f"have no options. Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Choose "
+        "another kind, leave it out with obs_keys, or write an EntryEmbedding for it."
     )
 
 
-def _sizes(key: NestedKey, spec: TensorSpec, kind: str) -> list[int]:
-    """How many values each number of an entry may take."""
+def _sizes(spec: TensorSpec) -> list[int] | None:
+    """Return the number of values of each component, None if the spec doesn't say."""
     if isinstance(spec, MultiCategorical):
         return spec.nvec.expand(spec.shape).reshape(-1).tolist()
-    if isinstance(spec, Categorical):
+    if isinstance(spec, Categorical) and not isinstance(spec, Binary):
         return [int(spec.space.n)] * spec.shape.numel()
-    raise ValueError(
-        f"entry {key!r} can only be of kind {kind!r} if its spec says how many values there are "
-        f"(Categorical or MultiCategorical), got {type(spec).__name__}. Change the environment's "
-        "spec, or choose another kind."
-    )
-
-
-def _require_dimensions(key: NestedKey, spec: TensorSpec, kind: str, number: int) -> None:
-    if len(spec.shape) != number:
-        wanted = {1: "[tokens]", 2: "[goals, numbers of a goal]"}[number]
-        raise ValueError(
-            f"entry {key!r} must have the shape {wanted} to be of kind {kind!r}, got "
-            f"{tuple(spec.shape)}. Reshape it in the environment, or choose another kind."
-        )
+    return None

@@ -18,15 +18,19 @@ from torchrl_amago.modules._settings import Configurable
 
 
 class EntryEmbedding(Configurable, nn.Module):
-    """Base of what turns one entry of a step into features; a part of the combined encoder.
+    """Base of the embeddings of one entry, parts of the combined encoder.
 
-    To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype that
-    the tensordict has. With a ``mask_key`` it is called with the elements' mask as well.
+    To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype in the
+    tensordict. With a ``mask_key`` it is called with the elements' mask too.
 
     Args:
         shape: shape of one step's entry.
         output_size: F.
-        mask_key: entry, bool ``[*M, L]``, that says which elements of a sequence are there.
+        mask_key: entry, bool ``[*M, L]``, True on the elements of a sequence that are present.
+
+    Embeddings of sequences share these arguments: ``embedding_size`` E, features of an element;
+    ``hidden_size``, width before pooling; ``ordered``, False if elements are a set; ``activation``,
+    see :class:`TimestepEncoder`.
 
     Example:
         >>> class Thermometer(EntryEmbedding):
@@ -49,22 +53,17 @@ class EntryEmbedding(Configurable, nn.Module):
         return value
 
 
-def check_range(index: Tensor, sizes: Sequence[int] | int, what: str) -> None:
-    """Refuse numbers outside of ``[0, size)`` where that costs next to nothing.
+def check_range(index: Tensor, sizes: Sequence[int] | int, name: str) -> None:
+    """Raise ValueError for numbers outside of ``[0, size)``, on a CPU and untraced.
 
-    That is on a CPU, outside of ``torch.compile`` and ``torch.vmap``; elsewhere the look-up itself fails, with a message
-    that says less.
-
-    Raises:
-        ValueError: if there is one.
+    Elsewhere the check would wait for the device; there the look-up itself fails, less clearly.
     """
     if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(
-            f"{what} must be in [0, size) with size {sizes}, got values from "
-            f"{int(index.min())} to {int(index.max())}. The environment writes what its spec rules "
-            "out: correct the spec, or shift the values."
+            f"{name} must be in [0, size) with size {sizes}, got values from "
+            f"{int(index.min())} to {int(index.max())}. Correct the spec, or shift the values."
         )
 
 
@@ -72,7 +71,7 @@ class CategoryEmbedding(EntryEmbedding):
     """One table of vectors per component (``Categorical``, ``MultiDiscrete``), side by side.
 
     Args:
-        sizes: for each of the K components, how many values it may take.
+        sizes: number of values of each of the K components.
         shape: shape of one step's entry, K numbers altogether; default ``[K]``.
         embedding_size: E, features of each component; F is K x E.
 
@@ -94,11 +93,8 @@ class CategoryEmbedding(EntryEmbedding):
     ) -> None:
         shape = (len(sizes),) if shape is None else tuple(shape)
         if torch.Size(shape).numel() != len(sizes) or min(sizes, default=0) < 1:
-            raise ValueError(
-                "sizes must hold one positive number for each component of an entry of shape "
-                f"{shape}, got {list(sizes)}. Build the embedding from the environment's spec "
-                "(CombinedTimestepEncoder.from_specs)."
-            )
+            rule = "sizes must hold one positive number for each component of an entry"
+            raise ValueError(f"{rule} of shape {shape}, got {list(sizes)}.")
         super().__init__(shape, len(sizes) * embedding_size)
         # One table for all, each component in its own rows: one look-up however many they are.
         self.table = nn.Embedding(sum(sizes), embedding_size)
@@ -118,27 +114,25 @@ class CategoryEmbedding(EntryEmbedding):
 
 
 class SequencePool(Configurable, nn.Module):
-    """From a set or sequence of elements to features: what is there, on average.
+    """Mean of nonlinear features over the present elements of a set or sequence.
 
-        h_l = act(W x_l + p_l),    out = V [mean of h_l over the elements that are there; their share]
+        h_l = act(W x_l + p_l),    out = V [mean of h_l over present elements; fraction present]
 
-    The position ``p_l`` comes in before the nonlinearity, so that order survives the mean. With
+    The position ``p_l`` comes before the nonlinearity, so that order survives the mean. With
     ``ordered=False`` there is none, and elements may be permuted.
 
     Args:
-        length: L, most elements.
-        input_size: E, features of an element.
+        length: L, maximal number of elements.
+        input_size: E.
         hidden_size: width of h.
         output_size: F.
-        ordered: whether the order of elements matters.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        ordered: add learned positions.
+        activation: see :class:`TimestepEncoder`.
 
     Example:
         >>> pool = SequencePool(3, 2, hidden_size=8, output_size=4, ordered=False)
-        >>> x_1LE, there_1L = torch.randn(1, 3, 2), torch.tensor([[True, True, False]])
-        >>> same = pool(x_1LE, there_1L) - pool(x_1LE[:, [1, 0, 2]], there_1L)
-        >>> bool((same.abs() < 1e-6).all())
-        True
+        >>> pool(torch.randn(1, 3, 2), torch.tensor([[True, True, False]])).shape
+        torch.Size([1, 4])
     """
 
     def __init__(
@@ -159,35 +153,31 @@ class SequencePool(Configurable, nn.Module):
         self.out = nn.Linear(hidden_size + 1, output_size)
 
     def reset_parameters(self) -> None:
-        """Draw positions anew; layers reset themselves."""
+        """Draw new positions; layers reset themselves."""
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
 
-    def forward(self, x_MLE: Tensor, there_ML: Tensor) -> Tensor:
-        """Pool; what lies under False has no influence, NaN included."""
-        there_ML1 = there_ML.unsqueeze(-1)
-        hidden_MLH = self.hidden(torch.where(there_ML1, x_MLE, 0.0))
+    def forward(self, x_MLE: Tensor, present_ML: Tensor) -> Tensor:
+        """Pool present elements; absent ones have no influence, NaN included."""
+        present_ML1 = present_ML.unsqueeze(-1)
+        hidden_MLH = self.hidden(torch.where(present_ML1, x_MLE, 0.0))
         if self.position is not None:
             hidden_MLH = hidden_MLH + self.position
-        total_MH = torch.where(there_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
-        count_M1 = there_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        fraction_M1 = count_M1 / there_ML.shape[-1]
+        total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
+        count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
+        fraction_M1 = count_M1 / present_ML.shape[-1]
         return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
 
 
 class TokenEmbedding(EntryEmbedding):
     """A sequence of tokens: looked up in one table, given positions, pooled by :class:`SequencePool`.
 
+    Other arguments: see :class:`EntryEmbedding`.
+
     Args:
         length: L, tokens in a step's entry.
         num_tokens: size of the vocabulary.
-        embedding_size: E, features of a token.
-        hidden_size: width before pooling.
-        output_size: F.
-        padding_token: token that fills up short sequences, which isn't looked at; None for none.
-        ordered: whether the order of tokens matters.
-        mask_key: entry that is True on real tokens, ``[*M, L]``.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        padding_token: token that fills up short sequences, which counts as absent; None for none.
 
     Raises:
         ValueError: when called, if a token is out of range.
@@ -214,22 +204,18 @@ class TokenEmbedding(EntryEmbedding):
         super().__init__((length,), output_size, mask_key)
         self.num_tokens, self.padding_token = num_tokens, padding_token
         self.table = nn.Embedding(num_tokens, embedding_size)
+        sizes = dict(hidden_size=hidden_size, output_size=output_size)
         self.pool = SequencePool(
-            length,
-            embedding_size,
-            hidden_size=hidden_size,
-            output_size=output_size,
-            ordered=ordered,
-            activation=activation,
+            length, embedding_size, **sizes, ordered=ordered, activation=activation
         )
 
     def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embed integers ``[*M, L]``; ``mask`` is True on real tokens (default: all)."""
         token_ML = value.long()  # bytes would take -1 for 255
-        there_ML = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
+        present_ML = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
         if self.padding_token is not None:
-            there_ML = there_ML & (token_ML != self.padding_token)
+            present_ML = present_ML & (token_ML != self.padding_token)
         # Padding may be a number that is no token.
-        token_ML = token_ML.masked_fill(~there_ML, 0)
+        token_ML = token_ML.masked_fill(~present_ML, 0)
         check_range(token_ML, self.num_tokens, "a token")
-        return self.pool(self.table(token_ML), there_ML)
+        return self.pool(self.table(token_ML), present_ML)

@@ -1,4 +1,4 @@
-"""Goals as inputs: a set or sequence of them, of which some may be missing, to a vector of features.
+"""Embedding of goals: a set or sequence of them, some of which may be absent.
 
 Legend: *M steps, L goals, N numbers of a goal, E features of a token.
 """
@@ -17,20 +17,16 @@ from torchrl_amago.modules.timestep.embeddings import EntryEmbedding, SequencePo
 class GoalEmbedding(EntryEmbedding):
     """L goals of N numbers or tokens each, pooled by :class:`SequencePool`.
 
-    Goals that were reached, or never set, are told by a mask or by a padding value, not guessed.
+    A mask or a padding value marks goals that are absent: reached, or never set. Other arguments:
+    see :class:`EntryEmbedding`.
 
     Args:
-        num_goals: L, most goals at a time.
+        num_goals: L, maximal number of goals at a time.
         goal_size: N.
         num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it.
-        embedding_size: E, features of a token.
-        hidden_size: width before pooling.
-        output_size: F.
-        ordered: whether goals are to be reached in their order.
-        padding: a goal whose numbers all equal this is missing; None for none. NaN works in the
+        ordered: False if goals may be reached in any order.
+        padding: a goal whose numbers all equal this is absent; None for none. NaN works in the
             embedding, but :class:`~torchrl_amago.trainers.AMAGOTrainer` refuses batches with NaN.
-        mask_key: entry that is True on goals that are there, ``[*M, L]``.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
 
     Raises:
         ValueError: when called, if a token is out of range.
@@ -58,27 +54,22 @@ class GoalEmbedding(EntryEmbedding):
         super().__init__((num_goals, goal_size), output_size, mask_key)
         self.num_tokens, self.padding = num_tokens, padding
         self.table = None if num_tokens is None else nn.Embedding(num_tokens, embedding_size)
-        self.pool = SequencePool(
-            num_goals,
-            goal_size * (1 if num_tokens is None else embedding_size),
-            hidden_size=hidden_size,
-            output_size=output_size,
-            ordered=ordered,
-            activation=activation,
-        )
+        size = goal_size * (1 if num_tokens is None else embedding_size)
+        sizes = dict(hidden_size=hidden_size, output_size=output_size)
+        self.pool = SequencePool(num_goals, size, **sizes, ordered=ordered, activation=activation)
 
     def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Embed ``[*M, L, N]``; ``mask`` is True on goals that are there (default: all)."""
+        """Embed ``[*M, L, N]``; ``mask`` is True on present goals (default: all)."""
         if not value.is_floating_point():
             value = value.long()  # bytes would take -1 for 255
-        there_ML = self._there(value) if mask is None else mask & self._there(value)
+        present_ML = self._present(value) if mask is None else mask & self._present(value)
         if self.table is None:
-            return self.pool(value.to(self.pool.hidden.weight.dtype), there_ML)
-        token_MLN = value.long().masked_fill(~there_ML.unsqueeze(-1), 0)
+            return self.pool(value.to(self.pool.hidden.weight.dtype), present_ML)
+        token_MLN = value.long().masked_fill(~present_ML.unsqueeze(-1), 0)
         check_range(token_MLN, self.num_tokens, "a goal's token")
-        return self.pool(self.table(token_MLN).flatten(-2), there_ML)
+        return self.pool(self.table(token_MLN).flatten(-2), present_ML)
 
-    def _there(self, value: Tensor) -> Tensor:
+    def _present(self, value: Tensor) -> Tensor:
         if self.padding is None:
             return torch.ones_like(value[..., 0], dtype=torch.bool)
         missing = value.isnan() if math.isnan(self.padding) else value == self.padding

@@ -1,4 +1,4 @@
-"""A timestep encoder by name, for what an environment shows."""
+"""Timestep encoders by name, for an environment's observations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
 }
 """Timestep encoders by name; each is built by its ``from_specs(specs, **options)``."""
 
-# Bookkeeping entries of the trial: never shown to the timestep encoder unless asked for by name.
+# Bookkeeping of the trial: read by the timestep encoder only if obs_keys names it.
 _NOT_OBSERVATIONS = {
     keys.TIME_IDX,
     keys.IS_INIT,
@@ -69,15 +69,9 @@ def make_timestep_encoder(
 def observation_specs(
     env: EnvBase, obs_keys: Sequence[NestedKey] | None = None
 ) -> dict[NestedKey, TensorSpec]:
-    """Entries a timestep encoder should read, in order, with the spec of one step of each.
+    """Return the entries for a timestep encoder, in order, with the spec of one step of each.
 
-    Args:
-        env: environment with trial and previous-step transforms.
-        obs_keys: entries to read besides the previous step; default all observations but the
-            trial's bookkeeping, sorted by name.
-
-    Raises:
-        KeyError: if the previous step or one of ``obs_keys`` is missing from the specs.
+    Arguments and errors: see :func:`make_timestep_encoder`.
     """
     spec = env.observation_spec_unbatched
     available = list(spec.keys(True, True))
@@ -86,11 +80,9 @@ def observation_specs(
         names = [k for k in available if k not in skip and not str(k).startswith("_")]
         obs_keys = sorted(names, key=str)
     wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]
-    missing = [key for key in wanted if key not in available]
-    if missing:
+    if missing := [key for key in wanted if key not in available]:
         raise KeyError(
             f"the policy reads {wanted}, but {missing} are not among the environment's observations "
-            f"{available}. Append the missing transforms (make_trial_env adds the previous step), "
-            "or choose entries with obs_keys."
+            f"{available}. Use make_trial_env, which adds the previous step, or choose obs_keys."
         )
     return {key: spec[key] for key in wanted}
