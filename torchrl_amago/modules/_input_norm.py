@@ -40,8 +40,6 @@ class InputNorm(PreciseBuffers):
     before use, so that the first update moves half-way. A feature whose mean is beyond about 3,000
     standard deviations stays unscaled, by the rounding of float32: subtract a constant before.
 
-    Statistics stay in float32 in half-precision modules, which would lose small steps.
-
     Args:
         size: number of features.
         beta: step size of the moving averages after many updates.
@@ -88,15 +86,10 @@ class InputNorm(PreciseBuffers):
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:
-        """Move the statistics towards a batch's, in float32.
+        """Move the statistics towards those of inputs `[*B, size]`; outliers count as 1e9.
 
-        Args:
-            x: `[*B, size]`; numbers beyond 1e9, infinite ones too, count as 1e9.
-            mask: bool `[*B]` or `[*B, 1]`, True on real steps (default: all). Padding has no
-                influence, NaN included; without any real step nothing changes.
-
-        Raises:
-            RuntimeError: under a `torch.vmap` over inputs alone.
+        The mask, bool `[*B]` or `[*B, 1]`, is True on real steps (default: all). Padding has no
+        influence, NaN included; without any real step nothing changes.
         """
         if is_batchedtensor(x) and not is_batchedtensor(self.mu):
             raise RuntimeError(

@@ -83,15 +83,13 @@ class RMSNorm(nn.Module):
 
     def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.scale, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def reset_parameters(self) -> None:
-        """Scale by 1 again."""
+        """Reset the scale to 1."""
         nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
         return self.scale * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
 
 
@@ -100,11 +98,9 @@ class UnitBallNorm(nn.Module):
 
     def __init__(self, detach: bool = False, eps: float = 1e-5) -> None:
         super().__init__()
-        self.detach = detach
-        self.eps = eps
+        self.detach, self.eps = detach, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True) + self.eps
         return x / (length.detach() if self.detach else length)
 
@@ -113,20 +109,14 @@ class HypersphereNorm(nn.Module):
     """Project on the sphere of radius sqrt(size)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`."""
         return F.normalize(x, dim=-1) * math.sqrt(x.shape[-1])
 
 
 class SimplicialNorm(nn.Module):
-    """Softmax over groups of neighbouring features (arXiv 2204.00616)."""
-
-    def __init__(self, group_size: int = 8) -> None:
-        super().__init__()
-        self.group_size = group_size
+    """Softmax over groups of 8 neighbouring features (arXiv 2204.00616)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[..., size]`, size a multiple of `group_size`."""
-        return x.unflatten(-1, (-1, self.group_size)).softmax(-1).flatten(-2)
+        return x.unflatten(-1, (-1, 8)).softmax(-1).flatten(-2)
 
 
 NORMS: dict[str, Callable[[int], nn.Module]] = {
@@ -148,22 +138,14 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 
 
 def make_norm(name: str, size: int) -> nn.Module:
-    """Build a norm of :data:`NORMS` over a last dimension of `size` features.
-
-    Raises:
-        ValueError: if the name is unknown, or `simplicial` groups of 8 do not divide the size.
-    """
+    """Build a norm of :data:`NORMS` over a last dimension of `size` features."""
     if name == "simplicial" and size % 8:
         raise ValueError(f"norm='simplicial' needs a size that is a multiple of 8, got {size}.")
     return pick("norm", name, NORMS, "Use 'none' for none.")(size)
 
 
 def make_activation(name: str) -> nn.Module:
-    """Build an activation: `leaky_relu` (slope 0.01), `relu`, `gelu` or `mish`.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
+    """Build an activation of :data:`ACTIVATIONS`."""
     return pick("activation", name, ACTIVATIONS, "Or pass a class, such as torch.nn.SiLU.")()
 
 
@@ -215,24 +197,12 @@ class MLP(nn.Module):
 
 
 class StreamEmbedding(nn.Linear):
-    """Linear layer into a residual stream, in the weights' precision under autocast too.
-
-    Example:
-        >>> with torch.autocast("cpu"):
-        ...     StreamEmbedding(3, 4)(torch.zeros(2, 3)).dtype
-        torch.float32
-    """
+    """Linear layer into a residual stream, in the weights' precision under autocast too."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., in_features]` to `[..., out_features]`."""
         return super().forward(x).to(self.weight.dtype)
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half-precision numbers to float32; return others as they are.
-
-    Example:
-        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype
-        torch.float32
-    """
+    """Convert half-precision numbers to float32; return others as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

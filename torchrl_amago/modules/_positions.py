@@ -22,11 +22,8 @@ def sinusoidal_positions(
 
     Args:
         positions: non-negative integers `[...]`.
-        size: number of features, even.
+        size: number of features of the result `[..., size]`, even.
         dtype: of the computation and the result.
-
-    Returns:
-        `[..., size]`.
 
     Raises:
         ValueError: if the size is odd.
@@ -45,13 +42,12 @@ def sinusoidal_positions(
 def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000.0) -> Tensor:
     """Rotate by position (RoPE, arXiv 2104.09864, eq. 34), first half paired with second half.
 
+    Dot products of results depend on differences of positions only.
+
     Args:
         x_BHTD: queries or keys of every head; D is even.
         positions_BT: integers.
         base: the longest wavelength is 2 pi base.
-
-    Returns:
-        Same shape and dtype as `x_BHTD`; dot products depend on differences of positions only.
     """
     size = x_BHTD.shape[-1]
     wide_BHTD = at_least_float32(x_BHTD)

@@ -104,7 +104,7 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         ...     "observations": np.zeros((5, 3)), "actions": np.zeros((5, 1)), "rewards": np.ones(5),
         ...     "terminals": np.arange(5) == 1, "timeouts": np.arange(5) == 4})
         >>> [len(trajectory) for trajectory in source]
-        [2, 2]
+        [2, 3]
     """
     name, remedy = "D4RL-style arrays", "Rename yours, or give load_trials mappings."
     arrays_of.require_names(name, _D4RL_ARRAYS, [*arrays], remedy)

@@ -102,7 +102,7 @@ def test_goals_of_tokens():
     assert embedding.table.num_embeddings == 10
     goals = torch.tensor([[[1, 2, 9], [-1, -1, -1]]])
     assert embedding(goals).shape == (1, 4)
-    with pytest.raises(ValueError, match=r"a goal's token must be in \[0, size\) with size 10"):
+    with pytest.raises(ValueError, match=r"a token must be in \[0, size\) with size 10"):
         embedding(goals + 2)
 
 

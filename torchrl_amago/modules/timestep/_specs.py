@@ -18,12 +18,8 @@ from torchrl.data import (
 )
 
 from torchrl_amago.modules.timestep.base import Shape
-from torchrl_amago.modules.timestep.embeddings import (
-    CategoryEmbedding,
-    EntryEmbedding,
-    TokenEmbedding,
-)
-from torchrl_amago.modules.timestep.goals import GoalEmbedding
+from torchrl_amago.modules.timestep.embeddings import CategoryEmbedding, EntryEmbedding
+from torchrl_amago.modules.timestep.sequences import GoalEmbedding, TokenEmbedding
 from torchrl_amago.modules.timestep.vision import ImageEmbedding
 
 EntryOptions = Mapping[str, Any]

@@ -1,7 +1,6 @@
-"""Embeddings of single entries: categories, and sequences of tokens, each to a vector of features.
+"""Embedding of a single entry to a vector of features: the base class, and categories.
 
-Legend: *M steps, L elements of a sequence, K components of a category, E features of an element,
-F features.
+Legend: *M steps, K components of a category, E features of a component, F features.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from tensordict import NestedKey
 from torch import Tensor, nn
 
 from torchrl_amago._masking import is_traced
-from torchrl_amago.modules._layers import make_activation
 from torchrl_amago.modules._settings import Configurable
 
 
@@ -27,10 +25,6 @@ class EntryEmbedding(Configurable, nn.Module):
         shape: shape of one step's entry.
         output_size: F.
         mask_key: entry, bool ``[*M, L]``, True on the elements of a sequence that are present.
-
-    Embeddings of sequences share these arguments: ``embedding_size`` E, features of an element;
-    ``hidden_size``, width before pooling; ``ordered``, False if elements are a set; ``activation``,
-    see :class:`TimestepEncoder`.
 
     Example:
         >>> class Thermometer(EntryEmbedding):
@@ -111,111 +105,3 @@ class CategoryEmbedding(EntryEmbedding):
         is_inside = (index_MK >= 0) & (index_MK < self.sizes)
         row_MK = torch.where(is_inside, index_MK + self.first_row, self.table.num_embeddings)
         return self.table(row_MK).flatten(-2)
-
-
-class SequencePool(Configurable, nn.Module):
-    """Mean of nonlinear features over the present elements of a set or sequence.
-
-        h_l = act(W x_l + p_l),    out = V [mean of h_l over present elements; fraction present]
-
-    The position ``p_l`` comes before the nonlinearity, so that order survives the mean. With
-    ``ordered=False`` there is none, and elements may be permuted.
-
-    Args:
-        length: L, maximal number of elements.
-        input_size: E.
-        hidden_size: width of h.
-        output_size: F.
-        ordered: add learned positions.
-        activation: see :class:`TimestepEncoder`.
-
-    Example:
-        >>> pool = SequencePool(3, 2, hidden_size=8, output_size=4, ordered=False)
-        >>> pool(torch.randn(1, 3, 2), torch.tensor([[True, True, False]])).shape
-        torch.Size([1, 4])
-    """
-
-    def __init__(
-        self,
-        length: int,
-        input_size: int,
-        *,
-        hidden_size: int,
-        output_size: int,
-        ordered: bool,
-        activation: str = "leaky_relu",
-    ) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(input_size, hidden_size)
-        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
-        self.reset_parameters()
-        self.activation = make_activation(activation)
-        self.out = nn.Linear(hidden_size + 1, output_size)
-
-    def reset_parameters(self) -> None:
-        """Draw new positions; layers reset themselves."""
-        if self.position is not None:
-            nn.init.normal_(self.position, std=0.02)
-
-    def forward(self, x_MLE: Tensor, present_ML: Tensor) -> Tensor:
-        """Pool present elements; absent ones have no influence, NaN included."""
-        present_ML1 = present_ML.unsqueeze(-1)
-        hidden_MLH = self.hidden(torch.where(present_ML1, x_MLE, 0.0))
-        if self.position is not None:
-            hidden_MLH = hidden_MLH + self.position
-        total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
-        count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        fraction_M1 = count_M1 / present_ML.shape[-1]
-        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
-
-
-class TokenEmbedding(EntryEmbedding):
-    """A sequence of tokens: looked up in one table, given positions, pooled by :class:`SequencePool`.
-
-    Other arguments: see :class:`EntryEmbedding`.
-
-    Args:
-        length: L, tokens in a step's entry.
-        num_tokens: size of the vocabulary.
-        padding_token: token that fills up short sequences, which counts as absent; None for none.
-
-    Raises:
-        ValueError: when called, if a token is out of range.
-
-    Example:
-        >>> embedding = TokenEmbedding(5, num_tokens=100, output_size=8, padding_token=0)
-        >>> embedding(torch.tensor([[17, 4, 99, 0, 0]])).shape
-        torch.Size([1, 8])
-    """
-
-    def __init__(
-        self,
-        length: int,
-        num_tokens: int,
-        *,
-        embedding_size: int = 32,
-        hidden_size: int = 64,
-        output_size: int = 64,
-        padding_token: int | None = None,
-        ordered: bool = True,
-        mask_key: NestedKey | None = None,
-        activation: str = "leaky_relu",
-    ) -> None:
-        super().__init__((length,), output_size, mask_key)
-        self.num_tokens, self.padding_token = num_tokens, padding_token
-        self.table = nn.Embedding(num_tokens, embedding_size)
-        sizes = dict(hidden_size=hidden_size, output_size=output_size)
-        self.pool = SequencePool(
-            length, embedding_size, **sizes, ordered=ordered, activation=activation
-        )
-
-    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Embed integers ``[*M, L]``; ``mask`` is True on real tokens (default: all)."""
-        token_ML = value.long()  # bytes would take -1 for 255
-        present_ML = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
-        if self.padding_token is not None:
-            present_ML = present_ML & (token_ML != self.padding_token)
-        # Padding may be a number that is no token.
-        token_ML = token_ML.masked_fill(~present_ML, 0)
-        check_range(token_ML, self.num_tokens, "a token")
-        return self.pool(self.table(token_ML), present_ML)

@@ -36,12 +36,7 @@ def min_input_size(windows: Sequence[tuple[int, int]]) -> int:
 class ConvTrunk(Configurable, ConvNet):
     """Convolutions in a row, each with its activation, flattened (channel, height, width).
 
-    Args:
-        in_channels: channels of the image.
-        channels: channels of each layer.
-        kernels: size of each layer's window.
-        strides: stride of each layer's window.
-        activation: see :class:`TimestepEncoder`.
+    ``channels``, ``kernels`` and ``strides`` have a number for each layer.
 
     Example:
         >>> ConvTrunk(3, [8], [3], [2])(torch.zeros(1, 3, 7, 7)).shape
@@ -56,13 +51,9 @@ class ConvTrunk(Configurable, ConvNet):
         strides: Sequence[int],
         activation: str = "leaky_relu",
     ) -> None:
-        super().__init__(
-            in_features=in_channels,
-            num_cells=list(channels),
-            kernel_sizes=list(kernels),
-            strides=list(strides),
-            activation_class=partial(make_activation, activation),
-        )
+        layers = dict(num_cells=[*channels], kernel_sizes=[*kernels], strides=[*strides])
+        act = partial(make_activation, activation)
+        super().__init__(in_features=in_channels, **layers, activation_class=act)
         self.min_size = min_input_size(list(zip(kernels, strides, strict=True)))
         self.reset_parameters()
 
@@ -139,10 +130,6 @@ def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
     """Shift images by whole pixels; edges are repeated. Pad and crop of DrQ (arXiv 2004.13649).
 
         out[y, x] = image[y + shift_y, x + shift_x], indices clamped to the image
-
-    Args:
-        image_MCHW: any dtype.
-        shift_M2: int64, (y, x) of every image.
 
     Example:
         >>> image = torch.tensor([[1, 2, 3]]).expand(1, 1, 3, 3)
