@@ -170,9 +170,9 @@ def test_errors_name_the_rule():
         ImageEmbedding((84, 84, 3), random_shift=4, random_shift_fraction=1.5)
     with pytest.raises(ValueError, match="num_channels .6. must be divisible by num_groups .4."):
         ImpalaTrunk(3, channels=[6])
-    with pytest.raises(ValueError, match=r"needs one image.* holds for \[\]"):
+    with pytest.raises(ValueError, match=r"needs one image.* got \[\]"):
         CNNTimestepEncoder({"observation": (4,)})
-    with pytest.raises(ValueError, match=r"needs one image.* holds for \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"needs one image.* got \['a', 'b'\]"):
         CNNTimestepEncoder({"a": (8, 8, 3), "b": (8, 8, 3)})
     with pytest.raises(ValueError, match=r"needs one image.*image_key"):
         CNNTimestepEncoder({"a": (8, 8, 3)}, image_key="b")

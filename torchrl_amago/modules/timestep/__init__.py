@@ -3,14 +3,19 @@
 from torchrl_amago.modules.timestep.base import TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
 from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
-from torchrl_amago.modules.timestep.embeddings import CategoryEmbedding, EntryEmbedding
+from torchrl_amago.modules.timestep.embeddings import (
+    CategoryEmbedding,
+    EntryEmbedding,
+    GoalEmbedding,
+    SequencePool,
+    TokenEmbedding,
+)
 from torchrl_amago.modules.timestep.make import (
     TIMESTEP_ENCODERS,
     make_timestep_encoder,
     observation_specs,
 )
 from torchrl_amago.modules.timestep.mlp import MLPTimestepEncoder
-from torchrl_amago.modules.timestep.sequences import GoalEmbedding, SequencePool, TokenEmbedding
 from torchrl_amago.modules.timestep.vision import (
     TRUNKS,
     ConvTrunk,

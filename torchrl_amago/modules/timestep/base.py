@@ -57,8 +57,7 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
     (``leaky_relu``, ``relu``, ``gelu`` or ``mish``).
 
     Raises:
-        ValueError: without entries, or if a hidden entry isn't read; when called, if an entry has
-            another shape.
+        ValueError: without entries, or if a hidden entry isn't read; when called, for other shapes.
         KeyError: when called, if the tensordict lacks an entry.
 
     Example:
@@ -102,30 +101,22 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
 
     @classmethod
     def from_specs(cls, specs: Mapping[NestedKey, TensorSpec], **options: Any) -> TimestepEncoder:
-        """Build the encoder for the observations of an environment.
+        """Build the encoder from the spec of one step of each entry to read, in order.
 
-        Args:
-            specs: for each entry to read, in order, the spec of one step.
-            options: further arguments of the constructor.
-
-        Raises:
-            ValueError: for an entry that isn't a tensor.
+        ``options`` are further arguments of the constructor.
         """
         if others := [key for key, spec in specs.items() if isinstance(spec, NonTensor)]:
             raise ValueError(f"encoders read tensors, and {others} are none. Choose obs_keys.")
         return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Embed steps.
+        """Embed steps, to ``[*M, D]``.
 
         Args:
             inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, in the parameters' precision
-                unless :attr:`casts_to_float` is False; ``*M`` is ``*B``, or the real steps alone in
-                one row. Zero on padding.
+                unless :attr:`casts_to_float` is False, zero on padding. ``*M`` is ``*B``, or the
+                real steps alone in one row.
             mask: bool ``[*M, 1]``, or None if every step is real.
-
-        Returns:
-            ``[*M, D]``.
         """
         raise NotImplementedError
 
@@ -135,15 +126,9 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         return self.training and recurrent_mode() and torch.is_grad_enabled()
 
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
-        """Change inputs at random; called before :meth:`encode`, in training on sequences only.
+        """Change the inputs of :meth:`encode` at random; called in training on sequences only.
 
-        Args:
-            inputs: those of :meth:`encode`.
-            rows: ``[*M]`` int64, the batch's row (the trial) of each step.
-            num_rows: number of rows.
-
-        Returns:
-            The inputs to embed; here, the same.
+        ``rows`` ``[*M]`` int64 is the batch's row (the trial) of each step, below ``num_rows``.
         """
         return inputs
 

@@ -8,9 +8,8 @@ from typing import Any
 from tensordict import NestedKey
 from torchrl.data import TensorSpec
 
-from torchrl_amago.modules.timestep._specs import default_kind
 from torchrl_amago.modules.timestep.base import Shape
-from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
+from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder, default_kind
 from torchrl_amago.modules.timestep.vision import ImageEmbedding
 
 _OF_IMAGE = ("trunk", "trunk_options", "channels_first", "random_shift", "random_shift_fraction")
@@ -23,11 +22,9 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
     :class:`CombinedTimestepEncoder` with one image and AMAGO's sizes for pixels.
 
     Args:
-        shapes: see :class:`TimestepEncoder`.
         image_key: entry of the image; by default the only one of three dimensions.
         image_features: features of the image.
         vector_features: features of all other entries together.
-        output_size: D.
         num_layers: number of hidden layers after merging.
         options: arguments of :class:`ImageEmbedding` (``trunk``, ``trunk_options``,
             ``channels_first``, ``random_shift``, ``random_shift_fraction``) and of
@@ -55,11 +52,9 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
     ) -> None:
         images = [key for key, shape in shapes.items() if len(shape) == 3]
         if image_key not in images and (image_key is not None or len(images) != 1):
-            raise ValueError(
-                "CNNTimestepEncoder needs one image, an entry of three dimensions, but of the "
-                f"entries {dict(shapes)} that holds for {images}. Name the image with image_key; "
-                "for several images, or none, use the combined or the MLP encoder."
-            )
+            rule = "CNNTimestepEncoder needs one image, an entry of three dimensions"
+            remedy = "Choose it by image_key, or use the combined encoder."
+            raise ValueError(f"{rule}, got {images} among {dict(shapes)}. {remedy}")
         image_key = images[0] if image_key is None else image_key
         of_image = {name: options.pop(name) for name in _OF_IMAGE if name in options}
         if "activation" in options:
@@ -78,14 +73,8 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
     def from_specs(
         cls, specs: Mapping[NestedKey, TensorSpec], **options: Any
     ) -> CNNTimestepEncoder:
-        """Build the encoder for observations with one image, see :class:`TimestepEncoder`.
-
-        Raises:
-            ValueError: if there isn't one image, or another entry is a category.
-        """
+        """Build the encoder from specs, see :class:`TimestepEncoder`; none may be a category."""
         if categories := [key for key, spec in specs.items() if default_kind(spec) == "category"]:
-            raise ValueError(
-                f"CNNTimestepEncoder reads an image and vectors, but {categories} are categories. "
-                "Use the combined encoder, or leave them out with obs_keys."
-            )
+            rule = f"CNNTimestepEncoder reads an image and vectors, but {categories} are categories"
+            raise ValueError(f"{rule}. Use the combined encoder, or leave them out with obs_keys.")
         return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)

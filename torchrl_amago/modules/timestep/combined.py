@@ -1,4 +1,4 @@
-"""The timestep encoder for images, vectors, categories, tokens and goals together."""
+"""The timestep encoder for mixtures of entries, with embeddings chosen by their specs."""
 
 from __future__ import annotations
 
@@ -8,17 +8,33 @@ from typing import Any, Literal, get_args
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    MultiCategorical,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.modules.functional import symlog
 
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._input_norm import InputNorm
 from torchrl_amago.modules._layers import MLP, make_activation, make_norm
-from torchrl_amago.modules.timestep._specs import EntryOptions, embed_specs
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
-from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
+from torchrl_amago.modules.timestep.embeddings import (
+    CategoryEmbedding,
+    EntryEmbedding,
+    GoalEmbedding,
+    TokenEmbedding,
+)
+from torchrl_amago.modules.timestep.vision import ImageEmbedding
 
+EntryOptions = Mapping[str, Any]
 VectorScale = Literal["normalize", "symlog", "none"]
+
+KINDS = ("vector", "image", "category", "tokens", "goals")
 
 
 class CombinedTimestepEncoder(TimestepEncoder):
@@ -94,18 +110,15 @@ class CombinedTimestepEncoder(TimestepEncoder):
         entries: Mapping[NestedKey, EntryOptions] | None = None,
         **options: Any,
     ) -> CombinedTimestepEncoder:
-        """Build the encoder for the observations of an environment.
+        """Build the encoder from the spec of one step of each entry to read, in order.
 
         ``Categorical`` and ``MultiCategorical`` (``MultiDiscrete``) entries become categories with
         tables of the spec's sizes, numbers of three dimensions images, and all others (``OneHot``,
         ``Binary``, ``Bounded``, ``Unbounded``) vectors.
 
-        Args:
-            specs: for each entry to read, in order, the spec of one step.
-            entries: for some of them, arguments of their embedding; ``"kind"`` among these
-                overrides the choice by spec: ``"vector"``, ``"image"``, ``"category"``,
-                ``"tokens"`` or ``"goals"``.
-            options: further arguments of the constructor.
+        ``entries`` has arguments of some entries' embeddings; ``"kind"`` among these overrides the
+        choice by spec: ``"vector"``, ``"image"``, ``"category"``, ``"tokens"`` or ``"goals"``.
+        ``options`` are further arguments of the constructor.
 
         Raises:
             ValueError: if an entry has a spec or kind that none of these embeds, or isn't there.
@@ -117,7 +130,7 @@ class CombinedTimestepEncoder(TimestepEncoder):
             >>> CombinedTimestepEncoder.from_specs(specs, entries=entries).embeddings[0].table
             Embedding(50, 32)
         """
-        return cls(*embed_specs(specs, entries or {}), **options)
+        return cls(*_embed_specs(specs, entries or {}), **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Embed every entry, join, merge."""
@@ -147,3 +160,69 @@ class CombinedTimestepEncoder(TimestepEncoder):
                 self.input_norm.update(x.detach(), mask)
             x = self.input_norm(x)
         return x
+
+
+def default_kind(spec: TensorSpec) -> str | None:
+    """Return the default kind of an entry, one of :data:`KINDS`, or None for an unknown spec."""
+    if isinstance(spec, OneHot | Binary) or spec.dtype == torch.bool:
+        # A linear layer on zeros and ones is a table already.
+        return "vector"
+    if isinstance(spec, Categorical):
+        return "category"
+    if isinstance(spec, Bounded | Unbounded):
+        return "image" if len(spec.shape) == 3 else "vector"
+    return None
+
+
+def _embed_specs(
+    specs: Mapping[NestedKey, TensorSpec], entries: Mapping[NestedKey, EntryOptions]
+) -> tuple[dict[NestedKey, EntryEmbedding], dict[NestedKey, Shape]]:
+    """Return embeddings and shapes of vectors, see :meth:`CombinedTimestepEncoder.from_specs`."""
+    masks = {options["mask_key"] for options in entries.values() if "mask_key" in options}
+    embedded = {key: spec for key, spec in specs.items() if key not in masks}
+    if unknown := set(entries) - set(embedded):
+        raise ValueError(
+            f"entries names {sorted(map(str, unknown))}, but what is embedded is {list(embedded)} "
+            "(masks are not). Correct the name, or read the entry too (obs_keys)."
+        )
+    embeddings, vectors = {}, {}
+    for key, spec in embedded.items():
+        options = dict(entries.get(key, {}))
+        kind = options.pop("kind", default_kind(spec))
+        if kind == "vector" and not options:
+            vectors[key] = tuple(spec.shape)
+        else:
+            embeddings[key] = _embedding(key, spec, kind, options)
+    return embeddings, vectors
+
+
+def _embedding(
+    key: NestedKey, spec: TensorSpec, kind: str | None, options: dict[str, Any]
+) -> EntryEmbedding:
+    num_dims = {"tokens": 1, "goals": 2}.get(kind, len(spec.shape))
+    sizes = None if kind == "vector" else _sizes(spec)
+    if len(spec.shape) == num_dims:
+        if kind == "image":
+            return ImageEmbedding(spec.shape, **options)
+        if kind == "category" and sizes:
+            return CategoryEmbedding(sizes, shape=spec.shape, **options)
+        if kind == "tokens" and sizes:
+            return TokenEmbedding(spec.shape[0], max(sizes), **options)
+        if kind == "goals":
+            options = {"num_tokens": max(sizes) if sizes else None, **options}
+            return GoalEmbedding(*spec.shape, **options)
+    raise ValueError(
+        f"entry {key!r} can't be embedded as kind {kind!r}: kinds are {KINDS}; categories and "
+        "tokens [L] need a Categorical or MultiCategorical spec, goals the shape [L, N], vectors "
+        f"have no options. Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Choose "
+        "another kind, leave it out with obs_keys, or write an EntryEmbedding for it."
+    )
+
+
+def _sizes(spec: TensorSpec) -> list[int] | None:
+    """Return the number of values of each component, None if the spec doesn't say."""
+    if isinstance(spec, MultiCategorical):
+        return spec.nvec.expand(spec.shape).reshape(-1).tolist()
+    if isinstance(spec, Categorical) and not isinstance(spec, Binary):
+        return [int(spec.space.n)] * spec.shape.numel()
+    return None

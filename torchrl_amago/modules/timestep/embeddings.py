@@ -1,17 +1,21 @@
-"""Embedding of a single entry to a vector of features: the base class, and categories.
+"""Embeddings of single entries, each to a vector of features: categories, goals, tokens.
 
-Legend: *M steps, K components of a category, E features of a component, F features.
+Legend: *M steps, K components of a category, L elements of a sequence (goals, tokens), N numbers of
+a goal, E features of a component or token, F features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
 from torchrl_amago._masking import is_traced
+from torchrl_amago.modules._layers import make_activation
 from torchrl_amago.modules._settings import Configurable
 
 
@@ -38,9 +42,7 @@ class EntryEmbedding(Configurable, nn.Module):
         self, shape: Sequence[int], output_size: int, mask_key: NestedKey | None = None
     ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
-        self.output_size = output_size
-        self.mask_key = mask_key
+        self.shape, self.output_size, self.mask_key = tuple(shape), output_size, mask_key
 
     def augment(self, value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
         """Change values at random in training, see :meth:`TimestepEncoder.augment`."""
@@ -70,12 +72,11 @@ class CategoryEmbedding(EntryEmbedding):
         embedding_size: E, features of each component; F is K x E.
 
     Raises:
-        ValueError: if sizes and shape do not go together; when called, if a value is out of range.
+        ValueError: if sizes and shape differ; when called, if a value is out of range.
 
     Example:
-        >>> embedding = CategoryEmbedding([3, 5], embedding_size=4)
-        >>> embedding(torch.tensor([[2, 4]])).shape, embedding.table.num_embeddings
-        (torch.Size([1, 8]), 8)
+        >>> CategoryEmbedding([3, 5], embedding_size=4)(torch.tensor([[2, 4]])).shape
+        torch.Size([1, 8])
     """
 
     def __init__(
@@ -105,3 +106,159 @@ class CategoryEmbedding(EntryEmbedding):
         is_inside = (index_MK >= 0) & (index_MK < self.sizes)
         row_MK = torch.where(is_inside, index_MK + self.first_row, self.table.num_embeddings)
         return self.table(row_MK).flatten(-2)
+
+
+class SequencePool(Configurable, nn.Module):
+    """Mean of nonlinear features over the present elements of a set or sequence.
+
+        h_l = act(W x_l + p_l),    out = V [mean of h_l over present elements; fraction present]
+
+    The position ``p_l`` comes before the nonlinearity, so that order survives the mean. With
+    ``ordered=False`` there is none, and elements may be permuted.
+
+    Other arguments: see :class:`GoalEmbedding`.
+
+    Args:
+        length: L, maximal number of elements.
+        input_size: size of an element.
+
+    Example:
+        >>> pool = SequencePool(3, 2, hidden_size=8, output_size=4, ordered=False)
+        >>> pool(torch.randn(1, 3, 2), torch.tensor([[True, True, False]])).shape
+        torch.Size([1, 4])
+    """
+
+    def __init__(
+        self,
+        length: int,
+        input_size: int,
+        *,
+        hidden_size: int,
+        output_size: int,
+        ordered: bool,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(input_size, hidden_size)
+        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
+        self.reset_parameters()
+        self.activation = make_activation(activation)
+        self.out = nn.Linear(hidden_size + 1, output_size)
+
+    def reset_parameters(self) -> None:
+        """Draw new positions; layers reset themselves."""
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
+
+    def forward(self, x_MLE: Tensor, present_ML: Tensor) -> Tensor:
+        """Pool present elements; absent ones have no influence, NaN included."""
+        present_ML1 = present_ML.unsqueeze(-1)
+        hidden_MLH = self.hidden(torch.where(present_ML1, x_MLE, 0.0))
+        if self.position is not None:
+            hidden_MLH = hidden_MLH + self.position
+        total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
+        count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
+        fraction_M1 = count_M1 / present_ML.shape[-1]
+        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
+
+
+class GoalEmbedding(EntryEmbedding):
+    """L goals of N numbers or tokens each, pooled by :class:`SequencePool`.
+
+    A mask or a padding value marks goals that are absent: reached, or never set.
+
+    Args:
+        num_goals: L, maximal number of goals at a time.
+        goal_size: N.
+        num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it.
+        embedding_size: E.
+        hidden_size: width before pooling.
+        output_size: F.
+        ordered: False if goals may be reached in any order.
+        padding: a goal whose numbers all equal this is absent; None for none. NaN works here, but
+            :class:`~torchrl_amago.trainers.AMAGOTrainer` refuses batches with NaN.
+        mask_key: entry that is True on present goals, ``[*M, L]``.
+        activation: see :class:`TimestepEncoder`.
+
+    Raises:
+        ValueError: when called, if a token is out of range.
+
+    Example:
+        >>> embedding = GoalEmbedding(num_goals=3, goal_size=2, output_size=8, padding=-1.0)
+        >>> embedding(torch.tensor([[[0.5, 0.2], [0.1, 0.9], [-1.0, -1.0]]])).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(
+        self,
+        num_goals: int,
+        goal_size: int,
+        *,
+        num_tokens: int | None = None,
+        embedding_size: int = 16,
+        hidden_size: int = 64,
+        output_size: int = 64,
+        ordered: bool = True,
+        padding: float | None = None,
+        mask_key: NestedKey | None = None,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__((num_goals, goal_size), output_size, mask_key)
+        self.num_tokens, self.padding = num_tokens, padding
+        self.table = None if num_tokens is None else nn.Embedding(num_tokens, embedding_size)
+        size = goal_size * (1 if num_tokens is None else embedding_size)
+        options = dict(hidden_size=hidden_size, output_size=output_size, activation=activation)
+        self.pool = SequencePool(num_goals, size, ordered=ordered, **options)
+
+    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embed ``[*M, L, N]``; ``mask`` is True on present goals (default: all)."""
+        if not value.is_floating_point():
+            value = value.long()  # bytes would take -1 for 255
+        present_ML = self._present(value) if mask is None else mask & self._present(value)
+        if self.table is None:
+            return self.pool(value.to(self.pool.hidden.weight.dtype), present_ML)
+        # Padding may be a number that is no token.
+        token_MLN = value.long().masked_fill(~present_ML.unsqueeze(-1), 0)
+        check_range(token_MLN, self.num_tokens, "a token")
+        return self.pool(self.table(token_MLN).flatten(-2), present_ML)
+
+    def _present(self, value: Tensor) -> Tensor:
+        if self.padding is None:
+            return torch.ones_like(value[..., 0], dtype=torch.bool)
+        missing = value.isnan() if math.isnan(self.padding) else value == self.padding
+        return ~missing.all(-1)
+
+
+class TokenEmbedding(GoalEmbedding):
+    """A sequence of tokens: looked up in one table, given positions, pooled by :class:`SequencePool`.
+
+    Args:
+        length: L, tokens in a step's entry.
+        num_tokens: size of the vocabulary.
+        embedding_size: E.
+        padding_token: token that fills up short sequences, which counts as absent; None for none.
+        options: ``hidden_size``, ``output_size``, ``ordered``, ``mask_key`` and ``activation``, see
+            :class:`GoalEmbedding`.
+
+    Example:
+        >>> embedding = TokenEmbedding(5, num_tokens=100, output_size=8, padding_token=0)
+        >>> embedding(torch.tensor([[17, 4, 99, 0, 0]])).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(
+        self,
+        length: int,
+        num_tokens: int,
+        *,
+        embedding_size: int = 32,
+        padding_token: int | None = None,
+        **options: Any,
+    ) -> None:
+        tokens = dict(num_tokens=num_tokens, embedding_size=embedding_size, padding=padding_token)
+        super().__init__(length, 1, **tokens, **options)
+        self.shape = (length,)
+
+    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embed integers ``[*M, L]``; ``mask`` is True on real tokens (default: all)."""
+        return super().forward(value.unsqueeze(-1), mask)

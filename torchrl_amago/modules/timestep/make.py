@@ -69,10 +69,7 @@ def make_timestep_encoder(
 def observation_specs(
     env: EnvBase, obs_keys: Sequence[NestedKey] | None = None
 ) -> dict[NestedKey, TensorSpec]:
-    """Return the entries for a timestep encoder, in order, with the spec of one step of each.
-
-    Arguments and errors: see :func:`make_timestep_encoder`.
-    """
+    """Return specs of one step of what :func:`make_timestep_encoder` reads, in order."""
     spec = env.observation_spec_unbatched
     available = list(spec.keys(True, True))
     if obs_keys is None:

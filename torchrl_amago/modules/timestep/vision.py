@@ -20,13 +20,8 @@ from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
 
 
-def min_input_size(windows: Sequence[tuple[int, int]]) -> int:
-    """Return the smallest height or width for unpadded windows of (kernel, stride).
-
-    Example:
-        >>> min_input_size([(8, 4), (4, 2), (3, 1)])
-        36
-    """
+def _min_size(windows: Sequence[tuple[int, int]]) -> int:
+    """Return the smallest height or width for unpadded windows of (kernel, stride)."""
     size = 1
     for kernel, stride in reversed(windows):
         size = (size - 1) * stride + kernel
@@ -54,7 +49,7 @@ class ConvTrunk(Configurable, ConvNet):
         layers = dict(num_cells=[*channels], kernel_sizes=[*kernels], strides=[*strides])
         act = partial(make_activation, activation)
         super().__init__(in_features=in_channels, **layers, activation_class=act)
-        self.min_size = min_input_size(list(zip(kernels, strides, strict=True)))
+        self.min_size = _min_size(list(zip(kernels, strides, strict=True)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -83,13 +78,8 @@ class _ResidualBlock(nn.Module):
 class ImpalaTrunk(Configurable, nn.Module):
     """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
 
-    TorchRL's ``ImpalaNet`` includes its heads.
-
-    Args:
-        in_channels: channels of the image.
-        channels: channels of each section: a convolution, pooling by 2, two residual blocks.
-        num_groups: groups of the norms, dividing every number of channels; None for no norm.
-        activation: see :class:`TimestepEncoder`.
+    Each of the ``channels`` is a section: a convolution, pooling by 2, two residual blocks.
+    ``num_groups`` must divide all of them; None for no norm. TorchRL's ``ImpalaNet`` includes heads.
 
     Example:
         >>> ImpalaTrunk(3, channels=(8, 16))(torch.zeros(1, 3, 15, 15)).shape
@@ -109,7 +99,7 @@ class ImpalaTrunk(Configurable, nn.Module):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(3, stride=2)]
             layers += [_ResidualBlock(after, activation, num_groups) for _ in range(2)]
         self.layers = nn.Sequential(*layers)
-        self.min_size = min_input_size([(3, 2)] * len(channels))
+        self.min_size = _min_size([(3, 2)] * len(channels))
 
     def forward(self, image_MCHW: Tensor) -> Tensor:
         """Features ``[M, ...]``, flattened (channel, height, width)."""
@@ -146,10 +136,9 @@ def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
 
 
 def sample_shifts(num_rows: int, max_shift: int, fraction: float, device: torch.device) -> Tensor:
-    """Sample shifts ``[R, 2]`` in ``[-max_shift, max_shift]``, int64, for a fraction of the rows.
+    """Sample int64 shifts ``[R, 2]`` in ``[-max_shift, max_shift]``; zero in the other rows.
 
-    Rows are chosen at random; their number is the fraction of ``num_rows``, rounded up. The others
-    get zero.
+    Shifted rows are chosen at random; their number, ``fraction * num_rows`` rounded up, isn't random.
     """
     shift_R2 = torch.randint(-max_shift, max_shift + 1, (num_rows, 2), device=device)
     rank_R1 = torch.rand(num_rows, 1, device=device).argsort(0)
@@ -194,10 +183,8 @@ class ImageEmbedding(EntryEmbedding):
     ) -> None:
         super().__init__(shape, output_size)
         if len(self.shape) != 3:
-            raise ValueError(
-                f"an image has three dimensions, got shape {self.shape}. Add one for the channels "
-                "of a grey image (torchrl.envs.UnsqueezeTransform)."
-            )
+            rule = f"an image has three dimensions, got shape {self.shape}"
+            raise ValueError(f"{rule}. Add one to grey images (torchrl.envs.UnsqueezeTransform).")
         if random_shift:
             check_counts("Use 4, as DrQ does, or 0 for none.", random_shift=random_shift)
         check_fractions("DrQ has 0.75.", random_shift_fraction=random_shift_fraction)
@@ -232,8 +219,9 @@ class ImageEmbedding(EntryEmbedding):
         """Shift all images of a row alike, by a random shift."""
         if not self.random_shift:
             return value
-        sizes = num_rows, self.random_shift, self.random_shift_fraction
-        shift_R2 = sample_shifts(*sizes, value.device)
+        shift_R2 = sample_shifts(
+            num_rows, self.random_shift, self.random_shift_fraction, value.device
+        )
         image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
         shifted_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
         shifted = shifted_MCHW if self.channels_first else shifted_MCHW.movedim(1, -1)
@@ -244,8 +232,8 @@ class ImageEmbedding(EntryEmbedding):
 
 
 def _num_features(trunk: nn.Module, shape: tuple[int, ...]) -> int:
-    like = next(trunk.parameters(), None)
-    if like is None or isinstance(like, nn.UninitializedParameter):  # lazy: this is its first input
+    like = next(trunk.parameters(), torch.zeros(()))
+    if isinstance(like, nn.UninitializedParameter):  # lazy: this is its first input
         like = torch.zeros(())
     modes = [(module, module.training) for module in trunk.modules()]
     with torch.no_grad():
