@@ -639,7 +639,7 @@ def test_a_long_trial_played_in_pieces_is_the_same(kind, monkeypatch):
     stored, steps_played, played, step = [], [], [], RecordedEnv._step
     monkeypatch.setattr(RecordedEnv, "_step", lambda *args: played.append(0) or step(*args))
     for shortest in (100, 4):
-        monkeypatch.setattr("torchrl_amago.offline.recorded._MIN_PIECE", shortest)
+        monkeypatch.setattr("torchrl_amago.offline._replay._MIN_PIECE", shortest)
         buffer = make_trial_buffer(100, slice_length=2, batch_size=1)
         load_trials(buffer, trajectories, env)
         stored.append(buffer[:])

@@ -6,6 +6,7 @@ repeat a task into trials and show the agent its previous action and reward.
 
 from __future__ import annotations
 
+from torchrl_amago.envs.recorded import RecordedEnv
 from torchrl_amago.envs.tasks import (
     DarkKeyDoor,
     MazeRunner,
@@ -20,6 +21,7 @@ __all__ = [
     "MazeRunner",
     "MetaFrozenLake",
     "PreviousStepTransform",
+    "RecordedEnv",
     "TMaze",
     "TrialTransform",
     "bayes_optimal_success",

@@ -1,8 +1,6 @@
-"""Offline data: trajectories from elsewhere, checked, and stored as a collector would have stored them.
+"""Offline data: readers of trajectories, and `load_trials`, which writes them into a buffer."""
 
-Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
-"""
-
+from torchrl_amago.envs import RecordedEnv
 from torchrl_amago.offline.load import OfflineReport, load_trials
 from torchrl_amago.offline.readers import (
     TrajectorySource,
@@ -11,7 +9,6 @@ from torchrl_amago.offline.readers import (
     read_minari,
     read_torchrl,
 )
-from torchrl_amago.offline.recorded import RecordedEnv
 from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
 
 __all__ = [

@@ -14,7 +14,7 @@ from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_amago._validation import check_choice, check_counts
-from torchrl_amago.offline.recorded import MAX_ROWS, join, replay
+from torchrl_amago.offline._replay import MAX_ROWS, join, replay
 from torchrl_amago.offline.trajectory import RecordedTrial, TrajectoryChecker, TrajectoryError
 
 # Memory of trials played side by side, each as long as the longest, with root and next.
@@ -52,15 +52,12 @@ def load_trials(
 ) -> OfflineReport:
     """Write trajectories into a replay buffer, in their order, as if collected in ``env``.
 
-    They are played back under the environment's trial transforms, which write previous actions and
-    rewards, time, episodes and ends.
+    They are played back under the environment's trial transforms.
 
     Args:
         buffer: must have room for everything.
-        trajectories: a reader's (:func:`read_minari` and others), or any iterable of what
-            :func:`as_trajectory` takes: mappings of arrays, tensordicts of steps.
-        env: the environment that training goes on in, never stepped; without one,
-            ``make_trial_env(RecordedEnv(...))``.
+        trajectories: a reader's, or any iterable of what :func:`as_trajectory` takes.
+        env: the environment of training, never stepped; or ``make_trial_env(RecordedEnv(...))``.
         episodes_per_trial: number of consecutive trajectories (episodes at one task) that become
             one trial; by default as many as the environment's trials have, and those with an entry
             ``soft_reset``, which marks episodes, are trials themselves.
@@ -69,7 +66,7 @@ def load_trials(
 
     Raises:
         TrajectoryError: for a bad trajectory, with its number; those before it may be written.
-        ValueError: if the buffer is too small, or an argument wrong.
+        ValueError: if the buffer is too small.
 
     Example:
         >>> import gymnasium as gym

@@ -21,7 +21,7 @@ from torchrl.envs.batched_envs import BatchedEnvBase
 
 from torchrl_amago import action_space, keys
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
+from torchrl_amago.envs import PreviousStepTransform, TrialTransform
 from torchrl_amago.envs.transforms.repeat import first_worker
 
 ActionForm = Literal["env", "policy", "vector"]
@@ -79,11 +79,10 @@ def as_trajectory(
     """Bring a trajectory of any kind into the plain form.
 
     Args:
-        item: a :class:`Trajectory`; a mapping with the arrays ``observations`` ``[L + 1, ...]`` (or
-            a mapping of them), ``actions``, ``rewards``, ``terminations`` and ``truncations``; or a
-            tensordict ``[L]`` of steps as a collector writes them, ``next`` included.
-        action_key: of a tensordict.
-        reward_key: of a tensordict, under ``next``.
+        item: a :class:`Trajectory`; a mapping with the arrays ``observations`` (or a mapping of
+            them), ``actions``, ``rewards``, ``terminations`` and ``truncations``; or a tensordict
+            ``[L]`` of steps as a collector writes them, ``next`` included.
+        action_key: of a tensordict; ``reward_key`` is that under ``next``.
 
     Raises:
         TrajectoryError: if an entry is missing, or ``next`` of a step isn't the step that follows.
@@ -132,10 +131,7 @@ def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: Nested
 
 
 class RecordedTrial(NamedTuple):
-    """An episode, a trial or a piece of one, as tensors of an environment.
-
-    A row has an observation, the action taken there, and reward and ends of the step that led there.
-    """
+    """An episode, a trial or a piece of one, in rows of a :class:`RecordedEnv`."""
 
     rows_S: TensorDict
     recorded_S: dict[NestedKey, Tensor]  # what the data hold of the transforms' entries
@@ -152,8 +148,7 @@ class RecordedTrial(NamedTuple):
 class TrajectoryChecker:
     """The entries of an environment's steps: those that data hold, and those that transforms write.
 
-    The transforms are :class:`TrialTransform`, :class:`PreviousStepTransform` and ``InitTracker``.
-    Data are as all other transforms have made them; workers of a batched environment are alike.
+    Data are as transforms other than those of ``_REPLAYED`` have made them.
     """
 
     def __init__(self, env: EnvBase) -> None:
@@ -166,17 +161,18 @@ class TrajectoryChecker:
         self.space = ActionSpace.from_spec(action_spec)
         self.reward_spec = env.full_reward_spec_unbatched[self.reward_key].to("cpu")
         self.specs = dict(env.full_observation_spec_unbatched.to("cpu").items(True, True))
-        # Without a trial transform, a trial is an episode.
-        self.trial, self.previous = TrialTransform(1, trial_end="episode"), PreviousStepTransform()
         self.transforms: list[TrialTransform | PreviousStepTransform | InitTracker] = []
         while isinstance(env, TransformedEnv | BatchedEnvBase):
             if isinstance(env, TransformedEnv):  # with those of nested Composes
                 inner = [one for one in env.transform.modules() if isinstance(one, _REPLAYED)]
                 self.transforms[:0] = inner
             env = env.base_env if isinstance(env, TransformedEnv) else first_worker(env)
-        for one in self.transforms:
-            self.trial = one if isinstance(one, TrialTransform) else self.trial
-            self.previous = one if isinstance(one, PreviousStepTransform) else self.previous
+        # Without a trial transform, a trial is an episode.
+        defaults = TrialTransform(1, trial_end="episode"), PreviousStepTransform()
+        self.trial, self.previous = (
+            next((one for one in self.transforms if isinstance(one, type(other))), other)
+            for other in defaults
+        )
         written = {key for one in self.transforms for key in one.out_keys}
         self.written = [key for key in self.specs if key in written]
         self.given = [key for key in self.specs if key not in written]
@@ -185,8 +181,8 @@ class TrajectoryChecker:
         self.recorded_specs = [Composite(specs) for specs in (observation, *others)]
         base = env.full_action_spec_unbatched[env.action_keys[0]].to("cpu")
         is_bounded = action_space.is_finitely_bounded(base)
-        self._is_scaled = is_bounded and not action_space.is_in_policy_scale(base)
-        self._base_action_spec = base
+        is_scaled = is_bounded and not action_space.is_in_policy_scale(base)
+        self._bounds = (base.low, base.high) if is_scaled else None
 
     def check(self, item: Any) -> RecordedTrial:
         """Convert a trajectory of any kind, or raise TrajectoryError; see :func:`as_trajectory`."""
@@ -216,13 +212,13 @@ class TrajectoryChecker:
 
     def _action(self, trajectory: Trajectory) -> Tensor:
         form, space, given = trajectory.action_form, self.space, trajectory.action
-        if form == "policy" or (form == "env" and not self._is_scaled):
+        if form == "policy" or (form == "env" and self._bounds is None):
             return fit("actions", given, None, space)
         if form == "vector":
             x = fit("actions", given, None, Unbounded((space.size,)))
             action_L, is_right_L = space.from_vector(x), self._is_action(x)
         else:
-            low, high = self._base_action_spec.low, self._base_action_spec.high
+            low, high = self._bounds
             x = fit("actions", given, None, Unbounded(space.shape, dtype=torch.float64))
             action_L = ((x - (high + low) / 2) / ((high - low) / 2)).to(space.dtype)
             is_right_L = space.contains(action_L)
@@ -287,10 +283,8 @@ def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
 
 
 def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace) -> Tensor:
-    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype, without changing its numbers.
-
-    Indices become one-hot if the spec is, floating-point numbers may be rounded, and dimensions of
-    size 1 come and go.
+    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype: floats may be rounded,
+    dimensions of size 1 come and go, indices become one-hot if the spec is; nothing else changes.
     """
     try:
         if not isinstance(array, Tensor):
@@ -308,10 +302,9 @@ def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace)
         indices = replace(spec, shape=(len(spec.sizes),), dtype=torch.int64, one_hot=False)
         x = action_space.one_hot_parts(fit(name, x, rows, indices), spec.sizes)
     shape = torch.Size([rows, *spec.shape])
-    is_alike = (
-        x.shape[:1] == shape[:1] and x[:1].squeeze().shape == torch.empty(shape[1:]).squeeze().shape
-    )
-    require(is_alike and rows, f"{name} must have the shape {[*shape]}, got {[*given.shape]}.")
+    got, wanted = ([n for n in one[1:] if n != 1] for one in (x.shape, shape))
+    is_alike = x.shape[:1] == shape[:1] and rows > 0 and got == wanted
+    require(is_alike, f"{name} must have the shape {[*shape]}, got {[*given.shape]}.")
     x = x.reshape(shape)
     y = x.to(spec.dtype)
     is_right = x.isfinite() & y.isfinite()
