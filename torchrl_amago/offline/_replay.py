@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import torch
 from tensordict import TensorDict
-from torch import Tensor
 from torchrl.envs import Compose, TransformedEnv
 
 from torchrl_amago.envs import RecordedEnv, TrialTransform
@@ -32,8 +31,14 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     length = len(rows_S) - len(parts)
     ends = torch.tensor([len(one.rows_S) for one in parts]).cumsum(0) - 1
     rows_S["done"][ends[:-1]] = True
-    if last.marks_episodes:
-        rows_S = _split_episodes(rows_S, last.recorded_S[rule.soft_reset_key].reshape(-1))
+    if (
+        last.marks_episodes
+    ):  # repeat the first row of each later episode, where the one before ended
+        begins = last.recorded_S[rule.soft_reset_key].flatten()[1:].nonzero().flatten() + 1
+        rows_S = rows_S[torch.cat([torch.arange(len(rows_S)), begins]).sort()[0]]
+        first = begins + torch.arange(1, len(begins) + 1)
+        for key in FLAGS:
+            rows_S[key][first - 1], rows_S[key][first] = key != "terminated", False
     before = last.recorded_S if last.is_fragment else {}
     episodes = int(1 + rows_S["done"][:-1].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.trial_step_key, [0])[0])
@@ -52,16 +57,6 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
         for key in FLAGS:
             rows_S[key][-1] = False  # no other episode begins in this trial
     return RecordedTrial(rows_S, last.recorded_S if len(parts) == 1 else {})
-
-
-def _split_episodes(rows_S: TensorDict, soft_reset_S: Tensor) -> TensorDict:
-    """Repeat the first row of each later episode, as the row where the episode before ended."""
-    begins = soft_reset_S[1:].nonzero().reshape(-1) + 1
-    rows_S = rows_S[torch.cat([torch.arange(len(rows_S)), begins]).sort()[0]]
-    first = begins + torch.arange(1, len(begins) + 1)
-    for key in FLAGS:
-        rows_S[key][first - 1], rows_S[key][first] = key != "terminated", False
-    return rows_S
 
 
 def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> TensorDict:
@@ -87,7 +82,7 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
     env = TransformedEnv(base, Compose(*transforms))
     step = env.reset()
     for r, (k, t, _) in enumerate(starts):
-        _write_past(checker, step[r], trials[k], t)
+        _seed(checker, step[r], trials[k], t)
     root = [*checker.given, *checker.written, *FLAGS]  # the environment may hide some
     kept = [*root, checker.action_key, *(("next", key) for key in (*root, checker.reward_key))]
     steps = []
@@ -106,9 +101,7 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
     return steps_RT[torch.arange(steps_RT.shape[1]) < length_R.unsqueeze(-1)]
 
 
-def _write_past(
-    checker: TrajectoryChecker, first: TensorDict, trial: RecordedTrial, start: int
-) -> None:
+def _seed(checker: TrajectoryChecker, first: TensorDict, trial: RecordedTrial, start: int) -> None:
     """Write what came before a row into its first step, for the transforms to read."""
     for key, x_S in trial.recorded_S.items():
         first[key].copy_(x_S[0])

@@ -58,9 +58,9 @@ def load_trials(
         buffer: must have room for everything.
         trajectories: a reader's, or any iterable of what :func:`as_trajectory` takes.
         env: the environment of training, never stepped; or ``make_trial_env(RecordedEnv(...))``.
-        episodes_per_trial: number of consecutive trajectories (episodes at one task) that become
-            one trial; by default as many as the environment's trials have, and those with an entry
-            ``soft_reset``, which marks episodes, are trials themselves.
+        episodes_per_trial: number of consecutive trajectories that become one trial; by default
+            as many as the environment's trials have episodes. Those that mark their episodes, with
+            an entry ``soft_reset``, are then trials themselves.
         on_error: ``"raise"``, or ``"skip"`` to leave out and count trials with a bad trajectory.
         progress_bar: False to hide it; without a terminal it is never printed.
 

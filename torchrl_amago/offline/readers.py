@@ -10,7 +10,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -23,9 +23,6 @@ from torchrl_amago import keys
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.offline import trajectory as arrays_of
 from torchrl_amago.offline.trajectory import ActionForm, Trajectory, TrajectoryError
-
-if TYPE_CHECKING:
-    from minari import MinariDataset
 
 _D4RL_ARRAYS = ["observations", "actions", "rewards", "terminals"]
 _AMAGO_ARRAYS = ["rl2s", "time_idxs", "rews", "dones", "actions"]
@@ -58,7 +55,7 @@ class TrajectorySource:
         return map(self.load, range(self.num_trajectories))
 
 
-def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> TrajectorySource:
+def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySource:
     """Read the episodes of a Minari dataset (https://minari.farama.org).
 
     Args:
@@ -66,8 +63,7 @@ def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> Traj
         download: let Minari download it.
 
     Raises:
-        ImportError: without Minari; the message names the extra.
-        FileNotFoundError: if there is no such dataset.
+        ImportError: without Minari. FileNotFoundError: without the dataset.
 
     Example:
         >>> len(read_minari("mujoco/hopper/medium-v0"))  # doctest: +SKIP
@@ -76,8 +72,8 @@ def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> Traj
     try:
         import minari
     except ImportError as error:
-        missing = "read_minari needs the packages minari and h5py, which are not installed."
-        raise ImportError(f"{missing} Run pip install 'torchrl-amago[offline]'.") from error
+        remedy = "Run pip install 'torchrl-amago[offline]'."
+        raise ImportError(f"read_minari needs minari and h5py. {remedy}") from error
     if isinstance(dataset, str):
         dataset = minari.load_dataset(dataset, download=download)
     arrays = attrgetter("observations", "actions", "rewards", "terminations", "truncations")
@@ -96,7 +92,7 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
             ``timeouts`` and ``next_observations``; for example an open ``h5py.File``.
 
     Raises:
-        ValueError: if an array is missing, lengths differ, or a flag is neither 0 nor 1.
+        TrajectoryError: for a missing array, other lengths, or flags that are neither 0 nor 1.
 
     Example:
         >>> import numpy as np
@@ -106,12 +102,11 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         >>> [len(trajectory) for trajectory in source]
         [2, 3]
     """
-    name, remedy = "D4RL-style arrays", "Rename yours, or give load_trials mappings."
-    arrays_of.require_names(name, _D4RL_ARRAYS, [*arrays], remedy)
-    names = [*_D4RL_ARRAYS, *({"timeouts", "next_observations"} & {*arrays})]
-    lengths = {one: np.shape(arrays[one])[0] for one in names}
+    arrays_of.require_names("D4RL-style arrays", _D4RL_ARRAYS, [*arrays], "Rename yours.")
+    known = {*_D4RL_ARRAYS, "timeouts", "next_observations"}
+    lengths = {name: np.shape(arrays[name])[0] for name in known & {*arrays}}
     is_alike = len({*lengths.values()}) == 1
-    arrays_of.require(is_alike, f"{name} must be of one length, got {lengths}.")
+    arrays_of.require(is_alike, f"D4RL-style arrays must be of one length, got {lengths}.")
     after = arrays.get("next_observations")
     terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
     timeout = arrays_of.flags("timeouts", arrays.get("timeouts", 0 * terminal)).numpy()
@@ -140,12 +135,8 @@ def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
     """Read trajectories that AMAGO 3.x saved (``save_trajs_as="npz"``).
 
-    Args:
-        source: a folder (a run's ``buffer/fifo`` or ``buffer/protected``), searched with its
-            folders, or the files themselves.
-
-    Raises:
-        FileNotFoundError: if there are no such files.
+    ``source`` is a run's folder ``buffer/fifo`` or ``buffer/protected``, or a list of files; a
+    missing one raises FileNotFoundError.
 
     Example:
         >>> np.savez(
@@ -206,15 +197,14 @@ def read_torchrl(
     TorchRL 0.14.1's ``MinariExperienceReplay`` holds zeros: use :func:`read_minari`.
 
     Args:
-        dataset: it, any buffer of whole trials, or steps ``[N]``, one trajectory after the other;
+        dataset: it, a buffer of whole trials, or steps ``[N]``, one trajectory after the other;
             ``("next", "done")`` marks the last step of each.
         action_form: see :class:`Trajectory`; by default ``"policy"`` for a ``TrialReplayBuffer``
             and for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
-        action_key: of the action.
-        reward_key: of the reward, under ``next``.
+        action_key: of the action; ``reward_key`` is that of the reward, under ``next``.
 
     Raises:
-        ValueError: if ``done`` is never set, or neither 0 nor 1.
+        TrajectoryError: if ``done`` is never set, or neither 0 nor 1.
 
     Example:
         >>> from tensordict import TensorDict
@@ -234,7 +224,7 @@ def read_torchrl(
 
     def load(number: int) -> Trajectory:
         piece = steps[first[number] : last[number] + 1]
-        trajectory = arrays_of.as_trajectory(piece, action_key, reward_key)
-        return dataclasses.replace(trajectory, action_form=action_form)
+        one = arrays_of.as_trajectory(piece, action_key, reward_key)
+        return dataclasses.replace(one, action_form=action_form)
 
     return TrajectorySource(len(last), len(steps), load)

@@ -47,11 +47,10 @@ class Trajectory:
         action: ``[L, ...]``.
         reward: ``[L]`` or ``[L, 1]``, like the flags.
         terminated: True on the last step if it ended the episode for good.
-        truncated: True on the last step at a time limit. An episode with neither flag goes on where
-            the data end.
-        action_form: ``"env"`` for actions as the environment under all transforms takes them,
-            ``"policy"`` for a policy's (continuous ones in [-1, 1]), ``"vector"`` for the vectors
-            that a policy reads as previous actions (one-hot where discrete).
+        truncated: True on the last step at a time limit. With neither, the data are cut there.
+        action_form: ``"env"`` for actions of the environment without transforms, ``"policy"`` for
+            a policy's (continuous ones in [-1, 1]), ``"vector"`` for previous actions as a policy
+            reads them (one-hot where discrete).
 
     Example:
         >>> trajectory = Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0])
@@ -189,7 +188,12 @@ class TrajectoryChecker:
         one = as_trajectory(item, self.action_key, self.reward_key)
         action_L = self._action(one)
         steps = len(action_L)
-        recorded_S = self._observation(one)
+        arrays = dict(one.observation)
+        if len(self.given) == 1 and keys.OBSERVATION in arrays:
+            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
+        require_names("observations", self.given, arrays, "Name them as the environment does.")
+        specs = {key: spec for key, spec in self.specs.items() if key in arrays}
+        recorded_S = {k: fit(f"observations {k!r}", arrays[k], None, specs[k]) for k in specs}
         rows = {len(x) for x in recorded_S.values()}
         rule = f"observations must have a row per step, {steps}, and one of what the last led to"
         require(rows in ({steps}, {steps + 1}), f"{rule}, got {rows}.")
@@ -230,14 +234,6 @@ class TrajectoryChecker:
         action_L = self.space.from_vector(vector_LA)
         is_same_L = (self.space.to_vector(action_L) - vector_LA).abs().amax(-1) < 1e-6
         return is_same_L & self.space.contains(action_L)
-
-    def _observation(self, trajectory: Trajectory) -> dict[NestedKey, Tensor]:
-        arrays = dict(trajectory.observation)
-        if len(self.given) == 1 and keys.OBSERVATION in arrays:
-            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
-        require_names("observations", self.given, arrays, "Name them as the environment does.")
-        specs = {key: spec for key, spec in self.specs.items() if key in arrays}
-        return {k: fit(f"observations {k!r}", arrays[k], None, spec) for k, spec in specs.items()}
 
     def _start(self, recorded_S: dict[NestedKey, Tensor]) -> tuple[bool, bool]:
         """Return whether the data mark episodes, and whether they begin in mid-trial."""
