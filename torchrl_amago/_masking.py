@@ -20,8 +20,8 @@ def is_traced(x: Tensor) -> bool:
 class Steps:
     """The steps M to compute: all of ``[*B]``, or the real ones alone in one row ``[N]``.
 
-    In one row, padding costs nothing and has no influence. Shapes then depend on data, which is fine
-    on a CPU, but stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
+    In one row, padding costs nothing and has no influence. Shapes then depend on data: fine on a
+    CPU, but it stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
 
     Args:
         mask: bool ``[*B]``, True on real steps.
@@ -59,7 +59,7 @@ class Steps:
         return x.masked_fill(~mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), fill)
 
     def restore(self, x_M: Tensor) -> Tensor:
-        """Undo the selection, ``[M, ...] -> [*B, ...]``; zero on padding if steps are in one row."""
+        """Undo the selection, ``[M, ...] -> [*B, ...]``; zero on padding if compact."""
         if not self.compact:
             return x_M
         x = x_M.new_zeros(*self.full_mask.shape, *x_M.shape[1:])

@@ -1,6 +1,6 @@
 """Rows of one trial each, from flat batches and from rows that hold several trials.
 
-Legend: N steps in one row, B rows, T steps of a row, R rows of one trial each, L steps of the longest.
+Legend: N steps in one row, B rows, T steps of a row, R rows of a trial each, L their longest's steps.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def trial_starts(
     """
     if mask.ndim == 1 and is_init is None and is_last is None and trajectory is None:
         raise ValueError(
-            "a flat batch must mark where trials start or end, got none of is_init, ('next', 'done') "
-            "and ('collector', 'traj_ids'). Collect with InitTracker(), or pass rows [B, T]."
+            "a flat batch must mark where trials start or end, got none of is_init, "
+            "('next', 'done') and ('collector', 'traj_ids'). Collect with InitTracker()."
         )
     mask_BT = mask.reshape(-1, mask.shape[-1])
     cut_BT = ~mask_BT[:, :-1]

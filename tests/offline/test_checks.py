@@ -1,4 +1,4 @@
-"""Data are checked on their way in: a bad trajectory is refused with its number, or left out and counted."""
+"""Checks of offline data, and trials joined from them."""
 
 from __future__ import annotations
 
@@ -21,14 +21,8 @@ from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 
 from torchrl_amago import MetaFrozenLake, PreviousStepTransform, TrialCollector, make_trial_env
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.offline import (
-    RecordedEnv,
-    Trajectory,
-    TrajectoryError,
-    as_trajectory,
-    load_trials,
-)
-from torchrl_amago.offline.trajectory import TrajectoryChecker
+from torchrl_amago.offline import RecordedEnv, Trajectory, TrajectoryError, load_trials
+from torchrl_amago.offline.trajectory import TrajectoryChecker, as_trajectory
 
 NUMBER = Unbounded((1,))
 
@@ -87,11 +81,11 @@ BAD = {
     ),
     "rows of observations": (
         observations(observation=np.ones((6, 2))),
-        r"observations must have a row per step, 4, and one .* got \{5, 6\}",
+        r"observations must have a row for each of 4 steps, and .* got \{5, 6\}",
     ),
     "one final observation of two": (
         observations(observation=np.ones((4, 2))),
-        r"observations must have a row per step, 4, and one .* got \{4, 5\}",
+        r"observations must have a row for each of 4 steps, and .* got \{4, 5\}",
     ),
     "missing entry": (
         {"observations": {"observation": np.ones((5, 2))}},
@@ -256,14 +250,14 @@ def test_what_is_no_trajectory():
     for item, message in (
         (
             [1, 2],
-            "must be a Trajectory, a mapping of arrays or a tensordict of steps \\[L\\], got a list",
+            "must be a Trajectory, a mapping of arrays or .* steps \\[L\\], got a list",
         ),
         ({"observations": 1}, r"must hold .* without \['actions', 'rewards'"),
         (TensorDict({}, [2, 3]), "got a TensorDict"),
         (TensorDict({"action": torch.zeros(2)}, [2]), "must hold .*'done'"),
     ):
         with pytest.raises(TrajectoryError, match=message):
-            as_trajectory(item)
+            as_trajectory(item, "action", "reward")
 
 
 def steps_of(**after) -> TensorDict:
@@ -296,7 +290,11 @@ def test_steps_that_are_no_trajectory(after, message):
 
 def test_the_last_observation_of_steps_is_that_under_next():
     steps = steps_of(observation=torch.tensor([[1.0] * 3, [7.0] * 3]))
-    assert as_trajectory(steps).observation["observation"][:, 0].tolist() == [1, 1, 7]
+    assert as_trajectory(steps, "action", "reward").observation["observation"][:, 0].tolist() == [
+        1,
+        1,
+        7,
+    ]
 
 
 @pytest.mark.parametrize("flag", [[0.0, 1.0], [0, 1]])
@@ -307,7 +305,10 @@ def test_flags_of_steps_may_be_numbers(flag):
         ({"terminated": 0 * done}, [False, True]),
         ({"terminated": done}, [False, False]),
     ):
-        assert as_trajectory(steps_of(done=done, **after)).truncated.tolist() == truncated
+        assert (
+            as_trajectory(steps_of(done=done, **after), "action", "reward").truncated.tolist()
+            == truncated
+        )
 
 
 # -- actions -------------------------------------------------------------------------------------
@@ -488,7 +489,7 @@ def test_a_trial_that_isnt_complete():
 def whole_trial(soft_reset, terminated=True, **held) -> Trajectory:
     """A trial that says where episodes begin."""
     first = episode(1, len(soft_reset) - 1, terminated)
-    held |= {"observation": first.observation["observation"], "soft_reset": soft_reset}
+    held |= {"observation": first.observation, "soft_reset": soft_reset}
     return Trajectory(held, first.action, first.reward, first.terminated, first.truncated)
 
 

@@ -16,7 +16,7 @@ class RecordedEnv(EnvBase):
 
     A step goes to the next row, and so does a soft reset: the row where an episode ended comes
     before the first row of the next episode. Without ``rows`` it has specs only; under
-    :func:`make_trial_env` these are enough for policies and :func:`~torchrl_amago.offline.load_trials`.
+    :func:`make_trial_env` these are enough for policies and ``load_trials``.
 
     Args:
         observation_spec: without batch dimensions, like the other specs.

@@ -12,12 +12,7 @@ from torchrl_amago._validation import check_counts, check_positive
 
 
 class PreciseBuffers(nn.Module):
-    """Base of modules whose buffers keep their precision when converted to a lower one.
-
-    Example:
-        >>> InputNorm(2).to(torch.bfloat16).mu.dtype
-        torch.float32
-    """
+    """Base of modules whose buffers keep their precision when converted to a lower one."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PreciseBuffers:
         before = dict(self.named_buffers(recurse=False))
@@ -50,7 +45,7 @@ class InputNorm(PreciseBuffers):
 
     Example:
         >>> norm = InputNorm(2)
-        >>> norm.update(torch.tensor([[1.0, 2.0], [float("nan"), 0.0]]), torch.tensor([True, False]))
+        >>> norm.update(torch.tensor([[1.0, 2.0], [9.0, 0.0]]), torch.tensor([True, False]))
         >>> norm.mu.round(decimals=2)
         tensor([0.5000, 1.0000])
     """

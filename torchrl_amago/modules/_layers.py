@@ -18,7 +18,7 @@ class SigmaReparamLinear(nn.Linear):
 
         weight_hat = gamma / sigma * weight,    sigma = u^T weight v
 
-    `u` and `v` track the first singular vectors of `weight`: in training each forward takes one step
+    `u` and `v` track the first singular vectors of `weight`: in training each forward takes a step
     of power iteration, `u` first, before `sigma` is computed. No gradient goes through them. They
     are buffers updated in place: checkpoints, weight synchronisation and functional calls see them.
 
@@ -72,14 +72,14 @@ class SigmaReparamLinear(nn.Linear):
         if power_iteration is None:
             power_iteration = self.training
         if x.ndim < 3:
-            # A rollout's step, mostly of few rows: cheaper to scale them than the matrix. (Comparing
-            # sizes would specialise torch.compile to those of sequences.)
+            # A rollout's step, mostly of few rows: cheaper to scale them than the matrix.
+            # (Comparing sizes would specialise torch.compile to those of sequences.)
             return F.linear(x * self.scale(power_iteration), self.weight, self.bias)
         return F.linear(x, self.effective_weight(power_iteration), self.bias)
 
 
 class RMSNorm(nn.Module):
-    """Divide by the root mean square of the last dimension, then scale (arXiv 1910.07467, eq. 4)."""
+    """Divide by the root mean square of the last dimension, scale (arXiv 1910.07467, eq. 4)."""
 
     def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()

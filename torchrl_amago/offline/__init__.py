@@ -9,7 +9,7 @@ from torchrl_amago.offline.readers import (
     read_minari,
     read_torchrl,
 )
-from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError
 
 __all__ = [
     "OfflineReport",
@@ -17,7 +17,6 @@ __all__ = [
     "Trajectory",
     "TrajectoryError",
     "TrajectorySource",
-    "as_trajectory",
     "load_trials",
     "read_amago",
     "read_d4rl",

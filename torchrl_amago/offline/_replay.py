@@ -25,8 +25,7 @@ _MIN_PIECE = 100
 def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     """Join episodes to a trial, or take one trajectory that is a trial or a piece of one."""
     is_joinable = len(parts) == 1 or not any(x.marks_episodes or x.is_fragment for x in parts)
-    problem = "only whole episodes can be joined to a trial, got trials or fragments"
-    require(is_joinable, f"{problem}. Load them with episodes_per_trial=1.")
+    require(is_joinable, "only whole episodes can be joined: load others by episodes_per_trial=1.")
     rows_S, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows_S) - len(parts)
     ends = torch.tensor([len(one.rows_S) for one in parts]).cumsum(0) - 1
@@ -43,15 +42,15 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     episodes = int(1 + rows_S["done"][:-1].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.trial_step_key, [0])[0])
     is_short = episodes <= (rule.episodes or episodes) and time <= (rule.horizon or time)
-    limit = f"the environment's ({rule.episodes} episodes, {rule.horizon} steps)"
-    got = f"got {episodes} episodes of {time} steps"
-    require(is_short, f"a trial must not be longer than {limit}, {got}. Cut them.")
+    got = (
+        f"({rule.episodes} episodes, {rule.horizon} steps), got {episodes} episodes of {time} steps"
+    )
+    require(is_short, f"a trial must not be longer than the environment's {got}. Cut them.")
     is_over = (episodes == rule.episodes and rows_S["done"][-1].item()) or time == rule.horizon
     by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
     if bootstraps and not last.has_final_observation:
-        problem = "what the last step led to must be known if a value bootstraps there"
-        require(length > 1, f"{problem}, got that step alone. Add next_observations.")
+        require(length > 1, "what a lone step led to must be known if a value bootstraps there.")
         rows_S, is_over = rows_S[:-1], False
     if not is_over:
         for key in FLAGS:

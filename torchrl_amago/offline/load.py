@@ -23,12 +23,7 @@ _MAX_BYTES = 2**28
 
 @dataclass
 class OfflineReport:
-    """Returns and lengths of the trials that were written, and problems of skipped trajectories.
-
-    Example:
-        >>> OfflineReport(returns=[1.0, 2.0], lengths=[5, 7]).describe()
-        '2 trials of 12 steps, mean return 1.5'
-    """
+    """Returns and lengths of the trials that were written, and problems of skipped trajectories."""
 
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -56,7 +51,9 @@ def load_trials(
 
     Args:
         buffer: must have room for everything.
-        trajectories: a reader's, or any iterable of what :func:`as_trajectory` takes.
+        trajectories: a reader's, or any iterable of :class:`Trajectory`, mappings with the arrays
+            ``observations`` (or a mapping of them), ``actions``, ``rewards``, ``terminations`` and
+            ``truncations``, and tensordicts ``[L]`` of steps as a collector writes them.
         env: the environment of training, never stepped; or ``make_trial_env(RecordedEnv(...))``.
         episodes_per_trial: number of consecutive trajectories that become one trial; by default
             as many as the environment's trials have episodes. Those that mark their episodes, with
@@ -78,8 +75,6 @@ def load_trials(
         >>> buffer = make_trial_buffer(10, slice_length=2, batch_size=3)
         >>> load_trials(buffer, [trajectory], env).describe()
         '1 trials of 2 steps, mean return 4'
-        >>> buffer.sample()["prev_reward"][0].flatten()
-        tensor([0., 1.])
     """
     if episodes_per_trial is not None:
         check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
@@ -87,22 +82,20 @@ def load_trials(
     checker, report = TrajectoryChecker(env), OfflineReport()
 
     def skip(numbers: Iterable[int], problem: str) -> None:
+        text = f"trajectory {min(numbers)}: {problem}"
         if on_error == "raise":
-            number = min(numbers)
-            raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
+            raise TrajectoryError(f"{text} (Or pass on_error='skip'.)")
         if not report.skipped:
-            torchrl_logger.warning(f"skipped a trajectory, number {min(numbers)}: {problem}")
+            torchrl_logger.warning(f"skipped {text}")
         report.skipped = dict.fromkeys(numbers, problem) | report.skipped
 
     total = getattr(trajectories, "num_steps", None)
     with tqdm(total=total, unit="step", disable=not progress_bar or None) as bar:
         for trials in _batches(_trials(checker, trajectories, episodes_per_trial, skip)):
             steps, lengths = replay(checker, trials), [trial.length for trial in trials]
-            stored, capacity = len(buffer), buffer.storage.max_size
-            if stored + len(steps) > capacity:
-                rule = f"the buffer must hold all trials: it holds {stored} of at most {capacity}"
-                remedy = "Make it as large as a reader's num_steps."
-                raise ValueError(f"{rule} steps, and {len(steps)} more come. {remedy}")
+            if len(buffer) + len(steps) > (capacity := buffer.storage.max_size):
+                got = f"it holds {len(buffer)} of at most {capacity} steps, and {len(steps)} more"
+                raise ValueError(f"the buffer must hold all trials: {got} come. Enlarge it.")
             buffer.extend(steps)
             bar.update(len(steps))
             rewards = steps["next", checker.reward_key].double().split(lengths)

@@ -32,13 +32,7 @@ _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFil
 
 @dataclasses.dataclass(frozen=True)
 class TrajectorySource:
-    """A sequence of trajectories, each read by ``load(number)`` when it is needed.
-
-    Example:
-        >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
-        >>> len(TrajectorySource(2, 2, lambda number: one)[0])
-        1
-    """
+    """A sequence of trajectories, each read by ``load(number)`` when it is needed."""
 
     num_trajectories: int
     num_steps: int
@@ -64,10 +58,6 @@ def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySour
 
     Raises:
         ImportError: without Minari. FileNotFoundError: without the dataset.
-
-    Example:
-        >>> len(read_minari("mujoco/hopper/medium-v0"))  # doctest: +SKIP
-        200
     """
     try:
         import minari
@@ -76,8 +66,7 @@ def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySour
         raise ImportError(f"read_minari needs minari and h5py. {remedy}") from error
     if isinstance(dataset, str):
         dataset = minari.load_dataset(dataset, download=download)
-    arrays = attrgetter("observations", "actions", "rewards", "terminations", "truncations")
-    sizes = dataset.total_episodes, dataset.total_steps
+    arrays, sizes = attrgetter(*arrays_of.ARRAYS), (dataset.total_episodes, dataset.total_steps)
     return TrajectorySource(*sizes, lambda number: Trajectory(*arrays(dataset[number])))
 
 
@@ -97,7 +86,7 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     Example:
         >>> import numpy as np
         >>> source = read_d4rl({
-        ...     "observations": np.zeros((5, 3)), "actions": np.zeros((5, 1)), "rewards": np.ones(5),
+        ...     "observations": np.zeros((5, 3)), "actions": np.zeros(5), "rewards": np.ones(5),
         ...     "terminals": np.arange(5) == 1, "timeouts": np.arange(5) == 4})
         >>> [len(trajectory) for trajectory in source]
         [2, 3]
@@ -149,8 +138,8 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
     files = sorted(Path(source).rglob("*.npz")) if is_folder else [Path(file) for file in source]
     if absent := [file for file in files or [Path(source, "*.npz")] if not file.is_file()]:
         raise FileNotFoundError(f"no trajectories of AMAGO: {absent[0]} isn't there.")
-    steps = sum(map(_count_steps, files))
-    return TrajectorySource(len(files), steps, lambda number: _load_amago(files[number]))
+    sizes = len(files), sum(map(_count_steps, files))
+    return TrajectorySource(*sizes, lambda number: _load_amago(files[number]))
 
 
 def _read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
@@ -174,8 +163,8 @@ def _load_amago(file: Path) -> Trajectory:
     arrays, remedy = _read_npz(file), "Give files that AMAGO wrote with save_trajs_as='npz'."
     arrays_of.require_names(str(file), _AMAGO_ARRAYS, arrays, remedy)
     before, time = arrays["rl2s"], arrays["time_idxs"]
-    rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
-    arrays_of.require(before.ndim == 2, f"{rule}, got {list(before.shape)}. {remedy}")
+    rule = f"rl2s of {file} must hold previous reward and action, [S, 1 + A], got {before.shape}"
+    arrays_of.require(before.ndim == 2, f"{rule}. {remedy}")
     prefix = "_OBS_KEY_"
     shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
     shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}

@@ -29,7 +29,7 @@ ActionForm = Literal["env", "policy", "vector"]
 FLAGS = ("done", "terminated", "truncated")
 _REPLAYED = (TrialTransform, PreviousStepTransform, InitTracker)
 # Names of a trajectory's arrays in a mapping; Minari's.
-_ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
+ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 class TrajectoryError(ValueError):
@@ -53,9 +53,8 @@ class Trajectory:
             reads them (one-hot where discrete).
 
     Example:
-        >>> trajectory = Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0])
-        >>> len(trajectory), sorted(trajectory.observation)
-        (2, ['observation'])
+        >>> len(Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0]))
+        2
     """
 
     observation: Mapping[NestedKey, ArrayLike] | ArrayLike
@@ -65,33 +64,12 @@ class Trajectory:
     truncated: ArrayLike
     action_form: ActionForm = "env"
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "observation", _flatten(self.observation))
-
     def __len__(self) -> int:
         return len(self.action)
 
 
-def as_trajectory(
-    item: Any, action_key: NestedKey = "action", reward_key: NestedKey = "reward"
-) -> Trajectory:
-    """Bring a trajectory of any kind into the plain form.
-
-    Args:
-        item: a :class:`Trajectory`; a mapping with the arrays ``observations`` (or a mapping of
-            them), ``actions``, ``rewards``, ``terminations`` and ``truncations``; or a tensordict
-            ``[L]`` of steps as a collector writes them, ``next`` included.
-        action_key: of a tensordict; ``reward_key`` is that under ``next``.
-
-    Raises:
-        TrajectoryError: if an entry is missing, or ``next`` of a step isn't the step that follows.
-
-    Example:
-        >>> as_trajectory({
-        ...     "observations": [[0.0], [1.0]], "actions": [1], "rewards": [0.5],
-        ...     "terminations": [True], "truncations": [False]}).reward
-        [0.5]
-    """
+def as_trajectory(item: Any, action_key: NestedKey, reward_key: NestedKey) -> Trajectory:
+    """Bring an item of :func:`load_trials` into the plain form."""
     if isinstance(item, Trajectory):
         return item
     if isinstance(item, TensorDictBase) and item.ndim == 1:
@@ -99,8 +77,8 @@ def as_trajectory(
     known = "a Trajectory, a mapping of arrays or a tensordict of steps [L]"
     is_mapping = isinstance(item, Mapping) and not isinstance(item, TensorDictBase)
     require(is_mapping, f"it must be {known}, got a {type(item).__name__}. Use a reader.")
-    require_names("a mapping", _ARRAYS, item, "Rename its arrays; read_d4rl knows other names.")
-    return Trajectory(*(item[name] for name in _ARRAYS))
+    require_names("a mapping", ARRAYS, item, "Rename its arrays; read_d4rl knows other names.")
+    return Trajectory(*(item[name] for name in ARRAYS))
 
 
 def _flatten(observation: Any, prefix: NestedKey = ()) -> dict[NestedKey, ArrayLike]:
@@ -151,9 +129,9 @@ class TrajectoryChecker:
     """
 
     def __init__(self, env: EnvBase) -> None:
+        names = f"{env.action_keys} and {env.reward_keys}. Join them with a transform."
         is_single = len(env.action_keys) == len(env.reward_keys) == 1
-        got = f"got {env.action_keys} and {env.reward_keys}. Join them with a transform."
-        require(is_single, f"offline data have one action and one reward, {got}")
+        require(is_single, f"offline data have one action and one reward, got {names}")
         # Data are read on the CPU, wherever the environment is.
         self.action_key, self.reward_key = env.action_keys[0], env.reward_keys[0]
         action_spec = env.full_action_spec_unbatched[self.action_key].to("cpu")
@@ -180,22 +158,21 @@ class TrajectoryChecker:
         self.recorded_specs = [Composite(specs) for specs in (observation, *others)]
         base = env.full_action_spec_unbatched[env.action_keys[0]].to("cpu")
         is_bounded = action_space.is_finitely_bounded(base)
-        is_scaled = is_bounded and not action_space.is_in_policy_scale(base)
-        self._bounds = (base.low, base.high) if is_scaled else None
+        self._bounds = (base.low, base.high) if is_bounded else None
 
     def check(self, item: Any) -> RecordedTrial:
-        """Convert a trajectory of any kind, or raise TrajectoryError; see :func:`as_trajectory`."""
+        """Convert a trajectory of any kind, or raise TrajectoryError."""
         one = as_trajectory(item, self.action_key, self.reward_key)
         action_L = self._action(one)
         steps = len(action_L)
-        arrays = dict(one.observation)
+        arrays = _flatten(one.observation)
         if len(self.given) == 1 and keys.OBSERVATION in arrays:
             arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
         require_names("observations", self.given, arrays, "Name them as the environment does.")
         specs = {key: spec for key, spec in self.specs.items() if key in arrays}
         recorded_S = {k: fit(f"observations {k!r}", arrays[k], None, specs[k]) for k in specs}
         rows = {len(x) for x in recorded_S.values()}
-        rule = f"observations must have a row per step, {steps}, and one of what the last led to"
+        rule = f"observations must have a row for each of {steps} steps, and a last one"
         require(rows in ({steps}, {steps + 1}), f"{rule}, got {rows}.")
         if rows == {steps}:
             recorded_S = {key: torch.cat([x, x[-1:]]) for key, x in recorded_S.items()}

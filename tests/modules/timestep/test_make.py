@@ -1,4 +1,4 @@
-"""From an environment's observations to a policy that acts and learns, with any timestep encoder."""
+"""Policies with any timestep encoder act and learn in an environment."""
 
 from __future__ import annotations
 

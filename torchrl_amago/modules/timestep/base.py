@@ -1,4 +1,4 @@
-"""The contract of every timestep encoder: each step alone, padding unseen, inputs hidden by a switch."""
+"""The contract of every timestep encoder: each step alone, padding without influence."""
 
 from __future__ import annotations
 
@@ -113,16 +113,15 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         """Embed steps, to ``[*M, D]``.
 
         Args:
-            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, in the parameters' precision
-                unless :attr:`casts_to_float` is False, zero on padding. ``*M`` is ``*B``, or the
-                real steps alone in one row.
+            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, zero on padding; floats
+                unless :attr:`casts_to_float` is False. ``*M`` is ``*B``, or the real steps alone.
             mask: bool ``[*M, 1]``, or None if every step is real.
         """
         raise NotImplementedError
 
     @property
     def moves_statistics(self) -> bool:
-        """True if statistics of inputs follow this batch: in training, on sequences, with gradient."""
+        """True if statistics of inputs move: in training, on sequences, with gradient."""
         return self.training and recurrent_mode() and torch.is_grad_enabled()
 
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:

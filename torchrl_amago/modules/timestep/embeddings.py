@@ -22,8 +22,8 @@ from torchrl_amago.modules._settings import Configurable
 class EntryEmbedding(Configurable, nn.Module):
     """Base of the embeddings of one entry, parts of the combined encoder.
 
-    To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype in the
-    tensordict. With a ``mask_key`` it is called with the elements' mask too.
+    To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``. The value has the
+    tensordict's dtype. With a ``mask_key`` the elements' mask is a second argument.
 
     Args:
         shape: shape of one step's entry.
@@ -230,7 +230,7 @@ class GoalEmbedding(EntryEmbedding):
 
 
 class TokenEmbedding(GoalEmbedding):
-    """A sequence of tokens: looked up in one table, given positions, pooled by :class:`SequencePool`.
+    """A sequence of tokens: looked up in one table, pooled by :class:`SequencePool`.
 
     Args:
         length: L, tokens in a step's entry.

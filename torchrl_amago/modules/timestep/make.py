@@ -79,7 +79,7 @@ def observation_specs(
     wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]
     if missing := [key for key in wanted if key not in available]:
         raise KeyError(
-            f"the policy reads {wanted}, but {missing} are not among the environment's observations "
-            f"{available}. Use make_trial_env, which adds the previous step, or choose obs_keys."
+            f"the policy reads {wanted}, but {missing} are not among the environment's "
+            f"observations {available}. Use make_trial_env, or choose obs_keys."
         )
     return {key: spec[key] for key in wanted}

@@ -79,7 +79,7 @@ class ImpalaTrunk(Configurable, nn.Module):
     """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
 
     Each of the ``channels`` is a section: a convolution, pooling by 2, two residual blocks.
-    ``num_groups`` must divide all of them; None for no norm. TorchRL's ``ImpalaNet`` includes heads.
+    ``num_groups`` must divide all of them; None for no norm. TorchRL's has heads.
 
     Example:
         >>> ImpalaTrunk(3, channels=(8, 16))(torch.zeros(1, 3, 15, 15)).shape
@@ -138,7 +138,7 @@ def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
 def sample_shifts(num_rows: int, max_shift: int, fraction: float, device: torch.device) -> Tensor:
     """Sample int64 shifts ``[R, 2]`` in ``[-max_shift, max_shift]``; zero in the other rows.
 
-    Shifted rows are chosen at random; their number, ``fraction * num_rows`` rounded up, isn't random.
+    ``fraction * num_rows`` rows, rounded up, are shifted: which ones is random.
     """
     shift_R2 = torch.randint(-max_shift, max_shift + 1, (num_rows, 2), device=device)
     rank_R1 = torch.rand(num_rows, 1, device=device).argsort(0)
@@ -199,9 +199,9 @@ class ImageEmbedding(EntryEmbedding):
         if min(height, width) < (size := getattr(trunk, "min_size", 1)):
             sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
             raise ValueError(
-                f"the trunk needs images of at least {size} x {size} pixels, got {height} x {width} "
-                f"(shape {self.shape}, channels_first={channels_first}). Set channels_first if that "
-                f"is wrong, enlarge the images, or choose another trunk: {sizes}."
+                f"the trunk needs images of at least {size} x {size} pixels, got {height} x "
+                f"{width} (shape {self.shape}, channels_first={channels_first}). Correct "
+                f"channels_first, enlarge the images, or choose another trunk: {sizes}."
             )
         self.trunk = trunk
         self.features = nn.Linear(_num_features(trunk, (channels, height, width)), output_size)
