@@ -27,9 +27,6 @@ class Steps:
         mask: bool ``[*B]``, True on real steps.
         compact: put the real steps in one row; by default on a CPU, untraced.
 
-    Raises:
-        ValueError: if the mask isn't bool.
-
     Example:
         >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
         >>> x_BT = torch.tensor([[1.0, float("nan")], [3.0, 4.0]])

@@ -1,6 +1,6 @@
 """Rows of one trial each, from flat batches and from rows that hold several trials.
 
-Legend: N steps in one row, B rows, T steps of a row, R rows of a trial each, L their longest's steps.
+Legend: N steps, B rows, T steps of a row, R rows of one trial each, L steps of the longest.
 """
 
 from __future__ import annotations

@@ -154,13 +154,12 @@ class MLP(nn.Module):
 
     Args:
         num_layers: number of hidden layers, of `hidden_size`, at least 1.
-        activation: see :func:`make_activation`.
-        norm: one of :data:`NORMS`.
+        activation: one of :data:`ACTIVATIONS`; ``norm`` is one of :data:`NORMS`.
         dropout: probability of zeroing a hidden feature in training.
         linear: class of the linear layers, called with (inputs, outputs).
 
     Raises:
-        ValueError: if a size or `num_layers` is below 1, or a name is unknown.
+        ValueError: if a number is below 1, or a name unknown.
 
     Example:
         >>> MLP(4, 16, 2, 3)(torch.zeros(5, 4)).shape

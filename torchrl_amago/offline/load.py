@@ -17,8 +17,7 @@ from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.offline._replay import MAX_ROWS, join, replay
 from torchrl_amago.offline.trajectory import RecordedTrial, TrajectoryChecker, TrajectoryError
 
-# Memory of trials played side by side, each as long as the longest, with root and next.
-_MAX_BYTES = 2**28
+_MAX_BYTES = 2**28  # of trials played side by side, each as long as the longest
 
 
 @dataclass

@@ -211,11 +211,10 @@ def _embedding(
         if kind == "goals":
             options = {"num_tokens": max(sizes) if sizes else None, **options}
             return GoalEmbedding(*spec.shape, **options)
+    got = f"Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Or use obs_keys."
     raise ValueError(
         f"entry {key!r} can't be embedded as kind {kind!r}: kinds are {KINDS}; categories and "
-        "tokens [L] need a Categorical or MultiCategorical spec, goals the shape [L, N], vectors "
-        f"have no options. Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Choose "
-        "another kind, leave it out with obs_keys, or write an EntryEmbedding for it."
+        f"tokens [L] need a spec of categories, goals the shape [L, N], vectors have no options. {got}"
     )
 
 

@@ -72,7 +72,7 @@ class CategoryEmbedding(EntryEmbedding):
         embedding_size: E, features of each component; F is K x E.
 
     Raises:
-        ValueError: if sizes and shape differ; when called, if a value is out of range.
+        ValueError: when called, if a value is out of range.
 
     Example:
         >>> CategoryEmbedding([3, 5], embedding_size=4)(torch.tensor([[2, 4]])).shape
@@ -87,9 +87,6 @@ class CategoryEmbedding(EntryEmbedding):
         embedding_size: int = 16,
     ) -> None:
         shape = (len(sizes),) if shape is None else tuple(shape)
-        if torch.Size(shape).numel() != len(sizes) or min(sizes, default=0) < 1:
-            rule = "sizes must hold one positive number for each component of an entry"
-            raise ValueError(f"{rule} of shape {shape}, got {list(sizes)}.")
         super().__init__(shape, len(sizes) * embedding_size)
         # One table for all, each component in its own rows: one look-up however many they are.
         self.table = nn.Embedding(sum(sizes), embedding_size)

@@ -23,14 +23,9 @@ TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
 }
 """Timestep encoders by name; each is built by its ``from_specs(specs, **options)``."""
 
-# Bookkeeping of the trial: read by the timestep encoder only if obs_keys names it.
-_NOT_OBSERVATIONS = {
-    keys.TIME_IDX,
-    keys.IS_INIT,
-    keys.EPISODE_IDX,
-    keys.TRIAL_STEP,
-    keys.EPISODE_RETURN,
-}
+# Bookkeeping of the trial: read only if obs_keys names it.
+_BOOKKEEPING = {keys.TIME_IDX, keys.IS_INIT, keys.EPISODE_IDX}
+_BOOKKEEPING |= {keys.TRIAL_STEP, keys.EPISODE_RETURN}
 
 
 def make_timestep_encoder(
@@ -73,7 +68,7 @@ def observation_specs(
     spec = env.observation_spec_unbatched
     available = list(spec.keys(True, True))
     if obs_keys is None:
-        skip = _NOT_OBSERVATIONS | {keys.PREV_ACTION, keys.PREV_REWARD}
+        skip = _BOOKKEEPING | {keys.PREV_ACTION, keys.PREV_REWARD}
         names = [k for k in available if k not in skip and not str(k).startswith("_")]
         obs_keys = sorted(names, key=str)
     wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]

@@ -147,7 +147,7 @@ def sample_shifts(num_rows: int, max_shift: int, fraction: float, device: torch.
 
 
 class ImageEmbedding(EntryEmbedding):
-    """A trunk and a linear layer. Bytes are scaled to [-1, 1); other dtypes are used as they are.
+    """A trunk and a linear layer. Bytes are scaled to [-1, 1), other dtypes aren't.
 
     Args:
         shape: of one image, ``[H, W, C]``, or ``[C, H, W]`` with ``channels_first``.
@@ -197,12 +197,12 @@ class ImageEmbedding(EntryEmbedding):
         elif trunk_options:
             raise ValueError(f"a trunk that is a module has no trunk_options, got {trunk_options}.")
         if min(height, width) < (size := getattr(trunk, "min_size", 1)):
-            sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
-            raise ValueError(
-                f"the trunk needs images of at least {size} x {size} pixels, got {height} x "
-                f"{width} (shape {self.shape}, channels_first={channels_first}). Correct "
-                f"channels_first, enlarge the images, or choose another trunk: {sizes}."
+            rule = (
+                f"the trunk needs images of at least {size} x {size} pixels, got {height} x {width}"
             )
+            sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
+            remedy = f"Correct channels_first={channels_first}, or choose another trunk: {sizes}."
+            raise ValueError(f"{rule} (shape {self.shape}). {remedy}")
         self.trunk = trunk
         self.features = nn.Linear(_num_features(trunk, (channels, height, width)), output_size)
 
