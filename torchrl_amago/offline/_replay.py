@@ -26,10 +26,10 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     """Join episodes to a trial, or take one trajectory that is a trial or a piece of one."""
     is_joinable = len(parts) == 1 or not any(x.marks_episodes or x.is_fragment for x in parts)
     require(is_joinable, "only whole episodes can be joined: load others by episodes_per_trial=1.")
+    for one in parts[:-1]:
+        one.rows_S["done"][-1] = True
     rows_S, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows_S) - len(parts)
-    ends = torch.tensor([len(one.rows_S) for one in parts]).cumsum(0) - 1
-    rows_S["done"][ends[:-1]] = True
     if (
         last.marks_episodes
     ):  # repeat the first row of each later episode, where the one before ended
@@ -81,7 +81,8 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
     env = TransformedEnv(base, Compose(*transforms))
     step = env.reset()
     for r, (k, t, _) in enumerate(starts):
-        _seed(checker, step[r], trials[k], t)
+        if t or trials[k].recorded_S:
+            _seed(checker, step[r], trials[k], t)
     root = [*checker.given, *checker.written, *FLAGS]  # the environment may hide some
     kept = [*root, checker.action_key, *(("next", key) for key in (*root, checker.reward_key))]
     steps = []

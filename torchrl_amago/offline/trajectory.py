@@ -44,8 +44,7 @@ class Trajectory:
         observation: ``[L + 1, ...]`` of each entry by its key, the last row being what the last
             step led to; ``[L, ...]`` if that is unknown: the last step is then dropped if a value
             would bootstrap there. An array alone is the entry ``"observation"``.
-        action: ``[L, ...]``.
-        reward: ``[L]`` or ``[L, 1]``, like the flags.
+        action: ``[L, ...]``; ``reward`` is ``[L]`` or ``[L, 1]``, like the flags.
         terminated: True on the last step if it ended the episode for good.
         truncated: True on the last step at a time limit. With neither, the data are cut there.
         action_form: ``"env"`` for actions of the environment without transforms, ``"policy"`` for
@@ -237,8 +236,8 @@ def require(is_right: bool, problem: str) -> None:
 
 def require_names(name: str, needed: Sequence[Any], names: Collection[Any], remedy: str) -> None:
     """Raise unless all needed names are there."""
-    missing = [one for one in needed if one not in names]
-    require(not missing, f"{name} must hold {needed}, got {[*names]} without {missing}. {remedy}")
+    if missing := [one for one in needed if one not in names]:
+        require(False, f"{name} must hold {needed}, got {[*names]} without {missing}. {remedy}")
 
 
 def require_steps(name: str, x: Tensor, is_right_L: Tensor) -> None:
@@ -281,7 +280,7 @@ def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace)
     x = x.reshape(shape)
     y = x.to(spec.dtype)
     is_right = x.isfinite() & y.isfinite()
-    if not (x.is_floating_point() and y.is_floating_point()):
+    if x.dtype != y.dtype and not (x.is_floating_point() and y.is_floating_point()):
         # There and back alone would miss a lost sign, and float64 alone the last digits of int64.
         is_right &= (y.to(x.dtype) == x) & (y.double() == x.double())
     is_right_L = is_right.reshape(rows, -1).all(-1)
