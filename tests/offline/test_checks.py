@@ -28,7 +28,7 @@ NUMBER = Unbounded((1,))
 
 
 def plain_env(action: TensorSpec | None = None, **observation: TensorSpec) -> EnvBase:
-    """Nobody's environment, whose trials are its episodes."""
+    """An environment of specs alone, whose trials are its episodes."""
     observation = observation or {
         "observation": Unbounded((2,)),
         "cell": Categorical(5, shape=(1,)),
@@ -161,7 +161,7 @@ BAD = {
 }
 
 
-def assert_refused(trajectories, env, bad, message, **options):
+def assert_bad_one_is_named(trajectories, env, bad, message, **options):
     """The bad one of three is named, or left out."""
     buffer = make_trial_buffer(50, slice_length=2, batch_size=2)
     with pytest.raises(TrajectoryError, match=f"trajectory {bad}: .*{message}"):
@@ -177,7 +177,7 @@ def assert_refused(trajectories, env, bad, message, **options):
 def test_bad_trajectories(bad):
     changes, message = BAD[bad]
     trajectories = [arrays(3), arrays(**changes), arrays(5)]
-    report = assert_refused(trajectories, plain_env(), 1, message)
+    report = assert_bad_one_is_named(trajectories, plain_env(), 1, message)
     assert report.lengths == [3, 5]
     assert report.describe() == "2 trials of 8 steps, mean return 4; 1 skipped"
 
@@ -285,7 +285,7 @@ def steps_of(**after) -> TensorDict:
 )
 def test_steps_that_are_no_trajectory(after, message):
     env = plain_env(observation=Unbounded((3,)))
-    assert_refused([steps_of(), steps_of(**after), steps_of()], env, 1, message)
+    assert_bad_one_is_named([steps_of(), steps_of(**after), steps_of()], env, 1, message)
 
 
 def test_the_last_observation_of_steps_is_that_under_next():
@@ -361,7 +361,7 @@ def test_data_are_read_on_the_cpu():
     assert rows["observation"].tolist() == [[1, 0, 0], [0, 0, 1]]
 
 
-def test_several_actions_are_refused():
+def test_several_actions_raise():
     env = plain_env(observation=NUMBER)
     env.base_env.action_spec = Composite(left=Categorical(2), right=Categorical(2))
     with pytest.raises(ValueError, match="one action and one reward, got .*left.*right"):
@@ -632,11 +632,13 @@ def test_a_long_trial_played_in_pieces_is_the_same(kind, monkeypatch):
     env, rng, trajectories = make_env(), np.random.default_rng(0), []
     for length in (23, 3, 23):
         last = np.arange(length) == length - 1
-        shown = {key: np.full(length + 1, x) for key, x in before.items()}
-        shown |= {"observation": rng.random(length + 1)}
+        observation = {key: np.full(length + 1, x) for key, x in before.items()}
+        observation |= {"observation": rng.random(length + 1)}
         is_discrete = kind == "plain"
         action = rng.integers(0, 3, length) if is_discrete else rng.random(length)
-        trajectories.append(Trajectory(shown, action, rng.normal(size=length), last, 0 * last))
+        trajectories.append(
+            Trajectory(observation, action, rng.normal(size=length), last, 0 * last)
+        )
     stored, steps_played, played, step = [], [], [], RecordedEnv._step
     monkeypatch.setattr(RecordedEnv, "_step", lambda *args: played.append(0) or step(*args))
     for shortest in (100, 4):

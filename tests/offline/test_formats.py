@@ -1,4 +1,4 @@
-"""Whatever format trials were saved in, they are read back as the collector wrote them."""
+"""Trials of a collector, saved in each format, are read back as they were written."""
 
 from __future__ import annotations
 
@@ -232,7 +232,7 @@ def test_minari(name, minari):
 
 
 def test_no_code_that_a_minari_dataset_names_is_run(minari, tmp_path):
-    """A dataset says how to make its environment; nobody asks."""
+    """A dataset names the code of its environment, which the reader ignores."""
     collected = collect("pendulum")
     save_as_minari(minari, collected, "Pendulum-v1")
     file = tmp_path / "here/test-v0/data/metadata.json"
@@ -272,7 +272,7 @@ def toy_trials():
 
 
 def trials_of_workers(worker):
-    """With the trial transform around the workers; nobody resets them."""
+    """Trials with the transform around the workers, which are never reset."""
     return make_trial_env(
         SerialEnv(2, worker), horizon=7, trial_end="truncated", repeat=lambda *args: None
     )
@@ -284,7 +284,7 @@ def started(env):
 
 
 def seven_steps(env):
-    """What is stored of seven actions 0.5, each worth 1."""
+    """Store seven actions 0.5 with rewards of 1."""
     buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
     last = [False] * 6 + [True]
     load_trials(buffer, [Trajectory(np.zeros((8, 2)), [0.5] * 7, [1] * 7, last, last)], env)
@@ -451,8 +451,8 @@ def test_where_d4rl_arrays_cut_an_episode_off_it_is_truncated():
     assert ends_of(read_d4rl(arrays), 1, None, "episode") == [(2, False), (1, False)]
 
 
-def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
-    """Where a terminal isn't the trial's termination, the step that leads there is given up."""
+def test_no_value_bootstraps_from_an_unknown_observation():
+    """The step to a terminal that isn't the trial's termination is dropped."""
     arrays = d4rl_arrays([0, 0, 1, 0, 1], observations=np.arange(5.0)[:, None] * np.ones(3))
     source = read_d4rl(arrays)
     for trial_end in ("episode", "terminated"):
@@ -617,7 +617,7 @@ def test_amago_files_with_bad_arrays(bad, tmp_path):
 
 
 def damaged(content: bytes, kind: str) -> bytes:
-    """What a disk or a copy can do to an archive."""
+    """Damage an archive as a disk or a copy can."""
     if kind == "one array":
         file = io.BytesIO()
         np.save(file, np.zeros(3))

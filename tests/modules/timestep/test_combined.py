@@ -1,4 +1,4 @@
-"""The combined encoder: what each spec becomes, and what it refuses."""
+"""The combined encoder: embeddings chosen by specs, and errors."""
 
 from __future__ import annotations
 

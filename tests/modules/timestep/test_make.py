@@ -68,7 +68,7 @@ def make_env(*names: str):
 
 
 class OwnEncoder(TimestepEncoder):
-    """What a user writes: one class, one method."""
+    """A user's encoder: one class, one method."""
 
     def __init__(self, shapes, output_size=16, **options):
         super().__init__(shapes, output_size, **options)
@@ -140,12 +140,12 @@ def test_chosen_entries():
     assert encoder.in_keys == ["cards", "prev_reward", "prev_action"]
 
 
-def test_an_entry_that_is_no_tensor_is_refused():
+def test_an_entry_that_is_no_tensor_raises():
     with pytest.raises(ValueError, match=r"\['text'\] are none. Choose obs_keys"):
         OwnEncoder.from_specs({"text": NonTensor(())})
 
 
-def test_refusals():
+def test_errors_name_the_rule():
     env = make_env("pixels", "cards")
     with pytest.raises(ValueError, match=r"must be one of \['cnn', 'combined', 'mlp'\], .* 'rnn'"):
         make_policy(env, timestep_encoder="rnn", **SMALL)

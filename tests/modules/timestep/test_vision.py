@@ -1,4 +1,4 @@
-"""Images: shifts that every step of a row shares, trunks, scaling, refusals."""
+"""Images: shifts that every step of a row shares, trunks, scaling, errors."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def test_a_shift_is_what_drq_samples_on_a_grid():
 @given(
     rows=st.integers(0, 40),
     reach=st.integers(0, 6),
-    share=st.sampled_from([0.0, 0.1, 0.5, 0.75, 1.0]),
+    fraction=st.sampled_from([0.0, 0.1, 0.5, 0.75, 1.0]),
 )
-def test_a_share_of_the_rows_is_shifted(rows, reach, share):
-    shift = sample_shifts(rows, reach, share, CPU)
+def test_a_fraction_of_the_rows_is_shifted(rows, reach, fraction):
+    shift = sample_shifts(rows, reach, fraction, CPU)
     assert shift.shape == (rows, 2)
     assert not rows or int(shift.abs().max()) <= reach
     moved = int(shift.any(-1).sum())
-    assert moved <= -(-rows * round(100 * share) // 100)
+    assert moved <= -(-rows * round(100 * fraction) // 100)
 
 
 def test_every_shift_is_as_likely_and_every_row():
@@ -62,7 +62,7 @@ def test_every_shift_is_as_likely_and_every_row():
 
 
 def shifted_images(mask: torch.Tensor, pixels: torch.Tensor, **options) -> torch.Tensor:
-    """What the trunk gets to see of real steps, in training."""
+    """Return the trunk's inputs of real steps, in training."""
     seen = []
 
     class Spy(torch.nn.Module):

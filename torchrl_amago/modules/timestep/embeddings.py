@@ -173,7 +173,7 @@ class GoalEmbedding(EntryEmbedding):
         output_size: F.
         ordered: False if goals may be reached in any order.
         padding: a goal whose numbers all equal this is absent; None for none. NaN works here, but
-            :class:`~torchrl_amago.trainers.AMAGOTrainer` refuses batches with NaN.
+            :class:`~torchrl_amago.trainers.AMAGOTrainer` raises for NaN.
         mask_key: entry that is True on present goals, ``[*M, L]``.
         activation: see :class:`TimestepEncoder`.
 
