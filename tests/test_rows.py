@@ -79,9 +79,9 @@ def test_other_keys():
 
 @pytest.mark.parametrize(
     ("shape", "message"),
-    [((), "must be flat"), ((2, 2, 3), r"reshape\(-1"), ((5,), "must tell where trials begin")],
+    [((), "must be flat"), ((2, 2, 3), r"reshape\(-1"), ((5,), "must mark where trials start")],
 )
-def test_refuses_what_cannot_be_split(shape, message):
+def test_batches_that_cannot_be_split(shape, message):
     with pytest.raises(ValueError, match=message):
         split_trials(TensorDict({"x": torch.zeros(shape)}, shape))
 

@@ -11,17 +11,14 @@ __all__ = ["Steps", "is_traced"]
 
 
 class Steps:
-    """The steps M that count: ``[*B]`` as it is, or its real steps alone in one row ``[N]``.
+    """The steps M to compute: all of ``[*B]``, or the real ones alone in one row ``[N]``.
 
-    In one row, padding costs nothing and cannot be seen; shapes then depend on the data, which is
-    fine on a CPU but stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
+    In one row, padding costs nothing and has no influence. Shapes then depend on data: fine on a
+    CPU, but it stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
 
     Args:
         mask: bool ``[*B]``, True on real steps.
-        compact: put the real steps in one row; default on a CPU, outside of those.
-
-    Raises:
-        ValueError: if the mask isn't bool.
+        compact: put the real steps in one row; by default on a CPU, untraced.
 
     Example:
         >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
@@ -35,23 +32,15 @@ class Steps:
 
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
         if mask.dtype != torch.bool:
-            raise ValueError(
-                f"a mask of steps must be bool, True on real steps, got {mask.dtype}. Use "
-                "mask.bool() if it holds zeros and ones."
-            )
+            raise ValueError(f"a mask must be bool, got {mask.dtype}. Use mask.bool() for 0 and 1.")
         if compact is None:
             compact = compact_batches(mask)
         self.full_mask, self.compact = mask, compact
-        #: ``[M]``, which of the steps that are kept are real.
+        #: ``[M]``, True on the selected steps that are real.
         self.mask = mask[mask] if compact else mask
 
     def select(self, x: Tensor, fill: float | None = None) -> Tensor:
-        """``[*B, ...] -> [M, ...]``.
-
-        Args:
-            x: a value for every step.
-            fill: what replaces the values of padding, if it is kept; None leaves them.
-        """
+        """Select steps, ``[*B, ...] -> [M, ...]``; ``fill`` replaces the padding that is kept."""
         if self.compact:
             return x[self.full_mask]
         if fill is None:
@@ -60,7 +49,7 @@ class Steps:
         return x.masked_fill(~mask.reshape(mask.shape + (1,) * (x.ndim - mask.ndim)), fill)
 
     def restore(self, x_M: Tensor) -> Tensor:
-        """``[M, ...] -> [*B, ...]``, zero on padding if steps are in one row."""
+        """Undo the selection, ``[M, ...] -> [*B, ...]``; zero on padding if compact."""
         if not self.compact:
             return x_M
         x = x_M.new_zeros(*self.full_mask.shape, *x_M.shape[1:])

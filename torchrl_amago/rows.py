@@ -1,6 +1,6 @@
-"""Rows that hold one trial each, made of flat batches and of rows that hold several trials.
+"""Rows of one trial each, from flat batches and from rows that hold several trials.
 
-Legend: N steps in one row, B rows, T steps of a row, R rows of one trial each, L steps of the longest.
+Legend: N steps, B rows, T steps of a row, R rows of one trial each, L steps of the longest.
 """
 
 from __future__ import annotations
@@ -20,82 +20,67 @@ def split_trials(
     end_key: NestedKey = ("next", "done"),
     trajectory_key: NestedKey = keys.TRAJECTORY,
 ) -> TensorDictBase:
-    """Rows of one trial each, padded at their ends, from steps in the order in which they were taken.
+    """Split consecutive steps into rows of one trial each, padded at their ends.
 
-    A row is cut before a step where `is_init` is True or the trajectory's number changes, behind one
+    A row is cut before a step where `is_init` is True or the trajectory's number changes, after one
     where `end_key` is True (which slice samplers set at the end of each slice), and around padding.
-    Whichever of these entries is missing cuts nothing.
+    An entry that is missing cuts nothing.
 
     Args:
         batch: ``[N]``, flat, or rows ``[B, T]``.
         mask_key: True on real steps, ``[N]`` or ``[B, T]``; if missing, all are.
-        is_init_key: first step of a trial.
-        end_key: last step of a trial, or of a slice of one.
-        trajectory_key: a number that differs between trials that follow one another.
+        is_init_key: True on the first step of a trial.
+        end_key: True on the last step of a trial, or of a slice of one.
+        trajectory_key: a number that differs between consecutive trials.
 
     Returns:
         ``[R, L]``, a copy, with the mask under `mask_key`. Padding repeats a row's last step. Rows
         keep the order of their first steps.
 
     Raises:
-        ValueError: if the batch has another number of dimensions, or is flat and nothing tells where
-            trials begin or end.
+        ValueError: for another number of dimensions, or a flat batch in which nothing marks trials.
 
     Example:
         >>> from tensordict import TensorDict
         >>> flat = TensorDict({"x": torch.arange(5), "is_init": torch.zeros(5, 1).bool()}, [5])
         >>> flat["is_init"][2] = True
         >>> rows = split_trials(flat)
-        >>> rows["x"]
-        tensor([[0, 1, 1],
-                [2, 3, 4]])
-        >>> rows["collector", "mask"]
-        tensor([[ True,  True, False],
-                [ True,  True,  True]])
+        >>> rows["x"].tolist(), rows["collector", "mask"].sum(1).tolist()
+        ([[0, 1, 1], [2, 3, 4]], [2, 3])
     """
     if batch.ndim not in (1, 2):
-        raise ValueError(
-            f"a batch to split must be flat, [N], or rows of steps, [B, T], got {list(batch.shape)}. "
-            "Use batch.reshape(-1, batch.shape[-1])."
-        )
+        got = f"got {list(batch.shape)}. Use batch.reshape(-1, batch.shape[-1])."
+        raise ValueError(f"a batch to split must be flat, [N], or rows of steps, [B, T], {got}")
     mask = batch.get(mask_key, None)
     if mask is None:
         mask = torch.ones(batch.shape, dtype=torch.bool, device=batch.device)
     marks = (batch.get(key, None) for key in (is_init_key, end_key, trajectory_key))
-    begins_BT = trial_begins(mask.reshape(batch.shape), *marks)
-    index_RL, mask_RL = index_of_rows(begins_BT, mask.reshape(begins_BT.shape))
+    is_start_BT = trial_starts(mask.reshape(batch.shape), *marks)
+    index_RL, mask_RL = index_of_rows(is_start_BT, mask.reshape(is_start_BT.shape))
     return batch.reshape(-1)[index_RL].set(mask_key, mask_RL)
 
 
-def trial_begins(
+def trial_starts(
     mask: Tensor,
     is_init: Tensor | None = None,
     is_last: Tensor | None = None,
     trajectory: Tensor | None = None,
 ) -> Tensor:
-    """First steps of trials, or of parts of them: real steps that the step before doesn't lead to.
+    """Mark the first steps of trials, or of parts of them: real steps that follow no other.
 
-    Args:
-        mask: bool ``[N]`` or ``[B, T]``, True on real steps.
-        is_init: where a trial begins; this and the following hold a number per step, or are None.
-        is_last: where a trial or slice ends.
-        trajectory: differs between trials that follow one another.
+    The mask and marks are entries of a batch, see :func:`split_trials`.
 
     Returns:
         bool ``[B, T]``, ``[1, N]`` of a flat batch.
 
-    Raises:
-        ValueError: for a flat batch without any of the three.
-
     Example:
-        >>> trial_begins(torch.tensor([True, True, True]), is_last=torch.tensor([True, False, False]))
+        >>> trial_starts(torch.tensor([True, True, True]), is_last=torch.tensor([1, 0, 0]))
         tensor([[ True,  True, False]])
     """
     if mask.ndim == 1 and is_init is None and is_last is None and trajectory is None:
         raise ValueError(
-            "a flat batch must tell where trials begin or end, got none of is_init, ('next', 'done') "
-            "and ('collector', 'traj_ids'). Collect with InitTracker(), or pass rows [B, T] of one "
-            "trial each."
+            "a flat batch must mark where trials start or end, got none of is_init, "
+            "('next', 'done') and ('collector', 'traj_ids'). Collect with InitTracker()."
         )
     mask_BT = mask.reshape(-1, mask.shape[-1])
     cut_BT = ~mask_BT[:, :-1]
@@ -108,24 +93,12 @@ def trial_begins(
     return torch.cat([mask_BT[:, :1], mask_BT[:, 1:] & cut_BT], 1)
 
 
-def index_of_rows(begins_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Positions of each row's steps among all ``B T`` of them, and which are real.
-
-    Args:
-        begins_BT: see :func:`trial_begins`.
-        mask_BT: True on real steps.
-
-    Returns:
-        int64 and bool, ``[R, L]``. Without any real step, one row of one step of padding.
-
-    Example:
-        >>> index_of_rows(torch.tensor([[True, False, True]]), torch.ones(1, 3, dtype=torch.bool))[0]
-        tensor([[0, 1],
-                [2, 2]])
-    """
-    begins_N, mask_N = begins_BT.reshape(-1), mask_BT.reshape(-1)
-    start_R = begins_N.nonzero().squeeze(1)
-    length_R = (begins_N.cumsum(0)[mask_N] - 1).bincount(minlength=1)
+def index_of_rows(is_start_BT: Tensor, mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Index each row's steps among all ``B T`` of them; return index and mask, both ``[R, L]``."""
+    is_start_N, mask_N = is_start_BT.reshape(-1), mask_BT.reshape(-1)
+    start_R = is_start_N.nonzero().squeeze(1)
+    # Without any real step, there is one row of one step of padding.
+    length_R = (is_start_N.cumsum(0)[mask_N] - 1).bincount(minlength=1)
     start_R1 = (start_R if len(start_R) else torch.zeros_like(length_R)).unsqueeze(1)
     length_R1 = length_R.unsqueeze(1)
     step_L = torch.arange(max(1, int(length_R.max())), device=mask_BT.device)

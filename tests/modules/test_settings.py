@@ -124,7 +124,8 @@ def each_change():
             keys = {"obs_keys": ["pixels", "observation"]} if encoder == "cnn" else keys
             first = {"timestep_encoder": encoder, "timestep_options": same, **keys}
             other = {**first, "timestep_options": {**same, name: value}}
-            yield first, other, "timestep." if name == "entries" else f"timestep.{name}"
+            part = "timestep.embeddings.pixels." if name.startswith("random") else "timestep."
+            yield first, other, part if name == "entries" else part + name
     for action, kind, same, changes in DISTRIBUTIONS:
         for name, value in changes.items():
             first = {"action": action, "distribution": kind, "distribution_options": same}

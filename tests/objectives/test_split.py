@@ -137,7 +137,7 @@ def test_keywords_take_the_marks(layout):
 
 def test_a_flat_batch_must_tell_its_trials():
     batch = in_one_row(make_batch(), "flat").exclude("is_init", ("next", "is_init"))
-    with pytest.raises(ValueError, match="a flat batch must tell where trials begin or end"):
+    with pytest.raises(ValueError, match="a flat batch must mark where trials start or end"):
         make_loss()(batch)
 
 

@@ -199,7 +199,7 @@ def _input_problems(policy: Policy) -> dict[str, list[str]]:
     encoder, problems = policy.encoder.module[0], {}
     read = list(encoder.in_keys)
     if isinstance(encoder, CNNTimestepEncoder):
-        read = encoder.vector_keys
+        read = list(encoder.vector_shapes)
         if encoder.vector_scale != "symlog":
             scale = f"vector_scale={encoder.vector_scale!r}"
             problems["vectors on another scale than AMAGO's symlog"] = [scale]

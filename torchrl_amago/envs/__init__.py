@@ -1,5 +1,6 @@
 """Environments: ``tasks`` are natively batched, ``transforms`` make trials of any environment."""
 
+from torchrl_amago.envs.recorded import RecordedEnv
 from torchrl_amago.envs.tasks import (
     DarkKeyDoor,
     MazeRunner,
@@ -14,6 +15,7 @@ __all__ = [
     "MazeRunner",
     "MetaFrozenLake",
     "PreviousStepTransform",
+    "RecordedEnv",
     "TMaze",
     "TrialTransform",
     "bayes_optimal_success",

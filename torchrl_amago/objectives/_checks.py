@@ -163,7 +163,7 @@ def check_steps(
 
     Args:
         mask_BT: True on real steps.
-        begins_BT: where trials begin, see :func:`~torchrl_amago.rows.trial_begins`.
+        begins_BT: where trials begin, see :func:`~torchrl_amago.rows.trial_starts`.
         inputs: what steps led to, of any shapes and dtypes; None for those that are missing.
         reward: a number per step; None if missing.
         reward_scale: its factor.

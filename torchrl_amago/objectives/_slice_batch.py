@@ -22,7 +22,7 @@ from torchrl_amago.objectives._checks import (
     check_reward,
     check_steps,
 )
-from torchrl_amago.rows import index_of_rows, trial_begins
+from torchrl_amago.rows import index_of_rows, trial_starts
 
 
 class Slices:
@@ -69,7 +69,7 @@ class Slices:
     ) -> None:
         given, mask = self.given, self.steps.full_mask
         marks = (self.keys.is_init, ("next", self.keys.done), keys.TRAJECTORY)
-        begins_BT = trial_begins(mask, *(given.get(mark, None) for mark in marks))
+        begins_BT = trial_starts(mask, *(given.get(mark, None) for mark in marks))
         mask_BT = mask.reshape(begins_BT.shape)
         found = [given.get(("next", key), None) for key in inputs]
         reward = given.get(("next", self.keys.reward), None)

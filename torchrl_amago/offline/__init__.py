@@ -1,9 +1,7 @@
-"""Offline data: trajectories from elsewhere, checked, and stored as a collector would have stored them.
+"""Offline data: readers of trajectories, and `load_trials`, which writes them into a buffer."""
 
-Readers give trajectories, :func:`load_trials` writes them into a replay buffer.
-"""
-
-from torchrl_amago.offline.load import LoadReport, load_trials
+from torchrl_amago.envs import RecordedEnv
+from torchrl_amago.offline.load import OfflineReport, load_trials
 from torchrl_amago.offline.readers import (
     TrajectorySource,
     read_amago,
@@ -11,16 +9,14 @@ from torchrl_amago.offline.readers import (
     read_minari,
     read_torchrl,
 )
-from torchrl_amago.offline.recorded import RecordedEnv
-from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError, as_trajectory
+from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError
 
 __all__ = [
-    "LoadReport",
+    "OfflineReport",
     "RecordedEnv",
     "Trajectory",
     "TrajectoryError",
     "TrajectorySource",
-    "as_trajectory",
     "load_trials",
     "read_amago",
     "read_d4rl",

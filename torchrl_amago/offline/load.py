@@ -2,46 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
-from tensordict import is_tensor_collection
 from torchrl import logger as torchrl_logger
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from tqdm import tqdm
 
 from torchrl_amago._validation import check_choice, check_counts
-from torchrl_amago.offline.recorded import ROWS_AT_ONCE, RecordedTrial, join, replay
-from torchrl_amago.offline.trajectory import (
-    TrajectoryChecker,
-    TrajectoryError,
-)
+from torchrl_amago.offline._replay import MAX_ROWS, join, replay
+from torchrl_amago.offline.trajectory import RecordedTrial, TrajectoryChecker, TrajectoryError
 
-OnError = Literal["raise", "skip"]
-
-# What trials played side by side may take, each as long as the longest, with root and next.
-_BYTES_AT_ONCE = 2**28
+_MAX_BYTES = 2**28  # of trials played side by side, each as long as the longest
 
 
 @dataclass
-class LoadReport:
-    """Returns and lengths of the trials that were written, and problems of trajectories left out.
-
-    Example:
-        >>> LoadReport(returns=[1.0, 2.0], lengths=[5, 7]).describe()
-        '2 trials of 12 steps, mean return 1.5'
-    """
+class OfflineReport:
+    """Returns and lengths of the trials that were written, and problems of skipped trajectories."""
 
     returns: list[float] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     skipped: dict[int, str] = field(default_factory=dict)
 
     def describe(self) -> str:
-        """One line."""
+        """Return one line of text."""
         mean = np.mean(self.returns) if self.returns else float("nan")
         text = f"{len(self.returns)} trials of {sum(self.lengths)} steps, mean return {mean:.4g}"
         return f"{text}; {len(self.skipped)} skipped" if self.skipped else text
@@ -53,30 +41,28 @@ def load_trials(
     env: EnvBase,
     *,
     episodes_per_trial: int | None = None,
-    on_error: OnError = "raise",
+    on_error: Literal["raise", "skip"] = "raise",
     progress_bar: bool = True,
-) -> LoadReport:
+) -> OfflineReport:
     """Write trajectories into a replay buffer, in their order, as if collected in ``env``.
 
-    They are played back under the environment's trial transforms, which write previous actions and
-    rewards, time, episodes and ends.
+    They are played back under the environment's trial transforms.
 
     Args:
         buffer: must have room for everything.
-        trajectories: what a reader gives (:func:`read_minari` and its like), or any iterable of what
-            :func:`as_trajectory` knows: mappings of arrays, tensordicts of steps.
-        env: the environment that training goes on in, never stepped; where there is none,
-            ``make_trial_env(RecordedEnv(...))``.
-        episodes_per_trial: trajectories in a row that become one trial, being episodes at one task;
-            by default as many as the environment's trials have, and those with an entry
-            ``soft_reset``, which says where episodes begin, are trials themselves.
-        on_error: ``"raise"``, or ``"skip"`` to leave out trials with a bad trajectory, and count them.
-        progress_bar: False to hide it; without a terminal it never shows.
+        trajectories: a reader's, or any iterable of :class:`Trajectory`, mappings with the arrays
+            ``observations`` (or a mapping of them), ``actions``, ``rewards``, ``terminations`` and
+            ``truncations``, and tensordicts ``[L]`` of steps as a collector writes them.
+        env: the environment of training, never stepped; or ``make_trial_env(RecordedEnv(...))``.
+        episodes_per_trial: number of consecutive trajectories that become one trial; by default
+            as many as the environment's trials have episodes. Those that mark their episodes, with
+            an entry ``soft_reset``, are then trials themselves.
+        on_error: ``"raise"``, or ``"skip"`` to leave out and count trials with a bad trajectory.
+        progress_bar: False to hide it; without a terminal it is never printed.
 
     Raises:
-        TrajectoryError: for a trajectory that can't be trained on, with its number from 0. Trials
-            before it may have been written.
-        ValueError: if the buffer is too small, or an argument wrong.
+        TrajectoryError: for a bad trajectory, with its number; those before it may be written.
+        ValueError: if the buffer is too small.
 
     Example:
         >>> import gymnasium as gym
@@ -88,87 +74,77 @@ def load_trials(
         >>> buffer = make_trial_buffer(10, slice_length=2, batch_size=3)
         >>> load_trials(buffer, [trajectory], env).describe()
         '1 trials of 2 steps, mean return 4'
-        >>> buffer.sample()["prev_reward"][0].flatten()
-        tensor([0., 1.])
     """
-    if is_tensor_collection(trajectories) or isinstance(trajectories, Mapping | ReplayBuffer):
-        problem = f"load_trials takes trajectories one by one, got a {type(trajectories).__name__}."
-        raise TypeError(f"{problem} Let read_torchrl or read_d4rl tell those in it apart.")
     if episodes_per_trial is not None:
         check_counts("None takes as many as the env has.", episodes_per_trial=episodes_per_trial)
-    check_choice("on_error", on_error, get_args(OnError))
-    checker, report = TrajectoryChecker(env), LoadReport()
+    check_choice("on_error", on_error, ("raise", "skip"))
+    checker, report = TrajectoryChecker(env), OfflineReport()
 
-    def refuse(numbers: Iterable[int], problem: str) -> None:
-        for number in numbers:
-            if on_error == "raise":
-                raise TrajectoryError(f"trajectory {number}: {problem} (Or pass on_error='skip'.)")
-            report.skipped.setdefault(number, problem)
+    def skip(numbers: Iterable[int], problem: str) -> None:
+        text = f"trajectory {min(numbers)}: {problem}"
+        if on_error == "raise":
+            raise TrajectoryError(f"{text} (Or pass on_error='skip'.)")
+        if not report.skipped:
+            torchrl_logger.warning(f"skipped {text}")
+        report.skipped = dict.fromkeys(numbers, problem) | report.skipped
 
-    total = len(trajectories) if hasattr(trajectories, "__len__") else None
-    with tqdm(total=total, desc="loading trajectories", disable=not progress_bar or None) as bar:
-        source = checker, iter(trajectories), bar, refuse
-        for trials in _side_by_side(_trials(*source, episodes_per_trial)):
+    total = getattr(trajectories, "num_steps", None)
+    with tqdm(total=total, unit="step", disable=not progress_bar or None) as bar:
+        for trials in _batches(_trials(checker, trajectories, episodes_per_trial, skip)):
             steps, lengths = replay(checker, trials), [trial.length for trial in trials]
-            held, capacity = len(buffer), buffer.storage.max_size
-            if held + len(steps) > capacity:
-                raise ValueError(
-                    f"the buffer must hold all trials: it holds {held} of at most {capacity} steps, "
-                    f"and {len(steps)} more come. Make it as large as a reader's num_steps."
-                )
+            if len(buffer) + len(steps) > (capacity := buffer.storage.max_size):
+                got = f"it holds {len(buffer)} of at most {capacity} steps, and {len(steps)} more"
+                raise ValueError(f"the buffer must hold all trials: {got} come. Enlarge it.")
             buffer.extend(steps)
+            bar.update(len(steps))
             rewards = steps["next", checker.reward_key].double().split(lengths)
             report.returns += [float(reward.sum()) for reward in rewards]
             report.lengths += lengths
-    if report.skipped:
-        first, problem = min(report.skipped.items())
-        text = f"skipped {len(report.skipped)} trajectories; the first is number {first}: {problem}"
-        torchrl_logger.warning(text)
     return report
 
 
 def _trials(
     checker: TrajectoryChecker,
-    trajectories: Iterator[Any],
-    bar: tqdm,
-    refuse: Callable[[Iterable[int], str], None],
+    trajectories: Iterable[Any],
     episodes_per_trial: int | None,
+    skip: Callable[[Iterable[int], str], None],
 ) -> Iterator[RecordedTrial]:
-    """Trials of as many trajectories in a row, or by default of one that is a trial itself."""
-    size, group = episodes_per_trial or checker.rule.episodes or 1, {}
+    """Join consecutive trajectories to trials; by default, take one that is a trial as it is."""
+    size, group, source = episodes_per_trial or checker.trial.episodes or 1, {}, iter(trajectories)
     for number in count():
         try:
-            one = checker.check(next(trajectories))
+            one = checker.check(next(source))
         except StopIteration:
             break
         except TrajectoryError as error:
-            one = refuse([number], str(error))
-        bar.update()
-        if episodes_per_trial is None and one is not None and one.is_trial:
+            one = skip([number], str(error))
+        if episodes_per_trial is None and one is not None and one.marks_episodes:
             parts = {number: one}
         else:
             group[number] = one
             if len(group) < size:
                 continue
             parts, group = group, {}
+        if bad := [number for number, part in parts.items() if part is None]:
+            skip(parts, f"trajectory {bad[0]}, of the same trial, was skipped.")
+            continue
         try:
-            if bad := [number for number, part in parts.items() if part is None]:
-                raise TrajectoryError(f"trajectory {bad[0]}, of the same trial, was refused.")
-            yield join(checker.rule, [*parts.values()])
+            yield join(checker.trial, [*parts.values()])
         except TrajectoryError as error:
-            refuse(parts, str(error))
-    refuse(group, f"a trial is made of {size} trajectories, and the last has {len(group)}.")
+            skip(parts, str(error))
+    if group:
+        skip(group, f"a trial has {size} trajectories, and the last one only {len(group)}.")
 
 
-def _side_by_side(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
-    """As many trials at once as are fast and take little memory."""
-    chosen: list[RecordedTrial] = []
+def _batches(trials: Iterable[RecordedTrial]) -> Iterator[list[RecordedTrial]]:
+    """Group as many trials as are fast to play side by side and take little memory."""
+    batch, longest = [], 0
     for trial in trials:
-        longest = max(one.length for one in (*chosen, trial))
-        size = 2 * trial.rows.bytes() // len(trial.rows) * longest * (len(chosen) + 1)
-        if chosen and (size > _BYTES_AT_ONCE or len(chosen) == ROWS_AT_ONCE):
-            yield chosen
-            chosen = []
-        chosen.append(trial)
-    if chosen:
-        yield chosen
+        longest = max(longest, trial.length)
+        size = 2 * trial.rows_S.bytes() // len(trial.rows_S) * longest * (len(batch) + 1)
+        if batch and (size > _MAX_BYTES or len(batch) == MAX_ROWS):
+            yield batch
+            batch, longest = [], trial.length
+        batch.append(trial)
+    if batch:
+        yield batch

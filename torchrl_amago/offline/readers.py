@@ -1,6 +1,6 @@
 """Trajectories from datasets: Minari, D4RL-style arrays, AMAGO's files, TorchRL's datasets.
 
-Readers read numbers: no code that a dataset holds or names (pickles, an environment's entry point) is run.
+Readers read numbers: no code that a dataset holds or names (a pickle, an entry point) is run.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike
 from tensordict import NestedKey, TensorDictBase
 from torchrl.data import ReplayBuffer
@@ -23,27 +24,19 @@ from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.offline import trajectory as arrays_of
 from torchrl_amago.offline.trajectory import ActionForm, Trajectory, TrajectoryError
 
-if TYPE_CHECKING:
-    from minari import MinariDataset
-
+_D4RL_ARRAYS = ["observations", "actions", "rewards", "terminals"]
+_AMAGO_ARRAYS = ["rl2s", "time_idxs", "rews", "dones", "actions"]
 # What numpy, zipfile and zlib raise for damaged archives and for files that are none.
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class TrajectorySource:
-    """Trajectories that ``load`` reads by number, when they are asked for.
+    """A sequence of trajectories, each read by ``load(number)`` when it is needed."""
 
-    Example:
-        >>> one = Trajectory([[0.0], [1.0]], [1], [0.5], [True], [False])
-        >>> len(TrajectorySource("twice the same", 2, 2, lambda number: one)[0])
-        1
-    """
-
-    name: str
     num_trajectories: int
     num_steps: int
-    load: Callable[[int], Trajectory] = field(repr=False)
+    load: Callable[[int], Trajectory]
 
     def __len__(self) -> int:
         return self.num_trajectories
@@ -56,117 +49,85 @@ class TrajectorySource:
         return map(self.load, range(self.num_trajectories))
 
 
-def read_minari(dataset: str | MinariDataset, *, download: bool = False) -> TrajectorySource:
+def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySource:
     """Read the episodes of a Minari dataset (https://minari.farama.org).
 
     Args:
-        dataset: its id, which Minari looks for in ``$MINARI_DATASETS_PATH``; or one that is loaded.
-        download: whether Minari may download it.
+        dataset: a loaded one, or the id of one in ``$MINARI_DATASETS_PATH``.
+        download: let Minari download it.
 
     Raises:
-        ImportError: without Minari; the message names the extra.
-        FileNotFoundError: where there is no such dataset.
-
-    Example:
-        >>> len(read_minari("mujoco/hopper/medium-v0"))  # doctest: +SKIP
-        200
+        ImportError: without Minari. FileNotFoundError: without the dataset.
     """
     try:
         import minari
     except ImportError as error:
-        missing = "read_minari needs the packages minari and h5py, which are not installed."
-        raise ImportError(f"{missing} Run pip install 'torchrl-amago[offline]'.") from error
+        remedy = "Run pip install 'torchrl-amago[offline]'."
+        raise ImportError(f"read_minari needs minari and h5py. {remedy}") from error
     if isinstance(dataset, str):
         dataset = minari.load_dataset(dataset, download=download)
-
-    def load(number: int) -> Trajectory:
-        one = dataset[number]
-        ends = one.terminations, one.truncations
-        return Trajectory(one.observations, one.actions, one.rewards, *ends)
-
-    return TrajectorySource(dataset.id, dataset.total_episodes, dataset.total_steps, load)
+    arrays, sizes = attrgetter(*arrays_of.ARRAYS), (dataset.total_episodes, dataset.total_steps)
+    return TrajectorySource(*sizes, lambda number: Trajectory(*arrays(dataset[number])))
 
 
 def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
-    A trajectory ends with a terminal, a timeout or the arrays; the last cut it off. Without
-    ``next_observations`` the last observation stands in for what a terminal led to, and any other
-    trajectory's last step is given up.
+    A terminal, a timeout or the end of the arrays ends a trajectory. Without ``next_observations``
+    the last step of one is dropped if a value would bootstrap there, see :class:`Trajectory`.
 
     Args:
-        arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known, ``timeouts``
-            and ``next_observations``; for example an open ``h5py.File``.
+        arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known,
+            ``timeouts`` and ``next_observations``; for example an open ``h5py.File``.
 
     Raises:
-        ValueError: where an array is missing, lengths or shapes differ, or a flag is neither 0 nor 1.
+        TrajectoryError: for a missing array, other lengths, or flags that are neither 0 nor 1.
 
     Example:
         >>> import numpy as np
         >>> source = read_d4rl({
-        ...     "observations": np.zeros((5, 3)), "actions": np.zeros((5, 1)), "rewards": np.ones(5),
+        ...     "observations": np.zeros((5, 3)), "actions": np.zeros(5), "rewards": np.ones(5),
         ...     "terminals": np.arange(5) == 1, "timeouts": np.arange(5) == 4})
         >>> [len(trajectory) for trajectory in source]
-        [2, 2]
+        [2, 3]
     """
-    needed = ("observations", "actions", "rewards", "terminals")
-    remedy = "Rename yours, or give load_trials mappings."
-    arrays_of.require("D4RL-style arrays", needed, [*arrays], remedy)
-    names = [name for name in (*needed, "timeouts", "next_observations") if name in arrays]
-    shapes = {name: np.shape(arrays[name]) for name in names}
-    size, following = shapes["terminals"][0], arrays.get("next_observations")
-    is_same = shapes.get("next_observations", shapes["observations"]) == shapes["observations"]
-    if {shape[0] for shape in shapes.values()} != {size} or not size or not is_same:
-        rule = (
-            "must be of one length, at least 1, and observations and next_observations of one shape"
-        )
-        raise ValueError(f"D4RL-style arrays {rule}, got {shapes}. Take all from one dataset.")
+    arrays_of.require_names("D4RL-style arrays", _D4RL_ARRAYS, [*arrays], "Rename yours.")
+    known = {*_D4RL_ARRAYS, "timeouts", "next_observations"}
+    lengths = {name: np.shape(arrays[name])[0] for name in known & {*arrays}}
+    is_alike = len({*lengths.values()}) == 1
+    arrays_of.require(is_alike, f"D4RL-style arrays must be of one length, got {lengths}.")
+    after = arrays.get("next_observations")
     terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
-    timeout = arrays_of.flags("timeouts", arrays.get("timeouts", np.zeros(size))).numpy()
+    timeout = arrays_of.flags("timeouts", arrays.get("timeouts", 0 * terminal)).numpy()
     first, last = _spans(terminal | timeout)
-    is_shortened = ~terminal[last] & (following is None)
-    length = last - first + 1 - is_shortened
-    first, last, is_shortened = (x[length > 0] for x in (first, last, is_shortened))
+    # A lone step that leads nowhere known is no trajectory.
+    is_kept = (last > first) | terminal[last] | (after is not None)
+    spans = [slice(*span) for span in np.stack([first, last + 1], 1)[is_kept]]
 
     def load(number: int) -> Trajectory:
-        begin, end, shortened = first[number], last[number], bool(is_shortened[number])
-        observation = np.asarray(arrays["observations"][begin : end + 1])
-        if not shortened:
-            after = observation[-1:] if following is None else following[end : end + 1]
-            observation = np.concatenate([observation, after])
-        rows = slice(begin, end + 1 - shortened)
-        truncated = timeout[rows].copy()
-        truncated[-1] = timeout[end] or not terminal[end]
-        ends = terminal[rows], truncated
-        return Trajectory(
-            *(observation, arrays["actions"][rows], arrays["rewards"][rows], *ends),
-            is_cut=shortened or not (terminal[end] or timeout[end]),
-            last_is_stand_in=following is None and bool(terminal[end]),
-        )
+        steps = spans[number]
+        observation = arrays["observations"][steps]
+        if after is not None:
+            observation = np.concatenate([observation, after[steps][-1:]])
+        given = arrays["actions"][steps], arrays["rewards"][steps], terminal[steps], timeout[steps]
+        return Trajectory(observation, *given)
 
-    return TrajectorySource("D4RL-style arrays", len(last), int(length.sum()), load)
+    return TrajectorySource(len(spans), sum(span.stop - span.start for span in spans), load)
 
 
 def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last step of each trajectory; the arrays' end is one, too."""
+    """Return the first and last step of each trajectory; the end of the arrays ends one too."""
     last = np.union1d(np.flatnonzero(is_last), len(is_last) - 1)
     return np.concatenate([[0], last[:-1] + 1]), last
 
 
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
-    """Read the trajectories that AMAGO 3.x writes, one ``.npz`` file each.
+    """Read trajectories that AMAGO 3.x saved (``save_trajs_as="npz"``).
 
-    Its files don't tell a time limit from a fragment's end: either is read as cut off. A fragment's
-    first step remembers what came before it. Pickled ``.traj`` files aren't read: they could run code.
-
-    Args:
-        source: a folder, such as ``<run>/buffer/fifo``, searched with all below it, or the files.
-
-    Raises:
-        FileNotFoundError: where there is no such file.
+    ``source`` is a run's folder ``buffer/fifo`` or ``buffer/protected``, or a list of files; a
+    missing one raises FileNotFoundError.
 
     Example:
-        >>> import numpy as np
         >>> np.savez(
         ...     "0.npz", _OBS_KEY_observation=np.zeros((3, 4)), rl2s=np.zeros((3, 3)),
         ...     time_idxs=np.arange(3), rews=np.ones(2), actions=np.eye(2), dones=[False, True])
@@ -175,53 +136,42 @@ def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
     """
     is_folder = isinstance(source, str | Path)
     files = sorted(Path(source).rglob("*.npz")) if is_folder else [Path(file) for file in source]
-    name = str(source) if is_folder else f"{len(files)} files"
-    absent = [str(file) for file in files if not file.is_file()]
-    if absent or not files:
-        got = (
-            f"{[*absent, '*.npz'][0]} isn't there. Give the run's folder buffer/fifo or protected."
-        )
-        raise FileNotFoundError(f"there must be trajectories of AMAGO in {name}, and {got}")
-    steps = sum(_count_steps(file) for file in files)
-    return TrajectorySource(name, len(files), steps, lambda number: _load_amago(files[number]))
+    if absent := [file for file in files or [Path(source, "*.npz")] if not file.is_file()]:
+        raise FileNotFoundError(f"no trajectories of AMAGO: {absent[0]} isn't there.")
+    sizes = len(files), sum(map(_count_steps, files))
+    return TrajectorySource(*sizes, lambda number: _load_amago(files[number]))
+
+
+def _read_npz(file: Path, *names: str) -> dict[str, np.ndarray]:
+    try:
+        # Opened here, because numpy leaves the file of a damaged archive open.
+        with file.open("rb") as stream, np.load(stream) as archive:
+            return {name: archive[name] for name in names or archive}
+    except (*_UNREADABLE, KeyError) as error:
+        rule = f"{file} must be a whole .npz file without pickles, and can't be read"
+        raise TrajectoryError(f"{rule} ({error}). Copy it again.") from error
 
 
 def _count_steps(file: Path) -> int:
     try:
-        with file.open("rb") as stream, np.load(stream) as arrays:
-            return len(arrays["actions"])
-    except (*_UNREADABLE, KeyError):
-        return 0  # told, with its number, when it is loaded
+        return len(_read_npz(file, "actions")["actions"])
+    except (TrajectoryError, TypeError):
+        return 0  # raises when it is loaded
 
 
 def _load_amago(file: Path) -> Trajectory:
-    try:
-        # Opened here, because numpy leaves the file of a damaged archive open.
-        with file.open("rb") as stream, np.load(stream) as archive:
-            arrays: dict[str, Any] = dict(archive)
-    except _UNREADABLE as error:
-        rule = f"{file} must be a whole .npz file without pickles, and can't be read"
-        raise TrajectoryError(f"{rule} ({error}). Copy it again.") from error
-    remedy = "Give files that AMAGO wrote with save_trajs_as='npz'."
-    needed = ("rl2s", "time_idxs", "rews", "dones", "actions")
-    arrays_of.require(str(file), needed, arrays, remedy)
-    time = arrays_of.numbers(f"time_idxs of {file}", arrays["time_idxs"]).reshape(-1).numpy()
-    if not len(time) or time[0] < 0 or not np.array_equal(time, time[0] + np.arange(len(time))):
-        rule = f"time_idxs of {file} must count up by 1, from 0 or more"
-        raise TrajectoryError(f"{rule}, got {time[:8].tolist()}. {remedy}")
-    before = arrays["rl2s"]
-    if before.shape[:1] != time.shape or before.ndim != 2:
-        rule = f"rl2s of {file} must hold previous reward and action of each step, [S, 1 + A]"
-        raise TrajectoryError(f"{rule}, got {list(before.shape)}. {remedy}")
+    arrays, remedy = _read_npz(file), "Give files that AMAGO wrote with save_trajs_as='npz'."
+    arrays_of.require_names(str(file), _AMAGO_ARRAYS, arrays, remedy)
+    before, time = arrays["rl2s"], arrays["time_idxs"]
+    rule = f"rl2s of {file} must hold previous reward and action, [S, 1 + A], got {before.shape}"
+    arrays_of.require(before.ndim == 2, f"{rule}. {remedy}")
     prefix = "_OBS_KEY_"
     shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
     shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
     shown |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
-    terminated = arrays_of.flags(f"dones of {file}", arrays["dones"]).numpy()
-    truncated = np.zeros_like(terminated)
-    truncated[-1:] = ~terminated[-1:]
-    steps = shown, arrays["actions"], arrays["rews"], terminated, truncated
-    return Trajectory(*steps, action_form="vector", is_cut=not terminated[-1:].any())
+    terminated = arrays_of.flags(f"dones of {file}", arrays["dones"])
+    steps = shown, arrays["actions"], arrays["rews"], terminated, torch.zeros_like(terminated)
+    return Trajectory(*steps, action_form="vector")
 
 
 def read_torchrl(
@@ -233,41 +183,37 @@ def read_torchrl(
 ) -> TrajectorySource:
     """Read the trajectories of one of TorchRL's datasets, such as ``D4RLExperienceReplay``.
 
-    Not of ``MinariExperienceReplay``, which in TorchRL 0.14.1 holds zeros: use :func:`read_minari`.
+    TorchRL 0.14.1's ``MinariExperienceReplay`` holds zeros: use :func:`read_minari`.
 
     Args:
-        dataset: it, any buffer of whole trials, or steps ``[N]``, those of a trajectory side by side,
-            the last one marked by ``("next", "done")``.
-        action_form: see :class:`Trajectory`; default: ``"policy"`` for a :class:`TrialReplayBuffer` and
-            for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
-        action_key: of the action; likewise ``reward_key``, under ``next``.
+        dataset: it, a buffer of whole trials, or steps ``[N]``, one trajectory after the other;
+            ``("next", "done")`` marks the last step of each.
+        action_form: see :class:`Trajectory`; by default ``"policy"`` for a ``TrialReplayBuffer``
+            and for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
+        action_key: of the action; ``reward_key`` is that of the reward, under ``next``.
 
     Raises:
-        ValueError: where the steps have no ends, or ``done`` is neither 0 nor 1.
+        TrajectoryError: if ``done`` is never set, or neither 0 nor 1.
 
     Example:
-        >>> import torch
         >>> from tensordict import TensorDict
-        >>> done, zero = torch.tensor([False, True, False, True]), torch.zeros(4)
-        >>> after = {"observation": torch.tensor([1, 2, 4, 5]), "done": done, "reward": zero}
-        >>> root = {"observation": torch.tensor([0, 1, 3, 4]), "action": zero}
-        >>> [trajectory.observation["observation"].tolist()
-        ...     for trajectory in read_torchrl(TensorDict({**root, "next": after}, [4]))]
+        >>> after = {"observation": [1, 2, 4, 5], "reward": [0] * 4, "done": [0, 1, 0, 1]}
+        >>> root = {"observation": [0, 1, 3, 4], "action": [0] * 4}
+        >>> source = read_torchrl(TensorDict({**root, "next": TensorDict(after, [4])}, [4]))
+        >>> [trajectory.observation["observation"].tolist() for trajectory in source]
         [[0, 1, 2], [3, 4, 5]]
     """
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
-    done = arrays_of.flags("'done'", steps.get(("next", "done"), np.zeros(len(steps)))).numpy()
-    if not done.any():
-        rule = "a dataset's steps must mark each trajectory's last one in ('next', 'done')"
-        raise ValueError(f"{rule}, and none is marked. Set it; read Minari's data by read_minari.")
+    done = arrays_of.flags("'done'", steps["next", "done"]).numpy()
+    arrays_of.require(done.any(), "('next', 'done') must mark the last step of each trajectory.")
     first, last = _spans(done)
     if action_form is None:
-        remembers = steps.get(keys.PREV_ACTION, None) is not None
-        action_form = "policy" if remembers or isinstance(dataset, TrialReplayBuffer) else "env"
+        has_past = steps.get(keys.PREV_ACTION, None) is not None
+        action_form = "policy" if has_past or isinstance(dataset, TrialReplayBuffer) else "env"
 
     def load(number: int) -> Trajectory:
         piece = steps[first[number] : last[number] + 1]
-        trajectory = arrays_of.as_trajectory(piece, action_key, reward_key)
-        return dataclasses.replace(trajectory, action_form=action_form)
+        one = arrays_of.as_trajectory(piece, action_key, reward_key)
+        return dataclasses.replace(one, action_form=action_form)
 
-    return TrajectorySource(type(dataset).__name__, len(last), len(steps), load)
+    return TrajectorySource(len(last), len(steps), load)

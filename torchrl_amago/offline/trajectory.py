@@ -1,38 +1,39 @@
-"""Trajectories in a plain form, and checked against an environment as tensors.
+"""Trajectories in one plain form, and checked against an environment as tensors of its entries.
 
-Legend: L steps, S = L + 1 rows (the last one is what the last step led to), A action size. ``name`` is
-what messages call an array.
+Legend: L steps, S rows (the last one is what the last step led to), A action size. ``name`` is what
+errors call an array.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_tensor_collection, unravel_key
+from tensordict import NestedKey, TensorDict, TensorDictBase, unravel_key
 from torch import Tensor
-from torchrl.data import Binary, Categorical, Composite, OneHot, TensorSpec
+from torchrl.data import Binary, Categorical, Composite, OneHot, TensorSpec, Unbounded
 from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.envs.batched_envs import BatchedEnvBase
 
 from torchrl_amago import action_space, keys
-from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform
+from torchrl_amago.action_space import ActionSpace
+from torchrl_amago.envs import PreviousStepTransform, TrialTransform
 from torchrl_amago.envs.transforms.repeat import first_worker
 
 ActionForm = Literal["env", "policy", "vector"]
 
-# Names of a trajectory's arrays in a mapping; Minari's.
-_ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
-_SPACE = "in the environment's space"
+FLAGS = ("done", "terminated", "truncated")
 _REPLAYED = (TrialTransform, PreviousStepTransform, InitTracker)
+# Names of a trajectory's arrays in a mapping; Minari's.
+ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 class TrajectoryError(ValueError):
-    """A trajectory that can't be trained on; says what is wrong with it."""
+    """A trajectory that can't be trained on; the message says why."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,23 +41,19 @@ class Trajectory:
     """L steps in a row: arrays or tensors, neither copied nor checked.
 
     Args:
-        observation: ``[L + 1, ...]`` of each entry by its key, the last row being what the last step
-            led to. An array alone is the entry ``"observation"``; nested mappings become nested keys.
-        action: ``[L, ...]``.
-        reward: ``[L]`` or ``[L, 1]``, like the flags.
-        terminated: whether a step ended the trajectory, which is worth nothing more.
-        truncated: whether it was cut off there.
-        action_form: ``"env"`` for actions as the environment under all transforms takes them,
-            ``"policy"`` for those that a policy gives (continuous ones in [-1, 1]), ``"vector"`` for
-            what a policy sees of the previous one (one-hot where discrete).
-        is_cut: whether the episode goes on where the data end; False for a time limit of its own.
-        last_is_stand_in: whether the last observation only stands in for what the last step led to,
-            which isn't known: the step is given up where a value would bootstrap.
+        observation: ``[L + 1, ...]`` of each entry by its key, the last row being what the last
+            step led to; ``[L, ...]`` if that is unknown: the last step is then dropped if a value
+            would bootstrap there. An array alone is the entry ``"observation"``.
+        action: ``[L, ...]``; ``reward`` is ``[L]`` or ``[L, 1]``, like the flags.
+        terminated: True on the last step if it ended the episode for good.
+        truncated: True on the last step at a time limit. With neither, the data are cut there.
+        action_form: ``"env"`` for actions of the environment without transforms, ``"policy"`` for
+            a policy's (continuous ones in [-1, 1]), ``"vector"`` for previous actions as a policy
+            reads them (one-hot where discrete).
 
     Example:
-        >>> trajectory = Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0])
-        >>> len(trajectory), sorted(trajectory.observation)
-        (2, ['observation'])
+        >>> len(Trajectory([[0.0], [1.0], [2.0]], [1, 0], [0.5, 0.5], [0, 1], [0, 0]))
+        2
     """
 
     observation: Mapping[NestedKey, ArrayLike] | ArrayLike
@@ -65,310 +62,229 @@ class Trajectory:
     terminated: ArrayLike
     truncated: ArrayLike
     action_form: ActionForm = "env"
-    is_cut: bool = False
-    last_is_stand_in: bool = False
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "observation", _flat(self.observation))
 
     def __len__(self) -> int:
         return len(self.action)
 
 
-def as_trajectory(
-    item: Any, action_key: NestedKey = "action", reward_key: NestedKey = "reward"
-) -> Trajectory:
-    """Bring a trajectory of any kind into the plain form.
-
-    Args:
-        item: a :class:`Trajectory`; a mapping with the arrays ``observations`` ``[L + 1, ...]`` (or a
-            mapping of them), ``actions``, ``rewards``, ``terminations`` and ``truncations``; or a
-            tensordict ``[L]`` of steps as a collector writes them, ``next`` included.
-        action_key: of a tensordict; likewise ``reward_key``, under ``next``.
-
-    Raises:
-        TrajectoryError: where something is missing, or ``next`` of a step isn't the step that follows.
-
-    Example:
-        >>> as_trajectory({
-        ...     "observations": [[0.0], [1.0]], "actions": [1], "rewards": [0.5],
-        ...     "terminations": [True], "truncations": [False]}).reward
-        [0.5]
-    """
+def as_trajectory(item: Any, action_key: NestedKey, reward_key: NestedKey) -> Trajectory:
+    """Bring an item of :func:`load_trials` into the plain form."""
     if isinstance(item, Trajectory):
         return item
-    if isinstance(item, TensorDictBase):
+    if isinstance(item, TensorDictBase) and item.ndim == 1:
         return _from_steps(item, action_key, reward_key)
-    if not isinstance(item, Mapping):
-        known = "a Trajectory, a mapping of arrays or a tensordict of steps"
-        raise TrajectoryError(f"it must be {known}, got a {type(item).__name__}. Use a reader.")
-    require("a mapping", _ARRAYS, item, "Rename its arrays; read_d4rl knows other names.")
-    return Trajectory(*(item[name] for name in _ARRAYS))
+    known = "a Trajectory, a mapping of arrays or a tensordict of steps [L]"
+    is_mapping = isinstance(item, Mapping) and not isinstance(item, TensorDictBase)
+    require(is_mapping, f"it must be {known}, got a {type(item).__name__}. Use a reader.")
+    require_names("a mapping", ARRAYS, item, "Rename its arrays; read_d4rl knows other names.")
+    return Trajectory(*(item[name] for name in ARRAYS))
 
 
-def _flat(observation: Any, prefix: NestedKey = ()) -> dict[NestedKey, ArrayLike]:
+def _flatten(observation: Any, prefix: NestedKey = ()) -> dict[NestedKey, ArrayLike]:
     if not isinstance(observation, Mapping):
         return {unravel_key(prefix or "observation"): observation}
-    parts = [_flat(x, (*prefix, name)) for name, x in observation.items()]
+    parts = [_flatten(x, (*prefix, name)) for name, x in observation.items()]
     return {key: x for part in parts for key, x in part.items()}
 
 
 def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: NestedKey) -> Trajectory:
-    if steps.ndim != 1:
-        got = f"must have one dimension, got {list(steps.shape)}"
-        raise TrajectoryError(f"a tensordict of steps {got}. Give the trajectories one by one.")
     needed = [action_key, unravel_key(("next", reward_key)), ("next", "done")]
     remedy = "Rename its entries, or give read_torchrl their action_key and reward_key."
-    require("a tensordict of steps", needed, [*steps.keys(True)], remedy)
+    require_names("a tensordict of steps", needed, [*steps.keys(True)], remedy)
     after, observation = steps["next"], {}
-    for key in after.exclude("done", "terminated", "truncated", reward_key).keys(True, True):
-        x, y = steps.get(key, None), after.get(key)
-        if x is None or is_tensor_collection(x):
-            continue
-        is_alike = x.shape == y.shape and x.dtype == y.dtype
-        # NaN equals NaN, since another message is for those.
-        if not (is_alike and x[1:].isclose(y[:-1], 0, 0, equal_nan=True).all()):
-            raise TrajectoryError(
-                f"{key!r} under 'next' must be what the following step holds, and differs (shapes "
-                f"{list(x.shape)} and {list(y.shape)}). Split the steps where they are done."
-            )
+    shown = after.exclude("done", "terminated", "truncated", reward_key).keys(True, True)
+    for key in {*shown} & {*steps.keys(True, True)}:
+        x, y = steps[key], after[key]
+        is_next = x.dtype == y.dtype and np.array_equal(x[1:], y[:-1], equal_nan=True)
+        rule = f"{key!r} under 'next' must be what the following step holds"
+        require(is_next, f"{rule}, and differs. Split the steps where they are done.")
         observation[key] = torch.cat([x, y[-1:]])
     done = flags("'done'", after["done"])
     terminated = flags("'terminated'", after.get("terminated", done))
     truncated = flags("'truncated'", after.get("truncated", done & ~terminated))
-    action, reward = steps.get(action_key), after.get(reward_key)
-    return Trajectory(observation, action, reward, terminated, truncated, action_form="policy")
+    arrays = observation, steps[action_key], after[reward_key], terminated, truncated
+    return Trajectory(*arrays, action_form="policy")
 
 
-class CheckedTrajectory(NamedTuple):
-    """A trajectory as tensors of an environment.
-
-    A row has an observation, the action taken there, and reward and ends of the step that led there.
-    """
+class RecordedTrial(NamedTuple):
+    """An episode, a trial or a piece of one, in rows of a :class:`RecordedEnv`."""
 
     rows_S: TensorDict
-    held_S: dict[NestedKey, Tensor]  # entries of the replayed transforms that the data hold
-    is_trial: bool  # a whole one or a piece of one, which says where episodes begin
-    is_fragment: bool  # it begins in mid-trial
-    is_cut: bool
-    last_is_stand_in: bool
+    recorded_S: dict[NestedKey, Tensor]  # what the data hold of the transforms' entries
+    marks_episodes: bool = False
+    is_fragment: bool = False  # it begins in mid-trial
+    has_final_observation: bool = True  # else the last row repeats the one before
+
+    @property
+    def length(self) -> int:
+        """L; a row where an earlier episode ended begins no step."""
+        return len(self.rows_S) - 1 - int(self.rows_S["done"][:-1].sum())
 
 
 class TrajectoryChecker:
     """The entries of an environment's steps: those that data hold, and those that transforms write.
 
-    The transforms are :class:`TrialTransform`, :class:`PreviousStepTransform` and ``InitTracker``;
-    data are taken to be as all others have made them, and workers of a batched environment to be alike.
-
-    Args:
-        env: such as :func:`make_trial_env` makes.
-
-    Raises:
-        ValueError: for several actions or rewards, or an action space that isn't supported.
+    Data are as transforms other than those of ``_REPLAYED`` have made them.
     """
 
     def __init__(self, env: EnvBase) -> None:
-        if len(env.action_keys) != 1 or len(env.reward_keys) != 1:
-            raise ValueError(
-                f"offline data have one action and one reward, got {env.action_keys} and "
-                f"{env.reward_keys}. Join them with a transform of the environment."
-            )
+        names = f"{env.action_keys} and {env.reward_keys}. Join them with a transform."
+        is_single = len(env.action_keys) == len(env.reward_keys) == 1
+        require(is_single, f"offline data have one action and one reward, got {names}")
         # Data are read on the CPU, wherever the environment is.
         self.action_key, self.reward_key = env.action_keys[0], env.reward_keys[0]
-        self.action_spec = env.full_action_spec_unbatched[self.action_key].to("cpu")
+        action_spec = env.full_action_spec_unbatched[self.action_key].to("cpu")
+        self.space = ActionSpace.from_spec(action_spec)
         self.reward_spec = env.full_reward_spec_unbatched[self.reward_key].to("cpu")
-        specs = env.full_observation_spec_unbatched.to("cpu")
-        self.specs = {key: specs[key] for key in specs.keys(True, True)}
-        self.space = action_space.ActionSpace.from_spec(self.action_spec)
+        self.specs = dict(env.full_observation_spec_unbatched.to("cpu").items(True, True))
         self.transforms: list[TrialTransform | PreviousStepTransform | InitTracker] = []
         while isinstance(env, TransformedEnv | BatchedEnvBase):
             if isinstance(env, TransformedEnv):  # with those of nested Composes
                 inner = [one for one in env.transform.modules() if isinstance(one, _REPLAYED)]
                 self.transforms[:0] = inner
             env = env.base_env if isinstance(env, TransformedEnv) else first_worker(env)
-        own = env.full_action_spec_unbatched[env.action_keys[0]].to("cpu")
-        is_scaled = action_space.is_finitely_bounded(own) and not action_space.is_in_policy_scale(
-            own
+        # Without a trial transform, a trial is an episode.
+        defaults = TrialTransform(1, trial_end="episode"), PreviousStepTransform()
+        self.trial, self.previous = (
+            next((one for one in self.transforms if isinstance(one, type(other))), other)
+            for other in defaults
         )
-        self._bounds = (own.low, own.high) if is_scaled else None
         written = {key for one in self.transforms for key in one.out_keys}
         self.written = [key for key in self.specs if key in written]
         self.given = [key for key in self.specs if key not in written]
-        self.recorded_specs = (
-            Composite({key: self.specs[key] for key in self.given}),
-            Composite({self.action_key: self.action_spec}),
-            Composite({self.reward_key: self.reward_spec}),
-        )
-        # Without a trial transform, a trial is an episode.
-        self.rule, self.previous = TrialTransform(1, trial_end="episode"), PreviousStepTransform()
-        for one in self.transforms:
-            self.rule = one if isinstance(one, TrialTransform) else self.rule
-            self.previous = one if isinstance(one, PreviousStepTransform) else self.previous
+        observation = {key: self.specs[key] for key in self.given}
+        others = {self.action_key: action_spec}, {self.reward_key: self.reward_spec}
+        self.recorded_specs = [Composite(specs) for specs in (observation, *others)]
+        base = env.full_action_spec_unbatched[env.action_keys[0]].to("cpu")
+        is_bounded = action_space.is_finitely_bounded(base)
+        self._bounds = (base.low, base.high) if is_bounded else None
 
-    def check(self, item: Any) -> CheckedTrajectory:
-        """Convert a trajectory of any kind (see :func:`as_trajectory`).
-
-        Raises:
-            TrajectoryError: for anything that an agent couldn't be trained on.
-        """
+    def check(self, item: Any) -> RecordedTrial:
+        """Convert a trajectory of any kind, or raise TrajectoryError."""
         one = as_trajectory(item, self.action_key, self.reward_key)
         action_L = self._action(one)
         steps = len(action_L)
-        held_S = self._observation(one, steps + 1)
+        arrays = _flatten(one.observation)
+        if len(self.given) == 1 and keys.OBSERVATION in arrays:
+            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
+        require_names("observations", self.given, arrays, "Name them as the environment does.")
+        specs = {key: spec for key, spec in self.specs.items() if key in arrays}
+        recorded_S = {k: fit(f"observations {k!r}", arrays[k], None, specs[k]) for k in specs}
+        rows = {len(x) for x in recorded_S.values()}
+        rule = f"observations must have a row for each of {steps} steps, and a last one"
+        require(rows in ({steps}, {steps + 1}), f"{rule}, got {rows}.")
+        if rows == {steps}:
+            recorded_S = {key: torch.cat([x, x[-1:]]) for key, x in recorded_S.items()}
         reward_L = fit("rewards", one.reward, steps, self.reward_spec)
-        rows_S = TensorDict({key: held_S.pop(key) for key in self.given}, [steps + 1])
-        # The last row's action and the first row's reward are never seen.
+        terminated_L = flags("terminations", one.terminated, steps)
+        truncated_L = flags("truncations", one.truncated, steps)
+        done_L = terminated_L | truncated_L
+        over = done_L.nonzero().flatten().tolist()
+        rule = "no step but the last may be terminated or truncated"
+        require(over in ([], [steps - 1]), f"{rule}, got {over[:3]} of {steps}. Split it there.")
+        rows_S = TensorDict({key: recorded_S.pop(key) for key in self.given}, [steps + 1])
+        # Nothing reads the last row's action and the first row's reward.
         rows_S[self.action_key] = torch.cat([action_L, action_L[-1:]])
         rows_S[self.reward_key] = torch.cat([reward_L[:1], reward_L])
-        terminated = flags("terminations", one.terminated, steps)
-        truncated = flags("truncations", one.truncated, steps)
-        over = (terminated | truncated).nonzero().reshape(-1).tolist()
-        if over != [steps - 1]:
-            raise TrajectoryError(
-                f"its last step, and no other, must be terminated or truncated, got steps {over[:3]} "
-                f"of {steps}. Split it where it ends, and mark it as truncated where it was cut off."
-            )
-        is_last_S1 = (torch.arange(steps + 1) == steps).unsqueeze(-1)
-        rows_S["done"], rows_S["terminated"] = is_last_S1, is_last_S1 & terminated[-1]
-        rows_S["truncated"] = is_last_S1 & truncated[-1]
-        end = one.is_cut, one.last_is_stand_in
-        return CheckedTrajectory(rows_S, held_S, *self._beginning(held_S), *end)
+        for key, flag_L in zip(FLAGS, (done_L, terminated_L, truncated_L), strict=True):
+            rows_S[key] = torch.cat([flag_L.new_zeros(1), flag_L]).unsqueeze(-1)
+        return RecordedTrial(rows_S, recorded_S, *self._start(recorded_S), rows != {steps})
 
     def _action(self, trajectory: Trajectory) -> Tensor:
-        form, space, given = (
-            trajectory.action_form,
-            self.space,
-            numbers("actions", trajectory.action),
-        )
-        if not len(given):
-            raise TrajectoryError("it must have at least one step, got none. Leave it out.")
+        form, space, given = trajectory.action_form, self.space, trajectory.action
+        if form == "policy" or (form == "env" and self._bounds is None):
+            return fit("actions", given, None, space)
         if form == "vector":
-            vector_LA = reshape("actions", given, (len(given), space.size)).float()
-            check_steps("actions", _SPACE, given, self._is_action(vector_LA))
-            return space.from_vector(vector_LA)
-        if form == "policy" or self._bounds is None:
-            return fit("actions", given, len(given), space)
-        low, high = self._bounds
-        action_L = reshape("actions", given, (len(given), *space.shape))
-        action_L = (action_L - (high + low) / 2) / ((high - low) / 2)
-        check_steps("actions", _SPACE, given, space.contains(action_L))
-        return action_L.to(space.dtype)
+            x = fit("actions", given, None, Unbounded((space.size,)))
+            action_L, is_right_L = space.from_vector(x), self._is_action(x)
+        else:
+            low, high = self._bounds
+            x = fit("actions", given, None, Unbounded(space.shape, dtype=torch.float64))
+            action_L = ((x - (high + low) / 2) / ((high - low) / 2)).to(space.dtype)
+            is_right_L = space.contains(action_L)
+        require_steps("actions", x, is_right_L)
+        return action_L
 
     def _is_action(self, vector_LA: Tensor) -> Tensor:
-        """Whether there is an action of each vector, bool ``[L]``."""
+        """Find the vectors that stand for an action, bool ``[L]``."""
         action_L = self.space.from_vector(vector_LA)
         is_same_L = (self.space.to_vector(action_L) - vector_LA).abs().amax(-1) < 1e-6
         return is_same_L & self.space.contains(action_L)
 
-    def _observation(self, trajectory: Trajectory, rows: int) -> dict[NestedKey, Tensor]:
-        held = dict(trajectory.observation)
-        if len(self.given) == 1 and keys.OBSERVATION in held:
-            held.setdefault(self.given[0], held[keys.OBSERVATION])  # whatever it is called
-        require("observations", self.given, held, "Name them as the environment does.")
-        specs = {key: spec for key, spec in self.specs.items() if key in held}
-        return {key: fit(f"observations {key!r}", held[key], rows, specs[key]) for key in specs}
-
-    def _beginning(self, held_S: dict[NestedKey, Tensor]) -> tuple[bool, bool]:
-        """Whether a trajectory says where episodes begin, and whether it begins in mid-trial."""
-        name, starts_S = self.previous.prev_action_key, held_S.get(self.rule.soft_reset_key)
-        action_A = held_S.get(name, torch.zeros(1, self.space.size))[:1]
+    def _start(self, recorded_S: dict[NestedKey, Tensor]) -> tuple[bool, bool]:
+        """Return whether the data mark episodes, and whether they begin in mid-trial."""
+        action_key, time_key = self.previous.prev_action_key, self.previous.time_idx_key
+        action_A = recorded_S.get(action_key, torch.zeros(1, self.space.size))[:1]
         is_possible = self._is_action(action_A) | (action_A == 0).all()
-        check_steps(f"observations {name!r}", _SPACE, action_A, is_possible)
-        time_S = held_S.get(self.previous.time_idx_key, torch.zeros(1)).reshape(-1)
-        check_steps(f"observations {self.previous.time_idx_key!r}", _SPACE, time_S, time_S >= 0)
-        is_fragment = bool(time_S[0]) or (starts_S is not None and not bool(starts_S[0]))
+        require_steps(f"observations {action_key!r}", action_A, is_possible)
+        time_S = recorded_S.get(time_key, torch.zeros(1)).flatten()
+        require_steps(f"observations {time_key!r}", time_S, time_S >= 0)
+        soft_reset_S = recorded_S.get(self.trial.soft_reset_key)
+        is_fragment = bool(time_S[0]) or (soft_reset_S is not None and not bool(soft_reset_S[0]))
         if is_fragment:
-            needed = [key for key in self.rule.out_keys if key in self.written]
-            if self.rule.horizon is None and self.rule.time_idx_key in needed:
-                needed.remove(self.rule.time_idx_key)
+            needed = [key for key in self.trial.out_keys if key in self.written]
+            if self.trial.horizon is None and self.trial.time_idx_key in needed:
+                needed.remove(self.trial.time_idx_key)
             remedy = "They follow from the trial's beginning: add them, or leave it out."
-            require("observations of a fragment of a trial", needed, held_S, remedy)
-        return starts_S is not None, is_fragment
+            require_names("observations of a fragment of a trial", needed, recorded_S, remedy)
+        return soft_reset_S is not None, is_fragment
 
 
-def require(name: str, needed: Sequence[Any], held: Collection[Any], remedy: str) -> None:
-    """Raise unless all of some names are held."""
-    if missing := [one for one in needed if one not in held]:
-        raise TrajectoryError(
-            f"{name} must hold {needed}, got {[*held]} without {missing}. {remedy}"
-        )
+def require(is_right: bool, problem: str) -> None:
+    """Raise TrajectoryError unless a rule holds."""
+    if not is_right:
+        raise TrajectoryError(problem)
 
 
-def check_steps(name: str, rule: str, x: Tensor, is_right: Tensor) -> None:
+def require_names(name: str, needed: Sequence[Any], names: Collection[Any], remedy: str) -> None:
+    """Raise unless all needed names are there."""
+    if missing := [one for one in needed if one not in names]:
+        require(False, f"{name} must hold {needed}, got {[*names]} without {missing}. {remedy}")
+
+
+def require_steps(name: str, x: Tensor, is_right_L: Tensor) -> None:
     """Raise unless a rule holds at every step."""
-    if wrong := (~is_right).nonzero()[:, 0].unique().tolist():
+    if not is_right_L.all():
+        wrong = (~is_right_L).nonzero().flatten().tolist()
         got = f"{len(wrong)} of {len(x)} aren't, the first at step {wrong[0]}"
-        value = str(x[wrong[0]].tolist())[:80]
-        raise TrajectoryError(f"{name} must be {rule}, and {got}: {value}. Clip or encode them.")
+        rule = f"{name} must be finite numbers in the environment's space, and {got}"
+        require(False, f"{rule}: {str(x[wrong[0]].tolist())[:80]}. Clip or encode them.")
 
 
-def numbers(name: str, array: Any) -> Tensor:
-    """Convert an array to a tensor of finite numbers with a row per step, of any shape and dtype."""
+def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
+    """Convert zeros and ones ``[L]`` or ``[L, 1]`` to a bool tensor ``[L]``."""
+    return fit(name, array, steps, Unbounded((), dtype=torch.bool))
+
+
+def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace) -> Tensor:
+    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype: floats may be rounded,
+    dimensions of size 1 come and go, indices become one-hot if the spec is; nothing else changes.
+    """
     try:
         if not isinstance(array, Tensor):
             array = np.asarray(array)
             # Copied, in this machine's byte order: files are read-only and may have the other.
             array = torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError) as error:
-        rule = f"{name} must be one array of numbers"
-        raise TrajectoryError(f"{rule} ({error}). Turn texts and tuples into numbers.") from error
-    x = array.detach().cpu()
-    if not x.ndim:
-        raise TrajectoryError(f"{name} must have a row per step, got the number {x}. Stack them.")
-    check_steps(name, "finite", x, x.isfinite())
-    return x
-
-
-def reshape(name: str, x: Tensor, shape: Sequence[int]) -> Tensor:
-    """Reshape a tensor where only dimensions of size 1 are too many or too few."""
-    got, wanted = ([size for size in one[1:] if size != 1] for one in (x.shape, shape))
-    if len(x) != shape[0] or got != wanted:
-        raise TrajectoryError(
-            f"{name} must have the shape {list(shape)}, got {list(x.shape)}. There is a row per "
-            "step, of observations one more: what the last step led to."
-        )
-    return x.reshape(tuple(shape))
-
-
-def cast(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Convert numbers to a dtype: floating-point ones may be rounded, whole ones may not change."""
-    y = x.to(dtype)
-    if x.is_floating_point() and dtype.is_floating_point:
-        is_same = bool(y.isfinite().all())
-    else:
-        # There and back alone would miss a lost sign, and float64 alone the last digits of int64.
-        is_same = torch.equal(y.to(x.dtype), x) and torch.equal(y.double(), x.double())
-    if not is_same:
-        got = "{} between {:.8g} and {:.8g}".format(x.dtype, *x.double().aminmax())
-        raise TrajectoryError(
-            f"{name} must be numbers that {dtype} can hold, got {got}. Cast them."
-        )
-    return y
-
-
-def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
-    """Convert an array ``[N]`` or ``[N, 1]`` of zeros and ones to a bool tensor ``[N]``."""
-    x = numbers(name, array)
-    return cast(name, reshape(name, x, (len(x) if steps is None else steps,)), torch.bool)
-
-
-def fit(name: str, array: Any, rows: int, spec: TensorSpec | action_space.ActionSpace) -> Tensor:
-    """Convert an array to a tensor ``[rows, *spec.shape]`` of the spec's dtype.
-
-    Numbers must be finite, categories and bits possible. Indices become one-hot where the spec is,
-    floating-point numbers are rounded, dimensions of size 1 come and go; nothing else changes.
-    """
-    x = given = numbers(name, array)
+        raise TrajectoryError(f"{name} must be one array of numbers ({error}).") from error
+    x = given = array.detach().cpu()
+    rows = rows or (len(x) if x.ndim else 1)
     if isinstance(spec, Categorical | OneHot | Binary):
-        spec = action_space.ActionSpace.from_spec(spec)
-    is_space = isinstance(spec, action_space.ActionSpace)
+        spec = ActionSpace.from_spec(spec)
+    is_space = isinstance(spec, ActionSpace)
     if is_space and spec.one_hot and x.numel() == rows * len(spec.sizes):
-        index = cast(name, x, torch.int64).reshape(rows, len(spec.sizes))
-        check_steps(
-            name, _SPACE, given, ((index >= 0) & (index < torch.tensor(spec.sizes))).all(-1)
-        )
-        x = action_space.one_hot_parts(index, spec.sizes)
-    x = cast(name, reshape(name, x, (rows, *spec.shape)), spec.dtype)
-    if is_space:
-        check_steps(name, _SPACE, given, spec.contains(x))
-    return x
+        indices = replace(spec, shape=(len(spec.sizes),), dtype=torch.int64, one_hot=False)
+        x = action_space.one_hot_parts(fit(name, x, rows, indices), spec.sizes)
+    shape = torch.Size([rows, *spec.shape])
+    got, wanted = ([n for n in one[1:] if n != 1] for one in (x.shape, shape))
+    is_alike = x.shape[:1] == shape[:1] and rows > 0 and got == wanted
+    require(is_alike, f"{name} must have the shape {[*shape]}, got {[*given.shape]}.")
+    x = x.reshape(shape)
+    y = x.to(spec.dtype)
+    is_right = x.isfinite() & y.isfinite()
+    if x.dtype != y.dtype and not (x.is_floating_point() and y.is_floating_point()):
+        # There and back alone would miss a lost sign, and float64 alone the last digits of int64.
+        is_right &= (y.to(x.dtype) == x) & (y.double() == x.double())
+    is_right_L = is_right.reshape(rows, -1).all(-1)
+    require_steps(name, given, is_right_L & spec.contains(y) if is_space else is_right_L)
+    return y

@@ -1,4 +1,4 @@
-"""Observations of every kind, for tests of the combined encoder and of what all encoders share."""
+"""Observations of every kind, for tests of encoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every timestep encoder promises: padding and hidden entries are never seen, in any mode."""
+"""The contract of timestep encoders: padding and hidden entries have no influence."""
 
 from __future__ import annotations
 

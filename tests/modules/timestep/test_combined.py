@@ -1,4 +1,4 @@
-"""The combined encoder: what each spec becomes, and what it refuses."""
+"""The combined encoder: embeddings chosen by specs, and errors."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_what_becomes_of_each_spec():
         TokenEmbedding,
         GoalEmbedding,
     ]
-    assert encoder.vector_keys == [
+    assert list(encoder.vector_shapes) == [
         "hot",
         "hots",
         "bits",
@@ -137,34 +137,37 @@ def test_the_cnn_encoder_is_the_combined_one_with_one_image():
     assert isinstance(combined.merge, nn.Linear)
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match=r"kind of entry 'x' must be one of .* got 'text'"):
-        build(Categorical(3), kind="text")
-    with pytest.raises(ValueError, match=r"how to embed entry 'x' .*obs_keys"):
-        build(NonTensor(shape=()))
-    with pytest.raises(ValueError, match=r"'x' can only be of kind 'tokens' if its spec says"):
-        build(Unbounded(shape=(4,)), kind="tokens")
-    with pytest.raises(ValueError, match=r"shape \[tokens\] to be of kind 'tokens', got \(2, 2\)"):
-        build(Categorical(3, shape=(2, 2)), kind="tokens")
-    with pytest.raises(ValueError, match=r"\[goals, numbers of a goal\] .* got \(4,\)"):
-        build(Unbounded(shape=(4,)), kind="goals")
-    with pytest.raises(ValueError, match=r"entry 'x' is a vector, .* got \['output_size'\]"):
-        build(OneHot(3), output_size=4)
-    with pytest.raises(ValueError, match=r"entries names \['y'\], but what is read is \['x'\]"):
+def test_errors_name_the_entry():
+    for spec, options, got in (
+        (Categorical(3), {"kind": "text"}, r"'text': kinds are .* Got Categorical"),
+        (NonTensor(shape=()), {}, "None: .*Got NonTensor.*obs_keys"),
+        (Unbounded(shape=(4,)), {"kind": "tokens"}, r"'tokens': .*Got Unbounded"),
+        (Categorical(3, shape=(2, 2)), {"kind": "tokens"}, r"'tokens': .*Got Categorical \(2, 2\)"),
+        (Unbounded(shape=(4,)), {"kind": "goals"}, r"'goals': .*Got UnboundedContinuous \(4,\)"),
+        (OneHot(3), {"output_size": 4}, r"'vector': .*\(3,\) and \{'output_size': 4\}"),
+    ):
+        with pytest.raises(ValueError, match=f"entry 'x' can't be embedded as kind {got}"):
+            build(spec, **options)
+    with pytest.raises(ValueError, match=r"entries names \['y'\], but what is embedded is \['x'\]"):
         CombinedTimestepEncoder.from_specs({"x": OneHot(3)}, entries={"y": {}})
-    with pytest.raises(ValueError, match=r"entries \['m'\] are masks of others"):
+    with pytest.raises(ValueError, match=r"names \['m'\], .* is \['x'\] \(masks are not\)"):
         CombinedTimestepEncoder.from_specs(
             {"x": Categorical(3, shape=(4,)), "m": Binary(4)},
             entries={"x": {"kind": "tokens", "mask_key": "m"}, "m": {"kind": "vector"}},
         )
-    with pytest.raises(ValueError, match="vector_scale must be 'normalize', .* got 'log'"):
+    with pytest.raises(ValueError, match="vector_scale must be one of 'normalize', .* got 'log'"):
         make_combined(vector_scale="log")
-    with pytest.raises(ValueError, match=r"\['x'\] is among both"):
-        CombinedTimestepEncoder({"x": CategoryEmbedding([3])}, {"x": (1,)})
     with pytest.raises(ValueError, match=r"but \['cell'\] are categories.*combined"):
         CNNTimestepEncoder.from_specs({"cell": Categorical(3), "pixels": Bounded(0, 1, (9, 9, 3))})
 
 
-def test_simplicial_says_which_sizes_to_change():
-    with pytest.raises(ValueError, match=r"got 256 \+ 12 = 268 .*'pixels', 'the vectors'.*Change"):
+def test_an_entry_may_be_embedded_and_a_vector():
+    both = CombinedTimestepEncoder({"x": CategoryEmbedding([3])}, {"x": (1,)}, vector_features=4)
+    assert both.in_keys == ["x"]
+    assert both.merge.hidden[0].in_features == 16 + 4
+    assert both(TensorDict(x=torch.tensor([[2]]), batch_size=[1]))["timestep"].shape == (1, 256)
+
+
+def test_simplicial_names_the_size():
+    with pytest.raises(ValueError, match="multiple of 8, got 268"):
         CNNTimestepEncoder({"pixels": (9, 9, 3), "speed": (2,)}, trunk="grid", norm="simplicial")

@@ -31,8 +31,6 @@ def test_categories_of_any_shape():
     grid = CategoryEmbedding([4] * 6, shape=(2, 3), embedding_size=2)
     assert grid(torch.zeros(5, 2, 3, dtype=torch.uint8)).shape == (5, 12)
     assert grid(torch.zeros(0, 2, 3, dtype=torch.long)).shape == (0, 12)
-    with pytest.raises(ValueError, match=r"shape \(2,\), got \[3\]"):
-        CategoryEmbedding([3], shape=(2,))
 
 
 @pytest.mark.parametrize("ordered", [False, True])
@@ -102,7 +100,7 @@ def test_goals_of_tokens():
     assert embedding.table.num_embeddings == 10
     goals = torch.tensor([[[1, 2, 9], [-1, -1, -1]]])
     assert embedding(goals).shape == (1, 4)
-    with pytest.raises(ValueError, match=r"a goal's token must be in \[0, size\) with size 10"):
+    with pytest.raises(ValueError, match=r"a token must be in \[0, size\) with size 10"):
         embedding(goals + 2)
 
 

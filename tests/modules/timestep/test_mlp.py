@@ -1,4 +1,4 @@
-"""Timestep encoders: inputs of any dtype and shape, padding, statistics, refusals."""
+"""Timestep encoders: inputs of any dtype and shape, padding, statistics, errors."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_ones_own_encoder_is_one_class_and_one_method():
     torch.testing.assert_close(encoder(td)["timestep"], td["position"].sum(-1, keepdim=True))
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="needs at least one entry to read"):
+def test_errors_name_the_rule():
+    with pytest.raises(ValueError, match="number_of_shapes must be at least 1, got 0"):
         MLPTimestepEncoder({})
     with pytest.raises(KeyError, match="reads .*level.*, but the tensordict holds only"):
         make_encoder()(make_batch(2).exclude("level"))

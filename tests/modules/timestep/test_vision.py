@@ -1,4 +1,4 @@
-"""Images: shifts that every step of a row shares, trunks, scaling, refusals."""
+"""Images: shifts that every step of a row shares, trunks, scaling, errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torchrl.modules import set_recurrent_mode
 
 from torchrl_amago.modules import CNNTimestepEncoder, ImageEmbedding
-from torchrl_amago.modules.timestep import TRUNKS, ImpalaTrunk, draw_shifts, shift_images
+from torchrl_amago.modules.timestep import TRUNKS, ImpalaTrunk, sample_shifts, shift_images
 
 CPU = torch.device("cpu")
 SMALL = {"trunk": "grid", "image_features": 8, "output_size": 6, "channels_first": True}
@@ -42,18 +42,18 @@ def test_a_shift_is_what_drq_samples_on_a_grid():
 @given(
     rows=st.integers(0, 40),
     reach=st.integers(0, 6),
-    share=st.sampled_from([0.0, 0.1, 0.5, 0.75, 1.0]),
+    fraction=st.sampled_from([0.0, 0.1, 0.5, 0.75, 1.0]),
 )
-def test_a_share_of_the_rows_is_shifted(rows, reach, share):
-    shift = draw_shifts(rows, reach, share, CPU)
+def test_a_fraction_of_the_rows_is_shifted(rows, reach, fraction):
+    shift = sample_shifts(rows, reach, fraction, CPU)
     assert shift.shape == (rows, 2)
     assert not rows or int(shift.abs().max()) <= reach
     moved = int(shift.any(-1).sum())
-    assert moved <= -(-rows * round(100 * share) // 100)
+    assert moved <= -(-rows * round(100 * fraction) // 100)
 
 
 def test_every_shift_is_as_likely_and_every_row():
-    shift = torch.stack([draw_shifts(8, 1, 0.75, CPU) for _ in range(2000)])
+    shift = torch.stack([sample_shifts(8, 1, 0.75, CPU) for _ in range(2000)])
     counts = shift[..., 0].unique(return_counts=True)[1] / shift[..., 0].numel()
     # 0.25 of the rows stay, the others go to -1, 0, 1 alike.
     torch.testing.assert_close(counts, torch.tensor([0.25, 0.5, 0.25]), rtol=0, atol=0.02)
@@ -62,7 +62,7 @@ def test_every_shift_is_as_likely_and_every_row():
 
 
 def shifted_images(mask: torch.Tensor, pixels: torch.Tensor, **options) -> torch.Tensor:
-    """What the trunk gets to see of real steps, in training."""
+    """Return the trunk's inputs of real steps, in training."""
     seen = []
 
     class Spy(torch.nn.Module):
@@ -156,18 +156,23 @@ def test_a_trunk_takes_its_least_size_and_names_it():
         ImageEmbedding((84, 84, 3), channels_first=True)
 
 
-def test_refusals():
+def test_a_trunk_that_is_a_module_has_no_options():
+    with pytest.raises(ValueError, match="has no trunk_options"):
+        ImageEmbedding((9, 9, 3), trunk=nn.Flatten(), trunk_options={"channels": [4]})
+
+
+def test_errors_name_the_rule():
     with pytest.raises(ValueError, match=r"trunk must be one of \['drq'.* got 'resnet'"):
         ImageEmbedding((84, 84, 3), trunk="resnet")
     with pytest.raises(ValueError, match=r"three dimensions, got shape \(84, 84\).*grey"):
         ImageEmbedding((84, 84))
-    with pytest.raises(ValueError, match=r"random_shift_fraction in \[0, 1\], got 4 and 1.5"):
+    with pytest.raises(ValueError, match=r"random_shift_fraction must be in \[0, 1\], got 1.5"):
         ImageEmbedding((84, 84, 3), random_shift=4, random_shift_fraction=1.5)
-    with pytest.raises(ValueError, match=r"num_groups=4 must divide .* got \[6\]"):
+    with pytest.raises(ValueError, match="num_channels .6. must be divisible by num_groups .4."):
         ImpalaTrunk(3, channels=[6])
-    with pytest.raises(ValueError, match=r"needs one image.* holds for \[\]"):
+    with pytest.raises(ValueError, match=r"needs one image.* got \[\]"):
         CNNTimestepEncoder({"observation": (4,)})
-    with pytest.raises(ValueError, match=r"needs one image.* holds for \['a', 'b'\]"):
+    with pytest.raises(ValueError, match=r"needs one image.* got \['a', 'b'\]"):
         CNNTimestepEncoder({"a": (8, 8, 3), "b": (8, 8, 3)})
     with pytest.raises(ValueError, match=r"needs one image.*image_key"):
         CNNTimestepEncoder({"a": (8, 8, 3)}, image_key="b")

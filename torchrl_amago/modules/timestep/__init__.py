@@ -1,9 +1,4 @@
-"""Timestep encoders: each step alone, from observations and the previous step to one vector.
-
-``base`` has the contract, ``mlp``, ``cnn`` and ``combined`` the encoders; ``vision``, ``embeddings``
-and ``goals`` embed single entries for the combined one, chosen by ``specs``;
-``make`` builds an encoder for an environment.
-"""
+"""Timestep encoders: each step alone, from observations and the previous step to one vector."""
 
 from torchrl_amago.modules.timestep.base import TimestepEncoder, flatten_and_join
 from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
@@ -11,10 +6,10 @@ from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
 from torchrl_amago.modules.timestep.embeddings import (
     CategoryEmbedding,
     EntryEmbedding,
+    GoalEmbedding,
     SequencePool,
     TokenEmbedding,
 )
-from torchrl_amago.modules.timestep.goals import GoalEmbedding
 from torchrl_amago.modules.timestep.make import (
     TIMESTEP_ENCODERS,
     make_timestep_encoder,
@@ -26,7 +21,7 @@ from torchrl_amago.modules.timestep.vision import (
     ConvTrunk,
     ImageEmbedding,
     ImpalaTrunk,
-    draw_shifts,
+    sample_shifts,
     shift_images,
 )
 
@@ -45,9 +40,9 @@ __all__ = [
     "SequencePool",
     "TimestepEncoder",
     "TokenEmbedding",
-    "draw_shifts",
     "flatten_and_join",
     "make_timestep_encoder",
     "observation_specs",
+    "sample_shifts",
     "shift_images",
 ]

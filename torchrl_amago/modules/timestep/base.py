@@ -1,4 +1,4 @@
-"""The contract of every timestep encoder: each step alone, padding unseen, ablation by a switch."""
+"""The contract of every timestep encoder: each step alone, padding without influence."""
 
 from __future__ import annotations
 
@@ -15,20 +15,14 @@ from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
 from torchrl_amago._masking import Steps
+from torchrl_amago._validation import check_counts
 from torchrl_amago.modules._settings import Configurable
 
 Shape = tuple[int, ...]
 
 
 def flatten_and_join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
-    """Entries side by side in one vector, in the order given.
-
-    Args:
-        inputs: ``[*M, *shape]`` each, of one dtype.
-        shapes: the shape of one step of each.
-
-    Returns:
-        ``[*M, F]``.
+    """Concatenate flattened entries ``[*M, *shape]`` of one dtype to one vector ``[*M, F]``.
 
     Example:
         >>> flatten_and_join([torch.ones(5, 2, 3), torch.zeros(5)], [(2, 3), ()]).shape
@@ -44,23 +38,26 @@ def flatten_and_join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tenso
 class TimestepEncoder(Configurable, TensorDictModuleBase):
     """Base of all timestep encoders. To write your own, implement :meth:`encode`.
 
-    Inputs under a False mask (padding) are left out, or replaced by zeros, before anything else
-    sees them.
+    Inputs under a False mask (padding) are left out or zeroed before anything else.
 
     Args:
-        shapes: for each entry to read, in order, the shape of one step: the entry is
+        shapes: for each entry to read, in order, the shape of one step; entries are
             ``[*B, *shape]``.
         output_size: D, size of the embedding.
-        hide_prev_reward: show zeros in place of the previous reward (an ablation).
-        hide_prev_step: show zeros in place of the previous reward and action.
-        prev_reward_key: entry that ``hide_prev_reward`` hides.
-        prev_action_key: entry that ``hide_prev_step`` hides as well.
+        hide_prev_reward: replace the previous reward by zeros (an ablation).
+        hide_prev_step: replace the previous reward and action by zeros.
+        prev_reward_key: entry of the previous reward.
+        prev_action_key: entry of the previous action.
         out_key: entry to write, ``[*B, D]``.
         mask_key: entry that is True on real steps, ``[*B]`` or ``[*B, 1]``; may be absent.
 
+    Other encoders share these arguments: the size ``hidden_size`` of ``num_layers`` hidden layers,
+    their ``norm`` (one of ``layer``, ``rms``, ``unit_ball``, ``unit_ball_detached``,
+    ``hypersphere``, ``simplicial``, ``none``), ``out_norm`` of the output, and ``activation``
+    (``leaky_relu``, ``relu``, ``gelu`` or ``mish``).
+
     Raises:
-        ValueError: if there is nothing to read, or what is to be hidden isn't read; when called, if
-            an entry has another shape.
+        ValueError: without entries, or if a hidden entry isn't read; when called, for other shapes.
         KeyError: when called, if the tensordict lacks an entry.
 
     Example:
@@ -69,12 +66,11 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         ...     def encode(self, inputs, mask):
         ...         return inputs[0].mean((-2, -1)).unsqueeze(-1)
         >>> encoder = Brightness({"pixels": (8, 8)}, output_size=1)
-        >>> td = TensorDict(pixels=torch.ones(5, 8, 8, dtype=torch.uint8), batch_size=[5])
-        >>> encoder(td)["timestep"].shape
+        >>> encoder(TensorDict(pixels=torch.ones(5, 8, 8), batch_size=[5]))["timestep"].shape
         torch.Size([5, 1])
     """
 
-    #: Whether `encode` gets floats whatever the dtype of an entry; False leaves integers as they are.
+    #: True: `encode` gets floats for every dtype of an entry; False: integers stay integers.
     casts_to_float = True
 
     def __init__(
@@ -90,74 +86,48 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         mask_key: NestedKey = keys.MASK,
     ) -> None:
         super().__init__()
-        if not shapes:
-            raise ValueError(
-                f"{type(self).__name__} needs at least one entry to read, got shapes={{}}. "
-                "Pass {'observation': (size,)} or use make_policy."
-            )
+        check_counts("Pass shapes={'observation': (size,)}.", number_of_shapes=len(shapes))
         self.in_keys, self.out_keys = list(shapes), [out_key]
         self.shapes = tuple(tuple(shape) for shape in shapes.values())
         self.event_dims = tuple(len(shape) for shape in self.shapes)
-        self.output_size = output_size
-        self.mask_key = mask_key
+        self.output_size, self.mask_key = output_size, mask_key
         self.hidden_keys = {prev_reward_key} if hide_prev_reward or hide_prev_step else set()
-        if hide_prev_step:
-            self.hidden_keys |= {prev_action_key}
+        self.hidden_keys |= {prev_action_key} if hide_prev_step else set()
         if missing := self.hidden_keys - set(self.in_keys):
             raise ValueError(
                 f"{sorted(map(str, missing))} can only be hidden if the encoder reads it, but it "
-                f"reads {self.in_keys}. Name the entries with prev_reward_key and "
-                "prev_action_key, or leave out the switch."
+                f"reads {self.in_keys}. Name the entries with prev_reward_key and prev_action_key."
             )
 
     @classmethod
     def from_specs(cls, specs: Mapping[NestedKey, TensorSpec], **options: Any) -> TimestepEncoder:
-        """Build the encoder for the observations of an environment.
+        """Build the encoder from the spec of one step of each entry to read, in order.
 
-        Args:
-            specs: for each entry to read, in order, the spec of one step.
-            options: further arguments of the constructor.
-
-        Raises:
-            ValueError: for an entry that isn't a tensor.
+        ``options`` are further arguments of the constructor.
         """
-        for key, spec in specs.items():
-            if isinstance(spec, NonTensor):
-                raise ValueError(
-                    f"the timestep encoder reads tensors, and {key!r} is none of them (NonTensor). Name the "
-                    "entries to read with obs_keys, or make a tensor of it with a transform."
-                )
+        if others := [key for key, spec in specs.items() if isinstance(spec, NonTensor)]:
+            raise ValueError(f"encoders read tensors, and {others} are none. Choose obs_keys.")
         return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Embed steps.
+        """Embed steps, to ``[*M, D]``.
 
         Args:
-            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, in the parameters' precision
-                unless :attr:`casts_to_float` is False; ``*M`` is ``*B``, or the real steps alone in
-                one row. Zero where padded.
+            inputs: one tensor ``[*M, *shape]`` per entry of ``in_keys``, zero on padding; floats
+                unless :attr:`casts_to_float` is False. ``*M`` is ``*B``, or the real steps alone.
             mask: bool ``[*M, 1]``, or None if every step is real.
-
-        Returns:
-            ``[*M, D]``.
         """
         raise NotImplementedError
 
     @property
     def moves_statistics(self) -> bool:
-        """Whether statistics of inputs follow this batch: in training, on sequences, with gradient."""
+        """True if statistics of inputs move: in training, on sequences, with gradient."""
         return self.training and recurrent_mode() and torch.is_grad_enabled()
 
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
-        """Change inputs at random; called in training on sequences only, before :meth:`encode`.
+        """Change the inputs of :meth:`encode` at random; called in training on sequences only.
 
-        Args:
-            inputs: those of :meth:`encode`.
-            rows: ``[*M]`` int64, which row of the batch (which trial) each step belongs to.
-            num_rows: how many rows there are.
-
-        Returns:
-            What :meth:`encode` shall get; here, the same inputs.
+        ``rows`` ``[*M]`` int64 is the batch's row (the trial) of each step, below ``num_rows``.
         """
         return inputs
 
@@ -173,9 +143,8 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
             num_rows = math.prod(shape[:-1])
             rows = torch.arange(num_rows, device=inputs[0].device)
             rows = rows.reshape((*shape[:-1], *(1,) * bool(shape))).expand(shape)
-            selected = self.augment(
-                selected, rows if steps is None else steps.select(rows), num_rows
-            )
+            rows = rows if steps is None else steps.select(rows)
+            selected = self.augment(selected, rows, num_rows)
         if steps is None:
             out = self.encode(selected, None)
         else:
@@ -184,9 +153,9 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         return tensordict.set(self.out_keys[0], out)
 
     def read(self, tensordict: TensorDictBase) -> list[Tensor]:
-        """The inputs of :meth:`encode`, one per entry of ``in_keys``."""
-        read = zip(self.in_keys, self.shapes, strict=True)
-        inputs = [self._read(tensordict, key, shape) for key, shape in read]
+        """Return the inputs of :meth:`encode`, one per entry of ``in_keys``."""
+        entries = zip(self.in_keys, self.shapes, strict=True)
+        inputs = [self._read(tensordict, key, shape) for key, shape in entries]
         if not self.casts_to_float:
             return inputs
         # Gymnasium's float64 too: weights say which precision is meant.
@@ -199,15 +168,10 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         if value is None:
             raise KeyError(
                 f"the timestep encoder reads {key!r}, but the tensordict holds only "
-                f"{sorted(map(str, tensordict.keys(True, True)))}. Build the encoder from the "
-                "environment's specs (make_policy), or name the entries with obs_keys."
+                f"{sorted(map(str, tensordict.keys(True, True)))}. Choose entries with obs_keys."
             )
         if tuple(value.shape[max(value.ndim - len(shape), 0) :]) != shape:
-            raise ValueError(
-                f"entry {key!r} must end in {shape} for each step, got {tuple(value.shape)}. "
-                "The environment's specs differ from those the encoder was built with."
-            )
-        if key in self.hidden_keys:
-            # Not `0 * value`: an environment may write NaN.
-            value = torch.zeros_like(value)
-        return value
+            got = f"got {tuple(value.shape)}. Build the encoder from the environment's specs."
+            raise ValueError(f"entry {key!r} must end in {shape} for each step, {got}")
+        # Not `0 * value`: an environment may write NaN.
+        return torch.zeros_like(value) if key in self.hidden_keys else value

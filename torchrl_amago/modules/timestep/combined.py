@@ -1,63 +1,66 @@
-"""The timestep encoder for everything at once: images, vectors, categories, tokens and goals."""
+"""The timestep encoder for mixtures of entries, with embeddings chosen by their specs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
-from torchrl.data import TensorSpec
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    MultiCategorical,
+    OneHot,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.modules.functional import symlog
 
+from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._input_norm import InputNorm
 from torchrl_amago.modules._layers import MLP, make_activation, make_norm
-from torchrl_amago.modules.timestep._specs import EntryOptions, embed_specs
 from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_and_join
-from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
+from torchrl_amago.modules.timestep.embeddings import (
+    CategoryEmbedding,
+    EntryEmbedding,
+    GoalEmbedding,
+    TokenEmbedding,
+)
+from torchrl_amago.modules.timestep.vision import ImageEmbedding
 
+EntryOptions = Mapping[str, Any]
 VectorScale = Literal["normalize", "symlog", "none"]
+
+KINDS = ("vector", "image", "category", "tokens", "goals")
 
 
 class CombinedTimestepEncoder(TimestepEncoder):
-    """Each entry to features of its own, all of them side by side through an MLP.
+    """An embedding for each entry, all of them side by side through an MLP.
 
         out = out_norm(mlp(act(norm([embedding_1(x_1), ..., linear(scale(vectors))]))))
 
-    :meth:`from_specs` (or ``make_policy(..., timestep_encoder="combined")``) chooses what becomes of
-    each entry by its spec.
+    :meth:`from_specs` (or ``make_policy(..., timestep_encoder="combined")``) chooses the embeddings
+    by the entries' specs. Other arguments: see :class:`TimestepEncoder`.
 
     Args:
         embeddings: for each entry that isn't a vector, the module that embeds it, such as
-            :class:`ImageEmbedding`, :class:`CategoryEmbedding`, :class:`TokenEmbedding`,
-            :class:`GoalEmbedding`, or your own :class:`EntryEmbedding`.
-        vectors: for each entry that is (of any shape), the shape of one step; they are flattened and
-            joined.
+            :class:`ImageEmbedding`, or your own :class:`EntryEmbedding`.
+        vectors: for each entry that is (of any shape), the shape of one step; they are flattened
+            and joined.
         vector_features: features of all vectors together.
-        vector_scale: how vectors are brought to scale: by moving averages of mean and deviation
-            (``normalize``), by symlog (arXiv 2301.04104, eq. 9), or not at all (``none``).
-        hidden_size: width of the hidden layers.
+        vector_scale: scale vectors by moving averages of mean and deviation (``normalize``), by
+            symlog (arXiv 2301.04104, eq. 9), or not at all (``none``).
         num_layers: number of hidden layers; with 0 the features go through one linear layer.
-        output_size: D.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-        norm: norm of the features and hidden layers, see
-            :func:`~torchrl_amago.modules._layers.make_norm`.
-        out_norm: norm of the output.
-        options: switches and keys of :class:`TimestepEncoder`.
-
-    Raises:
-        ValueError: if there are no entries, an entry appears twice, or an option is unknown.
-        KeyError: if the tensordict lacks an entry.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> from torchrl_amago.modules.timestep import CategoryEmbedding
-        >>> encoder = CombinedTimestepEncoder(
-        ...     {"cards": CategoryEmbedding([13, 4])}, {"prev_reward": (1,)}, output_size=16)
-        >>> td = TensorDict(cards=[[12, 3], [0, 1]], prev_reward=torch.zeros(2, 1), batch_size=[2])
-        >>> encoder(td)["timestep"].shape
-        torch.Size([2, 16])
+        >>> embeddings = {"cards": CategoryEmbedding([13, 4])}
+        >>> encoder = CombinedTimestepEncoder(embeddings, {"prev_reward": (1,)}, output_size=16)
+        >>> encoder(cards=torch.tensor([[12, 3]]), prev_reward=torch.zeros(1, 1)).shape
+        torch.Size([1, 16])
     """
 
     casts_to_float = False
@@ -77,21 +80,11 @@ class CombinedTimestepEncoder(TimestepEncoder):
         out_norm: str = "layer",
         **options: Any,
     ) -> None:
-        if vector_scale not in ("normalize", "symlog", "none"):
-            raise ValueError(
-                f"vector_scale must be 'normalize', 'symlog' or 'none', got {vector_scale!r}. "
-                "'normalize' fits vectors of any scale."
-            )
-        if twice := set(embeddings) & set(vectors):
-            raise ValueError(
-                f"{sorted(map(str, twice))} is among both embeddings and vectors. "
-                "Name each entry once."
-            )
+        check_choice("vector_scale", vector_scale, get_args(VectorScale))
         shapes = {key: embedding.shape for key, embedding in embeddings.items()} | dict(vectors)
         shapes |= {e.mask_key: e.shape[:1] for e in embeddings.values() if e.mask_key is not None}
         super().__init__(shapes, output_size, **options)
-        self.vector_keys = list(vectors)
-        self.vector_scale = vector_scale
+        self.vector_shapes, self.vector_scale = dict(vectors), vector_scale
         self.embeddings = nn.ModuleList(embeddings.values())
         sizes = [embedding.output_size for embedding in embeddings.values()]
         vector_size = sum(torch.Size(shape).numel() for shape in vectors.values())
@@ -101,18 +94,12 @@ class CombinedTimestepEncoder(TimestepEncoder):
             sizes.append(vector_features)
             if vector_scale == "normalize":
                 self.input_norm = InputNorm(vector_size)
-        names = [*embeddings, *(["the vectors"] if vectors else [])]
-        made_of = (
-            f"{' + '.join(map(str, sizes))} = {sum(sizes)} for the entries {names} (by output_size of "
-            "an embedding, and vector_features)"
-        )
-        self.norm = make_norm(norm, sum(sizes), made_of)
+        size = sum(sizes)
+        self.norm = make_norm(norm, size)
         self.activation = make_activation(activation)
-        self.merge = (
-            MLP(sum(sizes), hidden_size, num_layers, output_size, activation=activation, norm=norm)
-            if num_layers
-            else nn.Linear(sum(sizes), output_size)
-        )
+        self.merge = nn.Linear(size, output_size)
+        if num_layers:
+            self.merge = MLP(size, hidden_size, num_layers, output_size, activation, norm)
         self.out_norm = make_norm(out_norm, output_size)
 
     @classmethod
@@ -123,34 +110,27 @@ class CombinedTimestepEncoder(TimestepEncoder):
         entries: Mapping[NestedKey, EntryOptions] | None = None,
         **options: Any,
     ) -> CombinedTimestepEncoder:
-        """Build the encoder for the observations of an environment.
+        """Build the encoder from the spec of one step of each entry to read, in order.
 
         ``Categorical`` and ``MultiCategorical`` (``MultiDiscrete``) entries become categories with
-        tables of the spec's sizes, numbers of three dimensions become images, and all else
-        (``OneHot``, ``Binary``, ``Bounded``, ``Unbounded`` and their like) vectors.
+        tables of the spec's sizes, numbers of three dimensions images, and all others (``OneHot``,
+        ``Binary``, ``Bounded``, ``Unbounded``) vectors.
 
-        Args:
-            specs: for each entry to read, in order, the spec of one step.
-            entries: for some of them, arguments of their embedding; ``"kind"`` among these
-                overrides the choice by spec: ``"vector"``, ``"image"``, ``"category"``,
-                ``"tokens"`` or ``"goals"``.
-            options: further arguments of the constructor.
+        ``entries`` has arguments of some entries' embeddings; ``"kind"`` among these overrides the
+        choice by spec: ``"vector"``, ``"image"``, ``"category"``, ``"tokens"`` or ``"goals"``.
+        ``options`` are further arguments of the constructor.
 
         Raises:
-            ValueError: if an entry has a spec that none of these embeds, or isn't there.
+            ValueError: if an entry has a spec or kind that none of these embeds, or isn't there.
 
         Example:
             >>> from torchrl.data import Bounded, Categorical
-            >>> specs = {
-            ...     "instruction": Categorical(50, shape=(6,)),
-            ...     "position": Bounded(-1, 1, shape=(2,)),
-            ... }
-            >>> entries = {"instruction": {"kind": "tokens", "padding_token": 0}}
-            >>> encoder = CombinedTimestepEncoder.from_specs(specs, entries=entries)
-            >>> encoder.embeddings[0].table
+            >>> specs = {"words": Categorical(50, shape=(6,)), "position": Bounded(-1, 1, (2,))}
+            >>> entries = {"words": {"kind": "tokens", "padding_token": 0}}
+            >>> CombinedTimestepEncoder.from_specs(specs, entries=entries).embeddings[0].table
             Embedding(50, 32)
         """
-        return cls(*embed_specs(specs, entries or {}), **options)
+        return cls(*_embed_specs(specs, entries or {}), **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
         """Embed every entry, join, merge."""
@@ -165,18 +145,14 @@ class CombinedTimestepEncoder(TimestepEncoder):
         return self.out_norm(self.merge(self.activation(self.norm(torch.cat(features, -1)))))
 
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
-        """Let every embedding augment its entry."""
-        augmented = [
-            embedding.augment(value, rows, num_rows)
-            for embedding, value in zip(self.embeddings, inputs, strict=False)
-        ]
+        """Augment each entry by its embedding."""
+        pairs = zip(self.embeddings, inputs, strict=False)
+        augmented = [embedding.augment(value, rows, num_rows) for embedding, value in pairs]
         return augmented + inputs[len(augmented) :]
 
     def _scaled_vectors(self, value_of: dict[NestedKey, Tensor], mask: Tensor | None) -> Tensor:
-        dtype = self.vectors.weight.dtype
-        values = [value_of[key].to(dtype) for key in self.vector_keys]
-        first = len(self.embeddings)
-        x = flatten_and_join(values, self.shapes[first : first + len(values)])
+        values = [value_of[key].to(self.vectors.weight.dtype) for key in self.vector_shapes]
+        x = flatten_and_join(values, list(self.vector_shapes.values()))
         if self.vector_scale == "symlog":
             return symlog(x)
         if self.input_norm is not None:
@@ -184,3 +160,68 @@ class CombinedTimestepEncoder(TimestepEncoder):
                 self.input_norm.update(x.detach(), mask)
             x = self.input_norm(x)
         return x
+
+
+def default_kind(spec: TensorSpec) -> str | None:
+    """Return the default kind of an entry, one of :data:`KINDS`, or None for an unknown spec."""
+    if isinstance(spec, OneHot | Binary) or spec.dtype == torch.bool:
+        # A linear layer on zeros and ones is a table already.
+        return "vector"
+    if isinstance(spec, Categorical):
+        return "category"
+    if isinstance(spec, Bounded | Unbounded):
+        return "image" if len(spec.shape) == 3 else "vector"
+    return None
+
+
+def _embed_specs(
+    specs: Mapping[NestedKey, TensorSpec], entries: Mapping[NestedKey, EntryOptions]
+) -> tuple[dict[NestedKey, EntryEmbedding], dict[NestedKey, Shape]]:
+    """Return embeddings and shapes of vectors, see :meth:`CombinedTimestepEncoder.from_specs`."""
+    masks = {options["mask_key"] for options in entries.values() if "mask_key" in options}
+    embedded = {key: spec for key, spec in specs.items() if key not in masks}
+    if unknown := set(entries) - set(embedded):
+        raise ValueError(
+            f"entries names {sorted(map(str, unknown))}, but what is embedded is {list(embedded)} "
+            "(masks are not). Correct the name, or read the entry too (obs_keys)."
+        )
+    embeddings, vectors = {}, {}
+    for key, spec in embedded.items():
+        options = dict(entries.get(key, {}))
+        kind = options.pop("kind", default_kind(spec))
+        if kind == "vector" and not options:
+            vectors[key] = tuple(spec.shape)
+        else:
+            embeddings[key] = _embedding(key, spec, kind, options)
+    return embeddings, vectors
+
+
+def _embedding(
+    key: NestedKey, spec: TensorSpec, kind: str | None, options: dict[str, Any]
+) -> EntryEmbedding:
+    num_dims = {"tokens": 1, "goals": 2}.get(kind, len(spec.shape))
+    sizes = None if kind == "vector" else _sizes(spec)
+    if len(spec.shape) == num_dims:
+        if kind == "image":
+            return ImageEmbedding(spec.shape, **options)
+        if kind == "category" and sizes:
+            return CategoryEmbedding(sizes, shape=spec.shape, **options)
+        if kind == "tokens" and sizes:
+            return TokenEmbedding(spec.shape[0], max(sizes), **options)
+        if kind == "goals":
+            options = {"num_tokens": max(sizes) if sizes else None, **options}
+            return GoalEmbedding(*spec.shape, **options)
+    got = f"Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Or use obs_keys."
+    raise ValueError(
+        f"entry {key!r} can't be embedded as kind {kind!r}: kinds are {KINDS}; categories and "
+        f"tokens [L] need a spec of categories, goals the shape [L, N], vectors have no options. {got}"
+    )
+
+
+def _sizes(spec: TensorSpec) -> list[int] | None:
+    """Return the number of values of each component, None if the spec doesn't say."""
+    if isinstance(spec, MultiCategorical):
+        return spec.nvec.expand(spec.shape).reshape(-1).tolist()
+    if isinstance(spec, Categorical) and not isinstance(spec, Binary):
+        return [int(spec.space.n)] * spec.shape.numel()
+    return None

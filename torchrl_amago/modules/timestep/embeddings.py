@@ -1,12 +1,14 @@
-"""Embeddings of single entries: categories, and sequences of tokens, each to a vector of features.
+"""Embeddings of single entries, each to a vector of features: categories, goals, tokens.
 
-Legend: *M steps, L elements of a sequence, K components of a category, E features of an element,
-F features.
+Legend: *M steps, K components of a category, L elements of a sequence (goals, tokens), N numbers of
+a goal, E features of a component or token, F features.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tensordict import NestedKey
@@ -18,15 +20,15 @@ from torchrl_amago.modules._settings import Configurable
 
 
 class EntryEmbedding(Configurable, nn.Module):
-    """Base of what turns one entry of a step into features; a part of the combined encoder.
+    """Base of the embeddings of one entry, parts of the combined encoder.
 
-    To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``, of the dtype that
-    the tensordict has. With a ``mask_key`` it is called with the elements' mask as well.
+    To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``. The value has the
+    tensordict's dtype. With a ``mask_key`` the elements' mask is a second argument.
 
     Args:
         shape: shape of one step's entry.
         output_size: F.
-        mask_key: entry, bool ``[*M, L]``, that says which elements of a sequence are there.
+        mask_key: entry, bool ``[*M, L]``, True on the elements of a sequence that are present.
 
     Example:
         >>> class Thermometer(EntryEmbedding):
@@ -40,31 +42,24 @@ class EntryEmbedding(Configurable, nn.Module):
         self, shape: Sequence[int], output_size: int, mask_key: NestedKey | None = None
     ) -> None:
         super().__init__()
-        self.shape = tuple(shape)
-        self.output_size = output_size
-        self.mask_key = mask_key
+        self.shape, self.output_size, self.mask_key = tuple(shape), output_size, mask_key
 
     def augment(self, value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
         """Change values at random in training, see :meth:`TimestepEncoder.augment`."""
         return value
 
 
-def check_range(index: Tensor, sizes: Sequence[int] | int, what: str) -> None:
-    """Refuse numbers outside of ``[0, size)`` where that costs next to nothing.
+def check_range(index: Tensor, sizes: Sequence[int] | int, name: str) -> None:
+    """Raise ValueError for numbers outside of ``[0, size)``, on a CPU and untraced.
 
-    That is on a CPU, outside of ``torch.compile`` and ``torch.vmap``; elsewhere the look-up itself fails, with a message
-    that says less.
-
-    Raises:
-        ValueError: if there is one.
+    Elsewhere the check would wait for the device; there the look-up itself fails, less clearly.
     """
     if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(
-            f"{what} must be in [0, size) with size {sizes}, got values from "
-            f"{int(index.min())} to {int(index.max())}. The environment writes what its spec rules "
-            "out: correct the spec, or shift the values."
+            f"{name} must be in [0, size) with size {sizes}, got values from "
+            f"{int(index.min())} to {int(index.max())}. Correct the spec, or shift the values."
         )
 
 
@@ -72,17 +67,16 @@ class CategoryEmbedding(EntryEmbedding):
     """One table of vectors per component (``Categorical``, ``MultiDiscrete``), side by side.
 
     Args:
-        sizes: for each of the K components, how many values it may take.
+        sizes: number of values of each of the K components.
         shape: shape of one step's entry, K numbers altogether; default ``[K]``.
         embedding_size: E, features of each component; F is K x E.
 
     Raises:
-        ValueError: if sizes and shape do not go together; when called, if a value is out of range.
+        ValueError: when called, if a value is out of range.
 
     Example:
-        >>> embedding = CategoryEmbedding([3, 5], embedding_size=4)
-        >>> embedding(torch.tensor([[2, 4]])).shape, embedding.table.num_embeddings
-        (torch.Size([1, 8]), 8)
+        >>> CategoryEmbedding([3, 5], embedding_size=4)(torch.tensor([[2, 4]])).shape
+        torch.Size([1, 8])
     """
 
     def __init__(
@@ -93,12 +87,6 @@ class CategoryEmbedding(EntryEmbedding):
         embedding_size: int = 16,
     ) -> None:
         shape = (len(sizes),) if shape is None else tuple(shape)
-        if torch.Size(shape).numel() != len(sizes) or min(sizes, default=0) < 1:
-            raise ValueError(
-                "sizes must hold one positive number for each component of an entry of shape "
-                f"{shape}, got {list(sizes)}. Build the embedding from the environment's spec "
-                "(CombinedTimestepEncoder.from_specs)."
-            )
         super().__init__(shape, len(sizes) * embedding_size)
         # One table for all, each component in its own rows: one look-up however many they are.
         self.table = nn.Embedding(sum(sizes), embedding_size)
@@ -118,27 +106,23 @@ class CategoryEmbedding(EntryEmbedding):
 
 
 class SequencePool(Configurable, nn.Module):
-    """From a set or sequence of elements to features: what is there, on average.
+    """Mean of nonlinear features over the present elements of a set or sequence.
 
-        h_l = act(W x_l + p_l),    out = V [mean of h_l over the elements that are there; their share]
+        h_l = act(W x_l + p_l),    out = V [mean of h_l over present elements; fraction present]
 
-    The position ``p_l`` comes in before the nonlinearity, so that order survives the mean. With
+    The position ``p_l`` comes before the nonlinearity, so that order survives the mean. With
     ``ordered=False`` there is none, and elements may be permuted.
 
+    Other arguments: see :class:`GoalEmbedding`.
+
     Args:
-        length: L, most elements.
-        input_size: E, features of an element.
-        hidden_size: width of h.
-        output_size: F.
-        ordered: whether the order of elements matters.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+        length: L, maximal number of elements.
+        input_size: size of an element.
 
     Example:
         >>> pool = SequencePool(3, 2, hidden_size=8, output_size=4, ordered=False)
-        >>> x_1LE, there_1L = torch.randn(1, 3, 2), torch.tensor([[True, True, False]])
-        >>> same = pool(x_1LE, there_1L) - pool(x_1LE[:, [1, 0, 2]], there_1L)
-        >>> bool((same.abs() < 1e-6).all())
-        True
+        >>> pool(torch.randn(1, 3, 2), torch.tensor([[True, True, False]])).shape
+        torch.Size([1, 4])
     """
 
     def __init__(
@@ -159,38 +143,99 @@ class SequencePool(Configurable, nn.Module):
         self.out = nn.Linear(hidden_size + 1, output_size)
 
     def reset_parameters(self) -> None:
-        """Draw positions anew; layers reset themselves."""
+        """Draw new positions; layers reset themselves."""
         if self.position is not None:
             nn.init.normal_(self.position, std=0.02)
 
-    def forward(self, x_MLE: Tensor, there_ML: Tensor) -> Tensor:
-        """Pool; what lies under False has no influence, NaN included."""
-        there_ML1 = there_ML.unsqueeze(-1)
-        hidden_MLH = self.hidden(torch.where(there_ML1, x_MLE, 0.0))
+    def forward(self, x_MLE: Tensor, present_ML: Tensor) -> Tensor:
+        """Pool present elements; absent ones have no influence, NaN included."""
+        present_ML1 = present_ML.unsqueeze(-1)
+        hidden_MLH = self.hidden(torch.where(present_ML1, x_MLE, 0.0))
         if self.position is not None:
             hidden_MLH = hidden_MLH + self.position
-        total_MH = torch.where(there_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
-        count_M1 = there_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        fraction_M1 = count_M1 / there_ML.shape[-1]
+        total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
+        count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
+        fraction_M1 = count_M1 / present_ML.shape[-1]
         return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
 
 
-class TokenEmbedding(EntryEmbedding):
-    """A sequence of tokens: looked up in one table, given positions, pooled by :class:`SequencePool`.
+class GoalEmbedding(EntryEmbedding):
+    """L goals of N numbers or tokens each, pooled by :class:`SequencePool`.
+
+    A mask or a padding value marks goals that are absent: reached, or never set.
+
+    Args:
+        num_goals: L, maximal number of goals at a time.
+        goal_size: N.
+        num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it.
+        embedding_size: E.
+        hidden_size: width before pooling.
+        output_size: F.
+        ordered: False if goals may be reached in any order.
+        padding: a goal whose numbers all equal this is absent; None for none. NaN works here, but
+            :class:`~torchrl_amago.trainers.AMAGOTrainer` raises for NaN.
+        mask_key: entry that is True on present goals, ``[*M, L]``.
+        activation: see :class:`TimestepEncoder`.
+
+    Raises:
+        ValueError: when called, if a token is out of range.
+
+    Example:
+        >>> embedding = GoalEmbedding(num_goals=3, goal_size=2, output_size=8, padding=-1.0)
+        >>> embedding(torch.tensor([[[0.5, 0.2], [0.1, 0.9], [-1.0, -1.0]]])).shape
+        torch.Size([1, 8])
+    """
+
+    def __init__(
+        self,
+        num_goals: int,
+        goal_size: int,
+        *,
+        num_tokens: int | None = None,
+        embedding_size: int = 16,
+        hidden_size: int = 64,
+        output_size: int = 64,
+        ordered: bool = True,
+        padding: float | None = None,
+        mask_key: NestedKey | None = None,
+        activation: str = "leaky_relu",
+    ) -> None:
+        super().__init__((num_goals, goal_size), output_size, mask_key)
+        self.num_tokens, self.padding = num_tokens, padding
+        self.table = None if num_tokens is None else nn.Embedding(num_tokens, embedding_size)
+        size = goal_size * (1 if num_tokens is None else embedding_size)
+        options = dict(hidden_size=hidden_size, output_size=output_size, activation=activation)
+        self.pool = SequencePool(num_goals, size, ordered=ordered, **options)
+
+    def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Embed ``[*M, L, N]``; ``mask`` is True on present goals (default: all)."""
+        if not value.is_floating_point():
+            value = value.long()  # bytes would take -1 for 255
+        present_ML = self._present(value) if mask is None else mask & self._present(value)
+        if self.table is None:
+            return self.pool(value.to(self.pool.hidden.weight.dtype), present_ML)
+        # Padding may be a number that is no token.
+        token_MLN = value.long().masked_fill(~present_ML.unsqueeze(-1), 0)
+        check_range(token_MLN, self.num_tokens, "a token")
+        return self.pool(self.table(token_MLN).flatten(-2), present_ML)
+
+    def _present(self, value: Tensor) -> Tensor:
+        if self.padding is None:
+            return torch.ones_like(value[..., 0], dtype=torch.bool)
+        missing = value.isnan() if math.isnan(self.padding) else value == self.padding
+        return ~missing.all(-1)
+
+
+class TokenEmbedding(GoalEmbedding):
+    """A sequence of tokens: looked up in one table, pooled by :class:`SequencePool`.
 
     Args:
         length: L, tokens in a step's entry.
         num_tokens: size of the vocabulary.
-        embedding_size: E, features of a token.
-        hidden_size: width before pooling.
-        output_size: F.
-        padding_token: token that fills up short sequences, which isn't looked at; None for none.
-        ordered: whether the order of tokens matters.
-        mask_key: entry that is True on real tokens, ``[*M, L]``.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-
-    Raises:
-        ValueError: when called, if a token is out of range.
+        embedding_size: E.
+        padding_token: token that fills up short sequences, which counts as absent; None for none.
+        options: ``hidden_size``, ``output_size``, ``ordered``, ``mask_key`` and ``activation``, see
+            :class:`GoalEmbedding`.
 
     Example:
         >>> embedding = TokenEmbedding(5, num_tokens=100, output_size=8, padding_token=0)
@@ -204,32 +249,13 @@ class TokenEmbedding(EntryEmbedding):
         num_tokens: int,
         *,
         embedding_size: int = 32,
-        hidden_size: int = 64,
-        output_size: int = 64,
         padding_token: int | None = None,
-        ordered: bool = True,
-        mask_key: NestedKey | None = None,
-        activation: str = "leaky_relu",
+        **options: Any,
     ) -> None:
-        super().__init__((length,), output_size, mask_key)
-        self.num_tokens, self.padding_token = num_tokens, padding_token
-        self.table = nn.Embedding(num_tokens, embedding_size)
-        self.pool = SequencePool(
-            length,
-            embedding_size,
-            hidden_size=hidden_size,
-            output_size=output_size,
-            ordered=ordered,
-            activation=activation,
-        )
+        tokens = dict(num_tokens=num_tokens, embedding_size=embedding_size, padding=padding_token)
+        super().__init__(length, 1, **tokens, **options)
+        self.shape = (length,)
 
     def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embed integers ``[*M, L]``; ``mask`` is True on real tokens (default: all)."""
-        token_ML = value.long()  # bytes would take -1 for 255
-        there_ML = torch.ones_like(value, dtype=torch.bool) if mask is None else mask
-        if self.padding_token is not None:
-            there_ML = there_ML & (token_ML != self.padding_token)
-        # Padding may be a number that is no token.
-        token_ML = token_ML.masked_fill(~there_ML, 0)
-        check_range(token_ML, self.num_tokens, "a token")
-        return self.pool(self.table(token_ML), there_ML)
+        return super().forward(value.unsqueeze(-1), mask)

@@ -1,4 +1,4 @@
-"""A timestep encoder by name, for what an environment shows."""
+"""Timestep encoders by name, for an environment's observations."""
 
 from __future__ import annotations
 
@@ -23,13 +23,8 @@ TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
 }
 """Timestep encoders by name; each is built by its ``from_specs(specs, **options)``."""
 
-# Bookkeeping entries of the trial: never shown to the timestep encoder unless asked for by name.
-_NOT_OBSERVATIONS = {
-    keys.TIME_IDX,
-    keys.IS_INIT,
-    keys.EPISODE_IDX,
-    keys.EPISODE_RETURN,
-}
+# Bookkeeping of the trial: read only if obs_keys names it.
+_BOOKKEEPING = {keys.TIME_IDX, keys.IS_INIT, keys.EPISODE_IDX, keys.EPISODE_RETURN}
 
 
 def make_timestep_encoder(
@@ -68,28 +63,17 @@ def make_timestep_encoder(
 def observation_specs(
     env: EnvBase, obs_keys: Sequence[NestedKey] | None = None
 ) -> dict[NestedKey, TensorSpec]:
-    """Entries a timestep encoder should read, in order, with the spec of one step of each.
-
-    Args:
-        env: environment with trial and previous-step transforms.
-        obs_keys: entries to read besides the previous step; default all observations but the
-            trial's bookkeeping, sorted by name.
-
-    Raises:
-        KeyError: if the previous step or one of ``obs_keys`` is missing from the specs.
-    """
+    """Return specs of one step of what :func:`make_timestep_encoder` reads, in order."""
     spec = env.observation_spec_unbatched
     available = list(spec.keys(True, True))
     if obs_keys is None:
-        skip = _NOT_OBSERVATIONS | {keys.PREV_ACTION, keys.PREV_REWARD}
+        skip = _BOOKKEEPING | {keys.PREV_ACTION, keys.PREV_REWARD}
         names = [k for k in available if k not in skip and not str(k).startswith("_")]
         obs_keys = sorted(names, key=str)
     wanted = [*obs_keys, keys.PREV_REWARD, keys.PREV_ACTION]
-    missing = [key for key in wanted if key not in available]
-    if missing:
+    if missing := [key for key in wanted if key not in available]:
         raise KeyError(
-            f"the policy reads {wanted}, but {missing} are not among the environment's observations "
-            f"{available}. Append the missing transforms (make_trial_env adds the previous step), "
-            "or choose entries with obs_keys."
+            f"the policy reads {wanted}, but {missing} are not among the environment's "
+            f"observations {available}. Use make_trial_env, or choose obs_keys."
         )
     return {key: spec[key] for key in wanted}

@@ -17,32 +17,18 @@ from torchrl_amago.modules.timestep.base import Shape, TimestepEncoder, flatten_
 class MLPTimestepEncoder(TimestepEncoder):
     """MLP over all entries, flattened and concatenated in the order given.
 
-    In training (sequences, with gradient) the running statistics of inputs are updated first, from real
-    steps only, and then used.
+    In training (sequences, with gradient) the statistics of inputs are updated from real steps
+    before they are used. Other arguments: see :class:`TimestepEncoder`.
 
     Args:
-        shapes: for each entry of the tensordict, in order, the shape of one step.
-        hidden_size: width of the hidden layers.
-        num_layers: number of hidden layers, at least 1.
-        output_size: D.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-        norm: norm of the hidden layers, see :func:`~torchrl_amago.modules._layers.make_norm`.
-        out_norm: norm of the output.
         normalize_inputs: shift and scale inputs by moving averages.
         auto_widen: make hidden and output size at least the number of inputs.
-        options: switches and keys of :class:`TimestepEncoder`.
-
-    Raises:
-        ValueError: if there are no entries.
-        KeyError: if the tensordict lacks an entry.
 
     Example:
         >>> from tensordict import TensorDict
-        >>> encoder = MLPTimestepEncoder({"observation": (4,), "prev_reward": (1,)}, output_size=16)
-        >>> td = TensorDict(observation=torch.zeros(2, 3, 4), prev_reward=torch.zeros(2, 3, 1),
-        ...                 batch_size=[2, 3])
-        >>> encoder(td)["timestep"].shape
-        torch.Size([2, 3, 16])
+        >>> encoder = MLPTimestepEncoder({"observation": (4,)}, output_size=16)
+        >>> encoder(TensorDict(observation=torch.zeros(2, 4), batch_size=[2]))["timestep"].shape
+        torch.Size([2, 16])
     """
 
     def __init__(
@@ -59,14 +45,12 @@ class MLPTimestepEncoder(TimestepEncoder):
         auto_widen: bool = False,
         **options: Any,
     ) -> None:
-        input_size = sum(torch.Size(shape).numel() for shape in shapes.values())
+        size = sum(torch.Size(shape).numel() for shape in shapes.values())
         if auto_widen:
-            hidden_size, output_size = max(hidden_size, input_size), max(output_size, input_size)
+            hidden_size, output_size = max(hidden_size, size), max(output_size, size)
         super().__init__(shapes, output_size, **options)
-        self.input_norm = InputNorm(input_size) if normalize_inputs else None
-        self.mlp = MLP(
-            input_size, hidden_size, num_layers, output_size, activation=activation, norm=norm
-        )
+        self.input_norm = InputNorm(size) if normalize_inputs else None
+        self.mlp = MLP(size, hidden_size, num_layers, output_size, activation, norm)
         self.out_norm = make_norm(out_norm, output_size)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:

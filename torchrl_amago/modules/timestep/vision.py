@@ -1,4 +1,4 @@
-"""Images: convolutional trunks, their embedding, and random shifts for training.
+"""Embedding of images: convolutional trunks, and random shifts for training.
 
 Legend: M images, C channels, H height, W width, R rows of a batch.
 """
@@ -8,25 +8,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrl.modules import ConvNet
 
+from torchrl_amago._validation import check_counts, check_fractions, pick
 from torchrl_amago.modules._layers import make_activation
 from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.timestep.embeddings import EntryEmbedding
 
 
-def least_input(windows: Sequence[tuple[int, int]]) -> int:
-    """The smallest height or width that windows of (kernel, stride), unpadded, leave one pixel of.
-
-    Example:
-        >>> least_input([(8, 4), (4, 2), (3, 1)])
-        36
-    """
+def _min_size(windows: Sequence[tuple[int, int]]) -> int:
+    """Return the smallest height or width for unpadded windows of (kernel, stride)."""
     size = 1
     for kernel, stride in reversed(windows):
         size = (size - 1) * stride + kernel
@@ -36,12 +31,7 @@ def least_input(windows: Sequence[tuple[int, int]]) -> int:
 class ConvTrunk(Configurable, ConvNet):
     """Convolutions in a row, each with its activation, flattened (channel, height, width).
 
-    Args:
-        in_channels: channels of the image.
-        channels: channels of each layer.
-        kernels: size of each layer's window.
-        strides: step of each layer's window.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
+    ``channels``, ``kernels`` and ``strides`` have a number for each layer.
 
     Example:
         >>> ConvTrunk(3, [8], [3], [2])(torch.zeros(1, 3, 7, 7)).shape
@@ -56,18 +46,14 @@ class ConvTrunk(Configurable, ConvNet):
         strides: Sequence[int],
         activation: str = "leaky_relu",
     ) -> None:
-        super().__init__(
-            in_features=in_channels,
-            num_cells=list(channels),
-            kernel_sizes=list(kernels),
-            strides=list(strides),
-            activation_class=partial(make_activation, activation),
-        )
-        self.least_size = least_input(list(zip(kernels, strides, strict=True)))
+        layers = dict(num_cells=[*channels], kernel_sizes=[*kernels], strides=[*strides])
+        act = partial(make_activation, activation)
+        super().__init__(in_features=in_channels, **layers, activation_class=act)
+        self.min_size = _min_size(list(zip(kernels, strides, strict=True)))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw orthogonal weights, without biases."""
+        """Draw orthogonal weights; biases are 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 # torch's default shrinks the signal by a third or more at each layer.
@@ -92,16 +78,8 @@ class _ResidualBlock(nn.Module):
 class ImpalaTrunk(Configurable, nn.Module):
     """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
 
-    TorchRL's ``ImpalaNet`` can't be had without its heads.
-
-    Args:
-        in_channels: channels of the image.
-        channels: channels of each section: a convolution, pooling by 2, two residual blocks.
-        num_groups: groups of the norms, dividing every number of channels; None for no norm.
-        activation: see :func:`~torchrl_amago.modules._layers.make_activation`.
-
-    Raises:
-        ValueError: if the groups don't divide the channels.
+    Each of the ``channels`` is a section: a convolution, pooling by 2, two residual blocks.
+    ``num_groups`` must divide all of them; None for no norm. TorchRL's has heads.
 
     Example:
         >>> ImpalaTrunk(3, channels=(8, 16))(torch.zeros(1, 3, 15, 15)).shape
@@ -116,17 +94,12 @@ class ImpalaTrunk(Configurable, nn.Module):
         activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
-        if num_groups and any(size % num_groups for size in channels):
-            raise ValueError(
-                f"num_groups={num_groups} must divide every number of channels, got {list(channels)}. "
-                "Change one of them, or pass num_groups=None for no norm."
-            )
         layers: list[nn.Module] = []
         for before, after in zip([in_channels, *channels], channels, strict=False):
             layers += [nn.Conv2d(before, after, 3, padding=1), nn.MaxPool2d(3, stride=2)]
             layers += [_ResidualBlock(after, activation, num_groups) for _ in range(2)]
         self.layers = nn.Sequential(*layers)
-        self.least_size = least_input([(3, 2)] * len(channels))
+        self.min_size = _min_size([(3, 2)] * len(channels))
 
     def forward(self, image_MCHW: Tensor) -> Tensor:
         """Features ``[M, ...]``, flattened (channel, height, width)."""
@@ -139,21 +112,14 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
     "drq": partial(ConvTrunk, channels=(32,) * 4, kernels=(3,) * 4, strides=(2, 1, 1, 1)),
     "grid": partial(ConvTrunk, channels=(16, 32, 48), kernels=(2,) * 3, strides=(1,) * 3),
 }
-"""Trunks by name, each called with ``(in_channels, activation=..., **options)``: that of DQN (for
-84 x 84 pixels), IMPALA, DrQ (arXiv 2107.09645), and a small one for the cells of grid worlds."""
+"""Trunks by name, each called with ``(in_channels, activation=..., **options)``: those of DQN (for
+84 x 84 pixels), IMPALA and DrQ (arXiv 2107.09645), and a small one for the cells of grid worlds."""
 
 
 def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
-    """Move images by whole pixels; edges are repeated. Pad and crop of DrQ (arXiv 2004.13649).
+    """Shift images by whole pixels; edges are repeated. Pad and crop of DrQ (arXiv 2004.13649).
 
         out[y, x] = image[y + shift_y, x + shift_x], indices clamped to the image
-
-    Args:
-        image_MCHW: any dtype.
-        shift_M2: int64, (y, x) of every image.
-
-    Returns:
-        Same shape and dtype.
 
     Example:
         >>> image = torch.tensor([[1, 2, 3]]).expand(1, 1, 3, 3)
@@ -165,32 +131,32 @@ def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
     y_MH = (ramp(height) + shift_M2[:, :1]).clamp(0, height - 1)
     x_MW = (ramp(width) + shift_M2[:, 1:]).clamp(0, width - 1)
     row_M11 = ramp(image_MCHW.shape[0])[:, None, None]
-    moved_MHWC = image_MCHW.movedim(1, -1)[row_M11, y_MH[:, :, None], x_MW[:, None, :]]
-    return moved_MHWC.movedim(-1, 1)
+    shifted_MHWC = image_MCHW.movedim(1, -1)[row_M11, y_MH[:, :, None], x_MW[:, None, :]]
+    return shifted_MHWC.movedim(-1, 1)
 
 
-def draw_shifts(num_rows: int, reach: int, share: float, device: torch.device) -> Tensor:
-    """Shifts ``[R, 2]`` in ``[-reach, reach]``, int64, for a fraction of the rows; zero for the others.
+def sample_shifts(num_rows: int, max_shift: int, fraction: float, device: torch.device) -> Tensor:
+    """Sample int64 shifts ``[R, 2]`` in ``[-max_shift, max_shift]``; zero in the other rows.
 
-    Which rows is drawn at random, how many isn't: the share, rounded up.
+    ``fraction * num_rows`` rows, rounded up, are shifted: which ones is random.
     """
-    shift_R2 = torch.randint(-reach, reach + 1, (num_rows, 2), device=device)
+    shift_R2 = torch.randint(-max_shift, max_shift + 1, (num_rows, 2), device=device)
     rank_R1 = torch.rand(num_rows, 1, device=device).argsort(0)
     # 0.1 * 30 is a little more than 3.
-    return torch.where(rank_R1 < math.ceil(share * num_rows - 1e-6), shift_R2, 0)
+    return torch.where(rank_R1 < math.ceil(fraction * num_rows - 1e-6), shift_R2, 0)
 
 
 class ImageEmbedding(EntryEmbedding):
-    """A trunk and a linear layer. Bytes are scaled to [-1, 1); other dtypes are taken as they are.
+    """A trunk and a linear layer. Bytes are scaled to [-1, 1), other dtypes aren't.
 
     Args:
         shape: of one image, ``[H, W, C]``, or ``[C, H, W]`` with ``channels_first``.
         output_size: F.
         trunk: a name of :data:`TRUNKS`, or a module ``[M, C, H, W] -> [M, ...]``.
         trunk_options: further arguments of a named trunk, such as ``channels``.
-        channels_first: where the channels are.
-        random_shift: by how many pixels images move at most in training; 0 for none, DrQ has 4.
-        random_shift_fraction: fraction of the batch's rows that are moved, each step of a row alike.
+        channels_first: position of the channels.
+        random_shift: maximal shift of images in training, in pixels; 0 for none, DrQ has 4.
+        random_shift_fraction: fraction of the batch's rows to shift; all steps of a row alike.
         activation: of a named trunk.
 
     Raises:
@@ -217,30 +183,28 @@ class ImageEmbedding(EntryEmbedding):
     ) -> None:
         super().__init__(shape, output_size)
         if len(self.shape) != 3:
-            raise ValueError(
-                f"an image has three dimensions, got shape {self.shape}. Add one for the channels "
-                "of a grey image (torchrl.envs.UnsqueezeTransform)."
-            )
-        is_whole = isinstance(random_shift, Integral) and random_shift >= 0
-        if not is_whole or not 0.0 <= random_shift_fraction <= 1.0:
-            raise ValueError(
-                "random_shift must be at least 0 pixels and random_shift_fraction in [0, 1], got "
-                f"{random_shift} and {random_shift_fraction}. Use 4 and 0.75, or 0 for no shifts."
-            )
+            rule = f"an image has three dimensions, got shape {self.shape}"
+            raise ValueError(f"{rule}. Add one to grey images (torchrl.envs.UnsqueezeTransform).")
+        if random_shift:
+            check_counts("Use 4, as DrQ does, or 0 for none.", random_shift=random_shift)
+        check_fractions("DrQ has 0.75.", random_shift_fraction=random_shift_fraction)
         self.channels_first = channels_first
         self.random_shift, self.random_shift_fraction = random_shift, random_shift_fraction
         channels, height, width = self.shape if channels_first else (self.shape[2], *self.shape[:2])
-        if isinstance(trunk, str):
-            trunk = _named_trunk(trunk, channels, activation, trunk_options or {})
+        if not isinstance(trunk, nn.Module):
+            build = pick("trunk", trunk, TRUNKS, "Or pass a module [M, C, H, W] -> [M, ...].")
+            trunk = build(channels, activation=activation, **(trunk_options or {}))
         elif trunk_options:
-            raise ValueError(
-                f"trunk_options go with a trunk's name, got {trunk_options} and a module. Give them to "
-                "the module's constructor."
+            raise ValueError(f"a trunk that is a module has no trunk_options, got {trunk_options}.")
+        if min(height, width) < (size := getattr(trunk, "min_size", 1)):
+            rule = (
+                f"the trunk needs images of at least {size} x {size} pixels, got {height} x {width}"
             )
-        self._refuse_small(trunk, height, width)
+            sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
+            remedy = f"Correct channels_first={channels_first}, or choose another trunk: {sizes}."
+            raise ValueError(f"{rule} (shape {self.shape}). {remedy}")
         self.trunk = trunk
-        features = _num_features(trunk, (channels, height, width))
-        self.features = nn.Linear(features, output_size)
+        self.features = nn.Linear(_num_features(trunk, (channels, height, width)), output_size)
 
     def forward(self, value: Tensor) -> Tensor:
         """Embed images ``[*M, *shape]``."""
@@ -252,34 +216,24 @@ class ImageEmbedding(EntryEmbedding):
         return self.features(self.trunk(x).flatten(1)).reshape(*batch, self.output_size)
 
     def augment(self, value: Tensor, rows: Tensor, num_rows: int) -> Tensor:
-        """Move all images of a row alike, by a shift drawn for it."""
+        """Shift all images of a row alike, by a random shift."""
         if not self.random_shift:
             return value
-        shift_R2 = draw_shifts(
+        shift_R2 = sample_shifts(
             num_rows, self.random_shift, self.random_shift_fraction, value.device
         )
         image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
-        moved_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
-        moved = moved_MCHW if self.channels_first else moved_MCHW.movedim(1, -1)
-        return moved.reshape(value.shape)
+        shifted_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
+        shifted = shifted_MCHW if self.channels_first else shifted_MCHW.movedim(1, -1)
+        return shifted.reshape(value.shape)
 
     def _channels_first(self, image: Tensor) -> Tensor:
         return image if self.channels_first else image.movedim(-1, 1)
 
-    def _refuse_small(self, trunk: nn.Module, height: int, width: int) -> None:
-        least = getattr(trunk, "least_size", 1)
-        if min(height, width) < least:
-            raise ValueError(
-                f"the trunk needs images of at least {least} x {least} pixels, got {height} x {width} "
-                f"(shape {self.shape}, channels_first={self.channels_first}). Set channels_first if "
-                "that is wrong, enlarge the images, or choose a trunk for smaller ones: "
-                f"{', '.join(f'{name!r} from {size}' for name, size in _least_sizes())}."
-            )
-
 
 def _num_features(trunk: nn.Module, shape: tuple[int, ...]) -> int:
-    like = next(trunk.parameters(), None)
-    if like is None or isinstance(like, nn.UninitializedParameter):  # lazy: this is its first input
+    like = next(trunk.parameters(), torch.zeros(()))
+    if isinstance(like, nn.UninitializedParameter):  # lazy: this is its first input
         like = torch.zeros(())
     modes = [(module, module.training) for module in trunk.modules()]
     with torch.no_grad():
@@ -287,17 +241,3 @@ def _num_features(trunk: nn.Module, shape: tuple[int, ...]) -> int:
     for module, mode in modes:
         module.training = mode
     return features
-
-
-def _named_trunk(name: str, channels: int, activation: str, options: dict[str, Any]) -> nn.Module:
-    if name not in TRUNKS:
-        raise ValueError(
-            f"trunk must be one of {sorted(TRUNKS)} or a module, got {name!r}. "
-            "Pass your own module [M, C, H, W] -> [M, ...] if none of them fits."
-        )
-    return TRUNKS[name](channels, activation=activation, **options)
-
-
-def _least_sizes() -> list[tuple[str, int]]:
-    sizes = [(name, make(1).least_size) for name, make in TRUNKS.items()]
-    return sorted(sizes, key=lambda entry: entry[1])

