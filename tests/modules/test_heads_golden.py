@@ -29,7 +29,7 @@ def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 # Sizes under the reference's names, and ours.
 SIZES = {
-    "hidden_size": "hidden_size",
+    "d_hidden": "hidden_size",
     "n_layers": "num_layers",
     "activation": "activation",
     "feature_dim": "feature_size",
@@ -132,7 +132,7 @@ def test_clipped_categorical(case):
 @pytest.mark.parametrize("case", cases("functional/popart*"), ids=str)
 def test_popart(case):
     hp = case.hyperparameters
-    codec = PopArt(hp["gammas"], beta=hp["beta"], initial_nu=hp["initial_nu"])
+    codec = PopArt(hp["gammas"], beta=hp["beta"], initial_nu=hp["init_nu"])
     x = case["x"].squeeze(-1)
     recorded = dict(case.starting("out/").items())
     for i in range(5):
