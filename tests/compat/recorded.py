@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
 from torch import Tensor
 from torchrl.data import Bounded, Categorical
 
@@ -15,6 +14,8 @@ from torchrl_amago.modules import (
     ACTORS,
     SEQ_MODELS,
     TIMESTEP_ENCODERS,
+    ActorModule,
+    Encoder,
     HLGauss,
     Policy,
     PopArt,
@@ -55,13 +56,8 @@ def build_policy(case: GoldenCase) -> Policy:
         description.num_discounts,
         **description.actor.options,
     )
-    sampler = ProbabilisticTensorDictModule(
-        in_keys={"params": "logits"},
-        out_keys=["action"],
-        distribution_class=distribution.stored,
-    )
-    head = TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"])
-    return Policy(timestep, trajectory, head, sampler, distribution, discounts=hp["gammas"])
+    head = ActorModule(actor, in_keys=["state"], out_keys=["action_params"])
+    return Policy(Encoder(timestep, trajectory), head, distribution, discounts=hp["gammas"])
 
 
 def build_loss(case: GoldenCase, policy: Policy) -> AMAGOLoss:

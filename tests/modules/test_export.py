@@ -107,6 +107,6 @@ def test_refusals():
         make_policy(env, context_length=12).step_module()
     policy = build(env, "gru")
     policy.encoder.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match="have hooks or a forward of their own"):
+    with pytest.raises(ValueError, match="Encoder has hooks or a forward of its own"):
         policy.step_module()
     assert issubclass(SEQ_MODELS["transformer"], TransformerEncoder)

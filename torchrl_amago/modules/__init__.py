@@ -9,7 +9,7 @@ Data flows through the files in this order::
 
 from torchrl.objectives import add_random_module
 
-from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
+from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor
 from torchrl_amago.modules.build import ACTORS, SEQ_MODELS, make_critic, make_policy
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, EnsembleLinear
 from torchrl_amago.modules.distributions import (
@@ -24,7 +24,7 @@ from torchrl_amago.modules.exploration import (
     make_exploration,
 )
 from torchrl_amago.modules.export import PolicyStep
-from torchrl_amago.modules.policy import DISCOUNTS, Policy, SelectDiscount
+from torchrl_amago.modules.policy import DISCOUNTS, Encoder, Policy, SelectDiscount
 from torchrl_amago.modules.timestep import (
     TIMESTEP_ENCODERS,
     CategoryEmbedding,
@@ -59,6 +59,7 @@ __all__ = [
     "ActionCritic",
     "Actor",
     "ActorHead",
+    "ActorModule",
     "BilevelEpsilonGreedy",
     "BilevelGaussian",
     "CNNTimestepEncoder",
@@ -66,6 +67,7 @@ __all__ = [
     "ClippedCategorical",
     "CombinedTimestepEncoder",
     "DiscreteCritic",
+    "Encoder",
     "EnsembleLinear",
     "EntryEmbedding",
     "FeedForwardEncoder",

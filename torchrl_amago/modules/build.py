@@ -6,23 +6,18 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensordict import NestedKey
-from tensordict.nn import (
-    InteractionType,
-    ProbabilisticTensorDictModule,
-    TensorDictModule,
-    TensorDictModuleBase,
-)
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.data import Composite
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
 from torchrl_amago._validation import pick
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
+from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic
 from torchrl_amago.modules.distributions import PolicyDistribution, make_distribution
 from torchrl_amago.modules.exploration import make_exploration
-from torchrl_amago.modules.policy import DISCOUNTS, Policy, check_discounts
+from torchrl_amago.modules.policy import DISCOUNTS, Encoder, Policy, check_discounts
 from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
 from torchrl_amago.modules.trajectory import (
     FeedForwardEncoder,
@@ -144,18 +139,11 @@ def make_policy(
         masked = {} if action_mask_key is None else {"mask_key": action_mask_key}
         explore = make_exploration(space, **{"horizon": context_length, **masked, **exploration})
     policy = Policy(
-        timestep,
-        trajectory,
-        TensorDictModule(
+        Encoder(timestep, trajectory),
+        ActorModule(
             head,
             in_keys=[keys.STATE, *actor_obs_keys, *mask_keys],
             out_keys=[keys.ACTION_PARAMS],
-        ),
-        ProbabilisticTensorDictModule(
-            in_keys={"params": keys.LOGITS},
-            out_keys=[keys.ACTION],
-            distribution_class=distribution.stored,
-            default_interaction_type=InteractionType.RANDOM,
         ),
         distribution,
         explore,
