@@ -123,10 +123,10 @@ def make_policy(
         timestep = make_timestep_encoder(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
-    trajectory = pick("seq_model", seq_model, SEQ_MODELS, "Use 'transformer' if unsure.")(
+    trajectory = pick("seq_model", seq_model, SEQ_MODELS)(
         timestep.output_size, context_length=context_length, **(seq_model_options or {})
     )
-    head = pick("actor", actor, ACTORS, "Use 'mlp' if unsure.")(
+    head = pick("actor", actor, ACTORS)(
         trajectory.output_size,
         distribution.num_params,
         len(discounts),

@@ -21,7 +21,7 @@ from torchrl_amago.modules.distributions import (
     TanhGaussian,
     TanhMixture,
 )
-from torchrl_amago.modules.distributions.tanh_gaussian import log_tanh_slope
+from torchrl_amago.modules.distributions.squashed import log_tanh_slope
 
 EDGES = (-1 + 1e-12, 1 - 1e-12)  # clipping that changes nothing here
 

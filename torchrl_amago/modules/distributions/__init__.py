@@ -1,8 +1,7 @@
-"""What an actor's parameters mean: distributions over actions of every kind.
+"""Distributions over actions of every kind, and the contract that ties them to actor and loss.
 
-``base.py`` is the contract; ``categorical.py``, ``bernoulli.py``, ``tanh_gaussian.py``, ``beta.py``
-and ``tanh_mixture.py`` are the distributions; ``make.py`` chooses one for an action space.
-Randomness comes from ``noise.py``.
+``base.py`` is the contract; ``categorical.py``, ``bernoulli.py``, ``squashed.py`` and ``beta.py`` are
+the distributions; ``make.py`` chooses one for an action space. Randomness comes from ``_noise.py``.
 """
 
 from torchrl_amago.modules.distributions.base import (
@@ -23,8 +22,12 @@ from torchrl_amago.modules.distributions.categorical import (
     clipped_softmax,
 )
 from torchrl_amago.modules.distributions.make import DISTRIBUTIONS, make_distribution
-from torchrl_amago.modules.distributions.tanh_gaussian import SquashedNormal, TanhGaussian
-from torchrl_amago.modules.distributions.tanh_mixture import SquashedMixture, TanhMixture
+from torchrl_amago.modules.distributions.squashed import (
+    SquashedMixture,
+    SquashedNormal,
+    TanhGaussian,
+    TanhMixture,
+)
 
 __all__ = [
     "CLIP_HIGH",

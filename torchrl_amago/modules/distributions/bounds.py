@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from torchrl_amago._validation import check_choice
 
 Bound = Literal["tanh", "softplus"]
 
@@ -49,50 +52,23 @@ def softplus_bounded(x: Tensor, low: float, high: float | None = None) -> Tensor
 
 
 def bounded(x: Tensor, bound: Bound, low: float, high: float | None) -> Tensor:
-    """Either of the above by name, any shape.
-
-    Example:
-        >>> import torch
-        >>> bounded(torch.zeros(1), "tanh", 0.25, 4.0)
-        tensor([1.])
-    """
+    """Map by :func:`tanh_bounded` or :func:`softplus_bounded`."""
     return tanh_bounded(x, low, high) if bound == "tanh" else softplus_bounded(x, low, high)
 
 
 def check_bounds(low: float, high: float | None, bound: str, name: str) -> None:
-    """Refuse bounds that hold no positive number.
-
-    Args:
-        low: what is above it.
-        high: what is below it, or None.
-        bound: how numbers get between them.
-        name: what is bounded, for the message: ``{name}_low`` and ``{name}_high`` are arguments.
-
-    Raises:
-        ValueError: naming the arguments.
-    """
-    if bound not in ("tanh", "softplus"):
-        raise ValueError(
-            f"{name} must be bounded by 'tanh' (between both bounds) or 'softplus' (above the lower "
-            f"one), got {bound!r}."
-        )
-    if not (0.0 < low < math.inf) or (high is not None and not low < high < math.inf):
+    """Raise ValueError if no positive number is within the arguments ``{name}_low``, ``{name}_high``."""
+    check_choice(f"the bound of {name}", bound, ("tanh", "softplus"))
+    unbounded = high is None and bound == "softplus"
+    if not 0.0 < low < (sys.float_info.max if unbounded else high or 0.0) < math.inf:
         raise ValueError(
             f"{name}_low must be positive and below {name}_high, got {low} and {high}. Both are finite; "
-            f"{name}_high=None with 'softplus' is no bound above."
-        )
-    if bound == "tanh" and high is None:
-        raise ValueError(
-            f"'tanh' needs a finite {name}_high, got None. Give one, or use 'softplus'."
+            f"{name}_high=None is no bound above, with 'softplus' only."
         )
 
 
 def check_clip(clip_actions: tuple[float, float]) -> None:
-    """Refuse bounds that aren't inside of (-1, 1).
-
-    Raises:
-        ValueError: naming the argument ``clip_actions``.
-    """
+    """Raise ValueError unless the argument ``clip_actions`` is inside of (-1, 1)."""
     low, high = clip_actions
     if not -1.0 < low < high < 1.0:
         raise ValueError(
