@@ -74,7 +74,7 @@ def test_equal_by_value_and_picklable():
         (Composite(left=Categorical(2)), "got Composite of dtype .*several named actions"),
         (Bounded(0, 5, shape=(2,), dtype=torch.int64), "got BoundedDiscrete of dtype torch.int64"),
         (Unbounded(2, dtype=torch.int64), "got UnboundedDiscrete of dtype torch.int64"),
-        (Unbounded(2), "must have finite bounds, got UnboundedContinuous.*ClipAction"),
+        (Unbounded(2), "must have finite bounds, got UnboundedContinuous.*RescaleAction"),
         (Bounded(0.0, torch.inf, shape=(2,)), "must have finite bounds, got BoundedContinuous"),
         (
             Bounded(-2.0, 2.0, shape=(1,)),

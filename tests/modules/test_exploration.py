@@ -78,14 +78,18 @@ def test_scale_is_drawn_at_the_trials_start_and_kept_within_it():
     assert not torch.equal(scale[:10], second["_epsilon_scale"][:10])
 
 
-def test_refuses_an_empty_horizon():
-    with pytest.raises(ValueError, match="horizon and anneal_frames must be at least 1, got 0"):
-        BilevelEpsilonGreedy(5, horizon=0)
-
-
-def test_refuses_a_power_that_is_not_positive():
-    with pytest.raises(ValueError, match=r"power must be positive, got 0\. 1 lets noise change"):
-        BilevelEpsilonGreedy(5, horizon=10, power=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 0}, "horizon must be positive, got 0"),
+        ({"anneal_frames": 0}, "anneal_frames must be positive, got 0"),
+        ({"power": 0}, r"power must be positive, got 0\. 1 lets noise change"),
+        ({"end_of_trial": (0.5, -0.1)}, "finite numbers of at least 0, got .*-0.1"),
+    ],
+)
+def test_wrong_schedules(options, message):
+    with pytest.raises(ValueError, match=message):
+        BilevelEpsilonGreedy(5, **{"horizon": 10, **options})
 
 
 # ------------------------------------------------------------------ other action spaces

@@ -412,23 +412,31 @@ def test_a_finished_distribution_must_fit():
     with pytest.raises(ValueError, match="distribution is over actions of .* Build it with"):
         make_policy(env, distribution=nine, **SMALL)
     with pytest.raises(
-        ValueError, match="distribution_options go with a distribution that make_pol"
+        ValueError, match="distribution_options go with a part .* finished Discrete"
     ):
         make_policy(env, distribution=five, distribution_options={"clip_low": 0.01}, **SMALL)
 
 
-def test_refuses_what_it_would_ignore():
+def test_arguments_without_use_are_errors():
     env = make_env()
-    with pytest.raises(ValueError, match="action_gain goes with critics that take the action"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'action_gain'"):
         make_critic(make_policy(env, **SMALL), action_gain=8.0)
     encoder = MLPTimestepEncoder({"observation": (2,)}, output_size=16)
     options = {key: value for key, value in SMALL.items() if key != "timestep_options"}
     for ignored in ({"timestep_options": {"hidden_size": 3}}, {"obs_keys": ["observation"]}):
-        with pytest.raises(ValueError, match="go with a timestep encoder that make_policy builds"):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(ignored))} go with a part that make_policy"
+        ):
             make_policy(env, timestep_encoder=encoder, **options, **ignored)
     module = TensorDictModule(torch.nn.Linear(2, 16), ["observation"], ["timestep"])
-    with pytest.raises(TypeError, match="module of type TensorDictModule has no output_size"):
+    with pytest.raises(AttributeError, match="no attribute 'output_size'"):
         make_policy(env, timestep_encoder=module, **options)
-    for discounts in ((), (0.9, 1.5)):
-        with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \(0, 1\)"):
-            make_policy(env, discounts=discounts, **SMALL)
+    with pytest.raises(ValueError, match="num_discounts must be at least 1, got 0"):
+        make_policy(env, discounts=(), **SMALL)
+    with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \(0, 1\)"):
+        make_policy(env, discounts=(0.9, 1.5), **SMALL)
+    with pytest.raises(ValueError, match="action_mask_key='observation' masks discrete actions"):
+        box = make_trial_env(Toy(ACTIONS["continuous"]), horizon=10)
+        make_policy(box, action_mask_key="observation", **SMALL)
+    with pytest.raises(ValueError, match="list the values of a single discrete action only"):
+        make_critic(make_policy(box, **SMALL), takes_actions=False)

@@ -1,7 +1,7 @@
 """Exploration noise that fades over training and within each trial, per environment.
 
-One schedule for all action spaces; what noise is depends on the space. Legend: P parts of an
-action, A length of the action vector.
+One schedule for all action spaces; the noise depends on the space. Legend: P parts of an action, A
+length of the action vector.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from torchrl_amago.modules.distributions import _noise as noise
 class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     """Noise with a schedule over training and one within the trial; subclasses write the noise.
 
-    With ``p`` the fraction of ``anneal_frames`` used up and ``q`` the fraction of ``horizon`` used up,
-    both clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
+    With ``p`` the used fraction of ``anneal_frames`` and ``q`` the used fraction of ``horizon``, both
+    clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
 
         start = lerp(start_of_trial[0], start_of_trial[1], p)
         end   = lerp(end_of_trial[0], end_of_trial[1], p)
@@ -49,12 +49,11 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         action_key: entry to change.
         time_key: steps since the trial began, ``[*B, 1]``.
         init_key: first step of a trial, ``[*B, 1]``.
-        scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read where it is
-            there.
+        scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read if present.
 
     Raises:
-        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, ``power`` not positive, or
-            an epsilon negative.
+        ValueError: if ``horizon``, ``anneal_frames`` or ``power`` isn't positive, or an epsilon is
+            negative.
 
     Example:
         >>> class Shift(BilevelExploration):
@@ -84,20 +83,15 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         scale_key: NestedKey = keys.EPSILON_SCALE,
     ) -> None:
         super().__init__()
-        if not (1 <= horizon < math.inf and 1 <= anneal_frames < math.inf):
-            raise ValueError(
-                f"horizon and anneal_frames must be at least 1, got {horizon} and {anneal_frames}. "
-                "They are the steps in a trial and the environment steps over which noise fades."
-            )
+        check_positive(
+            "Noise fades over these numbers of steps.", horizon=horizon, anneal_frames=anneal_frames
+        )
+        check_positive("1 lets noise change evenly over the trial.", power=power)
         if not all(0.0 <= epsilon < math.inf for epsilon in (*start_of_trial, *end_of_trial)):
             raise ValueError(
                 "start_of_trial and end_of_trial must hold finite numbers of at least 0, got "
                 f"{start_of_trial} and {end_of_trial}. Each is a pair: at the start and the end of training."
             )
-        check_positive(
-            "1 lets noise change evenly over the trial, more keeps the change for its end.",
-            power=power,
-        )
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
@@ -109,15 +103,12 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     @abc.abstractmethod
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Add noise to actions.
+        """Return noisy actions, of the same shape and dtype.
 
         Args:
             action: ``[*B, ...]``, as stored.
             epsilon: ``[*B, 1]``, in [0, 1] by default.
-            tensordict: the step, for whatever else the noise depends on.
-
-        Returns:
-            Actions of the same shape and dtype.
+            tensordict: the step, for noise that depends on more.
         """
 
     def step(self, frames: int = 1) -> None:
@@ -125,7 +116,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         self.frames += frames
 
     def epsilon(self, time_idx: Tensor) -> Tensor:
-        """Epsilon at these steps of a trial before ``scale``, float, the shape of ``time_idx``."""
+        """Compute epsilon at these steps of a trial before ``scale``: float, ``time_idx``'s shape."""
         trained = (self.frames / self.anneal_frames).clamp(max=1.0)
         start = self.start_of_trial[0] + trained * (self.start_of_trial[1] - self.start_of_trial[0])
         end = self.end_of_trial[0] + trained * (self.end_of_trial[1] - self.end_of_trial[0])
@@ -159,20 +150,14 @@ class BilevelEpsilonGreedy(BilevelExploration):
     """Epsilon-greedy exploration for discrete actions of one or several parts, and for bits.
 
     Each part is replaced by a uniformly random choice with probability epsilon, independently of
-    the others. The schedule is that of :class:`BilevelExploration`.
+    the others.
 
     Args:
         num_actions: number of actions (stored as ``[*B]``), or a sequence of the choices of each
             part (``[*B, P]``; 2 for each bit).
-        horizon: length of a trial in steps.
-        anneal_frames: environment steps, all environments together, over which noise fades.
-        one_hot: whether actions are stored as (concatenated) one-hots, ``[*B, A]``.
-        mask_key: choices that are allowed, bool ``[*B, A]``, the parts side by side; None if all
-            are always.
-        schedule: further arguments of :class:`BilevelExploration`.
-
-    Raises:
-        ValueError: if the schedule is empty.
+        one_hot: actions are stored as (concatenated) one-hots, ``[*B, A]``.
+        mask_key: allowed choices, bool ``[*B, A]``, the parts side by side; None if all are always.
+        schedule: other arguments, see :class:`BilevelExploration`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -223,8 +208,8 @@ class BilevelEpsilonGreedy(BilevelExploration):
 class BilevelGaussian(BilevelExploration):
     """Gaussian noise for continuous actions: ``clip(action + epsilon * N(0, 1), -1, 1)``.
 
-    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). The schedule
-    and its arguments are those of :class:`BilevelExploration`.
+    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). Arguments: see
+    :class:`BilevelExploration`.
 
     Example:
         >>> from tensordict import TensorDict
