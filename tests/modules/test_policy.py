@@ -435,8 +435,8 @@ def test_arguments_without_use_are_errors():
         make_policy(env, discounts=(), **SMALL)
     with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \(0, 1\)"):
         make_policy(env, discounts=(0.9, 1.5), **SMALL)
+    box = make_trial_env(Toy(ACTIONS["continuous"]), horizon=10)
     with pytest.raises(ValueError, match="action_mask_key='observation' masks discrete actions"):
-        box = make_trial_env(Toy(ACTIONS["continuous"]), horizon=10)
         make_policy(box, action_mask_key="observation", **SMALL)
     with pytest.raises(ValueError, match="list the values of a single discrete action only"):
         make_critic(make_policy(box, **SMALL), takes_actions=False)

@@ -13,11 +13,11 @@ from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions import (
     ClippedCategorical,
     Discrete,
-    OneHotParts,
     clip_probabilities,
     clipped_softmax,
 )
 from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions.categorical import OneHotParts
 
 NEVER = -torch.inf
 LOGITS = torch.tensor([2.0, NEVER, 0.0, 1.0, NEVER])

@@ -13,15 +13,13 @@ from torchrl.data import Bounded
 from torchrl.modules import TanhNormal
 
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.distributions import (
-    Beta,
+from torchrl_amago.modules.distributions import Beta, TanhGaussian, TanhMixture
+from torchrl_amago.modules.distributions.beta import StretchedBeta
+from torchrl_amago.modules.distributions.squashed import (
     SquashedMixture,
     SquashedNormal,
-    StretchedBeta,
-    TanhGaussian,
-    TanhMixture,
+    log_tanh_slope,
 )
-from torchrl_amago.modules.distributions.squashed import log_tanh_slope
 
 EDGES = (-1 + 1e-12, 1 - 1e-12)  # clipping that changes nothing here
 

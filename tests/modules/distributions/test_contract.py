@@ -20,12 +20,12 @@ from torchrl_amago.modules.distributions import (
     Bernoulli,
     Beta,
     Discrete,
-    OneHotParts,
-    StoredActions,
     TanhGaussian,
     TanhMixture,
     make_distribution,
 )
+from torchrl_amago.modules.distributions.base import StoredActions
+from torchrl_amago.modules.distributions.categorical import OneHotParts
 
 BOX = Bounded(-1.0, 1.0, shape=(3,))
 CASES = {

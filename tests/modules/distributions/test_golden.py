@@ -16,10 +16,9 @@ from torchrl_amago.modules.distributions import (
     Discrete,
     TanhGaussian,
     TanhMixture,
-    softplus_bounded,
-    tanh_bounded,
 )
 from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions._bounds import softplus_bounded, tanh_bounded
 
 
 def _continuous(size: int) -> ActionSpace:

@@ -19,21 +19,9 @@ NO_SHAPE = torch.Size()
 
 
 class VectorDistribution(Distribution, abc.ABC):
-    """Base of distributions over action vectors ``[..., A]``.
+    """Base of distributions over action vectors, with the shape of ``like`` ``[..., A]``.
 
     Subclasses write ``sample``, or set ``has_rsample`` and write ``rsample``, ``[*sample_shape, ..., A]``.
-
-    Args:
-        like: a tensor ``[..., A]``.
-
-    Example:
-        >>> class Zero(VectorDistribution):
-        ...     def sample(self, sample_shape=NO_SHAPE): return torch.zeros(*sample_shape, 2)
-        ...     def log_prob(self, value): return value.sum(-1) * 0
-        ...     def entropy(self): return torch.zeros(())
-        ...     deterministic_sample = property(lambda self: torch.zeros(2))
-        >>> Zero(torch.zeros(2)).sample((3,)).shape
-        torch.Size([3, 2])
     """
 
     arg_constraints: ClassVar[dict] = {}
@@ -56,20 +44,7 @@ class VectorDistribution(Distribution, abc.ABC):
 
 
 class StoredActions(Distribution):
-    """A distribution over stored actions, made from one over vectors.
-
-    Args:
-        vectors: distribution over vectors ``[..., A]``.
-        space: the actions as environments store them.
-
-    Example:
-        >>> from torchrl.data import Binary
-        >>> from torchrl_amago.modules.distributions import Bernoulli
-        >>> space = ActionSpace.from_spec(Binary(2, dtype=torch.bool))
-        >>> actions = StoredActions(Bernoulli(space)(torch.tensor([9.0, -9.0])), space)
-        >>> actions.deterministic_sample
-        tensor([ True, False])
-    """
+    """Distribution over actions as environments store them, made from one over vectors."""
 
     arg_constraints: ClassVar[dict] = {}
 
@@ -78,20 +53,16 @@ class StoredActions(Distribution):
         self.vectors, self.space = vectors, space
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw actions, ``[*sample_shape, ..., *shape]``."""
         return self.space.from_vector(self.vectors.sample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of stored actions, ``[...]``."""
         return self.vectors.log_prob(self.space.to_vector(value))
 
     def entropy(self) -> Tensor:
-        """Entropy of the vectors, ``[...]``."""
         return self.vectors.entropy()
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """Greedy action, ``[..., *shape]``."""
         return self.space.from_vector(self.vectors.deterministic_sample)
 
     # A category has no mean and a squashed Gaussian no mode in closed form: a greedy action is the
@@ -156,23 +127,14 @@ class PolicyDistribution(abc.ABC):
     def __call__(self, params: Tensor) -> VectorDistribution:
         """Build the distribution over action vectors ``[..., A]``, float.
 
-        Args:
-            params: ``[..., P]``; computed with in float32 if of half precision.
-
-        Raises:
-            ValueError: if the last dimension isn't P.
+        Parameters ``[..., P]`` of half precision become float32. Raises ValueError for another P.
         """
         return self._vectors(self._checked(params))
 
     def stored(self, params: Tensor) -> Distribution:
         """Build the distribution over actions as the environment stores them, for policies.
 
-        Args:
-            params: ``[..., P]``.
-
-        Returns:
-            A distribution with ``sample``, ``log_prob`` and, for greedy policies, ``mode``, ``mean``
-            and ``deterministic_sample``, which are the same.
+        Its ``mode``, ``mean`` and ``deterministic_sample`` are the same, the greedy action.
         """
         return StoredActions(self(params), self.space)
 

@@ -18,16 +18,9 @@ from torchrl_amago.modules.distributions.base import (
 
 
 class Bits(VectorDistribution):
-    """Independent bits as one vector of zeros and ones; the entropy is exact.
+    """Independent bits ``[..., A]``, zeros and ones; the entropy is exact.
 
-    Args:
-        logits: ``[..., A]``, float, log-odds of a 1; -inf forbids it.
-        reduce: ``"sum"`` makes ``log_prob`` the log-probability of the whole action, ``"mean"``
-            averages over bits. The entropy is that of the whole action in both cases.
-
-    Example:
-        >>> Bits(torch.tensor([9.0, -9.0])).deterministic_sample
-        tensor([1., 0.])
+    ``logits`` are log-odds of a 1; -inf forbids it.
     """
 
     #: Log-probability, about, of a forbidden 1 in the data: one mustn't make a mean infinite.
@@ -47,7 +40,6 @@ class Bits(VectorDistribution):
         return self.bits.probs.masked_fill(self._is_forbidden, 0.0)
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
         shape = torch.Size([*sample_shape, *self.probs.shape])
         return (noise.uniform(shape, self.probs) < self.probs).to(self.probs.dtype)
 
@@ -69,8 +61,9 @@ class Bernoulli(PolicyDistribution):
     """Independent bits, for multi-binary actions; parameters are log-odds.
 
     Args:
-        reduce: see :class:`Bits`. The public AMAGO code averages, so that the actor's loss doesn't
-            grow with the number of bits.
+        reduce: ``"sum"`` makes ``log_prob`` the log-probability of the whole action. ``"mean"``
+            averages over bits, as the public AMAGO code does, so that the actor's loss doesn't grow
+            with their number. The entropy is that of the whole action in both cases.
 
     Example:
         >>> from torchrl.data import Binary

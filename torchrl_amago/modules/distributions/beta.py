@@ -11,33 +11,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, distributions
 
-from torchrl_amago.modules.distributions.base import (
-    NO_SHAPE,
-    PolicyDistribution,
-    VectorDistribution,
-)
-from torchrl_amago.modules.distributions.bounds import (
+from torchrl_amago.modules.distributions._bounds import (
     CLIP_ACTIONS,
     Bound,
     bounded,
     check_bounds,
     check_clip,
 )
+from torchrl_amago.modules.distributions.base import (
+    NO_SHAPE,
+    PolicyDistribution,
+    VectorDistribution,
+)
 
 _LOG_2 = math.log(2.0)
 
 
 class StretchedBeta(VectorDistribution):
-    """Independent Beta distributions, stretched from [0, 1] to [-1, 1]; the entropy is exact.
+    """Independent Beta distributions ``[..., A]``, stretched from [0, 1] to [-1, 1].
 
-    Args:
-        alpha: ``[..., A]``, concentrations towards 1.
-        beta: ``[..., A]``, concentrations towards -1.
-        clip_actions: bounds that actions are clipped to before ``log_prob``.
-
-    Example:
-        >>> StretchedBeta(torch.tensor([3.0]), torch.tensor([1.0])).deterministic_sample
-        tensor([0.5000])
+    ``alpha`` are concentrations towards 1, ``beta`` towards -1. The entropy is exact.
     """
 
     has_rsample = True
@@ -50,7 +43,6 @@ class StretchedBeta(VectorDistribution):
         self.unit = distributions.Beta(alpha, beta, validate_args=False)
 
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]`` with (implicit) gradient."""
         return 2.0 * self.unit.rsample(sample_shape) - 1.0
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -62,7 +54,6 @@ class StretchedBeta(VectorDistribution):
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The mean, ``[..., A]``."""
         return 2.0 * self.unit.mean - 1.0
 
 

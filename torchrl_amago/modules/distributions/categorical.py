@@ -86,12 +86,10 @@ class ClippedCategorical(Categorical):
         super().__init__(probs=probs, validate_args=False)
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw actions, ``[*sample_shape, ...]``, int64."""
         return noise.categorical(self.probs, sample_shape)
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The most probable action, ``[...]``, int64."""
         return self.probs.argmax(-1)
 
     # An index has no mean: a greedy action is the same by any name.
@@ -99,21 +97,10 @@ class ClippedCategorical(Categorical):
 
 
 class OneHotParts(VectorDistribution):
-    """Independent choices, one for each part of an action, as one vector of one-hots.
+    """Independent choices, one for each part of an action, as one vector of one-hots ``[..., A]``.
 
     ``rsample`` is a straight-through Gumbel sample (arXiv 1611.01144, Section 2.2): a one-hot, with
     the gradient of the softmax that it is the argmax of. The entropy is exact.
-
-    Args:
-        logits: ``[..., A]``, float, the parts side by side; -inf forbids a category.
-        sizes: categories of each part, summing to A.
-        clip_low: as ``clip_high``, see :class:`ClippedCategorical`.
-        temperature: of the softmax that gives gradients.
-
-    Example:
-        >>> dist = OneHotParts(torch.tensor([9.0, 0.0, 0.0, 0.0, 9.0]), sizes=[2, 3])
-        >>> dist.deterministic_sample, dist.rsample().shape
-        (tensor([1., 0., 0., 0., 1.]), torch.Size([5]))
     """
 
     has_rsample = True
@@ -137,13 +124,11 @@ class OneHotParts(VectorDistribution):
         return join_parts([part.probs for part in self.parts])
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
         return self._vector([part.sample(sample_shape) for part in self.parts])
 
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]`` with gradient."""
-        samples = [_straight_through(part, self.temperature, sample_shape) for part in self.parts]
-        return join_parts(samples)
+        draws = [_straight_through(part, self.temperature, sample_shape) for part in self.parts]
+        return join_parts(draws)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability ``[...]`` of vectors, softened ones too: the largest entry counts."""
@@ -159,7 +144,6 @@ class OneHotParts(VectorDistribution):
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The most probable category of each part, ``[..., A]``."""
         return self._vector([part.deterministic_sample for part in self.parts])
 
     def _vector(self, indices: list[Tensor]) -> Tensor:

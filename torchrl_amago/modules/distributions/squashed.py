@@ -14,45 +14,30 @@ from torch.nn.functional import softplus
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.modules.distributions import _noise as noise
-from torchrl_amago.modules.distributions.base import (
-    NO_SHAPE,
-    PolicyDistribution,
-    VectorDistribution,
-)
-from torchrl_amago.modules.distributions.bounds import (
+from torchrl_amago.modules.distributions._bounds import (
     CLIP_ACTIONS,
     Bound,
     bounded,
     check_bounds,
     check_clip,
 )
+from torchrl_amago.modules.distributions.base import (
+    NO_SHAPE,
+    PolicyDistribution,
+    VectorDistribution,
+)
 
 
 def log_tanh_slope(x: Tensor) -> Tensor:
-    """Compute ``log(1 - tanh(x)^2)`` without cancellation, any shape.
-
-    Example:
-        >>> log_tanh_slope(torch.tensor([0.0, 50.0]))
-        tensor([  0.0000, -98.6137])
-    """
+    """Compute ``log(1 - tanh(x)^2)`` without cancellation, any shape."""
     return 2.0 * (math.log(2.0) - x - softplus(-2.0 * x))
 
 
 class SquashedNormal(VectorDistribution):
-    """Independent Gaussians, squashed to (-1, 1) by tanh.
+    """Independent Gaussians ``[..., A]`` of mean ``loc``, squashed to (-1, 1) by tanh.
 
     TorchRL's ``TanhNormal`` is the same function but for the clipping; building one at every step
     of a rollout costs more than all else here.
-
-    Args:
-        loc: ``[..., A]``, means before tanh.
-        scale: ``[..., A]``, standard deviations before tanh.
-        clip_actions: bounds that actions are clipped to before ``log_prob``.
-
-    Example:
-        >>> dist = SquashedNormal(torch.tensor([0.0, 9.0]), torch.tensor([0.1, 0.1]))
-        >>> dist.deterministic_sample
-        tensor([0.0000, 1.0000])
     """
 
     has_rsample = True
@@ -64,7 +49,6 @@ class SquashedNormal(VectorDistribution):
         self.loc, self.scale, self.clip_actions = loc, scale, clip_actions
 
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]`` with gradient: ``tanh(loc + scale * noise)``."""
         return self._unsquashed(sample_shape).tanh()
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -134,18 +118,9 @@ class TanhGaussian(PolicyDistribution):
 
 
 class SquashedMixture(VectorDistribution):
-    """A mixture of N Gaussians over whole actions, squashed to (-1, 1) by tanh.
+    """Mixture of N Gaussians over whole actions, squashed to (-1, 1) by tanh; no ``rsample``.
 
-    Args:
-        loc: ``[..., N, A]``, means before tanh.
-        scale: ``[..., N, A]``, standard deviations before tanh.
-        logits: ``[..., N]``, unnormalised log-probabilities of the modes.
-
-    Example:
-        >>> loc = torch.tensor([[-2.0], [2.0]])
-        >>> dist = SquashedMixture(loc, torch.full_like(loc, 0.1), torch.tensor([0.0, 9.0]))
-        >>> dist.log_prob(torch.tensor([0.95])) > dist.log_prob(torch.tensor([-0.95]))
-        tensor(True)
+    ``loc`` and ``scale`` are ``[..., N, A]``; ``logits`` ``[..., N]`` weigh the modes.
     """
 
     #: Smallest distance from -1 and 1 in ``log_prob``, and a bound of tanh's slope there: the public
@@ -162,7 +137,6 @@ class SquashedMixture(VectorDistribution):
         )
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``."""
         return self._unsquashed(sample_shape).tanh()
 
     def log_prob(self, value: Tensor) -> Tensor:

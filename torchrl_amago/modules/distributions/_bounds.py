@@ -19,35 +19,13 @@ CLIP_ACTIONS = (-0.99, 0.99)
 
 
 def tanh_bounded(x: Tensor, low: float, high: float) -> Tensor:
-    """Map to (low, high), evenly in the logarithm: ``low^(1 - u) high^u``, u = (tanh(x) + 1) / 2.
-
-    Args:
-        x: any shape, float.
-        low: above 0.
-        high: above ``low``.
-
-    Example:
-        >>> import torch
-        >>> tanh_bounded(torch.tensor([-9.0, 0.0, 9.0]), 0.25, 4.0)
-        tensor([0.2500, 1.0000, 4.0000])
-    """
+    """Map to (low, high), evenly in the logarithm: ``low^(1 - u) high^u``, u = (tanh(x) + 1) / 2."""
     log_low, log_high = math.log(low), math.log(high)
     return (log_low + 0.5 * (log_high - log_low) * (x.tanh() + 1.0)).exp()
 
 
 def softplus_bounded(x: Tensor, low: float, high: float | None = None) -> Tensor:
-    """Map to (low, high]: ``min(low + log(1 + exp(x)), high)``; no bound above if ``high`` is None.
-
-    Args:
-        x: any shape, float.
-        low: at least 0.
-        high: above ``low``; where it holds, the gradient is zero.
-
-    Example:
-        >>> import torch
-        >>> softplus_bounded(torch.tensor([-99.0, 0.0, 99.0]), 0.5, 4.0)
-        tensor([0.5000, 1.1931, 4.0000])
-    """
+    """Map to (low, high]: ``min(low + log(1 + exp(x)), high)``; no bound above if ``high`` is None."""
     return (softplus(x) + low).clamp_max(math.inf if high is None else high)
 
 
