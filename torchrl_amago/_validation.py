@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral
 from typing import TypeVar
 
@@ -77,6 +77,16 @@ def check_positive(remedy: str = "", **numbers: float) -> None:
     for name, value in numbers.items():
         rule = "positive" if isfinite(value) else "positive and finite"
         _require(value > 0 and isfinite(value), name, rule, value, remedy)
+
+
+def check_not_negative(remedy: str = "", **numbers: float) -> None:
+    """Raise ValueError for the first number that isn't finite and at least 0.
+
+    Example:
+        >>> check_not_negative(epsilon=0.0)
+    """
+    for name, value in numbers.items():
+        _require(0 <= value < inf, name, "finite and at least 0", value, remedy)
 
 
 def check_fractions(remedy: str = "", **numbers: float) -> None:

@@ -68,8 +68,7 @@ class ActionSpace:
 
         Args:
             spec: without batch dimensions: ``env.full_action_spec_unbatched[env.action_key]``.
-            check_bounds: raise for continuous actions with bounds other than -1 and 1. False if they
-                are scaled before they become vectors.
+            check_bounds: raise for continuous actions with bounds other than -1 and 1.
 
         Raises:
             ValueError: if the spec is none of the above.
@@ -109,11 +108,7 @@ class ActionSpace:
         return sum(self.sizes) if self.sizes else _product(self.shape)
 
     def to_vector(self, action: Tensor) -> Tensor:
-        """Turn stored actions ``[*B, *shape]`` into vectors ``[*B, A]``, float32.
-
-        Raises:
-            ValueError: if the action's last dimensions aren't :attr:`shape`.
-        """
+        """Turn stored actions ``[*B, *shape]`` into vectors ``[*B, A]``, float32."""
         flat = self._flat(action)
         if not self.sizes or self.one_hot:
             return flat.to(torch.float32, copy=True)
@@ -131,12 +126,9 @@ class ActionSpace:
         return flat.to(self.dtype).reshape((*vector.shape[:-1], *self.shape))
 
     def contains(self, action: Tensor) -> Tensor:
-        """Return True for each possible action of ``[*B, *shape]``, bool ``[*B]``.
+        """Return a bool ``[*B]``, True for each possible action of ``[*B, *shape]``.
 
         Numbers may leave [-1, 1] by 1e-6, as scaling and rounding do.
-
-        Raises:
-            ValueError: if the action's last dimensions aren't :attr:`shape`.
         """
         flat = self._flat(action)
         if self.kind == "continuous":
@@ -153,21 +145,17 @@ class ActionSpace:
 
     def _flat(self, action: Tensor) -> Tensor:
         """``[*B, *shape] -> [*B, n]``, n one number per part, bit or category."""
-        num_batch_dims = action.ndim - len(self.shape)
-        if num_batch_dims < 0 or tuple(action.shape[num_batch_dims:]) != self.shape:
+        batch = action.shape[: max(action.ndim - len(self.shape), 0)]
+        if action.shape != (*batch, *self.shape):
             raise ValueError(
                 f"an action must have the shape [*batch, *{self.shape}], got "
                 f"{list(action.shape)}. Store actions as the environment's action spec says."
             )
-        return action.reshape(*action.shape[:num_batch_dims], _product(self.shape))
+        return action.reshape(*batch, _product(self.shape))
 
 
 def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Return concatenated one-hots ``[..., sum(sizes)]`` of several choices, float32.
-
-    Args:
-        index: ``[..., parts]``, int64; entry p in ``[0, sizes[p])``.
-        sizes: categories of each part.
+    """Turn indices ``[..., parts]``, int64, into joint one-hots ``[..., sum(sizes)]``, float32.
 
     Example:
         >>> one_hot_parts(torch.tensor([1, 0]), [2, 3])
@@ -219,15 +207,16 @@ def _check_bounds(spec: Bounded | Unbounded) -> None:
     if is_in_policy_scale(spec):
         return
     if is_finitely_bounded(spec):
-        problem = f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}"
-        remedy = (
-            "Append torchrl.envs.ActionScaling() to the environment, before PreviousStepTransform "
-            "(make_trial_env does both)."
+        problem = (
+            f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}. Append torchrl.envs."
+            "ActionScaling() to the environment, before PreviousStepTransform (make_trial_env does both)"
         )
     else:
-        problem = f"finite bounds, got {type(spec).__name__} without"
-        remedy = "Bound them in the environment (for example with Gymnasium's RescaleAction)."
-    raise ValueError(f"continuous actions must have {problem}. {remedy}")
+        problem = (
+            f"finite bounds, got {type(spec).__name__} without. Bound them in the environment (for "
+            "example with Gymnasium's RescaleAction)"
+        )
+    raise ValueError(f"continuous actions must have {problem}.")
 
 
 def _categories(spec: TensorSpec, sizes: tuple[int, ...], one_hot: bool = False) -> ActionSpace:

@@ -21,10 +21,10 @@ from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.modules import (
     SEQ_MODELS,
+    ActionSampler,
     Actor,
     MLPTimestepEncoder,
     Policy,
-    SelectDiscount,
     TransformerEncoder,
     make_critic,
     make_policy,
@@ -373,7 +373,7 @@ def test_encoders_with_a_forward_of_their_own_are_called():
     assert seen == [1, 7.0]
 
 
-def test_actors_and_choices_of_a_discount_of_ones_own_are_called():
+def test_actors_and_samplers_of_ones_own_are_called():
     class Third(TensorDictModule):
         def forward(self, tensordict, *args, **kwargs):
             out = super().forward(tensordict, *args, **kwargs)
@@ -381,10 +381,9 @@ def test_actors_and_choices_of_a_discount_of_ones_own_are_called():
             params[..., 2] = 99.0
             return out.set("action_params", params)
 
-    class Never(SelectDiscount):
+    class Fourth(ActionSampler):
         def forward(self, tensordict):
-            out = super().forward(tensordict)
-            return out.set("logits", torch.eye(5)[[4]].mul(99.0).expand(out["logits"].shape))
+            return super().forward(tensordict).update({"action": torch.full((20,), 4)})
 
     step = make_env(rows=20).reset()
     policy = make_policy(make_env(), **SMALL)
@@ -392,11 +391,11 @@ def test_actors_and_choices_of_a_discount_of_ones_own_are_called():
     policy.actor = Third(actor.module, in_keys=actor.in_keys, out_keys=actor.out_keys)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         assert (policy(step.clone())["action"] == 2).all()
-        policy.select_discount = Never()
+        policy.sampler = Fourth(policy.distribution)
         assert (policy(step.clone())["action"] == 4).all()
 
 
-@pytest.mark.parametrize("part", ["encoder", "actor", "select_discount", "sampler", "exploration"])
+@pytest.mark.parametrize("part", ["encoder", "actor", "sampler", "exploration"])
 def test_hooks_are_called(part):
     policy = make_policy(make_env(), exploration={}, **SMALL)
     seen = []

@@ -3,8 +3,9 @@
 Data flows through the files in this order::
 
     timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
-    policy puts them together, and export takes a step of it out for torch.export; assemble builds
-    policy and critics from an environment's specs; settings says what a policy was built with
+
+``policy.py`` puts them together, ``build.py`` makes policies and critics from an environment's specs,
+and ``export.py`` takes a policy's step out for torch.export.
 """
 
 from torchrl.objectives import add_random_module
@@ -24,7 +25,7 @@ from torchrl_amago.modules.exploration import (
     make_exploration,
 )
 from torchrl_amago.modules.export import PolicyStep
-from torchrl_amago.modules.policy import DISCOUNTS, Encoder, Policy, SelectDiscount
+from torchrl_amago.modules.policy import DISCOUNTS, ActionSampler, Encoder, Policy
 from torchrl_amago.modules.timestep import (
     TIMESTEP_ENCODERS,
     CategoryEmbedding,
@@ -57,6 +58,7 @@ __all__ = [
     "SEQ_MODELS",
     "TIMESTEP_ENCODERS",
     "ActionCritic",
+    "ActionSampler",
     "Actor",
     "ActorHead",
     "ActorModule",
@@ -85,7 +87,6 @@ __all__ = [
     "PolicyStep",
     "PopArt",
     "ResidualActor",
-    "SelectDiscount",
     "TimestepEncoder",
     "TokenEmbedding",
     "TrajectoryEncoder",

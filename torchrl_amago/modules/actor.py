@@ -26,9 +26,6 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
 
     A subclass builds a network that reads :attr:`input_size` features, and applies it in :meth:`head`.
 
-    In an :class:`ActorModule`, `in_keys` are the state's, then one for every entry of
-    `observation_sizes`, then, if `masks_actions`, the action mask's.
-
     Args:
         state_size: size of the state.
         num_params: P, parameters of one action distribution (the number of actions if discrete).
@@ -37,13 +34,6 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         masks_actions: read a mask of the allowed actions.
         mask_parts: numbers of choices of an action's parts, side by side in the mask; every part must
             be allowed one. Default one part; none for bits, all of which may be forbidden.
-
-    Shapes:
-        state ``[*B, state_size]``, each observation ``[*B, ...]``, mask ``[*B, P]``
-        -> ``[*B, G, P]``.
-
-    Raises:
-        ValueError: if an argument that counts is below 1.
 
     Example:
         >>> class Linear(ActorHead):
@@ -81,17 +71,15 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         """Map state and observations ``[*B, input_size]`` to parameters ``[*B, output_size]``."""
 
     def forward(self, state: Tensor, *inputs: Tensor) -> Tensor:
-        """Compute the distribution parameters of every discount.
+        """Compute the distribution parameters of every discount, ``[*B, G, P]``.
 
         Args:
             state: ``[*B, state_size]``, float.
             inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`; then,
-                if `masks_actions`, the action mask ``[*B, P]``, bool, True where an action is
-                allowed. Parameters of the others come out as -inf.
+                if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
 
         Raises:
-            ValueError: if an input is missing or doesn't fit, or if a row of the mask allows nothing
-                in a part of the action (unchecked in compiled code).
+            ValueError: if an input is missing or doesn't fit.
         """
         num_observations = len(self.observation_sizes)
         if len(inputs) != num_observations + self.masks_actions:
@@ -120,7 +108,7 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
 
 
 class ActorModule(TensorDictModule):
-    """A head in a tensordict: reads `in_keys` in order, writes the head's result.
+    """An actor head in a tensordict; `in_keys` are the head's inputs in order.
 
     Example:
         >>> from tensordict import TensorDict
@@ -129,22 +117,18 @@ class ActorModule(TensorDictModule):
         torch.Size([2, 7, 5])
     """
 
-    # TensorDictModule's own forward looks for an optional package at each call, which takes longer
-    # than a small head.
+    # TensorDictModule's own forward looks for an optional package at each call: slower than a small head.
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the distribution parameters."""
-        inputs = [tensordict.get(key) for key in self.in_keys]
+        inputs = [tensordict[key] for key in self.in_keys]
         return tensordict.set(self.out_keys[0], self.module(*inputs))
 
 
 def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None = None) -> Tensor:
     """Set parameters of forbidden actions to -inf, for every discount.
 
-    Args:
-        params_BGP: unnormalised log-probabilities.
-        mask_BP: bool, True where an action is allowed.
-        mask_parts: see :class:`ActorHead`.
+    The mask is bool, True where an action is allowed; `mask_parts` as in :class:`ActorHead`.
 
     Raises:
         ValueError: if the mask isn't bool or has another shape, or if one of its rows allows nothing

@@ -1,13 +1,11 @@
 """Exploration noise that fades over training and within each trial, per environment.
 
-One schedule for all action spaces; the noise depends on the space. Legend: P parts of an action, A
-length of the action vector.
+Legend: P parts of an action, A length of the action vector.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,14 +16,14 @@ from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 
 from torchrl_amago import keys
-from torchrl_amago._validation import check_counts, check_positive
+from torchrl_amago._validation import check_counts, check_not_negative, check_positive
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.distributions import _noise as noise
 
 
 class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
-    """Noise with a schedule over training and one within the trial; subclasses write the noise.
+    """Base of exploration noise: one schedule over training, one within the trial.
 
     With ``p`` the used fraction of ``anneal_frames`` and ``q`` the used fraction of ``horizon``, both
     clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
@@ -50,10 +48,6 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         time_key: steps since the trial began, ``[*B, 1]``.
         init_key: first step of a trial, ``[*B, 1]``.
         scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read if present.
-
-    Raises:
-        ValueError: if ``horizon``, ``anneal_frames`` or ``power`` isn't positive, or an epsilon is
-            negative.
 
     Example:
         >>> class Shift(BilevelExploration):
@@ -87,11 +81,9 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
             "Noise fades over these numbers of steps.", horizon=horizon, anneal_frames=anneal_frames
         )
         check_positive("1 lets noise change evenly over the trial.", power=power)
-        if not all(0.0 <= epsilon < math.inf for epsilon in (*start_of_trial, *end_of_trial)):
-            raise ValueError(
-                "start_of_trial and end_of_trial must hold finite numbers of at least 0, got "
-                f"{start_of_trial} and {end_of_trial}. Each is a pair: at the start and the end of training."
-            )
+        remedy = "Each is a pair: at the start and the end of training."
+        for start, end in zip(start_of_trial, end_of_trial, strict=True):
+            check_not_negative(remedy, start_of_trial=start, end_of_trial=end)
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
@@ -103,13 +95,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     @abc.abstractmethod
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Return noisy actions, of the same shape and dtype.
-
-        Args:
-            action: ``[*B, ...]``, as stored.
-            epsilon: ``[*B, 1]``, in [0, 1] by default.
-            tensordict: the step, for noise that depends on more.
-        """
+        """Add noise of size epsilon ``[*B, 1]`` to stored actions ``[*B, ...]``, on a step."""
 
     def step(self, frames: int = 1) -> None:
         """Count ``frames`` more environment steps."""
@@ -188,7 +174,6 @@ class BilevelEpsilonGreedy(BilevelExploration):
             self.in_keys = [*self.in_keys, mask_key]
 
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Replace some parts of some actions by random ones."""
         batch = epsilon.shape[:-1]
         replaced_BP = torch.rand(*batch, len(self.sizes), device=epsilon.device) < epsilon
         if self.mask_key is None:
@@ -222,7 +207,6 @@ class BilevelGaussian(BilevelExploration):
     """
 
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Add noise to every number."""
         num_batch_dims = epsilon.ndim - 1
         epsilon = epsilon.reshape(*epsilon.shape[:-1], *[1] * (action.ndim - num_batch_dims))
         noisy = action + epsilon.to(action.dtype) * noise.standard_normal(action.shape, action)
@@ -230,13 +214,7 @@ class BilevelGaussian(BilevelExploration):
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
-    """Build the exploration that fits an action space.
-
-    Args:
-        space: the actions.
-        horizon: length of a trial in steps.
-        options: further arguments of :class:`BilevelEpsilonGreedy`, or of :class:`BilevelGaussian`
-            for continuous actions.
+    """Build the :class:`BilevelGaussian` of continuous actions, :class:`BilevelEpsilonGreedy` of others.
 
     Example:
         >>> from torchrl.data import Bounded

@@ -103,7 +103,7 @@ class PolicyStep(nn.Module):
         x = timestep.encode(timestep.read(step), None)
         state = trajectory.step(x, step[time_idx_key].reshape(-1), memory)
         params = policy.actor.module(state, *(step[key] for key in policy.actor.in_keys[1:]))
-        actions = policy.distribution.stored(params[:, policy.select_discount.index])
+        actions = policy.distribution.stored(params[:, policy.sampler.index])
         return actions.deterministic_sample, tuple(new)
 
     def _new_memory(self, num_rows: int) -> StateMemory | None:

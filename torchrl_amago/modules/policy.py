@@ -1,4 +1,4 @@
-"""The policy: encoder, actor head, choice of a discount, sampling and exploration, in this order."""
+"""The policy: encoder, actor head, sampler and exploration, called in this order."""
 
 from __future__ import annotations
 
@@ -8,13 +8,8 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import (
-    InteractionType,
-    ProbabilisticTensorDictModule,
-    TensorDictModuleBase,
-    TensorDictSequential,
-    dispatch,
-)
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, dispatch
+from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 from torchrl.modules import recurrent_mode
 
@@ -35,9 +30,8 @@ class Encoder(TensorDictSequential):
     Example:
         >>> from torchrl_amago.modules import GRUEncoder, MLPTimestepEncoder
         >>> timestep = MLPTimestepEncoder({"observation": (3,)}, output_size=8)
-        >>> encoder = Encoder(timestep, GRUEncoder(8, d_model=16))
-        >>> encoder.in_keys, encoder.output_size
-        (['observation', 'time_idx', 'is_init'], 16)
+        >>> Encoder(timestep, GRUEncoder(8, d_model=16)).in_keys
+        ['observation', 'time_idx', 'is_init']
     """
 
     @property
@@ -68,40 +62,44 @@ class Encoder(TensorDictSequential):
         self.trajectory.compile(*args, **kwargs)
 
 
-class SelectDiscount(TensorDictModuleBase):
-    """Pick the distribution parameters of the discount to act with: ``[*B, G, P] -> [*B, P]``.
+class ActionSampler(TensorDictModuleBase):
+    """Draw an action from the parameters of the discount acted with: ``[*B, G, P] -> [*B, *shape]``.
+
+    Under other exploration types than ``RANDOM`` it writes the greedy action. The chosen parameters
+    are written as ``"logits"``.
 
     Args:
+        distribution: meaning of the parameters.
+        params_key: entry to read.
         index: the discount's position; may be set anew at any time.
-        in_key: parameters for every discount.
-        out_key: parameters of the chosen one.
-
-    Example:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict(action_params=torch.arange(6.0).view(1, 3, 2), batch_size=[1])
-        >>> SelectDiscount(index=1)(td)["logits"]
-        tensor([[2., 3.]])
     """
 
     def __init__(
         self,
+        distribution: PolicyDistribution,
+        params_key: NestedKey = keys.ACTION_PARAMS,
         index: int = -1,
-        in_key: NestedKey = keys.ACTION_PARAMS,
-        out_key: NestedKey = keys.LOGITS,
     ) -> None:
         super().__init__()
-        self.index, self.in_keys, self.out_keys = index, [in_key], [out_key]
+        self.distribution, self.index = distribution, index
+        self.in_keys, self.out_keys = [params_key], [keys.LOGITS, keys.ACTION]
+
+    def chosen(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the parameters to draw from, ``[*B, P]``."""
+        return tensordict.get(self.in_keys[0])[..., self.index, :]
 
     @dispatch
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the chosen parameters."""
-        params = tensordict.get(self.in_keys[0])
-        return tensordict.set(self.out_keys[0], params[..., self.index, :])
+        """Write the action and its parameters."""
+        params = self.chosen(tensordict)
+        actions = self.distribution.stored(params)
+        is_random = interaction_type() in (None, InteractionType.RANDOM)
+        action = actions.sample() if is_random else actions.deterministic_sample
+        return tensordict.set(keys.LOGITS, params).set(keys.ACTION, action)
 
 
 class Policy(TensorDictModuleBase):
-    """Encoder, actor head, choice of a discount, sampler and exploration, called in this order.
+    """Encoder, actor head, sampler and exploration, called in this order.
 
     A single step has no gradient; sequences (:class:`torchrl.modules.set_recurrent_mode`) have. Only
     :attr:`out_keys` are written: the action, and what encoder and exploration need at the next step.
@@ -115,8 +113,7 @@ class Policy(TensorDictModuleBase):
         discounts: G discounts, each in (0, 1). The last is acted with, see :meth:`act_with`.
 
     Raises:
-        ValueError: for other discounts; when called, if the distribution's parameters are NaN (which
-            isn't looked for in compiled code).
+        ValueError: for other discounts; when called, if the distribution's parameters are NaN.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -138,13 +135,7 @@ class Policy(TensorDictModuleBase):
         super().__init__()
         check_discounts(discounts)
         self.encoder, self.actor = encoder, actor
-        self.select_discount = SelectDiscount(in_key=actor.out_keys[0])
-        self.sampler = ProbabilisticTensorDictModule(
-            in_keys={"params": keys.LOGITS},
-            out_keys=[keys.ACTION],
-            distribution_class=distribution.stored,
-            default_interaction_type=InteractionType.RANDOM,
-        )
+        self.sampler = ActionSampler(distribution, actor.out_keys[0])
         self.exploration = exploration
         self.distribution, self.discounts = distribution, tuple(discounts)
         parts = TensorDictSequential(*self.children())
@@ -162,17 +153,15 @@ class Policy(TensorDictModuleBase):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what the policy does with its weights, by dotted name; JSON-able.
+        """Discounts, the one acted with, and class and arguments of each part (``"trajectory.window"``).
 
-        It holds what shapes of weights don't tell: discounts, the one acted with, and the class and
-        arguments of each part (``"trajectory.window"``). Two policies with equal settings and weights
-        act alike.
+        Two policies with equal settings, which are JSON-able, and equal weights act alike.
         """
         encoder = self.encoder
         encoder = encoder.settings if isinstance(encoder, Encoder) else {"encoder": encoder}
         parts = {
             "discounts": self.discounts,
-            "discount": self.discounts[self.select_discount.index],
+            "discount": self.discounts[self.sampler.index],
             "actor.in_keys": self.actor.in_keys,
             "actor": getattr(self.actor, "module", self.actor),
             "distribution": self.distribution,
@@ -183,16 +172,14 @@ class Policy(TensorDictModuleBase):
     @property
     def keyword_keys(self) -> list[NestedKey]:
         """Entries that may be given as keywords: the inputs, and what the last step handed on."""
-        handed_on = [key for key in self.out_keys if key not in self.sampler.out_keys]
-        return [*self.in_keys, *handed_on]
+        return [*self.in_keys, *(key for key in self.out_keys if key not in self.sampler.out_keys)]
 
     @dispatch(source="keyword_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Act: write the action, and what exploration and memory need at the next step."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(recurrent_mode())):
-            step = self.encoder(tensordict.copy())
-            step = self.select_discount(self.actor(step))
-            check_not_nan(step.get(keys.LOGITS).detach(), tensordict)
+            step = self.actor(self.encoder(tensordict.copy()))
+            check_not_nan(self.sampler.chosen(step).detach(), tensordict)
             step = self.sampler(step)
             if self.exploration is not None:
                 step = self.exploration(step)
@@ -216,14 +203,13 @@ class Policy(TensorDictModuleBase):
             ValueError: if the discount isn't one of :attr:`discounts`.
         """
         check_choice("the discount to act with", discount, self.discounts)
-        self.select_discount.index = self.discounts.index(discount)
+        self.sampler.index = self.discounts.index(discount)
         return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile encoder and actor in place, with the arguments of :func:`torch.compile`.
 
-        Copies run eagerly until they are compiled themselves. On CPUs `options={"cpp_wrapper": True}`
-        gives the fastest steps, after a longer compilation.
+        Copies run eagerly. On CPUs `options={"cpp_wrapper": True}` gives the fastest steps.
         """
         self.encoder.compile(*args, **kwargs)
         self.actor.module.compile(*args, **kwargs)
