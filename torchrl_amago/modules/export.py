@@ -1,7 +1,4 @@
-"""A policy's step as a function of tensors, for :func:`torch.export.export`: memory in, memory out.
-
-Legend: N rows, S tensors of memory.
-"""
+"""A policy's step as a function of tensors, for :func:`torch.export.export`. Legend: N rows."""
 
 from __future__ import annotations
 
@@ -72,7 +69,7 @@ class PolicyStep(nn.Module):
         return {name: step.get(key) for name, key in self.keys.items()}
 
     def initial_states(self, num_rows: int) -> tuple[Tensor, ...]:
-        """Return the memory of rollouts that haven't begun, S tensors `[N, ...]`."""
+        """Return the memory of rollouts that haven't begun, tensors `[N, ...]`."""
         memory = self._new_memory(num_rows)
         return tuple(itertools.chain(*memory.layers)) if memory else ()
 
@@ -80,28 +77,21 @@ class PolicyStep(nn.Module):
     def forward(
         self, inputs: Mapping[str, Tensor], states: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Act.
+        """Return the greedy action `[N, ...]`, as the environment stores it, and the new states.
 
         Args:
             inputs: entries `[N, ...]` of a step, see :meth:`inputs_of`.
             states: those that the last step returned, or :meth:`initial_states`.
-
-        Returns:
-            The most probable action `[N, ...]`, as the environment stores it, and the new states.
         """
         policy, step = self.policy, {key: inputs[name] for name, key in self.keys.items()}
         timestep, trajectory = policy.encoder.module
         _, time_idx_key, is_init_key = trajectory.in_keys
         is_init_N = step[is_init_key].reshape(-1)
-        new = [
-            torch.where(is_init_N.view(-1, *[1] * (state.ndim - 1)), 0.0, state) for state in states
-        ]
+        new = [torch.where(is_init_N.view(-1, *[1] * (s.ndim - 1)), 0.0, s) for s in states]
         rest = iter(new)
-        memory = SimpleNamespace(
-            layers=[[next(rest) for _ in range(size)] for size in self._layer_sizes]
-        )
+        layers = [[next(rest) for _ in range(size)] for size in self._layer_sizes]
         x = timestep.encode(timestep.read(step), None)
-        state = trajectory.step(x, step[time_idx_key].reshape(-1), memory)
+        state = trajectory.step(x, step[time_idx_key].reshape(-1), SimpleNamespace(layers=layers))
         params = policy.actor.module(state, *(step[key] for key in policy.actor.in_keys[1:]))
         actions = policy.distribution.stored(params[:, policy.sampler.index])
         return actions.deterministic_sample, tuple(new)

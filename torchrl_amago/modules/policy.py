@@ -72,6 +72,14 @@ class ActionSampler(TensorDictModuleBase):
         distribution: meaning of the parameters.
         params_key: entry to read.
         index: the discount's position; may be set anew at any time.
+
+    Example:
+        >>> from torchrl.data import Categorical
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> from torchrl_amago.modules import make_distribution
+        >>> sampler = ActionSampler(make_distribution(ActionSpace.from_spec(Categorical(3))))
+        >>> sampler(action_params=torch.zeros(4, 7, 3))[1].shape
+        torch.Size([4])
     """
 
     def __init__(
