@@ -117,7 +117,8 @@ class ActionSpace:
     def from_vector(self, vector: Tensor) -> Tensor:
         """Turn vectors ``[*B, A]`` into stored actions ``[*B, *shape]``.
 
-        Categories and bits may be a rounding error away from 0 and 1, as in straight-through samples.
+        Categories and bits may be a rounding error away from 0 and 1, as in straight-through
+        samples.
         """
         if self.sizes and not self.one_hot:
             flat = torch.stack([part.argmax(-1) for part in split_parts(vector, self.sizes)], -1)
@@ -208,8 +209,9 @@ def _check_bounds(spec: Bounded | Unbounded) -> None:
         return
     if is_finitely_bounded(spec):
         problem = (
-            f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}. Append torchrl.envs."
-            "ActionScaling() to the environment, before PreviousStepTransform (make_trial_env does both)"
+            f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}. Append "
+            "torchrl.envs.ActionScaling() to the environment, before PreviousStepTransform "
+            "(make_trial_env does both)"
         )
     else:
         problem = (

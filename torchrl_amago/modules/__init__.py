@@ -4,8 +4,8 @@ Data flows through the files in this order::
 
     timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
 
-``policy.py`` puts them together, ``build.py`` makes policies and critics from an environment's specs,
-and ``export.py`` takes a policy's step out for torch.export.
+``policy.py`` puts them together, ``build.py`` makes policies and critics from an environment's
+specs, and ``export.py`` takes a policy's step out for torch.export.
 """
 
 from torchrl.objectives import add_random_module

@@ -1,4 +1,4 @@
-"""Constructor arguments: checked, and kept as plain values that a file can hold and a run compare."""
+"""Constructor arguments, checked and kept as plain values that files hold and runs compare."""
 
 from __future__ import annotations
 
@@ -16,11 +16,12 @@ from torchrl_amago._validation import check_counts
 
 # Arguments that count from 1 in every class. Some numbers of layers may be 0: they aren't here.
 _COUNTS = frozenset({
-    "action_size", "context_length", "d_conv", "d_ff", "hidden_size", "d_model", "d_state", "embedding_size",
-    "expand", "feature_size", "goal_size", "image_features", "in_features", "input_size",
-    "length", "max_positions", "max_streams", "num_actions", "num_blocks", "num_critics", "num_discounts",
-    "num_goals", "num_heads", "num_members", "num_modes", "num_outputs", "num_params", "num_tokens",
-    "num_values", "out_features", "output_size", "residual_size", "state_size", "vector_features", "window",
+    "action_size", "context_length", "d_conv", "d_ff", "d_model", "d_state", "embedding_size",
+    "expand", "feature_size", "goal_size", "hidden_size", "image_features", "in_features",
+    "input_size", "length", "max_positions", "max_streams", "num_actions", "num_blocks",
+    "num_critics", "num_discounts", "num_goals", "num_heads", "num_members", "num_modes",
+    "num_outputs", "num_params", "num_tokens", "num_values", "out_features", "output_size",
+    "residual_size", "state_size", "vector_features", "window",
 })  # fmt: skip
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -28,7 +29,7 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Configurable:
     """Base of classes that remember their constructors' arguments, those of their bases included.
 
-    Subclasses have nothing to do for it. Sizes and other arguments that count from 1 are checked by name.
+    Subclasses have nothing to do for it. Sizes and other counts are checked by name.
 
     Raises:
         ValueError: from a constructor, if a count isn't an integer of at least 1.

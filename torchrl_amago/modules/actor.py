@@ -24,7 +24,8 @@ from torchrl_amago.modules._settings import Configurable
 class ActorHead(Configurable, nn.Module, abc.ABC):
     """Base of all actor heads, with their further inputs and the mask of allowed actions.
 
-    A subclass builds a network that reads :attr:`input_size` features, and applies it in :meth:`head`.
+    A subclass builds a network that reads :attr:`input_size` features, and applies it in
+    :meth:`head`.
 
     Args:
         state_size: size of the state.
@@ -32,8 +33,8 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         num_discounts: G.
         observation_sizes: number of elements of each observation that is read besides the state.
         masks_actions: read a mask of the allowed actions.
-        mask_parts: numbers of choices of an action's parts, side by side in the mask; every part must
-            be allowed one. Default one part; none for bits, all of which may be forbidden.
+        mask_parts: numbers of choices of an action's parts, side by side in the mask; every part
+            must be allowed one. Default one part; none for bits, all of which may be forbidden.
 
     Example:
         >>> class Linear(ActorHead):
@@ -75,8 +76,8 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
 
         Args:
             state: ``[*B, state_size]``, float.
-            inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`; then,
-                if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
+            inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`;
+                then, if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
 
         Raises:
             ValueError: if an input is missing or doesn't fit.
@@ -85,8 +86,8 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         if len(inputs) != num_observations + self.masks_actions:
             raise ValueError(
                 f"an actor with observation_sizes={self.observation_sizes} and masks_actions="
-                f"{self.masks_actions} reads {num_observations + self.masks_actions} tensors after the "
-                f"state, got {len(inputs)}. Give the observations in this order, then the action mask."
+                f"{self.masks_actions} reads {num_observations + self.masks_actions} tensors after "
+                f"the state, got {len(inputs)}. Give the observations in this order, then the mask."
             )
         x = self._join(state, inputs[:num_observations])
         params_BGP = self.head(x).unflatten(-1, (self.num_discounts, self.num_params))
@@ -99,8 +100,8 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
             event = observation.shape[len(batch) :]
             if observation.shape[: len(batch)] != batch or event.numel() != size:
                 raise ValueError(
-                    f"an observation for the actor must hold {size} numbers for each state of a batch "
-                    f"of {tuple(batch)}, got the shape {tuple(observation.shape)}. Set "
+                    f"an observation for the actor must hold {size} numbers for each state of a "
+                    f"batch of {tuple(batch)}, got the shape {tuple(observation.shape)}. Set "
                     "observation_sizes to the number of elements of each observation."
                 )
             flat.append(observation.reshape(*batch, size).to(state.dtype))
@@ -117,7 +118,8 @@ class ActorModule(TensorDictModule):
         torch.Size([2, 7, 5])
     """
 
-    # TensorDictModule's own forward looks for an optional package at each call: slower than a small head.
+    # TensorDictModule's own forward looks for an optional package at each call, which takes longer
+    # than a small head.
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the distribution parameters."""
@@ -131,8 +133,8 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
     The mask is bool, True where an action is allowed; `mask_parts` as in :class:`ActorHead`.
 
     Raises:
-        ValueError: if the mask isn't bool or has another shape, or if one of its rows allows nothing
-            in a part (unchecked in compiled code).
+        ValueError: if the mask isn't bool or has another shape, or if one of its rows allows
+            nothing in a part (unchecked in compiled code).
 
     Example:
         >>> forbid(torch.zeros(1, 2, 3), torch.tensor([[True, False, True]]))
@@ -143,14 +145,15 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
     if mask_BP.dtype != torch.bool or mask_BP.shape != expected:
         raise ValueError(
             f"an action mask must be bool of shape {tuple(expected)}, got {mask_BP.dtype} of shape "
-            f"{tuple(mask_BP.shape)}. It holds True for every action that is allowed, at every step."
+            f"{tuple(mask_BP.shape)}. It holds True for every allowed action, at every step."
         )
     parts = (mask_BP.shape[-1],) if mask_parts is None else tuple(mask_parts)
     split = split_parts(mask_BP, parts) if parts and not is_traced(mask_BP) else ()
     if not all(part_BP.any(-1).all() for part_BP in split):
         raise ValueError(
-            "an action mask must allow at least one action in each row, and in each part of an action, "
-            "got a row of only False. Fix the environment, and fill the mask of padded steps with True."
+            "an action mask must allow at least one action in each row, and in each part of an "
+            "action, got a row of only False. Fix the environment, and fill the mask of padding "
+            "with True."
         )
     return params_BGP.masked_fill(~mask_BP.unsqueeze(-2), float("-inf"))
 
@@ -161,7 +164,8 @@ class Actor(ActorHead):
     Args:
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
+        activation: name of the activation, see
+            :func:`~torchrl_amago.modules._layers.make_activation`.
         dropout: rate after each hidden layer.
         options: `observation_sizes` and `masks_actions`. Other arguments: see :class:`ActorHead`.
 

@@ -80,14 +80,15 @@ def make_policy(
         actor_obs_keys: observations that the actor reads besides the state.
         action_mask_key: mask of the allowed discrete actions, bool, one for each category. The
             timestep encoder reads it as well, unless ``obs_keys`` leaves it out.
-        distribution: finished, by name (:data:`~torchrl_amago.modules.distributions.DISTRIBUTIONS`), or
-            by default the usual one of the action space.
+        distribution: finished, by name
+            (:data:`~torchrl_amago.modules.distributions.DISTRIBUTIONS`), or by default the usual
+            one of the action space.
         distribution_options: further arguments of a distribution that is built here.
         exploration: arguments of :func:`~torchrl_amago.modules.exploration.make_exploration`
             (``horizon`` defaults to ``context_length``); None for no exploration beyond sampling.
         discounts: G discounts, each in (0, 1); the last is acted with.
-        obs_keys: entries that a timestep encoder built here reads besides the previous step; default
-            all observations but the trial's bookkeeping.
+        obs_keys: entries that a timestep encoder built here reads besides the previous step;
+            default all observations but the trial's bookkeeping.
 
     Returns:
         A :class:`Policy` on the environment's device.
@@ -155,15 +156,16 @@ def make_critic(
     Args:
         policy: gives the state's size, the action space and the discounts.
         takes_actions: critics read the action (:class:`ActionCritic`), or list the values of all
-            (:class:`DiscreteCritic`). Default: list those of a single discrete action, as AMAGO does;
-            AMAGO-2's read it always.
-        value_codec: the loss's; default scalars. Bins need as many outputs, and may start at a value.
+            (:class:`DiscreteCritic`). Default: list those of a single discrete action, as AMAGO
+            does; AMAGO-2's read it always.
+        value_codec: the loss's; default scalars. Bins need as many outputs, and may start at a
+            value.
         options: further arguments of the critics (``num_critics``, ``hidden_size``, ...).
 
     Returns:
         ``"state" [*B, D] -> "action_value" [*B, C, G, A, *]``, or
-        ``("state" [*B, D], "action_vector" [*S, *B, G, A]) -> "action_value" [*S, *B, C, G, *]``; on the
-        policy's device and in its precision.
+        ``("state" [*B, D], "action_vector" [*S, *B, G, A]) -> "action_value" [*S, *B, C, G, *]``;
+        on the policy's device and in its precision.
 
     Raises:
         ValueError: if the actions can't be listed.
@@ -181,8 +183,8 @@ def make_critic(
     takes_actions = not listable if takes_actions is None else takes_actions
     if not takes_actions and not listable:
         raise ValueError(
-            f"critics can list the values of a single discrete action only, got a {space.kind} space. "
-            "Leave takes_actions out."
+            f"critics can list the values of a single discrete action only, got a {space.kind} "
+            "space. Leave takes_actions out."
         )
     if value_codec is not None and value_codec.event_shape:
         options["num_outputs"] = value_codec.event_shape.numel()
@@ -211,8 +213,8 @@ def _extra_inputs(
         if key not in specs.keys(True, True):
             raise KeyError(
                 f"the actor is to read {key!r}, but the environment's observations are "
-                f"{sorted(map(str, specs.keys(True, True)))}. Name one of them in actor_obs_keys or "
-                "action_mask_key."
+                f"{sorted(map(str, specs.keys(True, True)))}. Name one of them in actor_obs_keys "
+                "or action_mask_key."
             )
     extra: dict[str, Any] = {}
     if obs_keys:
@@ -220,8 +222,8 @@ def _extra_inputs(
     if mask_key is not None:
         if space.kind == "continuous":
             raise ValueError(
-                f"action_mask_key={mask_key!r} masks discrete actions, but these are continuous. Leave "
-                "it out, and add the entry to obs_keys if the policy is to see it."
+                f"action_mask_key={mask_key!r} masks discrete actions, but these are continuous. "
+                "Leave it out, and add the entry to obs_keys if the policy is to see it."
             )
         parts = {"discrete": None, "multi_discrete": space.sizes, "multi_binary": ()}[space.kind]
         extra |= {"masks_actions": True, "mask_parts": parts}
@@ -231,14 +233,14 @@ def _extra_inputs(
 def _check_space(distribution: PolicyDistribution, space: ActionSpace) -> None:
     if distribution.space != space:
         raise ValueError(
-            f"the distribution is over actions of {distribution.space}, the environment's are {space}. "
-            "Build it with ActionSpace.from_spec of the environment's action spec."
+            f"the distribution is over actions of {distribution.space}, the environment's are "
+            f"{space}. Build it with ActionSpace.from_spec of the environment's action spec."
         )
 
 
 def _check_unused(part: object, **options: Any) -> None:
     if given := {name: value for name, value in options.items() if value}:
         raise ValueError(
-            f"{', '.join(given)} go with a part that make_policy builds, got {given} and a finished "
-            f"{type(part).__name__}. Give them to its constructor."
+            f"{', '.join(given)} go with a part that make_policy builds, got {given} and a "
+            f"finished {type(part).__name__}. Give them to its constructor."
         )

@@ -25,8 +25,8 @@ from torchrl_amago.modules.distributions import _noise as noise
 class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     """Base of exploration noise: one schedule over training, one within the trial.
 
-    With ``p`` the used fraction of ``anneal_frames`` and ``q`` the used fraction of ``horizon``, both
-    clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
+    With ``p`` the used fraction of ``anneal_frames`` and ``q`` the used fraction of ``horizon``,
+    both clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
 
         start = lerp(start_of_trial[0], start_of_trial[1], p)
         end   = lerp(end_of_trial[0], end_of_trial[1], p)
@@ -102,7 +102,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         self.frames += frames
 
     def epsilon(self, time_idx: Tensor) -> Tensor:
-        """Compute epsilon at these steps of a trial before ``scale``: float, ``time_idx``'s shape."""
+        """Compute epsilon at these steps of a trial, without ``scale``; ``time_idx``'s shape."""
         trained = (self.frames / self.anneal_frames).clamp(max=1.0)
         start = self.start_of_trial[0] + trained * (self.start_of_trial[1] - self.start_of_trial[0])
         end = self.end_of_trial[0] + trained * (self.end_of_trial[1] - self.end_of_trial[0])
@@ -111,7 +111,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
-        """Entries that may be given as keywords: the inputs and, to go on with a trial, its scale."""
+        """Entries that may be given as keywords: the inputs and the scale of a trial under way."""
         return [*self.in_keys, self.scale_key]
 
     @dispatch(source="keyword_keys")
@@ -193,8 +193,8 @@ class BilevelEpsilonGreedy(BilevelExploration):
 class BilevelGaussian(BilevelExploration):
     """Gaussian noise for continuous actions: ``clip(action + epsilon * N(0, 1), -1, 1)``.
 
-    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). Arguments: see
-    :class:`BilevelExploration`.
+    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). Arguments:
+    see :class:`BilevelExploration`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -214,7 +214,7 @@ class BilevelGaussian(BilevelExploration):
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
-    """Build the :class:`BilevelGaussian` of continuous actions, :class:`BilevelEpsilonGreedy` of others.
+    """Build the exploration of an action space: Gaussian for numbers, epsilon-greedy for choices.
 
     Example:
         >>> from torchrl.data import Bounded

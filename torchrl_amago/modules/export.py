@@ -57,7 +57,7 @@ class PolicyStep(nn.Module):
             raise ValueError(
                 "a step is exported for encoders whose memory doesn't grow, but "
                 f"{type(trajectory).__name__} has a {type(memory).__name__}. Use seq_model='gru', "
-                "'lstm', 'mamba', 'linear_attention' or 'feedforward', or act with the policy itself."
+                "'lstm', 'mamba', 'linear_attention' or 'feedforward', or act with the policy."
             )
         read = (timestep.in_keys, policy.actor.in_keys[1:], trajectory.in_keys[1:])
         #: Entries to read, by the name that an input has.
@@ -65,7 +65,7 @@ class PolicyStep(nn.Module):
         self._layer_sizes = [len(layer) for layer in memory.layers] if memory else []
 
     def inputs_of(self, step: TensorDictBase) -> dict[str, Tensor]:
-        """Return the inputs of :meth:`forward`, by name (`"a.b"` for nested entries of the step)."""
+        """Return the inputs of :meth:`forward` by name; `"a.b"` is a nested entry of the step."""
         return {name: step.get(key) for name, key in self.keys.items()}
 
     def initial_states(self, num_rows: int) -> tuple[Tensor, ...]:
@@ -105,8 +105,8 @@ def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
     own = not isinstance(module, base) or type(module).forward is not base.forward
     if own or module._forward_hooks or module._forward_pre_hooks:
         raise ValueError(
-            f"a step is exported for plain parts of a policy, but {type(module).__name__} has hooks or a "
-            "forward of its own. Export that module itself."
+            f"a step is exported for plain parts of a policy, but {type(module).__name__} has "
+            "hooks or a forward of its own. Export that module itself."
         )
 
 

@@ -63,7 +63,7 @@ class Encoder(TensorDictSequential):
 
 
 class ActionSampler(TensorDictModuleBase):
-    """Draw an action from the parameters of the discount acted with: ``[*B, G, P] -> [*B, *shape]``.
+    """Draw an action from the parameters ``[*B, G, P]`` of the discount acted with.
 
     Under other exploration types than ``RANDOM`` it writes the greedy action. The chosen parameters
     are written as ``"logits"``.
@@ -109,12 +109,13 @@ class ActionSampler(TensorDictModuleBase):
 class Policy(TensorDictModuleBase):
     """Encoder, actor head, sampler and exploration, called in this order.
 
-    A single step has no gradient; sequences (:class:`torchrl.modules.set_recurrent_mode`) have. Only
-    :attr:`out_keys` are written: the action, and what encoder and exploration need at the next step.
+    A single step has no gradient; sequences (:class:`torchrl.modules.set_recurrent_mode`) have.
+    Only :attr:`out_keys` are written: the action, and the entries that encoder and exploration need
+    at the next step.
 
     Args:
-        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. What the last of
-            its modules writes besides the actor's inputs travels with the rollout.
+        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. What the last
+            of its modules writes besides the actor's inputs travels with the rollout.
         actor: ``"state"``, and whatever else it reads, to ``"action_params"`` ``[*B, G, P]``.
         distribution: meaning of those parameters; the sampler is made from it.
         exploration: module that changes the action, or None.
@@ -155,13 +156,13 @@ class Policy(TensorDictModuleBase):
 
     @property
     def state_size(self) -> int:
-        """D, size of ``"state"``: the encoder's `output_size`, or what the actor head reads."""
+        """D, size of ``"state"``: the encoder's `output_size`, or the actor head's `state_size`."""
         size = getattr(self.encoder, "output_size", None)
         return self.actor.module.state_size if size is None else size
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Discounts, the one acted with, and class and arguments of each part (``"trajectory.window"``).
+        """Discounts, the one acted with, and each part's class and arguments, by dotted name.
 
         Two policies with equal settings, which are JSON-able, and equal weights act alike.
         """
@@ -179,12 +180,12 @@ class Policy(TensorDictModuleBase):
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
-        """Entries that may be given as keywords: the inputs, and what the last step handed on."""
+        """Entries that may be given as keywords: the inputs, and those that the last step wrote."""
         return [*self.in_keys, *(key for key in self.out_keys if key not in self.sampler.out_keys)]
 
     @dispatch(source="keyword_keys", auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Act: write the action, and what exploration and memory need at the next step."""
+        """Write the action, and the entries that exploration and memory need at the next step."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(recurrent_mode())):
             step = self.actor(self.encoder(tensordict.copy()))
             check_not_nan(self.sampler.chosen(step).detach(), tensordict)
@@ -241,11 +242,12 @@ def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
     source = (
         f"the step's entries {seen} hold NaN or infinity"
         if seen
-        else "all entries of the step are finite, so the weights, or the memory of earlier steps, aren't"
+        else "all entries of the step are finite, so the weights or the rollout's memory aren't"
     )
+    rows = params.isnan().any(-1).nonzero().tolist()
     raise ValueError(
-        f"actions can't be drawn from NaN, got it in rows {params.isnan().any(-1).nonzero().tolist()}: "
-        f"{source}. Fix the environment, or go back to earlier weights."
+        f"actions can't be drawn from NaN, got it in rows {rows}: {source}. Fix the environment, or "
+        "go back to earlier weights."
     )
 
 
@@ -253,6 +255,6 @@ def check_discounts(discounts: Sequence[float]) -> None:
     """Raise if there are no discounts, or some outside of (0, 1)."""
     if not discounts or not all(0.0 < discount < 1.0 for discount in discounts):
         raise ValueError(
-            f"discounts must be one or more numbers in (0, 1), got {tuple(discounts)}. The last one is "
+            f"discounts must be one or more numbers in (0, 1), got {tuple(discounts)}. The last is "
             "acted with."
         )

@@ -1,7 +1,8 @@
 """Distributions over actions of every kind, and the contract that ties them to actor and loss.
 
-``base.py`` is the contract; ``categorical.py``, ``bernoulli.py``, ``squashed.py`` and ``beta.py`` are
-the distributions; ``make.py`` chooses one for an action space. Randomness comes from ``_noise.py``.
+``base.py`` is the contract; ``categorical.py``, ``bernoulli.py``, ``squashed.py`` and ``beta.py``
+are the distributions; ``make.py`` chooses one for an action space. Randomness comes from
+``_noise.py``.
 """
 
 from torchrl_amago.modules.distributions.base import PolicyDistribution, VectorDistribution

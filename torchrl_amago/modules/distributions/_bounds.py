@@ -1,4 +1,4 @@
-"""Bounds: of standard deviations and concentrations, and of actions before their log-probability."""
+"""Bounds of standard deviations and concentrations, and of actions in their log-probability."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ CLIP_ACTIONS = (-0.99, 0.99)
 
 
 def tanh_bounded(x: Tensor, low: float, high: float) -> Tensor:
-    """Map to (low, high), evenly in the logarithm: ``low^(1 - u) high^u``, u = (tanh(x) + 1) / 2."""
+    """Map to (low, high), evenly in the logarithm: ``low^(1 - u) high^u``, u = (tanh x + 1) / 2."""
     log_low, log_high = math.log(low), math.log(high)
     return (log_low + 0.5 * (log_high - log_low) * (x.tanh() + 1.0)).exp()
 
 
 def softplus_bounded(x: Tensor, low: float, high: float | None = None) -> Tensor:
-    """Map to (low, high]: ``min(low + log(1 + exp(x)), high)``; no bound above if ``high`` is None."""
+    """Map to (low, high]: ``min(low + log(1 + exp(x)), high)``; None is no upper bound."""
     return (softplus(x) + low).clamp_max(math.inf if high is None else high)
 
 
@@ -35,13 +35,13 @@ def bounded(x: Tensor, bound: Bound, low: float, high: float | None) -> Tensor:
 
 
 def check_bounds(low: float, high: float | None, bound: str, name: str) -> None:
-    """Raise ValueError if no positive number is within the arguments ``{name}_low``, ``{name}_high``."""
+    """Raise ValueError if no positive number is between ``{name}_low`` and ``{name}_high``."""
     check_choice(f"the bound of {name}", bound, ("tanh", "softplus"))
     unbounded = high is None and bound == "softplus"
     if not 0.0 < low < (sys.float_info.max if unbounded else high or 0.0) < math.inf:
         raise ValueError(
-            f"{name}_low must be positive and below {name}_high, got {low} and {high}. Both are finite; "
-            f"{name}_high=None is no bound above, with 'softplus' only."
+            f"{name}_low must be positive and below {name}_high, got {low} and {high}. Both are "
+            f"finite; {name}_high=None is no bound above, with 'softplus' only."
         )
 
 
@@ -50,6 +50,6 @@ def check_clip(clip_actions: tuple[float, float]) -> None:
     low, high = clip_actions
     if not -1.0 < low < high < 1.0:
         raise ValueError(
-            f"clip_actions must be two numbers inside (-1, 1), the lower first, got {clip_actions}. "
-            "At the edges log-probabilities are infinite; use (-0.999, 0.999) to clip less."
+            f"clip_actions must be two numbers inside (-1, 1), the lower first, got {clip_actions}."
+            " At the edges log-probabilities are infinite; use (-0.999, 0.999) to clip less."
         )

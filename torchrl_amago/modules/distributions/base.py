@@ -21,7 +21,8 @@ NO_SHAPE = torch.Size()
 class VectorDistribution(Distribution, abc.ABC):
     """Base of distributions over action vectors, with the shape of ``like`` ``[..., A]``.
 
-    Subclasses write ``sample``, or set ``has_rsample`` and write ``rsample``, ``[*sample_shape, ..., A]``.
+    Subclasses write ``sample`` ``[*sample_shape, ..., A]``, or set ``has_rsample`` and write
+    ``rsample``.
     """
 
     arg_constraints: ClassVar[dict] = {}
@@ -139,7 +140,7 @@ class PolicyDistribution(abc.ABC):
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
-        """Return the vector that critics read for a stored action, ``[..., A]``; by default the same.
+        """Return the vector ``[..., A]`` that critics read for a stored action.
 
         Args:
             vector: ``[..., A]``.

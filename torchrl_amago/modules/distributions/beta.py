@@ -66,7 +66,8 @@ class Beta(PolicyDistribution):
 
     Args:
         alpha_low: lower bound of alpha, as ``beta_low`` of beta.
-        alpha_high: upper bound of alpha, as ``beta_high`` of beta; None for none (``"softplus"`` only).
+        alpha_high: upper bound of alpha, as ``beta_high`` of beta; None for none (``"softplus"``
+            only).
         concentration_bound: map of the numbers into the bounds, :func:`tanh_bounded` or
             :func:`softplus_bounded`.
         clip_actions: bounds that actions are clipped to before ``log_prob``.

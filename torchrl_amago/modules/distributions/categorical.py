@@ -36,8 +36,8 @@ def clip_probabilities(
 
     Args:
         probs: ``[..., A]``, float; a one-hot action works too and comes out softened.
-        forbidden: bool ``[..., A]``; forbidden categories get exactly 0, without gradient, and don't
-            count in the clipping.
+        forbidden: bool ``[..., A]``; forbidden categories get exactly 0, without gradient, and
+            don't count in the clipping.
 
     Returns:
         ``[..., A]``, summing to one; entries may leave ``[low, high]`` by the renormalisation.
@@ -172,8 +172,8 @@ class Discrete(PolicyDistribution):
 
     Args:
         clip_low: as ``clip_high``, see :class:`ClippedCategorical`.
-        temperature: of the softmax that gives gradients to ``rsample``; 0.5 is usual. Lower ones give
-            gradients nearer to those of a one-hot, and of higher variance.
+        temperature: of the softmax that gives gradients to ``rsample``; 0.5 is usual. Lower ones
+            give gradients nearer to those of a one-hot, and of higher variance.
 
     Example:
         >>> from torchrl.data import MultiCategorical
@@ -217,7 +217,7 @@ class Discrete(PolicyDistribution):
         return ClippedCategorical(self._checked(params), self.clip_low, self.clip_high)
 
     def clip_action(self, vector: Tensor, policy: OneHotParts) -> Tensor:
-        """Clip the one-hot of each part like probabilities of the allowed categories, and renormalise."""
+        """Clip the one-hot of each part as probabilities of the allowed categories are."""
         # The category taken stays, even if the policy's mask forbids it.
         forbidden = (policy.probs[..., 0, :] == 0) & (vector == 0)
         split = (split_parts(x, self.space.sizes) for x in (vector, forbidden))

@@ -123,8 +123,8 @@ class SquashedMixture(VectorDistribution):
     ``loc`` and ``scale`` are ``[..., N, A]``; ``logits`` ``[..., N]`` weigh the modes.
     """
 
-    #: Smallest distance from -1 and 1 in ``log_prob``, and a bound of tanh's slope there: the public
-    #: AMAGO code's.
+    #: Smallest distance from -1 and 1 in ``log_prob``, and lower bound of tanh's slope there; from
+    #: the public AMAGO code.
     EDGE = 1e-6
 
     def __init__(self, loc: Tensor, scale: Tensor, logits: Tensor) -> None:
