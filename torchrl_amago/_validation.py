@@ -48,20 +48,12 @@ def name_of(choice: object) -> object:
 
 
 def check_choice(argument: str, value: object, choices: Sequence[object], remedy: str = "") -> None:
-    """Raise ValueError if the value is none of the choices.
-
-    Example:
-        >>> check_choice("side", "left", ("right", "left"))
-    """
+    """Raise ValueError if the value is none of the choices."""
     _require(value in choices, argument, f"one of {', '.join(map(repr, choices))}", value, remedy)
 
 
 def check_counts(remedy: str = "", **counts: int) -> None:
-    """Raise ValueError for the first count that isn't an integer of at least 1.
-
-    Example:
-        >>> check_counts("Use 4, as published.", num_critics=2)
-    """
+    """Raise ValueError for the first count that isn't an integer of at least 1."""
     for name, value in counts.items():
         is_integer = isinstance(value, Integral)
         rule = "at least 1" if is_integer else "an integer of at least 1"
@@ -69,32 +61,20 @@ def check_counts(remedy: str = "", **counts: int) -> None:
 
 
 def check_positive(remedy: str = "", **numbers: float) -> None:
-    """Raise ValueError for the first number that isn't positive and finite.
-
-    Example:
-        >>> check_positive(temperature=0.5)
-    """
+    """Raise ValueError for the first number that isn't positive and finite."""
     for name, value in numbers.items():
         rule = "positive" if isfinite(value) else "positive and finite"
         _require(value > 0 and isfinite(value), name, rule, value, remedy)
 
 
 def check_not_negative(remedy: str = "", **numbers: float) -> None:
-    """Raise ValueError for the first number that isn't finite and at least 0.
-
-    Example:
-        >>> check_not_negative(epsilon=0.0)
-    """
+    """Raise ValueError for the first number that isn't finite and at least 0."""
     for name, value in numbers.items():
         _require(0 <= value < inf, name, "finite and at least 0", value, remedy)
 
 
 def check_fractions(remedy: str = "", **numbers: float) -> None:
-    """Raise ValueError for the first number outside of [0, 1].
-
-    Example:
-        >>> check_fractions(alpha=0.5)
-    """
+    """Raise ValueError for the first number outside of [0, 1]."""
     for name, value in numbers.items():
         _require(0 <= value <= 1, name, "in [0, 1]", value, remedy)
 

@@ -156,12 +156,7 @@ class ActionSpace:
 
 
 def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Turn indices ``[..., parts]``, int64, into joint one-hots ``[..., sum(sizes)]``, float32.
-
-    Example:
-        >>> one_hot_parts(torch.tensor([1, 0]), [2, 3])
-        tensor([0., 1., 1., 0., 0.])
-    """
+    """Turn indices ``[..., parts]``, int64, into joint one-hots ``[..., sum(sizes)]``, float32."""
     parts = []
     for part, size in zip(split_parts(index, (1,) * len(sizes)), sizes, strict=True):
         zeros = torch.zeros((*index.shape[:-1], size), device=index.device)
@@ -181,12 +176,7 @@ def join_parts(parts: Sequence[Tensor]) -> Tensor:
 
 
 def is_finitely_bounded(spec: TensorSpec) -> bool:
-    """Return True if a spec is of floating-point numbers, each with a lower and an upper bound.
-
-    Example:
-        >>> is_finitely_bounded(Bounded(-2.0, 2.0, shape=(3,))), is_finitely_bounded(Unbounded(3))
-        (True, False)
-    """
+    """Return True if a spec is of floating-point numbers, each with a lower and an upper bound."""
     if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
         return False
     # TorchRL also writes the largest number where there is no bound.
@@ -195,12 +185,7 @@ def is_finitely_bounded(spec: TensorSpec) -> bool:
 
 
 def is_in_policy_scale(spec: TensorSpec) -> bool:
-    """Return True if every bound of a spec is -1 or 1, as continuous policies need it.
-
-    Example:
-        >>> is_in_policy_scale(Bounded(-2.0, 2.0, shape=(3,)))
-        False
-    """
+    """Return True if the bounds of a spec are -1 and 1, as continuous policies need them."""
     return is_finitely_bounded(spec) and bool(((spec.low == -1) & (spec.high == 1)).all())
 
 

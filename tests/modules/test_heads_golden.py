@@ -18,7 +18,7 @@ from tests.golden_weights import (
 from torchrl_amago.modules import BilevelEpsilonGreedy, ClippedCategorical, PopArt
 from torchrl_amago.modules.actor import Actor, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, discount_feature
-from torchrl_amago.modules.distributions import clip_probabilities
+from torchrl_amago.modules.distributions.categorical import clip_probabilities
 
 
 def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

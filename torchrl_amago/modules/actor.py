@@ -130,16 +130,8 @@ class ActorModule(TensorDictModule):
 def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None = None) -> Tensor:
     """Set parameters of forbidden actions to -inf, for every discount.
 
-    The mask is bool, True where an action is allowed; `mask_parts` as in :class:`ActorHead`.
-
-    Raises:
-        ValueError: if the mask isn't bool or has another shape, or if one of its rows allows
-            nothing in a part (unchecked in compiled code).
-
-    Example:
-        >>> forbid(torch.zeros(1, 2, 3), torch.tensor([[True, False, True]]))
-        tensor([[[0., -inf, 0.],
-                 [0., -inf, 0.]]])
+    The mask is bool, True where an action is allowed. Raises ValueError if it doesn't fit, or if a
+    row allows nothing in one of `mask_parts`, see :class:`ActorHead` (unchecked in compiled code).
     """
     expected = (*params_BGP.shape[:-2], params_BGP.shape[-1])
     if mask_BP.dtype != torch.bool or mask_BP.shape != expected:

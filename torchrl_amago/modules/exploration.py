@@ -34,8 +34,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials, so that
     every batch holds trials from nearly greedy to very noisy. Actions change only under
-    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the number
-    of frames collected.
+    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the
+    number of frames collected.
 
     Args:
         horizon: length of a trial in steps.

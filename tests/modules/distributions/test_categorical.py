@@ -10,14 +10,13 @@ from torch.distributions import Categorical as TorchCategorical
 from torchrl.data import Categorical, MultiCategorical, OneHot
 
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.distributions import (
-    ClippedCategorical,
-    Discrete,
+from torchrl_amago.modules.distributions import ClippedCategorical, Discrete
+from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions.categorical import (
+    OneHotParts,
     clip_probabilities,
     clipped_softmax,
 )
-from torchrl_amago.modules.distributions import _noise as noise
-from torchrl_amago.modules.distributions.categorical import OneHotParts
 
 NEVER = -torch.inf
 LOGITS = torch.tensor([2.0, NEVER, 0.0, 1.0, NEVER])

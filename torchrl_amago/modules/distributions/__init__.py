@@ -11,8 +11,6 @@ from torchrl_amago.modules.distributions.beta import Beta
 from torchrl_amago.modules.distributions.categorical import (
     ClippedCategorical,
     Discrete,
-    clip_probabilities,
-    clipped_softmax,
 )
 from torchrl_amago.modules.distributions.make import DISTRIBUTIONS, make_distribution
 from torchrl_amago.modules.distributions.squashed import TanhGaussian, TanhMixture
@@ -27,7 +25,5 @@ __all__ = [
     "TanhGaussian",
     "TanhMixture",
     "VectorDistribution",
-    "clip_probabilities",
-    "clipped_softmax",
     "make_distribution",
 ]

@@ -75,8 +75,8 @@ class StoredActions(Distribution):
 class PolicyDistribution(abc.ABC):
     """Map from an actor's parameters ``[..., P]`` to a distribution over actions.
 
-    It holds no weights, and is equal to another with the same arguments. Subclasses write
-    :attr:`num_params` and :meth:`_vectors`.
+    It holds no weights, and is equal to another with the same arguments. Subclasses set the class
+    attributes and write :meth:`_vectors`.
 
     Args:
         space: the actions; first argument of every distribution.
@@ -101,6 +101,8 @@ class PolicyDistribution(abc.ABC):
     kinds: ClassVar[tuple[ActionKind, ...]]
     #: True if gradients reach the parameters through samples (`rsample`).
     differentiable: ClassVar[bool]
+    #: P / A, unless a subclass writes :attr:`num_params`.
+    params_per_number: ClassVar[int]
 
     def __post_init__(self) -> None:
         if self.space.kind not in self.kinds:
@@ -117,9 +119,9 @@ class PolicyDistribution(abc.ABC):
         return {"kind": type(self).__name__, **numbers}
 
     @property
-    @abc.abstractmethod
     def num_params(self) -> int:
         """P, number of parameters for each action."""
+        return self.params_per_number * self.space.size
 
     @abc.abstractmethod
     def _vectors(self, params: Tensor) -> VectorDistribution:

@@ -76,16 +76,11 @@ class Bernoulli(PolicyDistribution):
     reduce: Literal["sum", "mean"] = "mean"
 
     kinds = ("multi_binary",)
-    differentiable = False
+    differentiable, params_per_number = False, 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("reduce", self.reduce, ("sum", "mean"))
-
-    @property
-    def num_params(self) -> int:
-        """One for each bit."""
-        return self.space.size
 
     def _vectors(self, params: Tensor) -> Bits:
         return Bits(params, self.reduce)

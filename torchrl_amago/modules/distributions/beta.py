@@ -88,18 +88,13 @@ class Beta(PolicyDistribution):
     clip_actions: tuple[float, float] = CLIP_ACTIONS
 
     kinds = ("continuous",)
-    differentiable = True
+    differentiable, params_per_number = True, 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds(self.alpha_low, self.alpha_high, self.concentration_bound, "alpha")
         check_bounds(self.beta_low, self.beta_high, self.concentration_bound, "beta")
         check_clip(self.clip_actions)
-
-    @property
-    def num_params(self) -> int:
-        """Two for each number."""
-        return 2 * self.space.size
 
     def _vectors(self, params: Tensor) -> StretchedBeta:
         raw_alpha, raw_beta = params.chunk(2, -1)

@@ -32,19 +32,10 @@ def clip_probabilities(
     high: float = CLIP_HIGH,
     forbidden: Tensor | None = None,
 ) -> Tensor:
-    """Clip probabilities to ``[low, high]`` and renormalise them.
+    """Clip probabilities (or a one-hot) ``[..., A]`` to ``[low, high]`` and renormalise them.
 
-    Args:
-        probs: ``[..., A]``, float; a one-hot action works too and comes out softened.
-        forbidden: bool ``[..., A]``; forbidden categories get exactly 0, without gradient, and
-            don't count in the clipping.
-
-    Returns:
-        ``[..., A]``, summing to one; entries may leave ``[low, high]`` by the renormalisation.
-
-    Example:
-        >>> clip_probabilities(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])).round(decimals=3)
-        tensor([0.9960, 0.0010, 0.0010, 0.0010, 0.0010])
+    Forbidden categories, bool ``[..., A]``, get exactly 0, without gradient, and don't count in the
+    clipping. Entries may leave ``[low, high]`` by the renormalisation.
     """
     clipped = probs.clamp(low, high)
     if forbidden is not None:
@@ -53,12 +44,7 @@ def clip_probabilities(
 
 
 def clipped_softmax(logits: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
-    """Compute probabilities of logits ``[..., A]``, clipped; a logit of -inf forbids its category.
-
-    Example:
-        >>> clipped_softmax(torch.tensor([20.0, 0.0, -torch.inf])).round(decimals=3)
-        tensor([0.9990, 0.0010, 0.0000])
-    """
+    """Compute probabilities of logits ``[..., A]``, clipped; a logit of -inf forbids its category."""
     return clip_probabilities(logits.softmax(-1), low, high, forbidden=logits == -torch.inf)
 
 
@@ -188,7 +174,7 @@ class Discrete(PolicyDistribution):
     temperature: float = 0.5
 
     kinds = ("discrete", "multi_discrete")
-    differentiable = True
+    differentiable, params_per_number = True, 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,11 +186,6 @@ class Discrete(PolicyDistribution):
                 "are many categories; 0 and 1 turn clipping off."
             )
         check_positive(temperature=self.temperature)
-
-    @property
-    def num_params(self) -> int:
-        """One for each category."""
-        return self.space.size
 
     def _vectors(self, params: Tensor) -> OneHotParts:
         clip = (self.clip_low, self.clip_high)

@@ -99,17 +99,12 @@ class TanhGaussian(PolicyDistribution):
     clip_actions: tuple[float, float] = CLIP_ACTIONS
 
     kinds = ("continuous",)
-    differentiable = True
+    differentiable, params_per_number = True, 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds(self.std_low, self.std_high, self.std_bound, "std")
         check_clip(self.clip_actions)
-
-    @property
-    def num_params(self) -> int:
-        """Two for each number."""
-        return 2 * self.space.size
 
     def _vectors(self, params: Tensor) -> SquashedNormal:
         loc, raw_std = params.chunk(2, -1)
