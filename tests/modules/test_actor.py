@@ -88,7 +88,7 @@ def test_observations_join_the_state(make_actor):
     batch=st.lists(st.integers(1, 3), max_size=2), allowed=st.integers(1, 2**P - 1), data=st.data()
 )
 def test_mask(batch, allowed, data):
-    """Forbidden parameters are -inf, all others and their gradients what they are without a mask."""
+    """Forbidden parameters are -inf; the others and their gradients are as without a mask."""
     actor = ACTORS[data.draw(st.sampled_from(sorted(ACTORS)))](masks_actions=True)
     mask = torch.tensor([bool(allowed >> i & 1) for i in range(P)]).expand(*batch, P)
     state = torch.randn(*batch, D)

@@ -1,4 +1,4 @@
-"""Two-level exploration: the schedule by hand, each kind of noise by frequency, per-trial scales."""
+"""Exploration: the schedule by hand, each kind of noise by frequency, scales of trials."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_power_keeps_noise_for_the_trials_end():
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_share_of_random_actions_is_epsilon(one_hot):
+def test_fraction_of_random_actions_is_epsilon(one_hot):
     explore = BilevelEpsilonGreedy(5, horizon=10, anneal_frames=1, randomize=False, one_hot=one_hot)
     td = _step(20_000)
     if one_hot:
@@ -182,8 +182,8 @@ def test_only_allowed_choices_are_random(one_hot):
     space = ActionSpace.from_spec((MultiOneHot if one_hot else MultiCategorical)(sizes))
     action = space.from_vector(torch.tensor([1.0, 0, 0, 1, 0, 0]).expand(NUM_ROWS, 6))
     result = _explore(explore, action, action_mask=allowed.expand(NUM_ROWS, 6))
-    shares = space.to_vector(result).mean(0)
-    torch.testing.assert_close(shares, 0.5 * allowed.float(), rtol=0, atol=0.02)
+    fractions = space.to_vector(result).mean(0)
+    torch.testing.assert_close(fractions, 0.5 * allowed.float(), rtol=0, atol=0.02)
     with pytest.raises(KeyError, match="action_mask"):
         _explore(explore, action)
 

@@ -101,7 +101,7 @@ def test_later_changes_of_the_policy_leave_it_alone():
     assert not any(state.any() for state in states)  # what came in isn't written
 
 
-def test_refusals():
+def test_policies_that_cannot_be_exported_raise():
     env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=3)
     with pytest.raises(ValueError, match="TransformerEncoder has a RingCache. Use seq_model='gru'"):
         make_policy(env, context_length=12).step_module()

@@ -149,7 +149,7 @@ def test_popart(case):
 
 
 def test_popart_masks_are_the_same_for_every_discount():
-    """What lets us keep one count for all of them."""
+    """One count serves all of them."""
     for case in cases("functional/popart*"):
         mask = case["mask"]
         assert torch.equal(mask, mask[..., :1, :].expand_as(mask))
@@ -157,7 +157,7 @@ def test_popart_masks_are_the_same_for_every_discount():
 
 
 def test_bilevel_epsilon():
-    """Within the horizon; beyond it the reference goes on falling, below zero, and we are clamped."""
+    """Beyond the horizon the reference goes on falling, below zero; ours is clamped."""
     case = load("functional/exploration_eps")
     hp = case.hyperparameters["bilevel"]
     local = case["local_step"]

@@ -1,4 +1,4 @@
-"""make_policy: parts that fit an environment's specs, and what it refuses."""
+"""Policies: parts that fit an environment's specs, one forward, foreign parts, errors."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_an_action_mask_is_obeyed_by_policy_and_exploration():
         make_policy(env, action_mask_key="mask", **SMALL)
 
 
-def test_refuses_dict_and_unbounded_actions():
+def test_dict_and_unbounded_actions_raise():
     env = make_env()
 
     def with_action(spec):
@@ -171,7 +171,7 @@ def test_refuses_dict_and_unbounded_actions():
         make_policy(with_action(Unbounded(shape=(2,))), **SMALL)
 
 
-def test_refuses_missing_entries_and_unknown_names():
+def test_missing_entries_and_unknown_names_raise():
     with pytest.raises(KeyError, match="'prev_reward', 'prev_action'.* not among"):
         make_policy(MetaFrozenLake(batch_size=(2,)), **SMALL)
     with pytest.raises(KeyError, match="'colour'.* not among the environment's observations"):
@@ -237,11 +237,13 @@ def test_steps_have_no_gradient_and_sequences_have():
         assert not policy(env.reset())["logits"].requires_grad
         steps = env.rollout(3, policy.reset_out_keys(), break_when_any_done=False)
         with set_recurrent_mode(True):
-            assert policy(steps)["logits"].requires_grad
+            out = policy(steps.select(*policy.in_keys))
+        assert out["logits"].requires_grad
+        assert out["action"].shape == (3, 3)
 
 
 @pytest.mark.parametrize("seq_model", ["gru", "feedforward"])
-def test_what_travels_with_a_rollout_is_no_input(seq_model):
+def test_entries_that_travel_with_a_rollout_are_no_inputs(seq_model):
     env = make_env()
     options = {**SMALL, "seq_model_options": {"d_model": 16}}
     policy = make_policy(env, seq_model=seq_model, exploration={}, **options)
@@ -325,7 +327,7 @@ def test_acts_in_half_precision(seq_model):
     assert critic.module.discounts.dtype == torch.float32
 
 
-def test_other_outputs_than_the_action_may_be_asked_for():
+def test_more_outputs_than_the_action():
     env = make_env()
     policy = make_policy(env, **SMALL).reset_out_keys()
     out = policy(env.reset())

@@ -239,7 +239,8 @@ NETWORKS = {
         "entries": {"pixels": {"trunk": "grid"}, "cell": {"kind": "tokens"}}}),
     "categories": lambda: build(timestep_encoder="combined", obs_keys=["cell"]),
     "critic": lambda: make_critic(build()),
-    "critic of bins": lambda: make_critic(build(), value_codec=TwoHot(2, num_bins=9, init_value=3.0)),
+    "critic of bins": lambda: make_critic(
+        build(), value_codec=TwoHot(2, num_bins=9, init_value=3.0)),
     "sloping critic": lambda: make_critic(
         build(), takes_actions=True, value_codec=HLGauss(2, num_bins=9, init_slope=10.0),
         action_gain=8.0),

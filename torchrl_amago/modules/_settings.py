@@ -116,12 +116,7 @@ def plain(value: object) -> Any:
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings under one dotted name each.
-
-    Example:
-        >>> flatten({"actor": {"hidden_size": 8}, "discounts": [0.9]})
-        {'actor.hidden_size': 8, 'discounts': [0.9]}
-    """
+    """Return nested settings under one dotted name each."""
     flat = {}
     for name, value in settings.items():
         nested = isinstance(value, Mapping)

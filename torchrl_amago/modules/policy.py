@@ -193,7 +193,8 @@ class Policy(TensorDictModuleBase):
             if self.exploration is not None:
                 step = self.exploration(step)
         for key in self.out_keys:
-            tensordict.set(key, step.get(key))
+            if (value := step.get(key, None)) is not None:  # sequences hand no memory on
+                tensordict.set(key, value)
         return tensordict
 
     def select_out_keys(self, *out_keys: NestedKey) -> Policy:

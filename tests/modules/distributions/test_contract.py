@@ -1,4 +1,4 @@
-"""What every policy distribution promises, whatever its actions are."""
+"""The contract of every policy distribution."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def test_half_precision_is_computed_in_single(case):
     )
 
 
-def test_refuses_parameters_of_another_size(case):
+def test_parameters_of_another_size_raise(case):
     _, policy_dist = case
     wrong = torch.zeros(2, policy_dist.num_params + 1)
     for method in (policy_dist, policy_dist.stored):
@@ -289,7 +289,7 @@ def test_distributions_by_name_take_options():
         assert type(make_distribution(ActionSpace.from_spec(spec), name)) is cls
 
 
-def test_refuses_a_name_that_does_not_fit():
+def test_a_name_that_does_not_fit_raises():
     message = "continuous actions must be one of 'tanh_gaussian', 'beta', 'tanh_mixture', got"
     for name in ("discrete", "gaussian"):
         with pytest.raises(ValueError, match=f"{message} '{name}'"):
@@ -322,7 +322,7 @@ BAD_ARGUMENTS = [
 
 
 @pytest.mark.parametrize(("cls", "spec", "options", "message"), BAD_ARGUMENTS)
-def test_refuses_bad_arguments(cls, spec, options, message):
+def test_bad_arguments_raise(cls, spec, options, message):
     with pytest.raises(ValueError, match=message):
         cls(ActionSpace.from_spec(spec), **options)
 
