@@ -96,7 +96,7 @@ class ActionSampler(TensorDictModuleBase):
         """Return the parameters to draw from, ``[*B, P]``."""
         return tensordict.get(self.in_keys[0])[..., self.index, :]
 
-    @dispatch
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action and its parameters."""
         params = self.chosen(tensordict)
