@@ -1,4 +1,4 @@
-"""Specs by hand, the way to vectors and back for any of them, and what is refused."""
+"""Action spaces: specs by hand, the way to vectors and back, errors."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_equal_by_value_and_picklable():
         (Composite(left=Categorical(2)), "got Composite of dtype .*several named actions"),
         (Bounded(0, 5, shape=(2,), dtype=torch.int64), "got BoundedDiscrete of dtype torch.int64"),
         (Unbounded(2, dtype=torch.int64), "got UnboundedDiscrete of dtype torch.int64"),
-        (Unbounded(2), "must have finite bounds, got UnboundedContinuous.*ClipAction"),
+        (Unbounded(2), "must have finite bounds, got UnboundedContinuous.*RescaleAction"),
         (Bounded(0.0, torch.inf, shape=(2,)), "must have finite bounds, got BoundedContinuous"),
         (
             Bounded(-2.0, 2.0, shape=(1,)),
@@ -86,7 +86,7 @@ def test_equal_by_value_and_picklable():
         ),
     ],
 )
-def test_refuses_other_spaces(spec, message):
+def test_other_spaces_raise(spec, message):
     with pytest.raises(ValueError, match=message):
         _space(spec)
 
@@ -96,7 +96,7 @@ def test_bounds_may_be_left_to_others():
         assert ActionSpace.from_spec(spec, check_bounds=False).kind == "continuous"
 
 
-def test_what_has_bounds():
+def test_finite_bounds():
     largest = torch.finfo(torch.float32).max
     half = Bounded(torch.tensor([-1.0, -1.0]), torch.tensor([1.0, torch.inf]))
     assert not is_finitely_bounded(half)
@@ -136,12 +136,12 @@ def test_samples_with_rounding_errors_become_whole_actions():
     assert _space(MultiCategorical([2, 2])).from_vector(vector).tolist() == [0, 1]
 
 
-def test_one_hot_parts_refuse_what_is_no_choice():
+def test_one_hot_parts_raise_for_other_indices():
     with pytest.raises(RuntimeError, match="out of bounds"):
         one_hot_parts(torch.tensor([2, 0]), [2, 3])
 
 
-def test_refuses_actions_of_another_shape():
+def test_actions_of_another_shape_raise():
     space = _space(Binary(3))
     for wrong in (torch.zeros(2), torch.zeros(3, 2), torch.zeros(())):
         with pytest.raises(

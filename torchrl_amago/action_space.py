@@ -1,4 +1,4 @@
-"""What an action is: how the environment stores it, and the float vector that networks see.
+"""Actions as the environment stores them, and as the float vectors that networks see.
 
 Legend: A length of the vector.
 """
@@ -46,7 +46,7 @@ class ActionSpace:
         shape: of one stored action, without batch dimensions.
         dtype: of a stored action.
         sizes: number of categories of each part; empty for bits and numbers.
-        one_hot: whether categories are stored one-hot, not as indices.
+        one_hot: categories are stored one-hot, not as indices.
 
     Example:
         >>> from torchrl.data import MultiCategorical
@@ -68,8 +68,7 @@ class ActionSpace:
 
         Args:
             spec: without batch dimensions: ``env.full_action_spec_unbatched[env.action_key]``.
-            check_bounds: refuse continuous actions other than of [-1, 1]; False for whoever scales
-                them before they become vectors.
+            check_bounds: raise for continuous actions with bounds other than -1 and 1.
 
         Raises:
             ValueError: if the spec is none of the above.
@@ -109,11 +108,7 @@ class ActionSpace:
         return sum(self.sizes) if self.sizes else _product(self.shape)
 
     def to_vector(self, action: Tensor) -> Tensor:
-        """Turn stored actions ``[*B, *shape]`` into vectors ``[*B, A]``, float32.
-
-        Raises:
-            ValueError: if the action's last dimensions aren't :attr:`shape`.
-        """
+        """Turn stored actions ``[*B, *shape]`` into vectors ``[*B, A]``, float32."""
         flat = self._flat(action)
         if not self.sizes or self.one_hot:
             return flat.to(torch.float32, copy=True)
@@ -122,23 +117,19 @@ class ActionSpace:
     def from_vector(self, vector: Tensor) -> Tensor:
         """Turn vectors ``[*B, A]`` into stored actions ``[*B, *shape]``.
 
-        Categories and bits may be a rounding error away from 0 and 1, as they are in
-        straight-through samples.
+        Categories and bits may be a rounding error away from 0 and 1, as in straight-through
+        samples.
         """
         if self.sizes and not self.one_hot:
-            parts = [part.argmax(-1) for part in split_parts(vector, self.sizes)]
-            flat = torch.stack(parts, -1)
+            flat = torch.stack([part.argmax(-1) for part in split_parts(vector, self.sizes)], -1)
         else:
             flat = vector if self.kind == "continuous" else vector.round()
         return flat.to(self.dtype).reshape((*vector.shape[:-1], *self.shape))
 
     def contains(self, action: Tensor) -> Tensor:
-        """Which actions ``[*B, *shape]`` are possible, bool ``[*B]``.
+        """Return a bool ``[*B]``, True for each possible action of ``[*B, *shape]``.
 
-        Numbers may leave [-1, 1] by 1e-6, which scaling and rounding can do.
-
-        Raises:
-            ValueError: if the action's last dimensions aren't :attr:`shape`.
+        Numbers may leave [-1, 1] by 1e-6, as scaling and rounding do.
         """
         flat = self._flat(action)
         if self.kind == "continuous":
@@ -155,29 +146,17 @@ class ActionSpace:
 
     def _flat(self, action: Tensor) -> Tensor:
         """``[*B, *shape] -> [*B, n]``, n one number per part, bit or category."""
-        num_batch_dims = action.ndim - len(self.shape)
-        if num_batch_dims < 0 or tuple(action.shape[num_batch_dims:]) != self.shape:
+        batch = action.shape[: max(action.ndim - len(self.shape), 0)]
+        if action.shape != (*batch, *self.shape):
             raise ValueError(
                 f"an action must have the shape [*batch, *{self.shape}], got "
                 f"{list(action.shape)}. Store actions as the environment's action spec says."
             )
-        return action.reshape(*action.shape[:num_batch_dims], _product(self.shape))
+        return action.reshape(*batch, _product(self.shape))
 
 
 def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
-    """Concatenated one-hots of several choices, float32.
-
-    Args:
-        index: ``[..., parts]``, int64; entry p in ``[0, sizes[p])``.
-        sizes: categories of each part.
-
-    Returns:
-        ``[..., sum(sizes)]``
-
-    Example:
-        >>> one_hot_parts(torch.tensor([1, 0]), [2, 3])
-        tensor([0., 1., 1., 0., 0.])
-    """
+    """Turn indices ``[..., parts]``, int64, into joint one-hots ``[..., sum(sizes)]``, float32."""
     parts = []
     for part, size in zip(split_parts(index, (1,) * len(sizes)), sizes, strict=True):
         zeros = torch.zeros((*index.shape[:-1], size), device=index.device)
@@ -186,33 +165,18 @@ def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def split_parts(vector: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """The parts of a vector ``[..., sum(sizes)]``, each ``[..., size]``.
-
-    Example:
-        >>> [part.tolist() for part in split_parts(torch.arange(5), (2, 3))]
-        [[0, 1], [2, 3, 4]]
-    """
+    """Split a vector ``[..., sum(sizes)]`` into parts ``[..., size]``."""
     # Splitting off all there is would cost more than what is usually done with it.
     return (vector,) if len(sizes) == 1 else vector.split(tuple(sizes), -1)
 
 
 def join_parts(parts: Sequence[Tensor]) -> Tensor:
-    """The vector ``[..., sum(sizes)]`` of parts ``[..., size]``.
-
-    Example:
-        >>> join_parts([torch.tensor([0, 1]), torch.tensor([2, 3, 4])])
-        tensor([0, 1, 2, 3, 4])
-    """
+    """Join parts ``[..., size]`` into a vector ``[..., sum(sizes)]``."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
 
 
 def is_finitely_bounded(spec: TensorSpec) -> bool:
-    """Whether a spec is of floating-point numbers, each with a lower and an upper bound.
-
-    Example:
-        >>> is_finitely_bounded(Bounded(-2.0, 2.0, shape=(3,))), is_finitely_bounded(Unbounded(3))
-        (True, False)
-    """
+    """Return True if a spec is of floating-point numbers, each with a lower and an upper bound."""
     if not isinstance(spec, Bounded) or not spec.dtype.is_floating_point:
         return False
     # TorchRL also writes the largest number where there is no bound.
@@ -221,12 +185,7 @@ def is_finitely_bounded(spec: TensorSpec) -> bool:
 
 
 def is_in_policy_scale(spec: TensorSpec) -> bool:
-    """Whether every bound of a spec is -1 or 1, as continuous policies need it.
-
-    Example:
-        >>> is_in_policy_scale(Bounded(-2.0, 2.0, shape=(3,)))
-        False
-    """
+    """Return True if the bounds of a spec are -1 and 1, as continuous policies need them."""
     return is_finitely_bounded(spec) and bool(((spec.low == -1) & (spec.high == 1)).all())
 
 
@@ -234,21 +193,22 @@ def _check_bounds(spec: Bounded | Unbounded) -> None:
     if is_in_policy_scale(spec):
         return
     if is_finitely_bounded(spec):
-        raise ValueError(
-            f"continuous actions must have the bounds -1 and 1, got {spec.low.min():g} to "
-            f"{spec.high.max():g}. Append torchrl.envs.ActionScaling() to the environment, before "
-            "PreviousStepTransform (make_trial_env does both)."
+        problem = (
+            f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}. Append "
+            "torchrl.envs.ActionScaling() to the environment, before PreviousStepTransform "
+            "(make_trial_env does both)"
         )
-    raise ValueError(
-        f"continuous actions must have finite bounds, got {type(spec).__name__} without. Bound "
-        "them in the environment (for example with Gymnasium's ClipAction or RescaleAction)."
-    )
+    else:
+        problem = (
+            f"finite bounds, got {type(spec).__name__} without. Bound them in the environment (for "
+            "example with Gymnasium's RescaleAction)"
+        )
+    raise ValueError(f"continuous actions must have {problem}.")
 
 
 def _categories(spec: TensorSpec, sizes: tuple[int, ...], one_hot: bool = False) -> ActionSpace:
     kind = "discrete" if len(sizes) == 1 else "multi_discrete"
-    sizes = tuple(map(int, sizes))
-    return ActionSpace(kind, tuple(spec.shape), spec.dtype, sizes, one_hot)
+    return ActionSpace(kind, tuple(spec.shape), spec.dtype, tuple(map(int, sizes)), one_hot)
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import ProbabilisticTensorDictModule, TensorDictModule
 from torch import Tensor
 from torchrl.data import Bounded, Categorical
 
@@ -12,6 +11,8 @@ from tests.golden_utils import GoldenCase
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules import (
     Actor,
+    ActorModule,
+    Encoder,
     GRUEncoder,
     HLGauss,
     MLPTimestepEncoder,
@@ -63,13 +64,8 @@ def build_policy(case: GoldenCase) -> Policy:
         len(hp["gammas"]),
         hidden_size=hp["actor_d_hidden"],
     )
-    sampler = ProbabilisticTensorDictModule(
-        in_keys={"params": "logits"},
-        out_keys=["action"],
-        distribution_class=distribution.stored,
-    )
-    head = TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"])
-    return Policy(timestep, trajectory, head, sampler, distribution, discounts=hp["gammas"])
+    head = ActorModule(actor, in_keys=["state"], out_keys=["action_params"])
+    return Policy(Encoder(timestep, trajectory), head, distribution, discounts=hp["gammas"])
 
 
 def build_loss(case: GoldenCase, policy: Policy) -> AMAGOLoss:

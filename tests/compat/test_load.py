@@ -17,6 +17,7 @@ from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
 from torchrl_amago.compat import load_amago_weights
 from torchrl_amago.modules import (
     CNNTimestepEncoder,
+    Encoder,
     LSTMEncoder,
     MLPTimestepEncoder,
     Policy,
@@ -418,10 +419,8 @@ class _Reading(Policy):
     def __init__(self, encoder: nn.Module) -> None:
         template = policy_of()
         super().__init__(
-            encoder,
-            template.encoder.module[1],
+            Encoder(encoder, template.encoder.trajectory),
             template.actor,
-            template.module[3],
             template.distribution,
             discounts=DISCOUNTS,
         )

@@ -1,4 +1,4 @@
-"""How soon critics find out that a state decides which action is good."""
+"""Speed at which critics learn that the state decides which action is good."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torchrl_amago.modules.critic import ActionCritic
 from torchrl_amago.modules.value_codec import HLGauss, PopArt, TwoHot, ValueCodec
 
-STATE, BATCH, SLOPE = 64, 256, 50.0
+STATE, BATCH, SLOPE = 64, 128, 50.0
 RANGE = dict(min_return=-400.0, max_return=0.0, symlog=False)
 
 
-def learned_share(codec: ValueCodec, updates: int, **options) -> float:
-    """Of `Q(s, a) = -200 + 50 a s[0]`, how much of the action's effect is learned."""
+def learned_fraction(codec: ValueCodec, updates: int, **options) -> float:
+    """Return the learned fraction of the action's effect in `Q(s, a) = -200 + 50 a s[0]`."""
     torch.manual_seed(0)
     outputs = codec.event_shape.numel() if codec.event_shape else None
     critic = ActionCritic(STATE, 1, [0.9], num_outputs=outputs, hidden_size=64, **options)
@@ -36,18 +36,18 @@ def learned_share(codec: ValueCodec, updates: int, **options) -> float:
 
 
 def test_classification_overlooks_actions_at_first():
-    assert learned_share(TwoHot(1, **RANGE), 250) < 0.02
+    assert learned_fraction(TwoHot(1, **RANGE), 250) < 0.02
 
 
 @pytest.mark.parametrize("make", [TwoHot, HLGauss])
 def test_ordered_weights_and_a_gain_show_them(make):
     codec = make(1, init_slope=10.0, **RANGE)
-    assert learned_share(codec, 250, action_gain=8.0) > 0.5
+    assert learned_fraction(codec, 250, action_gain=8.0) > 0.5
 
 
 def test_a_gain_helps_regression_too():
-    shares = [
-        learned_share(PopArt(1, beta=0.01), 250, action_gain=action_gain)
+    fractions = [
+        learned_fraction(PopArt(1, beta=0.01), 250, action_gain=action_gain)
         for action_gain in (1.0, 8.0)
     ]
-    assert shares[1] > 2 * shares[0]
+    assert fractions[1] > 2 * fractions[0]

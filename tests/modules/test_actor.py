@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule
 from torch.nn import functional as F
 
-from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor, forbid
+from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor, forbid
 
 D, P, G = 6, 5, 3
 ACTORS = {
@@ -88,7 +88,7 @@ def test_observations_join_the_state(make_actor):
     batch=st.lists(st.integers(1, 3), max_size=2), allowed=st.integers(1, 2**P - 1), data=st.data()
 )
 def test_mask(batch, allowed, data):
-    """Forbidden parameters are -inf, all others and their gradients what they are without a mask."""
+    """Forbidden parameters are -inf; the others and their gradients are as without a mask."""
     actor = ACTORS[data.draw(st.sampled_from(sorted(ACTORS)))](masks_actions=True)
     mask = torch.tensor([bool(allowed >> i & 1) for i in range(P)]).expand(*batch, P)
     state = torch.randn(*batch, D)
@@ -110,7 +110,7 @@ def test_mask(batch, allowed, data):
 
 def test_in_a_tensordict_module(make_actor):
     actor = make_actor(observation_sizes=[2], masks_actions=True)
-    module = TensorDictModule(actor, ["state", ("goal", "xy"), "action_mask"], ["action_params"])
+    keys = ["state", ("goal", "xy"), "action_mask"]
     mask = torch.rand(3, 4, P) < 0.5
     mask[..., 0] = True
     td = TensorDict(
@@ -120,8 +120,11 @@ def test_in_a_tensordict_module(make_actor):
         batch_size=[3, 4],
     )
     expected = actor(td["state"], td["goal", "xy"], mask)
-    assert torch.equal(module(td)["action_params"], expected)
-    assert actor.num_extra_inputs == len(module.in_keys) - 1
+    for kind in (TensorDictModule, ActorModule):
+        module = kind(actor, keys, ["action_params"])
+        assert torch.equal(module(td.copy())["action_params"], expected)
+        by_keyword = module(state=td["state"], goal_xy=td["goal", "xy"], action_mask=mask)
+        assert torch.equal(by_keyword, expected)
 
 
 def test_a_step_without_numbers_leaves_the_others_alone(make_actor):
@@ -157,7 +160,7 @@ def test_own_head():
             return x.new_zeros(*x.shape[:-1], self.output_size)
 
     actor = Zero(D, P, G, observation_sizes=(2,))
-    assert (actor.input_size, actor.output_size, actor.num_extra_inputs) == (D + 2, G * P, 1)
+    assert (actor.input_size, actor.output_size) == (D + 2, G * P)
     assert actor(torch.randn(4, D), torch.randn(4, 2)).shape == (4, G, P)
     with pytest.raises(TypeError, match="abstract"):
         ActorHead(D, P, G)
@@ -193,7 +196,7 @@ def test_each_part_of_a_mask_must_allow_something():
     params = torch.zeros(1, G, P)
     mask = torch.tensor([[True, True, False, False, False]])
     assert forbid(params, torch.zeros_like(mask), ()).isinf().all()  # bits
-    with pytest.raises(ValueError, match="and of each part of an action, got a row of only False"):
+    with pytest.raises(ValueError, match="and in each part of an action, got a row of only False"):
         forbid(params, mask, (2, 3))
     mask[0, 4] = True
     assert forbid(params, mask, (2, 3)).isinf().sum() == 2 * G

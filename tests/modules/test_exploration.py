@@ -1,4 +1,4 @@
-"""Two-level exploration: the schedule by hand, each kind of noise by frequency, per-trial scales."""
+"""Exploration: the schedule by hand, each kind of noise by frequency, scales of trials."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_power_keeps_noise_for_the_trials_end():
 
 
 @pytest.mark.parametrize("one_hot", [False, True])
-def test_share_of_random_actions_is_epsilon(one_hot):
+def test_fraction_of_random_actions_is_epsilon(one_hot):
     explore = BilevelEpsilonGreedy(5, horizon=10, anneal_frames=1, randomize=False, one_hot=one_hot)
     td = _step(20_000)
     if one_hot:
@@ -78,14 +78,18 @@ def test_scale_is_drawn_at_the_trials_start_and_kept_within_it():
     assert not torch.equal(scale[:10], second["_epsilon_scale"][:10])
 
 
-def test_refuses_an_empty_horizon():
-    with pytest.raises(ValueError, match="horizon and anneal_frames must be at least 1, got 0"):
-        BilevelEpsilonGreedy(5, horizon=0)
-
-
-def test_refuses_a_power_that_is_not_positive():
-    with pytest.raises(ValueError, match=r"power must be positive, got 0\. 1 lets noise change"):
-        BilevelEpsilonGreedy(5, horizon=10, power=0)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"horizon": 0}, "horizon must be positive, got 0"),
+        ({"anneal_frames": 0}, "anneal_frames must be positive, got 0"),
+        ({"power": 0}, r"power must be positive, got 0\. 1 lets noise change"),
+        ({"end_of_trial": (0.5, -0.1)}, "end_of_trial must be finite and at least 0, got -0.1"),
+    ],
+)
+def test_wrong_schedules(options, message):
+    with pytest.raises(ValueError, match=message):
+        BilevelEpsilonGreedy(5, **{"horizon": 10, **options})
 
 
 # ------------------------------------------------------------------ other action spaces
@@ -178,8 +182,8 @@ def test_only_allowed_choices_are_random(one_hot):
     space = ActionSpace.from_spec((MultiOneHot if one_hot else MultiCategorical)(sizes))
     action = space.from_vector(torch.tensor([1.0, 0, 0, 1, 0, 0]).expand(NUM_ROWS, 6))
     result = _explore(explore, action, action_mask=allowed.expand(NUM_ROWS, 6))
-    shares = space.to_vector(result).mean(0)
-    torch.testing.assert_close(shares, 0.5 * allowed.float(), rtol=0, atol=0.02)
+    fractions = space.to_vector(result).mean(0)
+    torch.testing.assert_close(fractions, 0.5 * allowed.float(), rtol=0, atol=0.02)
     with pytest.raises(KeyError, match="action_mask"):
         _explore(explore, action)
 

@@ -101,12 +101,12 @@ def test_later_changes_of_the_policy_leave_it_alone():
     assert not any(state.any() for state in states)  # what came in isn't written
 
 
-def test_refusals():
+def test_policies_that_cannot_be_exported_raise():
     env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=3)
     with pytest.raises(ValueError, match="TransformerEncoder has a RingCache. Use seq_model='gru'"):
         make_policy(env, context_length=12).step_module()
     policy = build(env, "gru")
     policy.encoder.register_forward_hook(lambda *args: None)
-    with pytest.raises(ValueError, match="have hooks or a forward of their own"):
+    with pytest.raises(ValueError, match="Encoder has hooks or a forward of its own"):
         policy.step_module()
     assert issubclass(SEQ_MODELS["transformer"], TransformerEncoder)

@@ -18,7 +18,7 @@ from tests.golden_weights import (
 from torchrl_amago.modules import BilevelEpsilonGreedy, ClippedCategorical, PopArt
 from torchrl_amago.modules.actor import Actor, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, discount_feature
-from torchrl_amago.modules.distributions import clip_probabilities
+from torchrl_amago.modules.distributions.categorical import clip_probabilities
 
 
 def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
@@ -29,7 +29,7 @@ def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 # Sizes under the reference's names, and ours.
 SIZES = {
-    "hidden_size": "hidden_size",
+    "d_hidden": "hidden_size",
     "n_layers": "num_layers",
     "activation": "activation",
     "feature_dim": "feature_size",
@@ -132,7 +132,7 @@ def test_clipped_categorical(case):
 @pytest.mark.parametrize("case", cases("functional/popart*"), ids=str)
 def test_popart(case):
     hp = case.hyperparameters
-    codec = PopArt(hp["gammas"], beta=hp["beta"], initial_nu=hp["initial_nu"])
+    codec = PopArt(hp["gammas"], beta=hp["beta"], initial_nu=hp["init_nu"])
     x = case["x"].squeeze(-1)
     recorded = dict(case.starting("out/").items())
     for i in range(5):
@@ -149,7 +149,7 @@ def test_popart(case):
 
 
 def test_popart_masks_are_the_same_for_every_discount():
-    """What lets us keep one count for all of them."""
+    """One count serves all of them."""
     for case in cases("functional/popart*"):
         mask = case["mask"]
         assert torch.equal(mask, mask[..., :1, :].expand_as(mask))
@@ -157,7 +157,7 @@ def test_popart_masks_are_the_same_for_every_discount():
 
 
 def test_bilevel_epsilon():
-    """Within the horizon; beyond it the reference goes on falling, below zero, and we are clamped."""
+    """Beyond the horizon the reference goes on falling, below zero; ours is clamped."""
     case = load("functional/exploration_eps")
     hp = case.hyperparameters["bilevel"]
     local = case["local_step"]

@@ -1,4 +1,4 @@
-"""make_policy: parts that fit an environment's specs, and what it refuses."""
+"""Policies: parts that fit an environment's specs, one forward, foreign parts, errors."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchrl.data import Categorical, Composite, Unbounded
 from torchrl.envs import TransformedEnv
 from torchrl.envs.utils import ExplorationType, check_env_specs, set_exploration_type
-from torchrl.modules import set_recurrent_mode
+from torchrl.modules import LSTMModule, set_recurrent_mode
 
 from tests.toy_env import ACTIONS, Toy
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.modules import (
     SEQ_MODELS,
+    ActionSampler,
+    Actor,
     MLPTimestepEncoder,
+    Policy,
     TransformerEncoder,
     make_critic,
     make_policy,
 )
 from torchrl_amago.modules.distributions import Discrete
-from torchrl_amago.modules.policy import SelectDiscount
 
 SMALL = {
     "context_length": 12,
@@ -57,12 +59,12 @@ def test_rolls_out_and_fits_the_specs(categorical):
 
 def test_reads_observations_and_the_previous_step_but_no_bookkeeping():
     policy = make_policy(make_env(), **SMALL)
-    keys = policy.encoder.module[0].in_keys
+    keys = policy.encoder.timestep.in_keys
     assert keys == ["observation", "soft_reset", "trial_progress", "prev_reward", "prev_action"]
     horizon_env = make_trial_env(MetaFrozenLake(batch_size=(2,)), horizon=20, show_progress=False)
-    keys = make_policy(horizon_env, **SMALL).encoder.module[0].in_keys
+    keys = make_policy(horizon_env, **SMALL).encoder.timestep.in_keys
     assert keys == ["observation", "soft_reset", "prev_reward", "prev_action"]
-    chosen = make_policy(make_env(), obs_keys=["observation"], **SMALL).encoder.module[0].in_keys
+    chosen = make_policy(make_env(), obs_keys=["observation"], **SMALL).encoder.timestep.in_keys
     assert chosen == ["observation", "prev_reward", "prev_action"]
 
 
@@ -75,7 +77,7 @@ def test_greedy_is_the_mode_of_the_discount_acted_with():
         assert torch.equal(policy(td.clone())["action"], params[:, -1].argmax(-1))
         policy.act_with(0.5)
         assert torch.equal(policy(td.clone())["action"], params[:, 0].argmax(-1))
-    with pytest.raises(ValueError, match=r"trained discount, .*0.99.* got 0.7"):
+    with pytest.raises(ValueError, match=r"discount to act with must be one of .*0.99, got 0.7"):
         policy.act_with(0.7)
 
 
@@ -152,7 +154,7 @@ def test_an_action_mask_is_obeyed_by_policy_and_exploration():
         make_policy(env, action_mask_key="mask", **SMALL)
 
 
-def test_refuses_dict_and_unbounded_actions():
+def test_dict_and_unbounded_actions_raise():
     env = make_env()
 
     def with_action(spec):
@@ -169,7 +171,7 @@ def test_refuses_dict_and_unbounded_actions():
         make_policy(with_action(Unbounded(shape=(2,))), **SMALL)
 
 
-def test_refuses_missing_entries_and_unknown_names():
+def test_missing_entries_and_unknown_names_raise():
     with pytest.raises(KeyError, match="'prev_reward', 'prev_action'.* not among"):
         make_policy(MetaFrozenLake(batch_size=(2,)), **SMALL)
     with pytest.raises(KeyError, match="'colour'.* not among the environment's observations"):
@@ -178,23 +180,70 @@ def test_refuses_missing_entries_and_unknown_names():
         make_policy(make_env(), seq_model="elman", **{**SMALL, "seq_model_options": {}})
 
 
-def test_one_step_at_once_is_the_modules_in_a_row():
+def test_a_step_is_the_parts_in_a_row():
     env = make_env(rows=4)
     policy = make_policy(env, exploration={"anneal_frames": 100}, **SMALL)
-    assert policy.has_usual_parts()
-    twin = copy.deepcopy(policy)
+    row = TensorDictSequential(*copy.deepcopy(policy).children())
     with set_exploration_type(ExplorationType.RANDOM):
         rollouts = []
-        for act in (policy, lambda td: TensorDictSequential.forward(twin, td)):
+        for act in (policy, row):
             env.set_seed(0)
             torch.manual_seed(0)
             rollouts.append(env.rollout(25, act, break_when_any_done=False))
-    assert_close(*(r.exclude("_stream", ("next", "_stream")) for r in rollouts))
+    both = [r.select(*rollouts[0].keys(True, True)) for r in rollouts]
+    assert_close(*(r.exclude("_stream", ("next", "_stream")) for r in both))
     assert (rollouts[0]["_stream"] > 0).all()
 
 
+def test_an_observation_named_like_a_part_of_the_step_is_kept():
+    env = make_env()
+    policy = make_policy(env, **SMALL)
+    td = env.reset().set("state", torch.full((3, 2), 5.0))
+    assert (policy(td)["state"] == 5.0).all()
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_foreign_parts(memory):
+    env = make_env()
+    if memory:
+        lstm = LSTMModule(2, 8, in_key="observation", out_key="state")
+        env = env.append_transform(lstm.make_tensordict_primer())
+        encoder = lstm
+    else:
+        encoder = TensorDictModule(torch.nn.Linear(2, 8), ["observation"], ["state"])
+    head = torch.nn.Sequential(torch.nn.Linear(8, 2 * 5), torch.nn.Unflatten(-1, (2, 5)))
+    actor = TensorDictModule(head, ["state"], ["action_params"])
+    distribution = Discrete(ActionSpace.from_spec(Categorical(5)))
+    policy = Policy(encoder, actor, distribution, discounts=(0.9, 0.99))
+    rollout = env.rollout(6, policy, break_when_any_done=False)
+    assert rollout["action"].shape == (3, 6)
+    assert not {"state", "action_params", "logits"} & set(rollout.keys())
+    if memory:
+        hidden = rollout["recurrent_state_h"]
+        assert not hidden[:, 0].any()
+        assert torch.equal(hidden[:, 1:], rollout["next", "recurrent_state_h"][:, :-1])
+        assert hidden[:, 1:].abs().sum(-1).min() > 0
+    assert policy.settings["discount"] == 0.99
+    policy = Policy(encoder, TensorDictModule(Actor(8, 5, 2), ["state"], ["action_params"]),
+                    distribution, discounts=(0.9, 0.99))  # fmt: skip
+    assert make_critic(policy)(torch.zeros(3, 8)).shape == (3, 4, 2, 5)
+
+
+def test_steps_have_no_gradient_and_sequences_have():
+    env = make_env()
+    policy = make_policy(env, **SMALL)
+    with torch.enable_grad():
+        policy.select_out_keys("action", "logits")
+        assert not policy(env.reset())["logits"].requires_grad
+        steps = env.rollout(3, policy.reset_out_keys(), break_when_any_done=False)
+        with set_recurrent_mode(True):
+            out = policy(steps.select(*policy.in_keys))
+        assert out["logits"].requires_grad
+        assert out["action"].shape == (3, 3)
+
+
 @pytest.mark.parametrize("seq_model", ["gru", "feedforward"])
-def test_what_travels_with_a_rollout_is_no_input(seq_model):
+def test_entries_that_travel_with_a_rollout_are_no_inputs(seq_model):
     env = make_env()
     options = {**SMALL, "seq_model_options": {"d_model": 16}}
     policy = make_policy(env, seq_model=seq_model, exploration={}, **options)
@@ -224,7 +273,7 @@ def test_steps_by_keywords():
         carried = {key: value for key, value in outputs.items() if key.startswith("_")}
         _, td = env.step_and_maybe_reset(td)
         carried = {key: torch.where(td["is_init"], 0, value) for key, value in carried.items()}
-    timestep, trajectory = policy.encoder.module
+    timestep, trajectory = policy.encoder.timestep, policy.encoder.trajectory
     embedding = timestep(**{key: td[key] for key in timestep.in_keys})
     time = {"time_idx": td["time_idx"], "is_init": td["is_init"]}
     state, stream = trajectory(embedding, **time, _stream=carried["_stream"])
@@ -232,23 +281,21 @@ def test_steps_by_keywords():
     assert torch.equal(stream.unique(), carried["_stream"].unique())
 
 
-@pytest.mark.parametrize("where", ["observation", "weights"])
-@pytest.mark.parametrize("at_once", [True, False])
-def test_nan_is_never_acted_on(where, at_once):
+WEIGHTS = {"actor": "module.mlp.out.bias", "encoder": "module.0.mlp.out.bias"}
+
+
+@pytest.mark.parametrize("where", ["observation", "actor", "encoder"])
+def test_nan_is_never_acted_on(where):
     env = make_env()
     policy = make_policy(env, **SMALL)
-    if not at_once:
-        policy.encoder.register_forward_hook(lambda *args: None)
     td = env.reset()
     policy(td.clone())
     if where == "observation":
         td["observation"][1] = torch.nan
         match = r"from NaN, got it in rows \[\[1\]\]: the step's entries \['observation'.* hold NaN"
     else:
-        policy.actor.module.mlp.out.bias.data[-1] = torch.nan
-        match = (
-            r"rows \[\[0\], \[1\], \[2\]\]: all entries of the step are finite, so that the weights"
-        )
+        getattr(policy, where).get_parameter(WEIGHTS[where]).data.view(-1)[-1] = torch.nan
+        match = r"rows \[\[0\], \[1\], \[2\]\]: all entries of the step are finite, so the weights"
     with pytest.raises(ValueError, match=match):
         policy(td)
     assert "action" not in td
@@ -280,7 +327,7 @@ def test_acts_in_half_precision(seq_model):
     assert critic.module.discounts.dtype == torch.float32
 
 
-def test_other_outputs_than_the_action_may_be_asked_for():
+def test_more_outputs_than_the_action():
     env = make_env()
     policy = make_policy(env, **SMALL).reset_out_keys()
     out = policy(env.reset())
@@ -305,12 +352,12 @@ def test_compiled_policy_acts_the_same_and_copies():
             torch.manual_seed(0)
             actions.append(env.rollout(90, act, break_when_any_done=False)["action"])
         assert torch.equal(*actions)
-        assert 1 <= counter.frame_count <= 2
+        assert 3 <= counter.frame_count <= 5
         assert not again or counter.frame_count == warm
     for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):  # noqa: S301
         torch.manual_seed(0)
         assert copied(env.reset())["action"].shape == (4,)
-        assert copied._logits == copied.compute_logits
+        assert counter.frame_count == warm
 
 
 def test_encoders_with_a_forward_of_their_own_are_called():
@@ -322,13 +369,13 @@ def test_encoders_with_a_forward_of_their_own_are_called():
     env = make_env()
     policy = make_policy(env, seq_model=Loud, **SMALL).reset_out_keys()
     seen = []
-    policy.encoder.module[0].register_forward_hook(lambda *args: seen.append(1))
-    policy.module[1].register_forward_hook(lambda m, args, out: seen.append(out["state"].mean()))
+    policy.encoder.timestep.register_forward_hook(lambda *args: seen.append(1))
+    policy.actor.register_forward_hook(lambda m, args, out: seen.append(out["state"].mean()))
     policy(env.reset())
     assert seen == [1, 7.0]
 
 
-def test_actors_and_choices_of_a_discount_of_ones_own_are_called():
+def test_actors_and_samplers_of_ones_own_are_called():
     class Third(TensorDictModule):
         def forward(self, tensordict, *args, **kwargs):
             out = super().forward(tensordict, *args, **kwargs)
@@ -336,27 +383,25 @@ def test_actors_and_choices_of_a_discount_of_ones_own_are_called():
             params[..., 2] = 99.0
             return out.set("action_params", params)
 
-    class Never(SelectDiscount):
+    class Fourth(ActionSampler):
         def forward(self, tensordict):
-            out = super().forward(tensordict)
-            return out.set("logits", torch.eye(5)[[4]].mul(99.0).expand(out["logits"].shape))
+            return super().forward(tensordict).update({"action": torch.full((20,), 4)})
 
     step = make_env(rows=20).reset()
     policy = make_policy(make_env(), **SMALL)
     actor = policy.actor
-    policy.module[1] = Third(actor.module, in_keys=actor.in_keys, out_keys=actor.out_keys)
+    policy.actor = Third(actor.module, in_keys=actor.in_keys, out_keys=actor.out_keys)
     with set_exploration_type(ExplorationType.DETERMINISTIC):
         assert (policy(step.clone())["action"] == 2).all()
-        policy.module[2] = Never()
+        policy.sampler = Fourth(policy.distribution)
         assert (policy(step.clone())["action"] == 4).all()
 
 
-@pytest.mark.parametrize("part", ["encoder", "actor", "choice of a discount"])
+@pytest.mark.parametrize("part", ["encoder", "actor", "sampler", "exploration"])
 def test_hooks_are_called(part):
-    policy = make_policy(make_env(), **SMALL)
-    modules = {"encoder": policy.encoder, "actor": policy.actor}
+    policy = make_policy(make_env(), exploration={}, **SMALL)
     seen = []
-    modules.get(part, policy.module[2]).register_forward_hook(lambda *args: seen.append(1))
+    getattr(policy, part).register_forward_hook(lambda *args: seen.append(1))
     policy(make_env().reset())
     assert seen == [1]
 
@@ -368,23 +413,31 @@ def test_a_finished_distribution_must_fit():
     with pytest.raises(ValueError, match="distribution is over actions of .* Build it with"):
         make_policy(env, distribution=nine, **SMALL)
     with pytest.raises(
-        ValueError, match="distribution_options go with a distribution that make_pol"
+        ValueError, match="distribution_options go with a part .* finished Discrete"
     ):
         make_policy(env, distribution=five, distribution_options={"clip_low": 0.01}, **SMALL)
 
 
-def test_refuses_what_it_would_ignore():
+def test_arguments_without_use_are_errors():
     env = make_env()
-    with pytest.raises(ValueError, match="action_gain goes with critics that take the action"):
+    with pytest.raises(TypeError, match="unexpected keyword argument 'action_gain'"):
         make_critic(make_policy(env, **SMALL), action_gain=8.0)
     encoder = MLPTimestepEncoder({"observation": (2,)}, output_size=16)
     options = {key: value for key, value in SMALL.items() if key != "timestep_options"}
     for ignored in ({"timestep_options": {"hidden_size": 3}}, {"obs_keys": ["observation"]}):
-        with pytest.raises(ValueError, match="go with a timestep encoder that make_policy builds"):
+        with pytest.raises(
+            ValueError, match=f"{next(iter(ignored))} go with a part that make_policy"
+        ):
             make_policy(env, timestep_encoder=encoder, **options, **ignored)
     module = TensorDictModule(torch.nn.Linear(2, 16), ["observation"], ["timestep"])
-    with pytest.raises(TypeError, match="module of type TensorDictModule has no output_size"):
+    with pytest.raises(AttributeError, match="no attribute 'output_size'"):
         make_policy(env, timestep_encoder=module, **options)
-    for discounts in ((), (0.9, 1.5)):
-        with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \(0, 1\)"):
-            make_policy(env, discounts=discounts, **SMALL)
+    with pytest.raises(ValueError, match="num_discounts must be at least 1, got 0"):
+        make_policy(env, discounts=(), **SMALL)
+    with pytest.raises(ValueError, match=r"discounts must be one or more numbers in \(0, 1\)"):
+        make_policy(env, discounts=(0.9, 1.5), **SMALL)
+    box = make_trial_env(Toy(ACTIONS["continuous"]), horizon=10)
+    with pytest.raises(ValueError, match="action_mask_key='observation' masks discrete actions"):
+        make_policy(box, action_mask_key="observation", **SMALL)
+    with pytest.raises(ValueError, match="list the values of a single discrete action only"):
+        make_critic(make_policy(box, **SMALL), takes_actions=False)

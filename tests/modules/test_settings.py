@@ -1,4 +1,4 @@
-"""A policy's settings hold what shapes of weights don't tell; parameters can all be drawn anew."""
+"""Settings hold what shapes of weights don't tell; every parameter can be drawn anew."""
 
 from __future__ import annotations
 
@@ -87,8 +87,13 @@ OTHERS = [
 ]  # fmt: skip
 
 
+ENVS = {}
+
+
 def build(action=CHOICES, **options) -> Policy:
-    env = make_trial_env(Looks(action), horizon=12)
+    if id(action) not in ENVS:  # the spec stays alive beside its environment, and so does its id
+        ENVS[id(action)] = action, make_trial_env(Looks(action), horizon=12)
+    env = ENVS[id(action)][1]
     small = {"timestep_options": {"output_size": 16}, "seq_model_options": HEADS}
     defaults = {"context_length": 12, "exploration": {}, "discounts": (0.8, 0.9), **small}
     return make_policy(env, **{**defaults, **options})
@@ -141,7 +146,7 @@ def each_change():
     ("first", "other", "name"),
     [pytest.param(*change, id=f"{i} {change[2]}") for i, change in enumerate(each_change())],
 )
-def test_what_shapes_do_not_tell_is_in_the_settings(first, other, name):
+def test_settings_hold_what_shapes_do_not_tell(first, other, name):
     policies = [build(**options) for options in (first, other)]
     shapes = [{key: x.shape for key, x in p.state_dict().items()} for p in policies]
     assert shapes[0] == shapes[1]
@@ -186,7 +191,7 @@ def test_every_argument_is_a_setting_or_named_as_none():
             assert not missing
             found[type(module)] = 1
     assert len(found) >= 5
-    assert {"attention", "max_streams"} <= policy.encoder.module[1].not_settings
+    assert {"attention", "max_streams"} <= policy.encoder.trajectory.not_settings
 
 
 def test_plain_values():
@@ -235,7 +240,8 @@ NETWORKS = {
         "entries": {"pixels": {"trunk": "grid"}, "cell": {"kind": "tokens"}}}),
     "categories": lambda: build(timestep_encoder="combined", obs_keys=["cell"]),
     "critic": lambda: make_critic(build()),
-    "critic of bins": lambda: make_critic(build(), value_codec=TwoHot(2, num_bins=9, init_value=3.0)),
+    "critic of bins": lambda: make_critic(
+        build(), value_codec=TwoHot(2, num_bins=9, init_value=3.0)),
     "sloping critic": lambda: make_critic(
         build(), takes_actions=True, value_codec=HLGauss(2, num_bins=9, init_slope=10.0),
         action_gain=8.0),

@@ -1,4 +1,4 @@
-"""Plausible wrong numbers are refused by every public constructor, by the argument's name."""
+"""Wrong numbers raise in every public constructor, by the argument's name."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def cases():
 
 
 @pytest.mark.parametrize(("build", "fine", "name", "values"), list(cases()))
-def test_numbers_out_of_range_are_refused(build, fine, name, values):
+def test_numbers_out_of_range_raise(build, fine, name, values):
     learned = {"positions": "learned"} if name == "max_positions" else {}
     build(**fine)
     for value in values:
@@ -179,7 +179,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize(("build", "fine", "name", "values"), OTHERS)
-def test_other_wrong_values_are_refused(build, fine, name, values):
+def test_other_wrong_values_raise(build, fine, name, values):
     for value in values:
         with pytest.raises(ValueError, match=name):
             build(**{**fine, name: value})

@@ -3,13 +3,14 @@
 Data flows through the files in this order::
 
     timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
-    policy puts them together, and export takes a step of it out for torch.export; assemble builds
-    policy and critics from an environment's specs; settings says what a policy was built with
+
+``policy.py`` puts them together, ``build.py`` makes policies and critics from an environment's
+specs, and ``export.py`` takes a policy's step out for torch.export.
 """
 
 from torchrl.objectives import add_random_module
 
-from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
+from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor
 from torchrl_amago.modules.build import ACTORS, SEQ_MODELS, make_critic, make_policy
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, EnsembleLinear
 from torchrl_amago.modules.distributions import (
@@ -24,7 +25,7 @@ from torchrl_amago.modules.exploration import (
     make_exploration,
 )
 from torchrl_amago.modules.export import PolicyStep
-from torchrl_amago.modules.policy import DISCOUNTS, Policy, SelectDiscount
+from torchrl_amago.modules.policy import DISCOUNTS, ActionSampler, Encoder, Policy
 from torchrl_amago.modules.timestep import (
     TIMESTEP_ENCODERS,
     CategoryEmbedding,
@@ -57,8 +58,10 @@ __all__ = [
     "SEQ_MODELS",
     "TIMESTEP_ENCODERS",
     "ActionCritic",
+    "ActionSampler",
     "Actor",
     "ActorHead",
+    "ActorModule",
     "BilevelEpsilonGreedy",
     "BilevelGaussian",
     "CNNTimestepEncoder",
@@ -66,6 +69,7 @@ __all__ = [
     "ClippedCategorical",
     "CombinedTimestepEncoder",
     "DiscreteCritic",
+    "Encoder",
     "EnsembleLinear",
     "EntryEmbedding",
     "FeedForwardEncoder",
@@ -83,7 +87,6 @@ __all__ = [
     "PolicyStep",
     "PopArt",
     "ResidualActor",
-    "SelectDiscount",
     "TimestepEncoder",
     "TokenEmbedding",
     "TrajectoryEncoder",

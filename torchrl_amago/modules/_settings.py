@@ -1,4 +1,4 @@
-"""What a part was built with: checked, and kept as plain values that a file can hold and a run compare."""
+"""Constructor arguments, checked and kept as plain values that files hold and runs compare."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ import torch
 
 from torchrl_amago._validation import check_counts
 
-# What counts from 1 wherever it is an argument. Some numbers of layers may be 0: they aren't here.
+# Arguments that count from 1 in every class. Some numbers of layers may be 0: they aren't here.
 _COUNTS = frozenset({
-    "action_size", "context_length", "d_conv", "d_ff", "hidden_size", "d_model", "d_state", "embedding_size",
-    "expand", "feature_size", "goal_size", "image_features", "in_features", "input_size",
-    "length", "max_positions", "max_streams", "num_actions", "num_blocks", "num_critics", "num_discounts",
-    "num_goals", "num_heads", "num_members", "num_modes", "num_outputs", "num_params", "num_tokens",
-    "num_values", "out_features", "output_size", "residual_size", "state_size", "vector_features", "window",
+    "action_size", "context_length", "d_conv", "d_ff", "d_model", "d_state", "embedding_size",
+    "expand", "feature_size", "goal_size", "hidden_size", "image_features", "in_features",
+    "input_size", "length", "max_positions", "max_streams", "num_actions", "num_blocks",
+    "num_critics", "num_discounts", "num_goals", "num_heads", "num_members", "num_modes",
+    "num_outputs", "num_params", "num_tokens", "num_values", "out_features", "output_size",
+    "residual_size", "state_size", "vector_features", "window",
 })  # fmt: skip
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 class Configurable:
-    """Base of what remembers its constructor's arguments, and those of its base classes' constructors.
+    """Base of classes that remember their constructors' arguments, those of their bases included.
 
-    Subclasses have nothing to do for it. Sizes and other arguments that count from 1 are checked by name.
+    Subclasses have nothing to do for it. Sizes and other counts are checked by name.
 
     Raises:
-        ValueError: from a constructor, if a number that counts isn't an integer of at least 1.
+        ValueError: from a constructor, if a count isn't an integer of at least 1.
 
     Example:
         >>> class Average(Configurable):
@@ -41,7 +42,7 @@ class Configurable:
         {'type': 'Average', 'keep': 0.5}
     """
 
-    #: Arguments that leave the function as it is: how it is computed, or where weights start.
+    #: Arguments that leave the function as it is: the way it is computed, or first weights.
     not_settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -51,7 +52,7 @@ class Configurable:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Arguments and the class's name, JSON-able; numbers that were set anew as they are now."""
+        """Arguments and the class's name, JSON-able; attributes set anew count as they are now."""
         settings = {"type": type(self).__name__}
         for name, value in vars(self).get("_arguments", {}).items():
             if name not in self.not_settings:
@@ -62,21 +63,21 @@ class Configurable:
 
 def _remembering(init: Callable) -> Callable:
     signature = inspect.signature(init)
+    own = [n for n, p in list(signature.parameters.items())[1:] if p.kind not in _VARIABLE]
 
     @functools.wraps(init)
     def wrapped(self: Configurable, *args: Any, **kwargs: Any) -> None:
         try:
             bound = signature.bind(self, *args, **kwargs)
         except TypeError:
-            return init(self, *args, **kwargs)  # whose own message says more
+            return init(self, *args, **kwargs)  # Python's own message says more
         bound.apply_defaults()
-        named = {
-            name: bound.arguments[name]
-            for name, parameter in list(signature.parameters.items())[1:]
-            if parameter.kind not in _VARIABLE
+        named = {name: bound.arguments[name] for name in own}
+        counts = {
+            name: value
+            for name, value in named.items()
+            if name in _COUNTS and not (value is None or isinstance(value, Sequence))
         }
-        given = {k: v for k, v in named.items() if not (v is None or isinstance(v, Sequence))}
-        counts = {name: value for name, value in given.items() if name in _COUNTS}
         check_counts(f"See {type(self).__name__}'s arguments.", **counts)
         init(self, *args, **kwargs)
         # The constructors of bases ran inside of this one.
@@ -86,47 +87,38 @@ def _remembering(init: Callable) -> Callable:
 
 
 def plain(value: object) -> Any:
-    """A value as JSON can hold it, equal to itself after reading: what isn't data goes by its name.
+    """Return the value as JSON can hold it, equal to itself after reading; non-data by its name.
 
     Example:
         >>> plain({("a", "b"): (1, float("inf")), "norm": torch.nn.Identity})
         {'a.b': [1, 'inf'], 'norm': 'Identity'}
     """
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    if isinstance(value, Integral):  # numpy's
-        return int(value)
-    if isinstance(value, Real):
-        return float(value) if math.isfinite(value) else str(float(value))
-    if isinstance(value, torch.dtype):
-        return str(value)
-    if isinstance(value, Configurable):
-        return value.settings
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case Integral():  # numpy's
+            return int(value)
+        case Real():
+            return float(value) if math.isfinite(value) else str(float(value))
+        case torch.dtype():
+            return str(value)
+        case Configurable():
+            return value.settings
+        case Mapping():
+            names = (".".join(map(str, k)) if isinstance(k, tuple) else str(k) for k in value)
+            return dict(zip(names, map(plain, value.values()), strict=True))
+        case list() | tuple() | set() | frozenset():
+            return [plain(item) for item in value]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
         return {"type": type(value).__name__, **plain(fields)}
-    if isinstance(value, Mapping):
-        return {_name(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
     return getattr(value, "__name__", type(value).__name__)
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under one dotted name each.
-
-    Example:
-        >>> flatten({"actor": {"hidden_size": 8}, "discounts": [0.9]})
-        {'actor.hidden_size': 8, 'discounts': [0.9]}
-    """
+    """Return nested settings under one dotted name each."""
     flat = {}
     for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
-
-
-def _name(key: object) -> str:
-    return ".".join(map(str, key)) if isinstance(key, tuple) else str(key)

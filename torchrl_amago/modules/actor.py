@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
+from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 
 from torchrl_amago._masking import is_traced
@@ -20,26 +22,19 @@ from torchrl_amago.modules._settings import Configurable
 
 
 class ActorHead(Configurable, nn.Module, abc.ABC):
-    """What all actor heads share: what they read besides the state, and which actions are allowed.
+    """Base of all actor heads, with their further inputs and the mask of allowed actions.
 
-    A subclass builds a network that reads :attr:`input_size` features, and applies it in :meth:`head`.
-
-    In a TensorDictModule, `in_keys` are the state's, then one for every entry of
-    `observation_sizes`, then, if `masks_actions`, the action mask's.
+    A subclass builds a network that reads :attr:`input_size` features, and applies it in
+    :meth:`head`.
 
     Args:
         state_size: size of the state.
         num_params: P, parameters of one action distribution (the number of actions if discrete).
         num_discounts: G.
-        observation_sizes: how many numbers each observation holds that is read besides the state.
-        masks_actions: read a mask that says which actions are allowed.
-        mask_parts: where an action has several parts, how many choices each has, side by side in the
-            mask: every part must be allowed one. Default one part; none for bits, all of which may be
-            forbidden.
-
-    Shapes:
-        state ``[*B, state_size]``, each observation ``[*B, ...]``, mask ``[*B, P]``
-        -> ``[*B, G, P]``.
+        observation_sizes: number of elements of each observation that is read besides the state.
+        masks_actions: read a mask of the allowed actions.
+        mask_parts: numbers of choices of an action's parts, side by side in the mask; every part
+            must be allowed one. Default one part; none for bits, all of which may be forbidden.
 
     Example:
         >>> class Linear(ActorHead):
@@ -66,9 +61,9 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         super().__init__()
         for size in observation_sizes:
             check_counts("Leave out observations without numbers.", observation_sizes=size)
-        self.mask_parts = mask_parts
-        self.num_params, self.num_discounts = num_params, num_discounts
+        self.state_size, self.num_params, self.num_discounts = state_size, num_params, num_discounts
         self.observation_sizes, self.masks_actions = tuple(observation_sizes), masks_actions
+        self.mask_parts = mask_parts
         self.input_size = state_size + sum(observation_sizes)
         self.output_size = num_discounts * num_params
 
@@ -76,34 +71,26 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
     def head(self, x: Tensor) -> Tensor:
         """Map state and observations ``[*B, input_size]`` to parameters ``[*B, output_size]``."""
 
-    @property
-    def num_extra_inputs(self) -> int:
-        """How many tensors :meth:`forward` takes after the state."""
-        return len(self.observation_sizes) + self.masks_actions
-
     def forward(self, state: Tensor, *inputs: Tensor) -> Tensor:
-        """Distribution parameters for every discount.
+        """Compute the distribution parameters of every discount, ``[*B, G, P]``.
 
         Args:
             state: ``[*B, state_size]``, float.
-            inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`; then,
-                if `masks_actions`, the action mask ``[*B, P]``, bool, True where an action is
-                allowed. Parameters of the others come out as -inf.
+            inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`;
+                then, if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
 
         Raises:
-            ValueError: if an input is missing or doesn't fit, or if a row of the mask allows nothing
-                or a part of one (which isn't looked for in compiled code).
+            ValueError: if an input is missing or doesn't fit.
         """
-        if len(inputs) != self.num_extra_inputs:
+        num_observations = len(self.observation_sizes)
+        if len(inputs) != num_observations + self.masks_actions:
             raise ValueError(
                 f"an actor with observation_sizes={self.observation_sizes} and masks_actions="
-                f"{self.masks_actions} reads {self.num_extra_inputs} tensors after the state, got "
-                f"{len(inputs)}. Give the observations in this order, then the action mask."
+                f"{self.masks_actions} reads {num_observations + self.masks_actions} tensors after "
+                f"the state, got {len(inputs)}. Give the observations in this order, then the mask."
             )
-        observations = inputs[: len(self.observation_sizes)]
-        params_BGP = self.head(self._join(state, observations)).unflatten(
-            -1, (self.num_discounts, self.num_params)
-        )
+        x = self._join(state, inputs[:num_observations])
+        params_BGP = self.head(x).unflatten(-1, (self.num_discounts, self.num_params))
         return forbid(params_BGP, inputs[-1], self.mask_parts) if self.masks_actions else params_BGP
 
     def _join(self, state: Tensor, observations: Sequence[Tensor]) -> Tensor:
@@ -113,46 +100,53 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
             event = observation.shape[len(batch) :]
             if observation.shape[: len(batch)] != batch or event.numel() != size:
                 raise ValueError(
-                    f"an observation for the actor must hold {size} numbers for each state of a batch "
-                    f"of {tuple(batch)}, got the shape {tuple(observation.shape)}. Set "
+                    f"an observation for the actor must hold {size} numbers for each state of a "
+                    f"batch of {tuple(batch)}, got the shape {tuple(observation.shape)}. Set "
                     "observation_sizes to the number of elements of each observation."
                 )
             flat.append(observation.reshape(*batch, size).to(state.dtype))
         return torch.cat(flat, -1) if observations else state
 
 
+class ActorModule(TensorDictModule):
+    """An actor head in a tensordict; `in_keys` are the head's inputs in order.
+
+    Example:
+        >>> from tensordict import TensorDict
+        >>> actor = ActorModule(Actor(8, 5, 7), in_keys=["state"], out_keys=["action_params"])
+        >>> actor(TensorDict(state=torch.zeros(2, 8), batch_size=2))["action_params"].shape
+        torch.Size([2, 7, 5])
+    """
+
+    # TensorDictModule's own forward looks for an optional package at each call, which takes longer
+    # than a small head.
+    @dispatch(auto_batch_size=False)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the distribution parameters."""
+        inputs = [tensordict[key] for key in self.in_keys]
+        return tensordict.set(self.out_keys[0], self.module(*inputs))
+
+
 def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None = None) -> Tensor:
     """Set parameters of forbidden actions to -inf, for every discount.
 
-    Args:
-        params_BGP: unnormalised log-probabilities.
-        mask_BP: bool, True where an action is allowed.
-        mask_parts: choices of each part of the mask that must be allowed one; default one part.
-
-    Raises:
-        ValueError: if the mask isn't bool or has another shape, or if one of its rows allows nothing
-            in a part (which isn't looked for in compiled code).
-
-    Example:
-        >>> forbid(torch.zeros(1, 2, 3), torch.tensor([[True, False, True]]))
-        tensor([[[0., -inf, 0.],
-                 [0., -inf, 0.]]])
+    The mask is bool, True where an action is allowed. Raises ValueError if it doesn't fit, or if a
+    row allows nothing in one of `mask_parts`, see :class:`ActorHead` (unchecked in compiled code).
     """
     expected = (*params_BGP.shape[:-2], params_BGP.shape[-1])
     if mask_BP.dtype != torch.bool or mask_BP.shape != expected:
         raise ValueError(
             f"an action mask must be bool of shape {tuple(expected)}, got {mask_BP.dtype} of shape "
-            f"{tuple(mask_BP.shape)}. It holds True for every action that is allowed, at every step."
+            f"{tuple(mask_BP.shape)}. It holds True for every allowed action, at every step."
         )
-    if not is_traced(mask_BP):
-        parts = (mask_BP.shape[-1],) if mask_parts is None else tuple(mask_parts)
-        for part_BP in split_parts(mask_BP, parts) if parts else ():
-            if not part_BP.any(-1).all():
-                raise ValueError(
-                    "an action mask must allow at least one action in each row, and of each part of an "
-                    "action, got a row of only False. Mend the environment, and fill the mask of padded "
-                    "steps with True."
-                )
+    parts = (mask_BP.shape[-1],) if mask_parts is None else tuple(mask_parts)
+    split = split_parts(mask_BP, parts) if parts and not is_traced(mask_BP) else ()
+    if not all(part_BP.any(-1).all() for part_BP in split):
+        raise ValueError(
+            "an action mask must allow at least one action in each row, and in each part of an "
+            "action, got a row of only False. Fix the environment, and fill the mask of padding "
+            "with True."
+        )
     return params_BGP.masked_fill(~mask_BP.unsqueeze(-2), float("-inf"))
 
 
@@ -160,17 +154,12 @@ class Actor(ActorHead):
     """MLP from a state to distribution parameters for every discount.
 
     Args:
-        state_size: size of the state.
-        num_params: P, parameters of one action distribution (the number of actions if discrete).
-        num_discounts: G.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
+        activation: name of the activation, see
+            :func:`~torchrl_amago.modules._layers.make_activation`.
         dropout: rate after each hidden layer.
-        options: `observation_sizes` and `masks_actions`, see :class:`ActorHead`.
-
-    Shapes:
-        ``[*B, state_size]`` -> ``[*B, G, P]``.
+        options: `observation_sizes` and `masks_actions`. Other arguments: see :class:`ActorHead`.
 
     Example:
         >>> Actor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -189,14 +178,8 @@ class Actor(ActorHead):
         **options: Any,
     ) -> None:
         super().__init__(state_size, num_params, num_discounts, **options)
-        self.mlp = MLP(
-            self.input_size,
-            hidden_size,
-            num_layers,
-            self.output_size,
-            activation=activation,
-            dropout=dropout,
-        )
+        sizes = (self.input_size, hidden_size, num_layers, self.output_size)
+        self.mlp = MLP(*sizes, activation=activation, dropout=dropout)
 
     def head(self, x: Tensor) -> Tensor:
         return self.mlp(x)
@@ -210,22 +193,12 @@ class ResidualActor(ActorHead):
         parameters = linear(x)
 
     Args:
-        state_size: size of the state.
-        num_params: P, parameters of one action distribution (the number of actions if discrete).
-        num_discounts: G.
         feature_size: width between the blocks.
         residual_size: width inside of a block.
         num_blocks: number of blocks, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
         norm: name of the norm in the blocks, see :func:`~torchrl_amago.modules._layers.make_norm`.
         dropout: rate inside of the first MLP.
-        options: `observation_sizes` and `masks_actions`, see :class:`ActorHead`.
-
-    Shapes:
-        ``[*B, state_size]`` -> ``[*B, G, P]``.
-
-    Raises:
-        ValueError: if a size or `num_blocks` is below 1, or a name is unknown.
+        options: as `activation`, see :class:`Actor`. Other arguments: see :class:`ActorHead`.
 
     Example:
         >>> ResidualActor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -246,9 +219,8 @@ class ResidualActor(ActorHead):
         **options: Any,
     ) -> None:
         super().__init__(state_size, num_params, num_discounts, **options)
-        self.embed = MLP(
-            self.input_size, feature_size, 1, feature_size, activation=activation, dropout=dropout
-        )
+        sizes = (self.input_size, feature_size, 1, feature_size)
+        self.embed = MLP(*sizes, activation=activation, dropout=dropout)
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.Linear(feature_size, residual_size),

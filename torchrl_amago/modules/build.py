@@ -1,4 +1,4 @@
-"""Assemble policies and critics from an environment's specs."""
+"""Policies and critics assembled from an environment's specs."""
 
 from __future__ import annotations
 
@@ -6,23 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tensordict import NestedKey
-from tensordict.nn import (
-    InteractionType,
-    ProbabilisticTensorDictModule,
-    TensorDictModule,
-    TensorDictModuleBase,
-)
-from torchrl.data import Composite
+from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
 from torchrl_amago._validation import pick
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.actor import Actor, ActorHead, ResidualActor
+from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic
 from torchrl_amago.modules.distributions import PolicyDistribution, make_distribution
 from torchrl_amago.modules.exploration import make_exploration
-from torchrl_amago.modules.policy import DISCOUNTS, Policy, check_discounts
+from torchrl_amago.modules.policy import DISCOUNTS, Encoder, Policy
 from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
 from torchrl_amago.modules.trajectory import (
     FeedForwardEncoder,
@@ -72,31 +66,32 @@ def make_policy(
     """Build a policy that fits an environment with trial and previous-step transforms.
 
     Args:
-        env: environment whose specs say what is observed and done.
-        context_length: how many steps the policy remembers; the length of a trial, or less.
+        env: environment whose specs describe observations and actions.
+        context_length: number of steps that the policy remembers; the length of a trial, or less.
         seq_model: trajectory encoder, by name (:data:`SEQ_MODELS`) or as a class or function called
             with ``(input_size, context_length=..., **seq_model_options)``.
         seq_model_options: further arguments of the trajectory encoder.
-        timestep_encoder: ``mlp``, ``cnn`` (one image), ``combined`` (observations of any kind), or
-            your own: a module as it is, a class or function as in :func:`make_timestep_encoder`.
-        timestep_options: further arguments of a timestep encoder that isn't a module yet.
+        timestep_encoder: ``mlp``, ``cnn`` (one image), ``combined`` (observations of any kind), a
+            finished module, or a class or function as in :func:`make_timestep_encoder`.
+        timestep_options: further arguments of a timestep encoder that is built here.
         actor: actor head, by name (:data:`ACTORS`) or as a class or function called with
             ``(state_size, num_params, num_discounts, **actor_options)``.
         actor_options: further arguments of the actor head.
         actor_obs_keys: observations that the actor reads besides the state.
-        action_mask_key: entry that says which discrete actions are allowed, bool, one for each
-            category. The timestep encoder reads it as well, unless ``obs_keys`` leaves it out.
-        distribution: of actions: by name (:data:`~torchrl_amago.modules.distributions.DISTRIBUTIONS`), as
-            it is, or the usual one of the action space.
-        distribution_options: further arguments of a distribution that is chosen here.
+        action_mask_key: mask of the allowed discrete actions, bool, one for each category. The
+            timestep encoder reads it as well, unless ``obs_keys`` leaves it out.
+        distribution: finished, by name
+            (:data:`~torchrl_amago.modules.distributions.DISTRIBUTIONS`), or by default the usual
+            one of the action space.
+        distribution_options: further arguments of a distribution that is built here.
         exploration: arguments of :func:`~torchrl_amago.modules.exploration.make_exploration`
             (``horizon`` defaults to ``context_length``); None for no exploration beyond sampling.
         discounts: G discounts, each in (0, 1); the last is acted with.
-        obs_keys: entries that such an encoder reads besides the previous step; default all
-            observations but the trial's bookkeeping.
+        obs_keys: entries that a timestep encoder built here reads besides the previous step;
+            default all observations but the trial's bookkeeping.
 
     Returns:
-        A :class:`Policy`; on the environment's device.
+        A :class:`Policy` on the environment's device.
 
     Raises:
         KeyError: if the environment lacks the previous step or one of the keys.
@@ -110,28 +105,23 @@ def make_policy(
         >>> policy(env.reset())["action"].shape
         torch.Size([2])
     """
-    check_discounts(discounts)
     space = ActionSpace.from_spec(env.full_action_spec_unbatched[env.action_key])
     if isinstance(distribution, PolicyDistribution):
-        _check_own_distribution(distribution, distribution_options, space)
+        _check_unused(distribution, distribution_options=distribution_options)
+        _check_space(distribution, space)
     else:
         distribution = make_distribution(space, distribution, **(distribution_options or {}))
-    if action_mask_key is not None and space.kind == "continuous":
-        raise ValueError(
-            f"action_mask_key={action_mask_key!r} says which discrete actions are allowed, but these are "
-            "continuous. Leave it out, and add the entry to obs_keys if the policy is to see it."
-        )
     if isinstance(timestep_encoder, TensorDictModuleBase):
-        _check_own_encoder(timestep_encoder, timestep_options, obs_keys)
+        _check_unused(timestep_encoder, timestep_options=timestep_options, obs_keys=obs_keys)
         timestep = timestep_encoder
     else:
         timestep = make_timestep_encoder(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
-    trajectory = pick("seq_model", seq_model, SEQ_MODELS, "Use 'transformer' if unsure.")(
+    trajectory = pick("seq_model", seq_model, SEQ_MODELS)(
         timestep.output_size, context_length=context_length, **(seq_model_options or {})
     )
-    head = pick("actor", actor, ACTORS, "Use 'mlp' if unsure.")(
+    head = pick("actor", actor, ACTORS)(
         trajectory.output_size,
         distribution.num_params,
         len(discounts),
@@ -139,26 +129,16 @@ def make_policy(
         **(actor_options or {}),
     )
     mask_keys = [] if action_mask_key is None else [action_mask_key]
-    explore = None
     if exploration is not None:
         masked = {} if action_mask_key is None else {"mask_key": action_mask_key}
-        explore = make_exploration(space, **{"horizon": context_length, **masked, **exploration})
+        exploration = make_exploration(
+            space, **{"horizon": context_length, **masked, **exploration}
+        )
     policy = Policy(
-        timestep,
-        trajectory,
-        TensorDictModule(
-            head,
-            in_keys=[keys.STATE, *actor_obs_keys, *mask_keys],
-            out_keys=[keys.ACTION_PARAMS],
-        ),
-        ProbabilisticTensorDictModule(
-            in_keys={"params": keys.LOGITS},
-            out_keys=[keys.ACTION],
-            distribution_class=distribution.stored,
-            default_interaction_type=InteractionType.RANDOM,
-        ),
+        Encoder(timestep, trajectory),
+        ActorModule(head, [keys.STATE, *actor_obs_keys, *mask_keys], [keys.ACTION_PARAMS]),
         distribution,
-        explore,
+        exploration,
         discounts,
     )
     return policy if env.device is None else policy.to(env.device)
@@ -176,18 +156,19 @@ def make_critic(
     Args:
         policy: gives the state's size, the action space and the discounts.
         takes_actions: critics read the action (:class:`ActionCritic`), or list the values of all
-            (:class:`DiscreteCritic`). Default: list where there is a single discrete action, as AMAGO
+            (:class:`DiscreteCritic`). Default: list those of a single discrete action, as AMAGO
             does; AMAGO-2's read it always.
-        value_codec: the loss's; default scalars. Bins need as many outputs, and may start at a value.
+        value_codec: the loss's; default scalars. Bins need as many outputs, and may start at a
+            value.
         options: further arguments of the critics (``num_critics``, ``hidden_size``, ...).
 
     Returns:
         ``"state" [*B, D] -> "action_value" [*B, C, G, A, *]``, or
-        ``("state" [*B, D], "action_vector" [*S, *B, G, A]) -> "action_value" [*S, *B, C, G, *]``; on the
-        policy's device and in its precision.
+        ``("state" [*B, D], "action_vector" [*S, *B, G, A]) -> "action_value" [*S, *B, C, G, *]``;
+        on the policy's device and in its precision.
 
     Raises:
-        ValueError: if the actions can't be listed, or an option is for critics of the other kind.
+        ValueError: if the actions can't be listed.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -202,16 +183,11 @@ def make_critic(
     takes_actions = not listable if takes_actions is None else takes_actions
     if not takes_actions and not listable:
         raise ValueError(
-            f"critics can list the values of a single discrete action only, got a {space.kind} space. "
-            "Leave takes_actions out."
+            f"critics can list the values of a single discrete action only, got a {space.kind} "
+            "space. Leave takes_actions out."
         )
     if value_codec is not None and value_codec.event_shape:
         options["num_outputs"] = value_codec.event_shape.numel()
-    if not takes_actions and "action_gain" in options:
-        raise ValueError(
-            "action_gain goes with critics that take the action, and these list the values of all. "
-            "Use takes_actions=True, or leave it out."
-        )
     if takes_actions:
         critic = ActionCritic(policy.state_size, space.size, policy.discounts, **options)
     else:
@@ -223,70 +199,48 @@ def make_critic(
         if bias is not None:
             critic.set_output_bias(bias)
     weight = next(policy.parameters())
-    return TensorDictModule(
-        critic,
-        in_keys=[keys.STATE, keys.ACTION_VECTOR] if takes_actions else [keys.STATE],
-        out_keys=[keys.ACTION_VALUE],
-    ).to(weight.device, weight.dtype)
+    in_keys = [keys.STATE, keys.ACTION_VECTOR] if takes_actions else [keys.STATE]
+    critic = TensorDictModule(critic, in_keys, [keys.ACTION_VALUE])
+    return critic.to(weight.device, weight.dtype)
 
 
 def _extra_inputs(
-    env: EnvBase,
-    obs_keys: Sequence[NestedKey],
-    action_mask_key: NestedKey | None,
-    space: ActionSpace,
+    env: EnvBase, obs_keys: Sequence[NestedKey], mask_key: NestedKey | None, space: ActionSpace
 ) -> dict[str, Any]:
-    """Arguments of an actor head that reads more than the state."""
+    """Return the arguments of an actor head that reads more than the state."""
     specs = env.full_observation_spec_unbatched
-    sizes = [_spec_of(specs, key).shape.numel() for key in obs_keys]
-    extra: dict[str, Any] = {"observation_sizes": sizes} if sizes else {}
-    if action_mask_key is not None:
-        _spec_of(specs, action_mask_key)
-        extra["masks_actions"] = True
-        if space.kind != "discrete":
-            extra["mask_parts"] = space.sizes if space.kind == "multi_discrete" else ()
+    for key in [*obs_keys, *([] if mask_key is None else [mask_key])]:
+        if key not in specs.keys(True, True):
+            raise KeyError(
+                f"the actor is to read {key!r}, but the environment's observations are "
+                f"{sorted(map(str, specs.keys(True, True)))}. Name one of them in actor_obs_keys "
+                "or action_mask_key."
+            )
+    extra: dict[str, Any] = {}
+    if obs_keys:
+        extra["observation_sizes"] = [specs[key].shape.numel() for key in obs_keys]
+    if mask_key is not None:
+        if space.kind == "continuous":
+            raise ValueError(
+                f"action_mask_key={mask_key!r} masks discrete actions, but these are continuous. "
+                "Leave it out, and add the entry to obs_keys if the policy is to see it."
+            )
+        parts = {"discrete": None, "multi_discrete": space.sizes, "multi_binary": ()}[space.kind]
+        extra |= {"masks_actions": True, "mask_parts": parts}
     return extra
 
 
-def _spec_of(specs: Composite, key: NestedKey) -> Any:
-    if key not in specs.keys(True, True):
-        raise KeyError(
-            f"the actor is to read {key!r}, but the environment's observations are "
-            f"{sorted(map(str, specs.keys(True, True)))}. Name one of them in actor_obs_keys or "
-            "action_mask_key."
-        )
-    return specs[key]
-
-
-def _check_own_distribution(
-    distribution: PolicyDistribution, options: dict[str, Any] | None, space: ActionSpace
-) -> None:
-    if options:
-        raise ValueError(
-            f"distribution_options go with a distribution that make_policy builds, got {options} and a "
-            f"finished {type(distribution).__name__}. Give them to its constructor."
-        )
+def _check_space(distribution: PolicyDistribution, space: ActionSpace) -> None:
     if distribution.space != space:
         raise ValueError(
-            f"the distribution is over actions of {distribution.space}, the environment's are {space}. "
-            "Build it with ActionSpace.from_spec of the environment's action spec."
+            f"the distribution is over actions of {distribution.space}, the environment's are "
+            f"{space}. Build it with ActionSpace.from_spec of the environment's action spec."
         )
 
 
-def _check_own_encoder(
-    encoder: TensorDictModuleBase,
-    options: dict[str, Any] | None,
-    obs_keys: Sequence[NestedKey] | None,
-) -> None:
-    if options or obs_keys is not None:
+def _check_unused(part: object, **options: Any) -> None:
+    if given := {name: value for name, value in options.items() if value}:
         raise ValueError(
-            "timestep_options and obs_keys go with a timestep encoder that make_policy builds, got "
-            f"timestep_options={options}, obs_keys={obs_keys} and a finished module. Give them to the "
-            "module's constructor."
-        )
-    if not hasattr(encoder, "output_size"):
-        raise TypeError(
-            "a timestep encoder must say the size of what it writes, but the module of type "
-            f"{type(encoder).__name__} has no output_size. Subclass TimestepEncoder, or set the "
-            "attribute."
+            f"{', '.join(given)} go with a part that make_policy builds, got {given} and a "
+            f"finished {type(part).__name__}. Give them to its constructor."
         )

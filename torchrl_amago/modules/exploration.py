@@ -1,13 +1,11 @@
 """Exploration noise that fades over training and within each trial, per environment.
 
-One schedule for all action spaces; what noise is depends on the space. Legend: P parts of an
-action, A length of the action vector.
+Legend: P parts of an action, A length of the action vector.
 """
 
 from __future__ import annotations
 
 import abc
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,16 +16,16 @@ from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 
 from torchrl_amago import keys
-from torchrl_amago._validation import check_counts, check_positive
+from torchrl_amago._validation import check_counts, check_not_negative, check_positive
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.distributions import _noise as noise
 
 
 class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
-    """Noise with a schedule over training and one within the trial; subclasses write the noise.
+    """Base of exploration noise: one schedule over training, one within the trial.
 
-    With ``p`` the fraction of ``anneal_frames`` used up and ``q`` the fraction of ``horizon`` used up,
+    With ``p`` the used fraction of ``anneal_frames`` and ``q`` the used fraction of ``horizon``,
     both clamped to [0, 1] (AMAGO, arXiv 2310.09971, Figure 13):
 
         start = lerp(start_of_trial[0], start_of_trial[1], p)
@@ -36,8 +34,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials, so that
     every batch holds trials from nearly greedy to very noisy. Actions change only under
-    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the number
-    of frames collected.
+    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the
+    number of frames collected.
 
     Args:
         horizon: length of a trial in steps.
@@ -50,12 +48,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         action_key: entry to change.
         time_key: steps since the trial began, ``[*B, 1]``.
         init_key: first step of a trial, ``[*B, 1]``.
-        scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read where it is
-            there.
-
-    Raises:
-        ValueError: if ``horizon`` or ``anneal_frames`` is smaller than 1, ``power`` not positive, or
-            an epsilon negative.
+        scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read if present.
 
     Example:
         >>> class Shift(BilevelExploration):
@@ -85,20 +78,13 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         scale_key: NestedKey = keys.EPSILON_SCALE,
     ) -> None:
         super().__init__()
-        if not (1 <= horizon < math.inf and 1 <= anneal_frames < math.inf):
-            raise ValueError(
-                f"horizon and anneal_frames must be at least 1, got {horizon} and {anneal_frames}. "
-                "They are the steps in a trial and the environment steps over which noise fades."
-            )
-        if not all(0.0 <= epsilon < math.inf for epsilon in (*start_of_trial, *end_of_trial)):
-            raise ValueError(
-                "start_of_trial and end_of_trial must hold finite numbers of at least 0, got "
-                f"{start_of_trial} and {end_of_trial}. Each is a pair: at the start and the end of training."
-            )
         check_positive(
-            "1 lets noise change evenly over the trial, more keeps the change for its end.",
-            power=power,
+            "Noise fades over these numbers of steps.", horizon=horizon, anneal_frames=anneal_frames
         )
+        check_positive("1 lets noise change evenly over the trial.", power=power)
+        remedy = "Each is a pair: at the start and the end of training."
+        for start, end in zip(start_of_trial, end_of_trial, strict=True):
+            check_not_negative(remedy, start_of_trial=start, end_of_trial=end)
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
@@ -111,23 +97,14 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     @abc.abstractmethod
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Add noise to actions.
-
-        Args:
-            action: ``[*B, ...]``, as stored.
-            epsilon: ``[*B, 1]``, in [0, 1] by default.
-            tensordict: the step, for whatever else the noise depends on.
-
-        Returns:
-            Actions of the same shape and dtype.
-        """
+        """Add noise of size epsilon ``[*B, 1]`` to stored actions ``[*B, ...]``, on a step."""
 
     def step(self, frames: int = 1) -> None:
         """Count ``frames`` more environment steps."""
         self.frames += frames
 
     def epsilon(self, time_idx: Tensor) -> Tensor:
-        """Epsilon at these steps of a trial before ``scale``, float, the shape of ``time_idx``."""
+        """Compute epsilon at these steps of a trial, without ``scale``; ``time_idx``'s shape."""
         trained = (self.frames / self.anneal_frames).clamp(max=1.0)
         start = self.start_of_trial[0] + trained * (self.start_of_trial[1] - self.start_of_trial[0])
         end = self.end_of_trial[0] + trained * (self.end_of_trial[1] - self.end_of_trial[0])
@@ -136,7 +113,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
-        """Entries that may be given as keywords: the inputs and, to go on with a trial, its scale."""
+        """Entries that may be given as keywords: the inputs and the scale of a trial under way."""
         return [*self.in_keys, self.scale_key]
 
     @dispatch(source="keyword_keys")
@@ -161,20 +138,14 @@ class BilevelEpsilonGreedy(BilevelExploration):
     """Epsilon-greedy exploration for discrete actions of one or several parts, and for bits.
 
     Each part is replaced by a uniformly random choice with probability epsilon, independently of
-    the others. The schedule is that of :class:`BilevelExploration`.
+    the others.
 
     Args:
         num_actions: number of actions (stored as ``[*B]``), or a sequence of the choices of each
             part (``[*B, P]``; 2 for each bit).
-        horizon: length of a trial in steps.
-        anneal_frames: environment steps, all environments together, over which noise fades.
-        one_hot: whether actions are stored as (concatenated) one-hots, ``[*B, A]``.
-        mask_key: choices that are allowed, bool ``[*B, A]``, the parts side by side; None if all
-            are always.
-        schedule: further arguments of :class:`BilevelExploration`.
-
-    Raises:
-        ValueError: if the schedule is empty.
+        one_hot: actions are stored as (concatenated) one-hots, ``[*B, A]``.
+        mask_key: allowed choices, bool ``[*B, A]``, the parts side by side; None if all are always.
+        schedule: other arguments, see :class:`BilevelExploration`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -205,7 +176,6 @@ class BilevelEpsilonGreedy(BilevelExploration):
             self.in_keys = [*self.in_keys, mask_key]
 
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Replace some parts of some actions by random ones."""
         batch = epsilon.shape[:-1]
         replaced_BP = torch.rand(*batch, len(self.sizes), device=epsilon.device) < epsilon
         if self.mask_key is None:
@@ -225,8 +195,8 @@ class BilevelEpsilonGreedy(BilevelExploration):
 class BilevelGaussian(BilevelExploration):
     """Gaussian noise for continuous actions: ``clip(action + epsilon * N(0, 1), -1, 1)``.
 
-    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). The schedule
-    and its arguments are those of :class:`BilevelExploration`.
+    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). Arguments:
+    see :class:`BilevelExploration`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -239,7 +209,6 @@ class BilevelGaussian(BilevelExploration):
     """
 
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Add noise to every number."""
         num_batch_dims = epsilon.ndim - 1
         epsilon = epsilon.reshape(*epsilon.shape[:-1], *[1] * (action.ndim - num_batch_dims))
         noisy = action + epsilon.to(action.dtype) * noise.standard_normal(action.shape, action)
@@ -247,13 +216,7 @@ class BilevelGaussian(BilevelExploration):
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
-    """Build the exploration that fits an action space.
-
-    Args:
-        space: the actions.
-        horizon: length of a trial in steps.
-        options: further arguments of :class:`BilevelEpsilonGreedy`, or of :class:`BilevelGaussian`
-            for continuous actions.
+    """Build the exploration of an action space: Gaussian for numbers, epsilon-greedy for choices.
 
     Example:
         >>> from torchrl.data import Bounded

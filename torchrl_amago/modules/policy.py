@@ -1,4 +1,4 @@
-"""The policy: encoders, actor head, choice of discount, sampling and exploration as one object."""
+"""The policy: encoder, actor head, sampler and exploration, called in this order."""
 
 from __future__ import annotations
 
@@ -8,77 +8,121 @@ from typing import Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
-from tensordict.nn import (
-    TensorDictModule,
-    TensorDictModuleBase,
-    TensorDictSequential,
-    dispatch,
-)
+from tensordict.nn import TensorDictModuleBase, TensorDictSequential, dispatch
+from tensordict.nn.probabilistic import InteractionType, interaction_type
 from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
 from torchrl_amago._masking import is_traced
+from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._settings import flatten, plain
-from torchrl_amago.modules.actor import ActorHead
 from torchrl_amago.modules.distributions import PolicyDistribution
 from torchrl_amago.modules.export import PolicyStep
-from torchrl_amago.modules.timestep import TimestepEncoder
-from torchrl_amago.modules.trajectory import Memory, TrajectoryEncoder
 
 # AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
 DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
 
 
-class SelectDiscount(TensorDictModuleBase):
-    """Pick the distribution parameters of the discount to act with: ``[*B, G, P] -> [*B, P]``.
-
-    Args:
-        index: which discount; may be set anew at any time.
-        in_key: parameters for every discount.
-        out_key: parameters of the chosen one.
-
-    Raises:
-        ValueError: when called, if a parameter is NaN (which isn't looked for in compiled code).
+class Encoder(TensorDictSequential):
+    """A timestep encoder, then a trajectory encoder: observations to ``"state"``.
 
     Example:
-        >>> import torch
-        >>> from tensordict import TensorDict
-        >>> td = TensorDict(action_params=torch.arange(6.0).view(1, 3, 2), batch_size=[1])
-        >>> SelectDiscount(index=1)(td)["logits"]
-        tensor([[2., 3.]])
+        >>> from torchrl_amago.modules import GRUEncoder, MLPTimestepEncoder
+        >>> timestep = MLPTimestepEncoder({"observation": (3,)}, output_size=8)
+        >>> Encoder(timestep, GRUEncoder(8, d_model=16)).in_keys
+        ['observation', 'time_idx', 'is_init']
+    """
+
+    @property
+    def timestep(self) -> TensorDictModuleBase:
+        """The encoder of single timesteps."""
+        return self.module[0]
+
+    @property
+    def trajectory(self) -> TensorDictModuleBase:
+        """The encoder of sequences, with the memory of rollouts."""
+        return self.module[1]
+
+    @property
+    def output_size(self) -> int:
+        """D, size of ``"state"``."""
+        return self.trajectory.output_size
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Classes and arguments of both encoders, JSON-able."""
+        # A dictionary's order is lost on the way through a file, but that of inputs counts.
+        in_keys = {"timestep.in_keys": plain(self.timestep.in_keys)}
+        return in_keys | plain({"timestep": self.timestep, "trajectory": self.trajectory})
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile both encoders in place; see :meth:`TrajectoryEncoder.compile`."""
+        self.timestep.compile(*args, **kwargs)
+        self.trajectory.compile(*args, **kwargs)
+
+
+class ActionSampler(TensorDictModuleBase):
+    """Draw an action from the parameters ``[*B, G, P]`` of the discount acted with.
+
+    Under other exploration types than ``RANDOM`` it writes the greedy action. The chosen parameters
+    are written as ``"logits"``.
+
+    Args:
+        distribution: meaning of the parameters.
+        params_key: entry to read.
+        index: the discount's position; may be set anew at any time.
+
+    Example:
+        >>> from torchrl.data import Categorical
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> from torchrl_amago.modules import make_distribution
+        >>> sampler = ActionSampler(make_distribution(ActionSpace.from_spec(Categorical(3))))
+        >>> sampler(action_params=torch.zeros(4, 7, 3))[1].shape
+        torch.Size([4])
     """
 
     def __init__(
         self,
+        distribution: PolicyDistribution,
+        params_key: NestedKey = keys.ACTION_PARAMS,
         index: int = -1,
-        in_key: NestedKey = keys.ACTION_PARAMS,
-        out_key: NestedKey = keys.LOGITS,
     ) -> None:
         super().__init__()
-        self.index, self.in_keys, self.out_keys = index, [in_key], [out_key]
+        self.distribution, self.index = distribution, index
+        self.in_keys, self.out_keys = [params_key], [keys.LOGITS, keys.ACTION]
 
-    @dispatch
+    def chosen(self, tensordict: TensorDictBase) -> Tensor:
+        """Return the parameters to draw from, ``[*B, P]``."""
+        return tensordict.get(self.in_keys[0])[..., self.index, :]
+
+    @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the chosen parameters."""
-        params = tensordict.get(self.in_keys[0])[..., self.index, :]
-        if not is_traced(params):
-            check_not_nan(params.detach(), tensordict.exclude(self.in_keys[0]))
-        return tensordict.set(self.out_keys[0], params)
+        """Write the action and its parameters."""
+        params = self.chosen(tensordict)
+        actions = self.distribution.stored(params)
+        is_random = interaction_type() in (None, InteractionType.RANDOM)
+        action = actions.sample() if is_random else actions.deterministic_sample
+        return tensordict.set(keys.LOGITS, params).set(keys.ACTION, action)
 
 
-class Policy(TensorDictSequential):
-    """Encoders, actor head, choice of discount, sampling and exploration, in this order.
+class Policy(TensorDictModuleBase):
+    """Encoder, actor head, sampler and exploration, called in this order.
 
-    The parts stay reachable, since the loss trains :attr:`encoder` and :attr:`actor` directly.
+    A single step has no gradient; sequences (:class:`torchrl.modules.set_recurrent_mode`) have.
+    Only :attr:`out_keys` are written: the action, and the entries that encoder and exploration need
+    at the next step.
 
-    Attributes:
-        encoder: timestep and trajectory encoder, ``obs_keys -> "state"``.
-        actor: actor head, ``"state"`` and whatever observations it reads besides ->
-            ``"action_params"``.
-        distribution: what those parameters mean.
-        exploration: exploration module or None.
-        discounts: G discounts, the one acted with by default last.
+    Args:
+        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. What the last
+            of its modules writes besides the actor's inputs travels with the rollout.
+        actor: ``"state"``, and whatever else it reads, to ``"action_params"`` ``[*B, G, P]``.
+        distribution: meaning of those parameters; the sampler is made from it.
+        exploration: module that changes the action, or None.
+        discounts: G discounts, each in (0, 1). The last is acted with, see :meth:`act_with`.
+
+    Raises:
+        ValueError: for other discounts; when called, if the distribution's parameters are NaN.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -91,214 +135,127 @@ class Policy(TensorDictSequential):
 
     def __init__(
         self,
-        timestep_encoder: TensorDictModuleBase,
-        trajectory_encoder: TensorDictModuleBase,
+        encoder: TensorDictModuleBase,
         actor: TensorDictModuleBase,
-        sampler: TensorDictModuleBase,
         distribution: PolicyDistribution,
         exploration: TensorDictModuleBase | None = None,
         discounts: Sequence[float] = DISCOUNTS,
     ) -> None:
-        encoder = TensorDictSequential(timestep_encoder, trajectory_encoder)
-        select = SelectDiscount()
-        parts = [encoder, actor, select, sampler]
-        # What memory and exploration need at the next step travels with the rollout.
-        out_keys = [*sampler.out_keys, *trajectory_encoder.out_keys[1:]]
-        if exploration is not None:
-            parts.append(exploration)
-            out_keys += [key for key in exploration.out_keys if key not in out_keys]
+        super().__init__()
         check_discounts(discounts)
-        super().__init__(*parts, selected_out_keys=out_keys)
+        self.encoder, self.actor = encoder, actor
+        self.sampler = ActionSampler(distribution, actor.out_keys[0])
+        self.exploration = exploration
         self.distribution, self.discounts = distribution, tuple(discounts)
-        self._acting_keys = list(self.out_keys)
-        self._use_eager()
-
-    @property
-    def encoder(self) -> TensorDictSequential:
-        """Timestep and trajectory encoder."""
-        return self.module[0]
-
-    @property
-    def actor(self) -> TensorDictModule:
-        """Actor head."""
-        return self.module[1]
-
-    @property
-    def exploration(self) -> TensorDictModuleBase | None:
-        """Exploration module, or None."""
-        return self.module[4] if len(self.module) > 4 else None
+        parts = TensorDictSequential(*self.children())
+        last = encoder[-1] if isinstance(encoder, TensorDictSequential) else encoder
+        carried = [key for key in last.out_keys if key not in actor.in_keys]
+        explored = [] if exploration is None else exploration.out_keys
+        self.in_keys, self._all_keys = parts.in_keys, parts.out_keys
+        self.out_keys = list(dict.fromkeys([keys.ACTION, *carried, *explored]))
 
     @property
     def state_size(self) -> int:
-        """D, size of ``"state"``."""
-        return self.encoder.module[1].output_size
+        """D, size of ``"state"``: the encoder's `output_size`, or the actor head's `state_size`."""
+        size = getattr(self.encoder, "output_size", None)
+        return self.actor.module.state_size if size is None else size
 
     @property
     def settings(self) -> dict[str, Any]:
-        """All that decides what the policy does with its weights, by dotted name; JSON-able.
+        """Discounts, the one acted with, and each part's class and arguments, by dotted name.
 
-        What shapes of weights don't tell is here: discounts, the one acted with, and for each part its
-        class and arguments (``"trajectory.window"``). Two policies with equal settings and weights act
-        alike.
+        Two policies with equal settings, which are JSON-able, and equal weights act alike.
         """
-        timestep, trajectory = self.encoder.module
+        encoder = self.encoder
+        encoder = encoder.settings if isinstance(encoder, Encoder) else {"encoder": encoder}
         parts = {
-            "timestep": timestep,
-            "trajectory": trajectory,
-            "actor": self.actor.module,
+            "discounts": self.discounts,
+            "discount": self.discounts[self.sampler.index],
+            "actor.in_keys": self.actor.in_keys,
+            "actor": getattr(self.actor, "module", self.actor),
             "distribution": self.distribution,
             "exploration": self.exploration,
         }
-        # A dictionary's order is lost on the way through a file, but that of inputs counts.
-        read = {"timestep.in_keys": timestep.in_keys, "actor.in_keys": self.actor.in_keys}
-        acting = self.discounts[self.module[2].index]
-        return flatten(plain({"discounts": self.discounts, "discount": acting, **read, **parts}))
+        return flatten(plain({**encoder, **parts}))
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
-        """Entries that may be given as keywords: the inputs, and what the last step handed on."""
-        handed_on = [key for key in self.out_keys if key not in self.module[3].out_keys]
-        return [*self.in_keys, *handed_on]
+        """Entries that may be given as keywords: the inputs, and those that the last step wrote."""
+        return [*self.in_keys, *(key for key in self.out_keys if key not in self.sampler.out_keys)]
 
     @dispatch(source="keyword_keys", auto_batch_size=False)
-    def forward(self, tensordict: TensorDictBase, *args: Any, **kwargs: Any) -> TensorDictBase:
-        """Act: write the action, and what exploration and memory need at the next step."""
-        if recurrent_mode() or args or kwargs or not self.has_usual_parts():
-            return super().forward(tensordict, *args, **kwargs)
-        return self._act(tensordict)
+    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Write the action, and the entries that exploration and memory need at the next step."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(recurrent_mode())):
+            step = self.actor(self.encoder(tensordict.copy()))
+            check_not_nan(self.sampler.chosen(step).detach(), tensordict)
+            step = self.sampler(step)
+            if self.exploration is not None:
+                step = self.exploration(step)
+        for key in self.out_keys:
+            if (value := step.get(key, None)) is not None:  # sequences hand no memory on
+                tensordict.set(key, value)
+        return tensordict
 
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile the networks' part of a step with :func:`torch.compile`, in place.
+    def select_out_keys(self, *out_keys: NestedKey) -> Policy:
+        """Write these entries from now on, any of those that a part writes."""
+        self.out_keys = out_keys
+        return self
 
-        Copies run eagerly until they are compiled themselves. Sequences aren't touched: see
-        :meth:`TrajectoryEncoder.compile`.
-
-        Args:
-            args: of `torch.compile`, likewise `kwargs`. On CPUs `options={"cpp_wrapper": True}` gives
-                the fastest steps, after a longer compilation.
-        """
-        self._logits = torch.compile(self.compute_logits, *args, **kwargs)
-
-    def step_module(self) -> PolicyStep:
-        """The greedy step as a function of tensors, for :func:`torch.export.export`; see :class:`PolicyStep`.
-
-        Raises:
-            ValueError: for encoders whose memory grows.
-        """
-        return PolicyStep(self)
-
-    def has_usual_parts(self) -> bool:
-        """Whether calling the parts does nothing but what their base classes say."""
-        timestep, trajectory = self.encoder.module
-        return (
-            _keeps_forward(timestep, TimestepEncoder)
-            and _keeps_forward(trajectory, TrajectoryEncoder)
-            and _keeps_forward(self.encoder, TensorDictSequential)
-            and _keeps_forward(self.actor, TensorDictModule)
-            and _keeps_forward(self.module[2], SelectDiscount)
-            and isinstance(self.actor.module, ActorHead)
-            and self.out_keys == self._acting_keys
-        )
-
-    @torch.no_grad()
-    def _act(self, tensordict: TensorDictBase) -> TensorDictBase:
-        # What the modules in a row would do, without writing and reading entries in between: half
-        # of a step's time with small networks.
-        timestep, trajectory = self.encoder.module
-        inputs = timestep.read(tensordict)
-        shape = inputs[0].shape[: inputs[0].ndim - timestep.event_dims[0]]
-        positions_N, memory = trajectory.begin_step(tensordict, shape, like=inputs[0])
-        extra = [tensordict.get(key) for key in self.actor.in_keys[1:]]
-        logits_key = self.module[2].out_keys[0]
-        logits = self._logits(inputs, extra, positions_N, memory)
-        check_not_nan(logits, tensordict)
-        tensordict.set(logits_key, logits)
-        for module in self.module[3:]:
-            module(tensordict)
-        return tensordict.exclude(logits_key, inplace=True)
-
-    def compute_logits(
-        self, inputs: list[Tensor], extra: list[Tensor], positions_N: Tensor, memory: Memory
-    ) -> Tensor:
-        """Parameters of the action, ``[*B, P]``, from what encoders and actor read."""
-        timestep, trajectory = self.encoder.module
-        x = timestep.encode(inputs, None)
-        batch = x.shape[:-1]
-        state_ND = trajectory._step(x.reshape(-1, x.shape[-1]), positions_N, memory)
-        extra = [value.flatten(0, len(batch) - 1) if batch else value[None] for value in extra]
-        logits_NP = self.actor.module(state_ND, *extra)[:, self.module[2].index]
-        return logits_NP.reshape(*batch, -1)
-
-    def _use_eager(self) -> None:
-        self._logits = self.compute_logits
-
-    def __getstate__(self) -> dict:
-        # Compiled code can't be copied, and a bound method would lead back to the original.
-        state = super().__getstate__()
-        del state["_logits"]
-        return state
-
-    def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
-        self._use_eager()
+    def reset_out_keys(self) -> Policy:
+        """Write all that the parts write, ``"state"`` and ``"logits"`` too."""
+        return self.select_out_keys(*self._all_keys)
 
     def act_with(self, discount: float) -> Policy:
         """Act with another of the trained discounts from now on.
 
-        Args:
-            discount: one of :attr:`discounts`.
+        Raises:
+            ValueError: if the discount isn't one of :attr:`discounts`.
+        """
+        check_choice("the discount to act with", discount, self.discounts)
+        self.sampler.index = self.discounts.index(discount)
+        return self
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile encoder and actor in place, with the arguments of :func:`torch.compile`.
+
+        Copies run eagerly. On CPUs `options={"cpp_wrapper": True}` gives the fastest steps.
+        """
+        self.encoder.compile(*args, **kwargs)
+        self.actor.module.compile(*args, **kwargs)
+
+    def step_module(self) -> PolicyStep:
+        """Return the greedy step as a function of tensors, for :func:`torch.export.export`.
 
         Raises:
-            ValueError: if that discount was not trained.
+            ValueError: for encoders whose memory grows, see :class:`PolicyStep`.
         """
-        if discount not in self.discounts:
-            raise ValueError(
-                f"can only act with a trained discount, {self.discounts}; got {discount}. "
-                "Choose one of them, or build the policy and the loss with more discounts."
-            )
-        self.module[2].index = self.discounts.index(discount)
-        return self
+        return PolicyStep(self)
 
 
 def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
-    """Refuse to draw an action from NaN, which would be any action, and tell where it comes from.
-
-    Raises:
-        ValueError: naming rows and entries.
-    """
-    # A sum costs a quarter of what `isnan` does. Infinities may become NaN in it, hence the second look.
-    if not math.isnan(params.sum()) or not params.isnan().any():
+    """Raise if actions would be drawn from NaN, and name the rows and the entries it comes from."""
+    # A sum costs a quarter of `isnan`. Infinities may become NaN in it, hence the second look.
+    if is_traced(params) or not math.isnan(params.sum()) or not params.isnan().any():
         return
     entries = step.items(True, True)
     seen = [key for key, x in entries if x.is_floating_point() and not x.isfinite().all()]
     source = (
         f"the step's entries {seen} hold NaN or infinity"
         if seen
-        else (
-            "all entries of the step are finite, so that the weights, or what is remembered of earlier steps, "
-            "aren't"
-        )
+        else "all entries of the step are finite, so the weights or the rollout's memory aren't"
     )
+    rows = params.isnan().any(-1).nonzero().tolist()
     raise ValueError(
-        f"actions can't be drawn from NaN, got it in rows {params.isnan().any(-1).nonzero().tolist()}: "
-        f"{source}. Mend the environment, or go back to weights from before."
+        f"actions can't be drawn from NaN, got it in rows {rows}: {source}. Fix the environment, or "
+        "go back to earlier weights."
     )
 
 
 def check_discounts(discounts: Sequence[float]) -> None:
-    """Refuse discounts outside of (0, 1)."""
+    """Raise if there are no discounts, or some outside of (0, 1)."""
     if not discounts or not all(0.0 < discount < 1.0 for discount in discounts):
         raise ValueError(
-            f"discounts must be one or more numbers in (0, 1), got {tuple(discounts)}. The last one is "
+            f"discounts must be one or more numbers in (0, 1), got {tuple(discounts)}. The last is "
             "acted with."
         )
-
-
-def _keeps_forward(module: TensorDictModuleBase, base: type[TensorDictModuleBase]) -> bool:
-    """Whether calling the module does nothing but what its base class says."""
-    return (
-        isinstance(module, base)
-        and type(module).forward is base.forward
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-    )

@@ -10,7 +10,8 @@ from torch import distributions
 from torchrl.data import Binary
 
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.distributions import Bernoulli, Bits
+from torchrl_amago.modules.distributions import Bernoulli
+from torchrl_amago.modules.distributions.bernoulli import Bits
 
 
 def _bernoulli(size: int, **options) -> Bernoulli:

@@ -10,14 +10,13 @@ from torch.distributions import Categorical as TorchCategorical
 from torchrl.data import Categorical, MultiCategorical, OneHot
 
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.distributions import (
-    ClippedCategorical,
-    Discrete,
+from torchrl_amago.modules.distributions import ClippedCategorical, Discrete
+from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions.categorical import (
     OneHotParts,
     clip_probabilities,
     clipped_softmax,
 )
-from torchrl_amago.modules.distributions import _noise as noise
 
 NEVER = -torch.inf
 LOGITS = torch.tensor([2.0, NEVER, 0.0, 1.0, NEVER])
@@ -52,26 +51,26 @@ def test_softened_actions_are_what_a_certain_policy_would_be():
     policy_dist = _discrete(MultiCategorical(PARTS))
     action = policy_dist.space.to_vector(torch.tensor([1, 0]))
     certain = policy_dist(1e4 * action)
-    shown = policy_dist.clip_action(action, policy_dist(torch.randn(7, 5)))
-    torch.testing.assert_close(shown, certain.probs)
+    clipped = policy_dist.clip_action(action, policy_dist(torch.randn(7, 5)))
+    torch.testing.assert_close(clipped, certain.probs)
 
 
 def test_the_largest_entry_of_a_softened_action_counts():
     policy_dist = _discrete(MultiCategorical(PARTS))
     action = policy_dist.space.to_vector(torch.tensor([[1, 0], [0, 2]]))
     dist = policy_dist(torch.randn(2, 5))
-    shown = policy_dist.clip_action(action, policy_dist(torch.randn(2, 7, 5)))
-    assert torch.equal(dist.log_prob(shown), dist.log_prob(action))
+    clipped = policy_dist.clip_action(action, policy_dist(torch.randn(2, 7, 5)))
+    assert torch.equal(dist.log_prob(clipped), dist.log_prob(action))
 
 
 def test_softened_actions_are_0_where_the_policy_may_not_go():
-    """As a policy's that is certain of the action; one that is in the data although forbidden stays."""
+    """A forbidden action that is in the data stays, as of a policy that is certain of it."""
     policy_dist = _discrete(MultiCategorical(PARTS))
     mask = torch.tensor([0.0, 0.0, 0.0, -torch.inf, 0.0])
     action = policy_dist.space.to_vector(torch.tensor([[1, 0], [0, 1]]))
-    shown = policy_dist.clip_action(action, policy_dist(torch.randn(2, 7, 5) + mask))
-    torch.testing.assert_close(shown[0], policy_dist(1e4 * action[0] + mask).probs)
-    torch.testing.assert_close(shown[1, 2:], torch.tensor([0.001, 0.99, 0.001]) / 0.992)
+    clipped = policy_dist.clip_action(action, policy_dist(torch.randn(2, 7, 5) + mask))
+    torch.testing.assert_close(clipped[0], policy_dist(1e4 * action[0] + mask).probs)
+    torch.testing.assert_close(clipped[1, 2:], torch.tensor([0.001, 0.99, 0.001]) / 0.992)
 
 
 # ------------------------------------------------------------------ forbidden actions

@@ -13,15 +13,13 @@ from torchrl.data import Bounded
 from torchrl.modules import TanhNormal
 
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules.distributions import (
-    Beta,
+from torchrl_amago.modules.distributions import Beta, TanhGaussian, TanhMixture
+from torchrl_amago.modules.distributions.beta import StretchedBeta
+from torchrl_amago.modules.distributions.squashed import (
     SquashedMixture,
     SquashedNormal,
-    StretchedBeta,
-    TanhGaussian,
-    TanhMixture,
+    log_tanh_slope,
 )
-from torchrl_amago.modules.distributions.tanh_gaussian import log_tanh_slope
 
 EDGES = (-1 + 1e-12, 1 - 1e-12)  # clipping that changes nothing here
 
@@ -47,7 +45,7 @@ def policy_dist(request):
 
 
 def _integral(function, num: int = 40_001, reach: float = 12.0) -> torch.Tensor:
-    """Integral over (-1, 1), on a grid that grows finer towards the edges; ``[N, 1] -> [N, ...]``."""
+    """Integrate over (-1, 1), on a grid finer towards the edges; ``[N, 1] -> [N, ...]``."""
     x = torch.linspace(-reach, reach, num, dtype=torch.float64)
     slope = 1.0 / x.cosh().square()
     values = function(x.tanh().unsqueeze(-1))
@@ -146,8 +144,10 @@ def test_modes_are_drawn_as_often_as_their_weights_say():
     loc = torch.tensor([[-2.0], [0.0], [2.0]])
     logits = torch.tensor([0.2, 0.5, 0.3]).log()
     samples = SquashedMixture(loc, torch.full_like(loc, 0.01), logits).sample((40_000,))
-    shares = torch.tensor([(samples.atanh() - mode).abs().lt(0.2).float().mean() for mode in loc])
-    torch.testing.assert_close(shares, logits.exp(), rtol=0, atol=0.0125)
+    fractions = torch.tensor(
+        [(samples.atanh() - mode).abs().lt(0.2).float().mean() for mode in loc]
+    )
+    torch.testing.assert_close(fractions, logits.exp(), rtol=0, atol=0.0125)
 
 
 # ----------------------------------------------------------------------- at the edges

@@ -1,4 +1,4 @@
-"""What every policy distribution promises, whatever its actions are."""
+"""The contract of every policy distribution."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from torchrl_amago.modules.distributions import (
     Bernoulli,
     Beta,
     Discrete,
-    OneHotParts,
-    StoredActions,
     TanhGaussian,
     TanhMixture,
     make_distribution,
 )
+from torchrl_amago.modules.distributions.base import StoredActions
+from torchrl_amago.modules.distributions.categorical import OneHotParts
 
 BOX = Bounded(-1.0, 1.0, shape=(3,))
 CASES = {
@@ -124,7 +124,7 @@ def test_half_precision_is_computed_in_single(case):
     )
 
 
-def test_refuses_parameters_of_another_size(case):
+def test_parameters_of_another_size_raise(case):
     _, policy_dist = case
     wrong = torch.zeros(2, policy_dist.num_params + 1)
     for method in (policy_dist, policy_dist.stored):
@@ -289,8 +289,8 @@ def test_distributions_by_name_take_options():
         assert type(make_distribution(ActionSpace.from_spec(spec), name)) is cls
 
 
-def test_refuses_a_name_that_does_not_fit():
-    message = r"for continuous actions .* one of \['tanh_gaussian', 'beta', 'tanh_mixture'\], got"
+def test_a_name_that_does_not_fit_raises():
+    message = "continuous actions must be one of 'tanh_gaussian', 'beta', 'tanh_mixture', got"
     for name in ("discrete", "gaussian"):
         with pytest.raises(ValueError, match=f"{message} '{name}'"):
             make_distribution(ActionSpace.from_spec(BOX), name)
@@ -301,21 +301,28 @@ def test_refuses_a_name_that_does_not_fit():
 BAD_ARGUMENTS = [
     (Discrete, Categorical(4), {"clip_low": 0.25}, r"clip_low must be in \[0, 1/4\)"),
     (Discrete, Categorical(4), {"clip_high": 1.5}, r"clip_high in \(clip_low, 1\], got 0.001"),
-    (Discrete, MultiCategorical([2, 2000]), {}, "Lower clip_low where there are many"),
+    (Discrete, MultiCategorical([2, 2000]), {}, "Lower clip_low if there are many"),
     (Discrete, Categorical(4), {"temperature": 0.0}, "temperature must be positive, got 0"),
-    (Bernoulli, Binary(4), {"reduce": "max"}, "reduce must be 'sum' or 'mean', got 'max'"),
+    (Bernoulli, Binary(4), {"reduce": "max"}, "reduce must be one of 'sum', 'mean', got 'max'"),
     (TanhGaussian, BOX, {"std_low": 0.0}, "std_low must be positive and below std_high, got 0"),
-    (TanhGaussian, BOX, {"std_high": None}, "'tanh' needs a finite std_high, got None"),
-    (TanhGaussian, BOX, {"std_bound": "exp"}, "std must be bounded by 'tanh' .*got 'exp'"),
+    (TanhGaussian, BOX, {"std_high": None}, "got .* and None.* with 'softplus' only"),
+    (TanhMixture, BOX, {"std_low": math.inf}, "std_low must be positive and below"),
+    (TanhMixture, BOX, {"std_high": math.inf}, "std_low must be positive and below"),
+    (
+        TanhGaussian,
+        BOX,
+        {"std_bound": "exp"},
+        "bound of std must be one of 'tanh', 'softplus', got 'exp'",
+    ),
     (TanhGaussian, BOX, {"clip_actions": (-1.0, 1.0)}, r"inside \(-1, 1\), the lower first"),
     (Beta, BOX, {"beta_low": 2.0, "beta_high": 1.0}, "beta_low must be positive and below beta_"),
-    (Beta, BOX, {"concentration_bound": "exp"}, "alpha must be bounded by"),
+    (Beta, BOX, {"concentration_bound": "exp"}, "bound of alpha must be one of"),
     (TanhMixture, BOX, {"num_modes": 0}, "num_modes must be at least 1, got 0"),
 ]
 
 
 @pytest.mark.parametrize(("cls", "spec", "options", "message"), BAD_ARGUMENTS)
-def test_refuses_bad_arguments(cls, spec, options, message):
+def test_bad_arguments_raise(cls, spec, options, message):
     with pytest.raises(ValueError, match=message):
         cls(ActionSpace.from_spec(spec), **options)
 

@@ -16,10 +16,9 @@ from torchrl_amago.modules.distributions import (
     Discrete,
     TanhGaussian,
     TanhMixture,
-    softplus_bounded,
-    tanh_bounded,
 )
 from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions._bounds import softplus_bounded, tanh_bounded
 
 
 def _continuous(size: int) -> ActionSpace:
@@ -128,8 +127,8 @@ def test_discrete(case, monkeypatch):
     log_prob = dist.log_prob(case["one_hot"])
     assert_close(log_prob, case["out/like_continuous/log_prob_one_hot"])
     assert_close(dist.entropy(), case["out/like_continuous/entropy"])
-    shown = policy_dist.clip_action(case["one_hot"], policy_dist(params.unsqueeze(-2)))
-    assert_close(shown, case["out/action_from_buffer"])
+    clipped = policy_dist.clip_action(case["one_hot"], policy_dist(params.unsqueeze(-2)))
+    assert_close(clipped, case["out/action_from_buffer"])
     stored = policy_dist.stored(params)
     assert_close(stored.log_prob(case["action_index"]), case["out/log_prob"])
     (grad,) = torch.autograd.grad(log_prob.sum(), params, retain_graph=True)

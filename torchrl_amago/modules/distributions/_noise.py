@@ -1,7 +1,8 @@
-"""Where policies' randomness comes from: torch's global generator, through these functions.
+"""Random draws of policies, all from torch's global generator.
 
 Parameters that aren't finite spoil the draws of their own row only: nothing here looks at all rows,
-which would also make a GPU wait. Beta distributions draw by torch's own function. Call these through the module (``noise.gumbel(...)``), so that whoever replaces one reaches all.
+which would also make a GPU wait. Beta distributions draw by torch's own function. Call these
+through the module (``noise.gumbel(...)``), so that replacing one reaches all.
 """
 
 from __future__ import annotations
@@ -33,15 +34,7 @@ def gumbel(shape: torch.Size, like: Tensor) -> Tensor:
 
 
 def categorical(weights: Tensor, sample_shape: torch.Size) -> Tensor:
-    """Draw indices with probabilities proportional to weights.
-
-    Args:
-        weights: ``[..., A]``, float, not negative.
-        sample_shape: leading dimensions to add.
-
-    Returns:
-        ``[*sample_shape, ...]``, int64.
-    """
+    """Draw indices ``[*sample_shape, ...]``, int64, with weights ``[..., A]`` of at least 0."""
     # The first of A exponential clocks to ring: what torch.multinomial does for one draw, and with
     # the same numbers, but without its checks, which cost more than the draw itself.
     shape = torch.Size([*sample_shape, *weights.shape])

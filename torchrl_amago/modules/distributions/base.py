@@ -1,4 +1,4 @@
-"""What an actor's parameters mean: the contract between actor head, policy and loss.
+"""The contract between actor head, policy and loss: parameters become a distribution over actions.
 
 Legend: P parameters, A length of the action vector.
 """
@@ -19,27 +19,20 @@ NO_SHAPE = torch.Size()
 
 
 class VectorDistribution(Distribution, abc.ABC):
-    """A distribution over action vectors ``[..., A]``: what :class:`PolicyDistribution` returns.
+    """Base of distributions over action vectors, with the shape of ``like`` ``[..., A]``.
 
-    Subclasses that can be differentiated set ``has_rsample`` and write ``rsample``.
-
-    Example:
-        >>> class Fixed(VectorDistribution):
-        ...     def sample(self, sample_shape=NO_SHAPE): return torch.zeros(*sample_shape, 2)
-        ...     def log_prob(self, value): return value.sum(-1) * 0
-        ...     def entropy(self): return torch.zeros(())
-        ...     deterministic_sample = property(lambda self: torch.zeros(2))
-        >>> Fixed(event_shape=torch.Size([2]), validate_args=False).sample((3,)).shape
-        torch.Size([3, 2])
+    Subclasses write ``sample`` ``[*sample_shape, ..., A]``, or set ``has_rsample`` and write
+    ``rsample``.
     """
 
-    @abc.abstractmethod
-    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``, without gradient."""
+    arg_constraints: ClassVar[dict] = {}
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__(like.shape[:-1], like.shape[-1:], validate_args=False)
 
     @abc.abstractmethod
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability (of continuous actions: its density) of vectors, ``[...]``, nats."""
+        """Log-probability (of continuous actions: log-density) of vectors, ``[...]``, nats."""
 
     @abc.abstractmethod
     def entropy(self) -> Tensor:
@@ -48,24 +41,11 @@ class VectorDistribution(Distribution, abc.ABC):
     @property
     @abc.abstractmethod
     def deterministic_sample(self) -> Tensor:
-        """What a greedy policy does, ``[..., A]``."""
+        """Greedy action, ``[..., A]``."""
 
 
 class StoredActions(Distribution):
-    """A distribution over action vectors, told as one over actions as environments store them.
-
-    Args:
-        vectors: distribution over vectors ``[..., A]``.
-        space: how they are stored.
-
-    Example:
-        >>> from torchrl.data import Binary
-        >>> from torchrl_amago.modules.distributions import Bernoulli
-        >>> space = ActionSpace.from_spec(Binary(2, dtype=torch.bool))
-        >>> actions = StoredActions(Bernoulli(space)(torch.tensor([9.0, -9.0])), space)
-        >>> actions.deterministic_sample
-        tensor([ True, False])
-    """
+    """Distribution over actions as environments store them, made from one over vectors."""
 
     arg_constraints: ClassVar[dict] = {}
 
@@ -74,39 +54,35 @@ class StoredActions(Distribution):
         self.vectors, self.space = vectors, space
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw actions, ``[*sample_shape, ..., *shape]``."""
         return self.space.from_vector(self.vectors.sample(sample_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of stored actions, ``[...]``."""
         return self.vectors.log_prob(self.space.to_vector(value))
 
     def entropy(self) -> Tensor:
-        """Entropy of the vectors, ``[...]``."""
         return self.vectors.entropy()
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """What a greedy policy does, ``[..., *shape]``."""
         return self.space.from_vector(self.vectors.deterministic_sample)
 
-    # A category has no mean and a squashed Gaussian no mode in closed form: whoever asks for a
-    # greedy action by any name gets the same one.
+    # A category has no mean and a squashed Gaussian no mode in closed form: a greedy action is the
+    # same by any name.
     mode = mean = deterministic_sample
 
 
 @dataclass(frozen=True)
 class PolicyDistribution(abc.ABC):
-    """Turns an actor's parameters ``[..., P]`` into a distribution over actions.
+    """Map from an actor's parameters ``[..., P]`` to a distribution over actions.
 
-    It holds no weights, and is equal to another with the same arguments. Subclasses write
-    :attr:`num_params` and :meth:`_vectors`.
+    It holds no weights, and is equal to another with the same arguments. Subclasses set the class
+    attributes and write :meth:`_vectors`.
 
     Args:
-        space: the actions.
+        space: the actions; first argument of every distribution.
 
     Raises:
-        ValueError: if the distribution doesn't fit the space.
+        ValueError: if the distribution doesn't fit the space, or an argument is out of its range.
 
     Example:
         >>> from torchrl.data import Categorical
@@ -123,8 +99,10 @@ class PolicyDistribution(abc.ABC):
 
     #: Kinds of action spaces that this distribution fits.
     kinds: ClassVar[tuple[ActionKind, ...]]
-    #: Whether samples can be differentiated by the parameters (`rsample`).
+    #: True if gradients reach the parameters through samples (`rsample`).
     differentiable: ClassVar[bool]
+    #: P / A, unless a subclass writes :attr:`num_params`.
+    params_per_number: ClassVar[int]
 
     def __post_init__(self) -> None:
         if self.space.kind not in self.kinds:
@@ -135,52 +113,40 @@ class PolicyDistribution(abc.ABC):
 
     @property
     def settings(self) -> dict[str, str | float]:
-        """Kind and numbers, without the space, as values that JSON can hold."""
+        """Class name and arguments without the space, JSON-able."""
         numbers = {field.name: getattr(self, field.name) for field in fields(self)}
         del numbers["space"]
         return {"kind": type(self).__name__, **numbers}
 
     @property
-    @abc.abstractmethod
     def num_params(self) -> int:
-        """P, how many numbers the actor gives for each action."""
+        """P, number of parameters for each action."""
+        return self.params_per_number * self.space.size
 
     @abc.abstractmethod
     def _vectors(self, params: Tensor) -> VectorDistribution:
-        """The distribution over vectors; parameters are at least float32."""
+        """Build the distribution over vectors; parameters are at least float32."""
 
     def __call__(self, params: Tensor) -> VectorDistribution:
-        """Distribution over action vectors ``[..., A]``, float.
+        """Build the distribution over action vectors ``[..., A]``, float.
 
-        Args:
-            params: ``[..., P]``; computed with in float32 if of half precision.
-
-        Raises:
-            ValueError: if the last dimension isn't P.
+        Parameters ``[..., P]`` of half precision become float32. Raises ValueError for another P.
         """
         return self._vectors(self._checked(params))
 
     def stored(self, params: Tensor) -> Distribution:
-        """Distribution over actions as the environment stores them, for policies.
+        """Build the distribution over actions as the environment stores them, for policies.
 
-        Args:
-            params: ``[..., P]``.
-
-        Returns:
-            A distribution with ``sample``, ``log_prob`` and, for greedy policies,
-            ``deterministic_sample``, ``mode`` and ``mean``, which are the same.
+        Its ``mode``, ``mean`` and ``deterministic_sample`` are the same, the greedy action.
         """
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
-        """What critics are shown in place of the vector of a stored action.
+        """Return the vector ``[..., A]`` that critics read for a stored action.
 
         Args:
             vector: ``[..., A]``.
-            policy: ``[..., G]`` distributions for the same states, which know what is forbidden there.
-
-        Returns:
-            ``[..., A]``.
+            policy: ``[..., G]`` distributions for the same states, with their forbidden actions.
         """
         return vector
 

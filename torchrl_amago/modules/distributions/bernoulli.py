@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, distributions
 
+from torchrl_amago._validation import check_choice
 from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
@@ -17,24 +18,16 @@ from torchrl_amago.modules.distributions.base import (
 
 
 class Bits(VectorDistribution):
-    """Independent bits as one vector of zeros and ones.
+    """Independent bits ``[..., A]``, zeros and ones; the entropy is exact.
 
-    Args:
-        logits: ``[..., A]``, float, log-odds of a 1; -inf forbids it.
-        reduce: whether ``log_prob`` is the ``"sum"`` over bits, the log-probability of the whole
-            action, or their ``"mean"``. The entropy is that of the whole action in both cases.
-
-    Example:
-        >>> Bits(torch.tensor([9.0, -9.0])).deterministic_sample
-        tensor([1., 0.])
+    ``logits`` are log-odds of a 1; -inf forbids it.
     """
 
-    arg_constraints: ClassVar[dict] = {}
     #: Log-probability, about, of a forbidden 1 in the data: one mustn't make a mean infinite.
     LOWEST_LOGIT = -20.0
 
     def __init__(self, logits: Tensor, reduce: Literal["sum", "mean"] = "mean") -> None:
-        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+        super().__init__(logits)
         self.reduce = reduce
         # A forbidden bit's infinite log-odds would make products with 0 NaN.
         finite = logits.clamp_min(self.LOWEST_LOGIT)
@@ -47,17 +40,14 @@ class Bits(VectorDistribution):
         return self.bits.probs.masked_fill(self._is_forbidden, 0.0)
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
         shape = torch.Size([*sample_shape, *self.probs.shape])
         return (noise.uniform(shape, self.probs) < self.probs).to(self.probs.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability ``[...]``, summed or averaged over bits."""
         log_prob = self.bits.log_prob(value)
         return log_prob.sum(-1) if self.reduce == "sum" else log_prob.mean(-1)
 
     def entropy(self) -> Tensor:
-        """Entropy ``[...]``, nats, exact."""
         return self.bits.entropy().sum(-1)
 
     @property
@@ -68,16 +58,12 @@ class Bits(VectorDistribution):
 
 @dataclass(frozen=True)
 class Bernoulli(PolicyDistribution):
-    """Independent bits; parameters are log-odds.
+    """Independent bits, for multi-binary actions; parameters are log-odds.
 
     Args:
-        space: multi-binary actions.
-        reduce: ``"sum"`` makes ``log_prob`` the log-probability of the whole action; ``"mean"``
+        reduce: ``"sum"`` makes ``log_prob`` the log-probability of the whole action. ``"mean"``
             averages over bits, as the public AMAGO code does, so that the actor's loss doesn't grow
-            with their number.
-
-    Raises:
-        ValueError: if the space doesn't fit, or ``reduce`` is neither.
+            with their number. The entropy is that of the whole action in both cases.
 
     Example:
         >>> from torchrl.data import Binary
@@ -90,20 +76,11 @@ class Bernoulli(PolicyDistribution):
     reduce: Literal["sum", "mean"] = "mean"
 
     kinds = ("multi_binary",)
-    differentiable = False
+    differentiable, params_per_number = False, 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reduce not in ("sum", "mean"):
-            raise ValueError(
-                f"reduce must be 'sum' or 'mean', got {self.reduce!r}. It is how log-probabilities "
-                "of single bits become that of an action."
-            )
-
-    @property
-    def num_params(self) -> int:
-        """The log-odds of each bit."""
-        return self.space.size
+        check_choice("reduce", self.reduce, ("sum", "mean"))
 
     def _vectors(self, params: Tensor) -> Bits:
         return Bits(params, self.reduce)

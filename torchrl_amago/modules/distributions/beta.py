@@ -7,92 +7,70 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor, distributions
 
-from torchrl_amago.modules.distributions.base import (
-    NO_SHAPE,
-    PolicyDistribution,
-    VectorDistribution,
-)
-from torchrl_amago.modules.distributions.bounds import (
+from torchrl_amago.modules.distributions._bounds import (
     CLIP_ACTIONS,
     Bound,
     bounded,
     check_bounds,
     check_clip,
 )
+from torchrl_amago.modules.distributions.base import (
+    NO_SHAPE,
+    PolicyDistribution,
+    VectorDistribution,
+)
 
 _LOG_2 = math.log(2.0)
 
 
 class StretchedBeta(VectorDistribution):
-    """Independent Beta distributions, stretched from [0, 1] to [-1, 1].
+    """Independent Beta distributions ``[..., A]``, stretched from [0, 1] to [-1, 1].
 
-    Args:
-        alpha: ``[..., A]``, concentrations towards 1.
-        beta: ``[..., A]``, concentrations towards -1.
-        clip_actions: bounds that actions are clipped to before ``log_prob``.
-
-    Example:
-        >>> StretchedBeta(torch.tensor([3.0]), torch.tensor([1.0])).deterministic_sample
-        tensor([0.5000])
+    ``alpha`` are concentrations towards 1, ``beta`` towards -1. The entropy is exact.
     """
 
     has_rsample = True
-    arg_constraints: ClassVar[dict] = {}
 
     def __init__(
         self, alpha: Tensor, beta: Tensor, clip_actions: tuple[float, float] = CLIP_ACTIONS
     ) -> None:
-        super().__init__(alpha.shape[:-1], alpha.shape[-1:], validate_args=False)
+        super().__init__(alpha)
         self.clip_actions = clip_actions
         self.unit = distributions.Beta(alpha, beta, validate_args=False)
 
-    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
-
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]`` with (implicit) gradient."""
         return 2.0 * self.unit.rsample(sample_shape) - 1.0
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density ``[...]`` of actions, clipped."""
         unit = 0.5 * (value.clamp(*self.clip_actions) + 1.0)
         return (self.unit.log_prob(unit) - _LOG_2).sum(-1)
 
     def entropy(self) -> Tensor:
-        """Entropy ``[...]``, nats, exact."""
         return (self.unit.entropy() + _LOG_2).sum(-1)
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The mean, ``[..., A]``."""
         return 2.0 * self.unit.mean - 1.0
 
 
 @dataclass(frozen=True)
 class Beta(PolicyDistribution):
-    """A Beta distribution for each number of the action (Chou et al. 2017, ICML).
+    """A Beta distribution for each number of a continuous action (Chou et al. 2017, ICML).
 
     Parameters are A numbers that become alpha, then A that become beta. Both above 1 keep the
     density in one hump that vanishes at the edges.
 
     Args:
-        space: continuous actions.
-        alpha_low: lower bound of alpha, likewise ``beta_low`` of beta.
-        alpha_high: upper bound of alpha, likewise ``beta_high`` of beta; None for none
-            (``"softplus"`` only).
-        concentration_bound: how numbers get between the bounds, :func:`tanh_bounded` or
+        alpha_low: lower bound of alpha, as ``beta_low`` of beta.
+        alpha_high: upper bound of alpha, as ``beta_high`` of beta; None for none (``"softplus"``
+            only).
+        concentration_bound: map of the numbers into the bounds, :func:`tanh_bounded` or
             :func:`softplus_bounded`.
         clip_actions: bounds that actions are clipped to before ``log_prob``.
-
-    Raises:
-        ValueError: if the space doesn't fit, or bounds contradict one another.
 
     Example:
         >>> from torchrl.data import Bounded
@@ -110,18 +88,13 @@ class Beta(PolicyDistribution):
     clip_actions: tuple[float, float] = CLIP_ACTIONS
 
     kinds = ("continuous",)
-    differentiable = True
+    differentiable, params_per_number = True, 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bounds(self.alpha_low, self.alpha_high, self.concentration_bound, "alpha")
         check_bounds(self.beta_low, self.beta_high, self.concentration_bound, "beta")
         check_clip(self.clip_actions)
-
-    @property
-    def num_params(self) -> int:
-        """Alpha and beta of each number."""
-        return 2 * self.space.size
 
     def _vectors(self, params: Tensor) -> StretchedBeta:
         raw_alpha, raw_beta = params.chunk(2, -1)

@@ -1,4 +1,4 @@
-"""Choices between categories, with probabilities that never reach 0 unless an action is forbidden.
+"""Choices between categories, with probabilities above 0 unless an action is forbidden.
 
 Legend: A length of the action vector (categories of all parts together).
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -33,19 +32,10 @@ def clip_probabilities(
     high: float = CLIP_HIGH,
     forbidden: Tensor | None = None,
 ) -> Tensor:
-    """Clip probabilities to ``[low, high]`` and renormalise them.
+    """Clip probabilities (or a one-hot) ``[..., A]`` to ``[low, high]`` and renormalise them.
 
-    Args:
-        probs: ``[..., A]``, float; a one-hot action works too and comes out softened.
-        forbidden: bool ``[..., A]``, where the outcome is exactly 0, without gradient; they don't count
-            in the clipping.
-
-    Returns:
-        ``[..., A]``, summing to one; entries may leave ``[low, high]`` by the renormalisation.
-
-    Example:
-        >>> clip_probabilities(torch.tensor([1.0, 0.0, 0.0, 0.0, 0.0])).round(decimals=3)
-        tensor([0.9960, 0.0010, 0.0010, 0.0010, 0.0010])
+    Forbidden categories, bool ``[..., A]``, get exactly 0, without gradient, and don't count in the
+    clipping. Entries may leave ``[low, high]`` by the renormalisation.
     """
     clipped = probs.clamp(low, high)
     if forbidden is not None:
@@ -54,14 +44,7 @@ def clip_probabilities(
 
 
 def clipped_softmax(logits: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
-    """Probabilities of logits ``[..., A]``, clipped among the actions that are allowed.
-
-    Actions with a logit of -inf are forbidden, see :func:`clip_probabilities`.
-
-    Example:
-        >>> clipped_softmax(torch.tensor([20.0, 0.0, -torch.inf])).round(decimals=3)
-        tensor([0.9990, 0.0010, 0.0000])
-    """
+    """Compute probabilities of logits ``[..., A]``, clipped; a logit of -inf forbids its category."""
     return clip_probabilities(logits.softmax(-1), low, high, forbidden=logits == -torch.inf)
 
 
@@ -89,41 +72,24 @@ class ClippedCategorical(Categorical):
         super().__init__(probs=probs, validate_args=False)
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw actions, ``[*sample_shape, ...]``, int64."""
         return noise.categorical(self.probs, sample_shape)
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The most probable action, ``[...]``, int64."""
         return self.probs.argmax(-1)
 
-    @property
-    def mean(self) -> Tensor:
-        """The most probable action: an index has no mean, but policies may be asked for it."""
-        return self.deterministic_sample
+    # An index has no mean: a greedy action is the same by any name.
+    mean = deterministic_sample
 
 
 class OneHotParts(VectorDistribution):
-    """Independent choices, one for each part of an action, as one vector of one-hots.
+    """Independent choices, one for each part of an action, as one vector of one-hots ``[..., A]``.
 
     ``rsample`` is a straight-through Gumbel sample (arXiv 1611.01144, Section 2.2): a one-hot, with
-    the gradient of the softmax that it is the argmax of.
-
-    Args:
-        logits: ``[..., A]``, float, the parts side by side; -inf forbids a category.
-        sizes: categories of each part, summing to A.
-        clip_low: lower bound of a probability before renormalising, in ``[0, 1/A)``.
-        clip_high: upper bound of a probability before renormalising, in ``(0, 1]``.
-        temperature: of the softmax that gives gradients.
-
-    Example:
-        >>> dist = OneHotParts(torch.tensor([9.0, 0.0, 0.0, 0.0, 9.0]), sizes=[2, 3])
-        >>> dist.deterministic_sample, dist.rsample().shape
-        (tensor([1., 0., 0., 0., 1.]), torch.Size([5]))
+    the gradient of the softmax that it is the argmax of. The entropy is exact.
     """
 
     has_rsample = True
-    arg_constraints: ClassVar[dict] = {}
 
     def __init__(
         self,
@@ -133,7 +99,7 @@ class OneHotParts(VectorDistribution):
         clip_high: float = CLIP_HIGH,
         temperature: float = 0.5,
     ) -> None:
-        super().__init__(logits.shape[:-1], logits.shape[-1:], validate_args=False)
+        super().__init__(logits)
         self.sizes, self.temperature = tuple(sizes), temperature
         split = split_parts(logits, self.sizes)
         self.parts = [ClippedCategorical(part, clip_low, clip_high) for part in split]
@@ -144,13 +110,11 @@ class OneHotParts(VectorDistribution):
         return join_parts([part.probs for part in self.parts])
 
     def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]``, zeros and ones."""
         return self._vector([part.sample(sample_shape) for part in self.parts])
 
     def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
-        """Draw ``[*sample_shape, ..., A]`` with gradient."""
-        samples = [_straight_through(part, self.temperature, sample_shape) for part in self.parts]
-        return join_parts(samples)
+        draws = [_straight_through(part, self.temperature, sample_shape) for part in self.parts]
+        return join_parts(draws)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability ``[...]`` of vectors, softened ones too: the largest entry counts."""
@@ -161,13 +125,11 @@ class OneHotParts(VectorDistribution):
         return sum(log_probs[1:], log_probs[0])
 
     def entropy(self) -> Tensor:
-        """Entropy ``[...]``, nats, exact."""
         entropies = [part.entropy() for part in self.parts]
         return sum(entropies[1:], entropies[0])
 
     @property
     def deterministic_sample(self) -> Tensor:
-        """The most probable category of each part, ``[..., A]``."""
         return self._vector([part.deterministic_sample for part in self.parts])
 
     def _vector(self, indices: list[Tensor]) -> Tensor:
@@ -191,18 +153,13 @@ def _straight_through(
 class Discrete(PolicyDistribution):
     """Clipped categorical choices: one for a discrete action, independent ones for several parts.
 
-    Parameters are logits, for every category of every part. Critics are shown stored actions
-    softened: clipped as the policy's own probabilities are.
+    Parameters are logits, for every category of every part. Critics read stored actions softened:
+    clipped as the policy's own probabilities are.
 
     Args:
-        space: discrete or multi-discrete actions.
-        clip_low: lower bound of a probability before renormalising.
-        clip_high: upper bound of a probability before renormalising.
-        temperature: of the softmax that gives gradients to ``rsample``.
-
-    Raises:
-        ValueError: if the space doesn't fit, a bound leaves no probabilities between them, or the
-            temperature isn't positive.
+        clip_low: as ``clip_high``, see :class:`ClippedCategorical`.
+        temperature: of the softmax that gives gradients to ``rsample``; 0.5 is usual. Lower ones
+            give gradients nearer to those of a one-hot, and of higher variance.
 
     Example:
         >>> from torchrl.data import MultiCategorical
@@ -217,26 +174,18 @@ class Discrete(PolicyDistribution):
     temperature: float = 0.5
 
     kinds = ("discrete", "multi_discrete")
-    differentiable = True
+    differentiable, params_per_number = True, 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        most = max(self.space.sizes)
-        if not (0.0 <= self.clip_low < 1.0 / most and self.clip_low < self.clip_high <= 1.0):
+        largest = max(self.space.sizes)
+        if not (0.0 <= self.clip_low < 1.0 / largest and self.clip_low < self.clip_high <= 1.0):
             raise ValueError(
-                f"clip_low must be in [0, 1/{most}) for {most} categories and clip_high in "
-                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low where there "
+                f"clip_low must be in [0, 1/{largest}) for {largest} categories and clip_high in "
+                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low if there "
                 "are many categories; 0 and 1 turn clipping off."
             )
-        check_positive(
-            "Lower ones give gradients nearer to those of a one-hot, and of higher variance; 0.5 is usual.",
-            temperature=self.temperature,
-        )
-
-    @property
-    def num_params(self) -> int:
-        """One logit for each category."""
-        return self.space.size
+        check_positive(temperature=self.temperature)
 
     def _vectors(self, params: Tensor) -> OneHotParts:
         clip = (self.clip_low, self.clip_high)
@@ -249,10 +198,10 @@ class Discrete(PolicyDistribution):
         return ClippedCategorical(self._checked(params), self.clip_low, self.clip_high)
 
     def clip_action(self, vector: Tensor, policy: OneHotParts) -> Tensor:
-        """Clip the one-hot of each part to the bounds of probabilities, among the allowed, and renormalise."""
-        # What was taken stays, even if the policy's mask says that it couldn't be.
+        """Clip the one-hot of each part as probabilities of the allowed categories are."""
+        # The category taken stays, even if the policy's mask forbids it.
         forbidden = (policy.probs[..., 0, :] == 0) & (vector == 0)
         split = (split_parts(x, self.space.sizes) for x in (vector, forbidden))
-        parts = zip(*split, strict=True)
         clip = (self.clip_low, self.clip_high)
-        return join_parts([clip_probabilities(part, *clip, mask) for part, mask in parts])
+        parts = [clip_probabilities(part, *clip, mask) for part, mask in zip(*split, strict=True)]
+        return join_parts(parts)

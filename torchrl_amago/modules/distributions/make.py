@@ -1,16 +1,16 @@
-"""A distribution for an action space, by name or the one that is usual for it."""
+"""A distribution for an action space: by name, or the usual one."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torchrl_amago._validation import check_choice
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions.base import PolicyDistribution
 from torchrl_amago.modules.distributions.bernoulli import Bernoulli
 from torchrl_amago.modules.distributions.beta import Beta
 from torchrl_amago.modules.distributions.categorical import Discrete
-from torchrl_amago.modules.distributions.tanh_gaussian import TanhGaussian
-from torchrl_amago.modules.distributions.tanh_mixture import TanhMixture
+from torchrl_amago.modules.distributions.squashed import TanhGaussian, TanhMixture
 
 DISTRIBUTIONS: dict[str, type[PolicyDistribution]] = {
     "discrete": Discrete,
@@ -39,16 +39,10 @@ def make_distribution(
     Example:
         >>> from torchrl.data import Bounded
         >>> space = ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(3,)))
-        >>> make_distribution(space).num_params
-        6
         >>> make_distribution(space, "tanh_mixture", num_modes=2).num_params
         14
     """
     fitting = [key for key, cls in DISTRIBUTIONS.items() if space.kind in cls.kinds]
     name = fitting[0] if name is None else name
-    if name not in fitting:
-        raise ValueError(
-            f"for {space.kind} actions the distribution must be one of {fitting}, got {name!r}. "
-            "Leave the name out for the first of them."
-        )
+    check_choice(f"the distribution of {space.kind} actions", name, fitting)
     return DISTRIBUTIONS[name](space, **options)

@@ -175,3 +175,16 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
             raise ValueError(f"entry {key!r} must end in {shape} for each step, {got}")
         # Not `0 * value`: an environment may write NaN.
         return torch.zeros_like(value) if key in self.hidden_keys else value
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile :meth:`encode` in place, with the arguments of :func:`torch.compile`.
+
+        Copies run eagerly until they are compiled themselves.
+        """
+        self.encode = torch.compile(self.encode, *args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Compiled code can't be copied; without it, a copy has the method of its class.
+        state = super().__getstate__()
+        state.pop("encode", None)
+        return state

@@ -1,0 +1,206 @@
+"""Gaussians squashed to (-1, 1) by tanh, and mixtures of them.
+
+Legend: A action size, N modes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, distributions
+from torch.nn.functional import softplus
+
+from torchrl_amago._validation import check_counts
+from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions._bounds import (
+    CLIP_ACTIONS,
+    Bound,
+    bounded,
+    check_bounds,
+    check_clip,
+)
+from torchrl_amago.modules.distributions.base import (
+    NO_SHAPE,
+    PolicyDistribution,
+    VectorDistribution,
+)
+
+
+def log_tanh_slope(x: Tensor) -> Tensor:
+    """Compute ``log(1 - tanh(x)^2)`` without cancellation, any shape."""
+    return 2.0 * (math.log(2.0) - x - softplus(-2.0 * x))
+
+
+class SquashedNormal(VectorDistribution):
+    """Independent Gaussians ``[..., A]`` of mean ``loc``, squashed to (-1, 1) by tanh.
+
+    TorchRL's ``TanhNormal`` is the same function but for the clipping; building one at every step
+    of a rollout costs more than all else here.
+    """
+
+    has_rsample = True
+
+    def __init__(
+        self, loc: Tensor, scale: Tensor, clip_actions: tuple[float, float] = CLIP_ACTIONS
+    ) -> None:
+        super().__init__(loc)
+        self.loc, self.scale, self.clip_actions = loc, scale, clip_actions
+
+    def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        return self._unsquashed(sample_shape).tanh()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        return self._log_prob_of_unsquashed(value.clamp(*self.clip_actions).atanh())
+
+    def entropy(self) -> Tensor:
+        """Entropy ``[...]``, nats, estimated from one sample, with gradient; nothing is clipped."""
+        return -self._log_prob_of_unsquashed(self._unsquashed(NO_SHAPE))
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """``tanh(loc)``, the median, ``[..., A]``."""
+        return self.loc.tanh()
+
+    def _unsquashed(self, sample_shape: torch.Size) -> Tensor:
+        shape = torch.Size([*sample_shape, *self.loc.shape])
+        return self.loc + self.scale * noise.standard_normal(shape, self.loc)
+
+    def _log_prob_of_unsquashed(self, x: Tensor) -> Tensor:
+        normal = distributions.Normal(self.loc, self.scale, validate_args=False)
+        return (normal.log_prob(x) - log_tanh_slope(x)).sum(-1)
+
+
+@dataclass(frozen=True)
+class TanhGaussian(PolicyDistribution):
+    """A squashed Gaussian for each number of a continuous action (arXiv 1801.01290, Appendix C).
+
+    Parameters are A means before tanh, then A numbers that become standard deviations.
+
+    Args:
+        std_low: lower bound of standard deviations.
+        std_high: upper bound; None for none (``"softplus"`` only).
+        std_bound: map of the numbers into the bounds, :func:`tanh_bounded` or
+            :func:`softplus_bounded`.
+        clip_actions: bounds that actions are clipped to before ``log_prob``.
+
+    Example:
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> policy_dist = TanhGaussian(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist(torch.zeros(3, 4)).rsample().shape
+        torch.Size([3, 2])
+    """
+
+    std_low: float = math.exp(-5.0)
+    std_high: float | None = math.exp(2.0)
+    std_bound: Bound = "tanh"
+    clip_actions: tuple[float, float] = CLIP_ACTIONS
+
+    kinds = ("continuous",)
+    differentiable, params_per_number = True, 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_bounds(self.std_low, self.std_high, self.std_bound, "std")
+        check_clip(self.clip_actions)
+
+    def _vectors(self, params: Tensor) -> SquashedNormal:
+        loc, raw_std = params.chunk(2, -1)
+        std = bounded(raw_std, self.std_bound, self.std_low, self.std_high)
+        return SquashedNormal(loc, std, self.clip_actions)
+
+
+class SquashedMixture(VectorDistribution):
+    """Mixture of N Gaussians over whole actions, squashed to (-1, 1) by tanh; no ``rsample``.
+
+    ``loc`` and ``scale`` are ``[..., N, A]``; ``logits`` ``[..., N]`` weigh the modes.
+    """
+
+    #: Smallest distance from -1 and 1 in ``log_prob``, and lower bound of tanh's slope there; from
+    #: the public AMAGO code.
+    EDGE = 1e-6
+
+    def __init__(self, loc: Tensor, scale: Tensor, logits: Tensor) -> None:
+        super().__init__(loc[..., 0, :])
+        normal = distributions.Normal(loc, scale, validate_args=False)
+        self.mixture = distributions.MixtureSameFamily(
+            distributions.Categorical(logits=logits, validate_args=False),
+            distributions.Independent(normal, 1, validate_args=False),
+            validate_args=False,
+        )
+
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        return self._unsquashed(sample_shape).tanh()
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        above, below = (1.0 + value).clamp_min(self.EDGE), (1.0 - value).clamp_min(self.EDGE)
+        log_slope = (1.0 - value.square() + self.EDGE).log()
+        return self.mixture.log_prob(0.5 * (above / below).log()) - log_slope.sum(-1)
+
+    def entropy(self) -> Tensor:
+        """Entropy ``[...]``, nats, estimated from one sample; its gradient is not the entropy's."""
+        x = self._unsquashed(NO_SHAPE)
+        return log_tanh_slope(x).sum(-1) - self.mixture.log_prob(x)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """Tanh of the mixture's mean before tanh, ``[..., A]``; between modes, if they differ."""
+        return self.mixture.mean.tanh()
+
+    def _unsquashed(self, sample_shape: torch.Size) -> Tensor:
+        normal = self.mixture.component_distribution.base_dist
+        with torch.no_grad():
+            mode = noise.categorical(self.mixture.mixture_distribution.probs, sample_shape)
+            index = mode[..., None, None].expand(*mode.shape, 1, *self.event_shape)
+            loc, scale = (
+                x.expand(*sample_shape, *x.shape).gather(-2, index).squeeze(-2)
+                for x in (normal.loc, normal.scale)
+            )
+            return loc + scale * noise.standard_normal(loc.shape, loc)
+
+
+@dataclass(frozen=True)
+class TanhMixture(PolicyDistribution):
+    """A mixture of squashed Gaussians, for data with several good ways to act; no ``rsample``.
+
+    Parameters are the means of each mode in turn (N x A), as many numbers that become standard
+    deviations, then N logits of the modes.
+
+    Args:
+        num_modes: N.
+        std_low: as ``std_high`` and ``std_bound``, see :class:`TanhGaussian`.
+
+    Example:
+        >>> from torchrl.data import Bounded
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> policy_dist = TanhMixture(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist.num_params, policy_dist(torch.zeros(25)).sample().shape
+        (25, torch.Size([2]))
+    """
+
+    num_modes: int = 5
+    std_low: float = 1e-4
+    std_high: float | None = None
+    std_bound: Bound = "softplus"
+
+    kinds = ("continuous",)
+    differentiable = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_counts("It is the number of Gaussians that are mixed.", num_modes=self.num_modes)
+        check_bounds(self.std_low, self.std_high, self.std_bound, "std")
+
+    @property
+    def num_params(self) -> int:
+        """Means and standard deviations of every mode, and the modes' logits."""
+        return self.num_modes * (2 * self.space.size + 1)
+
+    def _vectors(self, params: Tensor) -> SquashedMixture:
+        each = self.num_modes * self.space.size
+        raw_loc, raw_std, logits = params.split([each, each, self.num_modes], -1)
+        loc = raw_loc.unflatten(-1, (self.num_modes, self.space.size))
+        std = bounded(raw_std, self.std_bound, self.std_low, self.std_high).view_as(loc)
+        return SquashedMixture(loc, std, logits)
