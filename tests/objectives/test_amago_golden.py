@@ -74,7 +74,7 @@ def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
     }
     timestep = MLPTimestepEncoder(
         shapes,
-        hidden_size=hp["tstep"]["hidden_size"],
+        hidden_size=hp["tstep"]["d_hidden"],
         num_layers=hp["tstep"]["n_layers"],
         output_size=hp["tstep"]["d_output"],
     )
@@ -153,7 +153,7 @@ def build_trajectory_encoder(case: GoldenCase) -> TrajectoryEncoder:
         return GRUEncoder(
             hp["tstep"]["d_output"],
             d_model=traj["d_output"],
-            hidden_size=traj["hidden_size"],
+            hidden_size=traj["d_hidden"],
             num_layers=traj["n_layers"],
         )
     return TransformerEncoder(
