@@ -1,6 +1,6 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
-The direction is ``keys, action_space, _masking, _validation, _files <- rows, objectives.functional <- modules,
+The direction is ``keys, action_space, _cpu, _masking, _validation, _files <- rows, objectives.functional <- modules,
 envs, data <- offline, objectives <- evaluation, compat <- plots, trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
@@ -27,6 +27,7 @@ RANKS = {
     "_state_file": 1,
     "keys": 0,
     "action_space": 0,
+    "_cpu": 0,
     "_validation": 0,
     "_masking": 0,
     "rows": 1,

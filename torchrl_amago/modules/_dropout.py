@@ -7,6 +7,8 @@ from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.nn import functional as F
 
+from torchrl_amago._cpu import shared_dropout_bits
+
 _LEVELS = 1 << 16  # one 64-bit draw decides about four features
 
 
@@ -28,7 +30,7 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """
     if not training or p == 0.0:
         return x
-    if x.device.type != "cpu":
+    if not shared_dropout_bits(x):
         return F.dropout(x, p)
     make = _mask_op if torch.compiler.is_compiling() else _mask
     return x * make(x.detach(), p)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago._masking import is_traced
+from torchrl_amago._cpu import is_traced
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.trajectory.memory.streams import Memory, StreamTable, stream_of

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torchrl_amago._masking import is_traced
+from torchrl_amago._cpu import is_traced
 from torchrl_amago.modules._layers import StreamEmbedding, at_least_float32, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
 from torchrl_amago.modules.trajectory.kernels.mamba_kernels import MambaKernels, load_kernels

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from torchrl_amago._cpu import float32_attention
 from torchrl_amago._validation import check_positive
 from torchrl_amago.modules._layers import at_least_float32
 
@@ -235,7 +236,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **op
 
     The CPU kernel's backward takes up to 5 times as long in half precision, most of all where steps are few.
     """
-    if q.device.type != "cpu" or not (torch.is_grad_enabled() and q.requires_grad):
+    if not (float32_attention(q) and torch.is_grad_enabled() and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     mask = None if attn_mask is None else at_least_float32(attn_mask)
     with torch.autocast("cpu", enabled=False):

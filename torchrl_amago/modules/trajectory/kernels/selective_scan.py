@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from torchrl_amago._cpu import skip_empty_cuts
+
 # Elements of one segment's states on CPUs: four such tensors in float32 fit the caches of a core.
 _SEGMENT_ELEMENTS = 2**18
 
@@ -160,7 +162,7 @@ class _TimeMajor:
             return None
         cut_KB = self.is_init_TB[steps]
         # Most segments hold no start of a trial. On a GPU, asking would cost more than cutting.
-        if cut_KB.device.type == "cpu" and not cut_KB.any():
+        if skip_empty_cuts(cut_KB) and not cut_KB.any():
             return None
         return cut_KB[:, :, None, None]
 

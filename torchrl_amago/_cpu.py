@@ -1,0 +1,85 @@
+"""Computations that CPUs do by other means than GPUs, each behind a named predicate, and their switch.
+
+Every predicate is True for tensors on a CPU: there memory and random numbers are dear, and a branch
+on data is free, where a GPU would have to wait for it. :func:`cpu_paths` overrides the device, so that
+tests on a CPU run what a GPU runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from tensordict import is_batchedtensor
+from torch import Tensor
+
+_override: bool | None = None
+
+
+@contextmanager
+def cpu_paths(enabled: bool | None) -> Iterator[None]:
+    """Choose the CPU's computations on every device, or the GPU's.
+
+    Compiled functions compile again when the choice changes.
+
+    Args:
+        enabled: True for the CPU's, False for the GPU's, None for those of each tensor's device.
+
+    Example:
+        >>> with cpu_paths(False):
+        ...     float32_attention(torch.zeros(2))
+        False
+        >>> float32_attention(torch.zeros(2))
+        True
+    """
+    global _override
+    before, _override = _override, enabled
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def is_traced(x: Tensor) -> bool:
+    """Return True where no branch may depend on `x`: under `torch.compile`, `export` and `vmap`.
+
+    Example:
+        >>> is_traced(torch.zeros(2))
+        False
+    """
+    return torch.compiler.is_compiling() or is_batchedtensor(x)
+
+
+def float32_attention(x: Tensor) -> bool:
+    """Attend in float32 where gradients follow: half precision's backward takes up to 5 times as long."""
+    return _on_cpu(x)
+
+
+def shared_dropout_bits(x: Tensor) -> bool:
+    """Drop four features by one random number: torch's draws take longer than a matrix product."""
+    return _on_cpu(x)
+
+
+def skip_empty_cuts(x: Tensor) -> bool:
+    """Look whether a scan's segment has a reset before cutting it: most have none."""
+    return _on_cpu(x)
+
+
+def compact_batches(mask: Tensor) -> bool:
+    """Put a batch's real steps in one row: padding then costs nothing, but shapes depend on data."""
+    return _on_cpu(mask) and not is_traced(mask)
+
+
+def chunk_rows(x: Tensor) -> bool:
+    """Pass rows through a network in chunks that fit the caches."""
+    return _on_cpu(x) and not torch.compiler.is_compiling()
+
+
+def check_values(x: Tensor) -> bool:
+    """Check the values of indices before a look-up."""
+    return _on_cpu(x) and not is_traced(x)
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu" if _override is None else _override
