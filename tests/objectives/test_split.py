@@ -143,7 +143,9 @@ def test_a_flat_batch_must_tell_its_trials():
 
 def test_compiled_code_refuses_flat_batches(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(ValueError, match=r"Call split_trials\(batch\) before"):
+    with pytest.raises(
+        ValueError, match=r"unless it is compiled, flat ones.*Use split_trials\(batch\)"
+    ):
         make_loss()(in_one_row(marked_batch(), "flat"))
 
 

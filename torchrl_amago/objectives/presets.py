@@ -37,10 +37,7 @@ def amago_loss(
     """
     codec = value_codec if value_codec is not None else PopArt(len(policy.discounts))
     critic = make_critic(policy, value_codec=codec, **(critic_options or {}))
-    options = {"discounts": policy.discounts, **options}
-    return AMAGOLoss(
-        policy.encoder, policy.actor, critic, policy.distribution, value_codec=codec, **options
-    )
+    return AMAGOLoss(policy, critic, codec, **options)
 
 
 def amago2_loss(

@@ -76,12 +76,11 @@ def test_loss_is_the_squared_error_of_normalised_values_without_gradient_to_the_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"beta": 2.0}, r"beta must be in \(0, 1\), got 2.0. It is the step size"),
-        ({"beta": 0.0}, r"beta must be in \(0, 1\), got 0.0"),
-        ({"beta": float("nan")}, r"beta must be in \(0, 1\), got nan"),
+        ({"beta": 2.0}, r"beta must be in \[0, 1\], got 2.0"),
+        ({"beta": 0.0}, "beta must be positive, got 0.0"),
+        ({"beta": float("nan")}, "beta must be positive and finite, got nan"),
         ({"initial_nu": 0.0}, "initial_nu must be positive, got 0.0"),
-        ({"initial_nu": float("inf")}, "initial_nu must be positive, got inf. It is a finite mean"),
-        ({"initial_nu": float("nan")}, "initial_nu must be positive, got nan"),
+        ({"initial_nu": float("inf")}, "initial_nu must be positive and finite, got inf"),
         ({"num_discounts": 0}, "num_discounts must be at least 1, got 0"),
         ({"num_discounts": 1.5}, "num_discounts must be an integer of at least 1, got 1.5"),
     ],
