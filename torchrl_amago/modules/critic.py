@@ -11,23 +11,19 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
-from torchrl_amago._cpu import chunk_rows
+from torchrl_amago._cpu import in_chunks
 from torchrl_amago._validation import check_counts, check_fractions, check_positive
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._input_norm import PreciseBuffers
 from torchrl_amago.modules._layers import make_activation
 from torchrl_amago.modules._settings import Configurable
-
-#: Rows that pass through all layers together on a CPU: their intermediate results fit its caches
-#: and take memory that was used before, where fresh pages cost about as much as the products.
-CHUNK_ROWS = 2048
 
 
 class EnsembleLinear(Configurable, nn.Module):
@@ -204,35 +200,6 @@ class DiscreteCritic(CriticEnsemble):
         return value_MCX.reshape(*state.shape[:-1], *shape)
 
 
-def in_chunks(
-    function: Callable[[Tensor, Tensor], Tensor],
-    state: Tensor,
-    action: Tensor,
-    dim: int = 0,
-    rows: int = CHUNK_ROWS,
-) -> Tensor:
-    """Call ``function(state, action)`` on a CPU for some steps at a time.
-
-    Args:
-        function: from ``[M, ...]`` and ``[K, M, ...]`` to a tensor with M in dimension ``dim``.
-        state: ``[M, ...]``.
-        action: ``[K, M, ..., A]``.
-        dim: dimension along which results are joined.
-        rows: actions in a chunk, at least those of one step.
-
-    Example:
-        >>> add = lambda state, action: state + action.sum(-1)
-        >>> in_chunks(add, torch.arange(3), torch.ones(2, 3, 1), dim=1, rows=1)
-        tensor([[1., 2., 3.],
-                [1., 2., 3.]])
-    """
-    if not chunk_rows(state) or (num_actions := math.prod(action.shape[:-1])) <= rows:
-        return function(state, action)
-    steps = max(1, rows * len(state) // num_actions)
-    chunks = zip(state.split(steps), action.split(steps, 1), strict=True)
-    return torch.cat([function(*chunk) for chunk in chunks], dim)
-
-
 def discount_feature(discounts: Tensor) -> Tensor:
     """Compute critics' input ``symlog(1 / (1 - discount))``: the horizon in steps on a log scale.
 
@@ -283,9 +250,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         torch.Size([16, 5, 4, 3])
     """
 
-    #: See :func:`in_chunks`.
-    CHUNK_ROWS = CHUNK_ROWS
-
     discounts: Tensor
 
     def __init__(
@@ -324,7 +288,7 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         state_MD = state.reshape(batch.numel(), self.state_size)
         action_KMGA = action.reshape(samples.numel(), batch.numel(), *action.shape[-2:])
         action_KMGA = action_KMGA.expand(-1, -1, G, -1)
-        value_KMCGO = in_chunks(self._values, state_MD, action_KMGA, 1, self.CHUNK_ROWS)
+        value_KMCGO = in_chunks(self._values, state_MD, action_KMGA, dim=1)
         return value_KMCGO.reshape(*samples, *batch, self.num_critics, G, *self.event_shape)
 
     def _values(self, state_MD: Tensor, action_KMGA: Tensor) -> Tensor:

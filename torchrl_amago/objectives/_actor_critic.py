@@ -1,4 +1,4 @@
-"""A loss over an encoder, an actor and critics: their keys, parameters and calls.
+"""A loss over an encoder, an actor and critics: its keys, networks, calls and reduction.
 
 Legend: B batch, T steps, S = T + 1 states, D features, G discounts, A action size, K samples,
 M the steps that count, see :class:`~torchrl_amago._masking.Steps`.
@@ -6,10 +6,8 @@ M the steps that count, see :class:`~torchrl_amago._masking.Steps`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, TensorDictParams
@@ -21,7 +19,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice
-from torchrl_amago.modules.distributions import PolicyDistribution
+from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import ValueCodec
 from torchrl_amago.objectives._slice_batch import SliceBatch
 from torchrl_amago.objectives.functional import masked_mean
@@ -33,23 +31,12 @@ MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
 
 
-class PolicyParts(Protocol):
-    """The parts of a policy that a loss reads."""
-
-    encoder: TensorDictModuleBase
-    actor: TensorDictModuleBase
-    distribution: PolicyDistribution
-    discounts: Sequence[float]
-
-
 class ActorCriticLoss(LossModule):
-    """Keys, parameters and calls of the networks; a subclass writes the equations.
+    """Keys, parameters, calls and reduction of a loss; a subclass writes the equations.
 
-    Args:
-        policy: its encoder maps inputs of a step to a state, in recurrent mode; its actor maps the
-            state, and observations of its own, to action parameters.
-        critic: state, and actions if it takes them -> values. Actor and critics get targets.
-        value_codec: meaning of the critics' predictions.
+    The encoder maps inputs of a step to a state, in recurrent mode; the actor maps the state, and
+    observations of its own, to action parameters; critics map the state, and actions if they take
+    them, to values. Actor and critics get targets.
     """
 
     @dataclass
@@ -80,7 +67,7 @@ class ActorCriticLoss(LossModule):
     target_critic_network_params: TensorDictParams
 
     def __init__(
-        self, policy: PolicyParts, critic: TensorDictModuleBase, value_codec: ValueCodec
+        self, policy: Policy, critic: TensorDictModuleBase, value_codec: ValueCodec
     ) -> None:
         super().__init__()
         self.convert_to_functional(policy.encoder, "encoder_network", create_target_params=False)
@@ -122,6 +109,17 @@ class ActorCriticLoss(LossModule):
         """True if critics take the action as an input, False if they list the values of all."""
         # Not by the action's key: set_keys may name it only after the loss was made.
         return len(self.critic_network.in_keys) > 1
+
+    @property
+    def _moves_statistics(self) -> bool:
+        return self.training and torch.is_grad_enabled()
+
+    def reset_parameters_recursive(self) -> None:
+        """Draw all weights anew; targets start as their copies, statistics from their start."""
+        super().reset_parameters_recursive()
+        for name in ("actor_network_params", "critic_network_params"):
+            self._modules[f"target_{name}"].data.update_(self._modules[name].data)
+        self.value_codec.reset_parameters()
 
     # --- keys ---
 
@@ -169,7 +167,7 @@ class ActorCriticLoss(LossModule):
         return [key for key in read if not _as_tuple(key)[-1].startswith("_")]
 
     def _actor_keys(self) -> list[NestedKey]:
-        """Observations that go straight to the actor."""
+        """Return observations that the actor reads besides the state."""
         return [key for key in self.actor_network.in_keys if key != self._state_key]
 
     @property
@@ -177,19 +175,6 @@ class ActorCriticLoss(LossModule):
         written = self.encoder_network.out_keys
         shared = [key for key in self.actor_network.in_keys if key in written]
         return _own_name(self.tensor_keys.state, shared)
-
-    # --- parameters ---
-
-    def reset_parameters_recursive(self) -> None:
-        """Draw all weights anew; targets start as their copies, statistics from their start."""
-        super().reset_parameters_recursive()
-        for name in ("actor_network_params", "critic_network_params"):
-            self._modules[f"target_{name}"].data.update_(self._modules[name].data)
-        self.value_codec.reset_parameters()
-
-    @property
-    def _moves_statistics(self) -> bool:
-        return self.training and torch.is_grad_enabled()
 
     # --- calls ---
 
@@ -217,7 +202,7 @@ class ActorCriticLoss(LossModule):
         return self._run(self.encoder_network, self.encoder_network_params, inputs, self._state_key)
 
     def _head_inputs(self, batch: SliceBatch) -> tuple[HeadInputs, HeadInputs]:
-        """Return what actor and critics read at each step, and one step on, without gradient."""
+        """Return the heads' inputs at each step, and one step on, without gradient."""
         steps, state_BSD = batch.steps, self._encode(batch)
         inputs = {self._state_key: steps.select(state_BSD[:, :-1])}
         next_inputs = {self._state_key: steps.select(state_BSD[:, 1:]).detach()}
@@ -268,19 +253,18 @@ class ActorCriticLoss(LossModule):
     def _reduce(
         self, batch: SliceBatch, terms: dict[str, Tensor], metrics: dict[str, Tensor]
     ) -> TensorDict:
-        """Reduce unreduced losses to scalars, and put the metrics beside them."""
+        """Reduce unreduced losses over the steps that count, and put the metrics beside them."""
         mask_M, weight_M = batch.steps.mask, batch.importance(self.use_prioritized_weights)
         out = TensorDict(device=mask_M.device)
         for name, hook in (("loss_actor", self.actor_mask), ("loss_qvalue", self.critic_mask)):
             if name not in terms:
                 out.set(name, torch.zeros((), device=mask_M.device))
                 continue
-            term, weight = terms[name], None
+            term = terms[name]
             mask = expand_as_right(mask_M, term)
             if hook is not None:
                 mask = _edited(hook, batch, term, mask)
-            if weight_M is not None:
-                weight = expand_as_right(weight_M, term)
+            weight = None if weight_M is None else expand_as_right(weight_M, term)
             if self.reduction == "mean":
                 out.set(name, masked_mean(term, mask, weight))
                 continue
@@ -290,15 +274,13 @@ class ActorCriticLoss(LossModule):
         return out if self._selected_out_keys is None else out.select(*self.out_keys)
 
 
-@contextmanager
-def evaluating(loss: LossModule) -> Iterator[None]:
-    """Switch to evaluation mode for as long as this lasts."""
-    was_training = loss.training
-    loss.eval()
-    try:
-        yield
-    finally:
-        loss.train(was_training)
+def _edited(hook: MaskHook, batch: SliceBatch, term: Tensor, mask: Tensor) -> Tensor:
+    """Return the mask that a user's hook makes of the real steps; padding stays out."""
+    steps = batch.steps
+    full = steps.restore(mask.expand_as(term))
+    # A copy, since a hook may edit it in place, and the mask may be a view of the batch's.
+    copy = full.clone(memory_format=torch.contiguous_format)
+    return steps.select(hook(batch.tensordict, steps.restore(term.detach()), copy) & full)
 
 
 def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
@@ -308,12 +290,3 @@ def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
 
 def _as_tuple(key: NestedKey) -> tuple[str, ...]:
     return (key,) if isinstance(key, str) else tuple(key)
-
-
-def _edited(hook: MaskHook, batch: SliceBatch, term: Tensor, mask: Tensor) -> Tensor:
-    """Return the mask that a user's hook makes of the real steps; padding stays out."""
-    steps = batch.steps
-    full = steps.restore(mask.expand_as(term))
-    # A copy, since a hook may edit it in place, and the mask may be a view of the batch's.
-    copy = full.clone(memory_format=torch.contiguous_format)
-    return steps.select(hook(batch.tensordict, steps.restore(term.detach()), copy) & full)

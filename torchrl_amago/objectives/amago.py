@@ -17,16 +17,11 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torchrl.modules import set_recurrent_mode
 
+from torchrl_amago._cpu import in_chunks
 from torchrl_amago._validation import check_choice, check_counts, check_positive, name_of, pick
-from torchrl_amago.modules.critic import in_chunks
+from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec, ValueSpace
-from torchrl_amago.objectives._actor_critic import (
-    ActorCriticLoss,
-    HeadInputs,
-    MaskHook,
-    PolicyParts,
-    evaluating,
-)
+from torchrl_amago.objectives._actor_critic import ActorCriticLoss, HeadInputs, MaskHook
 from torchrl_amago.objectives._metrics import (
     POLICY_METRICS,
     VALUE_METRICS,
@@ -51,24 +46,24 @@ class AMAGOLoss(ActorCriticLoss):
 
     For every step of every slice, and every discount g at once:
 
-        s_0..s_T   = encoder(inputs of T + 1 steps)                 one sequence-model forward
-        V(s)       = average of Q(s, a) over the policy's actions    exact, or over samples
-        target     = r + ... + g^n V'(s_{t+n}),  V' = min over a random pair of target critics
-                                                      of V under the target actor
-        loss_qvalue = critic_coeff * codec.loss(Q_c(s, a), target)   (Q - target)^2, or classification
-        loss_actor  = - online_coeff  * min_c V_c(s), through the policy's actions alone
+        s_0..s_T    = encoder(inputs of T + 1 steps)                 one sequence-model forward
+        V(s)        = average of Q(s, a) over the policy's actions   exact, or over samples
+        target      = r + ... + g^n V'(s_{t+n}),    V' = min over a random pair of target critics
+                                                         of V under the target actor
+        loss_qvalue = critic_coeff * codec.loss(Q_c(s, a), target)   regression or classification
+        loss_actor  = - online_coeff  * min_c V_c(s)                 by the policy's actions alone
                       - offline_coeff * filter(Q(s, a) - V(s)) * log pi(a|s)
 
-    Critics either list the values of all actions (``state -> [*B, C, G, A, *]``) or take actions
+    Critics list the values of all actions (``state -> [*B, C, G, A, *]``) or take actions
     (``(state, action) -> [K, *B, C, G, *]``); the codec gives their predictions a meaning. Only
     ``terminated`` stops bootstrapping. Steps under a False mask have no influence. The encoder
-    learns from both losses; targets use the online encoder without gradient. :func:`amago_loss` and
+    learns from both losses; targets use the online encoder without gradient. Statistics of inputs
+    and targets move in training mode alone, and not under `torch.no_grad`. :func:`amago_loss` and
     :func:`amago2_loss` build the published choices.
 
     Batches are rows ``[B, T]`` or flat, ``[N]``. Rows of several trials or slices are split
     (:func:`~torchrl_amago.rows.split_trials`), except under `torch.compile`. Every next observation
-    is read: batches of TorchRL's `compact_obs=True`, which lack some, raise an error. Statistics of
-    inputs and targets move in training mode alone, and not under `torch.no_grad`.
+    is read; batches of TorchRL's `compact_obs=True`, which lack some, raise an error.
 
     Args:
         policy: a :class:`~torchrl_amago.modules.Policy`, or any object with its ``encoder``,
@@ -90,12 +85,12 @@ class AMAGOLoss(ActorCriticLoss):
             ``"normalized"`` values, or ``"value"``, reward units times ``reward_scale``.
         num_target_actions: samples of the target policy for V' if critics take actions.
         num_policy_actions: samples of the policy for V and the online term if critics take actions.
-        use_target_actor: let the target actor choose the TD target's actions.
+        use_target_actor: choose the TD target's actions by the target actor.
         clip_actions: clip a stored discrete action as the policy's probabilities are clipped (0.996
             and four times 0.001 of five actions) before critics read it, as the public AMAGO code
             does, so that stored and chosen actions are valued alike.
-        actor_mask: function that edits the mask ``[B, T, G]`` of the actor's loss. It gets a batch
-            that was split as rows of one trial each.
+        actor_mask: function that edits the mask ``[B, T, G]`` of the actor's loss. A batch that was
+            split comes as rows of one trial each.
         critic_mask: function that edits the mask ``[B, T, C, G]`` of the critics' loss.
         compact: run the heads and the equations on real steps alone, in one row, instead of on all
             of ``[B, T]``: the same numbers for less work if trials differ in length. Shapes then
@@ -111,8 +106,8 @@ class AMAGOLoss(ActorCriticLoss):
         batch gets each step's absolute TD error, the priority.
 
     Raises:
-        ValueError: for arguments out of range, critics or a codec that don't fit the policy, and
-            batches of a wrong shape or with data that would spoil the update.
+        ValueError: for arguments out of range, parts that don't fit together, and batches of a
+            wrong shape or with data that would spoil the update.
         TypeError: if weights are of half precision.
         KeyError: if the tensordict lacks an entry.
 
@@ -130,7 +125,7 @@ class AMAGOLoss(ActorCriticLoss):
 
     def __init__(
         self,
-        policy: PolicyParts,
+        policy: Policy,
         critic: TensorDictModuleBase,
         value_codec: ValueCodec | None = None,
         *,
@@ -239,11 +234,11 @@ class AMAGOLoss(ActorCriticLoss):
                 codec.update(target_MG, mask_M.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * codec.loss(prediction, target_MG)
             q_MCG = codec.raw_value(prediction.detach())
-            advantage_MG = self._advantage(q_MCG, v_MCG.detach(), self.filter_space)
+            advantage_MG = self._advantage(q_MCG, v_MCG, self.filter_space)
             weight_MG = self._imitation_weight(advantage_MG)
-            q_MCG = codec.to_space(q_MCG, "value")
-            seen = (q_MCG, target_MG, advantage_MG, weight_MG, mask_M)
-            values, td_error_M = value_metrics(codec, *seen, self.reward_scale, self._value_names)
+            terms_MG = (codec.to_space(q_MCG, "value"), target_MG, advantage_MG, weight_MG)
+            names, scale = self._value_names, self.reward_scale
+            values, td_error_M = value_metrics(codec, *terms_MG, mask_M, scale, names)
             metrics |= values
             tensordict.set(self.tensor_keys.priority, batch.restore(td_error_M))
 
@@ -274,15 +269,20 @@ class AMAGOLoss(ActorCriticLoss):
         """
         space, codec = filter_space or self.filter_space, self.value_codec
         check_choice("filter_space", space, get_args(ValueSpace))
-        with torch.no_grad(), set_recurrent_mode(True), evaluating(self):
-            batch = self._read(tensordict, compact=False)
-            inputs, _ = self._head_inputs(batch)
-            policy = self._policy(self.actor_network_params, inputs)
-            action_MA = batch.action(self.distribution.space)
-            prediction, v_MCG = self._online_values(inputs, action_MA, policy)
-            q_MCG = codec.raw_value(prediction)
-            weight_MG = self._imitation_weight(self._advantage(q_MCG, v_MCG, space))
-            q_MCG, v_MCG = codec.to_space(q_MCG, "value"), codec.to_space(v_MCG, "value")
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), set_recurrent_mode(True):
+                batch = self._read(tensordict, compact=False)
+                inputs, _ = self._head_inputs(batch)
+                policy = self._policy(self.actor_network_params, inputs)
+                action_MA = batch.action(self.distribution.space)
+                prediction, v_MCG = self._online_values(inputs, action_MA, policy)
+                q_MCG = codec.raw_value(prediction)
+                weight_MG = self._imitation_weight(self._advantage(q_MCG, v_MCG, space))
+                q_MCG, v_MCG = codec.to_space(q_MCG, "value"), codec.to_space(v_MCG, "value")
+        finally:
+            self.train(was_training)
         estimates = {
             "q_value": q_MCG.mean(-2),
             "value": v_MCG.mean(-2),
@@ -307,18 +307,17 @@ class AMAGOLoss(ActorCriticLoss):
         params, state_MD = self.critic_network_params, inputs[self._state_key]
         if self.clip_actions:
             action_MA = self.distribution.clip_action(action_MA, policy)
-        needs_grad = self.online_coeff > 0
-        if not self.takes_actions:
+        needs_grad = self.online_coeff > 0 and torch.is_grad_enabled()
+        if not self.takes_actions:  # one pass for both
             listed = self._predict(params, state_MD)
             probs_MGA = policy.probs if needs_grad else policy.probs.detach()
             v_MCG = expected_value(self.value_codec.raw_value(listed.detach()), probs_MGA)
             return self._of_action(listed, action_MA), v_MCG
         prediction = self._predict(params, state_MD, action_MA.unsqueeze(-2))
-        if not needs_grad:
-            return prediction, self._policy_value(params, state_MD, policy, self.num_policy_actions)
-        sample_KMGA = policy.rsample((self.num_policy_actions,))
-        sampled = self._predict(self._frozen(params), state_MD.detach(), sample_KMGA)
-        return prediction, self.value_codec.raw_value(sampled).mean(0)
+        with torch.set_grad_enabled(needs_grad):
+            params = self._frozen(params) if needs_grad else params
+            v_MCG = self._v(params, state_MD.detach(), policy, self.num_policy_actions)
+        return prediction, v_MCG
 
     def _of_action(self, listed: Tensor, action_MA: Tensor) -> Tensor:
         """Pick the predictions of an action, ``[M, C, G, A, *] -> [M, C, G, *]``."""
@@ -332,37 +331,31 @@ class AMAGOLoss(ActorCriticLoss):
         """Return detached critic parameters, which score the policy's own actions."""
         return params.detach()
 
-    def _policy_value(
+    def _v(
         self, params: TensorDictBase, state_MD: Tensor, policy: Distribution, num_samples: int
     ) -> Tensor:
-        """Return V(s), raw, ``[M, C, G]``, without gradient."""
+        """Return V(s), raw, ``[M, C, G]``: the average of Q(s, a) over the policy's actions."""
         raw_value = self.value_codec.raw_value
-        with torch.no_grad():  # a decorator would stop torch.compile
-            if not self.takes_actions:
-                return expected_value(raw_value(self._predict(params, state_MD)), policy.probs)
-            return in_chunks(
-                lambda state, action: raw_value(self._predict(params, state, action)).mean(0),
-                state_MD.detach(),
-                policy.sample((num_samples,)),
-            )
+        if not self.takes_actions:
+            return expected_value(raw_value(self._predict(params, state_MD)), policy.probs)
+        draw = policy.rsample if torch.is_grad_enabled() else policy.sample
+        return in_chunks(
+            lambda state, action: raw_value(self._predict(params, state, action)).mean(0),
+            state_MD,
+            draw((num_samples,)),
+        )
 
     @torch.no_grad()
     def _td_target(self, batch: SliceBatch, next_inputs: HeadInputs) -> Tensor:
         """Return TD targets in reward units times ``reward_scale``, ``[M, G]``."""
-        actor = (
-            self.target_actor_network_params if self.use_target_actor else self.actor_network_params
-        )
-        next_v_MCG = self._policy_value(
-            self.target_critic_network_params,
-            next_inputs[self._state_key],
-            self._policy(actor, next_inputs),
-            self.num_target_actions,
-        )
+        target = "target_" if self.use_target_actor else ""
+        next_policy = self._policy(getattr(self, f"{target}actor_network_params"), next_inputs)
+        params, next_state_MD = self.target_critic_network_params, next_inputs[self._state_key]
+        next_v_MCG = self._v(params, next_state_MD, next_policy, self.num_target_actions)
         next_v_MCG = self.value_codec.to_space(next_v_MCG, "value")
         *shape_M, C, G = next_v_MCG.shape
-        subset_MKG = draw_critic_subset(
-            (*shape_M, self.num_target_critics, G), C, next_v_MCG.device
-        )
+        shape = (*shape_M, self.num_target_critics, G)
+        subset_MKG = draw_critic_subset(shape, C, next_v_MCG.device)
         next_v_MG = reduce_ensemble(next_v_MCG, subset_MKG, self.target_reduction)
         # n-step sums follow a row's steps, so they are made where rows are whole.
         target_BTG = n_step_target(
