@@ -27,15 +27,7 @@ from torchrl_amago.modules._settings import Configurable
 
 
 class EnsembleLinear(Configurable, nn.Module):
-    """One linear layer per ensemble member, as a single batched product.
-
-    Args:
-        num_members: C.
-        in_features: size of the input.
-        out_features: size of the output.
-
-    Shapes:
-        ``[R, in]`` (the same input for all members) or ``[C, R, in]`` -> ``[C, R, out]``.
+    """One linear layer per ensemble member: ``[R, in]`` or ``[C, R, in]`` -> ``[C, R, out]``.
 
     Example:
         >>> EnsembleLinear(4, 8, 3)(torch.zeros(5, 8)).shape
@@ -75,8 +67,6 @@ class CriticEnsemble(Configurable, nn.Module):
         activation: name, see :func:`~torchrl_amago.modules._layers.make_activation`.
         dropout: rate after each hidden layer, in [0, 1).
 
-    Raises:
-        ValueError: if an argument is out of range.
     """
 
     not_settings = frozenset({"action_gain"})  # only of a critic's first weights
@@ -109,7 +99,7 @@ class CriticEnsemble(Configurable, nn.Module):
         self._output_bias: Tensor | None = None
         self.activation = make_activation(activation)
         if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
-            # Their backward needs the result alone, and the input is as large as all members' layers.
+            # Their backward needs the result alone, and the input is as large as all layers.
             self.activation.inplace = True
 
     def reset_parameters(self) -> None:
@@ -124,32 +114,20 @@ class CriticEnsemble(Configurable, nn.Module):
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
-        """Start every member's predictions from the same numbers, for all discounts and actions.
-
-        Call it before a loss makes its copies of the critic.
-
-        Args:
-            bias: ``[O]`` (``[1]`` for plain numbers), as a value codec's initial prediction.
-        """
+        """Start all predictions from the same numbers ``[O]``, before a loss copies the critic."""
         self._output_bias = bias
         self.out.bias.view(self.num_critics, -1, self.event_shape.numel()).copy_(bias)
 
     @torch.no_grad()
     def set_output_slope(self, slope: Tensor) -> None:
-        """Draw the last layer's weights anew, a value's outputs in proportion to ``slope``.
-
-        Call it before a loss makes its copies of the critic.
-
-        Args:
-            slope: ``[O]``, as a value codec's initial slope.
-        """
+        """Make a value's outputs proportional to ``slope [O]``, before a loss copies the critic."""
         self._output_slope = slope
         C, H, _ = self.out.weight.shape
         values_CHV1 = self.out.weight.view(C, H, -1, self.event_shape.numel())[..., :1].clone()
         self.out.weight.copy_((values_CHV1 * slope.to(values_CHV1)).flatten(2))
 
     def _activate(self, x: Tensor) -> Tensor:
-        """Activation and dropout; `x` may be overwritten."""
+        """Apply activation and dropout; `x` may be overwritten."""
         return dropout(self.activation(x), self.dropout, self.training)
 
     def _after_first(self, hidden_CRH: Tensor) -> Tensor:
@@ -163,17 +141,11 @@ class DiscreteCritic(CriticEnsemble):
     """Ensemble of MLPs from a state to the value of every action under every discount.
 
     Args:
-        state_size: D.
-        num_actions: A.
-        num_discounts: G.
-        num_critics: C.
+        state_size, num_actions, num_discounts, num_critics: D, A, G and C.
         options: other arguments, see :class:`CriticEnsemble`.
 
     Shapes:
         ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given.
-
-    Raises:
-        ValueError: if an argument is out of range.
 
     Example:
         >>> DiscreteCritic(8, num_actions=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -201,19 +173,15 @@ class DiscreteCritic(CriticEnsemble):
 
 
 def discount_feature(discounts: Tensor) -> Tensor:
-    """Compute critics' input ``symlog(1 / (1 - discount))``: the horizon in steps on a log scale.
+    """Compute critics' input ``symlog(1 / (1 - discount))``: the horizon on a log scale.
 
     Horizons are bounded by a million steps.
-
-    Args:
-        discounts: any shape, in [0, 1].
 
     Example:
         >>> discount_feature(torch.tensor([0.9, 0.999])).round(decimals=2)
         tensor([2.4000, 6.9100])
     """
-    horizon = 1.0 / (1.0 - discounts).clamp(1e-6, 1.0)
-    return symlog(horizon)
+    return symlog(1.0 / (1.0 - discounts).clamp(1e-6, 1.0))
 
 
 class ActionCritic(CriticEnsemble, PreciseBuffers):
@@ -225,10 +193,8 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
     critic, not for every sample and discount.
 
     Args:
-        state_size: D.
-        action_size: A.
+        state_size, action_size, num_critics: D, A and C.
         discounts: the policy's G discounts.
-        num_critics: C.
         clip_actions: bound on an action's numbers, so that their gradient is 0 beyond (0.999 in the
             public AMAGO code); None for none.
         action_gain: factor of the first weights of an action's numbers. Critics, above all those
@@ -292,6 +258,7 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         return value_KMCGO.reshape(*samples, *batch, self.num_critics, G, *self.event_shape)
 
     def _values(self, state_MD: Tensor, action_KMGA: Tensor) -> Tensor:
+        """Return values ``[K, M, C, G, O]``."""
         first = self.hidden[0]
         state_weight, weight = first.weight.split([self.state_size, 1 + self.action_size], 1)
         C, H = self.num_critics, weight.shape[-1]

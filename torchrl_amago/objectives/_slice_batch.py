@@ -24,26 +24,10 @@ LARGEST_REWARD = 1e12
 
 
 class SliceBatch:
-    """Slices of trials, ``[B, T]``.
+    """Slices of trials: the batch `given`, its `tensordict` in rows of one trial, and their `steps`.
 
     Flat batches, and rows that hold several trials, are split into rows of one trial each. Under
     `torch.compile` a row must hold one trial, and nothing of a batch's data is checked.
-
-    Args:
-        tensordict: the batch, ``[B, T]`` or ``[N]``.
-        tensor_keys: the loss's.
-        inputs: entries that encoder and actor read.
-        compact: see :class:`~torchrl_amago._masking.Steps`.
-        reward_scale: factor of rewards.
-        device: of the mask, if the batch has none.
-
-    Attributes:
-        given: the batch as it was given.
-        tensordict: the batch in rows of one trial each.
-        steps: the steps that count.
-
-    Raises:
-        ValueError: for batches of another shape, and for data that would spoil an update.
     """
 
     def __init__(
@@ -186,9 +170,7 @@ class SliceBatch:
 
 
 def _check_nan(inputs: Sequence[Tensor], mask_BT: Tensor) -> None:
-    is_nan_BT = torch.zeros_like(mask_BT)
-    for x in inputs:
-        is_nan_BT |= x.isnan().reshape(*mask_BT.shape, -1).any(-1) & mask_BT
+    is_nan_BT = sum(x.isnan().reshape(*mask_BT.shape, -1).any(-1) for x in inputs) * mask_BT > 0
     if is_nan_BT.any():
         raise ValueError(
             f"next observations must not be NaN, got NaN under next at {int(is_nan_BT.sum())} of "

@@ -63,7 +63,7 @@ class AMAGOLoss(ActorCriticLoss):
 
     Batches are rows ``[B, T]`` or flat, ``[N]``. Rows of several trials or slices are split
     (:func:`~torchrl_amago.rows.split_trials`), except under `torch.compile`. Every next observation
-    is read; batches of TorchRL's `compact_obs=True`, which lack some, raise an error.
+    is read, which batches of TorchRL's `compact_obs=True` lack.
 
     Args:
         policy: a :class:`~torchrl_amago.modules.Policy`, or any object with its ``encoder``,
@@ -83,14 +83,13 @@ class AMAGOLoss(ActorCriticLoss):
             critics are left alone).
         filter_space: space of the filter's advantages: ``"raw"`` critic outputs, the codec's
             ``"normalized"`` values, or ``"value"``, reward units times ``reward_scale``.
-        num_target_actions: samples of the target policy for V' if critics take actions.
-        num_policy_actions: samples of the policy for V and the online term if critics take actions.
+        num_target_actions: samples of the target policy for V', of critics that take actions.
+        num_policy_actions: samples of the policy for V and the online term, of such critics.
         use_target_actor: choose the TD target's actions by the target actor.
         clip_actions: clip a stored discrete action as the policy's probabilities are clipped (0.996
             and four times 0.001 of five actions) before critics read it, as the public AMAGO code
             does, so that stored and chosen actions are valued alike.
-        actor_mask: function that edits the mask ``[B, T, G]`` of the actor's loss. A batch that was
-            split comes as rows of one trial each.
+        actor_mask: function that edits the mask ``[B, T, G]`` of the actor's loss.
         critic_mask: function that edits the mask ``[B, T, C, G]`` of the critics' loss.
         compact: run the heads and the equations on real steps alone, in one row, instead of on all
             of ``[B, T]``: the same numbers for less work if trials differ in length. Shapes then
@@ -188,10 +187,7 @@ class AMAGOLoss(ActorCriticLoss):
 
     @property
     def settings(self) -> dict[str, str | float | bool | list[float] | None]:
-        """Options that change the loss but no shape of its weights, flat, as JSON values.
-
-        Functions appear by name. `compact`, which changes no number, is left out.
-        """
+        """Options that change the loss but no shape of its weights, flat, as JSON values."""
         arguments = inspect.signature(AMAGOLoss.__init__).parameters.values()
         options = {x.name for x in arguments if x.kind is x.KEYWORD_ONLY} - {"compact"}
         own = sorted(options & self.__dict__.keys())
@@ -254,9 +250,7 @@ class AMAGOLoss(ActorCriticLoss):
     def estimates(
         self, tensordict: TensorDictBase, filter_space: ValueSpace | None = None
     ) -> TensorDict:
-        """Compute values and advantages of a batch by the loss's own functions; update nothing.
-
-        Networks are in evaluation mode, without dropout, even while the loss is in training.
+        """Compute values and advantages of a batch, in evaluation mode; update nothing.
 
         Args:
             tensordict: slices ``[B, T]``, or flat, ``[N]``.
@@ -264,8 +258,7 @@ class AMAGOLoss(ActorCriticLoss):
 
         Returns:
             ``q_value``, ``value``, ``advantage`` in reward units times ``reward_scale`` (ensemble
-            means), ``q_value_std``, ``value_std`` over the ensemble, and ``filter``:
-            ``[*batch, G]``.
+            means), their ``q_value_std``, ``value_std``, and ``filter``: ``[*batch, G]``.
         """
         space, codec = filter_space or self.filter_space, self.value_codec
         check_choice("filter_space", space, get_args(ValueSpace))

@@ -17,16 +17,9 @@ class ValueCodec(nn.Module, abc.ABC):
     A critic predicts one entry of :attr:`event_shape` per value: ``()`` for a number, ``(Bins,)``
     for the logits of a classification. Shapes below write ``*event`` for it.
 
-    Averages of predictions (over actions or samples) are averages of :meth:`raw_value`, the one
-    number that each stands for. :meth:`to_space` turns such an average into any other space:
-
-    ============== ======================== ==============================
-    space          predicted numbers        predicted bins
-    ============== ======================== ==============================
-    ``raw``        the prediction itself    value in reward units
-    ``normalized`` value on a stable scale  value on a stable scale
-    ``value``      value in reward units    value in reward units
-    ============== ======================== ==============================
+    Averages over actions or samples are made of :meth:`raw_value`, one number for each prediction:
+    the predicted number itself, or the value of the bins. :meth:`to_space` turns an average into a
+    normalised value or one in reward units.
 
     Example:
         >>> class Plain(ValueCodec):
@@ -38,8 +31,6 @@ class ValueCodec(nn.Module, abc.ABC):
         ...         return (prediction - target.unsqueeze(-2)).square()
         >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
         tensor([9., 9.])
-        >>> Plain().event_shape
-        torch.Size([])
     """
 
     @property

@@ -17,9 +17,8 @@ from torchrl_amago.modules.value_codec.base import ValueCodec
 class PopArt(ValueCodec):
     """Scalar values, normalised per discount while outputs are preserved (arXiv 1602.07714).
 
-    Targets' first and second moments are moving averages whose step size is corrected for its
-    start; whenever they move, an affine map of the raw prediction moves along, so that
-    :meth:`decode` of an unchanged critic stays what it was:
+    Targets' first and second moments are moving averages, corrected for their start; an affine map
+    of the raw prediction moves along, so that :meth:`decode` of an unchanged critic stays the same:
 
         mu, nu   <- lerp(mu, mean(target)), lerp(nu, mean(target^2))
         weight   <- weight * sigma_old / sigma
@@ -65,7 +64,8 @@ class PopArt(ValueCodec):
         check_counts("Give the number of the policy's discounts.", num_discounts=num_discounts)
         check_positive("Use 5e-4 and 100, as published.", beta=beta, initial_nu=initial_nu)
         check_fractions("It is the step size of moving averages.", beta=beta)
-        self.beta, self.initial_nu, self.enabled = beta, initial_nu, enabled
+        self.num_discounts, self.beta = num_discounts, beta
+        self.initial_nu, self.enabled = initial_nu, enabled
         for name in ("mu", "nu", "weight", "bias"):
             self.register_buffer(name, torch.empty(num_discounts))
         self.register_buffer("count", torch.empty(()))
@@ -79,11 +79,6 @@ class PopArt(ValueCodec):
         self.bias.zero_()
         # Starts at 1, as in the public code: the first update moves half-way, not all the way.
         self.count.fill_(1.0)
-
-    @property
-    def num_discounts(self) -> int:
-        """Number of discounts, G."""
-        return len(self.mu)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,7 +96,7 @@ class PopArt(ValueCodec):
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Move the statistics, see :meth:`ValueCodec.update`."""
+        """Move the statistics towards targets, see :meth:`ValueCodec.update`."""
         if not self.enabled:
             return
         target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
