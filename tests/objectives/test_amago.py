@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -140,10 +142,13 @@ FORMS = [
 ]
 
 
-@pytest.mark.parametrize("form", FORMS, ids=str)
-@pytest.mark.parametrize("poison", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize(
+    ("form", "poison"),
+    [*((form, math.nan) for form in FORMS), *itertools.product(FORMS[::3], (math.inf, 1e30))],
+    ids=str,
+)
 @pytest.mark.parametrize("compact", [False, True])
-def test_what_padding_holds_changes_nothing(form, poison, compact):
+def test_padding_has_no_influence(form, poison, compact):
     actions = form.get("actions", "discrete")
     loss = make_loss(**form, compact=compact)
     clean, clean_grads = run(loss, make_batch(actions=actions))
@@ -309,8 +314,8 @@ def test_behaviour_cloning_leaves_critics_alone():
 
 
 @pytest.mark.parametrize("codec", ["popart", "two_hot"])
-def test_critics_that_list_or_take_actions_agree_on_the_softened_action(codec):
-    """Of equal predictions both kinds make equal losses: the plumbing around critics is one."""
+def test_critics_of_both_kinds_agree(codec):
+    """Equal predictions of both kinds give equal losses."""
     form = {"codec": codec, "online_coeff": 0.0, "advantage_filter": "binary"}
     losses = []
     for takes_actions in (False, True):
@@ -345,7 +350,7 @@ def test_action_masks(form, compact):
     allowed = torch.tensor([True, False, True, True])
     batch = masked_batch(allowed)
     batch["action"].zero_()
-    # Nobody acts in padding, and after the end nobody may.
+    # Action masks may be all False on padding and after the end.
     padding = ~batch["collector", "mask"]
     for td in (batch, batch["next"]):
         td["action_mask"][padding] = False
@@ -481,12 +486,12 @@ def test_bfloat16_autocast_stays_close():
 def test_learns_a_value_it_can_read_off():
     """Reward 1 at every step, discount 0.5: every value tends to 2, times the reward scale."""
     loss = make_loss(online_coeff=0.0, n_step=1)
-    optimizer = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=3e-3)
+    optimizer = torch.optim.Adam([p for p in loss.parameters() if p.requires_grad], lr=5e-3)
     batch = make_batch(masked=False)
     batch["next", "reward"].fill_(1.0)
     batch["next", "terminated"].zero_()
     target_update = SoftUpdate(loss, tau=0.2)
-    for _ in range(250):
+    for _ in range(120):
         total(loss(batch)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -516,7 +521,7 @@ def test_learns_a_value_it_can_read_off():
         ({"advantage_filter": "soft"}, "advantage_filter must be one of .*'binary'.* got 'soft'"),
     ],
 )
-def test_refuses_bad_arguments(options, message):
+def test_arguments_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         make_loss(**options)
 
@@ -531,14 +536,14 @@ def test_names_the_missing_entry():
     ("actions", "bad"),
     [("discrete", A), ("discrete", -1), ("continuous", 1.5), ("multi_binary", 2)],
 )
-def test_refuses_actions_outside_of_their_space(actions, bad):
+def test_actions_outside_of_their_space(actions, bad):
     loss, batch = make_loss(actions), make_batch(actions=actions)
     batch["action"][0, 0] = bad
     with pytest.raises(ValueError, match="1 stored actions of the batch are outside of their"):
         loss(batch)
 
 
-def test_refuses_rewards_of_several_numbers():
+def test_rewards_of_several_numbers():
     batch = make_batch()
     batch["next", "reward"] = torch.zeros(B, T, 2)
     with pytest.raises(RuntimeError, match=r"'\[3, 6\]' is invalid for input of size 36"):

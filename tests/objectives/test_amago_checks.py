@@ -1,4 +1,4 @@
-"""What AMAGOLoss refuses of batches and arguments, and what leaves a batch and the loss as they were."""
+"""Errors of AMAGOLoss, and calls that leave a batch and the loss unchanged."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from torchrl_amago.modules.distributions import Discrete
 
 
 @pytest.mark.parametrize("compact", [False, True])
-def test_refuses_a_real_step_behind_padding(compact):
+def test_a_real_step_behind_padding_raises(compact):
     loss, batch = make_loss(compact=compact), make_batch()
     left = batch["collector", "mask"].flip(1)
     hole = torch.ones(B, T, dtype=torch.bool)
@@ -86,7 +86,7 @@ def test_parts_that_do_not_fit(part, message):
         make_loss(**part)
 
 
-def test_refuses_batches_that_are_not_rows_of_steps():
+def test_batches_must_be_rows_of_steps():
     loss = make_loss()
     for batch in (make_batch()[0, 0], make_batch().unsqueeze(0)):
         for read in (loss, loss.estimates):
@@ -161,12 +161,12 @@ def test_a_single_critic_has_no_spread():
         ({"n_step": 2.5}, "n_step must be an integer of at least 1, got 2.5"),
     ],
 )
-def test_refuses_words_and_numbers_that_choose_nothing(options, message):
+def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         make_loss(**options)
 
 
-def test_estimates_refuse_a_space_that_there_is_not():
+def test_estimates_of_an_unknown_space():
     with pytest.raises(ValueError, match="filter_space must be one of .* got 'norm'"):
         make_loss().estimates(make_batch(), filter_space="norm")
 
@@ -181,7 +181,7 @@ def test_estimates_refuse_a_space_that_there_is_not():
         ("next", "missing under next"),
     ],
 )
-def test_names_whatever_entry_is_missing(key, message):
+def test_missing_entries_are_named(key, message):
     with pytest.raises(KeyError, match=message):
         make_loss()(make_batch().exclude(key))
 
@@ -195,7 +195,7 @@ def test_critics_may_read_the_action_by_another_name():
     assert torch.equal(total(run(loss, batch)[0]), expected)
 
 
-def test_refuses_batches_without_steps():
+def test_batches_without_steps_raise():
     for batch in (make_batch()[:, :0], make_batch().reshape(-1)[:0]):
         with pytest.raises(ValueError, match=r"at least one step, got the batch size \["):
             make_loss()(batch)
@@ -203,7 +203,7 @@ def test_refuses_batches_without_steps():
 
 @pytest.mark.parametrize("compact", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
-def test_refuses_masks_that_are_not_bool(compact, dtype):
+def test_masks_must_be_bool(compact, dtype):
     loss, batch = make_loss(compact=compact), make_batch()
     batch["collector", "mask"] = batch["collector", "mask"].to(dtype)
     for read in (loss, loss.estimates):
@@ -212,7 +212,7 @@ def test_refuses_masks_that_are_not_bool(compact, dtype):
 
 
 @pytest.mark.parametrize("reward", [1e19, -1e30, float("inf"), float("nan")])
-def test_refuses_rewards_whose_squares_overflow(reward):
+def test_rewards_whose_squares_overflow(reward):
     loss, batch = make_loss(), make_batch()
     batch["next", "reward"][2, 5] = reward  # padding
     assert total(loss(batch)).isfinite()
@@ -239,7 +239,7 @@ def test_the_largest_rewards_give_finite_losses(form):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("part", ["loss", "policy"])
-def test_refuses_weights_of_half_precision(part, dtype):
+def test_weights_of_half_precision_raise(part, dtype):
     loss, batch = make_loss(), make_batch()
     (loss if part == "loss" else loss.encoder_network).to(dtype)
     for read in (loss, loss.estimates):

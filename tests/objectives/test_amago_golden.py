@@ -1,8 +1,8 @@
 """The whole update against numbers recorded from the public AMAGO code.
 
-Where we differ on purpose, the test supplies the reference's choice: clipping by a norm that counts the
-frozen critic copy, targets synchronised before the optimiser step, a filter from other samples than the
-online term's. Random draws are the recorded ones.
+Differences by design are supplied by the test: clipping by a norm that counts the frozen critic
+copy, targets synchronised before the optimiser step, a filter from other samples than the online
+term's. Random draws are the recorded ones.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def supply_draws(
     mask = make_batch(case)["collector", "mask"]
 
     def here(x, first):
-        """What a recorded `[..., B, T + 1, ...]` says of the steps that count, from `first` on."""
+        """Select the steps that count, from `first` on, of a recorded `[..., B, T + 1, ...]`."""
         x = x[:, :, first : first + mask.shape[1]]
         return x[:, mask] if compact else x
 
@@ -278,7 +278,7 @@ def supply_draws(
 
 
 def samples_of_its_own(case: GoldenCase) -> bool:
-    """Whether the reference draws actions for V that aren't those of the online term."""
+    """True if the reference draws other actions for V than for the online term."""
     return (
         case.hyperparameters["cls"] == "MultiTaskAgent" and case.hyperparameters["online_coeff"] > 0
     )
@@ -430,7 +430,7 @@ def test_estimates(case):
             # An advantage is a small difference of large values: its noise is theirs.
             scale = case["eval/get_values/q_sa"].abs().max() if ours == "advantage" else None
             if ours.endswith("_std"):
-                # The reference estimates the spread of a population that the critics are drawn from.
+                # The reference estimates the spread of the population behind the critics.
                 expected = expected * (1.0 - 1.0 / case.hyperparameters["num_critics"]) ** 0.5
             assert_close(out[ours][mask], expected[mask], msg=ours, scale=scale)
             compared += 1
@@ -505,7 +505,7 @@ def _compare_all_weights(loss: AMAGOLoss, case: GoldenCase, prefix: str) -> None
 
 @pytest.mark.parametrize("case", cases(*[n for n in UPDATE_CASES if "multitask" in n]), ids=str)
 def test_advantage_from_recorded_samples(case, monkeypatch):
-    """AMAGO-2's filter, also where the reference draws other actions for it than for the online term."""
+    """AMAGO-2's filter, also if the reference draws other actions for it than online."""
     loss = build_loss(case, compact=False)
     hp, batch = case.hyperparameters, make_batch(case)
     kind = "onehot_sample" if hp["discrete"] else "action_sample"
@@ -513,7 +513,7 @@ def test_advantage_from_recorded_samples(case, monkeypatch):
     replace_samples(monkeypatch, loss, deque([case[f"rand/{kind}_1"][:, :, :steps]]))
     loss.online_coeff = 0.0
     if loss.training:
-        # The recorded states are those after an update of the inputs' statistics; estimates make none.
+        # The recorded states follow an update of the inputs' statistics; estimates make none.
         with set_recurrent_mode(True):
             loss._head_inputs(loss._read(batch, compact=False))
     out = loss.estimates(batch, filter_space="raw")

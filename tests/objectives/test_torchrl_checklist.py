@@ -1,7 +1,8 @@
 """The points of TorchRL's `LossModuleTestBase` (pytorch/rl, test/objectives), for AMAGOLoss.
 
-Unknown and renamed keys, keywords, selected outputs, resets, state dicts, garbage collection, reductions,
-which loss moves which network, exploration, target updates; logging by a stock trainer's loggers.
+Unknown and renamed keys, keywords, selected outputs, resets, state dicts, garbage collection,
+reductions, which loss moves which network, exploration, target updates; logging by a stock
+trainer's loggers.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ UNDER_NEXT = {"reward", "terminated", "done"}
 # --- keys ---
 
 
-def test_refuses_keys_that_it_does_not_know():
+def test_unknown_keys_raise():
     with pytest.raises(ValueError, match="unknown_key is not an accepted tensordict key"):
         make_loss().set_keys(unknown_key="test2")
 
@@ -393,7 +394,7 @@ def test_nothing_keeps_a_loss_alive():
     assert run_without_targets["q_value"].isfinite().all()
 
 
-def test_settings_tell_what_no_shape_does():
+def test_settings_hold_every_option():
     loss = make_loss()
     settings = loss.settings
     assert json.loads(json.dumps(settings)) == settings

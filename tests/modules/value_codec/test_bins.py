@@ -41,8 +41,8 @@ def everything(*shape: int) -> torch.Tensor:
 def targets_inside(codec: BinCodec, seed: int, count: int) -> torch.Tensor:
     """Values between the ends, spread over the bins."""
     generator = torch.Generator().manual_seed(seed)
-    share = torch.rand(count, generator=generator, dtype=codec.bins.dtype)
-    value = codec.bins[0] + share * (codec.bins[-1] - codec.bins[0])
+    fraction = torch.rand(count, generator=generator, dtype=codec.bins.dtype)
+    value = codec.bins[0] + fraction * (codec.bins[-1] - codec.bins[0])
     return F.symexp(value) if codec.symlog else value
 
 
@@ -129,7 +129,7 @@ def test_the_mean_is_taken_in_symlog_space():
 
 
 @every_codec
-def test_what_lies_outside_gets_the_label_of_the_end(cls):
+def test_targets_outside_get_the_label_of_the_end(cls):
     codec = make(cls)
     low, high = codec.encode(torch.tensor([-40.0, 90.0]))
     outside = codec.encode(torch.tensor([-40.5, -1e30, -math.inf, 90.5, 1e30, math.inf]))
@@ -263,22 +263,22 @@ def test_padding_has_no_effect_and_an_all_masked_batch_moves_nothing(cls):
 
 
 @every_codec
-def test_targets_outside_are_counted_and_told_of_once(cls):
+def test_targets_outside_are_counted_and_warned_of_once(cls):
     codec = make(cls)
     target = torch.tensor([[[-41.0, 5.0, 91.0], [math.inf, math.nan, -1e9], [1e3, 1e3, 1e3]]])
     mask = torch.tensor([[[True], [True], [False]]])
     with pytest.warns(
         UserWarning, match=r"4 TD targets so far lie outside of \[-40, 90\].*Widen"
-    ) as told:
+    ) as caught:
         codec.update(target, mask)
-    assert [warning.filename for warning in told] == [__file__]
+    assert [warning.filename for warning in caught] == [__file__]
     assert codec.num_outside == 4
     for _ in range(2 * codec.UPDATES_PER_CHECK):  # would raise if it warned again
         codec.update(target, mask)
     assert codec.num_outside == 4 * (2 * codec.UPDATES_PER_CHECK + 1)
 
 
-def test_a_late_target_outside_is_told_of_at_the_next_check(monkeypatch):
+def test_a_late_target_outside_warns_at_the_next_check(monkeypatch):
     monkeypatch.setattr(TwoHot, "UPDATES_PER_CHECK", 3)
     codec = make(TwoHot)
     codec.update(torch.zeros(1, G), everything(1))
@@ -319,7 +319,7 @@ def test_initial_bias_predicts_the_initial_value(cls, symlog):
     )
 
 
-def test_no_initial_bias_unless_asked_for():
+def test_no_initial_bias_by_default():
     assert make(TwoHot).initial_bias() is None
     assert PopArt(G).initial_bias() is None
     assert PopArt(G).event_shape == ()
@@ -332,7 +332,7 @@ def test_initial_slope_orders_the_bins(cls):
     torch.testing.assert_close(slope.diff(), torch.full((len(slope) - 1,), 20 / (len(slope) - 1)))
 
 
-def test_no_initial_slope_unless_asked_for():
+def test_no_initial_slope_by_default():
     assert make(TwoHot).initial_slope() is None
     assert PopArt(G).initial_slope() is None
 

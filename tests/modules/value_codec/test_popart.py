@@ -15,7 +15,7 @@ def _mask(*flags: int) -> torch.Tensor:
 
 
 @given(seed=st.integers(0, 2**31), scale=st.floats(0.1, 1e3), updates=st.integers(1, 5))
-def test_update_preserves_what_an_unchanged_critic_decodes_to(seed, scale, updates):
+def test_updates_preserve_decoded_values(seed, scale, updates):
     generator = torch.Generator().manual_seed(seed)
     codec = PopArt(num_discounts=3, beta=0.05).double()
     prediction = torch.randn(2, 4, 4, 3, generator=generator, dtype=torch.float64)
