@@ -79,14 +79,7 @@ def n_step_target(
 
 
 def expected_value(q: Tensor, probs: Tensor) -> Tensor:
-    """Compute V(s) = sum_a pi(a|s) Q(s, a) for every critic and discount.
-
-    Args:
-        q: ``[..., C, G, A]``.
-        probs: ``[..., G, A]``.
-
-    Returns:
-        ``[..., C, G]``.
+    """Compute V(s) = sum_a pi(a|s) Q(s, a): ``[..., C, G, A], [..., G, A] -> [..., C, G]``.
 
     Example:
         >>> expected_value(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.25, 0.75]]))

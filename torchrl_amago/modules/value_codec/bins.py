@@ -125,9 +125,8 @@ class BinCodec(ValueCodec):
     def settings(self) -> dict[str, Any]:
         """Kind, range, spacing, and those of ``popart``."""
         low, high = self.bins[[0, -1]].tolist()
-        popart = {f"popart.{name}": value for name, value in self.popart.settings.items()}
-        range_of_bins = {"lowest_bin": low, "highest_bin": high, "symlog": self.symlog}
-        return {**super().settings, **range_of_bins, **popart}
+        bins = {"lowest_bin": low, "highest_bin": high, "symlog": self.symlog}
+        return super().settings | bins | {f"popart.{k}": v for k, v in self.popart.settings.items()}
 
     def reset_parameters(self) -> None:
         """Reset the statistics and the counter."""
@@ -235,7 +234,7 @@ class TwoHot(BinCodec):
         return -(weight_1G2 * log_prob_CG2).sum(-1)
 
     def _bin_below(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the index of the bin below each target, and the label's weight of the one above."""
+        """Return the bin below each target, and the label's weight of the one above."""
         value_G = self._to_bin_space(target)
         bins_N = self.bins.to(value_G.dtype)
         # Searching inner bins only keeps the index valid, for a NaN too.
