@@ -13,6 +13,8 @@ from tensordict.nn import TensorDictModule, TensorDictSequential
 from torchrl.data import Binary, Bounded, Categorical, MultiCategorical, OneHot
 from torchrl.objectives import SoftUpdate
 
+from torchrl_amago import _cpu
+from torchrl_amago._cpu import cpu_paths
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules import (
     ActionCritic,
@@ -198,6 +200,20 @@ def test_an_all_masked_batch_warns_gives_zero_and_moves_no_statistic(compact):
     for name, buffer in loss.value_codec.named_buffers():
         assert torch.equal(buffer, codec[name]), name
     assert torch.equal(loss.encoder_network_params["module", "0", "input_norm", "mu"], norm)
+
+
+@pytest.mark.parametrize("form", [FORMS[2], FORMS[3], FORMS[4]], ids=str)
+def test_chunks_of_steps_change_no_number(form, monkeypatch):
+    """The CPU's few steps at a time, and the GPU's whole batch."""
+    batch = make_batch(actions=form["actions"])
+    with cpu_paths(False):
+        whole, whole_grads = run(make_loss(**form, compact=False), batch.clone())
+    monkeypatch.setattr(_cpu, "CHUNK_ROWS", 5)
+    chunked, grads = run(make_loss(**form, compact=False), batch.clone())
+    for name, value in whole.items():
+        torch.testing.assert_close(chunked[name], value, msg=name)
+    for one, other in zip(grads, whole_grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("n_step", [1, 4])

@@ -176,5 +176,5 @@ def _check_nan(inputs: Sequence[Tensor], mask_BT: Tensor) -> None:
             f"next observations must not be NaN, got NaN under next at {int(is_nan_BT.sum())} of "
             f"{int(mask_BT.sum())} steps. TorchRL's compact_obs=True drops observations, and "
             "NextStateReconstructor can't restore them at the end of a slice: collect with "
-            "compact_obs=False. make_trial_buffer stores each observation once all the same."
+            "compact_obs=False."
         )
