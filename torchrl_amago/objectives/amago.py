@@ -19,6 +19,7 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_amago._cpu import in_chunks
 from torchrl_amago._validation import check_choice, check_counts, check_positive, name_of, pick
+from torchrl_amago.modules._settings import flatten
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec, ValueSpace
 from torchrl_amago.objectives._actor_critic import ActorCriticLoss, HeadInputs, MaskHook
@@ -188,28 +189,26 @@ class AMAGOLoss(ActorCriticLoss):
     @property
     def settings(self) -> dict[str, str | float | bool | list[float] | None]:
         """Options that change the loss but no shape of its weights, flat, as JSON values."""
-        arguments = inspect.signature(AMAGOLoss.__init__).parameters.values()
-        options = {x.name for x in arguments if x.kind is x.KEYWORD_ONLY} - {"compact"}
-        own = sorted(options & self.__dict__.keys())
+        options = vars(self).keys() & inspect.getfullargspec(AMAGOLoss.__init__).kwonlyargs
+        critic = getattr(self.critic_network, "module", None)
         parts = {
             "distribution": self.distribution.settings,
             "value_codec": self.value_codec.settings,
-            "critic": getattr(getattr(self.critic_network, "module", None), "settings", {}),
+            "critic": getattr(critic, "settings", {}),
         }
         return {
             "discounts": [float(f"{discount:.7g}") for discount in self.discounts.tolist()],
             "advantage_filter": name_of(self.filter),
-            **{name: name_of(getattr(self, name)) for name in own},
-            **{f"{part}.{k}": v for part, settings in parts.items() for k, v in settings.items()},
+            # `compact` changes no number.
+            **{name: name_of(getattr(self, name)) for name in sorted(options - {"compact"})},
+            **flatten(parts),
         }
 
     @property
     def out_keys_source(self) -> list[str]:
         """Entries that can be selected."""
-        metrics = [*POLICY_METRICS]
-        if self.uses_critic:
-            metrics += [*VALUE_METRICS, *self._value_names]
-        return list(dict.fromkeys(["loss_actor", "loss_qvalue", *metrics]))
+        values = (*VALUE_METRICS, *self._value_names) if self.uses_critic else ()
+        return list(dict.fromkeys(["loss_actor", "loss_qvalue", *POLICY_METRICS, *values]))
 
     @dispatch(source="_dispatch_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

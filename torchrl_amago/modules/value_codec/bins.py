@@ -188,9 +188,9 @@ class BinCodec(ValueCodec):
         return torch.promote_types(x.dtype, torch.float32)
 
     def _warn_of_targets_outside(self) -> None:
-        due = self._num_updates % self.UPDATES_PER_CHECK == 0
+        is_due = self._num_updates % self.UPDATES_PER_CHECK == 0
         self._num_updates += 1
-        if self._has_warned or not due or not self.num_outside:
+        if self._has_warned or not is_due or not self.num_outside:
             return
         self._has_warned = True
         ends = self.bins[[0, -1]]
