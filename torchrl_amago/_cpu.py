@@ -87,7 +87,7 @@ def in_chunks(
     action: Tensor,
     dim: int = 0,
 ) -> Tensor:
-    """Call ``function(state, action)`` on a CPU for some steps at a time, of `CHUNK_ROWS` actions.
+    """Call ``function(state, action)`` on a CPU for `CHUNK_ROWS` actions at a time.
 
     Args:
         function: from ``[M, ...]`` and ``[K, M, ..., A]`` to a tensor with M in dimension `dim`.

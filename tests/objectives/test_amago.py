@@ -56,14 +56,14 @@ def make_loss(
     critic: CriticEnsemble | None = None,
     action_key: str = "action_vector",
     discounts: tuple[float, ...] = DISCOUNTS,
+    num_layers: int = 2,
     **options,
 ) -> AMAGOLoss:
     torch.manual_seed(1)
     shapes = {"observation": (5,), "prev_reward": (1,), "prev_action": (A,)}
     timestep = MLPTimestepEncoder(shapes, hidden_size=D, output_size=D)
-    trajectory = TransformerEncoder(
-        D, context_length=T, d_model=D, num_heads=2, num_layers=2, dropout_ff=0.0, dropout_emb=0.0
-    )
+    sizes = {"d_model": D, "num_heads": 2, "num_layers": num_layers}
+    trajectory = TransformerEncoder(D, context_length=T, dropout_ff=0.0, dropout_emb=0.0, **sizes)
     space = ActionSpace.from_spec(SPECS[actions])
     policy = make_distribution(space, distribution)
     actor = actor or Actor(

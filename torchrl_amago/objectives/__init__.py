@@ -1,4 +1,4 @@
-"""The objective: the loss in ``amago``, its mathematics in ``functional``, its choices in ``presets``.
+"""The objective: the loss in ``amago``, its mathematics in ``functional``, choices in ``presets``.
 
 ``_actor_critic`` holds a loss's keys, networks and reduction, ``_slice_batch`` reads batches,
 ``_metrics`` computes the logged numbers.

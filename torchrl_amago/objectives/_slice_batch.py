@@ -24,7 +24,7 @@ LARGEST_REWARD = 1e12
 
 
 class SliceBatch:
-    """Slices of trials: the batch `given`, its `tensordict` in rows of one trial, and their `steps`.
+    """Slices of trials: the batch `given`, its `tensordict` in rows of one trial, their `steps`.
 
     Flat batches, and rows that hold several trials, are split into rows of one trial each. Under
     `torch.compile` a row must hold one trial, and nothing of a batch's data is checked.
@@ -42,9 +42,9 @@ class SliceBatch:
         is_compiling, shape = torch.compiler.is_compiling(), tensordict.shape
         if len(shape) not in (1, 2) or 0 in shape[-1:] or (len(shape) == 1 and is_compiling):
             raise ValueError(
-                "the loss reads batches [B, T] of slices and, unless it is compiled, flat ones [N], "
-                f"of at least one step, got the batch size {list(shape)}. Use split_trials(batch) or "
-                "batch.reshape(-1, T)."
+                "the loss reads batches [B, T] of slices and, unless it is compiled, flat ones "
+                f"[N], of at least one step, got the batch size {list(shape)}. Use "
+                "split_trials(batch) or batch.reshape(-1, T)."
             )
         self.given = self.tensordict = tensordict
         self.keys, self._index_RL = tensor_keys, None

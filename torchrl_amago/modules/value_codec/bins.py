@@ -140,7 +140,7 @@ class BinCodec(ValueCodec):
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Move the statistics, see :meth:`ValueCodec.update`; count targets outside of the range."""
+        """Move the statistics, see :meth:`ValueCodec.update`; count targets out of range."""
         self.popart.update(target, mask)
         value = self._to_bin_space(target)
         # A return that is exactly the highest possible is inside, whatever rounding says.
