@@ -7,12 +7,17 @@ the device, so that tests on a CPU run the GPU's branches.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from tensordict import is_batchedtensor
 from torch import Tensor
+
+#: Rows that pass through a network together: their intermediate results fit the caches and take
+#: memory that was used before, where fresh pages cost about as much as the products.
+CHUNK_ROWS = 2048
 
 _override: bool | None = None
 
@@ -74,6 +79,33 @@ def compact_batches(mask: Tensor) -> bool:
 def chunk_rows(x: Tensor) -> bool:
     """Pass rows through a network in chunks that fit the caches."""
     return _on_cpu(x) and not torch.compiler.is_compiling()
+
+
+def in_chunks(
+    function: Callable[[Tensor, Tensor], Tensor],
+    state: Tensor,
+    action: Tensor,
+    dim: int = 0,
+) -> Tensor:
+    """Call ``function(state, action)`` on a CPU for `CHUNK_ROWS` actions at a time.
+
+    Args:
+        function: from ``[M, ...]`` and ``[K, M, ..., A]`` to a tensor with M in dimension `dim`.
+        state: ``[M, ...]``.
+        action: ``[K, M, ..., A]``.
+        dim: dimension along which results are joined.
+
+    Example:
+        >>> add = lambda state, action: state + action.sum(-1)
+        >>> in_chunks(add, torch.arange(3), torch.ones(2, 3, 1), dim=1)
+        tensor([[1., 2., 3.],
+                [1., 2., 3.]])
+    """
+    if not chunk_rows(state) or (num_actions := math.prod(action.shape[:-1])) <= CHUNK_ROWS:
+        return function(state, action)
+    steps = max(1, CHUNK_ROWS * len(state) // num_actions)
+    chunks = zip(state.split(steps), action.split(steps, 1), strict=True)
+    return torch.cat([function(*chunk) for chunk in chunks], dim)
 
 
 def check_values(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
+from torchrl_amago import _cpu
 from torchrl_amago.modules.critic import (
     ActionCritic,
     CriticEnsemble,
@@ -84,11 +85,12 @@ def test_equals_the_plain_ensemble(
         num_layers=num_layers,
         activation=activation,
     ).double()
-    critic.CHUNK_ROWS = rows_at_once
     state = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
     shape = (*samples, *batch, 1 if shared else G, A)
     action = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    value = critic(state, action)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cpu, "CHUNK_ROWS", rows_at_once)
+        value = critic(state, action)
     event = () if num_outputs is None else (num_outputs,)
     assert value.shape == (*samples, *batch, C, G, *event)
     expected = plain_action_values(critic, state, action, activation)
@@ -136,13 +138,13 @@ def test_gradient_of_the_action_alone():
 
 @pytest.mark.parametrize("activation", ["leaky_relu", "relu"])
 @pytest.mark.parametrize("rows_at_once", [1000, 10**6])
-def test_memory(activation, rows_at_once):
+def test_memory(activation, rows_at_once, monkeypatch):
     """Kept for the backward pass: one tensor of all rows per hidden layer, no input of all rows."""
     hidden, steps, samples, layers = 32, 50, 5, 3
     critic = ActionCritic(
         64, A, DISCOUNTS, C, hidden_size=hidden, num_layers=layers, activation=activation
     )
-    critic.CHUNK_ROWS = rows_at_once
+    monkeypatch.setattr(_cpu, "CHUNK_ROWS", rows_at_once)
     inputs = [torch.randn(steps, 64), torch.randn(samples, steps, G, A)]
     known = {x.untyped_storage().data_ptr() for x in [*inputs, *critic.parameters()]}
     kept: dict[int, Tensor] = {}
@@ -201,7 +203,7 @@ def test_set_output_bias(kind, num_outputs):
     assert torch.equal(value, expected.expand_as(value))
     assert critic.out.bias.data_ptr() == pointer
     assert critic.out.bias.requires_grad
-    with pytest.raises(ValueError, match=r"each output of a value, \(\d,\), got the shape \(2,\)"):
+    with pytest.raises(RuntimeError, match="shape|size"):
         critic.set_output_bias(torch.zeros(2))
 
 
@@ -217,7 +219,7 @@ def test_set_output_slope(cls):
     assert first_CHV1.unique().numel() == first_CHV1.numel()
     assert first_CHV1.abs().max() <= 2 / math.sqrt(8)
     assert critic.out.weight.requires_grad
-    with pytest.raises(ValueError, match=r"the slope must hold one number .*got the shape \(2,\)"):
+    with pytest.raises(RuntimeError, match="size"):
         critic.set_output_slope(torch.zeros(2))
 
 
@@ -342,11 +344,9 @@ def test_wrong_arguments():
         ActionCritic(D, A, DISCOUNTS, num_critics=0)
     with pytest.raises(ValueError, match="num_outputs must be at least 1, got 0"):
         DiscreteCritic(D, 5, G, num_outputs=0)
-    with pytest.raises(ValueError, match=r"numbers in \[0, 1\), got \(0.9, 1.0\)"):
-        ActionCritic(D, A, (0.9, 1.0))
-    with pytest.raises(ValueError, match="one or more numbers"):
-        ActionCritic(D, A, ())
-    with pytest.raises(ValueError, match="clip_actions must be above 0, got 0"):
+    with pytest.raises(ValueError, match=r"discount must be in \[0, 1\], got 1.1"):
+        ActionCritic(D, A, (0.9, 1.1))
+    with pytest.raises(ValueError, match="clip_actions must be positive, got 0"):
         ActionCritic(D, A, DISCOUNTS, clip_actions=0)
     with pytest.raises(ValueError, match="action_gain must be positive, got 0"):
         ActionCritic(D, A, DISCOUNTS, action_gain=0)

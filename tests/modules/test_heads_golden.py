@@ -15,6 +15,7 @@ from tests.golden_weights import (
     popart_buffers,
     residual_actor_weights,
 )
+from torchrl_amago import _cpu
 from torchrl_amago.modules import BilevelEpsilonGreedy, ClippedCategorical, PopArt
 from torchrl_amago.modules.actor import Actor, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, discount_feature
@@ -83,10 +84,10 @@ def test_discrete_critic():
     "case", cases("modules/ncritics_continuous", "modules/ncritics_twohot_*"), ids=str
 )
 @pytest.mark.parametrize("rows_at_once", [1, 2048])
-def test_action_critic(case, rows_at_once):
+def test_action_critic(case, rows_at_once, monkeypatch):
     hp = case.hyperparameters
     critic = ActionCritic(hp["state_dim"], hp["action_dim"], hp["gammas"], **_options(case))
-    critic.CHUNK_ROWS = rows_at_once
+    monkeypatch.setattr(_cpu, "CHUNK_ROWS", rows_at_once)
     _load(critic, critic_weights(case, "w/"))
     state, action = case["in/state"].requires_grad_(), case["in/action"].requires_grad_()
     value = critic(state, action)  # [K, B, T, C, G] and perhaps bins

@@ -1,14 +1,15 @@
 """The whole update against numbers recorded from the public AMAGO code.
 
-Where we differ on purpose, the test supplies the reference's choice: clipping by a norm that counts the
-frozen critic copy, targets synchronised before the optimiser step, a filter from other samples than the
-online term's. Random draws are the recorded ones.
+Differences by design are supplied by the test: clipping by a norm that counts the frozen critic
+copy, targets synchronised before the optimiser step, a filter from other samples than the online
+term's. Random draws are the recorded ones.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ from torchrl_amago.modules import (
 from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions import make_distribution
 from torchrl_amago.objectives import AMAGOLoss, amago, exponential_filter
-from torchrl_amago.objectives._critics import ListedActions
+from torchrl_amago.objectives.functional import expected_value
 
 # One update by hand needs no target updater; TorchRL warns of its absence.
 pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
@@ -74,7 +75,7 @@ def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
     }
     timestep = MLPTimestepEncoder(
         shapes,
-        hidden_size=hp["tstep"]["hidden_size"],
+        hidden_size=hp["tstep"]["d_hidden"],
         num_layers=hp["tstep"]["n_layers"],
         output_size=hp["tstep"]["d_output"],
     )
@@ -91,17 +92,17 @@ def build_loss(case: GoldenCase, compact: bool = True) -> AMAGOLoss:
     else:
         critic = DiscreteCritic(size, action_size, num_discounts, **options)
     actor = Actor(size, distribution.num_params, num_discounts, hidden_size=hp["actor_d_hidden"])
-    loss = AMAGOLoss(
-        TensorDictSequential(timestep, trajectory),
-        TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"]),
-        TensorDictModule(
-            critic,
-            in_keys=["state", "action_vector"] if takes_actions else ["state"],
-            out_keys=["action_value"],
-        ),
-        distribution,
-        value_codec=codec,
+    policy = SimpleNamespace(
+        encoder=TensorDictSequential(timestep, trajectory),
+        actor=TensorDictModule(actor, in_keys=["state"], out_keys=["action_params"]),
+        distribution=distribution,
         discounts=hp["gammas"],
+    )
+    critic_keys = ["state", "action_vector"] if takes_actions else ["state"]
+    loss = AMAGOLoss(
+        policy,
+        TensorDictModule(critic, in_keys=critic_keys, out_keys=["action_value"]),
+        codec,
         num_target_critics=hp["num_critics_td"],
         n_step=hp["n_step"],
         reward_scale=hp["reward_multiplier"],
@@ -153,7 +154,7 @@ def build_trajectory_encoder(case: GoldenCase) -> TrajectoryEncoder:
         return GRUEncoder(
             hp["tstep"]["d_output"],
             d_model=traj["d_output"],
-            hidden_size=traj["hidden_size"],
+            hidden_size=traj["d_hidden"],
             num_layers=traj["n_layers"],
         )
     return TransformerEncoder(
@@ -239,7 +240,7 @@ def supply_draws(
     mask = make_batch(case)["collector", "mask"]
 
     def here(x, first):
-        """What a recorded `[..., B, T + 1, ...]` says of the steps that count, from `first` on."""
+        """Select the steps that count, from `first` on, of a recorded `[..., B, T + 1, ...]`."""
         x = x[:, :, first : first + mask.shape[1]]
         return x[:, mask] if compact else x
 
@@ -277,7 +278,7 @@ def supply_draws(
 
 
 def samples_of_its_own(case: GoldenCase) -> bool:
-    """Whether the reference draws actions for V that aren't those of the online term."""
+    """True if the reference draws other actions for V than for the online term."""
     return (
         case.hyperparameters["cls"] == "MultiTaskAgent" and case.hyperparameters["online_coeff"] > 0
     )
@@ -369,6 +370,7 @@ def test_losses_gradients_and_statistics(case, compact, monkeypatch):
 def test_intermediate_values(case, monkeypatch):
     """TD targets, states and unreduced losses, on real steps."""
     loss = build_loss(case, compact=False)
+    loss.reduction = "none"
     supply_draws(monkeypatch, loss, case, compact=False)
     supply_frozen_critics(monkeypatch, loss, case)
     seen = {}
@@ -382,14 +384,14 @@ def test_intermediate_values(case, monkeypatch):
 
         monkeypatch.setattr(loss, name, wrapper)
 
-    for name in ("_encode", "_td_target", "_actor_term", "_online_answers", *RECORDED):
+    for name in ("_encode", "_td_target", "_online_values", *RECORDED):
         spy(name)
     batch = make_batch(case)
-    loss(batch)
+    out = loss(batch)
     mask = batch["collector", "mask"]
     states = torch.cat([mask[:, :1], mask], 1)
     assert_close(seen["_encode"][states], case["mid/s_rep"][states])
-    assert_close(seen["_actor_term"][mask], case["mid/actor_loss_unmasked"].squeeze(-1)[mask])
+    assert_close(out["loss_actor"][mask], case["mid/actor_loss_unmasked"].squeeze(-1)[mask])
     if loss.uses_critic:
         assert_close(seen["_td_target"][mask], case["mid/td_target"].squeeze(2, -1)[mask])
         for name in ("_advantage", "_imitation_weight"):
@@ -397,7 +399,7 @@ def test_intermediate_values(case, monkeypatch):
                 continue
             expected = case[RECORDED[name]].squeeze(-1)[:, : mask.shape[1]]
             # An advantage is a small difference of large values: its noise is theirs.
-            scale = loss.value_codec.decode(seen["_online_answers"][0].detach()).abs().max()
+            scale = loss.value_codec.decode(seen["_online_values"][0].detach()).abs().max()
             assert_close(seen[name][mask], expected[mask], scale=scale, msg=name)
     else:
         assert "_td_target" not in seen
@@ -428,7 +430,7 @@ def test_estimates(case):
             # An advantage is a small difference of large values: its noise is theirs.
             scale = case["eval/get_values/q_sa"].abs().max() if ours == "advantage" else None
             if ours.endswith("_std"):
-                # The reference estimates the spread of a population that the critics are drawn from.
+                # The reference estimates the spread of the population behind the critics.
                 expected = expected * (1.0 - 1.0 / case.hyperparameters["num_critics"]) ** 0.5
             assert_close(out[ours][mask], expected[mask], msg=ours, scale=scale)
             compared += 1
@@ -445,14 +447,16 @@ class FrozenCopy:
         self.loss = loss
         self.synchronise()
         monkeypatch.setattr(loss, "_frozen", lambda params: self.params)
-        online = ListedActions.online
+        online_values = loss._online_values
 
-        def with_lagging_critics(answers, state, action, policy, differentiable):
-            prediction, value = online(answers, state, action, policy, differentiable)
-            value.prediction = answers.ask(state.detach(), frozen=True)
+        def with_lagging_critics(inputs, action, policy):
+            prediction, value = online_values(inputs, action, policy)
+            if not loss.takes_actions:
+                listed = loss._predict(self.params, inputs["state"].detach())
+                value = expected_value(loss.value_codec.raw_value(listed), policy.probs)
             return prediction, value
 
-        monkeypatch.setattr(ListedActions, "online", with_lagging_critics)
+        monkeypatch.setattr(loss, "_online_values", with_lagging_critics)
 
     def synchronise(self) -> None:
         self.params = self.loss.critic_network_params.data.clone()
@@ -501,7 +505,7 @@ def _compare_all_weights(loss: AMAGOLoss, case: GoldenCase, prefix: str) -> None
 
 @pytest.mark.parametrize("case", cases(*[n for n in UPDATE_CASES if "multitask" in n]), ids=str)
 def test_advantage_from_recorded_samples(case, monkeypatch):
-    """AMAGO-2's filter, also where the reference draws other actions for it than for the online term."""
+    """AMAGO-2's filter, also if the reference draws other actions for it than online."""
     loss = build_loss(case, compact=False)
     hp, batch = case.hyperparameters, make_batch(case)
     kind = "onehot_sample" if hp["discrete"] else "action_sample"
@@ -509,9 +513,9 @@ def test_advantage_from_recorded_samples(case, monkeypatch):
     replace_samples(monkeypatch, loss, deque([case[f"rand/{kind}_1"][:, :, :steps]]))
     loss.online_coeff = 0.0
     if loss.training:
-        # The recorded states are those after an update of the inputs' statistics; estimates make none.
+        # The recorded states follow an update of the inputs' statistics; estimates make none.
         with set_recurrent_mode(True):
-            loss._states(loss._read(batch, compact=False))
+            loss._head_inputs(loss._read(batch, compact=False))
     out = loss.estimates(batch, filter_space="raw")
     mask = batch["collector", "mask"]
     expected = case["mid/advantage"].squeeze(-1)[:, :steps]

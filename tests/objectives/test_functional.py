@@ -73,7 +73,7 @@ def test_n_step_target_equals_the_definition(length, padding, n, gamma, seed):
 
 
 @pytest.mark.parametrize("n", [1, 3])
-def test_n_step_target_ignores_what_padding_holds(n):
+def test_n_step_target_ignores_padding(n):
     reward, value = torch.randn(2, 1, 6, 2)
     terminated = torch.zeros(1, 6, 2, dtype=torch.bool)
     mask = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool).view(1, 6, 1)
@@ -85,7 +85,7 @@ def test_n_step_target_ignores_what_padding_holds(n):
     assert torch.equal(clean[:, :4], poisoned[:, :4])
 
 
-def test_n_step_target_refuses_zero_steps():
+def test_n_step_target_of_zero_steps():
     x, mask = torch.zeros(1, 1, 1), torch.ones(1, 1, 1, dtype=torch.bool)
     with pytest.raises(ValueError, match="n_step must be at least 1, got 0"):
         n_step_target(x, mask, x, torch.zeros(1), mask, n=0)
@@ -103,8 +103,8 @@ def test_critic_subsets_differ_between_rows_steps_and_discounts_and_cover_all_me
     assert subset.shape == (8, 9, 2, 5)
     assert set(subset.unique().tolist()) == {0, 1, 2, 3}
     # With replacement: some pairs name the same member twice, about one in four.
-    share = (subset[:, :, 0] == subset[:, :, 1]).float().mean()
-    assert 0.1 < share < 0.4
+    fraction = (subset[:, :, 0] == subset[:, :, 1]).float().mean()
+    assert 0.1 < fraction < 0.4
 
 
 def test_filters_by_hand():

@@ -1,4 +1,4 @@
-"""Flat batches and rows of several trials: the loss equals that of the same trials padded by hand."""
+"""Losses of flat batches and rows of several trials equal those of trials padded by hand."""
 
 from __future__ import annotations
 
@@ -63,9 +63,17 @@ def in_one_row(padded: TensorDict, layout: str) -> TensorDict:
     return torch.stack([flat[:6], rest])
 
 
-@pytest.mark.parametrize("layout", ["flat", "flat with a mask", "rows"])
-@pytest.mark.parametrize("mark", MARKS)
-@pytest.mark.parametrize("form", [*FORMS[:4], {"reduction": "none"}], ids=str)
+LAYOUTS = ["flat", "flat with a mask", "rows"]
+# The plain form with every mark in every layout, the other forms with each of both once.
+CASES = [({}, mark, layout) for mark in MARKS for layout in LAYOUTS]
+CASES += [
+    (form, *pair)
+    for form in (*FORMS[1:4], {"reduction": "none"})
+    for pair in zip(MARKS, LAYOUTS, strict=True)
+]
+
+
+@pytest.mark.parametrize(("form", "mark", "layout"), CASES, ids=str)
 @pytest.mark.parametrize("compact", [False, True])
 def test_equals_the_batch_padded_by_hand(form, mark, layout, compact):
     padded = marked_batch(form.get("actions", "discrete"))
@@ -135,15 +143,17 @@ def test_keywords_take_the_marks(layout):
     assert torch.equal(torch.stack(out), torch.stack([*expected.values()]))
 
 
-def test_a_flat_batch_must_tell_its_trials():
+def test_a_flat_batch_must_mark_its_trials():
     batch = in_one_row(make_batch(), "flat").exclude("is_init", ("next", "is_init"))
     with pytest.raises(ValueError, match="a flat batch must mark where trials start or end"):
         make_loss()(batch)
 
 
-def test_compiled_code_refuses_flat_batches(monkeypatch):
+def test_flat_batches_raise_in_compiled_code(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    with pytest.raises(ValueError, match=r"Call split_trials\(batch\) before"):
+    with pytest.raises(
+        ValueError, match=r"unless it is compiled, flat ones.*Use split_trials\(batch\)"
+    ):
         make_loss()(in_one_row(marked_batch(), "flat"))
 
 
@@ -213,7 +223,7 @@ def test_slices_of_a_stock_buffer():
     assert (rows["time_idx"].diff(dim=1)[rows["collector", "mask"][:, 1:]] == 1).all()
 
 
-def test_compact_observations_are_refused():
+def test_compact_observations_raise():
     loss, batch = collect(compact_obs=True)
     with pytest.raises(KeyError, match="missing under next.*compact_obs=False"):
         loss(batch)

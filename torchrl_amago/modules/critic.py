@@ -1,10 +1,10 @@
 """Critic ensembles: all members, discounts and actions in one batched pass.
 
-A critic of finitely many actions lists their values (:class:`DiscreteCritic`); any other reads the
-action (:class:`ActionCritic`).
+:class:`DiscreteCritic` lists the values of finitely many actions, :class:`ActionCritic` reads an
+action of any space.
 
-Legend: C critics, G discounts, A action size, D state size, H hidden size, O numbers that one value is
-predicted by, M steps, K action samples of a step, R rows of a batched product.
+Legend: C critics, G discounts, A action size, D state size, H hidden size, O outputs of one value,
+M steps, K action samples of a step, R rows of a batched product.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
-from torchrl_amago._validation import check_counts, check_positive
+from torchrl_amago._cpu import in_chunks
+from torchrl_amago._validation import check_counts, check_fractions, check_positive
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._input_norm import PreciseBuffers
 from torchrl_amago.modules._layers import make_activation
@@ -26,15 +27,7 @@ from torchrl_amago.modules._settings import Configurable
 
 
 class EnsembleLinear(Configurable, nn.Module):
-    """One linear layer per ensemble member, as a single batched product.
-
-    Args:
-        num_members: C.
-        in_features: size of the input.
-        out_features: size of the output.
-
-    Shapes:
-        ``[R, in]`` (the same input for all members) or ``[C, R, in]`` -> ``[C, R, out]``.
+    """One linear layer per ensemble member: ``[R, in]`` or ``[C, R, in]`` -> ``[C, R, out]``.
 
     Example:
         >>> EnsembleLinear(4, 8, 3)(torch.zeros(5, 8)).shape
@@ -61,21 +54,19 @@ class EnsembleLinear(Configurable, nn.Module):
 
 
 class CriticEnsemble(Configurable, nn.Module):
-    """What all critics share: an ensemble of MLPs, and how a value is written down.
+    """Base of critics: an ensemble of MLPs, and the outputs of a value.
 
     Args:
         input_size: features of the first layer.
-        num_values: how many values each member predicts in a row of its output.
+        num_values: number of values in a row of a member's output.
         num_critics: C.
-        num_outputs: O, how many numbers each value is predicted by (bins of a value codec that
-            classifies); None for one, without a dimension of its own.
+        num_outputs: O, outputs of each value (bins of a value codec that classifies); None for one,
+            without a dimension of its own.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see :func:`~torchrl_amago.modules._layers.make_activation`.
+        activation: name, see :func:`~torchrl_amago.modules._layers.make_activation`.
         dropout: rate after each hidden layer, in [0, 1).
 
-    Raises:
-        ValueError: if an argument is out of range.
     """
 
     not_settings = frozenset({"action_gain"})  # only of a critic's first weights
@@ -108,11 +99,11 @@ class CriticEnsemble(Configurable, nn.Module):
         self._output_bias: Tensor | None = None
         self.activation = make_activation(activation)
         if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
-            # Their backward needs the result alone, and the input is as large as all members' layers.
+            # Their backward needs the result alone, and the input is as large as all layers.
             self.activation.inplace = True
 
     def reset_parameters(self) -> None:
-        """Draw all layers anew, then set the outputs' slope and bias, if they were."""
+        """Draw all layers anew, then set the outputs' slope and bias again, if they were set."""
         # The layers too: TensorDictModule passes the call on, so that it comes twice.
         for layer in (*self.hidden, self.out):
             layer.reset_parameters()
@@ -123,52 +114,24 @@ class CriticEnsemble(Configurable, nn.Module):
 
     @torch.no_grad()
     def set_output_bias(self, bias: Tensor) -> None:
-        """Start every member's predictions from the same numbers, for all discounts and actions.
-
-        Call it before a loss makes its copies of the critic.
-
-        Args:
-            bias: ``[O]`` (``[1]`` for plain numbers), as a value codec's initial prediction.
-
-        Raises:
-            ValueError: if the shape is another.
-        """
-        self._check_outputs("bias", bias)
+        """Start all predictions from the same numbers ``[O]``, before a loss copies the critic."""
         self._output_bias = bias
-        self.out.bias.view(self.num_critics, -1, *bias.shape).copy_(bias)
+        self.out.bias.view(self.num_critics, -1, self.event_shape.numel()).copy_(bias)
 
     @torch.no_grad()
     def set_output_slope(self, slope: Tensor) -> None:
-        """Draw the last layer's weights anew, such that a value's outputs vary in proportion to ``slope``.
-
-        Call it before a loss makes its copies of the critic.
-
-        Args:
-            slope: ``[O]``, as a value codec's initial slope.
-
-        Raises:
-            ValueError: if the shape is another.
-        """
-        self._check_outputs("slope", slope)
+        """Make a value's outputs proportional to ``slope [O]``, before a loss copies the critic."""
         self._output_slope = slope
         C, H, _ = self.out.weight.shape
-        values_CHV1 = self.out.weight.view(C, H, -1, len(slope))[..., :1].clone()
+        values_CHV1 = self.out.weight.view(C, H, -1, self.event_shape.numel())[..., :1].clone()
         self.out.weight.copy_((values_CHV1 * slope.to(values_CHV1)).flatten(2))
 
-    def _check_outputs(self, name: str, x: Tensor) -> None:
-        expected = (self.event_shape.numel(),)
-        if x.shape != expected:
-            raise ValueError(
-                f"the {name} must hold one number for each output of a value, {expected}, got the shape "
-                f"{tuple(x.shape)}. Give the critic num_outputs as the value codec has bins."
-            )
-
     def _activate(self, x: Tensor) -> Tensor:
-        """Activation and dropout; `x` may be overwritten."""
+        """Apply activation and dropout; `x` may be overwritten."""
         return dropout(self.activation(x), self.dropout, self.training)
 
     def _after_first(self, hidden_CRH: Tensor) -> Tensor:
-        """From the first hidden layer's activations to the last layer's outputs."""
+        """Turn the first hidden layer's activations into the last layer's outputs."""
         for layer in self.hidden[1:]:
             hidden_CRH = self._activate(layer(hidden_CRH))
         return self.out(hidden_CRH)
@@ -178,18 +141,11 @@ class DiscreteCritic(CriticEnsemble):
     """Ensemble of MLPs from a state to the value of every action under every discount.
 
     Args:
-        state_size: D.
-        num_actions: A.
-        num_discounts: G.
-        num_critics: C.
-        options: `num_outputs` (O), `hidden_size`, `num_layers`, `activation`, `dropout`, see
-            :class:`CriticEnsemble`.
+        state_size, num_actions, num_discounts, num_critics: D, A, G and C.
+        options: other arguments, see :class:`CriticEnsemble`.
 
     Shapes:
         ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given.
-
-    Raises:
-        ValueError: if an argument is out of range.
 
     Example:
         >>> DiscreteCritic(8, num_actions=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -208,7 +164,7 @@ class DiscreteCritic(CriticEnsemble):
         self.num_discounts, self.num_actions = num_discounts, num_actions
 
     def forward(self, state: Tensor) -> Tensor:
-        """Values of all actions."""
+        """Return the values of all actions."""
         state_MD = state.reshape(-1, state.shape[-1])
         hidden_CMH = self._activate(self.hidden[0](state_MD))
         value_MCX = self._after_first(hidden_CMH).transpose(0, 1)
@@ -217,19 +173,15 @@ class DiscreteCritic(CriticEnsemble):
 
 
 def discount_feature(discounts: Tensor) -> Tensor:
-    """How critics read a discount: ``symlog(1 / (1 - discount))``, the horizon in steps on a log scale.
+    """Compute critics' input ``symlog(1 / (1 - discount))``: the horizon on a log scale.
 
     Horizons are bounded by a million steps.
-
-    Args:
-        discounts: any shape, in [0, 1].
 
     Example:
         >>> discount_feature(torch.tensor([0.9, 0.999])).round(decimals=2)
         tensor([2.4000, 6.9100])
     """
-    horizon = 1.0 / (1.0 - discounts).clamp(1e-6, 1.0)
-    return symlog(horizon)
+    return symlog(1.0 / (1.0 - discounts).clamp(1e-6, 1.0))
 
 
 class ActionCritic(CriticEnsemble, PreciseBuffers):
@@ -237,38 +189,32 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
 
         value_cg = mlp_c(state, symlog(1 / (1 - discount_g)), action)
 
-    The first layer's product with the state, by far its largest part, is made once per step and
-    critic, not for every sample and discount; its input is never put together.
+    The first layer's product with the state, by far its largest part, is computed once per step and
+    critic, not for every sample and discount.
 
     Args:
-        state_size: D.
-        action_size: A.
-        discounts: G discounts in [0, 1).
-        num_critics: C.
-        clip_actions: bound on what is seen of an action, so that its gradient is 0 beyond (0.999 in the
+        state_size, action_size, num_critics: D, A and C.
+        discounts: the policy's G discounts.
+        clip_actions: bound on an action's numbers, so that their gradient is 0 beyond (0.999 in the
             public AMAGO code); None for none.
-        action_gain: factor of the first weights of an action's numbers. Among many numbers of a state an
-            action is easily overlooked, above all by critics that classify (``docs/value_codecs.md``).
-        options: `num_outputs` (O), `hidden_size`, `num_layers`, `activation`, `dropout`, see
-            :class:`CriticEnsemble`.
+        action_gain: factor of the first weights of an action's numbers. Critics, above all those
+            that classify, easily overlook an action among many numbers of a state
+            (``docs/value_codecs.md``).
+        options: other arguments, see :class:`CriticEnsemble`.
 
     Shapes:
-        state ``[*B, D]``, action ``[*K, *B, G, A]``, or ``[*K, *B, 1, A]`` if it is the same for all
-        discounts -> ``[*K, *B, C, G]``, or ``[*K, *B, C, G, O]`` if `num_outputs` is given. ``*K`` are
-        any number of dimensions of samples, also none.
+        state ``[*B, D]``, action ``[*K, *B, G, A]``, or ``[*K, *B, 1, A]`` if it is the same for
+        all discounts -> ``[*K, *B, C, G]``, or ``[*K, *B, C, G, O]`` if `num_outputs` is given.
+        ``*K`` are any number of dimensions of samples, also none.
 
     Raises:
-        ValueError: if an argument is out of range.
+        ValueError: if an argument is out of range, or shapes don't fit together.
 
     Example:
         >>> critic = ActionCritic(8, action_size=2, discounts=[0.9, 0.99, 0.999])
         >>> critic(torch.zeros(5, 8), torch.zeros(16, 5, 3, 2)).shape
         torch.Size([16, 5, 4, 3])
     """
-
-    #: Rows that pass through all layers together on a CPU: their intermediate results fit its caches
-    #: and take memory that was used before, where fresh pages cost about as much as the products.
-    CHUNK_ROWS = 2048
 
     discounts: Tensor
 
@@ -284,19 +230,14 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         **options: Any,
     ) -> None:
         super().__init__(state_size + 1 + action_size, 1, num_critics, **options)
-        if not len(discounts) or not all(0.0 <= discount < 1.0 for discount in discounts):
-            raise ValueError(
-                f"discounts must be one or more numbers in [0, 1), got {tuple(discounts)}. Give the "
-                "policy's, in the same order."
-            )
-        if clip_actions is not None and not clip_actions > 0:
-            raise ValueError(
-                f"clip_actions must be above 0, got {clip_actions}. Use None to see actions as they are."
-            )
+        for discount in discounts:
+            check_fractions("Give the policy's discounts.", discount=discount)
+        if clip_actions is not None:
+            check_positive("Use None for actions as they are.", clip_actions=clip_actions)
         check_positive("Use 1 for weights as torch draws them.", action_gain=action_gain)
         self.state_size, self.action_size, self.action_gain = state_size, action_size, action_gain
         self._weigh_actions()
-        self.clip_actions = clip_actions
+        self.num_discounts, self.clip_actions = len(discounts), clip_actions
         self.register_buffer("discounts", torch.tensor(discounts, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
@@ -308,28 +249,16 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         self.hidden[0].weight[:, -self.action_size :] *= self.action_gain
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        """Values of the actions under every discount.
-
-        Raises:
-            ValueError: if the shapes don't fit together.
-        """
-        samples = self._samples(state, action)
-        batch, num_discounts = state.shape[:-1], len(self.discounts)
+        """Return the values of the actions under every discount."""
+        samples, batch, G = self._samples(state, action), state.shape[:-1], self.num_discounts
         state_MD = state.reshape(batch.numel(), self.state_size)
-        action_KMGA = action.reshape(samples.numel(), batch.numel(), *action.shape[-2:]).expand(
-            -1, -1, num_discounts, -1
-        )
-        if state.device.type != "cpu" or torch.compiler.is_compiling():
-            value_KMCGO = self._values(state_MD, action_KMGA)
-        else:
-            steps = max(1, self.CHUNK_ROWS // max(1, samples.numel() * num_discounts))
-            chunks = zip(state_MD.split(steps), action_KMGA.split(steps, 1), strict=True)
-            value_KMCGO = torch.cat([self._values(*chunk) for chunk in chunks], 1)
-        return value_KMCGO.reshape(
-            *samples, *batch, self.num_critics, num_discounts, *self.event_shape
-        )
+        action_KMGA = action.reshape(samples.numel(), batch.numel(), *action.shape[-2:])
+        action_KMGA = action_KMGA.expand(-1, -1, G, -1)
+        value_KMCGO = in_chunks(self._values, state_MD, action_KMGA, dim=1)
+        return value_KMCGO.reshape(*samples, *batch, self.num_critics, G, *self.event_shape)
 
     def _values(self, state_MD: Tensor, action_KMGA: Tensor) -> Tensor:
+        """Return values ``[K, M, C, G, O]``."""
         first = self.hidden[0]
         state_weight, weight = first.weight.split([self.state_size, 1 + self.action_size], 1)
         C, H = self.num_critics, weight.shape[-1]
@@ -351,20 +280,19 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         return value_CRO.view(C, *shape_KMG, self.event_shape.numel()).permute(1, 2, 0, 3, 4)
 
     def _samples(self, state: Tensor, action: Tensor) -> torch.Size:
-        """Dimensions of samples, ``*K``."""
-        batch, num_discounts = state.shape[:-1], len(self.discounts)
+        """Return the dimensions of samples, ``*K``."""
         num_samples = action.ndim - state.ndim - 1
         if (
             num_samples < 0
             or state.shape[-1] != self.state_size
-            or action.shape[num_samples:-2] != batch
-            or action.shape[-2] not in (1, num_discounts)
+            or action.shape[num_samples:-2] != state.shape[:-1]
+            or action.shape[-2] not in (1, self.num_discounts)
             or action.shape[-1] != self.action_size
         ):
             raise ValueError(
                 f"this critic reads states [*B, {self.state_size}] and actions [*K, *B, "
-                f"{num_discounts} or 1, {self.action_size}], samples *K first, got {tuple(state.shape)} "
-                f"and {tuple(action.shape)}. An action that is the same for all discounts still needs "
-                "their dimension: action.unsqueeze(-2)."
+                f"{self.num_discounts} or 1, {self.action_size}], samples *K first, got "
+                f"{tuple(state.shape)} and {tuple(action.shape)}. An action that is the same for "
+                "all discounts still needs their dimension: action.unsqueeze(-2)."
             )
         return action.shape[:num_samples]

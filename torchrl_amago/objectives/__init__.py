@@ -1,8 +1,7 @@
-"""The objective: pure functions of tensors in ``functional``, the loss module in ``amago``.
+"""The objective: the loss in ``amago``, its mathematics in ``functional``, choices in ``presets``.
 
-``networks`` holds its networks, keys and calls, ``batch`` reads batches, ``checks`` are its errors,
-``critics`` is how the loss asks critics of both kinds, ``metrics`` what it tells of an update,
-``presets`` are the published choices.
+``_actor_critic`` holds a loss's keys, networks and reduction, ``_slice_batch`` reads batches,
+``_metrics`` computes the logged numbers.
 """
 
 from torchrl_amago.objectives.amago import AMAGOLoss

@@ -1,23 +1,22 @@
 """Metrics of an update: masked, detached scalars.
 
-Each is a mean over the real steps of the batch unless its name says otherwise, for the last discount,
-the one acted with. Values are in the environment's reward units.
+Each is a mean over the real steps of the batch unless its name says otherwise, for the last
+discount, the one acted with. Values are in the environment's reward units.
 
 =================== ============================================================================
 metric              meaning
 =================== ============================================================================
 ``q_value``         Q(s, a) of the actions taken, ensemble mean
-``q_value/0.9``     likewise, of each discount
-``q_value_std``     standard deviation of it over the ensemble
-``td_target``       what it is regressed on
-``td_target_min``   smallest of the batch, likewise ``td_target_max``
-``td_error``        absolute difference of the two
-``advantage``       Q(s, a) - V(s), as the filter sees it
-``filter``          weight of an action in the imitation term: the share imitated, if binary
+``q_value/0.9``     the same, of each discount
+``q_value_std``     its standard deviation over the ensemble
+``td_target``       its TD target; ``td_target_min`` and ``td_target_max`` of the batch
+``td_error``        absolute difference of ``q_value`` and ``td_target``
+``advantage``       Q(s, a) - V(s), the filter's input, in the filter's space
+``filter``          weight of an action in the imitation term; fraction imitated if binary
 ``target_mean``     the codec's running mean of targets
 ``target_scale``    the codec's running standard deviation of targets
 ``entropy``         of the policy, nats
-``effective_batch`` number of real steps (of the batch, no mean)
+``effective_batch`` number of real steps
 =================== ============================================================================
 
 Legend: M steps, C critics, G discounts.
@@ -50,23 +49,13 @@ VALUE_METRICS = (
 
 
 def value_names(discounts: Sequence[float]) -> list[str]:
-    """Names of the metrics that tell the value of each discount.
-
-    Example:
-        >>> value_names([0.9, 0.999])
-        ['q_value/0.9', 'q_value/0.999']
-    """
+    """Return the names of each discount's value, such as ``"q_value/0.9"``."""
     return [f"q_value/{discount:g}" for discount in discounts]
 
 
 @torch.no_grad()
 def policy_metrics(policy: Distribution, mask_M: Tensor) -> dict[str, Tensor]:
-    """Metrics that need no critics.
-
-    Args:
-        policy: `[M, G]` distributions of actions.
-        mask_M: True on real steps.
-    """
+    """Compute metrics of the policy's distributions ``[M, G]``."""
     entropy_G = _mean(policy.entropy(), mask_M)
     return {"entropy": entropy_G[-1], "effective_batch": mask_M.sum().float()}
 
@@ -82,20 +71,10 @@ def value_metrics(
     reward_scale: float,
     names: Sequence[str],
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Metrics of critics and filter, and the TD error of every step.
+    """Compute metrics of critics and filter, and the last discount's absolute TD error ``[M]``.
 
-    Args:
-        codec: whose statistics are told.
-        q_MCG: values of the actions taken, in reward units times ``reward_scale``.
-        target_MG: TD targets, likewise.
-        advantage_MG: as the filter saw it.
-        weight_MG: what the filter made of it.
-        mask_M: True on real steps.
-        reward_scale: the loss's factor of rewards.
-        names: of each discount's value, see :func:`value_names`.
-
-    Returns:
-        The metrics, and the absolute TD error `[M]` of the last discount.
+    Q, targets and the codec's statistics are in reward units times ``reward_scale``; ``names`` are
+    those of each discount's value.
     """
     q_MCG, target_MG = q_MCG / reward_scale, target_MG / reward_scale
     q_MG = q_MCG.mean(-2)
@@ -119,13 +98,13 @@ def value_metrics(
 
 
 def _mean(x_MG: Tensor, mask_M: Tensor) -> Tensor:
-    """Mean over real steps, `[G]`; 0 if there are none."""
+    """Compute means over real steps, `[G]`; 0 if there are none."""
     total_G = torch.where(mask_M.unsqueeze(-1), x_MG, 0.0).flatten(0, -2).sum(0)
     return total_G / mask_M.sum().clamp_min(1)
 
 
 def _largest(x_MG: Tensor, mask_M: Tensor) -> Tensor:
-    """Maximum over real steps, `[G]`; 0 if there are none."""
+    """Compute maxima over real steps, `[G]`; 0 if there are none."""
     x_NG = torch.where(mask_M.unsqueeze(-1), x_MG, -torch.inf).flatten(0, -2)
     # A row more, since there is no maximum of none.
     largest_G = torch.nn.functional.pad(x_NG, (0, 0, 0, 1), value=-torch.inf).amax(0)

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torchrl_amago._validation import check_counts
+
 AdvantageFilter = Callable[[Tensor], Tensor]
 
 
@@ -22,7 +24,7 @@ def n_step_target(
     mask_BT1: Tensor,
     n: int = 1,
 ) -> Tensor:
-    """n-step TD target for every discount at once (Sutton & Barto 2018, eq. 7.1).
+    """Compute the n-step TD target of every discount at once (Sutton & Barto 2018, eq. 7.1).
 
         target[t] = r[t] + g r[t+1] + ... + g^(n-1) r[t+n-1] + g^n v[t+n-1]
 
@@ -50,8 +52,7 @@ def n_step_target(
         ...               torch.tensor([0.5]), torch.ones(1, 3, 1, dtype=torch.bool), n=2).flatten()
         tensor([3.5000, 1.5000, 1.0000])
     """
-    if n < 1:
-        raise ValueError(f"n_step must be at least 1, got {n}. Use 1 for the usual TD target.")
+    check_counts("Use 1 for the usual TD target.", n_step=n)
     go_on_BTG = ~terminated_BTG
     if n == 1:
         return reward_BTG + gamma_G * torch.where(go_on_BTG, next_value_BTG, 0.0)
@@ -78,14 +79,7 @@ def n_step_target(
 
 
 def expected_value(q: Tensor, probs: Tensor) -> Tensor:
-    """V(s) = sum_a pi(a|s) Q(s, a), for every critic and discount.
-
-    Args:
-        q: ``[..., C, G, A]``.
-        probs: ``[..., G, A]``.
-
-    Returns:
-        ``[..., C, G]``.
+    """Compute V(s) = sum_a pi(a|s) Q(s, a): ``[..., C, G, A], [..., G, A] -> [..., C, G]``.
 
     Example:
         >>> expected_value(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.25, 0.75]]))
@@ -97,16 +91,10 @@ def expected_value(q: Tensor, probs: Tensor) -> Tensor:
 def draw_critic_subset(
     shape: tuple[int, ...], num_critics: int, device: torch.device | None = None
 ) -> Tensor:
-    """Draw which ensemble members form each TD target (REDQ, arXiv 2101.05982).
+    """Draw the ensemble members that form each TD target (REDQ, arXiv 2101.05982).
 
-    Members are drawn with replacement, anew for every row, step and discount.
-
-    Args:
-        shape: ``(..., number drawn, G)``.
-        num_critics: size of the ensemble.
-
-    Returns:
-        int64 indices of that shape.
+    Members are drawn with replacement, anew for every row, step and discount: int64 indices of the
+    shape ``(..., number drawn, G)``.
 
     Example:
         >>> draw_critic_subset((2, 3, 2, 7), num_critics=4).shape
@@ -136,13 +124,9 @@ def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) 
 
 
 def ensemble_std(value: Tensor) -> Tensor:
-    """Standard deviation over the ensemble itself, no estimate for others: 0 of a single critic.
+    """Compute the standard deviation over the ensemble itself, ``[..., C, G] -> [..., G]``.
 
-    Args:
-        value: ``[..., C, G]``.
-
-    Returns:
-        ``[..., G]``.
+    It is no estimate for other members: 0 of a single critic.
 
     Example:
         >>> ensemble_std(torch.tensor([[1.0], [3.0]]))
@@ -221,14 +205,14 @@ FILTERS: dict[str, AdvantageFilter] = {
 
 
 def masked_mean(x: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Mean of ``x`` where ``mask`` is True; 0 where nothing is.
+    """Compute the mean of ``x`` over the entries under a True mask; 0 if there are none.
 
     Masked entries are selected away, not multiplied, so they may be NaN.
 
     Args:
         x: any shape.
         mask: bool, broadcastable to ``x``.
-        weight: of each entry in the mean, not negative, broadcastable to ``x``; default all alike.
+        weight: weight of each entry, at least 0, broadcastable to ``x``; default: equal weights.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))

@@ -18,12 +18,12 @@ def amago_loss(
     critic_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> AMAGOLoss:
-    """AMAGO (arXiv 2310.09971): regression with PopArt, mostly by the policy gradient.
+    """Build AMAGO's loss (arXiv 2310.09971): PopArt regression, mostly by the policy gradient.
 
     Critics list the values of a single discrete action, and take actions of any other space.
 
     Args:
-        policy: what is trained; gives discounts and actions.
+        policy: the policy to train; gives discounts and actions.
         value_codec: default :class:`PopArt`.
         critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`, whose defaults are AMAGO's.
@@ -37,10 +37,7 @@ def amago_loss(
     """
     codec = value_codec if value_codec is not None else PopArt(len(policy.discounts))
     critic = make_critic(policy, value_codec=codec, **(critic_options or {}))
-    options = {"discounts": policy.discounts, **options}
-    return AMAGOLoss(
-        policy.encoder, policy.actor, critic, policy.distribution, value_codec=codec, **options
-    )
+    return AMAGOLoss(policy, critic, codec, **options)
 
 
 def amago2_loss(
@@ -50,16 +47,12 @@ def amago2_loss(
     critic_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> AMAGOLoss:
-    """AMAGO-2 (arXiv 2411.11188): classification critics, and imitation of what they call better.
+    """Build AMAGO-2's loss (arXiv 2411.11188): classification critics and filtered imitation.
 
-    Made for many tasks whose returns differ in scale: neither term of the loss grows with returns.
-
-    Args:
-        policy: what is trained; gives discounts and actions.
-        value_codec: default :class:`TwoHot` over returns of up to 100,000 (times ``reward_scale``).
-        critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
-        options: further arguments of :class:`AMAGOLoss`. AMAGO-2's defaults are ``online_coeff=0``,
-            ``offline_coeff=1``, ``num_policy_actions=3``.
+    It is made for many tasks whose returns differ in scale: neither of its terms grows with
+    returns. Critics take actions. Defaults are ``online_coeff=0``, ``offline_coeff=1``,
+    ``num_policy_actions=3`` and a :class:`TwoHot` codec over returns of up to 100,000 (times
+    ``reward_scale``). Arguments: see :func:`amago_loss`.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -68,10 +61,9 @@ def amago2_loss(
         >>> loss.takes_actions, loss.online_coeff
         (True, 0.0)
     """
-    codec = value_codec if value_codec is not None else TwoHot(len(policy.discounts))
     return amago_loss(
         policy,
-        value_codec=codec,
+        value_codec=value_codec if value_codec is not None else TwoHot(len(policy.discounts)),
         critic_options={"takes_actions": True, **(critic_options or {})},
         **{"online_coeff": 0.0, "offline_coeff": 1.0, "num_policy_actions": 3, **options},
     )

@@ -85,9 +85,7 @@ def act_and_learn(env, **options) -> TimestepEncoder:
         rollout = env.rollout(8, policy, break_when_any_done=False)
     assert env.action_spec.is_in(rollout["action"][:, 0])
     critic = make_critic(policy, hidden_size=16)
-    loss = AMAGOLoss(
-        policy.encoder, policy.actor, critic, policy.distribution, discounts=SMALL["discounts"]
-    )
+    loss = AMAGOLoss(policy, critic)
     loss.target_update = SoftUpdate(loss, tau=0.1)
     rollout["collector", "mask"] = torch.arange(8) < torch.tensor([[8], [5], [2]])
     out = loss(rollout)

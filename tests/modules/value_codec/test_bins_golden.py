@@ -69,7 +69,7 @@ def test_initial_bias():
 
 
 @pytest.mark.parametrize("case", cases("modules/ncritics_twohot_*"), ids=str)
-def test_what_critics_predict(case: GoldenCase):
+def test_recorded_predictions(case: GoldenCase):
     codec = _make(case.hyperparameters, hl_gauss=False)
     assert_close(codec.bins, case["bin_vals"])
     assert_close(codec.decode(case["out/logits"]), case["out/raw_vals"].squeeze(-1))

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+
+ValueSpace = Literal["raw", "normalized", "value"]
 
 
 class ValueCodec(nn.Module, abc.ABC):
     """Interface between values in reward units and what critics predict.
 
-    A critic predicts one entry of :attr:`event_shape` per value: ``()`` where it is a number,
-    ``(Bins,)`` where it is the logits of a classification. Shapes below write ``*event`` for it.
+    A critic predicts one entry of :attr:`event_shape` per value: ``()`` for a number, ``(Bins,)``
+    for the logits of a classification. Shapes below write ``*event`` for it.
+
+    Averages over actions or samples are made of :meth:`raw_value`, one number for each prediction:
+    the predicted number itself, or the value of the bins. :meth:`to_space` turns an average into a
+    normalised value or one in reward units.
 
     Example:
         >>> class Plain(ValueCodec):
@@ -25,8 +31,6 @@ class ValueCodec(nn.Module, abc.ABC):
         ...         return (prediction - target.unsqueeze(-2)).square()
         >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
         tensor([9., 9.])
-        >>> Plain().event_shape
-        torch.Size([])
     """
 
     @property
@@ -35,15 +39,15 @@ class ValueCodec(nn.Module, abc.ABC):
         return torch.Size()
 
     def initial_bias(self) -> Tensor | None:
-        """First bias of the critics' last layer, ``[*event]``; None leaves it as it was drawn."""
+        """Return the first bias of the critics' last layer, ``[*event]``; None: as drawn."""
         return None
 
     def initial_slope(self) -> Tensor | None:
-        """First joint variation of the outputs for a value, ``[*event]``; None: each by itself."""
+        """Return the first joint slope of a value's outputs, ``[*event]``; None: independent."""
         return None
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of targets as the statistics have them, ``[G]`` or ``[]``."""
+        """Return the targets' running mean and standard deviation, ``[G]`` or ``[]``."""
         return torch.zeros(()), torch.ones(())
 
     @property
@@ -52,12 +56,17 @@ class ValueCodec(nn.Module, abc.ABC):
         return {"kind": type(self).__name__}
 
     def reset_parameters(self) -> None:
-        """Start the statistics anew, if there are any."""
+        """Reset the statistics, if there are any."""
         return
 
     @abc.abstractmethod
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Take a batch of targets ``[..., G]`` into the statistics, where mask ``[..., 1]`` is True."""
+        """Move the statistics towards targets ``[..., G]`` in reward units.
+
+        Args:
+            target: masked entries may be anything, NaN too.
+            mask: ``[..., 1]``, bool; if nothing is True, no statistic moves.
+        """
 
     @abc.abstractmethod
     def encode(self, target: Tensor) -> Tensor:
@@ -69,15 +78,26 @@ class ValueCodec(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def normalize(self, value: Tensor) -> Tensor:
-        """Turn values in reward units ``[..., G]`` into values of a scale that does not drift."""
+        """Turn values in reward units ``[..., G]`` into values on a scale that does not drift."""
 
     def normalized(self, prediction: Tensor) -> Tensor:
-        """Raw predictions ``[..., G, *event]`` as such values ``[..., G]``."""
+        """Turn raw predictions ``[..., G, *event]`` into normalised values ``[..., G]``."""
         return self.normalize(self.decode(prediction))
+
+    def raw_value(self, prediction: Tensor) -> Tensor:
+        """Reduce raw predictions ``[..., *event]`` to one number each, ``[...]``."""
+        return self.decode(prediction) if self.event_shape else prediction
+
+    def to_space(self, raw_value: Tensor, space: ValueSpace) -> Tensor:
+        """Turn raw values ``[..., G]``, or averages of them, into another space ``[..., G]``."""
+        if space == "normalized":
+            return self.normalize(raw_value) if self.event_shape else self.normalized(raw_value)
+        is_value = space == "raw" or self.event_shape
+        return raw_value if is_value else self.decode(raw_value)
 
     @abc.abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Loss of each prediction ``[..., C, G, *event]`` for a target ``[..., G]``: ``[..., C, G]``.
+        """Compare predictions ``[..., C, G, *event]`` with targets ``[..., G]``: ``[..., C, G]``.
 
         Unreduced, and without gradient to the target.
         """

@@ -8,7 +8,6 @@ Legend: C critics, G discounts, N bins.
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import Tensor
 from torchrl.modules import functional as F
 from torchrl.objectives import two_hot_encode
 
-from torchrl_amago._validation import check_counts
+from torchrl_amago._validation import check_counts, check_positive
 from torchrl_amago.modules.value_codec.base import ValueCodec
 from torchrl_amago.modules.value_codec.popart import PopArt
 
@@ -28,42 +27,28 @@ class BinCodec(ValueCodec):
         loss(p, x) = - sum_n label(x)_n log softmax(p)_n
         decode(p)  = symexp(sum_n softmax(p)_n bins_n)
 
-    The mean is taken in the space of the bins and inverted then, as the public AMAGO code does; the
+    The mean is taken in the space of the bins and then inverted, as in the public AMAGO code; the
     mean of inverted bins would be another value. A target outside of the range gets the label of
-    the range's end; ``num_outside`` counts them and a warning tells of them once (not from compiled
-    code, which only counts). :meth:`normalize` relies on the moving statistics of a
-    :class:`PopArt`, since a value read from bins is in reward units.
+    the range's end; ``num_outside`` counts them, and the first ones cause a warning (not in
+    compiled code). :meth:`normalize` uses the moving statistics of a :class:`PopArt`.
 
     Args:
         num_discounts: G.
         num_bins: N, at least 2.
-        min_return: lowest value that can be written down, in reward units times the loss's
-            ``reward_scale``.
+        min_return: lowest value of the range, in reward units times the loss's ``reward_scale``.
         max_return: highest one.
         symlog: space the bins equally in symlog space; False in reward units, for a narrow range.
-        init_value: what critics should predict before training, in the range; None leaves their
+        init_value: value that critics predict before training, in the range; None leaves their
             initialisation alone.
         init_slope: order the last layer's first weights: each logit is one random number of the
-            critic times its bin's place, from ``-init_slope`` at the lowest bin to ``init_slope`` at the
-            highest. None draws each logit by itself, and critics take longer to see what actions change
-            (``docs/value_codecs.md``); 10 is a good value.
+            critic times its bin's place, from ``-init_slope`` at the lowest bin to ``init_slope``
+            at the highest. None draws each logit by itself, and critics take longer to distinguish
+            actions (``docs/value_codecs.md``); 10 is a good value.
         popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``.
 
     Raises:
-        ValueError: if the range is empty or too narrow for so many bins in float32, there are fewer
-            than two bins, ``init_value`` is outside of the range, ``init_slope`` is not positive, or ``popart`` is for
-            another number of discounts.
-
-    Example:
-        >>> class NearestBin(BinCodec):
-        ...     def encode(self, target):
-        ...         nearest = (target.unsqueeze(-1) - self.bins).abs().argmin(-1)
-        ...         return torch.nn.functional.one_hot(nearest, len(self.bins)).float()
-        >>> codec = NearestBin(1, num_bins=3, min_return=-1.0, max_return=1.0, symlog=False)
-        >>> codec.encode(torch.tensor([0.2]))
-        tensor([[0., 1., 0.]])
-        >>> codec.decode(torch.tensor([[0.0, 0.0, 100.0]]))
-        tensor([1.])
+        ValueError: if the range is empty or too narrow for so many bins in float32, or a number is
+            out of its range.
     """
 
     # Width of the distribution that `initial_bias` describes, in bins; the public AMAGO code's.
@@ -77,27 +62,34 @@ class BinCodec(ValueCodec):
     def __init__(
         self,
         num_discounts: int,
+        *,
         num_bins: int = 128,
         min_return: float = -100_000.0,
         max_return: float = 100_000.0,
         symlog: bool = True,
         init_value: float | None = None,
-        popart: PopArt | None = None,
         init_slope: float | None = None,
+        popart: PopArt | None = None,
     ) -> None:
         super().__init__()
-        popart = popart if popart is not None else PopArt(num_discounts)
-        _check_arguments(
-            num_discounts, num_bins, min_return, max_return, init_value, init_slope, popart
-        )
-        self.symlog, self.init_value, self.popart = symlog, init_value, popart
-        self.init_slope = init_slope
+        check_counts("Use 128, as published.", num_discounts=num_discounts, num_bins=num_bins)
+        if init_value is not None and not min_return <= init_value <= max_return:
+            raise ValueError(
+                f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
+                f"{init_value}. Widen the range, or leave it None."
+            )
+        if init_slope is not None:
+            check_positive("Use None for weights without order.", init_slope=init_slope)
+        self.symlog, self.init_value, self.init_slope = symlog, init_value, init_slope
+        self.popart = popart if popart is not None else PopArt(num_discounts)
+        self.num_discounts = self.popart.num_discounts
         low, high = self._to_bin_space(torch.tensor([min_return, max_return]))
         bins = torch.linspace(low, high, num_bins)
-        if not (bins.diff() > 0).all():
+        if num_bins < 2 or not (bins.diff() > 0).all():
             raise ValueError(
-                f"the range [{min_return}, {max_return}] cannot be divided into {num_bins} different "
-                "bins in float32. Widen it, or take fewer bins."
+                "min_return and max_return must be finite and leave room for two or more different "
+                f"bins in float32, got {num_bins} bins in [{min_return}, {max_return}]. The range "
+                "holds returns times the loss's reward_scale."
             )
         self.register_buffer("bins", bins)
         self.register_buffer("num_outside", torch.zeros((), dtype=torch.int64))
@@ -114,10 +106,9 @@ class BinCodec(ValueCodec):
         return self.bins[1] - self.bins[0]
 
     def initial_bias(self) -> Tensor | None:
-        """Logits ``[Bins]`` of a discretised normal distribution around ``init_value``, or None.
+        """Return logits ``[Bins]`` of a normal distribution around ``init_value``, or None.
 
-        Its standard deviation is four bins; within twelve bins of the range's end it is cut off,
-        and the first prediction lies a little further inside.
+        Its standard deviation is four bins; the range's ends cut it off.
         """
         if self.init_value is None:
             return None
@@ -125,7 +116,7 @@ class BinCodec(ValueCodec):
         return -0.5 * ((self.bins - centre) / (self.INITIAL_SIGMA * self.bin_width)).square()
 
     def initial_slope(self) -> Tensor | None:
-        """Each bin's place ``[Bins]``, from ``-init_slope`` to ``init_slope``, or None."""
+        """Return each bin's place ``[Bins]``, from ``-init_slope`` to ``init_slope``, or None."""
         if self.init_slope is None:
             return None
         return self.init_slope * torch.linspace(-1.0, 1.0, len(self.bins), device=self.bins.device)
@@ -134,28 +125,22 @@ class BinCodec(ValueCodec):
     def settings(self) -> dict[str, Any]:
         """Kind, range, spacing, and those of ``popart``."""
         low, high = self.bins[[0, -1]].tolist()
-        popart = {f"popart.{name}": value for name, value in self.popart.settings.items()}
-        range_of_bins = {"lowest_bin": low, "highest_bin": high, "symlog": self.symlog}
-        return {**super().settings, **range_of_bins, **popart}
+        bins = {"lowest_bin": low, "highest_bin": high, "symlog": self.symlog}
+        return super().settings | bins | {f"popart.{k}": v for k, v in self.popart.settings.items()}
 
     def reset_parameters(self) -> None:
-        """Forget all targets."""
+        """Reset the statistics and the counter."""
         self.popart.reset_parameters()
         self.num_outside.zero_()
         self._num_updates, self._has_warned = 0, False
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Those of ``popart``."""
+        """Return those of ``popart``."""
         return self.popart.mean_and_scale()
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Move the statistics towards a batch of targets, and count those outside of the range.
-
-        Args:
-            target: ``[..., G]``, reward units; masked entries may be anything, NaN too.
-            mask: ``[..., 1]``, bool.
-        """
+        """Move the statistics, see :meth:`ValueCodec.update`; count targets out of range."""
         self.popart.update(target, mask)
         value = self._to_bin_space(target)
         # A return that is exactly the highest possible is inside, whatever rounding says.
@@ -166,11 +151,7 @@ class BinCodec(ValueCodec):
             self._warn_of_targets_outside()
 
     def decode(self, prediction: Tensor) -> Tensor:
-        """Value of the mean bin: ``[..., Bins] -> [...]``, at least float32.
-
-        Works on anything that ends in bins, such as ``[..., G, A, Bins]`` of listed actions.
-        """
-        self._check_prediction(prediction)
+        """Return the value of the mean bin: ``[..., Bins] -> [...]``, at least float32."""
         dtype = self._dtype(prediction)
         # Autocast would round the product to bfloat16, which knows two or three digits of a value.
         with torch.autocast(prediction.device.type, enabled=False):
@@ -178,22 +159,22 @@ class BinCodec(ValueCodec):
         return F.symexp(mean) if self.symlog else mean
 
     def normalize(self, value: Tensor) -> Tensor:
-        """``(value - mu) / sigma`` with the statistics of ``popart``."""
+        """Return ``(value - mu) / sigma`` with the statistics of ``popart``."""
         return self.popart.normalize(value)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy with the label, ``[..., C, G]``; no gradient to the target."""
+        """Return the cross-entropy with the label, ``[..., C, G]``."""
         log_prob_CGN = self._log_probs(prediction, target)
         label_1GN = self.encode(target.detach()).unsqueeze(-3)
         return -(label_1GN * log_prob_CGN).sum(-1)
 
     def _log_probs(self, prediction: Tensor, target: Tensor) -> Tensor:
-        self._check_prediction(prediction)
-        if prediction.shape[:-3] + prediction.shape[-2:-1] != target.shape:
+        fitting = prediction.shape[:-3] + prediction.shape[-2:-1]
+        if target.shape != fitting or prediction.shape[-1:] != self.bins.shape:
             raise ValueError(
-                "the loss compares predictions [..., C, G, Bins] with targets [..., G], got "
-                f"{tuple(prediction.shape)} and {tuple(target.shape)}. Every critic of the "
-                "ensemble predicts the same target; leave its dimension out of the targets."
+                f"the loss compares predictions [..., C, G, {len(self.bins)}] with targets "
+                f"[..., G], got {tuple(prediction.shape)} and {tuple(target.shape)}. All critics "
+                "have the same targets; give them the codec's event_shape as num_outputs."
             )
         return prediction.log_softmax(-1, dtype=self._dtype(prediction))
 
@@ -203,61 +184,47 @@ class BinCodec(ValueCodec):
 
     @staticmethod
     def _dtype(x: Tensor) -> torch.dtype:
-        """That of ``x``, but float32 at least."""
+        """Return that of ``x``, but float32 at least."""
         return torch.promote_types(x.dtype, torch.float32)
 
-    def _check_prediction(self, prediction: Tensor) -> None:
-        if prediction.shape[-1:] != self.bins.shape:
-            raise ValueError(
-                f"predictions must end in a dimension of {len(self.bins)} bins, got shape "
-                f"{tuple(prediction.shape)}. Give the critic the codec's event_shape."
-            )
-
     def _warn_of_targets_outside(self) -> None:
-        due = self._num_updates % self.UPDATES_PER_CHECK == 0
+        is_due = self._num_updates % self.UPDATES_PER_CHECK == 0
         self._num_updates += 1
-        if self._has_warned or not due or not self.num_outside:
+        if self._has_warned or not is_due or not self.num_outside:
             return
         self._has_warned = True
         ends = self.bins[[0, -1]]
         low, high = (F.symexp(ends) if self.symlog else ends).tolist()
         warnings.warn(
-            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}], which is all "
-            "that the bins can write down: critics learn the range's end instead. Widen min_return "
-            "and max_return, which bound returns times the loss's reward_scale.",
-            stacklevel=4,  # whoever called `update`, which no_grad wraps
+            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}], the range "
+            "of the bins: critics learn the range's end instead. Widen min_return and max_return, "
+            "which bound returns times the loss's reward_scale.",
+            stacklevel=4,  # the caller of `update`, which no_grad wraps
         )
 
 
 class TwoHot(BinCodec):
     """Classification with two-hot labels (arXiv 2301.04104; AMAGO-2, arXiv 2411.11188).
 
-    A target's label is on the two bins around it, weighted by how near they are, so that the mean
-    of the label is the target: :meth:`decode` inverts :meth:`encode` exactly, up to rounding.
-
-    Arguments are those of :class:`BinCodec`.
-
-    Raises:
-        ValueError: for arguments out of range, see :class:`BinCodec`.
+    A target's label is on the two bins around it, weighted by their nearness, so that the mean of
+    the label is the target: :meth:`decode` inverts :meth:`encode`. Arguments: see
+    :class:`BinCodec`.
 
     Example:
         >>> codec = TwoHot(1, num_bins=5, min_return=-2.0, max_return=2.0, symlog=False)
-        >>> label = codec.encode(torch.tensor([0.25]))
-        >>> label
+        >>> codec.encode(torch.tensor([0.25]))
         tensor([[0.0000, 0.0000, 0.7500, 0.2500, 0.0000]])
-        >>> codec.decode(label.log()).item()
-        0.25
         >>> logits_CGN = torch.zeros(4, 1, 5)  # four critics, one discount
         >>> codec.loss(logits_CGN, torch.tensor([0.25])).flatten()
         tensor([1.6094, 1.6094, 1.6094, 1.6094])
     """
 
     def encode(self, target: Tensor) -> Tensor:
-        """Weights of the two bins around each target, ``[..., G] -> [..., G, Bins]``."""
+        """Return the weights of the two bins around each target, ``[..., G] -> [..., G, Bins]``."""
         return two_hot_encode(self._to_bin_space(target), self.bins)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Cross-entropy with the label, ``[..., C, G]``; no gradient to the target."""
+        """Return the cross-entropy with the label, ``[..., C, G]``."""
         log_prob_CGN = self._log_probs(prediction, target)
         # The product with dense labels would read and write every bin for the two that count.
         below_G, weight_G = self._bin_below(target.detach())
@@ -267,7 +234,7 @@ class TwoHot(BinCodec):
         return -(weight_1G2 * log_prob_CG2).sum(-1)
 
     def _bin_below(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Index of the bin below each target, and the label's weight of the one above."""
+        """Return the bin below each target, and the label's weight of the one above."""
         value_G = self._to_bin_space(target)
         bins_N = self.bins.to(value_G.dtype)
         # Searching inner bins only keeps the index valid, for a NaN too.
@@ -279,21 +246,16 @@ class TwoHot(BinCodec):
 class HLGauss(BinCodec):
     """Classification with histograms of normal distributions as labels (arXiv 2403.03950).
 
-    A target's label is the mass that a normal distribution around it has in each bin, renormalised:
-    bins further off than the next two count as well, which makes predictions smoother than
-    :class:`TwoHot`'s. The mean of the label is the target up to 1e-5 of a bin (``sigma=0.75``);
-    closer than four ``sigma`` to the range's ends, where the distribution is cut off, it lies
-    further inside, by 0.8 ``sigma`` at most.
+    A target's label is the mass of a normal distribution around it in each bin, renormalised, which
+    makes predictions smoother than :class:`TwoHot`'s. The label's mean is the target up to 1e-5 of
+    a bin (``sigma=0.75``); closer than four ``sigma`` to the range's ends, where the distribution
+    is cut off, it lies further inside, by 0.8 ``sigma`` at most.
 
     Args:
-        num_discounts, num_bins, min_return, max_return, symlog, init_value, popart, init_slope: as
-            in :class:`BinCodec`.
-        sigma: standard deviation of the distribution, in bins. The smaller, the nearer to two-hot
-            labels, and the less exact the mean: off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
-
-    Raises:
-        ValueError: if ``sigma`` is not positive, or for arguments out of range, see
-            :class:`BinCodec`.
+        num_discounts: G.
+        sigma: standard deviation of the distribution, in bins; 0.75 is the published one. Smaller
+            ones make the mean less exact: off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
+        options: other arguments, see :class:`BinCodec`.
 
     Example:
         >>> codec = HLGauss(1, num_bins=5, min_return=-2.0, max_return=2.0, symlog=False)
@@ -301,26 +263,9 @@ class HLGauss(BinCodec):
         tensor([[0.0220, 0.2300, 0.4950, 0.2300, 0.0220]])
     """
 
-    def __init__(
-        self,
-        num_discounts: int,
-        num_bins: int = 128,
-        min_return: float = -100_000.0,
-        max_return: float = 100_000.0,
-        symlog: bool = True,
-        init_value: float | None = None,
-        popart: PopArt | None = None,
-        sigma: float = 0.75,
-        init_slope: float | None = None,
-    ) -> None:
-        super().__init__(
-            num_discounts, num_bins, min_return, max_return, symlog, init_value, popart, init_slope
-        )
-        if not (math.isfinite(sigma) and sigma > 0.0):
-            raise ValueError(
-                f"sigma must be positive, got {sigma}. It is the label's standard deviation in "
-                "bins; use 0.75, the published one, or TwoHot for the sharpest labels."
-            )
+    def __init__(self, num_discounts: int, *, sigma: float = 0.75, **options: Any) -> None:
+        super().__init__(num_discounts, **options)
+        check_positive("Use 0.75, as published.", sigma=sigma)
         self.sigma = sigma
 
     @property
@@ -329,47 +274,10 @@ class HLGauss(BinCodec):
         return {**super().settings, "sigma": self.sigma}
 
     def encode(self, target: Tensor) -> Tensor:
-        """Mass of every bin, ``[..., G] -> [..., G, Bins]``."""
+        """Return the mass of every bin, ``[..., G] -> [..., G, Bins]``."""
         # Far outside of the range no bin would have any mass.
         value_G = self._to_bin_space(target).clamp(self.bins[0], self.bins[-1])
         edges_N = torch.cat([self.bins, self.bins[-1:] + self.bin_width]) - 0.5 * self.bin_width
         z_GN = (edges_N - value_G.unsqueeze(-1)) / (self.sigma * self.bin_width)
         mass_GN = torch.special.ndtr(z_GN).diff(dim=-1)
         return mass_GN / mass_GN.sum(-1, keepdim=True)
-
-
-def _check_arguments(
-    num_discounts: int,
-    num_bins: int,
-    min_return: float,
-    max_return: float,
-    init_value: float | None,
-    init_slope: float | None,
-    popart: PopArt,
-) -> None:
-    check_counts("Give the number of the policy's discounts.", num_discounts=num_discounts)
-    check_counts("Use 128, the published number.", num_bins=num_bins)
-    if num_bins < 2:
-        raise ValueError(
-            f"a value lies between two bins, so num_bins must be at least 2, got {num_bins}. "
-            "Use 128, the published number."
-        )
-    if not (math.isfinite(max_return - min_return) and min_return < max_return):
-        raise ValueError(
-            f"min_return must be smaller than max_return and both finite, got {min_return} and "
-            f"{max_return}. They bound the returns times the loss's reward_scale."
-        )
-    if init_value is not None and not min_return <= init_value <= max_return:
-        raise ValueError(
-            f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
-            f"{init_value}. Widen the range, or leave it None."
-        )
-    if init_slope is not None and not 0 < init_slope < math.inf:
-        raise ValueError(
-            f"init_slope must be positive, got {init_slope}. Use 10, or None for weights without order."
-        )
-    if len(popart.mu) != num_discounts:
-        raise ValueError(
-            f"popart must be for the codec's num_discounts={num_discounts}, got one for "
-            f"{len(popart.mu)}. Build it as PopArt(num_discounts={num_discounts})."
-        )

@@ -5,22 +5,20 @@ Legend: N targets, G discounts.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchrl_amago._validation import check_counts
+from torchrl_amago._validation import check_counts, check_fractions, check_positive
 from torchrl_amago.modules.value_codec.base import ValueCodec
 
 
 class PopArt(ValueCodec):
     """Scalar values, normalised per discount while outputs are preserved (arXiv 1602.07714).
 
-    Targets' first and second moments are moving averages whose step size is corrected for its
-    start; whenever they move, an affine map of the raw prediction moves along, so that
-    :meth:`decode` of an unchanged critic stays what it was:
+    Targets' first and second moments are moving averages, corrected for their start; an affine map
+    of the raw prediction moves along, so that :meth:`decode` of an unchanged critic stays the same:
 
         mu, nu   <- lerp(mu, mean(target)), lerp(nu, mean(target^2))
         weight   <- weight * sigma_old / sigma
@@ -28,13 +26,12 @@ class PopArt(ValueCodec):
 
     Args:
         num_discounts: G, size of the predictions' last dimension.
-        beta: step size of the moving averages.
+        beta: step size of the moving averages, in (0, 1]; 5e-4 is the published one.
         initial_nu: initial second moment; large values start with small normalised targets.
         enabled: False makes every method the identity (plain regression on reward units).
 
     Raises:
-        ValueError: if ``num_discounts`` is below 1, ``beta`` is not in (0, 1), or ``initial_nu`` is
-            not positive and finite.
+        ValueError: if a number is out of its range.
 
     Example:
         >>> codec = PopArt(num_discounts=1)
@@ -65,24 +62,17 @@ class PopArt(ValueCodec):
     ) -> None:
         super().__init__()
         check_counts("Give the number of the policy's discounts.", num_discounts=num_discounts)
-        if not 0.0 < beta < 1.0:
-            raise ValueError(
-                f"beta must be in (0, 1), got {beta}. It is the step size of moving averages: 5e-4 is the "
-                "published one, larger ones follow sooner."
-            )
-        if not 0.0 < initial_nu < math.inf:
-            raise ValueError(
-                f"initial_nu must be positive, got {initial_nu}. It is a finite mean of squares; 100 is the "
-                "published one."
-            )
-        self.beta, self.initial_nu, self.enabled = beta, initial_nu, enabled
+        check_positive("Use 5e-4 and 100, as published.", beta=beta, initial_nu=initial_nu)
+        check_fractions("It is the step size of moving averages.", beta=beta)
+        self.num_discounts, self.beta = num_discounts, beta
+        self.initial_nu, self.enabled = initial_nu, enabled
         for name in ("mu", "nu", "weight", "bias"):
             self.register_buffer(name, torch.empty(num_discounts))
         self.register_buffer("count", torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Forget all targets."""
+        """Reset the statistics."""
         self.mu.zero_()
         self.nu.fill_(self.initial_nu)
         self.weight.fill_(1.0)
@@ -92,7 +82,7 @@ class PopArt(ValueCodec):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Kind, step size, and whether it is enabled."""
+        """Kind, step size, and ``enabled``."""
         return {**super().settings, "beta": self.beta, "enabled": self.enabled}
 
     @property
@@ -101,17 +91,12 @@ class PopArt(ValueCodec):
         return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """:attr:`mu` and :attr:`sigma`, ``[G]``."""
+        """Return :attr:`mu` and :attr:`sigma`, ``[G]``."""
         return self.mu, self.sigma
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Move the statistics towards a batch of targets; nothing moves if all is masked.
-
-        Args:
-            target: ``[..., G]``, reward units; masked entries may be anything, NaN too.
-            mask: ``[..., 1]``, bool.
-        """
+        """Move the statistics towards targets, see :meth:`ValueCodec.update`."""
         if not self.enabled:
             return
         target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
@@ -130,24 +115,24 @@ class PopArt(ValueCodec):
         self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 
     def encode(self, target: Tensor) -> Tensor:
-        """The label is the normalised target, see :meth:`normalize`."""
+        """Return the normalised target, see :meth:`normalize`."""
         return self.normalize(target)
 
     def normalize(self, value: Tensor) -> Tensor:
-        """``(value - mu) / sigma``."""
+        """Return ``(value - mu) / sigma``."""
         return (value - self.mu) / self.sigma if self.enabled else value
 
     def normalized(self, prediction: Tensor) -> Tensor:
-        """``weight * prediction + bias``, the space in which :meth:`loss` compares."""
+        """Return ``weight * prediction + bias``, the space in which :meth:`loss` compares."""
         return self.weight * prediction + self.bias if self.enabled else prediction
 
     def decode(self, prediction: Tensor) -> Tensor:
-        """``sigma * normalized(prediction) + mu``."""
+        """Return ``sigma * normalized(prediction) + mu``."""
         if not self.enabled:
             return prediction
         return self.sigma * self.normalized(prediction) + self.mu
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Squared error of normalised values, ``[..., C, G]``; no gradient to the target."""
+        """Return squared errors of normalised values, ``[..., C, G]``."""
         label = self.encode(target.detach()).unsqueeze(-2)
         return (self.normalized(prediction) - label).square()
