@@ -82,7 +82,7 @@ def sampler(slice_length: int, **options) -> TrialSliceSampler:
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 @pytest.mark.parametrize("slice_length", [64, 128, 250, 1000])
 def test_sample(benchmark, half_million, slice_length, draw):
-    half_million.set_sampler(sampler(slice_length, draw=draw, crop="both"))
+    half_million.set_sampler(sampler(slice_length, sample_by=draw, crop="both"))
     batch = benchmark(half_million.sample)
     assert batch.shape == (BATCH, slice_length)
     if slice_length == 128:
@@ -154,7 +154,7 @@ def test_against_one_file_per_trajectory(half_million, folder, slice_length, rec
 
 def test_sample_after_every_write(benchmark, half_million):
     """The table of trials follows the writes: a write must not make the next sample slow."""
-    half_million.set_sampler(sampler(128, draw="priority"))
+    half_million.set_sampler(sampler(128, sample_by="priority"))
     trial = make_trial(200)
 
     def write_and_sample():

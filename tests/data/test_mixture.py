@@ -231,7 +231,7 @@ def test_a_folder_that_is_only_read(tmp_path):
 
 
 def test_slices_of_another_width_are_padded():
-    buffers = {"short": make_buffer([2], trim=True), "long": make_buffer([9], 1000, trim=True)}
+    buffers = {"short": make_buffer([2], trim_padding=True), "long": make_buffer([9], 1000, trim_padding=True)}
     mixture = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12)
     batch = mixture.sample()
     assert batch.shape == (12, 4)
@@ -252,7 +252,7 @@ def test_slices_padded_on_the_left_are_widened_there():
     assert not is_short_B.all()
     assert (batch[MASK][is_short_B] == torch.tensor([False, False, True, True])).all()
     assert (batch["id"][is_short_B] == torch.tensor([0, 0, 0, 1])).all()
-    mixed = buffers | {"right": make_buffer([9], trim=True)}
+    mixed = buffers | {"right": make_buffer([9], trim_padding=True)}
     with pytest.raises(ValueError, match="pad slices on the same side, got .*'right': 'right'"):
         TrialMixture(mixed, dict.fromkeys(mixed, 1), batch_size=2)
 

@@ -73,7 +73,7 @@ def test_torchrls_collector_writes_whole_trials_that_survive_the_fifo():
     st.sampled_from(["trials", "steps", "priority"]),
 )
 def test_sampled_are_the_trials_that_are_left_and_each_of_them(capacity, writes, looks, draw):
-    rb = make_trial_buffer(capacity, 9, 200, warn_short=False, draw=draw)
+    rb = make_trial_buffer(capacity, 9, 200, warn_short=False, sample_by=draw)
     written: list[list[int]] = []
     for lengths, looks_now in zip(writes, looks, strict=False):
         if sum(lengths) > capacity:
@@ -127,7 +127,7 @@ def test_stored_trials_do_not_change_in_place():
 
 def test_torchrls_trainer_hook_may_ask_for_priorities_that_arent_used():
     for draw in ("trials", "priority"):
-        rb = make_trial_buffer(40, slice_length=4, batch_size=3, draw=draw)
+        rb = make_trial_buffer(40, slice_length=4, batch_size=3, sample_by=draw)
         rb.extend(make_trial(4, 10))
         hook = ReplayBufferTrainer(rb, batch_size=3)
         batch = hook.sample(None)
@@ -170,7 +170,7 @@ def test_a_pickled_buffer_is_the_same_folder():
 
 
 def test_shares_of_steps_follow_content_that_another_process_loaded(tmp_path):
-    rb = make_trial_buffer(100, 4, 400, path=tmp_path / "rb", draw="steps", warn_short=False)
+    rb = make_trial_buffer(100, 4, 400, path=tmp_path / "rb", sample_by="steps", warn_short=False)
     rb.extend(make_trial(4))
     rb.dumps(tmp_path / "saved")
     rb.extend(make_trial(40, first_id=10))
@@ -323,7 +323,7 @@ def test_the_same_seed_gives_the_same_batches_after_a_reopening(lengths, draw, r
 
         def opened(mode):
             return make_trial_buffer(
-                30, 4, 6, path=Path(folder, "replay"), mode=mode, draw=draw, crop="both",
+                30, 4, 6, path=Path(folder, "replay"), mode=mode, sample_by=draw, crop="both",
                 relabel=relabel and relabel(), generator=torch.Generator().manual_seed(seed),
                 warn_short=False,
             )  # fmt: skip

@@ -84,8 +84,8 @@ def test_slices_are_runs_of_steps_of_one_trial(
     kind, lengths, slice_length, crop, padding, draw, trim
 ):
     rb = make_buffer(
-        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding, draw=draw,
-        trim=trim, capacity=200, kind=kind,
+        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding, sample_by=draw,
+        trim_padding=trim, capacity=200, kind=kind,
     )  # fmt: skip
     batch = rb.sample()
     mask = batch["collector", "mask"]
@@ -187,7 +187,7 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
     kind, lengths, size, seed
 ):
     rb = make_buffer(
-        lengths, slice_length=size, batch_size=6000, crop="both", draw="steps",
+        lengths, slice_length=size, batch_size=6000, crop="both", sample_by="steps",
         generator=torch.Generator().manual_seed(seed), kind=kind,
     )  # fmt: skip
     batch = rb.sample()
@@ -200,7 +200,7 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
 @pytest.mark.parametrize("crop", OVERHANGS)
 def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
     lengths = [2, 5, 9, 40]
-    rb = make_buffer(lengths, slice_length=5, batch_size=20000, draw="steps", crop=crop, kind=kind)
+    rb = make_buffer(lengths, slice_length=5, batch_size=20000, sample_by="steps", crop=crop, kind=kind)
     batch = rb.sample()
     count = trial_of(batch, lengths)[batch["collector", "mask"]].bincount().double()
     share = torch.tensor(lengths).double() / sum(lengths)
@@ -210,7 +210,7 @@ def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
     rb = make_buffer(
-        [3, 5, 4], slice_length=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0, kind=kind
+        [3, 5, 4], slice_length=3, batch_size=8000, sample_by="priority", alpha=1.0, beta=1.0, kind=kind
     )
     rb.update_priority(numbers(rb), torch.tensor([1.0, 2.0, 5.0]))
     batch = rb.sample()
@@ -221,7 +221,7 @@ def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_new_trial_has_the_largest_priority(kind):
-    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, draw="priority", alpha=1.0, kind=kind)
+    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, sample_by="priority", alpha=1.0, kind=kind)
     rb.update_priority(numbers(rb), torch.tensor([0.0, 6.0]))
     rb.extend(make_trial(3, 6))
     count = trial_of(rb.sample(), [3, 3, 3])[:, 0].bincount(minlength=3).double()
@@ -232,7 +232,7 @@ def test_a_new_trial_has_the_largest_priority(kind):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_batch_brings_its_errors(kind):
     rb = make_buffer(
-        [2, 5, 4], slice_length=4, batch_size=500, draw="priority", alpha=1.0, kind=kind
+        [2, 5, 4], slice_length=4, batch_size=500, sample_by="priority", alpha=1.0, kind=kind
     )
     batch = rb.sample()
     error = torch.where(batch["collector", "mask"], batch["id"], 1000).unsqueeze(-1)
@@ -303,7 +303,7 @@ def test_another_sampler_finds_the_same_trials():
 @pytest.mark.parametrize("padding", ["right", "left"])
 def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
     batch = make_buffer(
-        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim=True, kind=kind
+        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim_padding=True, kind=kind
     ).sample()
     mask = batch["collector", "mask"]
     assert batch.shape == (32, 3)
@@ -315,7 +315,7 @@ def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
 
 
 def test_trim_never_exceeds_slice_len():
-    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim=True).sample().shape == (16, 4)
+    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim_padding=True).sample().shape == (16, 4)
 
 
 def test_refuses_what_cannot_work():
@@ -340,4 +340,4 @@ def test_refuses_what_cannot_work():
 @pytest.mark.parametrize("options", [{"alpha": -1.0}, {"beta": float("nan")}, {"alpha": 2.0}])
 def test_exponents_out_of_range(options):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], got"):
-        TrialSliceSampler(4, draw="priority", **options)
+        TrialSliceSampler(4, sample_by="priority", **options)

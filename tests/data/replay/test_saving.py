@@ -42,13 +42,13 @@ def assert_same_future(rb, other):
 @pytest.mark.parametrize("target", ["fresh", "used"])
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 def test_save_and_load_give_back_the_same_buffer(tmp_path, lengths, target, draw):
-    rb = filled_buffer(lengths, draw=draw)
+    rb = filled_buffer(lengths, sample_by=draw)
     rb.sample()
     if draw == "priority":
         rb.update_priority(torch.arange(6), torch.arange(6.0))
     save_replay(rb, tmp_path / "replay")
     other = (
-        make_buffer(draw=draw) if target == "fresh" else filled_buffer((2, 20, 13, 4), draw=draw)
+        make_buffer(sample_by=draw) if target == "fresh" else filled_buffer((2, 20, 13, 4), sample_by=draw)
     )
     if target == "used":
         other.sample()

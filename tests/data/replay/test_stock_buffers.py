@@ -222,7 +222,7 @@ def test_what_torchrl_does_not_name_in_public_is_there():
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path):
-    buffers = [make_buffer(storage(30), buffer=TrialReplayBuffer, draw=draw) for _ in range(3)]
+    buffers = [make_buffer(storage(30), buffer=TrialReplayBuffer, sample_by=draw) for _ in range(3)]
     rb = buffers[0]
     for number, trial in enumerate(make_trials([7, 9, 5, 11, 6])):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
