@@ -134,7 +134,7 @@ def test_torchrls_trainer_hook_may_ask_for_priorities_that_arent_used():
         if draw == "trials":
             hook.update_priority(batch)
         else:
-            with pytest.raises(KeyError, match="new priorities are made of a batch"):
+            with pytest.raises(KeyError, match="td_error"):
                 hook.update_priority(batch)
 
 
@@ -289,7 +289,7 @@ def test_refuses_sizes_that_cannot_work(tmp_path):
         make_trial_buffer(None, 11, 1, path=tmp_path, mode="continue")
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         make_trial_buffer(10, 5, 0)
-    with pytest.raises(ValueError, match="mode='read' needs the path"):
+    with pytest.raises(FileNotFoundError, match="mode='read' needs the path"):
         make_trial_buffer(10, 5, 1, mode="read")
 
 
@@ -304,7 +304,7 @@ def test_refuses_what_is_not_whole_trials():
         rb.extend(trial.exclude(("next", "done")))
     with pytest.raises(ValueError, match=r"got steps \[1, 5\]"):
         rb.extend(trial.unsqueeze(0))
-    with pytest.raises(TypeError, match="not single steps"):
+    with pytest.raises(RuntimeError, match="doesn't allow writing"):
         rb.add(trial[0])
     assert rb.write_count == 0
 

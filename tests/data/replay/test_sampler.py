@@ -327,10 +327,10 @@ def test_refuses_what_cannot_work():
         TrialSliceSampler(4, padding="both")
     with pytest.raises(ValueError, match=r"crop must be one of 'none'.*got 'up'"):
         TrialSliceSampler(4, crop="up")
-    with pytest.raises(ValueError, match=r"draw must be one of 'trials'.*got 'step'"):
-        TrialSliceSampler(4, draw="step")
+    with pytest.raises(ValueError, match=r"sample_by must be one of 'trials'.*got 'step'"):
+        TrialSliceSampler(4, sample_by="step")
     rb = make_buffer([5])
-    with pytest.raises(ValueError, match="draw='priority' only, got draw='trials'"):
+    with pytest.raises(ValueError, match="sample_by='priority' only, got sample_by='trials'"):
         rb.update_priority(torch.tensor([0]), torch.tensor([1.0]))
     rb = TensorDictReplayBuffer(storage=ListStorage(10), sampler=TrialSliceSampler(4), batch_size=2)
     with pytest.raises(TypeError, match="LazyMemmapStorage.*ndim=1.*got ListStorage"):

@@ -177,7 +177,7 @@ def test_elements_of_several_steps_are_refused():
     rb = make_buffer(LazyTensorStorage(100))
     list(Collector(make_env(), act, frames_per_batch=12, total_frames=12, replay_buffer=rb))
     with pytest.raises(
-        ValueError, match=r"each item of the storage is a batch \[4\].*trajs_per_batch=1"
+        ValueError, match=r"must be one step, and is a batch \[4\].*trajs_per_batch=1"
     ):
         rb.sample()
 
@@ -200,7 +200,7 @@ def test_trajectories_without_flags_are_whole_once_another_one_follows():
     assert {tuple(row) for row in rows(rb.sample())} == {(0, 1, 2)}
     rb = make_buffer(LazyTensorStorage(100))
     rb.extend(TensorDict({"id": torch.arange(3)}, [3]))
-    with pytest.raises(KeyError, match=r"told apart by .*traj_ids.*only \['id', 'index'\]"):
+    with pytest.raises(KeyError, match=r"trials need .*traj_ids.*only \['id', 'index'\]"):
         rb.can_sample()
 
 

@@ -20,7 +20,6 @@ import shutil
 import sys
 import time
 import warnings
-import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -95,6 +94,7 @@ class TrialStorage(LazyMemmapStorage):
                 capacity = files.read_json(self._here / "schema.json").get("capacity")
             check_counts("It is the number of steps to keep.", capacity=capacity)
             super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
+            self._facts = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": capacity}
             # Collectors of several processes would prepare a storage that awaits its first write.
             self._storage, self.initialized = TensorDict(batch_size=[0]), True
             if self.table() is None and exists:
@@ -105,31 +105,25 @@ class TrialStorage(LazyMemmapStorage):
     def table(self) -> TrialTable | None:
         """Return the table of the trials that are there now; None before the first write."""
         # Loading, here or in another process, puts other files in place.
-        while (inode := self._find_inode()) not in (None, self._inode):
-            try:
-                self._open()
-                self._inode = inode
-            except (files.DamagedError, OSError, ValueError):
-                if self._find_inode() == inode:  # else the files were replaced meanwhile
-                    raise
+        file = self._here / "table.bin"
+        with contextlib.suppress(FileNotFoundError):
+            while (inode := os.stat(file).st_ino) != self._inode:
+                try:
+                    self._open(file)
+                    self._inode = inode
+                except (files.DamagedError, OSError, ValueError):
+                    if os.stat(file).st_ino == inode:  # else the files were replaced meanwhile
+                        raise
         return self._table
 
-    def _find_inode(self) -> int | None:
-        with contextlib.suppress(FileNotFoundError):
-            return os.stat(self._here / "table.bin").st_ino
-        return None
-
-    def _schema(self) -> dict[str, Any]:
-        return {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": self.max_size}
-
-    def _open(self) -> None:
-        found, wanted = files.read_json(self._here / "schema.json"), self._schema()
-        if (facts := {key: found.get(key) for key in wanted}) != wanted:
+    def _open(self, file: Path) -> None:
+        found = files.read_json(self._here / "schema.json")
+        if (facts := {key: found.get(key) for key in self._facts}) != self._facts:
             raise ValueError(
-                f"{self.path} must be of {wanted}, got {facts}. Use its capacity (None takes it), and "
-                "the version of torchrl_amago and kind of processor that wrote it."
+                f"{self.path} must be of {self._facts}, got {facts}. Use its capacity (None takes it), "
+                "and the version of torchrl_amago and kind of processor that wrote it."
             )
-        table = TrialTable(self._here / "table.bin", self.max_size, self.mode != "read")
+        table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         self._storage = self._map_rows(spec, _num_rows(table.look()[1]))
         self.spec, self._table, self._known, self._claimed = spec, table, None, {}
@@ -165,7 +159,7 @@ class TrialStorage(LazyMemmapStorage):
     def _bytes(self) -> Iterator[tuple[Path, Tensor]]:
         """Iterate over the files of the rows, and their content ``[rows, bytes]``."""
         for key, values in self._storage.items(True, True):
-            yield self._file(key), values.reshape(len(values), -1).view(torch.uint8)
+            yield self._file(key), values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8)
 
     @contextlib.contextmanager
     def _replace(self, here: Path, spec: layout.Spec) -> Iterator[Path]:
@@ -173,7 +167,7 @@ class TrialStorage(LazyMemmapStorage):
         with files.replace_folder(here, flush=self.flush) as folder:
             (folder / "rows").mkdir()
             yield folder
-            files.write_json(folder / "schema.json", self._schema() | {"entries": [*spec.items()]})
+            files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
 
     def _create(self, spec: layout.Spec) -> TrialTable:
         """Start without trials; the files take no disk space until they are filled."""
@@ -311,28 +305,20 @@ class TrialStorage(LazyMemmapStorage):
     def __getitem__(self, index: Any) -> TensorDict:
         """Read steps by their places among those stored: an integer, a slice, a mask, or integers."""
         with self._lock():
-            for reads_left in reversed(range(_MAX_READS)):
+            for _ in range(_MAX_READS):
                 trials = self._look()
                 shift = trials.start - np.cumsum(trials.length) + trials.length
                 row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
                 steps = self.get(row[index if isinstance(index, slice) else np.asarray(index)])
-                try:
+                with contextlib.suppress(EvictedError):
                     self.check(trials, trials.number[:1])
-                except EvictedError:
-                    if not reads_left:
-                        raise
-                else:
                     return steps
+        self.check(trials, trials.number[:1])
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
 
     # -- copies ----------------------------------------------------------------------------------
-
-    def checksum(self) -> int:
-        """Combine the checksums of all trials, taken when they were written."""
-        _, entries = self.entries()
-        return zlib.crc32(entries["values"].tobytes(), zlib.crc32(entries["length"].tobytes()))
 
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""

@@ -60,19 +60,20 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         relabel: Relabel | None = None,
         **options: Any,
     ) -> None:
+        if not isinstance(relabel, Relabel | None):
+            raise TypeError(
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other "
+                "transforms to append_transform."
+            )
         # RayReplayBuffer passes a function that makes the storage.
         storage = storage if isinstance(storage, Storage) else storage()
-        self.relabel, self._is_ours = None, isinstance(storage, TrialStorage)
+        self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
-        if relabel is not None:
-            self.insert_transform(0, relabel)
-
-    # -- transforms ------------------------------------------------------------------------------
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
-        """Append a transform; see :meth:`insert_transform`."""
+        """Append a transform of slices, or insert a relabeller; see :meth:`insert_transform`."""
         if isinstance(transform, Relabel):
             return self.insert_transform(len(self.transform), transform, invert=invert)
         return super().append_transform(transform, invert=invert)
