@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey, TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import ImmutableDatasetWriter
@@ -176,25 +176,30 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def _read(self, batch_size: int) -> TensorDictBase:
         trials = self.sampler.trials(self.storage)
         position_B, weight_B = self.sampler.draw(trials, batch_size)
-        length_B, relabelled_BL = torch.from_numpy(trials.length[position_B]), None
+        length_B, changed_BL = torch.from_numpy(trials.length[position_B]), TensorDict()
         if self.relabel is not None:
-            length_B, relabelled_BL = self._relabel(trials, position_B, length_B)
+            length_B, changed_BL = self._relabel(trials, position_B, length_B)
         step_BT, mask_BT = self.sampler.windows(length_B)
-        batch = self._get(trials, position_B, step_BT)
-        if relabelled_BL is not None:
-            batch.update(relabelled_BL[torch.arange(batch_size).unsqueeze(-1), step_BT])
+        changed = changed_BL.keys(True, True)
+        names = [key for key in getattr(self.storage, "spec", ()) if key not in changed]
+        batch = self._get(trials, position_B, step_BT, names)
+        for key, value_BL in changed_BL.items(True, True):
+            place_BT = step_BT + value_BL.shape[1] * torch.arange(batch_size).unsqueeze(-1)
+            value_N = value_BL.flatten(0, 1).index_select(0, place_BT.flatten())
+            batch.set(key, value_N.unflatten(0, step_BT.shape))
         for key, value in self.sampler.info(mask_BT, weight_B).items():
             batch.set(key, value)
         number_B = torch.from_numpy(trials.number[position_B])
         return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
 
     def _get(
-        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey] = ()
+        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey]
     ) -> TensorDictBase:
+        """Read these entries of steps; all of them from TorchRL's storages."""
         index_BT = trials.index(position_B, step_BT)
         if not self._is_ours:
-            return (self.storage[:].select(*names) if names else self.storage)[index_BT]
-        steps = self.storage.get(index_BT, names or None)
+            return self.storage[index_BT]
+        steps = self.storage.get(index_BT, names)
         self.storage.check(trials, trials.number[position_B])
         return steps
 
@@ -205,9 +210,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
         inside_BL = torch.minimum(step_L, length_B1 - 1)
         whole_BL = self._get(trials, position_B, inside_BL, self.relabel.in_keys)
-        whole_BL.set(keys.MASK, step_L < length_B1)
-        relabelled_BL = self.relabel.relabel_trials(whole_BL, self._rng)
-        return relabelled_BL.get(keys.MASK).sum(-1), relabelled_BL.exclude("collector")
+        whole_BL = whole_BL.select(*self.relabel.in_keys).set(keys.MASK, step_L < length_B1)
+        changed_BL = self.relabel.relabel_trials(whole_BL, self._rng)
+        return changed_BL.get(keys.MASK).sum(-1), changed_BL.exclude("collector")
 
     # -- priorities ------------------------------------------------------------------------------
 
@@ -301,7 +306,6 @@ def make_trial_buffer(
         DamagedError: for a damaged folder, a :class:`RuntimeError`.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> rb = make_trial_buffer(capacity=100, slice_length=4, batch_size=3)
         >>> rb.can_sample()
         False
