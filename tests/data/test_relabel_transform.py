@@ -228,7 +228,7 @@ class Gap(Relabel):
 
 
 def test_a_mask_must_be_the_beginning_of_each_trial(trials):
-    with pytest.raises(ValueError, match="each trial's first steps, those left"):
+    with pytest.raises(ValueError, match="each trial's remaining first steps"):
         Gap()(trials)
 
 
