@@ -156,6 +156,6 @@ class Slices:
         if required:
             raise KeyError(
                 f"use_prioritized_weights=True reads {key!r}, but the batch lacks it. Sample from a "
-                "buffer with draw='priority', or use 'auto'."
+                "buffer with sample_by='priority', or use 'auto'."
             )
         return None

@@ -278,8 +278,10 @@ class TrialStorage(LazyMemmapStorage):
         table = self.table()
         return table.written if table else 0
 
-    def get(self, row: Any, keys: Sequence[NestedKey] | None = None) -> TensorDict:
-        """Read steps, or some of their entries, by the rows where they begin; see :meth:`check`."""
+    def get(
+        self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = False
+    ) -> TensorDict:
+        """Read steps, or some of their entries, by their rows, into memory that may be reused."""
         row = torch.as_tensor(row)
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
         after = here + 1
@@ -289,7 +291,8 @@ class TrialStorage(LazyMemmapStorage):
             shape = values.shape[1:]
             if values.numel() == len(values):
                 values = values.reshape(-1)  # three times as fast
-            found = self._memory.empty(key, here.shape + values.shape[1:], values.dtype)
+            size = here.shape + values.shape[1:]
+            found = values.new_empty(0) if not reuse else self._memory.empty(key, size, values.dtype)
             torch.index_select(values, 0, after if is_twice else here, out=found)
             out.set(key, found.reshape(row.shape + shape))
         return out

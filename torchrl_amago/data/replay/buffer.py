@@ -199,7 +199,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         index_BT = trials.index(position_B, step_BT)
         if not self._is_ours:
             return self.storage[index_BT]
-        steps = self.storage.get(index_BT, names)
+        steps = self.storage.get(index_BT, names, reuse=True)
         self.storage.check(trials, trials.number[position_B])
         return steps
 
