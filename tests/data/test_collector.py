@@ -140,7 +140,9 @@ def test_refuses_empty_fragments():
 
 def test_refuses_fragments_for_a_buffer_that_cant_tell_them_apart():
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    with pytest.raises(ValueError, match="fragment_length needs .* TrialSliceSampler, got ReplayBuffer"):
+    with pytest.raises(
+        ValueError, match="fragment_length needs .* TrialSliceSampler, got ReplayBuffer"
+    ):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, fragment_length=5)
 
 

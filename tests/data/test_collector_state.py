@@ -171,9 +171,7 @@ def test_loading_drops_the_steps_that_wait():
 def test_is_refused_by_another_environment():
     collector, other = (make_collector(task, "gru", seed=0) for task in ("lake", "door"))
     before = through_a_file(other.state_dict())
-    with pytest.raises(
-        ValueError, match=r"batch size \[5\], got DarkKeyDoor with \[4\]"
-    ):
+    with pytest.raises(ValueError, match=r"batch size \[5\], got DarkKeyDoor with \[4\]"):
         other.load_state_dict(collector.state_dict())
     after = other.state_dict()
     assert after["traj_pool"] == before["traj_pool"]

@@ -231,7 +231,10 @@ def test_a_folder_that_is_only_read(tmp_path):
 
 
 def test_slices_of_another_width_are_padded():
-    buffers = {"short": make_buffer([2], trim_padding=True), "long": make_buffer([9], 1000, trim_padding=True)}
+    buffers = {
+        "short": make_buffer([2], trim_padding=True),
+        "long": make_buffer([9], 1000, trim_padding=True),
+    }
     mixture = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12)
     batch = mixture.sample()
     assert batch.shape == (12, 4)
@@ -428,7 +431,9 @@ def test_priorities_go_where_the_slices_came_from():
 def test_wrong_arguments():
     buffers = {"a": make_buffer([5]), "b": make_buffer()}
     for weights in ({"a": 1}, {"a": 1, "b": -1}, {"a": 0, "b": 0}, {"a": 1, "c": 1}, {}):
-        with pytest.raises(ValueError, match="weights must have a number of at least 0 for each of"):
+        with pytest.raises(
+            ValueError, match="weights must have a number of at least 0 for each of"
+        ):
             TrialMixture(buffers, weights, batch_size=2)
     with pytest.raises(ValueError, match="initial_weights must have"):
         TrialMixture(buffers, {"a": 1, "b": 1}, initial_weights={"a": 1}, batch_size=2)

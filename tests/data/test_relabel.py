@@ -425,7 +425,9 @@ def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
     trial = play([[(0.0, 0.0)], [(0.25, 0.0)]], [(0.5, 0.0)])
     trial[0][("next", "reward")] = [0.5]
     batch = as_batch([trial])
-    with pytest.raises(ValueError, match=r"\[\('next', 'reward'\).*environment's reward as reward_fn"):
+    with pytest.raises(
+        ValueError, match=r"\[\('next', 'reward'\).*environment's reward as reward_fn"
+    ):
         GoalSequenceRelabel().relabel_trials(batch)
     GoalSequenceRelabel(check=False).relabel_trials(batch)
 

@@ -200,7 +200,9 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
 @pytest.mark.parametrize("crop", OVERHANGS)
 def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
     lengths = [2, 5, 9, 40]
-    rb = make_buffer(lengths, slice_length=5, batch_size=20000, sample_by="steps", crop=crop, kind=kind)
+    rb = make_buffer(
+        lengths, slice_length=5, batch_size=20000, sample_by="steps", crop=crop, kind=kind
+    )
     batch = rb.sample()
     count = trial_of(batch, lengths)[batch["collector", "mask"]].bincount().double()
     share = torch.tensor(lengths).double() / sum(lengths)
@@ -210,7 +212,13 @@ def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
     rb = make_buffer(
-        [3, 5, 4], slice_length=3, batch_size=8000, sample_by="priority", alpha=1.0, beta=1.0, kind=kind
+        [3, 5, 4],
+        slice_length=3,
+        batch_size=8000,
+        sample_by="priority",
+        alpha=1.0,
+        beta=1.0,
+        kind=kind,
     )
     rb.update_priority(numbers(rb), torch.tensor([1.0, 2.0, 5.0]))
     batch = rb.sample()
@@ -221,7 +229,9 @@ def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_new_trial_has_the_largest_priority(kind):
-    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, sample_by="priority", alpha=1.0, kind=kind)
+    rb = make_buffer(
+        [3, 3], slice_length=3, batch_size=4000, sample_by="priority", alpha=1.0, kind=kind
+    )
     rb.update_priority(numbers(rb), torch.tensor([0.0, 6.0]))
     rb.extend(make_trial(3, 6))
     count = trial_of(rb.sample(), [3, 3, 3])[:, 0].bincount(minlength=3).double()
@@ -315,7 +325,10 @@ def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
 
 
 def test_trim_never_exceeds_slice_len():
-    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim_padding=True).sample().shape == (16, 4)
+    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim_padding=True).sample().shape == (
+        16,
+        4,
+    )
 
 
 def test_refuses_what_cannot_work():

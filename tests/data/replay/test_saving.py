@@ -48,7 +48,9 @@ def test_save_and_load_give_back_the_same_buffer(tmp_path, lengths, target, draw
         rb.update_priority(torch.arange(6), torch.arange(6.0))
     save_replay(rb, tmp_path / "replay")
     other = (
-        make_buffer(sample_by=draw) if target == "fresh" else filled_buffer((2, 20, 13, 4), sample_by=draw)
+        make_buffer(sample_by=draw)
+        if target == "fresh"
+        else filled_buffer((2, 20, 13, 4), sample_by=draw)
     )
     if target == "used":
         other.sample()

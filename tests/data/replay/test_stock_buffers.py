@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -11,9 +13,14 @@ from torchrl.collectors import Collector, MultiCollector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import InitTracker, TransformedEnv
 
-from tests.data.trials import make_trial, make_trials, rows
+from tests.data.trials import make_trial, make_trials, rows, stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
-from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler
+from torchrl_amago.data import (
+    TrialCollector,
+    TrialReplayBuffer,
+    TrialSliceSampler,
+    make_trial_buffer,
+)
 
 LENGTHS = [[3, 5], [4], [7, 2, 6]]
 STORAGES = [LazyTensorStorage, LazyMemmapStorage]
@@ -73,7 +80,7 @@ def assert_slices_are_whole(rb) -> None:
     assert (done_BT.sum(1) <= 1)[~is_short].all()
     assert done_BT[is_short, -1].all()
     assert torch.equal(batch["is_init"].squeeze(-1), step_BT == 1)
-    trajectory_BT = batch["collector", "traj_ids"]
+    trajectory_BT = batch.get(("collector", "traj_ids"), batch["index"])
     assert (trajectory_BT == trajectory_BT[:, :1]).all()
 
 
@@ -99,6 +106,23 @@ def test_a_stock_collector_fills_a_stock_buffer(storage, trajs_per_batch, capaci
     assert checked > 20
 
 
+@pytest.mark.parametrize("collector", [TrialCollector, partial(Collector, trajs_per_batch=1)])
+def test_collectors_fill_a_buffer_of_whole_trials(collector):
+    rb = make_trial_buffer(40, 5, 40, warn_short=False)
+    for _ in collector(make_env(), act, frames_per_batch=9, total_frames=9 * 30, replay_buffer=rb):
+        for trial in stored_trials(rb):
+            length = len(trial)
+            assert length in {n for row in LENGTHS for n in row}
+            assert trial["next", "reward"].flatten().tolist() == [*range(1, length + 1)]
+            assert trial["is_init"].flatten().tolist() == [True] + [False] * (length - 1)
+            assert trial["next", "done"].flatten().tolist() == [False] * (length - 1) + [True]
+        if rb.can_sample():
+            assert_slices_are_whole(rb)
+    assert len(rb) <= 40
+    assert rb.num_trials >= 5  # of at most 7 steps
+    assert rb.write_count > 200
+
+
 @pytest.mark.parametrize("storage", STORAGES)
 def test_our_collector_fills_a_stock_buffer(storage):
     rb = make_buffer(storage(50))
@@ -113,10 +137,11 @@ def test_our_collector_fills_a_stock_buffer(storage):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sync", [True, False])
-@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize(
+    ("storage", "sync"), [(LazyTensorStorage, True), (LazyMemmapStorage, False)]
+)
 def test_stock_collectors_in_two_processes(sync, storage):
-    """What other processes write is seen, though this one's sampler hears nothing of it."""
+    """The sampler sees what other processes write."""
     rb = make_buffer(storage(150, shared_init=True))
     rb.share()
     collector = MultiCollector(

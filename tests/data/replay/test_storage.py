@@ -369,15 +369,14 @@ def test_any_flipped_bit_of_the_description_is_refused_or_changes_nothing(folder
     file = folder / "trials" / "schema.json"
     content, refused = file.read_bytes(), 0
     for place in range(len(content)):
-        for bit in range(8):
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << bit
-            file.write_bytes(damaged)
-            try:
-                assert_intact(folder)
-            except (DamagedError, ValueError):
-                refused += 1
-    assert refused > 6 * len(content)  # but for some of the blanks
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            assert_intact(folder)
+        except (DamagedError, ValueError):
+            refused += 1
+    assert refused > 0.75 * len(content)  # all but some blanks
 
 
 def test_any_flipped_bit_of_the_values_is_found_by_verify(folder):
@@ -476,7 +475,9 @@ def test_other_entries_are_refused_and_nothing_is_lost(folder):
     storage = opened(folder, "continue")
     trial = make_trial(4)
     trial["observation"] = torch.zeros(4, 5)
-    with pytest.raises(ValueError, match=r"observation: float32 2 there, float32 5 here"):
+    del trial["is_init"]
+    differing = "is_init: bool 1 there, nothing here; observation: float32 2 there, float32 5 here"
+    with pytest.raises(ValueError, match=differing):
         storage.write(trial, [4])
     assert_intact(folder)
 
@@ -585,7 +586,9 @@ def test_refuses_writes_that_are_not_whole_trials():
     for lengths in ([3], [4, 1], [4, 0], []):
         with pytest.raises(ValueError, match=r"steps \[N\] of whole trials.*TrialCollector"):
             storage.write(make_trial(4), lengths)
-    with pytest.raises(ValueError, match="at most capacity=10 steps at once, got steps .11. and lengths .11."):
+    with pytest.raises(
+        ValueError, match="at most capacity=10 steps at once, got steps .11. and lengths .11."
+    ):
         storage.write(make_trial(11), [11])
     with pytest.raises(TypeError, match="can't be changed in place"):
         storage[0] = make_trial(1)

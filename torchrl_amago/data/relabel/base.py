@@ -132,7 +132,9 @@ class Relabel(Transform, ABC):
             is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
             if is_whole_B.all():
                 return
-            problem = f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else"
+            problem = (
+                f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else"
+            )
         raise ValueError(
             f"{type(self).__name__} must get whole trials [B, L] with {', '.join(map(repr, needed))}, "
             f"padded on the right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only one "

@@ -159,7 +159,10 @@ class TrialStorage(LazyMemmapStorage):
     def _bytes(self) -> Iterator[tuple[Path, Tensor]]:
         """Iterate over the files of the rows, and their content ``[rows, bytes]``."""
         for key, values in self._storage.items(True, True):
-            yield self._file(key), values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8)
+            yield (
+                self._file(key),
+                values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8),
+            )
 
     @contextlib.contextmanager
     def _replace(self, here: Path, spec: layout.Spec) -> Iterator[Path]:
@@ -292,7 +295,9 @@ class TrialStorage(LazyMemmapStorage):
             if values.numel() == len(values):
                 values = values.reshape(-1)  # three times as fast
             size = here.shape + values.shape[1:]
-            found = values.new_empty(0) if not reuse else self._memory.empty(key, size, values.dtype)
+            found = (
+                values.new_empty(0) if not reuse else self._memory.empty(key, size, values.dtype)
+            )
             torch.index_select(values, 0, after if is_twice else here, out=found)
             out.set(key, found.reshape(row.shape + shape))
         return out
