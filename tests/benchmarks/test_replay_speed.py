@@ -1,9 +1,9 @@
-"""Time of one replay sample (B=24) at several sizes, against one file per trajectory; of writing and saving.
+"""Time of a replay sample (B=24), beside one file per trajectory; time of writing and saving.
 
-Run with `pytest tests/benchmarks/test_replay_speed.py`. Times are those of the processor, all threads together:
-what else the machine does counts less. Bars: 1.5 ms at T=128 and 5 ms at T=1000 with
-prefetch and 500,000 stored steps; the same within a factor of 1.3 with 10,000,000; five times faster
-than one `.npz` per trajectory at T=128, three times at T=1000.
+Run with `pytest tests/benchmarks/test_replay_speed.py`. Times are those of the processor, all
+threads together: what else the machine does counts less. Bars: 1.5 ms at T=128 and 5 ms at T=1000
+with prefetch and 500,000 stored steps; the same within a factor of 1.3 with 10,000,000; five times
+faster than one `.npz` per trajectory at T=128, three times at T=1000.
 """
 
 from __future__ import annotations

@@ -133,12 +133,12 @@ def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
     assert len(buffer) == len(steps)
 
 
-def test_refuses_empty_fragments():
+def test_empty_fragments_raise():
     with pytest.raises(ValueError, match="fragment_length must be at least 1, got 0"):
         TrialCollector(None, act, replay_buffer=None, frames_per_batch=1, fragment_length=0)
 
 
-def test_refuses_fragments_for_a_buffer_that_cant_tell_them_apart():
+def test_fragments_need_a_buffer_that_finds_trials():
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
     with pytest.raises(
         ValueError, match="fragment_length needs .* TrialSliceSampler, got ReplayBuffer"
@@ -168,13 +168,13 @@ def test_names_the_flags_that_are_missing():
         ("trajs_per_write", 3, "are written together"),
     ],
 )
-def test_refuses_what_contradicts_whole_trials(option, value, reason):
+def test_options_that_contradict_whole_trials_raise(option, value, reason):
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
     with pytest.raises(ValueError, match=f"{option} must be .* got {value}: .*{reason}"):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, **{option: value})
 
 
-def test_refuses_to_write_nowhere():
+def test_a_missing_buffer_raises():
     with pytest.raises(TypeError, match="needs a replay_buffer, got None"):
         TrialCollector(None, act, frames_per_batch=1)
 

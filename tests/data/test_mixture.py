@@ -1,4 +1,4 @@
-"""Several buffers behind one: fractions by weight, weights by time, nothing in a protected buffer changes."""
+"""Mixtures: fractions by weight, weights by time, protected buffers that never change."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_slices_come_from_the_buffer_they_say():
 
 
 def test_no_warnings_of_batches_of_other_sizes():
-    """Which TorchRL gives at the first batch that isn't as large as the buffer was made for."""
+    """TorchRL warns at the first batch of another size than the buffer's."""
     mixture = make_mixture(new=[7, 7], batch_size=1)
     for size in (8, 8, 1, 3, 16):
         assert len(mixture.sample(size)) == size
@@ -304,7 +304,7 @@ def test_cant_go_on_with_other_generators(had_one):
     one.sample()
     with pytest.raises(
         ValueError,
-        match="the generator that it was saved with, .* and pass a generator if it had one",
+        match="the generator that it was saved with, .*; pass a generator if it had one",
     ):
         other.load_state_dict(one.state_dict())
     assert (other.updates, other.ready_at) == (0, {})
@@ -350,11 +350,11 @@ def test_one_number_makes_other_data():
     for step in (0, 4):  # rewards, the last step's too, and what the last step led to
         trial = make_trial(5)
         trial["next", "reward"][step] += 1
-        with pytest.raises(ValueError, match="Load the same data, in the same order"):
+        with pytest.raises(ValueError, match="Load the same data in the same order"):
             mixture_of(trial).load_state_dict(state)
     trial = make_trial(5)
     trial["next", "nested", "state"][4, 0] += 1
-    with pytest.raises(ValueError, match="Load the same data, in the same order"):
+    with pytest.raises(ValueError, match="Load the same data in the same order"):
         mixture_of(trial).load_state_dict(state)
 
 

@@ -27,10 +27,10 @@ _TRIAL = ("collector", "traj_ids")
 class TrialCollector(Collector):
     """Collector that writes complete trials into a replay buffer.
 
-    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps wait
-    until their trial is complete. With ``fragment_length``, endless and very long trials are written in
-    fragments. A fragment is stored like a trial, with its steps' true ``time_idx``; only the last one
-    ends with ``done``.
+    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps
+    wait until their trial is complete. With ``fragment_length``, endless and very long trials are
+    written in fragments. A fragment is stored like a trial, with its steps' true ``time_idx``; only
+    the last one ends with ``done``.
 
     It also works as the ``collector_class`` of `MultiCollector`, `RayCollector` and
     `Collector(..., backend=...)`, whose workers write their own trials. `MultiCollector` then needs
@@ -43,16 +43,17 @@ class TrialCollector(Collector):
             :class:`TrialSliceSampler`.
         frames_per_batch: environment steps, all rows together, between two writes.
         fragment_length: steps after which a trial is cut; None never cuts.
-        stagger: give the first fragment of each trial a shorter length of its own, so that trials that
-            began together don't all fill their fragments in the same step.
-        postproc: transform of complete trials, such as a relabeller: of a batch ``[N, L]``, padded on
-            the right with the mask ``("collector", "mask")``. Steps in the resulting mask are written.
+        stagger: give the first fragment of each trial a shorter length of its own, so that trials
+            that began together don't all fill their fragments in the same step.
+        postproc: transform of complete trials, such as a relabeller: of a batch ``[N, L]``, padded
+            on the right with the mask ``("collector", "mask")``. Steps in the resulting mask are
+            written.
         options: further arguments of :class:`torchrl.collectors.Collector`. ``reset_at_each_iter``
             drops unfinished trials at the end of each batch; ``trajs_per_batch`` does nothing.
 
     Raises:
-        ValueError: for a ``fragment_length`` below 1 or with another buffer, options that contradict
-            whole trials, and, from iterating, if no flag marks the ends of trials.
+        ValueError: for a ``fragment_length`` below 1 or with another buffer, options that
+            contradict whole trials, and, from iterating, if no flag marks the ends of trials.
         TypeError: without a replay buffer.
 
     Example:
@@ -61,7 +62,7 @@ class TrialCollector(Collector):
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> buffer = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = TrialCollector(
-        ...     env, env.rand_action, replay_buffer=buffer, frames_per_batch=8 * 18, total_frames=8 * 18)
+        ...     env, env.rand_action, replay_buffer=buffer, frames_per_batch=144, total_frames=144)
         >>> list(collector), len(buffer) > 0
         ([None], True)
     """
@@ -105,14 +106,14 @@ class TrialCollector(Collector):
     def _write(self, trials: TensorDictBase, lengths: list[int]) -> None:
         if self._process is not None:
             trials, lengths = _apply_to_rows(self._process, trials, lengths)
-        # Flags mark the ends of whole trials, and TorchRL's buffers read the numbers of trajectories.
+        # Flags mark the ends of whole trials, and TorchRL's buffers read trajectory numbers.
         buffer = self.replay_buffer
         takes_lengths = isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
         is_cut = self.fragment_length is not None and takes_lengths
         buffer.extend(trials, **({"lengths": lengths} if is_cut else {}))
 
     def _complete_trials(self, steps: TensorDictBase) -> tuple[TensorDictBase, list[int]]:
-        """Return trials and fragments that these steps complete, side by side, and their lengths."""
+        """Return completed trials and fragments, side by side, and their lengths."""
         if self._pending is not None:
             steps = torch.cat((self._pending, steps))
         # Stable: the order of time is kept within each trial.
@@ -122,8 +123,8 @@ class TrialCollector(Collector):
         ends = trial_ends(steps)
         if ends is None:
             raise ValueError(
-                "trials end where 'done', 'terminated' or 'truncated' is True under 'next', and the steps "
-                f"have only {sorted(map(str, steps['next'].keys(True, True)))}. Add one there."
+                "trials end where 'done', 'terminated' or 'truncated' is True under 'next', and "
+                f"the steps have only {sorted(map(str, steps['next'].keys(True, True)))}. Add one."
             )
         is_complete = ends[order[last]].tolist()
         chosen, pending, lengths = [], [], []
@@ -157,7 +158,7 @@ class TrialCollector(Collector):
     # -- unfinished trials -----------------------------------------------------------------------
 
     def reset(self, index: Any = None, **kwargs: Any) -> None:
-        """Start new trials, in the rows of `index` or in all; their unfinished trials are dropped."""
+        """Start new trials in the rows of `index` or in all; drop their unfinished trials."""
         super().reset(index, **kwargs)
         if index is None or self._row_trials is None:
             self._drop_trials()
@@ -199,7 +200,8 @@ class TrialCollector(Collector):
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
         """Load a state of :meth:`state_dict`.
 
-        With ``in_progress``, the next step is the one that the saved collector would have taken. Without
+        With ``in_progress``, the next step is the one that the saved collector would have taken.
+        Without
         it, unfinished trials are dropped: then call :meth:`reset`, unless the collector is new.
 
         Raises:
@@ -211,9 +213,9 @@ class TrialCollector(Collector):
             if _env_with_state(self.env) is None or saved != self.env.batch_size:
                 base = type(getattr(self.env, "base_env", self.env)).__name__
                 raise ValueError(
-                    "saved trials continue only in an environment that can load its state, of the same "
-                    f"batch size {list(saved)}, got {base} with {list(self.env.batch_size)}. Remove "
-                    "'in_progress' to begin new trials."
+                    "saved trials continue only in an environment that can load its state, of the "
+                    f"same batch size {list(saved)}, got {base} with {list(self.env.batch_size)}. "
+                    "Remove 'in_progress' to begin new trials."
                 )
             # Loading gives a new number to each row, but the rows have theirs.
             num_rows = self.env.batch_size.numel()
@@ -285,8 +287,8 @@ def _check_options(replay_buffer: Any, options: dict[str, Any]) -> None:
     for name, value, reason in _FIXED_OPTIONS:
         if options.get(name) not in (None, value):
             raise ValueError(
-                f"{name} must be {value} in a TrialCollector, got {options[name]!r}: {reason}. Leave it "
-                "out, or use TorchRL's Collector."
+                f"{name} must be {value} in a TrialCollector, got {options[name]!r}: {reason}. "
+                "Leave it out, or use TorchRL's Collector."
             )
     for name in ("trajs_per_batch", "trajs_per_write", "traj_format"):
         options.pop(name, None)

@@ -31,8 +31,8 @@ class TrialMixture:
     ``anneal_updates`` batches, beginning with the first for which it is ready.
 
     Args:
-        buffers: by name; each must sample slices ``[B, T]`` with the mask ``("collector", "mask")``,
-            without prefetch, and the same entries in their steps.
+        buffers: by name; each must sample slices ``[B, T]`` with the mask ``("collector",
+            "mask")``, without prefetch, and the same entries in their steps.
         weights: final weight of each; those of the ready ones are scaled to sum up to 1.
         initial_weights: default: the final one for buffers that are ready when the first batch is
             drawn, 0 for the others.
@@ -76,8 +76,8 @@ class TrialMixture:
             values = list(given.values())
             if set(given) != set(buffers) or min(values, default=-1) < 0 or not sum(values) > 0:
                 raise ValueError(
-                    f"{name} must have a number of at least 0 for each of the buffers {list(buffers)}, "
-                    f"not all of them 0, got {dict(given)}."
+                    f"{name} must have a number of at least 0 for each of the buffers "
+                    f"{list(buffers)}, not all of them 0, got {dict(given)}."
                 )
         self._pads_left = _check_buffers(buffers)
         self.buffers, self.weights = dict(buffers), dict(weights)
@@ -96,8 +96,8 @@ class TrialMixture:
         """Buffer that is written to; RuntimeError if there is none."""
         if self._online is None:
             raise RuntimeError(
-                f"writing needs one of {list(self.buffers)}, got online=None. Make the mixture with "
-                "online=..."
+                f"writing needs one of {list(self.buffers)}, got online=None. Make the mixture "
+                "with online=..."
             )
         return self.buffers[self._online]
 
@@ -195,8 +195,8 @@ class TrialMixture:
             for key in sorted(needed | entries.keys() & other.keys(), key=str):
                 if entries.get(key) != (there := other.get(key, "nothing")):
                     raise ValueError(
-                        "the steps of a mixture's buffers must have the same entries, shapes and dtypes, "
-                        f"and differ in {key!r}: {there} in {other_name!r}, "
+                        "the steps of a mixture's buffers must have the same entries, shapes and "
+                        f"dtypes, and differ in {key!r}: {there} in {other_name!r}, "
                         f"{entries.get(key, 'nothing')} in {name!r}. Collect and sample them alike."
                     )
         self._entries[name] = entries
@@ -211,8 +211,8 @@ class TrialMixture:
         """Load a saved state; ValueError if data or generator differ from the saved ones."""
         if (saved := state["facts"]) != (here := self._facts()):
             raise ValueError(
-                f"a mixture must have the data and the generator that it was saved with, {saved}, got "
-                f"{here}. Load the same data, in the same order, and pass a generator if it had one."
+                f"a mixture must have the data and the generator that it was saved with, {saved}, "
+                f"got {here}. Load the same data in the same order; pass a generator if it had one."
             )
         self.set_rng(self._rng)  # load_replay gives the online buffer one of its own
         if self._rng is not None:
@@ -242,7 +242,7 @@ def _check_buffers(buffers: Mapping[str, ReplayBuffer]) -> bool:
     for name, buffer in buffers.items():
         if getattr(buffer, "_prefetch", False):
             raise ValueError(
-                f"a mixture's buffers must not prefetch, and {name!r} does. Make it with prefetch=None."
+                f"a mixture's buffers must not prefetch, and {name!r} does. Use prefetch=None."
             )
     sides = {name: getattr(buffer.sampler, "padding", None) for name, buffer in buffers.items()}
     if len(set(sides.values()) - {None}) > 1:

@@ -67,7 +67,7 @@ def test_stored_trials_do_not_change_in_place():
             change()
 
 
-def test_torchrls_trainer_hook_may_ask_for_priorities_that_arent_used():
+def test_torchrls_trainer_hook_updates_priorities_only_if_they_are_used():
     for draw in ("trials", "priority"):
         rb = make_trial_buffer(40, slice_length=4, batch_size=3, sample_by=draw)
         rb.extend(make_trial(4, 10))
@@ -216,7 +216,7 @@ def test_relabelling_must_leave_a_step():
 # -- what goes wrong ---------------------------------------------------------------------------
 
 
-def test_refuses_sizes_that_cannot_work(tmp_path):
+def test_impossible_sizes_raise(tmp_path):
     with pytest.raises(ValueError, match=r"slice_length must be in \[1, capacity=10\], got 11"):
         make_trial_buffer(10, 11, 1)
     make_trial_buffer(10, 5, 1, path=tmp_path, warn_short=False).extend(make_trial(5))
@@ -228,7 +228,7 @@ def test_refuses_sizes_that_cannot_work(tmp_path):
         make_trial_buffer(10, 5, 1, mode="read")
 
 
-def test_refuses_what_is_not_whole_trials():
+def test_other_than_whole_trials_raises():
     rb = make_trial_buffer(100, 4, 8)
     trial = make_trial(5)
     with pytest.raises(

@@ -84,7 +84,7 @@ def test_the_collectors_own_entries_are_left_out():
 
 def test_next_that_is_not_the_following_root_is_refused():
     trials = torch.cat(make_trials([4, 3]))
-    trials["next", "nested", "state"][3] += 1  # what a last step led to is nobody's root
+    trials["next", "nested", "state"][3] += 1  # the state after a last step is no root
     trials["nested", "state"][1] = trials["next", "nested", "state"][0] = float(
         "nan"
     )  # equals itself
@@ -96,7 +96,7 @@ def test_next_that_is_not_the_following_root_is_refused():
         layout.pack(layout.entries_of(trials)[0], [4, 3])
 
 
-def test_refuses_what_it_cannot_store():
+def test_entries_that_cannot_be_stored_raise():
     trial = make_trial(3)
     trial["next", "nested", "state"] = trial["next", "nested", "state"].float()
     with pytest.raises(

@@ -11,7 +11,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, Tens
 from tests.data.trials import make_trial, make_trials, rows
 from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
 
-OVERHANGS = ["none", "left", "right", "both"]
+CROPS = ["none", "left", "right", "both"]
 
 
 KINDS = ["trials", "tensor", "memmap", "stock"]
@@ -42,7 +42,7 @@ def make_buffer(
 
 
 def trial_of(batch, lengths):
-    """Which of the trials each slice is of."""
+    """Return the trial of each slice."""
     stop = torch.tensor(lengths).cumsum(0)
     return torch.searchsorted(stop, batch["id"].contiguous(), right=True)
 
@@ -75,7 +75,7 @@ def test_short_trials_are_whole_and_slices_of_long_ones_fit(kind):
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=12),
     st.integers(1, 9),
-    st.sampled_from(OVERHANGS),
+    st.sampled_from(CROPS),
     st.sampled_from(["left", "right"]),
     st.sampled_from(["trials", "steps", "priority"]),
     st.booleans(),
@@ -84,8 +84,8 @@ def test_slices_are_runs_of_steps_of_one_trial(
     kind, lengths, slice_length, crop, padding, draw, trim
 ):
     rb = make_buffer(
-        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding, sample_by=draw,
-        trim_padding=trim, capacity=200, kind=kind,
+        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding,
+        sample_by=draw, trim_padding=trim, capacity=200, kind=kind,
     )  # fmt: skip
     batch = rb.sample()
     mask = batch["collector", "mask"]
@@ -143,7 +143,7 @@ def test_trials_are_equally_likely_whatever_their_length(kind):
 
 
 @on_all
-@pytest.mark.parametrize("crop", OVERHANGS)
+@pytest.mark.parametrize("crop", CROPS)
 def test_starts_are_uniform_among_the_windows(crop, kind):
     rb = make_buffer([7], slice_length=3, batch_size=6000, crop=crop, kind=kind)
     drawn = [(ids[0], len(ids)) for ids in rows(rb.sample())]
@@ -160,9 +160,7 @@ def test_starts_are_uniform_among_the_windows(crop, kind):
 
 @on_all
 @given(st.lists(st.integers(1, 15), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(
-    kind, lengths, size, seed
-):
+def test_cropped_on_both_sides_all_steps_of_a_trial_are_equally_likely(kind, lengths, size, seed):
     rb = make_buffer(
         lengths, slice_length=size, batch_size=3000, crop="both",
         generator=torch.Generator().manual_seed(seed), kind=kind,
@@ -197,16 +195,16 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
 
 
 @on_all
-@pytest.mark.parametrize("crop", OVERHANGS)
-def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
+@pytest.mark.parametrize("crop", CROPS)
+def test_step_weighted_trials_have_their_fraction_of_the_steps(crop, kind):
     lengths = [2, 5, 9, 40]
     rb = make_buffer(
         lengths, slice_length=5, batch_size=20000, sample_by="steps", crop=crop, kind=kind
     )
     batch = rb.sample()
     count = trial_of(batch, lengths)[batch["collector", "mask"]].bincount().double()
-    share = torch.tensor(lengths).double() / sum(lengths)
-    torch.testing.assert_close(count / count.sum(), share, rtol=0.06, atol=0)
+    fraction = torch.tensor(lengths).double() / sum(lengths)
+    torch.testing.assert_close(count / count.sum(), fraction, rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
@@ -311,7 +309,7 @@ def test_another_sampler_finds_the_same_trials():
 
 @on_all
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
+def test_trimmed_padding_leaves_out_what_is_padding_in_every_row(padding, kind):
     batch = make_buffer(
         [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim_padding=True, kind=kind
     ).sample()
@@ -324,14 +322,14 @@ def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
     assert mask[short][:, 0 if padding == "right" else -1].all()
 
 
-def test_trim_never_exceeds_slice_len():
+def test_trimmed_padding_never_exceeds_slice_len():
     assert make_buffer([9, 2], slice_length=4, batch_size=16, trim_padding=True).sample().shape == (
         16,
         4,
     )
 
 
-def test_refuses_what_cannot_work():
+def test_impossible_arguments_raise():
     with pytest.raises(ValueError, match=r"slice_length must be at least 1, got 0\. It is"):
         TrialSliceSampler(0)
     with pytest.raises(ValueError, match=r"min_trials must be at least 1, got 0"):

@@ -66,7 +66,7 @@ def found_trials(rb) -> list[tuple[int, ...]]:
 
 
 def assert_slices_are_whole(rb) -> None:
-    """Slices count up, from 1 or as far as the trial is long, and flags are those of the environment."""
+    """Slices count up, from 1 if the trial is short, with the environment's flags."""
     batch = rb.sample()
     assert batch.shape == (40, 5)
     step_BT, mask_BT = batch["next", "reward"].squeeze(-1), batch["collector", "mask"]
@@ -88,7 +88,7 @@ def assert_slices_are_whole(rb) -> None:
 @pytest.mark.parametrize("trajs_per_batch", [None, 1])
 @pytest.mark.parametrize("capacity", [31, 1000])
 def test_a_stock_collector_fills_a_stock_buffer(storage, trajs_per_batch, capacity):
-    """Its batches cut trials into pieces that lie apart, and the ring overwrites their first steps."""
+    """Batches cut trials into pieces that lie apart, and the ring overwrites first steps."""
     rb = make_buffer(storage(capacity))
     collector = Collector(
         make_env(), act, frames_per_batch=12, total_frames=12 * 30, replay_buffer=rb,

@@ -112,7 +112,7 @@ def test_steps_are_found_by_place_mask_and_number():
         storage.get(row, ["colour"])
 
 
-def test_trials_that_have_left_are_told(tmp_path):
+def test_evicted_trials_are_reported(tmp_path):
     storage = TrialStorage(20, path=tmp_path / "a")
     write(storage, [4, 3, 5])
     before = storage.trials()
@@ -239,7 +239,7 @@ def test_steps_that_are_overwritten_while_they_are_read_are_read_again(tmp_path,
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
 def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
-    """Who may take the lock makes the writers wait; a reader says that it can't keep up."""
+    """The lock makes writers wait; a reader raises if it can't keep up."""
     writer = TrialStorage(12, path=tmp_path)
     write(writer, [4, 5])
     storage = opened(tmp_path, mode)
@@ -581,7 +581,7 @@ def test_a_real_full_disk(tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_refuses_writes_that_are_not_whole_trials():
+def test_writes_of_other_than_whole_trials_raise():
     storage = TrialStorage(10)
     for lengths in ([3], [4, 1], [4, 0], []):
         with pytest.raises(ValueError, match=r"steps \[N\] of whole trials.*TrialCollector"):

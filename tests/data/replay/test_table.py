@@ -115,7 +115,7 @@ def test_an_older_counter_brings_no_evicted_trial_back(tmp_path):
 
 
 def test_a_death_before_the_end_moves_keeps_the_last_entry(tmp_path):
-    """As many trials of one step as there can be: none of their entries lies over the last one's."""
+    """The largest number of entries never overwrites the last one before them."""
     table = TrialTable.create(tmp_path / "table.bin", 4)
     table.announce(table.place([4])[0])
     trials, begin = table.place([1, 1, 1, 1])

@@ -15,8 +15,8 @@ from torchrl_amago import keys
 
 _PLACES = (
     "Whole trials are found in make_trial_buffer(relabel=...), in the padded batches of "
-    "Collector(..., trajs_per_batch=n), and in the postproc of a collector with split_trajs=True whose "
-    "batches hold whole trials. docs/hindsight.md shows it for other buffers."
+    "Collector(..., trajs_per_batch=n), and in the postproc of a collector with split_trajs=True "
+    "whose batches hold whole trials. docs/hindsight.md shows it for other buffers."
 )
 
 
@@ -25,9 +25,9 @@ class Relabel(Transform, ABC):
 
     To write your own, name the entries it reads in ``in_keys`` and implement :meth:`relabel`.
 
-    A buffer of trials takes it as ``relabel=`` or by ``append_transform``: it relabels the drawn trials
-    whole, and then cuts out slices; the storage stays as it is. Called on a padded batch ``[B, L]`` of
-    whole trials, as the ``postproc`` of a collector is, it returns a relabelled copy.
+    A buffer of trials takes it as ``relabel=`` or by ``append_transform``: it relabels the drawn
+    trials whole, and then cuts out slices; the storage stays as it is. Called on a padded batch
+    ``[B, L]`` of whole trials, as the ``postproc`` of a collector is, it returns a relabelled copy.
 
     Args:
         in_keys: entries to read: those of the root, and those of ``next`` as ``("next", ...)``.
@@ -72,14 +72,15 @@ class Relabel(Transform, ABC):
         """Relabel a batch of whole trials.
 
         Args:
-            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector", "mask")``;
-                shorter trials are padded on the right with arbitrary values. Don't change it in place.
+            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector",
+                "mask")``; shorter trials are padded on the right with arbitrary values. Don't
+                change it in place.
             generator: source of random numbers; None for torch's global one.
 
         Returns:
-            ``[B, L]``, the entries that replace stored ones. An environment's entry must be replaced in
-            root and ``next`` alike. If trials end sooner now, also the mask: True on each trial's
-            remaining first steps.
+            ``[B, L]``, the entries that replace stored ones. An environment's entry must be
+            replaced in root and ``next`` alike. If trials end sooner now, also the mask: True on
+            each trial's remaining first steps.
         """
 
     def relabel_trials(
@@ -90,8 +91,8 @@ class Relabel(Transform, ABC):
         if missing:
             raise KeyError(
                 f"{type(self).__name__} reads {missing}, but the trials hold only "
-                f"{sorted(map(str, trials.keys(True, True)))}. Name the environment's entries in its "
-                "constructor."
+                f"{sorted(map(str, trials.keys(True, True)))}. Name the environment's entries in "
+                "its constructor."
             )
         out = self.relabel(trials, self.generator if generator is None else generator)
         mask_BL, new_BL = trials.get(keys.MASK), out.get(keys.MASK, None)
@@ -101,8 +102,8 @@ class Relabel(Transform, ABC):
         if not (is_beginning & new_BL[:, 0].all()):
             raise ValueError(
                 "relabelling may shorten a trial to at least one step, got lengths "
-                f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}. Return the mask of each "
-                "trial's remaining first steps."
+                f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}. Return the mask of "
+                "each trial's remaining first steps."
             )
         return out
 
@@ -136,9 +137,9 @@ class Relabel(Transform, ABC):
                 f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else"
             )
         raise ValueError(
-            f"{type(self).__name__} must get whole trials [B, L] with {', '.join(map(repr, needed))}, "
-            f"padded on the right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only one "
-            f"that is done, got {problem}. {_PLACES}"
+            f"{type(self).__name__} must get whole trials [B, L] with {needed}, "
+            f"padded on the right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only "
+            f"one that is done, got {problem}. {_PLACES}"
         )
 
     def set_container(self, container: Transform | EnvBase) -> None:

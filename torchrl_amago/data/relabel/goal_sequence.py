@@ -22,20 +22,21 @@ Strategy = Literal["some", "all", "none"]
 class GoalSequenceRelabel(GoalRelabel):
     """AMAGO's relabelling of instructions (arXiv 2310.09971, Appendix B, Algorithm 1).
 
-    A trial is a single episode with k goals, to be met in order, at most one in each step; n were met.
-    Of the others, h are replaced by goals that were achieved at other steps, drawn uniformly without
-    replacement. These and the n met are put in the order of time, before the last k - n - h of the
-    goals that weren't met. Then the trial is replayed: a step is rewarded for the next goal in the
-    order, and the trial ends with its last goal.
+    A trial is a single episode with k goals, to be met in order, at most one in each step; n were
+    met. Of the others, h are replaced by goals that were achieved at other steps, drawn uniformly
+    without replacement. These and the n met are put in the order of time, before the last k - n - h
+    of the goals that weren't met. Then the trial is replayed: a step is rewarded for the next goal
+    in the order, and the trial ends with its last goal.
 
-    Each step shows goals as :class:`~torchrl_amago.envs.tasks.maze_runner.task.MazeRunner` does: all k,
-    with ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer.
+    Each step shows goals as :class:`~torchrl_amago.envs.tasks.maze_runner.task.MazeRunner` does:
+    all k, with ``empty_goal`` in place of those met so far. A trial that begins with empty goals
+    has fewer.
 
     Args:
         strategy: number of goals replaced: ``"some"``, h uniform in 0 ... k - n, for trials of all
             returns; ``"all"``, h = k - n, for trials that all succeed; ``"none"``.
-        empty_goal: number in place of goals that are met, and in empty places of ``achieved``; None if
-            goals stay visible.
+        empty_goal: number in place of goals that are met, and in empty places of ``achieved``; None
+            if goals stay visible.
         goal_key: entry ``[*B, k, *goal]``.
         achieved_key: entry ``[*B, N, *goal]``, up to N achieved goals in each step.
         options: further arguments of :class:`GoalRelabel`.
@@ -77,8 +78,8 @@ class GoalSequenceRelabel(GoalRelabel):
         empty, dtype = self.empty_goal, trials.get(self.goal_key).dtype
         if empty is not None and torch.tensor(empty).to(dtype) != empty:
             raise ValueError(
-                f"empty_goal must be a number that goals can hold, got {empty} for goals of {dtype}. "
-                "Choose another one, or None if goals stay visible."
+                f"empty_goal must be a number that goals can hold, got {empty} for {dtype}. Choose "
+                "another one, or None if goals stay visible."
             )
         return super().relabel(trials, generator)
 
@@ -117,7 +118,7 @@ class GoalSequenceRelabel(GoalRelabel):
         num_new_B: Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Draw goals achieved at free steps; return those steps too, T for none, both ``[B, K]``."""
+        """Draw goals achieved at free steps; return also their steps ``[B, K]``, T for none."""
         num_steps = is_free_BT.shape[1]
         is_free_BTN = is_free_BT.unsqueeze(-1) & ~is_empty_goal(achieved_BTN, self.empty_goal, 3)
         score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
@@ -168,15 +169,15 @@ class GoalSequenceRelabel(GoalRelabel):
 
 
 def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
-    """Find the steps that meet the goals of a sequence: each the first hit after the goal before it.
+    """Find the steps that meet a sequence's goals: each the first hit after the goal before it.
 
     Args:
         hits_BTK: bool, True where step t meets goal k if it is that goal's turn.
         is_empty_BK: bool, True for empty goals.
 
     Returns:
-        int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one before it,
-        at -1 if there is none.
+        int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one
+        before it, at -1 if there is none.
 
     Example:
         >>> hits = torch.tensor([[[0, 1], [1, 1], [0, 0], [1, 1]]]).bool()

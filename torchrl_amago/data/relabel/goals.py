@@ -1,7 +1,7 @@
 """Base of relabelling with goals: rewards of goals, and the ends that follow from rewards.
 
-Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals achieved
-in a step, R trials that change. Suffixes leave out a goal's own shape: ``goals_BK`` is
+Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals
+achieved in a step, R trials that change. Suffixes leave out a goal's own shape: ``goals_BK`` is
 ``[B, K, *goal]``.
 """
 
@@ -70,8 +70,8 @@ class GoalRelabel(Relabel):
         success_threshold: a goal is met by a reward larger than this.
         ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
         reward_key: reward in ``next``; ``prev_reward_key`` is the same at the step after.
-        check: raise ValueError unless replaying trials with their own goals gives what was stored; for
-            the first batch, and the first in which a goal is met.
+        check: raise ValueError unless replaying trials with their own goals gives what was stored;
+            for the first batch, and the first in which a goal is met.
         generator: see :class:`Relabel`.
     """
 
@@ -105,7 +105,7 @@ class GoalRelabel(Relabel):
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Draw goals for each trial; return them and bool ``[B]``, True for trials that get them."""
+        """Draw goals for each trial; return also bool ``[B]``, True for trials that get them."""
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
@@ -147,9 +147,9 @@ class GoalRelabel(Relabel):
         achieved_BTN = achieved.unsqueeze(2) if achieved.shape[2:] == goal_shape else achieved
         if achieved_BTN.shape[3:] != goal_shape or achieved_BTN.ndim != len(goal_shape) + 3:
             raise ValueError(
-                f"achieved goals, {self.achieved_key!r}, must have the shape {list(goal_shape)} of a goal "
-                f"in {self.goal_key!r}, or one more dimension before it, got {list(achieved.shape[2:])} "
-                "in each step. Name the entries with goal_key and achieved_key."
+                f"achieved goals, {self.achieved_key!r}, must have the shape {list(goal_shape)} of "
+                f"a goal in {self.goal_key!r}, or one more dimension before it, got "
+                f"{list(achieved.shape[2:])} in each step. Name the entries in the constructor."
             )
         return achieved_BTN
 
@@ -199,7 +199,7 @@ class GoalRelabel(Relabel):
         return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
 
     def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Find the trials that their own goal ended, and the step; another goal makes it a truncation."""
+        """Find the trials that their own goal ended, and its step, to be truncated instead."""
         if not len(rows_R):
             return rows_R, rows_R
         mask_RT = trials.get(keys.MASK)[rows_R]
@@ -222,10 +222,10 @@ class GoalRelabel(Relabel):
             changed.append(keys.MASK)
         if changed:
             raise ValueError(
-                f"{type(self).__name__} must get what was stored when it replays trials with their own "
-                f"goals, and {changed} differ. Use the environment's reward as reward_fn, with fitting "
-                "success_threshold and ends_trial; a trial must be a single episode that ends "
-                "`terminated` when it meets its goal, as with "
+                f"{type(self).__name__} must get what was stored when it replays trials with their "
+                f"own goals, and {changed} differ. Use the environment's reward as reward_fn, with "
+                "fitting success_threshold and ends_trial; a trial must be a single episode that "
+                "ends `terminated` when it meets its goal, as with "
                 "make_trial_env(trial_end='terminated' or 'episode'). check=False skips this check."
             )
 

@@ -23,18 +23,20 @@ class HindsightRelabel(GoalRelabel):
     """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
 
     A fraction of the trials gets a goal that was achieved in one of its own steps: one goal for the
-    whole trial, as an agent with memory needs it. (HER draws anew for each transition.) Rewards become
-    ``reward_fn`` of the achieved and the new goal.
+    whole trial, as an agent with memory needs it. (HER draws anew for each transition.) Rewards
+    become ``reward_fn`` of the achieved and the new goal.
 
     Args:
-        strategy: step whose achieved goal becomes the goal: ``"final"``, the last; ``"episode"``, any;
-            ``"future"``, any that isn't before another drawn step, so that later ones are likelier.
+        strategy: step whose achieved goal becomes the goal: ``"final"``, the last; ``"episode"``,
+            any; ``"future"``, any that isn't before another drawn step, so that later ones are
+            likelier.
         fraction: fraction of the trials that get a new goal, in [0, 1]; 0.8 is HER's best, four new
             goals for an old one.
         goal_key: entry ``[*B, *goal]``.
-        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` for N achieved goals in each step.
-        empty_goal: number that fills an empty place of those N; a trial for which an empty one is drawn
-            keeps its goal. None if there are no empty places.
+        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` for N achieved goals in each
+            step.
+        empty_goal: number that fills an empty place of those N; a trial for which an empty one is
+            drawn keeps its goal. None if there are no empty places.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
@@ -47,10 +49,11 @@ class HindsightRelabel(GoalRelabel):
         >>> no, last = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
         >>> zero, goal = torch.zeros(3, 1), torch.full((3, 1), 9.0)
         >>> trial = TensorDict({
-        ...     "desired_goal": goal, "prev_reward": zero, "time_idx": torch.arange(3).unsqueeze(-1),
+        ...     "desired_goal": goal, "prev_reward": zero, "time_idx": torch.arange(3).view(3, 1),
         ...     "collector": {"mask": torch.ones(3).bool()},
         ...     "next": {"desired_goal": goal, "achieved_goal": place, "reward": zero,
-        ...              "prev_reward": zero, "done": last, "terminated": no, "truncated": last}}, [3])
+        ...              "prev_reward": zero, "done": last, "terminated": no,
+        ...              "truncated": last}}, [3])
         >>> new = HindsightRelabel("final", fraction=1.0)(trial.unsqueeze(0))
         >>> new["desired_goal"].flatten().tolist(), new["next", "reward"].flatten().tolist()
         ([3.0, 3.0, 3.0], [0.0, 0.0, 1.0])

@@ -1,8 +1,8 @@
 """Rows that hold each value of a trial once.
 
 TorchRL's steps hold most values twice: `next` of step t is the root of step t + 1. Here, a trial of
-L steps is L + 1 rows. Row t has the root entries of step t, and those entries of its `next` that the
-root lacks. Row L has the state after the last step. N steps, K trials, R = N + K rows.
+L steps is L + 1 rows. Row t has the root entries of step t, and those entries of its `next` that
+the root lacks. Row L has the state after the last step. N steps, K trials, R = N + K rows.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ def check_same(stored: Spec, given: Spec, place: object) -> None:
     ]
     if differing:
         raise ValueError(
-            f"steps must have the entries of those in {place}, and differ in {'; '.join(differing)}. "
+            f"steps must have the entries of those in {place}, and differ in {'; '.join(differing)}"
+            ". "
             "Use the environment and policy that they were collected with, or a new buffer."
         )
 
@@ -93,9 +94,9 @@ def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
         if differs.any():
             name = ".".join(key)
             raise ValueError(
-                f"('next', {name!r}) of a step must equal {name!r} of the step after it, and differs "
-                f"in {int(differs.sum())} values: only one of them is stored. Make the environment "
-                "return the same in both, exclude the entry from 'next', or rename it there."
+                f"('next', {name!r}) of a step must equal {name!r} of the step after it, and "
+                f"differs in {int(differs.sum())} values: only one of them is stored. Make the "
+                "environment return the same in both, or exclude or rename the entry in 'next'."
             )
         values = root.new_empty(rows.batch_size + root.shape[1:])
         values[row_N], values[last_K + trial_K + 1] = root, after[last_K]

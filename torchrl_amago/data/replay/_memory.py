@@ -1,6 +1,7 @@
 """Memory for batches that is used again.
 
-The system takes several times longer to hand out fresh pages than a large sample takes to fill them.
+The system takes several times longer to hand out fresh pages than a large sample takes to fill
+them.
 """
 
 from __future__ import annotations

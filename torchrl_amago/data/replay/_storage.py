@@ -53,10 +53,10 @@ class EvictedError(IndexError):
 class TrialStorage(LazyMemmapStorage):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
 
-    It differs from TorchRL's storage in four points: rows are written as whole trials, a table lists
-    the trials, files are opened by a checked schema, and disk space is claimed before it is used.
-    Each process opens the folder itself; a pickled object opens it anew. Writers take turns, readers
-    never wait. For arguments and errors see :func:`make_trial_buffer`.
+    It differs from TorchRL's storage in four points: rows are written as whole trials, a table
+    lists the trials, files are opened by a checked schema, and disk space is claimed before it is
+    used. Each process opens the folder itself; a pickled object opens it anew. Writers take turns,
+    readers never wait. For arguments and errors see :func:`make_trial_buffer`.
     """
 
     def __init__(
@@ -120,8 +120,8 @@ class TrialStorage(LazyMemmapStorage):
         found = files.read_json(self._here / "schema.json")
         if (facts := {key: found.get(key) for key in self._facts}) != self._facts:
             raise ValueError(
-                f"{self.path} must be of {self._facts}, got {facts}. Use its capacity (None takes it), "
-                "and the version of torchrl_amago and kind of processor that wrote it."
+                f"{self.path} must be of {self._facts}, got {facts}. Use its capacity (None takes "
+                "it), and the version of torchrl_amago and kind of processor that wrote it."
             )
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
@@ -197,9 +197,9 @@ class TrialStorage(LazyMemmapStorage):
         num_steps = sum(lengths)
         if steps.shape != (num_steps,) or min(lengths, default=0) < 1 or num_steps > self.max_size:
             raise ValueError(
-                "a write must be the steps [N] of whole trials, side by side, and their lengths, at "
-                f"most capacity={self.max_size} steps at once, got steps {[*steps.shape]} and lengths "
-                f"{lengths[:5]}{'...' * (len(lengths) > 5)}. Use TrialCollector, or "
+                "a write must be the steps [N] of whole trials, side by side, and their lengths, "
+                f"at most capacity={self.max_size} steps at once, got steps {[*steps.shape]} and "
+                f"lengths {lengths[:5]}{'...' * (len(lengths) > 5)}. Use TrialCollector, or "
                 "Collector(..., trajs_per_batch=1)."
             )
         entries, spec = layout.entries_of(steps)
@@ -241,8 +241,8 @@ class TrialStorage(LazyMemmapStorage):
     def set(self, *_: Any, **__: Any) -> NoReturn:
         """Raise TypeError: trials don't change in place."""
         raise TypeError(
-            "stored trials can't be changed in place. Write new ones with extend, or change batches "
-            "with rb.append_transform."
+            "stored trials can't be changed in place. Write new ones with extend, or change "
+            "batches with rb.append_transform."
         )
 
     # -- reading ---------------------------------------------------------------------------------
@@ -311,7 +311,7 @@ class TrialStorage(LazyMemmapStorage):
             )
 
     def __getitem__(self, index: Any) -> TensorDict:
-        """Read steps by their places among those stored: an integer, a slice, a mask, or integers."""
+        """Read steps by their places among those stored: integers, a slice, or a mask."""
         with self._lock():
             for _ in range(_MAX_READS):
                 trials = self._look()
@@ -354,10 +354,10 @@ class TrialStorage(LazyMemmapStorage):
             for file, content in self._bytes():
                 with (folder / "rows" / file.name).open("wb") as copy:
                     copy.write(content[: _num_rows(entries)].numpy())
-            self._table.copy_to(folder / "table.bin", begin, entries)
+            self._table.copy_to(folder / "table.bin", begin, begin + len(entries))
 
     def loads(self, path: str | Path) -> None:
-        """Replace the content, at once, by that of a folder of :meth:`dumps`; ValueError if unfit."""
+        """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
         self._check_writable()
         if not Path(path, "trials").exists():
             return self._empty()

@@ -17,7 +17,7 @@ import numpy as np
 
 from torchrl_amago._files import DamagedError
 
-#: Steps written up to the trial's end, its first row, length, CRC-32 of its values and of the entry.
+#: Steps written up to the trial's end, first row, length, CRC-32 of its values and of the entry.
 ENTRY = np.dtype(
     [("stop", "<i8"), ("first", "<i4"), ("length", "<i4"), ("values", "<u4"), ("check", "<u4")]
 )
@@ -30,8 +30,9 @@ class TrialTable:
     """Entries of the trials in a folder of `capacity` steps; DamagedError unless it is intact.
 
     A trial of L steps takes L + 1 rows side by side. Rows are filled from the front, and again from
-    the front once the trial there is evicted, so that the oldest trials lie right ahead of the newest.
-    `3 * capacity + 2` rows are always enough; ordinary trials touch few more than `capacity`.
+    the front once the trial there is evicted, so that the oldest trials lie right ahead of the
+    newest. `3 * capacity + 2` rows are always enough; ordinary trials touch few more than
+    `capacity`.
     """
 
     def __init__(self, file: Path, capacity: int, writable: bool = True) -> None:
@@ -45,25 +46,19 @@ class TrialTable:
         self.look()
 
     @classmethod
-    def create(cls, file: Path, capacity: int, begin=0, end=0, entries=()) -> TrialTable:
-        """Write a table of trials `begin` to `end - 1`; the last of `entries` is that of `end - 1`."""
+    def create(cls, file: Path, capacity: int, begin=0, end=0, ring: bytes = b"") -> TrialTable:
+        """Write a table of trials `begin` to `end - 1`."""
         words = [_encode(x, salt) for x, salt in zip((begin, end), _SALTS, strict=True)]
-        slots = np.arange(end - len(entries), end) % (capacity + 1)
-        seam = slots.argmax() + 1 if len(slots) else 0
         # Not through a map: writing to one on a full disk ends the process.
         with file.open("wb") as stream:
-            stream.write(np.array(words, "<u8").tobytes())
+            stream.write(np.array(words, "<u8").tobytes().ljust(_HEADER, b"\0") + ring)
             stream.truncate(_HEADER + (capacity + 1) * ENTRY.itemsize)
-            for run in (slice(seam), slice(seam, None)) if len(slots) else ():
-                stream.seek(_HEADER + int(slots[run][:1].sum()) * ENTRY.itemsize)
-                stream.write(entries[run].tobytes())
         return cls(file, capacity)
 
-    def copy_to(self, file: Path, begin: int, entries: np.ndarray) -> None:
+    def copy_to(self, file: Path, begin: int, end: int) -> None:
         """Write a table of those trials of an earlier :meth:`look` that are still there."""
-        end = begin + len(entries)
-        begin, entries = min(max(begin, self.begin), end), self._or_last(begin, entries)
-        TrialTable.create(file, self.capacity, begin, end, entries)
+        begin, ring = min(max(begin, self.begin), end), self._ring[:end].tobytes()
+        TrialTable.create(file, self.capacity, begin, end, ring)
 
     @property
     def begin(self) -> int:
@@ -78,10 +73,11 @@ class TrialTable:
     @property
     def written(self) -> int:
         """Steps written so far, including those of evicted trials."""
-        return int(self._or_last(*self.look())["stop"][-1:].sum())
+        end = self.end  # the last entry is in the ring even if its trial was evicted
+        return int(self._read(max(end - 1, 0), end)[0]["stop"].sum())
 
     def look(self) -> tuple[int, np.ndarray]:
-        """Return the number of the oldest trial and the entries of all: a new tuple if some changed."""
+        """Return the oldest trial's number and all entries: a new tuple if some changed."""
         while True:
             begin, end, (since, known) = self.begin, self.end, self._known
             if (begin, end) == (since, since + len(known)):
@@ -100,10 +96,6 @@ class TrialTable:
         numbers = np.arange(begin, end)
         entries = self._ring[numbers % (self.capacity + 1)]
         return entries, bool((_checks(numbers, entries) == entries["check"]).all())
-
-    def _or_last(self, begin: int, entries: np.ndarray) -> np.ndarray:
-        """Return entries; if all trials were evicted, the last one's, which is still in the ring."""
-        return entries if len(entries) else self._read(max(begin - 1, 0), begin)[0]
 
     # -- writing, by one process at a time -------------------------------------------------------
 

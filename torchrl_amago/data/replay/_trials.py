@@ -34,10 +34,10 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
     """Find the trials in one of TorchRL's one-dimensional storages.
 
     The steps of a trajectory are joined in the order of writing, wherever they lie. A trial ends at
-    a flag under ``next``, at ``is_init`` of the next step, or with its trajectory. `whole` leaves out
-    trials without their first or last step. Where ``is_init`` isn't stored and the ring is full, the
-    oldest trial counts as cut, and trials must lie side by side; where no flag is stored, all
-    trajectories but the newest step's count as finished.
+    a flag under ``next``, at ``is_init`` of the next step, or with its trajectory. `whole` leaves
+    out trials without their first or last step. Where ``is_init`` isn't stored and the ring is
+    full, the oldest trial counts as cut, and trials must lie side by side; where no flag is stored,
+    all trajectories but the newest step's count as finished.
     """
     source, size = version_of(storage), len(storage)
     if not size:
@@ -45,14 +45,14 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
     data, last = storage[:], source[-1]
     if data.ndim > 1:
         raise ValueError(
-            f"each item of the storage must be one step, and is a batch {[*data.shape[1:]]} of steps. "
-            "Use TrialCollector, trajs_per_batch=1, or postproc=lambda batch: batch.reshape(-1)."
+            f"each item of the storage must be one step, and is a batch {[*data.shape[1:]]} of "
+            "steps. Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
         )
     ids, ends, init = data.get(traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
     if ids is None and ends is None:
         raise KeyError(
-            f"trials need {traj_key!r}, or 'done', 'terminated' or 'truncated' under 'next', and there "
-            f"are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
+            f"trials need {traj_key!r}, or 'done', 'terminated' or 'truncated' under 'next', and "
+            f"there are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
         )
     is_full = size == storage.max_size
     ids = np.zeros(size, np.int64) if ids is None else _column(ids)
@@ -81,7 +81,7 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
 
 
 def version_of(storage: TensorStorage) -> tuple:
-    """Identify the content of a storage, whichever process wrote it; the last item is the newest slot."""
+    """Identify the content of a storage; the last item is the newest slot."""
     # TorchRL 0.14 has no public names for these.
     revision = getattr(storage, "_mutation_revision", None)
     last = getattr(storage, "_last_cursor_index", None)

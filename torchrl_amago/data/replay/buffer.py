@@ -1,4 +1,4 @@
-"""A TorchRL replay buffer of whole trials: B padded slices of T steps, from trials of at most L steps."""
+"""Replay buffer of whole trials: B padded slices of T steps, from trials of at most L steps."""
 
 from __future__ import annotations
 
@@ -32,9 +32,10 @@ _MAX_FRACTION, _MEAN_FRACTION = 0.9, 0.1
 class TrialReplayBuffer(TensorDictReplayBuffer):
     """Replay buffer that samples slices ``[B, T]`` of whole trials.
 
-    Use :func:`make_trial_buffer` to make one. A buffer that is sent to another process opens the same
-    folder there. On TorchRL's one-dimensional storages, the class adds relabelling and priorities to
-    a stock buffer with a :class:`TrialSliceSampler`. Batches hold the entries of the trials, and
+    Use :func:`make_trial_buffer` to make one. A buffer that is sent to another process opens the
+    same folder there. On TorchRL's one-dimensional storages, the class adds relabelling and
+    priorities to a stock buffer with a :class:`TrialSliceSampler`. Batches hold the entries of the
+    trials, and
 
     ========================= ======= ===========================================================
     ``("collector", "mask")`` bool    True on real steps, False on padding
@@ -222,9 +223,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """Set priorities of trials; those that were evicted are skipped.
 
         Args:
-            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss, whose
-                real steps count: 0.9 of their largest and 0.1 of their mean error (R2D2, section
-                2.3). A batch has no effect without ``sample_by="priority"``.
+            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss,
+                whose real steps count: 0.9 of their largest and 0.1 of their mean error (R2D2,
+                section 2.3). A batch has no effect without ``sample_by="priority"``.
             priority: ``[n]``, not negative.
         """
         if not isinstance(index, TensorDictBase):
@@ -253,7 +254,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         (path / "generator.json").write_text(json.dumps(state))
 
     def loads(self, path: str | Path) -> None:
-        """Load what :meth:`dumps` wrote; raise ValueError, with nothing changed, if it doesn't fit."""
+        """Load what :meth:`dumps` wrote; on a ValueError, nothing is changed."""
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
@@ -285,9 +286,9 @@ def make_trial_buffer(
         slice_length: steps T of each sampled slice.
         batch_size: slices B of each sample.
         path: folder that keeps the trials; by default a temporary one, which is removed at exit.
-        mode: `"create"` starts a new folder. `"continue"` goes on with what is there: after a crash,
-            or beside other processes that write to it. `"read"` never writes, and sees what others
-            write.
+        mode: `"create"` starts a new folder. `"continue"` goes on with what is there: after a
+            crash, or beside other processes that write to it. `"read"` never writes, and sees what
+            others write.
         flush: wait for the disk at each write. Without it, trials survive the death of the process,
             but not the failure of the machine.
         verify: compare all values of an existing folder with their checksums. Its tables are always
@@ -296,7 +297,8 @@ def make_trial_buffer(
         prefetch: number of batches drawn ahead in threads. Batches then depend on when trials were
             written; with more than one, also on the threads' timing.
         generator: source of random numbers; torch's global generator by default.
-        options: of :class:`TrialSliceSampler`: `min_trials`, `sample_by`, `crop`, `padding` and so on.
+        options: of :class:`TrialSliceSampler`: `min_trials`, `sample_by`, `crop`, `padding` and so
+            on.
 
     Raises:
         ValueError: for an impossible size, or a folder of another format or capacity.
@@ -321,8 +323,8 @@ def make_trial_buffer(
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
     if slice_length > storage.max_size:
         raise ValueError(
-            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice "
-            "comes from one stored trial; raise the capacity."
+            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A "
+            "slice comes from one stored trial; raise the capacity."
         )
     if verify:
         storage.verify()
@@ -371,8 +373,8 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
     if saved != wanted:
         raise ValueError(
-            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it was "
-            "then, with that version of torchrl_amago."
+            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it "
+            "was then, with that version of torchrl_amago."
         )
     rb.loads(path)
 

@@ -41,18 +41,19 @@ class TrialSliceSampler(Sampler):
         trim_padding: cut T to the longest slice of the batch. Leave it off where shapes must not
             change, as under `torch.compile`.
         crop: sides on which the window of T steps may extend beyond a longer trial, which makes the
-            slice shorter. With `"none"`, the steps near a trial's ends lie in fewer windows than the
-            others. (`padded_sampling` of AMAGO, arXiv 2310.09971.)
-        sample_by: `"trials"` draws all trials equally often. `"steps"` draws longer ones more often:
-            their fraction of the batches' steps is that of the stored steps. With `crop="both"`, all
-            stored steps are then equally likely. `"priority"` draws in proportion to
-            `priority ** alpha`, and returns importance weights; new trials get the largest priority
-            so far. It needs a :class:`TrialReplayBuffer`.
+            slice shorter. With `"none"`, the steps near a trial's ends lie in fewer windows than
+            the others. (`padded_sampling` of AMAGO, arXiv 2310.09971.)
+        sample_by: `"trials"` draws all trials equally often. `"steps"` draws longer ones more
+            often: their fraction of the batches' steps is that of the stored steps. With
+            `crop="both"`, all stored steps are then equally likely. `"priority"` draws in
+            proportion to `priority ** alpha`, and returns importance weights; new trials get the
+            largest priority so far. It needs a :class:`TrialReplayBuffer`.
         alpha: exponent of priorities (arXiv 1511.05952, section 3.3).
         beta: exponent of importance weights (same, section 3.4); 1 corrects in full.
         min_trials: number of trials required before the first batch.
         warn_short: warn, once, if no stored trial is as long as `slice_length`.
-        whole: leave out trials that are unfinished or lost their first steps, in TorchRL's storages.
+        whole: leave out trials that are unfinished or lost their first steps, in TorchRL's
+            storages.
         traj_key: entry with a number for each trajectory, in TorchRL's storages.
 
     Raises:
@@ -119,8 +120,8 @@ class TrialSliceSampler(Sampler):
             return storage.trials()
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
             raise TypeError(
-                "trials are found in a LazyMemmapStorage or LazyTensorStorage of ndim=1, or that of "
-                f"make_trial_buffer, got {type(storage).__name__} of ndim={storage.ndim}."
+                "trials are found in a LazyMemmapStorage or LazyTensorStorage of ndim=1, or that "
+                f"of make_trial_buffer, got {type(storage).__name__} of ndim={storage.ndim}."
             )
         if self._found is None or self._found.source != version_of(storage):
             self._found = trials_in(storage, self.whole, self.traj_key)
@@ -134,14 +135,14 @@ class TrialSliceSampler(Sampler):
         # After can_sample(), other processes may have left fewer trials, but longer ones.
         if not count or trials.seen < self.min_trials:
             raise RuntimeError(
-                f"sampling needs at least {self.min_trials} trials, and the buffer has {count}. Collect "
-                "until rb.can_sample() is True; if it never is, no trial ends or fits into capacity."
+                f"sampling needs at least {self.min_trials} trials, and the buffer has {count}. "
+                "Collect until rb.can_sample() is True; if it never is, no trial ends or fits."
             )
         if self._warn_short and trials.length.max() < self.slice_length:
             warnings.warn(
-                f"Slices of slice_length={self.slice_length} steps are longer than any stored trial "
-                f"(the longest of {count} has {trials.length.max()}). If trials stay that short, a "
-                "smaller slice_length saves compute; warn_short=False silences this.",
+                f"Slices of slice_length={self.slice_length} steps are longer than any stored "
+                f"trial (the longest of {count} has {trials.length.max()}). If trials stay that "
+                "short, a smaller slice_length saves compute; warn_short=False silences this.",
                 stacklevel=2,
             )
         self._warn_short = False  # later trials only make slices fit better
@@ -204,11 +205,11 @@ class TrialSliceSampler(Sampler):
     def update_priority(
         self, index: Tensor, priority: Tensor, *, storage: Storage | None = None
     ) -> None:
-        """Set priorities of trials by their numbers; the largest counts for one that comes twice."""
+        """Set priorities of trials by their numbers; of several, the largest counts."""
         if self.sample_by != "priority":
             raise ValueError(
                 "priorities are used with sample_by='priority' only, got "
-                f"sample_by={self.sample_by!r}. Make the buffer with it, or don't update priorities."
+                f"sample_by={self.sample_by!r}. Change it, or don't update priorities."
             )
         values = torch.as_tensor(priority).reshape(-1).double().cpu().numpy()
         if not (values >= 0).all() or np.isinf(values).any():
