@@ -408,9 +408,7 @@ def test_integer_goals_of_one_number():
 def test_an_empty_goal_that_goals_cant_hold_is_refused():
     batch = as_batch([play([[(1.0, 0.0)]], [(1.0, 0.0)])])
     batch["goals"] = batch["goals"].to(torch.uint8)
-    with pytest.raises(
-        ValueError, match=r"empty_goal must be .* got -1.0 for torch.uint8"
-    ):
+    with pytest.raises(ValueError, match=r"empty_goal must be .* got -1.0 for torch.uint8"):
         GoalSequenceRelabel().relabel_trials(batch)
 
 

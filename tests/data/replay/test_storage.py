@@ -74,7 +74,7 @@ def test_rows_that_are_not_in_use_are_never_read():
         _, entries = storage.table().look()
         in_use = {row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)}
         free = [row for row in range(len(storage._storage)) if row not in in_use]
-        for _, content in storage._bytes():
+        for _, content in storage._content.items():
             content[free] = 255  # NaN in every float
         for value in storage[:].values(True, True):
             assert value.isfinite().all()
@@ -382,7 +382,7 @@ def test_any_flipped_bit_of_the_description_is_refused_or_changes_nothing(folder
 def test_any_flipped_bit_of_the_values_is_found_by_verify(folder):
     storage = opened(folder, "continue")
     storage.verify()
-    for _, memory in storage._bytes():
+    for _, memory in storage._content.items():
         for place in np.ndindex(11, memory.shape[1]):
             memory[place] ^= 4
             with pytest.raises(DamagedError, match="has changed since it was written, in 1"):

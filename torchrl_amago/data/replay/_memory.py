@@ -6,6 +6,7 @@ them.
 
 from __future__ import annotations
 
+import math
 import threading
 import weakref
 from collections import defaultdict, deque
@@ -28,11 +29,11 @@ class ReusedMemory:
         blocks = partial(deque[tuple[np.ndarray, weakref.ref]], maxlen=_NUM_BLOCKS)
         self._blocks: defaultdict[Hashable, deque] = defaultdict(blocks)
 
-    def empty(self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Return a tensor with arbitrary values."""
-        size = torch.Size(shape).numel() * dtype.itemsize
+    def take(self, key: Hashable, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Return a tensor with arbitrary values; None for a small one, which is as fast anew."""
+        size = math.prod(shape) * dtype.itemsize
         if size < _SMALLEST:
-            return torch.empty(shape, dtype=dtype)
+            return None
         with self._lock:
             blocks = self._blocks[key]
             for place, (block, user) in enumerate(blocks):

@@ -28,7 +28,6 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
-from torch import Tensor
 from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import _files as files
@@ -127,6 +126,11 @@ class TrialStorage(LazyMemmapStorage):
         spec = {tuple(key): text for key, text in found["entries"]}
         self._storage = self._map_rows(spec, _num_rows(table.look()[1]))
         self.spec, self._table, self._known, self._claimed = spec, table, None, {}
+        # Content of the files of the rows, as bytes [rows, width].
+        self._content = {
+            self._file(key): values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8)
+            for key, values in self._storage.items(True, True)
+        }
 
     def _map_rows(self, spec: layout.Spec, used: int) -> TensorDict:
         """Map the files of the rows, of which so many are used, into memory."""
@@ -155,14 +159,6 @@ class TrialStorage(LazyMemmapStorage):
     def _file(self, key: NestedKey) -> Path:
         parts = [quote(part, safe="").replace(".", "%2E") for part in layout.as_tuple(key)]
         return self._here / "rows" / f"{'.'.join(parts)}.memmap"
-
-    def _bytes(self) -> Iterator[tuple[Path, Tensor]]:
-        """Iterate over the files of the rows, and their content ``[rows, bytes]``."""
-        for key, values in self._storage.items(True, True):
-            yield (
-                self._file(key),
-                values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8),
-            )
 
     @contextlib.contextmanager
     def _replace(self, here: Path, spec: layout.Spec) -> Iterator[Path]:
@@ -213,13 +209,13 @@ class TrialStorage(LazyMemmapStorage):
             trials["values"] = checksum_K
             # All of it first: no trial may be evicted for one that there is no room for.
             self._claim(table.file, table.bytes_for(len(trials)))
-            for file, content in self._bytes():
+            for file, content in self._content.items():
                 self._claim(file, _num_rows(trials) * content.shape[1])
             if begin != table.begin:
                 table.evict(begin)
             shift_R = np.repeat(trials["first"] - start_K, count_K)
             self._storage[torch.from_numpy(np.arange(len(rows)) + shift_R)] = rows
-            for file, _ in self._bytes() if self.flush else ():
+            for file in self._content if self.flush else ():
                 files.sync(file)
             numbers = table.announce(trials)
             if self.flush:
@@ -295,10 +291,8 @@ class TrialStorage(LazyMemmapStorage):
             if values.numel() == len(values):
                 values = values.reshape(-1)  # three times as fast
             size = here.shape + values.shape[1:]
-            found = (
-                values.new_empty(0) if not reuse else self._memory.empty(key, size, values.dtype)
-            )
-            torch.index_select(values, 0, after if is_twice else here, out=found)
+            memory = self._memory.take(key, size, values.dtype) if reuse else None
+            found = torch.index_select(values, 0, after if is_twice else here, out=memory)
             out.set(key, found.reshape(row.shape + shape))
         return out
 
@@ -351,7 +345,7 @@ class TrialStorage(LazyMemmapStorage):
         """Write the trials of one moment; a reader leaves out those that others evict meanwhile."""
         with self._lock():
             begin, entries = self.entries()
-            for file, content in self._bytes():
+            for file, content in self._content.items():
                 with (folder / "rows" / file.name).open("wb") as copy:
                     copy.write(content[: _num_rows(entries)].numpy())
             self._table.copy_to(folder / "table.bin", begin, begin + len(entries))

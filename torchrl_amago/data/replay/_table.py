@@ -108,7 +108,7 @@ class TrialTable:
         (begin, old), new = self.look(), np.zeros(len(lengths), ENTRY)
         new["length"], new["stop"] = lengths, self.written + np.cumsum(lengths)
         trials, oldest = np.concatenate([old, new]), 0
-        first, length, stop = trials["first"], trials["length"], trials["stop"]
+        first, length, stop = (trials[x].astype(np.int64) for x in ("first", "length", "stop"))
         for n in range(len(old), len(trials)):
             oldest += np.searchsorted(stop[oldest:n] - length[oldest:n], stop[n] - self.capacity)
             row = first[n - 1] + length[n - 1] + 1 if oldest < n else 0
@@ -119,7 +119,8 @@ class TrialTable:
             first[n] = row
         if oldest > len(old):  # the new trials would overlap; an empty storage always fits them
             oldest, first[len(old) :] = len(old), np.cumsum(new["length"] + 1) - new["length"] - 1
-        return trials[len(old) :], begin + int(oldest)
+        new["first"] = first[len(old) :]
+        return new, begin + int(oldest)
 
     def evict(self, begin: int) -> None:
         """Give up the trials before this number."""
