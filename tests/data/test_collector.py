@@ -163,7 +163,7 @@ def test_names_the_flags_that_are_missing():
     [
         ("split_trajs", True, "without padding"),
         ("set_truncated", True, "it would end each trial with the batch"),
-        ("track_traj_ids", False, "told apart by their number"),
+        ("track_traj_ids", False, "identified by their number"),
         ("extend_buffer", False, "steps wait until their trial is complete"),
         ("trajs_per_write", 3, "are written together"),
     ],

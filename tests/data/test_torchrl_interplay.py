@@ -121,7 +121,7 @@ def test_buffer_of_batches_instead_of_steps_is_refused():
     list(
         Collector(make_env(), make_answer(), frames_per_batch=21, total_frames=42, replay_buffer=rb)
     )
-    with pytest.raises(ValueError, match=r"each item of the storage is a batch \[7\] of steps"):
+    with pytest.raises(ValueError, match=r"must be one step, and is a batch \[7\] of steps"):
         rb.sample()
 
 
