@@ -112,8 +112,10 @@ def test_training_outputs_gradients_and_power_iteration(case):
     expected = renamed(case, "grad/", TransformerEncoder, hp["n_heads"])
     grads = {name: p.grad for name, p in encoder.named_parameters()}
     assert len(expected) >= 12
+    largest = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
-        assert_close(grads[name], value, msg=name)
+        # A scalar's gradient is one sum that cancels; its rounding is of the size of its terms.
+        assert_close(grads[name], value, msg=name, scale=largest if value.numel() == 1 else None)
     after = renamed(case, "after_train/", TransformerEncoder, hp["n_heads"])
     assert bool(after) == hp["sigma_reparam"]
     for name, value in after.items():
