@@ -57,7 +57,7 @@ def make_replay(
             capacity,
             slice_length=args.slice_length,
             batch_size=args.batch_size,
-            trim=True,
+            trim_padding=True,
             crop="both",
             warn_short=False,
         )

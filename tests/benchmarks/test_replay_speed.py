@@ -1,9 +1,9 @@
-"""Time of one replay sample (B=24) at several sizes, against one file per trajectory; of writing and saving.
+"""Time of a replay sample (B=24), beside one file per trajectory; time of writing and saving.
 
-Run with `pytest tests/benchmarks/test_replay_speed.py`. Times are those of the processor, all threads together:
-what else the machine does counts less. Bars: 1.5 ms at T=128 and 5 ms at T=1000 with
-prefetch and 500,000 stored steps; the same within a factor of 1.3 with 10,000,000; five times faster
-than one `.npz` per trajectory at T=128, three times at T=1000.
+Run with `pytest tests/benchmarks/test_replay_speed.py`. Times are those of the processor, all threads
+together, so that other work of the machine counts less. Bars with 500,000 stored steps: 1.5 ms at
+T=128, 5 ms at T=1000 with and without prefetch, and five times faster than one `.npz` per trajectory;
+with 10,000,000 steps at most 1.3 times as long.
 """
 
 from __future__ import annotations
@@ -79,14 +79,13 @@ def sampler(slice_length: int, **options) -> TrialSliceSampler:
     return TrialSliceSampler(slice_length, warn_short=False, **options)
 
 
-@pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
+@pytest.mark.parametrize("sample_by", ["trials", "steps", "priority"])
 @pytest.mark.parametrize("slice_length", [64, 128, 250, 1000])
-def test_sample(benchmark, half_million, slice_length, draw):
-    half_million.set_sampler(sampler(slice_length, draw=draw, crop="both"))
+def test_sample(benchmark, half_million, slice_length, sample_by):
+    half_million.set_sampler(sampler(slice_length, sample_by=sample_by, crop="both"))
     batch = benchmark(half_million.sample)
     assert batch.shape == (BATCH, slice_length)
-    if slice_length == 128:
-        assert 1000 * benchmark.stats.stats.median <= 1.5
+    assert 1000 * benchmark.stats.stats.median <= (1.5 if slice_length == 128 else 5)
 
 
 def test_sample_with_prefetch(half_million, record_property):
@@ -149,12 +148,12 @@ def test_against_one_file_per_trajectory(half_million, folder, slice_length, rec
     half_million.set_sampler(sampler(slice_length))
     ours, theirs = median_ms(half_million.sample), median_ms(sample_files, 50)
     record_property("milliseconds", (ours, theirs))
-    assert theirs >= (5 if slice_length == 128 else 3) * ours
+    assert theirs >= 5 * ours
 
 
 def test_sample_after_every_write(benchmark, half_million):
     """The table of trials follows the writes: a write must not make the next sample slow."""
-    half_million.set_sampler(sampler(128, draw="priority"))
+    half_million.set_sampler(sampler(128, sample_by="priority"))
     trial = make_trial(200)
 
     def write_and_sample():

@@ -133,14 +133,16 @@ def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
     assert len(buffer) == len(steps)
 
 
-def test_refuses_empty_fragments():
-    with pytest.raises(ValueError, match="fragment_length must be at least 1 or None, got 0"):
+def test_empty_fragments_raise():
+    with pytest.raises(ValueError, match="fragment_length must be at least 1, got 0"):
         TrialCollector(None, act, replay_buffer=None, frames_per_batch=1, fragment_length=0)
 
 
-def test_refuses_fragments_for_a_buffer_that_cant_tell_them_apart():
+def test_fragments_need_a_buffer_that_finds_trials():
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    with pytest.raises(ValueError, match="fragments need .* TrialSliceSampler, got ReplayBuffer"):
+    with pytest.raises(
+        ValueError, match="fragment_length needs .* TrialSliceSampler, got ReplayBuffer"
+    ):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, fragment_length=5)
 
 
@@ -152,7 +154,7 @@ def test_names_the_flags_that_are_missing():
     collector = TrialCollector(
         env, env.rand_action, replay_buffer=buffer, frames_per_batch=5, total_frames=5
     )
-    with pytest.raises(ValueError, match="trials end where 'done', .* steps have none of them"):
+    with pytest.raises(ValueError, match="trials end where 'done', .* the steps have only"):
         list(collector)
 
 
@@ -161,19 +163,19 @@ def test_names_the_flags_that_are_missing():
     [
         ("split_trajs", True, "without padding"),
         ("set_truncated", True, "it would end each trial with the batch"),
-        ("track_traj_ids", False, "told apart by their number"),
+        ("track_traj_ids", False, "identified by their number"),
         ("extend_buffer", False, "steps wait until their trial is complete"),
         ("trajs_per_write", 3, "are written together"),
     ],
 )
-def test_refuses_what_contradicts_whole_trials(option, value, reason):
+def test_options_that_contradict_whole_trials_raise(option, value, reason):
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
     with pytest.raises(ValueError, match=f"{option} must be .* got {value}: .*{reason}"):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, **{option: value})
 
 
-def test_refuses_to_write_nowhere():
-    with pytest.raises(TypeError, match="must have a replay_buffer to write trials to, got None"):
+def test_a_missing_buffer_raises():
+    with pytest.raises(TypeError, match="needs a replay_buffer, got None"):
         TrialCollector(None, act, frames_per_batch=1)
 
 

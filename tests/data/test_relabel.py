@@ -1,4 +1,4 @@
-"""Relabelling: against a plain replay of the rules, against the environment itself, and its draws."""
+"""Relabelling, compared with a plain replay of the rules and with the environment; its draws."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ REPLACED = [
 
 
 def play(achieved: list[list[tuple]], goals: list[tuple], before: float = 0.0) -> list[dict]:
-    """What a trial shows that achieves these things in its steps and has these goals, until it ends.
+    """Make a trial with these achievements in its steps and these goals, until it ends.
 
-    One goal is met in a step, the first that isn't empty; then it is shown empty. The last one ends the
-    trial; if that doesn't happen, the last step truncates it.
+    One goal is met in a step, the first that isn't empty; then it is shown empty. The last one ends
+    the trial; if that doesn't happen, the last step truncates it.
     """
     goals, steps = list(goals), []
     for t, places in enumerate(achieved):
@@ -140,7 +140,7 @@ def test_replay_with_any_goals_follows_the_rules(worlds, data):
             max_size=len(worlds),
         )
     )
-    # The trials that were stored end where their own goals were met; nothing is known of what came after:
+    # Stored trials end where their own goals were met; later steps are unknown:
     # with goals that aren't met by then, they are cut off there.
     achieved = [
         [step[("next", "achieved")] for step in play(achieved, goals)] for achieved, goals in worlds
@@ -201,7 +201,7 @@ def test_new_sequences_are_made_as_the_paper_says(worlds, strategy, seed):
         num_met = int(out["next", "reward"][b][out[MASK][b]].sum())
         if strategy == "all":
             assert num_met >= min(len(old), len(done) + len(free))
-        # Goals that were met are still there, in their order; open ones keep their places at the end.
+        # Goals that were met stay, in their order; open ones keep their places at the end.
         rest = iter(new)
         assert all(goal in rest for goal in done)
         kept = next(k for k in range(len(open_) + 1) if new[k + len(done) :] == open_[k:])
@@ -293,7 +293,7 @@ def test_same_seed_same_goals():
     assert torch.equal(relabel.relabel_trials(batch)["goals"], first)
 
 
-def test_goals_that_stay_shown_and_trials_that_go_on():
+def test_goals_that_stay_visible_and_trials_that_go_on():
     a, b, x = (0.0, 0.0), (0.5, 0.0), (0.25, 0.0)
     trial = play([[x], [a], [b], [x]], [x, x])
     for step in trial:
@@ -408,16 +408,14 @@ def test_integer_goals_of_one_number():
 def test_an_empty_goal_that_goals_cant_hold_is_refused():
     batch = as_batch([play([[(1.0, 0.0)]], [(1.0, 0.0)])])
     batch["goals"] = batch["goals"].to(torch.uint8)
-    with pytest.raises(
-        ValueError, match=r"empty_goal must be .* got -1.0 for goals of torch.uint8"
-    ):
+    with pytest.raises(ValueError, match=r"empty_goal must be .* got -1.0 for torch.uint8"):
         GoalSequenceRelabel().relabel_trials(batch)
 
 
 def test_a_trial_of_several_episodes_is_refused():
     a, x = (0.0, 0.0), (0.25, 0.0)
     episodes = play([[x], [a]], [a, x]) * 2
-    with pytest.raises(ValueError, match=r"find what was stored .* \['goals'.*single episode"):
+    with pytest.raises(ValueError, match=r"get what was stored .* \['goals'.*single episode"):
         GoalSequenceRelabel().relabel_trials(as_batch([episodes]))
 
 
@@ -425,7 +423,9 @@ def test_a_reward_of_something_else_is_refused_once_and_on_request_not():
     trial = play([[(0.0, 0.0)], [(0.25, 0.0)]], [(0.5, 0.0)])
     trial[0][("next", "reward")] = [0.5]
     batch = as_batch([trial])
-    with pytest.raises(ValueError, match=r"\[\('next', 'reward'\).*reward_fn be the environment's"):
+    with pytest.raises(
+        ValueError, match=r"\[\('next', 'reward'\).*environment's reward as reward_fn"
+    ):
         GoalSequenceRelabel().relabel_trials(batch)
     GoalSequenceRelabel(check=False).relabel_trials(batch)
 
@@ -437,7 +437,7 @@ def test_a_met_goal_that_truncates_is_refused_with_the_remedy():
         batch["next", "terminated"],
     )
     with pytest.raises(
-        ValueError, match=r"'terminated'\), .*end `terminated`, not `truncated`, as"
+        ValueError, match=r"'terminated'\), .*ends `terminated` when it meets its goal, as"
     ):
         GoalSequenceRelabel().relabel_trials(batch)
 
@@ -449,7 +449,7 @@ def test_trials_are_checked_until_a_goal_was_met():
         reward_fn=lambda achieved, goal: 0.0 * goal.sum(-1) * achieved[..., 0, 0]
     )
     relabel.relabel_trials(missed)  # says nothing of reward_fn
-    with pytest.raises(ValueError, match=r"find what was stored .*'reward'"):
+    with pytest.raises(ValueError, match=r"get what was stored .*'reward'"):
         relabel.relabel_trials(met)
     relabel = GoalSequenceRelabel()
     relabel.relabel_trials(met)
@@ -487,12 +487,12 @@ def test_a_time_limit_that_terminates_just_when_a_goal_is_met():
 
 def test_shapes_that_do_not_fit_are_refused():
     batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
-    batch["next", "achieved"] = torch.zeros(1, 1, 2)
-    with pytest.raises(ValueError, match=r"N goals of the same shape.*got \[2\] and \[1, 2\]"):
+    batch["next", "achieved"] = torch.zeros(1, 1, 1)
+    with pytest.raises(ValueError, match=r"must have the shape \[2\] of a goal.*got \[1\]"):
         GoalSequenceRelabel().relabel_trials(batch)
     batch = as_batch([play([[(0.0, 0.0)]], [(0.5, 0.0)])])
     relabel = GoalSequenceRelabel(reward_fn=lambda achieved, goal: (achieved == goal).all(-1))
-    with pytest.raises(ValueError, match=r"shape \(1, 1, 1\), got \(1, 1, 1, 1\).*reduce over N"):
+    with pytest.raises(ValueError, match=r"goal, \(1, 1, 1\), got \(1, 1, 1, 1\).*Reduce over N"):
         relabel.relabel_trials(batch)
 
 
@@ -779,7 +779,7 @@ def test_empty_places_are_no_goals():
 def test_single_goals_of_another_shape_are_refused():
     batch = single_goal_trials([3])
     batch["next", "achieved_goal"] = torch.zeros(1, 3, 2)
-    with pytest.raises(ValueError, match=r"must have the goal's shape \[1\].*got \[2\]"):
+    with pytest.raises(ValueError, match=r"must have the shape \[1\] of a goal.*got \[2\]"):
         HindsightRelabel().relabel_trials(batch)
 
 

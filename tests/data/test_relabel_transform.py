@@ -195,7 +195,7 @@ def test_draws_follow_the_generator(make, trials):
 @pytest.mark.parametrize(
     ("spoil", "match"),
     [
-        (lambda it: it.exclude(MASK), r"must get whole trials \[B, L\] with \('collector', 'mask'\)"),
+        (lambda it: it.exclude(MASK), r"whole trials \[B, L\] with \(\('collector', 'mask'\)"),
         (lambda it: it.exclude("time_idx"), "'time_idx'"),
         (lambda it: it.exclude(("next", "done")), "'done'"),
         (lambda it: it.flatten(), r"got a batch \[192\]"),
@@ -228,7 +228,7 @@ class Gap(Relabel):
 
 
 def test_a_mask_must_be_the_beginning_of_each_trial(trials):
-    with pytest.raises(ValueError, match="each trial's first steps, those left"):
+    with pytest.raises(ValueError, match="each trial's remaining first steps"):
         Gap()(trials)
 
 

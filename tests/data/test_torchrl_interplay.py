@@ -116,12 +116,12 @@ def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
 
 
 def test_buffer_of_batches_instead_of_steps_is_refused():
-    """What a batched environment's collector writes by itself: items of [T] steps."""
+    """A batched environment's collector by itself writes items of [T] steps."""
     rb = make_buffer("tensor", 100)
     list(
         Collector(make_env(), make_answer(), frames_per_batch=21, total_frames=42, replay_buffer=rb)
     )
-    with pytest.raises(ValueError, match=r"each item of the storage is a batch \[7\] of steps"):
+    with pytest.raises(ValueError, match=r"must be one step, and is a batch \[7\] of steps"):
         rb.sample()
 
 

@@ -211,7 +211,7 @@ def test_buffer_options_and_fragments(env, policy, tmp_path):
     trainer = make_trainer(
         env, policy, trial_length=4, total_updates=6, updates_per_round=2, batch_size=4,
         run_dir=tmp_path / "run", fragment_length=3, progress_bar=False,
-        buffer_options={"path": tmp_path / "replay", "draw": "priority", "min_trials": 20},
+        buffer_options={"path": tmp_path / "replay", "sample_by": "priority", "min_trials": 20},
     )  # fmt: skip
     assert trainer.train() == "finished"
     buffer = trainer.replay_buffer

@@ -95,7 +95,7 @@ def test_a_stock_trainer_trains_and_logs(tmp_path, collector_class):
 
 def test_a_stock_trainer_with_tensorboard_and_priorities(tmp_path):
     logger = TensorboardLogger("run", str(tmp_path))
-    trainer = make_stock_trainer(tmp_path, TrialCollector, logger, draw="priority")
+    trainer = make_stock_trainer(tmp_path, TrialCollector, logger, sample_by="priority")
     trainer.train()
     logger.experiment.flush()
     assert list(tmp_path.rglob("events*"))

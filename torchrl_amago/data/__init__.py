@@ -1,8 +1,8 @@
-"""Replay of whole trials: storage that survives, draws of padded slices, collection, saving and loading.
+"""Replay of whole trials: crash-safe storage, padded slices, collection, saving and loading.
 
-`make_trial_buffer` gives a TorchRL replay buffer of whole trials, and `TrialSliceSampler` serves TorchRL's own, too.
-`relabel` shows trials with other goals as they are drawn, `TrialMixture` draws from several buffers, and
-`offline`, which knows environments too, brings data from elsewhere.
+`make_trial_buffer` makes a TorchRL replay buffer of whole trials; `TrialSliceSampler` also serves
+TorchRL's own buffers. `relabel` changes the goals of drawn trials, `TrialMixture` samples from
+several buffers, and `offline` reads data from elsewhere.
 """
 
 from torchrl_amago.data.collector import TrialCollector

@@ -1,6 +1,6 @@
-"""Collect whole trials: the same data as TorchRL's collector writes, put together in a few operations.
+"""Collector of whole trials: the data of TorchRL's collector, assembled in a few operations.
 
-TorchRL's way takes as long as stepping the environment with 64 short trials.
+With 64 short trials, TorchRL's assembly takes as long as stepping the environment.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_amago import keys
+from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trial_ends import trial_ends
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
@@ -24,34 +25,35 @@ _TRIAL = ("collector", "traj_ids")
 
 
 class TrialCollector(Collector):
-    """Collector that writes complete trials into a replay buffer, one after another.
+    """Collector that writes complete trials into a replay buffer.
 
-    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps of
-    trials under way wait until their trial is complete, or, with ``fragment_length``, until there are so
-    many: endless and very long trials are written in fragments then. A fragment is stored like a trial,
-    with its steps' true ``time_idx``; only the last fragment ends with ``done``.
+    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps
+    wait until their trial is complete. With ``fragment_length``, endless and very long trials are
+    written in fragments. A fragment is stored like a trial, with its steps' true ``time_idx``; only
+    the last one ends with ``done``.
 
-    It is a ``collector_class`` of `MultiCollector`, `RayCollector` and `Collector(..., backend=...)`
-    too, whose workers write their own trials. `MultiCollector` needs ``trajs_per_batch=1`` beside it, or
-    it prepares TorchRL's storages for batches instead of steps.
+    It also works as the ``collector_class`` of `MultiCollector`, `RayCollector` and
+    `Collector(..., backend=...)`, whose workers write their own trials. `MultiCollector` then needs
+    ``trajs_per_batch=1``, or it prepares TorchRL's storages for batches instead of steps.
 
     Args:
-        env: batched environment, or what makes one.
-        policy: called at every step; or give ``policy_factory``.
-        replay_buffer: what trials are written to; with ``fragment_length`` one with a
+        env: batched environment, or a function that makes one.
+        policy: called at every step; or use ``policy_factory``.
+        replay_buffer: buffer to write to; ``fragment_length`` needs one with a
             :class:`TrialSliceSampler`.
         frames_per_batch: environment steps, all rows together, between two writes.
         fragment_length: steps after which a trial is cut; None never cuts.
-        stagger: cut the first fragment of each trial early, by a length of its own, so that trials that
-            began together don't all fill their fragments in the same step.
-        postproc: called on complete trials, a batch ``[N, L]`` padded on the right with the mask
-            ``("collector", "mask")``, such as a relabeller; what its mask leaves is written.
+        stagger: give the first fragment of each trial a shorter length of its own, so that trials
+            that began together don't all fill their fragments in the same step.
+        postproc: transform of complete trials, such as a relabeller: of a batch ``[N, L]``, padded
+            on the right with the mask ``("collector", "mask")``. Steps in the resulting mask are
+            written.
         options: further arguments of :class:`torchrl.collectors.Collector`. ``reset_at_each_iter``
-            drops the trials under way at the end of each batch; ``trajs_per_batch`` does nothing.
+            drops unfinished trials at the end of each batch; ``trajs_per_batch`` does nothing.
 
     Raises:
-        ValueError: for a ``fragment_length`` below 1 or with another buffer, options that contradict
-            whole trials, and, from iterating, if no flag says where trials end.
+        ValueError: for a ``fragment_length`` below 1 or with another buffer, options that
+            contradict whole trials, and, from iterating, if no flag marks the ends of trials.
         TypeError: without a replay buffer.
 
     Example:
@@ -60,7 +62,7 @@ class TrialCollector(Collector):
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> buffer = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = TrialCollector(
-        ...     env, env.rand_action, replay_buffer=buffer, frames_per_batch=8 * 18, total_frames=8 * 18)
+        ...     env, env.rand_action, replay_buffer=buffer, frames_per_batch=144, total_frames=144)
         >>> list(collector), len(buffer) > 0
         ([None], True)
     """
@@ -77,22 +79,21 @@ class TrialCollector(Collector):
         postproc: Callable[[TensorDictBase], TensorDictBase] | None = None,
         **options: Any,
     ) -> None:
-        # In case that a check fails: TorchRL's destructor looks at it.
-        self.closed = True
+        self.closed = True  # TorchRL's destructor reads it if a check fails
         _check_fragments(fragment_length, replay_buffer)
         _check_options(replay_buffer, options)
         self.fragment_length, self.stagger, self._process = fragment_length, stagger, postproc
-        # Workers of a MultiCollector count trials together, so that no single one can go back.
+        # Workers of a MultiCollector share one count of trials: none of them can restore it.
         self._shares_numbers = options.get("traj_pool") is not None
-        self._row_trials: Tensor | None = None  # of each row, the trial of its last step
+        self._row_trials: Tensor | None = None  # the trial of each row's last step
         self._drop_trials()
-        # Batches come out of TorchRL's iterator then, instead of being written as they are.
+        # TorchRL's iterator yields batches then, instead of writing them as they are.
         self._ignore_rb = True
         options |= {"replay_buffer": replay_buffer, "frames_per_batch": frames_per_batch}
         super().__init__(env, policy, **options)
 
     def iterator(self) -> Iterator[None]:
-        """Write the trials that each batch completes; yields None after each batch."""
+        """Write the trials that each batch completes; yield None after each batch."""
         for batch in super().iterator():
             self._row_trials = batch.get(_TRIAL)[..., -1].clone()
             trials, lengths = self._complete_trials(batch.reshape(-1))
@@ -105,14 +106,14 @@ class TrialCollector(Collector):
     def _write(self, trials: TensorDictBase, lengths: list[int]) -> None:
         if self._process is not None:
             trials, lengths = _apply_to_rows(self._process, trials, lengths)
-        # Ends say it all where nothing is cut, and numbers of trials in TorchRL's buffers.
+        # Flags mark the ends of whole trials, and TorchRL's buffers read trajectory numbers.
         buffer = self.replay_buffer
-        counts = isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
-        is_told = self.fragment_length is not None and counts
-        buffer.extend(trials, **({"lengths": lengths} if is_told else {}))
+        takes_lengths = isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
+        is_cut = self.fragment_length is not None and takes_lengths
+        buffer.extend(trials, **({"lengths": lengths} if is_cut else {}))
 
     def _complete_trials(self, steps: TensorDictBase) -> tuple[TensorDictBase, list[int]]:
-        """Trials and fragments that these steps complete, side by side, and their lengths."""
+        """Return completed trials and fragments, side by side, and their lengths."""
         if self._pending is not None:
             steps = torch.cat((self._pending, steps))
         # Stable: the order of time is kept within each trial.
@@ -121,10 +122,9 @@ class TrialCollector(Collector):
         last = length.cumsum(0) - 1
         ends = trial_ends(steps)
         if ends is None:
-            held = sorted(map(str, steps["next"].keys(True, True)))
-            rule = "trials end where 'done', 'terminated' or 'truncated' is True under 'next'"
             raise ValueError(
-                f"{rule}, and the steps have none of them, only {held}. Add one there."
+                "trials end where 'done', 'terminated' or 'truncated' is True under 'next', and "
+                f"the steps have only {sorted(map(str, steps['next'].keys(True, True)))}. Add one."
             )
         is_complete = ends[order[last]].tolist()
         chosen, pending, lengths = [], [], []
@@ -139,7 +139,7 @@ class TrialCollector(Collector):
         return steps[torch.cat(chosen)], lengths
 
     def _cuts(self, trial: int, length: int, complete: bool) -> list[int]:
-        """Lengths of what is written now of a trial's waiting steps."""
+        """Return the lengths of the pieces to write now of a trial's waiting steps."""
         size, cuts = self.fragment_length, []
         if size is not None:
             if self.stagger and trial not in self._begun:
@@ -155,10 +155,10 @@ class TrialCollector(Collector):
             cuts += [length] if length else []
         return cuts
 
-    # --- trials under way ---
+    # -- unfinished trials -----------------------------------------------------------------------
 
     def reset(self, index: Any = None, **kwargs: Any) -> None:
-        """Start new trials, in the rows that `index` selects or in all; what they had begun is dropped."""
+        """Start new trials in the rows of `index` or in all; drop their unfinished trials."""
         super().reset(index, **kwargs)
         if index is None or self._row_trials is None:
             self._drop_trials()
@@ -173,12 +173,12 @@ class TrialCollector(Collector):
         self._begun: set[int] = set()  # trials of which a fragment was written
 
     def state_dict(self) -> dict[str, Any]:
-        """TorchRL's state of collector, transforms and policy, and the trials under way.
+        """Return TorchRL's state of collector, transforms and policy, and the unfinished trials.
 
         Returns:
-            A nested dict of tensors and plain values. It has ``in_progress``, all that the next step
-            depends on besides weights and torch's global generator, where the environment's class says
-            ``can_save_state`` and the collector is no worker of a `MultiCollector`.
+            A nested dict of tensors and plain values. Its ``in_progress`` is all that the next step
+            depends on besides weights and torch's global generator. It is left out unless the
+            environment's class sets ``can_save_state``, and in workers of a `MultiCollector`.
         """
         state = super().state_dict()
         env = _env_with_state(self.env)
@@ -198,17 +198,14 @@ class TrialCollector(Collector):
         return state
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
-        """Take over what :meth:`state_dict` gave.
+        """Load a state of :meth:`state_dict`.
 
-        With ``in_progress`` the next step is the one that the saved collector would have taken. Without
-        it trials under way are dropped: call :meth:`reset` then, unless the collector is new.
-
-        Args:
-            state_dict: the state.
-            kwargs: for TorchRL's collector: ``strict``.
+        With ``in_progress``, the next step is the one that the saved collector would have taken.
+        Without
+        it, unfinished trials are dropped: then call :meth:`reset`, unless the collector is new.
 
         Raises:
-            ValueError: for trials that this environment can't go on with; all is as before then.
+            ValueError: if this environment can't continue the saved trials; nothing is changed.
         """
         state, in_progress = dict(state_dict), state_dict.get("in_progress")
         if in_progress is not None:
@@ -216,20 +213,19 @@ class TrialCollector(Collector):
             if _env_with_state(self.env) is None or saved != self.env.batch_size:
                 base = type(getattr(self.env, "base_env", self.env)).__name__
                 raise ValueError(
-                    "trials under way go on only in an environment that can load its state, with the "
-                    f"rows {list(saved)} that they were saved from; got {base} with "
-                    f"{list(self.env.batch_size)}. Take 'in_progress' out to begin new trials."
+                    "saved trials continue only in an environment that can load its state, of the "
+                    f"same batch size {list(saved)}, got {base} with {list(self.env.batch_size)}. "
+                    "Remove 'in_progress' to begin new trials."
                 )
-            # Loading hands out a number to each row, but the rows have theirs.
+            # Loading gives a new number to each row, but the rows have theirs.
             num_rows = self.env.batch_size.numel()
             state["traj_pool"] = {k: n - num_rows for k, n in state["traj_pool"].items()}
         super().load_state_dict(state, **kwargs)
         self._drop_trials()
         if in_progress is not None:
-            self._go_on(in_progress)
+            self._load_in_progress(in_progress)
 
-    def _go_on(self, in_progress: Mapping[str, Any]) -> None:
-        """Take over the trials under way."""
+    def _load_in_progress(self, in_progress: Mapping[str, Any]) -> None:
         size, device = self.env.batch_size, self.env.device
         carrier = TensorDict(in_progress["carrier"], batch_size=size, device=device).clone()
         self._carrier = carrier.clear_device_() if self._carrier.device is None else carrier
@@ -244,12 +240,12 @@ class TrialCollector(Collector):
             encoder.load_memory_state_dict(in_progress["memories"][str(i)])
 
     def _encoders(self) -> list[Any]:
-        """The policy's modules that remember rollouts."""
+        """Return the policy's modules with a memory of rollouts."""
         modules = getattr(self.policy, "modules", tuple)()
         return [module for module in modules if hasattr(module, "load_memory_state_dict")]
 
     def _streams_of(self, encoder: Any) -> list[int]:
-        """What an encoder calls the rollout of these trials; it may remember others' too."""
+        """Return the numbers of these rows' rollouts in an encoder's memory."""
         streams = self._carrier.get(encoder.stream_key, None)
         return [] if streams is None else streams.unique().tolist()
 
@@ -257,40 +253,43 @@ class TrialCollector(Collector):
 def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:
     if fragment_length is None:
         return
-    if fragment_length < 1:
-        rule = f"fragment_length must be at least 1 or None, got {fragment_length}"
-        raise ValueError(f"{rule}. It is the number of steps after which an endless trial is cut.")
-    is_known = isinstance(getattr(replay_buffer, "sampler", None), TrialSliceSampler)
-    if _is_local(replay_buffer) and not is_known:
-        rule = "fragments need a buffer that knows which steps belong together"
-        got = f"one with a TrialSliceSampler, got {type(replay_buffer).__name__}"
-        raise ValueError(f"{rule}, {got}. Make it with make_trial_buffer.")
+    rule = "It is the number of steps after which an endless trial is cut; None never cuts."
+    check_counts(rule, fragment_length=fragment_length)
+    finds_trials = isinstance(getattr(replay_buffer, "sampler", None), TrialSliceSampler)
+    if _is_local(replay_buffer) and not finds_trials:
+        raise ValueError(
+            "fragment_length needs a buffer with a TrialSliceSampler, got "
+            f"{type(replay_buffer).__name__}. Make it with make_trial_buffer."
+        )
 
 
 def _is_local(replay_buffer: Any) -> bool:
-    """Whether it is in this process, so that its kind can be seen."""
+    """Tell if a buffer is in this process, so that its type is known."""
     return getattr(replay_buffer, "service_backend", None) == "direct"
 
 
-# What contradicts that whole trials are written: option, the value that is meant, why.
+# Options with a fixed value: name, value, reason.
 _FIXED_OPTIONS = (
     ("split_trajs", False, "trials are written whole, without padding"),
     ("set_truncated", False, "it would end each trial with the batch"),
-    ("track_traj_ids", True, "trials are told apart by their number"),
+    ("track_traj_ids", True, "trials are identified by their number"),
     ("extend_buffer", True, "steps wait until their trial is complete"),
     ("trajs_per_write", None, "the trials that a batch completes are written together"),
 )
 
 
 def _check_options(replay_buffer: Any, options: dict[str, Any]) -> None:
-    """Check options, and take out what only TorchRL's assembly reads."""
+    """Check options, and remove those of TorchRL's assembly."""
     if replay_buffer is None:
-        problem = "a TrialCollector must have a replay_buffer to write trials to, got None"
-        raise TypeError(f"{problem}. Make one with make_trial_buffer.")
+        raise TypeError(
+            "a TrialCollector needs a replay_buffer, got None. Make one with make_trial_buffer."
+        )
     for name, value, reason in _FIXED_OPTIONS:
         if options.get(name) not in (None, value):
-            rule = f"{name} must be {value} in a TrialCollector, got {options[name]!r}"
-            raise ValueError(f"{rule}: {reason}. Leave it out, or use TorchRL's Collector.")
+            raise ValueError(
+                f"{name} must be {value} in a TrialCollector, got {options[name]!r}: {reason}. "
+                "Leave it out, or use TorchRL's Collector."
+            )
     for name in ("trajs_per_batch", "trajs_per_write", "traj_format"):
         options.pop(name, None)
 
@@ -298,7 +297,7 @@ def _check_options(replay_buffer: Any, options: dict[str, Any]) -> None:
 def _apply_to_rows(
     process: Callable[[TensorDictBase], TensorDictBase], trials: TensorDictBase, lengths: list[int]
 ) -> tuple[TensorDictBase, list[int]]:
-    """Show trials as padded rows, and put what is left of them side by side again."""
+    """Apply a function to trials as padded rows; return the remaining steps side by side."""
     length_N1 = torch.tensor(lengths, device=trials.get(_TRIAL).device).unsqueeze(1)
     step_L = torch.arange(max(lengths), device=length_N1.device)
     first_N1 = length_N1.cumsum(0) - length_N1
@@ -310,7 +309,7 @@ def _apply_to_rows(
 
 
 def _env_with_state(env: EnvBase) -> EnvBase | None:
-    """The environment below the transforms, if its state can be saved."""
+    """Return the environment below the transforms, if its state can be saved."""
     base = env.base_env if isinstance(env, TransformedEnv) else env
     return base if getattr(type(base), "can_save_state", False) else None
 

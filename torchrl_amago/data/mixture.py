@@ -1,7 +1,7 @@
-"""Batches from several replay buffers at once: demonstrations beside new experience, data beside data.
+"""Mixture of replay buffers: batches of demonstrations and new experience, or of several data sets.
 
-TorchRL's ``ReplayBufferEnsemble`` reads storages itself: past relabelling, transforms and priorities of
-its members, and it fails where one isn't ready or slices differ in width.
+TorchRL's ``ReplayBufferEnsemble`` reads storages itself, without the relabelling, transforms and
+priorities of its members. It fails if one isn't ready or slices differ in width.
 
 Legend: B slices of a batch, T steps of a slice, P buffers.
 """
@@ -20,31 +20,30 @@ from torch import Tensor
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import keys
-
-__all__ = ["TrialMixture", "online_part"]
+from torchrl_amago._validation import check_choice, check_counts
 
 
 class TrialMixture:
-    """Several buffers of whole trials behind the methods of one.
+    """Mixture of several buffers of whole trials, with the methods of one.
 
     Each slice of a batch comes from a buffer drawn by weight among those that are ready
-    (``can_sample()``). A buffer's weight moves linearly from its initial to its final one
-    while ``anneal_updates`` batches are drawn, from the batch at which it first becomes ready.
+    (``can_sample()``). A buffer's weight moves linearly from its initial to its final value during
+    ``anneal_updates`` batches, beginning with the first for which it is ready.
 
     Args:
-        buffers: by name; any that sample slices ``[B, T]`` with the mask ``("collector", "mask")``,
-            without prefetch, all with the same entries in their steps.
+        buffers: by name; each must sample slices ``[B, T]`` with the mask ``("collector",
+            "mask")``, without prefetch, and the same entries in their steps.
         weights: final weight of each; those of the ready ones are scaled to sum up to 1.
         initial_weights: default: the final one for buffers that are ready when the first batch is
-            drawn, 0 for those that come later.
+            drawn, 0 for the others.
         anneal_updates: batches until the final weight is reached; 0 takes it at once.
         online: name of the buffer that new trials are written to; the others never change.
         batch_size: slices B of a batch.
-        generator: source of all draws, those of the buffers included; None for torch's global one.
-        source_key: entry of a batch for the number of each slice's buffer, in the order of ``buffers``.
+        generator: source of all random numbers, also of the buffers; None for torch's global one.
+        source_key: entry of a batch for the index of each slice's buffer in ``buffers``.
 
     Raises:
-        ValueError: for weights that are negative, all zero or of other names than the buffers; for a
+        ValueError: for weights that are negative, all zero or of other names than the buffers, a
             buffer that prefetches, or buffers that pad slices on different sides.
 
     Example:
@@ -71,25 +70,21 @@ class TrialMixture:
         generator: torch.Generator | None = None,
         source_key: NestedKey = keys.SOURCE,
     ) -> None:
-        if online not in (None, *buffers):
-            rule = f"online must be one of the buffers {list(buffers)} or None"
-            raise ValueError(f"{rule}, for a mixture that isn't written to, got {online!r}.")
-        if batch_size < 1 or anneal_updates < 0:
-            got = f"got {batch_size} slices and {anneal_updates} batches"
-            raise ValueError(f"batch_size must be at least 1 and anneal_updates at least 0, {got}.")
+        check_choice("online", online, (None, *buffers))
+        check_counts("It is the number of slices in a batch.", batch_size=batch_size)
         for name, given in (("weights", weights), ("initial_weights", initial_weights or weights)):
             values = list(given.values())
             if set(given) != set(buffers) or min(values, default=-1) < 0 or not sum(values) > 0:
                 raise ValueError(
-                    f"{name} must be a number of at least 0 for each of the buffers {list(buffers)}, "
-                    f"not all of them 0, got {dict(given)}. They needn't sum up to 1."
+                    f"{name} must have a number of at least 0 for each of the buffers "
+                    f"{list(buffers)}, not all of them 0, got {dict(given)}."
                 )
         self._pads_left = _check_buffers(buffers)
         self.buffers, self.weights = dict(buffers), dict(weights)
         self.initial_weights, self.anneal_updates = initial_weights, anneal_updates
         self.batch_size, self.source_key = batch_size, source_key
         self._online, self.updates = online, 0
-        #: Batches drawn before each buffer first became ready, where its weight began to move.
+        #: Number of batches drawn before each buffer was first ready.
         self.ready_at: dict[str, int] = {}
         self._entries: dict[str, dict[NestedKey, tuple]] = {}
         self._checksums: dict[tuple, int] = {}
@@ -98,17 +93,17 @@ class TrialMixture:
 
     @property
     def online(self) -> ReplayBuffer:
-        """The buffer that is written to; RuntimeError if there is none."""
+        """Buffer that is written to; RuntimeError if there is none."""
         if self._online is None:
-            problem = f"none of {list(self.buffers)} was chosen. Make it with online=..."
             raise RuntimeError(
-                f"a mixture is written to by way of one of its buffers, and {problem}"
+                f"writing needs one of {list(self.buffers)}, got online=None. Make the mixture "
+                "with online=..."
             )
         return self.buffers[self._online]
 
     @property
     def num_trials(self) -> int:
-        """Complete trials in all buffers together, where all count them."""
+        """Number of complete trials in all buffers together."""
         return sum(buffer.num_trials for buffer in self.buffers.values())
 
     def extend(self, steps: TensorDictBase) -> Any:
@@ -123,12 +118,12 @@ class TrialMixture:
         return bool(self._weights().sum() > 0)
 
     def sample(self, batch_size: int | None = None) -> TensorDictBase:
-        """Draw a batch ``[B, T]``, slices of a buffer side by side; RuntimeError if none is ready."""
+        """Draw a batch ``[B, T]``, ordered by buffer; RuntimeError if none is ready."""
         weights_P = self._weights()
         if not weights_P.sum() > 0:
-            problem = f"none of {list(self.buffers)} is. Ask can_sample() first."
             raise RuntimeError(
-                f"sampling needs a buffer that has a weight and is ready, and {problem}"
+                "sampling needs a buffer that has a weight and is ready, and none of "
+                f"{list(self.buffers)} is. Call can_sample() first."
             )
         size = self.batch_size if batch_size is None else batch_size
         drawn_B = torch.multinomial(weights_P, size, replacement=True, generator=self._rng)
@@ -142,7 +137,7 @@ class TrialMixture:
         return torch.cat([_widen(x.select(*common), width, self._pads_left) for x in parts])
 
     def update_tensordict_priority(self, batch: TensorDictBase) -> None:
-        """Give each buffer the new priorities of its own slices, of a batch from :meth:`sample`."""
+        """Set the priorities in each buffer from its slices of a batch of :meth:`sample`."""
         source_B = batch.get(self.source_key)[:, 0]
         for number, buffer in enumerate(self.buffers.values()):
             if (source_B == number).any():
@@ -151,30 +146,30 @@ class TrialMixture:
     update_priority = update_tensordict_priority
 
     def set_rng(self, generator: torch.Generator | None) -> None:
-        """Draw from this generator, all buffers included."""
+        """Use this generator, also in all buffers."""
         self._rng = generator
         for buffer in self.buffers.values():
             buffer.set_rng(generator)
 
     def fractions(self) -> dict[str, float]:
-        """Probability of each buffer for a slice of the next batch; all 0 while none is ready."""
+        """Return each buffer's probability for a slice of the next batch; 0 while none is ready."""
         weights_P = self._weights()
         fractions_P = weights_P / weights_P.sum().clamp(1e-99)
         return dict(zip(self.buffers, fractions_P.tolist(), strict=True))
 
     def metrics(self) -> dict[str, float]:
-        """Name the fractions for a table of progress."""
+        """Return the fractions by the names of metrics."""
         return {f"fraction/{name}": fraction for name, fraction in self.fractions().items()}
 
     def _weights(self) -> Tensor:
-        """Weights of the next batch, ``[P]``; 0 for buffers that aren't ready."""
+        """Return weights of the next batch, ``[P]``; 0 for buffers that aren't ready."""
         weights = dict.fromkeys(self.buffers, 0.0)
-        # Asked anew each time: a few long trials may push out more than min_trials of them.
+        # Checked each time: a few long trials may evict more than min_trials others.
         for name in (name for name, buffer in self.buffers.items() if buffer.can_sample()):
             ready_at, final = self.ready_at.setdefault(name, self.updates), self.weights[name]
             default = 0.0 if ready_at else final
             initial = (self.initial_weights or {}).get(name, default)
-            # The batch at which a buffer becomes ready is its first step: nobody waits at 0.
+            # The batch at which a buffer becomes ready is its first step: its weight is never 0.
             progress = min((self.updates - ready_at + 1) / max(self.anneal_updates, 1), 1.0)
             weights[name] = initial + (final - initial) * progress
         return torch.tensor(list(weights.values()), dtype=torch.float64)
@@ -183,7 +178,7 @@ class TrialMixture:
         buffer = self.buffers[name]
         with contextlib.ExitStack() as stack:
             if count != buffer.batch_size and name not in self._resized:
-                # TorchRL warns once that batches have another size than the buffer was made for.
+                # TorchRL warns once if a batch has another size than the buffer's own.
                 stack.enter_context(warnings.catch_warnings())
                 warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")
                 self._resized.add(name)
@@ -193,43 +188,43 @@ class TrialMixture:
         return part
 
     def _check_entries(self, name: str, part: TensorDictBase) -> None:
-        """Compare a buffer's first slices with those of the others."""
+        """Compare a buffer's entries with those of the others."""
         entries = {key: (tuple(x.shape[2:]), x.dtype) for key, x in part.items(True, True)}
         for other_name, other in self._entries.items():
             needed = {key for key in entries.keys() ^ other.keys() if not _may_lack(key)}
             for key in sorted(needed | entries.keys() & other.keys(), key=str):
                 if entries.get(key) != (there := other.get(key, "nothing")):
-                    got = f"{there} in {other_name!r}, {entries.get(key, 'nothing')} in {name!r}"
                     raise ValueError(
-                        "the steps of a mixture's buffers must have the same entries, shapes and dtypes, "
-                        f"and differ in {key!r}: {got}. Collect and draw all of them alike."
+                        "the steps of a mixture's buffers must have the same entries, shapes and "
+                        f"dtypes, and differ in {key!r}: {there} in {other_name!r}, "
+                        f"{entries.get(key, 'nothing')} in {name!r}. Collect and sample them alike."
                     )
         self._entries[name] = entries
 
     def state_dict(self) -> dict[str, Any]:
-        """State of weights and generator; save :attr:`online` with :func:`save_replay` beside it."""
+        """Return the state of weights and generator; :attr:`online` needs :func:`save_replay`."""
         generator = None if self._rng is None else self._rng.get_state()
-        state = {"made_of": self._made_of(), "generator": generator}
+        state = {"facts": self._facts(), "generator": generator}
         return state | {"updates": self.updates, "ready_at": dict(self.ready_at)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; ValueError if data or generator are others than they were."""
-        then, now = state["made_of"], self._made_of()
-        if then != now:
-            rule = "a mixture goes on with the data and the generator that it was saved with"
-            remedy = "Load the same data, in the same order, and give a generator if it had one."
-            raise ValueError(f"{rule}, {then}, got {now}. {remedy}")
+        """Load a saved state; ValueError if data or generator differ from the saved ones."""
+        if (saved := state["facts"]) != (here := self._facts()):
+            raise ValueError(
+                f"a mixture must have the data and the generator that it was saved with, {saved}, "
+                f"got {here}. Load the same data in the same order; pass a generator if it had one."
+            )
         self.set_rng(self._rng)  # load_replay gives the online buffer one of its own
         if self._rng is not None:
             self._rng.set_state(state["generator"])
         self.updates, self.ready_at = int(state["updates"]), dict(state["ready_at"])
 
-    def _made_of(self) -> dict[str, str]:
-        """Facts that must be the same for a mixture to go on exactly."""
+    def _facts(self) -> dict[str, str]:
+        """Return what must be the same for a mixture to go on exactly."""
         facts = {"generator": "none" if self._rng is None else "its own"}
         for name in self.buffers.keys() - {self._online}:
             buffer = self.buffers[name]
-            # Trials are read through once, not for every checkpoint.
+            # All trials are read only once, not for every checkpoint.
             version = name, buffer.write_count, len(buffer)
             if version not in self._checksums:
                 self._checksums[version] = _checksum(buffer)
@@ -238,16 +233,17 @@ class TrialMixture:
 
 
 def online_part(buffer: ReplayBuffer | TrialMixture) -> ReplayBuffer:
-    """The buffer that experience is written to: itself, or a mixture's part."""
+    """Return the buffer that experience is written to: itself, or a mixture's part."""
     return buffer.online if isinstance(buffer, TrialMixture) else buffer
 
 
 def _check_buffers(buffers: Mapping[str, ReplayBuffer]) -> bool:
-    """Check that the buffers' slices fit together; returns True where they are padded on the left."""
+    """Check that the buffers' slices fit together; return True if they are padded on the left."""
     for name, buffer in buffers.items():
         if getattr(buffer, "_prefetch", False):
-            problem = f"and {name!r} does. Make it with prefetch=None."
-            raise ValueError(f"a mixture's buffers must not prefetch, {problem}")
+            raise ValueError(
+                f"a mixture's buffers must not prefetch, and {name!r} does. Use prefetch=None."
+            )
     sides = {name: getattr(buffer.sampler, "padding", None) for name, buffer in buffers.items()}
     if len(set(sides.values()) - {None}) > 1:
         raise ValueError(f"a mixture's buffers must pad slices on the same side, got {sides}.")
@@ -255,9 +251,7 @@ def _check_buffers(buffers: Mapping[str, ReplayBuffer]) -> bool:
 
 
 def _checksum(buffer: ReplayBuffer) -> int:
-    """Checksum of everything that a buffer holds."""
-    if hasattr(buffer.storage, "checksum"):
-        return buffer.storage.checksum()
+    """Compute a checksum of all that a buffer holds."""
     steps, total = buffer[:].flatten_keys() if len(buffer) else {}, 0
     for key in sorted(steps.keys()):
         total = zlib.crc32(steps[key].contiguous().view(torch.uint8).numpy(), total)
@@ -265,13 +259,13 @@ def _checksum(buffer: ReplayBuffer) -> int:
 
 
 def _may_lack(key: NestedKey) -> bool:
-    """Tell entries of the collection of steps from those of the task: other data lack them."""
+    """Tell if an entry belongs to the collector, not to the task: other data lack it."""
     path = (key,) if isinstance(key, str) else key
     return path[0] == "collector" or path[-1].startswith("_")
 
 
 def _widen(batch: TensorDictBase, width: int, pads_left: bool) -> TensorDictBase:
-    """Slices ``[B, T]`` padded to ``[B, width]``, by their step at that end under a False mask."""
+    """Pad slices ``[B, T]`` to ``[B, width]`` with their step at that end under a False mask."""
     length, mask = batch.shape[1], batch.get(keys.MASK)
     if length == width:
         return batch

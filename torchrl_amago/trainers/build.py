@@ -106,7 +106,12 @@ def make_trainer(
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
-        options = {"trim": True, "crop": "both", "warn_short": False, **(buffer_options or {})}
+        options = {
+            "trim_padding": True,
+            "crop": "both",
+            "warn_short": False,
+            **(buffer_options or {}),
+        }
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     collector = TrialCollector(
         env,

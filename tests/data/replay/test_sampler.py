@@ -11,7 +11,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, Tens
 from tests.data.trials import make_trial, make_trials, rows
 from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
 
-OVERHANGS = ["none", "left", "right", "both"]
+CROPS = ["none", "left", "right", "both"]
 
 
 KINDS = ["trials", "tensor", "memmap", "stock"]
@@ -42,7 +42,7 @@ def make_buffer(
 
 
 def trial_of(batch, lengths):
-    """Which of the trials each slice is of."""
+    """Return the trial of each slice."""
     stop = torch.tensor(lengths).cumsum(0)
     return torch.searchsorted(stop, batch["id"].contiguous(), right=True)
 
@@ -75,7 +75,7 @@ def test_short_trials_are_whole_and_slices_of_long_ones_fit(kind):
 @given(
     st.lists(st.integers(1, 12), min_size=1, max_size=12),
     st.integers(1, 9),
-    st.sampled_from(OVERHANGS),
+    st.sampled_from(CROPS),
     st.sampled_from(["left", "right"]),
     st.sampled_from(["trials", "steps", "priority"]),
     st.booleans(),
@@ -84,8 +84,8 @@ def test_slices_are_runs_of_steps_of_one_trial(
     kind, lengths, slice_length, crop, padding, draw, trim
 ):
     rb = make_buffer(
-        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding, draw=draw,
-        trim=trim, capacity=200, kind=kind,
+        lengths, slice_length=slice_length, batch_size=40, crop=crop, padding=padding,
+        sample_by=draw, trim_padding=trim, capacity=200, kind=kind,
     )  # fmt: skip
     batch = rb.sample()
     mask = batch["collector", "mask"]
@@ -143,7 +143,7 @@ def test_trials_are_equally_likely_whatever_their_length(kind):
 
 
 @on_all
-@pytest.mark.parametrize("crop", OVERHANGS)
+@pytest.mark.parametrize("crop", CROPS)
 def test_starts_are_uniform_among_the_windows(crop, kind):
     rb = make_buffer([7], slice_length=3, batch_size=6000, crop=crop, kind=kind)
     drawn = [(ids[0], len(ids)) for ids in rows(rb.sample())]
@@ -160,9 +160,7 @@ def test_starts_are_uniform_among_the_windows(crop, kind):
 
 @on_all
 @given(st.lists(st.integers(1, 15), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_with_overhang_on_both_sides_all_steps_of_a_trial_are_equally_likely(
-    kind, lengths, size, seed
-):
+def test_cropped_on_both_sides_all_steps_of_a_trial_are_equally_likely(kind, lengths, size, seed):
     rb = make_buffer(
         lengths, slice_length=size, batch_size=3000, crop="both",
         generator=torch.Generator().manual_seed(seed), kind=kind,
@@ -187,7 +185,7 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
     kind, lengths, size, seed
 ):
     rb = make_buffer(
-        lengths, slice_length=size, batch_size=6000, crop="both", draw="steps",
+        lengths, slice_length=size, batch_size=6000, crop="both", sample_by="steps",
         generator=torch.Generator().manual_seed(seed), kind=kind,
     )  # fmt: skip
     batch = rb.sample()
@@ -197,20 +195,28 @@ def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
 
 
 @on_all
-@pytest.mark.parametrize("crop", OVERHANGS)
-def test_step_weighted_trials_have_their_share_of_the_steps(crop, kind):
+@pytest.mark.parametrize("crop", CROPS)
+def test_step_weighted_trials_have_their_fraction_of_the_steps(crop, kind):
     lengths = [2, 5, 9, 40]
-    rb = make_buffer(lengths, slice_length=5, batch_size=20000, draw="steps", crop=crop, kind=kind)
+    rb = make_buffer(
+        lengths, slice_length=5, batch_size=20000, sample_by="steps", crop=crop, kind=kind
+    )
     batch = rb.sample()
     count = trial_of(batch, lengths)[batch["collector", "mask"]].bincount().double()
-    share = torch.tensor(lengths).double() / sum(lengths)
-    torch.testing.assert_close(count / count.sum(), share, rtol=0.06, atol=0)
+    fraction = torch.tensor(lengths).double() / sum(lengths)
+    torch.testing.assert_close(count / count.sum(), fraction, rtol=0.06, atol=0)
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
     rb = make_buffer(
-        [3, 5, 4], slice_length=3, batch_size=8000, draw="priority", alpha=1.0, beta=1.0, kind=kind
+        [3, 5, 4],
+        slice_length=3,
+        batch_size=8000,
+        sample_by="priority",
+        alpha=1.0,
+        beta=1.0,
+        kind=kind,
     )
     rb.update_priority(numbers(rb), torch.tensor([1.0, 2.0, 5.0]))
     batch = rb.sample()
@@ -221,7 +227,9 @@ def test_priorities_say_how_often_and_the_weights_make_up_for_it(kind):
 
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_new_trial_has_the_largest_priority(kind):
-    rb = make_buffer([3, 3], slice_length=3, batch_size=4000, draw="priority", alpha=1.0, kind=kind)
+    rb = make_buffer(
+        [3, 3], slice_length=3, batch_size=4000, sample_by="priority", alpha=1.0, kind=kind
+    )
     rb.update_priority(numbers(rb), torch.tensor([0.0, 6.0]))
     rb.extend(make_trial(3, 6))
     count = trial_of(rb.sample(), [3, 3, 3])[:, 0].bincount(minlength=3).double()
@@ -232,7 +240,7 @@ def test_a_new_trial_has_the_largest_priority(kind):
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_batch_brings_its_errors(kind):
     rb = make_buffer(
-        [2, 5, 4], slice_length=4, batch_size=500, draw="priority", alpha=1.0, kind=kind
+        [2, 5, 4], slice_length=4, batch_size=500, sample_by="priority", alpha=1.0, kind=kind
     )
     batch = rb.sample()
     error = torch.where(batch["collector", "mask"], batch["id"], 1000).unsqueeze(-1)
@@ -301,9 +309,9 @@ def test_another_sampler_finds_the_same_trials():
 
 @on_all
 @pytest.mark.parametrize("padding", ["right", "left"])
-def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
+def test_trimmed_padding_leaves_out_what_is_padding_in_every_row(padding, kind):
     batch = make_buffer(
-        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim=True, kind=kind
+        [3, 2, 3], slice_length=8, batch_size=32, padding=padding, trim_padding=True, kind=kind
     ).sample()
     mask = batch["collector", "mask"]
     assert batch.shape == (32, 3)
@@ -314,11 +322,14 @@ def test_trim_leaves_out_what_is_padding_in_every_row(padding, kind):
     assert mask[short][:, 0 if padding == "right" else -1].all()
 
 
-def test_trim_never_exceeds_slice_len():
-    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim=True).sample().shape == (16, 4)
+def test_trimmed_padding_never_exceeds_slice_len():
+    assert make_buffer([9, 2], slice_length=4, batch_size=16, trim_padding=True).sample().shape == (
+        16,
+        4,
+    )
 
 
-def test_refuses_what_cannot_work():
+def test_impossible_arguments_raise():
     with pytest.raises(ValueError, match=r"slice_length must be at least 1, got 0\. It is"):
         TrialSliceSampler(0)
     with pytest.raises(ValueError, match=r"min_trials must be at least 1, got 0"):
@@ -327,10 +338,10 @@ def test_refuses_what_cannot_work():
         TrialSliceSampler(4, padding="both")
     with pytest.raises(ValueError, match=r"crop must be one of 'none'.*got 'up'"):
         TrialSliceSampler(4, crop="up")
-    with pytest.raises(ValueError, match=r"draw must be one of 'trials'.*got 'step'"):
-        TrialSliceSampler(4, draw="step")
+    with pytest.raises(ValueError, match=r"sample_by must be one of 'trials'.*got 'step'"):
+        TrialSliceSampler(4, sample_by="step")
     rb = make_buffer([5])
-    with pytest.raises(ValueError, match="draw='priority' only, got draw='trials'"):
+    with pytest.raises(ValueError, match="sample_by='priority' only, got sample_by='trials'"):
         rb.update_priority(torch.tensor([0]), torch.tensor([1.0]))
     rb = TensorDictReplayBuffer(storage=ListStorage(10), sampler=TrialSliceSampler(4), batch_size=2)
     with pytest.raises(TypeError, match="LazyMemmapStorage.*ndim=1.*got ListStorage"):
@@ -340,4 +351,4 @@ def test_refuses_what_cannot_work():
 @pytest.mark.parametrize("options", [{"alpha": -1.0}, {"beta": float("nan")}, {"alpha": 2.0}])
 def test_exponents_out_of_range(options):
     with pytest.raises(ValueError, match=r"must be in \[0, 1\], got"):
-        TrialSliceSampler(4, draw="priority", **options)
+        TrialSliceSampler(4, sample_by="priority", **options)

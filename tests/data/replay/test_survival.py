@@ -69,7 +69,7 @@ def write_for_ever(folder: Path, writer: int, number: int = 0) -> None:
 
 
 def told(folder: Path, writer: int) -> int:
-    """How many trials a writer said it had written."""
+    """Return the number of trials that a writer has reported."""
     file = folder / f"told_{writer}"
     content = file.read_bytes() if file.exists() else b""
     return int.from_bytes(content[len(content) // 8 * 8 - 8 :], "little") if content else 0
@@ -163,7 +163,7 @@ def test_killed_collection_goes_on(tmp_path):
         trials = stored_trials(rb)
         for trial in trials:
             assert_counts_from_one(trial)
-        # All that was told of, and at most one batch more: 4 steps of each of 3 rows, whose first trials
+        # All that was reported, and at most one batch more: 4 steps of 3 rows, whose first trials
         # began up to 6 steps earlier.
         written = rb.write_count
         assert told(tmp_path, 0) <= written <= told(tmp_path, 0) + 3 * (4 + 6)

@@ -1,4 +1,4 @@
-"""Hindsight: stored trials shown with other goals, rewards and endings as they are drawn."""
+"""Hindsight: drawn trials with other goals, rewards and ends than were stored."""
 
 from torchrl_amago.data.relabel.base import Relabel
 from torchrl_amago.data.relabel.goal_sequence import GoalSequenceRelabel

@@ -1,4 +1,4 @@
-"""The contract of every relabeller: whole trials in, the entries that replace theirs out."""
+"""Contract of relabellers: whole trials in, the entries that replace theirs out."""
 
 from __future__ import annotations
 
@@ -14,26 +14,25 @@ from torchrl.envs import EnvBase, Transform
 from torchrl_amago import keys
 
 _PLACES = (
-    "Whole trials and their masks are within reach in make_trial_buffer(relabel=...), in the padded "
-    "batches of Collector(..., trajs_per_batch=n), and in the postproc of a collector with "
-    "split_trajs=True whose batches hold whole trials. docs/hindsight.md shows it for other buffers."
+    "Whole trials are found in make_trial_buffer(relabel=...), in the padded batches of "
+    "Collector(..., trajs_per_batch=n), and in the postproc of a collector with split_trajs=True "
+    "whose batches hold whole trials. docs/hindsight.md shows it for other buffers."
 )
 
 
 class Relabel(Transform, ABC):
-    """Transform of whole trials: shows them with other goals, rewards or ends than were stored.
+    """Transform of whole trials that changes their goals, rewards or ends.
 
     To write your own, name the entries it reads in ``in_keys`` and implement :meth:`relabel`.
 
-    A buffer of trials takes it as ``relabel=`` or by ``append_transform``: it relabels the drawn trials
-    whole, and only then cuts out slices; the storage is never written to. Called on a padded batch
-    ``[B, L]`` of whole trials, as the ``postproc`` of a collector of such is, it returns that relabelled.
+    A buffer of trials takes it as ``relabel=`` or by ``append_transform``: it relabels the drawn
+    trials whole, and then cuts out slices; the storage stays as it is. Called on a padded batch
+    ``[B, L]`` of whole trials, as the ``postproc`` of a collector is, it returns a relabelled copy.
 
     Args:
         in_keys: entries to read: those of the root, and those of ``next`` as ``("next", ...)``.
         out_keys: entries that may be replaced.
-        generator: source of randomness where no other is given, as a buffer does; None for torch's
-            global one.
+        generator: source of random numbers unless the buffer has one; None for torch's global one.
 
     Raises:
         TypeError: when it is put into an environment, where no trial is complete.
@@ -73,38 +72,43 @@ class Relabel(Transform, ABC):
         """Relabel a batch of whole trials.
 
         Args:
-            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector", "mask")``;
-                shorter trials are padded on the right, with anything. Not to be changed in place.
-            generator: source of randomness; None for torch's global one.
+            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector",
+                "mask")``; shorter trials are padded on the right with arbitrary values. Don't
+                change it in place.
+            generator: source of random numbers; None for torch's global one.
 
         Returns:
-            ``[B, L]``, the entries that take the place of stored ones. Where an entry of the root
-            that comes from the environment is replaced, so is the one in ``next``. With it the mask, if
-            trials end sooner now: True on what is left, which is each trial's beginning.
+            ``[B, L]``, the entries that replace stored ones. An environment's entry must be
+            replaced in root and ``next`` alike. If trials end sooner now, also the mask: True on
+            each trial's remaining first steps.
         """
 
     def relabel_trials(
         self, trials: TensorDictBase, generator: torch.Generator | None = None
     ) -> TensorDictBase:
-        """Relabel a batch as :meth:`relabel` does, with checks; returns the mask always."""
+        """Relabel a batch as :meth:`relabel` does, with checks; always return the mask too."""
         missing = [key for key in (*self.in_keys, keys.MASK) if trials.get(key, None) is None]
         if missing:
-            held = f"the trials hold only {sorted(map(str, trials.keys(True, True)))}"
-            name = f"{type(self).__name__} reads {missing}, but {held}"
-            raise KeyError(f"{name}. Name the environment's entries in its constructor.")
+            raise KeyError(
+                f"{type(self).__name__} reads {missing}, but the trials hold only "
+                f"{sorted(map(str, trials.keys(True, True)))}. Name the environment's entries in "
+                "its constructor."
+            )
         out = self.relabel(trials, self.generator if generator is None else generator)
         mask_BL, new_BL = trials.get(keys.MASK), out.get(keys.MASK, None)
         if new_BL is None:
             return out.set(keys.MASK, mask_BL)
         is_beginning = (new_BL <= mask_BL).all() & (new_BL[:, 1:] <= new_BL[:, :-1]).all()
         if not (is_beginning & new_BL[:, 0].all()):
-            got = f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}"
-            rule = f"relabelling may shorten a trial to at least one step, got lengths {got}"
-            raise ValueError(f"{rule}. Return the mask of each trial's first steps, those left.")
+            raise ValueError(
+                "relabelling may shorten a trial to at least one step, got lengths "
+                f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}. Return the mask of "
+                "each trial's remaining first steps."
+            )
         return out
 
     def set_rng(self, generator: torch.Generator | None) -> None:
-        """Draw from this generator where no other is given."""
+        """Use this generator unless the buffer has one."""
         self.generator = generator
 
     # -- as a transform --------------------------------------------------------------------------
@@ -119,22 +123,24 @@ class Relabel(Transform, ABC):
         # Not is_init: SliceSampler sets it wherever a slice begins.
         needed = (keys.MASK, keys.TIME_IDX, ("next", "done"))
         found = [batch.get(key, None) for key in needed]
-        if batch.ndim != 2 or any(value is None for value in found):
-            got = f"a batch {list(batch.shape)} with {sorted(map(str, batch.keys(True, True)))}"
-            rule = f"must get whole trials [B, L] with {', '.join(map(repr, needed))}"
-            raise ValueError(f"{type(self).__name__} {rule}, got {got}. {_PLACES}")
-        mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
-        step_L = torch.arange(batch.shape[1], device=mask_BL.device)
-        length_B1 = mask_BL.sum(-1, keepdim=True)
-        is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
-        is_whole_BL = (mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)
-        is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
-        if not is_whole_B.all():
-            raise ValueError(
-                f"{type(self).__name__} must get whole trials, padded on the right, from the first step, "
-                f"{keys.TIME_IDX!r} 0, to the last, the only one that is done. Got "
-                f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else. {_PLACES}"
+        problem = f"a batch {list(batch.shape)} with {sorted(map(str, batch.keys(True, True)))}"
+        if batch.ndim == 2 and all(value is not None for value in found):
+            mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
+            step_L = torch.arange(batch.shape[1], device=mask_BL.device)
+            length_B1 = mask_BL.sum(-1, keepdim=True)
+            is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
+            is_whole_BL = (mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)
+            is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
+            if is_whole_B.all():
+                return
+            problem = (
+                f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else"
             )
+        raise ValueError(
+            f"{type(self).__name__} must get whole trials [B, L] with {needed}, "
+            f"padded on the right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only "
+            f"one that is done, got {problem}. {_PLACES}"
+        )
 
     def set_container(self, container: Transform | EnvBase) -> None:
         super().set_container(container)
@@ -156,6 +162,6 @@ class Relabel(Transform, ABC):
 def uniform(
     shape: Sequence[int], generator: torch.Generator | None, device: torch.device
 ) -> Tensor:
-    """Draw numbers from U[0, 1), float32, where the generator lives."""
+    """Draw numbers from U[0, 1), float32, on the generator's device, and move them."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)

@@ -1,4 +1,4 @@
-"""Hindsight for instructions: sequences of goals in which some are exchanged for what was achieved.
+"""Hindsight for instructions: sequences of goals, some of them replaced by achieved ones.
 
 The legend is that of :mod:`~torchrl_amago.data.relabel.goals`.
 """
@@ -22,27 +22,27 @@ Strategy = Literal["some", "all", "none"]
 class GoalSequenceRelabel(GoalRelabel):
     """AMAGO's relabelling of instructions (arXiv 2310.09971, Appendix B, Algorithm 1).
 
-    A trial, a single episode, has k goals, to be met in order, one in a step, and has met n of them. Of
-    the others, h are exchanged for goals that were achieved at other steps, drawn uniformly without
-    replacement; they and the n met are put in the order of time, before the last k - n - h of the
-    goals that weren't met. Then the trial is replayed: a step's reward is that for the goal whose
-    turn it is, and the trial ends with its last goal.
+    A trial is a single episode with k goals, to be met in order, at most one in each step; n were
+    met. Of the others, h are replaced by goals that were achieved at other steps, drawn uniformly
+    without replacement. These and the n met are put in the order of time, before the last k - n - h
+    of the goals that weren't met. Then the trial is replayed: a step is rewarded for the next goal
+    in the order, and the trial ends with its last goal.
 
-    Goals are shown as in :class:`~torchrl_amago.envs.tasks.maze_runner.task.MazeRunner`: all k at each
-    step, ``empty_goal`` in place of those met so far. A trial that begins with empty goals has fewer.
+    Each step shows goals as :class:`~torchrl_amago.envs.tasks.maze_runner.task.MazeRunner` does:
+    all k, with ``empty_goal`` in place of those met so far. A trial that begins with empty goals
+    has fewer.
 
     Args:
-        strategy: number of goals exchanged: ``"some"``, h uniform in 0 ... k - n, so that batches hold
-            trials of all returns; ``"all"``, h = k - n, so that each trial is a success; ``"none"``.
-        empty_goal: number that fills the place of a goal that is met, and the empty places in
-            ``achieved``; None if goals stay shown.
+        strategy: number of goals replaced: ``"some"``, h uniform in 0 ... k - n, for trials of all
+            returns; ``"all"``, h = k - n, for trials that all succeed; ``"none"``.
+        empty_goal: number in place of goals that are met, and in empty places of ``achieved``; None
+            if goals stay visible.
         goal_key: entry ``[*B, k, *goal]``.
-        achieved_key: entry ``[*B, N, *goal]``: N goals are achieved in each step, or fewer and the rest
-            are empty.
+        achieved_key: entry ``[*B, N, *goal]``, up to N achieved goals in each step.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: if the strategy is unknown; when called, if goals can't hold ``empty_goal``, shapes
+        ValueError: for an unknown strategy; when called, if goals can't hold ``empty_goal``, shapes
             differ, or replaying a batch doesn't give what was stored.
 
     Example:
@@ -77,10 +77,10 @@ class GoalSequenceRelabel(GoalRelabel):
             return TensorDict({}, trials.batch_size)
         empty, dtype = self.empty_goal, trials.get(self.goal_key).dtype
         if empty is not None and torch.tensor(empty).to(dtype) != empty:
-            problem = (
-                f"empty_goal must be a number that goals can hold, got {empty} for goals of {dtype}"
+            raise ValueError(
+                f"empty_goal must be a number that goals can hold, got {empty} for {dtype}. Choose "
+                "another one, or None if goals stay visible."
             )
-            raise ValueError(f"{problem}. Choose another one, or None if goals stay shown.")
         return super().relabel(trials, generator)
 
     def new_goals(
@@ -88,7 +88,7 @@ class GoalSequenceRelabel(GoalRelabel):
     ) -> tuple[Tensor, Tensor]:
         goals_BK, mask_BT = self._own_goals(trials), trials.get(keys.MASK)
         is_goal_BK = ~is_empty_goal(goals_BK, self.empty_goal, 2)
-        # Which of the goals that are there this is; empty ones don't count.
+        # Position among the goals that are not empty.
         rank_BK = is_goal_BK.cumsum(-1) - 1
         meets_BT = (trials.get(self.reward_key).squeeze(-1) > self.success_threshold) & mask_BT
         num_met_BT = meets_BT.cumsum(1)
@@ -99,8 +99,9 @@ class GoalSequenceRelabel(GoalRelabel):
         if self.strategy == "some":
             fraction_B = uniform(num_new_B.shape, generator, mask_BT.device)
             num_new_B = (fraction_B * (num_new_B + 1)).long()
+        achieved_BTN = self._achieved(trials, goals_BK.shape[2:])
         step_BK, new_BK = self._alternatives(
-            self._achieved(trials), mask_BT & ~meets_BT, num_new_B, generator
+            achieved_BTN, mask_BT & ~meets_BT, num_new_B, generator
         )
         num_steps = mask_BT.shape[1]
         met_BK = met_BK.masked_fill(~is_goal_BK, num_steps)
@@ -117,28 +118,29 @@ class GoalSequenceRelabel(GoalRelabel):
         num_new_B: Tensor,
         generator: torch.Generator | None,
     ) -> tuple[Tensor, Tensor]:
-        """Goals achieved at free steps, and those steps, both ``[B, K]``; T where there are no more."""
+        """Draw goals achieved at free steps; return also their steps ``[B, K]``, T for none."""
         num_steps = is_free_BT.shape[1]
         is_free_BTN = is_free_BT.unsqueeze(-1) & ~is_empty_goal(achieved_BTN, self.empty_goal, 3)
         score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
         # The best of a step's scores stands for the step: one goal of each, all goals alike.
         score_BT, place_BT = score_BTN.masked_fill(~is_free_BTN, -1.0).max(-1)
-        most = min(int(num_new_B.max()), num_steps)
-        score_BK, step_BK = score_BT.topk(most, -1)
+        num_drawn = min(int(num_new_B.max()), num_steps)
+        score_BK, step_BK = score_BT.topk(num_drawn, -1)
         rows_B1 = torch.arange(len(step_BK), device=step_BK.device).unsqueeze(-1)
         new_BK = achieved_BTN[rows_B1, step_BK, place_BT.gather(1, step_BK)]
-        order_K = torch.arange(most, device=step_BK.device)
+        order_K = torch.arange(num_drawn, device=step_BK.device)
         is_left_out_BK = (order_K >= num_new_B.unsqueeze(-1)) | (score_BK < 0)
         return step_BK.masked_fill(is_left_out_BK, num_steps), new_BK
 
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_RK: Tensor) -> TensorDictBase:
         mask_RT = trials.get(keys.MASK)[rows_R]
-        reward_RTK = self._rewards(time_innermost(self._achieved(trials)[rows_R]), goals_RK)
+        achieved_RTN = self._achieved(trials, goals_RK.shape[2:])[rows_R]
+        reward_RTK = self._rewards(time_innermost(achieved_RTN), goals_RK)
         hits_RTK = (reward_RTK > self.success_threshold) & mask_RT.unsqueeze(-1)
         met_RK = meeting_steps(hits_RTK, is_empty_goal(goals_RK, self.empty_goal, 2))
         num_steps, num_goals = hits_RTK.shape[1:]
         num_met_RS = _num_met_before(met_RK, num_steps + 1)
-        # It is the turn of the goal that comes after those met; when all are, there is no reward.
+        # The next goal comes after those met; once all are met, there is no reward.
         turn_RT1 = num_met_RS[:, :-1].unsqueeze(-1)
         reward_RT1 = reward_RTK.gather(-1, turn_RT1.clamp(max=num_goals - 1))
         reward_RT1 = reward_RT1.masked_fill(turn_RT1 == num_goals, 0)
@@ -149,7 +151,7 @@ class GoalSequenceRelabel(GoalRelabel):
         return self._replace(trials, rows_R, self._shown(goals_RK, num_met_RS), reward_RT1, end_R)
 
     def _shown(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
-        """The goals as they are shown at each step, ``[R, S, K]``: those met before are empty."""
+        """Return the goals at each step, ``[R, S, K]``: those met before are empty."""
         num_goals = goals_RK.shape[1]
         # One view for each number of goals met; steps look theirs up.
         views = goals_RK.unsqueeze(1).expand(-1, num_goals + 1, *goals_RK.shape[1:])
@@ -162,30 +164,20 @@ class GoalSequenceRelabel(GoalRelabel):
         shown = views.flatten(0, 1).index_select(0, (first_R1 + num_met_RS).flatten())
         return shown.unflatten(0, num_met_RS.shape)
 
-    def _achieved(self, trials: TensorDictBase) -> Tensor:
-        achieved_BTN, goals_BTK = trials.get(self.achieved_key), trials.get(self.goal_key)
-        if achieved_BTN.ndim != goals_BTK.ndim or achieved_BTN.shape[3:] != goals_BTK.shape[3:]:
-            raise ValueError(
-                f"what is achieved in a step, {self.achieved_key!r}, must be N goals of the same shape as "
-                f"the k goals in {self.goal_key!r}, got {list(achieved_BTN.shape[2:])} and "
-                f"{list(goals_BTK.shape[2:])} for each step. Show it as [N, *goal], numbers as [N, 1]."
-            )
-        return achieved_BTN
-
     def _num_goals(self, goals_RK: Tensor) -> Tensor:
         return (~is_empty_goal(goals_RK, self.empty_goal, 2)).sum(-1)
 
 
 def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
-    """Find the steps that meet the goals of a sequence: each the first hit after the goal before it.
+    """Find the steps that meet a sequence's goals: each the first hit after the goal before it.
 
     Args:
         hits_BTK: bool, True where step t meets goal k if it is that goal's turn.
-        is_empty_BK: bool, True for empty goals, which need no step.
+        is_empty_BK: bool, True for empty goals.
 
     Returns:
-        int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one before it,
-        at -1 if there is none.
+        int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one
+        before it, at -1 if there is none.
 
     Example:
         >>> hits = torch.tensor([[[0, 1], [1, 1], [0, 0], [1, 1]]]).bool()
@@ -205,7 +197,7 @@ def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
 
 
 def _num_met_before(met_RK: Tensor, num_steps: int) -> Tensor:
-    """Number of goals met before each step, int64 ``[R, S]``."""
+    """Count the goals met before each step, int64 ``[R, S]``."""
     count = torch.zeros(len(met_RK), num_steps + 1, dtype=torch.int64, device=met_RK.device)
     count.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
     return count[:, :-1].cumsum(1)

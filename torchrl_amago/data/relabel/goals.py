@@ -1,8 +1,8 @@
-"""Base of relabelling with goals: the reward of a goal, and the endings that follow from rewards.
+"""Base of relabelling with goals: rewards of goals, and the ends that follow from rewards.
 
-Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals achieved
-in a step, R trials that change. A goal has any shape, which is left out of the suffixes: ``goals_BK``
-is ``[B, K, *goal]``.
+Legend: B trials, T steps, S steps and the one after (T + 1), K goals of a sequence, N goals
+achieved in a step, R trials that change. Suffixes leave out a goal's own shape: ``goals_BK`` is
+``[B, K, *goal]``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
-    """Compare a goal with those achieved in a step, number by number; True if it is one of them.
+    """Tell if a goal equals one of those achieved in a step, in all numbers.
 
     Args:
         achieved: ``[B, T, K, N, *goal]``, N goals achieved in each step.
@@ -47,7 +47,7 @@ def is_empty_goal(goals: Tensor, empty_goal: float | None, batch_dims: int) -> T
 
 
 def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
-    # One number after the other: a reduction over so few would take several times as long.
+    # One number after the other: a reduction over so few takes several times as long.
     numbers = flags.reshape(*flags.shape[:batch_dims], -1).unbind(-1)
     return reduce(torch.logical_and, numbers)
 
@@ -58,20 +58,20 @@ def time_innermost(x_BT: Tensor) -> Tensor:
 
 
 class GoalRelabel(Relabel):
-    """Base of relabellers that exchange goals, and rewards and endings with them.
+    """Base of relabellers that replace goals, and with them rewards and ends.
 
-    A subclass writes :meth:`new_goals`, :meth:`_replay` and :meth:`_num_goals`.
+    A subclass implements :meth:`new_goals`, :meth:`_replay` and :meth:`_num_goals`.
 
     Args:
-        goal_key: entry that shows the goals.
-        achieved_key: entry that shows what was achieved; a step's reward is for the one in ``next``.
+        goal_key: entry with the goals.
+        achieved_key: entry with the achieved goals; a step's reward is for the one in ``next``.
         reward_fn: ``(achieved [B, T, 1, N, *goal], goal [B, 1, K, *goal]) -> [B, T, K]``, the
             environment's reward, or 1 where the goal is met and 0 elsewhere.
         success_threshold: a goal is met by a reward larger than this.
         ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
-        reward_key: in ``next``; ``prev_reward_key`` shows it at the step that follows.
-        check: replay the first batch with its own goals, and the first in which one is met, to see that
-            this gives what was stored.
+        reward_key: reward in ``next``; ``prev_reward_key`` is the same at the step after.
+        check: raise ValueError unless replaying trials with their own goals gives what was stored;
+            for the first batch, and the first in which a goal is met.
         generator: see :class:`Relabel`.
     """
 
@@ -105,7 +105,7 @@ class GoalRelabel(Relabel):
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        """Draw goals of each trial; returns with them bool ``[B]``, True for trials that get them."""
+        """Draw goals for each trial; return also bool ``[B]``, True for trials that get them."""
 
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
@@ -120,7 +120,7 @@ class GoalRelabel(Relabel):
     def with_goals(
         self, trials: TensorDictBase, goals: Tensor, is_new_B: Tensor | None = None
     ) -> TensorDictBase:
-        """Replay trials as if these had been their goals, those of ``is_new_B``, bool ``[B]``, or all."""
+        """Replay trials as if these had been their goals: all of them, or those of ``is_new_B``."""
         mask_BT = trials.get(keys.MASK)
         if is_new_B is None:
             is_new_B = torch.ones_like(mask_BT[:, 0])
@@ -131,25 +131,36 @@ class GoalRelabel(Relabel):
 
     @abstractmethod
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
-        """Give these trials these goals: see :meth:`_replace`."""
+        """Replay the trials ``rows_R`` with these goals; see :meth:`_replace`."""
 
     @abstractmethod
     def _num_goals(self, goals_R: Tensor) -> Tensor:
-        """Number of goals that trials have, ``[R]``."""
+        """Return the number of each trial's goals, ``[R]``."""
 
     def _own_goals(self, trials: TensorDictBase) -> Tensor:
-        """The goals as they are shown first."""
+        """Return the goals of the first step."""
         return trials.get(self.goal_key)[:, 0]
 
+    def _achieved(self, trials: TensorDictBase, goal_shape: torch.Size) -> Tensor:
+        """Return achieved goals ``[B, T, N, *goal]``; N may be left out for one."""
+        achieved = trials.get(self.achieved_key)
+        achieved_BTN = achieved.unsqueeze(2) if achieved.shape[2:] == goal_shape else achieved
+        if achieved_BTN.shape[3:] != goal_shape or achieved_BTN.ndim != len(goal_shape) + 3:
+            raise ValueError(
+                f"achieved goals, {self.achieved_key!r}, must have the shape {list(goal_shape)} of "
+                f"a goal in {self.goal_key!r}, or one more dimension before it, got "
+                f"{list(achieved.shape[2:])} in each step. Name the entries in the constructor."
+            )
+        return achieved_BTN
+
     def _rewards(self, achieved_BTN: Tensor, goals_BK: Tensor) -> Tensor:
-        """Each step's reward for each goal, ``[B, T, K]``."""
+        """Compute each step's reward for each goal, ``[B, T, K]``."""
         reward_BTK = self.reward_fn(achieved_BTN.unsqueeze(2), goals_BK.unsqueeze(1))
         expected = (*achieved_BTN.shape[:2], goals_BK.shape[1])
         if reward_BTK.shape != expected:
             raise ValueError(
-                f"reward_fn must give a reward for each trial, step and goal, shape {expected}, got "
-                f"{tuple(reward_BTK.shape)}. Its arguments are achieved [B, T, 1, N, *goal] and goal "
-                "[B, 1, K, *goal]; reduce over N and over the goal's dimensions."
+                f"reward_fn must return a reward for each trial, step and goal, {expected}, got "
+                f"{tuple(reward_BTK.shape)}. Reduce over N and over the goal's dimensions."
             )
         return reward_BTK
 
@@ -161,13 +172,13 @@ class GoalRelabel(Relabel):
         reward_RT1: Tensor,
         end_R: Tensor,
     ) -> TensorDict:
-        """Put new goals, as they are shown, and rewards in place, and end the trials ``rows_R``.
+        """Replace goals and rewards of the trials ``rows_R``.
 
         ``end_R`` is the step that ends each by meeting the goal; T or more for none.
         """
         mask_BT = trials.get(keys.MASK)
         num_steps = mask_BT.shape[1]
-        # The first one tells of the step before these, which stays as it was.
+        # The first one belongs to the step before these, which stays as it was.
         first = trials.get(self.prev_reward_key)[rows_R, :1]
         previous_RT1 = torch.cat([first, reward_RT1[:, :-1]], 1)
         values = goals_RS[:, :-1], goals_RS[:, 1:], reward_RT1, previous_RT1, reward_RT1
@@ -188,7 +199,7 @@ class GoalRelabel(Relabel):
         return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
 
     def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of these trials that their own goal ended, and where: with another, they are cut off."""
+        """Find the trials that their own goal ended, and its step, to be truncated instead."""
         if not len(rows_R):
             return rows_R, rows_R
         mask_RT = trials.get(keys.MASK)[rows_R]
@@ -196,7 +207,7 @@ class GoalRelabel(Relabel):
         step_R = mask_RT.sum(-1) - 1
         terminated_R = trials.get(self.done_keys[1])[rows_R, step_R].squeeze(-1)
         num_met_R = ((reward_RT > self.success_threshold) & mask_RT).sum(-1)
-        # Others may be terminated by a time limit, and meet one of several goals just then.
+        # A time limit may terminate a trial in the step that meets one of several goals.
         is_met_R = num_met_R >= self._num_goals(self._own_goals(trials)[rows_R])
         is_ended_R = terminated_R & is_met_R & self.ends_trial
         return rows_R[is_ended_R], step_R[is_ended_R]
@@ -211,11 +222,11 @@ class GoalRelabel(Relabel):
             changed.append(keys.MASK)
         if changed:
             raise ValueError(
-                f"{type(self).__name__} must find what was stored when it replays trials with their "
-                f"own goals, but {changed} come out otherwise. Let reward_fn be the environment's "
-                "reward, and success_threshold and ends_trial fit it; a trial must be a single episode, "
-                "and one that meets its goal end `terminated`, not `truncated`, as with "
-                "make_trial_env(trial_end='terminated' or 'episode'). check=False leaves this out."
+                f"{type(self).__name__} must get what was stored when it replays trials with their "
+                f"own goals, and {changed} differ. Use the environment's reward as reward_fn, with "
+                "fitting success_threshold and ends_trial; a trial must be a single episode that "
+                "ends `terminated` when it meets its goal, as with "
+                "make_trial_env(trial_end='terminated' or 'episode'). check=False skips this check."
             )
 
 

@@ -22,23 +22,25 @@ Strategy = Literal["future", "final", "episode"]
 class HindsightRelabel(GoalRelabel):
     """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
 
-    A fraction of the trials gets as its goal what was achieved in one of its own steps: one for the
-    whole trial, which an agent remembers, where HER draws anew for each transition. Rewards become
-    ``reward_fn`` of what was achieved and the new goal.
+    A fraction of the trials gets a goal that was achieved in one of its own steps: one goal for the
+    whole trial, as an agent with memory needs it. (HER draws anew for each transition.) Rewards
+    become ``reward_fn`` of the achieved and the new goal.
 
     Args:
-        strategy: the step whose achievement becomes the goal: ``"final"``, the last; ``"episode"``, any;
-            ``"future"``, any that isn't before a step drawn first (so later ones are likelier).
-        fraction: fraction of the trials that get a new goal, in [0, 1]; HER's best, four new goals for
-            an old one, is 0.8.
+        strategy: step whose achieved goal becomes the goal: ``"final"``, the last; ``"episode"``,
+            any; ``"future"``, any that isn't before another drawn step, so that later ones are
+            likelier.
+        fraction: fraction of the trials that get a new goal, in [0, 1]; 0.8 is HER's best, four new
+            goals for an old one.
         goal_key: entry ``[*B, *goal]``.
-        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` where N goals are achieved in each step.
-        empty_goal: number that fills an empty place of those N; a trial for which only empty ones were
+        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` for N achieved goals in each
+            step.
+        empty_goal: number that fills an empty place of those N; a trial for which an empty one is
             drawn keeps its goal. None if there are no empty places.
         options: further arguments of :class:`GoalRelabel`.
 
     Raises:
-        ValueError: for an unknown strategy or a fraction out of its range; when called, if shapes don't
+        ValueError: for an unknown strategy or a fraction out of range; when called, if shapes don't
             fit, or replaying a batch doesn't give what was stored.
 
     Example:
@@ -47,10 +49,11 @@ class HindsightRelabel(GoalRelabel):
         >>> no, last = torch.zeros(3, 1, dtype=torch.bool), torch.tensor([[False], [False], [True]])
         >>> zero, goal = torch.zeros(3, 1), torch.full((3, 1), 9.0)
         >>> trial = TensorDict({
-        ...     "desired_goal": goal, "prev_reward": zero, "time_idx": torch.arange(3).unsqueeze(-1),
+        ...     "desired_goal": goal, "prev_reward": zero, "time_idx": torch.arange(3).view(3, 1),
         ...     "collector": {"mask": torch.ones(3).bool()},
         ...     "next": {"desired_goal": goal, "achieved_goal": place, "reward": zero,
-        ...              "prev_reward": zero, "done": last, "terminated": no, "truncated": last}}, [3])
+        ...              "prev_reward": zero, "done": last, "terminated": no,
+        ...              "truncated": last}}, [3])
         >>> new = HindsightRelabel("final", fraction=1.0)(trial.unsqueeze(0))
         >>> new["desired_goal"].flatten().tolist(), new["next", "reward"].flatten().tolist()
         ([3.0, 3.0, 3.0], [0.0, 0.0, 1.0])
@@ -67,14 +70,15 @@ class HindsightRelabel(GoalRelabel):
         **options: Any,
     ) -> None:
         check_choice("strategy", strategy, get_args(Strategy))
-        check_fractions("It says how many trials get new goals.", fraction=fraction)
+        check_fractions("It is the fraction of trials with new goals.", fraction=fraction)
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
         self.strategy, self.fraction, self.empty_goal = strategy, fraction, empty_goal
 
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        achieved_BTN, mask_BT = self._achieved(trials), trials.get(keys.MASK)
+        goal_shape, mask_BT = trials.get(self.goal_key).shape[2:], trials.get(keys.MASK)
+        achieved_BTN = self._achieved(trials, goal_shape)
         uniform_4B = uniform((4, len(mask_BT)), generator, mask_BT.device)
         length_B = mask_BT.sum(-1)
         if self.strategy == "final":
@@ -95,7 +99,7 @@ class HindsightRelabel(GoalRelabel):
     def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
         mask_RT = trials.get(keys.MASK)[rows_R]
         num_steps = mask_RT.shape[1]
-        achieved_RTN = time_innermost(self._achieved(trials)[rows_R])
+        achieved_RTN = time_innermost(self._achieved(trials, goals_R.shape[1:])[rows_R])
         reward_RT1 = self._rewards(achieved_RTN, goals_R.unsqueeze(1))
         step_T = torch.arange(num_steps, device=mask_RT.device)
         is_met_RT = (reward_RT1.squeeze(-1) > self.success_threshold) & mask_RT & self.ends_trial
@@ -105,15 +109,3 @@ class HindsightRelabel(GoalRelabel):
 
     def _num_goals(self, goals_R: Tensor) -> Tensor:
         return goals_R.new_ones(len(goals_R), dtype=torch.int64)
-
-    def _achieved(self, trials: TensorDictBase) -> Tensor:
-        """``[B, T, N, *goal]``."""
-        achieved, goal_BT = trials.get(self.achieved_key), trials.get(self.goal_key)
-        achieved_BTN = achieved.unsqueeze(2) if achieved.ndim == goal_BT.ndim else achieved
-        if achieved_BTN.shape[3:] != goal_BT.shape[2:]:
-            rule = f"must have the goal's shape {list(goal_BT.shape[2:])}, or one more dimension before it"
-            got = (
-                f"got {list(achieved.shape[2:])}. Name the entries with goal_key and achieved_key."
-            )
-            raise ValueError(f"what is achieved in a step, {self.achieved_key!r}, {rule}, {got}")
-        return achieved_BTN

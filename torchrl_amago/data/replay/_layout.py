@@ -1,31 +1,33 @@
-"""The entries of steps, and rows that keep each value once.
+"""Rows that hold each value of a trial once.
 
-TorchRL's steps say everything twice: `next` of step t is the root of step t + 1. Here a trial of L steps is L + 1
-rows. Row t has the entries of step t but for those under `next` that the root has, too; row L has what the last
-step led to. N steps, K trials, R = N + K rows.
+TorchRL's steps hold most values twice: `next` of step t is the root of step t + 1. Here, a trial of
+L steps is L + 1 rows. Row t has the root entries of step t, and those entries of its `next` that
+the root lacks. Row L has the state after the last step. N steps, K trials, R = N + K rows.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
 Key = tuple[str, ...]
-Spec = dict[Key, str]  # what each entry of a step looks like, as "float32 2 3"
+Spec = dict[Key, str]  # dtype and shape of each entry of a step, as in "float32 2 3"
 
 _CHECKED_PAIRS = 64  # pairs (next of step t, root of step t + 1) of a write that are compared
 
 
 def as_tuple(key: NestedKey) -> Key:
-    """Give a key as a tuple."""
+    """Return a key as a tuple."""
     return (key,) if isinstance(key, str) else tuple(key)
 
 
-def entries_of(steps: TensorDictBase) -> dict[Key, Tensor]:
-    """Give the tensors of steps ``[N]``, but for TorchRL's own: under ``"collector"``, or ``"_..."``."""
+def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:
+    """Return the tensors of steps ``[N]``, but for TorchRL's own, and describe them."""
     entries = {}
     for key, value in steps.items(True, True, is_leaf=is_leaf_nontensor):
         parts = as_tuple(key)
@@ -38,24 +40,12 @@ def entries_of(steps: TensorDictBase) -> dict[Key, Tensor]:
                 "as a tensor, or exclude it."
             )
         entries[parts] = value
-    if not entries:
-        raise ValueError("a replay buffer needs steps with at least one entry, got none.")
-    spec = spec_of(entries)
-    for key in spec:
-        if is_twice(key, spec) and spec[key] != spec[key[1:]]:
-            raise ValueError(
-                f"{key[1:]} must be of one dtype and shape in the root and under 'next', got "
-                f"{spec[key[1:]]} and {spec[key]}. Make the environment's specs agree, or leave one out."
-            )
-    return dict(sorted(entries.items()))
-
-
-def spec_of(entries: Mapping[Key, Tensor]) -> Spec:
-    """Describe entries ``[N, ...]``."""
-    return {
-        key: " ".join([str(x.dtype).removeprefix("torch."), *map(str, x.shape[1:])])
-        for key, x in entries.items()
-    }
+    entries = dict(sorted(entries.items()))
+    dtypes = {key: str(x.dtype).removeprefix("torch.") for key, x in entries.items()}
+    spec = {key: " ".join([dtypes[key], *map(str, x.shape[1:])]) for key, x in entries.items()}
+    twice = [key for key in spec if is_twice(key, spec)]
+    check_same({key: spec[key[1:]] for key in twice}, {key: spec[key] for key in twice}, "the root")
+    return entries, spec
 
 
 def empty_row(spec: Spec) -> TensorDict:
@@ -68,21 +58,22 @@ def empty_row(spec: Spec) -> TensorDict:
 
 
 def is_twice(key: Key, entries: Iterable[Key]) -> bool:
-    """Whether an entry under ``next`` is kept as the root's, one row on."""
+    """Tell if an entry under ``next`` is stored as the root's, one row later."""
     return key[0] == "next" and key[1:] in entries
 
 
-def check_same(stored: Spec, here: Spec, place: object) -> None:
-    """Raise ValueError, naming what differs, unless two specs are the same."""
+def check_same(stored: Spec, given: Spec, place: object) -> None:
+    """Raise ValueError, naming the difference, unless two specs are the same."""
     differing = [
-        f"{'.'.join(key)}: {stored.get(key, 'nothing')} stored, {here.get(key, 'nothing')} here"
-        for key in sorted(stored.keys() | here.keys())
-        if stored.get(key) != here.get(key)
+        f"{'.'.join(key)}: {stored.get(key, 'nothing')} there, {given.get(key, 'nothing')} here"
+        for key in sorted(stored.keys() | given.keys())
+        if stored.get(key) != given.get(key)
     ]
     if differing:
         raise ValueError(
-            f"steps must have the entries of those in {place}, and differ in {'; '.join(differing)}. Use "
-            "the environment and policy that they were collected with, or a new buffer."
+            f"steps must have the entries of those in {place}, and differ in {'; '.join(differing)}"
+            ". "
+            "Use the environment and policy that they were collected with, or a new buffer."
         )
 
 
@@ -94,22 +85,31 @@ def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
     inner = (row_N.diff() == 1).nonzero().squeeze(-1)
     inner = inner[:: max(1, len(inner) // _CHECKED_PAIRS)]
     rows = TensorDict(batch_size=[sum(lengths) + len(lengths)])
-    for key, here in entries.items():
+    for key, root in entries.items():
         if is_twice(key, entries):
             continue
-        ahead = entries.get(("next", *key), here)
-        then, following = (here[inner + 1], ahead[inner]) if ahead is not here else (here[:0],) * 2
-        differs = (following != then) & ~(
-            (following != following) & (then != then)
-        )  # NaN is NaN here
+        after = entries.get(("next", *key), root)
+        a, b = (after[inner], root[inner + 1]) if after is not root else (root[:0], root[:0])
+        differs = (a != b) & ~((a != a) & (b != b))  # NaN equals NaN here
         if differs.any():
             name = ".".join(key)
             raise ValueError(
-                f"('next', {name!r}) of a step must equal {name!r} of the step after it, and differs in "
-                f"{int(differs.sum())} values: only one of them is stored. Let the environment show the "
-                "same in both, leave the entry out of 'next', or rename it there."
+                f"('next', {name!r}) of a step must equal {name!r} of the step after it, and "
+                f"differs in {int(differs.sum())} values: only one of them is stored. Make the "
+                "environment return the same in both, or exclude or rename the entry in 'next'."
             )
-        values = here.new_empty(rows.batch_size + here.shape[1:])
-        values[row_N], values[last_K + trial_K + 1] = here, ahead[last_K]
+        values = root.new_empty(rows.batch_size + root.shape[1:])
+        values[row_N], values[last_K + trial_K + 1] = root, after[last_K]
         rows.set(key, values)
     return rows
+
+
+def checksums(rows: TensorDictBase, first: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """Compute the CRC-32 of the values of runs of rows."""
+    columns = [rows.get(key) for key in sorted(map(as_tuple, rows.keys(True, True)))]
+    columns = [x.reshape(len(rows), -1).view(torch.uint8).numpy() for x in columns if x.numel()]
+    sums = np.zeros(len(first), "<u4")
+    for n, (start, stop) in enumerate(zip(first.tolist(), (first + count).tolist(), strict=True)):
+        for column in columns:
+            sums[n] = zlib.crc32(column[start:stop], int(sums[n]))
+    return sums

@@ -1,4 +1,4 @@
-"""A TorchRL replay buffer of whole trials: B padded slices of T steps, from trials of at most L steps."""
+"""Replay buffer of whole trials: B padded slices of T steps, from trials of at most L steps."""
 
 from __future__ import annotations
 
@@ -20,42 +20,37 @@ from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
-from torchrl_amago.data.replay._storage import IN_PLACE, EvictedError, Mode, TrialStorage
+from torchrl_amago.data.replay._storage import EvictedError, Mode, TrialStorage
 from torchrl_amago.data.replay._trials import Trials
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
 _FORMAT = "torchrl_amago replay 3"
-# Shares of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
-_MAX_SHARE, _MEAN_SHARE = 0.9, 0.1
+# Fractions of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
+_MAX_FRACTION, _MEAN_FRACTION = 0.9, 0.1
 
 
 class TrialReplayBuffer(TensorDictReplayBuffer):
-    """Samples slices ``[B, T]`` of whole trials.
+    """Replay buffer that samples slices ``[B, T]`` of whole trials.
 
-    Made by :func:`make_trial_buffer`; sent to another process, it then opens the same folder there. On one of TorchRL's
-    one-dimensional storages, it adds relabelling and priorities to a stock buffer with a
-    :class:`TrialSliceSampler`. Besides the entries of the trials, a batch has
+    Use :func:`make_trial_buffer` to make one. A buffer that is sent to another process opens the
+    same folder there. On TorchRL's one-dimensional storages, the class adds relabelling and
+    priorities to a stock buffer with a :class:`TrialSliceSampler`. Batches hold the entries of the
+    trials, and
 
-    ========================= ============= ===========================================================
-    ``("collector", "mask")`` bool          True on real steps, False on padding
-    ``"index"``               int64         number of the trial, for :meth:`update_priority`
-    ``"priority_weight"``     float32       importance weight, with ``draw="priority"``
-    ========================= ============= ===========================================================
+    ========================= ======= ===========================================================
+    ``("collector", "mask")`` bool    True on real steps, False on padding
+    ``"index"``               int64   number of the trial, for :meth:`update_priority`
+    ``"priority_weight"``     float32 importance weight, with ``sample_by="priority"``
+    ========================= ======= ===========================================================
 
     Args:
         storage: the trials.
         sampler: draws slices.
-        relabel: changes trials before they are cut to slices; the storage stays as it is.
+        relabel: changes drawn trials before slices are cut; the storage stays as it is.
         options: of :class:`torchrl.data.TensorDictReplayBuffer`.
 
-    Example:
-        >>> from torchrl.data import LazyTensorStorage
-        >>> rb = TrialReplayBuffer(
-        ...     storage=LazyTensorStorage(9), sampler=TrialSliceSampler(2), batch_size=4)
-        >>> done = torch.tensor([[False], [True], [True]])
-        >>> _ = rb.extend(TensorDict({"next": {"done": done}}, [3]))
-        >>> rb.num_trials, len(rb), rb.sample()["collector", "mask"].shape
-        (2, 3, torch.Size([4, 2]))
+    Raises:
+        TypeError: from methods that change stored trials in place.
     """
 
     def __init__(
@@ -68,20 +63,18 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     ) -> None:
         if not isinstance(relabel, Relabel | None):
             raise TypeError(
-                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other transforms "
-                "to append_transform."
+                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other "
+                "transforms to append_transform."
             )
-        if not isinstance(storage, Storage):
-            storage = storage()  # what makes one, as RayReplayBuffer hands it over
+        # RayReplayBuffer passes a function that makes the storage.
+        storage = storage if isinstance(storage, Storage) else storage()
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
-            options["writer"] = ImmutableDatasetWriter()  # trials are written as wholes, by extend
+            options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
 
-    # -- transforms ------------------------------------------------------------------------------
-
     def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
-        """Append a transform; see :meth:`insert_transform`."""
+        """Append a transform of slices, or insert a relabeller; see :meth:`insert_transform`."""
         if isinstance(transform, Relabel):
             return self.insert_transform(len(self.transform), transform, invert=invert)
         return super().append_transform(transform, invert=invert)
@@ -89,17 +82,13 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def insert_transform(
         self, index: int, transform: Transform, *, invert: bool = False
     ) -> TrialReplayBuffer:
-        """Insert a transform of slices; or the one relabeller, before all others.
-
-        Raises:
-            ValueError: for a relabeller after another one, or after other transforms.
-        """
+        """Insert a transform of slices, or the one relabeller, which comes before all others."""
         if not isinstance(transform, Relabel):
             return super().insert_transform(index, transform, invert=invert)
         if index or invert or self.relabel is not None:
             raise ValueError(
-                "a buffer of trials has one relabeller, which reads what is stored, before all other "
-                f"transforms, got {type(transform).__name__} at index {index} with invert={invert} beside "
+                "a buffer of trials has one relabeller, before all other transforms, got "
+                f"{type(transform).__name__} at index {index} with invert={invert} beside "
                 f"relabel={self.relabel}. Insert it at 0; let one Relabel do everything."
             )
         self.relabel = transform
@@ -118,17 +107,17 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
         Args:
             tensordicts: steps ``[N]`` of whole trials, side by side.
-            lengths: number of steps of each; by default a trial ends where ``("next", "done")``,
-                ``"terminated"`` or ``"truncated"`` is True. Needed for fragments of a trial.
-            update_priority: has no effect; new trials have the largest priority so far.
+            lengths: number of steps of each, for fragments of trials; by default a trial ends where
+                ``("next", "done")``, ``"terminated"`` or ``"truncated"`` is True.
+            update_priority: has no effect; new trials get the largest priority so far.
 
         Returns:
             The trials' numbers.
 
         Raises:
-            ValueError: for steps that aren't whole trials, don't fit into the buffer, have other entries
-                than those stored, or whose ``next`` isn't the root of the step after.
-            OSError: where the disk is full.
+            ValueError: for steps that aren't whole trials, don't fit into the buffer, have other
+                entries than those stored, or whose ``next`` isn't the root of the step after.
+            OSError: if the disk is full.
             PermissionError: in mode ``"read"``.
         """
         if not self._is_ours:
@@ -138,14 +127,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         with self._replay_lock, self._write_lock:
             return torch.from_numpy(self.storage.write(tensordicts, lengths))
 
-    def add(self, data: Any) -> Any:
-        """Refused for whole trials: they don't come step by step."""
-        if self._is_ours:
-            raise TypeError("a buffer takes whole trials, not single steps. Use extend.")
-        return super().add(data)
-
     def empty(self, empty_write_count: bool = True) -> None:
-        """Give up all trials, and begin to count anew."""
+        """Remove all trials, and restart the count."""
         if not self._is_ours:
             return super().empty(empty_write_count)
         with self._replay_lock, self._write_lock:
@@ -153,8 +136,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             self.sampler._empty()
 
     def set_(self, *_: Any, **__: Any) -> None:
-        """Refused, as are ``set_at_``, ``update_`` and ``rb[...] = ...``: trials don't change in place."""
-        raise TypeError(IN_PLACE)
+        """Raise TypeError: trials don't change in place."""
+        TrialStorage.set(self.storage)
 
     set_at_ = update_ = __setitem__ = set_
 
@@ -162,23 +145,23 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     @property
     def capacity(self) -> int:
-        """Most steps kept."""
+        """Number of steps that fit."""
         return self.storage.max_size
 
     @property
     def num_trials(self) -> int:
-        """Trials that are there."""
+        """Number of stored trials."""
         with self._replay_lock:
             return len(self.sampler.trials(self.storage).length)
 
     @property
     def write_count(self) -> int:
-        """Steps written so far, by all processes."""
+        """Number of steps written so far, by all processes."""
         with self._replay_lock:
             return self.storage.written if self._is_ours else super().write_count
 
-    def newest(self, count: int) -> TensorDict:
-        """The steps written last ``[n]``, at most as many as are there, in the order of writing."""
+    def newest(self, count: int) -> TensorDictBase:
+        """Return the last steps ``[n]``, at most `count`, in the order of writing."""
         return self[-count:] if count > 0 else self[:0]
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
@@ -192,76 +175,76 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
     def _read(self, batch_size: int) -> TensorDictBase:
-        sampler, trials = self.sampler, self.sampler.trials(self.storage)
-        position_B, weight_B = sampler.draw_trials(trials, batch_size)
-        length_B, replaced_BL = torch.from_numpy(trials.length[position_B]), None
+        trials = self.sampler.trials(self.storage)
+        position_B, weight_B = self.sampler.draw(trials, batch_size)
+        length_B, changed_BL = torch.from_numpy(trials.length[position_B]), TensorDict()
         if self.relabel is not None:
-            length_B, replaced_BL = self._relabel(trials, position_B, length_B)
-        step_BT, mask_BT = sampler.steps(*sampler.windows(length_B))
-        batch = self._get(trials, position_B, step_BT)
-        if replaced_BL is not None:
-            batch.update(replaced_BL[torch.arange(batch_size).unsqueeze(-1), step_BT])
-        for key, value in sampler.info(mask_BT, weight_B).items():
+            length_B, changed_BL = self._relabel(trials, position_B, length_B)
+        step_BT, mask_BT = self.sampler.windows(length_B)
+        changed = changed_BL.keys(True, True)
+        names = [key for key in getattr(self.storage, "spec", ()) if key not in changed]
+        batch = self._get(trials, position_B, step_BT, names)
+        for key, value_BL in changed_BL.items(True, True):
+            place_BT = step_BT + value_BL.shape[1] * torch.arange(batch_size).unsqueeze(-1)
+            value_N = value_BL.flatten(0, 1).index_select(0, place_BT.flatten())
+            batch.set(key, value_N.unflatten(0, step_BT.shape))
+        for key, value in self.sampler.info(mask_BT, weight_B).items():
             batch.set(key, value)
         number_B = torch.from_numpy(trials.number[position_B])
         return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
 
     def _get(
-        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey] = ()
+        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey]
     ) -> TensorDictBase:
+        """Read these entries of steps; all of them from TorchRL's storages."""
         index_BT = trials.index(position_B, step_BT)
         if not self._is_ours:
-            return (self.storage[:].select(*names) if names else self.storage)[index_BT]
-        steps = self.storage.get(index_BT, names or None)
+            return self.storage[index_BT]
+        steps = self.storage.get(index_BT, names, reuse=True)
         self.storage.check(trials, trials.number[position_B])
         return steps
 
     def _relabel(
         self, trials: Trials, position_B: Any, length_B: Tensor
     ) -> tuple[Tensor, TensorDictBase]:
-        """Lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
+        """Return new lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
         step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
         inside_BL = torch.minimum(step_L, length_B1 - 1)
         whole_BL = self._get(trials, position_B, inside_BL, self.relabel.in_keys)
-        whole_BL.set(keys.MASK, step_L < length_B1)
-        replaced_BL = self.relabel.relabel_trials(whole_BL, self._rng)
-        return replaced_BL.get(keys.MASK).sum(-1), replaced_BL.exclude("collector")
+        whole_BL = whole_BL.select(*self.relabel.in_keys).set(keys.MASK, step_L < length_B1)
+        changed_BL = self.relabel.relabel_trials(whole_BL, self._rng)
+        return changed_BL.get(keys.MASK).sum(-1), changed_BL.exclude("collector")
 
     # -- priorities ------------------------------------------------------------------------------
 
     def update_priority(
         self, index: Tensor | TensorDictBase, priority: Tensor | None = None
     ) -> None:
-        """Set priorities of trials; those that are gone are passed over.
+        """Set priorities of trials; those that were evicted are skipped.
 
         Args:
-            index: numbers of trials ``[n]``; or a batch that a loss has put ``td_error`` ``[B, T]``
-                into, of which the real steps count: 0.9 of their largest and 0.1 of their mean error
-                (R2D2, section 2.3). A batch has no effect where priorities aren't used.
+            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss,
+                whose real steps count: 0.9 of their largest and 0.1 of their mean error (R2D2,
+                section 2.3). A batch has no effect without ``sample_by="priority"``.
             priority: ``[n]``, not negative.
         """
         if not isinstance(index, TensorDictBase):
             with self._replay_lock:
                 return self.sampler.update_priority(index, priority, storage=self.storage)
-        if self.sampler.draw != "priority":
+        if self.sampler.sample_by != "priority":
             return None
-        mask_BT, error_BT = index.get(keys.MASK), index.get(self.priority_key, None)
-        if error_BT is None:
-            raise KeyError(
-                f"new priorities are made of a batch's {self.priority_key!r}, and it holds only "
-                f"{sorted(map(str, index.keys(True, True)))}. Let the loss write it, or set priority_key."
-            )
-        error_BT = torch.where(mask_BT, error_BT.detach().reshape(mask_BT.shape).abs(), 0.0)
+        mask_BT, error_BT = index[keys.MASK], index[self.priority_key].detach()
+        error_BT = torch.where(mask_BT, error_BT.reshape(mask_BT.shape).abs(), 0.0)
         mean_B = error_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
-        priority_B = _MAX_SHARE * error_BT.amax(-1) + _MEAN_SHARE * mean_B
-        return self.update_priority(index.get("index")[:, 0], priority_B)
+        priority_B = _MAX_FRACTION * error_BT.amax(-1) + _MEAN_FRACTION * mean_B
+        return self.update_priority(index["index"][:, 0], priority_B)
 
     update_tensordict_priority = update_priority
 
     # -- saving ----------------------------------------------------------------------------------
 
     def dumps(self, path: str | Path) -> None:
-        """Write trials, priorities and generator to a folder; of a prefetching buffer, no batches."""
+        """Write trials, priorities and generator to a folder, without batches drawn ahead."""
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with self._replay_lock, self._write_lock:
@@ -271,7 +254,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         (path / "generator.json").write_text(json.dumps(state))
 
     def loads(self, path: str | Path) -> None:
-        """Bring back what :meth:`dumps` wrote; raise ValueError, with nothing changed, if it doesn't fit."""
+        """Load what :meth:`dumps` wrote; on a ValueError, nothing is changed."""
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
@@ -296,31 +279,32 @@ def make_trial_buffer(
     generator: torch.Generator | None = None,
     **options: Any,
 ) -> TrialReplayBuffer:
-    """A memory-mapped FIFO buffer of whole trials that samples padded slices `[B, T]`.
-
-    Give it to :class:`TrialCollector`, and train once `rb.can_sample()` is True.
+    """Make a memory-mapped FIFO buffer of whole trials that samples padded slices `[B, T]`.
 
     Args:
         capacity: environment steps to keep; None takes that of an existing folder.
         slice_length: steps T of each sampled slice.
         batch_size: slices B of each sample.
-        path: folder that keeps the trials; a temporary one, removed at exit, by default.
-        mode: `"create"` begins a new folder. `"continue"` goes on with what is there: after a crash, or
-            beside other processes that write to it. `"read"` never writes; what others write appears.
-        flush: wait for the disk at each write. Without, trials survive the death of the process, but not
-            the failure of the machine.
-        verify: compare all values of an existing folder to their checksums. Its tables are always checked.
+        path: folder that keeps the trials; by default a temporary one, which is removed at exit.
+        mode: `"create"` starts a new folder. `"continue"` goes on with what is there: after a
+            crash, or beside other processes that write to it. `"read"` never writes, and sees what
+            others write.
+        flush: wait for the disk at each write. Without it, trials survive the death of the process,
+            but not the failure of the machine.
+        verify: compare all values of an existing folder with their checksums. Its tables are always
+            checked.
         relabel: changes whole trials before slices are cut.
-        prefetch: batches drawn ahead in threads; pays off for slices of many hundred steps. Batches
-            then depend on when trials were written, and with more than one also on the threads' timing.
-        generator: source of the draws; torch's global generator by default.
-        options: of :class:`TrialSliceSampler`: `min_trials`, `draw`, `crop`, `padding`, `trim` and so on.
+        prefetch: number of batches drawn ahead in threads. Batches then depend on when trials were
+            written; with more than one, also on the threads' timing.
+        generator: source of random numbers; torch's global generator by default.
+        options: of :class:`TrialSliceSampler`: `min_trials`, `sample_by`, `crop`, `padding` and so
+            on.
 
     Raises:
-        ValueError: for a size that can't be, and a folder of another format or capacity.
-        FileExistsError: for `"create"` where trials are there already.
-        FileNotFoundError: for `"read"` where there are none.
-        PermissionError: where the folder can't be written to, but for `"read"`.
+        ValueError: for an impossible size, or a folder of another format or capacity.
+        FileExistsError: for `"create"` if trials are there already.
+        FileNotFoundError: for `"read"` if there are none, or without a path.
+        PermissionError: if the folder can't be written to, except for `"read"`.
         DamagedError: for a damaged folder, a :class:`RuntimeError`.
 
     Example:
@@ -333,14 +317,14 @@ def make_trial_buffer(
         (True, torch.Size([3, 4]))
     """
     check_counts("It is the number of slices in a batch.", batch_size=batch_size)
-    if path is None and mode != "create":
-        raise ValueError(f"mode={mode!r} needs the path of a folder, got None. Name the folder.")
+    if prefetch:
+        check_counts("It is the number of batches to draw ahead.", prefetch=prefetch)
     sampler = TrialSliceSampler(slice_length, **options)
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
     if slice_length > storage.max_size:
         raise ValueError(
-            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A slice comes "
-            "from one stored trial; raise the capacity."
+            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A "
+            "slice comes from one stored trial; raise the capacity."
         )
     if verify:
         storage.verify()
@@ -351,15 +335,15 @@ def make_trial_buffer(
 def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     """Write trials, priorities and generator of a replay buffer to a folder; nothing is pickled.
 
-    Batches drawn ahead are not saved: with `prefetch`, a resumed run doesn't repeat the uninterrupted one.
+    Batches drawn ahead are not saved: with `prefetch`, a resumed run draws other batches.
 
     Args:
         rb: the buffer; of a mixture, its buffer ``online``.
-        path: the folder; a replay folder that is there already is replaced as a whole.
+        path: the folder; an existing replay folder is replaced as a whole.
 
     Raises:
-        FileExistsError: where `path` is there and is something else than a replay folder.
-        OSError: where the disk is full; the folder stays as it was.
+        FileExistsError: if `path` exists and is something else than a replay folder.
+        OSError: if the disk is full; the folder stays as it was.
     """
     path = Path(path)
     if path.exists() and not (path / files.MANIFEST).exists():
@@ -373,27 +357,24 @@ def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
 
 
 def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Bring a buffer back to what :func:`save_replay` wrote; on any error, leave it as it was.
+    """Load what :func:`save_replay` wrote; on any error, the buffer stays as it was.
 
     Args:
         rb: a buffer made with the same arguments as the saved one; its content is replaced.
         path: the folder.
 
     Raises:
-        DamagedError: where a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
-        ValueError: where the saved buffer doesn't fit this one.
+        DamagedError: if a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
+        ValueError: if the saved buffer doesn't fit this one.
     """
     if not (path := Path(path)).exists():
         files.recover(path.parent, path.name)  # a crash fell between save_replay's two renames
-    try:
-        manifest = files.verify_manifest(path)
-    except files.DamagedError as error:
-        raise files.DamagedError(f"{error}. Load another checkpoint, or collect anew") from error
+    manifest = files.verify_manifest(path)
     saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
     if saved != wanted:
         raise ValueError(
-            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it was made "
-            "then, with that version of torchrl_amago."
+            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it "
+            "was then, with that version of torchrl_amago."
         )
     rb.loads(path)
 
