@@ -26,14 +26,14 @@ def test_one_update_by_hand(tmp_path):
     trainer = make_trainer(tmp_path / "a", **options)
     seen = {}
 
-    update = trainer.stepper.update
+    update = trainer.stepper.step
 
-    def remember(loss_module, optimizer, batch):
+    def remember(trainer, batch):
         seen["rng"], seen["batch"] = torch.get_rng_state(), batch.clone()
-        seen["loss"] = {k: v.clone() for k, v in loss_module.state_dict().items()}
-        return update(loss_module, optimizer, batch)
+        seen["loss"] = {k: v.clone() for k, v in trainer.loss_module.state_dict().items()}
+        return update(trainer, batch)
 
-    trainer.stepper.update = remember
+    trainer.stepper.step = remember
     trainer.train()
 
     loss = make_trainer(tmp_path / "b", **options).loss_module
@@ -70,8 +70,8 @@ def test_rows(tmp_path):
 
 def updates_by_batch(trainer):
     """Updates before each batch that was collected."""
-    batches, look = [], trainer.monitor.look
-    trainer.monitor.look = lambda: batches.append(trainer.counts.updates) or look()
+    batches, update = [], trainer.monitor.update
+    trainer.monitor.update = lambda: batches.append(trainer.counts.updates) or update()
     trainer.train()
     return batches
 
@@ -249,7 +249,7 @@ def test_a_trainer_does_not_share_counters(tmp_path):
     [
         (lambda **_: [], "a list with replay_buffer=NoneType"),
         (lambda replay_buffer, **options: Collector(**options), "a Collector .*=NoneType"),
-        (Collector, "one with trajs_per_batch=None"),
+        (Collector, "a Collector .* and trajs_per_batch=None"),
     ],
 )
 def test_collector_must_fit(tmp_path, make_collector, problem):

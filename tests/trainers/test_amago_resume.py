@@ -21,14 +21,14 @@ def noisy_evaluator():
 
 def signal_at(trainer, update, number=signal.SIGINT):
     """Send a signal, by default Ctrl-C, while this update runs."""
-    step = trainer.stepper.update
+    step = trainer.stepper.step
 
     def sending(*args):
         if trainer.counts.updates == update - 1:
             signal.raise_signal(number)
         return step(*args)
 
-    trainer.stepper.update = sending
+    trainer.stepper.step = sending
 
 
 def fingerprint(trainer):

@@ -178,8 +178,8 @@ def test_refuses_lengths_below_one(env, policy, tmp_path, name, value):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"tau": 5.0}, r"tau must be in \(0, 1\], got 5.0"),
-        ({"clip_norm": 0.0}, "clip_norm must be larger than 0, got 0.0"),
+        ({"tau": 5.0}, r"tau must be in \[0, 1\], got 5.0"),
+        ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),
         ({"precision": "fp16"}, "precision must be one of 'fp32', 'bf16', got 'fp16'"),
         ({"final_lr_fraction": 2.0}, r"final_fraction must be in \[0, 1\], got 2.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),

@@ -118,14 +118,14 @@ def test_stopped_by_signals(uninterrupted, tmp_path, name, stops):
 
 def test_stopped_while_collecting(uninterrupted, tmp_path):
     trainer = make_run(tmp_path)
-    look = trainer.monitor.look
+    update = trainer.monitor.update
 
     def preempt():
-        look()
+        update()
         if trainer.counts.updates == 6:
             signal.raise_signal(signal.SIGTERM)
 
-    trainer.monitor.look = preempt
+    trainer.monitor.update = preempt
     assert trainer.train() == "preempted"
     assert trainer.counts.updates == 6
     assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
@@ -209,7 +209,7 @@ def test_other_memories(tmp_path, options):
 @pytest.mark.parametrize("make_env", [cart_poles, lake], ids=["gymnasium", "other number of rows"])
 def test_trials_that_cannot_go_on_end_and_the_run_says_so(tmp_path, make_env, monkeypatch):
     told = []
-    monkeypatch.setattr("torchrl_amago.trainers._parts.torchrl_logger.info", told.append)
+    monkeypatch.setattr("torchrl_amago.trainers._components.torchrl_logger.info", told.append)
     first = make_run(tmp_path, make_env, num_envs=6)
     signal_at(first, 8, signal.SIGTERM)
     assert first.train() == "preempted"

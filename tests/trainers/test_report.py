@@ -64,7 +64,7 @@ def test_a_table_that_cannot_be_read(tmp_path, content):
 
 
 def test_read_progress_of_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"progress\.csv does not exist"):
+    with pytest.raises(FileNotFoundError, match="progress.csv"):
         read_progress(tmp_path)
 
 
@@ -88,11 +88,11 @@ ROW = dict(update=5, frames=40, extra={"loss_actor": float("nan")})
 def write_one_row(run_dir, **options):
     report = RunReport(run_dir, **options)
     report.open(total_updates=10, update=4, hparams={})
-    with report.apart("evaluation"):
+    with report.timed("evaluation"):
         time.sleep(0.05)
     assert report.seconds["evaluation"] >= 0.05 > report.seconds["training"]
-    report.row(evaluation={"success_last": 0.96}, **ROW)
-    report.tick()
+    report.write_row(evaluation={"success_last": 0.96}, **ROW)
+    report.add_update({})
     report.close()
 
 
@@ -149,7 +149,7 @@ def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path):
         trial_return=torch.tensor([2.0, 2.0]),
         trial_length=torch.tensor([4, 6]),
     )
-    report.row(update=5, frames=40, extra={}, evaluation=results)
+    report.write_row(update=5, frames=40, extra={}, evaluation=results)
     report.close()
     assert logger.told[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
     expected = [
@@ -173,7 +173,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
         if saved is not None:
             report.load_state_dict(load_state(tmp_path / "report.npz"))
         report.open(10, update, {"tau": 0.01})
-        report.row(update=update, frames=40, extra={"loss": 0.5}, evaluation={})
+        report.write_row(update=update, frames=40, extra={"loss": 0.5}, evaluation={})
         save_state(tmp_path / "report.npz", saved := report.state_dict())
         ids.append(wandb.run.id)
         assert wandb.run.config["tau"] == 0.01
@@ -220,12 +220,6 @@ def test_tensorboard(tmp_path):
     logger.shutdown()
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert make_logger(logger, tmp_path) is logger
-
-
-def test_missing_logger_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'torchrl-amago\[wandb\]'"):
-        make_logger("wandb", tmp_path)
 
 
 def test_unknown_logger(tmp_path):

@@ -105,9 +105,9 @@ def test_a_stock_trainer_with_tensorboard_and_priorities(tmp_path):
 
 def test_a_stock_trainer_stops_on_nan(tmp_path):
     class Spoilt(FiniteOptimizationStepper):
-        def prepare(self, batch, loss_module):
+        def step(self, trainer, batch):
             batch["next", "reward"][0, 0] = torch.nan
-            return super().prepare(batch, loss_module)
+            return super().step(trainer, batch)
 
     logger = CSVLogger("run", str(tmp_path))
     trainer = make_stock_trainer(tmp_path, TrialCollector, logger, Spoilt(dump_dir=tmp_path))
