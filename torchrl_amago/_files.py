@@ -155,13 +155,18 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder, or raise DamagedError unless its files are those listed."""
-    problem = next(_problems(folder), None)
+    problem = find_damage(folder)
     if problem is not None:
         raise DamagedError(problem)
     return read_manifest(folder)
 
 
-def _problems(folder: Path) -> Iterator[str]:
+def find_damage(folder: Path) -> str | None:
+    """Describe the first difference between a folder and its manifest, or return None."""
+    return next(_differences(folder), None)
+
+
+def _differences(folder: Path) -> Iterator[str]:
     manifest = read_manifest(folder)
     if manifest is None or "crc32" not in manifest:
         yield f"{folder / MANIFEST} is missing or cannot be read, or has changed"

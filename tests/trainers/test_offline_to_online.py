@@ -85,8 +85,7 @@ def test_offline_updates_need_data(tmp_path):
         make_trainer(tmp_path, online_after=3).train()
 
 
-@pytest.mark.parametrize("own_generator", [True, False])
-@pytest.mark.parametrize("stop", [8, 14, 20])
+@pytest.mark.parametrize(("stop", "own_generator"), [(8, True), (14, False), (20, True)])
 def test_resumes_exactly_on_both_sides_of_the_switch(tmp_path, data, stop, own_generator):
     def make(run_dir, **options):
         generator = torch.Generator().manual_seed(7) if own_generator else None

@@ -74,8 +74,8 @@ def windowed(window):
 @pytest.mark.parametrize(
     ("saved", "other", "message"),
     [
-        (windowed(8), windowed(16), "settings saved in .* 1 entries: window: 8 there, 16 here"),
-        (nn.Linear(3, 2), nn.Linear(3, 4), "2 entries: weight.*bias: 2 float32 there, 4 float32 here"),
+        (windowed(8), windowed(16), "differ in 1 entries: window: 8 there, 16 here"),
+        (nn.Linear(3, 2), nn.Linear(3, 4), "2 entries: weights.weight.*bias: 2 float32 there, 4 float32 here"),
         (nn.Linear(3, 2), nn.Linear(3, 2, bias=False), "bias: 2 float32 there, absent here"),
     ],
 )

@@ -13,6 +13,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
+from tests.processes import forked
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import HeldOut
@@ -165,7 +166,8 @@ def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync):
+def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync, monkeypatch):
+    monkeypatch.setattr("torchrl._utils._get_default_mp_start_method", forked.get_start_method)
     env, policy, loss, rb = make_parts(path=tmp_path / "replay")
     env.close()
     collector = MultiCollector(

@@ -1,9 +1,9 @@
-"""The parts of a run's state: each has `state_dict` and `load_state_dict`, saved by one loop."""
+"""Parts of a run's state, each with `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,18 +29,11 @@ class Components(dict[str, Any]):
             part.load_state_dict(state[name])
 
 
-@dataclass
-class Counts:
-    """Progress of a run."""
-
-    updates: int = 0
-    frames: int = 0
-    updates_left: int = 0
-    """Updates of the current round that are still to come."""
-    evaluated_at: int = -1
+class Counts(SimpleNamespace):
+    """Numbers that a run counts."""
 
     def state_dict(self) -> dict[str, int]:
-        return asdict(self)
+        return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         vars(self).update(state)
@@ -87,13 +80,20 @@ class Rollouts:
     def __init__(
         self, collector: BaseCollector, loss_module: nn.Module, replay_buffer: ReplayBuffer
     ) -> None:
-        _check_collector(collector, replay_buffer)
-        self.collector = collector
+        own, is_local = getattr(collector, "replay_buffer", None), isinstance(collector, Collector)
+        writes_pieces = type(collector) is Collector and collector.trajs_per_batch is None
+        if own is not replay_buffer or (writes_pieces and isinstance(own, TrialReplayBuffer)):
+            raise ValueError(
+                "the collector must write whole trials to the trainer's replay_buffer, got a "
+                f"{type(collector).__name__} with replay_buffer={type(own).__name__}"
+                f"{' and trajs_per_batch=None' if writes_pieces else ''}. "
+                "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
+            )
+        # On the device of the loss a local collector runs the policy itself, elsewhere a copy of it.
         policy, device = getattr(collector, "policy", None), next(loss_module.parameters()).device
         weights = policy.parameters() if isinstance(policy, nn.Module) else ()
-        # On the device of the loss a local collector runs the policy itself, elsewhere a copy of it.
-        is_local = isinstance(collector, Collector)
         self._has_own_policy = not is_local or any(p.device != device for p in weights)
+        self.collector, self._is_local = collector, is_local
         self._saved: dict[str, Any] = {}
         self._loaded: Mapping[str, Any] | None = None
 
@@ -149,29 +149,14 @@ class Rollouts:
 
     def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.
-        if not isinstance(self.collector, Collector):
-            return {}
-        state = self.collector.state_dict()
+        state = self.collector.state_dict() if self._is_local else {}
         return {key: value for key, value in state.items() if key != "policy_state_dict"}
 
     def state_dict(self) -> dict[str, Any]:
         return self._saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Keep a state for :meth:`start`: setting up a run may draw random numbers."""
-        self._loaded = state
-
-
-def _check_collector(collector: BaseCollector, replay_buffer: ReplayBuffer) -> None:
-    own, is_stock = getattr(collector, "replay_buffer", None), type(collector) is Collector
-    writes_pieces = is_stock and collector.trajs_per_batch is None
-    if own is not replay_buffer or (writes_pieces and isinstance(own, TrialReplayBuffer)):
-        pieces = " and trajs_per_batch=None" if writes_pieces else ""
-        raise ValueError(
-            "the collector must write whole trials to the trainer's replay_buffer, got a "
-            f"{type(collector).__name__} with replay_buffer={type(own).__name__}{pieces}. "
-            "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
-        )
+        self._loaded = state  # for `start`: setting up a run may draw random numbers
 
 
 def _draw_seed() -> int:

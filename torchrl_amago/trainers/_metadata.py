@@ -46,25 +46,17 @@ def policy_settings(policy: object) -> dict[str, Any]:
     return {k: value for k, value in settings.items() if k.partition(".")[0] != "exploration"}
 
 
-def describe_architecture(state: Mapping[str, Any]) -> dict[str, str]:
-    """Describe the tensors of loss and exploration, and the optimiser's parameter groups."""
-    described = {
-        f"{part}.{name}": text
-        for part in ("loss", "exploration")
-        for name, text in describe_tensors(state.get(part, {})).items()
-    }
-    groups = state["optimizer"]["optimizer"]["param_groups"]
+def facts(state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe what must not change: settings, parts, shapes and dtypes, parameter groups."""
+    described = {**as_json(settings), **dict.fromkeys(state, "present")}
+    for part in state.keys() & {"loss", "exploration", "weights"}:
+        for name, x in state[part].items():
+            if isinstance(x, Tensor):
+                shape = "x".join(map(str, x.shape)) or "scalar"
+                described[f"{part}.{name}"] = f"{shape} {str(x.dtype).removeprefix('torch.')}"
+    groups = state["optimizer"]["optimizer"]["param_groups"] if "optimizer" in state else ()
     sizes = {f"optimizer.group_{i}": len(group["params"]) for i, group in enumerate(groups)}
     return described | {name: f"{size} parameters" for name, size in sizes.items()}
-
-
-def describe_tensors(state: Mapping[str, Any]) -> dict[str, str]:
-    """Map names to shape and dtype, such as ``"2x3 float32"``."""
-    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-    return {
-        name: f"{'x'.join(map(str, x.shape)) or 'scalar'} {str(x.dtype).removeprefix('torch.')}"
-        for name, x in tensors.items()
-    }
 
 
 def as_json(values: Any) -> Any:
@@ -76,20 +68,17 @@ def differences(
     saved: Mapping[str, object], current: Mapping[str, object]
 ) -> dict[str, tuple[object, object]]:
     """Map each name whose values differ to both of them, ``"absent"`` for a missing one."""
-    names = {**saved, **current}
-    pairs = {name: (saved.get(name, "absent"), current.get(name, "absent")) for name in names}
-    return {name: (old, new) for name, (old, new) in pairs.items() if old != new}
+    pairs = {x: (saved.get(x, "absent"), current.get(x, "absent")) for x in {**saved, **current}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_same(
-    what: str, path: Path, saved: Mapping[str, object], current: Mapping[str, object]
-) -> None:
-    """Raise ValueError, with the first three differences, if saved values are not the current ones."""
+def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Raise ValueError, with the first three differences, if saved facts are not the current ones."""
     differing = differences(saved, current)
     if differing:
         shown = [f"{name}: {old} there, {new} here" for name, (old, new) in differing.items()]
         raise ValueError(
-            f"the {what} saved in {path} must be those of what loads it, but differ in "
-            f"{len(differing)} entries: {'; '.join(shown[:3])}. Build environment, policy, loss and "
-            "optimizer with the arguments of that run, or start anew in another run_dir."
+            f"{path} must have been saved with the same architecture, settings and parts, but they "
+            f"differ in {len(differing)} entries: {'; '.join(shown[:3])}. Build environment, policy, "
+            "loss and optimizer with the arguments of that run, or start anew in another run_dir."
         )

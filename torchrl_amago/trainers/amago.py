@@ -37,12 +37,7 @@ Outcome = Literal["finished", "interrupted", "preempted"]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Updates between rows of ``progress.csv``, evaluations and checkpoints.
-
-    Example:
-        >>> Intervals(evaluate=250)
-        Intervals(log=50, evaluate=250, checkpoint=500)
-    """
+    """Updates between rows of ``progress.csv``, evaluations and checkpoints."""
 
     log: int = 50
     evaluate: int = 500
@@ -152,7 +147,7 @@ class AMAGOTrainer:
         self.monitor = TrialMonitor(
             self.online_buffer, self.report.window, self.run_dir, self.success_threshold
         )
-        self.counts = Counts()
+        self.counts = Counts(updates=0, frames=0, updates_left=0, evaluated_at=-1)
         # Everything in a checkpoint but the replay, in the order of loading.
         parts = {
             "report": self.report,

@@ -28,13 +28,7 @@ from torchrl_amago import _files as files
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer, load_replay, save_replay
-from torchrl_amago.trainers._metadata import (
-    as_json,
-    check_same,
-    describe_architecture,
-    describe_tensors,
-    policy_settings,
-)
+from torchrl_amago.trainers._metadata import as_json, check_same, facts, policy_settings
 from torchrl_amago.trainers.report import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
@@ -78,13 +72,9 @@ class CheckpointStore:
         )
 
     def save(
-        self,
-        update: int,
-        state: Mapping[str, Any],
-        buffer: ReplayBuffer,
-        metadata: Mapping[str, Any],
+        self, update: int, state: Mapping[str, Any], buffer: ReplayBuffer, about: Mapping[str, Any]
     ) -> Path:
-        """Write a checkpoint, with ``metadata`` (JSON values) in its manifest; remove old ones."""
+        """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
         final = self.folder / f"update_{update:07d}"
         manifests = [files.read_manifest(path) or {} for path in self.paths()]
         kept = {final.name, *(name for manifest in manifests for name in manifest.get("kept", ()))}
@@ -99,7 +89,7 @@ class CheckpointStore:
                 "update": update,
                 "sequence": 1 + max((m.get("sequence", -1) for m in manifests), default=-1),
                 "kept": sorted(kept),
-                **metadata,
+                **about,
                 "versions": {m.__name__: m.__version__ for m in modules}
                 | {"python": platform.python_version()},
             }
@@ -121,18 +111,14 @@ class CheckpointStore:
         if problem is not None:
             others = [other for other in CheckpointStore(path.parents[1]).paths() if other != path]
             intact = next((other for other in others if _problem(other) is None), None)
-            remedy = (
-                "There is no other intact checkpoint in this run: start anew in another run_dir."
-                if intact is None
-                else f"The newest intact one is {intact}: resume from that path."
-            )
+            remedy = f"The newest intact one is {intact}: resume from that path."
+            if intact is None:
+                remedy = "There is no other intact checkpoint in this run: start a new run."
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
             )
-        check_same("settings", path, files.read_manifest(path)["settings"], as_json(settings))
-        saved = load_state(path / _STATE)
-        check_same("parts", path, dict.fromkeys(saved, "present"), dict.fromkeys(state, "present"))
-        check_same("architecture", path, describe_architecture(saved), describe_architecture(state))
+        saved, saved_settings = load_state(path / _STATE), files.read_manifest(path)["settings"]
+        check_same(path, facts(saved, saved_settings), facts(state, settings))
         return saved
 
     @staticmethod
@@ -143,28 +129,19 @@ class CheckpointStore:
 
 
 def _problem(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Describe the damage of a checkpoint, or return None."""
     version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         return f"{path} has format version {version}, and this code reads {FORMAT_VERSION} only"
-    try:
-        files.verify_manifest(path)
-    except files.DamagedError as error:
-        return str(error)
-    return None
+    return files.find_damage(path)
 
 
 def _sequence(path: Path) -> float:
-    manifest = files.read_manifest(path)
-    return math.inf if manifest is None else manifest.get("sequence", 0)
+    return (files.read_manifest(path) or {"sequence": math.inf}).get("sequence", 0)
 
 
 def check_no_existing_run(run_dir: str | Path) -> None:
-    """Raise FileExistsError if the folder holds a run; change nothing.
-
-    Example:
-        >>> check_no_existing_run("a/folder/that/does/not/exist")
-    """
+    """Raise FileExistsError if the folder holds a run; change nothing."""
     for path in (Path(run_dir) / PROGRESS_FILE, *CheckpointStore(run_dir).paths()):
         if path.exists():
             raise FileExistsError(
@@ -236,11 +213,7 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
     """
     path = Path(path)
     saved, current = load_state(path), _describe_policy(policy)
-    names = (dict.fromkeys(entries, "present") for entries in (saved, current))
-    check_same("entries", path, *names)
-    check_same("settings", path, saved["settings"], current["settings"])
-    weights = (describe_tensors(policy["weights"]) for policy in (saved, current))
-    check_same("weights", path, *weights)
+    check_same(path, *(facts(policy, policy.get("settings", {})) for policy in (saved, current)))
     policy.load_state_dict(saved["weights"], strict=False)
     return policy
 

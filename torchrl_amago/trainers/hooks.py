@@ -66,9 +66,9 @@ def run_evaluator(evaluator: Evaluator) -> Results:
 class TrialMonitor(TrainerHookBase):
     """Counts collected trials, averages their returns and successes, and stops on NaN and infinity.
 
-    It reads every step once, after a collector has written it to the replay buffer. A trial that is
-    written in fragments counts once its last fragment is there. Fragments are joined by ``time_idx``;
-    without it, the fragments of a trial must follow one another.
+    It reads every step once, after a collector has written it. A trial that is written in fragments
+    counts once its last one is there. They are joined by ``time_idx``; without it, the fragments of a
+    trial must follow one another.
 
     Args:
         replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.
@@ -76,16 +76,6 @@ class TrialMonitor(TrainerHookBase):
             ``train/success_last`` (of a trial's first and last episode).
         run_dir: folder for steps with NaN or infinity.
         success_threshold: an episode succeeds if its return is larger.
-
-    Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl_amago.data import make_trial_buffer
-        >>> buffer = make_trial_buffer(100, slice_length=2, batch_size=1)
-        >>> monitor = TrialMonitor(buffer)
-        >>> steps = {"reward": torch.ones(2, 1), "done": torch.tensor([[False], [True]])}
-        >>> _ = buffer.extend(TensorDict({"next": steps}, [2]))
-        >>> monitor()
-        {'train/trial_return': 2.0, 'train/trial_length': 2.0, 'trials': 1}
     """
 
     def __init__(

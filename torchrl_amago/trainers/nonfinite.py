@@ -26,13 +26,12 @@ class NonFiniteError(RuntimeError):
     def __init__(self, problem: str, batch: TensorDictBase, run_dir: Path) -> None:
         self.dump = run_dir / "nonfinite_batch"
         shutil.rmtree(self.dump, ignore_errors=True)
-        self.dump.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         # Tensors only, as memory maps and JSON: other entries would be pickled.
         tensors = batch.select(*_tensors(batch)).detach().cpu().contiguous()
         where = f"There is no room for the batch in {self.dump}"
         # Writing mapped files on a full disk would end the process.
-        needed = 2 * tensors.bytes() + (1 << 20)
-        if shutil.disk_usage(self.dump.parent).free > needed:
+        if shutil.disk_usage(run_dir).free > 2 * tensors.bytes() + (1 << 20):
             tensors.memmap(self.dump, copy_existing=True)
             where = f"The batch is in {self.dump}: look at it with TensorDict.load_memmap(...)"
         super().__init__(
@@ -65,9 +64,8 @@ def check_data(batch: TensorDictBase, run_dir: Path, name: str) -> None:
     """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity."""
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
     entries = _tensors(batch, floats_only=True).values()
-    if math.isfinite(sum(x.sum(dtype=torch.float32) for x in entries)):
-        return
-    if found := nonfinite_entries(batch):
+    is_finite = math.isfinite(sum(x.sum(dtype=torch.float32) for x in entries))
+    if not is_finite and (found := nonfinite_entries(batch)):
         problem = f"{name} must be finite, but NaN or infinity is in {found}"
         raise NonFiniteError(problem, batch, run_dir)
 
@@ -76,10 +74,10 @@ def describe_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBas
     """Describe a loss or gradient that is not finite, for :class:`NonFiniteError`."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
     bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
-    bad = bad or [f"the gradients (norm {grad_norm})"]
+    bad = ", ".join(bad) or f"the gradients (norm {grad_norm})"
     found = nonfinite_entries(batch)
     data = f"in the batch: {found}" if found else "the batch itself is finite"
-    return f"losses and gradients must be finite, but not so: {', '.join(bad)}; {data}"
+    return f"losses and gradients must be finite, but not so: {bad}; {data}"
 
 
 @contextmanager
@@ -91,19 +89,15 @@ def explain_nonfinite_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
     if not isinstance(policy, nn.Module):
         yield
         return
-    inputs: list[Any] = []
-
-    def remember(_: nn.Module, arguments: tuple) -> None:
-        inputs[:] = arguments[:1]
-
-    hook = policy.register_forward_pre_hook(remember)
+    inputs: dict[str, Any] = {}
+    hook = policy.register_forward_pre_hook(lambda _, args: inputs.update(last=args and args[0]))
     try:
         yield
     except Exception as error:
-        found = inputs and is_tensor_collection(inputs[0]) and nonfinite_entries(inputs[0])
-        if found:
+        last = inputs.get("last")
+        if is_tensor_collection(last) and (found := nonfinite_entries(last)):
             problem = f"the policy's inputs must be finite, but NaN or infinity is in {found}"
-            raise NonFiniteError(problem, inputs[0], run_dir) from error
+            raise NonFiniteError(problem, last, run_dir) from error
         raise
     finally:
         hook.remove()

@@ -114,10 +114,6 @@ class FiniteOptimizationStepper(OptimizationStepper):
         clip_norm: largest gradient norm; None for no clipping.
         precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
         dump_dir: folder for a batch with NaN; by default the trainer's ``run_dir``.
-
-    Example:
-        >>> FiniteOptimizationStepper(clip_norm=0.5, precision="bf16").precision
-        'bf16'
     """
 
     updates_replay_priority = True

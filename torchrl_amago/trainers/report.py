@@ -36,20 +36,8 @@ CLOCK_COLUMNS = (
 class ProgressTable:
     """A CSV file that is on the disk row by row.
 
-    TorchRL's ``CSVLogger`` writes one file per scalar; plots want one table. A row with new columns
-    replaces the whole file. The state holds the text: a resumed run has the rows of its checkpoint,
-    whatever happened to the file.
-
-    Args:
-        path: the file; made with the first row.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     table = ProgressTable(Path(folder) / "progress.csv")
-        ...     table.append({"update": 1, "loss": 0.5})
-        ...     read_progress(folder)["loss"]
-        array([0.5])
+    A row with new columns replaces the whole file. The state holds the text: a resumed run has the
+    rows of its checkpoint, whatever happened to the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -75,21 +63,24 @@ class ProgressTable:
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         self.columns = next(csv.reader(state["text"].splitlines()), [])
-        if self.columns:
-            with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
-                file.write(state["text"])
-        else:
-            self.path.unlink(missing_ok=True)
+        if not self.columns:
+            return self.path.unlink(missing_ok=True)
+        with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
+            file.write(state["text"])
 
 
 def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
     """Read the table of a run: one float64 array per column, NaN for empty cells.
 
     Raises:
-        FileNotFoundError: if the run has not logged yet.
-        DamagedError: if the table cannot be read.
+        DamagedError: if it is no table of numbers; FileNotFoundError if there is none.
 
-    See :class:`ProgressTable` for an example.
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ProgressTable(Path(folder) / "progress.csv").append({"update": 1, "loss": 0.5})
+        ...     read_progress(folder)["loss"]
+        array([0.5])
     """
     path = Path(run_dir) / PROGRESS_FILE
     try:
@@ -156,7 +147,7 @@ class RunReport:
         self.run_dir, self.progress_bar, self.loggers = run_dir, progress_bar, list(loggers)
         self.window, self.table = MetricWindow(), ProgressTable(run_dir / PROGRESS_FILE)
         self.seconds, self._since = dict.fromkeys(ACTIVITIES, 0.0), time.perf_counter()
-        self._logger_states: dict[str, Any] = {}
+        self._logger_states: list[dict[str, Any]] = []
         self._bar: tqdm | None = None
         self._latest: dict[str, float] = {}
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
@@ -181,10 +172,10 @@ class RunReport:
         """Make loggers and progress bar, and log the run's settings."""
         plain = (bool, int, float, str)
         hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
-        for i, logger in enumerate(self.loggers):
-            saved = self._logger_states.get(str(i), {})
+        states = [*self._logger_states, *[{}] * len(self.loggers)]
+        for i, saved in enumerate(states[: len(self.loggers)]):
             run_id = saved.get("state", {}).get("local", {}).get("id")
-            self.loggers[i] = logger = make_logger(logger, self.run_dir, run_id)
+            self.loggers[i] = logger = make_logger(self.loggers[i], self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
             if not saved or _is_wandb(logger):  # others would list the run a second time
@@ -263,11 +254,11 @@ class RunReport:
             "seconds": dict(self.seconds),
             "last": dict(self._last_row),
             "table": self.table.state_dict(),
-            "loggers": {
-                str(i): {"kind": type(logger).__name__, "state": logger.state_dict()}
-                for i, logger in enumerate(self.loggers)
+            "loggers": [
+                {"kind": type(logger).__name__, "state": logger.state_dict()}
+                for logger in self.loggers
                 if not isinstance(logger, str)
-            },
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
