@@ -1,30 +1,29 @@
-"""Train an agent that adapts to an unknown frozen lake within five episodes at it.
+"""Train an agent that adapts to an unknown frozen lake within five episodes.
 
     python examples/00_meta_frozen_lake.py                  # a few minutes on two CPU cores
-    python examples/00_meta_frozen_lake.py --debug          # under a minute, to see that all runs
+    python examples/00_meta_frozen_lake.py --debug          # under a minute, a test of the setup
     python examples/00_meta_frozen_lake.py --resume         # go on after Ctrl-C
     python examples/00_meta_frozen_lake.py --run-dir runs/gru --seq-model gru
 
-The agent isn't told where the holes are. A trial is five episodes at the same lake; what happened in
-the earlier ones is all it has to go by. Results land in the run's folder: `progress.csv`,
-`learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
-the policy's weights and checkpoints.
+The agent doesn't observe where the holes are. A trial is five episodes at the same lake, and the
+earlier episodes are all the information there is. The run's folder gets `progress.csv`,
+`learning_curve.png`, `adaptation_curve.png`, `trial.png`, `evaluation.npz`,
+`evaluation_sampled.npz`, weights and checkpoints.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from common import TrainingArgs, run_command_line, train_and_evaluate
+from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOut, MetaFrozenLake, make_policy, make_trainer, make_trial_env
 from torchrl_amago.envs import bayes_optimal_success
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, TrialResults
-from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
+from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
 
 
 @dataclass
@@ -42,11 +41,11 @@ class Args(TrainingArgs):
     slip_chance: float = 0.0
     """Chance that a move does nothing."""
     show_progress: bool = True
-    """Show the agent how much of the trial is used up."""
+    """Show the agent the fraction of the trial that is used up."""
     hold_out_layouts: bool = False
     """Keep a quarter of all layouts out of training, and evaluate on those alone."""
 
-    # Other defaults for fields that every task has.
+    # Other defaults of common fields.
     run_dir: Path = Path("runs/meta_frozen_lake")
     num_layers: int = 2
     hidden_size: int = 256
@@ -68,12 +67,7 @@ def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -
     return make_trial_env(lake, episodes=args.episodes, show_progress=args.show_progress)
 
 
-def train(
-    args: Args,
-    policy_options: dict[str, Any] | None = None,
-    loss_options: dict[str, Any] | None = None,
-) -> BothResults:
-    """Train and evaluate; options of the policy and the loss win over those of `args`."""
+def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
     horizon = args.episodes * env.base_env.max_episode_steps
@@ -81,42 +75,38 @@ def train(
         env,
         context_length=horizon,
         exploration=dict(anneal_frames=args.anneal_frames),
-        **{**args.policy_options(), **(policy_options or {})},
+        **args.policy_options(),
     )
     layouts = "heldout" if args.hold_out_layouts else "all"
-    eval_env = make_env(args, min(256, args.eval_trials), layouts, seed=HELD_OUT_SEED)
-    held_out = HeldOut(policy, eval_env)
-    trainer = make_trainer(
-        env,
-        policy,
-        trial_length=horizon,
-        evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
-        loss_options=loss_options,
-        **args.trainer_options(),
+    held_out = HeldOut(
+        policy, make_env(args, min(256, args.eval_trials), layouts, seed=HELD_OUT_SEED)
     )
-    results = train_and_evaluate(args, trainer, held_out)
-    print(results.describe())
-    draw_pictures(args, results.greedy, held_out.pictures())
+    trainer = make_trainer(env, policy, trial_length=horizon, **args.trainer_options(held_out))
+    resume_if_asked(args, trainer)
+    results = final_evaluation(args, trainer.train(), trainer, held_out)
+    draw_pictures(args, results, held_out)
     return results
 
 
-def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
+def draw_pictures(args: Args, results: BothResults, held_out: HeldOut) -> None:
     plain = not (args.hard_mode or args.recover_mode or args.slip_chance or args.hold_out_layouts)
     optimum = bayes_optimal_success(args.size, args.episodes) if plain and args.size < 4 else None
-    plot_learning_curve(
-        args.run_dir / "progress.csv",
-        args.run_dir / "learning_curve.png",
+    draw_progress(
+        args,
+        f"{args.size}x{args.size} lakes, {args.seq_model}",
         reference={"return per trial": optimum.expected_return} if optimum else None,
     )
     plot_adaptation_curve(
-        results,
+        results.greedy,
         args.run_dir / "adaptation_curve.png",
         reference=optimum.success_by_episode if optimum else None,
-        title=f"{args.size}x{args.size} lakes, {len(results)} held-out trials, greedy",
+        title=f"{args.size}x{args.size} lakes, {len(results.greedy)} held-out trials, greedy",
     )
-    plot_trial_strip(frames, args.run_dir / "trial.png", title="One trial on a held-out lake")
-    print(f"Pictures: {args.run_dir}/{{learning_curve,adaptation_curve,trial}}.png")
+    plot_trial_strip(
+        held_out.pictures(), args.run_dir / "trial.png", title="One trial on a held-out lake"
+    )
 
 
 if __name__ == "__main__":
-    run_command_line(Args, train)
+    with command_line(Args) as args:
+        train(args)

@@ -1,10 +1,10 @@
 """Train an agent that finds an invisible key and door, and then finds them again and again.
 
     python examples/05_dark_key_door.py                    # an hour on a CPU core
-    python examples/05_dark_key_door.py --seq-model feedforward --run-dir runs/no_memory   # for comparison
-    python examples/05_dark_key_door.py --randomize-actions --run-dir runs/shuffled        # actions unknown, too
-    python examples/05_dark_key_door.py --no-dark --run-dir runs/light                     # all is shown
-    python examples/05_dark_key_door.py --debug            # under a minute, to see that all runs
+    python examples/05_dark_key_door.py --seq-model feedforward --run-dir runs/no_memory
+    python examples/05_dark_key_door.py --randomize-actions --run-dir runs/shuffled
+    python examples/05_dark_key_door.py --no-dark --run-dir runs/light
+    python examples/05_dark_key_door.py --debug            # under a minute, a test of the setup
     python examples/05_dark_key_door.py --resume           # go on after Ctrl-C
 
 A trial is 100 steps in the same room; each time the agent comes to the key and then to the door (a
@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import TrainingArgs, run_command_line, train_and_evaluate
+from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
 from torchrl.envs import EnvBase
 
 from torchrl_amago import DarkKeyDoor, HeldOut, make_policy, make_trainer, make_trial_env
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults, TrialResults
-from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve, plot_trial_strip
+from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
 
 THROUGH_DOOR = 1.0  # an episode succeeds if its return is larger: key and door
 
@@ -41,13 +41,13 @@ class Args(TrainingArgs):
     horizon: int = 100
     """Steps of a trial, however many episodes they make."""
     dark: bool = True
-    """Show the agent its own position only; else also the key, the door and whether it has the key."""
+    """Hide the key, the door and the possession of the key from the agent."""
     randomize_actions: bool = False
     """Permute the actions anew in every room."""
     show_progress: bool = True
     """Show the agent how much of the trial is used up."""
 
-    # Other defaults for fields that every task has.
+    # Other defaults of common fields.
     run_dir: Path = Path("runs/dark_key_door")
     num_layers: int = 2
     hidden_size: int = 128
@@ -83,49 +83,32 @@ def train(args: Args) -> BothResults:
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
     held_out = HeldOut(policy, eval_env, success_threshold=THROUGH_DOOR)
-    trainer = make_trainer(
-        env,
-        policy,
-        trial_length=args.horizon,
-        evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
-        success_threshold=THROUGH_DOOR,
-        **args.trainer_options(),
-    )
-    results = train_and_evaluate(args, trainer, held_out)
+    trainer = make_trainer(env, policy, trial_length=args.horizon, **args.trainer_options(held_out))
+    resume_if_asked(args, trainer)
     # Success at the last episode says nothing here: the horizon cuts quick agents' last ones.
-    print(results.describe("trial_return", "success_first"))
-    draw_pictures(args, results.greedy, held_out.pictures())
+    results = final_evaluation(
+        args, trainer.train(), trainer, held_out, "trial_return", "success_first"
+    )
+    draw_pictures(args, results, held_out)
     return results
 
 
-def draw_pictures(args: Args, results: TrialResults, frames: list) -> None:
-    plot_learning_curve(
-        args.run_dir / "progress.csv",
-        args.run_dir / "learning_curve.png",
-        panels={
-            "return per trial": {
-                "train/trial_return": "training",
-                "eval/trial_return": "evaluation",
-            },
-        },
-        title=f"{args.size}x{args.size} rooms, {args.seq_model}",
-    )
+def draw_pictures(args: Args, results: BothResults, held_out: HeldOut) -> None:
+    title = f"{args.size}x{args.size} rooms, {args.seq_model}"
+    draw_progress(args, title)
     # Only quick agents begin further episodes, so means over those would be means over them.
     common = max(1, args.horizon // args.max_episode_steps)
-    results = dataclasses.replace(
-        results,
-        episode_return=results.episode_return[:, :common],
-        episode_success=results.episode_success[:, :common],
+    first = dataclasses.replace(
+        results.greedy,
+        episode_return=results.greedy.episode_return[:, :common],
+        episode_success=results.greedy.episode_success[:, :common],
     )
-    plot_adaptation_curve(
-        results,
-        args.run_dir / "adaptation_curve.png",
-        measure="return",
-        title=f"{args.size}x{args.size} rooms, {args.seq_model}, greedy",
-    )
-    plot_trial_strip(frames[:8], args.run_dir / "trial.png", title="The first episodes of a trial")
-    print(f"Pictures: {args.run_dir}/{{learning_curve,adaptation_curve,trial}}.png")
+    path = args.run_dir / "adaptation_curve.png"
+    plot_adaptation_curve(first, path, measure="return", title=f"{title}, greedy")
+    frames = held_out.pictures()[:8]
+    plot_trial_strip(frames, args.run_dir / "trial.png", title="The first episodes of a trial")
 
 
 if __name__ == "__main__":
-    run_command_line(Args, train)
+    with command_line(Args) as args:
+        train(args)

@@ -4,7 +4,7 @@
     python examples/12_half_cheetah_vel.py             # three episodes at each velocity
     python examples/12_half_cheetah_vel.py --seq-model gru --run-dir runs/cheetah_gru
     python examples/12_half_cheetah_vel.py --loss amago2 --run-dir runs/cheetah_2
-    python examples/12_half_cheetah_vel.py --debug     # under a minute, to see that all runs
+    python examples/12_half_cheetah_vel.py --debug     # under a minute, a test of the setup
     python examples/12_half_cheetah_vel.py --resume    # go on after Ctrl-C
 
 A trial is three episodes of 200 steps at one target velocity between 0 and 3 m/s. Results land in
@@ -17,15 +17,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import gymnasium as gym
 import torch
-from common import TrainingArgs, run_command_line, train_and_evaluate
+from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from gymnasium_rows import make_rows
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOut, make_policy, make_trainer, make_trial_env
 from torchrl_amago.envs.libs import HalfCheetahVel
-from torchrl_amago.evaluation import BothResults, TrialResults
-from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve
+from torchrl_amago.evaluation import BothResults
+from torchrl_amago.plots import plot_adaptation_curve
 
 
 @dataclass
@@ -34,14 +34,14 @@ class Args(TrainingArgs):
 
     episodes: int = 3
     """Episodes at each velocity."""
-    episode_steps: int = 200
+    max_episode_steps: int = 200
     """Steps of an episode."""
     min_velocity: float = 0.0
     """Lowest target in m/s."""
     max_velocity: float = 3.0
     """Highest target in m/s; an agent that is to run as fast as it can gets beyond 10."""
     context_length: int = 64
-    """Steps that the policy remembers, and steps of a slice in a batch; rewards tell the target soon."""
+    """Steps that the policy remembers, and steps of a slice; a few rewards reveal the target."""
     round_steps: int = 100
     """Steps of each environment between updates."""
     discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
@@ -51,7 +51,7 @@ class Args(TrainingArgs):
     n_step: int = 5
     """Rewards in a TD target; more of them tell values sooner of what comes late."""
 
-    # Other defaults for fields that every task has.
+    # Other defaults of common fields.
     run_dir: Path = Path("runs/half_cheetah_vel")
     d_model: int = 128
     hidden_size: int = 256
@@ -65,22 +65,18 @@ class Args(TrainingArgs):
 
 
 def make_env(args: Args, num_envs: int) -> EnvBase:
-    def make_one() -> gym.Env:
-        return HalfCheetahVel(args.episode_steps, args.min_velocity, args.max_velocity)
-
-    together = gym.vector.SyncVectorEnv(
-        [make_one] * num_envs,
-        # The trial transform resets what is done.
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
+    rows = make_rows(
+        lambda: HalfCheetahVel(args.max_episode_steps, args.min_velocity, args.max_velocity),
+        num_envs,
     )
     return make_trial_env(
-        together, episodes=args.episodes, repeat="options", options=HalfCheetahVel.SAME_TARGET
+        rows, episodes=args.episodes, repeat="options", options=HalfCheetahVel.SAME_TARGET
     )
 
 
 def train(args: Args) -> BothResults:
     torch.manual_seed(args.seed)
-    trial_length = args.episodes * args.episode_steps
+    trial_length = args.episodes * args.max_episode_steps
     env = make_env(args, args.num_envs)
     policy = make_policy(
         env,
@@ -98,33 +94,17 @@ def train(args: Args) -> BothResults:
         slice_length=min(args.context_length, trial_length),
         round_steps=min(args.round_steps, trial_length),
         loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
-        evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
-        **args.trainer_options(),
+        **args.trainer_options(held_out),
     )
-    results = train_and_evaluate(args, trainer, held_out)
-    print(results.describe("trial_return"))
-    draw_pictures(args, results.greedy)
+    resume_if_asked(args, trainer)
+    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
+    title = f"{args.min_velocity:g} to {args.max_velocity:g} m/s, {args.seq_model}, {args.loss}"
+    draw_progress(args, title)
+    path = args.run_dir / "adaptation_curve.png"
+    plot_adaptation_curve(results.greedy, path, measure="return", title=f"{title}, greedy")
     return results
 
 
-def draw_pictures(args: Args, results: TrialResults) -> None:
-    title = f"{args.min_velocity:g} to {args.max_velocity:g} m/s, {args.seq_model}, {args.loss}"
-    plot_learning_curve(
-        args.run_dir / "progress.csv",
-        args.run_dir / "learning_curve.png",
-        panels={
-            "return per trial": {
-                "train/trial_return": "training",
-                "eval/trial_return": "evaluation",
-            },
-        },
-        title=title,
-    )
-    plot_adaptation_curve(
-        results, args.run_dir / "adaptation_curve.png", measure="return", title=f"{title}, greedy"
-    )
-    print(f"Pictures: {args.run_dir}/{{learning_curve,adaptation_curve}}.png")
-
-
 if __name__ == "__main__":
-    run_command_line(Args, train, debug=dict(episode_steps=20, num_envs=4, eval_trials=16))
+    with command_line(Args, debug=dict(max_episode_steps=20, num_envs=4, eval_trials=16)) as args:
+        train(args)

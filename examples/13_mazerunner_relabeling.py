@@ -1,19 +1,21 @@
-"""Train an agent to run through unknown mazes to one goal after the other, and to learn from goals it missed.
+r"""Train an agent to reach goals in unknown mazes, with hindsight for the goals that it missed.
 
     python examples/13_mazerunner_relabeling.py                    # two minutes on two CPU cores
-    python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight    # for comparison
+    python examples/13_mazerunner_relabeling.py --relabel none --run-dir runs/no_hindsight
     python examples/13_mazerunner_relabeling.py --relabel all --run-dir runs/all_successes
-    python examples/13_mazerunner_relabeling.py --randomize-actions --time-limit 60 --total-updates 4000 --run-dir runs/rewired
-    python examples/13_mazerunner_relabeling.py --debug            # under a minute, to see that all runs
+    python examples/13_mazerunner_relabeling.py --randomize-actions --max-episode-steps 60 \
+        --total-updates 4000 --run-dir runs/rewired
+    python examples/13_mazerunner_relabeling.py --debug            # a test of the setup
     python examples/13_mazerunner_relabeling.py --resume           # go on after Ctrl-C
 
-Most trials of a beginner come to none of their goals, so there is no reward to learn from. But wherever
-the agent went could have been a goal: hindsight exchanges goals that were missed for places that were
-reached, as trials are drawn from the replay buffer, and computes rewards and endings anew. The agent
-sees the goals, but not `achieved`, the entry that says what hindsight may choose from.
+Most trials of a beginner come to none of their goals, so there is no reward to learn from. But
+wherever the agent went could have been a goal: hindsight exchanges goals that were missed for
+places that were reached, as trials are drawn from the replay buffer, and computes rewards and
+endings anew. The agent sees the goals, but not `achieved`, the entry that says what hindsight may
+choose from.
 
-Results land in the run's folder: `progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`,
-`evaluation_sampled.npz`, the policy's weights and checkpoints.
+Results land in the run's folder: `progress.csv`, `learning_curve.png`, `trial.png`,
+`evaluation.npz`, `evaluation_sampled.npz`, the policy's weights and checkpoints.
 """
 
 from __future__ import annotations
@@ -22,9 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
-from common import TrainingArgs, run_command_line, train_and_evaluate
+from common import (
+    TrainingArgs,
+    both,
+    command_line,
+    draw_progress,
+    draw_steps,
+    final_evaluation,
+    resume_if_asked,
+)
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -36,7 +45,6 @@ from torchrl_amago import (
     make_trial_env,
 )
 from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
-from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 
 
 @dataclass
@@ -54,7 +62,7 @@ class Args(TrainingArgs):
     relabel: Literal["some", "all", "none"] = "some"
     """How many of the missed goals hindsight exchanges: a random number of them, all, or none."""
 
-    # Other defaults for fields that every task has.
+    # Other defaults of common fields.
     run_dir: Path = Path("runs/maze_runner")
     total_updates: int = 1500
 
@@ -89,43 +97,22 @@ def train(args: Args) -> BothResults:
         policy,
         trial_length=args.max_episode_steps,
         buffer_options=dict(relabel=GoalSequenceRelabel(args.relabel)),
-        evaluator=lambda: held_out.evaluate(args.eval_trials // 4),
-        success_threshold=all_goals,
-        **args.trainer_options(),
+        **args.trainer_options(held_out),
     )
-    results = train_and_evaluate(args, trainer, held_out)
-    print(results.describe("trial_return", "success", "trial_length"))
-    draw_pictures(args, held_out.pictures())
+    resume_if_asked(args, trainer)
+    results = final_evaluation(
+        args, trainer.train(), trainer, held_out, "trial_return", "success", "trial_length"
+    )
+    panels = {
+        f"goals reached per trial, of {args.goals}": both("trial_return"),
+        "success: all goals reached": both("success_last"),
+    }
+    size = f"{args.maze_size}x{args.maze_size}"
+    draw_progress(args, f"{size} mazes, relabelled: {args.relabel}", panels)
+    draw_steps(args, held_out.pictures()[0])
     return results
 
 
-def draw_pictures(args: Args, frames: list) -> None:
-    plot_learning_curve(
-        args.run_dir / "progress.csv",
-        args.run_dir / "learning_curve.png",
-        panels={
-            f"goals reached per trial, of {args.goals}": {
-                "train/trial_return": "training",
-                "eval/trial_return": "evaluation",
-            },
-            "success: all goals reached": {
-                "train/success_last": "training",
-                "eval/success_last": "evaluation",
-            },
-        },
-        title=f"{args.maze_size}x{args.maze_size} mazes, relabelled: {args.relabel}",
-    )
-    (trial,) = frames
-    steps = np.unique(np.linspace(0, len(trial) - 1, 8, dtype=int))
-    plot_trial_strip(
-        [[trial[step] for step in steps]],
-        args.run_dir / "trial.png",
-        headings=[f"step {step}" for step in steps],
-        titles=["trial"],
-        picture_inches=1.6,
-    )
-    print(f"Pictures: {args.run_dir}/{{learning_curve,trial}}.png")
-
-
 if __name__ == "__main__":
-    run_command_line(Args, train)
+    with command_line(Args) as args:
+        train(args)

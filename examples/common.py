@@ -1,19 +1,21 @@
-"""Settings that every example has, its command line, and training with the evaluation at its end."""
+"""Code that the training examples share: settings, command line, evaluation, pictures."""
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import dataclasses
 import inspect
 import math
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
+import numpy as np
 import torch
+from allocator import keep_freed_memory
 from torchrl import logger as torchrl_logger
 
 from torchrl_amago import AMAGOTrainer, HeldOut, load_policy
@@ -21,12 +23,13 @@ from torchrl_amago._files import DamagedError
 from torchrl_amago.evaluation import BothResults
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
+from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 from torchrl_amago.trainers import Intervals
 
-# As shells and batch systems expect them: 75 asks for another try (EX_TEMPFAIL).
+# Codes that shells and batch systems expect; 75 asks for another try (EX_TEMPFAIL).
 EXIT_CODES = {"interrupted": 130, "preempted": 75}
 
-# What --debug changes in every script: networks and a run that are over in seconds.
+# Changes that --debug makes in every script: networks and a run of seconds.
 DEBUG = dict(
     total_updates=40,
     updates_per_round=10,
@@ -68,14 +71,14 @@ class TrainingArgs:
     resume: bool = False
     """Go on from the newest checkpoint in run_dir; start anew if there is none."""
     resume_from: Path | None = None
-    """Checkpoint, or folder of a run, to go on from. With --resume, only if run_dir has no checkpoint."""
+    """Checkpoint, or folder of a run, to go on from; --resume prefers one in run_dir."""
     debug: bool = False
     """A short run with a small network, to see that everything works (under a minute)."""
     seed: int = 1
     """Seed of everything: networks, tasks, exploration, batches."""
 
     seq_model: Literal[tuple(SEQ_MODELS)] = "transformer"
-    """What remembers: the trajectory encoder."""
+    """Trajectory encoder, the policy's memory."""
     d_model: int = 64
     """Width of the sequence model."""
     num_layers: int = 1
@@ -86,8 +89,8 @@ class TrainingArgs:
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
 
     loss: Literal[tuple(LOSSES)] = "amago"
-    """What is trained on: AMAGO's regression and policy gradient, or AMAGO-2's classification and
-    filtered imitation."""
+    """AMAGO's regression and policy gradient, or AMAGO-2's classification and filtered
+    imitation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes networks and loss in bfloat16; quick on CPUs with AMX and on GPUs."""
 
@@ -96,7 +99,7 @@ class TrainingArgs:
     total_updates: int = 3000
     """Optimiser steps in all."""
     updates_per_round: int = 20
-    """Optimiser steps after each round, in which every environment makes as many steps as a trial has."""
+    """Optimiser steps after each round, the collection of one trial's steps per environment."""
     batch_size: int = 32
     """Trials in a batch."""
     learning_rate: float = 5e-4
@@ -115,8 +118,8 @@ class TrainingArgs:
     eval_trials: int = 512
     """Trials in the last evaluation; a quarter of it in those before."""
     final_policy: Literal["last", "best"] = "last"
-    """Whose trials the last evaluation plays: the policy as training left it, or that of the best evaluation
-    before (by mean return), on trials of another seed than it was chosen by."""
+    """Policy of the last evaluation: the last one, or that of the best evaluation before (by mean
+    return), which then plays trials of another seed."""
     checkpoint_interval: int = 500
     """Updates between checkpoints."""
     logger: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -126,8 +129,9 @@ class TrainingArgs:
 
     def __post_init__(self) -> None:
         ranges = {
-            "num_envs eval_trials total_updates updates_per_round batch_size capacity anneal_frames "
-            "eval_interval checkpoint_interval threads d_model num_layers num_heads hidden_size": (
+            "num_envs eval_trials total_updates updates_per_round batch_size capacity "
+            "anneal_frames eval_interval checkpoint_interval threads d_model num_layers "
+            "num_heads hidden_size": (
                 "at least 1",
                 lambda value: value >= 1,
             ),
@@ -167,10 +171,11 @@ class TrainingArgs:
             actor_options=dict(hidden_size=self.hidden_size),
         )
 
-    def trainer_options(self, **critic_options: Any) -> dict[str, Any]:
-        """Arguments of :func:`~torchrl_amago.trainers.make_trainer`, all that don't need the task.
+    def trainer_options(self, held_out: HeldOut, **critic_options: Any) -> dict[str, Any]:
+        """Return the arguments of `make_trainer` that don't depend on the task.
 
         Args:
+            held_out: evaluator, which plays a quarter of `eval_trials` during training.
             critic_options: further arguments of :func:`~torchrl_amago.modules.make_critic`.
         """
         return dict(
@@ -187,6 +192,8 @@ class TrainingArgs:
             warmup_updates=self.warmup_updates,
             final_lr_fraction=0.1,
             intervals=Intervals(evaluate=self.eval_interval, checkpoint=self.checkpoint_interval),
+            evaluator=lambda: held_out.evaluate(self.eval_trials // 4),
+            success_threshold=held_out.success_threshold,
             loggers=self.logger,
             seed=self.seed,
             **self._record(),
@@ -213,24 +220,21 @@ class TrainingArgs:
         return shlex.join([sys.executable, *sys.argv] + ["--resume"] * (not self.resume))
 
 
-def run_command_line(
-    args_class: type[TrainingArgs],
-    train: Callable[[Any], Any],
-    debug: Mapping[str, Any] | None = None,
-) -> NoReturn:
-    """Read the command line, train, and leave with the exit code.
+@contextlib.contextmanager
+def command_line(
+    args_class: type[TrainingArgs], debug: Mapping[str, Any] | None = None
+) -> Iterator[Any]:
+    """Yield the settings of the command line; turn a user's error into one line and exit code 2.
 
-    That is 0 after a whole run, 130 after Ctrl-C, 75 after a signal of a batch system, and 2 with one
-    line for what a user can put right (`RL_LOGGING_LEVEL=DEBUG` shows where it was raised). With
-    `--debug` other defaults hold, those of :data:`DEBUG`, and results land in a folder of their own;
-    flags that are given win over both.
+    With `--debug`, :data:`DEBUG` replaces the defaults and results go to a folder of their own;
+    flags on the command line win over both. `RL_LOGGING_LEVEL=DEBUG` shows where an error was
+    raised.
 
     Args:
-        args_class: what the command line is read into; its docstring is the help's first line.
-        train: called with it.
+        args_class: dataclass to fill; its docstring is the first line of the help.
         debug: further defaults under `--debug`.
     """
-    import tyro  # here, since processes of several runs import this file
+    import tyro  # here, since the processes of several runs import this file
 
     defaults = args_class()
     if "--debug" in sys.argv[1:]:
@@ -240,71 +244,79 @@ def run_command_line(
         args = tyro.cli(args_class, default=defaults)
         torch.set_num_threads(args.threads)
         keep_freed_memory()
-        train(args)
+        yield args
     except (ValueError, OSError, DamagedError) as error:
         torchrl_logger.debug("raised here", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0)
 
 
-def train_and_evaluate(args: TrainingArgs, trainer: AMAGOTrainer, held_out: HeldOut) -> BothResults:
-    """Train, from a checkpoint where the flags ask for it; then play and keep the held-out trials.
-
-    Args:
-        args: says whether to resume, where results go and how many trials to play.
-        trainer: of this run.
-        held_out: the trials, and whose they are.
-
-    Raises:
-        SystemExit: if a signal ended the training.
-    """
+def resume_if_asked(args: TrainingArgs, trainer: AMAGOTrainer) -> None:
+    """Load the checkpoint that `--resume` and `--resume-from` ask for."""
     has_checkpoint = trainer.checkpoints.latest() is not None
     if args.resume_from is not None and not (args.resume and has_checkpoint):
         trainer.resume(args.resume_from)
     elif args.resume:
         trainer.resume(missing_ok=True)
-    outcome = trainer.train()
+
+
+def final_evaluation(
+    args: TrainingArgs, outcome: str, trainer: AMAGOTrainer, held_out: HeldOut, *measures: str
+) -> BothResults:
+    """Play and save the held-out trials of a finished run, and print their summary.
+
+    Args:
+        args: number of trials, policy to play, and folder for the results.
+        outcome: return value of `trainer.train()`.
+        trainer: of this run.
+        held_out: evaluator of this run's policy.
+        measures: entries of the summary to print; all by default.
+
+    Raises:
+        SystemExit: if a signal ended the training; with the code of :data:`EXIT_CODES`.
+    """
     if outcome != "finished":
         print(f"To go on: {args.resume_command()}")
         sys.exit(EXIT_CODES[outcome])
     if args.final_policy == "best":
         load_policy(trainer.policy_files.best, held_out.policy)
-        # A choice among noisy figures favours the lucky ones: other trials tell how good it is.
+        # The best of several noisy figures is too good: other trials give an unbiased one.
         held_out.seed += 2
     results = held_out.evaluate_both(args.eval_trials)
     results.save(args.run_dir)
+    print(results.describe(*measures))
     return results
+
+
+def both(measure: str) -> dict[str, str]:
+    """Return the columns and labels of a panel that shows a measure in training and evaluation."""
+    return {f"train/{measure}": "training", f"eval/{measure}": "evaluation"}
+
+
+def draw_progress(args: TrainingArgs, title: str, panels: Mapping | None = None, **options) -> None:
+    """Draw `learning_curve.png` from `progress.csv`; by default the return per trial."""
+    plot_learning_curve(
+        args.run_dir / "progress.csv",
+        args.run_dir / "learning_curve.png",
+        panels=panels or {"return per trial": both("trial_return")},
+        title=title,
+        **options,
+    )
+
+
+def draw_steps(args: TrainingArgs, episode: Sequence[np.ndarray], num_steps: int = 8) -> None:
+    """Draw `trial.png`, one row of evenly spaced steps of an episode, its last two included."""
+    even = np.linspace(0, len(episode) - 2, num_steps - 1, dtype=int)
+    steps = np.unique([*even, len(episode) - 1])
+    plot_trial_strip(
+        [[episode[step] for step in steps]],
+        args.run_dir / "trial.png",
+        headings=[f"step {step}" for step in steps],
+        titles=["trial"],
+        picture_inches=1.3,
+    )
 
 
 def _argument_names(encoder: Callable[..., Any]) -> set[str]:
     # Of __init__: the signature of a tensordict module's class shows __new__, which takes anything.
     return set(inspect.signature(encoder.__init__).parameters)
-
-
-# Numbers of glibc's malloc.h; the threshold is the largest that it takes.
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-_LARGEST_THRESHOLD, _LARGEST_INT = 32 * 2**20, 2**31 - 1
-
-
-def keep_freed_memory() -> bool:
-    """Let the C library keep freed memory for this process, for the rest of its life.
-
-    By default glibc gives large blocks back to the system as soon as they are freed; each update then
-    touches hundreds of megabytes of fresh pages, which costs a tenth of its time. The process
-    keeps its largest size instead. For scripts: a library shouldn't decide this for its users.
-
-    Returns:
-        Whether anything changed: False where the C library isn't glibc.
-    """
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    wanted = (
-        (_MMAP_THRESHOLD, _LARGEST_THRESHOLD),
-        (_TRIM_THRESHOLD, _LARGEST_INT),
-        (_TOP_PAD, 64 * 2**20),
-    )
-    accepted = [mallopt(option, value) for option, value in wanted]
-    return all(accepted)

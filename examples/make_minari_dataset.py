@@ -4,10 +4,11 @@
     python examples/make_minari_dataset.py --quality good         # pendulum/good-5-v0
     python examples/make_minari_dataset.py --env-id CartPole-v1   # cartpole/weak-5-v0
 
-The behaviour policy, all of it: at every step, with the probability NOISE[quality], the action is drawn
-uniformly from the action space; otherwise a controller chooses it. On the pendulum that swings up by
-pumping energy, and balances near the top by a linear feedback; on the cart it pushes to the side to which
-the pole falls. Datasets land in $MINARI_DATASETS_PATH, by default ~/.minari/datasets.
+The behaviour policy, all of it: at every step, with the probability NOISE[quality], the action is
+drawn uniformly from the action space; otherwise a controller chooses it. On the pendulum that
+swings up by pumping energy, and balances near the top by a linear feedback; on the cart it pushes
+to the side to which the pole falls. Datasets land in $MINARI_DATASETS_PATH, by default
+~/.minari/datasets.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ablations_page as page
+import ablations_variants as variants
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,6 @@ from torchrl_amago.modules import DISCOUNTS, FeedForwardEncoder, TransformerEnco
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 TINY = {
-    "size": 2,
-    "episodes": 2,
     "updates_per_round": 2,
     "num_envs": 4,
     "batch_size": 2,
@@ -61,8 +61,7 @@ def ablations(monkeypatch):
     # Dataclasses look up their annotations in the module they were defined in.
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
-    yield module
-    del sys.modules[module.lake.__name__]
+    return module
 
 
 def run_script(*flags: str, folder: Path) -> subprocess.CompletedProcess:
@@ -121,27 +120,28 @@ def test_every_variant_is_tested(ablations):
 @pytest.mark.parametrize("variant", CHANGES)
 def test_a_variant_trains_with_one_change(ablations, variant, monkeypatch, tmp_path):
     made = []
-    make_trainer = ablations.lake.make_trainer
+    make_trainer = variants.make_trainer
 
     def remember(env, policy, **options):
         made.append((make_trainer(env, policy, **options), policy))
         return made[-1][0]
 
-    monkeypatch.setattr(ablations.lake, "make_trainer", remember)
-    monkeypatch.setattr(ablations, "DEBUG", TINY)
-    args = ablations.Args(run_dir=tmp_path, updates=2, debug=True)
-    assert ablations.train(args, variant, 7) is not None
+    monkeypatch.setattr(variants, "make_trainer", remember)
+    monkeypatch.setattr(variants, "DEBUG", TINY)
+    assert variants.train(variant, tmp_path / variant / "7", 7, updates=2, debug=True) is not None
     assert describe(*made[0]) == {**BASELINE, **CHANGES[variant]}
     assert made[0][0].seed == 7
     # Of the example's 2400 updates, exploration fades over 200,000 steps.
     assert made[0][1].exploration.anneal_frames == 166
-    assert ablations.is_finished(tmp_path / variant / "7", 2)
+    assert page.is_finished(tmp_path / variant / "7", 2)
 
 
 def test_an_interrupted_run_resumes(ablations, monkeypatch, tmp_path):
     given = []
-    monkeypatch.setattr(ablations.lake, "train", lambda args, **_: given.append(args))
-    ablations.train(ablations.Args(run_dir=tmp_path), "n_step_3", 2)
+    monkeypatch.setattr(variants, "resume_if_asked", lambda args, _: given.append(args))
+    monkeypatch.setattr(variants, "final_evaluation", lambda *_: None)
+    monkeypatch.setattr("torchrl_amago.AMAGOTrainer.train", lambda _: "finished")
+    variants.train("n_step_3", tmp_path, 2, updates=10)
     assert given[0].resume  # if there is something
     assert "--resume" not in given[0].resume_command()
 
@@ -153,7 +153,7 @@ def test_the_table_against_figures_by_hand(ablations, tmp_path, capsys):
     write_run(tmp_path / "two_hot" / "0", [0.0, 0.0, 0.0, 2.0], updates=8, seconds=5.0)
     variants = ("baseline", "n_step_3", "two_hot")
     args = ablations.Args(run_dir=tmp_path, variants=variants, seeds=tuple(range(5)), updates=8)
-    scores = ablations.read_scores(args)
+    scores = page.read_scores(args)
     assert list(scores) == ["baseline", "two_hot"]
     point, low, high = scores["baseline"].trial_return
     assert point == pytest.approx(3.0)
@@ -164,17 +164,17 @@ def test_the_table_against_figures_by_hand(ablations, tmp_path, capsys):
     assert scores["baseline"][2:] == pytest.approx((0.0, 1.0, 12.0))
     # One seed, four trials: the sum of four draws of 0, 0, 0, 2, over four.
     assert scores["two_hot"].trial_return == pytest.approx((0.5, 0.0, 1.5))
-    ablations.write_page(args, scores)
-    page = (tmp_path / "ablations.md").read_text("utf-8")
+    page.write_page(args, scores)
+    written = (tmp_path / "ablations.md").read_text("utf-8")
     changed = ablations.VARIANTS["two_hot"].change
-    assert f"| `two_hot` | {changed} | 1 | 0.500 [0.000, 1.500] | 0.000 | 0.250 | 5 |" in page
-    assert "--variants baseline n_step_3 two_hot --seeds 0 1 2 3 4 --updates 8" in page
+    assert f"| `two_hot` | {changed} | 1 | 0.500 [0.000, 1.500] | 0.000 | 0.250 | 5 |" in written
+    assert "--variants baseline n_step_3 two_hot --seeds 0 1 2 3 4 --updates 8" in written
     assert "| `two_hot` |" in capsys.readouterr().out
 
 
 def test_one_seed_has_the_interval_of_its_trials(ablations):
     returns = np.random.default_rng(0).normal(4.0, 1.0, size=400)
-    point, low, high = ablations.bootstrap_seeds_and_trials([returns])
+    point, low, high = page.bootstrap_seeds_and_trials([returns])
     assert point == pytest.approx(returns.mean())
     error = 1.96 * returns.std() / 20
     np.testing.assert_allclose([low, high], [point - error, point + error], atol=0.15 * error)
@@ -187,7 +187,7 @@ def test_results_of_another_budget_are_refused(ablations, tmp_path):
     with pytest.raises(ValueError, match=message):
         ablations.train_missing(args)
     with pytest.raises(ValueError, match=message):
-        ablations.read_scores(args)
+        page.read_scores(args)
 
 
 def test_nothing_to_plot(ablations, tmp_path):

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import DEBUG, TrainingArgs, run_command_line, train_and_evaluate
+from common import DEBUG, TrainingArgs, command_line, final_evaluation, resume_if_asked
 
 from torchrl_amago import (
     AMAGOTrainer,
@@ -32,6 +32,7 @@ from torchrl_amago.trainers.checkpoint import PolicyFiles
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
+HELD_OUT = SimpleNamespace(evaluate=None, success_threshold=0.5)
 SIZES = {"d_model": 64, "num_layers": 2}
 HEADS = {**SIZES, "num_heads": 4}
 
@@ -55,9 +56,9 @@ def test_a_subclass_adds_fields_and_changes_defaults():
     assert TrainingArgs().num_layers == 1
     assert TrainingArgs().task_fields() == {}
     assert Args(corridor=7).task_fields() == {"corridor": 7, "oracle": False}
-    settings = Args(corridor=7, seq_model="gru").trainer_options()["settings"]
+    settings = Args(corridor=7, seq_model="gru").trainer_options(HELD_OUT)["settings"]
     assert {"corridor": 7, "oracle": False, "seq_model": "gru"}.items() <= settings.items()
-    assert Args(batch_size=7).trainer_options()["options"]["batch_size"] == 7
+    assert Args(batch_size=7).trainer_options(HELD_OUT)["options"]["batch_size"] == 7
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def changed(value):
     )
 
 
-# Read by scripts themselves, where they make environments and evaluate, and by run_command_line.
+# Read by scripts themselves, where they make environments and evaluate, and by command_line.
 READ_ELSEWHERE = {
     "num_envs",
     "anneal_frames",
@@ -144,9 +145,10 @@ READ_ELSEWHERE = {
 
 def test_no_field_is_ignored():
     def everything(args):
-        options = args.trainer_options()
-        # Recorded, but not used.
-        return args.policy_options(), {key: options[key] for key in options if key != "options"}
+        options = args.trainer_options(HELD_OUT)
+        # Recorded, but not used; a new function each time.
+        recorded = ("options", "evaluator")
+        return args.policy_options(), {key: options[key] for key in options if key not in recorded}
 
     ignored = {
         field.name
@@ -158,7 +160,7 @@ def test_no_field_is_ignored():
 
 def test_options_are_arguments_of_what_they_are_for():
     trainer = {*inspect.signature(make_trainer).parameters, *inspect.signature(AMAGOTrainer).parameters}  # fmt: skip
-    assert set(Args().trainer_options()) <= trainer
+    assert set(Args().trainer_options(HELD_OUT)) <= trainer
     assert set(Args().policy_options()) <= set(inspect.signature(make_policy).parameters)
 
 
@@ -174,24 +176,25 @@ def test_resume_command(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch):
-    """Give a command line; get what arrived in `train`, and the exit code."""
+    """Run a command line; return the settings and the exit code."""
     threads = []
     monkeypatch.setattr("torch.set_num_threads", threads.append)
 
     def run(*command, error=None, **options):
         arrived = []
 
-        def train(args):
-            assert threads == [args.threads]
-            arrived.append(args)
-            if error is not None:
-                raise error
-
         monkeypatch.setattr(sys, "argv", ["train.py", *command])
-        with pytest.raises(SystemExit) as leaving:
-            run_command_line(Args, train, **options)
+        code = 0
+        try:
+            with command_line(Args, **options) as args:
+                assert threads == [args.threads]
+                arrived.append(args)
+                if error is not None:
+                    raise error
+        except SystemExit as leaving:
+            code = leaving.code
         threads.clear()
-        return (arrived or [None])[0], leaving.value.code
+        return (arrived or [None])[0], code
 
     return run
 
@@ -276,23 +279,20 @@ SMALL = {"seq_model": "gru", "seq_model_options": {"d_model": 8}}
 
 
 class FakeTrainer:
-    """Tells how it was called."""
+    """Record of how it was called."""
 
-    def __init__(self, outcome, policy_files=None, latest=None):
-        self.outcome, self.policy_files, self.calls = outcome, policy_files, []
+    def __init__(self, policy_files=None, latest=None):
+        self.policy_files, self.calls = policy_files, []
         self.checkpoints = SimpleNamespace(latest=lambda: latest)
 
     def resume(self, path=None, missing_ok=False):
         self.calls.append((path, missing_ok))
 
-    def train(self):
-        return self.outcome
-
 
 @pytest.mark.parametrize(("outcome", "code"), [("interrupted", 130), ("preempted", 75)])
 def test_a_stopped_run_leaves_with_its_exit_code(tmp_path, capsys, outcome, code):
     with pytest.raises(SystemExit) as leaving:
-        train_and_evaluate(TrainingArgs(run_dir=tmp_path), FakeTrainer(outcome), None)
+        final_evaluation(TrainingArgs(run_dir=tmp_path), outcome, None, None)
     assert leaving.value.code == code
     assert "To go on: " in capsys.readouterr().out
 
@@ -309,9 +309,8 @@ def test_a_stopped_run_leaves_with_its_exit_code(tmp_path, capsys, outcome, code
     ],
 )
 def test_where_a_run_goes_on(tmp_path, flags, latest, expected):
-    trainer = FakeTrainer("interrupted", latest=latest)
-    with pytest.raises(SystemExit):
-        train_and_evaluate(TrainingArgs(run_dir=tmp_path, **flags), trainer, None)
+    trainer = FakeTrainer(latest=latest)
+    resume_if_asked(TrainingArgs(run_dir=tmp_path, **flags), trainer)
     assert trainer.calls == expected
 
 
@@ -326,9 +325,9 @@ def test_a_script_s_last_evaluation_is_the_chosen_policy_s(tmp_path, final_polic
         p.data.normal_()
     expected = {"last": copy.deepcopy(policy.state_dict()), "best": best}[final_policy]
 
-    trainer = FakeTrainer("finished", files)
+    trainer = FakeTrainer(files)
     args = TrainingArgs(run_dir=tmp_path, eval_trials=8, final_policy=final_policy)
-    results = train_and_evaluate(args, trainer, HeldOut(policy, env, seed=5))
+    results = final_evaluation(args, "finished", trainer, HeldOut(policy, env, seed=5))
 
     assert all(
         torch.equal(x, expected[name])
@@ -344,7 +343,7 @@ def test_a_script_s_last_evaluation_is_the_chosen_policy_s(tmp_path, final_polic
 # How many blocks are mapped for one of 24 MB, and how many bytes stay once it is freed.
 SCRIPT = """
 import ctypes, torch
-from common import keep_freed_memory
+from allocator import keep_freed_memory
 
 NAMES = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 class Info(ctypes.Structure):

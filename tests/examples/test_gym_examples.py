@@ -47,7 +47,10 @@ def basic_gym(monkeypatch):
     ("name", "flags"),
     [
         ("01_basic_gym", ["--mask-velocities"]),
-        ("01_basic_gym", ["--env-id", "Pendulum-v1", "--episode-steps", "40", "--loss", "amago2"]),
+        (
+            "01_basic_gym",
+            ["--env-id", "Pendulum-v1", "--max-episode-steps", "40", "--loss", "amago2"],
+        ),
         ("12_half_cheetah_vel", []),
     ],
     ids=["cart pole", "pendulum", "cheetah"],
@@ -81,9 +84,9 @@ def test_a_wrong_id_is_explained(basic_gym):
     with pytest.raises(
         ValueError, match=r"--env-id must be .*'CartPol-v1'.*Did you mean: `CartPole`"
     ):
-        basic_gym.make_one(basic_gym.Args(env_id="CartPol-v1"))
+        basic_gym.Args(env_id="CartPol-v1").make_one()
     with pytest.raises(ValueError, match=r"--env-id must be .*'CartPole-v7'.*pprint_registry"):
-        basic_gym.make_one(basic_gym.Args(env_id="CartPole-v7"))
+        basic_gym.Args(env_id="CartPole-v7").make_one()
 
 
 def test_what_is_hidden(basic_gym):
@@ -93,12 +96,12 @@ def test_what_is_hidden(basic_gym):
         ({"keep": (3, 1)}, [3, 1]),
         ({}, [0, 1, 2, 3]),
     ):
-        env = basic_gym.make_one(basic_gym.Args(**fields))
+        env = basic_gym.Args(**fields).make_one()
         observation, _ = env.reset(seed=0)
         assert observation.tolist() == everything[kept].tolist()
         assert env.observation_space.shape == (len(kept),)
         assert env.observation_space.contains(observation)
-    pendulum = basic_gym.make_one(basic_gym.Args(env_id="Pendulum-v1", mask_velocities=True))
+    pendulum = basic_gym.Args(env_id="Pendulum-v1", mask_velocities=True).make_one()
     assert np.hypot(*pendulum.reset(seed=0)[0]) == pytest.approx(1.0)  # cosine and sine
 
 
@@ -107,23 +110,23 @@ def test_what_is_hidden(basic_gym):
     [
         (
             {"env_id": "Acrobot-v1", "mask_velocities": True},
-            "--mask-velocities knows .*'Acrobot-v1'",
+            "--mask-velocities works for .*'Acrobot-v1'",
         ),
-        ({"keep": (0, 4)}, r"--keep takes numbers of entries of a vector, got \[0, 4\]"),
-        ({"keep": (-1,)}, r"--keep takes numbers of entries of a vector, got \[-1\]"),
-        ({"env_id": "FrozenLake-v1", "keep": (0,)}, "--keep takes numbers .* Discrete"),
+        ({"keep": (0, 4)}, r"--keep takes indices of a vector's entries, got \[0, 4\]"),
+        ({"keep": (-1,)}, r"--keep takes indices of a vector's entries, got \[-1\]"),
+        ({"env_id": "FrozenLake-v1", "keep": (0,)}, "--keep takes indices .* Discrete"),
     ],
 )
 def test_what_cannot_be_hidden(basic_gym, fields, message):
     with pytest.raises(ValueError, match=message):
-        basic_gym.make_one(basic_gym.Args(**fields))
+        basic_gym.Args(**fields).make_one()
 
 
 def test_trials(basic_gym):
-    args = basic_gym.Args(episodes=2, episode_steps=3)
-    assert basic_gym.trial_length(args) == 6
-    assert basic_gym.trial_length(basic_gym.Args(episodes=2)) == 1000
-    env = basic_gym.make_env(args, 2)
+    args = basic_gym.Args(episodes=2, max_episode_steps=3)
+    assert args.trial_length() == 6
+    assert basic_gym.Args(episodes=2).trial_length() == 1000
+    env = args.make_env(2)
     env.set_seed(0)
     steps = env.rollout(6)
     observation = steps["observation"]
@@ -171,15 +174,11 @@ class Unrendered(Undrawable):
 @pytest.mark.parametrize(
     ("env_class", "reason"), [(Undrawable, "render_mode"), (Unrendered, "no display")]
 )
-def test_a_task_that_cannot_be_drawn_has_no_picture(
-    basic_gym, monkeypatch, tmp_path, capsys, env_class, reason
-):
-    monkeypatch.setattr(basic_gym, "plot_learning_curve", lambda *_, **__: None)
+def test_a_task_that_cannot_be_drawn_has_no_picture(basic_gym, tmp_path, capsys, env_class, reason):
     gym.register("Undrawable-v0", env_class, max_episode_steps=3)
     try:
         args = basic_gym.Args(env_id="Undrawable-v0", run_dir=tmp_path)
-        policy = basic_gym.make_env(args, 1).rand_action
-        basic_gym.draw_pictures(args, policy, seed=0)
+        args.draw_trial(args.make_env(1).rand_action, seed=0)
     finally:
         del gym.registry["Undrawable-v0"]
     shown = capsys.readouterr().out
@@ -190,8 +189,11 @@ def test_a_task_that_cannot_be_drawn_has_no_picture(
 def test_a_task_without_an_end_needs_one(basic_gym):
     gym.register("Endless-v0", "gymnasium.envs.classic_control.cartpole:CartPoleEnv")
     try:
-        with pytest.raises(ValueError, match="Endless-v0 has no time limit. .* --episode-steps"):
-            basic_gym.trial_length(basic_gym.Args(env_id="Endless-v0"))
-        assert basic_gym.trial_length(basic_gym.Args(env_id="Endless-v0", episode_steps=7)) == 7
+        with pytest.raises(
+            ValueError, match="Endless-v0 has no time limit. .* --max-episode-steps"
+        ):
+            basic_gym.Args(env_id="Endless-v0").trial_length()
+        args = basic_gym.Args(env_id="Endless-v0", max_episode_steps=7)
+        assert args.trial_length() == 7
     finally:
         del gym.registry["Endless-v0"]

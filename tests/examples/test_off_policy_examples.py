@@ -35,10 +35,10 @@ TINY = {
 }
 SHORT = {
     "00_meta_frozen_lake": {"size": 2, "episodes": 2},
-    "01_basic_gym": {"episode_steps": 6, "episodes": 2, "seq_model": "feedforward"},
+    "01_basic_gym": {"max_episode_steps": 6, "episodes": 2, "seq_model": "feedforward"},
     "04_tmaze": {"corridor": 3, "seq_model": "gru"},
     "05_dark_key_door": {"size": 2, "horizon": 5, "max_episode_steps": 8},
-    "12_half_cheetah_vel": {"episodes": 2, "episode_steps": 4, "loss": "amago2"},
+    "12_half_cheetah_vel": {"episodes": 2, "max_episode_steps": 4, "loss": "amago2"},
     "13_mazerunner_relabeling": {"max_episode_steps": 6},
 }
 OTHER = {
@@ -74,7 +74,7 @@ TASK = {
         "mask_velocities": False,
         "keep": (),
         "episodes": 1,
-        "episode_steps": None,
+        "max_episode_steps": None,
         "timestep_encoder": "mlp",
         "context_length": 16,
         "slice_length": 16,
@@ -87,11 +87,10 @@ TASK = {
         "num_bins": 9,
         "init_slope": 10.0,
         "action_gain": 8.0,
-        "offline_coeff": None,
     },
     "04_tmaze": {
         "corridor": 50,
-        "episode": None,
+        "max_episode_steps": None,
         "ambiguous_position": True,
         "penalty": None,
         "penalize": "dawdling",
@@ -108,7 +107,7 @@ TASK = {
     },
     "12_half_cheetah_vel": {
         "episodes": 3,
-        "episode_steps": 200,
+        "max_episode_steps": 200,
         "min_velocity": 0.0,
         "max_velocity": 3.0,
         "context_length": 64,
@@ -154,7 +153,8 @@ def test_every_encoder_acts(example):
     for name in SEQ_MODELS:
         args = example.Args(**{**TINY, **example.short, "seq_model": name})
         layouts = ("all",) if hasattr(args, "hold_out_layouts") else ()
-        env = example.make_env(args, 2, *layouts)
+        make_env = getattr(example, "make_env", None) or example.Args.make_env
+        env = make_env(args, 2, *layouts)
         policy = make_policy(env, context_length=20, **args.policy_options())
         assert env.rollout(5, policy)["action"].shape[0] == 2
 

@@ -47,7 +47,15 @@ def example(making, monkeypatch):
 
 def test_debug_run(tmp_path):
     done = subprocess.run(
-        [sys.executable, EXAMPLES / "14_offline_to_online.py", "--debug", "--run-dir", "run"],
+        [
+            sys.executable,
+            EXAMPLES / "14_offline_to_online.py",
+            "--debug",
+            "--threads",
+            "1",
+            "--run-dir",
+            "run",
+        ],
         cwd=tmp_path,
         env={
             "OMP_NUM_THREADS": "1",

@@ -7,6 +7,7 @@ import itertools
 import sys
 from pathlib import Path
 
+import ppo_parts
 import pytest
 import torch
 from tensordict.nn import TensorDictSequential
@@ -14,6 +15,7 @@ from torchrl.collectors import Collector
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.value import GAE
 
+from torchrl_amago import MetaFrozenLake, make_trial_env
 from torchrl_amago.trainers import read_progress
 
 PATH = Path(__file__).parents[2] / "examples" / "ppo_with_memory.py"
@@ -35,9 +37,9 @@ def collect(example, seq_model: str):
     """Rows `[B, T]` with several trials in each, as the example collects them."""
     torch.manual_seed(0)
     args = example.Args(seq_model=seq_model, d_model=16, num_layers=1)
-    env = example.make_env(6)
+    env = make_trial_env(MetaFrozenLake(3, batch_size=(6,)), episodes=5)
     env.set_seed(0)
-    actor, critic = example.make_networks(args, env, horizon=45)
+    actor, critic = ppo_parts.make_networks(args, env, horizon=45)
     collector = Collector(
         env, actor, frames_per_batch=6 * 60, total_frames=6 * 60, reset_at_each_iter=True
     )
@@ -82,7 +84,9 @@ def test_advantages_equal_those_computed_by_hand(example, seq_model):
     assert batch["next", "done"].equal(batch["next", "terminated"])
     batch = batch.exclude("timestep", "state", "logits", "_stream")
     value_network = TensorDictSequential(*actor[:-2], critic)
-    example.add_advantages(batch, value_network, GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None))
+    ppo_parts.add_advantages(
+        batch, value_network, GAE(gamma=GAMMA, lmbda=LAMBDA, value_network=None)
+    )
     for row in batch.unbind(0):
         expected = torch.tensor(advantages_by_hand(actor, critic, row))
         torch.testing.assert_close(row["advantage"][:, 0], expected, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,93 @@
+"""Gymnasium environments as rows of one batch, and settings that choose one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import gymnasium as gym
+from common import TrainingArgs, draw_steps
+from torchrl.envs import EnvBase
+
+from torchrl_amago import Policy, make_trial_env
+from torchrl_amago.evaluation import rollout_pictures
+
+# Entries that stay visible under --mask-velocities: position and angle; cosine and sine of the
+# angle.
+WITHOUT_VELOCITIES = {"CartPole-v0": (0, 2), "CartPole-v1": (0, 2), "Pendulum-v1": (0, 1)}
+
+
+def make_rows(make_one: Callable[[], gym.Env], num_envs: int) -> gym.vector.VectorEnv:
+    """Step copies of an environment together in this process; the trial transform resets them."""
+    return gym.vector.SyncVectorEnv(
+        [make_one] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+
+
+@dataclass
+class GymArgs(TrainingArgs):
+    """Settings of any Gymnasium environment whose episodes make trials."""
+
+    env_id: str = "CartPole-v1"
+    """Id of a registered environment; `module:id` imports the module that registers it first."""
+    mask_velocities: bool = False
+    """Hide the velocities of CartPole and Pendulum, which must then be inferred from the past."""
+    keep: tuple[int, ...] = ()
+    """Indices of the observation's entries that stay visible; default all."""
+    episodes: int = 1
+    """Episodes of a trial; all begin with the same seed."""
+    max_episode_steps: int | None = None
+    """Time limit of an episode; default the environment's own."""
+
+    def make_one(self, **options: str) -> gym.Env:
+        """Make one environment, with the entries that stay visible."""
+        try:
+            env = gym.make(self.env_id, max_episode_steps=self.max_episode_steps, **options)
+        except gym.error.UnregisteredEnv as error:
+            raise ValueError(
+                f"--env-id must be registered in Gymnasium, got {self.env_id!r}: {error} "
+                "gymnasium.pprint_registry() lists all; `module:id` imports a module first."
+            ) from error
+        keep = list(self.keep)
+        if self.mask_velocities and not keep:
+            if self.env_id not in WITHOUT_VELOCITIES:
+                raise ValueError(
+                    f"--mask-velocities works for {sorted(WITHOUT_VELOCITIES)}, got "
+                    f"{self.env_id!r}. Name the entries that stay visible with --keep."
+                )
+            keep = list(WITHOUT_VELOCITIES[self.env_id])
+        if not keep:
+            return env
+        space = env.observation_space
+        if len(space.shape or ()) != 1 or not all(0 <= i < space.shape[0] for i in keep):
+            raise ValueError(f"--keep takes indices of a vector's entries, got {keep} for {space}.")
+        visible = gym.spaces.Box(space.low[keep], space.high[keep], dtype=space.dtype)
+        return gym.wrappers.TransformObservation(env, lambda entries: entries[keep], visible)
+
+    def make_env(self, num_envs: int, **options: str) -> EnvBase:
+        """Make a batched trial environment."""
+        return make_trial_env(
+            make_rows(lambda: self.make_one(**options), num_envs),
+            episodes=self.episodes,
+            show_progress=self.episodes > 1,
+            # A time limit that isn't observed says nothing about the last state's value.
+            trial_end="episode",
+        )
+
+    def trial_length(self) -> int:
+        """Return the steps of the longest trial."""
+        steps = self.max_episode_steps or self.make_one().spec.max_episode_steps
+        if steps is None:
+            raise ValueError(
+                f"a trial needs an end, but {self.env_id} has no time limit. "
+                "Set one with --max-episode-steps."
+            )
+        return self.episodes * steps
+
+    def draw_trial(self, policy: Policy, seed: int) -> None:
+        """Draw `trial.png`, the first episode of a greedy trial, if that is possible."""
+        try:
+            env = self.make_env(1, render_mode="rgb_array")
+            draw_steps(self, rollout_pictures(policy, env, seed=seed)[0])
+        except Exception as error:  # noqa: BLE001 - the results are there
+            print(f"No trial.png, since {self.env_id} can't be drawn here: {error}")
