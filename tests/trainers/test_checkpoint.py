@@ -84,7 +84,7 @@ def test_rotation_keeps_the_last_written_and_a_users_own_folders(tmp_path):
     ("name", "content", "problem"),
     [
         ("state.npz", b"", "has 0 bytes"),
-        ("replay/manifest.json", None, "is missing"),
+        ("replay/generator.json", None, "is missing"),
         ("manifest.json", b"{", "cannot be read"),
         ("manifest.json", None, "cannot be read"),
         # A reader might prefer files that are not listed to the verified ones, and unpickle them.

@@ -21,6 +21,7 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         **{f"policy.{name}": value for name, value in policy.items()},
         **{f"loss.{name}": value for name, value in loss.items()},
         **trainer.settings,
+        "replay_buffer": type(trainer.online_buffer).__name__,
         "seed": trainer.seed,
     }
     options = {

@@ -4,7 +4,7 @@ A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
 
     manifest.json    counts, settings, options, versions, size and SHA-256 of the other files
     state.npz        all tensors and numbers, but for the replay's
-    replay/          the replay buffer (see torchrl_amago.data.save_replay)
+    replay/          the replay buffer, by its `dumps`
 
 A policy is a file like ``state.npz``.
 """
@@ -27,7 +27,7 @@ from torchrl.data import ReplayBuffer
 from torchrl_amago import _files as files
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
-from torchrl_amago.data import TrialReplayBuffer, load_replay, save_replay
+from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.trainers._metadata import as_json, check_same, facts, policy_settings
 from torchrl_amago.trainers.report import PROGRESS_FILE
 
@@ -83,7 +83,7 @@ class CheckpointStore:
             save_state(folder / _STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
-                save_replay(buffer, folder / _REPLAY)
+                buffer.dumps(folder / _REPLAY)
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "update": update,
@@ -125,7 +125,7 @@ class CheckpointStore:
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
         """Fill ``replay_buffer`` from a checkpoint."""
         if (path / _REPLAY).exists():
-            load_replay(replay_buffer, path / _REPLAY)
+            replay_buffer.loads(path / _REPLAY)
 
 
 def _problem(path: Path) -> str | None:
