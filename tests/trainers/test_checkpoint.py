@@ -163,7 +163,9 @@ def test_find(tmp_path, run):
     with pytest.raises(FileNotFoundError, match=rf"resuming needs a checkpoint, and .*{run} has"):
         store.find()
     path = save(store, 4)
-    assert CheckpointStore(tmp_path).find(tmp_path / run) == store.find() == store.find(path) == path
+    assert (
+        CheckpointStore(tmp_path).find(tmp_path / run) == store.find() == store.find(path) == path
+    )
     for missing in (path.parent / "update_0000077", tmp_path / "checkpoints/other"):
         with pytest.raises(FileNotFoundError, match="has none"):
             store.find(missing)

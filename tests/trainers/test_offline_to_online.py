@@ -81,7 +81,9 @@ def test_a_plain_buffer_is_written_to_after_the_switch(tmp_path, data):
 
 
 def test_offline_updates_need_data(tmp_path):
-    with pytest.raises(RuntimeError, match="sampling needs at least 1 trials, and the buffer has 0"):
+    with pytest.raises(
+        RuntimeError, match="sampling needs at least 1 trials, and the buffer has 0"
+    ):
         make_trainer(tmp_path, online_after=3).train()
 
 

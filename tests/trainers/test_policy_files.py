@@ -75,7 +75,11 @@ def windowed(window):
     ("saved", "other", "message"),
     [
         (windowed(8), windowed(16), "differ in 1 entries: window: 8 there, 16 here"),
-        (nn.Linear(3, 2), nn.Linear(3, 4), "2 entries: weights.weight.*bias: 2 float32 there, 4 float32 here"),
+        (
+            nn.Linear(3, 2),
+            nn.Linear(3, 4),
+            "2 entries: weights.weight.*bias: 2 float32 there, 4 float32 here",
+        ),
         (nn.Linear(3, 2), nn.Linear(3, 2, bias=False), "bias: 2 float32 there, absent here"),
     ],
 )

@@ -94,6 +94,8 @@ class Rollouts:
         weights = policy.parameters() if isinstance(policy, nn.Module) else ()
         self._has_own_policy = not is_local or any(p.device != device for p in weights)
         self.collector, self._is_local = collector, is_local
+        # None where several processes write: then the buffer counts.
+        self.frames_per_batch = collector.requested_frames_per_batch if is_local else None
         self._saved: dict[str, Any] = {}
         self._loaded: Mapping[str, Any] | None = None
 

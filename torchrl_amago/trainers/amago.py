@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl import logger as torchrl_logger
-from torchrl.collectors import BaseCollector, Collector
+from torchrl.collectors import BaseCollector
 from torchrl.data import ReplayBuffer
 from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
@@ -51,8 +51,7 @@ class Intervals:
 class AMAGOTrainer:
     """Collects whole trials and updates ``updates_per_round`` times, again and again.
 
-    `docs/training.md` describes the files in ``run_dir``, signals, loggers, exact resuming and the
-    arguments that may change on resume.
+    `docs/training.md` describes files, signals, loggers, resuming, and what may change on resume.
 
     Args:
         collector: writes to the replay buffer and yields nothing.
@@ -63,8 +62,7 @@ class AMAGOTrainer:
         total_updates: end of the run; the collector's ``total_frames`` may end it earlier.
         updates_per_round: updates after each batch of the collector.
         run_dir: folder for everything the run writes.
-        target_updater: stepped after every update, such as ``SoftUpdate(loss_module, tau=0.003)``.
-        scheduler: learning-rate schedule, stepped after every update.
+        target_updater, scheduler: stepped after every update.
         stepper: optimiser step; by default gradients are clipped at norm 1.
         exploration: module whose ``step(frames)`` follows the collected frames.
         policy: the policy whose weights are written; by default the collector's.
@@ -77,8 +75,7 @@ class AMAGOTrainer:
         progress_bar: a bar on a terminal, lines elsewhere; False for neither.
         success_threshold: an episode succeeds if its return is larger.
         seed: seeds torch, numpy, python and the environment when a new run starts.
-        settings: values by name that must not change on resume, besides the ``settings`` of policy
-            and loss.
+        settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
         callbacks: called with the trainer after every update; numbers that they return by name join
@@ -96,9 +93,9 @@ class AMAGOTrainer:
         >>> loss = amago_loss(policy)
         >>> rb = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = TrialCollector(env, policy, frames_per_batch=8 * 18, replay_buffer=rb)
+        >>> parts = (collector, loss, make_optimizer(loss), rb)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     options = {"total_updates": 4, "updates_per_round": 2, "run_dir": folder}
-        ...     AMAGOTrainer(collector, loss, make_optimizer(loss), rb, **options).train()
+        ...     AMAGOTrainer(*parts, total_updates=4, updates_per_round=2, run_dir=folder).train()
         'finished'
     """
 
@@ -230,7 +227,7 @@ class AMAGOTrainer:
         """
         self._acquire_lock()
         with contextlib.ExitStack() as on_error:
-            on_error.callback(self._release_lock)
+            on_error.callback(self._lock.close)
             if not missing_ok or CheckpointStore(path or self.run_dir).latest() is not None:
                 self._load(self.checkpoints.find(path))
             on_error.pop_all()
@@ -276,8 +273,7 @@ class AMAGOTrainer:
             if next(batches, self) is self:
                 return False  # the collector's own total_frames
         before, self._written = self._written, self.online_buffer.write_count
-        is_local = isinstance(self.collector, Collector)
-        frames = self.collector.requested_frames_per_batch if is_local else self._written - before
+        frames = self._rollouts.frames_per_batch or self._written - before
         counts.frames += frames
         if self.exploration is not None:
             self.exploration.step(frames)
@@ -289,8 +285,8 @@ class AMAGOTrainer:
         if not buffer.can_sample() and self._written >= 2 * capacity:  # the run would wait forever
             raise RuntimeError(
                 f"the replay buffer must hold min_trials={getattr(buffer.sampler, 'min_trials', 1)} "
-                f"trials before the first update, got one of {capacity} steps, which holds "
-                f"{getattr(buffer, 'num_trials', 'none')} of them. Raise its capacity."
+                f"trials before the first update, and one of {capacity} steps does not. Raise its "
+                "capacity."
             )
         return True
 
@@ -305,9 +301,9 @@ class AMAGOTrainer:
         return results
 
     def _write_row(self, evaluation: Results) -> None:
-        rate = self.optimizer.param_groups[0]["lr"]
+        counts, rate = self.counts, self.optimizer.param_groups[0]["lr"]
         extra = {"trials": self.monitor.trials, "learning_rate": rate}
-        self.report.write_row(self.counts.updates, self.counts.frames, extra, evaluation)
+        self.report.write_row(counts.updates, counts.frames, extra, evaluation)
 
     def _checkpoint(self, goes_on: bool = True) -> None:
         with self.report.timed("checkpoint"):
@@ -349,7 +345,7 @@ class AMAGOTrainer:
         finally:
             self.report.close()
             self.collector.shutdown(raise_on_error=self._outcome == "finished")
-            self._release_lock()
+            self._lock.close()
         if self._outcome != "finished":
             torchrl_logger.warning(
                 f"{self._outcome.capitalize()} at update {self.counts.updates}. Last checkpoint: "
@@ -366,13 +362,10 @@ class AMAGOTrainer:
             return
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._lock.enter_context(files.lock(self.run_dir / ".lock", wait=False))
+        self._lock.callback(vars(self).update, _has_lock=False)
         self._has_lock = True
         for folder in (self.run_dir, self.checkpoints.folder):
             files.recover(folder)
-
-    def _release_lock(self) -> None:
-        self._lock.close()
-        self._has_lock = False
 
     def _load(self, checkpoint: Path) -> None:
         if checkpoint.parents[1].resolve() != self.run_dir.resolve():

@@ -47,8 +47,6 @@ def make_trainer(
 ) -> AMAGOTrainer:
     """Make a trainer and its parts.
 
-    In each round every environment of the batch plays ``round_steps``; then come the updates.
-
     Args:
         env: batched environment with trial and previous-step transforms.
         policy: from :func:`~torchrl_amago.modules.make_policy`.
@@ -73,8 +71,7 @@ def make_trainer(
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Raises:
-        ValueError: for an unknown loss, arguments of a buffer beside a buffer, and numbers outside of
-            their range.
+        ValueError: for an unknown loss, options of a buffer beside a buffer, numbers out of range.
 
     Example:
         >>> import tempfile

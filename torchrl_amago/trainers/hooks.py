@@ -171,11 +171,9 @@ class TrialMonitor(TrainerHookBase):
             return  # not a task of episodes
         success = (gain > self.success_threshold).reshape(-1)
         is_end = done | soft_reset.reshape(-1)
-        for name, chosen in (
-            ("train/success_first", is_end & (episode.reshape(-1) == 0)),
-            ("train/success_last", done),
-        ):
-            self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))
+        chosen = {"first": is_end & (episode.reshape(-1) == 0), "last": done}
+        for name, at in chosen.items():
+            self.window.add(f"train/success_{name}", success[at].sum().item(), int(at.sum()))
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "trials": self.trials, "unfinished": self._unfinished}

@@ -106,9 +106,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
     """Computes loss, gradients, clipping and optimiser step; raises before anything changes on NaN.
 
     The sum of the loss's outputs whose names begin with ``loss`` is minimised. The batch is checked
-    before the forward (which updates running statistics), loss and gradient norm before the step.
-    They are one number read from the device, the only synchronisation of an update. A stock
-    :class:`torchrl.trainers.Trainer` takes it as ``optimization_stepper``.
+    before the forward, which updates running statistics. A stock :class:`torchrl.trainers.Trainer`
+    takes it as ``optimization_stepper``.
 
     Args:
         clip_norm: largest gradient norm; None for no clipping.

@@ -178,7 +178,9 @@ class RunReport:
             self.loggers[i] = logger = make_logger(self.loggers[i], self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
-            if not saved or _is_wandb(logger):  # others would list the run a second time
+            if (
+                not saved or "wandb" in type(logger).__name__.lower()
+            ):  # others would list the run a second time
                 logger.log_hparams(hparams)
         # disable=None is tqdm's own test for a terminal.
         disable = None if self.progress_bar else True
@@ -280,18 +282,14 @@ def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = 
     if not isinstance(logger, str):
         return logger
     check_choice("loggers", logger, ("tensorboard", "wandb"))
+    folder = str(run_dir)
     if logger == "tensorboard":
-        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=str(run_dir))
-    run_dir = Path(run_dir)
-    return torchrl_loggers.WandbLogger(run_dir.name, save_dir=str(run_dir), id=run_id)
-
-
-def _is_wandb(logger: Logger) -> bool:
-    return "wandb" in type(logger).__name__.lower()
+        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=folder)
+    return torchrl_loggers.WandbLogger(Path(folder).name, save_dir=folder, id=run_id)
 
 
 def _log_picture(logger: Logger, name: str, path: Path, update: int) -> None:
-    if _is_wandb(logger):
+    if "wandb" in type(logger).__name__.lower():
         import wandb
 
         logger.log_metrics({name: wandb.Image(str(path))}, step=update)
