@@ -20,9 +20,15 @@ import torch
 from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOut, MetaFrozenLake, make_policy, make_trainer, make_trial_env
+from torchrl_amago import (
+    HeldOutEvaluator,
+    MetaFrozenLake,
+    make_policy,
+    make_trainer,
+    make_trial_env,
+)
 from torchrl_amago.envs import bayes_optimal_success
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
 
 
@@ -67,7 +73,7 @@ def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -
     return make_trial_env(lake, episodes=args.episodes, show_progress=args.show_progress)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
     horizon = args.episodes * env.base_env.max_episode_steps
@@ -78,7 +84,7 @@ def train(args: Args) -> BothResults:
         **args.policy_options(),
     )
     layouts = "heldout" if args.hold_out_layouts else "all"
-    held_out = HeldOut(
+    held_out = HeldOutEvaluator(
         policy, make_env(args, min(256, args.eval_trials), layouts, seed=HELD_OUT_SEED)
     )
     trainer = make_trainer(env, policy, trial_length=horizon, **args.trainer_options(held_out))
@@ -88,7 +94,7 @@ def train(args: Args) -> BothResults:
     return results
 
 
-def draw_pictures(args: Args, results: BothResults, held_out: HeldOut) -> None:
+def draw_pictures(args: Args, results: EvaluationResults, held_out: HeldOutEvaluator) -> None:
     plain = not (args.hard_mode or args.recover_mode or args.slip_chance or args.hold_out_layouts)
     optimum = bayes_optimal_success(args.size, args.episodes) if plain and args.size < 4 else None
     draw_progress(

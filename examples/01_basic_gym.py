@@ -21,8 +21,8 @@ import torch
 from common import command_line, draw_progress, final_evaluation, resume_if_asked
 from gymnasium_rows import GymArgs
 
-from torchrl_amago import HeldOut, HLGauss, PopArt, make_policy, make_trainer
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago import HeldOutEvaluator, HLGauss, PopArt, make_policy, make_trainer
+from torchrl_amago.evaluation import EvaluationResults
 
 
 @dataclass
@@ -84,7 +84,7 @@ def loss_options(args: Args) -> dict[str, Any]:
     return options
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     length, env = args.trial_length(), args.make_env(args.num_envs)
     context_length = min(args.context_length, length)
@@ -97,7 +97,7 @@ def train(args: Args) -> BothResults:
         # Relative, since it doesn't matter how long an episode has lasted.
         **args.policy_options(positions="rotary", window=context_length),
     )
-    held_out = HeldOut(policy, args.make_env(min(64, args.eval_trials)))
+    held_out = HeldOutEvaluator(policy, args.make_env(min(64, args.eval_trials)))
     gain = dict(action_gain=args.action_gain) if args.loss == "amago2" else {}
     trainer = make_trainer(
         env,

@@ -30,8 +30,8 @@ from common import (
 )
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOut, TMaze, make_policy, make_trainer, make_trial_env
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago import HeldOutEvaluator, TMaze, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 
 
 @dataclass
@@ -74,7 +74,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(maze, episodes=1, show_progress=False)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     trial_length = env.base_env.max_episode_steps
@@ -90,7 +90,9 @@ def train(args: Args) -> BothResults:
         ),
         **args.policy_options(longest_memory=trial_length),
     )
-    held_out = HeldOut(policy, make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED))
+    held_out = HeldOutEvaluator(
+        policy, make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
+    )
     trainer = make_trainer(env, policy, trial_length=trial_length, **args.trainer_options(held_out))
     resume_if_asked(args, trainer)
     results = final_evaluation(args, trainer.train(), trainer, held_out, "success", "trial_return")

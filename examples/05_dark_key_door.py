@@ -23,8 +23,8 @@ import torch
 from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
 from torchrl.envs import EnvBase
 
-from torchrl_amago import DarkKeyDoor, HeldOut, make_policy, make_trainer, make_trial_env
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago import DarkKeyDoor, HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
 
 THROUGH_DOOR = 1.0  # an episode succeeds if its return is larger: key and door
@@ -69,7 +69,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(room, horizon=args.horizon, show_progress=args.show_progress)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     policy = make_policy(
@@ -82,7 +82,7 @@ def train(args: Args) -> BothResults:
         **args.policy_options(),
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
-    held_out = HeldOut(policy, eval_env, success_threshold=THROUGH_DOOR)
+    held_out = HeldOutEvaluator(policy, eval_env, success_threshold=THROUGH_DOOR)
     trainer = make_trainer(env, policy, trial_length=args.horizon, **args.trainer_options(held_out))
     resume_if_asked(args, trainer)
     # Success at the last episode says nothing here: the horizon cuts quick agents' last ones.
@@ -93,7 +93,7 @@ def train(args: Args) -> BothResults:
     return results
 
 
-def draw_pictures(args: Args, results: BothResults, held_out: HeldOut) -> None:
+def draw_pictures(args: Args, results: EvaluationResults, held_out: HeldOutEvaluator) -> None:
     title = f"{args.size}x{args.size} rooms, {args.seq_model}"
     draw_progress(args, title)
     # Only quick agents begin further episodes, so means over those would be means over them.

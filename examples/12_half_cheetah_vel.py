@@ -22,9 +22,9 @@ from common import TrainingArgs, command_line, draw_progress, final_evaluation, 
 from gymnasium_rows import make_rows
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOut, make_policy, make_trainer, make_trial_env
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
 from torchrl_amago.envs.libs import HalfCheetahVel
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve
 
 
@@ -74,7 +74,7 @@ def make_env(args: Args, num_envs: int) -> EnvBase:
     )
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     trial_length = args.episodes * args.max_episode_steps
     env = make_env(args, args.num_envs)
@@ -86,7 +86,7 @@ def train(args: Args) -> BothResults:
         # Relative, since it doesn't matter how long a trial has lasted.
         **args.policy_options(positions="rotary"),
     )
-    held_out = HeldOut(policy, make_env(args, min(16, args.eval_trials)))
+    held_out = HeldOutEvaluator(policy, make_env(args, min(16, args.eval_trials)))
     trainer = make_trainer(
         env,
         policy,

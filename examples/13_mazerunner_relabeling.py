@@ -38,13 +38,13 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import (
     GoalSequenceRelabel,
-    HeldOut,
+    HeldOutEvaluator,
     MazeRunner,
     make_policy,
     make_trainer,
     make_trial_env,
 )
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 
 
 @dataclass
@@ -79,7 +79,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     return make_trial_env(maze, episodes=1, show_progress=False)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     env = make_env(args, args.num_envs)
     policy = make_policy(
@@ -91,7 +91,7 @@ def train(args: Args) -> BothResults:
     )
     all_goals = args.goals - 0.5  # a trial succeeds if its return is larger
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
-    held_out = HeldOut(policy, eval_env, success_threshold=all_goals)
+    held_out = HeldOutEvaluator(policy, eval_env, success_threshold=all_goals)
     trainer = make_trainer(
         env,
         policy,

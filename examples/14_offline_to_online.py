@@ -21,8 +21,8 @@ import torch
 from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
 from offline_parts import find_dataset, make_env, make_replay
 
-from torchrl_amago import HeldOut, PopArt, make_policy, make_trainer
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago import HeldOutEvaluator, PopArt, make_policy, make_trainer
+from torchrl_amago.evaluation import EvaluationResults
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Args(TrainingArgs):
     eval_trials: int = 64
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     dataset = find_dataset(args)
     length = dataset.env_spec.max_episode_steps
@@ -85,7 +85,7 @@ def train(args: Args) -> BothResults:
         **args.policy_options(positions="rotary", window=args.context_length),
     )
     replay, dataset_return = make_replay(args, dataset, env)
-    held_out = HeldOut(policy, make_env(args, dataset, min(64, args.eval_trials)))
+    held_out = HeldOutEvaluator(policy, make_env(args, dataset, min(64, args.eval_trials)))
     options = dict(online_coeff=args.online_coeff, offline_coeff=args.offline_coeff, n_step=3)
     if args.loss == "amago":
         # The published step size averages over a third of this run.

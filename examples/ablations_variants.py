@@ -14,7 +14,7 @@ from common import DEBUG, TrainingArgs, final_evaluation, resume_if_asked
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
-    HeldOut,
+    HeldOutEvaluator,
     HLGauss,
     MetaFrozenLake,
     PopArt,
@@ -23,7 +23,7 @@ from torchrl_amago import (
     make_trainer,
     make_trial_env,
 )
-from torchrl_amago.evaluation import HELD_OUT_SEED, BothResults
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.modules import DISCOUNTS
 
 # A trial returns 0 to 5, times the loss's reward_scale of 10. Critics first predict the middle of
@@ -94,7 +94,7 @@ class LakeArgs(TrainingArgs):
 
 def train(
     variant: str, folder: Path, seed: int, updates: int, *, threads: int = 1, debug: bool = False
-) -> BothResults:
+) -> EvaluationResults:
     """Train, resume or finish one run in its folder."""
     changed = VARIANTS[variant]
     settings = dict(
@@ -112,7 +112,7 @@ def train(
     noise = dict(anneal_frames=run.anneal_frames)
     options = {**run.policy_options(), **changed.policy}
     policy = make_policy(env, context_length=45, exploration=noise, **options)
-    held_out = HeldOut(policy, make_lakes(min(256, run.eval_trials), seed=HELD_OUT_SEED))
+    held_out = HeldOutEvaluator(policy, make_lakes(min(256, run.eval_trials), seed=HELD_OUT_SEED))
     options = dict(loss_options=changed.loss(), **run.trainer_options(held_out))
     trainer = make_trainer(env, policy, trial_length=45, **options)
     resume_if_asked(run, trainer)

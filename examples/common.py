@@ -18,9 +18,9 @@ import torch
 from allocator import keep_freed_memory
 from torchrl import logger as torchrl_logger
 
-from torchrl_amago import AMAGOTrainer, HeldOut, load_policy
+from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, load_policy
 from torchrl_amago._files import DamagedError
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
@@ -171,7 +171,7 @@ class TrainingArgs:
             actor_options=dict(hidden_size=self.hidden_size),
         )
 
-    def trainer_options(self, held_out: HeldOut, **critic_options: Any) -> dict[str, Any]:
+    def trainer_options(self, held_out: HeldOutEvaluator, **critic_options: Any) -> dict[str, Any]:
         """Return the arguments of `make_trainer` that don't depend on the task.
 
         Args:
@@ -261,8 +261,12 @@ def resume_if_asked(args: TrainingArgs, trainer: AMAGOTrainer) -> None:
 
 
 def final_evaluation(
-    args: TrainingArgs, outcome: str, trainer: AMAGOTrainer, held_out: HeldOut, *measures: str
-) -> BothResults:
+    args: TrainingArgs,
+    outcome: str,
+    trainer: AMAGOTrainer,
+    held_out: HeldOutEvaluator,
+    *measures: str,
+) -> EvaluationResults:
     """Play and save the held-out trials of a finished run, and print their summary.
 
     Args:
@@ -282,7 +286,7 @@ def final_evaluation(
         load_policy(trainer.policy_files.best, held_out.policy)
         # The best of several noisy figures is too good: other trials give an unbiased one.
         held_out.seed += 2
-    results = held_out.evaluate_both(args.eval_trials)
+    results = held_out.evaluate_greedy_and_sampled(args.eval_trials)
     results.save(args.run_dir)
     print(results.describe(*measures))
     return results

@@ -9,8 +9,16 @@ targets are TorchRL components, and the loop below is all that joins them.
 import torch
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, evaluate, make_optimizer
-from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
+from torchrl_amago import (
+    MetaFrozenLake,
+    TrialCollector,
+    amago_loss,
+    evaluate,
+    make_optimizer,
+    make_policy,
+    make_trial_buffer,
+    make_trial_env,
+)
 from torchrl_amago.envs import bayes_optimal_success
 
 SEED, NUM_ENVS, ROUNDS, UPDATES_PER_ROUND = 1, 64, 120, 20
@@ -47,6 +55,6 @@ for _ in collector:
         optimizer.zero_grad()
         targets.step()
 
-results = evaluate(policy, env, trials_per_row=4, seed=10_000)
+results = evaluate(policy, env, trials_per_env=4, seed=10_000)
 optimum = bayes_optimal_success(3, 5).expected_return
 print(f"trial return {results.summary()['trial_return']:.2f}, the exact optimum is {optimum:.2f}")

@@ -25,8 +25,8 @@ from torchrl.objectives import ClipPPOLoss
 from torchrl.objectives.value import GAE
 from tqdm import tqdm
 
-from torchrl_amago import HeldOut, MetaFrozenLake, make_optimizer, make_trial_env
-from torchrl_amago.evaluation import BothResults
+from torchrl_amago import HeldOutEvaluator, MetaFrozenLake, make_optimizer, make_trial_env
+from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.trainers import ProgressTable, check_no_existing_run
 
@@ -66,7 +66,7 @@ class Args:
 DEBUG = dict(rounds=4, num_envs=16, batch_size=8, d_model=32, num_layers=1, eval_trials=64)
 
 
-def train(args: Args) -> BothResults:
+def train(args: Args) -> EvaluationResults:
     check_no_existing_run(args.run_dir)
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
@@ -102,7 +102,9 @@ def train(args: Args) -> BothResults:
         progress.set_postfix(trial_return=f"{row['train/trial_return']:.2f}")
     collector.shutdown()
     lakes = MetaFrozenLake(3, batch_size=(min(256, args.eval_trials),))
-    results = HeldOut(actor, make_trial_env(lakes, episodes=5)).evaluate_both(args.eval_trials)
+    results = HeldOutEvaluator(
+        actor, make_trial_env(lakes, episodes=5)
+    ).evaluate_greedy_and_sampled(args.eval_trials)
     results.save(args.run_dir)
     print(results.describe())
     draw_pictures(args, results.greedy)

@@ -30,7 +30,7 @@ from torchrl_amago.envs import (
     make_trial_env,
 )
 from torchrl_amago.evaluation import (
-    HeldOut,
+    HeldOutEvaluator,
     evaluate,
 )
 from torchrl_amago.modules import (
@@ -80,7 +80,7 @@ __all__ = [
     "GatedLinearAttentionEncoder",
     "GoalSequenceRelabel",
     "HLGauss",
-    "HeldOut",
+    "HeldOutEvaluator",
     "HindsightRelabel",
     "LSTMEncoder",
     "MLPTimestepEncoder",

@@ -7,29 +7,40 @@ matplotlib is imported when something is drawn, so that importing the package st
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchrl_amago.evaluation.evaluate import Measure, TrialResults
+from torchrl_amago.evaluation.results import Measure, TrialResults
 from torchrl_amago.evaluation.statistics import bootstrap_mean
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+Table = Sequence[Mapping[str, Any]] | str | Path
+"""Logged table: rows of column -> number (other entries are skipped), or its CSV file."""
+Results = TrialResults | Sequence[TrialResults]
+
 # Okabe and Ito's palette: told apart in every kind of colour blindness, and in print.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _REFERENCE_COLOUR = "#444444"
 _DPI = 160
-
-Rows = Sequence[Mapping[str, Any]]
+_PANELS = {
+    "return per trial": {"train/trial_return": "training", "eval/trial_return": "evaluation"},
+    "success rate": {
+        "train/success_last": "last episode, training",
+        "eval/success_last": "last episode, evaluation",
+        "train/success_first": "first episode, training",
+        "eval/success_first": "first episode, evaluation",
+    },
+}
 
 
 def plot_learning_curve(
-    rows: Rows | str | Path | Mapping[str, Rows | str | Path],
+    runs: Table | Sequence[Table] | Mapping[str, Table | Sequence[Table]],
     path: str | Path,
     *,
     x: str = "frames",
@@ -39,58 +50,55 @@ def plot_learning_curve(
     marks: Mapping[str, float] | None = None,
     title: str | None = None,
 ) -> None:
-    """Draw what a run logged, over the steps it took.
+    """Draw logged columns over the steps of a run.
+
+    Several seeds become their mean with its 95% bootstrap interval, over the steps that all of them
+    reached, interpolated at the first seed's points.
 
     Args:
-        rows: the table as rows of column -> number (missing or empty entries are skipped), or the
-            CSV file with it; or several runs by name, which then share the panels.
+        runs: the run's table, or a sequence of tables of several seeds; or either by name for
+            several agents, which share the panels.
         path: PNG (or PDF, SVG) to write.
         x: column on the horizontal axis.
         panels: panel title -> {column: label}. By default return per trial, and success at the
-            first and last episode, in training (thin) and evaluation, as far as they are logged.
+            first and last episode, in training (thin) and evaluation, if logged.
         reference: panel title -> height of a dashed line, such as the optimum.
-        reference_label: what that is.
-        marks: label -> place on the horizontal axis of a dotted line in every panel, such as a switch.
+        reference_label: legend entry of that line.
+        marks: label -> position on the horizontal axis of a dotted line in every panel.
         title: of the figure.
 
     Raises:
-        ValueError: where no column of the panels was logged.
+        ValueError: if no column of the panels was logged.
 
     Example:
         >>> import tempfile
         >>> rows = [{"frames": 64 * t, "eval/trial_return": t / 10} for t in range(40)]
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_learning_curve(rows, f"{folder}/learning_curve.png")
+        ...     plot_learning_curve({"agent": [rows, rows, rows]}, f"{folder}/learning_curve.png")
     """
-    runs = rows if isinstance(rows, Mapping) else {"": rows}
-    tables = {name: _read_rows(run) for name, run in runs.items()}
-    panels = panels or _DEFAULT_PANELS
-    logged = {key for table in tables.values() for row in table for key in row}
-    panels = {name: columns for name, columns in panels.items() if logged & columns.keys()}
+    runs = runs if isinstance(runs, Mapping) else {"": runs}
+    tables = {name: _read_seeds(run) for name, run in runs.items()}
+    logged = {key for seeds in tables.values() for rows in seeds for row in rows for key in row}
+    panels = {k: columns for k, columns in (panels or _PANELS).items() if logged & columns.keys()}
     if not panels or x not in logged:
         raise ValueError(
-            f"The learning curve needs column {x!r} and a column to draw over it, got "
+            f"the learning curve needs column {x!r} and a column to draw over it, got "
             f"{sorted(logged)}. Name yours with x= and panels=."
         )
     from matplotlib.ticker import EngFormatter
 
     figure, axes = _figure(len(panels), width=4.6, height=3.3)
     for ax, (name, columns) in zip(axes, panels.items(), strict=True):
-        # What is logged in training and in evaluation is one thing, so it has one colour.
-        things = list(
-            dict.fromkeys((run, key.rpartition("/")[2]) for run in tables for key in columns)
-        )
-        for run, table in tables.items():
+        # A quantity has one colour, in training and in evaluation.
+        colours: dict[tuple[str, str], str] = {}
+        for run, seeds in tables.items():
             for column, label in columns.items():
-                points = np.array(
-                    [[row[x], row[column]] for row in table if x in row and column in row]
-                )
-                if points.size:
-                    name_of_line = ", ".join(part for part in (run, label) if part)
-                    thing = things.index((run, column.rpartition("/")[2]))
-                    colour = _COLOURS[thing % len(_COLOURS)]
-                    thin = column.startswith("train/")
-                    _draw_run(ax, points, colour, name_of_line, thin=thin)
+                colour = _COLOURS[len(colours) % len(_COLOURS)]
+                colour = colours.setdefault((run, column.rpartition("/")[2]), colour)
+                if points := [p for rows in seeds if len(p := _points(rows, x, column))]:
+                    count = f"{len(points)} seeds" if len(points) > 1 else ""
+                    label_of_line = ", ".join(part for part in (run, label, count) if part)
+                    _draw_mean(ax, points, colour, label_of_line, column.startswith("train/"))
         if reference and name in reference:
             ax.axhline(
                 reference[name], color=_REFERENCE_COLOUR, ls="--", lw=1.2, label=reference_label
@@ -107,67 +115,57 @@ def plot_learning_curve(
 
 
 def plot_adaptation_curve(
-    results: TrialResults | Sequence[TrialResults] | Mapping[str, TrialResults],
+    results: Results | Mapping[str, Results],
     path: str | Path,
     *,
     measure: Measure = "success",
-    pooled: bool = True,
     reference: Sequence[float] | None = None,
     reference_label: str = "Bayes-optimal",
-    label: str = "agent",
-    confidence: float = 0.95,
-    seed: int = 0,
     title: str | None = None,
 ) -> None:
-    """Draw success (or return) by episode: whether the agent adapts within a trial, and how fast.
+    """Draw success (or return) by episode: the adaptation within a trial.
 
-    The band is the percentile-bootstrap interval of the mean, resampling whole trials.
+    The band is the 95% percentile-bootstrap interval of the mean, resampling whole trials. Several
+    seeds are pooled, with a thin line for each.
 
     Args:
-        results: of one agent; a sequence, of one agent trained with several seeds; or several
-            agents by name.
+        results: of one agent, or of its seeds; or either by name for several agents, such as one
+            with memory and one without.
         path: PNG (or PDF, SVG) to write.
         measure: `"success"` or `"return"`.
-        pooled: whether seeds become one line with thin ones for each, or a line with a band each.
-        reference: value by episode to draw beside it, such as an exact optimum's.
-        reference_label: what that is.
-        label: what the agent is called in the legend.
-        confidence: probability mass of the band.
-        seed: of the resampling.
+        reference: value by episode of a dashed line, such as an exact optimum's.
+        reference_label: legend entry of that line.
         title: of the figure.
 
     Example:
         >>> import tempfile, torch
         >>> success = torch.rand(200, 5) < torch.tensor([0.5, 0.8, 0.9, 0.95, 0.95])
-        >>> results = TrialResults(
-        ...     success.float(), success, success.sum(1).float(), torch.full((200,), 30)
-        ... )
+        >>> results = TrialResults(success.float(), success, success.sum(1), torch.full((200,), 30))
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_adaptation_curve(results, f"{folder}/adaptation_curve.png")
+        ...     plot_adaptation_curve({"memory": results}, f"{folder}/adaptation_curve.png")
     """
     from matplotlib.ticker import MaxNLocator
 
-    lines, thin = _lines_of(results, pooled, label)
     figure, (ax,) = _figure(1, width=5.2, height=3.6)
-    colours = _COLOURS * (1 + len(lines) // len(_COLOURS))
-    most = max(line.episode_return.shape[1] for line in lines.values())
-    marker = "o" if most <= 20 else None
-    for number, single in enumerate(thin):
-        values = single.by_episode(measure).nanmean(0).numpy()
-        ax.plot(
-            _episodes(values), values, color=colours[0], lw=0.8, alpha=0.45,
-            label=None if number else "each seed",
-        )  # fmt: skip
-    for (name, line), colour in zip(lines.items(), colours, strict=False):
-        mean, low, high = bootstrap_mean(
-            line.by_episode(measure).numpy(), confidence=confidence, seed=seed
-        )
-        episodes = _episodes(mean)
-        ax.fill_between(episodes, low, high, color=colour, alpha=0.2, lw=0)
-        ax.plot(episodes, mean, color=colour, marker=marker, ms=5, lw=2, label=name)
+    results = results if isinstance(results, Mapping) else {"agent": results}
+    agents = {k: [run] if isinstance(run, TrialResults) else run for k, run in results.items()}
+    num_episodes = max(run.episode_return.shape[1] for runs in agents.values() for run in runs)
+    episodes = range(1, num_episodes + 1)
+    marker = "o" if num_episodes <= 20 else None
+    for number, (name, runs) in enumerate(agents.items()):
+        colour, label = _COLOURS[number % len(_COLOURS)], name
+        if len(runs) > 1:
+            label = f"{name}, {len(runs)} seeds"
+            for run in runs:
+                values = run.by_episode(measure).nanmean(0).numpy()
+                ax.plot(episodes[: len(values)], values, color=colour, lw=0.8, alpha=0.45)
+        pooled = TrialResults.concatenate(runs).by_episode(measure).numpy()
+        mean, low, high = bootstrap_mean(pooled)
+        ax.fill_between(episodes[: len(mean)], low, high, color=colour, alpha=0.2, lw=0)
+        ax.plot(episodes[: len(mean)], mean, color=colour, marker=marker, ms=5, lw=2, label=label)
     if reference is not None:
         ax.plot(
-            _episodes(reference), reference, color=_REFERENCE_COLOUR, ls="--", lw=1.5,
+            range(1, len(reference) + 1), reference, color=_REFERENCE_COLOUR, ls="--", lw=1.5,
             marker=marker and "D", ms=3.5, label=reference_label,
         )  # fmt: skip
     ax.set_xlabel("episode at the same task")
@@ -175,11 +173,10 @@ def plot_adaptation_curve(
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if measure == "success":
         _percent_axis(ax)
-    trials = sum(len(line) for line in lines.values())
-    band = f"{confidence:.0%} bootstrap interval, {trials:,} trials"
-    ax.fill_between(
-        [], [], color=colours[0] if len(lines) == 1 else "#888888", alpha=0.2, lw=0, label=band
-    )
+    trials = sum(len(run) for runs in agents.values() for run in runs)
+    label = f"95% bootstrap interval, {trials:,} trials"
+    colour = _COLOURS[0] if len(agents) == 1 else "#888888"
+    ax.fill_between([], [], color=colour, alpha=0.2, lw=0, label=label)
     ax.legend(frameon=False, fontsize=9, loc="lower right" if measure == "success" else "best")
     _finish(figure, path, title)
 
@@ -196,10 +193,10 @@ def plot_trial_strip(
     """Draw one trial as a grid of pictures: a row for each episode, a column for each step.
 
     Args:
-        frames: pictures `[H, W, 3]` uint8 of each episode, as `rollout_pictures` gives.
+        frames: pictures `[H, W, 3]` uint8 of each episode, as `rollout_pictures` returns.
         path: PNG (or PDF, SVG) to write.
-        titles: what to write beside each episode; its number by default.
-        headings: what to write over each column; the step's number by default.
+        titles: text beside each episode; its number by default.
+        headings: text over each column; the step's number by default.
         title: of the figure.
         picture_inches: side of a picture.
 
@@ -209,97 +206,66 @@ def plot_trial_strip(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_trial_strip(frames, f"{folder}/trial.png")
     """
-    if not frames or not all(len(episode) for episode in frames):
-        raise ValueError(
-            "A trial strip needs at least one episode, and one picture in each, got "
-            f"{[len(episode) for episode in frames]} pictures. Use rollout_pictures."
-        )
+    from matplotlib.figure import Figure
+
+    columns, side = max(map(len, frames)), picture_inches
     titles = titles or [f"episode {number}" for number in range(1, len(frames) + 1)]
-    if len(titles) != len(frames):
-        raise ValueError(
-            f"titles must name each of the {len(frames)} episodes, got {len(titles)} of them. "
-            "Leave it out to number them."
-        )
-    columns = max(map(len, frames))
     headings = headings or ["start", *(f"step {number}" for number in range(1, columns))]
-    if len(headings) != columns:
-        raise ValueError(
-            f"headings must name each of the {columns} columns, got {len(headings)} of them. "
-            "Leave it out to number them."
-        )
-    figure, place = _picture_grid(
-        rows=len(frames),
-        headings=headings,
-        side=picture_inches,
-        left=0.1 + 0.075 * max(map(len, titles)),  # room for the episodes' titles
-        top=0.55 if title else 0.3,  # room for the headings
+    left = 0.1 + 0.075 * max(map(len, titles))  # inches for the episodes' titles
+    top = 0.55 if title else 0.3  # and for the headings
+    width, height = left + columns * side, top + len(frames) * side
+    figure = Figure(figsize=(width, height))
+    place = dict(left=left / width, right=0.995, bottom=0.005, top=1 - top / height)
+    axes = figure.subplots(
+        len(frames), columns, squeeze=False, gridspec_kw=dict(**place, wspace=0.06, hspace=0.06)
     )
-    for row, episode in enumerate(frames):
-        for column, picture in enumerate(episode):
-            ax = figure.add_axes(place(row, column))
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, heading in zip(axes[0], headings, strict=True):
+        ax.set_title(heading, fontsize=7, pad=4)
+    for row, episode, label in zip(axes, frames, titles, strict=True):
+        row[0].text(
+            -0.09, 0.5, label, transform=row[0].transAxes, fontsize=8, ha="right", va="center"
+        )
+        for ax, picture in zip(row, episode, strict=False):
             ax.imshow(picture, interpolation="nearest")
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-            if column == 0:
-                ax.set_ylabel(
-                    titles[row], rotation=0, ha="right", va="center", fontsize=8, labelpad=6
-                )
     _finish(figure, path, title, y=0.98, va="top")
 
 
-_DEFAULT_PANELS = {
-    "return per trial": {"train/trial_return": "training", "eval/trial_return": "evaluation"},
-    "success rate": {
-        "train/success_last": "last episode, training",
-        "eval/success_last": "last episode, evaluation",
-        "train/success_first": "first episode, training",
-        "eval/success_first": "first episode, evaluation",
-    },
-}
+def _read_seeds(run: Table | Sequence[Table]) -> list[list[dict[str, float]]]:
+    """Read the tables of one or several seeds; entries that are no finite number are left out."""
+    if isinstance(run, str | Path):
+        with Path(run).open(newline="") as file:
+            run = list(csv.DictReader(file))
+    if run and not isinstance(run[0], Mapping):
+        return [table for seed in run for table in _read_seeds(seed)]
+    return [[{k: float(v) for k, v in row.items() if _is_number(v)} for row in run]]
 
 
-def _read_rows(rows: Rows | str | Path) -> list[dict[str, float]]:
-    """Rows of numbers; entries that are no finite number are left out."""
-    if isinstance(rows, str | Path):
-        with Path(rows).open(newline="") as file:
-            rows = list(csv.DictReader(file))
-    return [
-        {key: number for key, value in row.items() if np.isfinite(number := _number(value))}
-        for row in rows
-    ]
-
-
-def _number(value: Any) -> float:
+def _is_number(value: Any) -> bool:
     try:
-        return float(value)
+        return bool(np.isfinite(float(value)))
     except (TypeError, ValueError):
-        return float("nan")
+        return False
 
 
-def _lines_of(
-    results: TrialResults | Sequence[TrialResults] | Mapping[str, TrialResults],
-    pooled: bool,
-    label: str,
-) -> tuple[dict[str, TrialResults], Sequence[TrialResults]]:
-    """Lines with a band, by label, and lines without one."""
-    if isinstance(results, TrialResults):
-        return {label: results}, ()
-    if isinstance(results, Mapping):
-        return dict(results), ()
-    if pooled:
-        return {f"{label}, {len(results)} seeds": TrialResults.concatenate(results)}, results
-    return {f"{label}, seed {number}": single for number, single in enumerate(results, 1)}, ()
+def _points(rows: list[dict[str, float]], x: str, column: str) -> np.ndarray:
+    return np.array([[row[x], row[column]] for row in rows if x in row and column in row])
 
 
-def _episodes(values: Sequence[float]) -> np.ndarray:
-    return np.arange(1, len(values) + 1)
-
-
-def _draw_run(ax: Axes, points: np.ndarray, colour: str, label: str, thin: bool) -> None:
+def _draw_mean(ax: Axes, seeds: list[np.ndarray], colour: str, label: str, thin: bool) -> None:
+    """Draw points `[N, 2]` of one seed, or the mean of several with its interval."""
+    x = seeds[0][:, 0]
+    if len(seeds) == 1:
+        mean = seeds[0][:, 1]
+    else:
+        first, last = max(points[0, 0] for points in seeds), min(p[-1, 0] for p in seeds)
+        x = x[(first <= x) & (x <= last)]
+        mean, low, high = bootstrap_mean(np.stack([np.interp(x, *points.T) for points in seeds]))
+        ax.fill_between(x, low, high, color=colour, alpha=0.1 if thin else 0.2, lw=0)
     ax.plot(
-        points[:, 0], points[:, 1], color=colour, label=label,
-        lw=0.9 if thin else 1.8, alpha=0.6 if thin else 1.0,
-        marker=None if thin or len(points) > 40 else "o", ms=3.5,
+        x, mean, color=colour, label=label, lw=0.9 if thin else 1.8, alpha=0.6 if thin else 1.0,
+        marker=None if thin or len(x) > 40 else "o", ms=3.5,
     )  # fmt: skip
 
 
@@ -320,26 +286,6 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
         ax.set_axisbelow(True)
         ax.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _picture_grid(
-    rows: int, headings: Sequence[str], side: float, left: float, top: float
-) -> tuple[Figure, Callable[[int, int], tuple[float, float, float, float]]]:
-    """A figure with headings over its columns, and where its pictures go (inches are given)."""
-    from matplotlib.figure import Figure
-
-    width, height = left + len(headings) * side, top + rows * side
-    figure = Figure(figsize=(width, height))
-    picture = 0.94 * side  # the rest is the gap between pictures
-
-    def place(row: int, column: int) -> tuple[float, float, float, float]:
-        x, y = left + column * side, height - top - (row + 1) * side
-        return (x / width, y / height, picture / width, picture / height)
-
-    for column, heading in enumerate(headings):
-        x = left + column * side + picture / 2
-        figure.text(x / width, 1 - (top - 0.08) / height, heading, fontsize=7, ha="center")
-    return figure, place
 
 
 def _finish(figure: Figure, path: str | Path, title: str | None, **title_options: Any) -> None:

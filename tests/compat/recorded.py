@@ -1,4 +1,4 @@
-"""Policies and losses for the recorded agents, built from nothing but what `compat` reads off them."""
+"""Policies and losses for the recorded agents, built with the recorded hyper-parameters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torchrl.data import Bounded, Categorical
 
 from tests.golden_utils import GoldenCase
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.compat import describe_amago_weights
 from torchrl_amago.modules import (
-    ACTORS,
-    SEQ_MODELS,
-    TIMESTEP_ENCODERS,
+    Actor,
+    GRUEncoder,
     HLGauss,
+    MLPTimestepEncoder,
     Policy,
     PopArt,
+    TransformerEncoder,
     TwoHot,
     ValueCodec,
     make_distribution,
@@ -29,31 +29,39 @@ def agent_weights(case: GoldenCase) -> dict[str, Tensor]:
     return case.starting("w/")
 
 
+def takes_actions(case: GoldenCase) -> bool:
+    return case.hyperparameters["cls"] == "MultiTaskAgent" or not case.hyperparameters["discrete"]
+
+
 def build_policy(case: GoldenCase) -> Policy:
-    description, hp = describe_amago_weights(agent_weights(case)), case.hyperparameters
-    size = description.action_size
-    shapes = {
-        "observation": (case["batch/obs_observation"].shape[-1],),
-        "prev_reward": (1,),
-        "prev_action": (size,),
-    }
+    hp, traj = case.hyperparameters, case.hyperparameters["traj"]
+    size = case["batch/actions"].shape[-1]
     spec = Categorical(size) if hp["discrete"] else Bounded(-1.0, 1.0, shape=(size,))
     distribution = make_distribution(ActionSpace.from_spec(spec))
-    timestep = TIMESTEP_ENCODERS[description.timestep_encoder.kind](
-        shapes, **description.timestep_encoder.options
+    timestep = MLPTimestepEncoder(
+        {
+            "observation": (case["batch/obs_observation"].shape[-1],),
+            "prev_reward": (1,),
+            "prev_action": (size,),
+        },
+        hidden_size=hp["tstep"]["d_hidden"],
+        num_layers=hp["tstep"]["n_layers"],
+        output_size=hp["tstep"]["d_output"],
     )
-    trajectory = SEQ_MODELS[description.seq_model.kind](
-        timestep.output_size, context_length=hp["max_seq_len"], **description.seq_model.options
-    )
-    for name in ("dropout_ff", "dropout_emb"):  # rates aren't weights
-        setattr(trajectory, name, 0.0)
-    for block in getattr(trajectory, "blocks", ()):
-        block.dropout_ff = 0.0
-    actor = ACTORS[description.actor.kind](
+    sizes = {"context_length": hp["max_seq_len"], "num_layers": traj["n_layers"]}
+    if hp["encoder"] == "gru":
+        sizes |= {"d_model": traj["d_output"], "hidden_size": traj["d_hidden"]}
+        trajectory = GRUEncoder(timestep.output_size, **sizes)
+    else:
+        sizes |= {"d_model": traj["d_model"], "num_heads": traj["n_heads"], "d_ff": traj["d_ff"]}
+        trajectory = TransformerEncoder(
+            timestep.output_size, dropout_ff=0.0, dropout_emb=0.0, **sizes
+        )
+    actor = Actor(
         trajectory.output_size,
         distribution.num_params,
-        description.num_discounts,
-        **description.actor.options,
+        len(hp["gammas"]),
+        hidden_size=hp["actor_d_hidden"],
     )
     sampler = ProbabilisticTensorDictModule(
         in_keys={"params": "logits"},
@@ -65,26 +73,26 @@ def build_policy(case: GoldenCase) -> Policy:
 
 
 def build_loss(case: GoldenCase, policy: Policy) -> AMAGOLoss:
-    description = describe_amago_weights(agent_weights(case))
-    return amago_loss(
-        policy, value_codec=build_codec(case), critic_options=description.critic_options()
-    )
+    hp = case.hyperparameters
+    critic = {
+        "takes_actions": takes_actions(case),
+        "num_critics": hp["num_critics"],
+        "hidden_size": hp["critic_d_hidden"],
+    }
+    return amago_loss(policy, value_codec=build_codec(case), critic_options=critic)
 
 
 def build_codec(case: GoldenCase) -> ValueCodec:
-    hp, description = case.hyperparameters, describe_amago_weights(agent_weights(case))
-    popart = PopArt(description.num_discounts, enabled=hp["popart_enabled"])
-    if description.num_bins is None:
+    hp = case.hyperparameters
+    num_discounts = len(hp["gammas"])
+    popart = PopArt(num_discounts, enabled=hp["popart_enabled"])
+    if "num_bins" not in hp:
         return popart
     head = {name.rpartition(".")[2]: value for name, value in hp["head"].items()}
     codec = HLGauss if head.get("label_type") == "hlgauss" else TwoHot
     limits = {name: head[name] for name in ("min_return", "max_return") if name in head}
     return codec(
-        description.num_discounts,
-        num_bins=description.num_bins,
-        symlog=hp["use_symlog"],
-        popart=popart,
-        **limits,
+        num_discounts, num_bins=hp["num_bins"], symlog=hp["use_symlog"], popart=popart, **limits
     )
 
 

@@ -1,4 +1,4 @@
-"""Our weights under AMAGO's names: the way back, written on its own, for round trips."""
+"""Reverse translation for round trips, independent of `compat`: our weights by AMAGO's names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Weights = dict[str, Tensor]
 
 
 def agent_state_dict(policy: Policy, loss: AMAGOLoss) -> Weights:
-    """What AMAGO would save of this agent."""
+    """Return the state dict that AMAGO would save of this agent."""
     timestep, trajectory = policy.encoder.module
     networks = {
         "tstep_encoder": timestep.state_dict(),

@@ -1,4 +1,4 @@
-"""The page on coming from AMAGO: its example runs, and the arguments it names exist."""
+"""The migration page: its example runs, and the arguments it names exist."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def find(name: str) -> Any:
 
 
 def arguments(named: Any) -> set[str]:
-    """Arguments of a function, or of a class and those that it hands options on to."""
+    """Return the arguments of a function, or of a class and its bases."""
     calls = [c.__init__ for c in named.__mro__] if isinstance(named, type) else [named]
     return {name for call in calls for name in inspect.signature(call).parameters}
 
@@ -51,16 +51,13 @@ def test_the_example_loads_an_agent(tmp_path, capsys):
     env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=2)
     gammas = (0.9, 0.99)
     small = {"d_model": 8, "num_heads": 2, "num_layers": 1}
-    policy = make_policy(
-        env,
-        context_length=9,
-        discounts=gammas,
-        obs_keys=["observation"],
-        seq_model_options=small,
-    )
+    options = {"discounts": gammas, "obs_keys": ["observation"], "seq_model_options": small}
+    policy = make_policy(env, context_length=9, **options)
     saved = agent_state_dict(policy, amago_loss(policy))
     torch.save(saved, tmp_path / "policy.pt")
-    loaded = namespace["policy_from_amago"](tmp_path / "policy.pt", env, 9, gammas)
+    loaded = namespace["policy_from_amago"](
+        tmp_path / "policy.pt", env, 9, gammas, seq_model_options=small
+    )
     assert " loaded\n" in capsys.readouterr().out
     for name, value in policy.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name

@@ -10,7 +10,7 @@ from torchrl.modules import set_recurrent_mode
 
 from tests.compat.recorded import agent_weights, build_loss, build_policy, inputs_of
 from tests.golden_utils import GoldenCase, assert_close, cases
-from torchrl_amago.compat import describe_amago_weights, load_amago_weights
+from torchrl_amago.compat import load_amago_weights
 
 AGENTS = pytest.mark.parametrize("case", cases("agents/*"), ids=str)
 # One pass by hand needs no target updater; TorchRL warns of its absence.
@@ -18,12 +18,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:No target network updater")
 
 
 def recorded(case: GoldenCase, name: str) -> torch.Tensor:
-    """A number of the first recorded update."""
+    """Return an entry of the first recorded update."""
     return case[name if name in case else f"step0/{name}"]
 
 
 def is_recorded(case: GoldenCase, name: str) -> bool:
-    """Behaviour cloning has no critics; some agents have no use for the target actor."""
+    """False for the critics of behaviour cloning, and the target actor of some agents."""
     return name in case or f"step0/{name}" in case
 
 
@@ -80,7 +80,7 @@ def test_heads_and_statistics_of_the_loss_are_alike(case):
 def _compare_critics(loss, case, state) -> None:
     expected = recorded(case, "mid/target_critics_out_0")
     steps = expected.shape[2]
-    raw = _ask(loss, loss.target_critic_network_params, case, state[:, 1 : steps + 1])
+    raw = _critic_outputs(loss, loss.target_critic_network_params, case, state[:, 1 : steps + 1])
     if loss.takes_actions:
         bins = expected.shape[-1] > 1
         expected = expected if bins else expected.squeeze(-1)
@@ -94,7 +94,7 @@ def _compare_critics(loss, case, state) -> None:
     assert_close(value, recorded(case, "mid/q_target_next").squeeze(-1))
 
 
-def _ask(loss, params, case, state_BTD) -> torch.Tensor:
+def _critic_outputs(loss, params, case, state_BTD) -> torch.Tensor:
     inputs = {"state": state_BTD}
     if loss.takes_actions:
         inputs["action_vector"] = chosen_actions(case)[:, :, 1 : state_BTD.shape[1] + 1]
@@ -103,7 +103,7 @@ def _ask(loss, params, case, state_BTD) -> torch.Tensor:
 
 
 def chosen_actions(case: GoldenCase) -> torch.Tensor:
-    """What the TD target's actions were, ``[K, B, T + 1, G, A]``."""
+    """Return the TD target's actions, ``[K, B, T + 1, G, A]``."""
     names = ("mid/a_prime", "rand/onehot_sample_0", "rand/action_sample_0")
     name = next(n for n in names if is_recorded(case, n))
     return recorded(case, name)
@@ -115,44 +115,12 @@ def test_every_weight_is_accounted_for(case):
     loss = build_loss(case, policy)
     weights = agent_weights(case)
     report = load_amago_weights(weights, policy, loss)
-    assert report.loaded.keys() | report.not_mapped.keys() == weights.keys()
-    assert not report.loaded.keys() & report.not_mapped.keys()
-    assert report.not_mapped
-    assert all(name.startswith("maximized_critics.") for name in report.not_mapped)
+    assert report.loaded.keys() | report.unused.keys() == weights.keys()
+    assert not report.loaded.keys() & report.unused.keys()
+    assert report.unused
+    assert all(name.startswith("maximized_critics.") for name in report.unused)
     assert len(set(report.loaded.values())) == len(report.loaded)
     bins = {"value_codec.bins", "value_codec.num_outside"}
     known = {"critic.discounts", "target_critic.discounts"} if loss.takes_actions else set()
     is_amago2 = case.hyperparameters["cls"] == "MultiTaskAgent"
     assert set(report.kept) == known | (bins if is_amago2 else set())
-
-
-@AGENTS
-def test_the_description_says_what_was_built(case):
-    hp, description = case.hyperparameters, describe_amago_weights(agent_weights(case))
-    assert description.timestep_encoder.options == {
-        "hidden_size": hp["tstep"]["hidden_size"],
-        "num_layers": hp["tstep"]["n_layers"],
-        "output_size": hp["tstep"]["d_output"],
-        "out_norm": "layer",
-    }
-    traj = hp["traj"]
-    expected = {
-        "d_model": traj.get("d_model", traj.get("d_output")),
-        "num_layers": traj["n_layers"],
-    }
-    if hp["encoder"] == "gru":
-        expected |= {"hidden_size": traj["hidden_size"], "out_norm": "layer"}
-    else:
-        expected |= {"d_ff": traj["d_ff"], "num_heads": traj["n_heads"], "norm": "layer"}
-        expected |= {"sigma_reparam": True, "normformer": True}
-    assert description.seq_model.options == expected
-    assert description.actor.options == {"hidden_size": hp["actor_d_hidden"], "num_layers": 2}
-    assert description.critic_options() == {
-        "takes_actions": hp["cls"] == "MultiTaskAgent" or not hp["discrete"],
-        "num_critics": hp["num_critics"],
-        "hidden_size": hp["critic_d_hidden"],
-        "num_layers": 2,
-    }
-    assert description.num_discounts == len(hp["gammas"])
-    assert description.action_size == case["batch/actions"].shape[-1]
-    assert description.num_bins == hp.get("num_bins")

@@ -1,4 +1,4 @@
-"""An environment whose trials are known in advance, and that shows the keys of a trial transform."""
+"""Environment with known trials, and the keys of a trial transform."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torchrl.envs import EnvBase
 
 
 class ScriptedTrials(EnvBase):
-    """Row r plays `script[r]` over and over: a list of trials, each a list of episodes.
+    """Batch whose environment r repeats `script[r]`: a list of trials, each a list of episodes.
 
     An episode is the list of its rewards. Actions change nothing.
     """
@@ -74,11 +74,17 @@ class ScriptedTrials(EnvBase):
         return TensorDict(columns, self.batch_size)
 
     def render(self, row: int):
-        """A picture whose value tells (trial, episode, step) of the row."""
+        """Return a picture whose value encodes (trial, episode, step) of one environment."""
         trial, episode, step = self.position[row]
         return torch.full((2, 2, 3), 100 * trial + 10 * episode + step, dtype=torch.uint8).numpy()
 
 
 def act(tensordict):
-    """A policy for environments that don't mind."""
+    """Policy for environments that ignore actions."""
     return tensordict.set("action", torch.zeros(tensordict.shape, dtype=torch.int64))
+
+
+def assert_equal(actual, expected):
+    torch.testing.assert_close(
+        actual, torch.as_tensor(expected, dtype=actual.dtype), equal_nan=True
+    )

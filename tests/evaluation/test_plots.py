@@ -24,6 +24,7 @@ def figure(monkeypatch):
         finish(figure, *args, **kwargs)
 
     monkeypatch.setattr(plots, "_finish", record)
+    monkeypatch.setattr(plots, "_DPI", 20)  # drawing takes most of the time
     return lambda: drawn[-1]
 
 
@@ -38,6 +39,12 @@ def make_results(rate: list[float], trials: int = 40) -> TrialResults:
 
 def lines_of(ax) -> dict[str, list[float]]:
     return {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in ax.get_lines()}
+
+
+def texts_of(figure) -> list[str]:
+    """Return the titles over the columns, then those beside the rows."""
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    return titles + [text.get_text() for ax in figure.axes for text in ax.texts]
 
 
 def is_png(path) -> bool:
@@ -66,14 +73,13 @@ def test_adaptation_curve_of_returns_of_several_agents(tmp_path, figure):
     assert lines["none"] == pytest.approx([1.0, 1.0, 1.0])
 
 
-def test_adaptation_curve_of_seeds_pooled_or_each(tmp_path, figure):
+def test_adaptation_curve_pools_seeds(tmp_path, figure):
     seeds = [make_results([0.25, 0.5]), make_results([0.75, 1.0])]
-    plot_adaptation_curve(seeds, tmp_path / "pooled.png")
-    lines = lines_of(figure().axes[0])
-    assert lines["agent, 2 seeds"] == pytest.approx([0.5, 0.75])
-    assert lines["each seed"] == pytest.approx([0.25, 0.5])
-    plot_adaptation_curve(seeds, tmp_path / "each.png", pooled=False)
-    assert lines_of(figure().axes[0])["agent, seed 2"] == pytest.approx([0.75, 1.0])
+    results = {"memory": seeds, "none": make_results([0.5, 0.5])}
+    plot_adaptation_curve(results, tmp_path / "pooled.png")
+    drawn = [line.get_ydata().tolist() for line in figure().axes[0].get_lines()]
+    assert drawn == [pytest.approx(ys) for ys in ([0.25, 0.5], [0.75, 1], [0.5, 0.75], [0.5, 0.5])]
+    assert {"memory, 2 seeds", "none"} <= lines_of(figure().axes[0]).keys()
 
 
 def test_learning_curve_reads_rows_and_csv_alike(tmp_path, figure):
@@ -125,6 +131,24 @@ def test_learning_curve_of_several_runs_and_other_columns(tmp_path, figure):
     assert ax.get_xlabel() == "update"
 
 
+def test_learning_curve_of_seeds_is_their_mean_with_a_band(tmp_path, figure):
+    def table(offset: float, frames: list[int]) -> list[dict]:
+        return [{"frames": f, "eval/trial_return": f / 10 + offset} for f in frames]
+
+    seeds = [table(0.0, [10, 20, 30, 40]), table(1.0, [15, 35]), table(2.0, [10, 40])]
+    plot_learning_curve({"agent": seeds, "single": seeds[0]}, tmp_path / "curve.png")
+    (ax,) = figure().axes
+    lines = {line.get_label(): line.get_xydata() for line in ax.get_lines()}
+    # Seen by all between 15 and 35; the other seeds are interpolated.
+    np.testing.assert_allclose(lines["agent, evaluation, 3 seeds"], [[20, 3.0], [30, 4.0]])
+    assert len(lines["single, evaluation"]) == 4
+    (band,) = ax.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((2.0, 5.0))
+    plot_learning_curve(seeds, tmp_path / "curve.png")
+    assert "evaluation, 3 seeds" in lines_of(figure().axes[0])
+
+
 def test_learning_curve_needs_its_columns(tmp_path):
     with pytest.raises(ValueError, match=r"needs column 'frames'.*got \['loss', 'update'\].*x="):
         plot_learning_curve([{"update": 1, "loss": 2.0}], tmp_path / "x.png")
@@ -135,26 +159,20 @@ def test_trial_strip_has_a_picture_per_step(tmp_path, figure):
         [np.full((4, 4, 3), 10 * a + s, np.uint8) for s in range(n)] for a, n in [(0, 2), (1, 3)]
     ]
     plot_trial_strip(frames, tmp_path / "trial.png", title="trial")
-    shown = [int(ax.get_images()[0].get_array()[0, 0, 0]) for ax in figure().axes]
-    assert shown == [0, 1, 10, 11, 12]
-    assert [ax.get_ylabel() for ax in figure().axes] == ["episode 1", "", "episode 2", "", ""]
-    assert [text.get_text() for text in figure().texts][:3] == ["start", "step 1", "step 2"]
+    drawn = [image.get_array()[0, 0, 0] for ax in figure().axes for image in ax.get_images()]
+    assert drawn == [0, 1, 10, 11, 12]
+    assert texts_of(figure()) == ["start", "step 1", "step 2", "episode 1", "episode 2"]
     assert is_png(tmp_path / "trial.png")
 
 
-def test_trial_strip_takes_headings(tmp_path, figure):
+def test_trial_strip_takes_headings_and_titles(tmp_path, figure):
     frames = [[np.zeros((2, 4, 3), np.uint8)] * 2]
-    plot_trial_strip(frames, tmp_path / "trial.png", headings=["step 0", "step 99"])
-    assert [text.get_text() for text in figure().texts] == ["step 0", "step 99"]
-
-
-def test_trial_strip_refuses_missing_pictures_and_titles(tmp_path):
-    with pytest.raises(ValueError, match=r"one picture in each, got \[1, 0\] pictures"):
-        plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)], []], tmp_path / "x.png")
-    with pytest.raises(ValueError, match="name each of the 1 episodes, got 2"):
-        plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", titles=["a", "b"])
-    with pytest.raises(ValueError, match="name each of the 1 columns, got 2"):
-        plot_trial_strip([[np.zeros((2, 2, 3), np.uint8)]], tmp_path / "x.png", headings=["a", "b"])
+    path, headings = tmp_path / "trial.png", ["step 0", "step 99"]
+    plot_trial_strip(frames, path, headings=headings, titles=["trial"])
+    assert texts_of(figure()) == [*headings, "trial"]
+    for wrong in ({"headings": ["step 0"]}, {"titles": ["a", "b"]}):
+        with pytest.raises(ValueError, match="zip"):
+            plot_trial_strip(frames, path, **wrong)
 
 
 def test_plots_leave_no_global_state(tmp_path):

@@ -4,35 +4,35 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from torchrl.envs import Compose, EnvBase, RewardSum, TransformedEnv
+from torchrl.envs import Compose, RewardSum, TransformedEnv
 
 from tests.evaluation.scripted import ScriptedTrials, act
 from torchrl_amago.evaluation import rollout_pictures
 
 
-def test_pictures_of_the_chosen_row_episode_by_episode():
+def test_pictures_of_one_environment_by_episode():
     from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 
     lake = MetaFrozenLake(3, batch_size=(3,))
-    env = make_trial_env(lake, episodes=4)
-    episodes = rollout_pictures(env.rand_action, env, row=1, greedy=False, seed=5)
-    assert len(episodes) == 4
+    env = make_trial_env(lake, episodes=3)
+    episodes = rollout_pictures(env.rand_action, env, env_index=1, greedy=False, seed=5)
+    assert len(episodes) == 3
     assert all(2 <= len(episode) <= lake.max_episode_steps + 1 for episode in episodes)
     starts = [episode[0] for episode in episodes]
-    # Each episode starts at the same place of the same lake, and ends elsewhere, or after the limit.
+    # Each episode starts at the same cell of the same lake, and ends elsewhere or at the limit.
     assert all((start == starts[0]).all() for start in starts)
     for episode in episodes:
         assert len(episode) == lake.max_episode_steps + 1 or (episode[-1] != starts[0]).any()
-    again = rollout_pictures(env.rand_action, env, row=1, greedy=False, seed=5)
+    again = rollout_pictures(env.rand_action, env, env_index=1, greedy=False, seed=5)
     assert [len(episode) for episode in again] == [len(episode) for episode in episodes]
 
 
-def test_steps_of_every_episode_are_counted_while_other_rows_begin_new_trials():
+def test_every_step_has_a_picture_while_others_start_new_trials():
     script = [[[[1.0]], [[1.0]]], [[[0.0, 0.0], [0.0, 0.0, 1.0]]]]
     env = TransformedEnv(ScriptedTrials(script), Compose(RewardSum()))
-    episodes = rollout_pictures(act, env, row=1)
+    episodes = rollout_pictures(act, env, env_index=1)
     values = [[int(picture[0, 0, 0]) for picture in episode] for episode in episodes]
-    # This environment draws what comes next, so an episode's last picture shows the next start.
+    # This environment draws its next state, so an episode's last picture is the next start.
     assert values == [[0, 1, 10], [10, 11, 12, 20]]
 
 
@@ -47,7 +47,7 @@ def test_the_given_environment_keeps_its_transforms():
 
 
 class PaintedSteps(gym.Env):
-    """Ends after three steps; its picture is one pixel: the number of the environment, and the step."""
+    """Environment of three steps; its picture is one pixel of its number and the step."""
 
     metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012
     observation_space = gym.spaces.Box(0.0, 1.0, (1,))
@@ -82,22 +82,15 @@ def test_gymnasium_environments_are_drawn(num_rows):
             autoreset_mode=gym.vector.AutoresetMode.DISABLED,
         )
     env = make_trial_env(base, episodes=2)
-    episodes = rollout_pictures(env.rand_action, env, row=row, greedy=False)
+    episodes = rollout_pictures(env.rand_action, env, env_index=row, greedy=False)
     drawn = [[picture[0, 0].tolist() for picture in episode] for episode in episodes]
     assert drawn == [[[row, time, 0] for time in range(4)]] * 2
 
 
-def test_refuses_what_it_cannot_draw():
+def test_errors():
     env = ScriptedTrials([[[[0.0] * 5]]])
-    with pytest.raises(IndexError, match=r"row must be in \[0, 1\), got 1"):
-        rollout_pictures(act, env, row=1)
+    with pytest.raises(IndexError):
+        rollout_pictures(act, env, env_index=1)
     with pytest.raises(RuntimeError, match="within max_steps=3 steps"):
         rollout_pictures(act, env, max_steps=3)
-
-    class Blind(ScriptedTrials):
-        render = None
-
-    with pytest.raises(TypeError, match=r"environment with render\(row\), and Blind has none"):
-        rollout_pictures(act, Blind([[[[1.0]]]]))
-    assert issubclass(Blind, EnvBase)
     assert torch.is_grad_enabled()

@@ -21,7 +21,7 @@ from common import DEBUG, TrainingArgs, command_line, final_evaluation, resume_i
 
 from torchrl_amago import (
     AMAGOTrainer,
-    HeldOut,
+    HeldOutEvaluator,
     MetaFrozenLake,
     make_policy,
     make_trainer,
@@ -327,14 +327,14 @@ def test_a_script_s_last_evaluation_is_the_chosen_policy_s(tmp_path, final_polic
 
     trainer = FakeTrainer(files)
     args = TrainingArgs(run_dir=tmp_path, eval_trials=8, final_policy=final_policy)
-    results = final_evaluation(args, "finished", trainer, HeldOut(policy, env, seed=5))
+    results = final_evaluation(args, "finished", trainer, HeldOutEvaluator(policy, env, seed=5))
 
     assert all(
         torch.equal(x, expected[name])
         for name, x in policy.state_dict().items()
         if isinstance(x, torch.Tensor)
     )
-    again = HeldOut(policy, env, seed=seed).evaluate(8)
+    again = HeldOutEvaluator(policy, env, seed=seed).evaluate(8)
     assert torch.equal(results.greedy.trial_return, again.trial_return)
 
 

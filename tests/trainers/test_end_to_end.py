@@ -17,7 +17,7 @@ from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.collector import TrialCollector
 from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-from torchrl_amago.evaluation import HeldOut
+from torchrl_amago.evaluation import HeldOutEvaluator
 from torchrl_amago.modules import make_policy
 from torchrl_amago.trainers import Intervals, load_policy, make_trainer, read_progress
 
@@ -66,7 +66,7 @@ def make_run(
         exploration={"anneal_frames": 500},
     )
     rb = make_trial_buffer(200, slice_length=6, batch_size=4, warn_short=False)
-    held_out = HeldOut(policy, held_out, seed=7)
+    held_out = HeldOutEvaluator(policy, held_out, seed=7)
     return make_trainer(
         env,
         policy,

@@ -16,7 +16,7 @@ from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 from tests.processes import forked
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-from torchrl_amago.evaluation import HeldOut
+from torchrl_amago.evaluation import HeldOutEvaluator
 from torchrl_amago.modules import make_policy
 from torchrl_amago.objectives import amago_loss
 from torchrl_amago.trainers import (
@@ -72,7 +72,7 @@ def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_o
     trainer.register_op("process_optim_batch", ReplayBufferTrainer(rb, batch_size=4).sample)
     TargetNetUpdaterHook(SoftUpdate(loss, tau=0.01)).register(trainer, "targets")
     TrialMonitor(rb, run_dir=folder).register(trainer)
-    held_out = HeldOut(policy, make_env(4))
+    held_out = HeldOutEvaluator(policy, make_env(4))
     EvaluationHook(lambda: held_out.evaluate(4), interval=2).register(trainer)
     return trainer
 

@@ -1,11 +1,8 @@
-"""Unbiased evaluation over whole trials, and its statistics.
+"""Unbiased evaluation over whole trials, and its statistics."""
 
-`evaluate` plays a fixed number of trials per environment row, `evaluator` the trials of one held-out seed
-again and again through a run, and `statistics` gives interquartile means and bootstrap intervals.
-"""
-
-from torchrl_amago.evaluation.evaluate import TrialResults, evaluate
-from torchrl_amago.evaluation.evaluator import HELD_OUT_SEED, BothResults, HeldOut
+from torchrl_amago.evaluation.evaluate import evaluate
+from torchrl_amago.evaluation.evaluator import HELD_OUT_SEED, HeldOutEvaluator
+from torchrl_amago.evaluation.results import EvaluationResults, TrialResults
 from torchrl_amago.evaluation.rollout_pictures import rollout_pictures
 from torchrl_amago.evaluation.statistics import (
     Interval,
@@ -16,8 +13,8 @@ from torchrl_amago.evaluation.statistics import (
 
 __all__ = [
     "HELD_OUT_SEED",
-    "BothResults",
-    "HeldOut",
+    "EvaluationResults",
+    "HeldOutEvaluator",
     "Interval",
     "TrialResults",
     "bootstrap_mean",

@@ -36,7 +36,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials, so that
     every batch holds trials from nearly greedy to very noisy. Actions change only under
-    ``ExplorationType.RANDOM``; call :meth:`step` with the number of frames collected.
+    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the number
+    of frames collected.
 
     Args:
         horizon: length of a trial in steps.
@@ -103,6 +104,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         self.power, self.randomize = power, randomize
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
         self.scale_key = scale_key
+        self.enabled = True
         self.in_keys = [action_key, time_key, init_key]
         self.out_keys = [action_key, scale_key]
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))
@@ -145,7 +147,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         scale = tensordict.get(self.scale_key, None)
         if scale is None or not self.randomize:
             scale = torch.ones_like(time_idx, dtype=torch.float32)
-        if interaction_type() is not InteractionType.RANDOM:
+        if not self.enabled or interaction_type() is not InteractionType.RANDOM:
             return tensordict.set(self.scale_key, scale)
         if self.randomize:
             is_init = tensordict.get(self.init_key)

@@ -179,7 +179,7 @@ def test_evaluation_reads_success():
     def always_up(td: TensorDict) -> TensorDict:
         return td.set("action", torch.where(td["time_idx"] == 3, UP, AHEAD).squeeze(-1))
 
-    results = evaluate(always_up, env, trials_per_row=2)
+    results = evaluate(always_up, env, trials_per_env=2)
     success = results.episode_success[:, 0]
     assert 0.3 < success.float().mean() < 0.7
     assert torch.equal(results.trial_return, success.float())

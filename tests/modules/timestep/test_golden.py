@@ -10,7 +10,7 @@ from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
 from tests.golden_utils import GoldenCase, assert_close, cases
-from torchrl_amago.compat.weights import cnn_timestep_encoder, mlp_timestep_encoder
+from tests.golden_weights import renamed
 from torchrl_amago.modules import CNNTimestepEncoder, MLPTimestepEncoder
 
 NORMS = {None: "none", "layer": "layer", "rmsnorm": "rms"}
@@ -41,7 +41,7 @@ def test_mlp(case, training):
     hp, inputs = case.hyperparameters, make_inputs(case)
     encoder = MLPTimestepEncoder(
         make_shapes(inputs),
-        hidden_size=hp["hidden_size"],
+        hidden_size=hp["d_hidden"],
         num_layers=hp.get("n_layers", 2),
         output_size=hp["d_output"],
         activation=hp.get("activation", "leaky_relu"),
@@ -50,7 +50,7 @@ def test_mlp(case, training):
         normalize_inputs=hp.get("normalize_inputs", True),
         hide_prev_step=hp.get("hide_rl2s", False),
     )
-    weights = mlp_timestep_encoder(case.starting("w/"))
+    weights = renamed(case, "w/", MLPTimestepEncoder)
     if encoder.input_norm is None:
         weights = {n: v for n, v in weights.items() if not n.startswith("input_norm")}
     encoder.load_state_dict(weights)
@@ -59,7 +59,7 @@ def test_mlp(case, training):
         out = encoder(inputs)["timestep"]
     assert_close(out, case["out/train" if training else "out/eval"])
     if training and encoder.input_norm is not None:
-        for name, value in mlp_timestep_encoder(case.starting("after_train/")).items():
+        for name, value in renamed(case, "after_train/", MLPTimestepEncoder).items():
             assert_close(encoder.get_buffer(name), value, msg=name)
 
 
@@ -80,7 +80,7 @@ def test_cnn(case):
         vector_features=hp["rl2_features"],
         output_size=hp["d_output"],
     )
-    encoder.load_state_dict(cnn_timestep_encoder(case.starting("w/")))
+    encoder.load_state_dict(renamed(case, "w/", CNNTimestepEncoder))
     assert_close(encoder(inputs)["timestep"], case["out"])
     if "out/cnn_features" in case:
         image = encoder.embeddings[0]

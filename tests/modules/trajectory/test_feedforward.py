@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
 from tests.golden_utils import GoldenCase, assert_close, cases
-from torchrl_amago.compat.weights import feedforward_encoder
+from tests.golden_weights import renamed
 from torchrl_amago.modules import FeedForwardEncoder, IdentityEncoder
 
 CASES = cases("modules/traj_ff*")
@@ -24,7 +24,7 @@ def build(case: GoldenCase) -> FeedForwardEncoder:
         norm=NORMS[hp["norm"]] if "norm" in hp else "none",
         out_norm=NORMS[hp.get("out_norm", "layer")],
     )
-    encoder.load_state_dict(feedforward_encoder(case.starting("w/")))
+    encoder.load_state_dict(renamed(case, "w/", FeedForwardEncoder))
     return encoder
 
 

@@ -10,7 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 
 from tests.golden_utils import assert_close, load
-from torchrl_amago.compat.weights import gru_encoder
+from tests.golden_weights import renamed
 from torchrl_amago.modules import GRUEncoder, LSTMEncoder
 from torchrl_amago.modules.trajectory.kernels.recurrence import _recurrence, recurrence
 
@@ -40,10 +40,10 @@ def build_recorded() -> tuple:
     encoder = GRUEncoder(
         hp["tstep_dim"],
         d_model=hp["d_output"],
-        hidden_size=hp["hidden_size"],
+        hidden_size=hp["d_hidden"],
         num_layers=hp["n_layers"],
     )
-    encoder.load_state_dict(gru_encoder(case.starting("w/")))
+    encoder.load_state_dict(renamed(case, "w/", GRUEncoder))
     return case, encoder
 
 

@@ -8,7 +8,7 @@ from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
 from tests.golden_utils import GoldenCase, assert_close, cases
-from torchrl_amago.compat.weights import transformer_encoder
+from tests.golden_weights import renamed
 from torchrl_amago.modules.trajectory import TransformerEncoder
 
 CASES = cases("modules/traj_tformer_*")
@@ -34,7 +34,7 @@ def build(case: GoldenCase) -> TransformerEncoder:
         sigma_reparam=hp["sigma_reparam"],
         normformer=hp["normformer_norms"],
     )
-    weights = transformer_encoder(case.starting("w/"), hp["n_heads"])
+    weights = renamed(case, "w/", TransformerEncoder, hp["n_heads"])
     encoder.load_state_dict(weights)
     return encoder.eval()
 
@@ -109,12 +109,14 @@ def test_training_outputs_gradients_and_power_iteration(case):
     assert_close(out, case["out/train_full_first_ctx"])
     (out * case["in/cotangent"]).sum().backward()
     assert_close(x.grad, case["out/train_grad_seq"])
-    expected = transformer_encoder(case.starting("grad/"), hp["n_heads"])
+    expected = renamed(case, "grad/", TransformerEncoder, hp["n_heads"])
     grads = {name: p.grad for name, p in encoder.named_parameters()}
     assert len(expected) >= 12
+    largest = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():
-        assert_close(grads[name], value, msg=name)
-    after = transformer_encoder(case.starting("after_train/"), hp["n_heads"])
+        # A scalar's gradient is one sum that cancels; its rounding is of the size of its terms.
+        assert_close(grads[name], value, msg=name, scale=largest if value.numel() == 1 else None)
+    after = renamed(case, "after_train/", TransformerEncoder, hp["n_heads"])
     assert bool(after) == hp["sigma_reparam"]
     for name, value in after.items():
         assert_close(encoder.get_buffer(name), value, msg=name)

@@ -1,0 +1,125 @@
+"""Results of an evaluation, trial by trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from torchrl_amago._validation import check_choice
+
+Measure = Literal["success", "return"]
+
+
+@dataclass(frozen=True)
+class TrialResults:
+    """Returns and lengths of N trials of up to k episodes each.
+
+    Attributes:
+        episode_return: `[N, k]` float32, return of each episode; NaN if the trial ended before it.
+        episode_success: `[N, k]` bool, True if that return was above the threshold.
+        trial_return: `[N]` float32, sum of the trial's rewards.
+        trial_length: `[N]` int64, steps of the trial.
+
+    Example:
+        >>> returns = torch.tensor([[0.0, 1.0], [1.0, float("nan")]])
+        >>> results = TrialResults(returns, returns > 0, returns.nansum(1), torch.tensor([12, 8]))
+        >>> results.by_episode("success").nanmean(0)
+        tensor([0.5000, 1.0000])
+    """
+
+    episode_return: Tensor
+    episode_success: Tensor
+    trial_return: Tensor
+    trial_length: Tensor
+
+    def __len__(self) -> int:
+        return len(self.trial_return)
+
+    @property
+    def episode_happened(self) -> Tensor:
+        """`[N, k]` bool, False if the trial ended before the episode."""
+        return ~self.episode_return.isnan()
+
+    def by_episode(self, measure: Measure = "success") -> Tensor:
+        """Return `[N, k]` float32: `"success"` (0 or 1) or `"return"`, NaN without an episode."""
+        check_choice("measure", measure, ("success", "return"))
+        if measure == "return":
+            return self.episode_return
+        return torch.where(self.episode_happened, self.episode_success.float(), torch.nan)
+
+    def summary(self) -> dict[str, float]:
+        """Return means over the trials, for a logger; `last` is each trial's own last episode."""
+        success = self.by_episode("success")
+        episode = torch.arange(success.shape[1])
+        last = torch.where(self.episode_happened, episode, -1).amax(1, keepdim=True)
+        return {
+            "trial_return": self.trial_return.mean().item(),
+            "trial_length": self.trial_length.float().mean().item(),
+            "success": success.nanmean().item(),
+            "success_first": success[:, 0].mean().item(),
+            "success_last": success.gather(1, last).mean().item(),
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write an `.npz` file, which :meth:`load` and `numpy.load` read without pickle."""
+        arrays = {field.name: getattr(self, field.name).numpy() for field in fields(self)}
+        # Given a name, numpy would add a suffix to it.
+        with Path(path).open("wb") as file:
+            np.savez_compressed(file, **arrays)
+
+    @classmethod
+    def load(cls, path: str | Path) -> TrialResults:
+        """Read a file of :meth:`save`."""
+        with np.load(path, allow_pickle=False) as arrays:
+            return cls(**{name: torch.from_numpy(arrays[name]) for name in arrays.files})
+
+    @classmethod
+    def concatenate(cls, results: Sequence[TrialResults]) -> TrialResults:
+        """Pool the trials of several results; missing episodes become NaN."""
+        width = max(result.episode_return.shape[1] for result in results)
+
+        def widen(values: Tensor, fill: float) -> Tensor:
+            return nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
+
+        return cls(
+            torch.cat([widen(result.episode_return, torch.nan) for result in results]),
+            torch.cat([widen(result.episode_success, False) for result in results]),
+            torch.cat([result.trial_return for result in results]),
+            torch.cat([result.trial_length for result in results]),
+        )
+
+
+class EvaluationResults(NamedTuple):
+    """Greedy trials, and trials with sampled actions, from one seed.
+
+    Example:
+        >>> ones = torch.ones(2, 1)
+        >>> trials = TrialResults(ones, ones > 0, ones.sum(1), torch.tensor([4, 4]))
+        >>> EvaluationResults(trials, trials).describe("success")  # doctest: +ELLIPSIS
+        'On 2 held-out trials: greedy success 1.000; sampled (...) success 1.000'
+    """
+
+    greedy: TrialResults
+    sampled: TrialResults
+
+    def save(self, run_dir: str | Path) -> None:
+        """Write `evaluation.npz` (greedy) and `evaluation_sampled.npz` into the run's folder."""
+        self.greedy.save(Path(run_dir) / "evaluation.npz")
+        self.sampled.save(Path(run_dir) / "evaluation_sampled.npz")
+
+    def describe(self, *names: str) -> str:
+        """Return one line with both summaries, of all entries or of those named."""
+        means = [results.summary() for results in self]
+        greedy, sampled = (
+            ", ".join(f"{name} {mean[name]:.3f}" for name in names or mean) for mean in means
+        )
+        return (
+            f"On {len(self.greedy)} held-out trials: greedy {greedy}; "
+            f"sampled (as trained, without epsilon) {sampled}"
+        )
