@@ -93,11 +93,6 @@ def uninterrupted(tmp_path_factory):
     return finish(make_run(tmp_path_factory.mktemp("run") / "whole"))
 
 
-def test_finished_then_resumed(uninterrupted, tmp_path):
-    make_run(tmp_path, total_updates=10).train()
-    assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=5).resume()))
-
-
 @pytest.mark.parametrize(
     "stops",
     [

@@ -121,14 +121,6 @@ def test_fragments_of_trials_that_were_ended_early_do_not_count(monitor):
     assert (means["train/trial_return"], means["train/trial_length"]) == (2.0, 2.0)
 
 
-def test_follows_what_is_written(monitor):
-    for number in range(7):
-        monitor.replay_buffer.extend(trial([float(number)] * 2, [0.0] * 3))
-        monitor.update()
-        assert monitor.window.means()["train/trial_return"] == 2 * number
-    assert monitor.trials == 7
-
-
 def test_tasks_without_episodes(monitor):
     steps = trial([1.0, 2.0]).exclude("episode_idx", ("next", "episode_return"))
     monitor.replay_buffer.extend(steps)

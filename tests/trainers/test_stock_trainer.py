@@ -82,7 +82,12 @@ def test_a_stock_trainer_trains_and_logs(tmp_path, collector_class):
     logger = CSVLogger("run", str(tmp_path))
     trainer = make_stock_trainer(tmp_path, collector_class, logger)
     before = {name: p.clone() for name, p in trainer.loss_module.named_parameters()}
+    trainer.collector.shutdown, shutdown = lambda: None, trainer.collector.shutdown
     trainer.train()
+    state = trainer.state_dict()
+    shutdown()
+    assert state["evaluation"] == {"batches": 4}
+    assert state["trial_monitor"]["trials"] == trainer.replay_buffer.num_trials
     changed = [not torch.equal(p, before[n]) for n, p in trainer.loss_module.named_parameters()]
     assert sum(changed) > len(changed) / 2
     scalars = tmp_path / "run" / "scalars"
@@ -117,19 +122,9 @@ def test_a_stock_trainer_stops_on_nan(tmp_path):
     assert (tmp_path / "nonfinite_batch").is_dir()
 
 
-def test_hooks_are_saved_with_the_trainer(tmp_path):
-    logger = CSVLogger("run", str(tmp_path))
-    trainer = make_stock_trainer(tmp_path, TrialCollector, logger)
-    trainer.collector.shutdown, shutdown = lambda: None, trainer.collector.shutdown
-    trainer.train()
-    state = trainer.state_dict()
-    shutdown()
-    assert state["evaluation"] == {"batches": 4}
-    assert state["trial_monitor"]["trials"] == trainer.replay_buffer.num_trials
-
-
-@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
-@pytest.mark.parametrize("whole_trials", [True, False])
+@pytest.mark.parametrize(
+    ("storage", "whole_trials"), [(LazyTensorStorage, True), (LazyMemmapStorage, False)]
+)
 def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole_trials):
     def make(total_updates):
         env, policy, loss, _ = make_parts()
