@@ -53,20 +53,20 @@ class OptimizerState:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        scheduler, names = self.scheduler, ("lr", "initial_lr")
-        own = [{x: group[x] for x in names if x in group} for group in self.optimizer.param_groups]
+        scheduler, rates = self.scheduler, [group["lr"] for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(scheduler, LambdaLR):
-            base, update = scheduler.base_lrs, state["scheduler"]["last_epoch"]
-            factors = [factor(update) for factor in scheduler.lr_lambdas]
-            rates = [rate * factor for rate, factor in zip(base, factors, strict=True)]
-            scheduler.load_state_dict({**state["scheduler"], "base_lrs": base, "_last_lr": rates})
-            own = [values | {"lr": rate} for values, rate in zip(own, rates, strict=True)]
+            base, factors = scheduler.base_lrs, scheduler.lr_lambdas
+            scheduler.load_state_dict({**state["scheduler"], "base_lrs": base})
+            rates = [
+                x * factor(scheduler.last_epoch) for x, factor in zip(base, factors, strict=True)
+            ]
+            scheduler._last_lr = rates
         elif scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
             return  # the rates of other schedules cannot be recomputed
-        for group, values in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(values)
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 class Rollouts:

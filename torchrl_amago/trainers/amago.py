@@ -83,6 +83,7 @@ class AMAGOTrainer:
 
     Example:
         >>> import tempfile
+        >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_amago.data import TrialCollector, make_trial_buffer
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
         >>> from torchrl_amago.modules import make_policy
@@ -95,7 +96,9 @@ class AMAGOTrainer:
         >>> collector = TrialCollector(env, policy, frames_per_batch=8 * 18, replay_buffer=rb)
         >>> parts = (collector, loss, make_optimizer(loss), rb)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     AMAGOTrainer(*parts, total_updates=4, updates_per_round=2, run_dir=folder).train()
+        ...     AMAGOTrainer(
+        ...         *parts, total_updates=4, updates_per_round=2, run_dir=folder,
+        ...         target_updater=SoftUpdate(loss, tau=0.003)).train()
         'finished'
     """
 

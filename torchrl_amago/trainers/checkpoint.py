@@ -144,9 +144,10 @@ def check_no_existing_run(run_dir: str | Path) -> None:
     """Raise FileExistsError if the folder holds a run; change nothing."""
     for path in (Path(run_dir) / PROGRESS_FILE, *CheckpointStore(run_dir).paths()):
         if path.exists():
+            name = path.relative_to(run_dir)
             raise FileExistsError(
-                f"a new run needs a folder without one, but {run_dir} holds "
-                f"{path.relative_to(run_dir)}. Choose another run_dir, resume that run, or delete it."
+                f"a new run needs a folder without one, but {run_dir} holds {name}. Choose another "
+                "run_dir, resume that run, or delete it."
             )
 
 
@@ -195,8 +196,7 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
         policy: built with the run's settings; changed in place and returned.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        DamagedError: if it is incomplete or has changed.
+        FileNotFoundError: if there is no such file; DamagedError if it is incomplete or has changed.
         ValueError: if weights or settings are another policy's. Nothing has been changed then.
 
     Example:

@@ -148,8 +148,7 @@ class RunReport:
         self.window, self.table = MetricWindow(), ProgressTable(run_dir / PROGRESS_FILE)
         self.seconds, self._since = dict.fromkeys(ACTIVITIES, 0.0), time.perf_counter()
         self._logger_states: list[dict[str, Any]] = []
-        self._bar: tqdm | None = None
-        self._latest: dict[str, float] = {}
+        self._bar, self._latest = tqdm(disable=True), {}
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
     def _read_clock(self, activity: str | None = "training") -> None:
@@ -241,13 +240,14 @@ class RunReport:
                         logger.log_scalar(f"eval_episode_{i + 1}/{measure}", mean, step=update)
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
+    def _open_loggers(self) -> list[Logger]:
+        return [logger for logger in self.loggers if not isinstance(logger, str)]
+
     def close(self) -> None:
         """Close loggers and progress bar."""
-        for logger in self.loggers:
-            if not isinstance(logger, str):
-                logger.shutdown()
-        if self._bar is not None:
-            self._bar.close()
+        for logger in self._open_loggers():
+            logger.shutdown()
+        self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
         self._read_clock()
@@ -258,8 +258,7 @@ class RunReport:
             "table": self.table.state_dict(),
             "loggers": [
                 {"kind": type(logger).__name__, "state": logger.state_dict()}
-                for logger in self.loggers
-                if not isinstance(logger, str)
+                for logger in self._open_loggers()
             ],
         }
 
