@@ -44,7 +44,7 @@ class DamagedError(RuntimeError):
 
 @contextlib.contextmanager
 def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Open a file that replaces `path` once it is complete and on the disk; on an error it doesn't."""
+    """Open a file that replaces `path` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path, _PARTIAL)
     with contextlib.ExitStack() as on_error:
@@ -61,7 +61,7 @@ def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
 def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Make an empty folder that replaces `path` once it is complete; on an error it doesn't.
 
-    Without `flush` the content survives the death of the process, but not the failure of the machine.
+    Without `flush` the content survives the death of the process, but not of the machine.
     """
     path = path.resolve() if path.is_symlink() else path  # a link stays one
     partial, previous = _beside(path, _PARTIAL), _beside(path, _PREVIOUS)

@@ -79,8 +79,8 @@ def load_state(path: Path) -> Any:
         except (LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
             problem = f"it holds no state ({error!r})"
     raise DamagedError(
-        f"{path} must be complete and unchanged, but {problem}. Take another file, such as an older "
-        "checkpoint's or a copy"
+        f"{path} must be complete and unchanged, but {problem}. Take another file, such as an "
+        "older checkpoint's or a copy"
     )
 
 

@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def no_signal_is_ignored():
-    """Undo `nohup` and `&`: signals that a process ignores stay ignored, and children inherit that."""
+    """Undo `nohup` and `&`: children inherit ignored signals, which stay ignored."""
     defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield

@@ -153,7 +153,8 @@ def test_signals_stop_in_good_order(tmp_path, caplog, number, outcome, saved_at)
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     latest = tmp_path / f"checkpoints/update_{saved_at:07d}"
     assert message == (
-        f"{outcome.capitalize()} at update 9. Last checkpoint: {latest}. To go on: resume() and train()."
+        f"{outcome.capitalize()} at update 9. Last checkpoint: {latest}. "
+        "To go on: resume() and train()."
     )
     assert trainer.collector.closed
     assert not trainer.report.loggers[0].is_alive

@@ -1,4 +1,4 @@
-"""The real parts together: frozen lakes, policies with memory, AMAGOLoss, evaluation, every stop."""
+"""The real parts together: lakes, policies with memory, AMAGOLoss, evaluation, every stop."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_components_need_both_methods_and_names_of_their_own(tmp_path):
 
 
 def test_every_part_of_a_trainer_is_a_component(tmp_path):
-    """Whatever the trainer holds that has a state is in the dictionary, or inside of a part there."""
+    """Each attribute that has a state is in the dictionary, or inside of a part there."""
     trainer = make_trainer(tmp_path)
     held = {
         name: value
@@ -186,7 +186,8 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers.amago.torchrl_logger.info", lines.append)
     changed = {
-        "total_updates": 8, "learning_rate": 1e-3, "clip_norm": None, "precision": "bf16", "tau": 0.5,
+        "total_updates": 8, "learning_rate": 1e-3, "clip_norm": None, "precision": "bf16",
+        "tau": 0.5,
         "updates_per_round": 2, "frames_per_batch": 16, "log_interval": 2, "eval_interval": 3,
         "checkpoint_interval": 7,
     }  # fmt: skip

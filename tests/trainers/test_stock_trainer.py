@@ -106,7 +106,7 @@ def test_a_stock_trainer_with_tensorboard_and_priorities(tmp_path):
     logger.experiment.flush()
     assert list(tmp_path.rglob("events*"))
     weights = trainer.replay_buffer.sample()["priority_weight"]
-    assert len(weights.unique()) > 1  # the loss has told the buffer
+    assert len(weights.unique()) > 1  # set by the loss
 
 
 def test_a_stock_trainer_stops_on_nan(tmp_path):

@@ -73,8 +73,8 @@ class Rollouts:
     """The collector with its trials in progress, and the global random generators.
 
     If the collector's state has ``in_progress``, a checkpoint leaves the trials alone, and the
-    resumed run goes on with them. Otherwise every checkpoint ends them and seeds the environment with
-    a number that the checkpoint holds, in the uninterrupted run as in a resumed one.
+    resumed run goes on with them. Otherwise every checkpoint ends them and seeds the environment
+    with a number that it holds, in the uninterrupted run as in a resumed one.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Rollouts:
                 f"{' and trajs_per_batch=None' if writes_pieces else ''}. "
                 "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
             )
-        # On the device of the loss a local collector runs the policy itself, elsewhere a copy of it.
+        # On the loss's device a local collector runs the policy itself, elsewhere a copy of it.
         policy, device = getattr(collector, "policy", None), next(loss_module.parameters()).device
         weights = policy.parameters() if isinstance(policy, nn.Module) else ()
         self._has_own_policy = not is_local or any(p.device != device for p in weights)

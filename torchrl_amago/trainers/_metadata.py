@@ -74,12 +74,12 @@ def differences(
 
 
 def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
-    """Raise ValueError, with the first three differences, if saved facts are not the current ones."""
+    """Raise ValueError, with the first three differences, if saved facts differ from current."""
     differing = differences(saved, current)
     if differing:
         shown = [f"{name}: {old} there, {new} here" for name, (old, new) in differing.items()]
         raise ValueError(
-            f"{path} must have been saved with the same architecture, settings and parts, but they "
-            f"differ in {len(differing)} entries: {'; '.join(shown[:3])}. Build environment, policy, "
-            "loss and optimizer with the arguments of that run, or start anew in another run_dir."
+            f"{path} must have been saved with the same architecture, settings and parts, but "
+            f"they differ in {len(differing)} entries: {'; '.join(shown[:3])}. Build environment, "
+            "policy, loss and optimizer with the arguments of that run, or start anew elsewhere."
         )

@@ -66,8 +66,8 @@ class AMAGOTrainer:
         stepper: optimiser step; by default gradients are clipped at norm 1.
         exploration: module whose ``step(frames)`` follows the collected frames.
         policy: the policy whose weights are written; by default the collector's.
-        evaluator: called without arguments; returns numbers by name or ``TrialResults``. Make it seed
-            its environment, so that every evaluation uses the same held-out tasks.
+        evaluator: called without arguments; returns numbers by name or ``TrialResults``. It should
+            seed its environment, so that every evaluation uses the same held-out tasks.
         intervals: updates between rows, evaluations and checkpoints.
         keep_checkpoints: number of checkpoints that stay.
         online_after: updates on the buffer's content before anything is collected.
@@ -266,7 +266,7 @@ class AMAGOTrainer:
             self._checkpoint()  # a run that dies early can be resumed, too
 
     def _collect(self, batches: Iterator[None]) -> bool:
-        """Collect a batch and set the number of its updates; return False at the collector's end."""
+        """Collect a batch, set the number of its updates; return False at the collector's end."""
         counts, offline_left = self.counts, self.online_after - self.counts.updates
         if offline_left > 0:
             counts.updates_left = min(self.updates_per_round, offline_left)
@@ -287,9 +287,9 @@ class AMAGOTrainer:
         buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
         if not buffer.can_sample() and self._written >= 2 * capacity:  # the run would wait forever
             raise RuntimeError(
-                f"the replay buffer must hold min_trials={getattr(buffer.sampler, 'min_trials', 1)} "
-                f"trials before the first update, and one of {capacity} steps does not. Raise its "
-                "capacity."
+                "the replay buffer must hold min_trials="
+                f"{getattr(buffer.sampler, 'min_trials', 1)} trials before the first update, and "
+                f"one of {capacity} steps does not. Raise its capacity."
             )
         return True
 

@@ -56,8 +56,8 @@ def make_trainer(
             trial are equally likely; slices near its ends are shorter.
         batch_size: whole trials, or slices of them, in a batch.
         capacity: capacity of the replay buffer in steps; the oldest trials leave first.
-        replay_buffer: a buffer of your own, such as a mixture with offline data, instead of one made
-            with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
+        replay_buffer: a buffer of your own, such as a mixture with offline data, instead of one
+            made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate: peak learning rate of AdamW.

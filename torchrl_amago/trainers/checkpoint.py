@@ -105,7 +105,7 @@ class CheckpointStore:
 
         Raises:
             DamagedError: naming the problem, and the newest other checkpoint that is intact.
-            ValueError: for other parts, shapes or settings than those of ``state`` and ``settings``.
+            ValueError: for other parts, shapes or settings than ``state`` and ``settings`` have.
         """
         problem = _problem(path)
         if problem is not None:
@@ -196,7 +196,7 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
         policy: built with the run's settings; changed in place and returned.
 
     Raises:
-        FileNotFoundError: if there is no such file; DamagedError if it is incomplete or has changed.
+        FileNotFoundError: if there is no such file; DamagedError if it is damaged.
         ValueError: if weights or settings are another policy's. Nothing has been changed then.
 
     Example:

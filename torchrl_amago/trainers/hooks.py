@@ -1,4 +1,4 @@
-"""Monitor and evaluation, for our trainer and as hooks of a stock :class:`torchrl.trainers.Trainer`."""
+"""Monitor and evaluation, also as hooks of a stock :class:`torchrl.trainers.Trainer`."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class TrialMonitor(TrainerHookBase):
     """Counts collected trials, averages their returns and successes, and stops on NaN and infinity.
 
     It reads every step once, after a collector has written it. A trial that is written in fragments
-    counts once its last one is there. They are joined by ``time_idx``; without it, the fragments of a
-    trial must follow one another.
+    counts once its last one is there. They are joined by ``time_idx``; without it, the fragments of
+    a trial must follow one another.
 
     Args:
         replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.

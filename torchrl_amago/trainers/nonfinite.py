@@ -47,7 +47,7 @@ def _tensors(batch: TensorDictBase, *, floats_only: bool = False) -> dict[Nested
 
 
 def nonfinite_entries(batch: TensorDictBase) -> str:
-    """Describe each entry with NaN or infinity on real steps, those of ``("collector", "mask")``."""
+    """Describe each entry with NaN or infinity on the steps of ``("collector", "mask")``."""
     mask, found = batch.get(keys.MASK, None), []
     for key, value in _tensors(batch, floats_only=True).items():
         is_bad = ~torch.isfinite(value)

@@ -18,8 +18,8 @@ from torchrl.trainers.trainers import OptimizationStepper
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
 
-# Parts of parameter names that are shifts or scales, whatever their number of dimensions (biases of
-# an ensemble are [C, out], scales of attention heads [H, 1, 1], Mamba's log decays [channels, states]).
+# Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
+# ensemble are [C, out], scales of attention heads [H, 1, 1], Mamba's log decays [channels, states].
 _SHIFTS_AND_SCALES = ("bias", "gain", "gamma", "scale", "a_log")
 
 
@@ -45,8 +45,8 @@ def make_optimizer(
     Args:
         loss_module: an :class:`~torchrl_amago.objectives.AMAGOLoss` or any module.
         learning_rate: 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
-        weight_decay: decoupled decay, multiplied by the learning rate at each update; not for norms,
-            biases, gains and scales.
+        weight_decay: decoupled decay, multiplied by the learning rate at each update; not for
+            norms, biases, gains and scales.
         decay_all: decay every parameter, as the public AMAGO code does.
         betas, eps: see :class:`torch.optim.AdamW`.
 

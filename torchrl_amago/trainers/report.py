@@ -139,7 +139,7 @@ class MetricWindow:
 
 
 class RunReport:
-    """Writes each row to ``progress.csv``, the terminal (bar, or lines elsewhere) and the loggers."""
+    """Writes each row to ``progress.csv``, the terminal (or as lines) and the loggers."""
 
     def __init__(
         self, run_dir: Path, loggers: Sequence[str | Logger] = (), progress_bar: bool = True
@@ -277,7 +277,7 @@ def evaluation_metrics(results: Results) -> dict[str, float]:
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:
-    """Make a logger that writes into ``run_dir``, or continues a wandb run; return others as given."""
+    """Make a logger in ``run_dir`` (or for a wandb run) from its name; return others as given."""
     if not isinstance(logger, str):
         return logger
     check_choice("loggers", logger, ("tensorboard", "wandb"))
