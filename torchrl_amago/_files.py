@@ -39,9 +39,6 @@ class DamagedError(RuntimeError):
     """Files that are incomplete or have changed since they were written."""
 
 
-# -- replacing -----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk."""
@@ -124,9 +121,6 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
-# -- checksums -----------------------------------------------------------------------------------
-
-
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write `manifest.json`: metadata (JSON values), size and SHA-256 of every file, a checksum."""
     files = {
@@ -163,26 +157,21 @@ def verify_manifest(folder: Path) -> dict[str, Any]:
 
 def find_damage(folder: Path) -> str | None:
     """Describe the first difference between a folder and its manifest, or return None."""
-    return next(_differences(folder), None)
-
-
-def _differences(folder: Path) -> Iterator[str]:
     manifest = read_manifest(folder)
     if manifest is None or "crc32" not in manifest:
-        yield f"{folder / MANIFEST} is missing or cannot be read, or has changed"
-        return
+        return f"{folder / MANIFEST} is missing or cannot be read, or has changed"
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            yield f"{file} is missing"
-        elif (size := file.stat().st_size) != expected["bytes"]:
-            yield f"{file} has {size} bytes instead of {expected['bytes']}"
-        elif _sha256(file) != expected["sha256"]:
-            yield f"{file} has changed since it was written (SHA-256 differs)"
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != expected["bytes"]:
+            return f"{file} has {size} bytes instead of {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{file} has changed since it was written (SHA-256 differs)"
     # An unlisted file could stand in for a verified one.
-    found = {file.relative_to(folder).as_posix() for file in _files(folder)}
-    for name in sorted(found - manifest["files"].keys()):
-        yield f"{folder / name} is not listed in {MANIFEST}"
+    names = {file.relative_to(folder).as_posix() for file in _files(folder)}
+    unlisted = sorted(names - manifest["files"].keys())
+    return f"{folder / unlisted[0]} is not listed in {MANIFEST}" if unlisted else None
 
 
 def _manifest_crc32(manifest: Mapping[str, Any]) -> int:
@@ -208,9 +197,6 @@ def _files(folder: Path) -> list[Path]:
     # Everything that is not a plain folder counts, dangling links included.
     found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     return [path for path in found if path != folder / MANIFEST]
-
-
-# -- disk space ----------------------------------------------------------------------------------
 
 
 def reserve(file: Path, start: int, stop: int) -> None:
@@ -293,9 +279,6 @@ def temporary_folder(owner: object, prefix: str) -> Path:
     path, process = tempfile.mkdtemp(prefix=prefix), os.getpid()
     weakref.finalize(owner, lambda: os.getpid() == process and shutil.rmtree(path, True))
     return Path(path)
-
-
-# -- JSON files ------------------------------------------------------------------------------------
 
 
 def write_json(file: Path, value: Any) -> None:

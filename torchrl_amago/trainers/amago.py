@@ -236,8 +236,6 @@ class AMAGOTrainer:
             on_error.pop_all()
         return self
 
-    # -- parts of the loop -----------------------------------------------------------------------
-
     def _begin(self) -> None:
         if not self._is_resumed:
             check_no_existing_run(self.run_dir)
@@ -328,8 +326,6 @@ class AMAGOTrainer:
         is_missing = self.evaluator is not None and self.counts.evaluated_at != self.counts.updates
         if self._outcome == "finished" and is_missing:
             self._write_row(self._evaluate())
-
-    # -- around the loop -------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:

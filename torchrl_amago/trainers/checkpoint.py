@@ -151,9 +151,6 @@ def check_no_existing_run(run_dir: str | Path) -> None:
             )
 
 
-# -- policies --------------------------------------------------------------------------------------
-
-
 class PolicyFiles:
     """A run's `policy.npz` (last checkpoint) and `best_policy.npz` (best evaluation).
 

@@ -28,9 +28,8 @@ class EvaluationHook(TrainerHookBase):
         interval: collected batches between evaluations.
 
     Example:
-        >>> hook = EvaluationHook(lambda: {"score": 3.0}, interval=2)
-        >>> hook(), hook()
-        (None, {'eval/score': 3.0})
+        >>> EvaluationHook(lambda: {"score": 3.0})()
+        {'eval/score': 3.0}
     """
 
     def __init__(self, evaluator: Evaluator, interval: int = 1) -> None:

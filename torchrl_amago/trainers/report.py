@@ -240,13 +240,11 @@ class RunReport:
                         logger.log_scalar(f"eval_episode_{i + 1}/{measure}", mean, step=update)
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
-    def _open_loggers(self) -> list[Logger]:
-        return [logger for logger in self.loggers if not isinstance(logger, str)]
-
     def close(self) -> None:
         """Close loggers and progress bar."""
-        for logger in self._open_loggers():
-            logger.shutdown()
+        for logger in self.loggers:
+            if not isinstance(logger, str):
+                logger.shutdown()
         self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -258,7 +256,8 @@ class RunReport:
             "table": self.table.state_dict(),
             "loggers": [
                 {"kind": type(logger).__name__, "state": logger.state_dict()}
-                for logger in self._open_loggers()
+                for logger in self.loggers
+                if not isinstance(logger, str)
             ],
         }
 
