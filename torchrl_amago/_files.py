@@ -1,8 +1,8 @@
-"""Files and folders replaced in one step, checksums, disk space and locks.
+"""Atomic replacement of files and folders, checksums, disk space and locks.
 
-Everything that a run keeps (checkpoints, policies, tables, replay) is written through these
-functions: a crash at any moment leaves the old version or the new one, a full disk is an
-:class:`OSError` with the path and the sizes, and damage is found before anything is loaded.
+Checkpoints, policies, tables and replay are written through these functions. A crash at any moment
+leaves the old version or the new one, a full disk raises :class:`OSError` with the path and the
+sizes, and damage is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -31,88 +31,52 @@ MANIFEST = "manifest.json"
 
 _PARTIAL, _PREVIOUS = "partial", "previous"
 _CHUNK = 1 << 20
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class DamagedError(RuntimeError):
     """Files that are incomplete or have changed since they were written."""
 
 
-# -- replacing -----------------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
 def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
-    """Open a file that takes the place of `path` once it is complete and on the disk.
-
-    Args:
-        path: file to replace; missing parent folders are made.
-        mode: a mode for writing, as in `open`.
-        options: further arguments of `open`.
-
-    Raises:
-        OSError: where the disk is full; `path` stays as it was.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = Path(folder) / "note.txt"
-        ...     with replace_file(path, "w") as file:
-        ...         _ = file.write("whole")
-        ...     path.read_text()
-        'whole'
-    """
+    """Open a file that replaces `path` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path, _PARTIAL)
-    try:
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(partial.unlink, missing_ok=True)
         with explain_full_disk(path), partial.open(mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        on_error.pop_all()
     os.replace(partial, path)
 
 
 @contextlib.contextmanager
 def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
-    """Give an empty folder that takes the place of `path` once it is complete and on the disk.
+    """Make an empty folder that replaces `path` once it is complete; on an error it doesn't.
 
-    Args:
-        path: folder to replace; missing parent folders are made.
-        flush: wait for the disk. Without, what is there survives the death of the process, but not the
-            failure of the machine.
-
-    Raises:
-        OSError: where the disk is full; `path` stays as it was.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as root:
-        ...     path = Path(root) / "checkpoint"
-        ...     with replace_folder(path) as folder:
-        ...         _ = (folder / "note.txt").write_text("whole")
-        ...     sorted(file.name for file in path.iterdir())
-        ['note.txt']
+    Without `flush` the content survives the death of the process, but not of the machine.
     """
     path = path.resolve() if path.is_symlink() else path  # a link stays one
     partial, previous = _beside(path, _PARTIAL), _beside(path, _PREVIOUS)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    try:
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(shutil.rmtree, partial, ignore_errors=True)
         with explain_full_disk(path):
             yield partial
             for entry in [*partial.rglob("*"), partial] if flush else []:
-                sync(entry)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+                _sync(entry)
+        on_error.pop_all()
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(path, previous)
     os.replace(partial, path)
     if flush:
-        sync(path.parent)
+        _sync(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -125,13 +89,9 @@ def remove_folder(path: Path) -> None:
 
 
 def recover(folder: Path, name: str | None = None) -> None:
-    """Finish or undo the replacements that a crash interrupted in a folder.
+    """Finish or undo interrupted replacements in a folder: of one name, or by default of any.
 
     Call it only while no other process writes there, such as under :func:`lock`.
-
-    Args:
-        folder: where they were made.
-        name: the file or folder that was replaced; by default any, in a folder that is all our own.
     """
     name = "*" if name is None else glob.escape(name)
     for previous in folder.glob(f".{name}.{_PREVIOUS}"):
@@ -146,7 +106,7 @@ def recover(folder: Path, name: str | None = None) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def sync(path: Path) -> None:
+def _sync(path: Path) -> None:
     """Force a file, or a folder's list of names, onto the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open folders; its renames are journalled
@@ -161,77 +121,76 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{suffix}")
 
 
-# -- checksums -----------------------------------------------------------------------------------
-
-
-def write_manifest(folder: Path, facts: Mapping[str, Any]) -> None:
-    """Write `manifest.json`: facts, size and SHA-256 of every other file, and a checksum of all this.
-
-    Args:
-        folder: its files are complete.
-        facts: JSON values by name; `"files"` and `"crc32"` are taken.
-    """
+def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Write `manifest.json`: metadata (JSON values), size and SHA-256 of every file, a checksum."""
     files = {
         file.relative_to(folder).as_posix(): {
             "bytes": file.stat().st_size,
-            "sha256": sha256(file),
+            "sha256": _sha256(file),
         }
         for file in sorted(_files(folder))
     }
-    manifest = json.loads(json.dumps({**facts, "files": files}))
+    manifest = json.loads(json.dumps({**metadata, "files": files}))
     text = json.dumps({**manifest, "crc32": _manifest_crc32(manifest)}, indent=1) + "\n"
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a folder, None where it is missing or not as it was written."""
+    """Return the manifest of a folder, or None if it is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     is_manifest = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    # Other versions' manifests, which have no checksum, are read to tell their version.
+    # Manifests of other versions have no checksum; they are read for their version.
     is_intact = is_manifest and manifest.get("crc32") in (None, _manifest_crc32(manifest))
     return manifest if is_intact else None
 
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a folder whose files are exactly those that it lists.
+    """Return the manifest of a folder, or raise DamagedError unless its files are those listed."""
+    problem = find_damage(folder)
+    if problem is not None:
+        raise DamagedError(problem)
+    return read_manifest(folder)
 
-    Raises:
-        DamagedError: for a file that is missing, changed or not listed. An unlisted file could
-            stand in for a verified one.
-    """
+
+def find_damage(folder: Path) -> str | None:
+    """Describe the first difference between a folder and its manifest, or return None."""
     manifest = read_manifest(folder)
     if manifest is None or "crc32" not in manifest:
-        raise DamagedError(f"{folder / MANIFEST} is missing or cannot be read, or has changed")
+        return f"{folder / MANIFEST} is missing or cannot be read, or has changed"
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
-            raise DamagedError(f"{file} is missing")
-        size = file.stat().st_size
-        if size != expected["bytes"]:
-            raise DamagedError(f"{file} has {size} bytes instead of {expected['bytes']}")
-        if sha256(file) != expected["sha256"]:
-            raise DamagedError(f"{file} has changed since it was written (SHA-256 differs)")
-    found = {file.relative_to(folder).as_posix() for file in _files(folder)}
-    unlisted = sorted(found - manifest["files"].keys())
-    if unlisted:
-        raise DamagedError(f"{folder / unlisted[0]} is not listed in {MANIFEST}")
-    return manifest
+            return f"{file} is missing"
+        if (size := file.stat().st_size) != expected["bytes"]:
+            return f"{file} has {size} bytes instead of {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{file} has changed since it was written (SHA-256 differs)"
+    # An unlisted file could stand in for a verified one.
+    names = {file.relative_to(folder).as_posix() for file in _files(folder)}
+    unlisted = sorted(names - manifest["files"].keys())
+    return f"{folder / unlisted[0]} is not listed in {MANIFEST}" if unlisted else None
 
 
 def _manifest_crc32(manifest: Mapping[str, Any]) -> int:
     return _crc32({key: value for key, value in manifest.items() if key != "crc32"})
 
 
-def sha256(file: Path) -> str:
-    """Compute the SHA-256 of a file, in hexadecimal."""
-    digest = hashlib.sha256()
+def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return digest(stream, file.stat().st_size)
+
+
+def digest(stream: IO[bytes], length: int) -> str:
+    """Compute the SHA-256 of the first bytes of a file, in hexadecimal."""
+    stream.seek(0)
+    sha256 = hashlib.sha256()
+    while length > 0 and (chunk := stream.read(min(_CHUNK, length))):
+        sha256.update(chunk)
+        length -= len(chunk)
+    return sha256.hexdigest()
 
 
 def _files(folder: Path) -> list[Path]:
@@ -240,74 +199,50 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in found if path != folder / MANIFEST]
 
 
-# -- disk space ----------------------------------------------------------------------------------
-
-
 def reserve(file: Path, start: int, stop: int) -> None:
-    """Claim disk space for the bytes of a file from `start` to `stop`, which may lie past its end.
+    """Allocate disk space for bytes `start` to `stop` of a file, which may lie past its end.
 
     Writing to mapped memory that has no disk space ends the process with SIGBUS.
-
-    Raises:
-        OSError: where the disk is full.
     """
     if stop <= start:
         return
-    if hasattr(os, "posix_fallocate"):
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            with explain_full_disk(file, stop - start):
+    with explain_full_disk(file, stop - start):
+        if hasattr(os, "posix_fallocate"):
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
                 os.posix_fallocate(descriptor, start, stop - start)
-        finally:
-            os.close(descriptor)
-    elif shutil.disk_usage(file.parent).free < stop - start:
-        with explain_full_disk(file, stop - start):
+            finally:
+                os.close(descriptor)
+        elif shutil.disk_usage(file.parent).free < stop - start:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @contextlib.contextmanager
 def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Name path, need and free space in the error of a full disk.
-
-    Args:
-        path: file or folder that is written.
-        needed: bytes, where known.
-    """
+    """Add path, bytes needed and free space to the error of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or getattr(error, "explained", False):
-            raise
-        place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-        need = "" if needed is None else f"{needed} bytes are needed, "
-        explained = OSError(
-            error.errno,
-            f"the disk must have room for {path}: {need}{shutil.disk_usage(place).free} bytes are "
-            "free. What was there before is intact. Free some space, or choose another disk",
-        )
-        explained.explained = True
-        raise explained from error
+        if error.errno in _DISK_FULL and not getattr(error, "is_explained", False):
+            place = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+            need = "" if needed is None else f"{needed} bytes are needed, "
+            error.strerror = (
+                f"the disk must have room for {path}: {need}{shutil.disk_usage(place).free} bytes "
+                "are free. Earlier content is intact. Free some space, or choose another disk"
+            )
+            error.is_explained = True
+        raise
 
 
-# -- locks ---------------------------------------------------------------------------------------
+# -- locks and folders -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
-    """Hold a lock between processes; the death of its holder releases it.
-
-    Args:
-        file: lock file; it is made where it is missing, and never removed.
-        wait: wait for other holders.
+    """Hold a lock between processes, released by the death of its holder; the file stays.
 
     Raises:
         BlockingIOError: with `wait=False`, while another process holds the lock.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder, lock(Path(folder) / "lock"):
-        ...     (Path(folder) / "lock").exists()
-        True
     """
     if fcntl is None:
         yield
@@ -319,9 +254,8 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
         except BlockingIOError as error:
             stream.seek(0)
             holder = stream.read().strip() or "another process"
-            raise BlockingIOError(
-                error.errno, f"{file.parent} is in use by {holder}. Wait for it, or stop it"
-            ) from error
+            error.strerror = f"{file.parent} is in use by {holder}. Wait for it, or stop it"
+            raise
         if not wait:
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
@@ -329,7 +263,22 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
         yield
 
 
-# -- small things ----------------------------------------------------------------------------------
+def make_writable(folder: Path) -> None:
+    """Make a folder if it is missing, with a file `lock`; OSError if that isn't allowed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "lock").open("ab").close()
+    except OSError as error:
+        if error.errno in _READ_ONLY:
+            error.strerror += ". Choose another folder, or only read this one with mode='read'"
+        raise
+
+
+def temporary_folder(owner: object, prefix: str) -> Path:
+    """Make a folder that is removed with its owner, or at exit, but not by a forked process."""
+    path, process = tempfile.mkdtemp(prefix=prefix), os.getpid()
+    weakref.finalize(owner, lambda: os.getpid() == process and shutil.rmtree(path, True))
+    return Path(path)
 
 
 def write_json(file: Path, value: Any) -> None:
@@ -339,46 +288,17 @@ def write_json(file: Path, value: Any) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Return the value that :func:`write_json` wrote.
-
-    Raises:
-        DamagedError: for a file that is missing, or isn't what was written.
-    """
+    """Return the value that :func:`write_json` wrote, or raise DamagedError."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         value, is_intact = found["value"], found["crc32"] == _crc32(found["value"])
+        problem = None if is_intact else "has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{file} is missing or cannot be read ({error})") from error
-    if not is_intact:
-        raise DamagedError(f"{file} has changed since it was written")
+        problem = f"is missing or cannot be read ({error})"
+    if problem is not None:
+        raise DamagedError(f"{file} {problem}")
     return value
 
 
 def _crc32(value: Any) -> int:
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
-
-
-def temporary_folder(owner: object, prefix: str) -> Path:
-    """Make a folder that is removed with its owner, or at exit, but not by a process forked off."""
-    path, process = tempfile.mkdtemp(prefix=prefix), os.getpid()
-    weakref.finalize(owner, lambda: os.getpid() == process and shutil.rmtree(path, True))
-    return Path(path)
-
-
-def make_writable(folder: Path) -> None:
-    """Make a folder where it is missing, with a file `lock` that is written to.
-
-    Raises:
-        PermissionError: where that isn't allowed.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "lock").open("ab").close()
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise
-        raise PermissionError(
-            error.errno,
-            f"the folder must be one that can be written to, and {folder} can't ({error.strerror}). "
-            "Choose another path, or only read it with mode='read'",
-        ) from error

@@ -6,7 +6,6 @@ loaded. `numpy.load` reads the file too.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,11 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchrl_amago._files import DamagedError, replace_file
+from torchrl_amago._files import DamagedError, digest, replace_file
 
-_TREE, _MARK, _CHUNK = "tree", b"\nSHA-256 ", 1 << 20
+_TREE, _MARK = "tree", b"\nSHA-256 "
 _TRAILER_SIZE = len(_MARK) + 64
-_PLAIN = (bool, int, float, str, type(None))
 # numpy has no such numbers: their bytes are stored.
 _AS_BYTES = {
     getattr(torch, name)
@@ -31,7 +29,7 @@ _AS_BYTES = {
 
 
 def save_state(path: Path, state: Any) -> None:
-    """Write a nested state, in one step: a crash leaves the old file or the new one.
+    """Write a nested state in one step: a crash leaves the old file or the new one.
 
     Args:
         path: file to replace.
@@ -54,65 +52,51 @@ def save_state(path: Path, state: Any) -> None:
     with replace_file(path, "w+b") as file:
         np.savez(file, **{_TREE: np.frombuffer(tree.encode(), np.uint8)}, **arrays)
         end = file.seek(0, 2)
-        file.seek(0)
-        digest = _digest(file, end)
+        trailer = _MARK + digest(file, end).encode()
         file.seek(end)
-        file.write(_MARK + digest.encode())
+        file.write(trailer)
 
 
 def load_state(path: Path) -> Any:
-    """Read what :func:`save_state` wrote, tensors on the CPU.
+    """Read a file of :func:`save_state`, tensors on the CPU.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        DamagedError: if it is not such a file, or not as it was written.
+        DamagedError: if it is another file, or has changed.
     """
     with path.open("rb") as file:
-        end = file.seek(0, 2) - _TRAILER_SIZE
-        if end < 0:
-            raise _damaged(path, "it is too short")
+        end = max(file.seek(0, 2) - _TRAILER_SIZE, 0)
         file.seek(end)
-        trailer = file.read()
-        file.seek(0)
-        if not trailer.startswith(_MARK):
-            raise _damaged(path, "its checksum is missing")
-        if trailer[len(_MARK) :] != _digest(file, end).encode():
-            raise _damaged(path, "its checksum differs")
+        is_intact = file.read() == _MARK + digest(file, end).encode()
         file.seek(0)
         try:
-            with np.load(file, allow_pickle=False) as arrays:
-                return _decode(json.loads(arrays[_TREE].tobytes()), arrays)
-        # Its checksum fits, yet it was made by something else.
+            if is_intact:
+                with np.load(file, allow_pickle=False) as arrays:
+                    # A file made by something else may be packed, and fill the memory.
+                    if sum(entry.file_size for entry in arrays.zip.infolist()) <= end:
+                        return _decode(json.loads(arrays[_TREE].tobytes()), arrays)
+            problem = "its content is packed" if is_intact else "its checksum is missing or differs"
         except (LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
-            raise _damaged(path, f"it holds no state ({error!r})") from error
-
-
-def _damaged(path: Path, problem: str) -> DamagedError:
-    return DamagedError(
-        f"{path} must be complete and as it was written, but {problem}. Take another file, such as "
-        "an older checkpoint's or a copy"
+            problem = f"it holds no state ({error!r})"
+    raise DamagedError(
+        f"{path} must be complete and unchanged, but {problem}. Take another file, such as an "
+        "older checkpoint's or a copy"
     )
 
 
-def _digest(file: Any, length: int) -> str:
-    digest = hashlib.sha256()
-    while length > 0 and (chunk := file.read(min(_CHUNK, length))):
-        digest.update(chunk)
-        length -= len(chunk)
-    return digest.hexdigest()
-
-
-# Containers and tensors become lists that begin with their kind; plain values stay as they are.
+# Containers and tensors become lists that begin with their type; plain values stay as they are.
 
 
 def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
     if isinstance(value, Mapping):
-        return ["dict", [[key, _encode(value[key], _below(path, key), arrays)] for key in value]]
+        below = {key: f"{path}/{quote(str(key), safe=' ')}" for key in value}
+        items = ((_encode(k, f"{below[k]} (a key)", arrays), v, below[k]) for k, v in value.items())
+        return ["dict", [[key, _encode(x, name, arrays)] for key, x, name in items]]
     if isinstance(value, torch.Size):
         return ["size", list(value)]
     if isinstance(value, list | tuple):
-        kind = "list" if isinstance(value, list) else "tuple"
-        return [kind, [_encode(x, f"{path}/{i}", arrays) for i, x in enumerate(value)]]
+        name = "list" if isinstance(value, list) else "tuple"
+        return [name, [_encode(x, f"{path}/{i}", arrays) for i, x in enumerate(value)]]
     if isinstance(value, torch.device):
         return ["device", str(value)]
     if isinstance(value, Tensor):
@@ -122,18 +106,12 @@ def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
         name = path if path not in arrays else f"{path}~{len(arrays)}"
         arrays[name] = stored.numpy()
         return ["tensor", name, str(value.dtype).removeprefix("torch."), list(value.shape)]
-    if type(value) in _PLAIN or isinstance(value, float):
+    if type(value) in (bool, int, str, type(None)) or isinstance(value, float):
         return value
     raise TypeError(
         "a saved state must be dicts, lists and tuples of tensors, numbers, strings and None, got "
         f"{type(value).__name__} at {path}. Return plain values from state_dict()."
     )
-
-
-def _below(path: str, key: Any) -> str:
-    if type(key) not in _PLAIN:
-        raise TypeError(f"the keys of a saved state must be plain values, got {key!r} in {path}.")
-    return f"{path}/{quote(str(key), safe=' ')}"
 
 
 def _decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
@@ -147,7 +125,7 @@ def _decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
             return torch.empty(shape, dtype=dtype)
         return (stored.view(dtype) if dtype in _AS_BYTES else stored).reshape(shape)
     if kind == "dict":
-        return {key: _decode(value, arrays) for key, value in content}
+        return {_decode(key, arrays): _decode(value, arrays) for key, value in content}
     if kind == "device":
         return torch.device(content)
     parts: Iterator[Any] = (_decode(x, arrays) for x in content)

@@ -320,7 +320,7 @@ def test_a_script_s_last_evaluation_is_the_chosen_policy_s(tmp_path, final_polic
     env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
     policy = make_policy(env, context_length=18, **SMALL)
     files, best = PolicyFiles(tmp_path, policy), copy.deepcopy(policy.state_dict())
-    files.offer({"eval/trial_return": 1.0})
+    files.save_if_best({"eval/trial_return": 1.0})
     for p in policy.parameters():
         p.data.normal_()
     expected = {"last": copy.deepcopy(policy.state_dict()), "best": best}[final_policy]

@@ -8,8 +8,10 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def hangups_are_heard():
-    """Undo `nohup`: signals that a process ignores stay ignored, and children inherit that."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def no_signal_is_ignored():
+    """Undo `nohup` and `&`: children inherit ignored signals, which stay ignored."""
+    defaults = {signal.SIGHUP: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in defaults.items()}
     yield
-    signal.signal(signal.SIGHUP, before)
+    for number, handler in before.items():
+        signal.signal(number, handler)

@@ -1,3 +1,5 @@
+"""The loop: order of an update's steps, rounds, rows, stops, and errors."""
+
 from __future__ import annotations
 
 import logging
@@ -24,16 +26,14 @@ def test_one_update_by_hand(tmp_path):
     """Clip, optimiser, warm-up, targets, in this order, against the same steps written out."""
     options = {"total_updates": 1, "clip_norm": 0.1, "warmup_updates": 4, "min_trials": 2}
     trainer = make_trainer(tmp_path / "a", **options)
-    seen = {}
+    seen, step = {}, trainer.stepper.step
 
-    update = trainer.stepper.update
-
-    def remember(loss_module, optimizer, batch):
+    def remember(trainer, batch):
         seen["rng"], seen["batch"] = torch.get_rng_state(), batch.clone()
-        seen["loss"] = {k: v.clone() for k, v in loss_module.state_dict().items()}
-        return update(loss_module, optimizer, batch)
+        seen["loss"] = {k: v.clone() for k, v in trainer.loss_module.state_dict().items()}
+        return step(trainer, batch)
 
-    trainer.stepper.update = remember
+    trainer.stepper.step = remember
     trainer.train()
 
     loss = make_trainer(tmp_path / "b", **options).loss_module
@@ -44,19 +44,16 @@ def test_one_update_by_hand(tmp_path):
     out = loss(seen["batch"])
     (out["loss_actor"] + out["loss_qvalue"]).backward()
     parameters = [p for p in loss.parameters() if p.requires_grad]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, 0.1)
+    assert torch.nn.utils.clip_grad_norm_(parameters, 0.1) > 0.1
     optimizer.step()
     updater.step()
     for name, value in trainer.loss_module.state_dict().items():
         torch.testing.assert_close(value, loss.state_dict()[name], msg=name)
-    assert norm > 0.1
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 2 / 4)
 
 
 def test_rows(tmp_path):
-    trainer = make_trainer(
-        tmp_path, total_updates=12, log_interval=4, eval_interval=6, evaluator=lambda: {"x": 7.0}
-    )
+    trainer = make_trainer(tmp_path, total_updates=12, evaluator=lambda: {"x": 7.0})
     trainer.train()
     rows = read_progress(tmp_path)
     assert rows["update"].tolist() == [4, 6, 8, 12]
@@ -69,25 +66,23 @@ def test_rows(tmp_path):
 
 
 def updates_by_batch(trainer):
-    """Updates before each batch that was collected."""
-    batches, look = [], trainer.monitor.look
-    trainer.monitor.look = lambda: batches.append(trainer.counts.updates) or look()
+    """Train; return the number of updates before each batch that was collected."""
+    batches, update = [], trainer.monitor.update
+    trainer.monitor.update = lambda: batches.append(trainer.counts.updates) or update()
     trainer.train()
     return batches
 
 
-def test_waits_for_complete_trials(tmp_path):
+def test_rounds(tmp_path):
     # 4 steps in a batch are 1 step of each of the 4 rows: no trial ends in the first 3 batches.
-    trainer = make_trainer(tmp_path, total_updates=4, frames_per_batch=4, min_trials=9)
-    batches = updates_by_batch(trainer)
+    waiting = make_trainer(tmp_path / "a", total_updates=4, frames_per_batch=4, min_trials=9)
+    batches = updates_by_batch(waiting)
     assert len(batches) > 8
     assert set(batches) == {0}
-    assert trainer.monitor.trials >= 9
-
-
-def test_updates_per_batch(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=9, updates_per_round=2, min_trials=1)
+    assert waiting.monitor.trials >= 9
+    trainer = make_trainer(tmp_path / "b", total_updates=9, updates_per_round=2)
     assert updates_by_batch(trainer)[-5:] == [0, 2, 4, 6, 8]
+    assert waiting.counts.updates == 4  # trainers share no counters
 
 
 def test_total_frames_end_the_run(tmp_path):
@@ -99,8 +94,9 @@ def test_total_frames_end_the_run(tmp_path):
 
 def test_a_buffer_too_small_for_min_trials_is_explained(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=4, capacity=30, min_trials=9, total_frames=408)
-    message = r"must hold min_trials=9 trials .* got one of 30 steps, which holds [4-7] .* capacity"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(
+        RuntimeError, match=r"must hold min_trials=9 .* one of 30 steps .* capacity"
+    ):
         trainer.train()
 
 
@@ -112,10 +108,8 @@ def test_callbacks_and_request_stop(tmp_path):
             trainer.request_stop()
         return {"parity": trainer.counts.updates % 2}
 
-    trainer = make_trainer(
-        tmp_path, total_updates=100, eval_interval=6, callbacks=[callback],
-        evaluator=lambda: evaluations.append(1) or {"x": 0.0},
-    )  # fmt: skip
+    evaluator = lambda: evaluations.append(1) or {"x": 0.0}  # noqa: E731
+    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[callback], evaluator=evaluator)
     assert trainer.train() == "finished"
     assert trainer.counts.updates == 8
     rows = read_progress(tmp_path)
@@ -127,17 +121,16 @@ def test_callbacks_and_request_stop(tmp_path):
 
 
 def test_bf16_precision(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=4, precision="bf16")
-    dtypes = []
+    trainer, dtypes = make_trainer(tmp_path, total_updates=2, precision="bf16"), set()
     compute = trainer.loss_module.forward
 
     def spy(batch):
-        dtypes.append(torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
+        dtypes.add(torch.nn.functional.linear(torch.ones(1, 1), torch.ones(1, 1)).dtype)
         return compute(batch)
 
     trainer.loss_module.forward = spy
     trainer.train()
-    assert set(dtypes) == {torch.bfloat16}
+    assert dtypes == {torch.bfloat16}
     assert {p.dtype for p in trainer.loss_module.parameters()} == {torch.float32}
 
 
@@ -150,9 +143,7 @@ def test_bf16_precision(tmp_path):
         (signal.SIGUSR1, "preempted", 9),
     ],
 )
-def test_signals_stop_in_good_order_and_tell_how_to_go_on(
-    tmp_path, caplog, number, outcome, saved_at
-):
+def test_signals_stop_in_good_order(tmp_path, caplog, number, outcome, saved_at):
     stop = stop_at(9, lambda: signal.raise_signal(number))
     trainer = make_trainer(tmp_path, total_updates=100, callbacks=[stop], loggers=["tensorboard"])
     handler = signal.getsignal(number)
@@ -162,21 +153,13 @@ def test_signals_stop_in_good_order_and_tell_how_to_go_on(
     (message,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     latest = tmp_path / f"checkpoints/update_{saved_at:07d}"
     assert message == (
-        f"{outcome.capitalize()} at update 9. Last checkpoint: {latest}. To go on: resume() and train()."
+        f"{outcome.capitalize()} at update 9. Last checkpoint: {latest}. "
+        "To go on: resume() and train()."
     )
     assert trainer.collector.closed
     assert not trainer.report.loggers[0].is_alive
     assert signal.getsignal(number) is handler
     assert trainer.checkpoints.latest() == latest
-
-
-def test_resume_if_there_is_something(tmp_path):
-    with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
-        make_trainer(tmp_path).resume()
-    first = make_trainer(tmp_path, total_updates=6).resume(missing_ok=True)
-    assert first.train() == "finished"
-    second = make_trainer(tmp_path, total_updates=8).resume(missing_ok=True)
-    assert second.counts.updates == 6
 
 
 def test_ctrl_c_twice_stops_at_once(tmp_path):
@@ -187,8 +170,7 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
         signal.raise_signal(signal.SIGINT)
         after.append(1)
 
-    options = {"checkpoint_interval": 50, "callbacks": [press_twice]}
-    trainer = make_trainer(tmp_path, total_updates=100, **options)
+    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[press_twice])
     assert trainer.train() == "interrupted"
     assert not after
     assert trainer.collector.closed
@@ -204,20 +186,26 @@ def test_errors_close_everything_and_pass(tmp_path):
     assert trainer.collector.closed
 
 
-def test_refuses_a_folder_with_a_run(tmp_path):
+def test_resume_if_there_is_a_checkpoint(tmp_path):
+    with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
+        make_trainer(tmp_path).resume()
+    assert make_trainer(tmp_path, total_updates=6).resume(missing_ok=True).train() == "finished"
+    assert make_trainer(tmp_path, total_updates=8).resume(missing_ok=True).counts.updates == 6
+
+
+def test_a_folder_with_a_run_is_refused(tmp_path):
     make_trainer(tmp_path, total_updates=4).train()
     before = {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}
-    other = make_trainer(tmp_path, total_updates=4)
     with pytest.raises(FileExistsError, match="holds progress.csv"):
-        other.train()
-    elsewhere = make_trainer(tmp_path / "b", total_updates=8)
-    elsewhere.resume(tmp_path)
+        make_trainer(tmp_path, total_updates=4).train()
+    elsewhere = make_trainer(tmp_path / "b", total_updates=8).resume(tmp_path)
+    elsewhere.train()
     with pytest.raises(FileExistsError, match="holds progress.csv"):
-        make_trainer(tmp_path, total_updates=8).resume(elsewhere.train() and tmp_path / "b")
+        make_trainer(tmp_path, total_updates=8).resume(tmp_path / "b")
     assert before.items() <= {f: f.read_bytes() for f in tmp_path.rglob("*") if f.is_file()}.items()
 
 
-def test_refused_resume_changes_nothing(tmp_path):
+def test_a_refused_resume_changes_nothing_and_releases_the_lock(tmp_path):
     make_trainer(tmp_path, total_updates=4).train()
     csv = (tmp_path / "progress.csv").read_text()
     for options, match in (
@@ -229,19 +217,9 @@ def test_refused_resume_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=match):
             other.resume()
         assert all(torch.equal(v, before[k]) for k, v in other.loss_module.state_dict().items())
-        assert other.counts.updates == 0
-        assert len(other.replay_buffer) == 0
+        assert (other.counts.updates, len(other.replay_buffer)) == (0, 0)
     assert (tmp_path / "progress.csv").read_text() == csv
-    with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
-        make_trainer(tmp_path / "empty").resume()
-
-
-def test_a_trainer_does_not_share_counters(tmp_path):
-    one = make_trainer(tmp_path / "a", total_updates=4)
-    one.train()
-    two = make_trainer(tmp_path / "b")
-    assert (two.counts.updates, two.counts.frames) == (0, 0)
-    assert one.counts.updates == 4
+    assert make_trainer(tmp_path, total_updates=6).resume().train() == "finished"
 
 
 @pytest.mark.parametrize(
@@ -249,20 +227,18 @@ def test_a_trainer_does_not_share_counters(tmp_path):
     [
         (lambda **_: [], "a list with replay_buffer=NoneType"),
         (lambda replay_buffer, **options: Collector(**options), "a Collector .*=NoneType"),
-        (Collector, "one with trajs_per_batch=None"),
+        (Collector, "a Collector .* and trajs_per_batch=None"),
     ],
 )
 def test_collector_must_fit(tmp_path, make_collector, problem):
     good = make_trainer(tmp_path)
+    rb = good.replay_buffer
     collector = make_collector(
-        create_env_fn=GuessTask(),
-        frames_per_batch=4,
-        total_frames=-1,
-        replay_buffer=good.replay_buffer,
+        create_env_fn=GuessTask(), frames_per_batch=4, total_frames=-1, replay_buffer=rb
     )
-    rest = (good.loss_module, good.optimizer, good.replay_buffer)
+    parts = (collector, good.loss_module, good.optimizer, rb)
     with pytest.raises(ValueError, match=f"whole trials to the trainer's .*, got {problem}"):
-        AMAGOTrainer(collector, *rest, total_updates=1, updates_per_round=1, run_dir=tmp_path)
+        AMAGOTrainer(*parts, total_updates=1, updates_per_round=1, run_dir=tmp_path)
     if isinstance(collector, Collector):
         collector.shutdown()
 

@@ -21,14 +21,14 @@ def noisy_evaluator():
 
 def signal_at(trainer, update, number=signal.SIGINT):
     """Send a signal, by default Ctrl-C, while this update runs."""
-    step = trainer.stepper.update
+    step = trainer.stepper.step
 
     def sending(*args):
         if trainer.counts.updates == update - 1:
             signal.raise_signal(number)
         return step(*args)
 
-    trainer.stepper.update = sending
+    trainer.stepper.step = sending
 
 
 def fingerprint(trainer):
@@ -57,7 +57,7 @@ def flatten(value, prefix=""):
 
 
 def finish(trainer):
-    """Train to the end and look at everything before anybody draws another random number."""
+    """Train to the end and look at everything before another random number is drawn."""
     assert trainer.train() == "finished"
     return fingerprint(trainer), trainer.run_dir
 
@@ -101,7 +101,7 @@ def test_finished_then_resumed(uninterrupted, tmp_path, end):
     assert_same_run(uninterrupted, finish(second.resume()))
 
 
-@pytest.mark.parametrize("stops", [[8], [13, 14, 23], [19]])
+@pytest.mark.parametrize("stops", [[8], [13, 14, 23]])
 def test_interrupted_then_resumed(uninterrupted, tmp_path, stops):
     for number, stop in enumerate(stops):
         trainer = make_trainer(
@@ -140,18 +140,13 @@ def test_killed_then_resumed(uninterrupted, tmp_path):
     assert [path.name for path in (tmp_path / "run").rglob(".*")] == [".lock"]
 
 
-def test_another_seed_is_another_run(uninterrupted, tmp_path):
-    other = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator, seed=4)
-    other = finish(other)
-    with pytest.raises(AssertionError):
-        assert_same_run(uninterrupted, other)
-
-
-def test_the_same_seed_is_the_same_run(uninterrupted, tmp_path):
+def test_the_seed_decides_the_run(uninterrupted, tmp_path):
     torch.manual_seed(123)
-    torch.rand(5)
-    other = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator)
-    assert_same_run(uninterrupted, finish(other))
+    same = make_trainer(tmp_path / "a", total_updates=TOTAL, evaluator=noisy_evaluator)
+    assert_same_run(uninterrupted, finish(same))
+    other = make_trainer(tmp_path / "b", total_updates=TOTAL, evaluator=noisy_evaluator, seed=4)
+    with pytest.raises(AssertionError):
+        assert_same_run(uninterrupted, finish(other))
 
 
 def test_evaluating_changes_no_training(uninterrupted, tmp_path):
@@ -162,28 +157,22 @@ def test_evaluating_changes_no_training(uninterrupted, tmp_path):
     assert all(torch.equal(v, b[k]) for k, v in a.items() if isinstance(v, torch.Tensor))
 
 
-def test_resume_into_another_folder(uninterrupted, tmp_path):
+def test_resume_from_a_chosen_checkpoint_into_another_folder(uninterrupted, tmp_path):
     make_trainer(tmp_path / "a", total_updates=12, evaluator=noisy_evaluator).train()
     before = (tmp_path / "a/progress.csv").read_text()
-    fork = make_trainer(tmp_path / "b", total_updates=TOTAL, evaluator=noisy_evaluator)
-    assert_same_run(uninterrupted, finish(fork.resume(tmp_path / "a")))
+    for number, path in enumerate(["a", "a/checkpoints/update_0000006"]):
+        fork = make_trainer(tmp_path / f"{number}", total_updates=TOTAL, evaluator=noisy_evaluator)
+        assert_same_run(uninterrupted, finish(fork.resume(tmp_path / path)))
     assert (tmp_path / "a/progress.csv").read_text() == before
 
 
-def test_resume_from_a_chosen_checkpoint(uninterrupted, tmp_path):
-    make_trainer(tmp_path / "run", total_updates=12, evaluator=noisy_evaluator).train()
-    again = make_trainer(tmp_path / "run", total_updates=TOTAL, evaluator=noisy_evaluator)
-    again.resume(tmp_path / "run/checkpoints/update_0000006")
-    assert_same_run(uninterrupted, finish(again))
-
-
-@pytest.mark.parametrize(("end", "share"), [(6, 0.7), (12, 1.0)])
-def test_resuming_takes_the_learning_rate_it_is_given(tmp_path, end, share):
+@pytest.mark.parametrize(("end", "fraction"), [(6, 0.7), (12, 1.0)])
+def test_resuming_takes_the_learning_rate_it_is_given(tmp_path, end, fraction):
     # Within the rise over 10 updates, and after it.
     make_trainer(tmp_path / "run", total_updates=end, learning_rate=1e-2).train()
     resumed = make_trainer(tmp_path / "run", total_updates=end + 4, learning_rate=1e-3).resume()
     groups = resumed.optimizer.param_groups
-    assert [group["lr"] for group in groups] == pytest.approx([1e-3 * share] * len(groups))
+    assert [group["lr"] for group in groups] == pytest.approx([1e-3 * fraction] * len(groups))
     assert resumed.scheduler.get_last_lr() == [group["lr"] for group in groups]
     resumed.train()
     assert groups[0]["lr"] == pytest.approx(1e-3)
@@ -199,10 +188,7 @@ def test_resuming_with_more_updates_goes_on_along_the_longer_schedule(tmp_path):
 
 def test_off_interval_end_may_be_resumed(tmp_path):
     make_trainer(tmp_path / "run", total_updates=7).train()
-    longer = make_trainer(tmp_path / "run", total_updates=15)
-    assert longer.resume().train() == "finished"
-    assert longer.counts.updates == 15
-    assert [path.name for path in longer.checkpoints.paths()] == [
-        "update_0000015",
-        "update_0000012",
-    ]
+    longer = make_trainer(tmp_path / "run", total_updates=15).resume()
+    assert longer.train() == "finished"
+    names = [path.name for path in longer.checkpoints.paths()]
+    assert names == ["update_0000015", "update_0000012"]

@@ -1,20 +1,17 @@
-"""The real parts together: frozen lakes, policies with memory, AMAGOLoss, evaluation, every stop."""
+"""The real parts together: lakes, policies with memory, AMAGOLoss, evaluation, every stop."""
 
 from __future__ import annotations
 
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import gymnasium as gym
 import pytest
 import torch
 from torchrl.envs import GymWrapper
 
+from tests.processes import forked
 from tests.trainers.test_amago_resume import assert_same_run, finish, signal_at
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.collector import TrialCollector
@@ -25,7 +22,6 @@ from torchrl_amago.modules import make_policy
 from torchrl_amago.trainers import Intervals, load_policy, make_trainer, read_progress
 
 TOTAL = 14
-SIGNALS = {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGHUP": signal.SIGHUP}
 
 
 def lake(rows):
@@ -97,35 +93,38 @@ def uninterrupted(tmp_path_factory):
     return finish(make_run(tmp_path_factory.mktemp("run") / "whole"))
 
 
-def test_finished_then_resumed(uninterrupted, tmp_path):
-    make_run(tmp_path, total_updates=10).train()
-    assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=5).resume()))
-
-
-@pytest.mark.parametrize("name", SIGNALS)
-@pytest.mark.parametrize("stops", [[1], [7, 13], [9, 10, 11]])
-def test_stopped_by_signals(uninterrupted, tmp_path, name, stops):
-    for number, stop in enumerate(stops):
+@pytest.mark.parametrize(
+    "stops",
+    [
+        [(1, signal.SIGINT)],
+        [(1, signal.SIGTERM)],
+        [(7, signal.SIGTERM), (13, signal.SIGINT)],
+        [(9, signal.SIGINT), (10, signal.SIGHUP), (11, signal.SIGTERM)],
+    ],
+)
+def test_stopped_by_signals(uninterrupted, tmp_path, stops):
+    for number, (stop, name) in enumerate(stops):
         trainer = make_run(tmp_path, weights_seed=number)
         if number:
             trainer.resume()
-        signal_at(trainer, stop, SIGNALS[name])
-        assert trainer.train() == ("interrupted" if name == "Ctrl-C" else "preempted")
+        signal_at(trainer, stop, name)
+        is_interrupt = name == signal.SIGINT
+        assert trainer.train() == ("interrupted" if is_interrupt else "preempted")
         saved = int(trainer.checkpoints.latest().name[-7:])
-        assert saved == (stop if name != "Ctrl-C" else stop // 5 * 5)
+        assert saved == (stop // 5 * 5 if is_interrupt else stop)
     assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
 
 
 def test_stopped_while_collecting(uninterrupted, tmp_path):
     trainer = make_run(tmp_path)
-    look = trainer.monitor.look
+    update = trainer.monitor.update
 
     def preempt():
-        look()
+        update()
         if trainer.counts.updates == 6:
             signal.raise_signal(signal.SIGTERM)
 
-    trainer.monitor.look = preempt
+    trainer.monitor.update = preempt
     assert trainer.train() == "preempted"
     assert trainer.counts.updates == 6
     assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
@@ -135,7 +134,7 @@ def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
     trainer = make_run(tmp_path)
     trainer.intervals = Intervals(log=2, evaluate=5, checkpoint=1000)
     a, b = uninterrupted[0], finish(trainer)[0]
-    # Evaluations have rollouts too, whose memories nobody needs any more.
+    # Evaluations have rollouts too, whose memories are not saved.
     saved = trainer.components["rollouts"].state_dict()["collector"]["in_progress"]
     assert len(saved["memories"]["0"]["streams"]) == 1
     named = [name for name in a if name.startswith(("loss.", "replay.", "next."))]
@@ -143,48 +142,33 @@ def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in named if torch.is_tensor(a[name]))
 
 
-RUN = """
-import sys
-from tests.trainers.test_end_to_end import TOTAL, make_run
-trainer = make_run(sys.argv[1], weights_seed=int(sys.argv[2]))
-print(trainer.resume(missing_ok=True).train())
-"""
+def run_or_resume(run_dir, weights_seed):
+    torch.set_num_threads(1)
+    make_run(run_dir, weights_seed=weights_seed).resume(missing_ok=True).train()
 
 
-def run_process(run_dir, weights_seed):
-    root = str(Path(__file__).parents[2])
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, str(run_dir), str(weights_seed)],
-        cwd=root,
-        env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def modification_times(folder):
+    try:
+        return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    except FileNotFoundError:  # removed meanwhile
+        return None
 
 
 def test_killed_again_and_again(uninterrupted, tmp_path):
     """With SIGKILL, whatever the process is about, once it has begun to write."""
     rng = random.Random(0)
-    for number in range(3):
-        process = run_process(tmp_path, number)
-        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            try:
-                now = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-            except FileNotFoundError:  # it is at it
-                continue
-            if now != before and (tmp_path / "checkpoints").exists():
-                time.sleep(rng.random() * 0.2)
-                break
-            time.sleep(0.005)
+    for number in range(4):
+        before = modification_times(tmp_path)
+        process = forked.Process(target=run_or_resume, args=(tmp_path, number))
+        process.start()
+        while process.is_alive() and modification_times(tmp_path) in (before, None):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.5)
         process.kill()
-        process.communicate()
+        process.join()
     torch.set_num_threads(1)
-    assert_same_run(
-        uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume(missing_ok=True))
-    )
+    last = make_run(tmp_path, weights_seed=9).resume(missing_ok=True)
+    assert_same_run(uninterrupted, finish(last))
     assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
 
 
@@ -192,8 +176,7 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
     "options",
     [
         {"seq_model": "gru", "loss": "amago2"},
-        {"seq_model": "mamba"},
-        {"on_weight_update": "restart"},
+        {"seq_model": "mamba", "on_weight_update": "restart"},
     ],
     ids=str,
 )
@@ -208,14 +191,14 @@ def test_other_memories(tmp_path, options):
 
 @pytest.mark.parametrize("make_env", [cart_poles, lake], ids=["gymnasium", "other number of rows"])
 def test_trials_that_cannot_go_on_end_and_the_run_says_so(tmp_path, make_env, monkeypatch):
-    told = []
-    monkeypatch.setattr("torchrl_amago.trainers._parts.torchrl_logger.info", told.append)
+    lines = []
+    monkeypatch.setattr("torchrl_amago.trainers._components.torchrl_logger.info", lines.append)
     first = make_run(tmp_path, make_env, num_envs=6)
     signal_at(first, 8, signal.SIGTERM)
     assert first.train() == "preempted"
     second = make_run(tmp_path, make_env, num_envs=6 if make_env is cart_poles else 4)
     assert second.resume().train() == "finished"
-    assert any("trials in progress" in line and "end" in line for line in told)
+    assert any("trials in progress" in line and "end" in line for line in lines)
 
 
 def test_seed_repeated_gymnasium_task(tmp_path):
@@ -275,7 +258,7 @@ def test_settings_that_no_shape_reveals_are_refused(tmp_path, changed, named):
             load_policy(tmp_path / "policy.npz", other.policy)
 
 
-def test_the_rows_tell_what_one_watches(uninterrupted):
+def test_rows_have_the_metrics_of_training_and_evaluation(uninterrupted):
     rows = read_progress(uninterrupted[1])
     for name in ("trial_return", "trial_length", "success_first", "success_last"):
         assert (rows[f"eval/{name}"][rows["update"] % 5 == 0] >= 0).all()

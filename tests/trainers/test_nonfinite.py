@@ -49,7 +49,7 @@ def test_padding_may_hold_anything(tmp_path):
 def test_huge_numbers_are_finite(tmp_path):
     td = TensorDict(x=torch.full((8,), 3e38), batch_size=[8])
     check_data(td, tmp_path, "data")
-    assert nonfinite_entries(td) == []
+    assert nonfinite_entries(td) == ""
     assert not list(tmp_path.iterdir())
 
 
@@ -57,7 +57,7 @@ def test_huge_numbers_are_finite(tmp_path):
 def test_environment_data_stops_the_run(tmp_path, key):
     trainer = make_trainer(tmp_path, poison=(key, 20, NAN), total_updates=200)
     # An observation breaks the policy within the rollout, a reward is found after it.
-    where = {"reward": "collected observations and rewards", "observation": "what the policy sees"}
+    where = {"reward": "collected observations and rewards", "observation": "the policy.s inputs"}
     message = f"{where[key]} must be finite, .*'{key}'.*were not changed"
     with pytest.raises(NonFiniteError, match=message):
         trainer.train()

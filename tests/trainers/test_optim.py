@@ -7,12 +7,12 @@ from torch import nn
 from torchrl_amago.modules.critic import DiscreteCritic
 from torchrl_amago.modules.trajectory import TransformerEncoder
 from torchrl_amago.trainers import make_optimizer, make_schedule
-from torchrl_amago.trainers.optim import decays
+from torchrl_amago.trainers.optim import is_decayed
 
 
 def test_what_decays():
     names = {
-        name: decays(name, p)
+        name: is_decayed(name, p)
         for module in (
             TransformerEncoder(4, context_length=3, d_model=8, num_heads=2, num_layers=1),
             DiscreteCritic(4, num_actions=2, num_discounts=3),
@@ -52,7 +52,7 @@ def test_frozen_parameters_are_left_out():
     net[0].requires_grad_(False)
     assert sum(len(g["params"]) for g in make_optimizer(net).param_groups) == 2
     net[1].requires_grad_(False)
-    with pytest.raises(ValueError, match=r"at least one parameter .* got Sequential with none"):
+    with pytest.raises(ValueError, match="empty parameter list"):
         make_optimizer(net)
 
 
@@ -71,11 +71,11 @@ def test_no_warmup():
     optimizer = make_optimizer(nn.Linear(1, 1), learning_rate=8.0)
     make_schedule(optimizer, 0)
     assert optimizer.param_groups[0]["lr"] == 8.0
-    with pytest.raises(ValueError, match="warmup_updates must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="warmup_updates must be at least 1, got -1"):
         make_schedule(optimizer, -1)
 
 
 @pytest.mark.parametrize("weight_decay", [-1.0, float("nan"), float("inf")])
 def test_weight_decay_out_of_range(weight_decay):
-    with pytest.raises(ValueError, match="weight_decay must be at least 0 and finite"):
+    with pytest.raises(ValueError, match="weight_decay must be positive"):
         make_optimizer(nn.Linear(1, 1), weight_decay=weight_decay)

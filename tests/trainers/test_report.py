@@ -12,7 +12,6 @@ from torchrl_amago._files import DamagedError
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import ProgressTable, read_progress
-from torchrl_amago.trainers import report as report_module
 from torchrl_amago.trainers.report import MetricWindow, RunReport, make_logger
 
 
@@ -58,13 +57,10 @@ def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path, old, new):
 
 @pytest.mark.parametrize("content", [b"a\n0.2\xff\n", b"a\nx\n"])
 def test_a_table_that_cannot_be_read(tmp_path, content):
+    with pytest.raises(FileNotFoundError, match="progress.csv"):
+        read_progress(tmp_path)
     (tmp_path / "progress.csv").write_bytes(content)
     with pytest.raises(DamagedError, match=r"progress\.csv must be a table of numbers, but"):
-        read_progress(tmp_path)
-
-
-def test_read_progress_of_no_run(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"progress\.csv does not exist"):
         read_progress(tmp_path)
 
 
@@ -88,55 +84,48 @@ ROW = dict(update=5, frames=40, extra={"loss_actor": float("nan")})
 def write_one_row(run_dir, **options):
     report = RunReport(run_dir, **options)
     report.open(total_updates=10, update=4, hparams={})
-    with report.apart("evaluation"):
+    with report.timed("evaluation"):
         time.sleep(0.05)
     assert report.seconds["evaluation"] >= 0.05 > report.seconds["training"]
-    report.row(evaluation={"success_last": 0.96}, **ROW)
-    report.tick()
+    report.write_row(evaluation={"success_last": 0.96}, **ROW)
+    report.add_update({})
     report.close()
 
 
-@pytest.fixture
-def lines(monkeypatch):
+@pytest.mark.parametrize(
+    ("progress_bar", "is_terminal"), [(True, False), (True, True), (False, False)]
+)
+def test_a_bar_on_a_terminal_and_lines_elsewhere(
+    tmp_path, monkeypatch, capsys, progress_bar, is_terminal
+):
     lines = []
-    monkeypatch.setattr(report_module.torchrl_logger, "info", lines.append)
-    return lines
-
-
-@pytest.mark.parametrize("progress_bar", [True, False])
-def test_without_a_terminal_rows_are_lines(tmp_path, capsys, lines, progress_bar):
+    monkeypatch.setattr("torchrl_amago.trainers.report.torchrl_logger.info", lines.append)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
     write_one_row(tmp_path, progress_bar=progress_bar)
-    assert capsys.readouterr() == ("", "")
-    assert len(lines) == progress_bar
-    if progress_bar:
+    out, shown = capsys.readouterr()
+    assert out == ""
+    assert ("5/10" in shown and "last=0.96, frames/s=" in shown) == is_terminal
+    assert "actor" not in shown  # NaN
+    assert len(lines) == (progress_bar and not is_terminal)
+    if lines:
         assert lines[0].startswith("update 5/10, 40 frames: last 0.96, frames/s")
 
 
-def test_a_bar_shows_what_one_watches(tmp_path, monkeypatch, capsys, lines):
-    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
-    write_one_row(tmp_path)
-    shown = capsys.readouterr().err
-    assert "5/10" in shown
-    assert "last=0.96, frames/s=" in shown
-    assert "actor" not in shown
-    assert lines == []
-
-
 class ListLogger(CSVLogger):
-    """Remembers what it is told."""
+    """Remembers everything that is logged."""
 
     def __init__(self, folder):
         super().__init__("list", str(folder))
-        self.told, self.pictures = [], []
+        self.logged, self.pictures = [], []
         self.experiment.add_image = lambda name, *_, **options: self.pictures.append(
             (name, options)
         )
 
     def log_scalar(self, name, value, step=None):
-        self.told.append((name, value, step))
+        self.logged.append((name, value, step))
 
     def log_hparams(self, cfg):
-        self.told.append(("hparams", cfg))
+        self.logged.append(("hparams", cfg))
 
 
 def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path):
@@ -149,16 +138,16 @@ def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path):
         trial_return=torch.tensor([2.0, 2.0]),
         trial_length=torch.tensor([4, 6]),
     )
-    report.row(update=5, frames=40, extra={}, evaluation=results)
+    report.write_row(update=5, frames=40, extra={}, evaluation=results)
     report.close()
-    assert logger.told[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
+    assert logger.logged[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
     expected = [
         ("frames", 40, 5),
         ("eval/trial_return", 2.0, 5),
         ("eval_episode_1/success", 0.5, 5),
     ]
-    assert set(expected) <= set(logger.told[1:])
-    assert ("eval_episode_2/return", 1.5, 5) in logger.told
+    assert set(expected) <= set(logger.logged[1:])
+    assert ("eval_episode_2/return", 1.5, 5) in logger.logged
     assert [name for name, _ in logger.pictures] == ["eval/adaptation_curve"]
 
 
@@ -173,7 +162,7 @@ def test_a_resumed_run_goes_on_in_the_same_wandb_run(tmp_path, monkeypatch):
         if saved is not None:
             report.load_state_dict(load_state(tmp_path / "report.npz"))
         report.open(10, update, {"tau": 0.01})
-        report.row(update=update, frames=40, extra={"loss": 0.5}, evaluation={})
+        report.write_row(update=update, frames=40, extra={"loss": 0.5}, evaluation={})
         save_state(tmp_path / "report.npz", saved := report.state_dict())
         ids.append(wandb.run.id)
         assert wandb.run.config["tau"] == 0.01
@@ -209,25 +198,16 @@ def test_the_id_of_a_logger_s_run_is_kept(tmp_path, monkeypatch):
     second.open(10, 5, {"learning_rate": 1.0})
     assert second.loggers[0].id == "a-run"
     # Settings that changed replace the old ones there.
-    assert second.loggers[0].told == [("hparams", {"learning_rate": 1.0})]
+    assert second.loggers[0].logged == [("hparams", {"learning_rate": 1.0})]
     second.close()
 
 
-def test_tensorboard(tmp_path):
+def test_loggers_by_name(tmp_path):
     logger = make_logger("tensorboard", tmp_path)
     assert isinstance(logger, TensorboardLogger)
     logger.log_scalar("loss", 1.0, step=3)
     logger.shutdown()
     assert list((tmp_path / "tensorboard").glob("events*"))
     assert make_logger(logger, tmp_path) is logger
-
-
-def test_missing_logger_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"pip install 'torchrl-amago\[wandb\]'"):
-        make_logger("wandb", tmp_path)
-
-
-def test_unknown_logger(tmp_path):
     with pytest.raises(ValueError, match=r"must be one of 'tensorboard', 'wandb', got 'mlflow'"):
         make_logger("mlflow", tmp_path)

@@ -11,24 +11,24 @@ PREEMPTION = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, *PREEMPTION])
-def test_the_first_asks_and_the_handler_is_put_back(number):
-    asked, before = [], signal.getsignal(number)
-    with on_signals(asked.append):
+def test_the_first_stops_and_the_handler_is_put_back(number):
+    stops, before = [], signal.getsignal(number)
+    with on_signals(stops.append):
         signal.raise_signal(number)
         # The next one ends the process.
         default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         assert signal.getsignal(number) is default
-    assert asked == ["interrupted" if number == signal.SIGINT else "preempted"]
+    assert stops == ["interrupted" if number == signal.SIGINT else "preempted"]
     assert signal.getsignal(number) is before
 
 
 def test_ignored_signals_stay_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        asked = []
-        with on_signals(asked.append):
+        stops = []
+        with on_signals(stops.append):
             signal.raise_signal(signal.SIGHUP)
-        assert asked == []
+        assert stops == []
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)

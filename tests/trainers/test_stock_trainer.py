@@ -13,6 +13,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
+from tests.processes import forked
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import HeldOutEvaluator
@@ -81,7 +82,12 @@ def test_a_stock_trainer_trains_and_logs(tmp_path, collector_class):
     logger = CSVLogger("run", str(tmp_path))
     trainer = make_stock_trainer(tmp_path, collector_class, logger)
     before = {name: p.clone() for name, p in trainer.loss_module.named_parameters()}
+    trainer.collector.shutdown, shutdown = lambda: None, trainer.collector.shutdown
     trainer.train()
+    state = trainer.state_dict()
+    shutdown()
+    assert state["evaluation"] == {"batches": 4}
+    assert state["trial_monitor"]["trials"] == trainer.replay_buffer.num_trials
     changed = [not torch.equal(p, before[n]) for n, p in trainer.loss_module.named_parameters()]
     assert sum(changed) > len(changed) / 2
     scalars = tmp_path / "run" / "scalars"
@@ -100,14 +106,14 @@ def test_a_stock_trainer_with_tensorboard_and_priorities(tmp_path):
     logger.experiment.flush()
     assert list(tmp_path.rglob("events*"))
     weights = trainer.replay_buffer.sample()["priority_weight"]
-    assert len(weights.unique()) > 1  # the loss has told the buffer
+    assert len(weights.unique()) > 1  # set by the loss
 
 
 def test_a_stock_trainer_stops_on_nan(tmp_path):
     class Spoilt(FiniteOptimizationStepper):
-        def prepare(self, batch, loss_module):
+        def step(self, trainer, batch):
             batch["next", "reward"][0, 0] = torch.nan
-            return super().prepare(batch, loss_module)
+            return super().step(trainer, batch)
 
     logger = CSVLogger("run", str(tmp_path))
     trainer = make_stock_trainer(tmp_path, TrialCollector, logger, Spoilt(dump_dir=tmp_path))
@@ -116,19 +122,9 @@ def test_a_stock_trainer_stops_on_nan(tmp_path):
     assert (tmp_path / "nonfinite_batch").is_dir()
 
 
-def test_hooks_are_saved_with_the_trainer(tmp_path):
-    logger = CSVLogger("run", str(tmp_path))
-    trainer = make_stock_trainer(tmp_path, TrialCollector, logger)
-    trainer.collector.shutdown, shutdown = lambda: None, trainer.collector.shutdown
-    trainer.train()
-    state = trainer.state_dict()
-    shutdown()
-    assert state["evaluation"] == {"batches": 4}
-    assert state["trial_monitor"]["trials"] == trainer.replay_buffer.num_trials
-
-
-@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
-@pytest.mark.parametrize("whole_trials", [True, False])
+@pytest.mark.parametrize(
+    ("storage", "whole_trials"), [(LazyTensorStorage, True), (LazyMemmapStorage, False)]
+)
 def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole_trials):
     def make(total_updates):
         env, policy, loss, _ = make_parts()
@@ -165,7 +161,8 @@ def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole
 
 
 @pytest.mark.parametrize("sync", [True, False])
-def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync):
+def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync, monkeypatch):
+    monkeypatch.setattr("torchrl._utils._get_default_mp_start_method", forked.get_start_method)
     env, policy, loss, rb = make_parts(path=tmp_path / "replay")
     env.close()
     collector = MultiCollector(

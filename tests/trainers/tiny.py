@@ -1,4 +1,4 @@
-"""A task, a policy and a loss small enough that a run of the trainer takes a fraction of a second."""
+"""A task, a policy and a loss so small that a run takes a fraction of a second."""
 
 from __future__ import annotations
 
@@ -173,8 +173,8 @@ def make_trainer(
 ) -> AMAGOTrainer:
     """A trainer of everything above. ``weights_seed`` decides the initial weights only.
 
-    The environment stays on the CPU; ``device`` is where the loss is. ``replay`` makes what is sampled
-    of the buffer that is collected into.
+    The environment stays on the CPU; ``device`` is the loss's. ``replay`` makes the sampled buffer
+    from the one that is collected into.
     """
     torch.manual_seed(weights_seed)
     env = TransformedEnv(GuessTask(poison=poison), InitTracker())

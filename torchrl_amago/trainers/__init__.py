@@ -1,8 +1,8 @@
 """The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
 
-``amago`` has the loop, ``build`` everything around a policy that it needs, ``optim`` the optimiser and
-its step, ``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``report`` table,
-terminal and loggers, ``parts`` the state of a run, ``checkpoint`` its files, ``signals`` its end.
+``amago`` holds the loop, ``build`` makes the parts it needs, ``optim`` the optimiser and its step,
+``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``report`` table, terminal
+and loggers, ``checkpoint`` the files of a run.
 """
 
 from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals

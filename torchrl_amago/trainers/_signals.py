@@ -1,4 +1,4 @@
-"""Signals as requests to stop in good order."""
+"""Signals as requests to stop after the running update."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _PREEMPTION = tuple(
 def on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
     """Turn the first of each signal into a call of ``request_stop``; the next has its usual effect.
 
-    Its argument is ``"interrupted"`` for SIGINT (Ctrl-C), else ``"preempted"``. Ignored signals stay
-    ignored. In other threads than the main one, which alone receives signals, nothing changes.
+    Its argument is ``"interrupted"`` for SIGINT (Ctrl-C), else ``"preempted"``. Ignored signals
+    stay ignored. Only the main thread receives signals; in others nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""From an environment and a policy to a trainer: critics, loss, replay, collector and optimiser that fit."""
+"""From an environment and a policy to a trainer: loss, replay, collector and optimiser that fit."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago._validation import check_counts, pick
+from torchrl_amago._validation import check_counts, check_fractions, check_positive, pick
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
@@ -45,57 +45,48 @@ def make_trainer(
     loss_options: dict[str, Any] | None = None,
     **trainer_options: Any,
 ) -> AMAGOTrainer:
-    """Assemble what trains a policy in rounds: every environment row plays for the length of a trial
-    or for `round_steps`, then come some updates on whole trials or slices of them.
+    """Make a trainer and its parts.
 
     Args:
         env: batched environment with trial and previous-step transforms.
-        policy: from :func:`~torchrl_amago.modules.policy.make_policy`.
-        trial_length: most steps of a trial.
-        total_updates: optimiser steps in all.
-        run_dir: folder for everything the run writes.
-        round_steps: steps of each row in a round; default ``trial_length``.
-        slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer trial
-            are equally likely, its last ones too, and slices near its ends are shorter.
-        updates_per_round: optimiser steps after each round.
-        batch_size: trials, or slices of them, in a batch.
+        policy: from :func:`~torchrl_amago.modules.make_policy`.
+        trial_length: largest number of steps in a trial.
+        round_steps: steps of each environment in a round; default ``trial_length``.
+        slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
+            trial are equally likely; slices near its ends are shorter.
+        batch_size: whole trials, or slices of them, in a batch.
         capacity: capacity of the replay buffer in steps; the oldest trials leave first.
-        replay_buffer: one of your own, such as a mixture with offline data, in place of one made with
-            `slice_length`, `batch_size`, `capacity` and `buffer_options`.
+        replay_buffer: a buffer of your own, such as a mixture with offline data, instead of one
+            made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate: peak learning rate of AdamW.
-        warmup_updates: see :func:`make_schedule`, as for ``final_lr_fraction``.
-        clip_norm: see :class:`FiniteOptimizationStepper`, as for ``precision``.
+        warmup_updates, final_lr_fraction: see :func:`make_schedule`.
+        clip_norm, precision: see :class:`FiniteOptimizationStepper`.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
-        loss: by name (:data:`~torchrl_amago.objectives.LOSSES`), or a function called with
+        loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
         loss_options: further arguments of the loss.
-        trainer_options: further arguments of :class:`AMAGOTrainer`.
+        trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Raises:
-        ValueError: for an unknown loss, arguments of a buffer beside a buffer, and numbers outside of
-            their range.
+        ValueError: for an unknown loss, options of a buffer beside a buffer, numbers out of range.
 
     Example:
         >>> import tempfile
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
         >>> from torchrl_amago.modules import make_policy
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
-        >>> small = {"d_model": 16, "num_heads": 2, "num_layers": 1}
-        >>> policy = make_policy(env, context_length=18, seq_model_options=small, exploration={})
+        >>> policy = make_policy(env, context_length=18, seq_model_options={"d_model": 16})
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     trainer = make_trainer(
-        ...         env, policy, trial_length=18, total_updates=4, updates_per_round=2, batch_size=4,
-        ...         run_dir=folder, progress_bar=False)
-        ...     trainer.train()
+        ...     make_trainer(env, policy, trial_length=18, total_updates=4, run_dir=folder).train()
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
     check_counts("", **{name: steps for name, steps in lengths.items() if steps is not None})
-    if not 0 < tau <= 1:
-        raise ValueError(f"tau must be in (0, 1], got {tau}. Use 0.01 where in doubt.")
+    check_positive("0.01 is usual.", tau=tau)
+    check_fractions("0.01 is usual.", tau=tau)
     if replay_buffer is not None and (slice_length or buffer_options):
         raise ValueError(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "

@@ -1,17 +1,16 @@
-"""Checkpoints and policies of a run: replaced in one step, verified before anything is loaded.
+"""Checkpoints and policies of a run: replaced in one step, verified before loading, never pickled.
 
 A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
 
-    manifest.json    counts, architecture, settings, versions, size and SHA-256 of the other files
-    state.npz        every tensor and number but the replay's
-    replay/          the replay buffer (see torchrl_amago.data.save_replay)
+    manifest.json    counts, settings, options, versions, size and SHA-256 of the other files
+    state.npz        all tensors and numbers, but for the replay's
+    replay/          the replay buffer, by its `dumps`
 
-A policy is a file like ``state.npz``. Nothing is pickled.
+A policy is a file like ``state.npz``.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -23,17 +22,17 @@ import tensordict
 import torch
 import torchrl
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import _files as files
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
-from torchrl_amago.data import TrialReplayBuffer, load_replay, save_replay
+from torchrl_amago.data import TrialReplayBuffer
+from torchrl_amago.trainers._metadata import as_json, check_same, facts, policy_settings
 from torchrl_amago.trainers.report import PROGRESS_FILE
 
-CHECKPOINTS_FOLDER, LAST, BEST = "checkpoints", "policy.npz", "best_policy.npz"
-FORMAT_VERSION = 4
+CHECKPOINTS_FOLDER = "checkpoints"
+FORMAT_VERSION = 5
 _STATE, _REPLAY = "state.npz", "replay"
 _NAME = re.compile(r"update_\d{7,}")
 
@@ -50,23 +49,22 @@ class CheckpointStore:
         self.folder = self.run_dir / CHECKPOINTS_FOLDER
 
     def paths(self) -> list[Path]:
-        """Every checkpoint, last written first; those whose manifest cannot be read come before."""
+        """Return every checkpoint: unreadable ones, then the others, last written first."""
         found = [path for path in self.folder.glob("update_*") if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_sequence(path), path.name), reverse=True)
 
     def latest(self) -> Path | None:
-        """The checkpoint written last, or None."""
+        """Return the checkpoint written last, or None."""
         return next(iter(self.paths()), None)
 
     def find(self, path: str | Path | None = None) -> Path:
-        """Return the checkpoint at ``path``: itself, or the last one of a run's folder."""
+        """Return the checkpoint at ``path``, or the last one of the run at ``path``."""
         path = (self.run_dir if path is None else Path(path)).absolute()
         latest = CheckpointStore(path).latest()
         if latest is not None:
             return latest
-        # A damaged checkpoint is known by its place; a run may lie in a folder of that name, too.
-        has_its_place = path.parent.name == CHECKPOINTS_FOLDER and path.match("update_*")
-        if path.is_dir() and (has_its_place or (path / files.MANIFEST).exists()):
+        # A damaged checkpoint may lack its manifest, and a copy may have another name.
+        if path.is_dir() and (path.match("update_*") or (path / files.MANIFEST).exists()):
             return path
         raise FileNotFoundError(
             f"resuming needs a checkpoint, and {path} has none (looked for {CHECKPOINTS_FOLDER}/"
@@ -74,9 +72,9 @@ class CheckpointStore:
         )
 
     def save(
-        self, update: int, state: Mapping[str, Any], buffer: ReplayBuffer, facts: Mapping[str, Any]
+        self, update: int, state: Mapping[str, Any], buffer: ReplayBuffer, about: Mapping[str, Any]
     ) -> Path:
-        """Write a checkpoint; ``facts`` are JSON values for the manifest, which :meth:`load` compares."""
+        """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
         final = self.folder / f"update_{update:07d}"
         manifests = [files.read_manifest(path) or {} for path in self.paths()]
         kept = {final.name, *(name for manifest in manifests for name in manifest.get("kept", ()))}
@@ -85,93 +83,82 @@ class CheckpointStore:
             save_state(folder / _STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
-                save_replay(buffer, folder / _REPLAY)
-            facts = {
+                buffer.dumps(folder / _REPLAY)
+            manifest = {
                 "format_version": FORMAT_VERSION,
                 "update": update,
                 "sequence": 1 + max((m.get("sequence", -1) for m in manifests), default=-1),
                 "kept": sorted(kept),
-                **facts,
+                **about,
                 "versions": {m.__name__: m.__version__ for m in modules}
                 | {"python": platform.python_version()},
             }
-            files.write_manifest(folder, facts)
+            files.write_manifest(folder, manifest)
         own = [path for path in self.paths() if path.name in kept and files.read_manifest(path)]
         for path in own[self.keep :]:
             files.remove_folder(path)
         return final
 
-    def load(self, path: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-        """Verify a checkpoint, compare its facts and read its state; nothing is changed.
+    @staticmethod
+    def load(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Verify a checkpoint and return its state.
 
         Raises:
-            DamagedError: naming what is wrong, and the newest other checkpoint that is intact.
-            ValueError: for a checkpoint of another architecture, or with other settings.
+            DamagedError: naming the problem, and the newest other checkpoint that is intact.
+            ValueError: for other parts, shapes or settings than ``state`` and ``settings`` have.
         """
         problem = _problem(path)
         if problem is not None:
-            others = [
-                other for other in CheckpointStore(path.parent.parent).paths() if other != path
-            ]
+            others = [other for other in CheckpointStore(path.parents[1]).paths() if other != path]
             intact = next((other for other in others if _problem(other) is None), None)
-            remedy = (
-                "There is no other intact checkpoint in this run: start anew in another run_dir."
-                if intact is None
-                else f"The newest intact one is {intact}: resume from that path."
-            )
+            remedy = f"The newest intact one is {intact}: resume from that path."
+            if intact is None:
+                remedy = "There is no other intact checkpoint in this run: start a new run."
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
             )
-        manifest = files.read_manifest(path)
-        for kind in ("architecture", "settings"):
-            _check_same(kind, path, manifest.get(kind, {}), as_json(facts.get(kind, {})))
-        return load_state(path / _STATE)
+        saved, saved_settings = load_state(path / _STATE), files.read_manifest(path)["settings"]
+        check_same(path, facts(saved, saved_settings), facts(state, settings))
+        return saved
 
     @staticmethod
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
         """Fill ``replay_buffer`` from a checkpoint."""
         if (path / _REPLAY).exists():
-            load_replay(replay_buffer, path / _REPLAY)
+            replay_buffer.loads(path / _REPLAY)
 
 
 def _problem(path: Path) -> str | None:
-    """Return what is wrong with a checkpoint, or None."""
+    """Describe the damage of a checkpoint, or return None."""
     version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         return f"{path} has format version {version}, and this code reads {FORMAT_VERSION} only"
-    try:
-        files.verify_manifest(path)
-    except files.DamagedError as error:
-        return str(error)
-    return None
+    return files.find_damage(path)
 
 
 def _sequence(path: Path) -> float:
-    manifest = files.read_manifest(path)
-    return math.inf if manifest is None else manifest.get("sequence", 0)
+    return (files.read_manifest(path) or {"sequence": math.inf}).get("sequence", 0)
 
 
 def check_no_existing_run(run_dir: str | Path) -> None:
-    """Raise FileExistsError if the folder holds a run; nothing is touched."""
+    """Raise FileExistsError if the folder holds a run; change nothing."""
     for path in (Path(run_dir) / PROGRESS_FILE, *CheckpointStore(run_dir).paths()):
         if path.exists():
+            name = path.relative_to(run_dir)
             raise FileExistsError(
-                f"a new run needs a folder without one, but {run_dir} holds "
-                f"{path.relative_to(run_dir)}. Choose another run_dir, resume that run, or delete it."
+                f"a new run needs a folder without one, but {run_dir} holds {name}. Choose another "
+                "run_dir, resume that run, or delete it."
             )
 
 
-# -- policies --------------------------------------------------------------------------------------
-
-
 class PolicyFiles:
-    """A run's policy: `policy.npz` of the last checkpoint, `best_policy.npz` of the best evaluation.
+    """A run's `policy.npz` (last checkpoint) and `best_policy.npz` (best evaluation).
 
     Nothing is written for a policy that isn't a module. Of equal evaluations the later one is kept.
     """
 
     def __init__(self, run_dir: str | Path, policy: object) -> None:
-        self.last, self.best = Path(run_dir) / LAST, Path(run_dir) / BEST
+        self.last, self.best = Path(run_dir) / "policy.npz", Path(run_dir) / "best_policy.npz"
         self.policy = policy
         #: Mean return in the best evaluation so far; None before there is one.
         self.best_value: float | None = None
@@ -181,7 +168,7 @@ class PolicyFiles:
         if isinstance(self.policy, nn.Module):
             save_state(self.last, _describe_policy(self.policy))
 
-    def offer(self, evaluation: Mapping[str, float]) -> None:
+    def save_if_best(self, evaluation: Mapping[str, float]) -> None:
         """Write the policy if no earlier evaluation had a larger mean return."""
         value = evaluation.get("eval/trial_return", math.nan)
         is_best = value >= (-math.inf if self.best_value is None else self.best_value)
@@ -198,19 +185,19 @@ class PolicyFiles:
 
 
 def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
-    """Give a policy the weights that a run wrote; its exploration stays as it is.
+    """Load the weights that a run wrote into a policy; its exploration stays as it is.
 
     Args:
-        path: `policy.npz` or `best_policy.npz` in a run's folder.
+        path: `policy.npz` (written with each checkpoint) or `best_policy.npz` (written after an
+            evaluation with trials or a number `trial_return`) in a run's folder.
         policy: built with the run's settings; changed in place and returned.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        DamagedError: if it is not as it was written.
+        FileNotFoundError: if there is no such file; DamagedError if it is damaged.
         ValueError: if weights or settings are another policy's. Nothing has been changed then.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
         >>> trained, other = (make_policy(env, context_length=45) for _ in range(2))
@@ -222,22 +209,14 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
         True
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"there is no policy at {path}. A run writes {LAST} with each checkpoint, and {BEST} when "
-            "its evaluator gives trials or a number 'trial_return'."
-        )
-    saved, own = load_state(path), _describe_policy(policy)
-    if not (isinstance(saved, dict) and saved.keys() == own.keys()):
-        raise files.DamagedError(f"{path} must hold a policy, and holds another state.")
-    _check_same("settings", path, saved["settings"], own["settings"])
-    _check_same("weights", path, _shapes(saved["weights"]), _shapes(own["weights"]))
+    saved, current = load_state(path), _describe_policy(policy)
+    check_same(path, *(facts(policy, policy.get("settings", {})) for policy in (saved, current)))
     policy.load_state_dict(saved["weights"], strict=False)
     return policy
 
 
 def _describe_policy(policy: nn.Module) -> dict[str, Any]:
-    """Settings, and the state dict without what exploration counts."""
+    """Return settings and state dict, without the counters of exploration."""
     exploration = getattr(policy, "exploration", None)
     prefixes = tuple(f"{name}." for name, module in policy.named_modules() if module is exploration)
     weights = {
@@ -246,60 +225,3 @@ def _describe_policy(policy: nn.Module) -> dict[str, Any]:
         if isinstance(x, Tensor) and not name.startswith(prefixes)
     }
     return {"weights": weights, "settings": as_json(policy_settings(policy))}
-
-
-def policy_settings(policy: object) -> dict[str, Any]:
-    """Return the settings of a policy that decide how it acts, without those of its exploration."""
-    settings = getattr(policy, "settings", {})
-    return {k: value for k, value in settings.items() if k.partition(".")[0] != "exploration"}
-
-
-# -- comparing -------------------------------------------------------------------------------------
-
-
-def describe_architecture(
-    modules: Mapping[str, nn.Module], optimizer: Optimizer | None = None
-) -> dict[str, str]:
-    """Shape and dtype of every parameter and buffer, and the size of every parameter group."""
-    described = {
-        f"{prefix}.{name}": f"{shape} {str(module.state_dict()[name].dtype)[6:]}"
-        for prefix, module in modules.items()
-        for name, shape in _shapes(module.state_dict()).items()
-    }
-    groups = [] if optimizer is None else optimizer.param_groups
-    for number, group in enumerate(groups):
-        described[f"optimizer.group_{number}"] = f"{len(group['params'])} parameters"
-    return described
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, str]:
-    tensors = {name: x for name, x in state.items() if isinstance(x, Tensor)}
-    return {name: "x".join(map(str, x.shape)) or "scalar" for name, x in tensors.items()}
-
-
-def as_json(values: Any) -> Any:
-    """Return values as they come back from a JSON file: tuples as lists, other objects as text."""
-    return json.loads(json.dumps(values, default=str))
-
-
-def differences(
-    saved: Mapping[str, object], here: Mapping[str, object]
-) -> dict[str, tuple[object, object]]:
-    """Map each name whose values differ to both of them, ``"absent"`` where there is none."""
-    pairs = {
-        name: (saved.get(name, "absent"), here.get(name, "absent")) for name in {**saved, **here}
-    }
-    return {name: (there, own) for name, (there, own) in pairs.items() if there != own}
-
-
-def _check_same(
-    kind: str, path: Path, saved: Mapping[str, object], here: Mapping[str, object]
-) -> None:
-    differing = differences(saved, here)
-    if differing:
-        shown = [f"{name}: {there} there, {own} here" for name, (there, own) in differing.items()]
-        raise ValueError(
-            f"the {kind} saved in {path} must be those of what loads it, but differ in "
-            f"{len(differing)} entries: {'; '.join(shown[:3])}. Build environment, policy, loss and "
-            "optimizer with the arguments of that run, or start anew in another run_dir."
-        )

@@ -1,4 +1,4 @@
-"""Monitor and evaluation, for our trainer and as hooks of a stock :class:`torchrl.trainers.Trainer`."""
+"""Monitor and evaluation, also as hooks of a stock :class:`torchrl.trainers.Trainer`."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from tensordict import TensorDictBase
+from torch import Tensor
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
@@ -20,11 +21,15 @@ Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
-    """Evaluates every few collected batches, without a trace in the training's random numbers.
+    """Evaluates every few collected batches, and preserves the training's random numbers.
 
     Args:
-        evaluator: called without arguments; gives named numbers or ``TrialResults``.
+        evaluator: called without arguments; returns numbers by name or ``TrialResults``.
         interval: collected batches between evaluations.
+
+    Example:
+        >>> EvaluationHook(lambda: {"score": 3.0})()
+        {'eval/score': 3.0}
     """
 
     def __init__(self, evaluator: Evaluator, interval: int = 1) -> None:
@@ -39,7 +44,7 @@ class EvaluationHook(TrainerHookBase):
         self._batches += 1
         if self._batches % self.interval:
             return None
-        return evaluation_metrics(evaluate_apart(self.evaluator))
+        return evaluation_metrics(run_evaluator(self.evaluator))
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches}
@@ -48,8 +53,8 @@ class EvaluationHook(TrainerHookBase):
         self._batches = int(state_dict["batches"])
 
 
-def evaluate_apart(evaluator: Evaluator) -> Results:
-    """Evaluate; the global generators are left as they were."""
+def run_evaluator(evaluator: Evaluator) -> Results:
+    """Evaluate, and put the global random generators back."""
     rng = GlobalRNGState()
     before = rng.state_dict()
     results = evaluator()
@@ -58,17 +63,17 @@ def evaluate_apart(evaluator: Evaluator) -> Results:
 
 
 class TrialMonitor(TrainerHookBase):
-    """Looks once at every step that a collector has written to the replay buffer.
+    """Counts collected trials, averages their returns and successes, and stops on NaN and infinity.
 
-    It counts trials, averages their returns and successes, and stops on NaN and infinity. A trial
-    that is written in fragments counts once, as a whole, when its last one is there; fragments are
-    put together by ``time_idx``, without which trials must follow one another.
+    It reads every step once, after a collector has written it. A trial that is written in fragments
+    counts once its last one is there. They are joined by ``time_idx``; without it, the fragments of
+    a trial must follow one another.
 
     Args:
         replay_buffer: the buffer the collector writes to; its ``write_count`` counts steps.
         window: receives ``train/trial_return``, ``train/trial_length``, ``train/success_first`` and
             ``train/success_last`` (of a trial's first and last episode).
-        run_dir: folder for steps that have to be looked at.
+        run_dir: folder for steps with NaN or infinity.
         success_threshold: an episode succeeds if its return is larger.
     """
 
@@ -83,8 +88,8 @@ class TrialMonitor(TrainerHookBase):
         self.window = MetricWindow() if window is None else window
         self.success_threshold = success_threshold
         self.seen = self.trials = 0
-        # Trials in progress, by their next time index: return and length of what is written.
-        self._begun: dict[int, list[tuple[float, int]]] = {}
+        # Unfinished trials by their next time index: return and length of what is written.
+        self._unfinished: dict[int, list[tuple[float, int]]] = {}
 
     def register(self, trainer: Trainer, name: str = "trial_monitor") -> None:
         """Log with a stock trainer, after each collected batch."""
@@ -93,7 +98,7 @@ class TrialMonitor(TrainerHookBase):
 
     def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float]:
         """Read the new steps; return the metrics of trials that ended, and empty the window."""
-        self.look()
+        self.update()
         return {**self.window.means(), "trials": self.trials}
 
     def skip_existing(self) -> None:
@@ -101,63 +106,22 @@ class TrialMonitor(TrainerHookBase):
         self.seen = self.replay_buffer.write_count
         self.trials = getattr(self.replay_buffer, "num_trials", 0)
 
-    def look(self) -> None:
+    def forget_unfinished(self) -> None:
+        """Forget trials in progress, whose remaining steps will not be written."""
+        self._unfinished.clear()
+
+    def update(self) -> None:
         """Read the new steps into the window."""
         steps = self._new_steps()
         if steps is None:
             return
         check_data(steps, self.run_dir, "collected observations and rewards")
-        ends = steps.get(("next", "done")).reshape(-1)
-        ended = self._ended_trials(steps, ends)
+        done = steps.get(("next", "done")).reshape(-1)
+        ended = self._ended_trials(steps, done)
         self.trials += len(ended)
         self.window.add("train/trial_return", sum(gain for gain, _ in ended), len(ended))
         self.window.add("train/trial_length", sum(length for _, length in ended), len(ended))
-        self._add_successes(steps, ends)
-
-    def trials_restarted(self) -> None:
-        """Forget trials in progress: they were ended, and the rest of them won't be written."""
-        self._begun.clear()
-
-    def _ended_trials(self, steps: TensorDictBase, ends: torch.Tensor) -> list[tuple[float, int]]:
-        """Return and length of each trial that ended, of all its fragments; those of others wait."""
-        time = steps.get(keys.TIME_IDX, None)
-        is_last = ends.clone()
-        is_last[-1] = True
-        if time is not None:
-            time = time.reshape(-1)
-            is_last[:-1] |= time[1:] != time[:-1] + 1
-        fragment = is_last.cumsum(0) - is_last.long()
-        lengths = fragment.bincount()
-        reward = steps.get(("next", "reward")).reshape(len(ends), -1).sum(1, dtype=torch.float64)
-        gains = reward.new_zeros(len(lengths)).index_add(0, fragment, reward)
-        # Without times there is one trial at a time, and what waits is of that one.
-        after = torch.zeros_like(lengths) if time is None else time[is_last] + 1
-        first = after if time is None else after - lengths
-        ended = []
-        columns = (first, after, gains, lengths, ends[is_last])
-        for begin, end, gain, length, is_over in zip(*(c.tolist() for c in columns), strict=True):
-            # Of trials that are equally old, the order of writing tells which one goes on.
-            waiting = self._begun.get(begin)
-            gain_before, length_before = waiting.pop(0) if waiting else (0.0, 0)
-            if waiting is not None and not waiting:
-                del self._begun[begin]
-            total = (gain_before + gain, length_before + length)
-            (ended if is_over else self._begun.setdefault(end, [])).append(total)
-        return ended
-
-    def _add_successes(self, steps: TensorDictBase, ends: torch.Tensor) -> None:
-        episode = steps.get(keys.EPISODE_IDX, None)
-        episode_return = steps.get(("next", keys.EPISODE_RETURN), None)
-        soft_reset = steps.get(("next", keys.SOFT_RESET), None)
-        if episode is None or episode_return is None or soft_reset is None:
-            return  # not a task of episodes
-        success = (episode_return > self.success_threshold).reshape(-1)
-        over = ends | soft_reset.reshape(-1)
-        for name, chosen in (
-            ("train/success_first", over & (episode.reshape(-1) == 0)),
-            ("train/success_last", ends),
-        ):
-            self.window.add(name, success[chosen].sum().item(), int(chosen.sum()))
+        self._add_successes(steps, done)
 
     def _new_steps(self) -> TensorDictBase | None:
         buffer = self.replay_buffer
@@ -167,14 +131,53 @@ class TrialMonitor(TrainerHookBase):
             return None
         if hasattr(buffer, "newest"):
             return buffer.newest(count)
-        # A ring of steps; of those that have been overwritten already nothing is known.
+        # A ring of steps; those that have been overwritten already are lost.
         storage = buffer.storage
         place = torch.arange(written - min(count, len(storage)), written) % storage.max_size
         return storage.get(place)
 
+    def _ended_trials(self, steps: TensorDictBase, done: Tensor) -> list[tuple[float, int]]:
+        """Return (return, length) of each trial that ended; keep those of unfinished ones."""
+        time = steps.get(keys.TIME_IDX, None)
+        is_last = done.clone()
+        is_last[-1] = True
+        if time is not None:
+            time = time.reshape(-1)
+            is_last[:-1] |= time[1:] != time[:-1] + 1
+        fragment = is_last.cumsum(0) - is_last.long()
+        lengths = fragment.bincount()
+        reward = steps.get(("next", "reward")).reshape(len(done), -1).sum(1, dtype=torch.float64)
+        gains = reward.new_zeros(len(lengths)).index_add(0, fragment, reward)
+        # Without times there is one trial at a time, and every fragment continues it.
+        stops = torch.zeros_like(lengths) if time is None else time[is_last] + 1
+        starts = stops if time is None else stops - lengths
+        ended = []
+        columns = (starts, stops, gains, lengths, done[is_last])
+        for start, stop, gain, length, is_over in zip(*(c.tolist() for c in columns), strict=True):
+            # Trials of equal age continue in the order in which they were written.
+            waiting = self._unfinished.get(start)
+            gain_before, length_before = waiting.pop(0) if waiting else (0.0, 0)
+            if waiting is not None and not waiting:
+                del self._unfinished[start]
+            total = (gain_before + gain, length_before + length)
+            (ended if is_over else self._unfinished.setdefault(stop, [])).append(total)
+        return ended
+
+    def _add_successes(self, steps: TensorDictBase, done: Tensor) -> None:
+        entries = (keys.EPISODE_IDX, ("next", keys.EPISODE_RETURN), ("next", keys.SOFT_RESET))
+        episode, gain, soft_reset = (steps.get(key, None) for key in entries)
+        if episode is None or gain is None or soft_reset is None:
+            return  # not a task of episodes
+        success = (gain > self.success_threshold).reshape(-1)
+        is_end = done | soft_reset.reshape(-1)
+        chosen = {"first": is_end & (episode.reshape(-1) == 0), "last": done}
+        for name, at in chosen.items():
+            self.window.add(f"train/success_{name}", success[at].sum().item(), int(at.sum()))
+
     def state_dict(self) -> dict[str, Any]:
-        return {"seen": self.seen, "trials": self.trials, "begun": self._begun}
+        return {"seen": self.seen, "trials": self.trials, "unfinished": self._unfinished}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.seen, self.trials = int(state_dict["seen"]), int(state_dict["trials"])
-        self._begun = {time: list(waiting) for time, waiting in state_dict["begun"].items()}
+        waiting = state_dict["unfinished"]
+        self._unfinished = {time: list(trials) for time, trials in waiting.items()}

@@ -1,4 +1,4 @@
-"""NaN and infinity: found before they can reach the weights, named, and kept for inspection."""
+"""NaN and infinity: found before they reach the weights, named, and kept for inspection."""
 
 from __future__ import annotations
 
@@ -15,25 +15,23 @@ from torch import Tensor, nn
 
 from torchrl_amago import keys
 
-DUMP_FOLDER = "nonfinite_batch"
-
 
 class NonFiniteError(RuntimeError):
-    """NaN or infinity in data or loss. The weights have not been touched.
+    """NaN or infinity in data or loss; the weights have not been changed.
 
-    `dump` is the batch's folder, for :meth:`tensordict.TensorDict.load_memmap`; a nearly full disk has none.
+    `dump` is the folder of the batch, for :meth:`tensordict.TensorDict.load_memmap`. A nearly full
+    disk has none.
     """
 
     def __init__(self, problem: str, batch: TensorDictBase, run_dir: Path) -> None:
-        self.dump = run_dir / DUMP_FOLDER
+        self.dump = run_dir / "nonfinite_batch"
         shutil.rmtree(self.dump, ignore_errors=True)
-        self.dump.parent.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(parents=True, exist_ok=True)
         # Tensors only, as memory maps and JSON: other entries would be pickled.
         tensors = batch.select(*_tensors(batch)).detach().cpu().contiguous()
         where = f"There is no room for the batch in {self.dump}"
         # Writing mapped files on a full disk would end the process.
-        needed = 2 * tensors.bytes() + (1 << 20)
-        if shutil.disk_usage(self.dump.parent).free > needed:
+        if shutil.disk_usage(run_dir).free > 2 * tensors.bytes() + (1 << 20):
             tensors.memmap(self.dump, copy_existing=True)
             where = f"The batch is in {self.dump}: look at it with TensorDict.load_memmap(...)"
         super().__init__(
@@ -48,8 +46,8 @@ def _tensors(batch: TensorDictBase, *, floats_only: bool = False) -> dict[Nested
     return {key: x for key, x in tensors.items() if x.is_floating_point() or not floats_only}
 
 
-def nonfinite_entries(batch: TensorDictBase) -> list[str]:
-    """Describe each entry with NaN or infinity on real steps, those of ``("collector", "mask")``."""
+def nonfinite_entries(batch: TensorDictBase) -> str:
+    """Describe each entry with NaN or infinity on the steps of ``("collector", "mask")``."""
     mask, found = batch.get(keys.MASK, None), []
     for key, value in _tensors(batch, floats_only=True).items():
         is_bad = ~torch.isfinite(value)
@@ -59,58 +57,47 @@ def nonfinite_entries(batch: TensorDictBase) -> list[str]:
         if is_bad.any():
             steps = is_bad.numel() if mask is None else int(mask.sum())
             found.append(f"{key!r} ({int(is_bad.sum())} of {steps} steps)")
-    return found
+    return ", ".join(found)
 
 
 def check_data(batch: TensorDictBase, run_dir: Path, name: str) -> None:
     """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity."""
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
     entries = _tensors(batch, floats_only=True).values()
-    if math.isfinite(sum(x.sum(dtype=torch.float32) for x in entries)):
-        return
-    found = nonfinite_entries(batch)
-    if found:
-        problem = f"{name} must be finite, but NaN or infinity is in {', '.join(found)}"
+    is_finite = math.isfinite(sum(x.sum(dtype=torch.float32) for x in entries))
+    if not is_finite and (found := nonfinite_entries(batch)):
+        problem = f"{name} must be finite, but NaN or infinity is in {found}"
         raise NonFiniteError(problem, batch, run_dir)
 
 
-def stop_on_loss(
-    losses: TensorDictBase, grad_norm: float, batch: TensorDictBase, run_dir: Path
-) -> None:
-    """Raise :class:`NonFiniteError` for a loss or gradient that is not finite."""
+def describe_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase) -> str:
+    """Describe a loss or gradient that is not finite, for :class:`NonFiniteError`."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
     bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
-    bad = bad or [f"the gradients (norm {grad_norm})"]
+    bad = ", ".join(bad) or f"the gradients (norm {grad_norm})"
     found = nonfinite_entries(batch)
-    data = f"in the batch: {', '.join(found)}" if found else "the batch itself is finite"
-    problem = f"losses and gradients must be finite, but not so: {', '.join(bad)}; {data}"
-    raise NonFiniteError(problem, batch, run_dir)
+    data = f"in the batch: {found}" if found else "the batch itself is finite"
+    return f"losses and gradients must be finite, but not so: {bad}; {data}"
 
 
 @contextmanager
-def blame_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
-    """Re-raise an error as NonFiniteError if the policy's last input was not finite.
+def explain_nonfinite_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
+    """Raise :class:`NonFiniteError` for an error after an input of the policy that is not finite.
 
     Sampling an action from NaN fails in many ways, before the rollout's data can be checked.
     """
     if not isinstance(policy, nn.Module):
         yield
         return
-    shown: list[Any] = []
-
-    def remember(_: nn.Module, arguments: tuple) -> None:
-        shown[:] = arguments[:1]
-
-    hook = policy.register_forward_pre_hook(remember)
+    inputs: dict[str, Any] = {}
+    hook = policy.register_forward_pre_hook(lambda _, args: inputs.update(last=args and args[0]))
     try:
         yield
     except Exception as error:
-        found = nonfinite_entries(shown[0]) if shown and is_tensor_collection(shown[0]) else []
-        if not found:
-            raise
-        problem = (
-            f"what the policy sees must be finite, but NaN or infinity is in {', '.join(found)}"
-        )
-        raise NonFiniteError(problem, shown[0], run_dir) from error
+        last = inputs.get("last")
+        if is_tensor_collection(last) and (found := nonfinite_entries(last)):
+            problem = f"the policy's inputs must be finite, but NaN or infinity is in {found}"
+            raise NonFiniteError(problem, last, run_dir) from error
+        raise
     finally:
         hook.remove()

@@ -1,9 +1,8 @@
-"""What a run reports: means of metrics and clocks, in `progress.csv`, on the terminal, to loggers."""
+"""Reports of a run: means of metrics and clocks, in the table, on the terminal, to loggers."""
 
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import tempfile
 import time
@@ -24,33 +23,21 @@ from torchrl_amago._validation import check_choice
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.plots import plot_adaptation_curve
 
-Results = Mapping[str, float] | TrialResults
 PROGRESS_FILE = "progress.csv"
 ACTIVITIES = ("training", "evaluation", "checkpoint")
+#: Columns that depend on the machine's speed.
 CLOCK_COLUMNS = (
     *(f"seconds_{activity}" for activity in ACTIVITIES),
     "frames_per_second",
     "updates_per_second",
 )
-# The numbers one watches, under short names, from the latest row that has them.
-_SHOWN = {
-    "eval/trial_return": "return",
-    "eval/success_first": "first",
-    "eval/success_last": "last",
-    "train/trial_return": "train return",
-    "loss_actor": "actor",
-    "loss_qvalue": "critic",
-    "frames_per_second": "frames/s",
-    "updates_per_second": "updates/s",
-}
 
 
 class ProgressTable:
     """A CSV file that is on the disk row by row.
 
-    TorchRL's ``CSVLogger`` writes one file per scalar; plots want one table. Where a row brings new
-    columns, the file is replaced as a whole. The state holds its text: a resumed run has the rows of
-    its checkpoint, whatever has become of the file.
+    A row with new columns replaces the whole file. The state holds the text: a resumed run has the
+    rows of its checkpoint, whatever happened to the file.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -58,19 +45,17 @@ class ProgressTable:
         self.columns: list[str] = []
 
     def append(self, row: Mapping[str, float]) -> None:
-        """Write one row; columns it lacks stay empty."""
+        """Write one row; columns that it lacks stay empty."""
         new = [column for column in row if column not in self.columns]
+        options = {"newline": "", "encoding": "utf-8"}
         if new:
             rows = _read_rows(self.path) if self.columns else []
             self.columns += new
-            with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
+            with replace_file(self.path, "w", **options) as file:
                 writer = csv.DictWriter(file, self.columns, lineterminator="\n")
                 writer.writeheader()
                 writer.writerows(rows)
-        with (
-            explain_full_disk(self.path),
-            self.path.open("a", newline="", encoding="utf-8") as file,
-        ):
+        with explain_full_disk(self.path), self.path.open("a", **options) as file:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
 
     def state_dict(self) -> dict[str, str]:
@@ -78,26 +63,26 @@ class ProgressTable:
 
     def load_state_dict(self, state: Mapping[str, str]) -> None:
         self.columns = next(csv.reader(state["text"].splitlines()), [])
-        if self.columns:
-            with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
-                file.write(state["text"])
-        else:
-            self.path.unlink(missing_ok=True)
+        if not self.columns:
+            return self.path.unlink(missing_ok=True)
+        with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
+            file.write(state["text"])
 
 
 def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
     """Read the table of a run: one float64 array per column, NaN for empty cells.
 
     Raises:
-        FileNotFoundError: if there is none.
-        DamagedError: if it cannot be read.
+        DamagedError: if it is no table of numbers; FileNotFoundError if there is none.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     ProgressTable(Path(folder) / "progress.csv").append({"update": 1, "loss": 0.5})
+        ...     read_progress(folder)["loss"]
+        array([0.5])
     """
     path = Path(run_dir) / PROGRESS_FILE
-    if not path.exists():
-        raise FileNotFoundError(
-            f"a run's folder holds {PROGRESS_FILE}, but {path} does not exist. Pass the run_dir "
-            "of an AMAGOTrainer that has logged at least once."
-        )
     try:
         rows = _read_rows(path)
         columns = rows[0].keys() if rows else ()
@@ -111,11 +96,25 @@ def _read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+Results = Mapping[str, float] | TrialResults
+# Metrics on the terminal, under short names, from the latest row that has them.
+_DISPLAYED = {
+    "eval/trial_return": "return",
+    "eval/success_first": "first",
+    "eval/success_last": "last",
+    "train/trial_return": "train return",
+    "loss_actor": "actor",
+    "loss_qvalue": "critic",
+    "frames_per_second": "frames/s",
+    "updates_per_second": "updates/s",
+}
+
+
 class MetricWindow:
-    """Means of metrics since the last row; tensors are only read when it is asked for them."""
+    """Means of metrics since the last row; tensors are read from the device only then."""
 
     def __init__(self) -> None:
-        self._totals: dict[str, list[Any]] = {}
+        self._totals: dict[str, tuple[Any, float]] = {}
 
     def add_scalars(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Add one value of each metric: numbers, or 0-dimensional tensors."""
@@ -124,23 +123,23 @@ class MetricWindow:
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Add ``count`` values that sum to ``total``."""
-        before, counted = self._totals.get(name, (0.0, 0.0))
-        self._totals[name] = [before + total, counted + count]
+        total_before, count_before = self._totals.get(name, (0.0, 0.0))
+        self._totals[name] = (total_before + total, count_before + count)
 
     def means(self) -> dict[str, float]:
         """Return the mean of every metric, in the order first seen, and start anew."""
         state, self._totals = self.state_dict(), {}
         return {name: total / count for name, (total, count) in state.items() if count}
 
-    def state_dict(self) -> dict[str, list[float]]:
-        return {name: [float(total), count] for name, (total, count) in self._totals.items()}
+    def state_dict(self) -> dict[str, tuple[float, float]]:
+        return {name: (float(total), count) for name, (total, count) in self._totals.items()}
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, tuple[float, float]]) -> None:
         self._totals = dict(state)
 
 
 class RunReport:
-    """Writes the same row to ``progress.csv``, the terminal (bar, or lines elsewhere) and the loggers."""
+    """Writes each row to ``progress.csv``, the terminal (or as lines) and the loggers."""
 
     def __init__(
         self, run_dir: Path, loggers: Sequence[str | Logger] = (), progress_bar: bool = True
@@ -148,10 +147,9 @@ class RunReport:
         self.run_dir, self.progress_bar, self.loggers = run_dir, progress_bar, list(loggers)
         self.window, self.table = MetricWindow(), ProgressTable(run_dir / PROGRESS_FILE)
         self.seconds, self._since = dict.fromkeys(ACTIVITIES, 0.0), time.perf_counter()
-        self._logger_states: dict[str, Any] = {}
-        self._bar: tqdm | None = None
-        self._latest: dict[str, float] = {}
-        self._last = {"frames": 0, "updates": 0, "training": 0.0}
+        self._logger_states: list[dict[str, Any]] = []
+        self._bar, self._latest = tqdm(disable=True), {}
+        self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
     def _read_clock(self, activity: str | None = "training") -> None:
         """Count the time since the last reading as ``activity``, or not at all."""
@@ -161,7 +159,7 @@ class RunReport:
         self._since = now
 
     @contextmanager
-    def apart(self, activity: str) -> Iterator[None]:
+    def timed(self, activity: str) -> Iterator[None]:
         """Count the time inside as ``activity``, not as training."""
         self._read_clock()
         try:
@@ -170,37 +168,40 @@ class RunReport:
             self._read_clock(activity)
 
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
-        """Make loggers and bar, and tell the loggers the run's settings."""
+        """Make loggers and progress bar, and log the run's settings."""
         plain = (bool, int, float, str)
         hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
-        for i, logger in enumerate(self.loggers):
-            saved = self._logger_states.get(str(i), {})
+        states = [*self._logger_states, *[{}] * len(self.loggers)]
+        for i, saved in enumerate(states[: len(self.loggers)]):
             run_id = saved.get("state", {}).get("local", {}).get("id")
-            self.loggers[i] = logger = make_logger(logger, self.run_dir, run_id)
+            self.loggers[i] = logger = make_logger(self.loggers[i], self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
-            if not saved or _is_wandb(logger):  # others would list the run a second time
+            if (
+                not saved or "wandb" in type(logger).__name__.lower()
+            ):  # others would list the run a second time
                 logger.log_hparams(hparams)
         # disable=None is tqdm's own test for a terminal.
         disable = None if self.progress_bar else True
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
         self._read_clock(None)
 
-    def say(self, line: str) -> None:
+    def log_line(self, line: str) -> None:
         """Log a line where no progress bar is shown."""
         if self.progress_bar and self._bar.disable:
             torchrl_logger.info(line)
 
-    def tick(self) -> None:
+    def add_update(self, metrics: Mapping[str, float | Tensor]) -> None:
         """Count one more update."""
         self._bar.update()
+        self.window.add_scalars(metrics)
 
-    def row(
+    def write_row(
         self, update: int, frames: int, extra: Mapping[str, float], evaluation: Results
     ) -> None:
-        """Write the means since the last row, ``extra`` and the numbers of an evaluation."""
+        """Write the means since the last row, ``extra`` and the metrics of an evaluation."""
         self._read_clock()
-        last, training = self._last, self.seconds["training"]
+        last, training = self._last_row, self.seconds["training"]
         elapsed = max(training - last["training"], 1e-9)
         row = {
             "update": update,
@@ -212,22 +213,22 @@ class RunReport:
             **self.window.means(),
             **evaluation_metrics(evaluation),
         }
-        self._last = {"frames": frames, "updates": update, "training": training}
+        self._last_row = {"frames": frames, "updates": update, "training": training}
         self.table.append(row)
-        self._show(row)
+        self._display(row)
         for logger in self.loggers:
             for name, value in row.items():
                 logger.log_scalar(name, value, step=update)
         if isinstance(evaluation, TrialResults) and self.loggers:
             self._log_episodes(evaluation, update)
 
-    def _show(self, row: Mapping[str, float]) -> None:
+    def _display(self, row: Mapping[str, float]) -> None:
         self._latest.update({k: v for k, v in row.items() if not math.isnan(v)})
         latest = self._latest
-        shown = {short: f"{latest[key]:.4g}" for key, short in _SHOWN.items() if key in latest}
-        self._bar.set_postfix(shown, refresh=False)
-        numbers = ", ".join(f"{short} {value}" for short, value in shown.items())
-        self.say(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {numbers}")
+        values = {name: f"{latest[key]:.4g}" for key, name in _DISPLAYED.items() if key in latest}
+        self._bar.set_postfix(values, refresh=False)
+        text = ", ".join(f"{name} {value}" for name, value in values.items())
+        self.log_line(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {text}")
 
     def _log_episodes(self, results: TrialResults, update: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -240,63 +241,53 @@ class RunReport:
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
     def close(self) -> None:
-        """Close everything that is open."""
+        """Close loggers and progress bar."""
         for logger in self.loggers:
             if not isinstance(logger, str):
                 logger.shutdown()
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
     def state_dict(self) -> dict[str, Any]:
         self._read_clock()
         return {
             "window": self.window.state_dict(),
             "seconds": dict(self.seconds),
-            "last": dict(self._last),
+            "last": dict(self._last_row),
             "table": self.table.state_dict(),
-            "loggers": {
-                str(i): {"kind": type(logger).__name__, "state": logger.state_dict()}
-                for i, logger in enumerate(self.loggers)
+            "loggers": [
+                {"kind": type(logger).__name__, "state": logger.state_dict()}
+                for logger in self.loggers
                 if not isinstance(logger, str)
-            },
+            ],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.table.load_state_dict(state["table"])
         self.window.load_state_dict(state["window"])
         self.seconds = dict(state["seconds"])
-        self._last, self._logger_states = dict(state["last"]), state["loggers"]
+        self._last_row, self._logger_states = dict(state["last"]), state["loggers"]
 
 
 def evaluation_metrics(results: Results) -> dict[str, float]:
-    """Columns of an evaluation: named numbers as they are, ``TrialResults`` by their summary."""
+    """Return the columns of an evaluation: numbers by name, or the summary of ``TrialResults``."""
     if isinstance(results, TrialResults):
         results = results.summary()
     return {f"eval/{name}": float(value) for name, value in results.items()}
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:
-    """Make a TorchRL logger that writes into ``run_dir``, or goes on with a wandb run; others pass."""
+    """Make a logger in ``run_dir`` (or for a wandb run) from its name; return others as given."""
     if not isinstance(logger, str):
         return logger
     check_choice("loggers", logger, ("tensorboard", "wandb"))
-    if importlib.util.find_spec(logger) is None:
-        raise ImportError(
-            f"the {logger!r} logger needs the package {logger}, which is not installed. Install "
-            f"it with: pip install 'torchrl-amago[{logger}]'"
-        )
+    folder = str(run_dir)
     if logger == "tensorboard":
-        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=str(run_dir))
-    run_dir = Path(run_dir)
-    return torchrl_loggers.WandbLogger(run_dir.name, save_dir=str(run_dir), id=run_id)
-
-
-def _is_wandb(logger: Logger) -> bool:
-    return "wandb" in type(logger).__name__.lower()
+        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=folder)
+    return torchrl_loggers.WandbLogger(Path(folder).name, save_dir=folder, id=run_id)
 
 
 def _log_picture(logger: Logger, name: str, path: Path, update: int) -> None:
-    if _is_wandb(logger):
+    if "wandb" in type(logger).__name__.lower():
         import wandb
 
         logger.log_metrics({name: wandb.Image(str(path))}, step=update)

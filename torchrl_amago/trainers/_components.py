@@ -1,0 +1,165 @@
+"""Parts of a run's state, each with `state_dict` and `load_state_dict`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchrl import logger as torchrl_logger
+from torchrl.checkpoint import GlobalRNGState
+from torchrl.collectors import BaseCollector, Collector
+from torchrl.data import ReplayBuffer
+
+from torchrl_amago.data import TrialReplayBuffer
+
+
+class Components(dict[str, Any]):
+    """Parts by name, saved and loaded together, in order."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: part.state_dict() for name, part in self.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name, part in self.items():
+            part.load_state_dict(state[name])
+
+
+class Counts(SimpleNamespace):
+    """Numbers that a run counts."""
+
+    def state_dict(self) -> dict[str, int]:
+        return dict(vars(self))
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        vars(self).update(state)
+
+
+class OptimizerState:
+    """Optimiser moments and the position in the learning-rate schedule.
+
+    Learning rates are not restored: a run that diverged can go on with a lower one.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        scheduler, rates = self.scheduler, [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(scheduler, LambdaLR):
+            base, factors = scheduler.base_lrs, scheduler.lr_lambdas
+            scheduler.load_state_dict({**state["scheduler"], "base_lrs": base})
+            rates = [
+                x * factor(scheduler.last_epoch) for x, factor in zip(base, factors, strict=True)
+            ]
+            scheduler._last_lr = rates
+        elif scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+            return  # the rates of other schedules cannot be recomputed
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+class Rollouts:
+    """The collector with its trials in progress, and the global random generators.
+
+    If the collector's state has ``in_progress``, a checkpoint leaves the trials alone, and the
+    resumed run goes on with them. Otherwise every checkpoint ends them and seeds the environment
+    with a number that it holds, in the uninterrupted run as in a resumed one.
+    """
+
+    def __init__(
+        self, collector: BaseCollector, loss_module: nn.Module, replay_buffer: ReplayBuffer
+    ) -> None:
+        own, is_local = getattr(collector, "replay_buffer", None), isinstance(collector, Collector)
+        writes_pieces = type(collector) is Collector and collector.trajs_per_batch is None
+        if own is not replay_buffer or (writes_pieces and isinstance(own, TrialReplayBuffer)):
+            raise ValueError(
+                "the collector must write whole trials to the trainer's replay_buffer, got a "
+                f"{type(collector).__name__} with replay_buffer={type(own).__name__}"
+                f"{' and trajs_per_batch=None' if writes_pieces else ''}. "
+                "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
+            )
+        # On the loss's device a local collector runs the policy itself, elsewhere a copy of it.
+        policy, device = getattr(collector, "policy", None), next(loss_module.parameters()).device
+        weights = policy.parameters() if isinstance(policy, nn.Module) else ()
+        self._has_own_policy = not is_local or any(p.device != device for p in weights)
+        self.collector, self._is_local = collector, is_local
+        # None where several processes write: then the buffer counts.
+        self.frames_per_batch = collector.requested_frames_per_batch if is_local else None
+        self._saved: dict[str, Any] = {}
+        self._loaded: Mapping[str, Any] | None = None
+
+    def sync_policy(self) -> None:
+        """Copy the trained weights to the collector's own copies of the policy."""
+        if self._has_own_policy:
+            self.collector.update_policy_weights_()
+
+    def start(self) -> None:
+        """Begin the trials of a new run, or go on from the loaded checkpoint."""
+        loaded = self._loaded
+        if loaded is None:
+            self._restart(_draw_seed(), self._collector_state())
+            return
+        GlobalRNGState().load_state_dict(loaded["random"])
+        seed, problem = loaded["seed"], "this collector cannot save them"
+        if seed is None:
+            try:
+                self.collector.load_state_dict(loaded["collector"], strict=False)
+                return
+            except ValueError as error:
+                seed, problem = _draw_seed(), str(error)
+        torchrl_logger.info(f"the trials in progress at the checkpoint end here: {problem}")
+        self._restart(seed, loaded["collector"])
+
+    def capture(self) -> None:
+        """Take the state for a checkpoint."""
+        state = self._collector_state()
+        seed = None if "in_progress" in state else _draw_seed()
+        random = GlobalRNGState().state_dict()
+        self._saved = {"seed": seed, "collector": state, "random": random}
+
+    def go_on(self) -> bool:
+        """Go on after a checkpoint; return False if it ended the trials in progress."""
+        if self._saved["seed"] is None:
+            return True
+        self._restart(self._saved["seed"], self._saved["collector"])
+        return False
+
+    def _restart(self, seed: int, collector: Mapping[str, Any]) -> None:
+        """Begin new trials, determined by ``seed`` and torch's generator."""
+        if env_state := collector.get("env_state_dict"):
+            self.collector.env.load_state_dict(env_state)
+        # The uninterrupted run loads them too: loading hands out new numbers of trials.
+        numbers = collector.keys() - {"env_state_dict", "in_progress"}
+        if numbers:
+            self.collector.load_state_dict({k: collector[k] for k in numbers}, strict=False)
+        # Some environments seed torch's generator too, from which exploration draws its noise.
+        rng = torch.get_rng_state()
+        self.collector.set_seed(seed)
+        torch.set_rng_state(rng)
+        self.collector.reset()
+
+    def _collector_state(self) -> dict[str, Any]:
+        # The policy's weights are the loss's. Collectors of several processes start anew.
+        state = self.collector.state_dict() if self._is_local else {}
+        return {key: value for key, value in state.items() if key != "policy_state_dict"}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._saved
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._loaded = state  # for `start`: setting up a run may draw random numbers
+
+
+def _draw_seed() -> int:
+    return int(torch.randint(2**31 - 1, ()))
