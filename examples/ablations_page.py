@@ -33,8 +33,8 @@ variant changes one thing in the baseline, `examples/00_meta_frozen_lake.py` wit
 - The exact optimum, of an agent that knows how lakes are drawn, is {optimum:.3f}.
 
 Nothing was tuned for any variant. Few seeds show large differences only: overlapping intervals
-leave an order open. A short run shows how fast agents learn, not where they end. Exploration fades over
-the same fraction of a run as in the example.
+leave an order open. A short run shows how fast agents learn, not where they end. Exploration fades
+over the same fraction of a run as in the example.
 
 {table}
 

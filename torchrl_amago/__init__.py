@@ -3,8 +3,8 @@
 The flow, each arrow a tensordict (``torchrl_amago.keys`` lists every entry)::
 
     env (batched)                   policy (one object for collector, evaluator and loss)
-    task -> trial of k episodes --> TimestepEncoder -> TrajectoryEncoder -> Actor -> discount -> sample
-         -> previous step, time         "timestep"         "state"          one distribution each
+    task -> trial of k episodes --> TimestepEncoder -> TrajectoryEncoder -> Actor -> sample
+         -> previous step, time         "timestep"         "state"      of each discount
                                                               |
     Collector (whole trials) -> replay buffer -> slices [B, T] + mask -> AMAGOLoss -> optimiser
 """

@@ -515,7 +515,7 @@ def test_advantage_from_recorded_samples(case, monkeypatch):
     if loss.training:
         # The recorded states follow an update of the inputs' statistics; estimates make none.
         with set_recurrent_mode(True):
-            loss._head_inputs(loss._read(batch, compact=False))
+            loss._encode_states(loss._read(batch, compact=False))
     out = loss.estimates(batch, filter_space="raw")
     mask = batch["collector", "mask"]
     expected = case["mid/advantage"].squeeze(-1)[:, :steps]

@@ -264,7 +264,7 @@ def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:
 
 
 def _is_local(replay_buffer: Any) -> bool:
-    """Tell if a buffer is in this process, so that its type is known."""
+    """Return whether a buffer is in this process, so that its type is known."""
     return getattr(replay_buffer, "service_backend", None) == "direct"
 
 

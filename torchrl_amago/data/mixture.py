@@ -114,7 +114,7 @@ class TrialMixture:
         return sum(map(len, self.buffers.values()))
 
     def can_sample(self) -> bool:
-        """Tell if a buffer that has a weight is ready."""
+        """Return whether a buffer that has a weight is ready."""
         return bool(self._weights().sum() > 0)
 
     def sample(self, batch_size: int | None = None) -> TensorDictBase:
@@ -259,7 +259,7 @@ def _checksum(buffer: ReplayBuffer) -> int:
 
 
 def _may_lack(key: NestedKey) -> bool:
-    """Tell if an entry belongs to the collector, not to the task: other data lack it."""
+    """Return whether an entry belongs to the collector, not to the task: other data lack it."""
     path = (key,) if isinstance(key, str) else key
     return path[0] == "collector" or path[-1].startswith("_")
 

@@ -247,8 +247,8 @@ def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
     )
     rows = params.isnan().any(-1).nonzero().tolist()
     raise ValueError(
-        f"actions can't be drawn from NaN, got it in rows {rows}: {source}. Fix the environment, or "
-        "go back to earlier weights."
+        f"actions can't be drawn from NaN, got it in rows {rows}: {source}. Fix the environment, "
+        "or go back to earlier weights."
     )
 
 

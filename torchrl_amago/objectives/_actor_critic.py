@@ -1,7 +1,7 @@
 """A loss over an encoder, an actor and critics: its keys, networks, calls and reduction.
 
 Legend: B batch, T steps, S = T + 1 states, D features, G discounts, A action size, K samples,
-M the steps that count, see :class:`~torchrl_amago._masking.Steps`.
+M the computed steps, see :class:`~torchrl_amago._masking.Steps`.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class ActorCriticLoss(LossModule):
         inputs.set(keys.MASK, mask_BS)
         return self._run(self.encoder_network, self.encoder_network_params, inputs, self._state_key)
 
-    def _head_inputs(self, batch: SliceBatch) -> tuple[HeadInputs, HeadInputs]:
+    def _encode_states(self, batch: SliceBatch) -> tuple[HeadInputs, HeadInputs]:
         """Return the heads' inputs at each step, and one step on, without gradient."""
         steps, state_BSD = batch.steps, self._encode(batch)
         inputs = {self._state_key: steps.select(state_BSD[:, :-1])}

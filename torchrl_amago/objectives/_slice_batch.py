@@ -1,6 +1,6 @@
 """A batch as the loss reads it: entries by their keys, checked, in rows of one trial each.
 
-Legend: B rows, T steps, S = T + 1 states, A action size, M the steps that count, see
+Legend: B rows, T steps, S = T + 1 states, A action size, M the computed steps, see
 :class:`~torchrl_amago._masking.Steps`; R rows of one trial each, L steps of the longest.
 """
 

@@ -1,7 +1,7 @@
 """AMAGO's objective: off-policy actor-critic over long sequences, for many discounts at once.
 
 Legend: B batch, T steps, C critics, G discounts, A action size, D features, K samples,
-M the steps that count: all of ``[B, T]``, or the real ones alone in one row (`compact`); `*` is one
+M the computed steps: all of ``[B, T]``, or the real ones alone in one row (`compact`); `*` is one
 raw prediction of the value codec: nothing, or its bins.
 """
 
@@ -212,10 +212,14 @@ class AMAGOLoss(ActorCriticLoss):
 
     @dispatch(source="_dispatch_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Compute the losses of a batch of slices, and update the codec's statistics."""
+        """Compute the losses of a batch of slices.
+
+        Each step's absolute TD error is written into the batch; in training, the codec's
+        statistics move.
+        """
         batch, codec = self._read(tensordict, self.compact), self.value_codec
         mask_M = batch.steps.mask
-        inputs, next_inputs = self._head_inputs(batch)
+        inputs, next_inputs = self._encode_states(batch)
         action_MA = batch.action(self.distribution.space)
         policy = self._policy(self.actor_network_params, inputs)
         metrics = policy_metrics(policy, mask_M)
@@ -238,8 +242,8 @@ class AMAGOLoss(ActorCriticLoss):
             tensordict.set(self.tensor_keys.priority, batch.restore(td_error_M))
 
         if self.online_coeff > 0:
-            worst_MG = codec.to_space(v_MCG, "normalized").amin(-2)
-            terms["loss_actor"] = terms["loss_actor"] - self.online_coeff * worst_MG
+            min_v_MG = codec.to_space(v_MCG, "normalized").amin(-2)
+            terms["loss_actor"] = terms["loss_actor"] - self.online_coeff * min_v_MG
         if self.offline_coeff > 0:
             log_prob_MG = policy.log_prob(action_MA.unsqueeze(-2))
             imitation_MG = log_prob_MG if weight_MG is None else weight_MG * log_prob_MG
@@ -266,7 +270,7 @@ class AMAGOLoss(ActorCriticLoss):
         try:
             with torch.no_grad(), set_recurrent_mode(True):
                 batch = self._read(tensordict, compact=False)
-                inputs, _ = self._head_inputs(batch)
+                inputs, _ = self._encode_states(batch)
                 policy = self._policy(self.actor_network_params, inputs)
                 action_MA = batch.action(self.distribution.space)
                 prediction, v_MCG = self._online_values(inputs, action_MA, policy)

@@ -22,7 +22,7 @@ RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
-    """Tell if a goal equals one of those achieved in a step, in all numbers.
+    """Return whether a goal equals one of those achieved in a step, in all numbers.
 
     Args:
         achieved: ``[B, T, K, N, *goal]``, N goals achieved in each step.

@@ -58,7 +58,7 @@ def empty_row(spec: Spec) -> TensorDict:
 
 
 def is_twice(key: Key, entries: Iterable[Key]) -> bool:
-    """Tell if an entry under ``next`` is stored as the root's, one row later."""
+    """Return whether an entry under ``next`` is stored as the root's, one row later."""
     return key[0] == "next" and key[1:] in entries
 
 

@@ -111,7 +111,7 @@ class TrialSliceSampler(Sampler):
         return {keys.MASK: mask_BT, "priority_weight": weight_BT}
 
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
-        """Tell if there are `min_trials` trials to draw from, with replacement."""
+        """Return whether there are `min_trials` trials to draw from, with replacement."""
         return len(self.trials(storage).length) >= self.min_trials
 
     def trials(self, storage: Storage) -> Trials:

@@ -44,7 +44,7 @@ def clip_probabilities(
 
 
 def clipped_softmax(logits: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH) -> Tensor:
-    """Compute probabilities of logits ``[..., A]``, clipped; a logit of -inf forbids its category."""
+    """Compute clipped probabilities of logits ``[..., A]``; -inf forbids a category."""
     return clip_probabilities(logits.softmax(-1), low, high, forbidden=logits == -torch.inf)
 
 

@@ -214,7 +214,7 @@ def _embedding(
     got = f"Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Or use obs_keys."
     raise ValueError(
         f"entry {key!r} can't be embedded as kind {kind!r}: kinds are {KINDS}; categories and "
-        f"tokens [L] need a spec of categories, goals the shape [L, N], vectors have no options. {got}"
+        f"tokens [L] need a spec of categories, goals the shape [L, N], vectors no options. {got}"
     )
 
 

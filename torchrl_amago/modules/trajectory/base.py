@@ -41,7 +41,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     Args:
         input_size: I, features of a timestep embedding.
-        output_size: D, features of a state.
+        output_size: D, features of a state; default `input_size`.
         context_length: number of steps that a rollout's step sees, itself included; None for all.
             Encoders with a memory of constant size always see all.
         on_weight_update: `keep` memories when the weights change during a rollout (they hold
@@ -83,7 +83,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         ...         return memory.layers[0][0].add_(x_NI).clone()
         ...     def new_memory(self, num_rows, device, dtype):
         ...         return StateMemory(num_rows, [[(self.output_size,)]], device, dtype)
-        >>> encoder = SumEncoder(1, 1)
+        >>> encoder = SumEncoder(1)
         >>> td = TensorDict(timestep=[[2.0]], time_idx=[[0]], is_init=[[True]], batch_size=[1])
         >>> td = encoder(td)
         >>> encoder(td.set("is_init", torch.tensor([[False]])))["state"]
@@ -97,7 +97,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     def __init__(
         self,
         input_size: int,
-        output_size: int,
+        output_size: int | None = None,
         *,
         context_length: int | None = None,
         on_weight_update: Literal["keep", "restart"] = "keep",
@@ -114,7 +114,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         self.in_keys = [timestep_key, time_idx_key, is_init_key]
         self.out_keys = [state_key, stream_key] if self.has_memory else [state_key]
         self.stream_key, self.mask_key = stream_key, mask_key
-        self.input_size, self.output_size = input_size, output_size
+        self.input_size = input_size
+        self.output_size = input_size if output_size is None else output_size
         self.context_length = context_length
         self.on_weight_update = on_weight_update
         self._streams = StreamTable(max_streams)
