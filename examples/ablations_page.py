@@ -53,7 +53,7 @@ class Score(NamedTuple):
 
 
 def is_finished(folder: Path, updates: int) -> bool:
-    """Whether the folder holds a result; ValueError if it is one of another number of updates."""
+    """Return whether a folder holds a result; raise if it has another number of updates."""
     if not (folder / "evaluation.npz").exists():
         return False
     made = int(read_progress(folder)["update"][-1])

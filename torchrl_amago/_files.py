@@ -69,14 +69,14 @@ def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
         with explain_full_disk(path):
             yield partial
             for entry in [*partial.rglob("*"), partial] if flush else []:
-                _sync(entry)
+                sync(entry)
         on_error.pop_all()
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
         os.replace(path, previous)
     os.replace(partial, path)
     if flush:
-        _sync(path.parent)
+        sync(path.parent)
     shutil.rmtree(previous, ignore_errors=True)
 
 
@@ -106,7 +106,7 @@ def recover(folder: Path, name: str | None = None) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file, or a folder's list of names, onto the disk."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open folders; its renames are journalled

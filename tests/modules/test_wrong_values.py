@@ -168,7 +168,7 @@ OTHERS = [
         modules.ActionCritic,
         dict(state_size=8, action_size=2),
         "discounts",
-        ([], [1.0], [-0.1], [math.nan]),
+        ([], [1.1], [-0.1], [math.nan]),
     ),
     (modules.BilevelGaussian, EXPLORE, "start_of_trial", ((-1.0, 0.0), (math.nan, 0.0))),
     (modules.BilevelGaussian, EXPLORE, "end_of_trial", ((0.0, math.inf), (0.0, math.nan))),

@@ -115,6 +115,6 @@ def test_other_data_cant_resume(tmp_path, data):
     ends = data["next", "done"].reshape(-1).nonzero().reshape(-1)
     other = make_offline_trainer(tmp_path, data[: int(ends[0]) + 1])
     with pytest.raises(
-        ValueError, match="goes on with the data and the generator that it was saved with"
+        ValueError, match="must have the data and the generator that it was saved with"
     ):
         other.resume()

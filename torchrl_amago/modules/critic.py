@@ -230,6 +230,7 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         **options: Any,
     ) -> None:
         super().__init__(state_size + 1 + action_size, 1, num_critics, **options)
+        check_counts("Give the policy's discounts.", num_discounts=len(discounts))
         for discount in discounts:
             check_fractions("Give the policy's discounts.", discount=discount)
         if clip_actions is not None:
