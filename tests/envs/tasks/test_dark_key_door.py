@@ -234,3 +234,16 @@ def test_render_shows_agent_key_and_door():
     light = DarkKeyDoor(3, dark=False)
     furnish(light, start=(0, 0), key=(0, 1), door=(2, 2))
     assert light.render().mean() > env.render().mean()
+
+
+def test_a_carried_key_is_drawn_in_every_cell():
+    env = DarkKeyDoor(3, seed=0)
+    for cell in range(9):
+        furnish(env, divmod(cell, 3), divmod(cell, 3), divmod(8 - cell, 3))
+        without = env.render()
+        env._has_key.fill_(True)
+        picture = env.render()
+        assert picture.shape == without.shape
+        down, right = (32 * place for place in divmod(cell, 3))
+        area = picture[down : down + 32, right : right + 32]
+        assert (area != without[down : down + 32, right : right + 32]).any()

@@ -29,7 +29,7 @@ class Canvas:
     def cell(self, down: float, right: float, scale: float = 1.0) -> Cell:
         """Return the square with this top left corner, in cells, as a place to draw in."""
         top, left, side = (round(at * self._side) for at in (down, right, scale))
-        return Cell(self._rgb[top : top + side, left : left + side])
+        return Cell(self._rgb[top : top + side, left : left + side], side)
 
     def image(self) -> np.ndarray:
         """Return the picture, uint8 ``[rows * cell_pixels, columns * cell_pixels, 3]``."""
@@ -39,12 +39,16 @@ class Canvas:
 
 
 class Cell:
-    """One cell of a canvas; coordinates of shapes run from 0 to 1, down and to the right."""
+    """One cell of a canvas; coordinates of shapes run from 0 to 1, down and to the right.
 
-    def __init__(self, rgb: np.ndarray) -> None:
+    The part of a cell that lies beyond the canvas is cut off.
+    """
+
+    def __init__(self, rgb: np.ndarray, side: int) -> None:
         self._rgb = rgb
-        side = (np.arange(len(rgb)) + 0.5) / len(rgb)
-        self._down, self._right = side[:, None], side
+        height, width = rgb.shape[:2]
+        self._down = (np.arange(height)[:, None] + 0.5) / side
+        self._right = (np.arange(width) + 0.5) / side
 
     def box(self, top: float, bottom: float, left: float, right: float, colour: Colour) -> None:
         rows = (self._down >= top) & (self._down < bottom)
