@@ -142,6 +142,11 @@ def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in named if torch.is_tensor(a[name]))
 
 
+def test_resumed_after_its_end(uninterrupted, tmp_path):
+    finish(make_run(tmp_path))
+    assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
+
+
 def run_or_resume(run_dir, weights_seed):
     torch.set_num_threads(1)
     make_run(run_dir, weights_seed=weights_seed).resume(missing_ok=True).train()

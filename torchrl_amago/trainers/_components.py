@@ -96,7 +96,7 @@ class Rollouts:
         self.collector, self._is_local = collector, is_local
         # None where several processes write: then the buffer counts.
         self.frames_per_batch = collector.requested_frames_per_batch if is_local else None
-        self._saved: dict[str, Any] = {}
+        self._saved: Mapping[str, Any] = {}
         self._loaded: Mapping[str, Any] | None = None
 
     def sync_policy(self) -> None:
@@ -154,11 +154,12 @@ class Rollouts:
         state = self.collector.state_dict() if self._is_local else {}
         return {key: value for key, value in state.items() if key != "policy_state_dict"}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> Mapping[str, Any]:
         return self._saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._loaded = state  # for `start`: setting up a run may draw random numbers
+        # `start` loads it: setting up a run may draw random numbers.
+        self._saved = self._loaded = state
 
 
 def _draw_seed() -> int:
