@@ -10,6 +10,7 @@ from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import check_env_specs
+from torchrl.objectives import SoftUpdate
 
 from torchrl_amago import TrialCollector, amago_loss, make_policy, make_trial_buffer
 from torchrl_amago.evaluation import evaluate, rollout_pictures
@@ -34,8 +35,9 @@ def play(env: EnvBase, num_steps: int, seed: int = 0) -> TensorDictBase:
 
 def shown(steps: TensorDictBase) -> TensorDictBase:
     """Return what the environment shows."""
-    names = [k for k in steps.keys() if k not in BOOKKEEPING | {"next", "action", "collector", "done"}]
-    return steps.select(*(k for k in names if k not in ("terminated", "truncated")))
+    return steps.exclude(
+        *BOOKKEEPING, "next", "action", "collector", "done", "terminated", "truncated"
+    )
 
 
 def first_steps(steps: TensorDictBase, row: int) -> list[list[int]]:
@@ -48,7 +50,9 @@ def first_steps(steps: TensorDictBase, row: int) -> list[list[int]]:
     return trials
 
 
-def check_trials(steps: TensorDictBase, same_task: Callable[[TensorDictBase], Tensor], min_rows: int) -> None:
+def check_trials(
+    steps: TensorDictBase, same_task: Callable[[TensorDictBase], Tensor], min_rows: int
+) -> None:
     """An episode repeats its trial's task, and another trial has another one.
 
     Args:
@@ -62,7 +66,9 @@ def check_trials(steps: TensorDictBase, same_task: Callable[[TensorDictBase], Te
         assert len(trials) >= 2, f"row {row} played {len(trials)} trials in {steps.shape[1]} steps"
         tasks = [same_task(steps[row, firsts]) for firsts in trials]
         for task in tasks:
-            assert torch.equal(task, task[:1].expand_as(task)), f"row {row}: an episode has another task"
+            assert torch.equal(task, task[:1].expand_as(task)), (
+                f"row {row}: an episode has another task"
+            )
         differing += not torch.equal(tasks[0][0], tasks[1][0])
     assert differing >= min_rows, f"{differing} of {num_rows} rows drew a second task"
 
@@ -84,7 +90,7 @@ def check_learning(env: EnvBase, frames: int, *, loss=amago_loss, **policy_optio
             break
     collector.shutdown(close_env=False)
     loss_module = loss(policy, critic_options={"hidden_size": 16})
-    optimizer = make_optimizer(loss_module)
+    optimizer, targets = make_optimizer(loss_module), SoftUpdate(loss_module, tau=0.1)
     before = [p.clone() for p in policy.parameters()]
     for _ in range(2):
         losses = loss_module(rb.sample())
@@ -93,6 +99,7 @@ def check_learning(env: EnvBase, frames: int, *, loss=amago_loss, **policy_optio
         total.backward()
         optimizer.step()
         optimizer.zero_grad()
+        targets.step()
     changed = [not torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True)]
     assert any(changed)
     results = evaluate(policy, env, trials_per_env=1, seed=1)
