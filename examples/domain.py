@@ -1,0 +1,109 @@
+"""Settings, training and pictures that the examples on other packages' environments share.
+
+An example says how its environment is made, and what its defaults are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from common import TrainingArgs, draw_progress, draw_steps, final_evaluation, resume_if_asked
+from torchrl.envs import EnvBase
+
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer
+from torchrl_amago.evaluation import EvaluationResults, rollout_pictures
+from torchrl_amago.modules.timestep import TIMESTEP_ENCODERS
+from torchrl_amago.plots import plot_adaptation_curve
+
+
+@dataclass
+class DomainArgs(TrainingArgs):
+    """Settings of any environment whose episodes make trials; a script says how it is made."""
+
+    episodes: int = 2
+    """Episodes of a trial, all at one task."""
+    max_episode_steps: int = 100
+    """Steps after which an episode is cut off."""
+    context_length: int = 64
+    """Steps that the policy remembers, and steps of a slice in a batch."""
+    round_steps: int = 50
+    """Steps of each environment between updates."""
+    discounts: tuple[float, ...] = (0.9, 0.97, 0.99)
+    """Discounts that are trained; the last one is acted with."""
+    reward_scale: float = 1.0
+    """Factor of rewards in the loss."""
+    n_step: int = 1
+    """Rewards in a TD target; more of them tell values sooner of what comes late."""
+    timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
+    """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
+
+    def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
+        """Make a batch of trial environments, for evaluation or training.
+
+        Args:
+            num_envs: rows.
+            test: the tasks are those to evaluate on, if the domain keeps some for that.
+            options: of the environment, such as ``render_mode``.
+        """
+        raise NotImplementedError
+
+    @property
+    def trial_length(self) -> int:
+        """Longest trial in steps."""
+        return self.episodes * self.max_episode_steps
+
+    @property
+    def title(self) -> str:
+        """Title of the pictures."""
+        return f"{type(self).__doc__.partition(',')[0]}, {self.seq_model}, {self.loss}"
+
+
+def train(args: DomainArgs, **policy_options: Any) -> EvaluationResults:
+    """Train on a domain, evaluate on held-out tasks, and draw curves and a trial.
+
+    Args:
+        args: settings.
+        policy_options: further arguments of :func:`~torchrl_amago.make_policy`.
+    """
+    torch.manual_seed(args.seed)
+    env = args.make_env(args.num_envs)
+    context_length = min(args.context_length, args.trial_length)
+    policy = make_policy(
+        env,
+        context_length=context_length,
+        timestep_encoder=args.timestep_encoder,
+        discounts=args.discounts,
+        exploration=dict(anneal_frames=args.anneal_frames, horizon=args.trial_length),
+        # Relative, since it doesn't matter how long a trial has lasted.
+        **{**args.policy_options(positions="rotary"), **policy_options},
+    )
+    held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=args.trial_length,
+        slice_length=context_length,
+        round_steps=min(args.round_steps, args.trial_length),
+        loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
+        **args.trainer_options(held_out),
+    )
+    resume_if_asked(args, trainer)
+    results = final_evaluation(args, trainer.train(), trainer, held_out)
+    draw_progress(args, args.title)
+    if args.episodes > 1:
+        path = args.run_dir / "adaptation_curve.png"
+        plot_adaptation_curve(results.greedy, path, measure="return", title=args.title)
+    draw_trial(args, policy, held_out.seed + 1)
+    return results
+
+
+def draw_trial(args: DomainArgs, policy: torch.nn.Module, seed: int) -> None:
+    """Draw `trial.png`, the last episode of a greedy trial, if the environment draws."""
+    try:
+        env = args.make_env(1, test=True, render_mode="rgb_array")
+        draw_steps(args, rollout_pictures(policy, env, seed=seed)[-1])
+        env.close()
+    except Exception as error:  # noqa: BLE001 - the results are there
+        print(f"No trial.png, since this environment can't be drawn here: {error}")
