@@ -72,6 +72,13 @@ def test_tables_have_the_sizes_of_the_spec(sizes):
     assert tokens.table.num_embeddings == max(sizes)
     goals = build(Categorical(sizes[0], shape=(3, 2)), kind="goals").embeddings[0]
     assert goals.table.num_embeddings == sizes[0]
+    cells = torch.tensor(sizes).expand(4, 5, len(sizes))
+    grid = build(MultiCategorical(cells)).embeddings[0]
+    assert grid.categories.sizes.tolist() == sizes
+    assert build(Categorical(sizes[0], shape=(4, 5, 1))).embeddings[0].categories.sizes == sizes[0]
+    ids = Bounded(0, 255, shape=(4, 5, len(sizes)), dtype=torch.uint8)
+    grid = build(ids, kind="grid", sizes=sizes).embeddings[0]
+    assert grid.categories.sizes.tolist() == sizes
 
 
 @pytest.mark.parametrize("norm", ["none", "layer", "rms", "unit_ball", "hypersphere", "simplicial"])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.modules import CategoryEmbedding, GoalEmbedding, TokenEmbedding
+from torchrl_amago.modules import CategoryEmbedding, GoalEmbedding, GridEmbedding, TokenEmbedding
 
 
 @given(sizes=st.lists(st.integers(1, 7), min_size=1, max_size=5))
@@ -129,3 +129,26 @@ def test_bytes_are_never_a_negative_padding_number():
     value = torch.tensor([[255, 3]], dtype=torch.uint8)
     assert torch.equal(tokens(value), tokens(value.long()))
     assert torch.equal(goals(value.unsqueeze(-1)), goals(value.long().unsqueeze(-1)))
+
+
+def test_grid_looks_cells_up():
+    """Every cell's features are its categories' rows of the tables, wherever it lies."""
+    trunk = torch.nn.Flatten()
+    grid = GridEmbedding((2, 3, 2), [4, 5], embedding_size=3, output_size=7, trunk=trunk)
+    value = torch.stack([torch.randint(n, (6, 2, 3)) for n in (4, 5)], -1).to(torch.uint8)
+    tables = grid.categories.table.weight.split([4, 5])
+    cells = torch.cat([table[value[..., n].long()] for n, table in enumerate(tables)], -1)
+    expected = grid.image.features(cells.movedim(-1, 1).flatten(1))
+    torch.testing.assert_close(grid(value), expected)
+    torch.testing.assert_close(grid(value.reshape(2, 3, 2, 3, 2)), expected.reshape(2, 3, 7))
+
+
+@pytest.mark.parametrize(("shape", "sizes"), [((2, 3), [4]), ((2, 3, 2), [4])])
+def test_grid_has_sizes_for_its_categories(shape, sizes):
+    with pytest.raises(ValueError, match=r"\[H, W, C\] and C sizes, got shape"):
+        GridEmbedding(shape, sizes)
+
+
+def test_grid_refuses_ids_that_no_table_has():
+    with pytest.raises(ValueError, match="must be in"):
+        GridEmbedding((3, 3, 1), [4], trunk=torch.nn.Flatten())(torch.full((1, 3, 3, 1), 4))

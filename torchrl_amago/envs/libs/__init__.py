@@ -3,5 +3,6 @@
 from torchrl_amago.envs.libs.half_cheetah_vel import HalfCheetahVel
 from torchrl_amago.envs.libs.inverted_actuators import InvertedActuators
 from torchrl_amago.envs.libs.meta_world import MetaWorld
+from torchrl_amago.envs.libs.procgen import Procgen
 
-__all__ = ["HalfCheetahVel", "InvertedActuators", "MetaWorld"]
+__all__ = ["HalfCheetahVel", "InvertedActuators", "MetaWorld", "Procgen"]

@@ -10,6 +10,7 @@ from torchrl_amago.modules.timestep.embeddings import (
     SequencePool,
     TokenEmbedding,
 )
+from torchrl_amago.modules.timestep.grid import GridEmbedding
 from torchrl_amago.modules.timestep.make import (
     TIMESTEP_ENCODERS,
     make_timestep_encoder,
@@ -34,6 +35,7 @@ __all__ = [
     "ConvTrunk",
     "EntryEmbedding",
     "GoalEmbedding",
+    "GridEmbedding",
     "ImageEmbedding",
     "ImpalaTrunk",
     "MLPTimestepEncoder",

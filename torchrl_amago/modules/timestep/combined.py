@@ -29,12 +29,13 @@ from torchrl_amago.modules.timestep.embeddings import (
     GoalEmbedding,
     TokenEmbedding,
 )
+from torchrl_amago.modules.timestep.grid import GridEmbedding
 from torchrl_amago.modules.timestep.vision import ImageEmbedding
 
 EntryOptions = Mapping[str, Any]
 VectorScale = Literal["normalize", "symlog", "none"]
 
-KINDS = ("vector", "image", "category", "tokens", "goals")
+KINDS = ("vector", "image", "category", "grid", "tokens", "goals")
 
 
 class CombinedTimestepEncoder(TimestepEncoder):
@@ -113,11 +114,12 @@ class CombinedTimestepEncoder(TimestepEncoder):
         """Build the encoder from the spec of one step of each entry to read, in order.
 
         ``Categorical`` and ``MultiCategorical`` (``MultiDiscrete``) entries become categories with
-        tables of the spec's sizes, numbers of three dimensions images, and all others (``OneHot``,
-        ``Binary``, ``Bounded``, ``Unbounded``) vectors.
+        tables of the spec's sizes, those of three dimensions grids, numbers of three dimensions
+        images, and all others (``OneHot``, ``Binary``, ``Bounded``, ``Unbounded``) vectors.
 
         ``entries`` has arguments of some entries' embeddings; ``"kind"`` among these overrides the
-        choice by spec: ``"vector"``, ``"image"``, ``"category"``, ``"tokens"`` or ``"goals"``.
+        choice by spec: one of :data:`KINDS`. A grid of ids that the spec says are bytes needs
+        ``"sizes"`` as well.
         ``options`` are further arguments of the constructor.
 
         Raises:
@@ -168,7 +170,7 @@ def default_kind(spec: TensorSpec) -> str | None:
         # A linear layer on zeros and ones is a table already.
         return "vector"
     if isinstance(spec, Categorical):
-        return "category"
+        return "grid" if len(spec.shape) == 3 else "category"
     if isinstance(spec, Bounded | Unbounded):
         return "image" if len(spec.shape) == 3 else "vector"
     return None
@@ -199,13 +201,16 @@ def _embed_specs(
 def _embedding(
     key: NestedKey, spec: TensorSpec, kind: str | None, options: dict[str, Any]
 ) -> EntryEmbedding:
-    num_dims = {"tokens": 1, "goals": 2}.get(kind, len(spec.shape))
+    num_dims = {"tokens": 1, "goals": 2, "grid": 3}.get(kind, len(spec.shape))
     sizes = None if kind == "vector" else _sizes(spec)
     if len(spec.shape) == num_dims:
         if kind == "image":
             return ImageEmbedding(spec.shape, **options)
         if kind == "category" and sizes:
             return CategoryEmbedding(sizes, shape=spec.shape, **options)
+        if kind == "grid" and (sizes or "sizes" in options):
+            cell = _cell_sizes(spec, sizes) if sizes else options.pop("sizes")
+            return GridEmbedding(spec.shape, cell, **options)
         if kind == "tokens" and sizes:
             return TokenEmbedding(spec.shape[0], max(sizes), **options)
         if kind == "goals":
@@ -214,8 +219,14 @@ def _embedding(
     got = f"Got {type(spec).__name__} {tuple(spec.shape)} and {options}. Or use obs_keys."
     raise ValueError(
         f"entry {key!r} can't be embedded as kind {kind!r}: kinds are {KINDS}; categories and "
-        f"tokens [L] need a spec of categories, goals the shape [L, N], vectors no options. {got}"
+        f"tokens [L] need a spec of categories, grids [H, W, C] that or sizes, goals the shape "
+        f"[L, N], vectors no options. {got}"
     )
+
+
+def _cell_sizes(spec: TensorSpec, sizes: list[int]) -> list[int]:
+    """Return the number of values of each category of a cell, the largest of all cells."""
+    return torch.tensor(sizes).reshape(-1, spec.shape[-1]).amax(0).tolist()
 
 
 def _sizes(spec: TensorSpec) -> list[int] | None:
