@@ -1,8 +1,22 @@
 """Tasks made from other packages' environments, each with an extra to install."""
 
+from torchrl_amago.envs.libs.crafter import CrafterInstructions
 from torchrl_amago.envs.libs.half_cheetah_vel import HalfCheetahVel
 from torchrl_amago.envs.libs.inverted_actuators import InvertedActuators
 from torchrl_amago.envs.libs.meta_world import MetaWorld
+from torchrl_amago.envs.libs.minigrid import MiniGrid
+from torchrl_amago.envs.libs.multi_domain import MultiDomain
 from torchrl_amago.envs.libs.procgen import Procgen
+from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
-__all__ = ["HalfCheetahVel", "InvertedActuators", "MetaWorld", "Procgen"]
+__all__ = [
+    "CrafterInstructions",
+    "HalfCheetahVel",
+    "InvertedActuators",
+    "MetaWorld",
+    "MiniGrid",
+    "MultiDomain",
+    "Procgen",
+    "TextToTokens",
+    "Vocabulary",
+]

@@ -98,9 +98,7 @@ class CrafterInstructions(gym.Env):
         self._counts = np.zeros(len(self.achievements), np.int64)
         return self._observe(picture, np.zeros(0, np.int64)), {}
 
-    def step(
-        self, action: int
-    ) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
+    def step(self, action: int) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Take a step; an achievement counts each time it is made."""
         picture, _, done, info = self._env.step(int(action))
         counts = np.array([info["achievements"][name] for name in self.achievements])
@@ -134,4 +132,7 @@ class CrafterInstructions(gym.Env):
         x, y = player.pos
         state = [*player.facing, float(player.sleeping), world.daylight]
         body = np.array([*(n / 9 for n in player.inventory.values()), *state], np.float32)
-        return entries | {"codes": around[x : x + 9, y : y + 7, None].astype(np.int64), "body": body}
+        return entries | {
+            "codes": around[x : x + 9, y : y + 7, None].astype(np.int64),
+            "body": body,
+        }
