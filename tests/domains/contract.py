@@ -44,11 +44,11 @@ def play(env: EnvBase, num_steps: int, seed: int = 0) -> TensorDictBase:
 def legal_actions(env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
     """Return a random policy that heeds the action mask, if there is one."""
 
-    def act(step: TensorDictBase) -> TensorDictBase:
-        mask = step.get("action_mask", None)
+    def act(tensordict: TensorDictBase) -> TensorDictBase:
+        mask = tensordict.get("action_mask", None)
         if mask is None:
-            return env.rand_action(step)
-        return step.set("action", torch.multinomial(mask.float(), 1).squeeze(-1))
+            return env.rand_action(tensordict)
+        return tensordict.set("action", torch.multinomial(mask.float(), 1).squeeze(-1))
 
     return act
 
@@ -144,7 +144,7 @@ def check_domain(
         learning: options of :func:`check_learning`.
     """
     env = make_env(rows)
-    if "action_mask" not in env.observation_spec.keys():  # random actions may be illegal
+    if "action_mask" not in [*env.observation_spec.keys()]:  # random actions may be illegal
         check_env_specs(env, seed=0)
     check_trials(play(env, num_steps), same_task, min_rows)
     check_learning(env, rows * num_steps, **learning)

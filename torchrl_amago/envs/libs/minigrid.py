@@ -11,13 +11,13 @@ import numpy as np
 
 from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
-#: All words of the missions of MiniGrid 3 and BabyAI, in order of the alphabet.
-MISSION_WORDS = tuple(
-    ", a after and at avoid ball behind blue box door end fetch find from front get go goal green "
-    "grey hallway in key lava left matching must near next object of on open opening pick purple "
-    "put reach red right room rooms square the then to traverse unlock up use yellow you "
-    "your".split()
-)
+_WORDS = """
+    , a after and at avoid ball behind blue box door end fetch find from front get go goal green
+    grey hallway in key lava left matching must near next object of on open opening pick purple put
+    reach red right room rooms square the then to traverse unlock up use yellow you your
+"""
+#: All words of the missions of MiniGrid 3 and BabyAI.
+MISSION_WORDS = tuple(_WORDS.split())
 
 #: Numbers of values of a cell's object, colour and state (of a door; or direction of an agent).
 CELL_SIZES = (11, 6, 4)

@@ -51,8 +51,8 @@ class MultiDomain(gym.Env):
         weights = np.ones(len(self.names)) if probabilities is None else np.array(probabilities)
         if not self.names or weights.shape != (len(self.names),) or not (weights >= 0).all():
             raise ValueError(
-                "a multi-domain environment needs a domain, and a probability for each or none, got "
-                f"domains {list(self.names)} and probabilities={probabilities}."
+                "several environments as one need names, and a probability each or none, got "
+                f"{list(self.names)} and probabilities={probabilities}."
             )
         self.probabilities = weights / weights.sum()
         self._envs = [make() for make in domains.values()]

@@ -110,8 +110,8 @@ class TextToTokens(gym.ObservationWrapper):
         self.keys = tuple(texts if keys is None else keys)
         if not self.keys or not set(self.keys) <= entries.keys():
             raise ValueError(
-                f"an environment with text has Text entries, or they are named by keys, got {space} "
-                f"and keys={keys}."
+                "an environment with text must have Text entries, or entries named by keys, got "
+                f"{space} and keys={keys}."
             )
         self.observation_space = gym.spaces.Dict(entries | dict.fromkeys(self.keys, tokens))
 
