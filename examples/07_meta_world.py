@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 from common import command_line
 from domain import DomainArgs, train
-from gymnasium_rows import make_rows
 from torchrl.envs import EnvBase
 
-from torchrl_amago import make_trial_env
+from torchrl_amago import gymnasium_rows, make_trial_env
 from torchrl_amago.envs.libs import MetaWorld
 
 
@@ -54,11 +53,13 @@ class Args(DomainArgs):
     def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
         problem = self.problem if self.benchmark == "ML1" else None
         steps, split = self.max_episode_steps, "test" if test else "train"
-        rows = make_rows(
-            lambda: MetaWorld(
-                self.benchmark, problem, split=split, max_episode_steps=steps, **options
-            ),
+        options |= dict(split=split, max_episode_steps=steps)
+        rows = gymnasium_rows(
+            lambda: MetaWorld(self.benchmark, problem, **options),
             num_envs,
+            success_key="success",
+            task_key="task_id",
+            task_names=MetaWorld.names_of(self.benchmark, problem, split),
         )
         return make_trial_env(
             rows, episodes=self.episodes, repeat="options", options=MetaWorld.SAME_TASK

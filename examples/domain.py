@@ -13,6 +13,7 @@ from common import TrainingArgs, draw_progress, draw_steps, final_evaluation, re
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer
+from torchrl_amago.data import Relabel
 from torchrl_amago.evaluation import EvaluationResults, rollout_pictures
 from torchrl_amago.modules.timestep import TIMESTEP_ENCODERS
 from torchrl_amago.plots import plot_adaptation_curve
@@ -60,11 +61,14 @@ class DomainArgs(TrainingArgs):
         return f"{type(self).__doc__.partition(',')[0]}, {self.seq_model}, {self.loss}"
 
 
-def train(args: DomainArgs, **policy_options: Any) -> EvaluationResults:
+def train(
+    args: DomainArgs, *, relabel: Relabel | None = None, **policy_options: Any
+) -> EvaluationResults:
     """Train on a domain, evaluate on held-out tasks, and draw curves and a trial.
 
     Args:
         args: settings.
+        relabel: hindsight in the replay buffer.
         policy_options: further arguments of :func:`~torchrl_amago.make_policy`.
     """
     torch.manual_seed(args.seed)
@@ -86,6 +90,7 @@ def train(args: DomainArgs, **policy_options: Any) -> EvaluationResults:
         trial_length=args.trial_length,
         slice_length=context_length,
         round_steps=min(args.round_steps, args.trial_length),
+        buffer_options=dict(relabel=relabel),
         loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
         **args.trainer_options(held_out),
     )

@@ -20,10 +20,9 @@ from typing import Any, Literal
 
 from common import command_line
 from domain import DomainArgs, train
-from gymnasium_rows import make_rows
 from torchrl.envs import EnvBase
 
-from torchrl_amago import make_trial_env
+from torchrl_amago import gymnasium_rows, make_trial_env
 from torchrl_amago.envs.libs import InvertedActuators
 
 
@@ -58,7 +57,7 @@ class Args(DomainArgs):
         options |= dict(inversion=self.inversion, change_within=self.change_within)
         options |= dict(max_episode_steps=self.max_episode_steps)
         return make_trial_env(
-            make_rows(lambda: InvertedActuators(self.env_id, **options), num_envs),
+            gymnasium_rows(lambda: InvertedActuators(self.env_id, **options), num_envs),
             episodes=self.episodes,
             repeat="options",
             options=InvertedActuators.SAME_TASK,

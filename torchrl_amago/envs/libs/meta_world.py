@@ -76,6 +76,15 @@ class MetaWorld(gym.Env):
         self.observation_space = gym.spaces.Box(low, -low, dtype=np.float64)
         self.action_space = simulator.action_space
 
+    @staticmethod
+    def names_of(
+        benchmark: str, problem: str | None = None, split: Split = "train", goals_seed: int = 0
+    ) -> tuple[str, ...]:
+        """Return :attr:`names` of a benchmark's environments."""
+        tasks = _benchmark(benchmark, problem, goals_seed)
+        chosen = tasks.train_tasks if split == "train" else tasks.test_tasks
+        return tuple(dict.fromkeys(task.env_name for task in chosen))
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:

@@ -1,0 +1,93 @@
+"""Train on POPGym's memory tasks, one of them or several at once.
+
+    pip install "torchrl-amago[popgym]"
+    python examples/03_popgym.py                                  # RepeatPreviousEasy
+    python examples/03_popgym.py --env-ids AutoencodeEasy --run-dir runs/autoencode
+    python examples/03_popgym.py --multi-domain --run-dir runs/multi_domain
+    python examples/03_popgym.py --debug                          # a test of the setup
+
+A trial is one episode: in POPGym the cards themselves must be remembered. With several ids, each
+trial is at one of them, observations are padded, and actions that it lacks are masked. The run's
+folder gets `progress.csv`, curves, `evaluation.npz`, weights and checkpoints.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from common import command_line
+from domain import DomainArgs, train
+from torchrl.envs import EnvBase
+
+from torchrl_amago import gymnasium_rows, make_trial_env
+from torchrl_amago.envs.libs import MultiDomain
+
+# Names of `--multi-domain`, as in AMAGO's experiments: short episodes, discrete actions.
+SEVERAL = (
+    "RepeatPreviousEasy",
+    "RepeatFirstEasy",
+    "AutoencodeEasy",
+    "CountRecallEasy",
+    "ConcentrationEasy",
+    "HigherLowerEasy",
+    "NoisyStatelessCartPoleEasy",
+    "StatelessCartPoleEasy",
+)
+
+
+@dataclass
+class Args(DomainArgs):
+    """POPGym, with AMAGO."""
+
+    env_ids: tuple[str, ...] = ("RepeatPreviousEasy",)
+    """Names of tasks, without `popgym-` and `-v0`."""
+    multi_domain: bool = False
+    """Train on eight tasks at once, in place of env_ids."""
+    show_domain: bool = False
+    """Tell the policy which of several tasks it plays."""
+
+    # Other defaults of common fields.
+    run_dir: Path = Path("runs/popgym")
+    episodes: int = 1
+    max_episode_steps: int = 110
+    context_length: int = 110
+    round_steps: int = 52
+    num_envs: int = 16
+    timestep_encoder: str = "combined"
+    total_updates: int = 4000
+    anneal_frames: int = 50_000
+    capacity: int = 200_000
+    eval_trials: int = 128
+
+    def make_one(self, name: str, **options: Any) -> gym.Env:
+        try:
+            import popgym  # noqa: F401 - registers the ids
+        except ImportError as error:
+            raise ValueError('install the extra: pip install "torchrl-amago[popgym]"') from error
+        try:
+            env = gym.make(f"popgym-{name}-v0", **options)
+        except gym.error.UnregisteredEnv as error:
+            known = [i[7:-3] for i in gym.registry if i.startswith("popgym-")]
+            raise ValueError(f"--env-ids: {error} There are {', '.join(known)}.") from error
+        return gym.wrappers.TimeLimit(env, self.max_episode_steps)
+
+    def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
+        names = SEVERAL if self.multi_domain else self.env_ids
+        makers = {name: lambda name=name: self.make_one(name, **options) for name in names}
+        is_one = len(names) == 1
+        rows = gymnasium_rows(
+            makers[names[0]] if is_one else lambda: MultiDomain(makers, self.show_domain),
+            num_envs,
+            task_key=None if is_one else "task_id",
+            task_names=() if is_one else names,
+        )
+        return make_trial_env(rows, episodes=self.episodes, show_progress=self.episodes > 1)
+
+
+if __name__ == "__main__":
+    with command_line(Args, debug=dict(num_envs=4, eval_trials=8)) as args:
+        several = args.multi_domain or len(args.env_ids) > 1
+        train(args, **({"action_mask_key": "action_mask"} if several else {}))
