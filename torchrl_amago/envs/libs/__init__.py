@@ -7,6 +7,7 @@ from torchrl_amago.envs.libs.meta_world import MetaWorld
 from torchrl_amago.envs.libs.minigrid import MiniGrid
 from torchrl_amago.envs.libs.multi_domain import MultiDomain
 from torchrl_amago.envs.libs.procgen import Procgen
+from torchrl_amago.envs.libs.retro import Retro
 from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "MiniGrid",
     "MultiDomain",
     "Procgen",
+    "Retro",
     "TextToTokens",
     "Vocabulary",
 ]

@@ -1,0 +1,122 @@
+"""Console games through stable-retro: several games and levels as tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from torchrl_amago._validation import check_counts
+
+
+class Retro(gym.Env):
+    """A console game (stable-retro, formerly Gym Retro), a level for each trial.
+
+    Observations are pictures, uint8 ``[size, size, 3]``, of any console; actions are
+    stable-retro's ``Discrete`` combinations of buttons. Rewards are the game's own.
+    ``info["task_id"]`` is the place of the level among the ``levels``.
+
+    An emulator takes a process of its own: ``gymnasium_rows(..., processes=True)``, with a game for
+    each row. A reset draws a level from the generator that ``seed`` sets;
+    ``reset(options={"same_task": True})`` plays the same one again.
+
+    Args:
+        game: stable-retro's name, such as ``"Airstriker-Genesis-v0"``, the one whose ROM it ships.
+        levels: names of saved states to begin at; default the game's own.
+        frame_skip: frames of a step; rewards are added up.
+        size: side of the pictures.
+        max_episode_steps: steps until an episode is truncated.
+        render_mode: ``"rgb_array"`` for pictures of ``render()``.
+
+    Raises:
+        ImportError: if stable-retro isn't installed.
+        FileNotFoundError: without the game's ROM.
+        ValueError: for a level that the game doesn't have.
+
+    Example:
+        >>> Retro.SAME_TASK
+        {'same_task': True}
+        >>> env = Retro("Airstriker-Genesis-v0")  # doctest: +SKIP
+    """
+
+    SAME_TASK: ClassVar = {"same_task": True}
+
+    def __init__(
+        self,
+        game: str,
+        levels: Sequence[str] = (),
+        *,
+        frame_skip: int = 4,
+        size: int = 84,
+        max_episode_steps: int = 1000,
+        render_mode: str | None = None,
+    ) -> None:
+        counts = dict(frame_skip=frame_skip, size=size, max_episode_steps=max_episode_steps)
+        check_counts("", **counts)
+        try:
+            import stable_retro as retro
+        except ImportError as error:
+            raise ImportError(
+                "Retro needs the package stable-retro, which isn't installed. Install the extra: "
+                'pip install "torchrl-amago[retro]".'
+            ) from error
+        known = retro.data.list_states(game) if game in retro.data.list_games() else []
+        if unknown := sorted(set(levels) - set(known)):
+            raise ValueError(f"levels must be of {game}, which has {known}, got {unknown}.")
+        try:
+            self._env = retro.make(
+                game, use_restricted_actions=retro.Actions.DISCRETE, render_mode="rgb_array"
+            )
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{game} needs its ROM, which stable-retro doesn't ship: {error} Import a ROM that "
+                "you own: python -m stable_retro.import FOLDER."
+            ) from error
+        self.levels = tuple(levels) or (self._env.statename.removesuffix(".state"),)
+        self.frame_skip, self.size, self.render_mode = frame_skip, size, render_mode
+        self.max_episode_steps = max_episode_steps
+        self._level: int | None = None
+        self._num_steps = 0
+        self.observation_space = gym.spaces.Box(0, 255, (size, size, 3), np.uint8)
+        self.action_space = gym.spaces.Discrete(int(self._env.action_space.n))
+
+    def reset(
+        self, *, seed: int | None = None, options: Mapping[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode at a drawn level; with the option ``same_task``, at the one before."""
+        super().reset(seed=seed)
+        if self._level is None or not (options or {}).get("same_task", False):
+            self._level = int(self.np_random.integers(len(self.levels)))
+            self._env.load_state(self.levels[self._level])
+        self._num_steps = 0
+        picture, _ = self._env.reset()
+        return self._resized(picture), {"task_id": self._level}
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Hold the buttons for ``frame_skip`` frames."""
+        total, terminated = 0.0, False
+        for _ in range(self.frame_skip):
+            picture, reward, terminated, truncated, _ = self._env.step(int(action))
+            total += float(reward)
+            if terminated or truncated:
+                break
+        self._num_steps += 1
+        truncated = truncated or self._num_steps >= self.max_episode_steps
+        info = {"task_id": self._level}
+        return self._resized(picture), total, bool(terminated), bool(truncated), info
+
+    def render(self) -> np.ndarray:
+        """Return the console's picture ``[H, W, 3]``."""
+        return self._env.render()
+
+    def close(self) -> None:
+        self._env.close()
+
+    def _resized(self, picture: np.ndarray) -> np.ndarray:
+        image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
+        small = interpolate(image, (self.size, self.size), mode="area")[0]
+        return small.round().byte().permute(1, 2, 0).contiguous().numpy()
