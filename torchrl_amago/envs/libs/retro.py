@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
-import torch
-from torch.nn.functional import interpolate
 
 from torchrl_amago._validation import check_counts
 
@@ -117,6 +116,17 @@ class Retro(gym.Env):
         self._env.close()
 
     def _resized(self, picture: np.ndarray) -> np.ndarray:
-        image = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
-        small = interpolate(image, (self.size, self.size), mode="area")[0]
-        return small.round().byte().permute(1, 2, 0).contiguous().numpy()
+        height, width, channels = picture.shape
+        rows, columns = _area_weights(height, self.size), _area_weights(width, self.size)
+        short = rows @ picture.reshape(height, -1).astype(np.float32)
+        short = short.reshape(self.size, width, channels)
+        return np.rint(np.einsum("xw,hwc->hxc", columns, short, optimize=True)).astype(np.uint8)
+
+
+@functools.lru_cache(maxsize=16)
+def _area_weights(size: int, new_size: int) -> np.ndarray:
+    """Return weights ``[new_size, size]`` of the pixels that each new pixel covers."""
+    edges = np.linspace(0, size, new_size + 1)
+    covered = np.clip(edges[1:, None] - np.arange(size), 0, 1)
+    covered -= np.clip(edges[:-1, None] - np.arange(size), 0, 1)
+    return (covered / covered.sum(1, keepdims=True)).astype(np.float32)
