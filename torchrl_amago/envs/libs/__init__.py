@@ -8,6 +8,7 @@ from torchrl_amago.envs.libs.minigrid import MiniGrid
 from torchrl_amago.envs.libs.multi_domain import MultiDomain
 from torchrl_amago.envs.libs.procgen import Procgen
 from torchrl_amago.envs.libs.retro import Retro
+from torchrl_amago.envs.libs.showdown import ShowdownServer
 from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "MultiDomain",
     "Procgen",
     "Retro",
+    "ShowdownServer",
     "TextToTokens",
     "Vocabulary",
 ]
