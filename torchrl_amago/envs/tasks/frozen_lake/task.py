@@ -1,8 +1,4 @@
-"""Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more.
-
-All rows of the batch are stepped by the same few tensor operations, so that 64 lakes cost about as
-much as one. k episodes at the same lake come from the trial transform.
-"""
+"""Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more."""
 
 from __future__ import annotations
 
@@ -132,9 +128,8 @@ class MetaFrozenLake(GridTask):
     def _begin_episodes(self, selected: Tensor) -> None:
         self._cell.masked_fill_(selected, 0)
         if self.hard_mode:
-            torch.where(
-                selected.unsqueeze(-1), self._lake, self._broken_lake, out=self._broken_lake
-            )
+            broken = self._broken_lake
+            torch.where(selected.unsqueeze(-1), self._lake, broken, out=broken)
 
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         cell = self._cell
