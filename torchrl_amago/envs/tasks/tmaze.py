@@ -14,8 +14,7 @@ from torchrl_amago.envs.tasks.batched_task import BatchedTask
 
 Penalize = Literal["behind", "dawdling"]
 
-# Along the corridor and back, to the sides at its end: (towards the junction, sidewards).
-_MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
+_NUM_ACTIONS = 4
 
 _WALL, _FLOOR, _LINES, _LAMP = (70, 74, 84), (232, 226, 212), (208, 200, 182), (252, 214, 92)
 
@@ -90,7 +89,7 @@ class TMaze(BatchedTask):
         check_choice("penalize", penalize, get_args(Penalize))
         observation_bounds = [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)] + [(0.0, 1.0)] * show_time
         shared["max_episode_steps"] = max_episode_steps
-        super().__init__(observation_bounds, num_actions=len(_MOVES), **shared)
+        super().__init__(observation_bounds, num_actions=_NUM_ACTIONS, **shared)
         self.corridor_length = corridor_length
         self.ambiguous_position = ambiguous_position
         self.penalty = max_penalty if penalty is None else penalty
@@ -161,12 +160,11 @@ class TMaze(BatchedTask):
 
 def _move_table(corridor_length: int) -> Tensor:
     """Tabulate where each action leads from each cell, int64 ``[4, corridor_length + 3]``."""
-    junction, arms = corridor_length, {1: corridor_length + 1, -1: corridor_length + 2}
-    table = torch.arange(corridor_length + 3).repeat(len(_MOVES), 1)
-    for action, (ahead, sidewards) in enumerate(_MOVES):
-        corridor = table[action, : junction + 1]
-        corridor.add_(ahead).clamp_(0, junction)
-        if sidewards:
-            table[action, junction] = arms[sidewards]
-            table[action, arms[-sidewards]] = junction
+    junction, left, right = range(corridor_length, corridor_length + 3)
+    table = torch.arange(corridor_length + 3).repeat(_NUM_ACTIONS, 1)
+    ahead, to_left, back, to_right = table
+    ahead[:junction] += 1
+    back[1:left] -= 1
+    to_left[junction], to_left[right] = left, junction
+    to_right[junction], to_right[left] = right, junction
     return table

@@ -104,8 +104,7 @@ def random_lakes(
         >>> random_lakes(1000, 4, torch.Generator().manual_seed(0)).shape
         torch.Size([1000, 4, 4])
     """
-    check_split(size, layouts)
-    _check_p_safe(p_safe)
+    check_lakes(size, layouts, p_safe)
     device = None if generator is None else generator.device
     lakes = torch.zeros(num, size, size, dtype=torch.bool, device=device)
     missing = torch.arange(num, device=device)
@@ -138,8 +137,7 @@ def enumerate_lakes(
         >>> holes.shape, [round(p, 4) for p in probability.tolist()]
         (torch.Size([3, 2, 2]), [0.6667, 0.1667, 0.1667])
     """
-    check_split(size, layouts)
-    _check_p_safe(p_safe)
+    check_lakes(size, layouts, p_safe)
     if size > _MAX_ENUMERABLE_SIZE:
         raise ValueError(
             f"enumerating lakes is feasible for size <= {_MAX_ENUMERABLE_SIZE}, got {size}, which "
@@ -161,16 +159,12 @@ def _accepted(holes: Tensor, layouts: LakeSplit) -> Tensor:
     return crossable if layouts == "all" else crossable & in_split(holes, layouts)
 
 
-def check_split(size: int, layouts: str) -> None:
-    """Raise ValueError for an unknown split, or a size that leaves too few lakes to split."""
+def check_lakes(size: int, layouts: str, p_safe: float = P_SAFE) -> None:
+    """Raise ValueError unless there are lakes to draw from the split."""
     check_choice("layouts", layouts, get_args(LakeSplit))
     check_size(size, 2 if layouts == "all" else 3)
-
-
-def _check_p_safe(p_safe: float) -> None:
-    remedy = f"Gymnasium's is {P_SAFE}."
-    check_fractions(remedy, p_safe=p_safe)
-    check_positive(remedy, p_safe=p_safe)
+    for check in (check_fractions, check_positive):
+        check(f"Gymnasium's is {P_SAFE}.", p_safe=p_safe)
 
 
 def _splitmix64(index: int) -> int:

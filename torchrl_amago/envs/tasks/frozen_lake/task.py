@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrl_amago.envs.tasks._canvas import PLATE, Canvas
-from torchrl_amago.envs.tasks.frozen_lake.layouts import LakeSplit, check_split, random_lakes
+from torchrl_amago.envs.tasks.frozen_lake.layouts import LakeSplit, check_lakes, random_lakes
 from torchrl_amago.envs.tasks.grid_task import GridTask, move_table, position_table
 
 # Constants of the reference task (AMAGO's MetaFrozenLake, hard and recover modes).
@@ -71,7 +71,7 @@ class MetaFrozenLake(GridTask):
         layouts: LakeSplit = "all",
         **shared: Any,
     ) -> None:
-        check_split(size, layouts)
+        check_lakes(size, layouts)
         if not 0.0 <= slip_chance < 1.0:
             raise ValueError(
                 f"slip_chance must be in [0, 1), got {slip_chance}. It is the probability that a "
