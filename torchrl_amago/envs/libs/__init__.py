@@ -1,6 +1,7 @@
-"""Tasks made from other packages' environments, each with an extra to install."""
+"""Environments of other packages, in batches, and tasks made of them."""
 
 from torchrl_amago.envs.libs.crafter import CrafterInstructions
+from torchrl_amago.envs.libs.gymnasium_rows import ReseedEpisodes, gymnasium_rows
 from torchrl_amago.envs.libs.half_cheetah_vel import HalfCheetahVel
 from torchrl_amago.envs.libs.inverted_actuators import InvertedActuators
 from torchrl_amago.envs.libs.meta_world import MetaWorld
@@ -19,8 +20,10 @@ __all__ = [
     "MiniGrid",
     "MultiDomain",
     "Procgen",
+    "ReseedEpisodes",
     "Retro",
     "ShowdownServer",
     "TextToTokens",
     "Vocabulary",
+    "gymnasium_rows",
 ]

@@ -1,0 +1,165 @@
+"""Gymnasium environments, single or vector, with the specs of one row's spaces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from tensordict import TensorDictBase
+from tensordict.utils import expand_as_right
+from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
+from torchrl.envs import GymWrapper
+from torchrl.envs.gym_like import BaseInfoDictReader
+from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
+
+from torchrl_amago import keys
+
+_MAX_TASKS = 2**62
+
+
+class GymnasiumEnv(GymWrapper):
+    """A Gymnasium environment whose specs are those of its single spaces, expanded over rows.
+
+    An observation that isn't a Dict or Tuple is ``observation``, images included; parts of a Tuple
+    are ``0``, ``1``, ... An ``action_mask``, in a Dict or in ``info``, is an entry of bools.
+
+    Args:
+        env: a vector environment must have ``autoreset_mode=AutoresetMode.DISABLED``.
+        success_key: name in ``info`` of the entry ``success``, bool; False in steps without it.
+        task_key: name in ``info`` of the entry ``task_id``, int64; kept in steps without it.
+        row_tasks: ``task_id`` of each row, if it never changes.
+        task_names: names of the ids 0, 1, ...
+
+    Raises:
+        ValueError: if the vector environment resets itself, or a space can't be a tensor.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env | VectorEnv,
+        *,
+        success_key: str | None = None,
+        task_key: str | None = None,
+        row_tasks: Sequence[int] = (),
+        task_names: Sequence[str] = (),
+        **options: Any,
+    ) -> None:
+        autoreset = getattr(env, "autoreset_mode", None)
+        if isinstance(env, VectorEnv) and autoreset != AutoresetMode.DISABLED:
+            raise ValueError(
+                "a Gymnasium vector environment must have autoreset_mode=AutoresetMode.DISABLED, "
+                f"got {autoreset}. Make it with torchrl_amago.envs.gymnasium_rows."
+            )
+        self._info_names = {keys.SUCCESS: success_key, keys.TASK_ID: task_key}
+        self._row_tasks, self.task_names = row_tasks, tuple(task_names)
+        super().__init__(env, categorical_action_encoding=True, **options)
+
+    def _make_specs(self, env: gym.Env | VectorEnv, batch_size: Any = None) -> None:
+        single = "single_" if isinstance(env, VectorEnv) else ""
+        observation = spec_of(getattr(env, f"{single}observation_space"))
+        if not isinstance(observation, Composite):
+            observation = Composite({keys.OBSERVATION: observation})
+        mask = observation.get(keys.ACTION_MASK, None)
+        if mask is not None:
+            observation[keys.ACTION_MASK] = _flags(mask.shape)
+        reader = self._make_reader({} if mask is not None else env.reset()[1])
+        specs = (
+            observation.update(reader.specs),
+            spec_of(getattr(env, f"{single}action_space")),
+            Unbounded((1,)),
+        )
+        specs = [spec.expand(*self.batch_size, *spec.shape).to(self.device) for spec in specs]
+        self.observation_spec, self.action_spec, self.reward_spec = specs
+        self.done_spec = self._make_done_spec()
+        self.info_dict_reader[:] = [reader] if reader.specs else []
+
+    def _make_reader(self, info: dict[str, Any]) -> _InfoReader:
+        """Return the reader of what the settings name, and of the mask if ``info`` has one."""
+        specs, names = {}, {key: name for key, name in self._info_names.items() if name}
+        if keys.ACTION_MASK in info:
+            names[keys.ACTION_MASK] = keys.ACTION_MASK
+            specs[keys.ACTION_MASK] = _flags(info[keys.ACTION_MASK].shape[len(self.batch_size) :])
+        if keys.SUCCESS in names:
+            specs[keys.SUCCESS] = _flags((1,))
+        if keys.TASK_ID in names or self._row_tasks:
+            specs[keys.TASK_ID] = Categorical(len(self.task_names) or _MAX_TASKS, shape=(1,))
+        return _InfoReader(specs, names, self.batch_size, self._row_tasks)
+
+    def read_obs(self, observations: Any) -> dict[str, Any]:
+        parts = _named(observations)
+        if not isinstance(parts, dict):
+            parts = {keys.OBSERVATION: parts}
+        spec = self.observation_spec
+        return {key: spec[key].encode(part, ignore_device=True) for key, part in parts.items()}
+
+
+class _InfoReader(BaseInfoDictReader):
+    """Entries of ``info``: a missing success is False, a missing mask True, a missing task kept."""
+
+    def __init__(
+        self,
+        specs: dict[str, TensorSpec],
+        names: dict[str, str],
+        rows: torch.Size,
+        row_tasks: Sequence[int],
+    ) -> None:
+        self.specs, self._names = specs, names
+        expanded = {key: spec.expand(*rows, *spec.shape) for key, spec in specs.items()}
+        self._missing = {key: spec.zero() for key, spec in expanded.items()}
+        if keys.ACTION_MASK in specs:
+            self._missing[keys.ACTION_MASK] = expanded[keys.ACTION_MASK].one()
+        if row_tasks:
+            self._missing[keys.TASK_ID] = torch.tensor(row_tasks).view(*rows, 1)
+
+    @property
+    def info_spec(self) -> Composite:
+        return Composite(self.specs)
+
+    def __call__(self, info: dict[str, Any], tensordict: TensorDictBase) -> TensorDictBase:
+        for key, missing in self._missing.items():
+            value, name = missing.clone(), self._names.get(key)
+            if name in info:
+                value = torch.as_tensor(np.asarray(info[name]).tolist()).to(missing.dtype)
+                value = value.view(missing.shape)
+                # Rows of a vector environment that report the entry.
+                rows = torch.as_tensor(info.get(f"_{name}", True))
+                value = torch.where(expand_as_right(rows, value), value, missing)
+            if key == keys.TASK_ID:
+                self._missing[key] = value.clone()
+            tensordict.set(key, value)
+        return tensordict
+
+
+def spec_of(space: spaces.Space, name: str = "the space") -> TensorSpec:
+    """Return the spec of one row; discrete numbers are categories, a Tuple is a Dict of numbers."""
+    if isinstance(space, spaces.Tuple):
+        space = spaces.Dict({str(index): part for index, part in enumerate(space)})
+    if isinstance(space, spaces.Dict):
+        return Composite({key: spec_of(part, f"{name}[{key!r}]") for key, part in space.items()})
+    if isinstance(space, spaces.MultiDiscrete) and np.unique(space.nvec).size > 1:
+        return MultiCategorical(torch.as_tensor(space.nvec))
+    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete):
+        return _gym_to_torchrl_spec_transform(space, categorical_action_encoding=True)
+    raise ValueError(
+        f"{name} must be a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of "
+        f"these, got {space}. Leave it out with gymnasium.wrappers.FilterObservation, or turn it "
+        "into one of these (text into numbers of words) with TransformObservation."
+    )
+
+
+def _flags(shape: Sequence[int]) -> TensorSpec:
+    return Categorical(2, shape=torch.Size(shape), dtype=torch.bool)
+
+
+def _named(observations: Any) -> Any:
+    """Turn tuples into dicts, as :func:`spec_of` does."""
+    if isinstance(observations, tuple):
+        observations = {str(index): part for index, part in enumerate(observations)}
+    if isinstance(observations, dict):
+        return {key: _named(part) for key, part in observations.items()}
+    return observations
