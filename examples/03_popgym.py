@@ -22,7 +22,8 @@ from common import command_line
 from domain import DomainArgs, train
 from torchrl.envs import EnvBase
 
-from torchrl_amago import gymnasium_rows, make_trial_env
+from torchrl_amago import make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.envs.libs import MultiDomain
 
 # Names of `--multi-domain`, as in AMAGO's experiments: short episodes, discrete actions.
@@ -79,7 +80,9 @@ class Args(DomainArgs):
         makers = {name: lambda name=name: self.make_one(name, **options) for name in names}
         is_one = len(names) == 1
         rows = gymnasium_rows(
-            makers[names[0]] if is_one else lambda: MultiDomain(makers, self.show_domain),
+            makers[names[0]]
+            if is_one
+            else lambda: MultiDomain(makers, show_domain=self.show_domain),
             num_envs,
             task_key=None if is_one else "task_id",
             task_names=() if is_one else names,

@@ -23,7 +23,8 @@ from common import command_line
 from domain import DomainArgs, train
 from torchrl.envs import EnvBase
 
-from torchrl_amago import gymnasium_rows, make_trial_env
+from torchrl_amago import make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 
 
 @dataclass

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import gymnasium as gym
 import pytest
 
 from tests.domains.contract import check_domain, check_pictures, need
 from torchrl_amago import make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 
 
 def make_env(env_id, rows, **options):
-    disabled = gym.vector.AutoresetMode.DISABLED
-    make = [lambda: gym.make(env_id, max_episode_steps=20, **options)] * rows
-    return make_trial_env(gym.vector.SyncVectorEnv(make, autoreset_mode=disabled), episodes=2)
+    rows = gymnasium_rows(env_id, rows, max_episode_steps=20, **options)
+    return make_trial_env(rows, episodes=2)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,7 @@ def popgym(name):
         "CountRecallEasy",
         "HigherLowerEasy",
         "MultiarmedBanditEasy",
-        "StatelessPendulumEasy",
+        "PositionOnlyPendulumEasy",
         "LabyrinthExploreEasy",
     ],
 )

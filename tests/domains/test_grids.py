@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import gymnasium as gym
 import pytest
 
 from tests.domains.contract import check_domain, check_pictures, need
 from torchrl_amago import make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.envs.libs import CrafterInstructions, MiniGrid, MultiDomain
 
 ENTRIES = {
@@ -16,9 +16,7 @@ ENTRIES = {
 
 
 def rows(make, num_rows, **options):
-    disabled = gym.vector.AutoresetMode.DISABLED
-    vector = gym.vector.SyncVectorEnv([make] * num_rows, autoreset_mode=disabled)
-    return make_trial_env(vector, episodes=2, **options)
+    return make_trial_env(gymnasium_rows(make, num_rows), episodes=2, **options)
 
 
 def encoder(*keys):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import gymnasium as gym
+from functools import partial
+
 import pytest
 import torch
 
 from tests.domains.contract import check_domain, check_pictures, need, play
 from torchrl_amago import make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.envs.libs import InvertedActuators, MetaWorld
 
 ALL = {
@@ -29,9 +31,8 @@ ALL = {
 def make_env(name, rows, **options):
     package, extra, make = ALL[name]
     need(package, extra)
-    disabled = gym.vector.AutoresetMode.DISABLED
-    vector = gym.vector.SyncVectorEnv([lambda: make(**options)] * rows, autoreset_mode=disabled)
-    return make_trial_env(vector, episodes=2, repeat="options", options={"same_task": True})
+    rows = gymnasium_rows(partial(make, **options), rows)
+    return make_trial_env(rows, episodes=2, repeat="options", options={"same_task": True})
 
 
 def task(name, env):

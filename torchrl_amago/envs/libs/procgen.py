@@ -29,7 +29,7 @@ class Procgen(gym.Env):
         num_levels: levels to draw from; None for all. The paper trains on 200 easy or 500 hard
             ones.
         start_level: first of them. Levels to test on begin where those to train on end.
-        max_episode_steps: steps until an episode is truncated.
+        max_episode_steps: steps until an episode is truncated; Procgen's own limit is 1000.
         render_mode: ``"rgb_array"`` for pictures of ``render()``.
 
     Raises:
@@ -62,6 +62,7 @@ class Procgen(gym.Env):
         self.max_episode_steps, self.render_mode = max_episode_steps, render_mode
         self.level: int | None = None
         self._pool: Any = None
+        self._num_steps = 0
         self._picture: np.ndarray | None = None
         self.observation_space = gym.spaces.Box(0, 255, (3, 64, 64), np.uint8)
         self.action_space = gym.spaces.Discrete(15)
@@ -78,12 +79,8 @@ class Procgen(gym.Env):
             self.level = int(self.np_random.integers(self.start_level, stop))
         # A pool of one row and one level, made anew (1 ms): a pool's own reset isn't repeatable.
         self.close()
-        self._pool = self._make(
-            num_envs=1,
-            num_levels=1,
-            start_level=self.level,
-            max_episode_steps=self.max_episode_steps,
-        )
+        self._pool = self._make(num_envs=1, num_levels=1, start_level=self.level)
+        self._num_steps = 0
         observation, _ = self._pool.reset()
         self._picture = observation[0]
         return self._picture, {"task_id": self.level}
@@ -92,8 +89,10 @@ class Procgen(gym.Env):
         """Take one step of the game."""
         results = self._pool.step(np.array([action], np.int32))
         self._picture, reward, terminated, truncated = (result[0] for result in results[:4])
+        self._num_steps += 1
+        is_over = bool(truncated) or self._num_steps >= self.max_episode_steps
         info = {"task_id": self.level}
-        return self._picture, float(reward), bool(terminated), bool(truncated), info
+        return self._picture, float(reward), bool(terminated), is_over, info
 
     def render(self) -> np.ndarray:
         """Return a picture ``[256, 256, 3]``."""
