@@ -34,8 +34,8 @@ SEVERAL = (
     "CountRecallEasy",
     "ConcentrationEasy",
     "HigherLowerEasy",
-    "NoisyStatelessCartPoleEasy",
-    "StatelessCartPoleEasy",
+    "NoisyPositionOnlyCartPoleEasy",
+    "PositionOnlyCartPoleEasy",
 )
 
 
