@@ -12,10 +12,17 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDictBase
 from tensordict.utils import expand_as_right
-from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.envs import GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader
-from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 
 from torchrl_amago import keys
 
@@ -68,14 +75,11 @@ class GymnasiumEnv(GymWrapper):
         if mask is not None:
             observation[keys.ACTION_MASK] = _flags(mask.shape)
         reader = self._make_reader({} if mask is not None else env.reset()[1])
-        specs = (
-            observation.update(reader.specs),
-            spec_of(getattr(env, f"{single}action_space")),
-            Unbounded((1,)),
-        )
+        done = Composite({key: _flags((1,)) for key in ("done", "terminated", "truncated")})
+        actions = spec_of(getattr(env, f"{single}action_space"))
+        specs = observation.update(reader.specs), actions, Unbounded((1,)), done
         specs = [spec.expand(*self.batch_size, *spec.shape).to(self.device) for spec in specs]
-        self.observation_spec, self.action_spec, self.reward_spec = specs
-        self.done_spec = self._make_done_spec()
+        self.observation_spec, self.action_spec, self.reward_spec, self.done_spec = specs
         self.info_dict_reader[:] = [reader] if reader.specs else []
 
     def _make_reader(self, info: dict[str, Any]) -> _InfoReader:
@@ -141,10 +145,21 @@ def spec_of(space: spaces.Space, name: str = "the space") -> TensorSpec:
         space = spaces.Dict({str(index): part for index, part in enumerate(space)})
     if isinstance(space, spaces.Dict):
         return Composite({key: spec_of(part, f"{name}[{key!r}]") for key, part in space.items()})
-    if isinstance(space, spaces.MultiDiscrete) and np.unique(space.nvec).size > 1:
-        return MultiCategorical(torch.as_tensor(space.nvec))
-    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete):
-        return _gym_to_torchrl_spec_transform(space, categorical_action_encoding=True)
+    if isinstance(space, spaces.Discrete):
+        return Categorical(int(space.n))
+    if isinstance(space, spaces.MultiDiscrete):
+        if np.unique(space.nvec).size > 1:
+            return MultiCategorical(torch.as_tensor(space.nvec))
+        return Categorical(int(space.nvec.flat[0]), shape=space.shape)
+    if isinstance(space, spaces.MultiBinary):
+        return Binary(shape=space.shape, dtype=torch.int8)
+    if isinstance(space, spaces.Box):
+        low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+        limits = torch.finfo if low.dtype.is_floating_point else torch.iinfo
+        limits, shape = limits(low.dtype), space.shape or (1,)
+        if (low <= limits.min).all() and (high >= limits.max).all():
+            return Unbounded(shape, dtype=low.dtype)
+        return Bounded(low, high, shape, dtype=low.dtype)
     raise ValueError(
         f"{name} must be a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of "
         f"these, got {space}. Leave it out with gymnasium.wrappers.FilterObservation, or turn it "
