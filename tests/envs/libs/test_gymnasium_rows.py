@@ -101,8 +101,9 @@ def test_dicts_and_tuples_are_entries():
     assert isinstance(env.observation_spec["pair"], Composite)
 
 
-def test_text_is_refused():
-    space = spaces.Dict(mission=spaces.Text(10), place=spaces.Discrete(2))
+@pytest.mark.parametrize("part", [spaces.Text(10), spaces.Discrete(2, start=1)])
+def test_spaces_without_a_spec(part):
+    space = spaces.Dict(mission=part, place=spaces.Discrete(2))
     with pytest.raises(
         ValueError, match=r"the space\['mission'\] must be a Box.*FilterObservation"
     ):

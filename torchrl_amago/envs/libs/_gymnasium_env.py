@@ -32,18 +32,9 @@ _MAX_TASKS = 2**62
 class GymnasiumEnv(GymWrapper):
     """A Gymnasium environment whose specs are those of its single spaces, expanded over rows.
 
-    An observation that isn't a Dict or Tuple is ``observation``, images included; parts of a Tuple
-    are ``0``, ``1``, ... An ``action_mask``, in a Dict or in ``info``, is an entry of bools.
-
-    Args:
-        env: a vector environment must have ``autoreset_mode=AutoresetMode.DISABLED``.
-        success_key: name in ``info`` of the entry ``success``, bool; False in steps without it.
-        task_key: name in ``info`` of the entry ``task_id``, int64; kept in steps without it.
-        row_tasks: ``task_id`` of each row, if it never changes.
-        task_names: names of the ids 0, 1, ...
-
-    Raises:
-        ValueError: if the vector environment resets itself, or a space can't be a tensor.
+    A vector environment must have ``autoreset_mode=AutoresetMode.DISABLED``. ``row_tasks`` is the
+    ``task_id`` of each row, if it never changes. Other arguments, entries and errors: see
+    :func:`~torchrl_amago.envs.gymnasium_rows`.
     """
 
     def __init__(
@@ -128,8 +119,10 @@ class _InfoReader(BaseInfoDictReader):
         for key, missing in self._missing.items():
             value, name = missing.clone(), self._names.get(key)
             if name in info:
-                value = torch.as_tensor(np.asarray(info[name]).tolist()).to(missing.dtype)
-                value = value.view(missing.shape)
+                value = np.asarray(info[name])
+                if value.dtype == object:  # numpy's own bools, None in rows without
+                    value = value.astype(bool)
+                value = torch.as_tensor(value).to(missing.dtype).view(missing.shape)
                 # Rows of a vector environment that report the entry.
                 rows = torch.as_tensor(info.get(f"_{name}", True))
                 value = torch.where(expand_as_right(rows, value), value, missing)
@@ -145,9 +138,10 @@ def spec_of(space: spaces.Space, name: str = "the space") -> TensorSpec:
         space = spaces.Dict({str(index): part for index, part in enumerate(space)})
     if isinstance(space, spaces.Dict):
         return Composite({key: spec_of(part, f"{name}[{key!r}]") for key, part in space.items()})
-    if isinstance(space, spaces.Discrete):
+    from_zero = not np.any(getattr(space, "start", 0))
+    if isinstance(space, spaces.Discrete) and from_zero:
         return Categorical(int(space.n))
-    if isinstance(space, spaces.MultiDiscrete):
+    if isinstance(space, spaces.MultiDiscrete) and from_zero:
         if np.unique(space.nvec).size > 1:
             return MultiCategorical(torch.as_tensor(space.nvec))
         return Categorical(int(space.nvec.flat[0]), shape=space.shape)
@@ -161,9 +155,9 @@ def spec_of(space: spaces.Space, name: str = "the space") -> TensorSpec:
             return Unbounded(shape, dtype=low.dtype)
         return Bounded(low, high, shape, dtype=low.dtype)
     raise ValueError(
-        f"{name} must be a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of "
-        f"these, got {space}. Leave it out with gymnasium.wrappers.FilterObservation, or turn it "
-        "into one of these (text into numbers of words) with TransformObservation."
+        f"{name} must be a Box, MultiBinary, or Discrete or MultiDiscrete from 0, or a Dict or "
+        f"Tuple of these, got {space}. Leave it out with gymnasium.wrappers.FilterObservation, or "
+        "turn it into one of these (text into numbers of words) with TransformObservation."
     )
 
 
