@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules._layers import make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
 from torchrl_amago.modules.trajectory.kernels.rnn import Cell, recurrence
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
@@ -71,6 +71,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
+        is_init_NT = starts_within_rows(is_init_NT)
         is_init_TN = None if is_init_NT is None else is_init_NT.t()
         for weights in self.rnn.all_weights:
             x = recurrence(self.cell, x, is_init_TN, weights)

@@ -1,10 +1,11 @@
-"""One layer of GRU or LSTM over rows of several trials, by PyTorch's own kernels.
+"""One layer of GRU or LSTM over rows of several trials, forwards by PyTorch's own kernels.
 
-`torch.compile` would unroll the recurrence, and `torch.vmap` has no rule for the kernels. Both get
-the layer as one operator, whose backward pass runs the layer again to differentiate it.
+Backwards too, except for a GRU on a CPU, which would walk a graph of T steps; its gradient is
+written out below. That is also what `torch.compile`, which would unroll the recurrence, and
+`torch.vmap`, which has no rule for the kernels, get: the layer as one operator.
 
-Legend: T steps, N rows, I input features, H hidden features, M = T * N, W stretches of rows without
-a reset, L steps of the longest of them.
+Legend: T steps, N rows, I input features, H hidden features, G gates, M = T * N, W stretches of
+rows without a reset, L steps of the longest of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Literal
 import torch
 from tensordict import is_batchedtensor
 from torch import Tensor
+from torch.nn import functional as F
 
 Cell = Literal["gru", "lstm"]
 
@@ -45,6 +47,8 @@ def recurrence(
     """
     x_TNI = x_TNI.to(weights[0].dtype)
     opaque = torch.compiler.is_compiling() or any(map(is_batchedtensor, (x_TNI, *weights)))
+    # cuDNN, and oneDNN for an LSTM, have backward kernels.
+    opaque = opaque or (cell == "gru" and not x_TNI.is_cuda)
     return (_recurrence if opaque else _run_trials)(cell, x_TNI, is_init_TN, weights)
 
 
@@ -114,10 +118,12 @@ def _recurrence(
 
 
 @torch.library.custom_op("torchrl_amago::recurrence_backward", mutates_args=())
-def _recurrence_backward(
-    cell: str, grad_TNH: Tensor, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list[Tensor]
-) -> list[Tensor]:
+def _recurrence_backward(cell: str, inputs: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
     """Gradients of the inputs and the weights."""
+    out_TNH, x_TNI, is_init_TN, *weights = inputs
+    if cell == "gru":
+        with torch.autocast(x_TNI.device.type, enabled=False):
+            return _gru_gradients(grad_TNH, out_TNH, x_TNI, is_init_TN, weights)
 
     def layer(x: Tensor, *weights: Tensor) -> Tensor:
         return _run_trials(cell, x, is_init_TN, list(weights))
@@ -128,16 +134,60 @@ def _recurrence_backward(
         return [grad.clone() for grad in differentiate(grad_TNH)]
 
 
+def _gru_gradients(
+    grad_TNH: Tensor, out_TNH: Tensor, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list
+) -> list[Tensor]:
+    """Compute all gates at once from the known states, then the states' gradient step by step.
+
+    With d the gradient of the state h, and (R, Z, N) the gates' part from the state before::
+
+        h = (1 - z) n + z h_before,    n = tanh(gate_in + r N)
+        d_before += z d + (dR, dZ, dN) w_hidden
+    """
+    w_in, w_hidden, bias_in, bias_hidden = weights
+    gates = (3, w_hidden.shape[1])
+    before_TNH = torch.cat((torch.zeros_like(out_TNH[:1]), out_TNH[:-1]))
+    if is_init_TN is not None:
+        before_TNH.masked_fill_(is_init_TN.unsqueeze(-1), 0.0)
+    in_r, in_z, in_n = F.linear(x_TNI, w_in, bias_in).unflatten(-1, gates).unbind(-2)
+    hidden_TNGH = F.linear(before_TNH, w_hidden, bias_hidden).unflatten(-1, gates)
+    hidden_r, hidden_z, hidden_n = hidden_TNGH.unbind(-2)
+    r, z = (in_r + hidden_r).sigmoid(), (in_z + hidden_z).sigmoid()
+    n = (in_n + r * hidden_n).tanh()
+    by_n = (1 - z) * (1 - n.square())
+    by_z = (before_TNH - n) * z * (1 - z)
+    by_r = by_n * hidden_n * r * (1 - r)
+    by_hidden = back = torch.stack((by_r, by_z, by_n * r), -2)
+    if is_init_TN is not None:  # nothing goes back from a trial's start
+        z = z.masked_fill(is_init_TN[..., None], 0.0)
+        back = back.masked_fill(is_init_TN[..., None, None], 0.0)
+    d_TNH = grad_TNH.clone(memory_format=torch.contiguous_format)
+    d, z, back = d_TNH.unbind(), z.unbind(), back.unbind()
+    for t in range(len(d) - 1, 0, -1):
+        d_gates = (back[t] * d[t].unsqueeze(1)).flatten(1)
+        d[t - 1].addcmul_(z[t], d[t]).addmm_(d_gates, w_hidden)
+    by_in = torch.stack((by_r, by_z, by_n), -2)
+    grad_in, grad_hidden = (
+        (by_gate * d_TNH.unsqueeze(-2)).flatten(0, 1).flatten(1) for by_gate in (by_in, by_hidden)
+    )
+    return [
+        (grad_in @ w_in).view(x_TNI.shape),
+        grad_in.t() @ x_TNI.flatten(0, 1),
+        grad_hidden.t() @ before_TNH.flatten(0, 1),
+        grad_in.sum(0),
+        grad_hidden.sum(0),
+    ]
+
+
 @_recurrence.register_fake
 def _(cell: str, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list[Tensor]) -> Tensor:
     return x_TNI.new_empty(*x_TNI.shape[:2], weights[1].shape[1])
 
 
 @_recurrence_backward.register_fake
-def _(
-    cell: str, grad_TNH: Tensor, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list[Tensor]
-) -> list[Tensor]:
-    return [x_TNI.new_empty(tensor.shape) for tensor in (x_TNI, *weights)]
+def _(cell: str, inputs: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
+    _, x_TNI, _, *weights = inputs
+    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_TNI, *weights)]
 
 
 @_recurrence.register_vmap
@@ -158,12 +208,11 @@ def _(info: Any, in_dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
 
 def _save(ctx, inputs: tuple, output: Tensor) -> None:
     ctx.cell, x_TNI, is_init_TN, weights = inputs
-    ctx.save_for_backward(x_TNI, is_init_TN, *weights)
+    ctx.save_for_backward(output, x_TNI, is_init_TN, *weights)
 
 
 def _differentiate(ctx, grad_TNH: Tensor) -> tuple:
-    x_TNI, is_init_TN, *weights = ctx.saved_tensors
-    grad_x, *grads = _recurrence_backward(ctx.cell, grad_TNH, x_TNI, is_init_TN, weights)
+    grad_x, *grads = _recurrence_backward(ctx.cell, list(ctx.saved_tensors), grad_TNH)
     return None, grad_x, None, grads
 
 
