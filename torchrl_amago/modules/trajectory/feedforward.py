@@ -20,7 +20,7 @@ class IdentityEncoder(TrajectoryEncoder):
 
     Args:
         input_size: I, features of a timestep embedding, and of the state.
-        options: see :class:`TrajectoryEncoder`.
+        options: of :class:`TrajectoryEncoder`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -42,20 +42,10 @@ class IdentityEncoder(TrajectoryEncoder):
 
 
 class FeedForwardBlock(nn.Module):
-    """Feed-forward block as in a Transformer, added to the stream.
-
-    Dropout and activation follow both layers, the norm both linears. Arguments: see
-    :class:`FeedForwardEncoder`.
-    """
+    """Two layers added to the stream; a norm, the activation and dropout follow each linear."""
 
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        *,
-        dropout: float = 0.0,
-        activation: str = "leaky_relu",
-        norm: str = "none",
+        self, d_model: int, d_ff: int, *, dropout: float, activation: str, norm: str
     ) -> None:
         super().__init__()
         self.dropout = dropout

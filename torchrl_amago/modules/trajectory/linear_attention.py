@@ -24,8 +24,8 @@ from torchrl_amago.modules.trajectory.base import (
 )
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
-# Steps over which heads forget at initialisation, from the last head to the first: from an episode
-# to more than a trial. A memory that no head holds at first is hardly ever learned.
+# Steps over which heads forget at initialisation, from the last head to the first. A memory that no
+# head holds at first is hardly ever learned.
 _TIME_CONSTANTS = (8.0, 4096.0)
 
 
@@ -38,10 +38,6 @@ class GatedLinearAttention(nn.Module):
     The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060),
     with keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No
     convolution: in RL a timestep already holds the action and reward that led to it.
-
-    Args:
-        d_model: D, width of input and output.
-        num_heads: H, divides `d_model`.
     """
 
     def __init__(self, d_model: int, num_heads: int) -> None:
@@ -90,20 +86,10 @@ class GatedLinearAttention(nn.Module):
 
 
 class LinearAttentionBlock(nn.Module):
-    """Gated linear attention and feed-forward, each behind a norm and added to the stream.
-
-    Arguments: see :class:`GatedLinearAttentionEncoder`.
-    """
+    """Gated linear attention and feed-forward, each behind a norm and added to the stream."""
 
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        *,
-        dropout_ff: float = 0.0,
-        activation: str = "leaky_relu",
-        norm: str = "layer",
+        self, d_model: int, num_heads: int, d_ff: int, dropout_ff: float, activation: str, norm: str
     ) -> None:
         super().__init__()
         self.dropout_ff = dropout_ff
@@ -126,9 +112,9 @@ class LinearAttentionBlock(nn.Module):
 class GatedLinearAttentionEncoder(TrajectoryEncoder):
     """Gated linear attention over the steps of a trial: the cheap choice for long contexts.
 
-    Training costs matrix products over chunks, linear in the number of steps. The cost of a
-    rollout's step doesn't depend on the number before it. Its memory (:class:`StateMemory`) has
-    `d_model**2 / num_heads` numbers per layer and environment, which also limits its recall.
+    Training costs matrix products, linear in the number of steps; a rollout's step costs the same
+    at any time. Its memory (:class:`StateMemory`) has `d_model**2 / num_heads` numbers per layer
+    and environment, which also limits its recall.
 
     Args:
         input_size: I, features of a timestep embedding.
@@ -163,10 +149,8 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb
         self.embed = StreamEmbedding(input_size, d_model)
-        block = {"dropout_ff": dropout_ff, "activation": activation, "norm": norm}
-        self.blocks = nn.ModuleList(
-            LinearAttentionBlock(d_model, num_heads, d_ff, **block) for _ in range(num_layers)
-        )
+        block = (d_model, num_heads, d_ff, dropout_ff, activation, norm)
+        self.blocks = nn.ModuleList(LinearAttentionBlock(*block) for _ in range(num_layers))
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:

@@ -35,7 +35,6 @@ class MambaBlock(nn.Module):
         out = out_proj((scan(x, delta, -exp(A_log), B, C) + D x) silu(z))
 
     Parameters have the names and shapes of `mamba_ssm.Mamba`, so that state dicts fit both.
-    Arguments: see :class:`MambaEncoder`.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
@@ -71,13 +70,7 @@ class MambaBlock(nn.Module):
     def forward(
         self, x_NTD: Tensor, is_init_NT: Tensor | None = None, kernels: MambaKernels | None = None
     ) -> Tensor:
-        """Mix whole sequences, with gradient.
-
-        Args:
-            x_NTD: inputs.
-            is_init_NT: True at first steps of trials; None if none starts within a row.
-            kernels: equivalent functions for sequences of one trial per row.
-        """
+        """Mix whole sequences, with gradient; `kernels` take those of one trial per row."""
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
             x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
@@ -100,11 +93,9 @@ class MambaBlock(nn.Module):
         return self._out(y_NE, x_NE, gate_NE)
 
     def _convolve(self, x_NTE: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        """Convolve every channel causally, within trials.
-
-        As sums of shifted sequences: each lag can be cut, and no library's reduced precision for
-        convolutions sets it apart from `step`.
-        """
+        """Convolve every channel causally, within trials."""
+        # Sums of shifted sequences: each lag can be cut, and no library's reduced precision for
+        # convolutions sets it apart from `step`.
         steps = x_NTE.shape[1]
         weight_EK = self.conv1d.weight.squeeze(1)
         lag_NTE = F.pad(x_NTE, (0, 0, self.d_conv - 1, 0))
@@ -138,11 +129,10 @@ class MambaBlock(nn.Module):
 class MambaEncoder(TrajectoryEncoder):
     """Mamba over the steps of a trial (arXiv 2312.00752): pre-norm residual blocks.
 
-    The cost of a step doesn't depend on how many went before, and a rollout's memory is a state of
-    constant size (see :class:`StateMemory`). Runs in plain PyTorch on any device; on CUDA the
-    kernels of `mamba-ssm` compute the same from the same weights. They are not used under
-    `torch.compile` and `torch.vmap`, which have no rules for them, for rows where a trial starts
-    after the first step, which they can't cut, and for single steps.
+    A step costs the same at any time, and a rollout's memory is a :class:`StateMemory`. Runs in
+    plain PyTorch on any device; on CUDA the kernels of `mamba-ssm` compute the same from the same
+    weights, except under `torch.compile` and `torch.vmap`, for rows where a trial starts after the
+    first step, and for single steps.
 
     Args:
         input_size: I, features of a timestep embedding.

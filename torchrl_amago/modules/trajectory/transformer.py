@@ -17,11 +17,7 @@ from torchrl.modules import recurrent_mode
 
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._dropout import check_dropout, dropout
-from torchrl_amago.modules._layers import (
-    SigmaReparamLinear,
-    make_activation,
-    make_norm,
-)
+from torchrl_amago.modules._layers import SigmaReparamLinear, make_activation, make_norm
 from torchrl_amago.modules._positions import rotate_by_position, sinusoidal_positions
 from torchrl_amago.modules.trajectory.base import (
     TrajectoryEncoder,
@@ -62,13 +58,13 @@ class TransformerBlock(nn.Module):
         num_heads: int,
         d_ff: int,
         *,
-        dropout_ff: float = 0.0,
-        dropout_qkv: float = 0.0,
-        activation: str = "leaky_relu",
-        norm: str = "layer",
-        sigma_reparam: bool = True,
-        normformer: bool = True,
-        head_scaling: bool = True,
+        dropout_ff: float,
+        dropout_qkv: float,
+        activation: str,
+        norm: str,
+        sigma_reparam: bool,
+        normformer: bool,
+        head_scaling: bool,
     ) -> None:
         super().__init__()
         linear = SigmaReparamLinear if sigma_reparam else nn.Linear
@@ -115,8 +111,7 @@ class TransformerEncoder(TrajectoryEncoder):
         input_size: I, features of a timestep embedding.
         context_length: number of steps that a rollout's step sees, itself included.
         d_model: D, width, and size of the state; even.
-        num_heads: attention heads; divides `d_model`. On CPUs 16 or more features per head are
-            much faster than 8.
+        num_heads: divides `d_model`. On CPUs 16 features per head are much faster than 8.
         dropout_attn: probability of zeroing an attention weight.
         dropout_qkv: of zeroing a feature of queries, keys and values.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
@@ -132,28 +127,24 @@ class TransformerEncoder(TrajectoryEncoder):
         attention: kernels for sequences. `sdpa` is torch's own and runs everywhere; `flash` is the
             package flash-attn (GPU, half precision, no sinks or clipping); `flex` is FlexAttention
             (it trains on GPUs only); `auto` takes `flash` where it can run, else `sdpa`.
-        segments: `auto` separates trials that follow each other in a row of a sequence (found by
-            `is_init`; under `torch.compile` the mask for it is always built), `never` means that
-            each row is a part of one trial, padded only on the right.
+        segments: `auto` separates trials that follow each other in a row of a sequence, `never`
+            means that each row is a part of one trial, padded only on the right.
         options: `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm` and the
             others of :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.
         ValueError: if a number is out of its range or a name unknown; from `forward`, if steps come
-            after padding under `segments="never"` (not checked under `torch.compile`).
+            after padding under `segments="never"`.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> from torchrl.modules import set_recurrent_mode
-        >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2, num_layers=1)
-        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
-        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
+        >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2)
         >>> with set_recurrent_mode(True):
-        ...     encoder(td)["state"].shape
+        ...     state, _ = encoder(timestep=torch.zeros(3, 5, 4), is_init=None,
+        ...                        time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1))
+        >>> state.shape
         torch.Size([3, 5, 16])
-        >>> encoder(td[:, 0])["state"].shape
-        torch.Size([3, 16])
     """
 
     def __init__(
@@ -207,20 +198,13 @@ class TransformerEncoder(TrajectoryEncoder):
         self.attention, self.segments = attention, segments
         self.positions, self.beyond_positions = positions, beyond_positions
         self.embed = nn.Linear(input_size, d_model)
-        self.position_table = (
-            nn.Embedding(max_positions, d_model) if positions == "learned" else None
-        )
-        block = {
-            "dropout_ff": dropout_ff,
-            "dropout_qkv": dropout_qkv,
-            "activation": activation,
-            "norm": norm,
-            "sigma_reparam": sigma_reparam,
-            "normformer": normformer,
-            "head_scaling": head_scaling,
-        }
+        is_learned = positions == "learned"
+        self.position_table = nn.Embedding(max_positions, d_model) if is_learned else None
+        block = dict(dropout_ff=dropout_ff, dropout_qkv=dropout_qkv, activation=activation)
+        block |= dict(sigma_reparam=sigma_reparam, normformer=normformer, head_scaling=head_scaling)
         self.blocks = nn.ModuleList(
-            TransformerBlock(d_model, num_heads, d_ff, **block) for _ in range(num_layers)
+            TransformerBlock(d_model, num_heads, d_ff, norm=norm, **block)
+            for _ in range(num_layers)
         )
         self.norm = make_norm(norm, d_model)
 
@@ -271,7 +255,7 @@ class TransformerEncoder(TrajectoryEncoder):
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or "
-                "choose beyond_positions='clip', positions='fixed' or positions='rotary'."
+                "choose beyond_positions='clip' or other positions."
             )
         # Losses read one step beyond a slice; time indices tell long trials from rows of several.
         is_unbounded = recurrent_mode() and self.pattern.window is None and not self._has_warned
@@ -292,9 +276,8 @@ class TransformerEncoder(TrajectoryEncoder):
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
         dropout = self.dropout_attn if self.training else 0.0
-        trials = {"positions_BT": positions_NT, "is_init_BT": is_init_NT}
         out_NHTD = backend_attention(
-            self.attention, q, k, v, self.pattern, dropout=dropout, **trials
+            self.attention, q, k, v, self.pattern, positions_NT, is_init_NT, dropout
         )
         return out_NHTD.transpose(1, 2)
 

@@ -10,13 +10,17 @@ rows without a reset, L steps of the longest of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import is_batchedtensor
 from torch import Tensor
+from torch.library import CustomOpDef
 from torch.nn import functional as F
+
+from torchrl_amago.modules.trajectory.kernels._operators import make_operator
 
 Cell = Literal["gru", "lstm"]
 
@@ -49,12 +53,12 @@ def recurrence(
     opaque = torch.compiler.is_compiling() or any(map(is_batchedtensor, (x_TNI, *weights)))
     # cuDNN, and oneDNN for an LSTM, have backward kernels.
     opaque = opaque or (cell == "gru" and not x_TNI.is_cuda)
-    return (_recurrence if opaque else _run_trials)(cell, x_TNI, is_init_TN, weights)
+    if opaque:
+        return _OPERATORS[cell](x_TNI, *weights, is_init_TN)
+    return _run_trials(cell, is_init_TN, x_TNI, *weights)
 
 
-def _run_trials(
-    cell: str, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list[Tensor]
-) -> Tensor:
+def _run_trials(cell: Cell, is_init_TN: Tensor | None, x_TNI: Tensor, *weights: Tensor) -> Tensor:
     """Cut rows at resets and run the stretches side by side.
 
     They are padded, not packed: on CPUs, packed sequences cost PyTorch several times as much.
@@ -66,27 +70,23 @@ def _run_trials(
     for place_LW, real_LW in _stretches(is_init_TN):
         outputs.append(_run(cell, x_MI[place_LW], weights)[real_LW])
         places.append(place_LW[real_LW])
-    order_M = torch.cat(places).argsort()
-    return torch.cat(outputs)[order_M].unflatten(0, is_init_TN.shape)
+    return torch.cat(outputs)[torch.cat(places).argsort()].unflatten(0, is_init_TN.shape)
 
 
-def _run(cell: str, x_TNI: Tensor, weights: list[Tensor]) -> Tensor:
+def _run(cell: Cell, x_TNI: Tensor, weights: Sequence[Tensor]) -> Tensor:
     empty_1NH = x_TNI.new_zeros(1, x_TNI.shape[1], weights[1].shape[1])
     kernel, state = (torch.gru, empty_1NH) if cell == "gru" else (torch.lstm, [empty_1NH] * 2)
     with torch.autocast(x_TNI.device.type, enabled=False):
         # With biases, one layer, no dropout, kept for a backward pass, one direction, time first.
-        return kernel(x_TNI, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)[0]
+        return kernel(
+            x_TNI, state, list(weights), True, 1, 0.0, torch.is_grad_enabled(), False, False
+        )[0]
 
 
 def _stretches(is_init_TN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Cut rows at resets and group the stretches by length.
+    """Cut rows at resets and group the stretches by length, so that at most half is padding.
 
-    A group's shortest stretch is at least half as long as its longest: at most half of what is
-    computed is padding, and there are few groups.
-
-    Yields:
-        For every group its steps' places in the flat `[T * N]` batch, `[L, W]`, and a mask of the
-        real ones; padding points to any step.
+    Yields every group's places in the flat `[T * N]` batch, `[L, W]`, and a mask of the real ones.
     """
     num_steps, num_rows = is_init_TN.shape
     first_NT = is_init_TN.t().clone()
@@ -110,32 +110,27 @@ def _stretches(is_init_TN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 # --- the operator ---
 
 
-@torch.library.custom_op("torchrl_amago::recurrence", mutates_args=())
-def _recurrence(
-    cell: str, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list[Tensor]
-) -> Tensor:
-    return _run_trials(cell, x_TNI, is_init_TN, weights).contiguous()
-
-
-@torch.library.custom_op("torchrl_amago::recurrence_backward", mutates_args=())
-def _recurrence_backward(cell: str, inputs: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
+def _backward(cell: Cell, saved: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
     """Gradients of the inputs and the weights."""
-    out_TNH, x_TNI, is_init_TN, *weights = inputs
+    *inputs, is_init_TN, out_TNH = saved
     if cell == "gru":
-        with torch.autocast(x_TNI.device.type, enabled=False):
-            return _gru_gradients(grad_TNH, out_TNH, x_TNI, is_init_TN, weights)
-
-    def layer(x: Tensor, *weights: Tensor) -> Tensor:
-        return _run_trials(cell, x, is_init_TN, list(weights))
-
+        with torch.autocast(grad_TNH.device.type, enabled=False):
+            return _gru_gradients(grad_TNH, out_TNH, is_init_TN, *inputs)
     with torch.enable_grad():  # without it kernels keep nothing for a backward pass
-        _, differentiate = torch.func.vjp(layer, x_TNI, *weights)
+        _, differentiate = torch.func.vjp(partial(_run_trials, cell, is_init_TN), *inputs)
         # An LSTM's two biases share their gradient, which an operator may not return twice.
         return [grad.clone() for grad in differentiate(grad_TNH)]
 
 
 def _gru_gradients(
-    grad_TNH: Tensor, out_TNH: Tensor, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list
+    grad_TNH: Tensor,
+    out_TNH: Tensor,
+    is_init_TN: Tensor | None,
+    x_TNI: Tensor,
+    w_in: Tensor,
+    w_hidden: Tensor,
+    bias_in: Tensor,
+    bias_hidden: Tensor,
 ) -> list[Tensor]:
     """Compute all gates at once from the known states, then the states' gradient step by step.
 
@@ -144,7 +139,6 @@ def _gru_gradients(
         h = (1 - z) n + z h_before,    n = tanh(gate_in + r N)
         d_before += z d + (dR, dZ, dN) w_hidden
     """
-    w_in, w_hidden, bias_in, bias_hidden = weights
     gates = (3, w_hidden.shape[1])
     before_TNH = torch.cat((torch.zeros_like(out_TNH[:1]), out_TNH[:-1]))
     if is_init_TN is not None:
@@ -179,41 +173,37 @@ def _gru_gradients(
     ]
 
 
-@_recurrence.register_fake
-def _(cell: str, x_TNI: Tensor, is_init_TN: Tensor | None, weights: list[Tensor]) -> Tensor:
-    return x_TNI.new_empty(*x_TNI.shape[:2], weights[1].shape[1])
+def _make_operator(cell: Cell) -> CustomOpDef:
+    def forward(
+        x: Tensor,
+        w_in: Tensor,
+        w_hidden: Tensor,
+        b_in: Tensor,
+        b_hidden: Tensor,
+        is_init: Tensor | None,
+    ) -> Tensor:
+        return _run_trials(cell, is_init, x, w_in, w_hidden, b_in, b_hidden).contiguous()
+
+    def backward(saved: list[Tensor | None], grad: Tensor) -> list[Tensor]:
+        return _backward(cell, saved, grad)
+
+    def fake(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:2], w_hidden.shape[1])
+
+    operator = make_operator(cell, forward, backward, fake)
+
+    @operator.register_vmap
+    def _(info: Any, in_dims: tuple, *inputs: Tensor | None) -> tuple[Tensor, int]:
+        """Run one network after the other: losses that hold several call them by `torch.vmap`."""
+        outputs = [
+            operator(
+                *(z if d is None else z.select(d, i) for z, d in zip(inputs, in_dims, strict=True))
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(outputs), 0
+
+    return operator
 
 
-@_recurrence_backward.register_fake
-def _(cell: str, inputs: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
-    _, x_TNI, _, *weights = inputs
-    return [torch.empty_like(z, memory_format=torch.contiguous_format) for z in (x_TNI, *weights)]
-
-
-@_recurrence.register_vmap
-def _(info: Any, in_dims: tuple, *inputs: Any) -> tuple[Tensor, int]:
-    """Run one network after the other: losses that hold several call them all by `torch.vmap`."""
-
-    def select(value: Any, dim: Any, index: int) -> Any:
-        if isinstance(value, list):
-            return [select(z, d, index) for z, d in zip(value, dim, strict=True)]
-        return value if dim is None else value.select(dim, index)
-
-    outputs = [
-        _recurrence(*(select(z, dim, i) for z, dim in zip(inputs, in_dims, strict=True)))
-        for i in range(info.batch_size)
-    ]
-    return torch.stack(outputs), 0
-
-
-def _save(ctx, inputs: tuple, output: Tensor) -> None:
-    ctx.cell, x_TNI, is_init_TN, weights = inputs
-    ctx.save_for_backward(output, x_TNI, is_init_TN, *weights)
-
-
-def _differentiate(ctx, grad_TNH: Tensor) -> tuple:
-    grad_x, *grads = _recurrence_backward(ctx.cell, list(ctx.saved_tensors), grad_TNH)
-    return None, grad_x, None, grads
-
-
-_recurrence.register_autograd(_differentiate, setup_context=_save)
+_OPERATORS = {cell: _make_operator(cell) for cell in get_args(Cell)}
