@@ -49,7 +49,6 @@ class TransformerBlock(nn.Module):
 
     With NormFormer's norms after the attention and inside the feed-forward, and its learned scale
     per head (arXiv 2110.09456, eq. 4-7), and sigma-reparametrised linears (arXiv 2303.06296).
-    Arguments: see :class:`TransformerEncoder`.
     """
 
     def __init__(
@@ -83,7 +82,7 @@ class TransformerBlock(nn.Module):
         self.ff_out = linear(d_ff, d_model)
 
     def reset_parameters(self) -> None:
-        """Reset the scale of all heads to 1; layers reset themselves."""
+        """Reset the heads' scales; layers reset themselves."""
         if self.head_scale is not None:
             nn.init.ones_(self.head_scale)
 
@@ -298,17 +297,16 @@ def _check_positions(
 ) -> None:
     check_choice("positions", positions, ("fixed", "learned", "rotary"))
     check_choice("beyond_positions", beyond_positions, ("raise", "clip"))
+    can_clip = beyond_positions == "clip"
+    fits = max_positions is None and not can_clip
     if positions == "learned":
-        least = 1 if beyond_positions == "clip" else context_length + 1
-        fits = max_positions is not None and max_positions >= least
-    else:
-        fits = max_positions is None and beyond_positions == "raise"
+        fits = max_positions is not None and (can_clip or max_positions > context_length)
     if not fits:
         raise ValueError(
             "positions='learned', and no other, needs max_positions above "
-            f"context_length={context_length}, since losses read one observation more, or any with "
-            f"beyond_positions='clip'; got positions={positions!r}, max_positions={max_positions}, "
-            f"beyond_positions={beyond_positions!r}. Make it the longest trial's length plus 1."
+            f"context_length={context_length}, or any with beyond_positions='clip'; got positions="
+            f"{positions!r}, max_positions={max_positions}, beyond_positions={beyond_positions!r}. "
+            "Make it the longest trial's length plus 1."
         )
 
 

@@ -1,4 +1,4 @@
-"""The CUDA kernels of `mamba-ssm` and `causal-conv1d`, used when they are installed.
+"""The CUDA kernels of `mamba-ssm` and `causal-conv1d`.
 
 They read whole sequences of one trial per row; they can't cut the state at a trial's start.
 
@@ -21,7 +21,7 @@ _MAX_STATE = 256
 
 
 class MambaKernels(NamedTuple):
-    """The two functions of the kernels, under their own names."""
+    """The kernels, under their own names."""
 
     causal_conv1d_fn: Callable[..., Tensor]
     selective_scan_fn: Callable[..., Tensor]
@@ -42,13 +42,8 @@ class MambaKernels(NamedTuple):
     ) -> Tensor:
         """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, in the dtype of x.
 
-        Args:
-            sequences: inputs x and step sizes before bias and softplus, `[B, T, E]`, and the
-                paper's B and C, `[B, T, N]`.
-            gate_BTE: before its nonlinearity.
-            rate_EN: the paper's A.
-            skip_E: the paper's D.
-            delta_bias_E: bias of the step sizes.
+        `sequences` are the inputs x, the step sizes before bias and softplus, and the paper's B and
+        C; `rate_EN` is its A, `skip_E` its D.
         """
         x, delta, write, read, gate = (
             z.to(sequences[0].dtype).transpose(1, 2).contiguous() for z in (*sequences, gate_BTE)
@@ -59,12 +54,7 @@ class MambaKernels(NamedTuple):
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
-    """Import the kernels, or return None without them.
-
-    Args:
-        backend: `torch` for None, `mamba_ssm` for the kernels, `auto` for the kernels if possible.
-        conv_width: K, which must be 2, 3 or 4 for the kernels.
-        state_size: N, at most 256 for the kernels.
+    """Import the kernels, or return None where `backend` allows it.
 
     Raises:
         ImportError: if they are chosen by name but not installed.

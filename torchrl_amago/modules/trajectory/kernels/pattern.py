@@ -25,9 +25,6 @@ class AttentionPattern:
         sink_bias: added to scores of sinks.
         logit_clip: scores are clamped to plus and minus this, before the softmax.
 
-    Raises:
-        ValueError: if a number is out of its range.
-
     Example:
         >>> AttentionPattern(window=256, num_sinks=4)
         AttentionPattern(window=256, num_sinks=4, sink_bias=0.0, logit_clip=None)
@@ -46,7 +43,7 @@ class AttentionPattern:
         fits = self.window is not None and math.isfinite(self.sink_bias)
         if not (fits if self.num_sinks else self.sink_bias == 0.0):
             raise ValueError(
-                "sinks need a window, beyond which they are seen, and sink_bias must be finite, and "
+                "sinks need a window, beyond which they are seen, and sink_bias a finite number, "
                 f"0 without sinks; got num_sinks={self.num_sinks}, window={self.window}, "
                 f"sink_bias={self.sink_bias}."
             )
@@ -58,8 +55,6 @@ class ScoreBias:
     """Bias on attention scores: 0 (or the sinks' bias) where step i sees step j, else -inf.
 
     Step i sees step j of its own trial if 0 <= i - j < window, or if j is a sink and j <= i.
-
-    Arguments: see :func:`window_attention`; `like` gives device and dtype.
     """
 
     #: Queries of a block. With a sliding window each block reads window - 1 + BLOCK keys: smaller

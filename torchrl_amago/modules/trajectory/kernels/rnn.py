@@ -1,8 +1,8 @@
-"""One layer of GRU or LSTM over rows of several trials, forwards by PyTorch's own kernels.
+"""One layer of GRU or LSTM over rows of several trials, by PyTorch's own kernels.
 
-Backwards too, except for a GRU on a CPU, which would walk a graph of T steps; its gradient is
-written out below. That is also what `torch.compile`, which would unroll the recurrence, and
-`torch.vmap`, which has no rule for the kernels, get: the layer as one operator.
+A GRU on a CPU has none for its backward pass, which would walk a graph of T steps. `torch.compile`
+would unroll the recurrence, and `torch.vmap` has no rule for the kernels. They get the layer as one
+operator, in which a GRU's gradient is written out.
 
 Legend: T steps, N rows, I input features, H hidden features, G gates, M = T * N, W stretches of
 rows without a reset, L steps of the longest of them.
@@ -15,11 +15,11 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from tensordict import is_batchedtensor
 from torch import Tensor
 from torch.library import CustomOpDef
 from torch.nn import functional as F
 
+from torchrl_amago._cpu import is_traced
 from torchrl_amago.modules.trajectory.kernels._operators import make_operator
 
 Cell = Literal["gru", "lstm"]
@@ -36,7 +36,7 @@ def recurrence(
         cell: `gru` or `lstm`.
         x_TNI: inputs.
         is_init_TN: bool, True at first steps of trials; None if every row is a part of one trial.
-        weights: input weight, hidden weight, input bias and hidden bias, as in `torch.nn.GRU`.
+        weights: in the order of a `torch.nn.GRU`'s parameters.
 
     Returns:
         Outputs `[T, N, H]`.
@@ -50,19 +50,15 @@ def recurrence(
         True
     """
     x_TNI = x_TNI.to(weights[0].dtype)
-    opaque = torch.compiler.is_compiling() or any(map(is_batchedtensor, (x_TNI, *weights)))
-    # cuDNN, and oneDNN for an LSTM, have backward kernels.
-    opaque = opaque or (cell == "gru" and not x_TNI.is_cuda)
-    if opaque:
+    has_kernels = cell == "lstm" or x_TNI.is_cuda  # oneDNN's or cuDNN's, backwards too
+    if not has_kernels or any(map(is_traced, (x_TNI, *weights))):
         return _OPERATORS[cell](x_TNI, *weights, is_init_TN)
     return _run_trials(cell, is_init_TN, x_TNI, *weights)
 
 
 def _run_trials(cell: Cell, is_init_TN: Tensor | None, x_TNI: Tensor, *weights: Tensor) -> Tensor:
-    """Cut rows at resets and run the stretches side by side.
-
-    They are padded, not packed: on CPUs, packed sequences cost PyTorch several times as much.
-    """
+    """Cut rows at resets and run the stretches side by side."""
+    # Padded, not packed: on CPUs, packed sequences cost PyTorch several times as much.
     if is_init_TN is None or not is_init_TN[1:].any():
         return _run(cell, x_TNI, weights)
     x_MI = x_TNI.flatten(0, 1)
@@ -123,14 +119,7 @@ def _backward(cell: Cell, saved: list[Tensor | None], grad_TNH: Tensor) -> list[
 
 
 def _gru_gradients(
-    grad_TNH: Tensor,
-    out_TNH: Tensor,
-    is_init_TN: Tensor | None,
-    x_TNI: Tensor,
-    w_in: Tensor,
-    w_hidden: Tensor,
-    bias_in: Tensor,
-    bias_hidden: Tensor,
+    grad_TNH: Tensor, out_TNH: Tensor, is_init_TN: Tensor | None, x_TNI: Tensor, *weights: Tensor
 ) -> list[Tensor]:
     """Compute all gates at once from the known states, then the states' gradient step by step.
 
@@ -139,6 +128,7 @@ def _gru_gradients(
         h = (1 - z) n + z h_before,    n = tanh(gate_in + r N)
         d_before += z d + (dR, dZ, dN) w_hidden
     """
+    w_in, w_hidden, bias_in, bias_hidden = weights
     gates = (3, w_hidden.shape[1])
     before_TNH = torch.cat((torch.zeros_like(out_TNH[:1]), out_TNH[:-1]))
     if is_init_TN is not None:
