@@ -201,7 +201,7 @@ def test_bad_inputs():
         encode(encoder, td.exclude("time_idx"))
     with pytest.raises(KeyError, match="reads 'timestep'"):
         encode(encoder, td.exclude("timestep"))
-    with pytest.raises(KeyError, match="need 'is_init'.*InitTracker"):
+    with pytest.raises(KeyError, match="reads 'is_init'.*InitTracker"):
         encoder(td[:, 0].exclude("is_init"))
     with pytest.raises(ValueError, match=r"\[\*B, T, I\], I = input_size=4.*got \(3, 6, 5\)"):
         encode(encoder, td.clone().set("timestep", torch.zeros(3, 6, 5)))

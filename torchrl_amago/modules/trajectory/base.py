@@ -155,7 +155,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     @dispatch(source="keyword_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read the timestep's embedding, write the state (and, in step mode, the stream)."""
-        x, sequences = self._get(tensordict, self.in_keys[0]), bool(recurrent_mode())
+        x, sequences = self._get(tensordict, 0), bool(recurrent_mode())
         if x.ndim < 1 + sequences or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"{self.in_keys[0]!r} must have shape {'[*B, T, I]' if sequences else '[*B, I]'}, "
@@ -183,7 +183,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         Returns the positions `[N]` and the memory, for :meth:`step_states`. A new memory takes its
         device and dtype from `like`. Raises RuntimeError under `torch.vmap`.
         """
-        positions, is_init = self._get_time(tensordict, shape)
+        positions = self._get(tensordict, 1, shape)
         positions_N = positions.reshape(-1)
         self.check_positions(positions_N)
         if not self.has_memory:
@@ -194,12 +194,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
                 f"{type(self).__name__}. Encode sequences under set_recurrent_mode(True), or build "
                 "the loss or value estimator with deactivate_vmap=True."
             )
-        if is_init is None:
-            raise KeyError(
-                f"single steps need {self.in_keys[2]!r}, at which memory starts empty. "
-                "Append torchrl's InitTracker to the environment."
-            )
-        is_init_N = is_init.reshape(-1)
+        is_init_N = self._get(tensordict, 2, shape).reshape(-1)
         stream, memory = self._find_memory(tensordict, is_init_N, positions_N, like)
         memory.clear(is_init_N)
         memory.advance()
@@ -214,7 +209,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     def _encode_sequences(self, tensordict: TensorDictBase, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
-        positions, is_init = self._get_time(tensordict, shape)
+        positions = self._get(tensordict, 1, shape)
+        is_init = self._get(tensordict, 2, shape, required=False)
         mask = tensordict.get(self.mask_key, None)
         if mask is not None:
             mask = mask.reshape(*shape, 1)
@@ -231,28 +227,28 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         is_init_NT = None if is_init is None else is_init.reshape(rows)
         return self._sequence(x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT)
 
-    def _get(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    def _get(
+        self,
+        tensordict: TensorDictBase,
+        index: int,
+        shape: torch.Size | None = None,
+        required: bool = True,
+    ) -> Tensor | None:
+        """The input at `in_keys[index]`, of the given shape but for a last 1."""
+        key = self.in_keys[index]
         value = tensordict.get(key, None)
-        if value is None:
+        if value is None and required:
             raise KeyError(
                 f"the trajectory encoder reads {key!r}, but the tensordict holds only "
-                f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes "
-                "the first of its inputs, PreviousStepTransform the second."
+                f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes the "
+                "first of its inputs, PreviousStepTransform the second, InitTracker the third."
+            )
+        if value is not None and shape is not None and value.shape != (*shape, 1):
+            raise ValueError(
+                f"{key!r} must have shape {(*shape, 1)} to fit the other entries of the step, "
+                f"got {tuple(value.shape)}. Keep a last dimension of 1."
             )
         return value
-
-    def _get_time(
-        self, tensordict: TensorDictBase, shape: torch.Size
-    ) -> tuple[Tensor, Tensor | None]:
-        positions = self._get(tensordict, self.in_keys[1])
-        is_init = tensordict.get(self.in_keys[2], None)
-        for key, value in zip(self.in_keys[1:], (positions, is_init), strict=True):
-            if value is not None and value.shape != (*shape, 1):
-                raise ValueError(
-                    f"{key!r} must have shape {(*shape, 1)} to fit the other entries of the step, "
-                    f"got {tuple(value.shape)}. Keep a last dimension of 1."
-                )
-        return positions, is_init
 
     # --- the memory of rollouts ---
 
@@ -263,7 +259,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
             KeyError: if there is none.
         """
         stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
-        memory = self._streams.find(stream) if stream else None
+        memory = self._streams.find(stream)
         if memory is None:
             raise KeyError(
                 f"no memory of stream {stream} in this {type(self).__name__} (has_memory="
@@ -304,7 +300,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         if self.on_weight_update == "restart":
             self._streams.clear_if_changed(self.parameters())
         stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
-        memory = self._streams.find(stream) if stream else None
+        memory = self._streams.find(stream)
         num_rows = is_init_N.numel()
         if memory is not None and memory.batch_size == num_rows and memory.device == x.device:
             return stream, memory

@@ -20,7 +20,7 @@ class IdentityEncoder(TrajectoryEncoder):
 
     Args:
         input_size: I, features of a timestep embedding, and of the state.
-        options: of :class:`TrajectoryEncoder`.
+        options: those of :class:`TrajectoryEncoder`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -68,11 +68,9 @@ class FeedForwardEncoder(TrajectoryEncoder):
     Train it on the same slices as an encoder with memory, so that nothing else differs.
 
     Args:
-        input_size: I, features of a timestep embedding.
         num_layers: number of blocks; may be 0.
         dropout: in the blocks, on the embedding and on the state.
-        options: `d_model`, `d_ff`, `activation`, `norm`, `out_norm` and the others of
-            :class:`TrajectoryEncoder`.
+        options: `d_model`, `d_ff`, `activation` and others: see :class:`TrajectoryEncoder`.
 
     Example:
         >>> import torch

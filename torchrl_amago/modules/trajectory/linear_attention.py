@@ -117,10 +117,8 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
     and environment, which also limits its recall.
 
     Args:
-        input_size: I, features of a timestep embedding.
         num_heads: heads, each with its own decay; divides `d_model`. Fewer heads remember more.
-        options: `d_model`, `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm`
-            and the others of :class:`TrajectoryEncoder`.
+        options: `d_model`, `d_ff`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
     Example:
         >>> encoder = GatedLinearAttentionEncoder(4, d_model=16)

@@ -135,12 +135,11 @@ class MambaEncoder(TrajectoryEncoder):
     first step, and for single steps.
 
     Args:
-        input_size: I, features of a timestep embedding.
         d_state: states per inner channel.
         d_conv: number of steps that the convolution sees.
         expand: inner channels per feature of the width.
         backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
-        options: `d_model`, `num_layers`, `norm` and the others of :class:`TrajectoryEncoder`.
+        options: `d_model`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if the kernels are chosen by name but not installed.

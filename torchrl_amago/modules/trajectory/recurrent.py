@@ -103,13 +103,11 @@ class GRUEncoder(_RecurrentEncoder):
     length, but step after step.
 
     Args:
-        input_size: I, features of a timestep embedding.
-        d_model: D, size of the state.
         hidden_size: H, width of the recurrent layers; default `d_model`.
         longest_memory: greatest number of steps that units remember over before training. Gates'
             biases are drawn for 1 to `longest_memory` steps (arXiv 1804.11188, eq. 16). Default:
             torch's initialisation, with which memory fades over few steps.
-        options: `num_layers`, `out_norm` and the others of :class:`TrajectoryEncoder`.
+        options: `d_model`, `num_layers`, `out_norm` and others: see :class:`TrajectoryEncoder`.
 
     Example:
         >>> GRUEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape

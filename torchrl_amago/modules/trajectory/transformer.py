@@ -107,8 +107,6 @@ class TransformerEncoder(TrajectoryEncoder):
     steps in every layer: deeper layers saw older tokens, so some information outlives the window.
 
     Args:
-        input_size: I, features of a timestep embedding.
-        context_length: number of steps that a rollout's step sees, itself included.
         d_model: D, width, and size of the state; even.
         num_heads: divides `d_model`. On CPUs 16 features per head are much faster than 8.
         dropout_attn: probability of zeroing an attention weight.
@@ -128,8 +126,7 @@ class TransformerEncoder(TrajectoryEncoder):
             (it trains on GPUs only); `auto` takes `flash` where it can run, else `sdpa`.
         segments: `auto` separates trials that follow each other in a row of a sequence, `never`
             means that each row is a part of one trial, padded only on the right.
-        options: `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm` and the
-            others of :class:`TrajectoryEncoder`.
+        options: `context_length`, `d_ff`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.

@@ -56,9 +56,6 @@ def backend_attention(
     return window_attention(*qkv, pattern, positions_BT, is_init_BT, dropout)
 
 
-# --- flash-attn ---
-
-
 @cache
 def _is_installed() -> bool:
     return importlib.util.find_spec("flash_attn") is not None
@@ -81,9 +78,9 @@ def _flash_can_run(q: Tensor, pattern: AttentionPattern) -> bool:
 
 
 def _flash_attention(
-    q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     pattern: AttentionPattern,
     is_init_BT: Tensor | None,
     dropout: float,
@@ -92,7 +89,7 @@ def _flash_attention(
 
     before = -1 if pattern.window is None else pattern.window - 1
     options = {"dropout_p": dropout, "causal": True, "window_size": (before, 0)}
-    q, k, v = (z.transpose(1, 2) for z in (q_BHTD, k_BHTD, v_BHTD))
+    q, k, v = (z_BHTD.transpose(1, 2) for z_BHTD in (q, k, v))
     if is_init_BT is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)
     # Each trial as a sequence of its own, in any row.
@@ -104,9 +101,6 @@ def _flash_attention(
     qkv_NHD = (z.flatten(0, 1) for z in (q, k, v))
     out_NHD = flash_attn_varlen_func(*qkv_NHD, bounds, bounds, longest, longest, **options)
     return out_NHD.view(q.shape).transpose(1, 2)
-
-
-# --- FlexAttention ---
 
 
 @cache

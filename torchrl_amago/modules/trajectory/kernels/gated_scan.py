@@ -38,9 +38,7 @@ def gated_linear_attention(
     and memory are linear in T. Differentiable once.
 
     Args:
-        q_BTHK: queries.
-        k_BTHK: keys.
-        v_BTHV: values, like queries and keys in the dtype of the matrix products.
+        q_BTHK: queries; then keys and values, all in the dtype of the matrix products.
         log_decay_BTH: logarithm of the decay, at most 0, in the dtype of the state and the output.
         is_init_BT: bool, True at first steps of trials; None if none starts within a row.
 

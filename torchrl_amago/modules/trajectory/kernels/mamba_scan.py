@@ -37,9 +37,7 @@ def selective_scan(
     Args:
         x_BTE: input of every channel, in the dtype of all tensors.
         delta_BTE: step sizes, positive.
-        rate_EN: the paper's A, negative.
-        write_BTN: the paper's B.
-        read_BTN: the paper's C.
+        rate_EN: the paper's A, negative; `write_BTN` and `read_BTN` are its B and C.
         is_init_BT: bool, True at first steps of trials; None if none starts within a row.
 
     Returns:
@@ -113,7 +111,7 @@ class _Segments:
 def _forward(
     x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor, is_init: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """Outputs `[B, T, E]` and the states at segments' starts, `[segments, B, N, E]`."""
+    """Outputs `[B, T, E]`, and the states at segments' starts."""
     scan = _Segments(x, delta, rate, write, read, is_init)
     y_TBE = torch.empty_like(scan.delta_TBE)
     start_SBNE = x.new_zeros(len(scan.segments) + 1, *scan.shape_BNE)
@@ -126,7 +124,7 @@ def _forward(
 
 
 def _backward(saved: list[Tensor | None], grad_y: Tensor) -> list[Tensor]:
-    """Gradients of `x, delta, rate, write, read`, from the last segment to the first.
+    """Gradients of the inputs, from the last segment to the first.
 
     With `g[t]` the loss's gradient with respect to `h[t]`:
 

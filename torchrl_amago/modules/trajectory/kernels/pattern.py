@@ -84,17 +84,13 @@ class ScoreBias:
         """
         if self.trial_BT is None and self.sink_BT is None:
             num_blocks = 1  # all are alike
-        index = torch.arange(
-            first_block * self.BLOCK + self.BLOCK * num_blocks, device=self.like.device
-        )
-        query_MQ = index[first_block * self.BLOCK :].view(-1, self.BLOCK)
-        before = torch.arange(1 - self.pattern.window, 0, device=self.like.device)
-        key_MK = torch.cat((query_MQ[:, :1] + before, query_MQ), 1)
-        if self.sink_BT is None:
-            return self._between(query_MQ, key_MK)
-        sink_S = index[: min(self.pattern.num_sinks, self.sink_BT.shape[1])]
-        sink_MS = sink_S.expand(len(key_MK), -1)
-        return self._between(query_MQ, torch.cat((sink_MS, key_MK), 1), len(sink_S))
+        first, device = first_block * self.BLOCK, self.like.device
+        step_X = torch.arange(first + num_blocks * self.BLOCK, device=device)
+        query_MQ = step_X[first:].view(-1, self.BLOCK)
+        key_MK = query_MQ[:, :1] + torch.arange(1 - self.pattern.window, self.BLOCK, device=device)
+        num_sinks = 0 if self.sink_BT is None else self.sink_BT[0, : self.pattern.num_sinks].numel()
+        sink_MS = step_X[:num_sinks].expand(len(key_MK), -1)
+        return self._between(query_MQ, torch.cat((sink_MS, key_MK), 1), num_sinks)
 
     def _between(self, query_MQ: Tensor, key_MK: Tensor, sink_columns: int = 0) -> Tensor:
         """Bias of queries among keys, of which the first columns show sinks beyond the window."""

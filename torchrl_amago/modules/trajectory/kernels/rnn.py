@@ -103,9 +103,6 @@ def _stretches(is_init_TN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         first += size
 
 
-# --- the operator ---
-
-
 def _backward(cell: Cell, saved: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
     """Gradients of the inputs and the weights."""
     *inputs, is_init_TN, out_TNH = saved

@@ -27,7 +27,7 @@ class RingCache(Memory):
     passes from one trial into the next.
 
     Args:
-        num_layers: L, with `batch_size` B, `num_heads` H and `head_size` D.
+        num_layers: L; the next three are B, H and D.
         context_length: number of steps a row sees, the newest included.
         device: where the ring is stored.
         dtype: of keys and values.
