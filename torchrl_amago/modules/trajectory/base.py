@@ -231,7 +231,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         self,
         tensordict: TensorDictBase,
         index: int,
-        shape: torch.Size | None = None,
+        shape: tuple | None = None,
         required: bool = True,
     ) -> Tensor | None:
         """The input at `in_keys[index]`, of the given shape but for a last 1."""

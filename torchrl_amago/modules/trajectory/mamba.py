@@ -73,10 +73,7 @@ class MambaBlock(nn.Module):
         """Mix whole sequences, with gradient; `kernels` take those of one trial per row."""
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
-            x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
-            sequences = (x_NTE, *self._select(x_NTE))
-            y_NTE = kernels.scan(sequences, gate_NTE, self._rate(), self.D, self.dt_proj.bias)
-            return self.out_proj(y_NTE)
+            return self.out_proj(kernels.mix(self, x_NTE, gate_NTE))
         x_NTE = F.silu(self._convolve(at_least_float32(x_NTE), is_init_NT))
         y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
         return self._out(y_NTE, x_NTE, gate_NTE)
@@ -96,30 +93,31 @@ class MambaBlock(nn.Module):
         """Convolve every channel causally, within trials."""
         # Sums of shifted sequences: each lag can be cut, and no library's reduced precision for
         # convolutions sets it apart from `step`.
-        steps = x_NTE.shape[1]
-        weight_EK = self.conv1d.weight.squeeze(1)
-        lag_NTE = F.pad(x_NTE, (0, 0, self.d_conv - 1, 0))
-        age_NT1 = None if is_init_NT is None else _steps_since(is_init_NT).unsqueeze(-1)
-        out_NTE = self.conv1d.bias.expand_as(x_NTE)
-        for k, weight_E in enumerate(weight_EK.unbind(1)):
-            past_NTE, lag = lag_NTE[:, k : k + steps], self.d_conv - 1 - k
-            if age_NT1 is not None and lag:
-                past_NTE = torch.where(age_NT1 >= lag, past_NTE, 0.0)
+        steps, padding = x_NTE.shape[1], (0, 0, self.d_conv - 1, 0)
+        lag_NTE, out_NTE = F.pad(x_NTE, padding), self.conv1d.bias.expand_as(x_NTE)
+        if is_init_NT is not None:
+            trial_NT1 = is_init_NT.cumsum(1).unsqueeze(-1)
+            lag_NT1 = F.pad(trial_NT1, padding)
+        for k, weight_E in enumerate(self.conv1d.weight.squeeze(1).unbind(1)):
+            past_NTE = lag_NTE[:, k : k + steps]
+            if is_init_NT is not None and k < self.d_conv - 1:
+                past_NTE = torch.where(lag_NT1[:, k : k + steps] == trial_NT1, past_NTE, 0.0)
             out_NTE = torch.addcmul(out_NTE, past_NTE, weight_E)
         return out_NTE
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes before bias and softplus `[*, E]`, and the paper's B and C, `[*, S]`."""
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to step sizes before bias and softplus, `[*, E]`, and to B and C, `[*, S]`."""
         x = x.to(self.x_proj.weight.dtype)
         low, write, read = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
         return F.linear(low, self.dt_proj.weight), write, read
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step sizes `[*, E]`, rates `[E, S]`, B and C, in the state's precision."""
-        delta, write, read = (at_least_float32(z) for z in self._select(x))
-        return F.softplus(delta + self.dt_proj.bias), self._rate(), write, read
+        delta, write, read = (at_least_float32(z) for z in self.select(x))
+        return F.softplus(delta + self.dt_proj.bias), self.rate(), write, read
 
-    def _rate(self) -> Tensor:
+    def rate(self) -> Tensor:
+        """Return the paper's A, `[E, S]`."""
         return -at_least_float32(self.A_log).exp()
 
     def _out(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
@@ -196,11 +194,3 @@ class MambaEncoder(TrajectoryEncoder):
             return None
         fits = x_NTI.is_cuda and x_NTI.dtype != torch.float64
         return self._kernels if fits or self.backend == "mamba_ssm" else None
-
-
-def _steps_since(is_init_NT: Tensor) -> Tensor:
-    """Count the steps since the trial began; before a row's first start, a large number."""
-    step_T = torch.arange(is_init_NT.shape[1], device=is_init_NT.device)
-    # Before a row's start there are zeros, which every lag may see.
-    start_NT = torch.where(is_init_NT, step_T, -is_init_NT.shape[1])
-    return step_T - start_NT.cummax(1).values

@@ -8,12 +8,15 @@ Legend: B batch, T steps, E inner channels, N state size per channel, K convolut
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from torchrl_amago._validation import check_choice
+
+if TYPE_CHECKING:
+    from torchrl_amago.modules.trajectory.mamba import MambaBlock
 
 # Sizes that the kernels are compiled for.
 _CONV_WIDTHS = (2, 3, 4)
@@ -26,31 +29,18 @@ class MambaKernels(NamedTuple):
     causal_conv1d_fn: Callable[..., Tensor]
     selective_scan_fn: Callable[..., Tensor]
 
-    def convolve(self, x_BTE: Tensor, weight_E1K: Tensor, bias_E: Tensor) -> Tensor:
-        """Convolve every channel causally and apply SiLU: `[B, T, E]`."""
-        x_BET = x_BTE.transpose(1, 2).contiguous()
-        weights = (weight_E1K.squeeze(1).to(x_BET.dtype), bias_E.to(x_BET.dtype))
-        return self.causal_conv1d_fn(x_BET, *weights, activation="silu").transpose(1, 2)
-
-    def scan(
-        self,
-        sequences: Sequence[Tensor],
-        gate_BTE: Tensor,
-        rate_EN: Tensor,
-        skip_E: Tensor,
-        delta_bias_E: Tensor,
-    ) -> Tensor:
-        """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, in the dtype of x.
-
-        `sequences` are the inputs x, the step sizes before bias and softplus, and the paper's B and
-        C; `rate_EN` is its A, `skip_E` its D.
-        """
-        x, delta, write, read, gate = (
-            z.to(sequences[0].dtype).transpose(1, 2).contiguous() for z in (*sequences, gate_BTE)
-        )
-        rate, skip, bias = (z.float().contiguous() for z in (rate_EN, skip_E, delta_bias_E))
+    def mix(self, block: MambaBlock, x_BTE: Tensor, gate_BTE: Tensor) -> Tensor:
+        """Compute a block's convolution, scan and gate: `[B, T, E]`, in the dtype of x."""
+        x_BET, dtype = x_BTE.transpose(1, 2).contiguous(), x_BTE.dtype
+        weights = (block.conv1d.weight.squeeze(1).to(dtype), block.conv1d.bias.to(dtype))
+        x_BET = self.causal_conv1d_fn(x_BET, *weights, activation="silu")
+        sequences = (*block.select(x_BET.transpose(1, 2)), gate_BTE)
+        delta, write, read, gate = (z.to(dtype).transpose(1, 2).contiguous() for z in sequences)
+        own = (block.rate(), block.D, block.dt_proj.bias)
+        rate, skip, bias = (z.float().contiguous() for z in own)
         options = {"z": gate, "delta_bias": bias, "delta_softplus": True}
-        return self.selective_scan_fn(x, delta, rate, write, read, skip, **options).transpose(1, 2)
+        y_BET = self.selective_scan_fn(x_BET, delta, rate, write, read, skip, **options)
+        return y_BET.transpose(1, 2)
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
