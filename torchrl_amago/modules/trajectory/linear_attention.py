@@ -60,28 +60,21 @@ class GatedLinearAttention(nn.Module):
         self.gates.bias[: self.num_heads] = -torch.expm1(1.0 / time_constant_H).log()
         self.gates.bias[self.num_heads :] = 0.0
 
-    def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
-        """Mix whole sequences, with gradient; `is_init_NT` is True at first steps of trials."""
-        q, k, v, log_decay, gate = self._project(x_NTD)
-        return self._out(kernels.gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
-
-    def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
-        """Take one step; update the state in place."""
-        q, k, v, log_decay, gate = self._project(x_ND)
-        return self._out(kernels.gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys, values `[*, H, F]`, log-decays `[*, H]`, output gates `[*, H, F]`."""
+    def forward(
+        self, x: Tensor, is_init_NT: Tensor | None = None, state_NHFF: Tensor | None = None
+    ) -> Tensor:
+        """Mix sequences `[N, T, D]`, with gradient, or take one step `[N, D]` into the state."""
         q, k, v, gate = self.qkvg(x).unflatten(-1, (4, self.num_heads, -1)).unbind(-3)
         # Not under autocast: over a thousand steps a decay's rounding adds up.
         with torch.autocast(x.device.type, enabled=False):
             gates = self.gates(x.to(self.gates.weight.dtype))
         decay, write = at_least_float32(gates).chunk(2, -1)
         v = v * write.sigmoid().unsqueeze(-1).to(v.dtype)
-        k = F.normalize(k, dim=-1).to(v.dtype)
-        return q, k, v, F.logsigmoid(decay), gate
-
-    def _out(self, out: Tensor, gate: Tensor) -> Tensor:
+        inputs = (q, F.normalize(k, dim=-1).to(v.dtype), v, F.logsigmoid(decay))
+        if state_NHFF is None:
+            out = kernels.gated_linear_attention(*inputs, is_init_NT)
+        else:
+            out = kernels.gated_linear_attention_step(*inputs, state_NHFF)
         return self.out_proj((self.norm(out) * F.silu(gate)).to(gate.dtype).flatten(-2))
 
 
@@ -98,15 +91,13 @@ class LinearAttentionBlock(nn.Module):
         self.norm_ff = make_norm(norm, d_model)
         self.ff = MLP(d_model, d_ff, 1, d_model, activation)
 
-    def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
-        """Map whole sequences `[N, T, D]`."""
-        x_NTD = x_NTD + self.attention(self.norm_attention(x_NTD), is_init_NT)
-        return x_NTD + dropout(self.ff(self.norm_ff(x_NTD)), self.dropout_ff, self.training)
-
-    def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
-        """Take one step `[N, D]`, as in evaluation; update the state in place."""
-        x_ND = x_ND + self.attention.step(self.norm_attention(x_ND), state_NHFF)
-        return x_ND + self.ff(self.norm_ff(x_ND))
+    def forward(
+        self, x: Tensor, is_init_NT: Tensor | None = None, state_NHFF: Tensor | None = None
+    ) -> Tensor:
+        """Map sequences `[N, T, D]`, or one step `[N, D]` as in evaluation, into the state."""
+        x = x + self.attention(self.norm_attention(x), is_init_NT, state_NHFF)
+        is_training = self.training and state_NHFF is None
+        return x + dropout(self.ff(self.norm_ff(x)), self.dropout_ff, is_training)
 
 
 class GatedLinearAttentionEncoder(TrajectoryEncoder):
@@ -161,7 +152,7 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
         x_ND = self.embed(x_NI)
         for block, (state_NHFF,) in zip(self.blocks, memory.layers, strict=True):
-            x_ND = block.step(x_ND, state_NHFF)
+            x_ND = block(x_ND, state_NHFF=state_NHFF)
         return self.norm(x_ND)
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
