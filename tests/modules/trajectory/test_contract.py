@@ -140,12 +140,14 @@ def test_is_causal_and_remembers(name):
 
 
 @every_encoder
-@torch.no_grad()
 def test_steps_ignore_training_mode(name):
+    """Collecting with a policy in training mode: no dropout, no changed buffer, no gradient."""
     encoder = build(name).train()
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
     trials = random_trials(3, 6)
     states, _ = take_steps(encoder, *trials)
+    assert not states.requires_grad
+    assert encoder.training
     expected = sequence_states(encoder.eval(), *trials)
     torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
     for key, value in encoder.state_dict().items():

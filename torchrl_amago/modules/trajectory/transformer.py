@@ -134,12 +134,8 @@ class TransformerEncoder(TrajectoryEncoder):
             after padding under `segments="never"`.
 
     Example:
-        >>> from torchrl.modules import set_recurrent_mode
         >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2)
-        >>> with set_recurrent_mode(True):
-        ...     state, _ = encoder(timestep=torch.zeros(3, 5, 4), is_init=None,
-        ...                        time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1))
-        >>> state.shape
+        >>> encoder.sequence(torch.zeros(3, 5, 4), torch.arange(5).expand(3, 5), None).shape
         torch.Size([3, 5, 16])
     """
 
