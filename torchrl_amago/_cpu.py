@@ -1,8 +1,7 @@
 """Branches that differ between CPUs and GPUs, each behind a named predicate, and their switch.
 
 A predicate is True for tensors on a CPU: there memory and random numbers are expensive, and
-branches on data are free, while a GPU would have to wait for the data. :func:`cpu_paths` overrides
-the device, so that tests on a CPU run the GPU's branches.
+branches on data are free, while a GPU would wait for the data. :func:`cpu_paths` overrides it.
 """
 
 from __future__ import annotations

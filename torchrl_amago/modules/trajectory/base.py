@@ -342,8 +342,7 @@ def check_heads(d_model: int, num_heads: int) -> None:
     """Raise ValueError unless the heads divide the width."""
     if d_model % num_heads:
         raise ValueError(
-            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
-            f"Choose for example d_model={32 * num_heads}."
+            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}."
         )
 
 

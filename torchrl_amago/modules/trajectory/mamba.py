@@ -62,11 +62,6 @@ class MambaBlock(nn.Module):
         # The inverse of softplus.
         self.dt_proj.bias.copy_(delta_E + (-torch.expm1(-delta_E)).log())
 
-    @property
-    def state_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes, per row, of the tensors that :meth:`step` updates."""
-        return [(self.d_conv, self.d_inner), (self.d_state, self.d_inner)]
-
     def forward(
         self, x_NTD: Tensor, is_init_NT: Tensor | None = None, kernels: MambaKernels | None = None
     ) -> Tensor:
@@ -186,11 +181,9 @@ class MambaEncoder(TrajectoryEncoder):
         return self.norm(x_ND)
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
-        shapes = [block.state_shapes for block in self.blocks]
+        shapes = [[(b.d_conv, b.d_inner), (b.d_state, b.d_inner)] for b in self.blocks]
         return StateMemory(num_rows, shapes, device, dtype)
 
-    def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
-        if self._kernels is None or is_traced(x_NTI) or is_init_NT is not None:
-            return None
-        fits = x_NTI.is_cuda and x_NTI.dtype != torch.float64
-        return self._kernels if fits or self.backend == "mamba_ssm" else None
+    def _kernels_for(self, x: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
+        fits = self.backend == "mamba_ssm" or (x.is_cuda and x.dtype != torch.float64)
+        return self._kernels if fits and is_init_NT is None and not is_traced(x) else None

@@ -5,7 +5,6 @@ Legend: B batch, T steps, I input features, D width, H heads.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -242,8 +241,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     def check_positions(self, positions: Tensor) -> None:
         is_limited = self.positions == "learned" and self.beyond_positions == "raise"
-        size = self.position_table.num_embeddings if is_limited else math.inf
-        if is_limited and positions.max() >= size:
+        if is_limited and positions.max() >= (size := self.position_table.num_embeddings):
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or "

@@ -14,9 +14,9 @@ def make_operator(name: str, forward: Callable, backward: Callable, fake: Callab
 
     Args:
         name: of the operator.
-        forward: from tensors, `is_init` (or None) last, to one or more outputs.
-        backward: from a list of forward's inputs and its last output, and the gradient of the first
-            output, to gradients of the inputs before `is_init`.
+        forward: from tensors, `is_init` or None last, to one or more outputs.
+        backward: from a list of forward's inputs and last output, and the first output's gradient,
+            to gradients of the inputs but `is_init`.
         fake: forward for tensors without data.
     """
     operator = torch.library.custom_op(f"torchrl_amago::{name}", forward, mutates_args=())

@@ -103,18 +103,6 @@ def _stretches(is_init_TN: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         first += size
 
 
-def _backward(cell: Cell, saved: list[Tensor | None], grad_TNH: Tensor) -> list[Tensor]:
-    """Gradients of the inputs and the weights."""
-    *inputs, is_init_TN, out_TNH = saved
-    if cell == "gru":
-        with torch.autocast(grad_TNH.device.type, enabled=False):
-            return _gru_gradients(grad_TNH, out_TNH, is_init_TN, *inputs)
-    with torch.enable_grad():  # without it kernels keep nothing for a backward pass
-        _, differentiate = torch.func.vjp(partial(_run_trials, cell, is_init_TN), *inputs)
-        # An LSTM's two biases share their gradient, which an operator may not return twice.
-        return [grad.clone() for grad in differentiate(grad_TNH)]
-
-
 def _gru_gradients(
     grad_TNH: Tensor, out_TNH: Tensor, is_init_TN: Tensor | None, x_TNI: Tensor, *weights: Tensor
 ) -> list[Tensor]:
@@ -172,7 +160,14 @@ def _make_operator(cell: Cell) -> CustomOpDef:
         return _run_trials(cell, is_init, x, w_in, w_hidden, b_in, b_hidden).contiguous()
 
     def backward(saved: list[Tensor | None], grad: Tensor) -> list[Tensor]:
-        return _backward(cell, saved, grad)
+        *inputs, is_init, out = saved
+        if cell == "gru":
+            with torch.autocast(grad.device.type, enabled=False):
+                return _gru_gradients(grad, out, is_init, *inputs)
+        with torch.enable_grad():  # without it kernels keep nothing for a backward pass
+            _, differentiate = torch.func.vjp(partial(_run_trials, cell, is_init), *inputs)
+            # An LSTM's two biases share their gradient, which an operator may not return twice.
+            return [z.clone() for z in differentiate(grad)]
 
     def fake(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Tensor | None) -> Tensor:
         return x.new_empty(*x.shape[:2], w_hidden.shape[1])

@@ -8,7 +8,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 
 class Memory(abc.ABC):
@@ -23,11 +22,6 @@ class Memory(abc.ABC):
 
     def advance(self) -> None:  # noqa: B027  (a hook, optional on purpose)
         """Make room for one more step; called once before each, outside of compiled code."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all rows together."""
-        return sum(z.nbytes for z in tree_leaves(vars(self)) if isinstance(z, Tensor))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return everything remembered, by name: by default the tensors among the attributes."""

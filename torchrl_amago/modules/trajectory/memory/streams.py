@@ -103,11 +103,7 @@ class StreamTable:
     def warn_of_lost_memory(
         self, stream: int, memory: Memory | None, num_rows: int, key: NestedKey
     ) -> None:
-        """Warn of a rollout in mid-trial whose stream (0 if lost) has no memory that fits.
-
-        Raises:
-            ValueError: if the rollout's number of rows has changed.
-        """
+        """Warn of a rollout in mid-trial without memory, or raise if its number of rows changed."""
         if memory is not None and memory.batch_size != num_rows:
             raise ValueError(
                 f"a rollout's batch size must not change between trials: stream {stream} has "
