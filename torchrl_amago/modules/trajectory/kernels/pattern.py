@@ -94,7 +94,8 @@ class ScoreBias:
 
     def _between(self, query_MQ: Tensor, key_MK: Tensor, sink_columns: int = 0) -> Tensor:
         """Bias of queries among keys, of which the first columns show sinks beyond the window."""
-        age_M1QK = (query_MQ[:, :, None] - key_MK[:, None])[:, None]
+        first = slice(None if sink_columns else 1)  # without sinks ages are those of any block
+        age_M1QK = (query_MQ[first, :, None] - key_MK[first, None])[:, None]
         visible = age_M1QK >= 0
         bias, window = self.like.new_zeros(()), self.pattern.window
         if window is not None:
