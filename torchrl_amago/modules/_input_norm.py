@@ -31,23 +31,14 @@ class InputNorm(PreciseBuffers):
         mu <- (1 - beta_t) mu + beta_t mean(x),    nu <- (1 - beta_t) nu + beta_t mean(x^2)
         sigma = sqrt(nu - mu^2 + 1e-5), in [1e-3, 1e6]
 
-    Features that hardly vary (sigma <= 0.01) are shifted but not scaled. `t` starts at 1 and counts
-    before use, so that the first update moves half-way. A feature whose mean is beyond about 3,000
-    standard deviations stays unscaled, by the rounding of float32: subtract a constant before.
+    Features that hardly vary (sigma <= 0.01) are shifted but not scaled; so are, by the rounding of
+    float32, those whose mean is beyond about 3,000 standard deviations. `t` starts at 1 and counts
+    before use, so that the first update moves half-way.
 
     Args:
         size: number of features.
         beta: step size of the moving averages after many updates.
         initial_nu: initial second moment.
-
-    Raises:
-        ValueError: if a number is out of its range.
-
-    Example:
-        >>> norm = InputNorm(2)
-        >>> norm.update(torch.tensor([[1.0, 2.0], [9.0, 0.0]]), torch.tensor([True, False]))
-        >>> norm.mu.round(decimals=2)
-        tensor([0.5000, 1.0000])
     """
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.
@@ -93,8 +84,7 @@ class InputNorm(PreciseBuffers):
             )
         if mask is None:
             mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
-        if mask.ndim == x.ndim - 1:
-            mask = mask.unsqueeze(-1)
+        mask = mask.reshape(*x.shape[:-1], 1)
         x = torch.where(mask, x.float(), 0.0).clamp(-self.input_limit, self.input_limit)
         x = x.reshape(-1, x.shape[-1])
         total = mask.sum()

@@ -19,7 +19,7 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_amago._cpu import in_chunks
 from torchrl_amago._validation import check_choice, check_counts, check_positive, name_of, pick
-from torchrl_amago.modules._settings import flatten
+from torchrl_amago.modules._settings import flatten, plain
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec, ValueSpace
 from torchrl_amago.objectives._actor_critic import ActorCriticLoss, HeadInputs, MaskHook
@@ -192,8 +192,8 @@ class AMAGOLoss(ActorCriticLoss):
         options = vars(self).keys() & inspect.getfullargspec(AMAGOLoss.__init__).kwonlyargs
         critic = getattr(self.critic_network, "module", None)
         parts = {
-            "distribution": self.distribution.settings,
-            "value_codec": self.value_codec.settings,
+            "distribution": self.distribution,
+            "value_codec": self.value_codec,
             "critic": getattr(critic, "settings", {}),
         }
         return {
@@ -201,7 +201,7 @@ class AMAGOLoss(ActorCriticLoss):
             "advantage_filter": name_of(self.filter),
             # `compact` changes no number.
             **{name: name_of(getattr(self, name)) for name in sorted(options - {"compact"})},
-            **flatten(parts),
+            **flatten(plain(parts)),
         }
 
     @property

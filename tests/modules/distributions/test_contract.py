@@ -25,7 +25,7 @@ from torchrl_amago.modules.distributions import (
     make_distribution,
 )
 from torchrl_amago.modules.distributions.base import StoredActions
-from torchrl_amago.modules.distributions.categorical import OneHotParts
+from torchrl_amago.modules.distributions.discrete import OneHotParts
 
 BOX = Bounded(-1.0, 1.0, shape=(3,))
 CASES = {

@@ -6,14 +6,13 @@ are the distributions; ``make.py`` chooses one for an action space. Randomness c
 """
 
 from torchrl_amago.modules.distributions.base import PolicyDistribution, VectorDistribution
-from torchrl_amago.modules.distributions.bernoulli import Bernoulli
-from torchrl_amago.modules.distributions.beta import Beta
-from torchrl_amago.modules.distributions.categorical import (
+from torchrl_amago.modules.distributions.continuous import Beta, TanhGaussian, TanhMixture
+from torchrl_amago.modules.distributions.discrete import (
+    Bernoulli,
     ClippedCategorical,
     Discrete,
 )
 from torchrl_amago.modules.distributions.make import DISTRIBUTIONS, make_distribution
-from torchrl_amago.modules.distributions.squashed import TanhGaussian, TanhMixture
 
 __all__ = [
     "DISTRIBUTIONS",

@@ -6,7 +6,7 @@ Legend: P parameters, A length of the action vector.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -73,10 +73,9 @@ class StoredActions(Distribution):
 
 @dataclass(frozen=True)
 class PolicyDistribution(abc.ABC):
-    """Map from an actor's parameters ``[..., P]`` to a distribution over actions.
+    """Map from an actor's parameters ``[..., P]`` to a distribution over actions, without weights.
 
-    It holds no weights, and is equal to another with the same arguments. Subclasses set the class
-    attributes and write :meth:`_vectors`.
+    Subclasses set the class attributes and write :meth:`_vectors`.
 
     Args:
         space: the actions; first argument of every distribution.
@@ -110,13 +109,6 @@ class PolicyDistribution(abc.ABC):
                 f"{type(self).__name__} is a distribution over {' or '.join(self.kinds)} actions, "
                 f"got {self.space.kind} ones. make_distribution(space) chooses one that fits."
             )
-
-    @property
-    def settings(self) -> dict[str, str | float]:
-        """Class name and arguments without the space, JSON-able."""
-        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
-        del numbers["space"]
-        return {"kind": type(self).__name__, **numbers}
 
     @property
     def num_params(self) -> int:

@@ -7,10 +7,8 @@ from typing import Any
 from torchrl_amago._validation import check_choice
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions.base import PolicyDistribution
-from torchrl_amago.modules.distributions.bernoulli import Bernoulli
-from torchrl_amago.modules.distributions.beta import Beta
-from torchrl_amago.modules.distributions.categorical import Discrete
-from torchrl_amago.modules.distributions.squashed import TanhGaussian, TanhMixture
+from torchrl_amago.modules.distributions.continuous import Beta, TanhGaussian, TanhMixture
+from torchrl_amago.modules.distributions.discrete import Bernoulli, Discrete
 
 DISTRIBUTIONS: dict[str, type[PolicyDistribution]] = {
     "discrete": Discrete,

@@ -5,20 +5,18 @@ Legend: N targets, G discounts.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from torchrl_amago._validation import check_counts, check_fractions, check_positive
+from torchrl_amago._validation import check_fractions, check_positive
 from torchrl_amago.modules.value_codec.base import ValueCodec
 
 
 class PopArt(ValueCodec):
     """Scalar values, normalised per discount while outputs are preserved (arXiv 1602.07714).
 
-    Targets' first and second moments are moving averages, corrected for their start; an affine map
-    of the raw prediction moves along, so that :meth:`decode` of an unchanged critic stays the same:
+    Targets' moments are moving averages, corrected for their start; an affine map of the raw
+    prediction moves along, so that :meth:`decode` of an unchanged critic stays the same:
 
         mu, nu   <- lerp(mu, mean(target)), lerp(nu, mean(target^2))
         weight   <- weight * sigma_old / sigma
@@ -44,6 +42,7 @@ class PopArt(ValueCodec):
         tensor([2.5000])
     """
 
+    not_settings = frozenset({"initial_nu"})
     # Bounds of the public AMAGO code on the variance, in squared reward units.
     MIN_VARIANCE, MAX_VARIANCE = 1e-4, 1e8
 
@@ -61,7 +60,6 @@ class PopArt(ValueCodec):
         enabled: bool = True,
     ) -> None:
         super().__init__()
-        check_counts("Give the number of the policy's discounts.", num_discounts=num_discounts)
         check_positive("Use 5e-4 and 100, as published.", beta=beta, initial_nu=initial_nu)
         check_fractions("It is the step size of moving averages.", beta=beta)
         self.num_discounts, self.beta = num_discounts, beta
@@ -79,11 +77,6 @@ class PopArt(ValueCodec):
         self.bias.zero_()
         # Starts at 1, as in the public code: the first update moves half-way, not all the way.
         self.count.fill_(1.0)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Kind, step size, and ``enabled``."""
-        return {**super().settings, "beta": self.beta, "enabled": self.enabled}
 
     @property
     def sigma(self) -> Tensor:
