@@ -143,8 +143,7 @@ class ActionSpace:
         batch = action.shape[: max(action.ndim - len(self.shape), 0)]
         if action.shape != (*batch, *self.shape):
             raise ValueError(
-                f"an action must have the shape [*batch, *{self.shape}], got "
-                f"{list(action.shape)}. Store actions as the environment's action spec says."
+                f"an action must have the shape [*batch, *{self.shape}], got {list(action.shape)}."
             )
         return action.reshape(*batch, _product(self.shape))
 

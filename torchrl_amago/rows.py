@@ -71,10 +71,8 @@ def trial_starts(
     The mask and marks are entries of a batch, see :func:`split_trials`.
     """
     if mask.ndim == 1 and is_init is None and is_last is None and trajectory is None:
-        raise ValueError(
-            "a flat batch must mark where trials start or end, got none of is_init, "
-            "('next', 'done') and ('collector', 'traj_ids'). Collect with InitTracker()."
-        )
+        got = "got none of is_init, ('next', 'done') and ('collector', 'traj_ids')"
+        raise ValueError(f"a flat batch must mark where trials start or end, {got}.")
     mask_BT = mask.reshape(-1, mask.shape[-1])
     cut_BT = ~mask_BT[:, :-1]
     if is_init is not None:

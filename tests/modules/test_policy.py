@@ -150,7 +150,7 @@ def test_an_action_mask_is_obeyed_by_policy_and_exploration():
             with set_exploration_type(exploration_type):
                 actions = env.rollout(40, policy, break_when_any_done=False)["action"]
             assert set(actions.unique().tolist()) <= {1, 2}
-    with pytest.raises(KeyError, match="the actor is to read 'mask', but"):
+    with pytest.raises(KeyError, match=r"the actor reads \['mask'\], but"):
         make_policy(env, action_mask_key="mask", **SMALL)
 
 

@@ -96,8 +96,10 @@ class InputNorm(PreciseBuffers):
         self.nu.lerp_((x.square().sum(0) * scale).to(self.nu.dtype), weight.to(self.nu.dtype))
         self.t.copy_(torch.where(total > 0, t, self.t))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise floats `[..., size]`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, update: bool = False) -> Tensor:
+        """Normalise floats `[..., size]`, after an :meth:`update` if so chosen."""
+        if update:
+            self.update(x.detach(), mask)
         sigma = self.sigma
         shifted = x - self.mu
         normalised = torch.where(sigma > 0.01, shifted / sigma, shifted)

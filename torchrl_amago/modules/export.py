@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
+from itertools import chain, zip_longest
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -27,11 +27,9 @@ class PolicyStep(nn.Module):
     Weights, settings and the discount acted with are the policy's as it is now; exploration is left
     out. A row starts empty where `is_init` is True, as in a rollout.
 
-    Args:
-        policy: with an encoder whose memory doesn't grow (:class:`StateMemory`), or without memory.
-
     Raises:
-        ValueError: if its memory grows, or a part has hooks or a `forward` of its own.
+        ValueError: if the memory grows (it must be :class:`StateMemory` or none), or a part has
+            hooks or a `forward` of its own.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -72,7 +70,7 @@ class PolicyStep(nn.Module):
     def initial_states(self, num_rows: int) -> tuple[Tensor, ...]:
         """Return the memory of rollouts that haven't begun, tensors `[N, ...]`."""
         memory = self._new_memory(num_rows)
-        return tuple(itertools.chain(*memory.layers)) if memory else ()
+        return tuple(chain(*memory.layers)) if memory else ()
 
     @torch.no_grad()
     def forward(
@@ -80,9 +78,7 @@ class PolicyStep(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the greedy action `[N, ...]`, as the environment stores it, and the new states.
 
-        Args:
-            inputs: entries `[N, ...]` of a step, see :meth:`inputs_of`.
-            states: those that the last step returned, or :meth:`initial_states`.
+        The states given are those of the last step, or :meth:`initial_states`.
         """
         policy, step = self.policy, {key: inputs[name] for name, key in self.keys.items()}
         timestep, trajectory = policy.encoder.module
@@ -120,13 +116,12 @@ def step_outputs(
 
 def parts_with_own_forward(policy: Policy) -> list[str]:
     """Return the classes of a policy's parts that have hooks, or do more than their base class."""
-    encoder, actor = policy.encoder, policy.actor
-    bases = {encoder: TensorDictSequential, actor: ActorModule}
-    if isinstance(encoder, TensorDictSequential) and len(encoder.module) == 2:
-        bases |= zip(encoder.module, (TimestepEncoder, TrajectoryEncoder), strict=True)
+    encoder = policy.encoder
+    encoders = encoder.module if isinstance(encoder, TensorDictSequential) else ()
+    bases = (TensorDictSequential, ActorModule, TimestepEncoder, TrajectoryEncoder)
     return [
         type(module).__name__
-        for module, base in bases.items()
+        for module, base in zip_longest((encoder, policy.actor, *encoders), bases, fillvalue=())
         if not isinstance(module, base)
         or type(module).forward is not base.forward
         or module._forward_hooks

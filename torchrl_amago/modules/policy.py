@@ -67,19 +67,13 @@ class ActionSampler(TensorDictModuleBase):
     """Draw an action from the parameters ``[*B, G, P]`` of the discount acted with.
 
     Under other exploration types than ``RANDOM`` it writes the greedy action. The chosen parameters
-    are written as ``"logits"``.
-
-    Args:
-        distribution: meaning of the parameters.
-        params_key: entry to read.
-        index: the discount's position; may be set anew at any time.
+    are written as ``"logits"``. ``index``, the discount's position, may be set anew at any time.
 
     Example:
-        >>> from torchrl.data import Categorical
         >>> from torchrl_amago.action_space import ActionSpace
         >>> from torchrl_amago.modules import make_distribution
-        >>> sampler = ActionSampler(make_distribution(ActionSpace.from_spec(Categorical(3))))
-        >>> sampler(action_params=torch.zeros(4, 7, 3))[1].shape
+        >>> space = ActionSpace("discrete", (), torch.int64, sizes=(3,))
+        >>> ActionSampler(make_distribution(space))(action_params=torch.zeros(4, 7, 3))[1].shape
         torch.Size([4])
     """
 
@@ -115,8 +109,8 @@ class Policy(TensorDictModuleBase):
     at the next step.
 
     Args:
-        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. What the last
-            of its modules writes besides the actor's inputs travels with the rollout.
+        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. Entries that
+            its last module writes besides the actor's inputs travel with the rollout.
         actor: ``"state"``, and whatever else it reads, to ``"action_params"`` ``[*B, G, P]``.
         distribution: meaning of those parameters; the sampler is made from it.
         exploration: module that changes the action, or None.
@@ -212,11 +206,7 @@ class Policy(TensorDictModuleBase):
         return self.select_out_keys(*self._all_keys)
 
     def act_with(self, discount: float) -> Policy:
-        """Act with another of the trained discounts from now on.
-
-        Raises:
-            ValueError: if the discount isn't one of :attr:`discounts`.
-        """
+        """Act with another of :attr:`discounts` from now on; raise ValueError for others."""
         check_choice("the discount to act with", discount, self.discounts)
         self.sampler.index = self.discounts.index(discount)
         return self
@@ -237,8 +227,7 @@ class Policy(TensorDictModuleBase):
         timestep, trajectory = self.encoder.module
         inputs, observations = timestep.read(step), [step[key] for key in self.actor.in_keys[1:]]
         like = next(self.actor.parameters())
-        shape = inputs[0].shape[: inputs[0].ndim - timestep.event_dims[0]]
-        positions_N, memory = trajectory.begin_step(step, shape, like)
+        positions_N, memory = trajectory.begin_step(step, timestep.batch_shape(inputs), like)
         outputs = self._compiled(inputs, positions_N, memory, observations)
         for part, x in zip((timestep, trajectory, self.actor), outputs, strict=True):
             step.set(part.out_keys[0], x)
@@ -248,11 +237,7 @@ class Policy(TensorDictModuleBase):
         return {**super().__getstate__(), "_compiled": None}  # compiled code can't be copied
 
     def step_module(self) -> PolicyStep:
-        """Return the greedy step as a function of tensors, for :func:`torch.export.export`.
-
-        Raises:
-            ValueError: for encoders whose memory grows, see :class:`PolicyStep`.
-        """
+        """Return the greedy step for :func:`torch.export.export`, see :class:`PolicyStep`."""
         return PolicyStep(self)
 
 
@@ -269,10 +254,7 @@ def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
         else "all entries of the step are finite, so the weights or the rollout's memory aren't"
     )
     rows = params.isnan().any(-1).nonzero().tolist()
-    raise ValueError(
-        f"actions can't be drawn from NaN, got it in rows {rows}: {source}. Fix the environment, "
-        "or go back to earlier weights."
-    )
+    raise ValueError(f"actions can't be drawn from NaN, got it in rows {rows}: {source}.")
 
 
 def check_discounts(discounts: Sequence[float]) -> None:

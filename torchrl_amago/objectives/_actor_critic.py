@@ -32,12 +32,7 @@ MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 
 
 class ActorCriticLoss(LossModule):
-    """Keys, parameters, calls and reduction of a loss; a subclass writes the equations.
-
-    The encoder maps inputs of a step to a state, in recurrent mode; the actor maps the state, and
-    observations of its own, to action parameters; critics map the state, and actions if they take
-    them, to values. Actor and critics get targets.
-    """
+    """Keys, parameters, calls and reduction of a loss; a subclass writes the equations."""
 
     @dataclass
     class _AcceptedKeys:
@@ -167,7 +162,6 @@ class ActorCriticLoss(LossModule):
         return [key for key in read if not _as_tuple(key)[-1].startswith("_")]
 
     def _actor_keys(self) -> list[NestedKey]:
-        """Return observations that the actor reads besides the state."""
         return [key for key in self.actor_network.in_keys if key != self._state_key]
 
     @property
@@ -184,8 +178,7 @@ class ActorCriticLoss(LossModule):
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if lowest.itemsize < 4:
             raise TypeError(
-                f"the loss needs weights of float32 or more, got {lowest}, which loses values, "
-                "statistics and small steps. Leave them in float32 and compute under "
+                f"the loss needs weights of float32 or more, got {lowest}. Compute under "
                 "torch.autocast(device, torch.bfloat16), as AMAGOTrainer(precision='bf16') does."
             )
         inputs, device = self._observation_keys(), self.discounts.device

@@ -45,7 +45,7 @@ class VectorDistribution(Distribution, abc.ABC):
 
 
 class StoredActions(Distribution):
-    """Distribution over actions as environments store them, made from one over vectors."""
+    """Distribution over actions as environments store them; mode and mean are the greedy one."""
 
     arg_constraints: ClassVar[dict] = {}
 
@@ -66,8 +66,7 @@ class StoredActions(Distribution):
     def deterministic_sample(self) -> Tensor:
         return self.space.from_vector(self.vectors.deterministic_sample)
 
-    # A category has no mean and a squashed Gaussian no mode in closed form: a greedy action is the
-    # same by any name.
+    # A category has no mean, and a squashed Gaussian no mode in closed form.
     mode = mean = deterministic_sample
 
 
@@ -87,8 +86,6 @@ class PolicyDistribution(abc.ABC):
         >>> from torchrl.data import Categorical
         >>> from torchrl_amago.modules.distributions import Discrete
         >>> policy_dist = Discrete(ActionSpace.from_spec(Categorical(3)))
-        >>> policy_dist.num_params, policy_dist.differentiable
-        (3, True)
         >>> params = torch.tensor([[0.0, 9.0, 0.0]])
         >>> policy_dist(params).deterministic_sample, policy_dist.stored(params).mode
         (tensor([[0., 1., 0.]]), tensor([1]))
@@ -127,10 +124,7 @@ class PolicyDistribution(abc.ABC):
         return self._vectors(self._checked(params))
 
     def stored(self, params: Tensor) -> Distribution:
-        """Build the distribution over actions as the environment stores them, for policies.
-
-        Its ``mode``, ``mean`` and ``deterministic_sample`` are the same, the greedy action.
-        """
+        """Build the distribution over actions as the environment stores them, for policies."""
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
@@ -146,7 +140,6 @@ class PolicyDistribution(abc.ABC):
         if params.shape[-1] != self.num_params:
             raise ValueError(
                 f"{type(self).__name__} needs {self.num_params} parameters in the last dimension, "
-                f"got the shape {list(params.shape)}. Build the actor with num_params="
-                f"{self.num_params}."
+                f"got the shape {list(params.shape)}."
             )
         return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params

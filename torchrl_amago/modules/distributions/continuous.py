@@ -72,8 +72,7 @@ def log_tanh_slope(x: Tensor) -> Tensor:
 class SquashedNormal(VectorDistribution):
     """Independent Gaussians ``[..., A]`` of mean ``loc``, squashed to (-1, 1) by tanh.
 
-    TorchRL's ``TanhNormal`` is the same function but for the clipping; building one at every step
-    of a rollout costs more than all else here.
+    TorchRL's ``TanhNormal`` is the same but for the clipping, and slow to build at every step.
     """
 
     has_rsample = True
@@ -117,14 +116,12 @@ class TanhGaussian(PolicyDistribution):
     Args:
         std_low: lower bound of standard deviations.
         std_high: upper bound; None for none (``"softplus"`` only).
-        std_bound: map of the numbers into the bounds, :func:`tanh_bounded` or
-            :func:`softplus_bounded`.
+        std_bound: map into the bounds, :func:`tanh_bounded` or :func:`softplus_bounded`.
         clip_actions: bounds that actions are clipped to before ``log_prob``.
 
     Example:
-        >>> from torchrl.data import Bounded
         >>> from torchrl_amago.action_space import ActionSpace
-        >>> policy_dist = TanhGaussian(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist = TanhGaussian(ActionSpace("continuous", shape=(2,), dtype=torch.float32))
         >>> policy_dist(torch.zeros(3, 4)).rsample().shape
         torch.Size([3, 2])
     """
@@ -204,14 +201,11 @@ class TanhMixture(PolicyDistribution):
     Parameters are the means of each mode in turn (N x A), as many numbers that become standard
     deviations, then N logits of the modes.
 
-    Args:
-        num_modes: N.
-        std_low: as ``std_high`` and ``std_bound``, see :class:`TanhGaussian`.
+    ``num_modes`` is N; other arguments: see :class:`TanhGaussian`.
 
     Example:
-        >>> from torchrl.data import Bounded
         >>> from torchrl_amago.action_space import ActionSpace
-        >>> policy_dist = TanhMixture(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist = TanhMixture(ActionSpace("continuous", shape=(2,), dtype=torch.float32))
         >>> policy_dist.num_params, policy_dist(torch.zeros(25)).sample().shape
         (25, torch.Size([2]))
     """
@@ -279,18 +273,12 @@ class Beta(PolicyDistribution):
     Parameters are A numbers that become alpha, then A that become beta. Both above 1 keep the
     density in one hump that vanishes at the edges.
 
-    Args:
-        alpha_low: lower bound of alpha, as ``beta_low`` of beta.
-        alpha_high: upper bound of alpha, as ``beta_high`` of beta; None for none (``"softplus"``
-            only).
-        concentration_bound: map of the numbers into the bounds, :func:`tanh_bounded` or
-            :func:`softplus_bounded`.
-        clip_actions: bounds that actions are clipped to before ``log_prob``.
+    ``alpha_low``, ``alpha_high``, ``beta_low``, ``beta_high`` and ``concentration_bound`` bound
+    them, as :class:`TanhGaussian`'s arguments do.
 
     Example:
-        >>> from torchrl.data import Bounded
         >>> from torchrl_amago.action_space import ActionSpace
-        >>> policy_dist = Beta(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist = Beta(ActionSpace("continuous", shape=(2,), dtype=torch.float32))
         >>> policy_dist(torch.zeros(4)).deterministic_sample
         tensor([0., 0.])
     """

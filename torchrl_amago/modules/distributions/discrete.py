@@ -154,13 +154,12 @@ def _straight_through(
 class Discrete(PolicyDistribution):
     """Clipped categorical choices: one for a discrete action, independent ones for several parts.
 
-    Parameters are logits, for every category of every part. Critics read stored actions softened:
-    clipped as the policy's own probabilities are.
+    Parameters are logits, for every category of every part.
 
     Args:
         clip_low: as ``clip_high``, see :class:`ClippedCategorical`.
-        temperature: of the softmax that gives gradients to ``rsample``; 0.5 is usual. Lower ones
-            give gradients nearer to those of a one-hot, and of higher variance.
+        temperature: of the softmax that gives gradients to ``rsample``. Lower ones give gradients
+            nearer to those of a one-hot, and of higher variance.
 
     Example:
         >>> from torchrl.data import MultiCategorical
@@ -183,8 +182,7 @@ class Discrete(PolicyDistribution):
         if not (0.0 <= self.clip_low < 1.0 / largest and self.clip_low < self.clip_high <= 1.0):
             raise ValueError(
                 f"clip_low must be in [0, 1/{largest}) for {largest} categories and clip_high in "
-                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low if there "
-                "are many categories; 0 and 1 turn clipping off."
+                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}; 0 and 1 don't clip."
             )
         check_positive(temperature=self.temperature)
 
@@ -254,12 +252,12 @@ class Bernoulli(PolicyDistribution):
     Args:
         reduce: ``"sum"`` makes ``log_prob`` the log-probability of the whole action. ``"mean"``
             averages over bits, as the public AMAGO code does, so that the actor's loss doesn't grow
-            with their number. The entropy is that of the whole action in both cases.
+            with their number. The entropy is that of the whole action.
 
     Example:
-        >>> from torchrl.data import Binary
         >>> from torchrl_amago.action_space import ActionSpace
-        >>> policy_dist = Bernoulli(ActionSpace.from_spec(Binary(3)), reduce="sum")
+        >>> space = ActionSpace("multi_binary", shape=(3,), dtype=torch.int8)
+        >>> policy_dist = Bernoulli(space, reduce="sum")
         >>> policy_dist(torch.zeros(3)).log_prob(torch.ones(3)).exp()
         tensor(0.1250)
     """

@@ -57,7 +57,5 @@ class MLPTimestepEncoder(TimestepEncoder):
         """Flatten, concatenate, normalise, apply the MLP."""
         x = flatten_and_join(inputs, self.shapes)
         if self.input_norm is not None:
-            if self.moves_statistics:
-                self.input_norm.update(x.detach(), mask)
-            x = self.input_norm(x)
+            x = self.input_norm(x, mask, self.moves_statistics)
         return self.out_norm(self.mlp(x))

@@ -16,12 +16,10 @@ ValueSpace = Literal["raw", "normalized", "value"]
 class ValueCodec(Configurable, nn.Module, abc.ABC):
     """Base of codecs.
 
-    A critic predicts one entry of :attr:`event_shape` per value: ``()`` for a number, ``(Bins,)``
-    for the logits of a classification. Shapes below write ``*event`` for it.
-
-    Averages over actions or samples are made of :meth:`raw_value`, one number for each prediction:
-    the predicted number itself, or the value of the bins. :meth:`to_space` turns an average into a
-    normalised value or one in reward units.
+    A critic predicts one entry of :attr:`event_shape`, ``*event`` below, per value: ``()`` for a
+    number, ``(Bins,)`` for the logits of a classification. Averages over actions or samples are
+    made of :meth:`raw_value`, one number for each prediction; :meth:`to_space` turns an average
+    into a normalised value or one in reward units.
 
     Example:
         >>> class Plain(ValueCodec):
@@ -31,8 +29,8 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
         ...     def normalize(self, value): return value
         ...     def loss(self, prediction, target):
         ...         return (prediction - target.unsqueeze(-2)).square()
-        >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
-        tensor([9., 9.])
+        >>> Plain().loss(torch.zeros(1, 1), torch.tensor([3.0]))
+        tensor([[9.]])
     """
 
     @property

@@ -27,10 +27,9 @@ class BinCodec(ValueCodec):
         loss(p, x) = - sum_n label(x)_n log softmax(p)_n
         decode(p)  = symexp(sum_n softmax(p)_n bins_n)
 
-    The mean is taken in the space of the bins and then inverted, as in the public AMAGO code; the
-    mean of inverted bins would be another value. A target outside of the range gets the label of
-    the range's end; ``num_outside`` counts them, and the first ones cause a warning (not in
-    compiled code). :meth:`normalize` uses the moving statistics of a :class:`PopArt`.
+    The mean is taken in the space of the bins and then inverted, as in the public AMAGO code. A
+    target outside of the range gets the label of the range's end; ``num_outside`` counts them, and
+    the first ones cause a warning. :meth:`normalize` uses the statistics of a :class:`PopArt`.
 
     Args:
         num_discounts: G.
@@ -87,8 +86,7 @@ class BinCodec(ValueCodec):
         if num_bins < 2 or not (bins.diff() > 0).all():
             raise ValueError(
                 "min_return and max_return must be finite and leave room for two or more different "
-                f"bins in float32, got {num_bins} bins in [{min_return}, {max_return}]. The range "
-                "holds returns times the loss's reward_scale."
+                f"bins in float32, got {num_bins} bins in [{min_return}, {max_return}]."
             )
         self.register_buffer("bins", bins)
         self.register_buffer("num_outside", torch.zeros((), dtype=torch.int64))
@@ -180,9 +178,8 @@ class BinCodec(ValueCodec):
         ends = self.bins[[0, -1]]
         low, high = (F.symexp(ends) if self.symlog else ends).tolist()
         warnings.warn(
-            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}], the range "
-            "of the bins: critics learn the range's end instead. Widen min_return and max_return, "
-            "which bound returns times the loss's reward_scale.",
+            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}]. Widen "
+            "min_return and max_return, which bound returns times the loss's reward_scale.",
             stacklevel=4,  # the caller of `update`, which no_grad wraps
         )
 
