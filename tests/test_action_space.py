@@ -71,7 +71,7 @@ def test_equal_by_value_and_picklable():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Composite(left=Categorical(2)), "got Composite of dtype .*several named actions"),
+        (Composite(left=Categorical(2)), "got Composite of dtype .*action_key"),
         (Bounded(0, 5, shape=(2,), dtype=torch.int64), "got BoundedDiscrete of dtype torch.int64"),
         (Unbounded(2, dtype=torch.int64), "got UnboundedDiscrete of dtype torch.int64"),
         (Unbounded(2), "must have finite bounds, got UnboundedContinuous.*RescaleAction"),

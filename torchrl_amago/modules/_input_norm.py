@@ -35,10 +35,7 @@ class InputNorm(PreciseBuffers):
     float32, those whose mean is beyond about 3,000 standard deviations. `t` starts at 1 and counts
     before use, so that the first update moves half-way.
 
-    Args:
-        size: number of features.
-        beta: step size of the moving averages after many updates.
-        initial_nu: initial second moment.
+    ``beta`` is the averages' step size after many updates, ``initial_nu`` the first nu.
     """
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.
@@ -48,7 +45,7 @@ class InputNorm(PreciseBuffers):
 
     def __init__(self, size: int, beta: float = 1e-4, initial_nu: float = 1.0) -> None:
         super().__init__()
-        check_counts("It is the number of features.", size=size)
+        check_counts(size=size)
         check_positive("Use 1e-4 and 1, the published ones.", beta=beta, initial_nu=initial_nu)
         self.beta, self.initial_nu = beta, initial_nu
         self.register_buffer("mu", torch.empty(size))

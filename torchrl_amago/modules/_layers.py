@@ -149,7 +149,6 @@ class MLP(nn.Module):
     Args:
         num_layers: number of hidden layers, of `hidden_size`, at least 1.
         activation: one of :data:`ACTIVATIONS`; ``norm`` is one of :data:`NORMS`.
-        dropout: probability of zeroing a hidden feature in training.
         linear: class of the linear layers, called with (inputs, outputs).
     """
 

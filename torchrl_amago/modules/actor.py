@@ -33,8 +33,8 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         num_discounts: G.
         observation_sizes: number of elements of each observation that is read besides the state.
         masks_actions: read a mask of the allowed actions.
-        mask_parts: numbers of choices of an action's parts, side by side in the mask; every part
-            must be allowed one. Default one part; none for bits, all of which may be forbidden.
+        mask_parts: numbers of choices of the action's parts, each of which must be allowed one.
+            Default one part; none for bits, all of which may be forbidden.
 
     Example:
         >>> class Sum(ActorHead):
@@ -105,9 +105,8 @@ class ActorModule(TensorDictModule):
     """An actor head in a tensordict; `in_keys` are the head's inputs in order.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> actor = ActorModule(Actor(8, 5, 7), in_keys=["state"], out_keys=["action_params"])
-        >>> actor(TensorDict(state=torch.zeros(2, 8), batch_size=2))["action_params"].shape
+        >>> actor(state=torch.zeros(2, 8)).shape
         torch.Size([2, 7, 5])
     """
 

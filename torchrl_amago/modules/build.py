@@ -71,8 +71,7 @@ def make_policy(
             timestep encoder reads it as well, unless ``obs_keys`` leaves it out.
         distribution: finished, by name (:data:`DISTRIBUTIONS`), or by default the usual one of the
             action space.
-        seq_model_options, timestep_options, actor_options, distribution_options: further arguments
-            of a part that is built here.
+        *_options: further arguments of a part that is built here.
         exploration: arguments of :func:`~torchrl_amago.modules.exploration.make_exploration`
             (``horizon`` defaults to ``context_length``); None for no exploration beyond sampling.
         discounts: G discounts, each in (0, 1); the last is acted with.

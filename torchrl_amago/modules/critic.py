@@ -47,7 +47,6 @@ class EnsembleLinear(Configurable, nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply every member's layer."""
         if x.ndim == 2:
             x = x.expand(self.weight.shape[0], -1, -1)
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
@@ -60,8 +59,7 @@ class CriticEnsemble(Configurable, nn.Module):
         input_size: features of the first layer.
         num_values: number of values in a row of a member's output.
         num_critics: C.
-        num_outputs: O, outputs of each value (bins of a value codec that classifies); None for one,
-            without a dimension of its own.
+        num_outputs: O, outputs of each value (a codec's bins); None for one, without a dimension.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
         activation: see :class:`~torchrl_amago.modules.TimestepEncoder`.
@@ -135,12 +133,8 @@ class CriticEnsemble(Configurable, nn.Module):
 class DiscreteCritic(CriticEnsemble):
     """Ensemble of MLPs from a state to the value of every action under every discount.
 
-    Args:
-        state_size, num_actions, num_discounts, num_critics: D, A, G and C.
-        options: other arguments, see :class:`CriticEnsemble`.
-
-    Shapes:
-        ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given.
+    ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given. Other
+    arguments: see :class:`CriticEnsemble`.
 
     Example:
         >>> DiscreteCritic(8, num_actions=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -159,7 +153,6 @@ class DiscreteCritic(CriticEnsemble):
         self.num_discounts, self.num_actions = num_discounts, num_actions
 
     def forward(self, state: Tensor) -> Tensor:
-        """Return the values of all actions."""
         state_MD = state.reshape(-1, state.shape[-1])
         hidden_CMH = self._activate(self.hidden[0](state_MD))
         value_MCX = self._after_first(hidden_CMH).transpose(0, 1)
@@ -180,7 +173,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
     The first layer's product with the state is computed once for all samples and discounts.
 
     Args:
-        state_size, action_size, num_critics: D, A and C.
         discounts: the policy's G discounts.
         clip_actions: bound on an action's numbers, so that their gradient is 0 beyond (0.999 in the
             public AMAGO code); None for none.
@@ -233,7 +225,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         self.hidden[0].weight[:, -self.action_size :] *= self.action_gain
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        """Return the values of the actions under every discount."""
         samples, batch, G = self._samples(state, action), state.shape[:-1], self.num_discounts
         state_MD = state.reshape(batch.numel(), self.state_size)
         action_KMGA = action.reshape(samples.numel(), batch.numel(), *action.shape[-2:])

@@ -39,8 +39,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     Args:
         horizon: length of a trial in steps.
         anneal_frames: environment steps, all environments together, over which noise fades.
-        start_of_trial: epsilon at a trial's first step, at the start and the end of training.
-        end_of_trial: epsilon at a trial's last step, at the start and the end of training.
+        start_of_trial: epsilon at a trial's first step, at the start and the end of training;
+            ``end_of_trial`` at its last.
         power: ``horizon / n`` confines the change from start to end to about the last n steps.
         randomize: draw ``scale``; False keeps it at 1.
         action_key: entry to change; ``time_key`` and ``init_key`` are read, see
@@ -132,8 +132,7 @@ class BilevelEpsilonGreedy(BilevelExploration):
     the others.
 
     Args:
-        num_actions: number of actions (stored as ``[*B]``), or a sequence of the choices of each
-            part (``[*B, P]``; 2 for each bit).
+        num_actions: number of actions, or a sequence of each part's (2 for each bit).
         one_hot: actions are stored as (concatenated) one-hots, ``[*B, A]``.
         mask_key: allowed choices, bool ``[*B, A]``, the parts side by side; None if all are always.
         schedule: other arguments, see :class:`BilevelExploration`.

@@ -105,8 +105,7 @@ class Policy(TensorDictModuleBase):
     """Encoder, actor head, sampler and exploration, called in this order.
 
     A single step has no gradient; sequences (:class:`torchrl.modules.set_recurrent_mode`) have.
-    Only :attr:`out_keys` are written: the action, and the entries that encoder and exploration need
-    at the next step.
+    Only :attr:`out_keys` are written: the action, and entries that parts need at the next step.
 
     Args:
         encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. Entries that
@@ -123,8 +122,6 @@ class Policy(TensorDictModuleBase):
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
         >>> policy = make_policy(env, context_length=45)
-        >>> policy.actor(policy.encoder(env.reset()))["action_params"].shape
-        torch.Size([2, 7, 5])
         >>> rollout = env.rollout(3, policy.act_with(0.99))
     """
 
@@ -158,10 +155,7 @@ class Policy(TensorDictModuleBase):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Discounts, the one acted with, and each part's class and arguments, by dotted name.
-
-        Two policies with equal settings, which are JSON-able, and equal weights act alike.
-        """
+        """Discounts, the one acted with, each part's class and arguments, by name; JSON-able."""
         encoder = self.encoder
         encoder = encoder.settings if isinstance(encoder, Encoder) else {"encoder": encoder}
         parts = {

@@ -110,7 +110,6 @@ class ActorCriticLoss(LossModule):
         return self.training and torch.is_grad_enabled()
 
     def reset_parameters_recursive(self) -> None:
-        """Draw all weights anew; targets start as their copies, statistics from their start."""
         super().reset_parameters_recursive()
         for name in ("actor_network_params", "critic_network_params"):
             self._modules[f"target_{name}"].data.update_(self._modules[name].data)
@@ -120,10 +119,7 @@ class ActorCriticLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries read from the tensordict, in the order of :func:`dispatch`'s arguments.
-
-        The mask, last, may be missing: all steps are real then.
-        """
+        """Entries read from the tensordict; the mask, last, may be missing."""
         inputs = self._observation_keys()
         following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
         following = [("next", *_as_tuple(key)) for key in following]
@@ -138,7 +134,6 @@ class ActorCriticLoss(LossModule):
 
     @property
     def out_keys(self) -> list[str]:
-        """Entries written."""
         return self._selected_out_keys or self.out_keys_source
 
     # Not by TorchRL's hook, which takes a batch without a mask for a call with keywords.
@@ -173,7 +168,6 @@ class ActorCriticLoss(LossModule):
     # --- calls ---
 
     def _read(self, tensordict: TensorDictBase, compact: bool | None) -> SliceBatch:
-        """Read and check a batch, and the weights' precision."""
         dtypes = (self.discounts.dtype, next(self.parameters(), self.discounts).dtype)
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if lowest.itemsize < 4:

@@ -57,7 +57,6 @@ class SliceBatch:
 
     @property
     def mask_BT1(self) -> Tensor:
-        """True on real steps."""
         return self.steps.full_mask.unsqueeze(-1)
 
     def restore(self, x_M: Tensor) -> Tensor:

@@ -112,11 +112,7 @@ def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) 
 def ensemble_std(value: Tensor) -> Tensor:
     """Compute the standard deviation over the ensemble itself, ``[..., C, G] -> [..., G]``.
 
-    It is no estimate for other members: 0 of a single critic.
-
-    Example:
-        >>> ensemble_std(torch.tensor([[1.0], [3.0]]))
-        tensor([1.])
+    It is 0 of a single critic.
     """
     return (value - value.mean(-2, keepdim=True)).square().mean(-2).sqrt()
 

@@ -270,11 +270,9 @@ class StretchedBeta(VectorDistribution):
 class Beta(PolicyDistribution):
     """A Beta distribution for each number of a continuous action (Chou et al. 2017, ICML).
 
-    Parameters are A numbers that become alpha, then A that become beta. Both above 1 keep the
-    density in one hump that vanishes at the edges.
-
-    ``alpha_low``, ``alpha_high``, ``beta_low``, ``beta_high`` and ``concentration_bound`` bound
-    them, as :class:`TanhGaussian`'s arguments do.
+    Parameters are A numbers that become alpha, then A that become beta; above 1 the density is one
+    hump. ``alpha_low``, ``alpha_high``, ``beta_low``, ``beta_high`` and ``concentration_bound`` are
+    as the bounds of :class:`TanhGaussian`.
 
     Example:
         >>> from torchrl_amago.action_space import ActionSpace

@@ -54,12 +54,11 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         KeyError: when called, if the tensordict lacks an entry.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> class Brightness(TimestepEncoder):
         ...     def encode(self, inputs, mask):
         ...         return inputs[0].mean((-2, -1)).unsqueeze(-1)
         >>> encoder = Brightness({"pixels": (8, 8)}, output_size=1)
-        >>> encoder(TensorDict(pixels=torch.ones(5, 8, 8), batch_size=[5]))["timestep"].shape
+        >>> encoder(pixels=torch.ones(5, 8, 8)).shape
         torch.Size([5, 1])
     """
 

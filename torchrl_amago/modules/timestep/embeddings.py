@@ -23,12 +23,8 @@ class EntryEmbedding(Configurable, nn.Module):
     """Base of the embeddings of one entry, parts of the combined encoder.
 
     To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``. The value has the
-    tensordict's dtype. With a ``mask_key`` the elements' mask is a second argument.
-
-    Args:
-        shape: shape of one step's entry.
-        output_size: F.
-        mask_key: entry, bool ``[*M, L]``, True on the elements of a sequence that are present.
+    tensordict's dtype. ``mask_key`` names an entry, bool ``[*M, L]``, True on the elements of a
+    sequence that are present, which is a second argument.
 
     Example:
         >>> class Thermometer(EntryEmbedding):
@@ -105,13 +101,9 @@ class GoalEmbedding(EntryEmbedding):
     padding value marks goals that are absent: reached, or never set. They have no influence.
 
     Args:
-        num_goals: L, maximal number of goals at a time.
-        goal_size: N.
+        num_goals, goal_size, embedding_size, hidden_size, output_size: L, N, E, H and F.
         num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it
             (others raise ValueError when called).
-        embedding_size: E.
-        hidden_size: width before pooling.
-        output_size: F.
         ordered: False for no position: goals may be reached in any order.
         padding: a goal whose numbers all equal this, NaN too, is absent; None for none.
         mask_key: entry that is True on present goals, ``[*M, L]``.
@@ -185,7 +177,6 @@ class TokenEmbedding(GoalEmbedding):
     Args:
         length: L, tokens in a step's entry.
         num_tokens: size of the vocabulary.
-        embedding_size: E.
         padding_token: token that fills up short sequences, which counts as absent; None for none.
         options: other arguments of :class:`GoalEmbedding`.
 

@@ -45,7 +45,6 @@ def make_timestep_encoder(
 
     Raises:
         KeyError: if the environment lacks an entry.
-        ValueError: if the encoder is unknown, or can't read the observations.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env

@@ -25,9 +25,8 @@ class MLPTimestepEncoder(TimestepEncoder):
         auto_widen: make hidden and output size at least the number of inputs.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> encoder = MLPTimestepEncoder({"observation": (4,)}, output_size=16)
-        >>> encoder(TensorDict(observation=torch.zeros(2, 4), batch_size=[2]))["timestep"].shape
+        >>> encoder(observation=torch.zeros(2, 4)).shape
         torch.Size([2, 16])
     """
 

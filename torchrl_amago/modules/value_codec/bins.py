@@ -44,8 +44,7 @@ class BinCodec(ValueCodec):
         popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``.
 
     Raises:
-        ValueError: if the range is empty or too narrow for so many bins in float32, or a number is
-            out of its range.
+        ValueError: if the range is too narrow for so many bins, or a number out of its range.
     """
 
     not_settings = frozenset({"init_value", "init_slope"})  # only of critics' first weights
@@ -70,7 +69,7 @@ class BinCodec(ValueCodec):
         popart: PopArt | None = None,
     ) -> None:
         super().__init__()
-        check_counts("Use 128, as published.", num_discounts=num_discounts, num_bins=num_bins)
+        check_counts(num_bins=num_bins)
         if init_value is not None and not min_return <= init_value <= max_return:
             raise ValueError(
                 f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
@@ -94,7 +93,6 @@ class BinCodec(ValueCodec):
 
     @property
     def event_shape(self) -> torch.Size:
-        """``(Bins,)``."""
         return self.bins.shape
 
     @property
@@ -116,13 +114,11 @@ class BinCodec(ValueCodec):
         return self.init_slope * torch.linspace(-1.0, 1.0, len(self.bins), device=self.bins.device)
 
     def reset_parameters(self) -> None:
-        """Reset the statistics and the counter."""
         self.popart.reset_parameters()
         self.num_outside.zero_()
         self._num_updates, self._has_warned = 0, False
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Return those of ``popart``."""
         return self.popart.mean_and_scale()
 
     @torch.no_grad()
@@ -146,7 +142,6 @@ class BinCodec(ValueCodec):
         return F.symexp(mean) if self.symlog else mean
 
     def normalize(self, value: Tensor) -> Tensor:
-        """Return ``(value - mu) / sigma`` with the statistics of ``popart``."""
         return self.popart.normalize(value)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -232,7 +227,6 @@ class HLGauss(BinCodec):
     it lies further inside, by 0.8 ``sigma`` at most.
 
     Args:
-        num_discounts: G.
         sigma: standard deviation of the distribution, in bins; 0.75 is the published one. Smaller
             ones put the mean off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
         options: other arguments, see :class:`BinCodec`.

@@ -66,7 +66,6 @@ class PopArt(ValueCodec):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Reset the statistics."""
         self.mu.zero_()
         self.nu.fill_(self.initial_nu)
         self.weight.fill_(1.0)
@@ -80,12 +79,10 @@ class PopArt(ValueCodec):
         return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Return :attr:`mu` and :attr:`sigma`, ``[G]``."""
         return self.mu, self.sigma
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Move the statistics towards targets, see :meth:`ValueCodec.update`."""
         if not self.enabled:
             return
         target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
@@ -104,7 +101,6 @@ class PopArt(ValueCodec):
         self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 
     def encode(self, target: Tensor) -> Tensor:
-        """Return the normalised target, see :meth:`normalize`."""
         return self.normalize(target)
 
     def normalize(self, value: Tensor) -> Tensor:
