@@ -144,9 +144,7 @@ def test_one_hot_parts_raise_for_other_indices():
 def test_actions_of_another_shape_raise():
     space = _space(Binary(3))
     for wrong in (torch.zeros(2), torch.zeros(3, 2), torch.zeros(())):
-        with pytest.raises(
-            ValueError, match=r"shape \[\*batch, \*\(3,\)\], got .*action spec says"
-        ):
+        with pytest.raises(ValueError, match=r"shape \[\*batch, \*\(3,\)\], got "):
             space.to_vector(wrong)
         with pytest.raises(ValueError, match="must have the shape"):
             space.contains(wrong)

@@ -428,7 +428,7 @@ def test_a_finished_distribution_must_fit():
     env = make_env()
     five, nine = (Discrete(ActionSpace.from_spec(Categorical(n))) for n in (5, 9))
     assert make_policy(env, distribution=five, **SMALL).distribution is five
-    with pytest.raises(ValueError, match="distribution is over actions of .* Build it with"):
+    with pytest.raises(ValueError, match="distribution is over actions of "):
         make_policy(env, distribution=nine, **SMALL)
     with pytest.raises(
         ValueError, match="distribution_options go with a part .* finished Discrete"
