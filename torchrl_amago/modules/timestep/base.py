@@ -57,8 +57,8 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         >>> class Brightness(TimestepEncoder):
         ...     def encode(self, inputs, mask):
         ...         return inputs[0].mean((-2, -1)).unsqueeze(-1)
-        >>> encoder = Brightness({"pixels": (8, 8)}, output_size=1)
-        >>> encoder(pixels=torch.ones(5, 8, 8)).shape
+        >>> encoder = Brightness({"pixels": (8, 8), "prev_reward": (1,)}, output_size=1)
+        >>> encoder(pixels=torch.ones(5, 8, 8), prev_reward=torch.zeros(5, 1)).shape
         torch.Size([5, 1])
     """
 

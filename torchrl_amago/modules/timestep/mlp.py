@@ -25,8 +25,8 @@ class MLPTimestepEncoder(TimestepEncoder):
         auto_widen: make hidden and output size at least the number of inputs.
 
     Example:
-        >>> encoder = MLPTimestepEncoder({"observation": (4,)}, output_size=16)
-        >>> encoder(observation=torch.zeros(2, 4)).shape
+        >>> encoder = MLPTimestepEncoder({"observation": (4,), "prev_reward": (1,)}, output_size=16)
+        >>> encoder(observation=torch.zeros(2, 4), prev_reward=torch.zeros(2, 1)).shape
         torch.Size([2, 16])
     """
 
