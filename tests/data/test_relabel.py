@@ -13,7 +13,7 @@ from torchrl.envs.utils import step_mdp
 
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
-from torchrl_amago.data.relabel.goal_sequence import meeting_steps
+from torchrl_amago.data.relabel.goals import meeting_steps
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import MazeRunner
 
