@@ -13,6 +13,8 @@ from torchrl.envs import EnvBase, Transform
 
 from torchrl_amago import keys
 
+# Not is_init: SliceSampler sets it wherever a slice begins.
+_NEEDED = (keys.MASK, keys.TIME_IDX, ("next", "done"))
 _PLACES = (
     "Whole trials are found in make_trial_buffer(relabel=...), in the padded batches of "
     "Collector(..., trajs_per_batch=n), and in the postproc of a collector with split_trajs=True "
@@ -70,14 +72,10 @@ class Relabel(Transform, ABC):
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         """Return the entries ``[B, L]`` that replace those of a batch of whole trials.
 
-        An environment's entry must be replaced in root and ``next`` alike. If trials end sooner
-        now, return also the mask: True on each trial's remaining first steps.
-
-        Args:
-            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector",
-                "mask")``; shorter trials are padded on the right with arbitrary values. Don't
-                change it in place.
-            generator: source of random numbers; None for torch's global one.
+        The batch has the entries of ``in_keys`` and the mask; shorter trials are padded on the
+        right with arbitrary values. Don't change it in place. An environment's entry must be
+        replaced in root and ``next`` alike. If trials end sooner now, return also the mask: True
+        on each trial's remaining first steps.
         """
 
     def relabel_trials(
@@ -109,30 +107,14 @@ class Relabel(Transform, ABC):
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Relabel a padded batch ``[B, L]`` of whole trials; the one given stays as it is."""
-        self._check_whole_trials(tensordict)
+        if not _are_whole_trials(tensordict):
+            raise ValueError(
+                f"{type(self).__name__} must get whole trials [B, L] with {_NEEDED}, padded on the "
+                f"right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only one that "
+                f"is done, got rows that are something else: a batch {list(tensordict.shape)} with "
+                f"{_names(tensordict)}. {_PLACES}"
+            )
         return tensordict.clone(recurse=False).update(self.relabel_trials(tensordict))
-
-    def _check_whole_trials(self, batch: TensorDictBase) -> None:
-        """Compare time indices and done flags with the mask."""
-        # Not is_init: SliceSampler sets it wherever a slice begins.
-        needed = (keys.MASK, keys.TIME_IDX, ("next", "done"))
-        found = [batch.get(key, None) for key in needed]
-        got = f"a batch {list(batch.shape)} with {_names(batch)}"
-        if batch.ndim == 2 and all(value is not None for value in found):
-            mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
-            step_L = torch.arange(batch.shape[1], device=mask_BL.device)
-            length_B1 = mask_BL.sum(-1, keepdim=True)
-            is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
-            is_whole_BL = (mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)
-            is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
-            if is_whole_B.all():
-                return
-            got = f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else"
-        raise ValueError(
-            f"{type(self).__name__} must get whole trials [B, L] with {needed}, "
-            f"padded on the right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only "
-            f"one that is done, got {got}. {_PLACES}"
-        )
 
     def set_container(self, container: Transform | EnvBase) -> None:
         super().set_container(container)
@@ -157,6 +139,18 @@ def uniform(
     """Draw numbers from U[0, 1), float32, on the generator's device, and move them."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+def _are_whole_trials(batch: TensorDictBase) -> bool:
+    """Compare time indices and done flags with the mask."""
+    found = [batch.get(key, None) for key in _NEEDED]
+    if batch.ndim != 2 or any(value is None for value in found):
+        return False
+    mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
+    step_L = torch.arange(batch.shape[1], device=mask_BL.device)
+    length_B1 = mask_BL.sum(-1, keepdim=True).clamp(min=1)
+    is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
+    return bool(((mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)).all())
 
 
 def _names(steps: TensorDictBase) -> list[str]:

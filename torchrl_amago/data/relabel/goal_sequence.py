@@ -24,11 +24,8 @@ class GoalSequenceRelabel(GoalRelabel):
     met. Of the others, h are replaced by goals that were achieved at other steps, drawn uniformly
     without replacement. These and the n met are put in the order of time, before the last k - n - h
     of the goals that weren't met. Then the trial is replayed: a step is rewarded for the next goal
-    in the order, and the trial ends with its last goal.
-
-    Each step shows goals as :class:`~torchrl_amago.envs.tasks.maze_runner.task.MazeRunner` does:
-    all k, with ``empty_goal`` in place of those met so far. A trial that begins with empty goals
-    has fewer.
+    in the order, and the trial ends with its last goal. Each step shows all k goals, with
+    ``empty_goal`` in place of those met so far; a trial that begins with empty goals has fewer.
 
     Args:
         strategy: number of goals replaced: ``"some"``, h uniform in 0 ... k - n, for trials of all
@@ -37,11 +34,10 @@ class GoalSequenceRelabel(GoalRelabel):
             if goals stay visible.
         goal_key: entry ``[*B, k, *goal]``.
         achieved_key: entry ``[*B, N, *goal]``, up to N achieved goals in each step.
-        options: other arguments of :class:`GoalRelabel`.
+        options: other arguments of :class:`GoalRelabel`, with its errors.
 
     Raises:
-        ValueError: for an unknown strategy; when called, if goals can't hold ``empty_goal``, shapes
-            differ, or replaying a batch doesn't give what was stored.
+        ValueError: for an unknown strategy.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
@@ -76,18 +72,12 @@ class GoalSequenceRelabel(GoalRelabel):
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self.strategy == "none":
             return TensorDict({}, trials.batch_size)
-        empty, dtype = self.empty_goal, trials.get(self.goal_key).dtype
-        if empty is not None and torch.tensor(empty).to(dtype) != empty:
-            raise ValueError(
-                f"empty_goal must be a number that goals can hold, got {empty} for {dtype}. Choose "
-                "another one, or None if goals stay visible."
-            )
         return super().relabel(trials, generator)
 
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
     ) -> tuple[Tensor, Tensor]:
-        goals_BK, mask_BT = self._own_goals(trials), trials.get(keys.MASK)
+        goals_BK, mask_BT = trials.get(self.goal_key)[:, 0], trials.get(keys.MASK)
         is_goal_BK = ~is_empty_goal(goals_BK, self.empty_goal, 2)
         # Position among the goals that are not empty.
         rank_BK = is_goal_BK.cumsum(-1) - 1
@@ -127,8 +117,8 @@ class GoalSequenceRelabel(GoalRelabel):
         score_BT, place_BT = score_BTN.masked_fill(~is_free_BTN, -1.0).max(-1)
         num_drawn = min(int(num_new_B.max()), num_steps)
         score_BK, step_BK = score_BT.topk(num_drawn, -1)
-        rows_B1 = torch.arange(len(step_BK), device=step_BK.device).unsqueeze(-1)
-        new_BK = achieved_BTN[rows_B1, step_BK, place_BT.gather(1, step_BK)]
+        place_BK = step_BK * achieved_BTN.shape[2] + place_BT.gather(1, step_BK)
+        new_BK = take_rows(achieved_BTN.flatten(1, 2), place_BK)
         order_K = torch.arange(num_drawn, device=step_BK.device)
         is_left_out_BK = (order_K >= num_new_B.unsqueeze(-1)) | (score_BK < 0)
         return step_BK.masked_fill(is_left_out_BK, num_steps), new_BK

@@ -22,14 +22,9 @@ RewardFunction = Callable[[Tensor, Tensor], Tensor]
 
 
 def exact_match(achieved: Tensor, goal: Tensor) -> Tensor:
-    """Return whether a goal equals one of those achieved in a step, in all numbers.
+    """Compare goals ``[B, T, K, *goal]`` with the N achieved in a step, ``[B, T, K, N, *goal]``.
 
-    Args:
-        achieved: ``[B, T, K, N, *goal]``, N goals achieved in each step.
-        goal: ``[B, T, K, *goal]``.
-
-    Returns:
-        bool ``[B, T, K]``.
+    The result, bool ``[B, T, K]``, is True where the goal equals one of them in all numbers.
 
     Example:
         >>> achieved = torch.tensor([[1, 2], [3, 4]]).view(1, 1, 1, 2, 2)
@@ -53,7 +48,7 @@ def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
 
 
 def take_rows(x_BN: Tensor, index_BK: Tensor) -> Tensor:
-    """Return the entries of each row at these places, ``[B, K, ...]``."""
+    """Return the entries of each row at these places."""
     return x_BN[torch.arange(len(x_BN), device=x_BN.device).unsqueeze(-1), index_BK]
 
 
@@ -71,9 +66,12 @@ class GoalRelabel(Relabel):
         success_threshold: a goal is met by a reward larger than this.
         ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
         reward_key: reward in ``next``; ``prev_reward_key`` is the same at the step after.
-        check: raise ValueError unless replaying trials with their own goals gives what was stored;
-            for the first batch, and the first in which a goal is met.
+        check: check that replaying trials with their own goals gives what was stored, for the first
+            batch and the first in which a goal is met.
         generator: see :class:`Relabel`.
+
+    Raises:
+        ValueError: when called, if shapes don't fit, or the check fails.
     """
 
     #: True for goals to be met in order, each rewarded once; False for a single goal.
@@ -93,14 +91,13 @@ class GoalRelabel(Relabel):
         check: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
-        next_goal_key, reward_key = _of_next(goal_key), _of_next(reward_key)
-        next_prev_reward_key = _of_next(prev_reward_key)
-        values = [goal_key, next_goal_key, reward_key, prev_reward_key, next_prev_reward_key]
+        goals, before = [goal_key, _of_next(goal_key)], [prev_reward_key, _of_next(prev_reward_key)]
+        values = [*goals, _of_next(reward_key), *before]
         done = [_of_next(name) for name in ("done", "terminated", "truncated")]
-        in_keys, out_keys = [*values, *done, _of_next(achieved_key)], [*values, *done, keys.MASK]
-        super().__init__(in_keys, out_keys, generator=generator)
-        self.goal_key, self.achieved_key = goal_key, _of_next(achieved_key)
-        self.reward_key, self.prev_reward_key = reward_key, prev_reward_key
+        replaced, achieved_key = [*values, *done], _of_next(achieved_key)
+        super().__init__([*replaced, achieved_key], [*replaced, keys.MASK], generator=generator)
+        self.goal_key, self.achieved_key = goal_key, achieved_key
+        self.reward_key, self.prev_reward_key = _of_next(reward_key), prev_reward_key
         self._value_keys, self._done_keys = values, done
         self.empty_goal, self.reward_fn = empty_goal, reward_fn
         self.success_threshold, self.ends_trial = success_threshold, ends_trial
@@ -127,14 +124,44 @@ class GoalRelabel(Relabel):
         """Replay trials as if these had been their goals: all of them, or those of ``is_new_B``."""
         mask_BT = trials.get(keys.MASK)
         rows_R = (torch.ones_like(mask_BT[:, 0]) if is_new_B is None else is_new_B).nonzero()[:, 0]
+        out = TensorDict({}, trials.batch_size)
         if not len(rows_R):
-            return TensorDict({keys.MASK: mask_BT}, trials.batch_size)
-        goals_RK = self._as_sequence(goals[rows_R])
+            return out.set(keys.MASK, mask_BT)
+        goals_RS, reward_RT1, end_R = self._replay(trials, rows_R, self._as_sequence(goals[rows_R]))
+        # The first one belongs to the step before these, which stays as it was.
+        first = trials.get(self.prev_reward_key)[rows_R, :1]
+        previous_RT1 = torch.cat([first, reward_RT1[:, :-1]], 1)
+        values = goals_RS[:, :-1], goals_RS[:, 1:], reward_RT1, previous_RT1, reward_RT1
+        for key, value in zip(self._value_keys, values, strict=True):
+            stored = trials.get(key)
+            value = value.reshape(len(rows_R), *stored.shape[1:]).to(stored.dtype)
+            out.set(key, stored.index_copy(0, rows_R, value))
+        num_steps = mask_BT.shape[1]
+        is_ended_R = end_R < num_steps
+        ended = rows_R[is_ended_R], end_R[is_ended_R]
+        cut = self._ended_by_goal(trials, rows_R[~is_ended_R])
+        done, terminated, truncated = map(trials.get, self._done_keys)
+        yes = torch.ones((), dtype=done.dtype, device=done.device)
+        out.set(self._done_keys[0], done.index_put(ended, yes))
+        out.set(self._done_keys[1], terminated.index_put(ended, yes).index_put(cut, ~yes))
+        out.set(self._done_keys[2], truncated.index_put(ended, ~yes).index_put(cut, yes))
+        end_B = end_R.new_full((len(mask_BT),), num_steps).index_copy(0, rows_R, end_R)
+        step_T = torch.arange(num_steps, device=mask_BT.device)
+        return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
+
+    def _replay(
+        self, trials: TensorDictBase, rows_R: Tensor, goals_RK: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return goals ``[R, S, K]``, rewards ``[R, T, 1]`` and the step that ends each trial.
+
+        The latter meets the last goal; T stands for none.
+        """
         # Steps next to each other in memory, where operations on them are much faster.
         achieved_RTN = self._achieved(trials, goals_RK.shape[2:])[rows_R]
         achieved_RTN = achieved_RTN.movedim(1, -1).contiguous().movedim(-1, 1)
         reward_RTK = self._rewards(achieved_RTN, goals_RK)
-        hits_RTK = (reward_RTK > self.success_threshold) & mask_BT[rows_R].unsqueeze(-1)
+        mask_RT1 = trials.get(keys.MASK)[rows_R].unsqueeze(-1)
+        hits_RTK = (reward_RTK > self.success_threshold) & mask_RT1
         met_RK = meeting_steps(hits_RTK, is_empty_goal(goals_RK, self.empty_goal, 2))
         num_steps, num_goals = hits_RTK.shape[1:]
         num_met_RS = met_RK.new_zeros(len(met_RK), num_steps + 2)
@@ -147,15 +174,10 @@ class GoalRelabel(Relabel):
             reward_RT1 = reward_RT1.masked_fill(turn_RT1 == num_goals, 0)
         end_R = met_RK[:, -1]
         end_R = end_R.masked_fill((end_R < 0) | (not self.ends_trial), num_steps)
-        goals_RS = self._visible_goals(goals_RK, num_met_RS)
-        return self._replace(trials, rows_R, goals_RS, reward_RT1, end_R)
+        return self._visible_goals(goals_RK, num_met_RS), reward_RT1, end_R
 
     def _as_sequence(self, goals_B: Tensor) -> Tensor:
         return goals_B if self.is_sequence else goals_B.unsqueeze(1)
-
-    def _own_goals(self, trials: TensorDictBase) -> Tensor:
-        """Return the goals of the first step."""
-        return trials.get(self.goal_key)[:, 0]
 
     def _meets_goal(self, trials: TensorDictBase) -> Tensor:
         """Find the steps that met a goal, bool ``[B, T]``."""
@@ -187,52 +209,13 @@ class GoalRelabel(Relabel):
 
     def _visible_goals(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
         """Return the goals at each step, ``[R, S, K]``: those met before are empty."""
-        num_goals, num_rows = goals_RK.shape[1], num_met_RS.shape[1]
         if self.empty_goal is None:
-            return goals_RK.unsqueeze(1).expand(-1, num_rows, *goals_RK.shape[1:])
+            return goals_RK.unsqueeze(1).expand(-1, num_met_RS.shape[1], *goals_RK.shape[1:])
         # One view for each number of goals met; steps look theirs up.
-        order_K = torch.arange(num_goals + 1, device=goals_RK.device)
+        order_K = torch.arange(goals_RK.shape[1] + 1, device=goals_RK.device)
         is_met = order_K[:-1] < order_K.unsqueeze(-1)
         is_met = is_met.view(*is_met.shape, *(1,) * (goals_RK.ndim - 2))
-        views = goals_RK.unsqueeze(1).masked_fill(is_met, self.empty_goal).flatten(0, 1)
-        first_R1 = (num_goals + 1) * torch.arange(len(goals_RK), device=views.device).unsqueeze(-1)
-        goals = views.index_select(0, (first_R1 + num_met_RS).flatten())
-        return goals.unflatten(0, num_met_RS.shape)
-
-    def _replace(
-        self,
-        trials: TensorDictBase,
-        rows_R: Tensor,
-        goals_RS: Tensor,
-        reward_RT1: Tensor,
-        end_R: Tensor,
-    ) -> TensorDict:
-        """Replace goals, rewards and ends of the trials ``rows_R``.
-
-        ``end_R`` is the step that ends each by meeting the goal; T for none.
-        """
-        mask_BT = trials.get(keys.MASK)
-        num_steps = mask_BT.shape[1]
-        # The first one belongs to the step before these, which stays as it was.
-        first = trials.get(self.prev_reward_key)[rows_R, :1]
-        previous_RT1 = torch.cat([first, reward_RT1[:, :-1]], 1)
-        values = goals_RS[:, :-1], goals_RS[:, 1:], reward_RT1, previous_RT1, reward_RT1
-        out = TensorDict({}, trials.batch_size)
-        for key, value in zip(self._value_keys, values, strict=True):
-            stored, shape = trials.get(key), value.shape[:2]
-            value = value.reshape(*shape, *stored.shape[2:]).to(stored.dtype)
-            out.set(key, stored.index_copy(0, rows_R, value))
-        is_ended_R = end_R < num_steps
-        ended = rows_R[is_ended_R], end_R[is_ended_R]
-        cut = self._ended_by_goal(trials, rows_R[~is_ended_R])
-        done, terminated, truncated = map(trials.get, self._done_keys)
-        yes = torch.ones((), dtype=done.dtype, device=done.device)
-        out.set(self._done_keys[0], done.index_put(ended, yes))
-        out.set(self._done_keys[1], terminated.index_put(ended, yes).index_put(cut, ~yes))
-        out.set(self._done_keys[2], truncated.index_put(ended, ~yes).index_put(cut, yes))
-        end_B = end_R.new_full((len(mask_BT),), num_steps).index_copy(0, rows_R, end_R)
-        step_T = torch.arange(num_steps, device=mask_BT.device)
-        return out.set(keys.MASK, mask_BT & (step_T <= end_B.unsqueeze(-1)))
+        return take_rows(goals_RK.unsqueeze(1).masked_fill(is_met, self.empty_goal), num_met_RS)
 
     def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         """Find the trials that their own goal ended, and its step, to be truncated instead."""
@@ -240,7 +223,7 @@ class GoalRelabel(Relabel):
             return rows_R[:0], rows_R[:0]
         step_R = trials.get(keys.MASK)[rows_R].sum(-1) - 1
         terminated_R = trials.get(self._done_keys[1])[rows_R, step_R].squeeze(-1)
-        goals_RK = self._as_sequence(self._own_goals(trials)[rows_R])
+        goals_RK = self._as_sequence(trials.get(self.goal_key)[rows_R, 0])
         num_goals_R = (~is_empty_goal(goals_RK, self.empty_goal, 2)).sum(-1)
         # A time limit may terminate a trial in the step that meets one of several goals.
         is_met_R = self._meets_goal(trials)[rows_R].sum(-1) >= num_goals_R
@@ -249,7 +232,7 @@ class GoalRelabel(Relabel):
 
     def _check_replay(self, trials: TensorDictBase) -> None:
         mask_BT, changed = trials.get(keys.MASK), []
-        again = self.with_goals(trials, self._own_goals(trials))
+        again = self.with_goals(trials, trials.get(self.goal_key)[:, 0])
         for key in (*self._value_keys, *self._done_keys):
             new, old = (one.get(key)[mask_BT].double() for one in (again, trials))
             changed += [] if torch.allclose(new, old, atol=1e-5) else [key]
@@ -266,20 +249,9 @@ class GoalRelabel(Relabel):
 
 
 def meeting_steps(hits_BTK: Tensor, is_empty_BK: Tensor) -> Tensor:
-    """Find the steps that meet a sequence's goals: each the first hit after the goal before it.
+    """Find the steps that meet goals ``[B, K]``: each is the first hit after the goal before it.
 
-    Args:
-        hits_BTK: bool, True where step t meets goal k if it is that goal's turn.
-        is_empty_BK: bool, True for empty goals.
-
-    Returns:
-        int64 ``[B, K]``, ascending; T where a goal isn't met. An empty goal is met with the one
-        before it, at -1 if there is none.
-
-    Example:
-        >>> hits = torch.tensor([[[0, 1], [1, 1], [0, 0], [1, 1]]]).bool()
-        >>> meeting_steps(hits, torch.tensor([[False, False]]))
-        tensor([[1, 3]])
+    T stands for none. An empty goal is met with the one before it, at -1 if there is none.
     """
     num_steps = hits_BTK.shape[1]
     step_T = torch.arange(num_steps, device=hits_BTK.device)

@@ -34,11 +34,10 @@ class HindsightRelabel(GoalRelabel):
             step.
         empty_goal: number that fills an empty place of those N; a trial for which an empty one is
             drawn keeps its goal. None if there are no empty places.
-        options: other arguments of :class:`GoalRelabel`.
+        options: other arguments of :class:`GoalRelabel`, with its errors.
 
     Raises:
-        ValueError: for an unknown strategy or a fraction out of range; when called, if shapes don't
-            fit, or replaying a batch doesn't give what was stored.
+        ValueError: for an unknown strategy or a fraction out of range.
 
     Example:
         >>> from tensordict import TensorDict
