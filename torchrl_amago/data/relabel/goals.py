@@ -134,7 +134,7 @@ class GoalRelabel(Relabel):
         values = goals_RS[:, :-1], goals_RS[:, 1:], reward_RT1, previous_RT1, reward_RT1
         for key, value in zip(self._value_keys, values, strict=True):
             stored = trials.get(key)
-            value = value.reshape(len(rows_R), *stored.shape[1:]).to(stored.dtype)
+            value = value.to(stored.dtype).view(-1, *stored.shape[1:])
             out.set(key, stored.index_copy(0, rows_R, value))
         num_steps = mask_BT.shape[1]
         is_ended_R = end_R < num_steps
@@ -164,17 +164,20 @@ class GoalRelabel(Relabel):
         hits_RTK = (reward_RTK > self.success_threshold) & mask_RT1
         met_RK = meeting_steps(hits_RTK, is_empty_goal(goals_RK, self.empty_goal, 2))
         num_steps, num_goals = hits_RTK.shape[1:]
+        end_R = met_RK[:, -1] if self.ends_trial else torch.full_like(met_RK[:, -1], num_steps)
+        goals_RS = goals_RK.unsqueeze(1).expand(-1, num_steps + 1, *goals_RK.shape[1:])
+        if not self.is_sequence:
+            return goals_RS, reward_RTK, end_R
         num_met_RS = met_RK.new_zeros(len(met_RK), num_steps + 2)
         num_met_RS.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
         num_met_RS = num_met_RS[:, :-1].cumsum(1)
-        # The next goal comes after those met; once a whole sequence is met, there is no reward.
+        if self.empty_goal is not None:
+            goals_RS = self._visible_goals(goals_RK, num_met_RS)
+        # The next goal comes after those met; once all are met, there is no reward.
         turn_RT1 = num_met_RS[:, :-1].unsqueeze(-1)
         reward_RT1 = reward_RTK.gather(-1, turn_RT1.clamp(max=num_goals - 1))
-        if self.is_sequence:
-            reward_RT1 = reward_RT1.masked_fill(turn_RT1 == num_goals, 0)
-        end_R = met_RK[:, -1]
-        end_R = end_R.masked_fill((end_R < 0) | (not self.ends_trial), num_steps)
-        return self._visible_goals(goals_RK, num_met_RS), reward_RT1, end_R
+        reward_RT1 = reward_RT1.masked_fill(turn_RT1 == num_goals, 0)
+        return goals_RS, reward_RT1, end_R.masked_fill(end_R < 0, num_steps)
 
     def _as_sequence(self, goals_B: Tensor) -> Tensor:
         return goals_B if self.is_sequence else goals_B.unsqueeze(1)
@@ -209,8 +212,6 @@ class GoalRelabel(Relabel):
 
     def _visible_goals(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
         """Return the goals at each step, ``[R, S, K]``: those met before are empty."""
-        if self.empty_goal is None:
-            return goals_RK.unsqueeze(1).expand(-1, num_met_RS.shape[1], *goals_RK.shape[1:])
         # One view for each number of goals met; steps look theirs up.
         order_K = torch.arange(goals_RK.shape[1] + 1, device=goals_RK.device)
         is_met = order_K[:-1] < order_K.unsqueeze(-1)
