@@ -87,12 +87,12 @@ def assert_goes_on(task, encoder, **options):
     collector = make_collector(task, encoder, seed=0, **options)
     collect(collector, 5)
     state, rng = through_a_file(collector.state_dict()), torch.get_rng_state()
-    expected = collect(collector, 30)
+    expected = collect(collector, 14)
     other = make_collector(task, encoder, seed=1, **options)
     collect(other, 2)
     other.load_state_dict(state)
     torch.set_rng_state(rng)
-    assert_same(collect(other, 30), expected)
+    assert_same(collect(other, 14), expected)
     return state
 
 
@@ -166,7 +166,7 @@ def test_loading_drops_the_steps_that_wait():
     del state["in_progress"]
     collector.load_state_dict(state)
     collector.reset()
-    ids = [trials["collector", "traj_ids"] for trials, _ in collect(collector, 30)]
+    ids = [trials["collector", "traj_ids"] for trials, _ in collect(collector, 14)]
     assert int(torch.cat(ids).min()) >= int(state["traj_pool"]["traj_id"])
 
 

@@ -5,9 +5,9 @@ Readers read numbers: no code that a dataset holds or names (a pickle, an entry 
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ _AMAGO_ARRAYS = ["rl2s", "time_idxs", "rews", "dones", "actions"]
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrajectorySource:
     """A sequence of trajectories, each read by ``load(number)`` when it is needed."""
 
@@ -166,12 +166,12 @@ def _load_amago(file: Path) -> Trajectory:
     rule = f"rl2s of {file} must hold previous reward and action, [S, 1 + A], got {before.shape}"
     arrays_of.require(before.ndim == 2, f"{rule}. {remedy}")
     prefix = "_OBS_KEY_"
-    shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
-    shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
-    shown |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
+    entries = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
+    entries |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
+    entries |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
     terminated = arrays_of.flags(f"dones of {file}", arrays["dones"])
-    steps = shown, arrays["actions"], arrays["rews"], terminated, torch.zeros_like(terminated)
-    return Trajectory(*steps, action_form="vector")
+    steps = entries, arrays["actions"], arrays["rews"], terminated, torch.zeros_like(terminated)
+    return Trajectory(*steps, "vector")
 
 
 def read_torchrl(
@@ -186,11 +186,11 @@ def read_torchrl(
     TorchRL 0.14.1's ``MinariExperienceReplay`` holds zeros: use :func:`read_minari`.
 
     Args:
-        dataset: it, a buffer of whole trials, or steps ``[N]``, one trajectory after the other;
-            ``("next", "done")`` marks the last step of each.
+        dataset: the dataset, a buffer of whole trials, or steps ``[N]``, one trajectory after the
+            other; ``("next", "done")`` marks the last step of each.
         action_form: see :class:`Trajectory`; by default ``"policy"`` for a ``TrialReplayBuffer``
             and for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
-        action_key: of the action; ``reward_key`` is that of the reward, under ``next``.
+        action_key: action; ``reward_key`` is the reward under ``next``.
 
     Raises:
         TrajectoryError: if ``done`` is never set, or neither 0 nor 1.
@@ -213,7 +213,6 @@ def read_torchrl(
 
     def load(number: int) -> Trajectory:
         piece = steps[first[number] : last[number] + 1]
-        one = arrays_of.as_trajectory(piece, action_key, reward_key)
-        return dataclasses.replace(one, action_form=action_form)
+        return arrays_of.from_steps(piece, action_key, reward_key, action_form)
 
     return TrajectorySource(len(last), len(steps), load)

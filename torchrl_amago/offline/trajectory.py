@@ -1,7 +1,7 @@
-"""Trajectories in one plain form, and checked against an environment as tensors of its entries.
+"""Trajectories in one plain form, and as tensors that fit an environment's specs.
 
-Legend: L steps, S rows (the last one is what the last step led to), A action size. ``name`` is what
-errors call an array.
+Legend: L steps, S rows (the last one is what the last step led to), A action size. ``name`` is an
+array's name in errors.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def as_trajectory(item: Any, action_key: NestedKey, reward_key: NestedKey) -> Tr
     if isinstance(item, Trajectory):
         return item
     if isinstance(item, TensorDictBase) and item.ndim == 1:
-        return _from_steps(item, action_key, reward_key)
+        return from_steps(item, action_key, reward_key)
     known = "a Trajectory, a mapping of arrays or a tensordict of steps [L]"
     is_mapping = isinstance(item, Mapping) and not isinstance(item, TensorDictBase)
     require(is_mapping, f"it must be {known}, got a {type(item).__name__}. Use a reader.")
@@ -87,13 +87,19 @@ def _flatten(observation: Any, prefix: NestedKey = ()) -> dict[NestedKey, ArrayL
     return {key: x for part in parts for key, x in part.items()}
 
 
-def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: NestedKey) -> Trajectory:
+def from_steps(
+    steps: TensorDictBase,
+    action_key: NestedKey,
+    reward_key: NestedKey,
+    action_form: ActionForm = "policy",
+) -> Trajectory:
+    """Bring steps ``[L]`` of one trajectory into the plain form."""
     needed = [action_key, unravel_key(("next", reward_key)), ("next", "done")]
     remedy = "Rename its entries, or give read_torchrl their action_key and reward_key."
     require_names("a tensordict of steps", needed, [*steps.keys(True)], remedy)
     after, observation = steps["next"], {}
-    shown = after.exclude("done", "terminated", "truncated", reward_key).keys(True, True)
-    for key in {*shown} & {*steps.keys(True, True)}:
+    entries = after.exclude(*FLAGS, reward_key).keys(True, True)
+    for key in {*entries} & {*steps.keys(True, True)}:
         x, y = steps[key], after[key]
         is_next = x.dtype == y.dtype and np.array_equal(x[1:], y[:-1], equal_nan=True)
         rule = f"{key!r} under 'next' must be what the following step holds"
@@ -103,7 +109,7 @@ def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: Nested
     terminated = flags("'terminated'", after.get("terminated", done))
     truncated = flags("'truncated'", after.get("truncated", done & ~terminated))
     arrays = observation, steps[action_key], after[reward_key], terminated, truncated
-    return Trajectory(*arrays, action_form="policy")
+    return Trajectory(*arrays, action_form)
 
 
 class RecordedTrial(NamedTuple):
@@ -122,9 +128,10 @@ class RecordedTrial(NamedTuple):
 
 
 class TrajectoryChecker:
-    """The entries of an environment's steps: those that data hold, and those that transforms write.
+    """Converter of trajectories to rows that fit an environment's specs.
 
-    Data are as transforms other than those of ``_REPLAYED`` have made them.
+    ``given`` are the entries that data hold, as other transforms than those of ``_REPLAYED`` have
+    made them; ``written`` are those that the latter write.
     """
 
     def __init__(self, env: EnvBase) -> None:
