@@ -15,12 +15,7 @@ from tqdm import tqdm
 
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.offline._replay import MAX_ROWS, join, replay
-from torchrl_amago.offline.trajectory import (
-    RecordedTrial,
-    TrajectoryChecker,
-    TrajectoryError,
-    require,
-)
+from torchrl_amago.offline.trajectory import RecordedTrial, TrajectoryChecker, TrajectoryError
 
 _MAX_BYTES = 2**28  # of trials played side by side, each as long as the longest
 
@@ -130,9 +125,10 @@ def _trials(
             if len(group) < size:
                 continue
             parts, group = group, {}
-        bad = [number for number, part in parts.items() if part is None]
+        if bad := [number for number, part in parts.items() if part is None]:
+            skip(parts, f"trajectory {bad[0]}, of the same trial, was skipped.")
+            continue
         try:
-            require(not bad, f"trajectory {min(bad, default=0)}, of the same trial, was skipped.")
             yield join(checker.trial, [*parts.values()])
         except TrajectoryError as error:
             skip(parts, str(error))

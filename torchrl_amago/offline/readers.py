@@ -8,6 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -99,10 +100,12 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     after = arrays.get("next_observations")
     terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
     timeout = arrays_of.flags("timeouts", arrays.get("timeouts", 0 * terminal)).numpy()
-    first, last = _spans(terminal | timeout)
     # A lone step that leads nowhere known is no trajectory.
-    is_kept = (last > first) | terminal[last] | (after is not None)
-    spans = [slice(*span) for span in np.stack([first, last + 1], 1)[is_kept]]
+    spans = [
+        span
+        for span in _spans(terminal | timeout)
+        if span.stop - span.start > 1 or terminal[span.start] or after is not None
+    ]
 
     def load(number: int) -> Trajectory:
         steps = spans[number]
@@ -115,10 +118,10 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     return TrajectorySource(len(spans), sum(span.stop - span.start for span in spans), load)
 
 
-def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and last step of each trajectory; the end of the arrays ends one too."""
-    last = np.union1d(np.flatnonzero(is_last), len(is_last) - 1)
-    return np.concatenate([[0], last[:-1] + 1]), last
+def _spans(is_last: np.ndarray) -> list[slice]:
+    """Return the steps of each trajectory; the end of the arrays ends one too."""
+    stops = np.union1d(np.flatnonzero(is_last) + 1, len(is_last)).tolist()
+    return [slice(*span) for span in pairwise([0, *stops])]
 
 
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
@@ -206,13 +209,10 @@ def read_torchrl(
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
     done = arrays_of.flags("'done'", steps["next", "done"]).numpy()
     arrays_of.require(done.any(), "('next', 'done') must mark the last step of each trajectory.")
-    first, last = _spans(done)
     if action_form is None:
         has_past = steps.get(keys.PREV_ACTION, None) is not None
         action_form = "policy" if has_past or isinstance(dataset, TrialReplayBuffer) else "env"
 
-    def load(number: int) -> Trajectory:
-        piece = steps[first[number] : last[number] + 1]
-        return arrays_of.from_steps(piece, action_key, reward_key, action_form)
-
-    return TrajectorySource(len(last), len(steps), load)
+    spans, options = _spans(done), (action_key, reward_key, action_form)
+    sizes = len(spans), len(steps)
+    return TrajectorySource(*sizes, lambda n: arrays_of.from_steps(steps[spans[n]], *options))
