@@ -36,10 +36,10 @@ def collect(kind, rounds, frames, reset_at=(), **options):
     return sizes, buffer[:]
 
 
-@pytest.mark.parametrize("frames", [5, 35, 90])
+@pytest.mark.parametrize("frames", [5, 35, 60])
 @pytest.mark.parametrize("reset_at", [{}, {2: None, 4: None}, {1: [0, 3], 4: [2]}])
 def test_writes_what_torchrls_does(frames, reset_at):
-    rounds = 6 + 250 // frames
+    rounds = 6 + 100 // frames
     ours = collect(TrialCollector, rounds, frames, reset_at)
     theirs = collect(Collector, rounds, frames, reset_at, trajs_per_batch=1)
     assert ours[0] == theirs[0]
