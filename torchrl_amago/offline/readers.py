@@ -27,7 +27,7 @@ from torchrl_amago.offline.trajectory import ActionForm, Trajectory, TrajectoryE
 
 _D4RL_ARRAYS = ["observations", "actions", "rewards", "terminals"]
 _AMAGO_ARRAYS = ["rl2s", "time_idxs", "rews", "dones", "actions"]
-# What numpy, zipfile and zlib raise for damaged archives and for files that are none.
+# Errors of numpy, zipfile and zlib for damaged archives and for files that are none.
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
@@ -74,8 +74,8 @@ def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySour
 def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
-    A terminal, a timeout or the end of the arrays ends a trajectory. Without ``next_observations``
-    the last step of one is dropped if a value would bootstrap there, see :class:`Trajectory`.
+    A terminal, a timeout or the end of the arrays ends one. Without ``next_observations`` its last
+    step is dropped if a value would bootstrap there, see :class:`Trajectory`.
 
     Args:
         arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known,
@@ -100,12 +100,9 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     after = arrays.get("next_observations")
     terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
     timeout = arrays_of.flags("timeouts", arrays.get("timeouts", 0 * terminal)).numpy()
-    # A lone step that leads nowhere known is no trajectory.
-    spans = [
-        span
-        for span in _spans(terminal | timeout)
-        if span.stop - span.start > 1 or terminal[span.start] or after is not None
-    ]
+    spans = _spans(terminal | timeout)
+    if after is None:  # a lone step that leads nowhere known is no trajectory
+        spans = [one for one in spans if one.stop - one.start > 1 or terminal[one.start]]
 
     def load(number: int) -> Trajectory:
         steps = spans[number]

@@ -153,7 +153,7 @@ class TrajectoryChecker:
         # Without a trial transform, a trial is an episode.
         defaults = TrialTransform(1, trial_end="episode"), PreviousStepTransform()
         self.trial, self.previous = (
-            next((one for one in self.transforms if isinstance(one, type(other))), other)
+            next(one for one in (*self.transforms, other) if isinstance(one, type(other)))
             for other in defaults
         )
         written = {key for one in self.transforms for key in one.out_keys}
@@ -264,8 +264,10 @@ def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
 
 
 def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace) -> Tensor:
-    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype: floats may be rounded,
-    dimensions of size 1 come and go, indices become one-hot if the spec is; nothing else changes.
+    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype.
+
+    Floats may be rounded, dimensions of size 1 come and go, and indices become one-hot if the spec
+    is; other changes raise TrajectoryError.
     """
     try:
         if not isinstance(array, Tensor):
