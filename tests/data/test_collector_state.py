@@ -173,7 +173,7 @@ def test_loading_drops_the_steps_that_wait():
     assert int(torch.cat(ids).min()) >= int(state["traj_pool"]["traj_id"])
 
 
-def test_is_refused_by_another_environment():
+def test_another_environment_raises():
     collector, other = (make_collector(task, "gru", seed=0) for task in ("lake", "door"))
     before = through_a_file(other.state_dict())
     with pytest.raises(ValueError, match=r"batch size \[5\], got DarkKeyDoor with \[4\]"):

@@ -266,7 +266,7 @@ def test_a_buffer_of_trials_takes_one_relabeller_before_all_else(make, trials):
 
 
 def test_inside_a_compose_of_a_buffer_it_gets_slices(trials):
-    """Which are whole trials only where none is longer than a slice."""
+    """Slices are whole trials only where none is longer than a slice."""
     buffer = buffer_of(trials, generator=seeded())
     buffer.append_transform(Compose(GoalSequenceRelabel("all")))
     batch = buffer.sample()

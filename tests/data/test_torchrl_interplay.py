@@ -116,7 +116,7 @@ def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
         assert len(rb) <= 50
 
 
-def test_buffer_of_batches_instead_of_steps_is_refused():
+def test_buffer_of_batches_instead_of_steps_raises():
     """A batched environment's collector by itself writes items of [T] steps."""
     rb = make_buffer("tensor", 100)
     list(

@@ -34,9 +34,9 @@ _FIXED_OPTIONS = (
 class TrialCollector(Collector):
     """Collector that writes complete trials into a replay buffer.
 
-    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps
-    wait until their trial is complete. With ``fragment_length``, endless and very long trials are
-    written in fragments, stored like trials, with the true ``time_idx``; only the last one of a
+    It writes the trials of `Collector(..., trajs_per_batch=1)`, in the same order, only faster.
+    Steps wait until their trial is complete. With ``fragment_length``, endless and very long trials
+    are written in fragments, stored like trials, with the true ``time_idx``; only the last one of a
     trial ends with ``done``.
 
     As the ``collector_class`` of `MultiCollector`, `RayCollector` and `Collector(..., backend=...)`

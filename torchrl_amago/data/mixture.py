@@ -194,7 +194,7 @@ class TrialMixture:
                     raise ValueError(
                         "the steps of a mixture's buffers must have the same entries, shapes and "
                         f"dtypes, and differ in {key!r}: {there} in {other_name!r}, {here} in "
-                        f"{name!r}. Collect and sample them alike."
+                        f"{name!r}. Collect and sample them in the same way."
                     )
         self._entries[name] = entries
 
@@ -216,7 +216,7 @@ class TrialMixture:
         self.updates, self.ready_at = int(state["updates"]), dict(state["ready_at"])
 
     def _facts(self) -> dict[str, str]:
-        """Return what must be the same for a mixture to go on exactly."""
+        """Return facts that must be the same for a mixture to go on exactly."""
         facts = {"generator": "none" if self._rng is None else "its own"}
         for name, buffer in self.buffers.items():
             if name == self._online:

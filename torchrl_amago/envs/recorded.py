@@ -12,7 +12,7 @@ _FLAGS = ("done", "terminated", "truncated")
 
 
 class RecordedEnv(EnvBase):
-    """An environment that plays recorded rows, whatever the actions are.
+    """An environment that plays recorded rows and ignores the actions it is given.
 
     A step goes to the next row, and so does a soft reset: the row where an episode ended comes
     before the first row of the next episode. Without ``rows`` it has specs only, and a reset raises

@@ -1,6 +1,6 @@
 """Recorded trials played back under an environment's own transforms.
 
-These write what data don't hold: previous action and reward, time in the trial, episode.
+These write the entries that data don't hold: previous action and reward, time, episode.
 
 Legend: R rows played side by side, S rows of a trial, T steps of the longest row.
 """
@@ -48,7 +48,10 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
     if bootstraps and not last.has_final_observation:
-        require(length > 1, "what a lone step led to must be known if a value bootstraps there.")
+        require(
+            length > 1,
+            "the observation after a lone step must be known if a value bootstraps there.",
+        )
         rows_S, is_over = rows_S[:-1], False
     if not is_over:
         for key in FLAGS:
@@ -100,7 +103,7 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
 
 
 def _seed(checker: TrajectoryChecker, first: TensorDict, trial: RecordedTrial, start: int) -> None:
-    """Write what came before a row into its first step, for the transforms to read."""
+    """Write the past of a row into its first step, where the transforms read it."""
     for key, x_S in trial.recorded_S.items():
         first[key].copy_(x_S[0])
     if not start:

@@ -1,7 +1,7 @@
 """Trajectories in one plain form, and as tensors that fit an environment's specs.
 
-Legend: L steps, S rows (the last one is what the last step led to), A action size. ``name`` is an
-array's name in errors.
+Legend: L steps, S rows (L + 1, with the observation after the last step), A action size. ``name``
+is an array's name in errors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 class TrajectoryError(ValueError):
-    """A trajectory that can't be trained on; the message says why."""
+    """A trajectory that can't be trained on; the message gives the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class Trajectory:
     """L steps in a row: arrays or tensors, neither copied nor checked.
 
     Args:
-        observation: ``[L + 1, ...]`` of each entry by its key, the last row being what the last
-            step led to; ``[L, ...]`` if that is unknown: the last step is then dropped if a value
-            would bootstrap there. An array alone is the entry ``"observation"``.
+        observation: ``[L + 1, ...]`` of each entry by its key, up to the observation after the last
+            step; ``[L, ...]`` if that is unknown: the last step is then dropped if a value would
+            bootstrap there. An array alone is the entry ``"observation"``.
         action: ``[L, ...]``; ``reward`` is ``[L]`` or ``[L, 1]``, like the flags.
         terminated: True on the last step if it ended the episode for good.
         truncated: True on the last step at a time limit. With neither, the data are cut there.
@@ -102,7 +102,7 @@ def from_steps(
     for key in {*entries} & {*steps.keys(True, True)}:
         x, y = steps[key], after[key]
         is_next = x.dtype == y.dtype and np.array_equal(x[1:], y[:-1], equal_nan=True)
-        rule = f"{key!r} under 'next' must be what the following step holds"
+        rule = f"{key!r} under 'next' must equal that of the following step"
         require(is_next, f"{rule}, and differs. Split the steps where they are done.")
         observation[key] = torch.cat([x, y[-1:]])
     done = flags("'done'", after["done"])
@@ -116,7 +116,7 @@ class RecordedTrial(NamedTuple):
     """An episode, a trial or a piece of one, in rows of a :class:`RecordedEnv`."""
 
     rows_S: TensorDict
-    recorded_S: dict[NestedKey, Tensor]  # what the data hold of the transforms' entries
+    recorded_S: dict[NestedKey, Tensor]  # entries of the transforms that the data hold
     marks_episodes: bool = False
     is_fragment: bool = False  # it begins in mid-trial
     has_final_observation: bool = True  # else the last row repeats the one before
@@ -173,7 +173,7 @@ class TrajectoryChecker:
         steps = len(action_L)
         arrays = _flatten(one.observation)
         if len(self.given) == 1 and keys.OBSERVATION in arrays:
-            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
+            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # under any name
         require_names("observations", self.given, arrays, "Name them as the environment does.")
         specs = {key: spec for key, spec in self.specs.items() if key in arrays}
         recorded_S = {k: fit(f"observations {k!r}", arrays[k], None, specs[k]) for k in specs}

@@ -113,7 +113,7 @@ class GoalSequenceRelabel(GoalRelabel):
         num_steps = is_free_BT.shape[1]
         is_free_BTN = is_free_BT.unsqueeze(-1) & ~is_empty_goal(achieved_BTN, self.empty_goal, 3)
         score_BTN = uniform(achieved_BTN.shape[:3], generator, is_free_BT.device)
-        # The best of a step's scores stands for the step: one goal of each, all goals alike.
+        # The best of a step's scores stands for the step: one goal of each, all equally likely.
         score_BT, place_BT = score_BTN.masked_fill(~is_free_BTN, -1.0).max(-1)
         num_drawn = min(int(num_new_B.max()), num_steps)
         score_BK, step_BK = score_BT.topk(num_drawn, -1)

@@ -66,8 +66,8 @@ class GoalRelabel(Relabel):
         success_threshold: a goal is met by a reward larger than this.
         ends_trial: end the trial, ``terminated``, where the goal, or the last one, is met.
         reward_key: reward in ``next``; ``prev_reward_key`` is the same at the step after.
-        check: check that replaying trials with their own goals gives what was stored, for the first
-            batch and the first in which a goal is met.
+        check: compare trials replayed with their own goals to the stored ones, for the first batch
+            and the first in which a goal is met.
         generator: see :class:`Relabel`.
 
     Raises:
@@ -112,7 +112,7 @@ class GoalRelabel(Relabel):
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
         if self._to_check:
             has_met = bool(self._meets_goal(trials).any())
-            # Trials that meet no goal would pass whatever reward_fn is.
+            # Trials that meet no goal pass with any reward_fn.
             if has_met or self._is_first:
                 self._check_replay(trials)
             self._to_check, self._is_first = not has_met, False
@@ -241,10 +241,10 @@ class GoalRelabel(Relabel):
             changed.append(keys.MASK)
         if changed:
             raise ValueError(
-                f"{type(self).__name__} must get what was stored when it replays trials with their "
-                f"own goals, and {changed} differ. Use the environment's reward as reward_fn, with "
-                "fitting success_threshold and ends_trial; a trial must be a single episode that "
-                "ends `terminated` when it meets its goal, as with "
+                f"{type(self).__name__} must reproduce the stored trials when it replays them with "
+                f"their own goals, and {changed} differ. Use the environment's reward as "
+                "reward_fn, with fitting success_threshold and ends_trial; a trial must be a single "
+                "episode that ends `terminated` when it meets its goal, as with "
                 "make_trial_env(trial_end='terminated' or 'episode'). check=False skips this check."
             )
 
