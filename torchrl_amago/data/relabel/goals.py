@@ -243,8 +243,8 @@ class GoalRelabel(Relabel):
             raise ValueError(
                 f"{type(self).__name__} must reproduce the stored trials when it replays them with "
                 f"their own goals, and {changed} differ. Use the environment's reward as "
-                "reward_fn, with fitting success_threshold and ends_trial; a trial must be a single "
-                "episode that ends `terminated` when it meets its goal, as with "
+                "reward_fn, with fitting success_threshold and ends_trial; a trial must be a "
+                "single episode that ends `terminated` when it meets its goal, as with "
                 "make_trial_env(trial_end='terminated' or 'episode'). check=False skips this check."
             )
 
