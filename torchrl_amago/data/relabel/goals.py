@@ -220,16 +220,16 @@ class GoalRelabel(Relabel):
 
     def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         """Find the trials that their own goal ended, and its step, to be truncated instead."""
+        if not len(rows_R) or not self.ends_trial:
+            return rows_R[:0], rows_R[:0]
         step_R = trials.get(keys.MASK)[rows_R].sum(-1) - 1
-        terminated_R = trials.get(self._done_keys[1])[rows_R, step_R].squeeze(-1) & self.ends_trial
-        rows_R, step_R = rows_R[terminated_R], step_R[terminated_R]
-        if not len(rows_R):
-            return rows_R, step_R
+        terminated_R = trials.get(self._done_keys[1])[rows_R, step_R].squeeze(-1)
         goals_RK = self._as_sequence(trials.get(self.goal_key)[rows_R, 0])
         num_goals_R = (~is_empty_goal(goals_RK, self.empty_goal, 2)).sum(-1)
         # A time limit may terminate a trial in the step that meets one of several goals.
         is_met_R = self._meets_goal(trials)[rows_R].sum(-1) >= num_goals_R
-        return rows_R[is_met_R], step_R[is_met_R]
+        is_ended_R = terminated_R & is_met_R
+        return rows_R[is_ended_R], step_R[is_ended_R]
 
     def _check_replay(self, trials: TensorDictBase) -> None:
         mask_BT, changed = trials.get(keys.MASK), []
