@@ -1,7 +1,7 @@
 """Atomic replacement of files and folders, checksums, disk space and locks.
 
-A crash at any moment leaves the old version or the new one, a full disk raises :class:`OSError` with
-the path and the sizes, and damage is found before anything is loaded.
+A crash at any moment leaves the old version or the new one, a full disk raises :class:`OSError`
+with the path and the sizes, and damage is found before anything is loaded.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl import logger as torchrl_logger
@@ -24,9 +24,14 @@ from torchrl_amago import _files as files
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
-from torchrl_amago.trainers._metadata import differences, run_metadata
 from torchrl_amago.trainers._signals import on_signals
-from torchrl_amago.trainers.checkpoint import CheckpointStore, PolicyFiles, check_no_existing_run
+from torchrl_amago.trainers.checkpoint import (
+    CheckpointStore,
+    PolicyFiles,
+    check_no_existing_run,
+    differences,
+    run_metadata,
+)
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
@@ -37,14 +42,19 @@ Outcome = Literal["finished", "interrupted", "preempted"]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Updates between rows of ``progress.csv``, evaluations and checkpoints."""
+    """Updates between rows of ``progress.csv``, evaluations and checkpoints.
+
+    Example:
+        >>> Intervals(log=100, checkpoint=1000)
+        Intervals(log=100, evaluate=500, checkpoint=1000)
+    """
 
     log: int = 50
     evaluate: int = 500
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
-        check_counts("", **{f"{name}_interval": value for name, value in asdict(self).items()})
+        check_counts(**{f"{name}_interval": value for name, value in asdict(self).items()})
 
 
 @dataclass(eq=False, repr=False)
@@ -55,20 +65,17 @@ class AMAGOTrainer:
 
     Args:
         collector: writes to the replay buffer and yields nothing.
-        loss_module: called on ``[B, T]`` slices; the sum of its outputs whose names begin with
-            ``loss`` is minimised, the others are metrics.
+        loss_module: called on ``[B, T]`` slices; see :class:`FiniteOptimizationStepper`.
         replay_buffer: sampled with its own batch size, once ``can_sample()`` is True. Of a
             :class:`~torchrl_amago.data.TrialMixture`, only the buffer ``online`` is saved.
         total_updates: end of the run; the collector's ``total_frames`` may end it earlier.
         updates_per_round: updates after each batch of the collector.
         run_dir: folder for everything the run writes.
         target_updater, scheduler: stepped after every update.
-        stepper: optimiser step; by default gradients are clipped at norm 1.
         exploration: module whose ``step(frames)`` follows the collected frames.
         policy: the policy whose weights are written; by default the collector's.
         evaluator: called without arguments; returns numbers by name or ``TrialResults``. It should
             seed its environment, so that every evaluation uses the same held-out tasks.
-        intervals: updates between rows, evaluations and checkpoints.
         keep_checkpoints: number of checkpoints that stay.
         online_after: updates on the buffer's content before anything is collected.
         loggers: ``"tensorboard"``, ``"wandb"`` or TorchRL loggers, besides the table.
@@ -83,12 +90,8 @@ class AMAGOTrainer:
 
     Example:
         >>> import tempfile
-        >>> from torchrl.objectives import SoftUpdate
-        >>> from torchrl_amago.data import TrialCollector, make_trial_buffer
-        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-        >>> from torchrl_amago.modules import make_policy
-        >>> from torchrl_amago.objectives import amago_loss
-        >>> from torchrl_amago.trainers import make_optimizer
+        >>> from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, make_optimizer
+        >>> from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> policy = make_policy(env, context_length=18, seq_model_options={"d_model": 16})
         >>> loss = amago_loss(policy)
@@ -96,9 +99,7 @@ class AMAGOTrainer:
         >>> collector = TrialCollector(env, policy, frames_per_batch=8 * 18, replay_buffer=rb)
         >>> parts = (collector, loss, make_optimizer(loss), rb)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     AMAGOTrainer(
-        ...         *parts, total_updates=4, updates_per_round=2, run_dir=folder,
-        ...         target_updater=SoftUpdate(loss, tau=0.003)).train()
+        ...     AMAGOTrainer(*parts, total_updates=4, updates_per_round=2, run_dir=folder).train()
         'finished'
     """
 
@@ -129,7 +130,7 @@ class AMAGOTrainer:
     callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = ()
 
     def __post_init__(self) -> None:
-        check_counts("", total_updates=self.total_updates, updates_per_round=self.updates_per_round)
+        check_counts(total_updates=self.total_updates, updates_per_round=self.updates_per_round)
         self.run_dir = Path(self.run_dir).absolute()
         self.online_buffer = online_part(self.replay_buffer)
         self._rollouts = Rollouts(self.collector, self.loss_module, self.online_buffer)
@@ -137,8 +138,7 @@ class AMAGOTrainer:
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
-        if self.stepper.dump_dir is None:
-            self.stepper.dump_dir = self.run_dir
+        self.stepper.dump_dir = self.stepper.dump_dir or self.run_dir
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
         self.checkpoints = CheckpointStore(self.run_dir, self.keep_checkpoints)
@@ -244,9 +244,8 @@ class AMAGOTrainer:
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.report.log_line(
             f"{'goes on' if self._is_resumed else 'begins'} in {self.run_dir}, update {update} of "
-            f"{self.total_updates}: {sum(p.numel() for p in weights)} parameters on "
-            f"{weights[0].device}, {metadata['options']['frames_per_batch']} steps and "
-            f"{self.updates_per_round} updates of {self.replay_buffer.batch_size} slices a round"
+            f"{self.total_updates}: {sum(map(Tensor.numel, weights))} parameters on "
+            f"{weights[0].device}, {self.updates_per_round} updates a round"
         )
         if not self._is_resumed:
             self.monitor.skip_existing()
@@ -264,7 +263,7 @@ class AMAGOTrainer:
             self._checkpoint()  # a run that dies early can be resumed, too
 
     def _collect(self, batches: Iterator[None]) -> bool:
-        """Collect a batch, set the number of its updates; return False at the collector's end."""
+        """Collect a batch and set the number of its updates; return False at the last batch."""
         counts, offline_left = self.counts, self.online_after - self.counts.updates
         if offline_left > 0:
             counts.updates_left = min(self.updates_per_round, offline_left)
@@ -279,11 +278,11 @@ class AMAGOTrainer:
         if self.exploration is not None:
             self.exploration.step(frames)
         self.monitor.update()
+        buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
         if self.replay_buffer.can_sample():
             counts.updates_left = self.updates_per_round
-            return True
-        buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
-        if not buffer.can_sample() and self._written >= 2 * capacity:  # the run would wait forever
+        elif not buffer.can_sample() and self._written >= 2 * capacity:
+            # The run would wait forever.
             raise RuntimeError(
                 "the replay buffer must hold min_trials="
                 f"{getattr(buffer.sampler, 'min_trials', 1)} trials before the first update, and "
@@ -319,12 +318,10 @@ class AMAGOTrainer:
                 self.monitor.forget_unfinished()
 
     def _end(self) -> None:
-        if self._outcome == "interrupted":
-            return
-        if self._saved_at != self.counts.updates:
+        updates, evaluated_at = self.counts.updates, self.counts.evaluated_at
+        if self._outcome != "interrupted" and self._saved_at != updates:
             self._checkpoint(goes_on=False)
-        is_missing = self.evaluator is not None and self.counts.evaluated_at != self.counts.updates
-        if self._outcome == "finished" and is_missing:
+        if self._outcome == "finished" and self.evaluator is not None and evaluated_at != updates:
             self._write_row(self._evaluate())
 
     @contextlib.contextmanager
@@ -352,7 +349,6 @@ class AMAGOTrainer:
             )
 
     def _stop_on_signal(self, outcome: Outcome) -> None:
-        # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
         self._outcome, self._stop = outcome, True
 
     def _acquire_lock(self) -> None:

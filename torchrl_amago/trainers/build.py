@@ -70,9 +70,6 @@ def make_trainer(
         loss_options: further arguments of the loss.
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
-    Raises:
-        ValueError: for an unknown loss, options of a buffer beside a buffer, numbers out of range.
-
     Example:
         >>> import tempfile
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -84,7 +81,7 @@ def make_trainer(
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    check_counts("", **{name: steps for name, steps in lengths.items() if steps is not None})
+    check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
     check_positive("0.01 is usual.", tau=tau)
     check_fractions("0.01 is usual.", tau=tau)
     if replay_buffer is not None and (slice_length or buffer_options):
@@ -92,17 +89,13 @@ def make_trainer(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
-    make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
-    loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
+    loss_module = pick("loss", loss, LOSSES)(
+        policy, critic_options=critic_options, **(loss_options or {})
+    )
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
-        options = {
-            "trim_padding": True,
-            "crop": "both",
-            "warn_short": False,
-            **(buffer_options or {}),
-        }
+        options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     collector = TrialCollector(
         env,

@@ -31,72 +31,6 @@ CLOCK_COLUMNS = (
     "frames_per_second",
     "updates_per_second",
 )
-
-
-class ProgressTable:
-    """A CSV file that is on the disk row by row.
-
-    A row with new columns replaces the whole file. The state holds the text: a resumed run has the
-    rows of its checkpoint, whatever happened to the file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.columns: list[str] = []
-
-    def append(self, row: Mapping[str, float]) -> None:
-        """Write one row; columns that it lacks stay empty."""
-        new = [column for column in row if column not in self.columns]
-        options = {"newline": "", "encoding": "utf-8"}
-        if new:
-            rows = _read_rows(self.path) if self.columns else []
-            self.columns += new
-            with replace_file(self.path, "w", **options) as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        with explain_full_disk(self.path), self.path.open("a", **options) as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-
-    def state_dict(self) -> dict[str, str]:
-        return {"text": self.path.read_text(encoding="utf-8") if self.columns else ""}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        self.columns = next(csv.reader(state["text"].splitlines()), [])
-        if not self.columns:
-            return self.path.unlink(missing_ok=True)
-        with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
-            file.write(state["text"])
-
-
-def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
-    """Read the table of a run: one float64 array per column, NaN for empty cells.
-
-    Raises:
-        DamagedError: if it is no table of numbers; FileNotFoundError if there is none.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     ProgressTable(Path(folder) / "progress.csv").append({"update": 1, "loss": 0.5})
-        ...     read_progress(folder)["loss"]
-        array([0.5])
-    """
-    path = Path(run_dir) / PROGRESS_FILE
-    try:
-        rows = _read_rows(path)
-        columns = rows[0].keys() if rows else ()
-        return {c: np.array([float(row[c] or "nan") for row in rows]) for c in columns}
-    except (ValueError, csv.Error) as error:
-        raise DamagedError(f"{path} must be a table of numbers, but {error}.") from error
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-Results = Mapping[str, float] | TrialResults
 # Metrics on the terminal, under short names, from the latest row that has them.
 _DISPLAYED = {
     "eval/trial_return": "return",
@@ -108,6 +42,72 @@ _DISPLAYED = {
     "frames_per_second": "frames/s",
     "updates_per_second": "updates/s",
 }
+_TEXT = {"newline": "", "encoding": "utf-8"}
+
+Results = Mapping[str, float] | TrialResults
+
+
+class ProgressTable:
+    """A CSV file that is on the disk row by row.
+
+    A row with new columns replaces the whole file. The state holds the text: a resumed run has the
+    rows of its checkpoint, whatever happened to the file.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table = ProgressTable(Path(folder) / "progress.csv")
+        ...     table.append({"update": 1})
+        ...     table.append({"update": 2, "loss": 0.5})
+        ...     read_progress(folder)["loss"]
+        array([nan, 0.5])
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.columns: list[str] = []
+
+    def append(self, row: Mapping[str, float]) -> None:
+        """Write one row; columns that it lacks stay empty."""
+        new = [column for column in row if column not in self.columns]
+        if new:
+            rows = _read_rows(self.path) if self.columns else []
+            self.columns += new
+            with replace_file(self.path, "w", **_TEXT) as file:
+                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(rows)
+        with explain_full_disk(self.path), self.path.open("a", **_TEXT) as file:
+            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+
+    def state_dict(self) -> dict[str, str]:
+        return {"text": self.path.read_text(encoding="utf-8") if self.columns else ""}
+
+    def load_state_dict(self, state: Mapping[str, str]) -> None:
+        self.columns = next(csv.reader(state["text"].splitlines()), [])
+        if not self.columns:
+            return self.path.unlink(missing_ok=True)
+        with replace_file(self.path, "w", **_TEXT) as file:
+            file.write(state["text"])
+
+
+def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
+    """Read a run's table, as :class:`ProgressTable` shows: float64 by column, NaN for empty cells.
+
+    Raises:
+        DamagedError: if it is no table of numbers; FileNotFoundError if there is none.
+    """
+    path = Path(run_dir) / PROGRESS_FILE
+    try:
+        rows = _read_rows(path)
+        columns = rows[0].keys() if rows else ()
+        return {c: np.array([float(row[c] or "nan") for row in rows]) for c in columns}
+    except (ValueError, csv.Error) as error:
+        raise DamagedError(f"{path} must be a table of numbers, but {error}.") from error
+
+
+def _read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(**_TEXT) as file:
+        return list(csv.DictReader(file))
 
 
 class MetricWindow:
@@ -151,11 +151,10 @@ class RunReport:
         self._bar, self._latest = tqdm(disable=True), {}
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
-    def _read_clock(self, activity: str | None = "training") -> None:
-        """Count the time since the last reading as ``activity``, or not at all."""
+    def _read_clock(self, activity: str = "training") -> None:
+        """Count the time since the last reading as ``activity``."""
         now = time.perf_counter()
-        if activity is not None:
-            self.seconds[activity] += now - self._since
+        self.seconds[activity] += now - self._since
         self._since = now
 
     @contextmanager
@@ -171,20 +170,20 @@ class RunReport:
         """Make loggers and progress bar, and log the run's settings."""
         plain = (bool, int, float, str)
         hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
-        states = [*self._logger_states, *[{}] * len(self.loggers)]
-        for i, saved in enumerate(states[: len(self.loggers)]):
+        states = dict(enumerate(self._logger_states))
+        for i, name in enumerate(self.loggers):
+            saved = states.get(i, {})
             run_id = saved.get("state", {}).get("local", {}).get("id")
-            self.loggers[i] = logger = make_logger(self.loggers[i], self.run_dir, run_id)
+            self.loggers[i] = logger = make_logger(name, self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
-            if (
-                not saved or "wandb" in type(logger).__name__.lower()
-            ):  # others would list the run a second time
+            # Other loggers would list a resumed run a second time.
+            if not saved or _is_wandb(logger):
                 logger.log_hparams(hparams)
         # disable=None is tqdm's own test for a terminal.
         disable = None if self.progress_bar else True
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
-        self._read_clock(None)
+        self._since = time.perf_counter()
 
     def log_line(self, line: str) -> None:
         """Log a line where no progress bar is shown."""
@@ -217,27 +216,25 @@ class RunReport:
         self.table.append(row)
         self._display(row)
         for logger in self.loggers:
-            for name, value in row.items():
-                logger.log_scalar(name, value, step=update)
+            logger.log_metrics(row, step=update)
         if isinstance(evaluation, TrialResults) and self.loggers:
             self._log_episodes(evaluation, update)
 
     def _display(self, row: Mapping[str, float]) -> None:
-        self._latest.update({k: v for k, v in row.items() if not math.isnan(v)})
-        latest = self._latest
+        latest = self._latest = self._latest | {k: v for k, v in row.items() if not math.isnan(v)}
         values = {name: f"{latest[key]:.4g}" for key, name in _DISPLAYED.items() if key in latest}
         self._bar.set_postfix(values, refresh=False)
         text = ", ".join(f"{name} {value}" for name, value in values.items())
         self.log_line(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {text}")
 
     def _log_episodes(self, results: TrialResults, update: int) -> None:
+        means = {x: results.by_episode(x).nanmean(0).tolist() for x in ("return", "success")}
+        row = {f"eval_episode_{i + 1}/{x}": v for x, vs in means.items() for i, v in enumerate(vs)}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adaptation_curve.png"
             plot_adaptation_curve(results, path)
             for logger in self.loggers:
-                for measure in ("return", "success"):
-                    for i, mean in enumerate(results.by_episode(measure).nanmean(0).tolist()):
-                        logger.log_scalar(f"eval_episode_{i + 1}/{measure}", mean, step=update)
+                logger.log_metrics(row, step=update)
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
     def close(self) -> None:
@@ -249,16 +246,13 @@ class RunReport:
 
     def state_dict(self) -> dict[str, Any]:
         self._read_clock()
+        loggers = [logger for logger in self.loggers if not isinstance(logger, str)]
         return {
             "window": self.window.state_dict(),
             "seconds": dict(self.seconds),
             "last": dict(self._last_row),
             "table": self.table.state_dict(),
-            "loggers": [
-                {"kind": type(logger).__name__, "state": logger.state_dict()}
-                for logger in self.loggers
-                if not isinstance(logger, str)
-            ],
+            "loggers": [{"kind": type(x).__name__, "state": x.state_dict()} for x in loggers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,9 +264,8 @@ class RunReport:
 
 def evaluation_metrics(results: Results) -> dict[str, float]:
     """Return the columns of an evaluation: numbers by name, or the summary of ``TrialResults``."""
-    if isinstance(results, TrialResults):
-        results = results.summary()
-    return {f"eval/{name}": float(value) for name, value in results.items()}
+    metrics = results.summary() if isinstance(results, TrialResults) else results
+    return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:
@@ -281,13 +274,20 @@ def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = 
         return logger
     check_choice("loggers", logger, ("tensorboard", "wandb"))
     folder = str(run_dir)
-    if logger == "tensorboard":
-        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=folder)
-    return torchrl_loggers.WandbLogger(Path(folder).name, save_dir=folder, id=run_id)
+    try:
+        if logger == "tensorboard":
+            return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=folder)
+        return torchrl_loggers.WandbLogger(Path(folder).name, save_dir=folder, id=run_id)
+    except ImportError as error:
+        raise ImportError(f'{error}. Run pip install "torchrl-amago[{logger}]".') from error
+
+
+def _is_wandb(logger: Logger) -> bool:
+    return "wandb" in type(logger).__name__.lower()
 
 
 def _log_picture(logger: Logger, name: str, path: Path, update: int) -> None:
-    if "wandb" in type(logger).__name__.lower():
+    if _is_wandb(logger):
         import wandb
 
         logger.log_metrics({name: wandb.Image(str(path))}, step=update)
