@@ -25,11 +25,7 @@ class HeldOutEvaluator:
     (`BatchedTask`) share a generator, so their later tasks depend on the steps at which trials end.
     For a comparison trial by trial, use as many environments as trials.
 
-    Args:
-        policy: as for :func:`evaluate`.
-        env: environment with a trial transform, separate from training's. It is seeded and reset.
-        seed: of the environment and of sampling.
-        success_threshold: an episode succeeds if its return is larger.
+    Arguments: see :func:`evaluate`. The environment must not be training's.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
