@@ -128,7 +128,8 @@ class ListLogger(CSVLogger):
         self.logged.append(("hparams", cfg))
 
 
-def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path):
+def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrl_amago.plots._DPI", 20)  # drawing takes most of the time
     logger = ListLogger(tmp_path)
     report = RunReport(tmp_path / "run", [logger], progress_bar=False)
     report.open(10, 0, {"tau": 0.01, "discounts": (0.9, 0.99)})
@@ -211,3 +212,11 @@ def test_loggers_by_name(tmp_path):
     assert make_logger(logger, tmp_path) is logger
     with pytest.raises(ValueError, match=r"must be one of 'tensorboard', 'wandb', got 'mlflow'"):
         make_logger("mlflow", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_s_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, name):
+    flag = {"tensorboard": "_has_tb", "wandb": "_has_wandb"}[name]
+    monkeypatch.setattr(f"torchrl.record.loggers.{name}.{flag}", False)
+    with pytest.raises(ImportError, match=rf'pip install "torchrl-amago\[{name}\]"'):
+        make_logger(name, tmp_path)

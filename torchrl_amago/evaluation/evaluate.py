@@ -74,7 +74,7 @@ def evaluate(
         step = env.reset()
         while not tally.is_complete:
             step, following = env.step_and_maybe_reset(policy(step))
-            tally.add(*_read(step["next"], *read))
+            tally.add(_read(step["next"], read))
             step = following
     return tally.results(success_threshold)
 
@@ -113,7 +113,7 @@ def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]
             module.training = training
 
 
-def _read(step_next: TensorDictBase, *keys: NestedKey) -> list[np.ndarray]:
+def _read(step_next: TensorDictBase, keys: tuple[NestedKey, ...]) -> list[np.ndarray]:
     try:
         return [step_next[key].reshape(-1).cpu().numpy() for key in keys]
     except KeyError as error:
@@ -128,8 +128,7 @@ class _Tally:
 
     def __init__(self, num_envs: int, trials_per_env: int, max_trial_steps: int):
         self.trials_per_env, self.max_trial_steps = trials_per_env, max_trial_steps
-        self.trial = np.zeros(num_envs, dtype=np.int64)
-        self.episode = np.zeros(num_envs, dtype=np.int64)
+        self.trial, self.episode = np.zeros((2, num_envs), dtype=np.int64)
         self.trial_return = np.zeros((num_envs, trials_per_env))
         self.trial_length = np.zeros((num_envs, trials_per_env), dtype=np.int64)
         # (row, trial, episode, return) of every episode that ended, one array each per step.
@@ -139,14 +138,9 @@ class _Tally:
     def is_complete(self) -> bool:
         return bool((self.trial == self.trials_per_env).all())
 
-    def add(
-        self,
-        reward: np.ndarray,
-        episode_return: np.ndarray,
-        soft_reset: np.ndarray,
-        done: np.ndarray,
-    ) -> None:
+    def add(self, step: list[np.ndarray]) -> None:
         """Count one step of every environment that has trials left to play."""
+        reward, episode_return, soft_reset, done = step
         row = np.flatnonzero(self.trial < self.trials_per_env)
         place = (row, self.trial[row])
         self.trial_return[place] += reward[row]

@@ -1,9 +1,4 @@
-"""The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
-
-``amago`` holds the loop, ``build`` makes the parts it needs, ``optim`` the optimiser and its step,
-``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``report`` table, terminal
-and loggers, ``checkpoint`` the files of a run.
-"""
+"""The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md)."""
 
 from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer

@@ -90,6 +90,7 @@ class AMAGOTrainer:
 
     Example:
         >>> import tempfile
+        >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, make_optimizer
         >>> from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
@@ -99,7 +100,9 @@ class AMAGOTrainer:
         >>> collector = TrialCollector(env, policy, frames_per_batch=8 * 18, replay_buffer=rb)
         >>> parts = (collector, loss, make_optimizer(loss), rb)
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     AMAGOTrainer(*parts, total_updates=4, updates_per_round=2, run_dir=folder).train()
+        ...     AMAGOTrainer(
+        ...         *parts, total_updates=4, updates_per_round=2, run_dir=folder,
+        ...         target_updater=SoftUpdate(loss, tau=0.003)).train()
         'finished'
     """
 

@@ -119,7 +119,6 @@ class CheckpointStore:
 
     @staticmethod
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
-        """Fill ``replay_buffer`` from a checkpoint."""
         if (path / _REPLAY).exists():
             replay_buffer.loads(path / _REPLAY)
 
@@ -206,9 +205,7 @@ def as_json(values: Any) -> Any:
     return json.loads(json.dumps(values, default=str))
 
 
-def differences(
-    saved: Mapping[str, object], current: Mapping[str, object]
-) -> dict[str, tuple[object, object]]:
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple]:
     """Map each name whose values differ to both of them, ``"absent"`` for a missing one."""
     pairs = {x: (saved.get(x, "absent"), current.get(x, "absent")) for x in {**saved, **current}}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
@@ -226,7 +223,7 @@ def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, ob
 
 
 class PolicyFiles:
-    """A run's `policy.npz` (last checkpoint) and `best_policy.npz` (best evaluation)."""
+    """A run's `policy.npz` (last checkpoint) and `best_policy.npz`, if the policy is a module."""
 
     def __init__(self, run_dir: str | Path, policy: object) -> None:
         self.last, self.best = Path(run_dir) / "policy.npz", Path(run_dir) / "best_policy.npz"
@@ -234,7 +231,6 @@ class PolicyFiles:
         self.best_value: float | None = None  # mean return in the best evaluation so far
 
     def save_last(self) -> None:
-        """Write the policy as it is, if it is a module."""
         if isinstance(self.policy, nn.Module):
             save_state(self.last, _describe_policy(self.policy))
 

@@ -74,17 +74,13 @@ class TrialMonitor(TrainerHookBase):
         success_threshold: an episode succeeds if its return is larger.
 
     Example:
-        >>> from torchrl_amago import MetaFrozenLake, TrialCollector, make_trial_buffer
-        >>> from torchrl_amago import make_trial_env
-        >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
-        >>> rb = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
-        >>> monitor = TrialMonitor(rb)
-        >>> for _ in TrialCollector(
-        ...     env, env.rand_action, frames_per_batch=144, total_frames=144, replay_buffer=rb
-        ... ):
-        ...     metrics = monitor()
-        >>> metrics["trials"] == rb.num_trials, metrics["train/trial_length"] <= 18
-        (True, True)
+        >>> from torchrl_amago import TMaze, make_trial_buffer, make_trial_env
+        >>> rb = make_trial_buffer(1000, slice_length=4, batch_size=4)
+        >>> env = make_trial_env(TMaze(3, batch_size=[6]), episodes=1)
+        >>> _ = rb.extend(env.rollout(4).reshape(-1))
+        >>> metrics = TrialMonitor(rb)()
+        >>> metrics["trials"], metrics["train/trial_length"]
+        (6, 4.0)
     """
 
     def __init__(

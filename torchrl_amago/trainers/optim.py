@@ -50,9 +50,6 @@ def make_optimizer(
         decay_all: decay every parameter, as the public AMAGO code does.
         betas, eps: see :class:`torch.optim.AdamW`.
 
-    Raises:
-        ValueError: for numbers out of their range, and if nothing requires a gradient.
-
     Example:
         >>> optimizer = make_optimizer(nn.Linear(3, 2), learning_rate=3e-4)
         >>> [(group["weight_decay"], len(group["params"])) for group in optimizer.param_groups]
@@ -71,15 +68,11 @@ def make_optimizer(
 
 
 def make_schedule(
-    optimizer: Optimizer,
-    warmup_updates: int,
-    total_updates: int = 1,
-    final_fraction: float = 1.0,
+    optimizer: Optimizer, warmup_updates: int, total_updates: int = 1, final_fraction: float = 1.0
 ) -> LambdaLR:
     """Make a schedule that rises linearly to the optimiser's learning rate, then falls linearly.
 
     Args:
-        optimizer: its ``lr`` is the peak.
         warmup_updates: updates of the rise, from 1/n of the peak to all of it; 0 for none.
         total_updates: update at which ``final_fraction`` is reached, and kept from then on.
         final_fraction: fraction of the peak at the end, in [0, 1]; 1 for no fall.
@@ -113,6 +106,18 @@ class FiniteOptimizationStepper(OptimizationStepper):
         clip_norm: largest gradient norm; None for no clipping.
         precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
         dump_dir: folder for a batch with NaN; by default the trainer's ``run_dir``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> from tensordict import TensorDict
+        >>> from tensordict.nn import TensorDictModule as Module, TensorDictSequential
+        >>> mean = Module(torch.mean, ["y"], ["loss_y"])
+        >>> loss = TensorDictSequential(Module(nn.Linear(2, 1), ["x"], ["y"]), mean)
+        >>> optimizer = make_optimizer(loss)
+        >>> trainer = SimpleNamespace(loss_module=loss, optimizer=optimizer, replay_buffer=None)
+        >>> metrics = FiniteOptimizationStepper().step(trainer, TensorDict(x=torch.ones(2)))
+        >>> metrics["grad_norm"]  # of weights (1, 1) and bias 1
+        tensor(1.7321)
     """
 
     updates_replay_priority = True

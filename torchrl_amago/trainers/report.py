@@ -123,8 +123,8 @@ class MetricWindow:
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Add ``count`` values that sum to ``total``."""
-        total_before, count_before = self._totals.get(name, (0.0, 0.0))
-        self._totals[name] = (total_before + total, count_before + count)
+        before = self._totals.get(name, (0.0, 0.0))
+        self._totals[name] = (before[0] + total, before[1] + count)
 
     def means(self) -> dict[str, float]:
         """Return the mean of every metric, in the order first seen, and start anew."""
@@ -152,7 +152,6 @@ class RunReport:
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
     def _read_clock(self, activity: str = "training") -> None:
-        """Count the time since the last reading as ``activity``."""
         now = time.perf_counter()
         self.seconds[activity] += now - self._since
         self._since = now
@@ -191,7 +190,6 @@ class RunReport:
             torchrl_logger.info(line)
 
     def add_update(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Count one more update."""
         self._bar.update()
         self.window.add_scalars(metrics)
 
@@ -238,7 +236,6 @@ class RunReport:
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
     def close(self) -> None:
-        """Close loggers and progress bar."""
         for logger in self.loggers:
             if not isinstance(logger, str):
                 logger.shutdown()
