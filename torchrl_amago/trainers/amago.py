@@ -190,10 +190,9 @@ class AMAGOTrainer:
                         break
                     continue
                 metrics = self.stepper.step(self, self.replay_buffer.sample())
-                if self.scheduler is not None:
-                    self.scheduler.step()
-                if self.target_updater is not None:
-                    self.target_updater.step()
+                for following in (self.scheduler, self.target_updater):
+                    if following is not None:
+                        following.step()
                 counts.updates += 1
                 counts.updates_left -= 1
                 self.report.add_update(metrics)

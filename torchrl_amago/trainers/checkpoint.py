@@ -104,12 +104,12 @@ class CheckpointStore:
             DamagedError: naming the problem, and the newest other checkpoint that is intact.
             ValueError: for other parts, shapes or settings than ``state`` and ``settings`` have.
         """
-        problem = _problem(path)
-        if problem is not None:
-            intact = [x for x in CheckpointStore(path.parents[1]).paths() if _problem(x) is None]
+        if problem := _problem(path):
+            others = CheckpointStore(path.parents[1]).paths()
+            intact = next((other for other in others if not _problem(other)), None)
             remedy = "There is no other intact checkpoint in this run: start a new run."
-            if intact:
-                remedy = f"The newest intact one is {intact[0]}: resume from that path."
+            if intact is not None:
+                remedy = f"The newest intact one is {intact}: resume from that path."
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
             )
@@ -136,8 +136,7 @@ def _sequence(path: Path) -> float:
 
 
 def _is_own(path: Path) -> bool:
-    manifest = files.read_manifest(path) or {}
-    return path.name == _NAME.format(manifest.get("update", -1))
+    return path.name == _NAME.format((files.read_manifest(path) or {}).get("update", -1))
 
 
 def check_no_existing_run(run_dir: str | Path) -> None:
@@ -280,9 +279,8 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
 
 def _describe_policy(policy: nn.Module) -> dict[str, Any]:
     """Return settings and state dict, without the counters of exploration."""
-    exploration, weights = getattr(policy, "exploration", None), policy.state_dict()
+    exploration = getattr(policy, "exploration", None)
     left_out = tuple(f"{name}." for name, module in policy.named_modules() if module is exploration)
-    weights = {
-        k: x for k, x in weights.items() if torch.is_tensor(x) and not k.startswith(left_out)
-    }
+    tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
+    weights = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
     return {"weights": weights, "settings": as_json(policy_settings(policy))}

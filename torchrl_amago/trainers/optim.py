@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from pathlib import Path
 from typing import Literal
@@ -141,7 +140,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
         check_data(sub_batch, dump_dir, "observations and rewards of a training batch")
         device = optimizer.param_groups[0]["params"][0].device
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
-        with self._autocast(device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = trainer.loss_module(batch)
         total = sum(value for key, value in losses.items() if key.startswith("loss"))
         total.backward()
@@ -163,10 +162,6 @@ class FiniteOptimizationStepper(OptimizationStepper):
             (stock or buffer.update_priority)(batch)
         metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
         return metrics.set("grad_norm", norm)
-
-    def _autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
-        is_bf16 = self.precision == "bf16"
-        return torch.autocast(device.type, torch.bfloat16) if is_bf16 else contextlib.nullcontext()
 
     def _grad_norms(self, loss_module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         """Compute the gradient norm of each network that has gradients."""
