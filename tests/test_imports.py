@@ -26,6 +26,7 @@ NAME = "torchrl_amago"
 RANKS = {
     "_files": 0,
     "_state_file": 1,
+    "progress": 1,
     "keys": 0,
     "action_space": 0,
     "_cpu": 0,

@@ -6,7 +6,6 @@ imported when something is drawn, so that importing the package stays quick.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from torchrl_amago.evaluation.results import Measure, TrialResults
 from torchrl_amago.evaluation.statistics import bootstrap_mean
+from torchrl_amago.progress import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -221,9 +221,7 @@ def plot_trial_strip(
 
 def _read_seeds(run: Table | Sequence[Table]) -> list[list[dict[str, float]]]:
     """Read the tables of one or several seeds; entries that are no finite number are left out."""
-    if isinstance(run, str | Path):
-        with Path(run).open(newline="") as file:
-            run = list(csv.DictReader(file))
+    run = read_rows(run) if isinstance(run, str | Path) else run
     if run and not isinstance(run[0], Mapping):
         return [table for seed in run for table in _read_seeds(seed)]
     return [[{k: float(v) for k, v in row.items() if _is_number(v)} for row in run]]
@@ -253,10 +251,8 @@ def _draw_mean(ax: Axes, seeds: list[np.ndarray], colour: str, label: str, thin:
 
 
 def _percent_axis(ax: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     ax.set_ylim(-0.02, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

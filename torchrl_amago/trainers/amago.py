@@ -23,15 +23,9 @@ from torchrl.record.loggers import Logger
 from torchrl_amago import _files as files
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
 from torchrl_amago.trainers._signals import on_signals
-from torchrl_amago.trainers.checkpoint import (
-    CheckpointStore,
-    PolicyFiles,
-    check_no_existing_run,
-    differences,
-    run_metadata,
-)
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
@@ -74,8 +68,7 @@ class AMAGOTrainer:
         target_updater, scheduler: stepped after every update.
         exploration: module whose ``step(frames)`` follows the collected frames.
         policy: the policy whose weights are written; by default the collector's.
-        evaluator: called without arguments; returns numbers by name or ``TrialResults``. It should
-            seed its environment, so that every evaluation uses the same held-out tasks.
+        evaluator: called without arguments; returns numbers by name or ``TrialResults``.
         keep_checkpoints: number of checkpoints that stay.
         online_after: updates on the buffer's content before anything is collected.
         loggers: ``"tensorboard"``, ``"wandb"`` or TorchRL loggers, besides the table.
@@ -85,8 +78,8 @@ class AMAGOTrainer:
         settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
-        callbacks: called with the trainer after every update; numbers that they return by name join
-            the next row as means.
+        callbacks: called with the trainer after every update; may return numbers by name, whose
+            means join the next row.
 
     Example:
         >>> import tempfile
@@ -144,8 +137,8 @@ class AMAGOTrainer:
         self.stepper.dump_dir = self.stepper.dump_dir or self.run_dir
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
-        self.checkpoints = CheckpointStore(self.run_dir, self.keep_checkpoints)
-        self.policy_files = PolicyFiles(self.run_dir, self.policy)
+        self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
+        self.policy_files = saving.PolicyFiles(self.run_dir, self.policy)
         self.report = RunReport(self.run_dir, self.loggers, self.progress_bar)
         self.monitor = TrialMonitor(
             self.online_buffer, self.report.window, self.run_dir, self.success_threshold
@@ -184,7 +177,7 @@ class AMAGOTrainer:
         with self._session():
             self._begin()
             batches = iter(self.collector)
-            while not self.is_done:
+            while not self._stop and counts.updates < self.total_updates:
                 if not counts.updates_left:
                     if not self._collect(batches):
                         break
@@ -206,14 +199,10 @@ class AMAGOTrainer:
             self._end()
         return self._outcome
 
-    @property
-    def is_done(self) -> bool:
-        """True if no update is to follow."""
-        return self._stop or self.counts.updates >= self.total_updates
-
-    def request_stop(self) -> None:
-        """End the run after the running update, as if that had been the last one."""
-        self._stop = True
+    def request_stop(self, outcome: Outcome | None = None) -> None:
+        """End the run after the running update, by default as if that had been the last one."""
+        # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
+        self._outcome, self._stop = outcome or self._outcome, True
 
     def resume(self, path: str | Path | None = None, *, missing_ok: bool = False) -> AMAGOTrainer:
         """Go back to a checkpoint; :meth:`train` continues from there.
@@ -233,15 +222,15 @@ class AMAGOTrainer:
         self._acquire_lock()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._lock.close)
-            if not missing_ok or CheckpointStore(path or self.run_dir).latest() is not None:
+            if not missing_ok or saving.CheckpointStore(path or self.run_dir).latest() is not None:
                 self._load(self.checkpoints.find(path))
             on_error.pop_all()
         return self
 
     def _begin(self) -> None:
         if not self._is_resumed:
-            check_no_existing_run(self.run_dir)
-        metadata, update = run_metadata(self), self.counts.updates
+            saving.check_no_existing_run(self.run_dir)
+        metadata, update = saving.run_metadata(self), self.counts.updates
         self.report.open(self.total_updates, update, metadata["settings"] | metadata["options"])
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.report.log_line(
@@ -311,7 +300,7 @@ class AMAGOTrainer:
         with self.report.timed("checkpoint"):
             self._rollouts.capture()
             state, updates = self.components.state_dict(), self.counts.updates
-            metadata = {**run_metadata(self), "frames": self.counts.frames}
+            metadata = {**saving.run_metadata(self), "frames": self.counts.frames}
             self.checkpoints.save(updates, state, self.online_buffer, metadata)
             self._saved_at = updates
             self._rollouts.sync_policy()
@@ -331,7 +320,7 @@ class AMAGOTrainer:
         """Hold the lock, handle signals, and close everything at the end."""
         self._acquire_lock()
         try:
-            with on_signals(self._stop_on_signal):
+            with on_signals(self.request_stop):
                 yield
         except KeyboardInterrupt:
             self._outcome = "interrupted"
@@ -350,9 +339,6 @@ class AMAGOTrainer:
                 f"{self.checkpoints.latest()}. To go on: resume() and train()."
             )
 
-    def _stop_on_signal(self, outcome: Outcome) -> None:
-        self._outcome, self._stop = outcome, True
-
     def _acquire_lock(self) -> None:
         """Lock the run's folder, and remove what dead processes left there."""
         if self._has_lock:
@@ -366,12 +352,12 @@ class AMAGOTrainer:
 
     def _load(self, checkpoint: Path) -> None:
         if checkpoint.parents[1].resolve() != self.run_dir.resolve():
-            check_no_existing_run(self.run_dir)
-        metadata, own = run_metadata(self), self.components.state_dict()
+            saving.check_no_existing_run(self.run_dir)
+        metadata, own = saving.run_metadata(self), self.components.state_dict()
         state = self.checkpoints.load(checkpoint, own, metadata["settings"])
         self.checkpoints.load_replay(checkpoint, self.online_buffer)
         self.components.load_state_dict(state)
         saved = files.read_manifest(checkpoint)["options"]
-        for name, (old, new) in differences(saved, metadata["options"]).items():
+        for name, (old, new) in saving.differences(saved, metadata["options"]).items():
             torchrl_logger.info(f"resumed with {name}={new} instead of {old}")
         self._is_resumed, self._saved_at = True, self.counts.updates

@@ -49,7 +49,6 @@ def make_trainer(
 
     Args:
         env: batched environment with trial and previous-step transforms.
-        policy: from :func:`~torchrl_amago.modules.make_policy`.
         trial_length: largest number of steps in a trial.
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
@@ -60,8 +59,7 @@ def make_trainer(
             made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
-        learning_rate: peak learning rate of AdamW.
-        warmup_updates, final_lr_fraction: see :func:`make_schedule`.
+        learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
         clip_norm, precision: see :class:`FiniteOptimizationStepper`.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
@@ -89,27 +87,19 @@ def make_trainer(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
-    loss_module = pick("loss", loss, LOSSES)(
-        policy, critic_options=critic_options, **(loss_options or {})
-    )
+    make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
+    loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
-    collector = TrialCollector(
-        env,
-        policy,
-        frames_per_batch=env.batch_size.numel() * (round_steps or trial_length),
-        replay_buffer=online_part(buffer),
-        fragment_length=fragment_length,
-    )
+    frames = env.batch_size.numel() * (round_steps or trial_length)
+    fragments = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
+    collector = TrialCollector(env, policy, frames_per_batch=frames, **fragments)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     return AMAGOTrainer(
-        collector,
-        loss_module,
-        optimizer,
-        buffer,
+        *(collector, loss_module, optimizer, buffer),
         target_updater=SoftUpdate(loss_module, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
         stepper=FiniteOptimizationStepper(clip_norm, precision),

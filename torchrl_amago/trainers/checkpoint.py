@@ -30,7 +30,7 @@ from torchrl_amago import _files as files
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.trainers.report import PROGRESS_FILE
+from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 5
