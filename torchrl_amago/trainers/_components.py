@@ -135,8 +135,7 @@ class Rollouts:
         if env_state := collector.get("env_state_dict"):
             self.collector.env.load_state_dict(env_state)
         # The uninterrupted run loads them too: loading hands out new numbers of trials.
-        numbers = collector.keys() - {"env_state_dict", "in_progress"}
-        if numbers:
+        if numbers := collector.keys() - {"env_state_dict", "in_progress"}:
             self.collector.load_state_dict({k: collector[k] for k in numbers}, strict=False)
         # Some environments seed torch's generator too, from which exploration draws its noise.
         rng = torch.get_rng_state()

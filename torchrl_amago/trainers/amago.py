@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchrl import logger as torchrl_logger
@@ -21,11 +21,11 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 
 from torchrl_amago import _files as files
+from torchrl_amago._signals import on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
-from torchrl_amago.trainers._signals import on_signals
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
@@ -78,8 +78,8 @@ class AMAGOTrainer:
         settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
-        callbacks: called with the trainer after every update; may return numbers by name, whose
-            means join the next row.
+        callbacks: called with the trainer after every update; means of what they return by name
+            join the next row.
 
     Example:
         >>> import tempfile
@@ -159,8 +159,8 @@ class AMAGOTrainer:
         }
         parts = {name: part for name, part in parts.items() if part is not None}
         self.components = Components(**parts, **self.components)
-        self._written = 0  # steps in the buffer's history when frames were counted last
-        self._saved_at = -1
+        # Update of the last checkpoint; steps ever written when frames were counted last.
+        self._saved_at, self._written = -1, 0
         self._is_resumed = self._stop = self._has_lock = False
         self._outcome: Outcome = "finished"
         self._lock = contextlib.ExitStack()
@@ -233,11 +233,9 @@ class AMAGOTrainer:
         metadata, update = saving.run_metadata(self), self.counts.updates
         self.report.open(self.total_updates, update, metadata["settings"] | metadata["options"])
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.report.log_line(
-            f"{'goes on' if self._is_resumed else 'begins'} in {self.run_dir}, update {update} of "
-            f"{self.total_updates}: {sum(map(Tensor.numel, weights))} parameters on "
-            f"{weights[0].device}, {self.updates_per_round} updates a round"
-        )
+        size, verb = sum(p.numel() for p in weights), "goes on" if self._is_resumed else "begins"
+        where = f"in {self.run_dir}, update {update} of {self.total_updates}"
+        self.report.log_line(f"{verb} {where}: {size} parameters on {weights[0].device}")
         if not self._is_resumed:
             self.monitor.skip_existing()
             if self.seed is not None:
@@ -272,8 +270,7 @@ class AMAGOTrainer:
         buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
         if self.replay_buffer.can_sample():
             counts.updates_left = self.updates_per_round
-        elif not buffer.can_sample() and self._written >= 2 * capacity:
-            # The run would wait forever.
+        elif not buffer.can_sample() and self._written >= 2 * capacity:  # it would wait forever
             raise RuntimeError(
                 "the replay buffer must hold min_trials="
                 f"{getattr(buffer.sampler, 'min_trials', 1)} trials before the first update, and "

@@ -70,8 +70,7 @@ def make_trainer(
 
     Example:
         >>> import tempfile
-        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-        >>> from torchrl_amago.modules import make_policy
+        >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> policy = make_policy(env, context_length=18, seq_model_options={"d_model": 16})
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -95,11 +94,12 @@ def make_trainer(
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     frames = env.batch_size.numel() * (round_steps or trial_length)
-    fragments = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
-    collector = TrialCollector(env, policy, frames_per_batch=frames, **fragments)
+    options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
+    collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
+    parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(
-        *(collector, loss_module, optimizer, buffer),
+        *parts,
         target_updater=SoftUpdate(loss_module, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
         stepper=FiniteOptimizationStepper(clip_norm, precision),

@@ -5,8 +5,6 @@ A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
     manifest.json    counts, settings, options, versions, size and SHA-256 of the other files
     state.npz        all tensors and numbers, but for the replay's
     replay/          the replay buffer, by its `dumps`
-
-A policy is a file like ``state.npz``.
 """
 
 from __future__ import annotations
@@ -39,10 +37,7 @@ _NAME = "update_{:07d}"
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the ``keep`` newest that are intact.
-
-    Copies under other names are never removed.
-    """
+    """The checkpoints of one run: the ``keep`` newest; copies under other names stay."""
 
     def __init__(self, run_dir: str | Path, keep: int = 2) -> None:
         check_counts("A run without a checkpoint cannot be resumed.", keep_checkpoints=keep)
@@ -76,14 +71,14 @@ class CheckpointStore:
         self, update: int, state: Mapping[str, Any], buffer: ReplayBuffer, about: Mapping[str, Any]
     ) -> Path:
         """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
-        final, modules = self.folder / _NAME.format(update), (torch, torchrl, tensordict)
+        final = self.folder / _NAME.format(update)
         sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
         with files.replace_folder(final) as folder:
             save_state(folder / _STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
                 buffer.dumps(folder / _REPLAY)
-            versions = {module.__name__: module.__version__ for module in modules}
+            versions = {x.__name__: x.__version__ for x in (torch, torchrl, tensordict)}
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "update": update,
@@ -105,10 +100,9 @@ class CheckpointStore:
             ValueError: for other parts, shapes or settings than ``state`` and ``settings`` have.
         """
         if problem := _problem(path):
-            others = CheckpointStore(path.parents[1]).paths()
-            intact = next((other for other in others if not _problem(other)), None)
             remedy = "There is no other intact checkpoint in this run: start a new run."
-            if intact is not None:
+            others = CheckpointStore(path.parents[1]).paths()
+            if intact := next((other for other in others if not _problem(other)), None):
                 remedy = f"The newest intact one is {intact}: resume from that path."
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
@@ -124,7 +118,6 @@ class CheckpointStore:
 
 
 def _problem(path: Path) -> str | None:
-    """Describe the damage of a checkpoint, or return None."""
     version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         return f"{path} has format version {version}, and this code reads {FORMAT_VERSION} only"

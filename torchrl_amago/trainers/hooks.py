@@ -17,13 +17,12 @@ from torchrl_amago import keys
 from torchrl_amago.trainers.nonfinite import check_data
 from torchrl_amago.trainers.report import MetricWindow, Results, evaluation_metrics
 
+#: Called without arguments; returns numbers by name or `TrialResults`.
 Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
     """Evaluates every ``interval`` collected batches; training's random numbers stay as they are.
-
-    The evaluator is called without arguments, and returns numbers by name or ``TrialResults``.
 
     Example:
         >>> EvaluationHook(lambda: {"score": 3.0})()
@@ -34,7 +33,6 @@ class EvaluationHook(TrainerHookBase):
         self.evaluator, self.interval, self._batches = evaluator, interval, 0
 
     def register(self, trainer: Trainer, name: str = "evaluation") -> None:
-        """Evaluate after the updates of a batch, and log with the trainer."""
         trainer.register_op("post_steps_log", self)
         trainer.register_module(name, self)
 
@@ -91,14 +89,12 @@ class TrialMonitor(TrainerHookBase):
         success_threshold: float = 0.0,
     ) -> None:
         self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
-        self.window = MetricWindow() if window is None else window
-        self.success_threshold = success_threshold
+        self.window, self.success_threshold = window or MetricWindow(), success_threshold
         self.seen = self.trials = 0
         # Unfinished trials by their next time index: return and length of what is written.
         self._unfinished: dict[int, list[tuple[float, int]]] = {}
 
     def register(self, trainer: Trainer, name: str = "trial_monitor") -> None:
-        """Log with a stock trainer, after each collected batch."""
         trainer.register_op("pre_steps_log", self)
         trainer.register_module(name, self)
 
@@ -165,12 +161,12 @@ class TrialMonitor(TrainerHookBase):
 
     def _add_successes(self, steps: TensorDictBase, done: Tensor) -> None:
         entries = (keys.EPISODE_IDX, ("next", keys.EPISODE_RETURN), ("next", keys.SOFT_RESET))
-        episode, gain, soft_reset = (steps.get(key, None) for key in entries)
-        if episode is None or gain is None or soft_reset is None:
+        found = [steps.get(key, None) for key in entries]
+        if any(value is None for value in found):
             return  # not a task of episodes
-        success = (gain > self.success_threshold).reshape(-1)
-        is_end = done | soft_reset.reshape(-1)
-        for name, at in {"first": is_end & (episode.reshape(-1) == 0), "last": done}.items():
+        episode, gain, soft_reset = (value.reshape(-1) for value in found)
+        success, is_first = gain > self.success_threshold, (done | soft_reset) & (episode == 0)
+        for name, at in {"first": is_first, "last": done}.items():
             self.window.add(f"train/success_{name}", success[at].sum().item(), int(at.sum()))
 
     def state_dict(self) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +73,7 @@ def describe_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBas
     """Describe a loss or gradient that is not finite, for :class:`NonFiniteError`."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
     bad = ", ".join(f"{key!r} ({x})" for key, x in named.items() if not math.isfinite(x))
-    bad = bad or f"the gradients (norm {grad_norm})"
-    found = nonfinite_entries(batch)
+    bad, found = bad or f"the gradients (norm {grad_norm})", nonfinite_entries(batch)
     data = f"in the batch: {found}" if found else "the batch itself is finite"
     return f"losses and gradients must be finite, but not so: {bad}; {data}"
 
@@ -85,18 +84,15 @@ def explain_nonfinite_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
 
     Sampling an action from NaN fails in many ways, before the rollout's data can be checked.
     """
-    if not isinstance(policy, nn.Module):
-        yield
-        return
-    inputs: dict[str, Any] = {}
-    hook = policy.register_forward_pre_hook(lambda _, args: inputs.update(last=args and args[0]))
-    try:
-        yield
-    except Exception as error:
-        last = inputs.get("last")
-        if is_tensor_collection(last) and (found := nonfinite_entries(last)):
-            problem = f"the policy's inputs must be finite, but NaN or infinity is in {found}"
-            raise NonFiniteError(problem, last, run_dir) from error
-        raise
-    finally:
-        hook.remove()
+    hook, inputs = nullcontext(), {"last": None}
+    if isinstance(policy, nn.Module):
+        hook = policy.register_forward_pre_hook(lambda _, x: inputs.update(last=x and x[0]))
+    with hook:
+        try:
+            yield
+        except Exception as error:
+            last = inputs["last"]
+            if is_tensor_collection(last) and (found := nonfinite_entries(last)):
+                problem = f"the policy's inputs must be finite, but NaN or infinity is in {found}"
+                raise NonFiniteError(problem, last, run_dir) from error
+            raise

@@ -23,11 +23,7 @@ from torchrl_amago.progress import PROGRESS_FILE, ProgressTable
 
 ACTIVITIES = ("training", "evaluation", "checkpoint")
 #: Columns that depend on the machine's speed.
-CLOCK_COLUMNS = (
-    *(f"seconds_{activity}" for activity in ACTIVITIES),
-    "frames_per_second",
-    "updates_per_second",
-)
+CLOCK_COLUMNS = (*(f"seconds_{x}" for x in ACTIVITIES), "frames_per_second", "updates_per_second")
 # Metrics on the terminal, under short names, from the latest row that has them.
 _DISPLAYED = {
     "eval/trial_return": "return",
@@ -80,8 +76,7 @@ class RunReport:
         self.run_dir, self.progress_bar, self.loggers = run_dir, progress_bar, list(loggers)
         self.window, self.table = MetricWindow(), ProgressTable(run_dir / PROGRESS_FILE)
         self.seconds, self._since = dict.fromkeys(ACTIVITIES, 0.0), time.perf_counter()
-        self._logger_states: list[dict[str, Any]] = []
-        self._bar, self._latest = tqdm(disable=True), {}
+        self._bar, self._latest, self._logger_states = tqdm(disable=True), {}, []
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
     def _read_clock(self, activity: str = "training") -> None:
@@ -100,8 +95,7 @@ class RunReport:
 
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and progress bar, and log the run's settings."""
-        plain = (bool, int, float, str)
-        hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
+        hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
         states = dict(enumerate(self._logger_states))
         for i, name in enumerate(self.loggers):
             saved = states.get(i, {})
@@ -110,15 +104,13 @@ class RunReport:
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
             # Other loggers would list a resumed run a second time.
-            if not saved or _is_wandb(logger):
+            if not saved or "wandb" in type(logger).__name__.lower():
                 logger.log_hparams(hparams)
-        # disable=None is tqdm's own test for a terminal.
-        disable = None if self.progress_bar else True
+        disable = None if self.progress_bar else True  # None is tqdm's own test for a terminal
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
         self._since = time.perf_counter()
 
     def log_line(self, line: str) -> None:
-        """Log a line where no progress bar is shown."""
         if self.progress_bar and self._bar.disable:
             torchrl_logger.info(line)
 
@@ -203,21 +195,16 @@ def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = 
     if not isinstance(logger, str):
         return logger
     check_choice("loggers", logger, ("tensorboard", "wandb"))
-    folder = str(run_dir)
     try:
         if logger == "tensorboard":
-            return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=folder)
-        return torchrl_loggers.WandbLogger(Path(folder).name, save_dir=folder, id=run_id)
+            return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=str(run_dir))
+        return torchrl_loggers.WandbLogger(Path(run_dir).name, save_dir=str(run_dir), id=run_id)
     except ImportError as error:
         raise ImportError(f'{error}. Run pip install "torchrl-amago[{logger}]".') from error
 
 
-def _is_wandb(logger: Logger) -> bool:
-    return "wandb" in type(logger).__name__.lower()
-
-
 def _log_picture(logger: Logger, name: str, path: Path, update: int) -> None:
-    if _is_wandb(logger):
+    if "wandb" in type(logger).__name__.lower():
         import wandb
 
         logger.log_metrics({name: wandb.Image(str(path))}, step=update)
