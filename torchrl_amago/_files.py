@@ -200,11 +200,8 @@ def reserve(file: Path, start: int, stop: int) -> None:
         return
     with explain_full_disk(file, stop - start):
         if hasattr(os, "posix_fallocate"):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                os.posix_fallocate(descriptor, start, stop - start)
-            finally:
-                os.close(descriptor)
+            with file.open("ab") as stream:
+                os.posix_fallocate(stream.fileno(), start, stop - start)
         elif shutil.disk_usage(file.parent).free < stop - start:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -185,9 +185,7 @@ def plot_trial_strip(
     Args:
         frames: pictures `[H, W, 3]` uint8 of each episode, as `rollout_pictures` returns.
         path: PNG (or PDF, SVG) to write.
-        titles: text beside each episode; its number by default.
-        headings: text over each column; the step's number by default.
-        picture_inches: side of a picture.
+        titles, headings: text beside each episode and over each column; by default numbers.
 
     Example:
         >>> import tempfile

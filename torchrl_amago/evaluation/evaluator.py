@@ -47,14 +47,9 @@ class HeldOutEvaluator:
 
     def evaluate(self, num_trials: int, *, greedy: bool = True) -> TrialResults:
         """Play `num_trials`, rounded up to equally many in each environment of the batch."""
-        return evaluate(
-            self.policy,
-            self.env,
-            trials_per_env=max(1, math.ceil(num_trials / self.env.batch_size.numel())),
-            greedy=greedy,
-            seed=self.seed,
-            success_threshold=self.success_threshold,
-        )
+        number = max(1, math.ceil(num_trials / self.env.batch_size.numel()))
+        options = {"seed": self.seed, "success_threshold": self.success_threshold}
+        return evaluate(self.policy, self.env, trials_per_env=number, greedy=greedy, **options)
 
     def evaluate_greedy_and_sampled(self, num_trials: int) -> EvaluationResults:
         """Play trials greedily, then with sampled actions, both from the same seed."""

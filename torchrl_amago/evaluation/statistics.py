@@ -55,7 +55,6 @@ def bootstrap_mean(
     Args:
         values: `[N, ...]`; missing values are NaN and don't count.
         confidence: probability mass between the two ends.
-        resamples: bootstrap samples.
 
     Returns:
         Three arrays of shape `[...]`, NaN in a column without values.

@@ -65,7 +65,6 @@ def make_trainer(
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
-        loss_options: further arguments of the loss.
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Example:

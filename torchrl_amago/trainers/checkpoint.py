@@ -145,12 +145,11 @@ def check_no_existing_run(run_dir: str | Path) -> None:
 
 def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
     """Return a trainer's settings, which a resumed run must share, and its options."""
-    loss = getattr(trainer.loss_module, "settings", {})
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     tau, env = getattr(trainer.target_updater, "eps", None), getattr(trainer.collector, "env", None)
     settings = {
-        **{f"policy.{name}": value for name, value in policy_settings(trainer.policy).items()},
-        **{f"loss.{name}": value for name, value in loss.items()},
+        **{f"policy.{k}": v for k, v in policy_settings(trainer.policy).items()},
+        **{f"loss.{k}": v for k, v in getattr(trainer.loss_module, "settings", {}).items()},
         **trainer.settings,
         "replay_buffer": type(trainer.online_buffer).__name__,
         "seed": trainer.seed,

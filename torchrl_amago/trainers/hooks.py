@@ -76,9 +76,8 @@ class TrialMonitor(TrainerHookBase):
         >>> rb = make_trial_buffer(1000, slice_length=4, batch_size=4)
         >>> env = make_trial_env(TMaze(3, batch_size=[6]), episodes=1)
         >>> _ = rb.extend(env.rollout(4).reshape(-1))
-        >>> metrics = TrialMonitor(rb)()
-        >>> metrics["trials"], metrics["train/trial_length"]
-        (6, 4.0)
+        >>> TrialMonitor(rb)()["train/trial_length"]
+        4.0
     """
 
     def __init__(

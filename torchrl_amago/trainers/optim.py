@@ -43,8 +43,7 @@ def make_optimizer(
 
     Args:
         learning_rate: 1e-4 is AMAGO's (arXiv 2310.09971, Table 2).
-        weight_decay: decoupled decay, multiplied by the learning rate at each update; not for
-            norms, biases, gains and scales.
+        weight_decay: of weights; norms, biases, gains and scales don't decay.
         decay_all: decay every parameter, as the public AMAGO code does.
 
     Example:
