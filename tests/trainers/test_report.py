@@ -12,7 +12,19 @@ from torchrl_amago._files import DamagedError
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import ProgressTable, read_progress
-from torchrl_amago.trainers.report import MetricWindow, RunReport, make_logger
+from torchrl_amago.trainers.report import (
+    MetricWindow,
+    RunReport,
+    evaluation_metrics,
+    make_logger,
+)
+
+RESULTS = TrialResults(
+    episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+    episode_success=torch.tensor([[False, True], [True, True]]),
+    trial_return=torch.tensor([2.0, 2.0]),
+    trial_length=torch.tensor([4, 6]),
+)
 
 
 def test_rows_are_on_disk_and_columns_may_come_late(tmp_path):
@@ -62,6 +74,13 @@ def test_a_table_that_cannot_be_read(tmp_path, content):
     (tmp_path / "progress.csv").write_bytes(content)
     with pytest.raises(DamagedError, match=r"progress\.csv must be a table of numbers, but"):
         read_progress(tmp_path)
+
+
+def test_evaluation_metrics():
+    assert evaluation_metrics({"score": torch.tensor(2.0)}) == {"eval/score": 2.0}
+    metrics = evaluation_metrics(RESULTS)
+    names = ("trial_return", "trial_length", "success_first", "success_last")
+    assert [metrics[f"eval/{name}"] for name in names] == [2.0, 5.0, 0.5, 1.0]
 
 
 def test_window_means():
@@ -133,13 +152,7 @@ def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path, monke
     logger = ListLogger(tmp_path)
     report = RunReport(tmp_path / "run", [logger], progress_bar=False)
     report.open(10, 0, {"tau": 0.01, "discounts": (0.9, 0.99)})
-    results = TrialResults(
-        episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
-        episode_success=torch.tensor([[False, True], [True, True]]),
-        trial_return=torch.tensor([2.0, 2.0]),
-        trial_length=torch.tensor([4, 6]),
-    )
-    report.write_row(update=5, frames=40, extra={}, evaluation=results)
+    report.write_row(update=5, frames=40, extra={}, evaluation=RESULTS)
     report.close()
     assert logger.logged[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
     expected = [

@@ -53,7 +53,7 @@ class Intervals:
 
 @dataclass(eq=False, repr=False)
 class AMAGOTrainer:
-    """Collects whole trials and updates ``updates_per_round`` times, again and again.
+    """Training loop: collects a batch of whole trials, makes ``updates_per_round`` updates, repeats.
 
     `docs/training.md` describes files, signals, loggers, resuming, and what may change on resume.
 

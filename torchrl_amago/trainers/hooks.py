@@ -22,7 +22,7 @@ Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
-    """Evaluates every ``interval`` collected batches; training's random numbers stay as they are.
+    """Evaluation every ``interval`` collected batches; training's random numbers stay as they are.
 
     Example:
         >>> EvaluationHook(lambda: {"score": 3.0})()
@@ -58,7 +58,7 @@ def run_evaluator(evaluator: Evaluator) -> Results:
 
 
 class TrialMonitor(TrainerHookBase):
-    """Counts collected trials, averages their returns and successes, and stops on NaN and infinity.
+    """Monitor of collected trials: their number, mean returns and successes; NaN stops the run.
 
     Every step is read once, after a collector has written it. A trial that is written in fragments
     counts once its last one is there. They are joined by ``time_idx``; without it, the fragments of

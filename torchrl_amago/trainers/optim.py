@@ -92,7 +92,7 @@ def make_schedule(
 
 
 class FiniteOptimizationStepper(OptimizationStepper):
-    """Computes loss, gradients, clipping and optimiser step; raises before anything changes on NaN.
+    """Update with clipped gradients that raises on NaN or infinity before anything changes.
 
     The sum of the loss's outputs whose names begin with ``loss`` is minimised, the others are
     metrics. The batch is checked before the forward, which updates running statistics. A stock

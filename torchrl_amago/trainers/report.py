@@ -68,7 +68,7 @@ class MetricWindow:
 
 
 class RunReport:
-    """Writes each row to ``progress.csv``, the terminal (or as lines) and the loggers."""
+    """Writer of rows to ``progress.csv``, the terminal (or as lines) and the loggers."""
 
     def __init__(
         self, run_dir: Path, loggers: Sequence[str | Logger] = (), progress_bar: bool = True
