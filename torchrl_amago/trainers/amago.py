@@ -53,7 +53,7 @@ class Intervals:
 
 @dataclass(eq=False, repr=False)
 class AMAGOTrainer:
-    """Training loop: collects a batch of whole trials, makes ``updates_per_round`` updates, repeats.
+    """Loop that collects whole trials and makes ``updates_per_round`` updates, again and again.
 
     `docs/training.md` describes files, signals, loggers, resuming, and what may change on resume.
 
