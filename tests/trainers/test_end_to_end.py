@@ -164,7 +164,7 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
         process = forked.Process(target=run_or_resume, args=(tmp_path, number))
         process.start()
         while process.is_alive() and modification_times(tmp_path) in (before, None):
-            time.sleep(0.005)
+            time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
         process.kill()
         process.join()
