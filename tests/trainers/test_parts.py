@@ -130,6 +130,17 @@ def test_the_seed_decides_the_trials_that_begin(tmp_path):
     assert not torch.equal(first_steps(rollouts), first)
 
 
+def test_a_resumed_run_forgets_trials_that_cannot_go_on(tmp_path):
+    first = make_trainer(tmp_path, total_updates=6)
+    unfinished = {99: [(1.0, 99)]}
+    first.callbacks.append(lambda trainer: trainer.monitor._unfinished.update(unfinished))
+    first.train()
+    resumed = make_trainer(tmp_path, total_updates=7).resume()
+    assert resumed.monitor._unfinished == unfinished
+    resumed.train()
+    assert not resumed.monitor._unfinished
+
+
 def test_restarting_leaves_torchs_generator_alone(tmp_path):
     trainer = make_trainer(tmp_path)
     rollouts = trainer.components["rollouts"]

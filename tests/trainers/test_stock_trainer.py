@@ -176,6 +176,7 @@ def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync, monke
         replay_buffer=rb,
     )
     options = {"exploration": policy.exploration, "policy": policy, "total_updates": 4}
+    options["intervals"] = Intervals(log=2, checkpoint=2)  # and the workers go on
     trainer = make_our_trainer(collector, loss, rb, tmp_path / "run", **options)
     assert trainer.train() == "finished"
     rows = read_progress(tmp_path / "run")

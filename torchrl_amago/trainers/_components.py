@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -103,8 +103,8 @@ class Rollouts:
         if self._has_own_policy:
             self.collector.update_policy_weights_()
 
-    def start(self) -> None:
-        """Begin the trials of a new run, or go on from the loaded checkpoint."""
+    def start(self) -> bool:
+        """Go on from the loaded checkpoint; return False if new trials begin instead."""
         saved = self._saved
         if not saved:
             return self._restart(_draw_seed(), self._collector_state())
@@ -112,11 +112,12 @@ class Rollouts:
         seed, problem = saved["seed"], "this collector cannot save them"
         if seed is None:
             try:
-                return self.collector.load_state_dict(saved["collector"], strict=False)
+                self.collector.load_state_dict(saved["collector"], strict=False)
+                return True
             except ValueError as error:
                 seed, problem = _draw_seed(), str(error)
         torchrl_logger.info(f"the trials in progress at the checkpoint end here: {problem}")
-        self._restart(seed, saved["collector"])
+        return self._restart(seed, saved["collector"])
 
     def capture(self) -> None:
         """Take the state for a checkpoint."""
@@ -126,12 +127,13 @@ class Rollouts:
 
     def go_on(self) -> bool:
         """Go on after a checkpoint; return False if it ended the trials in progress."""
-        if self._saved["seed"] is not None:
-            self._restart(self._saved["seed"], self._saved["collector"])
-        return self._saved["seed"] is None
+        # Collectors of several processes, whose runs are not exact, can't be reset while they run.
+        if self._saved["seed"] is None or not self._is_local:
+            return True
+        return self._restart(self._saved["seed"], self._saved["collector"])
 
-    def _restart(self, seed: int, collector: Mapping[str, Any]) -> None:
-        """Begin new trials, determined by ``seed`` and torch's generator."""
+    def _restart(self, seed: int, collector: Mapping[str, Any]) -> Literal[False]:
+        """Begin new trials, determined by ``seed`` and torch's generator; return False."""
         if env_state := collector.get("env_state_dict"):
             self.collector.env.load_state_dict(env_state)
         # The uninterrupted run loads them too: loading hands out new numbers of trials.
@@ -142,6 +144,7 @@ class Rollouts:
         self.collector.set_seed(seed)
         torch.set_rng_state(rng)
         self.collector.reset()
+        return False
 
     def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.

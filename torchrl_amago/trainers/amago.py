@@ -243,7 +243,8 @@ class AMAGOTrainer:
                 np.random.seed(self.seed % 2**32)
                 random.seed(self.seed)
         self._rollouts.sync_policy()
-        self._rollouts.start()
+        if not self._rollouts.start():
+            self.monitor.forget_unfinished()
         self._written = self.online_buffer.write_count
         if self._is_resumed:
             # A crash may have come between a checkpoint and its policy's file.

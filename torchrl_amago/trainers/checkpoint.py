@@ -50,7 +50,6 @@ class CheckpointStore:
         return sorted(found, key=lambda path: (_sequence(path), path.name), reverse=True)
 
     def latest(self) -> Path | None:
-        """Return the checkpoint written last, or None."""
         return next(iter(self.paths()), None)
 
     def find(self, path: str | Path | None = None) -> Path:

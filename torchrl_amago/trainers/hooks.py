@@ -113,8 +113,7 @@ class TrialMonitor(TrainerHookBase):
 
     def update(self) -> None:
         """Read the new steps into the window."""
-        steps = self._new_steps()
-        if steps is None:
+        if (steps := self._new_steps()) is None:
             return
         check_data(steps, self.run_dir, "collected observations and rewards")
         done = steps.get(("next", "done")).reshape(-1)
