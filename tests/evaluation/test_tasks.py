@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gymnasium as gym
 import pytest
 import torch
+from torchrl.envs import SerialEnv
 
 from torchrl_amago.envs import gymnasium_rows, make_trial_env
 from torchrl_amago.evaluation import TrialResults, evaluate
@@ -27,6 +30,19 @@ def test_results_by_task_and_group(tmp_path):
     again = TrialResults.load(tmp_path / "results.npz")
     pooled = TrialResults.concatenate([again, again])
     assert pooled.by_task("return") == pytest.approx(expected)
+
+
+def test_tasks_in_other_processes_have_numbers():
+    def rows():
+        return gymnasium_rows(["CartPole-v1"] * 2, max_episode_steps=4)
+
+    for env in (SerialEnv(1, rows), rows()):
+        trials = make_trial_env(env, episodes=1)
+        results = evaluate(trials.rand_action, trials, trials_per_env=1)
+        assert results.by_task("return") == {"CartPole-v1": 4.0}
+    nameless = dataclasses.replace(results, task_names=())
+    assert nameless.by_task("return") == {"0": 4.0, "1": 4.0}
+    assert not any("/" in name for name in nameless.summary())
 
 
 def test_successes_that_the_environment_reports_count():

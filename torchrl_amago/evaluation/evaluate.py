@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
@@ -78,7 +78,7 @@ def evaluate(
             step, following = env.step_and_maybe_reset(policy(step))
             tally.add(_read(step["next"], read, success_threshold))
             step = following
-    return tally.results(getattr(env, "task_names", ()))
+    return tally.results(_task_names(env))
 
 
 @contextmanager
@@ -129,6 +129,15 @@ def _read(
     task_id = step_next.get(keys.TASK_ID, torch.full_like(done, -1, dtype=torch.int64))
     entries = reward, episode_return, soft_reset, done, success, task_id
     return [entry.reshape(-1).cpu().numpy() for entry in entries]
+
+
+def _task_names(env: EnvBase) -> Sequence[str]:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    if isinstance(env, SerialEnv):
+        return _task_names(env._envs[0])
+    # Workers would die of a missing attribute: tasks of a ParallelEnv have numbers only.
+    return () if isinstance(env, ParallelEnv) else getattr(env, "task_names", ())
 
 
 class _Tally:

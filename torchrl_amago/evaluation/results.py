@@ -60,7 +60,8 @@ class TrialResults:
     def by_task(self, measure: Measure = "success") -> dict[str, float]:
         """Return the mean over the trials of each task, and of each group of tasks, by name.
 
-        A group is the part of names before the first slash. Tasks without trials are NaN.
+        A group is the part of names before the first slash. Tasks without trials are NaN. Tasks
+        without names are called by their numbers.
 
         Example:
             >>> task, names = torch.tensor([0, 1, 1, 1]), ("train/reach", "train/push")
@@ -68,11 +69,13 @@ class TrialResults:
             >>> TrialResults(returns, returns > 0, returns, task, task, names).by_task()
             {'train/reach': 0.0, 'train/push': 1.0, 'train': 0.75}
         """
-        trials = {name: self.task_id == number for number, name in enumerate(self.task_names)}
-        for name in self.task_names:
-            group, slash, _ = name.partition("/")
-            if slash:
-                trials[group] = trials.get(group, False) | trials[name]
+        tasks = dict(enumerate(self.task_names))
+        if not tasks and self.task_id is not None:
+            tasks = {task: str(task) for task in self.task_id.unique().tolist() if task >= 0}
+        groups = {number: name.split("/")[0] for number, name in tasks.items()}
+        trials: dict[str, Tensor] = {}
+        for number, name in [*tasks.items(), *groups.items()]:
+            trials[name] = trials.get(name, False) | (self.task_id == number)
         values = self.by_episode(measure)
         return {name: values[rows].nanmean().item() for name, rows in trials.items()}
 
@@ -82,6 +85,7 @@ class TrialResults:
         `last` is each trial's own last episode.
         """
         success = self.by_episode("success")
+        by_task = self.by_task() if self.task_names else {}
         episode = torch.arange(success.shape[1])
         last = torch.where(self.episode_happened, episode, -1).amax(1, keepdim=True)
         return {
@@ -90,7 +94,7 @@ class TrialResults:
             "success": success.nanmean().item(),
             "success_first": success[:, 0].mean().item(),
             "success_last": success.gather(1, last).mean().item(),
-            **{f"success/{name}": mean for name, mean in self.by_task("success").items()},
+            **{f"success/{name}": mean for name, mean in by_task.items()},
         }
 
     def save(self, path: str | Path) -> None:

@@ -92,6 +92,11 @@ class GymnasiumEnv(GymWrapper):
         spec = self.observation_spec
         return {key: spec[key].encode(part, ignore_device=True) for key, part in parts.items()}
 
+    def read_done(self, **flags: Any) -> tuple[Any, ...]:
+        # With the last dimension, which SerialEnv and ParallelEnv expect of their environments.
+        *flags, is_over = super().read_done(**flags)
+        return *(flag.view(*self.batch_size, 1) for flag in flags), is_over
+
 
 class _InfoReader(BaseInfoDictReader):
     """Entries of ``info``: a missing success is False, a missing mask True, a missing task kept."""
