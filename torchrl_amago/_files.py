@@ -238,8 +238,10 @@ def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
+def lock(file: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold a lock between processes, released by the death of its holder; the file stays.
+
+    Several may hold a `shared` lock at once, for which the file must exist.
 
     Raises:
         BlockingIOError: with `wait=False`, while another process holds the lock.
@@ -248,18 +250,18 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
         yield
         return
     # Opened anew each time: a descriptor that is shared after a fork would share the lock.
-    with file.open("a+", encoding="utf-8") as stream:
+    with open(file, "rb" if shared else "a+b", buffering=0) as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(stream, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             stream.seek(0)
-            holder = stream.read().strip() or "another process"
+            holder = stream.read().decode().strip() or "another process"
             error.strerror = f"{file.parent} is in use by {holder}. Wait for it, or stop it"
             raise
         if not wait:
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            stream.flush()
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 

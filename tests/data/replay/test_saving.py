@@ -268,7 +268,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     ):
         load_replay(make_buffer(), path)
     write_manifest(path, manifest | {"format": "replay 9"})
-    with pytest.raises(ValueError, match=r"'torchrl_amago replay 3'.*got .*'replay 9'"):
+    with pytest.raises(ValueError, match=r"'torchrl_amago replay 4'.*got .*'replay 9'"):
         load_replay(make_buffer(), path)
 
     shutil.rmtree(path)

@@ -79,7 +79,7 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
     begin, entries = table.look()
     content, expected = (tmp_path / "table.bin").read_bytes(), (begin, entries.tolist())
     refused = 0
-    used = [*range(16), *range(4096, len(content))]
+    used = [*range(16), *range(ENTRY.itemsize, len(content))]
     for place in used:
         damaged = bytearray(content)
         damaged[place] ^= 1 << place % 8
@@ -93,7 +93,7 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
     assert refused == 16 + ENTRY.itemsize * len(entries)
 
 
-@pytest.mark.parametrize("size", [0, 16, 4096, -1])
+@pytest.mark.parametrize("size", [0, 16, ENTRY.itemsize, -1])
 def test_a_file_cut_short_is_refused(tmp_path, size):
     table = TrialTable.create(tmp_path / "table.bin", 10)
     write(table, [3])

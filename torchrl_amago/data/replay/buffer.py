@@ -20,13 +20,14 @@ from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
-from torchrl_amago.data.replay._storage import EvictedError, Mode, TrialStorage
+from torchrl_amago.data.replay._storage import Mode, TrialStorage
 from torchrl_amago.data.replay._trials import Trials
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
-_FORMAT = "torchrl_amago replay 3"
+_FORMAT = "torchrl_amago replay 4"
 # Fractions of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
 _MAX_FRACTION, _MEAN_FRACTION = 0.9, 0.1
+_PARTS = ("storage", "sampler", "writer")
 
 
 class TrialReplayBuffer(TensorDictReplayBuffer):
@@ -71,7 +72,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
-        super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
+        super().__init__(storage=storage, sampler=sampler, **options)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
         """Append a transform of slices, or insert a relabeller; see :meth:`insert_transform`."""
@@ -103,7 +104,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         lengths: Sequence[int] | None = None,
         update_priority: bool | None = None,
     ) -> Tensor:
-        """Store trials; the oldest ones make room. On an error nothing is stored.
+        """Store trials and return their numbers; the oldest make room.
 
         Args:
             tensordicts: steps ``[N]`` of whole trials, side by side.
@@ -111,12 +112,10 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
                 ``("next", "done")``, ``"terminated"`` or ``"truncated"`` is True.
             update_priority: has no effect; new trials get the largest priority so far.
 
-        Returns:
-            The trials' numbers.
-
         Raises:
             ValueError: for steps that aren't whole trials, don't fit into the buffer, have other
                 entries than those stored, or whose ``next`` isn't the root of the step after.
+                Nothing is stored then.
             OSError: if the disk is full.
             PermissionError: in mode ``"read"``.
         """
@@ -135,11 +134,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             self.storage._empty()
             self.sampler._empty()
 
-    def set_(self, *_: Any, **__: Any) -> None:
-        """Raise TypeError: trials don't change in place."""
-        TrialStorage.set(self.storage)
-
-    set_at_ = update_ = __setitem__ = set_
+    set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
 
     # -- reading ---------------------------------------------------------------------------------
 
@@ -165,12 +160,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         return self[-count:] if count > 0 else self[:0]
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
-        batch = None
-        with self._replay_lock:
-            while batch is None:
-                # Other processes may evict what is being read: then others are drawn.
-                with contextlib.suppress(EvictedError):
-                    batch = self._read(batch_size)
+        lock = self.storage.lock() if self._is_ours else contextlib.nullcontext()
+        with self._replay_lock, lock:
+            batch = self._read(batch_size)
         batch = self.transform(batch) if len(self.transform) else batch
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
@@ -179,41 +171,30 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         position_B, weight_B = self.sampler.draw(trials, batch_size)
         length_B, changed_BL = torch.from_numpy(trials.length[position_B]), TensorDict()
         if self.relabel is not None:
-            length_B, changed_BL = self._relabel(trials, position_B, length_B)
+            changed_BL = self._relabel(trials, position_B, length_B.unsqueeze(-1))
+            length_B = changed_BL.get(keys.MASK).sum(-1)
         step_BT, mask_BT = self.sampler.windows(length_B)
-        changed = changed_BL.keys(True, True)
+        changed = {key: x for key, x in changed_BL.items(True, True) if key != keys.MASK}
         names = [key for key in getattr(self.storage, "spec", ()) if key not in changed]
-        batch = self._get(trials, position_B, step_BT, names)
-        for key, value_BL in changed_BL.items(True, True):
+        batch = self._get(trials.index(position_B, step_BT), names)
+        for key, value_BL in changed.items():
             place_BT = step_BT + value_BL.shape[1] * torch.arange(batch_size).unsqueeze(-1)
             value_N = value_BL.flatten(0, 1).index_select(0, place_BT.flatten())
             batch.set(key, value_N.unflatten(0, step_BT.shape))
-        for key, value in self.sampler.info(mask_BT, weight_B).items():
-            batch.set(key, value)
+        batch.update(self.sampler.info(mask_BT, weight_B))
         number_B = torch.from_numpy(trials.number[position_B])
         return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
 
-    def _get(
-        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey]
-    ) -> TensorDictBase:
+    def _get(self, index: Tensor, names: Sequence[NestedKey]) -> TensorDictBase:
         """Read these entries of steps; all of them from TorchRL's storages."""
-        index_BT = trials.index(position_B, step_BT)
-        if not self._is_ours:
-            return self.storage[index_BT]
-        steps = self.storage.get(index_BT, names, reuse=True)
-        self.storage.check(trials, trials.number[position_B])
-        return steps
+        return self.storage.get(index, names, reuse=True) if self._is_ours else self.storage[index]
 
-    def _relabel(
-        self, trials: Trials, position_B: Any, length_B: Tensor
-    ) -> tuple[Tensor, TensorDictBase]:
-        """Return new lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
-        step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
-        inside_BL = torch.minimum(step_L, length_B1 - 1)
-        whole_BL = self._get(trials, position_B, inside_BL, self.relabel.in_keys)
-        whole_BL = whole_BL.select(*self.relabel.in_keys).set(keys.MASK, step_L < length_B1)
-        changed_BL = self.relabel.relabel_trials(whole_BL, self._rng)
-        return changed_BL.get(keys.MASK).sum(-1), changed_BL.exclude("collector")
+    def _relabel(self, trials: Trials, position_B: Any, length_B1: Tensor) -> TensorDictBase:
+        """Return the changed entries of trials, and their masks, ``[B, L]``."""
+        step_L, names = torch.arange(int(length_B1.max())), self.relabel.in_keys
+        index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
+        whole_BL = self._get(index_BL, names).select(*names).set(keys.MASK, step_L < length_B1)
+        return self.relabel.relabel_trials(whole_BL, self._rng)
 
     # -- priorities ------------------------------------------------------------------------------
 
@@ -248,7 +229,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with self._replay_lock, self._write_lock:
-            for name in ("storage", "sampler", "writer"):
+            for name in _PARTS:
                 getattr(self, name).dumps(path / name)
             state = None if self._rng is None else self._rng.get_state().tolist()
         (path / "generator.json").write_text(json.dumps(state))
@@ -258,7 +239,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
-                for name in ("storage", "sampler", "writer"):
+                for name in _PARTS:
                     getattr(self, name).loads(Path(path, name))
         if (state := json.loads(Path(path, "generator.json").read_text())) is not None:
             self.set_rng(torch.Generator())
@@ -297,8 +278,7 @@ def make_trial_buffer(
         prefetch: number of batches drawn ahead in threads. Batches then depend on when trials were
             written; with more than one, also on the threads' timing.
         generator: source of random numbers; torch's global generator by default.
-        options: of :class:`TrialSliceSampler`: `min_trials`, `sample_by`, `crop`, `padding` and so
-            on.
+        options: of :class:`TrialSliceSampler`, such as `min_trials`, `sample_by` and `crop`.
 
     Raises:
         ValueError: for an impossible size, or a folder of another format or capacity.
@@ -309,8 +289,6 @@ def make_trial_buffer(
 
     Example:
         >>> rb = make_trial_buffer(capacity=100, slice_length=4, batch_size=3)
-        >>> rb.can_sample()
-        False
         >>> done = (torch.arange(6) == 5).unsqueeze(-1)
         >>> _ = rb.extend(TensorDict({"next": {"done": done}}, [6]))
         >>> rb.can_sample(), rb.sample().shape
@@ -377,7 +355,3 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
             "was then, with that version of torchrl_amago."
         )
     rb.loads(path)
-
-
-def _identity(data: Any) -> Any:
-    return data
