@@ -62,13 +62,13 @@ def is_twice(key: Key, entries: Iterable[Key]) -> bool:
 
 
 def check_same(stored: Spec, given: Spec, place: object) -> None:
-    """Raise ValueError, naming the difference, unless two specs are the same."""
+    """Raise ValueError, naming the difference, unless two specs are the same or one is empty."""
     differing = [
         f"{'.'.join(key)}: {stored.get(key, 'nothing')} there, {given.get(key, 'nothing')} here"
         for key in sorted(stored.keys() | given.keys())
         if stored.get(key) != given.get(key)
     ]
-    if differing:
+    if stored and given and differing:
         raise ValueError(
             f"steps must have the entries of those in {place}, and differ in "
             f"{'; '.join(differing)}. Use the environment and policy that they were collected "

@@ -33,7 +33,7 @@ from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
 from torchrl_amago.data.replay._memory import ReusedMemory
-from torchrl_amago.data.replay._table import EMPTY, TrialTable
+from torchrl_amago.data.replay._table import TrialTable
 from torchrl_amago.data.replay._trials import Trials
 
 Mode = Literal["create", "continue", "read"]
@@ -61,44 +61,41 @@ class TrialStorage(LazyMemmapStorage):
         check_choice("mode", mode, get_args(Mode))
         given, path = path, files.temporary_folder(self, "trials_") if path is None else Path(path)
         self.path, self.mode, self.flush = path.absolute(), mode, flush
-        self._here, self._inode = self.path / "trials", None
-        self._table, self._known, self.spec = None, None, {}
-        self._memory = ReusedMemory()
+        self._here, self._inode, self._memory = self.path / "trials", None, ReusedMemory()
         if mode != "read":
             files.make_writable(self.path)
         with self.lock():
             if mode != "read":
                 files.recover(self.path, self._here.name)
-            exists = self._here.exists()
-            if exists and mode == "create":
+            found = files.read_json(self._here / "schema.json") if self._here.exists() else {}
+            if mode == "create" and found.get("entries"):
                 raise FileExistsError(
                     f"a new replay buffer needs a folder without one, and {self.path} holds one. "
                     "Choose another path, or use mode='continue' or mode='read'."
                 )
-            if (mode == "read" and not exists) or (mode != "create" and given is None):
+            if mode != "create" and (given is None or (mode == "read" and not found)):
                 raise FileNotFoundError(
                     f"mode={mode!r} needs the path of a folder with trials, and {given} has none. "
                     "Check the path; mode='continue' accepts a folder that has no trials yet."
                 )
-            if exists and capacity is None:
-                capacity = files.read_json(self._here / "schema.json").get("capacity")
+            capacity = found.get("capacity") if capacity is None else capacity
             check_counts("It is the number of steps to keep.", capacity=capacity)
             super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
-            self._facts = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": capacity}
             # Collectors of several processes would prepare a storage that awaits its first write.
-            self._storage, self.initialized = TensorDict(batch_size=[0]), True
-            if self.table() is None and exists:
-                _fail(f"{self._here / 'table.bin'} is missing")
+            self.initialized = True
+            self._facts = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": capacity}
+            if mode == "create" or not found:
+                self._create({})
+            self.table()
 
     # -- files -----------------------------------------------------------------------------------
 
-    def table(self) -> TrialTable | None:
-        """Return the table of the trials that are there now; None before the first write."""
-        file, inode = self._here / "table.bin", None
-        with contextlib.suppress(FileNotFoundError):
+    def table(self) -> TrialTable:
+        """Return the table of the trials that are there now."""
+        file, inode = self._here / "table.bin", self._inode
+        with contextlib.suppress(FileNotFoundError):  # while others replace the folder
             inode = os.stat(file).st_ino
-        # Loading, here or in another process, puts other files in place.
-        if inode not in (None, self._inode):
+        if inode is None or inode != self._inode:  # first, and after a load in any process
             self._open(file)
             self._inode = inode
         return self._table
@@ -125,7 +122,7 @@ class TrialStorage(LazyMemmapStorage):
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
-        size, num_rows = file.stat().st_size if file.exists() else -1, 3 * self.max_size + 2
+        size, num_rows = file.stat().st_size if file.exists() else -1, 4 * self.max_size
         if size < used * entry.nbytes:
             state = "is missing" if size < 0 else f"has {size}"
             _fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
@@ -188,7 +185,8 @@ class TrialStorage(LazyMemmapStorage):
         start_K = np.cumsum(count_K) - count_K
         checksum_K = layout.checksums(rows, start_K, count_K)
         with self.lock():
-            table = self.table() or self._create(spec)
+            table = self.table()
+            table = table if self.spec else self._create(spec)
             layout.check_same(self.spec, spec, self.path)
             trials, begin = table.place(lengths)
             trials["values"] = checksum_K
@@ -198,8 +196,8 @@ class TrialStorage(LazyMemmapStorage):
                 self._claim(file, _num_rows(trials) * content.shape[1])
             if begin != table.begin:
                 table.evict(begin)
-            shift_R = np.repeat(trials["first"] - start_K, count_K)
-            self._storage[torch.from_numpy(np.arange(len(rows)) + shift_R)] = rows
+            first = int(trials["first"][0])
+            self._storage[first : first + len(rows)] = rows
             for file in self._content if self.flush else ():
                 files.sync(file)
             numbers = table.announce(trials)
@@ -229,27 +227,21 @@ class TrialStorage(LazyMemmapStorage):
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
-        begin, entries = known = self.entries()
+        begin, entries = known = self.table().look()
         if known is not self._known:
             if _num_rows(entries) > len(self._storage) and len(entries):
                 self._inode = None  # others write to a saved folder, whose files have grown
                 return self.trials()
             first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
             number = begin + np.arange(len(entries))
-            self._trials = Trials(self._table, begin + len(entries), number, first, length)
+            self._trials = Trials(None, begin + len(entries), number, first, length)
             self._known = known
         return self._trials
-
-    def entries(self) -> tuple[int, np.ndarray]:
-        """Return the number of the oldest trial, and the table's entries of all."""
-        table = self.table()
-        return table.look() if table else EMPTY
 
     @property
     def written(self) -> int:
         """Steps written so far, by all processes."""
-        table = self.table()
-        return table.written if table else 0
+        return self.table().written
 
     def get(
         self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = False
@@ -286,7 +278,7 @@ class TrialStorage(LazyMemmapStorage):
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""
         with self.lock():
-            _, entries = self.entries()
+            _, entries = self.table().look()
             found = layout.checksums(self._storage, entries["first"], entries["length"] + 1)
             if changed := int((found != entries["values"]).sum()):
                 rows = self._here / "rows"
@@ -294,26 +286,21 @@ class TrialStorage(LazyMemmapStorage):
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
-        here = Path(path) / "trials"
-        if self.table():
-            with self.lock():
-                self._copy_to(here)
-        elif here.exists():
-            files.remove_folder(here)
+        with self.lock():
+            self._copy_to(Path(path) / "trials")
 
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
         self._check_writable()
-        if not Path(path, "trials").exists():
-            return self._empty()
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
-        layout.check_same(saved.spec, self.spec if self.table() else saved.spec, path)
         with self.lock():
+            self.table()
+            layout.check_same(saved.spec, self.spec, path)
             saved._copy_to(self._here)
 
     def _copy_to(self, here: Path) -> None:
+        begin, entries = self.table().look()
         with self._replace(here, self.spec) as folder:
-            begin, entries = self.entries()
             for file, content in self._content.items():
                 with (folder / "rows" / file.name).open("wb") as copy:
                     copy.write(content[: _num_rows(entries)].numpy())
@@ -321,9 +308,9 @@ class TrialStorage(LazyMemmapStorage):
             TrialTable.create(table, self.max_size, begin, end, self._table.ring[:end].tobytes())
 
     def _empty(self) -> None:
-        if self.table():
-            with self.lock():
-                self._create(self.spec)
+        with self.lock():
+            self.table()
+            self._create(self.spec)
 
     def state_dict(self) -> NoReturn:
         """Raise NotImplementedError: trials are saved to folders."""

@@ -21,26 +21,25 @@ from torchrl_amago._files import DamagedError
 ENTRY = np.dtype(
     [("stop", "<i8"), ("first", "<i4"), ("length", "<i4"), ("values", "<u4"), ("check", "<u4")]
 )
-EMPTY = 0, np.empty(0, ENTRY)  # number of the oldest trial, and entries
 
 
 class TrialTable:
     """Entries of the trials in a folder of `capacity` steps; DamagedError unless it is intact.
 
-    A trial of L steps takes L + 1 rows side by side. Rows are filled from the front, and again from
-    the front once the trial there is evicted, so that the oldest trials lie right ahead of the
-    newest. `3 * capacity + 2` rows are always enough; ordinary trials touch few more than
-    `capacity`.
+    A trial of L steps takes L + 1 rows, and the trials of a write lie side by side. Rows are filled
+    from the front, and again from the front once the trials there are evicted, so that the oldest
+    lie right ahead of the newest. `4 * capacity` rows are always enough; ordinary trials touch few
+    more than `capacity`.
     """
 
     def __init__(self, file: Path, capacity: int, writable: bool = True) -> None:
         self.file, self.capacity = file, capacity
-        size, expected = file.stat().st_size, self.bytes_for(capacity + 1)
+        size, expected = file.exists() and file.stat().st_size, self.bytes_for(capacity + 1)
         if size != expected:
             self._fail(f"must have {expected} bytes, it has {size}")
         memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
         self._counters, self.ring = memory[:1].view("<u8")[:2], memory[1:]
-        self._known = EMPTY
+        self._known = 0, np.empty(0, ENTRY)  # number of the oldest trial, and entries
         self.look()
 
     @classmethod
@@ -96,19 +95,15 @@ class TrialTable:
         """Find rows for new trials: their entries, and the oldest trial that can stay."""
         (begin, old), new = self.look(), np.zeros(len(lengths), ENTRY)
         new["length"], new["stop"] = lengths, self.written + np.cumsum(lengths)
-        trials, oldest = np.concatenate([old, new]), 0
-        first, length, stop = (trials[x].astype(np.int64) for x in ("first", "length", "stop"))
-        for n in range(len(old), len(trials)):
-            oldest += np.searchsorted(stop[oldest:n] - length[oldest:n], stop[n] - self.capacity)
-            row = first[n - 1] + length[n - 1] + 1 if oldest < n else 0
-            if oldest < n and length[n] < first[oldest] < row:  # the front has room again
-                row = 0
-            while oldest < n and row <= first[oldest] <= row + length[n]:
-                oldest += 1
-            first[n] = row
-        if oldest > len(old):  # the new trials would overlap; an empty storage always fits them
-            oldest, first[len(old) :] = len(old), np.cumsum(new["length"] + 1) - new["length"] - 1
-        new["first"] = first[len(old) :]
+        last_K = np.cumsum(new["length"] + 1)
+        first, num_rows = old["first"], int(last_K[-1])
+        oldest = np.searchsorted(old["stop"] - old["length"], new["stop"][-1] - self.capacity)
+        row = int(first[-1] + old["length"][-1] + 1) if oldest < len(old) else 0
+        if oldest < len(old) and num_rows <= first[oldest] < row:  # the front has room again
+            row = 0
+        while oldest < len(old) and row <= first[oldest] < row + num_rows:
+            oldest += 1
+        new["first"] = (row if oldest < len(old) else 0) + last_K - new["length"] - 1
         return new, begin + int(oldest)
 
     def evict(self, begin: int) -> None:

@@ -33,10 +33,9 @@ _PARTS = ("storage", "sampler", "writer")
 class TrialReplayBuffer(TensorDictReplayBuffer):
     """Replay buffer that samples slices ``[B, T]`` of whole trials.
 
-    Use :func:`make_trial_buffer` to make one. A buffer that is sent to another process opens the
-    same folder there. On TorchRL's one-dimensional storages, the class adds relabelling and
-    priorities to a stock buffer with a :class:`TrialSliceSampler`. Batches hold the entries of the
-    trials, and
+    :func:`make_trial_buffer` makes one; pickled, it opens the same folder. On TorchRL's
+    one-dimensional storages, the class adds relabelling and priorities to a stock buffer with a
+    :class:`TrialSliceSampler`. Batches hold the entries of the trials, and
 
     ========================= ======= ===========================================================
     ``("collector", "mask")`` bool    True on real steps, False on padding
@@ -45,23 +44,14 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     ========================= ======= ===========================================================
 
     Args:
-        storage: the trials.
-        sampler: draws slices.
         relabel: changes drawn trials before slices are cut; the storage stays as it is.
-        options: of :class:`torchrl.data.TensorDictReplayBuffer`.
+        options: of :class:`torchrl.data.TensorDictReplayBuffer`; `storage` holds the trials.
 
     Raises:
         TypeError: from methods that change stored trials in place.
     """
 
-    def __init__(
-        self,
-        *,
-        storage: Storage,
-        sampler: TrialSliceSampler,
-        relabel: Relabel | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, storage: Storage, relabel: Relabel | None = None, **options: Any) -> None:
         if not isinstance(relabel, Relabel | None):
             raise TypeError(
                 f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other "
@@ -72,13 +62,13 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
-        super().__init__(storage=storage, sampler=sampler, **options)
+        super().__init__(storage=storage, **options)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
-        """Append a transform of slices, or insert a relabeller; see :meth:`insert_transform`."""
-        if isinstance(transform, Relabel):
-            return self.insert_transform(len(self.transform), transform, invert=invert)
-        return super().append_transform(transform, invert=invert)
+        """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
+        if not isinstance(transform, Relabel):
+            return super().append_transform(transform, invert=invert)
+        return self.insert_transform(len(self.transform), transform, invert=invert)
 
     def insert_transform(
         self, index: int, transform: Transform, *, invert: bool = False
@@ -115,8 +105,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         Raises:
             ValueError: for steps that aren't whole trials, don't fit into the buffer, have other
                 entries than those stored, or whose ``next`` isn't the root of the step after.
-                Nothing is stored then.
-            OSError: if the disk is full.
+            OSError: if the disk is full. On any error, nothing is stored.
             PermissionError: in mode ``"read"``.
         """
         if not self._is_ours:
@@ -264,16 +253,14 @@ def make_trial_buffer(
 
     Args:
         capacity: environment steps to keep; None takes that of an existing folder.
-        slice_length: steps T of each sampled slice.
+        slice_length: steps T of each slice.
         batch_size: slices B of each sample.
         path: folder that keeps the trials; by default a temporary one, which is removed at exit.
         mode: `"create"` starts a new folder. `"continue"` goes on with what is there: after a
             crash, or beside other processes that write to it. `"read"` never writes, and sees what
             others write.
-        flush: wait for the disk at each write. Without it, trials survive the death of the process,
-            but not the failure of the machine.
-        verify: compare all values of an existing folder with their checksums. Its tables are always
-            checked.
+        flush: wait for the disk at each write, so that trials also survive the machine's failure.
+        verify: compare all values of an existing folder with their checksums, not the table alone.
         relabel: changes whole trials before slices are cut.
         prefetch: number of batches drawn ahead in threads. Batches then depend on when trials were
             written; with more than one, also on the threads' timing.
@@ -311,13 +298,10 @@ def make_trial_buffer(
 
 
 def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Write trials, priorities and generator of a replay buffer to a folder; nothing is pickled.
+    """Write trials, priorities and generator to a folder, which replaces an older one at once.
 
-    Batches drawn ahead are not saved: with `prefetch`, a resumed run draws other batches.
-
-    Args:
-        rb: the buffer; of a mixture, its buffer ``online``.
-        path: the folder; an existing replay folder is replaced as a whole.
+    Batches drawn ahead are not saved: with `prefetch`, a resumed run draws other batches. Of a
+    mixture, save its buffer ``online``. Nothing is pickled.
 
     Raises:
         FileExistsError: if `path` exists and is something else than a replay folder.
@@ -335,15 +319,11 @@ def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
 
 
 def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Load what :func:`save_replay` wrote; on any error, the buffer stays as it was.
-
-    Args:
-        rb: a buffer made with the same arguments as the saved one; its content is replaced.
-        path: the folder.
+    """Replace a buffer's content by what :func:`save_replay` wrote; on an error, it stays.
 
     Raises:
         DamagedError: if a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
-        ValueError: if the saved buffer doesn't fit this one.
+        ValueError: if the saved buffer was made with other arguments than this one.
     """
     if not (path := Path(path)).exists():
         files.recover(path.parent, path.name)  # a crash fell between save_replay's two renames
