@@ -18,7 +18,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import quote
@@ -108,12 +108,9 @@ class TrialStorage(LazyMemmapStorage):
                 "it), and the version of torchrl_amago and kind of processor that wrote it."
             )
         table = TrialTable(file, self.max_size, self.mode != "read")
-        spec, used = (
-            {tuple(key): text for key, text in found["entries"]},
-            _num_rows(table.look()[1]),
-        )
+        spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
-        row = layout.empty_row(spec)
+        row, used = layout.empty_row(spec), _num_rows(table.look()[1])
         columns = {key: self._map(self._file(key), x, used) for key, x in row.items()}
         num_rows = min(map(len, columns.values()), default=0)
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
@@ -138,26 +135,28 @@ class TrialStorage(LazyMemmapStorage):
         parts = [quote(part, safe="").replace(".", "%2E") for part in key]
         return self._here / "rows" / f"{'.'.join(parts)}.memmap"
 
-    @contextlib.contextmanager
-    def _replace(self, here: Path, spec: layout.Spec) -> Iterator[Path]:
-        """Yield a folder for rows and table that takes the place of `here` once it is complete."""
-        with files.replace_folder(here, flush=self.flush) as folder:
-            (folder / "rows").mkdir()
-            yield folder
-            files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
-
     def _create(self, spec: layout.Spec) -> TrialTable:
         """Start without trials; the files take no disk space until they are filled."""
-        row = layout.empty_row(spec)
-        needed = self.max_size * sum(x.nbytes for x in row.values())
+        needed = self.max_size * sum(x.nbytes for x in layout.empty_row(spec).values())
         with files.explain_full_disk(self.path, needed):
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        with self._replace(self._here, spec) as folder:
-            for key in row:
-                (folder / "rows" / self._file(key).name).touch()
-            TrialTable.create(folder / "table.bin", self.max_size)
+        self._write_folder(self._here, spec)
         return self.table()
+
+    def _write_folder(
+        self, here: Path, spec: layout.Spec, begin: int = 0, entries: np.ndarray | None = None
+    ) -> None:
+        """Write a folder with these of the trials, which replaces `here` once it is complete."""
+        num_rows, end = (0, 0) if entries is None else (_num_rows(entries), begin + len(entries))
+        with files.replace_folder(here, flush=self.flush) as folder:
+            (folder / "rows").mkdir()
+            for file in map(self._file, layout.empty_row(spec)):
+                content = self._content[file][:num_rows].numpy() if num_rows else b""
+                (folder / "rows" / file.name).write_bytes(content)
+            ring = self._table.ring[:end].tobytes() if end else b""
+            TrialTable.create(folder / "table.bin", self.max_size, begin, end, ring)
+            files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from writing; in mode="read", they may read."""
@@ -252,14 +251,13 @@ class TrialStorage(LazyMemmapStorage):
         after = here + 1
         for key in self.spec if keys is None else map(layout.as_tuple, keys):
             is_twice = layout.is_twice(key, self.spec)
-            values = self._storage[key[is_twice:]]
-            shape = values.shape[1:]
-            if values.numel() == len(values):
-                values = values.reshape(-1)  # three times as fast
+            stored = self._storage[key[is_twice:]]
+            # Single numbers as a vector: three times as fast.
+            values = stored.reshape(-1) if stored.numel() == len(stored) else stored
             size = here.shape + values.shape[1:]
             memory = self._memory.take(key, size, values.dtype) if reuse else None
             found = torch.index_select(values, 0, after if is_twice else here, out=memory)
-            out.set(key, found.reshape(row.shape + shape))
+            out.set(key, found.reshape(row.shape + stored.shape[1:]))
         return out
 
     def __getitem__(self, index: Any) -> TensorDict:
@@ -287,25 +285,18 @@ class TrialStorage(LazyMemmapStorage):
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
         with self.lock():
-            self._copy_to(Path(path) / "trials")
+            trials = self.table().look()
+            self._write_folder(Path(path) / "trials", self.spec, *trials)
 
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
         self._check_writable()
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
-        with self.lock():
+        with self.lock(), contextlib.nullcontext() if saved.path == self.path else saved.lock():
             self.table()
+            trials = saved.table().look()
             layout.check_same(saved.spec, self.spec, path)
-            saved._copy_to(self._here)
-
-    def _copy_to(self, here: Path) -> None:
-        begin, entries = self.table().look()
-        with self._replace(here, self.spec) as folder:
-            for file, content in self._content.items():
-                with (folder / "rows" / file.name).open("wb") as copy:
-                    copy.write(content[: _num_rows(entries)].numpy())
-            end, table = begin + len(entries), folder / "table.bin"
-            TrialTable.create(table, self.max_size, begin, end, self._table.ring[:end].tobytes())
+            saved._write_folder(self._here, saved.spec, *trials)
 
     def _empty(self) -> None:
         with self.lock():

@@ -193,9 +193,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """Set priorities of trials; those that were evicted are skipped.
 
         Args:
-            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss,
-                whose real steps count: 0.9 of their largest and 0.1 of their mean error (R2D2,
-                section 2.3). A batch has no effect without ``sample_by="priority"``.
+            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss:
+                0.9 of the largest and 0.1 of the mean error of its real steps (R2D2, section 2.3).
+                A batch has no effect without ``sample_by="priority"``.
             priority: ``[n]``, not negative.
         """
         if not isinstance(index, TensorDictBase):
