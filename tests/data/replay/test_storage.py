@@ -204,11 +204,21 @@ def test_readers_do_not_wait_for_each_other_and_writers_for_all(tmp_path):
     writer = TrialStorage(12, path=tmp_path)
     write(writer, [4])
     reader, other = opened(tmp_path), opened(tmp_path)
-    with reader.lock(), other.lock():
-        assert other.get([0])["id"] == 0
-        with pytest.raises(BlockingIOError), files.lock(tmp_path / "lock", wait=False):
+    with reader.lock():
+        with (
+            other.lock(),
+            pytest.raises(BlockingIOError),
+            files.lock(tmp_path / "lock", wait=False),
+        ):
             pass
-    write(writer, [5])
+        thread = threading.Thread(target=write, args=(writer, [5]))
+        thread.start()
+        thread.join(0.2)
+        # A waiting writer comes before the next reader.
+        with pytest.raises(BlockingIOError), files.lock(tmp_path / "queue", wait=False):
+            pass
+    thread.join()
+    assert len(other) == 9
 
 
 def test_a_copy_of_what_a_writer_left_empty_counts_on(tmp_path):
@@ -406,7 +416,11 @@ def test_a_process_that_dies_while_it_makes_or_replaces_the_folder(
         assert_holds(storage, [*make_trials([4])[:count]])
     write(storage, [5], first_id=70)
     assert contents(storage)[-1] == [*range(70, 75)]
-    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == ["lock", "trials"]
+    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == [
+        "lock",
+        "queue",
+        "trials",
+    ]
 
 
 def test_flush_waits_for_the_disk(tmp_path, monkeypatch):

@@ -5,7 +5,7 @@
     trials/schema.json   format, capacity and the entries of a step, with a checksum
     trials/rows/         the rows of all trials, one file for each entry (see _layout)
     trials/table.bin     which trials are there (see _table)
-    lock                 held by the process that writes
+    lock, queue          held while trials are written or read, and before that
 
 A write evicts the trials that must make room, copies the new rows, then announces the new trials.
 Loading writes a new `trials` folder, and renames it into place.
@@ -18,7 +18,7 @@ import errno
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import quote
@@ -158,13 +158,16 @@ class TrialStorage(LazyMemmapStorage):
             TrialTable.create(folder / "table.bin", self.max_size, begin, end, ring)
             files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
 
-    def lock(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
         """Keep other processes from writing; in mode="read", they may read."""
-        file = self.path / "lock"  # missing where nobody writes
-        is_reader = self.mode == "read"
-        if is_reader and not file.exists():
-            return contextlib.nullcontext()
-        return files.lock(file, shared=is_reader)
+        queue, shared = self.path / "queue", self.mode == "read"
+        with contextlib.ExitStack() as held:
+            if not shared or queue.exists():  # else nobody has opened the folder for writing
+                # A process that waits for the lock is first in the queue: readers can't starve it.
+                with files.lock(queue, shared=shared):
+                    held.enter_context(files.lock(self.path / "lock", shared=shared))
+            yield
 
     # -- writing ---------------------------------------------------------------------------------
 

@@ -128,11 +128,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     # -- reading ---------------------------------------------------------------------------------
 
     @property
-    def capacity(self) -> int:
-        """Number of steps that fit."""
-        return self.storage.max_size
-
-    @property
     def num_trials(self) -> int:
         """Number of stored trials."""
         with self._replay_lock:
