@@ -3,8 +3,8 @@
 A memory-mapped file: two counters, then a ring of entries, one for each trial. Trials `begin` to
 `end - 1` are there; the entry of trial n is at n modulo capacity + 1, so that no write touches the
 last entry before it. A writer raises `begin` before it overwrites rows, and `end` once rows and
-entries are complete, each by one aligned store: a process may die at any moment. Readers compare
-`begin` again after they have read rows. Checksums of counters and entries reveal flipped bits.
+entries are complete, each by one aligned store: a process may die at any moment. Checksums of
+counters and entries reveal flipped bits.
 """
 
 from __future__ import annotations
