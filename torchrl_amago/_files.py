@@ -1,8 +1,7 @@
 """Atomic replacement of files and folders, checksums, disk space and locks.
 
-Checkpoints, policies, tables and replay are written through these functions. A crash at any moment
-leaves the old version or the new one, a full disk raises :class:`OSError` with the path and the
-sizes, and damage is found before anything is loaded.
+A crash at any moment leaves the old version or the new one, a full disk raises :class:`OSError`
+with the path and the sizes, and damage is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ except ImportError:  # Windows: no locks between processes there
     fcntl = None
 
 MANIFEST = "manifest.json"
-
 _PARTIAL, _PREVIOUS = "partial", "previous"
-_CHUNK = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -44,14 +41,14 @@ def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path, _PARTIAL)
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(partial.unlink, missing_ok=True)
+    try:
         with explain_full_disk(path), partial.open(mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        on_error.pop_all()
-    os.replace(partial, path)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -66,13 +63,14 @@ def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
     with _turn(path.parent):
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(shutil.rmtree, partial, ignore_errors=True)
+        try:
             with explain_full_disk(path):
                 yield partial
                 for entry in [*partial.rglob("*"), partial] if flush else []:
                     sync(entry)
-            on_error.pop_all()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if path.exists():
             shutil.rmtree(previous, ignore_errors=True)
             os.replace(path, previous)
@@ -141,16 +139,10 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write `manifest.json`: metadata (JSON values), size and SHA-256 of every file, a checksum."""
-    files = {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-        for file in sorted(_files(folder))
-    }
-    manifest = json.loads(json.dumps({**metadata, "files": files}))
-    text = json.dumps({**manifest, "crc32": _manifest_crc32(manifest)}, indent=1) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sizes = {name: (folder / name).stat().st_size for name in _names(folder)}
+    files = {x: {"bytes": size, "sha256": _sha256(folder / x)} for x, size in sizes.items()}
+    text = json.dumps(_with_crc32({**metadata, "files": files}), indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -161,7 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     is_manifest = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
     # Manifests of other versions have no checksum; they are read for their version.
-    is_intact = is_manifest and manifest.get("crc32") in (None, _manifest_crc32(manifest))
+    is_intact = is_manifest and ("crc32" not in manifest or manifest == _with_crc32(manifest))
     return manifest if is_intact else None
 
 
@@ -187,13 +179,19 @@ def find_damage(folder: Path) -> str | None:
         if _sha256(file) != expected["sha256"]:
             return f"{file} has changed since it was written (SHA-256 differs)"
     # An unlisted file could stand in for a verified one.
-    names = {file.relative_to(folder).as_posix() for file in _files(folder)}
-    unlisted = sorted(names - manifest["files"].keys())
-    return f"{folder / unlisted[0]} is not listed in {MANIFEST}" if unlisted else None
+    unlisted = next((name for name in _names(folder) if name not in manifest["files"]), None)
+    return unlisted and f"{folder / unlisted} is not listed in {MANIFEST}"
 
 
-def _manifest_crc32(manifest: Mapping[str, Any]) -> int:
-    return _crc32({key: value for key, value in manifest.items() if key != "crc32"})
+def _names(folder: Path) -> list[str]:
+    # Everything that is not a plain folder counts, dangling links included.
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in found} - {MANIFEST})
+
+
+def _with_crc32(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    content = {key: value for key, value in manifest.items() if key != "crc32"}
+    return {**content, "crc32": _crc32(content)}
 
 
 def _sha256(file: Path) -> str:
@@ -205,16 +203,10 @@ def digest(stream: IO[bytes], length: int) -> str:
     """Compute the SHA-256 of the first bytes of a file, in hexadecimal."""
     stream.seek(0)
     sha256 = hashlib.sha256()
-    while length > 0 and (chunk := stream.read(min(_CHUNK, length))):
+    while length > 0 and (chunk := stream.read(min(1 << 20, length))):
         sha256.update(chunk)
         length -= len(chunk)
     return sha256.hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    # Everything that is not a plain folder counts, dangling links included.
-    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [path for path in found if path != folder / MANIFEST]
 
 
 def reserve(file: Path, start: int, stop: int) -> None:
@@ -226,11 +218,8 @@ def reserve(file: Path, start: int, stop: int) -> None:
         return
     with explain_full_disk(file, stop - start):
         if hasattr(os, "posix_fallocate"):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                os.posix_fallocate(descriptor, start, stop - start)
-            finally:
-                os.close(descriptor)
+            with file.open("ab") as stream:
+                os.posix_fallocate(stream.fileno(), start, stop - start)
         elif shutil.disk_usage(file.parent).free < stop - start:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -250,9 +239,6 @@ def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
             )
             error.is_explained = True
         raise
-
-
-# -- locks and folders -----------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -311,13 +297,12 @@ def read_json(file: Path) -> Any:
     """Return the value that :func:`write_json` wrote, or raise DamagedError."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        value, is_intact = found["value"], found["crc32"] == _crc32(found["value"])
-        problem = None if is_intact else "has changed since it was written"
+        if found["crc32"] == _crc32(found["value"]):
+            return found["value"]
+        problem = "has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is missing or cannot be read ({error})"
-    if problem is not None:
-        raise DamagedError(f"{file} {problem}")
-    return value
+    raise DamagedError(f"{file} {problem}")
 
 
 def _crc32(value: Any) -> int:
