@@ -59,23 +59,39 @@ def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_symlink() else path  # a link stays one
     partial, previous = _beside(path, _PARTIAL), _beside(path, _PREVIOUS)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        with explain_full_disk(path):
-            yield partial
-            for entry in [*partial.rglob("*"), partial] if flush else []:
-                sync(entry)
-    except BaseException:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(path.parent):
         shutil.rmtree(partial, ignore_errors=True)
-        raise
-    if path.exists():
+        partial.mkdir()
+        try:
+            with explain_full_disk(path):
+                yield partial
+                for entry in [*partial.rglob("*"), partial] if flush else []:
+                    sync(entry)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(path, previous)
+        os.replace(partial, path)
+        if flush:
+            sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
-        os.replace(path, previous)
-    os.replace(partial, path)
-    if flush:
-        sync(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait while another process or thread replaces a folder inside this one."""
+    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_folder(path: Path) -> None:
@@ -89,19 +105,21 @@ def remove_folder(path: Path) -> None:
 def recover(folder: Path, name: str | None = None) -> None:
     """Finish or undo interrupted replacements in a folder: of one name, or by default of any.
 
-    Call it only while no other process writes there, such as under :func:`lock`.
+    Call it only while no other process writes files there, such as under :func:`lock`.
     """
     name = "*" if name is None else glob.escape(name)
-    for previous in folder.glob(f".{name}.{_PREVIOUS}"):
-        path = folder / previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
-        # Between its two renames a replacement has neither version under the name.
-        if _beside(path, _PARTIAL).exists() and not path.exists():
-            os.replace(previous, path)
-    for leftover in (*folder.glob(f".{name}.{_PARTIAL}"), *folder.glob(f".{name}.{_PREVIOUS}")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+    with _turn(folder) if folder.is_dir() else contextlib.nullcontext():
+        for previous in folder.glob(f".{name}.{_PREVIOUS}"):
+            path = folder / previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
+            # Between its two renames a replacement has neither version under the name.
+            if _beside(path, _PARTIAL).exists() and not path.exists():
+                os.replace(previous, path)
+        for suffix in (_PARTIAL, _PREVIOUS):
+            for leftover in folder.glob(f".{name}.{suffix}"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -224,8 +242,10 @@ def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
+def lock(file: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold a lock between processes, released by the death of its holder; the file stays.
+
+    Several may hold a `shared` lock at once, for which the file must exist.
 
     Raises:
         BlockingIOError: with `wait=False`, while another process holds the lock.
@@ -234,18 +254,18 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
         yield
         return
     # Opened anew each time: a descriptor that is shared after a fork would share the lock.
-    with file.open("a+", encoding="utf-8") as stream:
+    with open(file, "rb" if shared else "a+b", buffering=0) as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(stream, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             stream.seek(0)
-            holder = stream.read().strip() or "another process"
+            holder = stream.read().decode().strip() or "another process"
             error.strerror = f"{file.parent} is in use by {holder}. Wait for it, or stop it"
             raise
         if not wait:
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            stream.flush()
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
