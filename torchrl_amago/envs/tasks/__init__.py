@@ -2,10 +2,11 @@
 
 ``MetaFrozenLake`` tests adaptation, and ``bayes_optimal_success`` computes the results of the best
 possible agent there; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding things again,
-``MazeRunner`` following goals, with or without hindsight. ``BatchedTask`` and ``GridTask`` are
+``MazeRunner`` following goals, with or without hindsight; ``SymbolicAlchemy`` experimenting. ``BatchedTask`` and ``GridTask`` are
 their bases, also for tasks of one's own.
 """
 
+from torchrl_amago.envs.tasks.alchemy import SymbolicAlchemy
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.envs.tasks.dark_key_door import DarkKeyDoor
 from torchrl_amago.envs.tasks.frozen_lake import MetaFrozenLake, bayes_optimal_success
@@ -19,6 +20,7 @@ __all__ = [
     "GridTask",
     "MazeRunner",
     "MetaFrozenLake",
+    "SymbolicAlchemy",
     "TMaze",
     "bayes_optimal_success",
 ]
