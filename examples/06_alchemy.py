@@ -1,10 +1,10 @@
 """Train an agent that finds out by experiments which potions improve stones.
 
-    python examples/06_alchemy.py                          # a quarter of an hour on a CPU core
-    python examples/06_alchemy.py --seq-model feedforward --run-dir runs/no_memory
-    python examples/06_alchemy.py --bottleneck random      # the published task
-    python examples/06_alchemy.py --debug                  # under a minute, a test of the setup
-    python examples/06_alchemy.py --resume                 # go on after Ctrl-C
+python examples/06_alchemy.py                          # a quarter of an hour on a CPU core
+python examples/06_alchemy.py --seq-model feedforward --run-dir runs/no_memory
+python examples/06_alchemy.py --bottleneck random      # the published task
+python examples/06_alchemy.py --debug                  # under a minute, a test of the setup
+python examples/06_alchemy.py --resume                 # go on after Ctrl-C
 """
 
 from __future__ import annotations
@@ -43,6 +43,10 @@ class Args(TrainingArgs):
     """Let actions name the colour of a potion instead of its place."""
     show_chemistry: bool = False
     """Show the task to the agent."""
+    discounts: tuple[float, ...] = (0.7, 0.9, 0.95)
+    """Discounts that values are learned for; the last is acted with."""
+    n_step: int = 3
+    """Rewards summed in a target of the critics."""
     show_progress: bool = True
     """Show the agent the fraction of the trial that is used up."""
 
@@ -51,7 +55,8 @@ class Args(TrainingArgs):
     num_layers: int = 2
     hidden_size: int = 128
     total_updates: int = 5000
-    anneal_frames: int = 500_000
+    tau: float = 0.02
+    anneal_frames: int = 300_000
     capacity: int = 400_000
     eval_trials: int = 256
 
@@ -78,6 +83,7 @@ def train(args: Args) -> EvaluationResults:
     policy = make_policy(
         env,
         context_length=horizon,
+        discounts=args.discounts,
         # Half the usual noise: the trials to learn from are those that use what they found out.
         exploration=dict(
             anneal_frames=args.anneal_frames, start_of_trial=(0.5, 0.05), end_of_trial=(0.4, 0.01)
@@ -87,7 +93,13 @@ def train(args: Args) -> EvaluationResults:
     held_out = HeldOutEvaluator(
         policy, make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
     )
-    trainer = make_trainer(env, policy, trial_length=horizon, **args.trainer_options(held_out))
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=horizon,
+        loss_options=dict(n_step=args.n_step),
+        **args.trainer_options(held_out),
+    )
     resume_if_asked(args, trainer)
     results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     draw_pictures(args, results, held_out)

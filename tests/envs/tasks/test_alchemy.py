@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from pathlib import Path
 
@@ -180,7 +181,7 @@ def test_the_picture_changes_with_what_is_left():
         pictures.append(env.render(cell_pixels=16))
     changed = [
         (before != after).any(-1).reshape(3, 16, 6, 16).any((1, 3)).nonzero()
-        for before, after in zip(pictures, pictures[1:], strict=False)
+        for before, after in itertools.pairwise(pictures)
     ]
     cells = [sorted(zip(*map(list, index), strict=True)) for index in changed]
     assert cells == [[(0, 0), (1, 1)], [(0, 0)]]

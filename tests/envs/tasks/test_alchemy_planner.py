@@ -100,4 +100,6 @@ def test_the_search_oracle_and_the_random_heuristic_of_the_paper():
         earned += td["reward"].squeeze(-1)
     for figure, published in ((oracle, 288.5), (earned, 145.7)):
         error = 10 * (figure.var() / rows).sqrt().item()
-        assert 10 * figure.mean().item() == pytest.approx(published, abs=3 * (1.5**2 + error**2) ** 0.5)
+        assert 10 * figure.mean().item() == pytest.approx(
+            published, abs=3 * (1.5**2 + error**2) ** 0.5
+        )

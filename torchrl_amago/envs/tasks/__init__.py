@@ -2,8 +2,8 @@
 
 ``MetaFrozenLake`` tests adaptation, and ``bayes_optimal_success`` computes the results of the best
 possible agent there; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding things again,
-``MazeRunner`` following goals, with or without hindsight; ``SymbolicAlchemy`` experimenting. ``BatchedTask`` and ``GridTask`` are
-their bases, also for tasks of one's own.
+``MazeRunner`` following goals, with or without hindsight; ``SymbolicAlchemy`` learning by
+experiment. ``BatchedTask`` and ``GridTask`` are their bases, also for tasks of one's own.
 """
 
 from torchrl_amago.envs.tasks.alchemy import SymbolicAlchemy
