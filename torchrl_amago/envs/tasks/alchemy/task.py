@@ -38,14 +38,12 @@ class SymbolicAlchemy(BatchedTask):
 
     An episode (a trial in the paper) has three stones, twelve potions, a cauldron and 20 steps. A
     potion moves a stone along one of three latent axes, or leaves it as it is; a stone in the
-    cauldron is worth -3, -1, 1 or 15. The task is the chemistry, one of 167,424: which colour moves
-    stones along which axis, which moves are impossible, how stones look. Stones and potions are
-    drawn anew in each episode, uniformly.
+    cauldron is worth -3, -1, 1 or 15. The task is the chemistry, one of 167,424: the axis of each
+    colour, the impossible moves, the looks of stones. Each episode draws its items uniformly.
 
-    Ten episodes make one of the paper, with ``dm_alchemy``'s observations, actions and
-    probabilities: ``make_trial_env(SymbolicAlchemy(...), episodes=10)``. The paper's returns are
-    145.7 without memory, 155.4 for its agent, 284.4 for an ideal observer, 288.5 for
-    :attr:`optimal_return` (Table 1).
+    Observations, actions and probabilities are those of ``dm_alchemy``, and ten episodes make one
+    of the paper: ``make_trial_env(SymbolicAlchemy(), episodes=10)``. Its returns are 145.7 for
+    random potions, 155.4 for the agent, 284.4 for an ideal observer and 288.5 for the optimum.
 
     Keys:
         - ``observation``: float32 ``[*B, 39]``. Three stones of five numbers: perceived coordinates
@@ -115,9 +113,8 @@ class SymbolicAlchemy(BatchedTask):
         self._constant("_meanings", meanings)
         self._state("_chemistry", torch.zeros(self.num_rows, 4, dtype=torch.int64))  # PARTS
         self._state("_stones", torch.full((self.num_rows, MAX_STONES), USED_STONE))
-        potions = torch.full((self.num_rows, _IDLE + 1), USED_POTION)
-        potions[:, 0] = CAULDRON
-        self._state("_potions", potions)
+        potions = torch.tensor([CAULDRON] + [USED_POTION] * _IDLE)
+        self._state("_potions", potions.repeat(self.num_rows, 1))
 
     @property
     def task(self) -> TensorDict:
@@ -146,9 +143,8 @@ class SymbolicAlchemy(BatchedTask):
             (self._stones[:, : self.num_stones], NUM_STONE_TYPES),
             (self._potions[:, 1 : 1 + self.num_potions], NUM_POTION_TYPES),
         ):
-            items.copy_(
-                torch.where(selected[:, None], self._integers(0, types, *items.shape), items)
-            )
+            drawn = self._integers(0, types, *items.shape)
+            items.copy_(drawn.where(selected[:, None], items))
 
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         stone_place, potion_place = self._meanings.index_select(0, action).split(1, -1)
