@@ -115,10 +115,11 @@ TASK = {
         "num_stones": 1,
         "num_potions": 12,
         "max_episode_steps": 6,
-        "episodes": 8,
+        "episodes": 6,
         "colour_actions": True,
         "show_chemistry": False,
-        "discounts": (0.8, 0.95, 0.98),
+        "discounts": (0.5, 0.8, 0.9),
+        "reward_scale": 0.2,
         "show_progress": True,
     },
     "12_half_cheetah_vel": {

@@ -24,7 +24,6 @@ NUM_AXES, NUM_STONE_TYPES, NUM_POTION_TYPES = 3, 8, 6
 NUM_GRAPHS, NUM_POTION_MAPS, NUM_STONE_MAPS, NUM_ROTATIONS = 109, 48, 8, 4
 MAX_STONES, MAX_POTIONS = 3, 12
 
-PARTS = ("graph", "potion_map", "stone_map", "rotation")
 Bottleneck = Literal["random", "none", "1", "2", "3"]
 
 # Requirements of the three axes, each of the other two coordinates in their order; 0 allows both.
@@ -172,27 +171,6 @@ def chemistry_appearances() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     orders = torch.eye(len(_AXIS_ORDERS)).repeat_interleave(NUM_STONE_TYPES, 0)
     potions = torch.cat([orders, directions.repeat(len(_AXIS_ORDERS), 1)], -1)
     return graph_edges()[:, axis, stone].float(), potions, directions, torch.eye(NUM_ROTATIONS)
-
-
-def look_up_tables(bottleneck: Bottleneck = "random") -> dict[str, Tensor]:
-    """Return all that the rules need, for flat indices of chemistry, potion and stone."""
-    rewards = torch.zeros(CAULDRON + 1, USED_STONE + 1)
-    rewards[CAULDRON] = stone_rewards()
-    # As targets of actions: the cauldron is 0, the colours come next, and a used potion is none.
-    colours = torch.full((NUM_POTION_MAPS, CAULDRON + 1), -1)
-    colours[:, :USED_POTION] = potion_colours() + 1
-    colours[:, CAULDRON] = 0
-    shown = zip(PARTS, chemistry_appearances(), strict=True)
-    return {
-        "graph_cdf": graph_probabilities(bottleneck).cumsum(0).float(),
-        "outcomes": outcome_table(),
-        "leftovers": leftover_table(),
-        "rewards": rewards,
-        "stone_features": stone_appearances().flatten(0, 2),
-        "potion_features": potion_appearances().flatten(0, 1),
-        "colours": colours,
-        **{f"{part}_features": table for part, table in shown},
-    }
 
 
 def _edges(requirements: tuple[tuple[int, int], ...]) -> Tensor:

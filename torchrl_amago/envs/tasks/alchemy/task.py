@@ -8,10 +8,8 @@ import numpy as np
 import torch
 from tensordict import TensorDict
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from torchrl_amago._validation import check_choice
-from torchrl_amago.envs.tasks.alchemy import chemistry
 from torchrl_amago.envs.tasks.alchemy._picture import draw_table
 from torchrl_amago.envs.tasks.alchemy.chemistry import (
     CAULDRON,
@@ -25,6 +23,7 @@ from torchrl_amago.envs.tasks.alchemy.chemistry import (
     Bottleneck,
 )
 from torchrl_amago.envs.tasks.alchemy.planner import optimal_return
+from torchrl_amago.envs.tasks.alchemy.rules import PARTS, Rules
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 
 # A place without a potion, after the cauldron and the potions: to use it is to do nothing.
@@ -108,10 +107,9 @@ class SymbolicAlchemy(BatchedTask):
         # Without randomness, the maps and the rotation that change nothing.
         maps = ((0, 48), (0, 8)) if random_maps else ((7, 8), (7, 8))
         self._task_ranges = (*maps, (0, NUM_ROTATIONS) if rotation else (0, 1))
-        for name, table in chemistry.look_up_tables(bottleneck).items():
-            self._constant(f"_{name}", table)
+        self.rules = Rules(bottleneck).to(self.device)
         self._constant("_meanings", meanings)
-        self._state("_chemistry", torch.zeros(self.num_rows, 4, dtype=torch.int64))  # PARTS
+        self._state("_chemistry", torch.zeros(self.num_rows, len(PARTS), dtype=torch.int64))
         self._state("_stones", torch.full((self.num_rows, MAX_STONES), USED_STONE))
         potions = torch.tensor([CAULDRON] + [USED_POTION] * _IDLE)
         self._state("_potions", potions.repeat(self.num_rows, 1))
@@ -120,7 +118,7 @@ class SymbolicAlchemy(BatchedTask):
     def task(self) -> TensorDict:
         """Graph, potion map, stone map and rotation, new int64 tensors ``[*B]``."""
         columns = self._chemistry.view(*self.batch_size, 4).clone().unbind(-1)
-        return TensorDict(dict(zip(chemistry.PARTS, columns, strict=True)), self.batch_size)
+        return TensorDict(dict(zip(PARTS, columns, strict=True)), self.batch_size)
 
     @property
     def optimal_return(self) -> Tensor:
@@ -134,7 +132,7 @@ class SymbolicAlchemy(BatchedTask):
         return torch.randint(low, high, shape, generator=self._generator, device=device)
 
     def _draw_tasks(self, rows: Tensor) -> None:
-        graph = torch.searchsorted(self._graph_cdf, self._random(len(rows)), right=True)
+        graph = torch.searchsorted(self.rules.graph_cdf, self._random(len(rows)), right=True)
         others = [self._integers(*limits, len(rows)) for limits in self._task_ranges]
         self._chemistry.index_copy_(0, rows, torch.stack([graph, *others], -1))
 
@@ -149,38 +147,28 @@ class SymbolicAlchemy(BatchedTask):
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         stone_place, potion_place = self._meanings.index_select(0, action).split(1, -1)
         if self.colour_actions:
-            potion_place = self._find_potions(potion_place)
+            potion_place = self.rules.find(potion_place, self._chemistry, self._potions)
+        stone = self._stones.gather(1, stone_place)
         potion = self._potions.gather(1, potion_place)
-        pair = potion * (USED_STONE + 1) + self._stones.gather(1, stone_place)
-        outcome = self._outcomes.take(self._leftovers.numel() * self._chemistry[:, :1] + pair)
-        self._stones.scatter_(1, stone_place, outcome)
-        self._potions.scatter_(1, potion_place, self._leftovers.take(pair))
+        stone, potion, reward = self.rules.react(self._chemistry[:, :1], potion, stone)
+        self._stones.scatter_(1, stone_place, stone)
+        self._potions.scatter_(1, potion_place, potion)
         # The step limit isn't a truncation: items that are left then are lost.
         over = self._num_steps >= self.max_episode_steps
         if self.end_action:
             over = over | (action == 0)
-        return self._rewards.take(pair).squeeze(-1), over
-
-    def _find_potions(self, colour: Tensor) -> Tensor:
-        """Find the first potion of a colour plus one, or nothing, int64 ``[rows, 1]``."""
-        seen = self._colours.take((USED_POTION + 2) * self._chemistry[:, 1:2] + self._potions)
-        found = seen == colour
-        return torch.where(found.any(-1), found.byte().argmax(-1), _IDLE).unsqueeze(-1)
+        return reward, over
 
     def _observe(self) -> Tensor:
-        _, potion_map, stone_map, rotation = self._chemistry.split(1, -1)
-        stones = self._stones + (USED_STONE + 1) * (stone_map * NUM_ROTATIONS + rotation)
-        potions = self._potions[:, 1:_IDLE] + (USED_POTION + 1) * potion_map
-        seen = [embedding(stones, self._stone_features), embedding(potions, self._potion_features)]
-        if self.show_chemistry:
-            parts = zip(chemistry.PARTS, self._chemistry.unbind(-1), strict=True)
-            seen += [embedding(part, getattr(self, f"_{name}_features")) for name, part in parts]
-        return torch.cat([features.flatten(1) for features in seen], -1)
+        items = self.rules.observe_items(self._chemistry, self._stones, self._potions[:, 1:_IDLE])
+        if not self.show_chemistry:
+            return items
+        return torch.cat([items, self.rules.observe_chemistry(self._chemistry)], -1)
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:
         stones = self._observe()[row, : len(_STONE_BOUNDS) * MAX_STONES].view(MAX_STONES, -1)
         graph, potion_map = self._chemistry[row, :2]
-        colours, moves = self._colours[potion_map], self._outcomes[graph]
+        colours, moves = self.rules.colours[potion_map], self.rules.outcomes[graph]
         return draw_table(stones, self._potions[row, 1:_IDLE], colours, moves, cell_pixels)
 
 
