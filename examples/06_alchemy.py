@@ -36,18 +36,16 @@ class Args(TrainingArgs):
 
     bottleneck: Literal["random", "none", "1", "2", "3"] = "none"
     """Impossible moves of stones."""
-    rotation: bool = True
-    """Turn two of the stones' perceived axes by 45 degrees."""
     num_stones: int = 1
     """Stones in an episode."""
-    num_potions: int = 12
-    """Potions in an episode."""
     max_episode_steps: int = 6
     """Steps of an episode."""
     episodes: int = 6
     """Episodes in a trial."""
     colour_actions: bool = True
     """Let actions name the colour of a potion instead of its place."""
+    shaping: bool = True
+    """Reward potions by what they add to a stone's worth."""
     show_chemistry: bool = False
     """Show the task to the agent."""
     discounts: tuple[float, ...] = (0.5, 0.8, 0.9)
@@ -72,11 +70,10 @@ class Args(TrainingArgs):
 def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
     table = SymbolicAlchemy(
         bottleneck=args.bottleneck,
-        rotation=args.rotation,
         num_stones=args.num_stones,
-        num_potions=args.num_potions,
         max_episode_steps=args.max_episode_steps,
         colour_actions=args.colour_actions,
+        shaping=args.shaping,
         show_chemistry=args.show_chemistry,
         batch_size=(num_envs,),
         seed=seed,

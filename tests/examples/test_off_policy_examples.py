@@ -111,12 +111,11 @@ TASK = {
     },
     "06_alchemy": {
         "bottleneck": "none",
-        "rotation": True,
         "num_stones": 1,
-        "num_potions": 12,
         "max_episode_steps": 6,
         "episodes": 6,
         "colour_actions": True,
+        "shaping": True,
         "show_chemistry": False,
         "discounts": (0.5, 0.8, 0.9),
         "reward_scale": 0.2,

@@ -87,6 +87,13 @@ def test_potions_move_stones_and_are_used_up():
     assert env._stones.tolist() == [[USED_STONE, 0, 7]]
 
 
+def test_shaping_pays_potions_for_what_they_add():
+    env = SymbolicAlchemy(num_potions=5, shaping=True)
+    at(env, IDENTITY, [0, 0, 7], [1, 3, 5, 5, 4])
+    assert play(env, 2, 3, 4, 1) == [2, 2, 14, 15]
+    assert play(env, 5, 5 + 26, 6 + 26, 6 + 26) == [0, 0, -14, 0]
+
+
 def test_missing_edges_hold_stones_back_both_ways():
     graph = chemistry.graph_requirements().index(((-1, 1), (0, 0), (0, 0)))
     env = SymbolicAlchemy(bottleneck="1", num_potions=4)

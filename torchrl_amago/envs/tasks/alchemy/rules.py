@@ -50,6 +50,7 @@ class Rules(nn.Module):
             "outcomes": chemistry.outcome_table(),
             "leftovers": chemistry.leftover_table(),
             "rewards": rewards,
+            "worth": rewards[CAULDRON],
             "stone_features": chemistry.stone_appearances().flatten(0, 2),
             "potion_features": chemistry.potion_appearances().flatten(0, 1),
             "colours": colours,

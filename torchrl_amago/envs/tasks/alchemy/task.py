@@ -62,6 +62,7 @@ class SymbolicAlchemy(BatchedTask):
         end_action: action 0 ends the episode, and all others are numbered one higher.
         colour_actions: ``1 + 7 * s`` is the cauldron, ``2 + 7 * s + c`` a potion of colour c. The
             previous action then tells the colour.
+        shaping: add to the reward what a potion adds to its stone's worth.
         show_chemistry: show the task: then no memory is needed (the ablation).
         max_episode_steps: steps of an episode, which terminate it.
         shared: other arguments: see :class:`BatchedTask`.
@@ -86,6 +87,7 @@ class SymbolicAlchemy(BatchedTask):
         num_potions: int = MAX_POTIONS,
         end_action: bool = False,
         colour_actions: bool = False,
+        shaping: bool = False,
         show_chemistry: bool = False,
         max_episode_steps: int = 20,
         **shared: Any,
@@ -103,7 +105,7 @@ class SymbolicAlchemy(BatchedTask):
         )
         self.num_stones, self.num_potions = num_stones, num_potions
         self.end_action, self.colour_actions = end_action, colour_actions
-        self.show_chemistry = show_chemistry
+        self.shaping, self.show_chemistry = shaping, show_chemistry
         # Without randomness, the maps and the rotation that change nothing.
         maps = ((0, 48), (0, 8)) if random_maps else ((7, 8), (7, 8))
         self._task_ranges = (*maps, (0, NUM_ROTATIONS) if rotation else (0, 1))
@@ -150,9 +152,12 @@ class SymbolicAlchemy(BatchedTask):
             potion_place = self.rules.find(potion_place, self._chemistry, self._potions)
         stone = self._stones.gather(1, stone_place)
         potion = self._potions.gather(1, potion_place)
-        stone, potion, reward = self.rules.react(self._chemistry[:, :1], potion, stone)
-        self._stones.scatter_(1, stone_place, stone)
-        self._potions.scatter_(1, potion_place, potion)
+        outcome, leftover, reward = self.rules.react(self._chemistry[:, :1], potion, stone)
+        if self.shaping:
+            gain = self.rules.worth.take(outcome) - self.rules.worth.take(stone)
+            reward = reward + torch.where(potion == CAULDRON, 0.0, gain).squeeze(-1)
+        self._stones.scatter_(1, stone_place, outcome)
+        self._potions.scatter_(1, potion_place, leftover)
         # The step limit isn't a truncation: items that are left then are lost.
         over = self._num_steps >= self.max_episode_steps
         if self.end_action:
