@@ -3,14 +3,12 @@
     python examples/06_alchemy.py                          # ten minutes on a CPU core
     python examples/06_alchemy.py --seq-model feedforward --run-dir runs/no_memory
     python examples/06_alchemy.py --debug                  # under a minute, a test of the setup
-    python examples/06_alchemy.py --resume                 # go on after Ctrl-C
 
-Stones are worth more the better they are when they come into the cauldron. A trial is six short
-episodes with the same chemistry, which says what the potions' colours do to stones; stones and
-potions are others each time. By default there is one stone, all moves are possible, and an action
-names a colour. The published task, untried: `--bottleneck random --num-stones 3 --episodes 10
---max-episode-steps 20 --no-colour-actions`. The run's folder gets `progress.csv`, pictures,
-`evaluation.npz`, `evaluation_sampled.npz`, the policy's weights and checkpoints.
+A trial is six short episodes with one chemistry, which says what the colours of potions do to
+stones; stones and potions are new each time. By default there is one stone, no move is impossible,
+an action names a colour, and potions pay what they add. The published task, untried: `--bottleneck
+random --num-stones 3 --max-episode-steps 20 --episodes 10 --no-colour-actions --no-shaping`. The
+run's folder gets `progress.csv`, three pictures, evaluations, weights and checkpoints.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ from common import TrainingArgs, command_line, draw_progress, final_evaluation, 
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
-from torchrl_amago.envs.tasks import SymbolicAlchemy
+from torchrl_amago.envs import SymbolicAlchemy
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS, PopArt
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
@@ -51,9 +49,7 @@ class Args(TrainingArgs):
     discounts: tuple[float, ...] = (0.5, 0.8, 0.9)
     """Discounts that values are learned for; the last is acted with."""
     reward_scale: float = 0.2
-    """Factor of rewards in the loss."""
-    show_progress: bool = True
-    """Show the agent the fraction of the trial that is used up."""
+    """Factor of rewards in the loss, which keeps the first returns near 1."""
 
     # Other defaults of common fields.
     run_dir: Path = Path("runs/alchemy")
@@ -78,7 +74,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
         batch_size=(num_envs,),
         seed=seed,
     )
-    return make_trial_env(table, episodes=args.episodes, show_progress=args.show_progress)
+    return make_trial_env(table, episodes=args.episodes)
 
 
 def train(args: Args) -> EvaluationResults:
@@ -95,18 +91,13 @@ def train(args: Args) -> EvaluationResults:
         ),
         **args.policy_options(),
     )
-    held_out = HeldOutEvaluator(
-        policy, make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
-    )
-    # Returns of about 1 from the start, so that early targets don't drown the later, finer ones.
-    loss_options = dict(
-        reward_scale=args.reward_scale, value_codec=PopArt(len(args.discounts), beta=0.01)
-    )
+    held_out = HeldOutEvaluator(policy, make_env(args, min(128, args.eval_trials), HELD_OUT_SEED))
+    codec = PopArt(len(args.discounts), beta=0.01)
     trainer = make_trainer(
         env,
         policy,
         trial_length=horizon,
-        loss_options=loss_options,
+        loss_options=dict(reward_scale=args.reward_scale, value_codec=codec),
         **args.trainer_options(held_out, num_critics=2),
     )
     resume_if_asked(args, trainer)

@@ -119,7 +119,6 @@ TASK = {
         "show_chemistry": False,
         "discounts": (0.5, 0.8, 0.9),
         "reward_scale": 0.2,
-        "show_progress": True,
     },
     "12_half_cheetah_vel": {
         "episodes": 3,

@@ -5,6 +5,7 @@ from torchrl_amago.envs.tasks import (
     DarkKeyDoor,
     MazeRunner,
     MetaFrozenLake,
+    SymbolicAlchemy,
     TMaze,
     bayes_optimal_success,
 )
@@ -16,6 +17,7 @@ __all__ = [
     "MetaFrozenLake",
     "PreviousStepTransform",
     "RecordedEnv",
+    "SymbolicAlchemy",
     "TMaze",
     "TrialTransform",
     "bayes_optimal_success",
