@@ -56,7 +56,7 @@ class Args(TrainingArgs):
     seq_model: Literal[tuple(SEQ_MODELS)] = "gru"
     hidden_size: int = 128
     learning_rate: float = 1e-3
-    total_updates: int = 2500
+    total_updates: int = 4000
     tau: float = 0.02
     anneal_frames: int = 300_000
     capacity: int = 400_000
