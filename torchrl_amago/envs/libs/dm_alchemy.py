@@ -17,7 +17,7 @@ class DMAlchemy(gym.Env):
     Its trial of 20 steps is an episode here, so that a trial of ten is
     ``make_trial_env(env, episodes=10, repeat="options", options=DMAlchemy.SAME_CHEMISTRY)``.
     Observations and actions are those of :class:`~torchrl_amago.envs.tasks.SymbolicAlchemy`, which
-    is some hundred times as fast with few rows, some thousand with many. ``seed`` sets the generator that draws the chemistry.
+    is hundreds to thousands of times as fast. ``seed`` sets the generator that draws the chemistry.
 
     Args:
         level: name of the level.
