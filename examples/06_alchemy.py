@@ -1,6 +1,6 @@
 """Train an agent that finds out by experiments which potions improve stones.
 
-    python examples/06_alchemy.py                          # ten minutes on a CPU core
+    python examples/06_alchemy.py                          # five minutes on a CPU core
     python examples/06_alchemy.py --seq-model feedforward --run-dir runs/no_memory
     python examples/06_alchemy.py --debug                  # under a minute, a test of the setup
 
