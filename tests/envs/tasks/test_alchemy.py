@@ -172,7 +172,7 @@ def test_options_fix_parts_of_the_task():
 
 
 def test_random_actions_return_what_they_do_in_dm_alchemy():
-    # dm_alchemy's: 18.7 +- 1.6 and 16.3 +- 1.8 in two samples of 100 trials.
+    # dm_alchemy's: 18.7 +- 1.6 and 16.3 +- 1.8 in two samples.
     env = SymbolicAlchemy(batch_size=[2000], seed=0)
     torch.manual_seed(0)
     mean = env.rollout(20)["next", "reward"].sum(1).mean() * 10
