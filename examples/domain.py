@@ -31,7 +31,7 @@ class DomainArgs(TrainingArgs):
     """Steps that the policy remembers, and steps of a slice in a batch."""
     round_steps: int = 50
     """Steps of each environment between updates."""
-    discounts: tuple[float, ...] = (0.9, 0.97, 0.99)
+    discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
     """Factor of rewards in the loss."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, TMaze
+from torchrl_amago.envs.tasks import DarkKeyDoor, MetaFrozenLake, SymbolicAlchemy, TMaze
 from torchrl_amago.envs.tasks.frozen_lake import random_lakes
 
 STEPS = 100
@@ -22,6 +22,7 @@ TASKS = {
     "room-shuffled": lambda rows: DarkKeyDoor(
         5, max_episode_steps=20, randomize_actions=True, batch_size=[rows], seed=0
     ),
+    "alchemy": lambda rows: SymbolicAlchemy(batch_size=[rows], seed=0),
 }
 
 

@@ -18,6 +18,7 @@ NAMES = (
     "01_basic_gym",
     "04_tmaze",
     "05_dark_key_door",
+    "06_alchemy",
     "12_half_cheetah_vel",
     "13_mazerunner_relabeling",
 )
@@ -38,6 +39,7 @@ SHORT = {
     "01_basic_gym": {"max_episode_steps": 6, "episodes": 2, "seq_model": "feedforward"},
     "04_tmaze": {"corridor": 3, "seq_model": "gru"},
     "05_dark_key_door": {"size": 2, "horizon": 5, "max_episode_steps": 8},
+    "06_alchemy": {"max_episode_steps": 3, "episodes": 2},
     "12_half_cheetah_vel": {"episodes": 2, "max_episode_steps": 4, "loss": "amago2"},
     "13_mazerunner_relabeling": {"max_episode_steps": 6},
 }
@@ -46,6 +48,7 @@ OTHER = {
     "01_basic_gym": {"n_step": 1},
     "04_tmaze": {"oracle": True},
     "05_dark_key_door": {"randomize_actions": True},
+    "06_alchemy": {"num_stones": 2},
     "12_half_cheetah_vel": {"max_velocity": 1.0},
     "13_mazerunner_relabeling": {"relabel": "none"},
 }
@@ -55,6 +58,7 @@ PICTURES = {
     "01_basic_gym": set(),
     "04_tmaze": {"trial.png"},
     "05_dark_key_door": {"adaptation_curve.png", "trial.png"},
+    "06_alchemy": {"adaptation_curve.png", "trial.png"},
     "12_half_cheetah_vel": {"adaptation_curve.png"},
     "13_mazerunner_relabeling": {"trial.png"},
 }
@@ -104,6 +108,17 @@ TASK = {
         "dark": True,
         "randomize_actions": False,
         "show_progress": True,
+    },
+    "06_alchemy": {
+        "bottleneck": "none",
+        "num_stones": 1,
+        "max_episode_steps": 6,
+        "episodes": 6,
+        "colour_actions": True,
+        "shaping": True,
+        "show_chemistry": False,
+        "discounts": (0.5, 0.8, 0.9),
+        "reward_scale": 0.2,
     },
     "12_half_cheetah_vel": {
         "episodes": 3,

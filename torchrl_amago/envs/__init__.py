@@ -6,6 +6,7 @@ from torchrl_amago.envs.tasks import (
     DarkKeyDoor,
     MazeRunner,
     MetaFrozenLake,
+    SymbolicAlchemy,
     TMaze,
     bayes_optimal_success,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "PreviousStepTransform",
     "RecordedEnv",
     "ReseedEpisodes",
+    "SymbolicAlchemy",
     "TMaze",
     "TrialTransform",
     "bayes_optimal_success",

@@ -15,7 +15,7 @@ from torchrl.envs.utils import check_env_specs
 
 from tests.envs.workers import forked
 from torchrl_amago.envs import make_trial_env
-from torchrl_amago.envs.tasks import DarkKeyDoor, MazeRunner, MetaFrozenLake, TMaze
+from torchrl_amago.envs.tasks import DarkKeyDoor, MazeRunner, MetaFrozenLake, SymbolicAlchemy, TMaze
 
 # Each with the buffers that make up its task.
 TASKS = {
@@ -59,6 +59,19 @@ TASKS = {
             **kw,
         ),
         ["_walls", "_goals", "_meaning"],
+    ),
+    "alchemy": (SymbolicAlchemy, ["_chemistry"]),
+    "alchemy, shown, by colour": (
+        lambda **kw: SymbolicAlchemy(
+            show_chemistry=True, colour_actions=True, end_action=True, max_episode_steps=7, **kw
+        ),
+        ["_chemistry"],
+    ),
+    "alchemy, one-hot": (
+        lambda **kw: SymbolicAlchemy(
+            categorical_action_encoding=False, num_stones=1, max_episode_steps=7, **kw
+        ),
+        ["_chemistry"],
     ),
 }
 
@@ -113,11 +126,11 @@ def test_partial_reset_repeats_renews_and_leaves_alone(task):
     assert same[:16].all()
     assert not same[16:48].all()
     after = dict(env.named_buffers())
-    for name in ("_num_steps", "_cell"):
+    for name in ("_num_steps", *env.episode_buffers):
         assert torch.equal(after[name][48:], before[name][48:])
     assert not after["_num_steps"][:48].any()
     assert torch.equal(out["observation"][48:], td["observation"][48:])
-    assert not out["done"].any()
+    assert not out["done"][:48].any()
 
 
 def test_masked_step_leaves_other_rows_alone(task):
@@ -190,8 +203,8 @@ def test_actions_out_of_range_change_nothing(task):
         pytest.skip("one-hot actions are in range by their shape")
     env.reset()
     before = {name: value.clone() for name, value in env.named_buffers()}
-    for action in ([0, 9], [-1, 0]):
-        with pytest.raises(ValueError, match=r"action must be in \[0, \d\], got values from "):
+    for action in ([0, env.num_actions], [-1, 0]):
+        with pytest.raises(ValueError, match=r"action must be in \[0, \d+\], got values from "):
             env.step(TensorDict({"action": torch.tensor(action)}, [2]))
     assert all(torch.equal(value, before[name]) for name, value in env.named_buffers())
 
@@ -214,8 +227,9 @@ def test_render_draws_a_row_that_exists(task):
         (partial(TMaze, 3, batch_size=[8], seed=0), ["_goal"]),
         (partial(DarkKeyDoor, 5, batch_size=[8], seed=0), ["_key", "_door"]),
         (partial(MazeRunner, 7, num_goals=2, batch_size=[8], seed=0), ["_goals"]),
+        (partial(SymbolicAlchemy, batch_size=[8], seed=0), ["_chemistry"]),
     ],
-    ids=["maze", "room", "runner"],
+    ids=["maze", "room", "runner", "alchemy"],
 )
 def test_workers_keep_the_specs_and_repeat_tasks(batched, make, names):
     env = batched(2, make)

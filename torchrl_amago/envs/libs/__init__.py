@@ -1,6 +1,7 @@
 """Environments of other packages, in batches, and tasks made of them."""
 
 from torchrl_amago.envs.libs.crafter import CrafterInstructions
+from torchrl_amago.envs.libs.dm_alchemy import DMAlchemy
 from torchrl_amago.envs.libs.gymnasium_rows import ReseedEpisodes, gymnasium_rows
 from torchrl_amago.envs.libs.half_cheetah_vel import HalfCheetahVel
 from torchrl_amago.envs.libs.inverted_actuators import InvertedActuators
@@ -14,6 +15,7 @@ from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
 __all__ = [
     "CrafterInstructions",
+    "DMAlchemy",
     "HalfCheetahVel",
     "InvertedActuators",
     "MetaWorld",

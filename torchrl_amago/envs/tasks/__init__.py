@@ -1,5 +1,6 @@
 """Tasks that need memory, as natively batched TorchRL environments, and bases for one's own."""
 
+from torchrl_amago.envs.tasks.alchemy import SymbolicAlchemy
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.envs.tasks.dark_key_door import DarkKeyDoor
 from torchrl_amago.envs.tasks.frozen_lake import MetaFrozenLake, bayes_optimal_success
@@ -13,6 +14,7 @@ __all__ = [
     "GridTask",
     "MazeRunner",
     "MetaFrozenLake",
+    "SymbolicAlchemy",
     "TMaze",
     "bayes_optimal_success",
 ]
