@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from torchrl_amago.envs.libs._jax_rows import Tree
 from torchrl_amago.envs.libs._jax_spaces import action_spec, observation_spec
 from torchrl_amago.envs.libs.jax_env import JaxEnv, import_extra

@@ -14,10 +14,21 @@ from torchrl_amago.envs.libs.jax_env import JaxEnv, import_extra
 
 # RGB of nothing and of channels 1, 2, ... of images that aren't pictures.
 _COLOURS = np.array(
-    "0 0 0 230 60 60 60 120 230 60 190 90 240 200 60 170 90 220 80 210 220 "
-    "240 140 40 240 130 190 150 150 150 255 255 255".split(),
+    [
+        [0, 0, 0],
+        [230, 60, 60],
+        [60, 120, 230],
+        [60, 190, 90],
+        [240, 200, 60],
+        [170, 90, 220],
+        [80, 210, 220],
+        [240, 140, 40],
+        [240, 130, 190],
+        [150, 150, 150],
+        [255, 255, 255],
+    ],
     dtype=np.uint8,
-).reshape(-1, 3)
+)
 
 
 def gymnax_env(

@@ -178,7 +178,7 @@ class JaxEnv(EnvBase):
 
     def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
         """Restore what :meth:`get_extra_state` returned."""
-        leaves = [np.array(state[str(i)].cpu()) for i in range(len(state))]
+        leaves = [state[str(i)].cpu().numpy().copy() for i in range(len(state))]
         carry = self._jax.tree.unflatten(self._jax.tree.structure(self._carry), leaves)
         self._carry = self._jax.device_put(carry, self._jax_device)
 
