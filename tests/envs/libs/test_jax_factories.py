@@ -121,7 +121,7 @@ def xminigrid():
 
 @pytest.mark.slow
 def test_xland(xminigrid):
-    env = xland_env(6, show_goal=True, max_episode_steps=9, seed=0)
+    env = xland_env(6, show_goal=True, params={"max_steps": 9}, seed=0)
     assert env.max_episode_steps == 9
     check_env_specs(env)
     assert env.observation_spec["observation"].space.n == 13

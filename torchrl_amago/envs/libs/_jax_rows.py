@@ -20,109 +20,113 @@ class Carry(NamedTuple):
     has_task: Tree
 
 
-class Rows(NamedTuple):
-    """Compiled functions of all rows, and the shapes and dtypes of one row's observation.
+class JaxRows:
+    """Compiled ``reset`` and ``step`` of all rows, without side effects.
 
-    ``reset`` and ``step`` return the observation, then ``step`` the reward ``[rows, 1]``, and both
-    the flags done, terminated and truncated, ``[3, rows, 1]``.
+    Other arguments: see :class:`JaxEnv`.
+
+    Args:
+        jax: the package, which is optional.
+        action: shape and dtype of one row's action.
     """
 
-    start: Callable[[np.ndarray], Carry]
-    reset: Callable[[Carry, Tree, Tree], tuple[Carry, Tree, Tree]]
-    step: Callable[[Carry, Tree, Tree | None], tuple[Carry, Tree, Tree, Tree]]
-    observation: Tree
+    def __init__(
+        self,
+        jax: ModuleType,
+        reset: Callable,
+        step: Callable,
+        draw_task: Callable,
+        action: Tree,
+        num_rows: int,
+        rows_per_reset: int,
+    ) -> None:
+        self.jax, self.num_rows, self.rows_per_reset = jax, num_rows, rows_per_reset
+        self._reset_row, self._step_row, self._draw_task = reset, step, draw_task
+        key = jax.ShapeDtypeStruct((2,), "uint32")
+        self.task = jax.eval_shape(draw_task, key)
+        first = jax.eval_shape(reset, key, self.task)
+        after = jax.eval_shape(step, key, first[1], action, self.task)[:2]
+        # A step may return other dtypes than a reset does.
+        self.observation, self.state = jax.tree.map(
+            lambda a, b: jax.ShapeDtypeStruct(a.shape, jax.numpy.promote_types(a.dtype, b.dtype)),
+            first,
+            after,
+        )
+        self.reset, self.step = jax.jit(self._reset), jax.jit(self._step)
 
+    def start(self, key: np.ndarray) -> Carry:
+        """Return what there is before the first reset."""
+        task, state = self._zeros(self.task), self._zeros(self.state)
+        return Carry(key, task, state, np.zeros(self.num_rows, bool))
 
-def compile_rows(
-    jax: ModuleType,
-    reset: Callable,
-    step: Callable,
-    draw_task: Callable,
-    action: Tree,
-    num_rows: int,
-    rows_per_reset: int,
-) -> Rows:
-    """Batch the functions that :class:`JaxEnv` takes; ``action`` has one row's shape and dtype."""
-    jnp, tree = jax.numpy, jax.tree
-    key = jax.ShapeDtypeStruct((2,), jnp.uint32)
-    task = jax.eval_shape(draw_task, key)
-    first = jax.eval_shape(reset, key, task)
-    after = jax.eval_shape(step, key, first[1], action, task)[:2]
-    # A step may return other dtypes than a reset does.
-    observation, state = tree.map(
-        lambda a, b: jax.ShapeDtypeStruct(a.shape, jnp.promote_types(a.dtype, b.dtype)),
-        first,
-        after,
-    )
+    def _reset(self, carry: Carry, selected: Tree, repeated: Tree) -> tuple[Carry, Tree, Tree]:
+        """Return the carry, observations, and done, terminated, truncated ``[3, rows, 1]``."""
+        key, keys = self._split(carry.key)
+        given = (keys, carry.task, repeated & carry.has_task)
+        before = (carry.task, self._zeros(self.observation), carry.state)
+        if self.rows_per_reset < self.num_rows:
+            after = self._reset_in_turns(given, before, selected)
+        else:
+            after = self._where(selected, self.jax.vmap(self._restart)(*given), before)
+        task, observation, state = after
+        flags = self.jax.numpy.zeros((3, self.num_rows, 1), bool)
+        return Carry(key, task, state, carry.has_task | selected), self._own(observation), flags
 
-    def strong(values: Tree, like: Tree) -> Tree:
-        # Python numbers have a weak type, and each combination of those would compile anew.
-        return tree.map(lambda x, s: jax.lax.convert_element_type(x, s.dtype), values, like)
+    def _restart(self, key: Tree, old_task: Tree, keeps: Tree) -> tuple[Tree, Tree, Tree]:
+        """Return one row's task, observation and state."""
+        task_key, reset_key = self.jax.random.split(key)
+        new_task = self._strong(self._draw_task(task_key), self.task)
+        task = self._where(keeps, old_task, new_task)
+        first = self._reset_row(reset_key, task)
+        return task, *self._strong(first, (self.observation, self.state))
 
-    def zeros(like: Tree) -> Tree:
-        return tree.map(lambda s: jnp.zeros((num_rows, *s.shape), s.dtype), like)
+    def _reset_in_turns(self, given: Tree, before: Tree, selected: Tree) -> Tree:
+        jax, num_rows, at_once = self.jax, self.num_rows, self.rows_per_reset
+        # Rows that aren't selected get an index out of range: nothing is written for them.
+        rows = jax.numpy.nonzero(selected, size=num_rows, fill_value=num_rows)[0]
+        rows = jax.numpy.pad(rows, (0, -num_rows % at_once), constant_values=num_rows)
 
-    def start(key: np.ndarray) -> Carry:
-        return Carry(jnp.asarray(key), zeros(task), zeros(state), jnp.zeros(num_rows, bool))
+        def turn(i: Tree, current: Tree) -> Tree:
+            some = jax.lax.dynamic_slice_in_dim(rows, i * at_once, at_once)
+            chosen = jax.tree.map(lambda x: x.at[some].get(mode="clip"), given)
+            new = jax.vmap(self._restart)(*chosen)
+            return jax.tree.map(lambda x, y: x.at[some].set(y, mode="drop"), current, new)
 
-    def keys_of_rows(key: Tree) -> tuple[Tree, Tree]:
-        keys = jax.random.split(key, num_rows + 1)
+        return jax.lax.fori_loop(0, -(-selected.sum() // at_once), turn, before)
+
+    def _step(self, carry: Carry, action: Tree, stepped: Tree | None) -> tuple:
+        """Return the carry, observations, rewards ``[rows, 1]``, and the flags as a reset does."""
+        key, keys = self._split(carry.key)
+        out = self.jax.vmap(self._step_row)(keys, carry.state, action, carry.task)
+        observation, state = self._strong(out[:2], (self.observation, self.state))
+        reward = out[2].astype("float32").reshape(-1, 1)
+        terminated, truncated = (flag.astype(bool).reshape(-1, 1) for flag in out[3:])
+        done = terminated | truncated
+        flags = self.jax.numpy.stack([done, terminated, truncated & ~terminated])
+        if stepped is not None:
+            state = self._where(stepped, state, carry.state)
+        return carry._replace(key=key, state=state), self._own(observation), reward, flags
+
+    def _split(self, key: Tree) -> tuple[Tree, Tree]:
+        keys = self.jax.random.split(key, self.num_rows + 1)
         return keys[0], keys[1:]
 
-    def reset_row(key: Tree, old_task: Tree, keeps: Tree) -> tuple[Tree, Tree, Tree]:
-        task_key, reset_key = jax.random.split(key)
-        row_task = _where(jax, keeps, old_task, strong(draw_task(task_key), task))
-        return row_task, *strong(reset(reset_key, row_task), (observation, state))
+    def _zeros(self, like: Tree) -> Tree:
+        shape = (self.num_rows,)
+        return self.jax.tree.map(lambda s: self.jax.numpy.zeros(shape + s.shape, s.dtype), like)
 
-    def reset_rows(carry: Carry, selected: Tree, repeated: Tree) -> tuple[Carry, Tree, Tree]:
-        new_key, keys = keys_of_rows(carry.key)
-        given = (keys, carry.task, repeated & carry.has_task)
-        before = (carry.task, zeros(observation), carry.state)
-        if rows_per_reset < num_rows:
-            after = _apply_in_turns(jax, reset_row, given, before, selected, rows_per_reset)
-        else:
-            after = _where(jax, selected, jax.vmap(reset_row)(*given), before)
-        new_task, seen, new_state = after
-        flags = jnp.zeros((3, num_rows, 1), bool)
-        carry = Carry(new_key, new_task, new_state, carry.has_task | selected)
-        return carry, tree.map(jnp.copy, seen), flags
+    def _where(self, mask: Tree, new: Tree, old: Tree) -> Tree:
+        def select(new: Tree, old: Tree) -> Tree:
+            shape = mask.shape + (1,) * (old.ndim - mask.ndim)
+            return self.jax.numpy.where(mask.reshape(shape), new, old)
 
-    def step_rows(carry: Carry, action: Tree, stepped: Tree | None) -> tuple:
-        new_key, keys = keys_of_rows(carry.key)
-        out = jax.vmap(step)(keys, carry.state, action, carry.task)
-        seen, new_state = strong(out[:2], (observation, state))
-        reward = out[2].astype(jnp.float32).reshape(num_rows, 1)
-        terminated, truncated = (flag.astype(bool).reshape(num_rows, 1) for flag in out[3:])
-        flags = jnp.stack([terminated | truncated, terminated, truncated & ~terminated])
-        if stepped is not None:
-            new_state = _where(jax, stepped, new_state, carry.state)
-        carry = carry._replace(key=new_key, state=new_state)
-        # Copied, since torch may write into what it gets, and the state is JAX's.
-        return carry, tree.map(jnp.copy, seen), reward, flags
+        return self.jax.tree.map(select, new, old)
 
-    return Rows(start, jax.jit(reset_rows), jax.jit(step_rows), observation)
+    def _strong(self, values: Tree, like: Tree) -> Tree:
+        # Python numbers have a weak type, and each combination of those would compile anew.
+        convert = self.jax.lax.convert_element_type
+        return self.jax.tree.map(lambda x, s: convert(x, s.dtype), values, like)
 
-
-def _where(jax: ModuleType, mask: Tree, new: Tree, old: Tree) -> Tree:
-    def select(new: Tree, old: Tree) -> Tree:
-        shape = mask.shape + (1,) * (old.ndim - mask.ndim)
-        return jax.numpy.where(mask.reshape(shape), new, old)
-
-    return jax.tree.map(select, new, old)
-
-
-def _apply_in_turns(
-    jax: ModuleType, function: Callable, given: Tree, before: Tree, selected: Tree, at_once: int
-) -> Tree:
-    """Replace the selected rows of ``before`` by a function of ``given``, so many at once."""
-    jnp, num_rows = jax.numpy, len(selected)
-    # Rows that aren't selected get an index out of range: nothing is written for them.
-    rows = jnp.nonzero(selected, size=num_rows, fill_value=num_rows)[0]
-    rows = jnp.pad(rows, (0, -num_rows % at_once), constant_values=num_rows)
-
-    def turn(i: Tree, current: Tree) -> Tree:
-        some = jax.lax.dynamic_slice_in_dim(rows, i * at_once, at_once)
-        new = jax.vmap(function)(*jax.tree.map(lambda x: x.at[some].get(mode="clip"), given))
-        return jax.tree.map(lambda x, y: x.at[some].set(y, mode="drop"), current, new)
-
-    return jax.lax.fori_loop(0, -(-selected.sum() // at_once), turn, before)
+    def _own(self, observation: Tree) -> Tree:
+        # A copy: torch may write into what it gets, which must not be a part of the state.
+        return self.jax.tree.map(self.jax.numpy.copy, observation)

@@ -37,6 +37,7 @@ def craftax_env(
         ValueError: for an unknown id.
 
     Example:
+        >>> from torchrl_amago.envs import make_trial_env
         >>> env = craftax_env(64)  # doctest: +SKIP
         >>> make_trial_env(env, episodes=2).rollout(10)["observation"].shape  # doctest: +SKIP
         torch.Size([64, 10, 1345])

@@ -60,6 +60,7 @@ def gymnax_env(
         OSError: if data can't be downloaded.
 
     Example:
+        >>> from torchrl_amago.envs import make_trial_env
         >>> env = gymnax_env("CartPole-v1", 64)  # doctest: +SKIP
         >>> make_trial_env(env, episodes=2).rollout(10)["observation"].shape  # doctest: +SKIP
         torch.Size([64, 10, 4])

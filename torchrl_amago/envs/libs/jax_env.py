@@ -15,7 +15,7 @@ from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
-from torchrl_amago.envs.libs._jax_rows import Tree, compile_rows
+from torchrl_amago.envs.libs._jax_rows import JaxRows, Tree
 
 
 class JaxEnv(EnvBase):
@@ -97,7 +97,7 @@ class JaxEnv(EnvBase):
         self._render_row = render
         dtype = "float32" if action_spec.dtype.is_floating_point else "int32"
         action = jax.ShapeDtypeStruct(action_spec.shape, dtype)
-        self._rows = compile_rows(jax, reset, step, draw_task, action, num_envs, rows_per_reset)
+        self._rows = JaxRows(jax, reset, step, draw_task, action, num_envs, rows_per_reset)
         self._make_specs(observation_spec, action_spec)
         self._set_seed(seed)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -25,7 +25,7 @@ def xland_env(
     *,
     benchmark: Any = "trivial",
     show_goal: bool = False,
-    max_episode_steps: int | None = None,
+    params: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> JaxEnv:
     """Make rows of XLand-MiniGrid (arXiv 2312.12044) with a task drawn from a benchmark of rules.
@@ -41,12 +41,14 @@ def xland_env(
     Args:
         num_envs: number of rows.
         env_id: one of ``xminigrid.registered_environments()``.
-        benchmark: ``"trivial"``, goals without rules among four objects (:func:`trivial_ruleset`),
-            which needs no data; the name of a published benchmark, such as "trivial-21k" or
-            "small-1m", which the package downloads; a file of one, which is unpickled, so it must
-            come from a source you trust; or a ``Benchmark``, such as the training part of a split.
+        benchmark: ``"trivial"``, goals without rules (:func:`trivial_ruleset`), which needs no
+            data; the name of a published benchmark, such as "trivial-21k" or "small-1m", which the
+            package downloads; a file of one, which is unpickled, so it must come from a source you
+            trust; a ``Benchmark``, such as the training part of a split; or a function that draws
+            a ruleset from a key.
         show_goal: whether the agent sees its goal.
-        max_episode_steps: steps of an episode; default three for each cell.
+        params: changes of the package's own parameters, ``height``, ``width``, ``view_size`` and
+            ``max_steps`` of an episode, by default three for each cell of the unchanged room.
         options: further arguments of :class:`JaxEnv`.
 
     Raises:
@@ -55,15 +57,14 @@ def xland_env(
         OSError: if the benchmark can't be downloaded.
 
     Example:
+        >>> from torchrl_amago.envs import make_trial_env
         >>> env = xland_env(64)  # doctest: +SKIP
         >>> make_trial_env(env, episodes=5).rollout(10)["observation"].shape  # doctest: +SKIP
         torch.Size([64, 10, 5, 5, 2])
     """
     xminigrid, jax = import_extra("xminigrid"), import_extra("jax")
-    env, params = xminigrid.make(env_id)
-    if max_episode_steps is not None:
-        params = params.replace(max_steps=max_episode_steps)
-    has_rules = hasattr(params, "ruleset")
+    env, env_params = xminigrid.make(env_id, **(params or {}))
+    has_rules = hasattr(env_params, "ruleset")
     draw_task = _ruleset_sampler(benchmark) if has_rules else lambda key: key
 
     def observe(timestep: Tree) -> dict[str, Tree]:
@@ -73,17 +74,17 @@ def xland_env(
 
     def reset(key: Tree, task: Tree) -> tuple[Tree, Tree]:
         if has_rules:
-            timestep = env.reset(params.replace(ruleset=task), key)
+            timestep = env.reset(env_params.replace(ruleset=task), key)
         else:
-            timestep = env.reset(params, task)
+            timestep = env.reset(env_params, task)
         return observe(timestep), timestep
 
     def step(key: Tree, timestep: Tree, action: Tree, task: Tree) -> tuple:
-        timestep = env.step(params, timestep, action)
+        timestep = env.step(env_params, timestep, action)
         terminated = timestep.discount == 0
         return observe(timestep), timestep, timestep.reward, terminated, timestep.last()
 
-    view = (params.view_size, params.view_size, 2)
+    view = (env_params.view_size, env_params.view_size, 2)
     specs = {
         "observation": Categorical(13, view, dtype=torch.uint8),
         "direction": OneHot(4, dtype=torch.uint8),
@@ -93,14 +94,14 @@ def xland_env(
     rows = JaxEnv(
         reset,
         step,
-        action_spec=Categorical(env.num_actions(params)),
+        action_spec=Categorical(env.num_actions(env_params)),
         observation_spec=specs,
         draw_task=draw_task,
-        render=lambda timestep, task: np.asarray(env.render(params, timestep)),
+        render=lambda timestep, task: np.asarray(env.render(env_params, timestep)),
         num_envs=num_envs,
         **options,
     )
-    rows.max_episode_steps = params.max_steps
+    rows.max_episode_steps = env_params.max_steps
     return rows
 
 
@@ -141,7 +142,7 @@ def _ruleset_sampler(benchmark: Any) -> Callable[[Tree], Tree]:
     if benchmark == "trivial":
         return trivial_ruleset
     if not isinstance(benchmark, str | Path):
-        return benchmark.sample_ruleset
+        return getattr(benchmark, "sample_ruleset", benchmark)
     benchmarks = import_extra("xminigrid.benchmarks")
     if Path(benchmark).is_file():
         return benchmarks.load_benchmark_from_path(str(benchmark)).sample_ruleset
