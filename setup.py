@@ -48,6 +48,13 @@ FEATURES = {
     # mujoco 4 breaks dm_control; gymnasium's MuJoCo environments import imageio.
     "mujoco": ["mujoco>=3.3,<4", "imageio>=2.14.1"],
     "offline": OFFLINE,
+    "jax": [
+        "gymnax>=1.0.1,<2",
+        "six",  # gymnax imports it without declaring it
+        "xminigrid>=0.9.3,<0.10",
+        "craftax>=1.6,<2",
+        "jax>=0.6,<0.12",
+    ],
 }
 
 # Environment packages. They work today through TorchRL's own wrappers (GymWrapper, DMControlEnv); factories of ours
@@ -62,13 +69,6 @@ PLANNED = {
     "metaworld": ["metaworld>=3.1.1,<4"],
     "crafter": ["crafter>=1.8.3,<2", "numba>=0.61"],  # numba makes it about five times faster
     "retro": ["stable-retro>=1.0,<2"],
-    "jax": [
-        "gymnax>=1.0.1,<2",
-        "six",  # gymnax imports it without declaring it
-        "xminigrid>=0.9.3,<0.10",
-        "craftax>=1.6,<2",
-        "jax>=0.6,<0.12",
-    ],
     "procgen": ["envpool>=1.2,<1.3"],  # procgen itself has no wheels for current Pythons
     "pokemon": ["poke-env>=0.16,<0.17"],
     "ray": ["ray>=2.40"],

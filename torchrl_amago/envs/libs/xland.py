@@ -26,6 +26,7 @@ def xland_env(
     benchmark: Any = "trivial",
     show_goal: bool = False,
     params: Mapping[str, Any] | None = None,
+    rows_per_reset: int = 8,
     **options: Any,
 ) -> JaxEnv:
     """Make rows of XLand-MiniGrid (arXiv 2312.12044) with a task drawn from a benchmark of rules.
@@ -49,7 +50,8 @@ def xland_env(
         show_goal: whether the agent sees its goal.
         params: changes of the package's own parameters, ``height``, ``width``, ``view_size`` and
             ``max_steps`` of an episode, by default three for each cell of the unchanged room.
-        options: further arguments of :class:`JaxEnv`.
+        rows_per_reset, options: arguments of :class:`JaxEnv`. A reset costs several steps, hence
+            few rows at once.
 
     Raises:
         ImportError: if XLand-MiniGrid isn't installed.
@@ -99,6 +101,7 @@ def xland_env(
         draw_task=draw_task,
         render=lambda timestep, task: np.asarray(env.render(env_params, timestep)),
         num_envs=num_envs,
+        rows_per_reset=min(rows_per_reset, num_envs),
         **options,
     )
     rows.max_episode_steps = env_params.max_steps
