@@ -108,8 +108,9 @@ class JaxRows:
         return carry._replace(key=key, state=state), self._own(observation), reward, flags
 
     def _split(self, key: Tree) -> tuple[Tree, Tree]:
-        keys = self.jax.random.split(key, self.num_rows + 1)
-        return keys[0], keys[1:]
+        # In two stages: most steps draw nothing, and are compiled without keys of rows.
+        key, now = self.jax.random.split(key)
+        return key, self.jax.random.split(now, self.num_rows)
 
     def _zeros(self, like: Tree) -> Tree:
         shape = (self.num_rows,)
