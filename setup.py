@@ -40,7 +40,6 @@ TEST = [
     *OFFLINE,  # and offline data
 ]
 
-# Used by code that exists.
 FEATURES = {
     "amago": ["safetensors>=0.4"],  # reading the weights that AMAGO's checkpoints hold
     "tensorboard": ["tensorboard>=2.16"],
@@ -57,20 +56,22 @@ FEATURES = {
     ],
 }
 
-# Environment packages. They work today through TorchRL's own wrappers (GymWrapper, DMControlEnv); factories of ours
-# for them are planned, and so is the code behind the rest of this table.
-# All but flash and mamba install together when gymnasium is 1.3, which constraints.txt pins.
-PLANNED = {
+# Environment packages. All of them install together when gymnasium is 1.3, which constraints.txt pins.
+DOMAINS = {
     "classic": ["gymnasium[classic-control,box2d]>=1.1,<1.5"],
     "popgym": ["popgym[navigation]>=1.0.7,<2"],
     "minigrid": ["minigrid>=3.0,<4"],
     "atari": ["ale-py>=0.11,<0.13", "opencv-python-headless"],
-    "dm_control": ["mujoco>=3.3,<4", "dm_control>=1.0.28,<2", "imageio"],
+    # Later releases need a later mujoco than metaworld allows (3.3.0). Old pips find no extra with an underscore.
+    "dm-control": ["mujoco>=3.3,<3.4", "dm_control==1.0.28", "imageio"],
     "metaworld": ["metaworld>=3.1.1,<4"],
     "crafter": ["crafter>=1.8.3,<2", "numba>=0.61"],  # numba makes it about five times faster
     "retro": ["stable-retro>=1.0,<2"],
     "procgen": ["envpool>=1.2,<1.3"],  # procgen itself has no wheels for current Pythons
     "pokemon": ["poke-env>=0.16,<0.17"],
+}
+
+ACCELERATORS = {
     "ray": ["ray>=2.40"],
     # Source only: they need nvcc and `pip install --no-build-isolation`. Nothing ever requires them.
     "flash": ["flash-attn>=2.6"],
@@ -95,7 +96,8 @@ setup(
         "docs": DOCS,
         "dev": [*TEST, *DOCS, "pytest-cov>=5"],
         **FEATURES,
-        **PLANNED,
+        **DOMAINS,
+        **ACCELERATORS,
     },
     classifiers=[
         "Intended Audience :: Science/Research",

@@ -25,7 +25,9 @@ NAME = "torchrl_amago"
 # A part may import those of lower rank and itself. Parts of equal rank don't know one another.
 RANKS = {
     "_files": 0,
+    "_signals": 0,
     "_state_file": 1,
+    "progress": 1,
     "keys": 0,
     "action_space": 0,
     "_cpu": 0,

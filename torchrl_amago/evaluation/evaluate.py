@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 from torchrl.envs import EnvBase
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
@@ -53,13 +53,11 @@ def evaluate(
         max_trial_steps: longest trial allowed.
         episode_return_key: in `next`, as all keys: return of the step's episode so far.
         soft_reset_key: True if the step ends an episode and the trial continues.
-        reward_key: the reward.
-        done_key: True if the step ends the trial.
+        reward_key, done_key: reward, and True if the step ends the trial.
 
     Raises:
         KeyError: if the environment has no trial transform.
         RuntimeError: if a trial is longer than `max_trial_steps`.
-        ValueError: if `trials_per_env` is not positive.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -68,7 +66,7 @@ def evaluate(
         >>> results.episode_return.shape
         torch.Size([32, 5])
     """
-    check_counts("Every environment plays that many trials.", trials_per_env=trials_per_env)
+    check_counts(trials_per_env=trials_per_env)
     tally = _Tally(env.batch_size.numel(), trials_per_env, max_trial_steps)
     read = (reward_key, episode_return_key, soft_reset_key, done_key)
     with rollout_mode(policy, greedy=greedy, seed=seed):
@@ -76,7 +74,7 @@ def evaluate(
         step = env.reset()
         while not tally.is_complete:
             step, following = env.step_and_maybe_reset(policy(step))
-            tally.add(*_read(step["next"], *read))
+            tally.add(_read(step["next"], read))
             step = following
     return tally.results(success_threshold)
 
@@ -115,9 +113,9 @@ def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]
             module.training = training
 
 
-def _read(step_next: TensorDictBase, *keys: NestedKey) -> list[Tensor]:
+def _read(step_next: TensorDictBase, keys: tuple[NestedKey, ...]) -> list[np.ndarray]:
     try:
-        return [step_next[key] for key in keys]
+        return [step_next[key].reshape(-1).cpu().numpy() for key in keys]
     except KeyError as error:
         raise KeyError(
             f"evaluate reads {keys} after each step, but the environment gives only "
@@ -130,8 +128,7 @@ class _Tally:
 
     def __init__(self, num_envs: int, trials_per_env: int, max_trial_steps: int):
         self.trials_per_env, self.max_trial_steps = trials_per_env, max_trial_steps
-        self.trial = np.zeros(num_envs, dtype=np.int64)
-        self.episode = np.zeros(num_envs, dtype=np.int64)
+        self.trial, self.episode = np.zeros((2, num_envs), dtype=np.int64)
         self.trial_return = np.zeros((num_envs, trials_per_env))
         self.trial_length = np.zeros((num_envs, trials_per_env), dtype=np.int64)
         # (row, trial, episode, return) of every episode that ended, one array each per step.
@@ -141,16 +138,14 @@ class _Tally:
     def is_complete(self) -> bool:
         return bool((self.trial == self.trials_per_env).all())
 
-    def add(self, reward: Tensor, episode_return: Tensor, soft_reset: Tensor, done: Tensor) -> None:
+    def add(self, step: list[np.ndarray]) -> None:
         """Count one step of every environment that has trials left to play."""
-        reward, episode_return, soft_reset, done = (
-            value.reshape(len(self.trial)).cpu().numpy()
-            for value in (reward, episode_return, soft_reset, done)
-        )
+        reward, episode_return, soft_reset, done = step
         row = np.flatnonzero(self.trial < self.trials_per_env)
-        self.trial_return[row, self.trial[row]] += reward[row]
-        self.trial_length[row, self.trial[row]] += 1
-        if self.trial_length[row, self.trial[row]].max() > self.max_trial_steps:
+        place = (row, self.trial[row])
+        self.trial_return[place] += reward[row]
+        self.trial_length[place] += 1
+        if self.trial_length[place].max() > self.max_trial_steps:
             raise RuntimeError(
                 f"a trial must end within max_trial_steps={self.max_trial_steps} steps, one did "
                 "not. Give the trial transform episodes= or horizon=, or raise max_trial_steps."
@@ -164,12 +159,11 @@ class _Tally:
     def results(self, success_threshold: float) -> TrialResults:
         """Return all that was counted, in the order of environments."""
         row, trial, episode, value = map(np.concatenate, zip(*self.ended, strict=True))
-        episode_return = np.full((self.trial.size * self.trials_per_env, episode.max() + 1), np.nan)
-        episode_return[row * self.trials_per_env + trial, episode] = value
-        episode_return = torch.from_numpy(episode_return).float()
-        return TrialResults(
-            episode_return,
-            episode_return > success_threshold,
-            torch.from_numpy(self.trial_return.reshape(-1)).float(),
-            torch.from_numpy(self.trial_length.reshape(-1)),
+        returns = np.full((*self.trial_return.shape, episode.max() + 1), np.nan, np.float32)
+        returns[row, trial, episode] = value
+        episode_return, trial_return, trial_length = (
+            torch.from_numpy(x).flatten(0, 1)
+            for x in (returns, self.trial_return.astype(np.float32), self.trial_length)
         )
+        is_success = episode_return > success_threshold
+        return TrialResults(episode_return, is_success, trial_return, trial_length)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -68,7 +68,7 @@ class TrialResults:
 
     def save(self, path: str | Path) -> None:
         """Write an `.npz` file, which :meth:`load` and `numpy.load` read without pickle."""
-        arrays = {field.name: getattr(self, field.name).numpy() for field in fields(self)}
+        arrays = {name: value.numpy() for name, value in vars(self).items()}
         # Given a name, numpy would add a suffix to it.
         with Path(path).open("wb") as file:
             np.savez_compressed(file, **arrays)
@@ -83,16 +83,14 @@ class TrialResults:
     def concatenate(cls, results: Sequence[TrialResults]) -> TrialResults:
         """Pool the trials of several results; missing episodes become NaN."""
         width = max(result.episode_return.shape[1] for result in results)
-
-        def widen(values: Tensor, fill: float) -> Tensor:
-            return nn.functional.pad(values, (0, width - values.shape[1]), value=fill)
-
-        return cls(
-            torch.cat([widen(result.episode_return, torch.nan) for result in results]),
-            torch.cat([widen(result.episode_success, False) for result in results]),
-            torch.cat([result.trial_return for result in results]),
-            torch.cat([result.trial_length for result in results]),
-        )
+        pooled: dict[str, list[Tensor]] = {}
+        for result in results:
+            for name, values in vars(result).items():
+                fill = torch.nan if name == "episode_return" else 0
+                missing = width - values.shape[1] if values.ndim == 2 else 0
+                values = nn.functional.pad(values, (0, missing), value=fill)
+                pooled.setdefault(name, []).append(values)
+        return cls(**{name: torch.cat(values) for name, values in pooled.items()})
 
 
 class EvaluationResults(NamedTuple):
@@ -115,11 +113,9 @@ class EvaluationResults(NamedTuple):
 
     def describe(self, *names: str) -> str:
         """Return one line with both summaries, of all entries or of those named."""
-        means = [results.summary() for results in self]
         greedy, sampled = (
-            ", ".join(f"{name} {mean[name]:.3f}" for name in names or mean) for mean in means
+            ", ".join(f"{name} {mean[name]:.3f}" for name in names or mean)
+            for mean in (results.summary() for results in self)
         )
-        return (
-            f"On {len(self.greedy)} held-out trials: greedy {greedy}; "
-            f"sampled (as trained, without epsilon) {sampled}"
-        )
+        trials = f"On {len(self.greedy)} held-out trials"
+        return f"{trials}: greedy {greedy}; sampled (as trained, without epsilon) {sampled}"

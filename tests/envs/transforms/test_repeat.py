@@ -152,7 +152,7 @@ def test_without_set_seed_every_environment_has_its_own_tasks():
 def test_warns_of_an_environment_that_hides_its_seed():
     base = make_seeded_goal(SilentGoal())
     env = TransformedEnv(base, TrialTransform(episodes=2))
-    with pytest.warns(UserWarning, match="does not report the seed it was reset with"):
+    with pytest.warns(UserWarning, match="whose seed is unknown"):
         env.reset()
     # It warns once, and the trials are right nevertheless.
     steps = drive(env, torch.tensor([0, 1, 0, 1, 0]))
@@ -163,7 +163,7 @@ def test_the_global_generator_seeds_an_environment_that_hides_its_seed():
     def goals(seed):
         torch.manual_seed(seed)
         env = TransformedEnv(make_seeded_goal(SilentGoal()), TrialTransform(episodes=2))
-        with pytest.warns(UserWarning, match="does not report the seed"):
+        with pytest.warns(UserWarning, match="whose seed is unknown"):
             env.reset()
         return drive(env, torch.tensor([0, 1, 0, 1, 0]))["observation"]
 

@@ -139,7 +139,7 @@ def test_transform_rb(kind, invert):
         buffer.extend(stored_steps())
         buffer.sample()
 
-    with pytest.raises(RuntimeError, match="as by a replay buffer"):
+    with pytest.raises(RuntimeError, match="not in a replay buffer"):
         write_and_sample()
 
 

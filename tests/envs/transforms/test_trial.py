@@ -454,7 +454,7 @@ def test_several_done_flags():
     flags = Categorical(2, shape=(2, 3), dtype=torch.bool)
     base.done_spec = Composite(done=flags, terminated=flags.clone(), shape=(2,))
     with pytest.raises(
-        ValueError, match=r"one done flag per row.* got .*'done': \(2, 3\).*Reduce those"
+        ValueError, match=r"one reward and flags.* got .*'done': \(2, 3\).*Reduce those"
     ):
         make_trial_env(base, episodes=2)
 

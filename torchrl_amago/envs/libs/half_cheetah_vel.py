@@ -18,8 +18,7 @@ class HalfCheetahVel(gym.Wrapper):
     1903.08254) and VariBAD (arXiv 1910.08348). Physics and observations, 17 numbers in float64, are
     those of Gymnasium's ``HalfCheetah-v5``; actions are six torques in [-1, 1].
 
-    A reset draws a task from the generator that ``seed`` sets. ``reset(options={"same_target":
-    True})`` stays at the task and starts the cheetah anew, which is what makes trials:
+    A reset draws a task. ``reset(options={"same_target": True})`` stays at it, which makes trials:
     ``make_trial_env(env, episodes=3, repeat="options", options=HalfCheetahVel.SAME_TARGET)``.
 
     Args:
@@ -68,10 +67,7 @@ class HalfCheetahVel(gym.Wrapper):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode at a new task.
-
-        Of the options, ``same_target`` stays at a task once drawn; ``target_velocity`` sets it.
-        """
+        """Start an episode at a new task; options: ``same_target``, ``target_velocity``."""
         options = options or {}
         # Not passed on: the simulation has no such options.
         observation, info = self.env.reset(seed=seed)

@@ -1,10 +1,4 @@
-"""Tasks that need memory, as natively batched TorchRL environments.
-
-``MetaFrozenLake`` tests adaptation, and ``bayes_optimal_success`` computes the results of the best
-possible agent there; ``TMaze`` tests recall alone, ``DarkKeyDoor`` finding things again,
-``MazeRunner`` following goals, with or without hindsight. ``BatchedTask`` and ``GridTask`` are
-their bases, also for tasks of one's own.
-"""
+"""Tasks that need memory, as natively batched TorchRL environments, and bases for one's own."""
 
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.envs.tasks.dark_key_door import DarkKeyDoor

@@ -39,10 +39,7 @@ class Canvas:
 
 
 class Cell:
-    """One cell of a canvas; coordinates of shapes run from 0 to 1, down and to the right.
-
-    The part of a cell that lies beyond the canvas is cut off.
-    """
+    """One cell of a canvas; coordinates run from 0 to 1; what lies beyond the canvas is cut off."""
 
     def __init__(self, rgb: np.ndarray, side: int) -> None:
         self._rgb = rgb

@@ -18,12 +18,14 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
 
+_FLAGS = ("done", "terminated", "truncated")
+
 
 class BatchedTask(EnvBase):
     """Base of environments with one discrete action whose rows are stepped by the same operations.
 
-    A subclass makes its buffers with :meth:`_state` (what changes, saved by ``state_dict()``) and
-    :meth:`_constant` (look-up tables), and writes
+    A subclass makes its buffers with ``_state(name, value)`` (what changes, saved by
+    ``state_dict()``) and ``_constant(name, value)`` (look-up tables), and writes
 
     - ``_draw_tasks(rows)``: new tasks for these rows, int64 ``[n]``;
     - ``_begin_episodes(selected)``: the episode's start in the rows of a bool mask ``[rows]``;
@@ -34,11 +36,10 @@ class BatchedTask(EnvBase):
 
     ``truncated`` is set at the step limit, if the episode isn't terminated.
 
-    Repeating a task: ``env.reset(td, repeat_task=True)`` starts a new episode at the same task in
-    the rows that ``td["_reset"]`` selects (all of them without that entry); a bool tensor
-    ``[*B, 1]`` chooses row by row. The other selected rows draw a new task. Without the keyword, an
-    entry ``repeat_task`` of the reset tensordict is read, but ``TransformedEnv`` and
-    ``ParallelEnv`` drop entries that no spec declares, whereas keywords pass through both.
+    ``env.reset(td, repeat_task=True)`` starts a new episode at the same task in the rows that
+    ``td["_reset"]`` selects (all without that entry); a bool tensor ``[*B, 1]`` chooses row by row.
+    The other selected rows draw a new task. Without the keyword, an entry ``repeat_task`` of the
+    reset tensordict is read (``TransformedEnv`` and ``ParallelEnv`` drop it).
 
     ``state_dict()`` holds all that changes (buffers, generator), so that a loaded environment
     continues exactly. The next step changes its tensors: ``deepcopy`` one to load in this process.
@@ -47,19 +48,15 @@ class BatchedTask(EnvBase):
         observation_bounds: lowest and highest value of each entry of the observation.
         num_actions: A.
         max_episode_steps: step limit of an episode.
-        categorical_action_encoding: integer actions ``[*B]`` if True, else one-hot ``[*B, A]``, of
-            which the largest entry counts.
+        categorical_action_encoding: integer actions ``[*B]``, else one-hot ``[*B, A]``.
         batch_size: any shape; all rows are stepped together.
         device: device of the state and of all tensors.
         seed: as for ``set_seed(seed)``; by default drawn from torch's global generator.
 
     Raises:
-        ValueError: if the step limit is not positive, or an integer action is out of its range
-            (checked on CPU only: on other devices the check would stall the step).
+        ValueError: if an integer action is out of its range (checked on CPU only).
 
     Examples:
-        >>> import torch
-        >>> from torchrl_amago.envs.tasks import BatchedTask
         >>> class Guess(BatchedTask):
         ...     def __init__(self, **options):
         ...         super().__init__([(0.0, 1.0)], num_actions=2, max_episode_steps=5, **options)
@@ -112,8 +109,6 @@ class BatchedTask(EnvBase):
         """Rows of the flattened batch."""
         return self.batch_size.numel()
 
-    # The rules; see the docstring of the class.
-
     @abstractmethod
     def _draw_tasks(self, rows: Tensor) -> None: ...
 
@@ -127,23 +122,18 @@ class BatchedTask(EnvBase):
     def _observe(self) -> Tensor: ...
 
     def _make_specs(self, observation_bounds: list[tuple[float, float]]) -> None:
-        batch_size, device = self.batch_size, self.device
-        flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=device)
-        flags = {key: flag.clone() for key in ("done", "terminated", "truncated")}
-        low, high = torch.tensor(observation_bounds, device=device).unbind(-1)
-        shape = (*batch_size, len(observation_bounds))
-        self.observation_spec = Composite(
-            observation=Bounded(low.expand(shape).clone(), high.expand(shape).clone()),
-            shape=batch_size,
-            device=device,
+        batch_size, where = self.batch_size, {"shape": self.batch_size, "device": self.device}
+        low, high = torch.tensor(observation_bounds, device=self.device).unbind(-1)
+        bounds = Bounded(low, high).expand(*batch_size, len(observation_bounds)).clone()
+        self.observation_spec = Composite(observation=bounds, **where)
+        self.action_spec = (
+            Categorical(self.num_actions, **where)
+            if self._categorical
+            else OneHot(self.num_actions, device=self.device).expand(*batch_size, self.num_actions)
         )
-        if self._categorical:
-            self.action_spec = Categorical(self.num_actions, shape=batch_size, device=device)
-        else:
-            shape = (*batch_size, self.num_actions)
-            self.action_spec = OneHot(self.num_actions, shape=shape, device=device)
-        self.reward_spec = Unbounded(shape=(*batch_size, 1), device=device)
-        self.done_spec = Composite(flags, shape=batch_size, device=device)
+        self.reward_spec = Unbounded(shape=(*batch_size, 1), device=self.device)
+        flag = Categorical(2, shape=(*batch_size, 1), dtype=torch.bool, device=self.device)
+        self.done_spec = Composite({key: flag.clone() for key in _FLAGS}, **where)
 
     def _state(self, name: str, value: Tensor) -> None:
         self.register_buffer(name, value.to(self.device))
@@ -163,11 +153,11 @@ class BatchedTask(EnvBase):
         return torch.rand(shape, generator=self._generator, device=self._num_steps.device)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """Return the generator's state, which `state_dict` holds besides the buffers."""
+        """Return the generator's state, saved besides the buffers."""
         return {"generator": self._generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`get_extra_state` returned."""
+        """Restore the generator's state."""
         self._generator.set_state(state["generator"].cpu())
 
     def to(self, device: torch.device | str | int) -> BatchedTask:
@@ -212,16 +202,9 @@ class BatchedTask(EnvBase):
         return torch.full_like(self._has_task, mask)
 
     def _outcome(self, done: Tensor, terminated: Tensor, truncated: Tensor) -> TensorDict:
-        return TensorDict(
-            {
-                "observation": self._observe().view(*self.batch_size, -1),
-                "done": done,
-                "terminated": terminated,
-                "truncated": truncated,
-            },
-            batch_size=self.batch_size,
-            device=self.device,
-        )
+        flags = dict(zip(_FLAGS, (done, terminated, truncated), strict=True))
+        entries = {"observation": self._observe().view(*self.batch_size, -1), **flags}
+        return TensorDict(entries, batch_size=self.batch_size, device=self.device)
 
     def _step(self, tensordict: TensorDictBase) -> TensorDictBase:
         stepped = tensordict.get("_step", None)
@@ -258,22 +241,15 @@ class BatchedTask(EnvBase):
         self._num_steps.add_(1)
         reward, terminated = self._advance(action)
         truncated = (self._num_steps >= self.max_episode_steps) & ~terminated
-        flag_shape = (*self.batch_size, 1)
-        out = self._outcome(
-            (terminated | truncated).view(flag_shape),
-            terminated.view(flag_shape),
-            truncated.view(flag_shape),
-        )
-        return out.set("reward", reward.view(flag_shape))
+        flags = (terminated | truncated, terminated, truncated)
+        out = self._outcome(*(flag.view(*self.batch_size, 1) for flag in flags))
+        return out.set("reward", reward.view(*self.batch_size, 1))
 
     def render(self, row: int | tuple[int, ...] = 0, *, cell_pixels: int = 32) -> np.ndarray:
         """Draw one row from above, all that is hidden from the agent included.
 
-        ``row`` is an index into the flattened batch, or one index per batch dimension;
-        ``cell_pixels`` is the side of a cell. Returns uint8 ``[height, width, 3]``.
-
-        Raises:
-            IndexError: if there is no such row.
+        ``row`` is an index into the flattened batch, or one index per batch dimension. Returns
+        uint8 ``[height, width, 3]``.
         """
         rows = np.arange(self.num_rows)
         index = rows.reshape(self.batch_size)[row] if isinstance(row, tuple) else rows[row]

@@ -1,8 +1,4 @@
-"""Dark Key-to-Door: find an invisible key, then an invisible door; then do it again, knowing where.
-
-A trial of as many episodes as fit into H steps comes from the trial transform,
-``make_trial_env(DarkKeyDoor(...), horizon=H)``.
-"""
+"""Dark Key-to-Door: find an invisible key, then an invisible door, again and again."""
 
 from __future__ import annotations
 
@@ -24,20 +20,19 @@ class DarkKeyDoor(GridTask):
     """A room with a key and a door (`Algorithm Distillation <https://arxiv.org/abs/2210.14215>`_).
 
     The reward is 1 when the agent comes to the key, and 1 when it then comes to the door, which
-    terminates the episode; without the key the door does nothing. A task is the cells of key, door
-    and start: uniform and independent of each other, so that they may coincide. (If key and door
-    do, the door takes another step.) All three stay from episode to episode, as in `AMAGO
-    <https://arxiv.org/abs/2310.09971>`_'s code base. Unlike there, the dark room shows neither the
-    time nor whether the agent has the key, and beginning an episode costs no step: returns of the
-    two aren't comparable.
+    terminates the episode. A task is the cells of key, door and start, independent and uniform, as
+    in `AMAGO <https://arxiv.org/abs/2310.09971>`_'s code base. (If key and door coincide, the door
+    takes another step.) Unlike there, the dark room shows neither the time nor whether the agent
+    has the key, and beginning an episode costs no step: returns of the two aren't comparable.
+
+    ``make_trial_env(DarkKeyDoor(...), horizon=H)``: trials of the episodes that fit in H steps.
 
     ``observation``: dark, float32 ``[*B, 2]``: the agent's coordinates. Light, ``[*B, 7]``: also
     whether it has the key (0 or 1), the key's coordinates and the door's.
 
     Args:
         size: cells per side, at least 2.
-        dark: show the agent's own position only. A light room needs no memory unless actions are
-            permuted.
+        dark: show the agent's own position only.
         max_episode_steps: step limit of an episode.
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 

@@ -1,7 +1,6 @@
 """The base of tasks on a square grid: five moves, look-up tables, permuted actions.
 
-A cell is one number, ``size * first coordinate + second coordinate``. Moves and observations are
-then single look-ups for all rows of a batch.
+A cell is one number, ``size * first coordinate + second coordinate``.
 """
 
 from __future__ import annotations

@@ -1,8 +1,4 @@
-"""Passive T-Maze: see the goal once, walk down a corridor, turn to the right side at its end.
-
-Nothing but memory is tested: the right arm is shown at the first step only, and the choice comes
-after as many steps as the corridor is long.
-"""
+"""Passive T-Maze: see the goal once, walk down a corridor, turn to the right side at its end."""
 
 from __future__ import annotations
 
@@ -18,8 +14,7 @@ from torchrl_amago.envs.tasks.batched_task import BatchedTask
 
 Penalize = Literal["behind", "dawdling"]
 
-# Along the corridor and back, to the sides at its end: (towards the junction, sidewards).
-_MOVES = ((1, 0), (0, 1), (-1, 0), (0, -1))
+_NUM_ACTIONS = 4
 
 _WALL, _FLOOR, _LINES, _LAMP = (70, 74, 84), (232, 226, 212), (208, 200, 182), (252, 214, 92)
 
@@ -27,18 +22,15 @@ _WALL, _FLOOR, _LINES, _LAMP = (70, 74, 84), (232, 226, 212), (208, 200, 182), (
 class TMaze(BatchedTask):
     """The Passive T-Maze of Ni et al. (`arXiv 2307.03864 <https://arxiv.org/abs/2307.03864>`_).
 
-    The agent starts at one end of a corridor; at the other end, the junction, are two arms. One of
-    them, drawn with probability 1/2 each, is right. At the episode's last step the reward is 1 in
-    the right arm and 0 anywhere else. Each earlier step costs ``penalty`` if the agent is behind,
-    that is, has come less far than steps have passed (and is not at the junction yet); or, with
-    ``penalize="dawdling"``, if its action isn't 0. The first is the paper's rule. But a single
-    wrong step then costs all that can be lost, and what follows teaches nothing; the second rule,
-    of `AMAGO <https://arxiv.org/abs/2310.09971>`_'s experiments, has the same best agent and
-    teaches walking at every step.
+    The agent starts at one end of a corridor; at the other end, the junction, are two arms, of
+    which a random one is right. At the episode's last step the reward is 1 in the right arm and 0
+    anywhere else. Each earlier step costs ``penalty`` if the agent is behind, that is, has come
+    less far than steps have passed (the paper's rule: after one wrong step nothing more can be
+    lost, and nothing learned); or, with ``penalize="dawdling"``, if its action isn't 0 (the rule of
+    `AMAGO <https://arxiv.org/abs/2310.09971>`_'s experiments, with the same best agent).
 
-    An episode succeeds, and only then, if its return is above 0: the default ``success_threshold``
-    of :func:`~torchrl_amago.evaluation.evaluate`. With the default lengths each step counts: an
-    agent that dawdles once cannot reach an arm in time.
+    An episode succeeds if and only if its return is above 0. With the default lengths, an agent
+    that dawdles once cannot reach an arm in time.
 
     Keys:
         - ``observation``: float32 ``[*B, 3]``: fraction of the corridor that is behind the agent,
@@ -51,24 +43,18 @@ class TMaze(BatchedTask):
 
     Args:
         corridor_length: steps from the start to the junction, at least 1.
-        max_episode_steps: steps of an episode. Defaults to ``corridor_length + 1``, the fewest that
-            suffice.
+        max_episode_steps: steps of an episode. Defaults to the fewest, ``corridor_length + 1``.
         ambiguous_position: cells of the corridor look like the start.
-        penalty: cost of each such step. Defaults to its maximum, ``1 / (max_episode_steps - 1)``,
-            as in the paper.
+        penalty: cost of each such step. Defaults to the paper's, ``1 / (max_episode_steps - 1)``.
         penalize: the steps that cost: ``"behind"`` or ``"dawdling"``.
         show_time: observe the time step, which encoders with positions have anyway.
         oracle: show the goal at every step: then no memory is needed (the ablation).
         shared: other arguments: see :class:`BatchedTask`.
 
     Examples:
-        >>> import torch
         >>> from torchrl_amago.envs.tasks import TMaze
-        >>> env = TMaze(corridor_length=2, batch_size=[4], seed=0)
-        >>> ahead = lambda td: td.set("action", torch.zeros(4, dtype=torch.int64))
-        >>> steps = env.rollout(3, ahead)
-        >>> steps["observation"][0, :, 0].tolist()
-        [0.0, 0.5, 1.0]
+        >>> TMaze(corridor_length=2, batch_size=[4], seed=0).rollout(3)["observation"].shape
+        torch.Size([4, 3, 3])
     """
 
     action_meaning = "0 walks towards the junction, 2 back, 1 and 3 sidewards."
@@ -102,12 +88,8 @@ class TMaze(BatchedTask):
             )
         check_choice("penalize", penalize, get_args(Penalize))
         observation_bounds = [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)] + [(0.0, 1.0)] * show_time
-        super().__init__(
-            observation_bounds,
-            num_actions=len(_MOVES),
-            max_episode_steps=max_episode_steps,
-            **shared,
-        )
+        shared["max_episode_steps"] = max_episode_steps
+        super().__init__(observation_bounds, num_actions=_NUM_ACTIONS, **shared)
         self.corridor_length = corridor_length
         self.ambiguous_position = ambiguous_position
         self.penalty = max_penalty if penalty is None else penalty
@@ -118,10 +100,9 @@ class TMaze(BatchedTask):
         progress = torch.arange(corridor_length + 3).clamp(max=corridor_length)
         side = torch.tensor([0.0] * (corridor_length + 1) + [1.0, -1.0])
         far = progress / corridor_length
+        far = far.floor() if ambiguous_position else far
         self._constant("_moves", _move_table(corridor_length))
-        self._constant(
-            "_places", torch.stack([far.floor() if ambiguous_position else far, side], -1)
-        )
+        self._constant("_places", torch.stack([far, side], -1))
         self._constant("_sides", side)
         self._constant("_progress", progress)
         self._state("_goal", torch.zeros(self.num_rows))
@@ -179,12 +160,11 @@ class TMaze(BatchedTask):
 
 def _move_table(corridor_length: int) -> Tensor:
     """Tabulate where each action leads from each cell, int64 ``[4, corridor_length + 3]``."""
-    junction, arms = corridor_length, {1: corridor_length + 1, -1: corridor_length + 2}
-    table = torch.arange(corridor_length + 3).repeat(len(_MOVES), 1)
-    for action, (ahead, sidewards) in enumerate(_MOVES):
-        corridor = table[action, : junction + 1]
-        corridor.add_(ahead).clamp_(0, junction)
-        if sidewards:
-            table[action, junction] = arms[sidewards]
-            table[action, arms[-sidewards]] = junction
+    junction, left, right = range(corridor_length, corridor_length + 3)
+    table = torch.arange(corridor_length + 3).repeat(_NUM_ACTIONS, 1)
+    ahead, to_left, back, to_right = table
+    ahead[:junction] += 1
+    back[1:left] -= 1
+    to_left[junction], to_left[right] = left, junction
+    to_right[junction], to_right[left] = right, junction
     return table

@@ -27,10 +27,8 @@ class StepTransform(Transform):
     def _raise_outside_env(self, *_: Any) -> NoReturn:
         name = type(self).__name__
         raise RuntimeError(
-            f"{name} must be in an environment, whose steps it follows, and was called outside of "
-            "one, as by a replay buffer or in a module. Put it into the environment that is "
-            "collected from (make_trial_env); what is collected then holds its entries. "
-            "load_trials gives them to recorded data."
+            f"{name} must be in an environment, whose steps it follows (make_trial_env), not in a "
+            "replay buffer or a module. load_trials gives its entries to recorded data."
         )
 
     _call = forward = _raise_outside_env
@@ -41,8 +39,7 @@ class StepTransform(Transform):
         if value is None:
             raise KeyError(
                 f"a step needs the entry {key!r} that reset or the previous step wrote, got "
-                f"{sorted(map(str, tensordict.keys()))}. Pass on the tensordict of env.reset() or "
-                "step_mdp(...), not a new one."
+                f"{sorted(map(str, tensordict.keys()))}. Pass on the tensordict of env.reset()."
             )
         return value
 
@@ -62,7 +59,7 @@ class StepTransform(Transform):
             if key in observation_spec.keys(True, True):
                 raise ValueError(
                     f"{type(self).__name__} writes {key!r}, but the environment already has that "
-                    "entry. Give the transform another key, or remove a second one."
+                    "entry. Give the transform another key."
                 )
             observation_spec[key] = spec.clone()
         return observation_spec

@@ -1,8 +1,4 @@
-"""The previous action and reward as inputs of the agent, and the time in the trial.
-
-An agent that adapts must know which action led to which reward. Both are put into the next step's
-tensordict, in a form that networks read, and zeroed only when a trial begins.
-"""
+"""The previous action and reward as inputs of the agent, and the time in the trial."""
 
 from __future__ import annotations
 
@@ -56,9 +52,7 @@ class PreviousStepTransform(StepTransform):
     Examples:
         >>> from torchrl.envs import TransformedEnv
         >>> from torchrl_amago.envs.tasks import MetaFrozenLake
-        >>> from torchrl_amago.envs.transforms import PreviousStepTransform
-        >>> lake = MetaFrozenLake(batch_size=[4], recover_mode=True)
-        >>> env = TransformedEnv(lake, PreviousStepTransform())
+        >>> env = TransformedEnv(MetaFrozenLake(batch_size=[4]), PreviousStepTransform())
         >>> steps = env.rollout(3, break_when_any_done=False)
         >>> steps["prev_action"].shape, steps["time_idx"][0].flatten().tolist()
         (torch.Size([4, 3, 5]), [0, 1, 2])

@@ -1,8 +1,4 @@
-"""Repeating a task: resets that start another episode without drawing a new task.
-
-The four ways are four small classes. :func:`make_repeater` looks through wrappers and batched
-environments and chooses.
-"""
+"""Repeating a task: resets that start another episode without drawing a new task."""
 
 from __future__ import annotations
 
@@ -56,10 +52,8 @@ class Nesting(NamedTuple):
     """An environment's rows, spread over processes, vector and single environments."""
 
     leaf: EnvBase
-    # Number of sub-environments of each Serial/ParallelEnv, from the outside in.
-    workers: tuple[int, ...]
-    # True if a TransformedEnv or a batched environment stands before the leaf.
-    is_wrapped: bool
+    workers: tuple[int, ...]  # of each Serial/ParallelEnv, from the outside in
+    is_wrapped: bool  # by a TransformedEnv or a batched environment
 
     @property
     def is_vector(self) -> bool:
@@ -67,7 +61,7 @@ class Nesting(NamedTuple):
         return self.leaf.batch_size.numel() != 1 or len(self.leaf.batch_size) > 0
 
     def kwargs_of_rows(self, name: str, values: Sequence[Any]) -> dict[str, Any]:
-        """Return reset keywords that give every row its value, nested as the environments are."""
+        """Return keywords of a reset that give every row its value."""
         if self.workers:
             inner = self._replace(workers=self.workers[1:])
             size = len(values) // self.workers[0]
@@ -121,8 +115,7 @@ class EnvRepeater(Repeater):
         if nesting.is_wrapped and not self._by_keyword:
             raise ValueError(
                 "repeat='env' through transformed or batched environments needs one whose _reset "
-                "takes the keyword repeat_task, since undeclared entries of the reset tensordict "
-                f"are dropped on the way; {type(nesting.leaf).__name__}._reset takes "
+                f"takes the keyword repeat_task; {type(nesting.leaf).__name__}._reset takes "
                 f"{sorted(parameters)}. Add the keyword, or put the trial transform directly on it."
             )
 
@@ -146,8 +139,8 @@ class FunctionRepeater(Repeater):
             got = tuple(out.batch_size) if isinstance(out, TensorDictBase) else type(out).__name__
             raise ValueError(
                 "repeat(env, reset_mask, tensordict) must return a tensordict of the environment's "
-                f"batch size {tuple(inner.env.batch_size)}, got {got}. Return all rows, with the "
-                "first observation of the new episode in those of the mask."
+                f"batch size {tuple(inner.env.batch_size)}, got {got}. Return all rows, also those "
+                "outside of the mask."
             )
         return inner.transformed(inner.request(_reset=mask.clone()), out)
 
@@ -183,10 +176,9 @@ class OptionsRepeater(Repeater):
 class SeedRepeater(Repeater):
     """A task is a reset seed: drawn anew for a new task, passed again for another episode.
 
-    Row i's n-th task seed is a hash of (row's own seed, i, n), so that the tasks of a row depend
-    neither on the other rows nor on how long trials last. The row's own seed is the one that
-    ``set_seed`` gave to the Gymnasium environment (its ``np_random_seed``), recognised by a change
-    since the last reset here: transforms have no hook for ``set_seed``.
+    Row i's n-th task seed is a hash of (row's own seed, i, n): no other row matters. The row's own
+    seed is the one that ``set_seed`` gave to the Gymnasium environment (its ``np_random_seed``),
+    recognised by a change since the last reset here: transforms have no hook for ``set_seed``.
     """
 
     def __init__(self, nesting: Nesting, num_rows: int) -> None:
@@ -202,15 +194,13 @@ class SeedRepeater(Repeater):
 
     def _reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
         seeds: list[int | None] = [None] * mask.numel()
-        rows = _rows(mask)
-        for row in rows:
+        for row in _rows(mask):
             seeds[row] = self._task_seed[row]
-        if any(seeds[row] is None for row in rows):
-            raise RuntimeError(
-                "another episode needs the seed of its trial's task, and there is none: the rows "
-                "were not reset since the trial transform was put into this environment. Call "
-                "env.reset() after changing an environment's transforms."
-            )
+            if seeds[row] is None:
+                raise RuntimeError(
+                    "another episode needs the seed of its trial's task, and there is none. Call "
+                    "env.reset() after changing an environment's transforms."
+                )
         return inner.reset(mask, **self._nesting.kwargs_of_rows("seed", seeds))
 
     def hard_reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
@@ -226,9 +216,8 @@ class SeedRepeater(Repeater):
         if self._may_warn and any(self._last_seen[row] is None for row in rows):
             self._may_warn = False
             warnings.warn(
-                f"{self._nesting.leaf} does not report the seed it was reset with, so set_seed "
-                "does not decide its tasks (torch.manual_seed does). Call super().reset(seed=seed) "
-                "in the Gymnasium environment's reset.",
+                f"set_seed doesn't decide tasks of {self._nesting.leaf}, whose seed is unknown. "
+                "Call super().reset(seed=seed) in the Gymnasium environment's reset.",
                 stacklevel=2,
             )
         return out
@@ -276,13 +265,12 @@ def make_repeater(
     nesting = nesting_of(env)
     leaf = nesting.leaf
     is_gym = isinstance(leaf, GymWrapper)
-    repeats_task = bool(getattr(type(leaf), "repeats_task", False))
+    repeats_task = getattr(type(leaf), "repeats_task", False)
     autoreset = getattr(getattr(leaf, "_env", None), "autoreset_mode", None)
     if is_gym and nesting.is_vector and getattr(autoreset, "name", None) != "DISABLED":
         raise ValueError(
             "a trial over a Gymnasium vector environment needs autoreset_mode="
-            f"AutoresetMode.DISABLED, got {autoreset}: it would start a new task before the old "
-            "one can be repeated. Pass it to SyncVectorEnv or AsyncVectorEnv."
+            f"AutoresetMode.DISABLED, got {autoreset}. Pass it to SyncVectorEnv or AsyncVectorEnv."
         )
     if repeat is None:
         repeat = "env" if repeats_task or not is_gym else "seed"

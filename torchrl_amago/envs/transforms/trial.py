@@ -1,9 +1,4 @@
-"""Trials: several episodes at one task, seen by the agent as one long episode.
-
-Memory can only help an agent to adapt if it outlives the end of an episode. The trial transform
-hides the inner environment's ends from everything above it: the row that ended starts its next
-episode at the same task within the same step, and is done only when the trial is.
-"""
+"""Trials: several episodes at one task, seen by the agent as one long episode."""
 
 from __future__ import annotations
 
@@ -38,9 +33,9 @@ class TrialTransform(StepTransform):
 
     When the inner environment is done in a row, that row is soft-reset in the same step: the next
     observation is the first one of the next episode, the reward is kept, and ``done``,
-    ``terminated`` and ``truncated`` read False. The trial ends with its last episode, or at the
-    horizon, whichever comes first; nothing is soft-reset in that step, so its next observation is
-    the episode's own last one. The next reset of the row draws a new task.
+    ``terminated`` and ``truncated`` read False. The trial ends with its last episode or at the
+    horizon; the next observation is then the episode's own last one. The next reset of the row
+    draws a new task.
 
     Writes (``next`` of step t equals the root of step t+1 within a trial), also declared as state:
 
@@ -53,8 +48,7 @@ class TrialTransform(StepTransform):
     ``episode_return`` float32 return of the episode that the last step belonged to, that step
                                included; 0 at the trial's start
     ``trial_progress`` float32 fraction of the trial that is used up, in [0, 1): ``episode_idx /
-                               episodes``, ``time_idx / horizon`` or the larger of both; kept in the
-                               step that ends the trial; absent if ``show_progress=False``
+                               episodes``, ``time_idx / horizon`` or the larger of both
     ================== ======= =====================================================================
 
     Ways to repeat a task:
@@ -66,9 +60,9 @@ class TrialTransform(StepTransform):
       a seed, and each of its episodes resets with it, which repeats all else that the seed decides,
       too. A new trial costs two resets: TorchRL's own comes first. ``set_seed`` decides the seeds.
     - ``"options"``: soft resets call ``reset(options=options)``.
-    - a function ``(env, reset_mask, tensordict) -> tensordict`` that starts a new episode in the
-      rows of ``reset_mask``, bool ``[*B, 1]``, of the environment under the transforms, after the
-      step's next tensordict.
+    - a function ``(env, reset_mask, tensordict) -> tensordict`` of the environment under the
+      transforms and the step's next tensordict, which starts a new episode in the rows of
+      ``reset_mask``, bool ``[*B, 1]``.
 
     Batched environments may be outside or inside: seeds and options reach each row of
     ``SerialEnv``, ``ParallelEnv`` and ``GymWrapper(SyncVectorEnv(autoreset_mode=DISABLED))``.
@@ -82,27 +76,23 @@ class TrialTransform(StepTransform):
         options: for ``repeat="options"``: a dict, or a function of the row's number.
         show_progress: whether ``trial_progress`` is written.
         trial_end: the flag set with ``done`` at the trial's end: ``"terminated"`` (worth nothing
-            more) or ``"truncated"`` (values bootstrap), whatever ended the last episode; or
-            ``"episode"``, the one of the last episode, ``truncated`` where the horizon cuts it off.
-            Use that for trials of one episode with a time limit that isn't observed.
+            more) or ``"truncated"`` (values bootstrap); or ``"episode"``, the one of the last
+            episode, ``truncated`` where the horizon cuts it off (for trials of one episode with a
+            time limit that isn't observed).
         reward_key: reward to sum up in ``episode_return``.
         soft_reset_key, trial_progress_key, episode_idx_key, episode_return_key, time_idx_key:
             entries to write.
 
     Raises:
         ValueError: once the transform is used, if the environment cannot repeat a task, has several
-            done flags, already has transforms that must outlive an episode
-            (:class:`PreviousStepTransform`, ``InitTracker``), or gets some that step it several
-            times (``FrameSkipTransform``, ``MultiAction``).
+            done flags, or transforms in an order that can't work.
         RuntimeError: if it is called outside of an environment, as in a replay buffer.
 
     Examples:
         >>> import gymnasium as gym
-        >>> from torchrl.envs import GymWrapper, TransformedEnv
-        >>> from torchrl_amago.envs.transforms import TrialTransform
-        >>> base = GymWrapper(gym.make("CartPole-v1", max_episode_steps=2))
-        >>> env = TransformedEnv(base, TrialTransform(episodes=3, repeat="seed"))
-        >>> trial = env.rollout(100)
+        >>> from torchrl.envs import GymEnv, TransformedEnv
+        >>> base = GymEnv("CartPole-v1", max_episode_steps=2)
+        >>> trial = TransformedEnv(base, TrialTransform(episodes=3)).rollout(100)
         >>> trial["episode_idx"].flatten().tolist()
         [0, 0, 1, 1, 2, 2]
         >>> bool((trial["observation"][0] == trial["observation"][2]).all())
@@ -125,9 +115,12 @@ class TrialTransform(StepTransform):
         episode_return_key: NestedKey = keys.EPISODE_RETURN,
         time_idx_key: NestedKey = keys.TIME_IDX,
     ) -> None:
-        written = [episode_idx_key, soft_reset_key, episode_return_key, time_idx_key]
-        written += [trial_progress_key] if show_progress else []
-        super().__init__(in_keys=[], out_keys=written)
+        dtypes = {episode_idx_key: torch.int64, time_idx_key: torch.int64}
+        dtypes |= {soft_reset_key: torch.bool, episode_return_key: torch.float32}
+        if show_progress:
+            dtypes[trial_progress_key] = torch.float32
+        super().__init__(in_keys=[], out_keys=list(dtypes))
+        self._dtypes = dtypes
         self.episodes = episodes
         self.horizon = horizon
         self.repeat = repeat
@@ -148,19 +141,15 @@ class TrialTransform(StepTransform):
         limits = {"episodes": self.episodes, "horizon": self.horizon}
         limits = {name: limit for name, limit in limits.items() if limit is not None}
         if not limits:
-            raise ValueError(
-                "a trial needs an end: episodes and horizon are both None. Pass episodes=k for k "
-                "episodes, horizon=H for H steps, or both."
-            )
+            raise ValueError("a trial needs an end. Pass episodes=, horizon= (steps), or both.")
         check_counts("It counts episodes or steps.", **limits)
         check_choice("trial_end", self.trial_end, get_args(TrialEnd))
         if not callable(self.repeat):
             check_choice("repeat", self.repeat, (None, "env", "options", "seed"))
         if (self.repeat == "options") != (self.options is not None):
             raise ValueError(
-                "repeat='options' and options= belong together, got "
-                f"repeat={self.repeat!r}, options={self.options!r}. options is a dict, or a "
-                "function of the row's number that returns one."
+                "repeat='options' and options= (a dict, or a function of the row's number) belong "
+                f"together, got repeat={self.repeat!r}, options={self.options!r}."
             )
 
     def set_container(self, container: Transform | EnvBase) -> None:
@@ -210,15 +199,10 @@ class TrialTransform(StepTransform):
         for key in _DONE_KEYS:
             if first.get(key, None) is None:  # see transform_done_spec
                 first.set(key, torch.zeros_like(done))
-        zero = torch.zeros_like(done, dtype=torch.float32)
         # Rows outside of the mask are dropped by the caller.
-        first.set(self.soft_reset_key, torch.ones_like(done))
-        first.set(self.episode_return_key, zero)
-        first.set(self.episode_idx_key, zero.long())
-        first.set(self.time_idx_key, zero.long())
-        if self.show_progress:
-            first.set(self.trial_progress_key, zero.clone())
-        return first
+        for key, dtype in self._dtypes.items():
+            first.set(key, torch.zeros_like(done, dtype=dtype))
+        return first.set(self.soft_reset_key, torch.ones_like(done))
 
     def _step(self, tensordict: TensorDictBase, after: TensorDictBase) -> TensorDictBase:
         episode_over = after.get("done")
@@ -279,22 +263,21 @@ class TrialTransform(StepTransform):
         return fractions[0] if len(fractions) == 1 else torch.maximum(*fractions)
 
     def _written_specs(self) -> Mapping[NestedKey, TensorSpec]:
-        batch_size, device = self.parent.batch_size, self.parent.device
-        shape = (*batch_size, 1)
+        where = {"shape": (*self.parent.batch_size, 1), "device": self.parent.device}
 
         def count(limit: int | None) -> TensorSpec:
             if limit is None:
-                return Unbounded(shape=shape, dtype=torch.int64, device=device)
-            return Bounded(0, limit, shape=shape, dtype=torch.int64, device=device)
+                return Unbounded(dtype=torch.int64, **where)
+            return Bounded(0, limit, dtype=torch.int64, **where)
 
         specs = {
             self.episode_idx_key: count(None if self.episodes is None else self.episodes - 1),
-            self.soft_reset_key: Categorical(2, shape=shape, dtype=torch.bool, device=device),
-            self.episode_return_key: Unbounded(shape=shape, device=device),
+            self.soft_reset_key: Categorical(2, dtype=torch.bool, **where),
+            self.episode_return_key: Unbounded(**where),
             self.time_idx_key: count(self.horizon),
         }
         if self.show_progress:
-            specs[self.trial_progress_key] = Bounded(0.0, 1.0, shape=shape, device=device)
+            specs[self.trial_progress_key] = Bounded(0.0, 1.0, **where)
         return specs
 
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
@@ -315,8 +298,8 @@ class TrialTransform(StepTransform):
         entries[self.reward_key] = tuple(env.full_reward_spec[self.reward_key].shape)
         if not set(env.done_keys) <= set(_DONE_KEYS) or set(entries.values()) != {shape}:
             raise ValueError(
-                f"a trial needs one reward and one done flag per row, {_DONE_KEYS} of shape "
-                f"{shape}, got {entries}. Reduce those of several agents to one before it."
+                f"a trial needs one reward and flags {_DONE_KEYS} of shape {shape}, got {entries}. "
+                "Reduce those of several agents to one before it."
             )
         before, after, _ = self._neighbours()
         restarting = any(isinstance(t, PreviousStepTransform) for t in before)
@@ -324,15 +307,14 @@ class TrialTransform(StepTransform):
             raise ValueError(
                 "PreviousStepTransform and InitTracker must come after the trial transform, got "
                 f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it, which "
-                "would restart with every episode: the agent would forget. Use make_trial_env."
+                "would restart with every episode. Use make_trial_env."
             )
         stepping = [t for t in after if isinstance(t, FrameSkipTransform | MultiAction)]
         if stepping:
             names = [type(t).__name__ for t in stepping]
             raise ValueError(
                 "transforms that step the environment several times must come before the trial "
-                f"transform, got {names} after it: ends of episodes within their steps would be "
-                "missed. Apply them to the environment that the trial is made of."
+                f"transform, got {names} after it. Apply them to make_trial_env's first argument."
             )
 
 

@@ -20,12 +20,12 @@ LakeSplit = Literal["all", "train", "heldout"]
 # Gymnasium's default fraction of frozen cells in `generate_random_map`.
 P_SAFE = 0.8
 
-# Salt of the split. Any value gives a sound split; with this one the held-out 3x3 and 4x4
-# lakes are a quarter by count and by probability, and the likeliest lake (no holes) is in "train".
+# With this salt the held-out 3x3 and 4x4 lakes are a quarter by count and by probability, and the
+# likeliest lake (no holes) is in "train".
 _SPLIT_SALT = 2417
 
-# At 0.8 the fraction of crossable lakes is above one half at every size, so that needing this many
-# rounds means that the arguments leave nothing to draw.
+# At 0.8 more than half of the lakes are crossable at every size: needing this many rounds means
+# that the arguments leave nothing to draw.
 _MAX_ROUNDS = 1_000
 
 # 4x4 has 2**14 layouts; 5x5 would have 2**23 and take gigabytes.
@@ -35,18 +35,15 @@ _MAX_ENUMERABLE_SIZE = 4
 def is_crossable(holes: Tensor) -> Tensor:
     """Test if a path of 4-neighbour moves over safe cells joins the two opposite corners.
 
-    A flood from cell (0, 0) in sweeps down, right, up and left, each a whole line of cells of all
-    lakes at once, until a round of sweeps wets nothing new. Few rounds are needed: one for every
-    two turns of the most winding path. ``holes`` is bool ``[*L, S, S]``, the result bool ``[*L]``.
+    ``holes`` is bool ``[*L, S, S]``, the result bool ``[*L]``.
 
     Examples:
-        >>> import torch
-        >>> from torchrl_amago.envs.tasks.frozen_lake import is_crossable
         >>> is_crossable(torch.tensor([[[0, 1], [0, 0]], [[0, 1], [1, 0]]]).bool())
         tensor([ True, False])
     """
     size = holes.shape[-1]
-    # Lakes last: every line of cells is then one contiguous block of memory.
+    # A flood in sweeps down, right, up and left until a round wets nothing new: one round for every
+    # two turns of a path. Lakes last: a line of cells is then one contiguous block of memory.
     safe = ~holes.reshape(-1, size, size).permute(1, 2, 0).contiguous()
     wet = torch.zeros_like(safe)
     wet[0, 0] = safe[0, 0]
@@ -65,17 +62,13 @@ def is_crossable(holes: Tensor) -> Tensor:
 def in_split(holes: Tensor, layouts: LakeSplit) -> Tensor:
     """Test which lakes belong to a split. The result depends on the layout alone, never on a seed.
 
-    A fixed 64-bit hash puts about one layout in four in ``"heldout"`` and the rest in ``"train"``,
-    so that the two have no lake in common on any machine, in any run. ``holes`` is bool
-    ``[*L, S, S]``, the result bool ``[*L]``.
+    A fixed 64-bit hash puts about one layout in four in ``"heldout"``, the rest in ``"train"``.
+    ``holes`` is bool ``[*L, S, S]``, the result bool ``[*L]``.
 
     Examples:
-        >>> import torch
-        >>> from torchrl_amago.envs.tasks.frozen_lake import in_split
-        >>> lakes = torch.zeros(2, 3, 3, dtype=torch.bool)
-        >>> lakes[1, 0, 1] = True
-        >>> (in_split(lakes, "train") ^ in_split(lakes, "heldout")).all()
-        tensor(True)
+        >>> holes, _ = enumerate_lakes(3)
+        >>> len(holes), in_split(holes, "train").sum(), in_split(holes, "heldout").sum()
+        (51, tensor(38), tensor(13))
     """
     check_choice("layouts", layouts, get_args(LakeSplit))
     if layouts == "all":
@@ -108,24 +101,23 @@ def random_lakes(
         RuntimeError: if lakes that can be crossed are too rare to be found.
 
     Examples:
-        >>> import torch
-        >>> from torchrl_amago.envs.tasks.frozen_lake import random_lakes
         >>> random_lakes(1000, 4, torch.Generator().manual_seed(0)).shape
         torch.Size([1000, 4, 4])
     """
-    check_split(size, layouts)
-    _check_p_safe(p_safe)
-    lakes = _draw(num, size, generator, p_safe)
-    rejected = (~_accepted(lakes, layouts)).nonzero().squeeze(-1)
+    check_lakes(size, layouts, p_safe)
+    device = None if generator is None else generator.device
+    lakes = torch.zeros(num, size, size, dtype=torch.bool, device=device)
+    missing = torch.arange(num, device=device)
     for _ in range(_MAX_ROUNDS):
-        if not len(rejected):
+        if not len(missing):
             return lakes
-        redrawn = _draw(len(rejected), size, generator, p_safe)
-        lakes[rejected] = redrawn
-        rejected = rejected[~_accepted(redrawn, layouts)]
+        drawn = torch.rand(len(missing), size, size, generator=generator, device=device) >= p_safe
+        drawn[:, 0, 0] = drawn[:, -1, -1] = False
+        lakes[missing] = drawn
+        missing = missing[~_accepted(drawn, layouts)]
     raise RuntimeError(
         f"no lake that can be crossed was found in {_MAX_ROUNDS} rounds of drawing (size={size}, "
-        f"p_safe={p_safe}, layouts={layouts!r}; {len(rejected)} of {num} missing). Use a p_safe "
+        f"p_safe={p_safe}, layouts={layouts!r}; {len(missing)} of {num} missing). Use a p_safe "
         "above 0.6: below it large lakes almost never can be crossed."
     )
 
@@ -141,13 +133,11 @@ def enumerate_lakes(
         ValueError: if size is outside 2 to 4, or another argument is out of its range.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks.frozen_lake import enumerate_lakes
         >>> holes, probability = enumerate_lakes(2)
         >>> holes.shape, [round(p, 4) for p in probability.tolist()]
         (torch.Size([3, 2, 2]), [0.6667, 0.1667, 0.1667])
     """
-    check_split(size, layouts)
-    _check_p_safe(p_safe)
+    check_lakes(size, layouts, p_safe)
     if size > _MAX_ENUMERABLE_SIZE:
         raise ValueError(
             f"enumerating lakes is feasible for size <= {_MAX_ENUMERABLE_SIZE}, got {size}, which "
@@ -164,29 +154,17 @@ def enumerate_lakes(
     return holes, weight / weight.sum()
 
 
-def _draw(num: int, size: int, generator: torch.Generator | None, p_safe: float) -> Tensor:
-    device = None if generator is None else generator.device
-    holes = torch.rand(num, size, size, generator=generator, device=device) >= p_safe
-    holes[:, 0, 0] = False
-    holes[:, -1, -1] = False
-    return holes
-
-
 def _accepted(holes: Tensor, layouts: LakeSplit) -> Tensor:
     crossable = is_crossable(holes)
     return crossable if layouts == "all" else crossable & in_split(holes, layouts)
 
 
-def check_split(size: int, layouts: str) -> None:
-    """Raise ValueError for an unknown split, or a size that leaves too few lakes to split."""
+def check_lakes(size: int, layouts: str, p_safe: float = P_SAFE) -> None:
+    """Raise ValueError unless there are lakes to draw from the split."""
     check_choice("layouts", layouts, get_args(LakeSplit))
     check_size(size, 2 if layouts == "all" else 3)
-
-
-def _check_p_safe(p_safe: float) -> None:
-    remedy = f"Gymnasium's is {P_SAFE}."
-    check_fractions(remedy, p_safe=p_safe)
-    check_positive(remedy, p_safe=p_safe)
+    for check in (check_fractions, check_positive):
+        check(f"Gymnasium's is {P_SAFE}.", p_safe=p_safe)
 
 
 def _splitmix64(index: int) -> int:

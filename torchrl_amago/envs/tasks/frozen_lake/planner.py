@@ -1,10 +1,9 @@
 """The best possible agent on Meta-FrozenLake, computed exactly.
 
-Before a trial, the agent knows only how lakes are drawn. By stepping on cells it learns that they
-are safe or holes: its belief is the set of lakes that agree with that. Planning over beliefs
-(a Bayes-adaptive MDP, `Duff 2002 <https://scholarworks.umass.edu/dissertations/AAI3039353/>`_) is
-therefore exact here, and small lakes can be solved by enumeration. No learned agent can have a
-higher expected return, which makes this the upper bound for adaptation curves.
+The belief of an agent is the set of lakes that agree with the cells it has stepped on. Planning
+over beliefs (a Bayes-adaptive MDP, `Duff 2002
+<https://scholarworks.umass.edu/dissertations/AAI3039353/>`_) is exact on small lakes, by
+enumeration, and gives the upper bound of adaptation curves.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ import torch
 from torchrl_amago._validation import check_counts
 from torchrl_amago.envs.tasks.frozen_lake.layouts import enumerate_lakes
 
-# Digits to which two plans count as equally good. Their values are sums of at most a few thousand
-# products, so that rounding errors stay far below, and real differences far above.
+# Digits to which two plans count as equally good: rounding errors stay far below, and real
+# differences far above.
 _DIGITS = 11
 
 # Success probability at each episode left, and the cell to walk to next.
@@ -40,33 +39,27 @@ class Belief(NamedTuple):
     holes: int
 
     def with_safe(self, cell: int) -> Belief:
-        """Return the belief after standing on a cell."""
         return Belief(self.safe | 1 << cell, self.holes)
 
     def with_hole(self, cell: int) -> Belief:
-        """Return the belief after falling into a cell."""
         return Belief(self.safe, self.holes | 1 << cell)
 
 
 class LakePlanner:
     """Exact planner for k episodes at an unknown lake (no hard mode, no recovery, no slips).
 
-    Only stepping on an unknown cell teaches anything, and moves between known cells are
-    deterministic. So a plan chooses among: walk to the goal over known cells; walk to an unknown
-    cell next to known ones and step on it; give the episode up. With belief b, position x, t steps
-    and k episodes left,
+    Only stepping on an unknown cell teaches anything. So a plan walks over known cells to the goal
+    or to an unknown cell, or gives the episode up. With belief b, position x, t steps and k
+    episodes left,
 
         V(b, x, t, k) = max of  1 + V(b, start, T, k-1)                  goal within t steps
                                 p V(b + u safe, u, t - d, k)
                                   + (1-p) V(b + u hole, start, T, k-1)   each unknown u within t
                                 V(b, start, T, k-1)                      give up
 
-    where d is the number of steps to u and p its probability of being safe given b. Values are
-    undiscounted. Value functions are kept as vectors, one success probability per episode left.
-
-    Ties: among plans with the same expected return, the one whose success probabilities are
-    largest at the first episode where they differ is taken (then the unknown cell with the lowest
-    index). ``expected_return`` does not depend on this rule; ``success_by_episode`` may.
+    where d is the number of steps to u and p its probability of being safe given b. Of plans with
+    the same expected return, the one more likely to succeed in the first episode where they differ
+    is taken, which decides ``success_by_episode``, not ``expected_return``.
 
     Args:
         size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, a minute and 2 GB on 4x4).
@@ -110,9 +103,9 @@ class LakePlanner:
         return BayesOptimum(sum(success), success)
 
     def target(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> int | None:
-        """Return the cell to walk to next (the goal or an unknown one); None gives the episode up.
+        """Return the cell to walk to next, the goal or an unknown one; None gives the episode up.
 
-        Cells are ``size * first coordinate + second``; ``episodes_left`` counts the current one.
+        ``episodes_left`` counts the current one.
         """
         return self._plan(belief, cell, steps_left, episodes_left)[1]
 
@@ -148,14 +141,12 @@ class LakePlanner:
     ) -> tuple[float, ...]:
         if_safe, if_hole = belief.with_safe(cell), belief.with_hole(cell)
         p_safe = self._probability(if_safe) / self._probability(belief)
-        success = [0.0] * episodes_left
+        safe = fell = (0.0,) * episodes_left
         if p_safe > 0.0:
-            then, _ = self._plan(if_safe, cell, steps_left, episodes_left)
-            success = [p_safe * p for p in then]
+            safe, _ = self._plan(if_safe, cell, steps_left, episodes_left)
         if p_safe < 1.0:
-            then = (0.0, *self._next_episode(if_hole, episodes_left))
-            success = [p + (1.0 - p_safe) * q for p, q in zip(success, then, strict=True)]
-        return tuple(success)
+            fell = (0.0, *self._next_episode(if_hole, episodes_left))
+        return tuple(p_safe * p + (1.0 - p_safe) * q for p, q in zip(safe, fell, strict=True))
 
     def _next_episode(self, belief: Belief, episodes_left: int) -> tuple[float, ...]:
         return self._plan(belief, 0, self.max_episode_steps, episodes_left - 1)[0]
@@ -205,16 +196,13 @@ def _preference(plan: _Plan) -> tuple[float, ...]:
 
 
 def _belief_mass(size: int, **prior: Any) -> list[float]:
-    """Compute every belief's prior probability, by its base-3 code (unknown, safe, hole).
-
-    Unknown is the sum of the other two. Adding that entry along one cell's axis after another
-    gives all ``3**free`` sums with one addition each.
-    """
+    """Compute every belief's prior probability, by its base-3 code (unknown, safe, hole)."""
     holes, probability = enumerate_lakes(size, **prior)
     free = size * size - 2
     pattern = (holes.flatten(1)[:, 1:-1].long() << torch.arange(free)).sum(-1)
     mass = torch.zeros(2**free, dtype=torch.float64).index_put_((pattern,), probability)
-    # Bit i is axis free-1-i of this view: the last cell comes first, as in the code.
+    # Bit i is axis free-1-i of this view: the last cell comes first, as in the code. Unknown is the
+    # sum of safe and hole, so that one addition along each axis gives all 3**free entries.
     mass = mass.view((2,) * free)
     for axis in range(free):
         mass = torch.cat([mass.sum(axis, keepdim=True), mass], axis)

@@ -1,8 +1,4 @@
-"""Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more.
-
-All rows of the batch are stepped by the same few tensor operations, so that 64 lakes cost about as
-much as one. k episodes at the same lake come from the trial transform.
-"""
+"""Meta-FrozenLake: cross an unknown frozen lake, then cross it again knowing more."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchrl_amago.envs.tasks._canvas import PLATE, Canvas
-from torchrl_amago.envs.tasks.frozen_lake.layouts import LakeSplit, check_split, random_lakes
+from torchrl_amago.envs.tasks.frozen_lake.layouts import LakeSplit, check_lakes, random_lakes
 from torchrl_amago.envs.tasks.grid_task import GridTask, move_table, position_table
 
 # Constants of the reference task (AMAGO's MetaFrozenLake, hard and recover modes).
@@ -75,7 +71,7 @@ class MetaFrozenLake(GridTask):
         layouts: LakeSplit = "all",
         **shared: Any,
     ) -> None:
-        check_split(size, layouts)
+        check_lakes(size, layouts)
         if not 0.0 <= slip_chance < 1.0:
             raise ValueError(
                 f"slip_chance must be in [0, 1), got {slip_chance}. It is the probability that a "
@@ -132,9 +128,8 @@ class MetaFrozenLake(GridTask):
     def _begin_episodes(self, selected: Tensor) -> None:
         self._cell.masked_fill_(selected, 0)
         if self.hard_mode:
-            torch.where(
-                selected.unsqueeze(-1), self._lake, self._broken_lake, out=self._broken_lake
-            )
+            broken = self._broken_lake
+            torch.where(selected.unsqueeze(-1), self._lake, broken, out=broken)
 
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
         cell = self._cell

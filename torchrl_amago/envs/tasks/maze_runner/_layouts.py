@@ -1,8 +1,7 @@
 """Random mazes and goals, drawn for a whole batch at once, and the tables of a maze's views.
 
 Walls grow as in mazelab's random mazes, which AMAGO's MazeRunner uses: from random nodes of a grid
-(every second cell), by steps to random neighbours where nothing stands yet. A wall never comes back
-to itself or to another one, so it encloses nothing and every free cell can be reached.
+(every second cell) to random neighbours where nothing stands yet. So they enclose nothing.
 """
 
 from __future__ import annotations
@@ -23,14 +22,11 @@ SMALLEST_SIZE = 7
 def random_mazes(num: int, size: int, generator: torch.Generator | None = None) -> Tensor:
     """Draw mazes whose free cells are all connected, on the generator's device.
 
-    Returns bool ``[num, size, size]``, True at walls; the outermost cells are walls. ``size`` is
-    odd and at least 7. The lower part is the same in all mazes, a lobby: a passage from side to
-    side, and below it, three cells deep, an alley in the middle, where the agent starts
-    (:func:`start_cell`), between a room on the left and one on the right.
+    Returns bool ``[num, size, size]``, True at walls. ``size`` is odd and at least 7. The lower
+    part is the same in all mazes, a lobby: a passage from side to side, and below it an alley
+    between two rooms, where the agent starts.
 
     Examples:
-        >>> import torch
-        >>> from torchrl_amago.envs.tasks.maze_runner._layouts import random_mazes
         >>> maze = random_mazes(1, 7, torch.Generator().manual_seed(0))[0]
         >>> for row in maze[2:].tolist():
         ...     print("".join(" #"[is_wall] for is_wall in row))
@@ -61,11 +57,7 @@ def random_goals(walls: Tensor, num_goals: int, generator: torch.Generator | Non
 
 
 def _grown_walls(num: int, size: int, generator: torch.Generator | None) -> Tensor:
-    """Draw border and random walls, bool ``[num, size, size]``.
-
-    All mazes of the batch grow in the same loop, each at its own pace: where a wall is stuck, the
-    next one begins. (mazelab gives up on a wall after a number of tries, hardly ever before that.)
-    """
+    """Draw border and random walls; in each maze, the next wall begins where one is stuck."""
     device = None if generator is None else generator.device
     width = size + 2 * _RIM
     wall = torch.ones(num, width, width, dtype=torch.bool, device=device)

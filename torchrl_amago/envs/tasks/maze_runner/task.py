@@ -1,9 +1,4 @@
-"""MazeRunner: run through an unknown maze to one goal after the other.
-
-The agent sees the distances to the walls around it, and the goals that it has still to reach.
-Goals, and what was achieved, are observations of their own, so that hindsight can exchange them
-(:class:`~torchrl_amago.data.relabel.GoalSequenceRelabel`).
-"""
+"""MazeRunner: run through an unknown maze to one goal after the other."""
 
 from __future__ import annotations
 
@@ -42,9 +37,8 @@ class MazeRunner(GridTask):
 
     The reward is 1 at each step that ends at the next goal; the last goal ends the episode. A task
     is a maze, the goals' cells in it (free, uniform, all different, never the start) and, with
-    ``randomize_actions``, the actions' meanings. The agent starts at the bottom of the lobby's
-    middle alley. Walls and the lobby are as in the authors' code base
-    (:func:`~torchrl_amago.envs.tasks.maze_runner._layouts.random_mazes`), whose goals are cells.
+    ``randomize_actions``, the actions' meanings. The agent starts in the lobby's middle alley.
+    Walls and the lobby are as in the authors' code base.
 
     Keys:
         - ``observation``: float32 ``[*B, 7]``: the agent's coordinates; how many free cells lie to
@@ -52,11 +46,9 @@ class MazeRunner(GridTask):
           fraction of the episode's steps that is used up.
         - ``goals``: float32 ``[*B, k, 2]``, the goals' coordinates divided by ``size``, in order;
           -1 for those reached.
-        - ``achieved``: float32 ``[*B, 1, 2]``, the agent's coordinates again. It is for hindsight,
-          not for the policy: ``make_policy(..., obs_keys=["observation", "goals"])``.
-
-    ``make_trial_env(MazeRunner(...), episodes=1)`` makes it a trial of one episode; the agent sees
-    the time, so that a trial that is out of time may count as terminated, as is the default there.
+        - ``achieved``: float32 ``[*B, 1, 2]``, the agent's coordinates again, for hindsight
+          (:class:`~torchrl_amago.data.relabel.GoalSequenceRelabel`), not for the policy:
+          ``make_policy(..., obs_keys=["observation", "goals"])``.
 
     Args:
         size: cells per side, odd and at least 7, walls included.

@@ -1,0 +1,16 @@
+"""Marks: every test here is a `domain` test, and warnings of other packages are theirs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.domain)
+            item.add_marker(pytest.mark.filterwarnings("default"))
