@@ -51,7 +51,7 @@ class Args(TrainingArgs):
     """Steps that the policy sees; at least as many as must be remembered."""
     round_steps: int = 25
     """Steps of each environment between updates."""
-    discounts: tuple[float, ...] = (0.9, 0.95, 0.97)
+    discounts: tuple[float, ...] = (0.9, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     n_step: int = 5
     """Rewards in a TD target."""

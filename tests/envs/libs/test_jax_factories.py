@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import bz2
 import pickle
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from urllib.error import URLError
 
@@ -51,6 +53,16 @@ def test_pictures_of_observations():
 @pytest.fixture(scope="module")
 def gymnax():
     return pytest.importorskip("gymnax", **NEEDS)
+
+
+def test_the_pages_example_runs(gymnax):
+    text = (Path(__file__).parents[3] / "docs/jax.md").read_text("utf-8")
+    (block,) = re.findall(r"^```py\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    namespace = {}
+    exec(block.replace("num_envs=512", "num_envs=4"), namespace)
+    trials = namespace["env"]
+    trials.rollout(50, break_when_any_done=False)
+    assert ((trials.base_env._carry.task > 5) & (trials.base_env._carry.task < 30)).all()
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-misc", "PointRobot-misc"])

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torchrl.data import Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.envs.libs._jax_rows import JaxRows, Tree
+from torchrl_amago.envs.libs._jax_spaces import env_specs
 
 
 class JaxEnv(EnvBase):
@@ -26,7 +27,7 @@ class JaxEnv(EnvBase):
     - ``draw_task(key) -> task``: all that the episodes of a trial share; by default the key itself;
     - ``reset(key, task) -> (observation, state)``: the start of an episode;
     - ``step(key, state, action, task) -> (observation, state, reward, terminated, truncated)``:
-      a step without automatic resets. Discrete actions are int32;
+      no automatic resets; discrete actions are int32;
     - ``render(state, task) -> uint8 [H, W, 3]``: a picture. It isn't compiled.
 
     ``env.reset(td, repeat_task=True)`` keeps the task in the rows that ``td["_reset"]`` selects; a
@@ -35,11 +36,9 @@ class JaxEnv(EnvBase):
     with ``key`` is new.
 
     Each reset and each step is one compiled call for all rows. There are two compilations, and a
-    third if a step leaves rows out (``break_when_any_done=False`` with ``break_when_all_done``).
-    Arrays pass to torch by DLPack, on a GPU in both directions; nothing loops over rows in Python.
+    third if a step leaves rows out. Arrays pass to torch by DLPack, on a GPU in both directions.
     ``set_seed`` decides everything; results depend on the number of rows, too. ``state_dict()``
-    holds all that changes, so that a loaded environment continues exactly. Discrete actions out of
-    range raise no error: JAX clips indices.
+    holds all that changes. Discrete actions out of range raise no error: JAX clips indices.
 
     Args:
         reset, step, draw_task, render: see above.
@@ -48,8 +47,7 @@ class JaxEnv(EnvBase):
         observation_spec: spec of one row's observation, by default ``Unbounded`` of the shapes and
             dtypes that ``reset`` returns. A dictionary needs a ``Composite``, or a mapping, of the
             same keys; anything else is the entry ``"observation"``.
-        rows_per_reset: rows that are reset at once, by default all. With fewer a reset costs as
-            much as the rows that need it, which pays if a reset costs much more than a step.
+        rows_per_reset: rows reset at once, by default all. Few pay if a reset outweighs a step.
         device: device of JAX and of the tensors; by default JAX's own choice.
         seed: as for ``set_seed(seed)``; by default drawn from torch's global generator.
 
@@ -65,7 +63,6 @@ class JaxEnv(EnvBase):
         ...     return jax.numpy.zeros(1), state + 1, 1.0 * is_right, is_right, state >= 4
         >>> import jax  # doctest: +SKIP
         >>> env = JaxEnv(reset, step, action_spec=Categorical(2), num_envs=64)  # doctest: +SKIP
-        >>> make_trial_env(env, episodes=2).rollout(9)  # doctest: +SKIP
     """
 
     repeats_task = True
@@ -98,25 +95,10 @@ class JaxEnv(EnvBase):
         dtype = "float32" if action_spec.dtype.is_floating_point else "int32"
         action = jax.ShapeDtypeStruct(action_spec.shape, dtype)
         self._rows = JaxRows(jax, reset, step, draw_task, action, num_envs, rows_per_reset)
-        self._make_specs(observation_spec, action_spec)
+        for name, spec in env_specs(num_envs, self._rows.observation, observation_spec).items():
+            setattr(self, name, spec.to(self.device))
+        self.action_spec = action_spec.expand(num_envs, *action_spec.shape).to(self.device)
         self._set_seed(seed)
-
-    def _make_specs(
-        self, observation: TensorSpec | Mapping[str, TensorSpec] | None, action: TensorSpec
-    ) -> None:
-        if observation is None:
-            observation = self._jax.tree.map(
-                lambda row: Unbounded(row.shape, dtype=torch_dtype(row)), self._rows.observation
-            )
-        if not isinstance(observation, Mapping | Composite):
-            observation = {"observation": observation}
-        self.observation_spec = Composite(observation).to(self.device).expand(self.batch_size)
-        self.action_spec = action.to(self.device).expand(*self.batch_size, *action.shape)
-        shape = (*self.batch_size, 1)
-        flag = Categorical(2, shape=shape, dtype=torch.bool, device=self.device)
-        flags = {key: flag.clone() for key in ("done", "terminated", "truncated")}
-        self.reward_spec = Unbounded(shape, device=self.device)
-        self.done_spec = Composite(flags, shape=self.batch_size, device=self.device)
 
     def _set_seed(self, seed: int | None) -> None:
         if seed is None:
@@ -147,7 +129,8 @@ class JaxEnv(EnvBase):
         action = action if action.is_floating_point() else action.to(torch.int32)
         stepped = tensordict.get("_step", None)
         mask = None if stepped is None else self._mask(stepped)
-        self._carry, seen, reward, flags = self._rows.step(self._carry, self._to_jax(action), mask)
+        action = _to_jax(self._jax, action)
+        self._carry, seen, reward, flags = self._rows.step(self._carry, action, mask)
         out = self._to_tensordict(seen, flags).set("reward", _to_torch(reward))
         if stepped is None:
             return out
@@ -157,13 +140,7 @@ class JaxEnv(EnvBase):
         """Return a mask ``[num_envs, 1]``, or one value for all rows, as bool ``[num_envs]``."""
         if not isinstance(mask, Tensor):
             mask = torch.full(self.batch_size, mask, device=self.device)
-        return self._to_jax(mask.reshape(-1))
-
-    def _to_jax(self, tensor: Tensor) -> Tree:
-        if tensor.is_cuda:
-            return self._jax.dlpack.from_dlpack(tensor)
-        # A compiled call takes numpy's view of the tensor; an import by DLPack costs 0.1 ms.
-        return tensor.detach().numpy()
+        return _to_jax(self._jax, mask.reshape(-1))
 
     def _to_tensordict(self, seen: Tree, flags: Tree) -> TensorDict:
         seen = self._jax.tree.map(_to_torch, seen)
@@ -205,9 +182,11 @@ def import_extra(name: str) -> ModuleType:
         ) from error
 
 
-def torch_dtype(array: Tree) -> torch.dtype:
-    """Return torch's dtype of an array of JAX, or of the shape of one."""
-    return getattr(torch, np.dtype(array.dtype).name)
+def _to_jax(jax: ModuleType, tensor: Tensor) -> Tree:
+    if tensor.is_cuda:
+        return jax.dlpack.from_dlpack(tensor)
+    # A compiled call takes numpy's view of the tensor; an import by DLPack costs 0.1 ms.
+    return tensor.detach().numpy()
 
 
 def _to_torch(array: Tree) -> Tensor:
