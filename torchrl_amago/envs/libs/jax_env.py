@@ -89,9 +89,8 @@ class JaxEnv(EnvBase):
         if device is None:
             device = "cpu" if jax.default_backend() == "cpu" else "cuda"
         super().__init__(device=device, batch_size=[num_envs])
-        self._jax = jax
+        self._jax, self._render_row = jax, render
         self._jax_device = jax.devices(self.device.type)[self.device.index or 0]
-        self._render_row = render
         dtype = "float32" if action_spec.dtype.is_floating_point else "int32"
         action = jax.ShapeDtypeStruct(action_spec.shape, dtype)
         self._rows = JaxRows(jax, reset, step, draw_task, action, num_envs, rows_per_reset)
