@@ -1,0 +1,118 @@
+"""Train an agent, with or without memory, on any environment of gymnax, stepped in JAX.
+
+    pip install "torchrl-amago[jax]"
+    python examples/02_gymnax.py                                           # CartPole
+    python examples/02_gymnax.py --env-id MemoryChain-bsuite --params memory_length 20 \
+        --run-dir runs/memory_chain
+    python examples/02_gymnax.py --env-id Breakout-MinAtar --timestep-encoder cnn \
+        --run-dir runs/breakout
+    python examples/02_gymnax.py --debug     # about a minute, a test of the setup
+
+A trial is one episode, or `--episodes` of them that begin alike. The run's folder gets
+`progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
+weights and checkpoints. `JAX_COMPILATION_CACHE_DIR=~/.cache/jax` spares the next run the compiling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from common import (
+    TrainingArgs,
+    command_line,
+    draw_progress,
+    draw_steps,
+    final_evaluation,
+    resume_if_asked,
+)
+from torchrl.envs import EnvBase
+
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago.envs.libs import gymnax_env
+from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults, rollout_pictures
+
+
+@dataclass
+class Args(TrainingArgs):
+    """Any environment of gymnax with AMAGO."""
+
+    env_id: str = "CartPole-v1"
+    """Id of gymnax, such as MemoryChain-bsuite, Breakout-MinAtar or MetaMaze-misc."""
+    params: dict[str, float] = field(default_factory=dict)
+    """Changes of the environment's own parameters, as in `--params memory_length 20`."""
+    episodes: int = 1
+    """Episodes of a trial; all begin alike."""
+    timestep_encoder: Literal["mlp", "cnn", "combined"] = "mlp"
+    """Encoder of a step: mlp for vectors, cnn for images, combined for categories."""
+    context_length: int = 32
+    """Steps that the policy sees; at least as many as must be remembered."""
+    round_steps: int = 25
+    """Steps of each environment between updates."""
+    discounts: tuple[float, ...] = (0.9, 0.97, 0.99)
+    """Discounts that are trained; the last one is acted with."""
+    n_step: int = 5
+    """Rewards in a TD target."""
+
+    # Other defaults of common fields.
+    run_dir: Path = Path("runs/gymnax")
+    num_envs: int = 32
+    total_updates: int = 4000
+    batch_size: int = 16
+    learning_rate: float = 1e-3
+    tau: float = 0.02
+    anneal_frames: int = 50_000
+    capacity: int = 50_000
+    eval_interval: int = 500
+    eval_trials: int = 128
+
+
+def make_env(args: Args, num_envs: int, seed: int) -> EnvBase:
+    # Numbers of the command line, of which gymnax takes whole ones as integers.
+    params = {name: int(x) if x == int(x) else x for name, x in args.params.items()}
+    rows = gymnax_env(args.env_id, num_envs, params=params, seed=seed)
+    # A time limit that isn't observed says nothing about the last state's value.
+    return make_trial_env(
+        rows, episodes=args.episodes, show_progress=args.episodes > 1, trial_end="episode"
+    )
+
+
+def train(args: Args) -> EvaluationResults:
+    torch.manual_seed(args.seed)
+    env = make_env(args, args.num_envs, args.seed)
+    length = args.episodes * env.base_env.max_episode_steps
+    context_length = min(args.context_length, length)
+    options = args.policy_options(positions="rotary", window=context_length)
+    if args.timestep_encoder == "cnn":
+        options["timestep_options"] = dict(output_size=args.d_model, trunk="grid")
+    policy = make_policy(
+        env,
+        context_length=context_length,
+        timestep_encoder=args.timestep_encoder,
+        discounts=args.discounts,
+        exploration=dict(anneal_frames=args.anneal_frames, horizon=length),
+        **options,
+    )
+    rows = min(64, args.eval_trials)
+    held_out = HeldOutEvaluator(policy, make_env(args, rows, HELD_OUT_SEED))
+    trainer = make_trainer(
+        env,
+        policy,
+        trial_length=length,
+        slice_length=context_length,
+        round_steps=min(args.round_steps, length),
+        loss_options=dict(n_step=args.n_step),
+        **args.trainer_options(held_out),
+    )
+    resume_if_asked(args, trainer)
+    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
+    draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")
+    draw_steps(args, rollout_pictures(policy, make_env(args, 1, 0), seed=held_out.seed + 1)[0])
+    return results
+
+
+if __name__ == "__main__":
+    with command_line(Args, debug=dict(eval_trials=16)) as args:
+        train(args)

@@ -1,0 +1,73 @@
+"""The examples on JAX environments, as commands."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from torchrl_amago.trainers import read_progress
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, EXAMPLES / f"{name}.py", *flags],
+        cwd=folder,
+        env={
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(EXAMPLES.parent),
+            "MPLCONFIGDIR": str(folder / "matplotlib"),
+            "HOME": str(folder),
+            "SDL_AUDIODRIVER": "dummy",
+            "SDL_VIDEODRIVER": "dummy",
+        },
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "package", "flags"),
+    [
+        ("02_gymnax", "gymnax", ["--env-id", "MemoryChain-bsuite", "--params", "memory_length", "3"]),
+        ("02_gymnax", "gymnax", ["--env-id", "Breakout-MinAtar", "--timestep-encoder", "cnn"]),
+        ("11_xland_minigrid", "xminigrid", ["--episodes", "2", "--max-episode-steps", "8"]),
+    ],
+    ids=["chain", "breakout", "xland"],
+)  # fmt: skip
+def test_debug_run(name, package, flags, tmp_path):
+    pytest.importorskip(package, reason='pip install "torchrl-amago[jax]"')
+    done = run_example(
+        name, "--debug", "--threads", "1", *flags, "--run-dir", "run", folder=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    assert "On 16 held-out trials: greedy" in done.stdout
+    progress = read_progress(tmp_path / "run")
+    assert progress["update"][-1] == 40
+    assert np.isfinite(progress["loss_actor"]).all()
+    written = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"learning_curve.png", "trial.png", "evaluation.npz"} <= written
+    assert ("adaptation_curve.png" in written) == (package == "xminigrid")
+
+
+@pytest.mark.parametrize("name", ["02_gymnax", "11_xland_minigrid"])
+def test_help_shows_the_tasks_flags(name, tmp_path):
+    done = run_example(name, "--help", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for flag in ("--env-id", "--episodes", "--context-length", "--discounts", "--seq-model"):
+        assert flag in done.stdout
+
+
+def test_without_the_package_the_extra_is_named(tmp_path):
+    if any((Path(p) / "gymnax").is_dir() for p in sys.path):
+        pytest.skip("gymnax is installed")
+    done = run_example("02_gymnax", "--debug", folder=tmp_path)
+    assert done.returncode != 0
+    assert 'pip install "torchrl-amago[jax]"' in done.stderr
