@@ -64,14 +64,11 @@ class ActionSpace:
 
     @classmethod
     def from_spec(cls, spec: TensorSpec, *, check_bounds: bool = True) -> ActionSpace:
-        """Read an action space off the spec of one action.
+        """Read an action space off the spec of one action; raise ValueError if none fits.
 
         Args:
             spec: without batch dimensions: ``env.full_action_spec_unbatched[env.action_key]``.
             check_bounds: raise for continuous actions with bounds other than -1 and 1.
-
-        Raises:
-            ValueError: if the spec is none of the above.
         """
         shape = tuple(spec.shape)
         # The order matters: OneHot and Categorical have subclasses for several parts at once.
@@ -186,17 +183,13 @@ def _check_bounds(spec: Bounded | Unbounded) -> None:
     if is_in_policy_scale(spec):
         return
     if is_finitely_bounded(spec):
-        problem = (
-            f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}. Append "
-            "torchrl.envs.ActionScaling() to the environment, before PreviousStepTransform "
-            "(make_trial_env does both)"
-        )
+        got = f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}"
+        remedy = "Append torchrl.envs.ActionScaling() to the environment, before "
+        remedy += "PreviousStepTransform (make_trial_env does both)"
     else:
-        problem = (
-            f"finite bounds, got {type(spec).__name__} without. Bound them in the environment (for "
-            "example with Gymnasium's RescaleAction)"
-        )
-    raise ValueError(f"continuous actions must have {problem}.")
+        got = f"finite bounds, got {type(spec).__name__} without"
+        remedy = "Bound them in the environment (for example with Gymnasium's RescaleAction)"
+    raise ValueError(f"continuous actions must have {got}. {remedy}.")
 
 
 def _categories(spec: TensorSpec, sizes: tuple[int, ...], one_hot: bool = False) -> ActionSpace:

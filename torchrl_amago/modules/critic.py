@@ -1,8 +1,5 @@
 """Critic ensembles: all members, discounts and actions in one batched pass.
 
-:class:`DiscreteCritic` lists the values of finitely many actions, :class:`ActionCritic` reads an
-action of any space.
-
 Legend: C critics, G discounts, A action size, D state size, H hidden size, O outputs of one value,
 M steps, K action samples of a step, R rows of a batched product.
 """
@@ -190,8 +187,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         >>> critic(torch.zeros(5, 8), torch.zeros(16, 5, 3, 2)).shape
         torch.Size([16, 5, 4, 3])
     """
-
-    discounts: Tensor
 
     def __init__(
         self,

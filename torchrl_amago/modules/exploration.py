@@ -56,8 +56,6 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         tensor([0.0500, 0.0100])
     """
 
-    frames: Tensor
-
     def __init__(
         self,
         horizon: int,
@@ -197,10 +195,7 @@ class BilevelGaussian(BilevelExploration):
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
-    """Build the exploration of an action space: Gaussian for numbers, epsilon-greedy for choices.
-
-    Options: arguments of these classes.
-    """
+    """Build an action space's exploration: Gaussian for numbers, epsilon-greedy for choices."""
     if space.kind == "continuous":
         return BilevelGaussian(horizon, **options)
     if space.kind == "multi_binary":

@@ -122,14 +122,14 @@ class ActorCriticLoss(LossModule):
         """Entries read from the tensordict; the mask, last, may be missing."""
         inputs = self._observation_keys()
         following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
-        following = [("next", *_as_tuple(key)) for key in following]
+        following = [("next", *keys.as_tuple(key)) for key in following]
         return [*inputs, self.tensor_keys.action, *following, self.tensor_keys.mask]
 
     @property
     def _dispatch_keys(self) -> list[NestedKey]:
         """`in_keys` and the optional entries: marks of trials, importance weights."""
         names = self.tensor_keys
-        ends = ("next", *_as_tuple(names.done))
+        ends = ("next", *keys.as_tuple(names.done))
         return list(dict.fromkeys([*self.in_keys, names.is_init, ends, names.priority_weight]))
 
     @property
@@ -154,7 +154,7 @@ class ActorCriticLoss(LossModule):
 
     def _encoder_keys(self) -> list[NestedKey]:
         read = self.encoder_network.in_keys
-        return [key for key in read if not _as_tuple(key)[-1].startswith("_")]
+        return [key for key in read if not keys.as_tuple(key)[-1].startswith("_")]
 
     def _actor_keys(self) -> list[NestedKey]:
         return [key for key in self.actor_network.in_keys if key != self._state_key]
@@ -273,7 +273,3 @@ def _edited(hook: MaskHook, batch: SliceBatch, term: Tensor, mask: Tensor) -> Te
 def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
     """Return `name` if it is one of a network's, else the first of them."""
     return name if name in names or not names else names[0]
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)

@@ -59,7 +59,6 @@ def n_step_target(
             shifted[:, : x.shape[1] - steps] = x[:, steps:]
         return shifted
 
-    zero = torch.zeros((), dtype=next_value_BTG.dtype, device=next_value_BTG.device)
     target_BTG = torch.zeros_like(next_value_BTG)
     alive_BTG = mask_BT1.expand_as(next_value_BTG)
     n = min(n, next_value_BTG.shape[1])  # no sum goes further than its row
@@ -67,8 +66,8 @@ def n_step_target(
         followed_BT1 = ahead(mask_BT1, i + 1) if i + 1 < n else torch.zeros_like(mask_BT1)
         survives_BTG = alive_BTG & ahead(go_on_BTG, i)
         last_BTG = survives_BTG & ~followed_BT1
-        target_BTG = target_BTG + gamma_G**i * torch.where(alive_BTG, ahead(reward_BTG, i), zero)
-        bootstrap_BTG = torch.where(last_BTG, ahead(next_value_BTG, i), zero)
+        target_BTG = target_BTG + gamma_G**i * torch.where(alive_BTG, ahead(reward_BTG, i), 0.0)
+        bootstrap_BTG = torch.where(last_BTG, ahead(next_value_BTG, i), 0.0)
         target_BTG = target_BTG + gamma_G ** (i + 1) * bootstrap_BTG
         alive_BTG = survives_BTG & followed_BT1
     return target_BTG

@@ -48,10 +48,7 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
     if bootstraps and not last.has_final_observation:
-        require(
-            length > 1,
-            "the observation after a lone step must be known if a value bootstraps there.",
-        )
+        require(length > 1, "the observation after a lone step must be known to bootstrap there.")
         rows_S, is_over = rows_S[:-1], False
     if not is_over:
         for key in FLAGS:

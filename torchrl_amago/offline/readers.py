@@ -209,7 +209,6 @@ def read_torchrl(
     if action_form is None:
         has_past = steps.get(keys.PREV_ACTION, None) is not None
         action_form = "policy" if has_past or isinstance(dataset, TrialReplayBuffer) else "env"
-
     spans, options = _spans(done), (action_key, reward_key, action_form)
     sizes = len(spans), len(steps)
     return TrajectorySource(*sizes, lambda n: arrays_of.from_steps(steps[spans[n]], *options))

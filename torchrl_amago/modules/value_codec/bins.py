@@ -53,9 +53,6 @@ class BinCodec(ValueCodec):
     # Looking at a counter makes the CPU wait for a GPU: seldom enough to cost nothing.
     UPDATES_PER_CHECK = 100
 
-    bins: Tensor
-    num_outside: Tensor
-
     def __init__(
         self,
         num_discounts: int,

@@ -42,12 +42,6 @@ class PopArt(ValueCodec):
     # Bounds of the public AMAGO code on the variance, in squared reward units.
     MIN_VARIANCE, MAX_VARIANCE = 1e-4, 1e8
 
-    mu: Tensor
-    nu: Tensor
-    weight: Tensor
-    bias: Tensor
-    count: Tensor
-
     def __init__(
         self,
         num_discounts: int,
