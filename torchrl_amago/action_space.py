@@ -1,7 +1,4 @@
-"""Actions as the environment stores them, and as the float vectors that networks see.
-
-Legend: A length of the vector.
-"""
+"""Actions as the environment stores them, and as the float vectors that networks see."""
 
 from __future__ import annotations
 
@@ -42,7 +39,6 @@ class ActionSpace:
     ================== =================================== =======================================
 
     Args:
-        kind: see above.
         shape: of one stored action, without batch dimensions.
         dtype: of a stored action.
         sizes: number of categories of each part; empty for bits and numbers.
@@ -118,10 +114,7 @@ class ActionSpace:
         return flat.to(self.dtype).reshape((*vector.shape[:-1], *self.shape))
 
     def contains(self, action: Tensor) -> Tensor:
-        """Return a bool ``[*B]``, True for each possible action of ``[*B, *shape]``.
-
-        Numbers may leave [-1, 1] by 1e-6, as scaling and rounding do.
-        """
+        """Return a bool ``[*B]``, True for each possible action of ``[*B, *shape]``."""
         flat = self._flat(action)
         if self.kind == "continuous":
             return (flat.abs() <= 1 + BOUND_TOLERANCE).all(-1)

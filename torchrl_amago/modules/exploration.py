@@ -78,8 +78,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
-        self.scale_key = scale_key
-        self.enabled = True
+        self.scale_key, self.enabled = scale_key, True
         self.in_keys = [action_key, time_key, init_key]
         self.out_keys = [action_key, scale_key]
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))

@@ -115,8 +115,6 @@ class ActorCriticLoss(LossModule):
             self._modules[f"target_{name}"].data.update_(self._modules[name].data)
         self.value_codec.reset_parameters()
 
-    # --- keys ---
-
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries read from the tensordict; the mask, last, may be missing."""
@@ -164,8 +162,6 @@ class ActorCriticLoss(LossModule):
         written = self.encoder_network.out_keys
         shared = [key for key in self.actor_network.in_keys if key in written]
         return _own_name(self.tensor_keys.state, shared)
-
-    # --- calls ---
 
     def _read(self, tensordict: TensorDictBase, compact: bool | None) -> SliceBatch:
         dtypes = (self.discounts.dtype, next(self.parameters(), self.discounts).dtype)
@@ -234,8 +230,6 @@ class ActorCriticLoss(LossModule):
         # As they are: to make parameters of detached tensors is what torch.compile can't do.
         with params.to_module(network, preserve_module_state=False):
             return network(inputs).get(out_key)
-
-    # --- outputs ---
 
     def _reduce(
         self, batch: SliceBatch, terms: dict[str, Tensor], metrics: dict[str, Tensor]

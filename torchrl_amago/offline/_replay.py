@@ -1,6 +1,4 @@
-"""Recorded trials played back under an environment's own transforms.
-
-These write the entries that data don't hold: previous action and reward, time, episode.
+"""Recorded trials played back under an environment's transforms, which write the other entries.
 
 Legend: R rows played side by side, S rows of a trial, T steps of the longest row.
 """

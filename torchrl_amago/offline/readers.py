@@ -116,7 +116,6 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
 
 
 def _spans(is_last: np.ndarray) -> list[slice]:
-    """Return the steps of each trajectory; the end of the arrays ends one too."""
     stops = np.union1d(np.flatnonzero(is_last) + 1, len(is_last)).tolist()
     return [slice(*span) for span in pairwise([0, *stops])]
 

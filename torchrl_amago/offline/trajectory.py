@@ -213,7 +213,6 @@ class TrajectoryChecker:
         return action_L
 
     def _is_action(self, vector_LA: Tensor) -> Tensor:
-        """Find the vectors that stand for an action, bool ``[L]``."""
         action_L = self.space.from_vector(vector_LA)
         is_same_L = (self.space.to_vector(action_L) - vector_LA).abs().amax(-1) < 1e-6
         return is_same_L & self.space.contains(action_L)
@@ -229,9 +228,8 @@ class TrajectoryChecker:
         soft_reset_S = recorded_S.get(self.trial.soft_reset_key)
         is_fragment = bool(time_S[0]) or (soft_reset_S is not None and not bool(soft_reset_S[0]))
         if is_fragment:
-            needed = [key for key in self.trial.out_keys if key in self.written]
-            if self.trial.horizon is None and self.trial.time_idx_key in needed:
-                needed.remove(self.trial.time_idx_key)
+            counts = [] if self.trial.horizon else [self.trial.time_idx_key]  # read by nothing
+            needed = [x for x in self.trial.out_keys if x in self.written and x not in counts]
             remedy = "They follow from the trial's beginning: add them, or leave it out."
             require_names("observations of a fragment of a trial", needed, recorded_S, remedy)
         return soft_reset_S is not None, is_fragment

@@ -197,7 +197,6 @@ class TwoHot(BinCodec):
         return two_hot_encode(self._to_bin_space(target), self.bins)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy with the label, ``[..., C, G]``."""
         log_prob_CGN = self._log_probs(prediction, target)
         # The product with dense labels would read and write every bin for the two that count.
         below_G, weight_G = self._bin_below(target.detach())

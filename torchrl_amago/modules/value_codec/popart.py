@@ -107,9 +107,7 @@ class PopArt(ValueCodec):
 
     def decode(self, prediction: Tensor) -> Tensor:
         """Return ``sigma * normalized(prediction) + mu``."""
-        if not self.enabled:
-            return prediction
-        return self.sigma * self.normalized(prediction) + self.mu
+        return self.sigma * self.normalized(prediction) + self.mu if self.enabled else prediction
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return squared errors of normalised values, ``[..., C, G]``."""
