@@ -16,6 +16,10 @@ SOFT_RESET = "soft_reset"
 TRIAL_PROGRESS = "trial_progress"
 EPISODE_IDX = "episode_idx"
 EPISODE_RETURN = "episode_return"
+SUCCESS = "success"
+EPISODE_SUCCESS = "episode_success"
+TASK_ID = "task_id"
+ACTION_MASK = "action_mask"
 PREV_ACTION = "prev_action"
 PREV_REWARD = "prev_reward"
 TIME_IDX = "time_idx"
@@ -61,6 +65,14 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "number of the episode, from 0"),
     KeySpec(EPISODE_RETURN, "*B, 1", "float32", "TrialTransform", "evaluation",
             "return of the episode that the last step belonged to, that step included"),
+    KeySpec(SUCCESS, "*B, 1", "bool", "environment", "TrialTransform",
+            "True at a step that succeeds; replaced by EPISODE_SUCCESS"),
+    KeySpec(EPISODE_SUCCESS, "*B, 1", "bool", "TrialTransform", "evaluation",
+            "SUCCESS was True at a step of the episode that the last step belonged to"),
+    KeySpec(TASK_ID, "*B, 1", "int64", "environment", "evaluation",
+            "number of the task; policies don't read it unless obs_keys names it"),
+    KeySpec(ACTION_MASK, "*B, n", "bool", "environment", "timestep encoder, actor",
+            "True for each action that is allowed"),
     KeySpec(PREV_ACTION, "*B, A", "float32", "PreviousStepTransform", "timestep encoder",
             "action of the previous step (one-hot if discrete, else in [-1, 1]); 0 at the start"),
     KeySpec(PREV_REWARD, "*B, 1", "float32", "PreviousStepTransform", "timestep encoder",

@@ -1,5 +1,6 @@
 """Environments: ``tasks`` are natively batched, ``transforms`` make trials of any environment."""
 
+from torchrl_amago.envs.libs import ReseedEpisodes, gymnasium_rows
 from torchrl_amago.envs.recorded import RecordedEnv
 from torchrl_amago.envs.tasks import (
     DarkKeyDoor,
@@ -16,8 +17,10 @@ __all__ = [
     "MetaFrozenLake",
     "PreviousStepTransform",
     "RecordedEnv",
+    "ReseedEpisodes",
     "TMaze",
     "TrialTransform",
     "bayes_optimal_success",
+    "gymnasium_rows",
     "make_trial_env",
 ]

@@ -7,17 +7,18 @@ quicker ones take meanwhile are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import nn
-from torchrl.envs import EnvBase
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.evaluation.results import TrialResults
 
@@ -49,7 +50,8 @@ def evaluate(
         greedy: act by the distribution's mode (`ExplorationType.DETERMINISTIC`); otherwise sample
             from the policy (`ExplorationType.RANDOM`), with `policy.exploration.enabled` off.
         seed: of the environment and the sampling.
-        success_threshold: an episode succeeds if its return is larger.
+        success_threshold: an episode succeeds if its return is larger; not read if the environment
+            reports successes (`success_key` of the trial transform).
         max_trial_steps: longest trial allowed.
         episode_return_key: in `next`, as all keys: return of the step's episode so far.
         soft_reset_key: True if the step ends an episode and the trial continues.
@@ -74,9 +76,9 @@ def evaluate(
         step = env.reset()
         while not tally.is_complete:
             step, following = env.step_and_maybe_reset(policy(step))
-            tally.add(_read(step["next"], read))
+            tally.add(_read(step["next"], read, success_threshold))
             step = following
-    return tally.results(success_threshold)
+    return tally.results(_task_names(env))
 
 
 @contextmanager
@@ -113,14 +115,29 @@ def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]
             module.training = training
 
 
-def _read(step_next: TensorDictBase, keys: tuple[NestedKey, ...]) -> list[np.ndarray]:
+def _read(
+    step_next: TensorDictBase, read: tuple[NestedKey, ...], success_threshold: float
+) -> list[np.ndarray]:
     try:
-        return [step_next[key].reshape(-1).cpu().numpy() for key in keys]
+        reward, episode_return, soft_reset, done = (step_next[key] for key in read)
     except KeyError as error:
         raise KeyError(
-            f"evaluate reads {keys} after each step, but the environment gives only "
+            f"evaluate reads {read} after each step, but the environment gives only "
             f"{sorted(map(str, step_next.keys()))}. Append the trial transform, or name the keys."
         ) from error
+    success = step_next.get(keys.EPISODE_SUCCESS, episode_return > success_threshold)
+    task_id = step_next.get(keys.TASK_ID, torch.full_like(done, -1, dtype=torch.int64))
+    entries = reward, episode_return, soft_reset, done, success, task_id
+    return [entry.reshape(-1).cpu().numpy() for entry in entries]
+
+
+def _task_names(env: EnvBase) -> Sequence[str]:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    if isinstance(env, SerialEnv):
+        return _task_names(env._envs[0])
+    # Workers would die of a missing attribute: tasks of a ParallelEnv have numbers only.
+    return () if isinstance(env, ParallelEnv) else getattr(env, "task_names", ())
 
 
 class _Tally:
@@ -130,8 +147,8 @@ class _Tally:
         self.trials_per_env, self.max_trial_steps = trials_per_env, max_trial_steps
         self.trial, self.episode = np.zeros((2, num_envs), dtype=np.int64)
         self.trial_return = np.zeros((num_envs, trials_per_env))
-        self.trial_length = np.zeros((num_envs, trials_per_env), dtype=np.int64)
-        # (row, trial, episode, return) of every episode that ended, one array each per step.
+        self.trial_length, self.task_id = np.zeros((2, num_envs, trials_per_env), dtype=np.int64)
+        # (row, trial, episode, return, success) of every episode that ended, a tuple per step.
         self.ended: list[tuple[np.ndarray, ...]] = []
 
     @property
@@ -140,11 +157,12 @@ class _Tally:
 
     def add(self, step: list[np.ndarray]) -> None:
         """Count one step of every environment that has trials left to play."""
-        reward, episode_return, soft_reset, done = step
+        reward, episode_return, soft_reset, done, success, task_id = step
         row = np.flatnonzero(self.trial < self.trials_per_env)
         place = (row, self.trial[row])
         self.trial_return[place] += reward[row]
         self.trial_length[place] += 1
+        self.task_id[place] = task_id[row]
         if self.trial_length[place].max() > self.max_trial_steps:
             raise RuntimeError(
                 f"a trial must end within max_trial_steps={self.max_trial_steps} steps, one did "
@@ -152,18 +170,18 @@ class _Tally:
             )
         over = row[soft_reset[row] | done[row]]
         if over.size:
-            self.ended.append((over, self.trial[over], self.episode[over], episode_return[over]))
+            outcome = episode_return[over], success[over]
+            self.ended.append((over, self.trial[over], self.episode[over], *outcome))
             self.episode[over] = np.where(done[over], 0, self.episode[over] + 1)
             self.trial[over] += done[over]
 
-    def results(self, success_threshold: float) -> TrialResults:
+    def results(self, task_names: Sequence[str]) -> TrialResults:
         """Return all that was counted, in the order of environments."""
-        row, trial, episode, value = map(np.concatenate, zip(*self.ended, strict=True))
-        returns = np.full((*self.trial_return.shape, episode.max() + 1), np.nan, np.float32)
-        returns[row, trial, episode] = value
-        episode_return, trial_return, trial_length = (
-            torch.from_numpy(x).flatten(0, 1)
-            for x in (returns, self.trial_return.astype(np.float32), self.trial_length)
-        )
-        is_success = episode_return > success_threshold
-        return TrialResults(episode_return, is_success, trial_return, trial_length)
+        *place, value, success = map(np.concatenate, zip(*self.ended, strict=True))
+        shape = (*self.trial_return.shape, place[2].max() + 1)
+        returns, is_success = np.full(shape, np.nan, np.float32), np.zeros(shape, dtype=bool)
+        returns[tuple(place)], is_success[tuple(place)] = value, success
+        trial_return = self.trial_return.astype(np.float32)
+        arrays = returns, is_success, trial_return, self.trial_length, self.task_id
+        tensors = (torch.from_numpy(array).flatten(0, 1) for array in arrays)
+        return TrialResults(*tensors, tuple(task_names))

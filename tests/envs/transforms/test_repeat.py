@@ -306,7 +306,7 @@ def test_chooses_by_what_the_environment_can():
             "needs an environment that can repeat a task.*got ForgetfulEnv",
         ),
         (ForgetfulEnv, {"repeat": "env"}, "got ForgetfulEnv for repeat='env'.*repeats_task = True"),
-        (SeededGoal, {"repeat": "env"}, "got GymWrapper for repeat='env'"),
+        (SeededGoal, {"repeat": "env"}, "got GymnasiumEnv for repeat='env'"),
         (CountingEnv, {"repeat": "seed"}, "got CountingEnv for repeat='seed'.*a Gymnasium env"),
         (
             CountingEnv,

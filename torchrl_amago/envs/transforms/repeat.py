@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any, Literal, NamedTuple
@@ -63,7 +62,7 @@ class Nesting(NamedTuple):
     def kwargs_of_rows(self, name: str, values: Sequence[Any]) -> dict[str, Any]:
         """Return keywords of a reset that give every row its value."""
         if self.workers:
-            inner = self._replace(workers=self.workers[1:])
+            inner = Nesting(self.leaf, self.workers[1:], self.is_wrapped)
             size = len(values) // self.workers[0]
             chunks = [values[i : i + size] for i in range(0, len(values), size)]
             return {"list_of_kwargs": [inner.kwargs_of_rows(name, chunk) for chunk in chunks]}
@@ -94,10 +93,9 @@ def first_worker(env: BatchedEnvBase) -> EnvBase:
     return env.create_env_fn[0](**env.create_env_kwargs[0])
 
 
-class Repeater(ABC):
-    """Base of the ways to repeat a task; masks are bool ``[*B, 1]``."""
+class Repeater:
+    """Base of the ways to repeat a task, enough for one episode; masks are bool ``[*B, 1]``."""
 
-    @abstractmethod
     def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         """Start another episode in the mask's rows, after a step's next tensordict."""
 
@@ -257,7 +255,7 @@ def _current_seeds(env: EnvBase) -> list[int | None]:
 
 
 def make_repeater(
-    env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None
+    env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None, *, one_episode: bool
 ) -> Repeater:
     """Choose how the environment under a trial transform repeats tasks."""
     if callable(repeat):
@@ -270,11 +268,14 @@ def make_repeater(
     if is_gym and nesting.is_vector and getattr(autoreset, "name", None) != "DISABLED":
         raise ValueError(
             "a trial over a Gymnasium vector environment needs autoreset_mode="
-            f"AutoresetMode.DISABLED, got {autoreset}. Pass it to SyncVectorEnv or AsyncVectorEnv."
+            f"AutoresetMode.DISABLED, got {autoreset}. Make it with gymnasium_rows(id, num_envs)."
         )
     if repeat is None:
         repeat = "env" if repeats_task or not is_gym else "seed"
-    if not (repeats_task if repeat == "env" else is_gym):
+    can_repeat = repeats_task if repeat == "env" else is_gym
+    if one_episode and not can_repeat:
+        return Repeater()
+    if not can_repeat:
         raise ValueError(
             f"a trial needs an environment that can repeat a task, got {type(leaf).__name__} for "
             f"repeat={repeat!r}. 'env' needs the class attribute repeats_task = True; 'seed' and "

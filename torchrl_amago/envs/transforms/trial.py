@@ -39,17 +39,19 @@ class TrialTransform(StepTransform):
 
     Writes (``next`` of step t equals the root of step t+1 within a trial), also declared as state:
 
-    ================== ======= =====================================================================
-    key                dtype   value, shape ``[*B, 1]``
-    ================== ======= =====================================================================
-    ``time_idx``       int64   steps since the trial began, from 0
-    ``episode_idx``    int64   number of the episode, from 0; not counted up when the trial ends
-    ``soft_reset``     bool    first step of an episode, the trial's first step included
-    ``episode_return`` float32 return of the episode that the last step belonged to, that step
-                               included; 0 at the trial's start
-    ``trial_progress`` float32 fraction of the trial that is used up, in [0, 1): ``episode_idx /
-                               episodes``, ``time_idx / horizon`` or the larger of both
-    ================== ======= =====================================================================
+    =================== ======= ====================================================================
+    key                 dtype   value, shape ``[*B, 1]``
+    =================== ======= ====================================================================
+    ``time_idx``        int64   steps since the trial began, from 0
+    ``episode_idx``     int64   number of the episode, from 0; not counted up when the trial ends
+    ``soft_reset``      bool    first step of an episode, the trial's first step included
+    ``episode_return``  float32 return of the episode that the last step belonged to, that step
+                                included; 0 at the trial's start
+    ``episode_success`` bool    ``success`` was True at a step of that episode; replaces that entry
+                                of the environment, absent without it
+    ``trial_progress``  float32 fraction of the trial that is used up, in [0, 1): ``episode_idx /
+                                episodes``, ``time_idx / horizon`` or the larger of both
+    =================== ======= ====================================================================
 
     Ways to repeat a task:
 
@@ -80,8 +82,10 @@ class TrialTransform(StepTransform):
             episode, ``truncated`` where the horizon cuts it off (for trials of one episode with a
             time limit that isn't observed).
         reward_key: reward to sum up in ``episode_return``.
-        soft_reset_key, trial_progress_key, episode_idx_key, episode_return_key, time_idx_key:
-            entries to write.
+        success_key: bool entry ``[*B, 1]`` of the environment, if it has one, True where a step
+            succeeds.
+        soft_reset_key, trial_progress_key, episode_idx_key, episode_return_key,
+            episode_success_key, time_idx_key: entries to write.
 
     Raises:
         ValueError: once the transform is used, if the environment cannot repeat a task, has several
@@ -109,10 +113,12 @@ class TrialTransform(StepTransform):
         show_progress: bool = True,
         trial_end: TrialEnd = "terminated",
         reward_key: NestedKey = "reward",
+        success_key: NestedKey = keys.SUCCESS,
         soft_reset_key: NestedKey = keys.SOFT_RESET,
         trial_progress_key: NestedKey = keys.TRIAL_PROGRESS,
         episode_idx_key: NestedKey = keys.EPISODE_IDX,
         episode_return_key: NestedKey = keys.EPISODE_RETURN,
+        episode_success_key: NestedKey = keys.EPISODE_SUCCESS,
         time_idx_key: NestedKey = keys.TIME_IDX,
     ) -> None:
         dtypes = {episode_idx_key: torch.int64, time_idx_key: torch.int64}
@@ -128,10 +134,12 @@ class TrialTransform(StepTransform):
         self.show_progress = show_progress
         self.trial_end = trial_end
         self.reward_key = reward_key
+        self.success_key = success_key
         self.soft_reset_key = soft_reset_key
         self.trial_progress_key = trial_progress_key
         self.episode_idx_key = episode_idx_key
         self.episode_return_key = episode_return_key
+        self.episode_success_key = episode_success_key
         self.time_idx_key = time_idx_key
         self._repeater: Repeater | None = None
         self._inner: InnerEnv | None = None
@@ -173,7 +181,9 @@ class TrialTransform(StepTransform):
 
     def _get_repeater(self) -> Repeater:
         if self._repeater is None:
-            self._repeater = make_repeater(self._get_inner().env, self.repeat, self.options)
+            self._repeater = make_repeater(
+                self._get_inner().env, self.repeat, self.options, one_episode=self.episodes == 1
+            )
         return self._repeater
 
     def _neighbours(self) -> tuple[list[Transform], list[Transform], EnvBase]:
@@ -202,6 +212,8 @@ class TrialTransform(StepTransform):
         # Rows outside of the mask are dropped by the caller.
         for key, dtype in self._dtypes.items():
             first.set(key, torch.zeros_like(done, dtype=dtype))
+        if first.pop(self.success_key, None) is not None:
+            first.set(self.episode_success_key, torch.zeros_like(done))
         return first.set(self.soft_reset_key, torch.ones_like(done))
 
     def _step(self, tensordict: TensorDictBase, after: TensorDictBase) -> TensorDictBase:
@@ -214,6 +226,7 @@ class TrialTransform(StepTransform):
         self._write(tensordict, after, written)
         if soft_reset.any():
             reset = self._get_repeater().soft_reset(self._get_inner(), soft_reset, after)
+            reset.pop(self.success_key, None)
             _begin_episodes(after, reset, soft_reset)
         return after
 
@@ -246,6 +259,10 @@ class TrialTransform(StepTransform):
             self.episode_return_key: torch.where(at_start, reward, episode_return + reward),
             self.time_idx_key: time_idx,
         }
+        success = after.pop(self.success_key, None)
+        if success is not None:
+            before = self._before(tensordict, self.episode_success_key) & ~at_start
+            written[self.episode_success_key] = before | success.view_as(before).bool()
         if self.show_progress:
             progress = self._progress(episode_idx, time_idx)
             if self.horizon is not None:
@@ -276,6 +293,8 @@ class TrialTransform(StepTransform):
             self.episode_return_key: Unbounded(**where),
             self.time_idx_key: count(self.horizon),
         }
+        if self.success_key in self.parent.observation_spec.keys(True, True):
+            specs[self.episode_success_key] = Categorical(2, dtype=torch.bool, **where)
         if self.show_progress:
             specs[self.trial_progress_key] = Bounded(0.0, 1.0, **where)
         return specs
@@ -283,7 +302,10 @@ class TrialTransform(StepTransform):
     def transform_observation_spec(self, observation_spec: Composite) -> Composite:
         self._check_env()
         self._get_repeater()
-        return super().transform_observation_spec(observation_spec)
+        observation_spec = super().transform_observation_spec(observation_spec)
+        if self.episode_success_key in observation_spec.keys(True, True):
+            del observation_spec[self.success_key]
+        return observation_spec
 
     def transform_done_spec(self, done_spec: Composite) -> Composite:
         for key in _DONE_KEYS:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import gymnasium as gym
-from torchrl.envs import ActionScaling, Compose, EnvBase, GymWrapper, InitTracker, TransformedEnv
+from torchrl.envs import ActionScaling, Compose, EnvBase, InitTracker, TransformedEnv
 
 from torchrl_amago.action_space import is_finitely_bounded, is_in_policy_scale
+from torchrl_amago.envs.libs._gymnasium_env import GymnasiumEnv
 from torchrl_amago.envs.transforms.previous_step import PreviousStepTransform
 from torchrl_amago.envs.transforms.trial import TrialTransform
 
@@ -41,7 +42,7 @@ def make_trial_env(
         4
     """
     if isinstance(base, gym.Env | gym.vector.VectorEnv):
-        base = GymWrapper(base, categorical_action_encoding=True)
+        base = GymnasiumEnv(base)
     scaling = [
         ActionScaling(in_keys_inv=[key])
         for key in base.action_keys

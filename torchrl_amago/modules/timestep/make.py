@@ -23,7 +23,10 @@ TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
 """Timestep encoders by name; each is built by its ``from_specs(specs, **options)``."""
 
 # Bookkeeping of the trial: read only if obs_keys names it.
-_BOOKKEEPING = {keys.TIME_IDX, keys.IS_INIT, keys.EPISODE_IDX, keys.EPISODE_RETURN}
+_BOOKKEEPING = {
+    *(keys.TIME_IDX, keys.IS_INIT, keys.EPISODE_IDX, keys.EPISODE_RETURN),
+    *(keys.EPISODE_SUCCESS, keys.TASK_ID),
+}
 
 
 def make_timestep_encoder(
