@@ -14,10 +14,8 @@ from torchrl.envs import Compose, TransformedEnv
 from torchrl_amago.envs import RecordedEnv, TrialTransform
 from torchrl_amago.offline.trajectory import FLAGS, RecordedTrial, TrajectoryChecker, require
 
-# Rows played side by side: a step of many costs little more than a step of one.
-MAX_ROWS = 256
-# Shorter pieces of a trial aren't worth their bookkeeping.
-_MIN_PIECE = 100
+MAX_ROWS = 256  # played side by side: a step of many costs little more than a step of one
+_MIN_PIECE = 100  # steps of a piece of a trial; bookkeeping outweighs shorter ones
 
 
 def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
@@ -39,9 +37,8 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     episodes = int(1 + rows_S["done"][:-1].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.time_idx_key, [0])[0])
     is_short = episodes <= (rule.episodes or episodes) and time <= (rule.horizon or time)
-    limits = f"environment's ({rule.episodes} episodes, {rule.horizon} steps)"
-    got = f"got {episodes} episodes of {time} steps. Cut them."
-    require(is_short, f"a trial must not be longer than the {limits}, {got}")
+    limits = f"must not be longer than the env's ({rule.episodes} episodes, {rule.horizon} steps)"
+    require(is_short, f"a trial {limits}, got {episodes} episodes of {time} steps. Cut them.")
     is_over = (episodes == rule.episodes and rows_S["done"][-1].item()) or time == rule.horizon
     by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
