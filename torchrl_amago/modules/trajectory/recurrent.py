@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules._layers import make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.kernels.rnn import Cell, recurrence
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
@@ -66,7 +66,6 @@ class _RecurrentEncoder(TrajectoryEncoder):
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
-        is_init_NT = starts_within_rows(is_init_NT)
         is_init_TN = None if is_init_NT is None else is_init_NT.t()
         for weights in self.rnn.all_weights:
             x = recurrence(self.cell, x, is_init_TN, weights)
@@ -77,7 +76,10 @@ class _RecurrentEncoder(TrajectoryEncoder):
         for stored, weights in zip(memory.layers, self.rnn.all_weights, strict=True):
             state = [h_NH.to(weights[0].dtype) for h_NH in stored]
             with torch.autocast(x.device.type, enabled=False):  # it would round the state
-                new = self._step_cell(x, state, weights)
+                if self.cell == "gru":
+                    new = [torch.gru_cell(x, *state, *weights)]
+                else:
+                    new = torch.lstm_cell(x, state, *weights)
             for h_NH, new_NH in zip(stored, new, strict=True):
                 h_NH.copy_(new_NH)
             x = new[0]
@@ -86,14 +88,6 @@ class _RecurrentEncoder(TrajectoryEncoder):
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
         layer = [(self.rnn.hidden_size,)] * self.tensors_per_layer
         return StateMemory(num_rows, [layer] * self.rnn.num_layers, device, dtype)
-
-    def _step_cell(
-        self, x_NI: Tensor, state: list[Tensor], weights: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """One layer's new state, its output first."""
-        if self.cell == "gru":
-            return (torch.gru_cell(x_NI, *state, *weights),)
-        return torch.lstm_cell(x_NI, state, *weights)
 
 
 class GRUEncoder(_RecurrentEncoder):

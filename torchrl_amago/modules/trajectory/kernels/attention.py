@@ -135,10 +135,9 @@ def _clip(score: Tensor, bias: Tensor, clip: float) -> Tensor:
 
 def _attend_by_queries(q_BHTD: Tensor, k: Tensor, v: Tensor, bias: ScoreBias, attend) -> Tensor:
     """Block after block of queries, each over all keys before: no T x T scores at once."""
-    out = []
-    for start in range(0, q_BHTD.shape[2], bias.BLOCK):
-        q = q_BHTD[:, :, start : start + bias.BLOCK]
-        end = start + q.shape[2]
+    out, end = [], 0
+    for q in q_BHTD.split(bias.BLOCK, 2):
+        start, end = end, end + q.shape[2]
         out.append(attend(q, k[:, :, :end], v[:, :, :end], bias.dense(end, start)))
     return torch.cat(out, 2)
 
