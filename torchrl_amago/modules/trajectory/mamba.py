@@ -211,12 +211,7 @@ class MambaEncoder(TrajectoryEncoder):
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
-    """Import the kernels, or return None where `backend` allows it.
-
-    Raises:
-        ImportError: if they are chosen by name but not installed.
-        ValueError: if the backend is unknown, or the kernels don't have these sizes.
-    """
+    """Import the kernels, or return None if `backend` allows it."""
     check_choice("backend", backend, ("auto", "torch", "mamba_ssm"))
     fits = conv_width in _CONV_WIDTHS and state_size <= _MAX_STATE
     if backend == "mamba_ssm" and not fits:

@@ -26,7 +26,6 @@ class _RecurrentEncoder(TrajectoryEncoder):
 
     network: type[nn.RNNBase]
     cell: Cell
-    tensors_per_layer: int
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         return self.out_norm(self.out(x))
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
-        layer = [(self.rnn.hidden_size,)] * self.tensors_per_layer
+        layer = [(self.rnn.hidden_size,)] * (1 if self.cell == "gru" else 2)
         return StateMemory(num_rows, [layer] * self.rnn.num_layers, device, dtype)
 
 
@@ -110,7 +109,6 @@ class GRUEncoder(_RecurrentEncoder):
 
     network = GRU
     cell = "gru"
-    tensors_per_layer = 1
 
 
 class LSTMEncoder(_RecurrentEncoder):
@@ -126,4 +124,3 @@ class LSTMEncoder(_RecurrentEncoder):
 
     network = LSTM
     cell = "lstm"
-    tensors_per_layer = 2

@@ -24,7 +24,7 @@ from torchrl_amago.modules.trajectory.kernels._attention_backends import (
     backend_attention,
     check_backend,
 )
-from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
+from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern
 from torchrl_amago.modules.trajectory.memory import RingCache
 
 # (query, key, value), each [..., H, head size] -> [..., H, head size]

@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrl_amago._validation import check_choice
-from torchrl_amago.modules.trajectory.kernels.attention import window_attention
-from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern, ScoreBias
+from torchrl_amago.modules.trajectory.kernels.attention import (
+    AttentionPattern,
+    ScoreBias,
+    window_attention,
+)
 
 Backend = Literal["auto", "sdpa", "flex", "flash"]
 
