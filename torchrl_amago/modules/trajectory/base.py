@@ -308,10 +308,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
         if (~is_init_N & (positions_N > 0)).any():
             self._streams.warn_of_lost_memory(stream, memory, num_rows, self.stream_key)
+        dtype = next((p.dtype for p in self.parameters()), x.dtype)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = next((p.dtype for p in self.parameters()), x.dtype)
         memory = self.new_memory(num_rows, x.device, dtype)
         return self._streams.add(memory), memory
 

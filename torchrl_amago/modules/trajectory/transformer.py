@@ -264,20 +264,16 @@ class TransformerEncoder(TrajectoryEncoder):
         q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in (q, k, v))
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
-        dropout = self.dropout_attn if self.training else 0.0
-        out_NHTD = backend_attention(
-            self.attention, q, k, v, self.pattern, positions_NT, is_init_NT, dropout
-        )
-        return out_NHTD.transpose(1, 2)
+        rate = self.dropout_attn if self.training else 0.0
+        seen = (self.pattern, positions_NT, is_init_NT)
+        return backend_attention(self.attention, q, k, v, *seen, rate).transpose(1, 2)
 
     def _attend_memory(
         self, positions_N: Tensor, memory: RingCache, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         if self.positions == "rotary":
-            q, k = (
-                rotate_by_position(z_NHD.unsqueeze(2), positions_N.unsqueeze(1)).squeeze(2)
-                for z_NHD in (q, k)
-            )
+            rotate = partial(rotate_by_position, positions_BT=positions_N.unsqueeze(1))
+            q, k = (rotate(z_NHD.unsqueeze(2)).squeeze(2) for z_NHD in (q, k))
         memory.write(layer, k, v)
         return memory.attend(layer, q, self.pattern.logit_clip).to(q.dtype)
 

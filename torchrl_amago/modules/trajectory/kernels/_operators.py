@@ -16,11 +16,10 @@ def make_operator(name: str, forward: Callable, backward: Callable, fake: Callab
     and the first output's gradient; it returns the gradients of all inputs but `is_init`. `fake` is
     `forward` for tensors without data.
     """
-    operator = torch.library.custom_op(f"torchrl_amago::{name}", forward, mutates_args=())
+    name = f"torchrl_amago::{name}"
+    operator = torch.library.custom_op(name, forward, mutates_args=())
     operator.register_fake(fake)
-    run_backward = torch.library.custom_op(
-        f"torchrl_amago::{name}_backward", backward, mutates_args=()
-    )
+    run_backward = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
 
     @run_backward.register_fake
     def _(saved: list[Tensor | None], grad: Tensor) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """Attention over whole windows, and of one new token over a ring of stored keys and values.
 
-An :class:`AttentionPattern` sets the steps that a step sees, a :class:`ScoreBias` shows them.
-
 Legend: B batch, T steps, H heads, D features of one head, S slots of the ring or sinks, N = B * H,
 M blocks of queries, Q queries of a block, K keys that a block of queries sees.
 """
