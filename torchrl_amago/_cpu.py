@@ -26,13 +26,6 @@ def cpu_paths(enabled: bool | None) -> Iterator[None]:
     """Take the CPU's branches on every device, or the GPU's.
 
     Compiled functions compile again when the choice changes. None stands for the tensor's device.
-
-    Example:
-        >>> with cpu_paths(False):
-        ...     float32_attention(torch.zeros(2))
-        False
-        >>> float32_attention(torch.zeros(2))
-        True
     """
     global _override
     before, _override = _override, enabled
@@ -78,12 +71,6 @@ def in_chunks(
     """Call ``function(state, action)`` on a CPU for `CHUNK_ROWS` actions at a time.
 
     The function takes ``[M, ...]`` and ``[K, M, ..., A]`` and returns M in dimension `dim`.
-
-    Example:
-        >>> add = lambda state, action: state + action.sum(-1)
-        >>> in_chunks(add, torch.arange(3), torch.ones(2, 3, 1), dim=1)
-        tensor([[1., 2., 3.],
-                [1., 2., 3.]])
     """
     if not chunk_rows(state) or (num_actions := math.prod(action.shape[:-1])) <= CHUNK_ROWS:
         return function(state, action)

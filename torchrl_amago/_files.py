@@ -159,8 +159,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def verify_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a folder, or raise DamagedError unless its files are those listed."""
-    problem = find_damage(folder)
-    if problem is not None:
+    if problem := find_damage(folder):
         raise DamagedError(problem)
     return read_manifest(folder)
 

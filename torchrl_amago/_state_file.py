@@ -33,13 +33,6 @@ def save_state(path: Path, state: Any) -> None:
 
     Raises:
         TypeError: for a value of another type; it is named by its path.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     save_state(Path(folder) / "x.npz", {"w": torch.ones(2), "updates": 3})
-        ...     load_state(Path(folder) / "x.npz")
-        {'w': tensor([1., 1.]), 'updates': 3}
     """
     arrays: dict[str, np.ndarray] = {}
     tree = json.dumps(_encode(state, "state", arrays))

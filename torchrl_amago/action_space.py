@@ -1,7 +1,4 @@
-"""Actions as the environment stores them, and as the float vectors that networks see.
-
-Legend: A length of the vector.
-"""
+"""Actions as the environment stores them, and as the float vectors that networks see."""
 
 from __future__ import annotations
 
@@ -42,7 +39,6 @@ class ActionSpace:
     ================== =================================== =======================================
 
     Args:
-        kind: see above.
         shape: of one stored action, without batch dimensions.
         dtype: of a stored action.
         sizes: number of categories of each part; empty for bits and numbers.
@@ -64,14 +60,11 @@ class ActionSpace:
 
     @classmethod
     def from_spec(cls, spec: TensorSpec, *, check_bounds: bool = True) -> ActionSpace:
-        """Read an action space off the spec of one action.
+        """Read an action space off the spec of one action; raise ValueError if none fits.
 
         Args:
             spec: without batch dimensions: ``env.full_action_spec_unbatched[env.action_key]``.
             check_bounds: raise for continuous actions with bounds other than -1 and 1.
-
-        Raises:
-            ValueError: if the spec is none of the above.
         """
         shape = tuple(spec.shape)
         # The order matters: OneHot and Categorical have subclasses for several parts at once.
@@ -121,10 +114,7 @@ class ActionSpace:
         return flat.to(self.dtype).reshape((*vector.shape[:-1], *self.shape))
 
     def contains(self, action: Tensor) -> Tensor:
-        """Return a bool ``[*B]``, True for each possible action of ``[*B, *shape]``.
-
-        Numbers may leave [-1, 1] by 1e-6, as scaling and rounding do.
-        """
+        """Return a bool ``[*B]``, True for each possible action of ``[*B, *shape]``."""
         flat = self._flat(action)
         if self.kind == "continuous":
             return (flat.abs() <= 1 + BOUND_TOLERANCE).all(-1)
@@ -186,17 +176,13 @@ def _check_bounds(spec: Bounded | Unbounded) -> None:
     if is_in_policy_scale(spec):
         return
     if is_finitely_bounded(spec):
-        problem = (
-            f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}. Append "
-            "torchrl.envs.ActionScaling() to the environment, before PreviousStepTransform "
-            "(make_trial_env does both)"
-        )
+        got = f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}"
+        remedy = "Append torchrl.envs.ActionScaling() to the environment, before "
+        remedy += "PreviousStepTransform (make_trial_env does both)"
     else:
-        problem = (
-            f"finite bounds, got {type(spec).__name__} without. Bound them in the environment (for "
-            "example with Gymnasium's RescaleAction)"
-        )
-    raise ValueError(f"continuous actions must have {problem}.")
+        got = f"finite bounds, got {type(spec).__name__} without"
+        remedy = "Bound them in the environment (for example with Gymnasium's RescaleAction)"
+    raise ValueError(f"continuous actions must have {got}. {remedy}.")
 
 
 def _categories(spec: TensorSpec, sizes: tuple[int, ...], one_hot: bool = False) -> ActionSpace:

@@ -38,6 +38,11 @@ SOURCE = ("collector", "source")
 TRAJECTORY = ("collector", "traj_ids")
 
 
+def as_tuple(key: NestedKey) -> tuple[str, ...]:
+    """Return the names that lead to an entry."""
+    return (key,) if isinstance(key, str) else tuple(key)
+
+
 class KeySpec(NamedTuple):
     """One row of the table."""
 

@@ -1,6 +1,6 @@
 """Figures: learning curve, adaptation curve, picture strip of a trial.
 
-They are drawn on the Agg canvas, never through pyplot: no global state, no display. matplotlib is
+They are drawn without pyplot: no global state, no display. matplotlib is
 imported when something is drawn, so that importing the package stays quick.
 """
 
@@ -266,8 +266,6 @@ def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes
 
 
 def _finish(figure: Figure, path: str | Path, title: str | None, **title_options: Any) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
     if title:
         figure.suptitle(title, fontsize=11, **title_options)
-    FigureCanvasAgg(figure).print_figure(path, dpi=_DPI)
+    figure.savefig(path, dpi=_DPI)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_map_only
 from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 
@@ -200,7 +200,8 @@ class TrialCollector(Collector):
             in_progress["memories"][number] = encoder.memory_state_dict(streams)
         if self._pending is not None:
             in_progress["pending"] = self._pending.to_dict()
-        return state | {"in_progress": tree_map(_copy, in_progress)}
+        copied = tree_map_only(Tensor, lambda x: x.detach().clone(), in_progress)
+        return state | {"in_progress": copied}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
         """Load a state of :meth:`state_dict`; the next step is that of the saved collector.
@@ -281,7 +282,3 @@ def _env_with_state(env: EnvBase) -> EnvBase | None:
     """Return the environment below the transforms, if its state can be saved."""
     base = env.base_env if isinstance(env, TransformedEnv) else env
     return base if getattr(type(base), "can_save_state", False) else None
-
-
-def _copy(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -253,7 +253,7 @@ def _checksum(buffer: ReplayBuffer) -> int:
 
 def _may_lack(key: NestedKey) -> bool:
     """Return whether an entry belongs to the collector, not to the task: other data lack it."""
-    path = (key,) if isinstance(key, str) else key
+    path = keys.as_tuple(key)
     return path[0] == "collector" or path[-1].startswith("_")
 
 

@@ -65,11 +65,10 @@ def rollout_pictures(
         (3, 3)
     """
     camera = _Camera(env_index)
-    transforms = env.transform if isinstance(env, TransformedEnv) else Compose()
-    layers = transforms if isinstance(transforms, Compose) else [transforms]
-    # Copies of the transforms: the environment that was given keeps its own.
+    # A copy of the transforms: the environment that was given keeps its own.
+    layers = [env.transform.clone()] if isinstance(env, TransformedEnv) else []
     base = getattr(env, "base_env", env)
-    filmed = TransformedEnv(base, Compose(camera, *(layer.clone() for layer in layers)))
+    filmed = TransformedEnv(base, Compose(camera, *layers))
     with rollout_mode(policy, greedy=greedy, seed=seed):
         filmed.set_seed(seed)
         step = filmed.reset()

@@ -1,7 +1,4 @@
-"""Point estimates and bootstrap confidence intervals for few runs (arXiv 2108.13264).
-
-Agarwal et al. 2021 define the interquartile mean and the stratified bootstrap in section 4.
-"""
+"""Point estimates and bootstrap confidence intervals for few runs (arXiv 2108.13264, section 4)."""
 
 from __future__ import annotations
 

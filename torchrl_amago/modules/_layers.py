@@ -175,7 +175,6 @@ class MLP(nn.Module):
         self.out = linear(hidden_size, output_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[..., input_size]` to `[..., output_size]`."""
         for linear, norm in zip(self.hidden, self.norms, strict=True):
             x = self.dropout(self.activation(norm(linear(x))))
         return self.out(x)

@@ -64,11 +64,8 @@ def _remembering(init: Callable) -> Callable:
             return init(self, *args, **kwargs)  # Python's own message says more
         bound.apply_defaults()
         named = {name: bound.arguments[name] for name in own}
-        counts = {
-            name: value
-            for name, value in named.items()
-            if name in _COUNTS and not (value is None or isinstance(value, Sequence))
-        }
+        given = {n: x for n, x in named.items() if not isinstance(x, Sequence | None)}
+        counts = {name: x for name, x in given.items() if name in _COUNTS}
         check_counts(f"See {type(self).__name__}'s arguments.", **counts)
         init(self, *args, **kwargs)
         # The constructors of bases ran inside of this one.

@@ -88,8 +88,7 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         return forbid(params_BGP, inputs[-1], self.mask_parts) if self.masks_actions else params_BGP
 
     def _join(self, state: Tensor, observations: Sequence[Tensor]) -> Tensor:
-        batch = state.shape[:-1]
-        flat = [state]
+        batch, flat = state.shape[:-1], [state]
         for size, observation in zip(self.observation_sizes, observations, strict=True):
             event = observation.shape[len(batch) :]
             if observation.shape[: len(batch)] != batch or event.numel() != size:
@@ -114,7 +113,6 @@ class ActorModule(TensorDictModule):
     # than a small head.
     @dispatch(auto_batch_size=False)
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Write the distribution parameters."""
         inputs = [tensordict[key] for key in self.in_keys]
         return tensordict.set(self.out_keys[0], self.module(*inputs))
 

@@ -1,8 +1,5 @@
 """Critic ensembles: all members, discounts and actions in one batched pass.
 
-:class:`DiscreteCritic` lists the values of finitely many actions, :class:`ActionCritic` reads an
-action of any space.
-
 Legend: C critics, G discounts, A action size, D state size, H hidden size, O outputs of one value,
 M steps, K action samples of a step, R rows of a batched product.
 """
@@ -191,8 +188,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         torch.Size([16, 5, 4, 3])
     """
 
-    discounts: Tensor
-
     def __init__(
         self,
         state_size: int,
@@ -243,9 +238,8 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
             action_KMGA = action_KMGA.clamp(-self.clip_actions, self.clip_actions)
         feature_G1 = discount_feature(self.discounts).unsqueeze(-1).to(action_KMGA.dtype)
         x_KMGI = torch.cat([feature_G1.expand(*shape_KMG, 1), action_KMGA], -1)
-        of_state_CMH = torch.baddbmm(
-            first.bias.unsqueeze(1), state_MD.expand(C, -1, -1), state_weight
-        )
+        bias_C1H = first.bias.unsqueeze(1)
+        of_state_CMH = torch.baddbmm(bias_C1H, state_MD.expand(C, -1, -1), state_weight)
         of_rest_CRH = torch.bmm(x_KMGI.flatten(0, -2).expand(C, -1, -1), weight)
         # Nothing large is changed through a view: autograd would copy its whole gradient for that.
         hidden_CKMGH = self._activate(

@@ -56,8 +56,6 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         tensor([0.0500, 0.0100])
     """
 
-    frames: Tensor
-
     def __init__(
         self,
         horizon: int,
@@ -80,8 +78,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
-        self.scale_key = scale_key
-        self.enabled = True
+        self.scale_key, self.enabled = scale_key, True
         self.in_keys = [action_key, time_key, init_key]
         self.out_keys = [action_key, scale_key]
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))
@@ -197,10 +194,7 @@ class BilevelGaussian(BilevelExploration):
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
-    """Build the exploration of an action space: Gaussian for numbers, epsilon-greedy for choices.
-
-    Options: arguments of these classes.
-    """
+    """Build an action space's exploration: Gaussian for numbers, epsilon-greedy for choices."""
     if space.kind == "continuous":
         return BilevelGaussian(horizon, **options)
     if space.kind == "multi_binary":

@@ -13,6 +13,7 @@ from tensordict import NestedKey, TensorDictBase
 from tensordict.nn import TensorDictSequential
 from torch import Tensor, nn
 
+from torchrl_amago.keys import as_tuple
 from torchrl_amago.modules.actor import ActorModule
 from torchrl_amago.modules.timestep import TimestepEncoder
 from torchrl_amago.modules.trajectory import StateMemory, TrajectoryEncoder
@@ -60,7 +61,7 @@ class PolicyStep(nn.Module):
             )
         read = (timestep.in_keys, policy.actor.in_keys[1:], trajectory.in_keys[1:])
         #: Entries to read, by the name that an input has.
-        self.keys: dict[str, NestedKey] = {_name(key): key for keys in read for key in keys}
+        self.keys: dict[str, NestedKey] = {".".join(as_tuple(key)): key for key in chain(*read)}
         self._layer_sizes = [len(layer) for layer in memory.layers] if memory else []
 
     def inputs_of(self, step: TensorDictBase) -> dict[str, Tensor]:
@@ -127,7 +128,3 @@ def parts_with_own_forward(policy: Policy) -> list[str]:
         or module._forward_hooks
         or module._forward_pre_hooks
     ]
-
-
-def _name(key: NestedKey) -> str:
-    return key if isinstance(key, str) else ".".join(key)

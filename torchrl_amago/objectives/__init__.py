@@ -1,8 +1,4 @@
-"""The objective: the loss in ``amago``, its mathematics in ``functional``, choices in ``presets``.
-
-``_actor_critic`` holds a loss's keys, networks and reduction, ``_slice_batch`` reads batches,
-``_metrics`` computes the logged numbers.
-"""
+"""The objective: AMAGO's loss, its mathematics in ``functional``, choices in ``presets``."""
 
 from torchrl_amago.objectives.amago import AMAGOLoss
 from torchrl_amago.objectives.functional import (

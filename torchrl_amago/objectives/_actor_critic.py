@@ -115,21 +115,19 @@ class ActorCriticLoss(LossModule):
             self._modules[f"target_{name}"].data.update_(self._modules[name].data)
         self.value_codec.reset_parameters()
 
-    # --- keys ---
-
     @property
     def in_keys(self) -> list[NestedKey]:
         """Entries read from the tensordict; the mask, last, may be missing."""
         inputs = self._observation_keys()
         following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
-        following = [("next", *_as_tuple(key)) for key in following]
+        following = [("next", *keys.as_tuple(key)) for key in following]
         return [*inputs, self.tensor_keys.action, *following, self.tensor_keys.mask]
 
     @property
     def _dispatch_keys(self) -> list[NestedKey]:
         """`in_keys` and the optional entries: marks of trials, importance weights."""
         names = self.tensor_keys
-        ends = ("next", *_as_tuple(names.done))
+        ends = ("next", *keys.as_tuple(names.done))
         return list(dict.fromkeys([*self.in_keys, names.is_init, ends, names.priority_weight]))
 
     @property
@@ -154,7 +152,7 @@ class ActorCriticLoss(LossModule):
 
     def _encoder_keys(self) -> list[NestedKey]:
         read = self.encoder_network.in_keys
-        return [key for key in read if not _as_tuple(key)[-1].startswith("_")]
+        return [key for key in read if not keys.as_tuple(key)[-1].startswith("_")]
 
     def _actor_keys(self) -> list[NestedKey]:
         return [key for key in self.actor_network.in_keys if key != self._state_key]
@@ -164,8 +162,6 @@ class ActorCriticLoss(LossModule):
         written = self.encoder_network.out_keys
         shared = [key for key in self.actor_network.in_keys if key in written]
         return _own_name(self.tensor_keys.state, shared)
-
-    # --- calls ---
 
     def _read(self, tensordict: TensorDictBase, compact: bool | None) -> SliceBatch:
         dtypes = (self.discounts.dtype, next(self.parameters(), self.discounts).dtype)
@@ -235,8 +231,6 @@ class ActorCriticLoss(LossModule):
         with params.to_module(network, preserve_module_state=False):
             return network(inputs).get(out_key)
 
-    # --- outputs ---
-
     def _reduce(
         self, batch: SliceBatch, terms: dict[str, Tensor], metrics: dict[str, Tensor]
     ) -> TensorDict:
@@ -273,7 +267,3 @@ def _edited(hook: MaskHook, batch: SliceBatch, term: Tensor, mask: Tensor) -> Te
 def _own_name(name: NestedKey, names: Sequence[NestedKey]) -> NestedKey:
     """Return `name` if it is one of a network's, else the first of them."""
     return name if name in names or not names else names[0]
-
-
-def _as_tuple(key: NestedKey) -> tuple[str, ...]:
-    return (key,) if isinstance(key, str) else tuple(key)

@@ -35,17 +35,9 @@ from torchrl_amago.objectives.functional import ensemble_std
 
 POLICY_METRICS = ("entropy", "effective_batch")
 VALUE_METRICS = (
-    "q_value",
-    "q_value_std",
-    "td_target",
-    "td_target_min",
-    "td_target_max",
-    "td_error",
-    "advantage",
-    "filter",
-    "target_mean",
-    "target_scale",
-)
+    "q_value", "q_value_std", "td_target", "td_target_min", "td_target_max", "td_error",
+    "advantage", "filter", "target_mean", "target_scale",
+)  # fmt: skip
 
 
 def value_names(discounts: Sequence[float]) -> list[str]:

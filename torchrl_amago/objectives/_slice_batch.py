@@ -68,8 +68,6 @@ class SliceBatch:
         x_N = x_RL.new_zeros(shape.numel(), *x_RL.shape[2:])
         return x_N.index_put((self._index_RL[mask_RL],), x_RL[mask_RL]).unflatten(0, shape)
 
-    # --- entries ---
-
     def entry(self, key: NestedKey, *, under_next: bool = False) -> Tensor:
         """Return an entry ``[B, T, ...]``; raise KeyError if it is missing."""
         source = self.tensordict.get("next", None) if under_next else self.tensordict
@@ -115,8 +113,6 @@ class SliceBatch:
         if not use or (use == "auto" and self.tensordict.get(key, None) is None):
             return None
         return self.steps.select(self.entry(key).reshape(self.tensordict.shape), fill=0)
-
-    # --- checks ---
 
     def _check_and_split(
         self, inputs: Sequence[NestedKey], compact: bool | None, reward_scale: float

@@ -278,11 +278,8 @@ class AMAGOLoss(ActorCriticLoss):
             "value_std": ensemble_std(v_MCG),
             "filter": weight_MG,
         }
-        return TensorDict(
-            {name: batch.restore(x) for name, x in estimates.items()}, batch_size=tensordict.shape
-        )
-
-    # --- equations ---
+        restored = {name: batch.restore(x) for name, x in estimates.items()}
+        return TensorDict(restored, batch_size=tensordict.shape)
 
     def _online_values(
         self, inputs: HeadInputs, action_MA: Tensor, policy: Distribution
@@ -362,6 +359,4 @@ class AMAGOLoss(ActorCriticLoss):
         return to_space(q_MCG, space).mean(-2) - to_space(v_MCG, space).mean(-2)
 
     def _imitation_weight(self, advantage_MG: Tensor) -> Tensor:
-        if self.filter is None:
-            return torch.ones_like(advantage_MG)
-        return self.filter(advantage_MG)
+        return torch.ones_like(advantage_MG) if self.filter is None else self.filter(advantage_MG)

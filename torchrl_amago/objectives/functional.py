@@ -59,7 +59,6 @@ def n_step_target(
             shifted[:, : x.shape[1] - steps] = x[:, steps:]
         return shifted
 
-    zero = torch.zeros((), dtype=next_value_BTG.dtype, device=next_value_BTG.device)
     target_BTG = torch.zeros_like(next_value_BTG)
     alive_BTG = mask_BT1.expand_as(next_value_BTG)
     n = min(n, next_value_BTG.shape[1])  # no sum goes further than its row
@@ -67,30 +66,24 @@ def n_step_target(
         followed_BT1 = ahead(mask_BT1, i + 1) if i + 1 < n else torch.zeros_like(mask_BT1)
         survives_BTG = alive_BTG & ahead(go_on_BTG, i)
         last_BTG = survives_BTG & ~followed_BT1
-        target_BTG = target_BTG + gamma_G**i * torch.where(alive_BTG, ahead(reward_BTG, i), zero)
-        bootstrap_BTG = torch.where(last_BTG, ahead(next_value_BTG, i), zero)
+        target_BTG = target_BTG + gamma_G**i * torch.where(alive_BTG, ahead(reward_BTG, i), 0.0)
+        bootstrap_BTG = torch.where(last_BTG, ahead(next_value_BTG, i), 0.0)
         target_BTG = target_BTG + gamma_G ** (i + 1) * bootstrap_BTG
         alive_BTG = survives_BTG & followed_BT1
     return target_BTG
 
 
 def expected_value(q: Tensor, probs: Tensor) -> Tensor:
-    """Compute V(s) = sum_a pi(a|s) Q(s, a): ``[..., C, G, A], [..., G, A] -> [..., C, G]``.
-
-    Example:
-        >>> expected_value(torch.tensor([[[1.0, 3.0]]]), torch.tensor([[0.25, 0.75]]))
-        tensor([[2.5000]])
-    """
+    """Compute V(s) = sum_a pi(a|s) Q(s, a): ``[..., C, G, A], [..., G, A] -> [..., C, G]``."""
     return (q * probs.unsqueeze(-3)).sum(-1)
 
 
 def draw_critic_subset(
     shape: tuple[int, ...], num_critics: int, device: torch.device | None = None
 ) -> Tensor:
-    """Draw the ensemble members that form each TD target (REDQ, arXiv 2101.05982).
+    """Draw the members that form each TD target, with replacement (REDQ, arXiv 2101.05982).
 
-    Members are drawn with replacement, anew for every row, step and discount: int64 indices of the
-    shape ``(..., number drawn, G)``.
+    Returns int64 indices of the shape ``(..., number drawn, G)``.
     """
     return torch.randint(num_critics, shape, device=device)
 
@@ -99,21 +92,13 @@ def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) 
     """Reduce values ``[..., C, G]`` over the drawn members ``[..., K, G]`` to ``[..., G]``.
 
     The minimum is clipped double Q (arXiv 1802.09477); see :func:`draw_critic_subset`.
-
-    Example:
-        >>> value = torch.tensor([3.0, 1.0, 2.0]).view(1, 1, 3, 1)
-        >>> reduce_ensemble(value, torch.tensor([0, 2]).view(1, 1, 2, 1), "min").item()
-        2.0
     """
     drawn = value.gather(-2, subset)
     return drawn.amin(-2) if how == "min" else drawn.mean(-2)
 
 
 def ensemble_std(value: Tensor) -> Tensor:
-    """Compute the standard deviation over the ensemble itself, ``[..., C, G] -> [..., G]``.
-
-    It is 0 of a single critic.
-    """
+    """Compute the ensemble's standard deviation, ``[..., C, G] -> [..., G]``; 0 of one critic."""
     return (value - value.mean(-2, keepdim=True)).square().mean(-2).sqrt()
 
 

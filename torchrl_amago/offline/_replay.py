@@ -1,6 +1,4 @@
-"""Recorded trials played back under an environment's own transforms.
-
-These write the entries that data don't hold: previous action and reward, time, episode.
+"""Recorded trials played back under an environment's transforms, which write the other entries.
 
 Legend: R rows played side by side, S rows of a trial, T steps of the longest row.
 """
@@ -16,10 +14,8 @@ from torchrl.envs import Compose, TransformedEnv
 from torchrl_amago.envs import RecordedEnv, TrialTransform
 from torchrl_amago.offline.trajectory import FLAGS, RecordedTrial, TrajectoryChecker, require
 
-# Rows played side by side: a step of many costs little more than a step of one.
-MAX_ROWS = 256
-# Shorter pieces of a trial aren't worth their bookkeeping.
-_MIN_PIECE = 100
+MAX_ROWS = 256  # played side by side: a step of many costs little more than a step of one
+_MIN_PIECE = 100  # steps of a piece of a trial; bookkeeping outweighs shorter ones
 
 
 def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
@@ -41,17 +37,13 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     episodes = int(1 + rows_S["done"][:-1].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.time_idx_key, [0])[0])
     is_short = episodes <= (rule.episodes or episodes) and time <= (rule.horizon or time)
-    limits = f"environment's ({rule.episodes} episodes, {rule.horizon} steps)"
-    got = f"got {episodes} episodes of {time} steps. Cut them."
-    require(is_short, f"a trial must not be longer than the {limits}, {got}")
+    limits = f"must not be longer than the env's ({rule.episodes} episodes, {rule.horizon} steps)"
+    require(is_short, f"a trial {limits}, got {episodes} episodes of {time} steps. Cut them.")
     is_over = (episodes == rule.episodes and rows_S["done"][-1].item()) or time == rule.horizon
     by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
     if bootstraps and not last.has_final_observation:
-        require(
-            length > 1,
-            "the observation after a lone step must be known if a value bootstraps there.",
-        )
+        require(length > 1, "the observation after a lone step must be known to bootstrap there.")
         rows_S, is_over = rows_S[:-1], False
     if not is_over:
         for key in FLAGS:

@@ -46,8 +46,6 @@ def load_trials(
 ) -> OfflineReport:
     """Write trajectories into a replay buffer, in their order, as if collected in ``env``.
 
-    They are played back under the environment's trial transforms.
-
     Args:
         buffer: must have room for everything.
         trajectories: a reader's, or any iterable of :class:`Trajectory`, mappings with the arrays

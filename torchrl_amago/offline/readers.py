@@ -116,7 +116,6 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
 
 
 def _spans(is_last: np.ndarray) -> list[slice]:
-    """Return the steps of each trajectory; the end of the arrays ends one too."""
     stops = np.union1d(np.flatnonzero(is_last) + 1, len(is_last)).tolist()
     return [slice(*span) for span in pairwise([0, *stops])]
 
@@ -209,7 +208,6 @@ def read_torchrl(
     if action_form is None:
         has_past = steps.get(keys.PREV_ACTION, None) is not None
         action_form = "policy" if has_past or isinstance(dataset, TrialReplayBuffer) else "env"
-
     spans, options = _spans(done), (action_key, reward_key, action_form)
     sizes = len(spans), len(steps)
     return TrajectorySource(*sizes, lambda n: arrays_of.from_steps(steps[spans[n]], *options))

@@ -25,7 +25,6 @@ from torchrl_amago.envs import PreviousStepTransform, TrialTransform
 from torchrl_amago.envs.transforms.repeat import first_worker
 
 ActionForm = Literal["env", "policy", "vector"]
-
 FLAGS = ("done", "terminated", "truncated")
 _REPLAYED = (TrialTransform, PreviousStepTransform, InitTracker)
 # Names of a trajectory's arrays in a mapping; Minari's.
@@ -73,9 +72,9 @@ def as_trajectory(item: Any, action_key: NestedKey, reward_key: NestedKey) -> Tr
         return item
     if isinstance(item, TensorDictBase) and item.ndim == 1:
         return from_steps(item, action_key, reward_key)
-    known = "a Trajectory, a mapping of arrays or a tensordict of steps [L]"
     is_mapping = isinstance(item, Mapping) and not isinstance(item, TensorDictBase)
-    require(is_mapping, f"it must be {known}, got a {type(item).__name__}. Use a reader.")
+    rule = "it must be a Trajectory, a mapping of arrays or a tensordict of steps [L]"
+    require(is_mapping, f"{rule}, got a {type(item).__name__}. Use a reader.")
     require_names("a mapping", ARRAYS, item, "Rename its arrays; read_d4rl knows other names.")
     return Trajectory(*(item[name] for name in ARRAYS))
 
@@ -213,7 +212,6 @@ class TrajectoryChecker:
         return action_L
 
     def _is_action(self, vector_LA: Tensor) -> Tensor:
-        """Find the vectors that stand for an action, bool ``[L]``."""
         action_L = self.space.from_vector(vector_LA)
         is_same_L = (self.space.to_vector(action_L) - vector_LA).abs().amax(-1) < 1e-6
         return is_same_L & self.space.contains(action_L)
@@ -229,9 +227,8 @@ class TrajectoryChecker:
         soft_reset_S = recorded_S.get(self.trial.soft_reset_key)
         is_fragment = bool(time_S[0]) or (soft_reset_S is not None and not bool(soft_reset_S[0]))
         if is_fragment:
-            needed = [key for key in self.trial.out_keys if key in self.written]
-            if self.trial.horizon is None and self.trial.time_idx_key in needed:
-                needed.remove(self.trial.time_idx_key)
+            unread = self.trial.time_idx_key if self.trial.horizon is None else None
+            needed = [x for x in self.trial.out_keys if x in self.written and x != unread]
             remedy = "They follow from the trial's beginning: add them, or leave it out."
             require_names("observations of a fragment of a trial", needed, recorded_S, remedy)
         return soft_reset_S is not None, is_fragment

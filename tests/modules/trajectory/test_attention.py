@@ -9,8 +9,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.modules.trajectory.kernels.attention import ring_attention, window_attention
-from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern, ScoreBias
+from torchrl_amago.modules.trajectory.kernels import (
+    AttentionPattern,
+    ScoreBias,
+    ring_attention,
+    window_attention,
+)
 
 
 def naive(q, k, v, pattern, positions, is_init):

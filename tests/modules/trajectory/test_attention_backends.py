@@ -13,7 +13,7 @@ from tests.modules.trajectory.test_attention import naive, trials
 from torchrl_amago.modules.trajectory import TransformerEncoder
 from torchrl_amago.modules.trajectory.kernels import _attention_backends as attention_backends
 from torchrl_amago.modules.trajectory.kernels._attention_backends import backend_attention
-from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
+from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern
 
 SIZES = {"context_length": 8, "d_model": 16, "num_heads": 2, "num_layers": 1}
 

@@ -22,9 +22,8 @@ from tests.modules.trajectory.helpers import (
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.modules.trajectory import MambaEncoder
 from torchrl_amago.modules.trajectory.kernels import mamba_scan as scan_module
-from torchrl_amago.modules.trajectory.kernels._mamba_ssm import load_kernels
 from torchrl_amago.modules.trajectory.kernels.mamba_scan import selective_scan, selective_step
-from torchrl_amago.modules.trajectory.mamba import MambaBlock
+from torchrl_amago.modules.trajectory.mamba import MambaBlock, load_kernels
 
 
 def build(seed=0, **options) -> MambaEncoder:

@@ -255,12 +255,12 @@ def test_longest_memory(kind):
     for name, p in encoder.rnn.named_parameters():
         if "weight" in name:
             p.zero_()
-    weights = encoder.rnn.all_weights[0]
-    state = [torch.ones(1, 400) for _ in range(encoder.tensors_per_layer)]
-    kept, empty = (
-        encoder._step_cell(torch.zeros(1, 4), [z * scale for z in state], weights)[-1]
-        for scale in (1, 0)
-    )
+    memories = [encoder.new_memory(1, torch.device("cpu"), torch.float32) for _ in range(2)]
+    for state in memories[0].layers[0]:
+        state.fill_(1.0)
+    for memory in memories:
+        encoder.step(torch.zeros(1, 4), None, memory)
+    kept, empty = (memory.layers[0][-1] for memory in memories)
     memory = -1 / (kept - empty).log()
     assert 80 < memory.max() < 105
     assert memory.min() < 10

@@ -12,17 +12,15 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase, is_leaf_nontensor
+from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
+
+from torchrl_amago.keys import as_tuple
 
 Key = tuple[str, ...]
 Spec = dict[Key, str]  # dtype and shape of each entry of a step, as in "float32 2 3"
 
 _CHECKED_PAIRS = 64  # pairs (next of step t, root of step t + 1) of a write that are compared
-
-
-def as_tuple(key: NestedKey) -> Key:
-    return (key,) if isinstance(key, str) else tuple(key)
 
 
 def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:

@@ -125,7 +125,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         """Encode whole sequences into states `[N, T, D]`, with gradient.
 
         `positions_NT` counts the steps since the trial began. `is_init_NT` is True at first steps
-        of trials, or None if every row is a part of one trial.
+        of trials, or None if none starts after a row's first step.
         """
 
     @abc.abstractmethod
@@ -172,7 +172,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         else:
             with torch.no_grad():
                 positions_N, memory = self.begin_step(tensordict, shape, like=x)
-                state = self.step_states(x.reshape(-1, self.input_size), positions_N, memory)
+                state = self._step(x.reshape(-1, self.input_size), positions_N, memory)
         return tensordict.set(self.out_keys[0], state.reshape(*shape, self.output_size))
 
     def begin_step(
@@ -180,8 +180,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     ) -> tuple[Tensor, Memory | None]:
         """Find the rollout's memory and make it ready for one step; write the stream.
 
-        Returns the positions `[N]` and the memory, for :meth:`step_states`. A new memory takes its
-        device and dtype from `like`. Raises RuntimeError under `torch.vmap`.
+        Returns the positions `[N]` and the memory, for :meth:`step`. A new memory takes its device
+        and dtype from `like`. Raises RuntimeError under `torch.vmap`.
         """
         positions = self._get(tensordict, 1, shape)
         positions_N = positions.reshape(-1)
@@ -203,10 +203,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         tensordict.set(self.stream_key, number)
         return positions_N, memory
 
-    def step_states(self, x_NI: Tensor, positions_N: Tensor, memory: Memory | None) -> Tensor:
-        """Run :meth:`step`, compiled if :meth:`compile` was called; see :meth:`begin_step`."""
-        return self._step(x_NI, positions_N, memory)
-
     def _encode_sequences(self, tensordict: TensorDictBase, x: Tensor) -> Tensor:
         shape = x.shape[:-1]
         positions = self._get(tensordict, 1, shape)
@@ -227,15 +223,20 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         is_init_NT = None if is_init is None else is_init.reshape(rows)
         return self._sequence(x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT)
 
+    def _encode_rows(
+        self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None
+    ) -> Tensor:
+        # No branch on data under `torch.compile` and `torch.vmap`: to cut rows is always right.
+        is_used = self.has_memory and is_init_NT is not None
+        if is_used and not is_traced(is_init_NT) and not is_init_NT[:, 1:].any():
+            is_init_NT = None
+        return self.sequence(x_NTI, positions_NT, is_init_NT)
+
     def _get(
-        self,
-        tensordict: TensorDictBase,
-        index: int,
-        shape: tuple | None = None,
-        required: bool = True,
+        self, tensordict: TensorDictBase, i: int, shape: tuple | None = None, required: bool = True
     ) -> Tensor | None:
-        """The input at `in_keys[index]`, of the given shape but for a last 1."""
-        key = self.in_keys[index]
+        """The input at `in_keys[i]`, of the given shape but for a last 1."""
+        key = self.in_keys[i]
         value = tensordict.get(key, None)
         if value is None and required:
             raise KeyError(
@@ -270,7 +271,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     def reset_streams(self) -> None:
         """Forget all rollouts; those under way continue with empty memories."""
-        self._streams.drop()
+        self._streams = StreamTable(self._streams.max_streams)
 
     def memory_state_dict(self, streams: Collection[int] | None = None) -> dict[str, Any]:
         """Copy the memories of the given streams, by default of all: see :class:`StreamTable`."""
@@ -307,10 +308,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         # Made-up tensordicts, as collectors probe policies with, are all zero: time index included.
         if (~is_init_N & (positions_N > 0)).any():
             self._streams.warn_of_lost_memory(stream, memory, num_rows, self.stream_key)
+        dtype = next((p.dtype for p in self.parameters()), x.dtype)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-        else:
-            dtype = next((p.dtype for p in self.parameters()), x.dtype)
         memory = self.new_memory(num_rows, x.device, dtype)
         return self._streams.add(memory), memory
 
@@ -318,11 +318,11 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile :meth:`sequence` and :meth:`step` in place; copies run eagerly."""
-        self._sequence = torch.compile(self.sequence, *args, **kwargs)
+        self._sequence = torch.compile(self._encode_rows, *args, **kwargs)
         self._step = torch.compile(self.step, *args, **kwargs)
 
     def _use_eager(self) -> None:
-        self._sequence, self._step = self.sequence, self.step
+        self._sequence, self._step = self._encode_rows, self.step
 
     def __getstate__(self) -> dict:
         # Compiled code can't be copied, and bound methods would lead back to the original.
@@ -344,13 +344,3 @@ def check_heads(d_model: int, num_heads: int) -> None:
         raise ValueError(
             f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}."
         )
-
-
-def starts_within_rows(is_init_NT: Tensor | None) -> Tensor | None:
-    """Return `is_init_NT`, or None if no trial starts after a row's first step.
-
-    Under `torch.compile` and `torch.vmap` rows are always cut, which is right for any data.
-    """
-    if is_init_NT is None or is_traced(is_init_NT):
-        return is_init_NT
-    return is_init_NT if is_init_NT[:, 1:].any() else None

@@ -16,12 +16,7 @@ from torch.nn import functional as F
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._layers import MLP, RMSNorm, StreamEmbedding, at_least_float32, make_norm
 from torchrl_amago.modules.trajectory import kernels
-from torchrl_amago.modules.trajectory.base import (
-    TrajectoryEncoder,
-    check_heads,
-    check_sizes,
-    starts_within_rows,
-)
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_heads, check_sizes
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Steps over which heads forget at initialisation, from the last head to the first. A memory that no
@@ -143,7 +138,6 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        is_init_NT = starts_within_rows(is_init_NT)
         x_NTD = dropout(self.embed(x_NTI), self.dropout_emb, self.training)
         for block in self.blocks:
             x_NTD = block(x_NTD, is_init_NT)

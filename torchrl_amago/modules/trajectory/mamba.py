@@ -7,23 +7,33 @@ R rank of the step size's projection, K convolution width; `*` stands for N or N
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from torchrl_amago._cpu import is_traced
+from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._layers import StreamEmbedding, at_least_float32, make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.kernels import selective_scan, selective_step
-from torchrl_amago.modules.trajectory.kernels._mamba_ssm import MambaKernels, load_kernels
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,
 # a state forgets over 0.6 to 1000 steps.
 _DELTA_RANGE = (1e-3, 1e-1)
+# Sizes that the kernels of `mamba-ssm` are compiled for.
+_CONV_WIDTHS = (2, 3, 4)
+_MAX_STATE = 256
+
+
+class MambaKernels(NamedTuple):
+    """CUDA kernels of `causal-conv1d` and `mamba-ssm`, for sequences of one trial per row."""
+
+    causal_conv1d_fn: Callable[..., Tensor]
+    selective_scan_fn: Callable[..., Tensor]
 
 
 class MambaBlock(nn.Module):
@@ -68,7 +78,7 @@ class MambaBlock(nn.Module):
         """Mix whole sequences, with gradient; `kernels` take those of one trial per row."""
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
-            return self.out_proj(kernels.mix(self, x_NTE, gate_NTE))
+            return self.out_proj(self._mix(kernels, x_NTE, gate_NTE))
         x_NTE = F.silu(self._convolve(at_least_float32(x_NTE), is_init_NT))
         y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
         return self._out(y_NTE, x_NTE, gate_NTE)
@@ -83,6 +93,18 @@ class MambaBlock(nn.Module):
         x_NE = F.silu((window_NKE * weight_KE).sum(1) + self.conv1d.bias)
         y_NE = selective_step(x_NE, *self._coefficients(x_NE), state_NSE)
         return self._out(y_NE, x_NE, gate_NE)
+
+    def _mix(self, kernels: MambaKernels, x_NTE: Tensor, gate_NTE: Tensor) -> Tensor:
+        x_NET, dtype = x_NTE.transpose(1, 2).contiguous(), x_NTE.dtype
+        weights = (self.conv1d.weight.squeeze(1).to(dtype), self.conv1d.bias.to(dtype))
+        x_NET = kernels.causal_conv1d_fn(x_NET, *weights, activation="silu")
+        sequences = (*self._select(x_NET.transpose(1, 2)), gate_NTE)
+        delta, write, read, gate = (z.to(dtype).transpose(1, 2).contiguous() for z in sequences)
+        own = (self._rate(), self.D, self.dt_proj.bias)
+        rate, skip, bias = (z.float().contiguous() for z in own)
+        options = {"z": gate, "delta_bias": bias, "delta_softplus": True}
+        y_NET = kernels.selective_scan_fn(x_NET, delta, rate, write, read, skip, **options)
+        return y_NET.transpose(1, 2)
 
     def _convolve(self, x_NTE: Tensor, is_init_NT: Tensor | None) -> Tensor:
         """Convolve every channel causally, within trials."""
@@ -100,7 +122,7 @@ class MambaBlock(nn.Module):
             out_NTE = torch.addcmul(out_NTE, past_NTE, weight_E)
         return out_NTE
 
-    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Project to step sizes before bias and softplus, `[*, E]`, and to B and C, `[*, S]`."""
         x = x.to(self.x_proj.weight.dtype)
         low, write, read = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
@@ -108,11 +130,11 @@ class MambaBlock(nn.Module):
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step sizes `[*, E]`, rates `[E, S]`, B and C, in the state's precision."""
-        delta, write, read = (at_least_float32(z) for z in self.select(x))
-        return F.softplus(delta + self.dt_proj.bias), self.rate(), write, read
+        delta, write, read = (at_least_float32(z) for z in self._select(x))
+        return F.softplus(delta + self.dt_proj.bias), self._rate(), write, read
 
-    def rate(self) -> Tensor:
-        """Return the paper's A, `[E, S]`."""
+    def _rate(self) -> Tensor:
+        """The paper's A, `[E, S]`."""
         return -at_least_float32(self.A_log).exp()
 
     def _out(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
@@ -167,7 +189,6 @@ class MambaEncoder(TrajectoryEncoder):
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        is_init_NT = starts_within_rows(is_init_NT)
         kernels = self._kernels_for(x_NTI, is_init_NT)
         x_NTD = self.embed(x_NTI)
         for norm, block in zip(self.norms, self.blocks, strict=True):
@@ -187,3 +208,28 @@ class MambaEncoder(TrajectoryEncoder):
     def _kernels_for(self, x: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
         fits = self.backend == "mamba_ssm" or (x.is_cuda and x.dtype != torch.float64)
         return self._kernels if fits and is_init_NT is None and not is_traced(x) else None
+
+
+def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
+    """Import the kernels, or return None if `backend` allows it."""
+    check_choice("backend", backend, ("auto", "torch", "mamba_ssm"))
+    fits = conv_width in _CONV_WIDTHS and state_size <= _MAX_STATE
+    if backend == "mamba_ssm" and not fits:
+        raise ValueError(
+            f"backend='mamba_ssm' needs d_conv in {_CONV_WIDTHS} and d_state up to {_MAX_STATE}, "
+            f"got d_conv={conv_width}, d_state={state_size}. Use backend='torch' for these sizes."
+        )
+    if backend == "torch" or not fits:
+        return None
+    try:
+        from causal_conv1d import causal_conv1d_fn
+        from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
+    except ImportError as error:
+        if backend == "auto":
+            return None
+        raise ImportError(
+            "backend='mamba_ssm' needs the packages mamba-ssm and causal-conv1d, and importing "
+            f"them failed: {error}. Install them on a CUDA machine with "
+            "`pip install --no-build-isolation torchrl-amago[mamba]`, or use backend='auto'."
+        ) from error
+    return MambaKernels(causal_conv1d_fn, selective_scan_fn)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules._layers import make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
 from torchrl_amago.modules.trajectory.kernels.rnn import Cell, recurrence
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
@@ -26,7 +26,6 @@ class _RecurrentEncoder(TrajectoryEncoder):
 
     network: type[nn.RNNBase]
     cell: Cell
-    tensors_per_layer: int
 
     def __init__(
         self,
@@ -66,7 +65,6 @@ class _RecurrentEncoder(TrajectoryEncoder):
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
-        is_init_NT = starts_within_rows(is_init_NT)
         is_init_TN = None if is_init_NT is None else is_init_NT.t()
         for weights in self.rnn.all_weights:
             x = recurrence(self.cell, x, is_init_TN, weights)
@@ -77,23 +75,18 @@ class _RecurrentEncoder(TrajectoryEncoder):
         for stored, weights in zip(memory.layers, self.rnn.all_weights, strict=True):
             state = [h_NH.to(weights[0].dtype) for h_NH in stored]
             with torch.autocast(x.device.type, enabled=False):  # it would round the state
-                new = self._step_cell(x, state, weights)
+                if self.cell == "gru":
+                    new = [torch.gru_cell(x, *state, *weights)]
+                else:
+                    new = torch.lstm_cell(x, state, *weights)
             for h_NH, new_NH in zip(stored, new, strict=True):
                 h_NH.copy_(new_NH)
             x = new[0]
         return self.out_norm(self.out(x))
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
-        layer = [(self.rnn.hidden_size,)] * self.tensors_per_layer
+        layer = [(self.rnn.hidden_size,)] * (1 if self.cell == "gru" else 2)
         return StateMemory(num_rows, [layer] * self.rnn.num_layers, device, dtype)
-
-    def _step_cell(
-        self, x_NI: Tensor, state: list[Tensor], weights: list[Tensor]
-    ) -> tuple[Tensor, ...]:
-        """One layer's new state, its output first."""
-        if self.cell == "gru":
-            return (torch.gru_cell(x_NI, *state, *weights),)
-        return torch.lstm_cell(x_NI, state, *weights)
 
 
 class GRUEncoder(_RecurrentEncoder):
@@ -116,7 +109,6 @@ class GRUEncoder(_RecurrentEncoder):
 
     network = GRU
     cell = "gru"
-    tensors_per_layer = 1
 
 
 class LSTMEncoder(_RecurrentEncoder):
@@ -132,4 +124,3 @@ class LSTMEncoder(_RecurrentEncoder):
 
     network = LSTM
     cell = "lstm"
-    tensors_per_layer = 2

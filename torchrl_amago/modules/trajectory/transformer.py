@@ -18,18 +18,13 @@ from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._layers import SigmaReparamLinear, make_activation, make_norm
 from torchrl_amago.modules._positions import rotate_by_position, sinusoidal_positions
-from torchrl_amago.modules.trajectory.base import (
-    TrajectoryEncoder,
-    check_heads,
-    check_sizes,
-    starts_within_rows,
-)
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_heads, check_sizes
 from torchrl_amago.modules.trajectory.kernels._attention_backends import (
     Backend,
     backend_attention,
     check_backend,
 )
-from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
+from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern
 from torchrl_amago.modules.trajectory.memory import RingCache
 
 # (query, key, value), each [..., H, head size] -> [..., H, head size]
@@ -171,7 +166,11 @@ class TransformerEncoder(TrajectoryEncoder):
         check_sizes(num_layers=num_layers)
         check_heads(d_model, num_heads)
         _check_positions(positions, max_positions, beyond_positions, context_length)
-        _check_even(d_model, num_heads, positions)
+        if d_model % 2 or (positions == "rotary" and d_model // num_heads % 2):
+            raise ValueError(
+                "d_model must be even, and d_model / num_heads with positions='rotary', got "
+                f"{d_model} and num_heads={num_heads}: positions pair sine with cosine."
+            )
         check_choice("segments", segments, ("auto", "never"))
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         check_dropout(dropout_attn=dropout_attn, dropout_qkv=dropout_qkv)
@@ -209,7 +208,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x_NTD = dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
-        is_init_NT = None if self.segments == "never" else starts_within_rows(is_init_NT)
+        is_init_NT = None if self.segments == "never" else is_init_NT
         attend = partial(self._attend_window, positions_NT, is_init_NT)
         for block in self.blocks:
             x_NTD = block(x_NTD, attend, self.training)
@@ -265,20 +264,16 @@ class TransformerEncoder(TrajectoryEncoder):
         q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in (q, k, v))
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
-        dropout = self.dropout_attn if self.training else 0.0
-        out_NHTD = backend_attention(
-            self.attention, q, k, v, self.pattern, positions_NT, is_init_NT, dropout
-        )
-        return out_NHTD.transpose(1, 2)
+        rate = self.dropout_attn if self.training else 0.0
+        seen = (self.pattern, positions_NT, is_init_NT)
+        return backend_attention(self.attention, q, k, v, *seen, rate).transpose(1, 2)
 
     def _attend_memory(
         self, positions_N: Tensor, memory: RingCache, layer: int, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
         if self.positions == "rotary":
-            q, k = (
-                rotate_by_position(z_NHD.unsqueeze(2), positions_N.unsqueeze(1)).squeeze(2)
-                for z_NHD in (q, k)
-            )
+            rotate = partial(rotate_by_position, positions_BT=positions_N.unsqueeze(1))
+            q, k = (rotate(z_NHD.unsqueeze(2)).squeeze(2) for z_NHD in (q, k))
         memory.write(layer, k, v)
         return memory.attend(layer, q, self.pattern.logit_clip).to(q.dtype)
 
@@ -298,13 +293,4 @@ def _check_positions(
             f"context_length={context_length}, or any with beyond_positions='clip'; got positions="
             f"{positions!r}, max_positions={max_positions}, beyond_positions={beyond_positions!r}. "
             "Make it the longest trial's length plus 1."
-        )
-
-
-def _check_even(d_model: int, num_heads: int, positions: str) -> None:
-    heads = num_heads if positions == "rotary" else 1
-    if d_model % 2 or d_model // heads % 2:
-        raise ValueError(
-            f"d_model must be even, and d_model / num_heads with positions='rotary', got {d_model} "
-            f"and num_heads={num_heads}: positions pair sine with cosine. Change one of them."
         )

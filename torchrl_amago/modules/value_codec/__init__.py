@@ -1,8 +1,4 @@
-"""Codecs between values in reward units and critics' predictions.
-
-``base`` holds the interface, ``popart`` the scalar codec, ``bins`` those that classify. Statistics
-are buffers: they travel with checkpoints, devices and weight synchronisation.
-"""
+"""Codecs between values in reward units and critics' predictions."""
 
 from torchrl_amago.modules.value_codec.base import ValueCodec, ValueSpace
 from torchrl_amago.modules.value_codec.bins import BinCodec, HLGauss, TwoHot

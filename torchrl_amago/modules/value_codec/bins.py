@@ -53,9 +53,6 @@ class BinCodec(ValueCodec):
     # Looking at a counter makes the CPU wait for a GPU: seldom enough to cost nothing.
     UPDATES_PER_CHECK = 100
 
-    bins: Tensor
-    num_outside: Tensor
-
     def __init__(
         self,
         num_discounts: int,
@@ -200,7 +197,6 @@ class TwoHot(BinCodec):
         return two_hot_encode(self._to_bin_space(target), self.bins)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the cross-entropy with the label, ``[..., C, G]``."""
         log_prob_CGN = self._log_probs(prediction, target)
         # The product with dense labels would read and write every bin for the two that count.
         below_G, weight_G = self._bin_below(target.detach())

@@ -42,12 +42,6 @@ class PopArt(ValueCodec):
     # Bounds of the public AMAGO code on the variance, in squared reward units.
     MIN_VARIANCE, MAX_VARIANCE = 1e-4, 1e8
 
-    mu: Tensor
-    nu: Tensor
-    weight: Tensor
-    bias: Tensor
-    count: Tensor
-
     def __init__(
         self,
         num_discounts: int,
@@ -113,9 +107,7 @@ class PopArt(ValueCodec):
 
     def decode(self, prediction: Tensor) -> Tensor:
         """Return ``sigma * normalized(prediction) + mu``."""
-        if not self.enabled:
-            return prediction
-        return self.sigma * self.normalized(prediction) + self.mu
+        return self.sigma * self.normalized(prediction) + self.mu if self.enabled else prediction
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return squared errors of normalised values, ``[..., C, G]``."""

@@ -17,8 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from torchrl_amago._validation import check_choice
-from torchrl_amago.modules.trajectory.kernels.attention import window_attention
-from torchrl_amago.modules.trajectory.kernels.pattern import AttentionPattern
+from torchrl_amago.modules.trajectory.kernels.attention import (
+    AttentionPattern,
+    ScoreBias,
+    window_attention,
+)
 
 Backend = Literal["auto", "sdpa", "flex", "flash"]
 
@@ -50,9 +53,9 @@ def backend_attention(
     """Compute :func:`window_attention` by the chosen backend, or by the one that fits."""
     qkv = (q_BHTD, k_BHTD, v_BHTD)
     if backend == "flex":
-        return _flex_attention(*qkv, pattern, positions_BT, is_init_BT)
+        return _flex_attention(*qkv, ScoreBias(pattern, positions_BT, is_init_BT, like=q_BHTD))
     if backend == "flash" or (backend == "auto" and _flash_can_run(q_BHTD, pattern)):
-        return _flash_attention(*qkv, pattern, is_init_BT, dropout)
+        return _flash_attention(qkv, pattern, is_init_BT, dropout)
     return window_attention(*qkv, pattern, positions_BT, is_init_BT, dropout)
 
 
@@ -78,18 +81,13 @@ def _flash_can_run(q: Tensor, pattern: AttentionPattern) -> bool:
 
 
 def _flash_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pattern: AttentionPattern,
-    is_init_BT: Tensor | None,
-    dropout: float,
+    qkv: tuple[Tensor, ...], pattern: AttentionPattern, is_init_BT: Tensor | None, dropout: float
 ) -> Tensor:
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     before = -1 if pattern.window is None else pattern.window - 1
     options = {"dropout_p": dropout, "causal": True, "window_size": (before, 0)}
-    q, k, v = (z_BHTD.transpose(1, 2) for z_BHTD in (q, k, v))
+    q, k, v = (z_BHTD.transpose(1, 2) for z_BHTD in qkv)
     if is_init_BT is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)
     # Each trial as a sequence of its own, in any row.
@@ -111,20 +109,12 @@ def _compiled_flex(device_type: str):
     return torch.compile(flex_attention, dynamic=None if device_type == "cuda" else False)
 
 
-def _flex_attention(
-    q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
-    pattern: AttentionPattern,
-    positions_BT: Tensor | None,
-    is_init_BT: Tensor | None,
-) -> Tensor:
+def _flex_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, bias: ScoreBias) -> Tensor:
     from torch.nn.attention.flex_attention import create_block_mask
 
     batch, _, num_steps, _ = q_BHTD.shape
+    pattern, trial_BT, sink_BT = bias.pattern, bias.trial_BT, bias.sink_BT
     window = num_steps if pattern.window is None else pattern.window
-    trial_BT = None if is_init_BT is None else is_init_BT.cumsum(1)
-    sink_BT = positions_BT < pattern.num_sinks if pattern.num_sinks else None
 
     def visible(b, h, i, j):
         near = i - j < window

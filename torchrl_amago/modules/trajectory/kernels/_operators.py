@@ -12,18 +12,14 @@ from torch.library import CustomOpDef
 def make_operator(name: str, forward: Callable, backward: Callable, fake: Callable) -> CustomOpDef:
     """Make an operator that is differentiable once, by an operator for its backward pass.
 
-    Args:
-        name: of the operator.
-        forward: from tensors, `is_init` or None last, to one or more outputs.
-        backward: from a list of forward's inputs and last output, and the first output's gradient,
-            to gradients of the inputs but `is_init`.
-        fake: forward for tensors without data.
+    The last input is `is_init` or None. `backward` takes a list of the inputs and the last output,
+    and the first output's gradient; it returns the gradients of all inputs but `is_init`. `fake` is
+    `forward` for tensors without data.
     """
-    operator = torch.library.custom_op(f"torchrl_amago::{name}", forward, mutates_args=())
+    name = f"torchrl_amago::{name}"
+    operator = torch.library.custom_op(name, forward, mutates_args=())
     operator.register_fake(fake)
-    run_backward = torch.library.custom_op(
-        f"torchrl_amago::{name}_backward", backward, mutates_args=()
-    )
+    run_backward = torch.library.custom_op(f"{name}_backward", backward, mutates_args=())
 
     @run_backward.register_fake
     def _(saved: list[Tensor | None], grad: Tensor) -> list[Tensor]:

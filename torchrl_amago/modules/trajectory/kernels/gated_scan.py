@@ -65,13 +65,10 @@ def gated_linear_attention_step(
 
 
 class _Chunks:
-    """The arguments cut into chunks, `[B, C, H, L, ...]`, and the decays between steps.
+    """The arguments cut into chunks, `[B, C, H, L, ...]`, and the fractions that decays leave.
 
-    Attributes:
-        within_BCHLL: fraction of step j's write that is left at step i.
-        read_BCHL: fraction of the state at the chunk's start that is left at each step.
-        write_BCHL: fraction of each step's write that is left at the chunk's end.
-        carry_BCH: fraction of the state at the chunk's start that is left at its end.
+    `within_BCHLL` is left of step j's write at step i, `write_BCHL` of each write at the chunk's
+    end, `read_BCHL` of the state at its start at each step, `carry_BCH` of that state at its end.
     """
 
     def __init__(
@@ -136,8 +133,7 @@ class _Chunks:
         ended_BCHLK = (self.v @ end.transpose(-1, -2)).to(wide) * self.write_BCHL.unsqueeze(-1)
         k = (score_BCHLL.transpose(-1, -2) @ self.q).to(wide).add_(ended_BCHLK)
         # The exponential of a step's summed log-decay multiplies its query and divides its key, so
-        # that their gradients give its own; a chunk's last one multiplies all that leaves the
-        # chunk.
+        # that their gradients give its own; a chunk's last one multiplies all that leaves it.
         sum_BCHL = (self.q * q).sum(-1) - (self.k * k).sum(-1)
         sum_BCHL[..., -1] += (self.k * ended_BCHLK).sum((-1, -2))
         sum_BCHL[..., -1] += (end_BCHKV * start_BCHKV).sum((-1, -2)) * self.carry_BCH

@@ -150,14 +150,9 @@ def _gru_gradients(
 
 def _make_operator(cell: Cell) -> CustomOpDef:
     def forward(
-        x: Tensor,
-        w_in: Tensor,
-        w_hidden: Tensor,
-        b_in: Tensor,
-        b_hidden: Tensor,
-        is_init: Tensor | None,
+        x: Tensor, w_in: Tensor, w_hid: Tensor, b_in: Tensor, b_hid: Tensor, is_init: Tensor | None
     ) -> Tensor:
-        return _run_trials(cell, is_init, x, w_in, w_hidden, b_in, b_hidden).contiguous()
+        return _run_trials(cell, is_init, x, w_in, w_hid, b_in, b_hid).contiguous()
 
     def backward(saved: list[Tensor | None], grad: Tensor) -> list[Tensor]:
         *inputs, is_init, out = saved
@@ -169,8 +164,8 @@ def _make_operator(cell: Cell) -> CustomOpDef:
             # An LSTM's two biases share their gradient, which an operator may not return twice.
             return [z.clone() for z in differentiate(grad)]
 
-    def fake(x: Tensor, w_in: Tensor, w_hidden: Tensor, *_: Tensor | None) -> Tensor:
-        return x.new_empty(*x.shape[:2], w_hidden.shape[1])
+    def fake(x: Tensor, w_in: Tensor, w_hid: Tensor, *_: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:2], w_hid.shape[1])
 
     operator = make_operator(cell, forward, backward, fake)
 

@@ -20,15 +20,7 @@ from torchrl_amago.modules.trajectory.memory.base import Memory
 
 
 def stream_of(number: Tensor | None, key: NestedKey) -> int:
-    """Return the stream that all rows of a step belong to, or 0 for a new rollout.
-
-    Raises:
-        ValueError: if rows belong to several rollouts.
-
-    Example:
-        >>> stream_of(torch.tensor([[7], [0]]), "_stream")
-        7
-    """
+    """Return the stream that all rows of a step belong to, or 0 for a new rollout."""
     if number is None or not number.numel():
         return 0
     # Rows of environments that were just reset hold 0, the others the rollout's stream.
@@ -83,10 +75,6 @@ class StreamTable:
         while len(self._memories) > self.max_streams:
             self._memories.popitem(last=False)
         return stream
-
-    def drop(self) -> None:
-        """Remove every memory."""
-        self._memories.clear()
 
     def clear_if_changed(self, parameters: Iterable[Tensor]) -> None:
         """Clear every memory if the parameters differ from those of the last call."""
