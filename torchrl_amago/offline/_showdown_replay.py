@@ -13,6 +13,7 @@ from poke_env.data import to_id_str
 from poke_env.environment import SinglesEnv
 from poke_env.player import Player
 
+from torchrl_amago import keys
 from torchrl_amago.envs.libs.pokemon import BothSides, observe
 from torchrl_amago.offline.trajectory import Trajectory, require
 
@@ -80,10 +81,10 @@ class BattleReplay:
         rows = [*self.rows, self._row(force_switch=False)]
         observation, mask, total = (np.stack(x) for x in zip(*rows, strict=True))
         is_last = np.arange(len(self.actions)) == len(self.actions) - 1
-        success = np.zeros(len(rows), bool)
-        success[-1] = bool(self.battle.won)
+        won = np.zeros(len(rows), bool)
+        won[-1] = bool(self.battle.won)
         return Trajectory(
-            {"observation": observation, "action_mask": mask, "success": success},
+            {"observation": observation, "action_mask": mask, keys.SUCCESS: won},
             np.array(self.actions),
             np.diff(total).astype(np.float32),
             terminated=is_last & self.battle.finished,

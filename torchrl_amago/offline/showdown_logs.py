@@ -30,8 +30,8 @@ def read_showdown_logs(
     """Read battle logs of Pokemon Showdown as trajectories of ``PokemonBattles``, one a battle.
 
     A row is what the player knew before a decision, as far as the log says it: its entries are
-    ``observation``, ``action_mask``, ``success`` and ``task_id``. The own team are those Pokemon
-    and moves that the whole log shows, in the order in which they appear; the opponent's are those
+    ``observation``, ``action_mask``, ``success`` and ``task_id``. The own team are the Pokemon and
+    moves that the whole log shows, in the order in which they appear; the opponent's are those
     shown before the decision. The mask allows all of the own ones that haven't fainted. Decisions
     that the log hides, and those without a choice, are left out; docs/domains.md says which.
 
