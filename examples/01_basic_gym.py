@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from common import command_line, draw_progress, final_evaluation, resume_if_asked
-from gymnasium_rows import GymArgs
+from gym_args import GymArgs
 
 from torchrl_amago import HeldOutEvaluator, HLGauss, PopArt, make_policy, make_trainer
 from torchrl_amago.evaluation import EvaluationResults

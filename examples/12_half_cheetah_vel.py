@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
-from gymnasium_rows import make_rows
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
-from torchrl_amago.envs.libs import HalfCheetahVel
+from torchrl_amago.envs.libs import HalfCheetahVel, gymnasium_rows
 from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve
 
@@ -65,7 +64,7 @@ class Args(TrainingArgs):
 
 
 def make_env(args: Args, num_envs: int) -> EnvBase:
-    rows = make_rows(
+    rows = gymnasium_rows(
         lambda: HalfCheetahVel(args.max_episode_steps, args.min_velocity, args.max_velocity),
         num_envs,
     )

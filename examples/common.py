@@ -20,6 +20,7 @@ from torchrl import logger as torchrl_logger
 
 from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, load_policy
 from torchrl_amago._files import DamagedError
+from torchrl_amago._validation import check_counts
 from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.objectives import LOSSES
@@ -128,22 +129,21 @@ class TrainingArgs:
     """CPU threads."""
 
     def __post_init__(self) -> None:
-        ranges = {
+        counts = (
             "num_envs eval_trials total_updates updates_per_round batch_size capacity "
             "anneal_frames eval_interval checkpoint_interval threads d_model num_layers "
-            "num_heads hidden_size": (
-                "at least 1",
-                lambda value: value >= 1,
-            ),
-            "warmup_updates seed": ("at least 0", lambda value: value >= 0),
-            "learning_rate": ("positive and finite", lambda value: 0 < value < math.inf),
-            "tau": ("in (0, 1]", lambda value: 0 < value <= 1),
+            "num_heads hidden_size"
+        )
+        check_counts(**{name: getattr(self, name) for name in counts.split()})
+        ranges = {
+            "warmup_updates": ("finite and at least 0", 0 <= self.warmup_updates < math.inf),
+            "seed": ("finite and at least 0", 0 <= self.seed < math.inf),
+            "learning_rate": ("positive and finite", 0 < self.learning_rate < math.inf),
+            "tau": ("in (0, 1]", 0 < self.tau <= 1),
         }
-        for names, (rule, holds) in ranges.items():
-            for name in names.split():
-                value = getattr(self, name)
-                if not holds(value):
-                    raise ValueError(f"{name} must be {rule}, got {value}.")
+        for name, (rule, holds) in ranges.items():
+            if not holds:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}.")
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_amago.modules.make_policy`: sizes and sequence model.

@@ -8,11 +8,11 @@ import gymnasium as gym
 import make_minari_dataset
 import minari
 import numpy as np
-from gymnasium_rows import make_rows
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from torchrl_amago import TrialMixture, make_trial_buffer, make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.offline import load_trials, read_minari
 
 
@@ -43,7 +43,7 @@ def make_env(args: Any, dataset: minari.MinariDataset, num_envs: int) -> EnvBase
         return gym.make(env_id, max_episode_steps=dataset.env_spec.max_episode_steps)
 
     return make_trial_env(
-        make_rows(make_one, num_envs), episodes=1, show_progress=False, trial_end="episode"
+        gymnasium_rows(make_one, num_envs), episodes=1, show_progress=False, trial_end="episode"
     )
 
 

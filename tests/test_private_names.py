@@ -35,6 +35,7 @@ IN_CLASSES: dict[str, str] = {
     "EnvBase._set_seed": _EXTENSION,
     "EnvBase._skip_tensordict": "what a masked step of a batched environment returns",
     "EnvBase._step": _EXTENSION,
+    "_EnvWrapper._make_specs": _EXTENSION,
     "LossModule._AcceptedKeys": _EXTENSION,
     "TensorStorage._storage": "the mapped rows, where TorchRL keeps a storage's tensordict",
     "ReplayBuffer._clear_prefetch_queue_locked": "batches drawn ahead are stale after loading",

@@ -1,8 +1,7 @@
 """Branches that differ between CPUs and GPUs, each behind a named predicate, and their switch.
 
 A predicate is True for tensors on a CPU: there memory and random numbers are expensive, and
-branches on data are free, while a GPU would have to wait for the data. :func:`cpu_paths` overrides
-the device, so that tests on a CPU run the GPU's branches.
+branches on data are free, while a GPU would wait for the data. :func:`cpu_paths` overrides it.
 """
 
 from __future__ import annotations
@@ -26,10 +25,7 @@ _override: bool | None = None
 def cpu_paths(enabled: bool | None) -> Iterator[None]:
     """Take the CPU's branches on every device, or the GPU's.
 
-    Compiled functions compile again when the choice changes.
-
-    Args:
-        enabled: True for the CPU's, False for the GPU's, None for those of the tensor's device.
+    Compiled functions compile again when the choice changes. None stands for the tensor's device.
 
     Example:
         >>> with cpu_paths(False):
@@ -47,12 +43,7 @@ def cpu_paths(enabled: bool | None) -> Iterator[None]:
 
 
 def is_traced(x: Tensor) -> bool:
-    """Return True where no branch may depend on `x`: under `torch.compile`, `export` and `vmap`.
-
-    Example:
-        >>> is_traced(torch.zeros(2))
-        False
-    """
+    """Return True where no branch may depend on `x`: under `torch.compile`, `export` and `vmap`."""
     return torch.compiler.is_compiling() or is_batchedtensor(x)
 
 
@@ -82,18 +73,11 @@ def chunk_rows(x: Tensor) -> bool:
 
 
 def in_chunks(
-    function: Callable[[Tensor, Tensor], Tensor],
-    state: Tensor,
-    action: Tensor,
-    dim: int = 0,
+    function: Callable[[Tensor, Tensor], Tensor], state: Tensor, action: Tensor, dim: int = 0
 ) -> Tensor:
     """Call ``function(state, action)`` on a CPU for `CHUNK_ROWS` actions at a time.
 
-    Args:
-        function: from ``[M, ...]`` and ``[K, M, ..., A]`` to a tensor with M in dimension `dim`.
-        state: ``[M, ...]``.
-        action: ``[K, M, ..., A]``.
-        dim: dimension along which results are joined.
+    The function takes ``[M, ...]`` and ``[K, M, ..., A]`` and returns M in dimension `dim`.
 
     Example:
         >>> add = lambda state, action: state + action.sum(-1)
@@ -106,11 +90,6 @@ def in_chunks(
     steps = max(1, CHUNK_ROWS * len(state) // num_actions)
     chunks = zip(state.split(steps), action.split(steps, 1), strict=True)
     return torch.cat([function(*chunk) for chunk in chunks], dim)
-
-
-def check_values(x: Tensor) -> bool:
-    """Check the values of indices before a look-up."""
-    return _on_cpu(x) and not is_traced(x)
 
 
 def _on_cpu(x: Tensor) -> bool:

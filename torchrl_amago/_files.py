@@ -1,8 +1,7 @@
 """Atomic replacement of files and folders, checksums, disk space and locks.
 
-Checkpoints, policies, tables and replay are written through these functions. A crash at any moment
-leaves the old version or the new one, a full disk raises :class:`OSError` with the path and the
-sizes, and damage is found before anything is loaded.
+A crash at any moment leaves the old version or the new one, a full disk raises :class:`OSError`
+with the path and the sizes, and damage is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -28,9 +27,7 @@ except ImportError:  # Windows: no locks between processes there
     fcntl = None
 
 MANIFEST = "manifest.json"
-
 _PARTIAL, _PREVIOUS = "partial", "previous"
-_CHUNK = 1 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -44,14 +41,14 @@ def replace_file(path: Path, mode: str = "wb", **options: Any) -> Iterator[IO]:
     """Open a file that replaces `path` once it is complete and on the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = _beside(path, _PARTIAL)
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(partial.unlink, missing_ok=True)
+    try:
         with explain_full_disk(path), partial.open(mode, **options) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        on_error.pop_all()
-    os.replace(partial, path)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -62,22 +59,39 @@ def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """
     path = path.resolve() if path.is_symlink() else path  # a link stays one
     partial, previous = _beside(path, _PARTIAL), _beside(path, _PREVIOUS)
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with contextlib.ExitStack() as on_error:
-        on_error.callback(shutil.rmtree, partial, ignore_errors=True)
-        with explain_full_disk(path):
-            yield partial
-            for entry in [*partial.rglob("*"), partial] if flush else []:
-                sync(entry)
-        on_error.pop_all()
-    if path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _turn(path.parent):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            with explain_full_disk(path):
+                yield partial
+                for entry in [*partial.rglob("*"), partial] if flush else []:
+                    sync(entry)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if path.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            os.replace(path, previous)
+        os.replace(partial, path)
+        if flush:
+            sync(path.parent)
         shutil.rmtree(previous, ignore_errors=True)
-        os.replace(path, previous)
-    os.replace(partial, path)
-    if flush:
-        sync(path.parent)
-    shutil.rmtree(previous, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turn(folder: Path) -> Iterator[None]:
+    """Wait while another process or thread replaces a folder inside this one."""
+    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):  # some network file systems lock no folders
+            if descriptor is not None:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def remove_folder(path: Path) -> None:
@@ -91,19 +105,21 @@ def remove_folder(path: Path) -> None:
 def recover(folder: Path, name: str | None = None) -> None:
     """Finish or undo interrupted replacements in a folder: of one name, or by default of any.
 
-    Call it only while no other process writes there, such as under :func:`lock`.
+    Call it only while no other process writes files there, such as under :func:`lock`.
     """
     name = "*" if name is None else glob.escape(name)
-    for previous in folder.glob(f".{name}.{_PREVIOUS}"):
-        path = folder / previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
-        # Between its two renames a replacement has neither version under the name.
-        if _beside(path, _PARTIAL).exists() and not path.exists():
-            os.replace(previous, path)
-    for leftover in (*folder.glob(f".{name}.{_PARTIAL}"), *folder.glob(f".{name}.{_PREVIOUS}")):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
+    with _turn(folder) if folder.is_dir() else contextlib.nullcontext():
+        for previous in folder.glob(f".{name}.{_PREVIOUS}"):
+            path = folder / previous.name.removeprefix(".").removesuffix(f".{_PREVIOUS}")
+            # Between its two renames a replacement has neither version under the name.
+            if _beside(path, _PARTIAL).exists() and not path.exists():
+                os.replace(previous, path)
+        for suffix in (_PARTIAL, _PREVIOUS):
+            for leftover in folder.glob(f".{name}.{suffix}"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -123,16 +139,10 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def write_manifest(folder: Path, metadata: Mapping[str, Any]) -> None:
     """Write `manifest.json`: metadata (JSON values), size and SHA-256 of every file, a checksum."""
-    files = {
-        file.relative_to(folder).as_posix(): {
-            "bytes": file.stat().st_size,
-            "sha256": _sha256(file),
-        }
-        for file in sorted(_files(folder))
-    }
-    manifest = json.loads(json.dumps({**metadata, "files": files}))
-    text = json.dumps({**manifest, "crc32": _manifest_crc32(manifest)}, indent=1) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    sizes = {name: (folder / name).stat().st_size for name in _names(folder)}
+    files = {x: {"bytes": size, "sha256": _sha256(folder / x)} for x, size in sizes.items()}
+    text = json.dumps(_with_crc32({**metadata, "files": files}), indent=1)
+    (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -143,7 +153,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     is_manifest = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
     # Manifests of other versions have no checksum; they are read for their version.
-    is_intact = is_manifest and manifest.get("crc32") in (None, _manifest_crc32(manifest))
+    is_intact = is_manifest and ("crc32" not in manifest or manifest == _with_crc32(manifest))
     return manifest if is_intact else None
 
 
@@ -169,13 +179,19 @@ def find_damage(folder: Path) -> str | None:
         if _sha256(file) != expected["sha256"]:
             return f"{file} has changed since it was written (SHA-256 differs)"
     # An unlisted file could stand in for a verified one.
-    names = {file.relative_to(folder).as_posix() for file in _files(folder)}
-    unlisted = sorted(names - manifest["files"].keys())
-    return f"{folder / unlisted[0]} is not listed in {MANIFEST}" if unlisted else None
+    unlisted = next((name for name in _names(folder) if name not in manifest["files"]), None)
+    return unlisted and f"{folder / unlisted} is not listed in {MANIFEST}"
 
 
-def _manifest_crc32(manifest: Mapping[str, Any]) -> int:
-    return _crc32({key: value for key, value in manifest.items() if key != "crc32"})
+def _names(folder: Path) -> list[str]:
+    # Everything that is not a plain folder counts, dangling links included.
+    found = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted({path.relative_to(folder).as_posix() for path in found} - {MANIFEST})
+
+
+def _with_crc32(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    content = {key: value for key, value in manifest.items() if key != "crc32"}
+    return {**content, "crc32": _crc32(content)}
 
 
 def _sha256(file: Path) -> str:
@@ -187,16 +203,10 @@ def digest(stream: IO[bytes], length: int) -> str:
     """Compute the SHA-256 of the first bytes of a file, in hexadecimal."""
     stream.seek(0)
     sha256 = hashlib.sha256()
-    while length > 0 and (chunk := stream.read(min(_CHUNK, length))):
+    while length > 0 and (chunk := stream.read(min(1 << 20, length))):
         sha256.update(chunk)
         length -= len(chunk)
     return sha256.hexdigest()
-
-
-def _files(folder: Path) -> list[Path]:
-    # Everything that is not a plain folder counts, dangling links included.
-    found = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
-    return [path for path in found if path != folder / MANIFEST]
 
 
 def reserve(file: Path, start: int, stop: int) -> None:
@@ -208,11 +218,8 @@ def reserve(file: Path, start: int, stop: int) -> None:
         return
     with explain_full_disk(file, stop - start):
         if hasattr(os, "posix_fallocate"):
-            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
-            try:
-                os.posix_fallocate(descriptor, start, stop - start)
-            finally:
-                os.close(descriptor)
+            with file.open("ab") as stream:
+                os.posix_fallocate(stream.fileno(), start, stop - start)
         elif shutil.disk_usage(file.parent).free < stop - start:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -234,12 +241,11 @@ def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
         raise
 
 
-# -- locks and folders -----------------------------------------------------------------------------
-
-
 @contextlib.contextmanager
-def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
+def lock(file: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold a lock between processes, released by the death of its holder; the file stays.
+
+    Several may hold a `shared` lock at once, for which the file must exist.
 
     Raises:
         BlockingIOError: with `wait=False`, while another process holds the lock.
@@ -248,18 +254,18 @@ def lock(file: Path, *, wait: bool = True) -> Iterator[None]:
         yield
         return
     # Opened anew each time: a descriptor that is shared after a fork would share the lock.
-    with file.open("a+", encoding="utf-8") as stream:
+    with open(file, "rb" if shared else "a+b", buffering=0) as stream:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+            fcntl.flock(stream, kind | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError as error:
             stream.seek(0)
-            holder = stream.read().strip() or "another process"
+            holder = stream.read().decode().strip() or "another process"
             error.strerror = f"{file.parent} is in use by {holder}. Wait for it, or stop it"
             raise
         if not wait:
             stream.truncate(0)
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-            stream.flush()
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         yield
 
 
@@ -291,13 +297,12 @@ def read_json(file: Path) -> Any:
     """Return the value that :func:`write_json` wrote, or raise DamagedError."""
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-        value, is_intact = found["value"], found["crc32"] == _crc32(found["value"])
-        problem = None if is_intact else "has changed since it was written"
+        if found["crc32"] == _crc32(found["value"]):
+            return found["value"]
+        problem = "has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"is missing or cannot be read ({error})"
-    if problem is not None:
-        raise DamagedError(f"{file} {problem}")
-    return value
+    raise DamagedError(f"{file} {problem}")
 
 
 def _crc32(value: Any) -> int:

@@ -13,8 +13,8 @@ __all__ = ["Steps", "is_traced"]
 class Steps:
     """The steps M to compute: all of ``[*B]``, or the real ones alone in one row ``[N]``.
 
-    In one row, padding costs nothing and has no influence. Shapes then depend on data: fine on a
-    CPU, but it stops ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
+    In one row, padding costs nothing. Shapes then depend on data: fine on a CPU, but it stops
+    ``torch.compile`` and ``torch.vmap``, and makes a GPU wait.
 
     Args:
         mask: bool ``[*B]``, True on real steps.
@@ -33,11 +33,10 @@ class Steps:
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:
         if mask.dtype != torch.bool:
             raise ValueError(f"a mask must be bool, got {mask.dtype}. Use mask.bool() for 0 and 1.")
-        if compact is None:
-            compact = compact_batches(mask)
-        self.full_mask, self.compact = mask, compact
+        self.full_mask = mask
+        self.compact = compact_batches(mask) if compact is None else compact
         #: ``[M]``, True on the selected steps that are real.
-        self.mask = mask[mask] if compact else mask
+        self.mask = mask[mask] if self.compact else mask
 
     def select(self, x: Tensor, fill: float | None = None) -> Tensor:
         """Select steps, ``[*B, ...] -> [M, ...]``; ``fill`` replaces the padding that is kept."""

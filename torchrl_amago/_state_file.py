@@ -1,13 +1,12 @@
 """A nested state in one file: tensors by path in numpy's `.npz` format, without pickle.
 
-The file ends with the SHA-256 of everything before, so that any damage is found before anything is
-loaded. `numpy.load` reads the file too.
+The file ends with the SHA-256 of everything before. `numpy.load` reads it too.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -20,12 +19,9 @@ from torchrl_amago._files import DamagedError, digest, replace_file
 
 _TREE, _MARK = "tree", b"\nSHA-256 "
 _TRAILER_SIZE = len(_MARK) + 64
+_CONTAINERS = {"size": torch.Size, "list": list, "tuple": tuple}
 # numpy has no such numbers: their bytes are stored.
-_AS_BYTES = {
-    getattr(torch, name)
-    for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
-    if hasattr(torch, name)
-}
+_AS_BYTES = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 
 
 def save_state(path: Path, state: Any) -> None:
@@ -33,12 +29,10 @@ def save_state(path: Path, state: Any) -> None:
 
     Args:
         path: file to replace.
-        state: dicts, lists and tuples of tensors (dense, any dtype, any device), bool, int, float,
-            str and None.
+        state: dicts, lists and tuples of dense tensors, bool, int, float, str and None.
 
     Raises:
         TypeError: for a value of another type; it is named by its path.
-        OSError: where the disk is full.
 
     Example:
         >>> import tempfile
@@ -51,10 +45,7 @@ def save_state(path: Path, state: Any) -> None:
     tree = json.dumps(_encode(state, "state", arrays))
     with replace_file(path, "w+b") as file:
         np.savez(file, **{_TREE: np.frombuffer(tree.encode(), np.uint8)}, **arrays)
-        end = file.seek(0, 2)
-        trailer = _MARK + digest(file, end).encode()
-        file.seek(end)
-        file.write(trailer)
+        file.write(_MARK + digest(file, file.seek(0, 2)).encode())
 
 
 def load_state(path: Path) -> Any:
@@ -78,25 +69,20 @@ def load_state(path: Path) -> Any:
             problem = "its content is packed" if is_intact else "its checksum is missing or differs"
         except (LookupError, TypeError, ValueError, RuntimeError, MemoryError) as error:
             problem = f"it holds no state ({error!r})"
-    raise DamagedError(
-        f"{path} must be complete and unchanged, but {problem}. Take another file, such as an "
-        "older checkpoint's or a copy"
-    )
-
-
-# Containers and tensors become lists that begin with their type; plain values stay as they are.
+    raise DamagedError(f"{path} must be complete and unchanged, but {problem}. Use an older file")
 
 
 def _encode(value: Any, path: str, arrays: dict[str, np.ndarray]) -> Any:
+    """Turn containers and tensors into lists that begin with their type; keep plain values."""
     if isinstance(value, Mapping):
-        below = {key: f"{path}/{quote(str(key), safe=' ')}" for key in value}
-        items = ((_encode(k, f"{below[k]} (a key)", arrays), v, below[k]) for k, v in value.items())
-        return ["dict", [[key, _encode(x, name, arrays)] for key, x, name in items]]
-    if isinstance(value, torch.Size):
-        return ["size", list(value)]
-    if isinstance(value, list | tuple):
-        name = "list" if isinstance(value, list) else "tuple"
-        return [name, [_encode(x, f"{path}/{i}", arrays) for i, x in enumerate(value)]]
+        items = []
+        for key, x in value.items():
+            name = f"{path}/{quote(str(key), safe=' ')}"
+            items.append([_encode(key, f"{name} (a key)", arrays), _encode(x, name, arrays)])
+        return ["dict", items]
+    for name, container in _CONTAINERS.items():
+        if isinstance(value, container):
+            return [name, [_encode(x, f"{path}/{i}", arrays) for i, x in enumerate(value)]]
     if isinstance(value, torch.device):
         return ["device", str(value)]
     if isinstance(value, Tensor):
@@ -128,5 +114,4 @@ def _decode(node: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return {_decode(key, arrays): _decode(value, arrays) for key, value in content}
     if kind == "device":
         return torch.device(content)
-    parts: Iterator[Any] = (_decode(x, arrays) for x in content)
-    return {"list": list, "tuple": tuple, "size": torch.Size}[kind](parts)
+    return _CONTAINERS[kind](_decode(x, arrays) for x in content)

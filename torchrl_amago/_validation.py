@@ -16,18 +16,7 @@ def pick(
 ) -> Builder:
     """Return a part's builder: looked up by name, or the class or function that was given.
 
-    Args:
-        argument: the argument's name, for the message.
-        choice: its value.
-        known: builders by name.
-        remedy: the message's last sentence, here and in the checks below.
-
-    Raises:
-        ValueError: for an unknown name.
-
-    Example:
-        >>> pick("number", "whole", {"whole": int})
-        <class 'int'>
+    The remedy is the last sentence of the ValueError for an unknown name, as in all checks below.
     """
     is_known = not isinstance(choice, str) or choice in known
     _require(is_known, argument, f"one of {sorted(known)}, a class or a function", choice, remedy)
@@ -35,12 +24,7 @@ def pick(
 
 
 def name_of(choice: object) -> object:
-    """Return a function's name, with the arguments of a partial one; other values as they are.
-
-    Example:
-        >>> name_of(partial(max, default=3.0)), name_of(0.5)
-        ('max(default=3.0)', 0.5)
-    """
+    """Return a function's name, with the arguments of a partial one; other values as they are."""
     if isinstance(choice, partial):
         given = [*map(repr, choice.args), *(f"{k}={v!r}" for k, v in choice.keywords.items())]
         return f"{name_of(choice.func)}({', '.join(given)})"

@@ -72,11 +72,6 @@ class ActionSpace:
 
         Raises:
             ValueError: if the spec is none of the above.
-
-        Example:
-            >>> from torchrl.data import OneHot
-            >>> ActionSpace.from_spec(OneHot(4)).kind
-            'discrete'
         """
         shape = tuple(spec.shape)
         # The order matters: OneHot and Categorical have subclasses for several parts at once.
@@ -98,8 +93,7 @@ class ActionSpace:
             "ActionSpace supports Categorical, OneHot, MultiCategorical, MultiOneHot, Binary and "
             f"floating-point Bounded actions, got {type(spec).__name__} of dtype "
             f"{getattr(spec, 'dtype', None)}. Change the action space with a transform of the "
-            "environment (several named actions into one vector, a range of integers into a "
-            "Categorical), or name another action with action_key=."
+            "environment, or name another action with action_key=."
         )
 
     @property
@@ -149,8 +143,7 @@ class ActionSpace:
         batch = action.shape[: max(action.ndim - len(self.shape), 0)]
         if action.shape != (*batch, *self.shape):
             raise ValueError(
-                f"an action must have the shape [*batch, *{self.shape}], got "
-                f"{list(action.shape)}. Store actions as the environment's action spec says."
+                f"an action must have the shape [*batch, *{self.shape}], got {list(action.shape)}."
             )
         return action.reshape(*batch, _product(self.shape))
 

@@ -1,12 +1,11 @@
 """Figures: learning curve, adaptation curve, picture strip of a trial.
 
-Drawn on matplotlib's own figure and Agg canvas, never through pyplot: no global state, no display.
-matplotlib is imported when something is drawn, so that importing the package stays quick.
+They are drawn on the Agg canvas, never through pyplot: no global state, no display. matplotlib is
+imported when something is drawn, so that importing the package stays quick.
 """
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import numpy as np
 
 from torchrl_amago.evaluation.results import Measure, TrialResults
 from torchrl_amago.evaluation.statistics import bootstrap_mean
+from torchrl_amago.progress import read_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -56,16 +56,14 @@ def plot_learning_curve(
     reached, interpolated at the first seed's points.
 
     Args:
-        runs: the run's table, or a sequence of tables of several seeds; or either by name for
-            several agents, which share the panels.
+        runs: a run's table, or a sequence of tables of several seeds; or either by name for several
+            agents, which share the panels.
         path: PNG (or PDF, SVG) to write.
         x: column on the horizontal axis.
         panels: panel title -> {column: label}. By default return per trial, and success at the
             first and last episode, in training (thin) and evaluation, if logged.
         reference: panel title -> height of a dashed line, such as the optimum.
-        reference_label: legend entry of that line.
         marks: label -> position on the horizontal axis of a dotted line in every panel.
-        title: of the figure.
 
     Raises:
         ValueError: if no column of the panels was logged.
@@ -99,12 +97,11 @@ def plot_learning_curve(
                     count = f"{len(points)} seeds" if len(points) > 1 else ""
                     label_of_line = ", ".join(part for part in (run, label, count) if part)
                     _draw_mean(ax, points, colour, label_of_line, column.startswith("train/"))
+        line = dict(color=_REFERENCE_COLOUR, lw=1.2)
         if reference and name in reference:
-            ax.axhline(
-                reference[name], color=_REFERENCE_COLOUR, ls="--", lw=1.2, label=reference_label
-            )
+            ax.axhline(reference[name], **line, ls="--", label=reference_label)
         for label, place in (marks or {}).items():
-            ax.axvline(place, color=_REFERENCE_COLOUR, ls=":", lw=1.2, label=label)
+            ax.axvline(place, **line, ls=":", label=label)
         ax.set_xlabel("environment steps" if x == "frames" else x)
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         ax.set_ylabel(name)
@@ -129,13 +126,9 @@ def plot_adaptation_curve(
     seeds are pooled, with a thin line for each.
 
     Args:
-        results: of one agent, or of its seeds; or either by name for several agents, such as one
-            with memory and one without.
+        results: of one agent, or of its seeds; or either by name for several agents.
         path: PNG (or PDF, SVG) to write.
-        measure: `"success"` or `"return"`.
         reference: value by episode of a dashed line, such as an exact optimum's.
-        reference_label: legend entry of that line.
-        title: of the figure.
 
     Example:
         >>> import tempfile, torch
@@ -153,21 +146,18 @@ def plot_adaptation_curve(
     episodes = range(1, num_episodes + 1)
     marker = "o" if num_episodes <= 20 else None
     for number, (name, runs) in enumerate(agents.items()):
-        colour, label = _COLOURS[number % len(_COLOURS)], name
-        if len(runs) > 1:
-            label = f"{name}, {len(runs)} seeds"
-            for run in runs:
-                values = run.by_episode(measure).nanmean(0).numpy()
-                ax.plot(episodes[: len(values)], values, color=colour, lw=0.8, alpha=0.45)
+        colour = _COLOURS[number % len(_COLOURS)]
+        label = f"{name}, {len(runs)} seeds" if len(runs) > 1 else name
+        for run in runs if len(runs) > 1 else ():
+            values = run.by_episode(measure).nanmean(0).numpy()
+            ax.plot(episodes[: len(values)], values, color=colour, lw=0.8, alpha=0.45)
         pooled = TrialResults.concatenate(runs).by_episode(measure).numpy()
         mean, low, high = bootstrap_mean(pooled)
         ax.fill_between(episodes[: len(mean)], low, high, color=colour, alpha=0.2, lw=0)
         ax.plot(episodes[: len(mean)], mean, color=colour, marker=marker, ms=5, lw=2, label=label)
     if reference is not None:
-        ax.plot(
-            range(1, len(reference) + 1), reference, color=_REFERENCE_COLOUR, ls="--", lw=1.5,
-            marker=marker and "D", ms=3.5, label=reference_label,
-        )  # fmt: skip
+        line = dict(color=_REFERENCE_COLOUR, ls="--", lw=1.5, marker=marker and "D", ms=3.5)
+        ax.plot(range(1, len(reference) + 1), reference, **line, label=reference_label)
     ax.set_xlabel("episode at the same task")
     ax.set_ylabel("success rate" if measure == "success" else "return of the episode")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -195,10 +185,7 @@ def plot_trial_strip(
     Args:
         frames: pictures `[H, W, 3]` uint8 of each episode, as `rollout_pictures` returns.
         path: PNG (or PDF, SVG) to write.
-        titles: text beside each episode; its number by default.
-        headings: text over each column; the step's number by default.
-        title: of the figure.
-        picture_inches: side of a picture.
+        titles, headings: text beside each episode and over each column; by default numbers.
 
     Example:
         >>> import tempfile
@@ -216,17 +203,15 @@ def plot_trial_strip(
     width, height = left + columns * side, top + len(frames) * side
     figure = Figure(figsize=(width, height))
     place = dict(left=left / width, right=0.995, bottom=0.005, top=1 - top / height)
-    axes = figure.subplots(
-        len(frames), columns, squeeze=False, gridspec_kw=dict(**place, wspace=0.06, hspace=0.06)
-    )
+    grid = dict(**place, wspace=0.06, hspace=0.06)
+    axes = figure.subplots(len(frames), columns, squeeze=False, gridspec_kw=grid)
     for ax in axes.flat:
         ax.set_axis_off()
     for ax, heading in zip(axes[0], headings, strict=True):
         ax.set_title(heading, fontsize=7, pad=4)
+    beside = dict(fontsize=8, ha="right", va="center")
     for row, episode, label in zip(axes, frames, titles, strict=True):
-        row[0].text(
-            -0.09, 0.5, label, transform=row[0].transAxes, fontsize=8, ha="right", va="center"
-        )
+        row[0].text(-0.09, 0.5, label, transform=row[0].transAxes, **beside)
         for ax, picture in zip(row, episode, strict=False):
             ax.imshow(picture, interpolation="nearest")
     _finish(figure, path, title, y=0.98, va="top")
@@ -234,9 +219,7 @@ def plot_trial_strip(
 
 def _read_seeds(run: Table | Sequence[Table]) -> list[list[dict[str, float]]]:
     """Read the tables of one or several seeds; entries that are no finite number are left out."""
-    if isinstance(run, str | Path):
-        with Path(run).open(newline="") as file:
-            run = list(csv.DictReader(file))
+    run = read_rows(run) if isinstance(run, str | Path) else run
     if run and not isinstance(run[0], Mapping):
         return [table for seed in run for table in _read_seeds(seed)]
     return [[{k: float(v) for k, v in row.items() if _is_number(v)} for row in run]]
@@ -255,25 +238,19 @@ def _points(rows: list[dict[str, float]], x: str, column: str) -> np.ndarray:
 
 def _draw_mean(ax: Axes, seeds: list[np.ndarray], colour: str, label: str, thin: bool) -> None:
     """Draw points `[N, 2]` of one seed, or the mean of several with its interval."""
-    x = seeds[0][:, 0]
-    if len(seeds) == 1:
-        mean = seeds[0][:, 1]
-    else:
+    x, mean = seeds[0].T
+    if len(seeds) > 1:
         first, last = max(points[0, 0] for points in seeds), min(p[-1, 0] for p in seeds)
         x = x[(first <= x) & (x <= last)]
         mean, low, high = bootstrap_mean(np.stack([np.interp(x, *points.T) for points in seeds]))
         ax.fill_between(x, low, high, color=colour, alpha=0.1 if thin else 0.2, lw=0)
-    ax.plot(
-        x, mean, color=colour, label=label, lw=0.9 if thin else 1.8, alpha=0.6 if thin else 1.0,
-        marker=None if thin or len(x) > 40 else "o", ms=3.5,
-    )  # fmt: skip
+    style = dict(lw=0.9, alpha=0.6) if thin else dict(lw=1.8, marker="o" if len(x) <= 40 else None)
+    ax.plot(x, mean, color=colour, label=label, ms=3.5, **style)
 
 
 def _percent_axis(ax: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     ax.set_ylim(-0.02, 1.02)
-    ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    ax.yaxis.set_major_formatter(lambda fraction, _: f"{fraction:.0%}")
 
 
 def _figure(panels: int, width: float, height: float) -> tuple[Figure, list[Axes]]:

@@ -28,7 +28,7 @@ def split_trials(
 
     Args:
         batch: ``[N]``, flat, or rows ``[B, T]``.
-        mask_key: True on real steps, ``[N]`` or ``[B, T]``; if missing, all are.
+        mask_key: True on real steps; if missing, all are.
         is_init_key: True on the first step of a trial.
         end_key: True on the last step of a trial, or of a slice of one.
         trajectory_key: a number that differs between consecutive trials.
@@ -66,22 +66,13 @@ def trial_starts(
     is_last: Tensor | None = None,
     trajectory: Tensor | None = None,
 ) -> Tensor:
-    """Mark the first steps of trials, or of parts of them: real steps that follow no other.
+    """Mark the first steps of trials, or of parts of them: bool ``[B, T]``, ``[1, N]`` if flat.
 
     The mask and marks are entries of a batch, see :func:`split_trials`.
-
-    Returns:
-        bool ``[B, T]``, ``[1, N]`` of a flat batch.
-
-    Example:
-        >>> trial_starts(torch.tensor([True, True, True]), is_last=torch.tensor([1, 0, 0]))
-        tensor([[ True,  True, False]])
     """
     if mask.ndim == 1 and is_init is None and is_last is None and trajectory is None:
-        raise ValueError(
-            "a flat batch must mark where trials start or end, got none of is_init, "
-            "('next', 'done') and ('collector', 'traj_ids'). Collect with InitTracker()."
-        )
+        got = "got none of is_init, ('next', 'done') and ('collector', 'traj_ids')"
+        raise ValueError(f"a flat batch must mark where trials start or end, {got}.")
     mask_BT = mask.reshape(-1, mask.shape[-1])
     cut_BT = ~mask_BT[:, :-1]
     if is_init is not None:

@@ -36,10 +36,10 @@ def collect(kind, rounds, frames, reset_at=(), **options):
     return sizes, buffer[:]
 
 
-@pytest.mark.parametrize("frames", [5, 35, 90])
+@pytest.mark.parametrize("frames", [5, 35, 60])
 @pytest.mark.parametrize("reset_at", [{}, {2: None, 4: None}, {1: [0, 3], 4: [2]}])
 def test_writes_what_torchrls_does(frames, reset_at):
-    rounds = 6 + 250 // frames
+    rounds = 6 + 100 // frames
     ours = collect(TrialCollector, rounds, frames, reset_at)
     theirs = collect(Collector, rounds, frames, reset_at, trajs_per_batch=1)
     assert ours[0] == theirs[0]
@@ -154,7 +154,7 @@ def test_names_the_flags_that_are_missing():
     collector = TrialCollector(
         env, env.rand_action, replay_buffer=buffer, frames_per_batch=5, total_frames=5
     )
-    with pytest.raises(ValueError, match="trials end where 'done', .* the steps have only"):
+    with pytest.raises(ValueError, match="with a flag 'done', 'terminated' or .* got steps"):
         list(collector)
 
 
@@ -162,20 +162,20 @@ def test_names_the_flags_that_are_missing():
     ("option", "value", "reason"),
     [
         ("split_trajs", True, "without padding"),
-        ("set_truncated", True, "it would end each trial with the batch"),
+        ("set_truncated", True, "It would end each trial with the batch"),
         ("track_traj_ids", False, "identified by their number"),
-        ("extend_buffer", False, "steps wait until their trial is complete"),
+        ("extend_buffer", False, "Steps wait until their trial is complete"),
         ("trajs_per_write", 3, "are written together"),
     ],
 )
 def test_options_that_contradict_whole_trials_raise(option, value, reason):
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    with pytest.raises(ValueError, match=f"{option} must be .* got {value}: .*{reason}"):
+    with pytest.raises(ValueError, match=f"{option} must be .* got {value}. .*{reason}"):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, **{option: value})
 
 
 def test_a_missing_buffer_raises():
-    with pytest.raises(TypeError, match="needs a replay_buffer, got None"):
+    with pytest.raises(TypeError, match="needs a replay_buffer; see make_trial_buffer"):
         TrialCollector(None, act, frames_per_batch=1)
 
 

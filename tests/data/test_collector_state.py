@@ -87,12 +87,12 @@ def assert_goes_on(task, encoder, **options):
     collector = make_collector(task, encoder, seed=0, **options)
     collect(collector, 5)
     state, rng = through_a_file(collector.state_dict()), torch.get_rng_state()
-    expected = collect(collector, 30)
+    expected = collect(collector, 14)
     other = make_collector(task, encoder, seed=1, **options)
     collect(other, 2)
     other.load_state_dict(state)
     torch.set_rng_state(rng)
-    assert_same(collect(other, 30), expected)
+    assert_same(collect(other, 14), expected)
     return state
 
 
@@ -104,12 +104,15 @@ def test_with_every_encoder(encoder):
     assert len(state["in_progress"]["pending"]["action"]) > 0
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("options", [{}, {"fragment_length": 6}], ids=["whole", "fragments"])
-def test_in_every_task(task, options):
-    state = assert_goes_on(task, "gru", **options)
-    if options:
-        assert len(state["in_progress"]["begun"]) > 0
+@pytest.mark.parametrize("task", [task for task in TASKS if task != "lake"])
+def test_in_every_task(task):
+    assert_goes_on(task, "gru")
+
+
+@pytest.mark.parametrize("task", ["lake", "maze", "two dimensions"])
+def test_with_fragments(task):
+    state = assert_goes_on(task, "gru", fragment_length=6)
+    assert len(state["in_progress"]["begun"]) > 0
 
 
 def test_state_is_not_shared_with_the_collector():
@@ -166,11 +169,11 @@ def test_loading_drops_the_steps_that_wait():
     del state["in_progress"]
     collector.load_state_dict(state)
     collector.reset()
-    ids = [trials["collector", "traj_ids"] for trials, _ in collect(collector, 30)]
+    ids = [trials["collector", "traj_ids"] for trials, _ in collect(collector, 14)]
     assert int(torch.cat(ids).min()) >= int(state["traj_pool"]["traj_id"])
 
 
-def test_is_refused_by_another_environment():
+def test_another_environment_raises():
     collector, other = (make_collector(task, "gru", seed=0) for task in ("lake", "door"))
     before = through_a_file(other.state_dict())
     with pytest.raises(ValueError, match=r"batch size \[5\], got DarkKeyDoor with \[4\]"):

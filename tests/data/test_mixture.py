@@ -443,7 +443,7 @@ def test_wrong_arguments():
     ):
         with pytest.raises(ValueError, match=message):
             TrialMixture(buffers, {"a": 1, "b": 1}, **{"batch_size": 2, **options})
-    with pytest.raises(ValueError, match="must not prefetch, and 'b' does"):
+    with pytest.raises(ValueError, match=r"must not prefetch, got \['b'\] that do"):
         TrialMixture(buffers | {"b": make_buffer(prefetch=2)}, {"a": 1, "b": 1}, batch_size=2)
     empty = TrialMixture({"b": make_buffer()}, {"b": 1}, batch_size=2)
     assert not empty.can_sample()

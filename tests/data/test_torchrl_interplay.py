@@ -24,6 +24,7 @@ from torchrl.envs import Compose, InitTracker, TransformedEnv
 from torchrl.objectives import SoftUpdate
 
 from tests.evaluation.scripted import ScriptedTrials
+from tests.processes import forked
 from torchrl_amago import MetaFrozenLake, amago_loss, make_policy, make_trial_env
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import PreviousStepTransform
@@ -115,7 +116,7 @@ def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
         assert len(rb) <= 50
 
 
-def test_buffer_of_batches_instead_of_steps_is_refused():
+def test_buffer_of_batches_instead_of_steps_raises():
     """A batched environment's collector by itself writes items of [T] steps."""
     rb = make_buffer("tensor", 100)
     list(
@@ -155,7 +156,8 @@ WORKERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
-def test_workers_write_trials_and_follow_the_weights(workers):
+def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
+    monkeypatch.setattr("torchrl._utils._get_default_mp_start_method", forked.get_start_method)
     make, options, kind = WORKERS[workers]
     policy, rb = make_answer(), make_buffer(kind, 5000)
     collector = make(

@@ -26,7 +26,7 @@ BOOKKEEPING = {
     "is_init",
     "action_mask",
 }
-BOOKKEEPING |= {"soft_reset", "trial_progress"}
+BOOKKEEPING |= {"soft_reset", "trial_progress", "episode_success", "task_id"}
 
 
 def need(package: str, extra: str) -> None:

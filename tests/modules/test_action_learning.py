@@ -17,8 +17,7 @@ def learned_fraction(codec: ValueCodec, updates: int, **options) -> float:
     torch.manual_seed(0)
     outputs = codec.event_shape.numel() if codec.event_shape else None
     critic = ActionCritic(STATE, 1, [0.9], num_outputs=outputs, hidden_size=64, **options)
-    if codec.initial_slope() is not None:
-        critic.set_output_slope(codec.initial_slope())
+    critic.set_output(slope=codec.initial_slope())
     optimizer = torch.optim.AdamW(critic.parameters(), 1e-3)
     everything = torch.ones(BATCH, 1, dtype=torch.bool)
     for _ in range(updates):

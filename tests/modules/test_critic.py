@@ -196,7 +196,7 @@ def test_set_output_bias(kind, num_outputs):
     critic = make_critics(num_outputs)[kind]
     bias = torch.arange(1.0, 1.0 + (num_outputs or 1))
     pointer = critic.out.bias.data_ptr()
-    critic.set_output_bias(bias)
+    critic.set_output(bias=bias)
     critic.out.weight.data.zero_()
     value = critic(*INPUTS[kind](4))
     expected = bias if num_outputs else bias.squeeze()
@@ -204,7 +204,7 @@ def test_set_output_bias(kind, num_outputs):
     assert critic.out.bias.data_ptr() == pointer
     assert critic.out.bias.requires_grad
     with pytest.raises(RuntimeError, match="shape|size"):
-        critic.set_output_bias(torch.zeros(2))
+        critic.set_output(bias=torch.zeros(2))
 
 
 @pytest.mark.parametrize("cls", [ActionCritic, DiscreteCritic])
@@ -213,14 +213,14 @@ def test_set_output_slope(cls):
     actions = dict(discounts=DISCOUNTS) if cls is ActionCritic else dict(num_discounts=G)
     critic = cls(D, A, num_critics=C, num_outputs=5, hidden_size=8, **actions)
     slope = torch.linspace(-2, 2, 5)
-    critic.set_output_slope(slope)
+    critic.set_output(slope=slope)
     first_CHV1, *_, last_CHV1 = critic.out.weight.unflatten(-1, (-1, 5)).split(1, -1)
     torch.testing.assert_close(last_CHV1, -first_CHV1)
     assert first_CHV1.unique().numel() == first_CHV1.numel()
     assert first_CHV1.abs().max() <= 2 / math.sqrt(8)
     assert critic.out.weight.requires_grad
     with pytest.raises(RuntimeError, match="size"):
-        critic.set_output_slope(torch.zeros(2))
+        critic.set_output(slope=torch.zeros(2))
 
 
 def test_action_gain():

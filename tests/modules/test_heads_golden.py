@@ -19,7 +19,7 @@ from torchrl_amago import _cpu
 from torchrl_amago.modules import BilevelEpsilonGreedy, ClippedCategorical, PopArt
 from torchrl_amago.modules.actor import Actor, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic, discount_feature
-from torchrl_amago.modules.distributions.categorical import clip_probabilities
+from torchrl_amago.modules.distributions.discrete import clip_probabilities
 
 
 def _load(module: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:

@@ -150,7 +150,7 @@ def test_an_action_mask_is_obeyed_by_policy_and_exploration():
             with set_exploration_type(exploration_type):
                 actions = env.rollout(40, policy, break_when_any_done=False)["action"]
             assert set(actions.unique().tolist()) <= {1, 2}
-    with pytest.raises(KeyError, match="the actor is to read 'mask', but"):
+    with pytest.raises(KeyError, match=r"the actor reads \['mask'\], but"):
         make_policy(env, action_mask_key="mask", **SMALL)
 
 
@@ -352,12 +352,30 @@ def test_compiled_policy_acts_the_same_and_copies():
             torch.manual_seed(0)
             actions.append(env.rollout(90, act, break_when_any_done=False)["action"])
         assert torch.equal(*actions)
-        assert 3 <= counter.frame_count <= 5
+        assert 1 <= counter.frame_count <= 3
         assert not again or counter.frame_count == warm
     for copied in (copy.deepcopy(policy), pickle.loads(pickle.dumps(policy))):  # noqa: S301
         torch.manual_seed(0)
         assert copied(env.reset())["action"].shape == (4,)
         assert counter.frame_count == warm
+
+
+@pytest.mark.filterwarnings("ignore")  # the compiler's own
+def test_a_compiled_policy_writes_all_parts_and_calls_hooks():
+    env = make_env()
+    policy = make_policy(env, **SMALL).eval().reset_out_keys()
+    hooked, compiled = copy.deepcopy(policy), copy.deepcopy(policy)
+    seen = []
+    hooked.actor.register_forward_hook(lambda *args: seen.append(1))
+    step = env.reset()
+    expected = policy(step.clone())
+    for other in (hooked, compiled):
+        other.compile(backend="eager")
+        out = other(step.clone())
+        assert set(out.keys()) == set(expected.keys())
+        for key in ("timestep", "state", "action_params"):
+            torch.testing.assert_close(out[key], expected[key])
+    assert seen == [1]
 
 
 def test_encoders_with_a_forward_of_their_own_are_called():
@@ -410,7 +428,7 @@ def test_a_finished_distribution_must_fit():
     env = make_env()
     five, nine = (Discrete(ActionSpace.from_spec(Categorical(n))) for n in (5, 9))
     assert make_policy(env, distribution=five, **SMALL).distribution is five
-    with pytest.raises(ValueError, match="distribution is over actions of .* Build it with"):
+    with pytest.raises(ValueError, match="distribution is over actions of "):
         make_policy(env, distribution=nine, **SMALL)
     with pytest.raises(
         ValueError, match="distribution_options go with a part .* finished Discrete"

@@ -9,7 +9,7 @@ from torchrl.data import Binary, Bounded, Categorical
 
 from torchrl_amago import modules
 from torchrl_amago.action_space import ActionSpace
-from torchrl_amago.modules import distributions, timestep
+from torchrl_amago.modules import distributions
 from torchrl_amago.modules._input_norm import InputNorm
 from torchrl_amago.modules._layers import MLP
 
@@ -53,12 +53,6 @@ CONSTRUCTORS = [
         "",
     ),
     (modules.ImageEmbedding, dict(shape=(16, 16, 3), trunk="grid"), "output_size", ""),
-    (
-        timestep.SequencePool,
-        dict(length=3, input_size=2, hidden_size=8, output_size=4, ordered=True),
-        "length input_size hidden_size output_size",
-        "",
-    ),
     (
         modules.TransformerEncoder,
         dict(**TRAJECTORY, context_length=8, num_heads=2),

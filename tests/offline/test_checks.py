@@ -272,7 +272,7 @@ def steps_of(**after) -> TensorDict:
     [
         (
             {"observation": torch.full((2, 3), 3.0)},
-            "'observation' under 'next' must be what the fol",
+            "'observation' under 'next' must equal that of the fol",
         ),
         ({"observation": torch.ones(2, 4)}, "'observation' under 'next' .* differs"),
         (

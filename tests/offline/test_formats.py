@@ -467,7 +467,7 @@ def test_no_value_bootstraps_from_an_unknown_observation():
     assert ends_of(read_d4rl(arrays), 3, episodes_per_trial=2) == [(5, False)]
     lone = read_d4rl(d4rl_arrays([1]))
     assert ends_of(lone) == [(1, True)]
-    with pytest.raises(TrajectoryError, match="what a lone step led to must be known"):
+    with pytest.raises(TrajectoryError, match="the observation after a lone step must be known"):
         ends_of(lone, 1, None, "truncated")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 
@@ -96,17 +97,13 @@ def uninterrupted(tmp_path_factory):
 @pytest.mark.parametrize(
     "stops",
     [
-        [(1, signal.SIGINT)],
-        [(1, signal.SIGTERM)],
-        [(7, signal.SIGTERM), (13, signal.SIGINT)],
-        [(9, signal.SIGINT), (10, signal.SIGHUP), (11, signal.SIGTERM)],
+        [(1, signal.SIGINT), (7, signal.SIGTERM), (13, signal.SIGINT)],
+        [(1, signal.SIGTERM), (9, signal.SIGINT), (10, signal.SIGHUP), (11, signal.SIGTERM)],
     ],
 )
 def test_stopped_by_signals(uninterrupted, tmp_path, stops):
     for number, (stop, name) in enumerate(stops):
-        trainer = make_run(tmp_path, weights_seed=number)
-        if number:
-            trainer.resume()
+        trainer = make_run(tmp_path, weights_seed=number).resume(missing_ok=True)
         signal_at(trainer, stop, name)
         is_interrupt = name == signal.SIGINT
         assert trainer.train() == ("interrupted" if is_interrupt else "preempted")
@@ -143,8 +140,8 @@ def test_checkpoints_leave_the_run_alone(uninterrupted, tmp_path):
 
 
 def test_resumed_after_its_end(uninterrupted, tmp_path):
-    finish(make_run(tmp_path))
-    assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
+    shutil.copytree(uninterrupted[1], tmp_path / "run")
+    assert_same_run(uninterrupted, finish(make_run(tmp_path / "run", weights_seed=9).resume()))
 
 
 def run_or_resume(run_dir, weights_seed):
@@ -162,12 +159,12 @@ def modification_times(folder):
 def test_killed_again_and_again(uninterrupted, tmp_path):
     """With SIGKILL, whatever the process is about, once it has begun to write."""
     rng = random.Random(0)
-    for number in range(4):
+    for number in range(3):
         before = modification_times(tmp_path)
         process = forked.Process(target=run_or_resume, args=(tmp_path, number))
         process.start()
         while process.is_alive() and modification_times(tmp_path) in (before, None):
-            time.sleep(0.002)
+            time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
         process.kill()
         process.join()
@@ -186,9 +183,10 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
     ids=str,
 )
 def test_other_memories(tmp_path, options):
+    options = {"total_updates": 9, **options}
     whole = finish(make_run(tmp_path / "whole", **options))
     first = make_run(tmp_path / "parts", **options)
-    signal_at(first, 8, signal.SIGTERM)
+    signal_at(first, 7, signal.SIGTERM)
     assert first.train() == "preempted"
     parts = make_run(tmp_path / "parts", weights_seed=5, **options)
     assert_same_run(whole, finish(parts.resume()))
@@ -199,18 +197,19 @@ def test_trials_that_cannot_go_on_end_and_the_run_says_so(tmp_path, make_env, mo
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers._components.torchrl_logger.info", lines.append)
     first = make_run(tmp_path, make_env, num_envs=6)
-    signal_at(first, 8, signal.SIGTERM)
+    signal_at(first, 4, signal.SIGTERM)
     assert first.train() == "preempted"
-    second = make_run(tmp_path, make_env, num_envs=6 if make_env is cart_poles else 4)
+    num_envs = 6 if make_env is cart_poles else 4
+    second = make_run(tmp_path, make_env, num_envs=num_envs, total_updates=6)
     assert second.resume().train() == "finished"
     assert any("trials in progress" in line and "end" in line for line in lines)
 
 
 def test_seed_repeated_gymnasium_task(tmp_path):
     """Its state can't be saved; checkpoints end its trials, in the uninterrupted run as well."""
-    whole = finish(make_run(tmp_path / "whole", cart_poles, total_updates=8))
+    whole = finish(make_run(tmp_path / "whole", cart_poles, total_updates=7))
     make_run(tmp_path / "parts", cart_poles, total_updates=5).train()
-    parts = make_run(tmp_path / "parts", cart_poles, total_updates=8, weights_seed=5)
+    parts = make_run(tmp_path / "parts", cart_poles, total_updates=7, weights_seed=5)
     assert_same_run(whole, finish(parts.resume()))
 
 
@@ -236,11 +235,11 @@ def test_a_mixture_goes_on_in_mid_trial(tmp_path):
         torch.manual_seed(0)
         return make_run(run_dir, replay=mix, **options)
 
-    whole = finish(make(tmp_path / "whole"))
-    first = make(tmp_path / "run")
+    whole = finish(make(tmp_path / "whole", total_updates=9))
+    first = make(tmp_path / "run", total_updates=9)
     signal_at(first, 7, signal.SIGTERM)
     assert first.train() == "preempted"
-    assert_same_run(whole, finish(make(tmp_path / "run").resume()))
+    assert_same_run(whole, finish(make(tmp_path / "run", total_updates=9).resume()))
 
 
 @pytest.mark.parametrize(
@@ -253,14 +252,13 @@ def test_a_mixture_goes_on_in_mid_trial(tmp_path):
     ],
     ids=str,
 )
-def test_settings_that_no_shape_reveals_are_refused(tmp_path, changed, named):
-    make_run(tmp_path, total_updates=1).train()
-    other = make_run(tmp_path, **changed)
+def test_settings_that_no_shape_reveals_are_refused(uninterrupted, tmp_path, changed, named):
+    run_dir, other = uninterrupted[1], make_run(tmp_path, **changed)
     with pytest.raises(ValueError, match=named):
-        other.resume()
+        other.resume(run_dir)
     if "loss_options" not in changed:
         with pytest.raises(ValueError, match=named.removeprefix("policy.").partition(" .*")[0]):
-            load_policy(tmp_path / "policy.npz", other.policy)
+            load_policy(run_dir / "policy.npz", other.policy)
 
 
 def test_rows_have_the_metrics_of_training_and_evaluation(uninterrupted):

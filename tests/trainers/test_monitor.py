@@ -7,9 +7,8 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import TrialMonitor
-from torchrl_amago.trainers.report import MetricWindow, evaluation_metrics
+from torchrl_amago.trainers.report import MetricWindow
 
 
 def trial(*episodes):
@@ -134,18 +133,3 @@ def test_existing_trials_count_but_are_not_logged(monitor):
     monitor.update()
     assert monitor.trials == 1
     assert monitor.window.means() == {}
-
-
-def test_evaluation_metrics():
-    assert evaluation_metrics({"score": torch.tensor(2.0)}) == {"eval/score": 2.0}
-    results = TrialResults(
-        episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
-        episode_success=torch.tensor([[False, True], [True, True]]),
-        trial_return=torch.tensor([2.0, 2.0]),
-        trial_length=torch.tensor([4, 6]),
-    )
-    metrics = evaluation_metrics(results)
-    assert metrics["eval/trial_return"] == 2.0
-    assert metrics["eval/trial_length"] == 5.0
-    assert metrics["eval/success_first"] == 0.5
-    assert metrics["eval/success_last"] == 1.0

@@ -56,21 +56,18 @@ def test_frozen_parameters_are_left_out():
         make_optimizer(net)
 
 
-def test_warmup_starts_at_one_nth():
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [((4,), [2.0, 4.0, 6.0, 8.0, 8.0, 8.0]), ((0,), [8.0] * 6), ((1, 4, 0.25), [8, 8, 6, 4, 2, 2])],
+)
+def test_the_rate_rises_from_one_nth_then_falls(arguments, expected):
     optimizer = make_optimizer(nn.Linear(1, 1), learning_rate=8.0)
-    scheduler = make_schedule(optimizer, 4)
-    rates = []
-    for _ in range(6):
+    scheduler, rates = make_schedule(optimizer, *arguments), []
+    for _ in expected:
         rates.append([group["lr"] for group in optimizer.param_groups])
         optimizer.step()
         scheduler.step()
-    assert rates == [[2.0, 2.0], [4.0, 4.0], [6.0, 6.0], [8.0, 8.0], [8.0, 8.0], [8.0, 8.0]]
-
-
-def test_no_warmup():
-    optimizer = make_optimizer(nn.Linear(1, 1), learning_rate=8.0)
-    make_schedule(optimizer, 0)
-    assert optimizer.param_groups[0]["lr"] == 8.0
+    assert rates == [[rate, rate] for rate in expected]
     with pytest.raises(ValueError, match="warmup_updates must be at least 1, got -1"):
         make_schedule(optimizer, -1)
 

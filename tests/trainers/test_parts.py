@@ -130,6 +130,17 @@ def test_the_seed_decides_the_trials_that_begin(tmp_path):
     assert not torch.equal(first_steps(rollouts), first)
 
 
+def test_a_resumed_run_forgets_trials_that_cannot_go_on(tmp_path):
+    first = make_trainer(tmp_path, total_updates=6)
+    unfinished = {99: [(1.0, 99)]}
+    first.callbacks.append(lambda trainer: trainer.monitor._unfinished.update(unfinished))
+    first.train()
+    resumed = make_trainer(tmp_path, total_updates=7).resume()
+    assert resumed.monitor._unfinished == unfinished
+    resumed.train()
+    assert not resumed.monitor._unfinished
+
+
 def test_restarting_leaves_torchs_generator_alone(tmp_path):
     trainer = make_trainer(tmp_path)
     rollouts = trainer.components["rollouts"]
@@ -169,15 +180,13 @@ def with_settings(trainer, **settings):
 
 def test_settings_of_modules_must_be_those_that_were_saved(tmp_path):
     with_settings(make_trainer(tmp_path, total_updates=4), n_step=(1,), gammas=[0.9]).train()
-    match = r"loss.n_step: \[1\] there, \[5\] here"
-    with pytest.raises(ValueError, match=match):
-        with_settings(make_trainer(tmp_path), n_step=[5], gammas=[0.9]).resume()
-    with pytest.raises(ValueError, match="1 entries: seed: 3 there, 4 here"):
-        with_settings(make_trainer(tmp_path, seed=4), n_step=[1], gammas=[0.9]).resume()
-    with pytest.raises(ValueError, match="1 entries: size: absent there, 4 here"):
-        with_settings(
-            make_trainer(tmp_path, settings={"size": 4}), n_step=[1], gammas=[0.9]
-        ).resume()
+    for options, n_step, match in (
+        ({}, [5], r"loss.n_step: \[1\] there, \[5\] here"),
+        ({"seed": 4}, [1], "1 entries: seed: 3 there, 4 here"),
+        ({"settings": {"size": 4}}, [1], "1 entries: size: absent there, 4 here"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            with_settings(make_trainer(tmp_path, **options), n_step=n_step, gammas=[0.9]).resume()
     with_settings(make_trainer(tmp_path), n_step=[1], gammas=[0.9]).resume()
 
 

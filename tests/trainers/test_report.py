@@ -12,7 +12,19 @@ from torchrl_amago._files import DamagedError
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.trainers import ProgressTable, read_progress
-from torchrl_amago.trainers.report import MetricWindow, RunReport, make_logger
+from torchrl_amago.trainers.report import (
+    MetricWindow,
+    RunReport,
+    evaluation_metrics,
+    make_logger,
+)
+
+RESULTS = TrialResults(
+    episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
+    episode_success=torch.tensor([[False, True], [True, True]]),
+    trial_return=torch.tensor([2.0, 2.0]),
+    trial_length=torch.tensor([4, 6]),
+)
 
 
 def test_rows_are_on_disk_and_columns_may_come_late(tmp_path):
@@ -62,6 +74,13 @@ def test_a_table_that_cannot_be_read(tmp_path, content):
     (tmp_path / "progress.csv").write_bytes(content)
     with pytest.raises(DamagedError, match=r"progress\.csv must be a table of numbers, but"):
         read_progress(tmp_path)
+
+
+def test_evaluation_metrics():
+    assert evaluation_metrics({"score": torch.tensor(2.0)}) == {"eval/score": 2.0}
+    metrics = evaluation_metrics(RESULTS)
+    names = ("trial_return", "trial_length", "success_first", "success_last")
+    assert [metrics[f"eval/{name}"] for name in names] == [2.0, 5.0, 0.5, 1.0]
 
 
 def test_window_means():
@@ -128,17 +147,12 @@ class ListLogger(CSVLogger):
         self.logged.append(("hparams", cfg))
 
 
-def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path):
+def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path, monkeypatch):
+    monkeypatch.setattr("torchrl_amago.plots._DPI", 20)  # drawing takes most of the time
     logger = ListLogger(tmp_path)
     report = RunReport(tmp_path / "run", [logger], progress_bar=False)
     report.open(10, 0, {"tau": 0.01, "discounts": (0.9, 0.99)})
-    results = TrialResults(
-        episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),
-        episode_success=torch.tensor([[False, True], [True, True]]),
-        trial_return=torch.tensor([2.0, 2.0]),
-        trial_length=torch.tensor([4, 6]),
-    )
-    report.write_row(update=5, frames=40, extra={}, evaluation=results)
+    report.write_row(update=5, frames=40, extra={}, evaluation=RESULTS)
     report.close()
     assert logger.logged[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
     expected = [
@@ -211,3 +225,11 @@ def test_loggers_by_name(tmp_path):
     assert make_logger(logger, tmp_path) is logger
     with pytest.raises(ValueError, match=r"must be one of 'tensorboard', 'wandb', got 'mlflow'"):
         make_logger("mlflow", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb"])
+def test_a_logger_s_missing_package_is_named_with_its_extra(tmp_path, monkeypatch, name):
+    flag = {"tensorboard": "_has_tb", "wandb": "_has_wandb"}[name]
+    monkeypatch.setattr(f"torchrl.record.loggers.{name}.{flag}", False)
+    with pytest.raises(ImportError, match=rf'pip install "torchrl-amago\[{name}\]"'):
+        make_logger(name, tmp_path)

@@ -49,10 +49,8 @@ def _read(path: Path) -> Mapping[str, Tensor]:
         try:
             from safetensors.torch import load_file
         except ImportError as error:
-            raise ImportError(
-                f"{path.name} needs the package safetensors, which is not installed. Install it "
-                "with: pip install 'torchrl-amago[amago]'"
-            ) from error
+            install = "pip install 'torchrl-amago[amago]'"
+            raise ImportError(f"{path.name} needs the package safetensors: {install}") from error
         return load_file(path)
     with path.open("rb") as file:
         try:
@@ -61,6 +59,5 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             # torch's own message advises weights_only=False, which runs code of the file.
             raise ValueError(
                 f"{path} must be a whole file of torch.save with a dict of tensors and nothing "
-                "else: anything else could run code. Copy the file again, or save the state dict "
-                "alone: torch.save(agent.state_dict(), path)."
+                "else. Save the state dict alone: torch.save(agent.state_dict(), path)."
             ) from error

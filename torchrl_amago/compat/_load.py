@@ -33,8 +33,7 @@ class WeightReport:
     Args:
         loaded: AMAGO's name -> ours.
         unused: AMAGO's name -> the reason why it has no place here.
-        kept: our entries that AMAGO's weights do not contain, such as discounts and bins. They stay
-            as the policy and the loss were built; check that they equal the AMAGO agent's.
+        kept: our entries that AMAGO's weights lack, such as bins; they must equal the agent's.
 
     Example:
         >>> print(WeightReport({"actor.a": "actor.b"}, {"critics.c": "for training"}, ("bins",)))
@@ -59,8 +58,6 @@ class WeightReport:
 
 
 class _Network(NamedTuple):
-    """One of our networks: its name, its module, and its entries by name."""
-
     name: str
     module: nn.Module
     entries: Mapping[str, Tensor]
@@ -72,19 +69,15 @@ def load_amago_weights(
     """Fill a policy, and a loss around it, with the weights of an AMAGO 3.x agent.
 
     The policy must have the agent's networks, sizes and discounts, and read the same inputs in the
-    same order: observations sorted by name, then the previous reward and action. With a loss,
-    critics, target networks and PopArt's statistics are filled too; make TorchRL's `SoftUpdate`
-    before, since it copies the online weights to the targets.
-
-    Args:
-        source: a file that AMAGO wrote, or a state dict; see :func:`read_amago_weights`.
-        policy: policy to fill.
-        loss: loss to fill, built around this policy.
+    same order: observations sorted by name, then the previous reward and action. With a loss, built
+    around this policy, critics, target networks and PopArt's statistics are filled too; make
+    TorchRL's `SoftUpdate` before, since it copies the online weights to the targets. For sources
+    and errors of files see :func:`read_amago_weights`.
 
     Raises:
         ValueError: if a weight has no place here, an entry of ours would stay unfilled, a shape
             differs, or inputs are read in another order. The message lists all of them by name, and
-            nothing has changed. For errors of files see :func:`read_amago_weights`.
+            nothing has changed.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -157,10 +150,7 @@ def _networks(policy: Policy, loss: AMAGOLoss | None) -> dict[str, _Network]:
         return networks
     trained = {p.data_ptr() for p in loss.actor_network_params.values(True, True)}
     if not trained & {p.data_ptr() for p in policy.actor.parameters()}:
-        raise ValueError(
-            "the loss must train this policy, but it has weights of its own. Build it around the "
-            "policy: amago_loss(policy) or amago2_loss(policy)."
-        )
+        raise ValueError("the loss must train this policy, but it has weights of its own.")
     critic = loss.critic_network.module
     for theirs, ours, module, params in (
         ("critics", "critic", critic, loss.critic_network_params),

@@ -16,39 +16,46 @@ from torchrl.collectors import Collector
 from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_amago import keys
-from torchrl_amago._validation import check_counts
-from torchrl_amago.data._trial_ends import trial_ends
+from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.data._trial_ends import known_ends
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
-_TRIAL = ("collector", "traj_ids")
+# Options with a fixed value: name, value, reason.
+_FIXED_OPTIONS = (
+    ("split_trajs", False, "Trials are written whole, without padding."),
+    ("set_truncated", False, "It would end each trial with the batch."),
+    ("track_traj_ids", True, "Trials are identified by their number."),
+    ("extend_buffer", True, "Steps wait until their trial is complete."),
+    ("trajs_per_write", None, "The trials that a batch completes are written together."),
+)
 
 
 class TrialCollector(Collector):
     """Collector that writes complete trials into a replay buffer.
 
-    It writes what `Collector(..., trajs_per_batch=1)` does, in the same order, only faster. Steps
-    wait until their trial is complete. With ``fragment_length``, endless and very long trials are
-    written in fragments. A fragment is stored like a trial, with its steps' true ``time_idx``; only
-    the last one ends with ``done``.
+    It writes the trials of `Collector(..., trajs_per_batch=1)`, in the same order, only faster.
+    Steps wait until their trial is complete. With ``fragment_length``, endless and very long trials
+    are written in fragments, stored like trials, with the true ``time_idx``; only the last one of a
+    trial ends with ``done``.
 
-    It also works as the ``collector_class`` of `MultiCollector`, `RayCollector` and
-    `Collector(..., backend=...)`, whose workers write their own trials. `MultiCollector` then needs
-    ``trajs_per_batch=1``, or it prepares TorchRL's storages for batches instead of steps.
+    As the ``collector_class`` of `MultiCollector`, `RayCollector` and `Collector(..., backend=...)`
+    it writes trials from their workers. `MultiCollector` then needs ``trajs_per_batch=1``, or it
+    prepares TorchRL's storages for batches instead of steps.
 
     Args:
         env: batched environment, or a function that makes one.
         policy: called at every step; or use ``policy_factory``.
-        replay_buffer: buffer to write to; ``fragment_length`` needs one with a
-            :class:`TrialSliceSampler`.
+        replay_buffer: buffer to write to.
         frames_per_batch: environment steps, all rows together, between two writes.
-        fragment_length: steps after which a trial is cut; None never cuts.
+        fragment_length: steps after which a trial is cut; None never cuts. It needs a buffer with a
+            :class:`TrialSliceSampler`.
         stagger: give the first fragment of each trial a shorter length of its own, so that trials
             that began together don't all fill their fragments in the same step.
         postproc: transform of complete trials, such as a relabeller: of a batch ``[N, L]``, padded
             on the right with the mask ``("collector", "mask")``. Steps in the resulting mask are
             written.
-        options: further arguments of :class:`torchrl.collectors.Collector`. ``reset_at_each_iter``
+        options: other arguments of :class:`torchrl.collectors.Collector`. ``reset_at_each_iter``
             drops unfinished trials at the end of each batch; ``trajs_per_batch`` does nothing.
 
     Raises:
@@ -80,8 +87,14 @@ class TrialCollector(Collector):
         **options: Any,
     ) -> None:
         self.closed = True  # TorchRL's destructor reads it if a check fails
-        _check_fragments(fragment_length, replay_buffer)
-        _check_options(replay_buffer, options)
+        if fragment_length is not None:
+            _check_fragments(fragment_length, replay_buffer)
+        if replay_buffer is None:
+            raise TypeError("a TrialCollector needs a replay_buffer; see make_trial_buffer.")
+        for name, value, reason in _FIXED_OPTIONS:
+            check_choice(name, options.get(name), (None, value), reason)
+        for name in ("trajs_per_batch", "trajs_per_write", "traj_format"):
+            options.pop(name, None)
         self.fragment_length, self.stagger, self._process = fragment_length, stagger, postproc
         # Workers of a MultiCollector share one count of trials: none of them can restore it.
         self._shares_numbers = options.get("traj_pool") is not None
@@ -95,7 +108,7 @@ class TrialCollector(Collector):
     def iterator(self) -> Iterator[None]:
         """Write the trials that each batch completes; yield None after each batch."""
         for batch in super().iterator():
-            self._row_trials = batch.get(_TRIAL)[..., -1].clone()
+            self._row_trials = batch.get(keys.TRAJECTORY)[..., -1].clone()
             trials, lengths = self._complete_trials(batch.reshape(-1))
             if self.reset_at_each_iter:
                 self._drop_trials()
@@ -106,34 +119,29 @@ class TrialCollector(Collector):
     def _write(self, trials: TensorDictBase, lengths: list[int]) -> None:
         if self._process is not None:
             trials, lengths = _apply_to_rows(self._process, trials, lengths)
+        buffer, options = self.replay_buffer, {}
         # Flags mark the ends of whole trials, and TorchRL's buffers read trajectory numbers.
-        buffer = self.replay_buffer
         takes_lengths = isinstance(buffer, TrialReplayBuffer) or not _is_local(buffer)
-        is_cut = self.fragment_length is not None and takes_lengths
-        buffer.extend(trials, **({"lengths": lengths} if is_cut else {}))
+        if self.fragment_length is not None and takes_lengths:
+            options = {"lengths": lengths}
+        buffer.extend(trials, **options)
 
     def _complete_trials(self, steps: TensorDictBase) -> tuple[TensorDictBase, list[int]]:
         """Return completed trials and fragments, side by side, and their lengths."""
         if self._pending is not None:
             steps = torch.cat((self._pending, steps))
         # Stable: the order of time is kept within each trial.
-        trial, order = steps.get(_TRIAL).sort(stable=True)
+        trial, order = steps.get(keys.TRAJECTORY).sort(stable=True)
         number, length = trial.unique_consecutive(return_counts=True)
         last = length.cumsum(0) - 1
-        ends = trial_ends(steps)
-        if ends is None:
-            raise ValueError(
-                "trials end where 'done', 'terminated' or 'truncated' is True under 'next', and "
-                f"the steps have only {sorted(map(str, steps['next'].keys(True, True)))}. Add one."
-            )
-        is_complete = ends[order[last]].tolist()
+        is_complete = known_ends(steps)[order[last]].tolist()
         chosen, pending, lengths = [], [], []
-        pieces = zip(number.tolist(), order.split(length.tolist()), is_complete, strict=True)
-        for trial_number, steps_of, complete in pieces:
-            cuts = self._cuts(trial_number, len(steps_of), complete)
+        places = order.split(length.tolist())
+        for trial, place, complete in zip(number.tolist(), places, is_complete, strict=True):
+            cuts = self._cuts(trial, len(place), complete)
             lengths += cuts
-            chosen.append(steps_of[: sum(cuts)])
-            pending.append(steps_of[sum(cuts) :])
+            chosen.append(place[: sum(cuts)])
+            pending.append(place[sum(cuts) :])
         left = torch.cat(pending)
         self._pending = steps[left] if len(left) else None
         return steps[torch.cat(chosen)], lengths
@@ -155,8 +163,6 @@ class TrialCollector(Collector):
             cuts += [length] if length else []
         return cuts
 
-    # -- unfinished trials -----------------------------------------------------------------------
-
     def reset(self, index: Any = None, **kwargs: Any) -> None:
         """Start new trials in the rows of `index` or in all; drop their unfinished trials."""
         super().reset(index, **kwargs)
@@ -166,7 +172,7 @@ class TrialCollector(Collector):
         trials = self._row_trials.unsqueeze(-1)[index].reshape(-1)
         self._begun -= set(trials.tolist())
         if self._pending is not None:
-            self._pending = self._pending[~torch.isin(self._pending.get(_TRIAL), trials)]
+            self._pending = self._pending[~torch.isin(self._pending.get(keys.TRAJECTORY), trials)]
 
     def _drop_trials(self) -> None:
         self._pending: TensorDictBase | None = None
@@ -175,37 +181,33 @@ class TrialCollector(Collector):
     def state_dict(self) -> dict[str, Any]:
         """Return TorchRL's state of collector, transforms and policy, and the unfinished trials.
 
-        Returns:
-            A nested dict of tensors and plain values. Its ``in_progress`` is all that the next step
-            depends on besides weights and torch's global generator. It is left out unless the
-            environment's class sets ``can_save_state``, and in workers of a `MultiCollector`.
+        These are its ``in_progress``: all that the next step depends on besides weights and torch's
+        global generator, in tensors and plain values. It is left out unless the environment's class
+        sets ``can_save_state``, and in workers of a `MultiCollector`.
         """
         state = super().state_dict()
         env = _env_with_state(self.env)
-        if env is not None and not self._shares_numbers:
-            in_progress = {
-                "env": env.state_dict(),
-                "carrier": self._carrier.to_dict(),
-                "begun": torch.tensor(sorted(self._begun), dtype=torch.int64),
-                "memories": {
-                    str(i): module.memory_state_dict(self._streams_of(module))
-                    for i, module in enumerate(self._encoders())
-                },
-            }
-            if self._pending is not None:
-                in_progress["pending"] = self._pending.to_dict()
-            state["in_progress"] = tree_map(_copy, in_progress)
-        return state
+        if env is None or self._shares_numbers:
+            return state
+        in_progress = {
+            "env": env.state_dict(),
+            "carrier": self._carrier.to_dict(),
+            "begun": torch.tensor(sorted(self._begun), dtype=torch.int64),
+            "memories": {},
+        }
+        for number, encoder in self._encoders():
+            streams = self._carrier.get(encoder.stream_key, torch.empty(0)).unique().tolist()
+            in_progress["memories"][number] = encoder.memory_state_dict(streams)
+        if self._pending is not None:
+            in_progress["pending"] = self._pending.to_dict()
+        return state | {"in_progress": tree_map(_copy, in_progress)}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], **kwargs: Any) -> None:
-        """Load a state of :meth:`state_dict`.
+        """Load a state of :meth:`state_dict`; the next step is that of the saved collector.
 
-        With ``in_progress``, the next step is the one that the saved collector would have taken.
-        Without
-        it, unfinished trials are dropped: then call :meth:`reset`, unless the collector is new.
-
-        Raises:
-            ValueError: if this environment can't continue the saved trials; nothing is changed.
+        Without ``in_progress``, unfinished trials are dropped: then call :meth:`reset`, unless the
+        collector is new. If this environment can't continue the saved trials, raise ValueError and
+        change nothing.
         """
         state, in_progress = dict(state_dict), state_dict.get("in_progress")
         if in_progress is not None:
@@ -229,32 +231,25 @@ class TrialCollector(Collector):
         size, device = self.env.batch_size, self.env.device
         carrier = TensorDict(in_progress["carrier"], batch_size=size, device=device).clone()
         self._carrier = carrier.clear_device_() if self._carrier.device is None else carrier
-        self._row_trials = carrier.get(_TRIAL).clone()
+        self._row_trials = carrier.get(keys.TRAJECTORY).clone()
         self._begun = set(in_progress["begun"].tolist())
         if "pending" in in_progress:
             pending = in_progress["pending"]
             size = [len(pending["collector"]["traj_ids"])]
             self._pending = TensorDict(pending, size, device=self.storing_device).clone()
         _env_with_state(self.env).load_state_dict(in_progress["env"])
-        for i, encoder in enumerate(self._encoders()):
-            encoder.load_memory_state_dict(in_progress["memories"][str(i)])
+        for number, encoder in self._encoders():
+            encoder.load_memory_state_dict(in_progress["memories"][number])
 
-    def _encoders(self) -> list[Any]:
-        """Return the policy's modules with a memory of rollouts."""
+    def _encoders(self) -> list[tuple[str, Any]]:
+        """Return the policy's modules with a memory of rollouts, numbered."""
         modules = getattr(self.policy, "modules", tuple)()
-        return [module for module in modules if hasattr(module, "load_memory_state_dict")]
-
-    def _streams_of(self, encoder: Any) -> list[int]:
-        """Return the numbers of these rows' rollouts in an encoder's memory."""
-        streams = self._carrier.get(encoder.stream_key, None)
-        return [] if streams is None else streams.unique().tolist()
+        encoders = [module for module in modules if hasattr(module, "load_memory_state_dict")]
+        return [(str(number), encoder) for number, encoder in enumerate(encoders)]
 
 
-def _check_fragments(fragment_length: int | None, replay_buffer: Any) -> None:
-    if fragment_length is None:
-        return
-    rule = "It is the number of steps after which an endless trial is cut; None never cuts."
-    check_counts(rule, fragment_length=fragment_length)
+def _check_fragments(fragment_length: int, replay_buffer: Any) -> None:
+    check_counts("None never cuts a trial.", fragment_length=fragment_length)
     finds_trials = isinstance(getattr(replay_buffer, "sampler", None), TrialSliceSampler)
     if _is_local(replay_buffer) and not finds_trials:
         raise ValueError(
@@ -268,37 +263,11 @@ def _is_local(replay_buffer: Any) -> bool:
     return getattr(replay_buffer, "service_backend", None) == "direct"
 
 
-# Options with a fixed value: name, value, reason.
-_FIXED_OPTIONS = (
-    ("split_trajs", False, "trials are written whole, without padding"),
-    ("set_truncated", False, "it would end each trial with the batch"),
-    ("track_traj_ids", True, "trials are identified by their number"),
-    ("extend_buffer", True, "steps wait until their trial is complete"),
-    ("trajs_per_write", None, "the trials that a batch completes are written together"),
-)
-
-
-def _check_options(replay_buffer: Any, options: dict[str, Any]) -> None:
-    """Check options, and remove those of TorchRL's assembly."""
-    if replay_buffer is None:
-        raise TypeError(
-            "a TrialCollector needs a replay_buffer, got None. Make one with make_trial_buffer."
-        )
-    for name, value, reason in _FIXED_OPTIONS:
-        if options.get(name) not in (None, value):
-            raise ValueError(
-                f"{name} must be {value} in a TrialCollector, got {options[name]!r}: {reason}. "
-                "Leave it out, or use TorchRL's Collector."
-            )
-    for name in ("trajs_per_batch", "trajs_per_write", "traj_format"):
-        options.pop(name, None)
-
-
 def _apply_to_rows(
     process: Callable[[TensorDictBase], TensorDictBase], trials: TensorDictBase, lengths: list[int]
 ) -> tuple[TensorDictBase, list[int]]:
     """Apply a function to trials as padded rows; return the remaining steps side by side."""
-    length_N1 = torch.tensor(lengths, device=trials.get(_TRIAL).device).unsqueeze(1)
+    length_N1 = torch.tensor(lengths, device=trials.get(keys.TRAJECTORY).device).unsqueeze(1)
     step_L = torch.arange(max(lengths), device=length_N1.device)
     first_N1 = length_N1.cumsum(0) - length_N1
     # Padding repeats the last step.

@@ -32,7 +32,7 @@ class TrialMixture:
 
     Args:
         buffers: by name; each must sample slices ``[B, T]`` with the mask ``("collector",
-            "mask")``, without prefetch, and the same entries in their steps.
+            "mask")``, without prefetch, padded on the same side, with the same entries.
         weights: final weight of each; those of the ready ones are scaled to sum up to 1.
         initial_weights: default: the final one for buffers that are ready when the first batch is
             drawn, 0 for the others.
@@ -43,8 +43,8 @@ class TrialMixture:
         source_key: entry of a batch for the index of each slice's buffer in ``buffers``.
 
     Raises:
-        ValueError: for weights that are negative, all zero or of other names than the buffers, a
-            buffer that prefetches, or buffers that pad slices on different sides.
+        ValueError: for weights that are negative, all zero or of other names than the buffers, and
+            for buffers that don't fit together.
 
     Example:
         >>> from tensordict import TensorDict
@@ -81,7 +81,7 @@ class TrialMixture:
                 )
         self._pads_left = _check_buffers(buffers)
         self.buffers, self.weights = dict(buffers), dict(weights)
-        self.initial_weights, self.anneal_updates = initial_weights, anneal_updates
+        self.initial_weights, self.anneal_updates = initial_weights or {}, anneal_updates
         self.batch_size, self.source_key = batch_size, source_key
         self._online, self.updates = online, 0
         #: Number of batches drawn before each buffer was first ready.
@@ -95,10 +95,7 @@ class TrialMixture:
     def online(self) -> ReplayBuffer:
         """Buffer that is written to; RuntimeError if there is none."""
         if self._online is None:
-            raise RuntimeError(
-                f"writing needs one of {list(self.buffers)}, got online=None. Make the mixture "
-                "with online=..."
-            )
+            raise RuntimeError(f"writing needs one of {list(self.buffers)}, got online=None.")
         return self.buffers[self._online]
 
     @property
@@ -125,7 +122,7 @@ class TrialMixture:
                 "sampling needs a buffer that has a weight and is ready, and none of "
                 f"{list(self.buffers)} is. Call can_sample() first."
             )
-        size = self.batch_size if batch_size is None else batch_size
+        size = batch_size or self.batch_size
         drawn_B = torch.multinomial(weights_P, size, replacement=True, generator=self._rng)
         parts = []
         for number, count in zip(*drawn_B.unique(return_counts=True), strict=True):
@@ -158,7 +155,7 @@ class TrialMixture:
         return dict(zip(self.buffers, fractions_P.tolist(), strict=True))
 
     def metrics(self) -> dict[str, float]:
-        """Return the fractions by the names of metrics."""
+        """Return the fractions as ``fraction/name``."""
         return {f"fraction/{name}": fraction for name, fraction in self.fractions().items()}
 
     def _weights(self) -> Tensor:
@@ -167,8 +164,7 @@ class TrialMixture:
         # Checked each time: a few long trials may evict more than min_trials others.
         for name in (name for name, buffer in self.buffers.items() if buffer.can_sample()):
             ready_at, final = self.ready_at.setdefault(name, self.updates), self.weights[name]
-            default = 0.0 if ready_at else final
-            initial = (self.initial_weights or {}).get(name, default)
+            initial = self.initial_weights.get(name, 0.0 if ready_at else final)
             # The batch at which a buffer becomes ready is its first step: its weight is never 0.
             progress = min((self.updates - ready_at + 1) / max(self.anneal_updates, 1), 1.0)
             weights[name] = initial + (final - initial) * progress
@@ -193,19 +189,19 @@ class TrialMixture:
         for other_name, other in self._entries.items():
             needed = {key for key in entries.keys() ^ other.keys() if not _may_lack(key)}
             for key in sorted(needed | entries.keys() & other.keys(), key=str):
-                if entries.get(key) != (there := other.get(key, "nothing")):
+                here, there = (one.get(key, "nothing") for one in (entries, other))
+                if here != there:
                     raise ValueError(
                         "the steps of a mixture's buffers must have the same entries, shapes and "
-                        f"dtypes, and differ in {key!r}: {there} in {other_name!r}, "
-                        f"{entries.get(key, 'nothing')} in {name!r}. Collect and sample them alike."
+                        f"dtypes, and differ in {key!r}: {there} in {other_name!r}, {here} in "
+                        f"{name!r}. Collect and sample them in the same way."
                     )
         self._entries[name] = entries
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of weights and generator; :attr:`online` needs :func:`save_replay`."""
-        generator = None if self._rng is None else self._rng.get_state()
-        state = {"facts": self._facts(), "generator": generator}
-        return state | {"updates": self.updates, "ready_at": dict(self.ready_at)}
+        state = {"updates": self.updates, "ready_at": dict(self.ready_at), "facts": self._facts()}
+        return state | {"generator": None if self._rng is None else self._rng.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state; ValueError if data or generator differ from the saved ones."""
@@ -220,10 +216,11 @@ class TrialMixture:
         self.updates, self.ready_at = int(state["updates"]), dict(state["ready_at"])
 
     def _facts(self) -> dict[str, str]:
-        """Return what must be the same for a mixture to go on exactly."""
+        """Return facts that must be the same for a mixture to go on exactly."""
         facts = {"generator": "none" if self._rng is None else "its own"}
-        for name in self.buffers.keys() - {self._online}:
-            buffer = self.buffers[name]
+        for name, buffer in self.buffers.items():
+            if name == self._online:
+                continue
             # All trials are read only once, not for every checkpoint.
             version = name, buffer.write_count, len(buffer)
             if version not in self._checksums:
@@ -239,19 +236,15 @@ def online_part(buffer: ReplayBuffer | TrialMixture) -> ReplayBuffer:
 
 def _check_buffers(buffers: Mapping[str, ReplayBuffer]) -> bool:
     """Check that the buffers' slices fit together; return True if they are padded on the left."""
-    for name, buffer in buffers.items():
-        if getattr(buffer, "_prefetch", False):
-            raise ValueError(
-                f"a mixture's buffers must not prefetch, and {name!r} does. Use prefetch=None."
-            )
-    sides = {name: getattr(buffer.sampler, "padding", None) for name, buffer in buffers.items()}
+    if eager := [name for name, one in buffers.items() if getattr(one, "_prefetch", False)]:
+        raise ValueError(f"a mixture's buffers must not prefetch, got {eager} that do.")
+    sides = {name: getattr(one.sampler, "padding", None) for name, one in buffers.items()}
     if len(set(sides.values()) - {None}) > 1:
         raise ValueError(f"a mixture's buffers must pad slices on the same side, got {sides}.")
     return "left" in sides.values()
 
 
 def _checksum(buffer: ReplayBuffer) -> int:
-    """Compute a checksum of all that a buffer holds."""
     steps, total = buffer[:].flatten_keys() if len(buffer) else {}, 0
     for key in sorted(steps.keys()):
         total = zlib.crc32(steps[key].contiguous().view(torch.uint8).numpy(), total)

@@ -12,11 +12,11 @@ _FLAGS = ("done", "terminated", "truncated")
 
 
 class RecordedEnv(EnvBase):
-    """An environment that plays recorded rows, whatever the actions are.
+    """An environment that plays recorded rows and ignores the actions it is given.
 
     A step goes to the next row, and so does a soft reset: the row where an episode ended comes
-    before the first row of the next episode. Without ``rows`` it has specs only; under
-    :func:`make_trial_env` these are enough for policies and ``load_trials``.
+    before the first row of the next episode. Without ``rows`` it has specs only, and a reset raises
+    RuntimeError; under :func:`make_trial_env` specs are enough for policies and ``load_trials``.
 
     Args:
         observation_spec: without batch dimensions, like the other specs.
@@ -25,9 +25,6 @@ class RecordedEnv(EnvBase):
         rows: ``[N]``, each an observation, the action taken there, and reward and ends (``done``,
             ``terminated``, ``truncated``) of the step that led there.
         first: ``[R]``, the row that each environment of the batch begins with.
-
-    Raises:
-        RuntimeError: if it is reset without rows.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env

@@ -7,17 +7,18 @@ quicker ones take meanwhile are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
-from torch import Tensor, nn
-from torchrl.envs import EnvBase
+from torch import nn
+from torchrl.envs import EnvBase, ParallelEnv, SerialEnv, TransformedEnv
 from torchrl.envs.utils import ExplorationType, set_exploration_type
 from torchrl.modules import set_recurrent_mode
 
+from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.evaluation.results import TrialResults
 
@@ -49,17 +50,16 @@ def evaluate(
         greedy: act by the distribution's mode (`ExplorationType.DETERMINISTIC`); otherwise sample
             from the policy (`ExplorationType.RANDOM`), with `policy.exploration.enabled` off.
         seed: of the environment and the sampling.
-        success_threshold: an episode succeeds if its return is larger.
+        success_threshold: an episode succeeds if its return is larger; not read if the environment
+            reports successes (`success_key` of the trial transform).
         max_trial_steps: longest trial allowed.
         episode_return_key: in `next`, as all keys: return of the step's episode so far.
         soft_reset_key: True if the step ends an episode and the trial continues.
-        reward_key: the reward.
-        done_key: True if the step ends the trial.
+        reward_key, done_key: reward, and True if the step ends the trial.
 
     Raises:
         KeyError: if the environment has no trial transform.
         RuntimeError: if a trial is longer than `max_trial_steps`.
-        ValueError: if `trials_per_env` is not positive.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -68,7 +68,7 @@ def evaluate(
         >>> results.episode_return.shape
         torch.Size([32, 5])
     """
-    check_counts("Every environment plays that many trials.", trials_per_env=trials_per_env)
+    check_counts(trials_per_env=trials_per_env)
     tally = _Tally(env.batch_size.numel(), trials_per_env, max_trial_steps)
     read = (reward_key, episode_return_key, soft_reset_key, done_key)
     with rollout_mode(policy, greedy=greedy, seed=seed):
@@ -76,9 +76,9 @@ def evaluate(
         step = env.reset()
         while not tally.is_complete:
             step, following = env.step_and_maybe_reset(policy(step))
-            tally.add(*_read(step["next"], *read))
+            tally.add(_read(step["next"], read, success_threshold))
             step = following
-    return tally.results(success_threshold)
+    return tally.results(_task_names(env))
 
 
 @contextmanager
@@ -115,14 +115,29 @@ def rollout_mode(policy: Callable, *, greedy: bool, seed: int) -> Iterator[None]
             module.training = training
 
 
-def _read(step_next: TensorDictBase, *keys: NestedKey) -> list[Tensor]:
+def _read(
+    step_next: TensorDictBase, read: tuple[NestedKey, ...], success_threshold: float
+) -> list[np.ndarray]:
     try:
-        return [step_next[key] for key in keys]
+        reward, episode_return, soft_reset, done = (step_next[key] for key in read)
     except KeyError as error:
         raise KeyError(
-            f"evaluate reads {keys} after each step, but the environment gives only "
+            f"evaluate reads {read} after each step, but the environment gives only "
             f"{sorted(map(str, step_next.keys()))}. Append the trial transform, or name the keys."
         ) from error
+    success = step_next.get(keys.EPISODE_SUCCESS, episode_return > success_threshold)
+    task_id = step_next.get(keys.TASK_ID, torch.full_like(done, -1, dtype=torch.int64))
+    entries = reward, episode_return, soft_reset, done, success, task_id
+    return [entry.reshape(-1).cpu().numpy() for entry in entries]
+
+
+def _task_names(env: EnvBase) -> Sequence[str]:
+    while isinstance(env, TransformedEnv):
+        env = env.base_env
+    if isinstance(env, SerialEnv):
+        return _task_names(env._envs[0])
+    # Workers would die of a missing attribute: tasks of a ParallelEnv have numbers only.
+    return () if isinstance(env, ParallelEnv) else getattr(env, "task_names", ())
 
 
 class _Tally:
@@ -130,46 +145,43 @@ class _Tally:
 
     def __init__(self, num_envs: int, trials_per_env: int, max_trial_steps: int):
         self.trials_per_env, self.max_trial_steps = trials_per_env, max_trial_steps
-        self.trial = np.zeros(num_envs, dtype=np.int64)
-        self.episode = np.zeros(num_envs, dtype=np.int64)
+        self.trial, self.episode = np.zeros((2, num_envs), dtype=np.int64)
         self.trial_return = np.zeros((num_envs, trials_per_env))
-        self.trial_length = np.zeros((num_envs, trials_per_env), dtype=np.int64)
-        # (row, trial, episode, return) of every episode that ended, one array each per step.
+        self.trial_length, self.task_id = np.zeros((2, num_envs, trials_per_env), dtype=np.int64)
+        # (row, trial, episode, return, success) of every episode that ended, a tuple per step.
         self.ended: list[tuple[np.ndarray, ...]] = []
 
     @property
     def is_complete(self) -> bool:
         return bool((self.trial == self.trials_per_env).all())
 
-    def add(self, reward: Tensor, episode_return: Tensor, soft_reset: Tensor, done: Tensor) -> None:
+    def add(self, step: list[np.ndarray]) -> None:
         """Count one step of every environment that has trials left to play."""
-        reward, episode_return, soft_reset, done = (
-            value.reshape(len(self.trial)).cpu().numpy()
-            for value in (reward, episode_return, soft_reset, done)
-        )
+        reward, episode_return, soft_reset, done, success, task_id = step
         row = np.flatnonzero(self.trial < self.trials_per_env)
-        self.trial_return[row, self.trial[row]] += reward[row]
-        self.trial_length[row, self.trial[row]] += 1
-        if self.trial_length[row, self.trial[row]].max() > self.max_trial_steps:
+        place = (row, self.trial[row])
+        self.trial_return[place] += reward[row]
+        self.trial_length[place] += 1
+        self.task_id[place] = task_id[row]
+        if self.trial_length[place].max() > self.max_trial_steps:
             raise RuntimeError(
                 f"a trial must end within max_trial_steps={self.max_trial_steps} steps, one did "
                 "not. Give the trial transform episodes= or horizon=, or raise max_trial_steps."
             )
         over = row[soft_reset[row] | done[row]]
         if over.size:
-            self.ended.append((over, self.trial[over], self.episode[over], episode_return[over]))
+            outcome = episode_return[over], success[over]
+            self.ended.append((over, self.trial[over], self.episode[over], *outcome))
             self.episode[over] = np.where(done[over], 0, self.episode[over] + 1)
             self.trial[over] += done[over]
 
-    def results(self, success_threshold: float) -> TrialResults:
+    def results(self, task_names: Sequence[str]) -> TrialResults:
         """Return all that was counted, in the order of environments."""
-        row, trial, episode, value = map(np.concatenate, zip(*self.ended, strict=True))
-        episode_return = np.full((self.trial.size * self.trials_per_env, episode.max() + 1), np.nan)
-        episode_return[row * self.trials_per_env + trial, episode] = value
-        episode_return = torch.from_numpy(episode_return).float()
-        return TrialResults(
-            episode_return,
-            episode_return > success_threshold,
-            torch.from_numpy(self.trial_return.reshape(-1)).float(),
-            torch.from_numpy(self.trial_length.reshape(-1)),
-        )
+        *place, value, success = map(np.concatenate, zip(*self.ended, strict=True))
+        shape = (*self.trial_return.shape, place[2].max() + 1)
+        returns, is_success = np.full(shape, np.nan, np.float32), np.zeros(shape, dtype=bool)
+        returns[tuple(place)], is_success[tuple(place)] = value, success
+        trial_return = self.trial_return.astype(np.float32)
+        arrays = returns, is_success, trial_return, self.trial_length, self.task_id
+        tensors = (torch.from_numpy(array).flatten(0, 1) for array in arrays)
+        return TrialResults(*tensors, tuple(task_names))

@@ -25,11 +25,7 @@ class HeldOutEvaluator:
     (`BatchedTask`) share a generator, so their later tasks depend on the steps at which trials end.
     For a comparison trial by trial, use as many environments as trials.
 
-    Args:
-        policy: as for :func:`evaluate`.
-        env: environment with a trial transform, separate from training's. It is seeded and reset.
-        seed: of the environment and of sampling.
-        success_threshold: an episode succeeds if its return is larger.
+    Arguments: see :func:`evaluate`. The environment must not be training's.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -51,14 +47,9 @@ class HeldOutEvaluator:
 
     def evaluate(self, num_trials: int, *, greedy: bool = True) -> TrialResults:
         """Play `num_trials`, rounded up to equally many in each environment of the batch."""
-        return evaluate(
-            self.policy,
-            self.env,
-            trials_per_env=max(1, math.ceil(num_trials / self.env.batch_size.numel())),
-            greedy=greedy,
-            seed=self.seed,
-            success_threshold=self.success_threshold,
-        )
+        number = max(1, math.ceil(num_trials / self.env.batch_size.numel()))
+        options = {"seed": self.seed, "success_threshold": self.success_threshold}
+        return evaluate(self.policy, self.env, trials_per_env=number, greedy=greedy, **options)
 
     def evaluate_greedy_and_sampled(self, num_trials: int) -> EvaluationResults:
         """Play trials greedily, then with sampled actions, both from the same seed."""

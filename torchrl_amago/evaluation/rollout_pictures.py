@@ -1,7 +1,7 @@
 """Pictures of one trial, episode by episode.
 
-The trial transform resets the task within the step that ends an episode, so the picture that
-matters most, the episode's end, is gone when `env.step` returns. A camera below takes it before.
+The trial transform resets the task within the step that ends an episode, so the picture of its end
+is gone when `env.step` returns. A camera beneath the transform takes it before.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def rollout_pictures(
     soft_reset_key: NestedKey = "soft_reset",
     done_key: NestedKey = "done",
 ) -> list[list[np.ndarray]]:
-    """Play one trial and take a picture at every step.
+    """Play one trial; return a list of pictures per episode, from its first state to its last.
 
     Other arguments, and what stays undisturbed: see :func:`evaluate`.
 
@@ -55,13 +55,7 @@ def rollout_pictures(
         env: transforms over an environment with `render(index) -> uint8 [H, W, 3]`, or over a
             Gymnasium environment made with ``render_mode="rgb_array"``. It is seeded and reset.
         env_index: environment of the batch to look at; all of them play.
-        max_steps: longest trial allowed.
-
-    Returns:
-        One list of pictures per episode, from its first state to its last.
-
-    Raises:
-        RuntimeError: if the trial is longer than `max_steps`.
+        max_steps: longest trial allowed; RuntimeError for a longer one.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env

@@ -28,10 +28,7 @@ def interquartile_mean(scores: np.ndarray, axis: int | None = None) -> np.ndarra
     """Compute the mean of the middle half, without the lowest and the highest quarter of scores.
 
     Of n scores, `floor(n / 4)` are cut at each end (as `scipy.stats.trim_mean` and `rliable` do).
-
-    Args:
-        scores: numbers of any shape.
-        axis: axis to average over; all of them by default.
+    Scores may have any shape; without ``axis`` all are averaged.
 
     Raises:
         ValueError: if there is no score, or one is NaN.
@@ -49,11 +46,7 @@ def interquartile_mean(scores: np.ndarray, axis: int | None = None) -> np.ndarra
 
 
 def bootstrap_mean(
-    values: np.ndarray,
-    *,
-    confidence: float = 0.95,
-    resamples: int = _RESAMPLES,
-    seed: int = 0,
+    values: np.ndarray, *, confidence: float = 0.95, resamples: int = _RESAMPLES, seed: int = 0
 ) -> Interval:
     """Compute the mean over the first axis with its percentile-bootstrap interval.
 
@@ -62,8 +55,6 @@ def bootstrap_mean(
     Args:
         values: `[N, ...]`; missing values are NaN and don't count.
         confidence: probability mass between the two ends.
-        resamples: bootstrap samples.
-        seed: of the resampling.
 
     Returns:
         Three arrays of shape `[...]`, NaN in a column without values.
@@ -107,9 +98,6 @@ def stratified_bootstrap(
     Args:
         scores: `[runs, tasks]`, or `[runs]` of one task.
         statistic: called as `statistic(resampled, axis=1)` on `[K, runs * tasks]`; returns `[K]`.
-
-    Raises:
-        ValueError: if there is no score, or one is NaN.
 
     Example:
         >>> scores = np.random.default_rng(0).normal(1.0, 0.1, size=(10, 3))

@@ -15,18 +15,8 @@ _LEVELS = 1 << 16  # one 64-bit draw decides about four features
 def dropout(x: Tensor, p: float, training: bool) -> Tensor:
     """Zero features with probability `p` and scale the others so that the mean stays.
 
-    As :func:`torch.nn.functional.dropout`, except that on CPUs `p` is rounded to 16 bits and random
-    numbers are drawn differently. Compiled code draws the same as eager code.
-
-    Args:
-        x: any shape, floating point.
-        p: in [0, 1).
-        training: if False, return `x` unchanged.
-
-    Example:
-        >>> out = dropout(torch.ones(1000), 0.5, training=True)
-        >>> sorted(set(out.tolist()))
-        [0.0, 2.0]
+    On CPUs `p` is rounded to 16 bits, and random numbers differ from
+    :func:`torch.nn.functional.dropout`'s. Compiled code draws the same as eager code.
     """
     if not training or p == 0.0:
         return x

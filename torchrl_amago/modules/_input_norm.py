@@ -31,23 +31,11 @@ class InputNorm(PreciseBuffers):
         mu <- (1 - beta_t) mu + beta_t mean(x),    nu <- (1 - beta_t) nu + beta_t mean(x^2)
         sigma = sqrt(nu - mu^2 + 1e-5), in [1e-3, 1e6]
 
-    Features that hardly vary (sigma <= 0.01) are shifted but not scaled. `t` starts at 1 and counts
-    before use, so that the first update moves half-way. A feature whose mean is beyond about 3,000
-    standard deviations stays unscaled, by the rounding of float32: subtract a constant before.
+    Features that hardly vary (sigma <= 0.01) are shifted but not scaled; so are, by the rounding of
+    float32, those whose mean is beyond about 3,000 standard deviations. `t` starts at 1 and counts
+    before use, so that the first update moves half-way.
 
-    Args:
-        size: number of features.
-        beta: step size of the moving averages after many updates.
-        initial_nu: initial second moment.
-
-    Raises:
-        ValueError: if a number is out of its range.
-
-    Example:
-        >>> norm = InputNorm(2)
-        >>> norm.update(torch.tensor([[1.0, 2.0], [9.0, 0.0]]), torch.tensor([True, False]))
-        >>> norm.mu.round(decimals=2)
-        tensor([0.5000, 1.0000])
+    ``beta`` is the averages' step size after many updates, ``initial_nu`` the first nu.
     """
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.
@@ -57,7 +45,7 @@ class InputNorm(PreciseBuffers):
 
     def __init__(self, size: int, beta: float = 1e-4, initial_nu: float = 1.0) -> None:
         super().__init__()
-        check_counts("It is the number of features.", size=size)
+        check_counts(size=size)
         check_positive("Use 1e-4 and 1, the published ones.", beta=beta, initial_nu=initial_nu)
         self.beta, self.initial_nu = beta, initial_nu
         self.register_buffer("mu", torch.empty(size))
@@ -93,8 +81,7 @@ class InputNorm(PreciseBuffers):
             )
         if mask is None:
             mask = x.new_ones(x.shape[:-1], dtype=torch.bool)
-        if mask.ndim == x.ndim - 1:
-            mask = mask.unsqueeze(-1)
+        mask = mask.reshape(*x.shape[:-1], 1)
         x = torch.where(mask, x.float(), 0.0).clamp(-self.input_limit, self.input_limit)
         x = x.reshape(-1, x.shape[-1])
         total = mask.sum()
@@ -106,8 +93,10 @@ class InputNorm(PreciseBuffers):
         self.nu.lerp_((x.square().sum(0) * scale).to(self.nu.dtype), weight.to(self.nu.dtype))
         self.t.copy_(torch.where(total > 0, t, self.t))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise floats `[..., size]`."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, update: bool = False) -> Tensor:
+        """Normalise floats `[..., size]`, after an :meth:`update` if so chosen."""
+        if update:
+            self.update(x.detach(), mask)
         sigma = self.sigma
         shifted = x - self.mu
         normalised = torch.where(sigma > 0.01, shifted / sigma, shifted)

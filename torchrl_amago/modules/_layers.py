@@ -19,13 +19,7 @@ class SigmaReparamLinear(nn.Linear):
         weight_hat = gamma / sigma * weight,    sigma = u^T weight v
 
     `u` and `v` track the first singular vectors of `weight`: in training each forward takes a step
-    of power iteration, `u` first, before `sigma` is computed. No gradient goes through them. They
-    are buffers updated in place: checkpoints, weight synchronisation and functional calls see them.
-
-    Example:
-        >>> layer = SigmaReparamLinear(4, 3)
-        >>> torch.linalg.svdvals(layer.effective_weight().detach())[0].round(decimals=4)
-        tensor(1.)
+    of power iteration, `u` first, before `sigma` is computed. No gradient goes through them.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
@@ -155,15 +149,7 @@ class MLP(nn.Module):
     Args:
         num_layers: number of hidden layers, of `hidden_size`, at least 1.
         activation: one of :data:`ACTIVATIONS`; ``norm`` is one of :data:`NORMS`.
-        dropout: probability of zeroing a hidden feature in training.
         linear: class of the linear layers, called with (inputs, outputs).
-
-    Raises:
-        ValueError: if a number is below 1, or a name unknown.
-
-    Example:
-        >>> MLP(4, 16, 2, 3)(torch.zeros(5, 4)).shape
-        torch.Size([5, 3])
     """
 
     def __init__(

@@ -20,17 +20,8 @@ def sinusoidal_positions(
 
         out[..., 2i] = sin(p / 10000^(2i/size)),    out[..., 2i+1] = cos(p / 10000^(2i/size))
 
-    Args:
-        positions: non-negative integers `[...]`.
-        size: number of features of the result `[..., size]`, even.
-        dtype: of the computation and the result.
-
-    Raises:
-        ValueError: if the size is odd.
-
-    Example:
-        >>> sinusoidal_positions(torch.tensor([0]), 4)
-        tensor([[0., 1., 0., 1.]])
+    Positions are integers `[...]` from 0, the result is `[..., size]` with an even size; `dtype` is
+    that of the computation too.
     """
     if size % 2:
         raise ValueError(f"sinusoidal positions need an even size, got {size}.")
@@ -42,12 +33,7 @@ def sinusoidal_positions(
 def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000.0) -> Tensor:
     """Rotate by position (RoPE, arXiv 2104.09864, eq. 34), first half paired with second half.
 
-    Dot products of results depend on differences of positions only.
-
-    Args:
-        x_BHTD: queries or keys of every head; D is even.
-        positions_BT: integers.
-        base: the longest wavelength is 2 pi base.
+    D is even. The longest wavelength is 2 pi `base`.
     """
     size = x_BHTD.shape[-1]
     wide_BHTD = at_least_float32(x_BHTD)

@@ -29,17 +29,8 @@ _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 class Configurable:
     """Base of classes that remember their constructors' arguments, those of their bases included.
 
-    Subclasses have nothing to do for it. Sizes and other counts are checked by name.
-
-    Raises:
-        ValueError: from a constructor, if a count isn't an integer of at least 1.
-
-    Example:
-        >>> class Average(Configurable):
-        ...     not_settings = frozenset({"chunk"})
-        ...     def __init__(self, keep=0.9, chunk=64): ...
-        >>> Average(keep=0.5).settings
-        {'type': 'Average', 'keep': 0.5}
+    Sizes and other counts are checked by name: a constructor raises ValueError for one that isn't
+    an integer of at least 1.
     """
 
     #: Arguments that leave the function as it is: the way it is computed, or first weights.
@@ -87,12 +78,7 @@ def _remembering(init: Callable) -> Callable:
 
 
 def plain(value: object) -> Any:
-    """Return the value as JSON can hold it, equal to itself after reading; non-data by its name.
-
-    Example:
-        >>> plain({("a", "b"): (1, float("inf")), "norm": torch.nn.Identity})
-        {'a.b': [1, 'inf'], 'norm': 'Identity'}
-    """
+    """Return the value as JSON can hold it, equal to itself after reading; non-data by its name."""
     match value:
         case None | bool() | int() | str():
             return value

@@ -33,17 +33,14 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
         num_discounts: G.
         observation_sizes: number of elements of each observation that is read besides the state.
         masks_actions: read a mask of the allowed actions.
-        mask_parts: numbers of choices of an action's parts, side by side in the mask; every part
-            must be allowed one. Default one part; none for bits, all of which may be forbidden.
+        mask_parts: numbers of choices of the action's parts, each of which must be allowed one.
+            Default one part; none for bits, all of which may be forbidden.
 
     Example:
-        >>> class Linear(ActorHead):
-        ...     def __init__(self, *args, **options):
-        ...         super().__init__(*args, **options)
-        ...         self.layer = nn.Linear(self.input_size, self.output_size)
+        >>> class Sum(ActorHead):
         ...     def head(self, x):
-        ...         return self.layer(x)
-        >>> actor = Linear(8, num_params=5, num_discounts=7, observation_sizes=[6])
+        ...         return x.sum(-1, keepdim=True).expand(*x.shape[:-1], self.output_size)
+        >>> actor = Sum(8, num_params=5, num_discounts=7, observation_sizes=[6])
         >>> actor(torch.zeros(4, 8), torch.zeros(4, 2, 3)).shape
         torch.Size([4, 7, 5])
     """
@@ -78,16 +75,13 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
             state: ``[*B, state_size]``, float.
             inputs: observations ``[*B, ...]`` of any dtype, in the order of `observation_sizes`;
                 then, if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
-
-        Raises:
-            ValueError: if an input is missing or doesn't fit.
         """
         num_observations = len(self.observation_sizes)
         if len(inputs) != num_observations + self.masks_actions:
             raise ValueError(
                 f"an actor with observation_sizes={self.observation_sizes} and masks_actions="
                 f"{self.masks_actions} reads {num_observations + self.masks_actions} tensors after "
-                f"the state, got {len(inputs)}. Give the observations in this order, then the mask."
+                f"the state, got {len(inputs)}."
             )
         x = self._join(state, inputs[:num_observations])
         params_BGP = self.head(x).unflatten(-1, (self.num_discounts, self.num_params))
@@ -101,8 +95,7 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
             if observation.shape[: len(batch)] != batch or event.numel() != size:
                 raise ValueError(
                     f"an observation for the actor must hold {size} numbers for each state of a "
-                    f"batch of {tuple(batch)}, got the shape {tuple(observation.shape)}. Set "
-                    "observation_sizes to the number of elements of each observation."
+                    f"batch of {tuple(batch)}, got the shape {tuple(observation.shape)}."
                 )
             flat.append(observation.reshape(*batch, size).to(state.dtype))
         return torch.cat(flat, -1) if observations else state
@@ -112,9 +105,8 @@ class ActorModule(TensorDictModule):
     """An actor head in a tensordict; `in_keys` are the head's inputs in order.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> actor = ActorModule(Actor(8, 5, 7), in_keys=["state"], out_keys=["action_params"])
-        >>> actor(TensorDict(state=torch.zeros(2, 8), batch_size=2))["action_params"].shape
+        >>> actor(state=torch.zeros(2, 8)).shape
         torch.Size([2, 7, 5])
     """
 
@@ -131,7 +123,7 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
     """Set parameters of forbidden actions to -inf, for every discount.
 
     The mask is bool, True where an action is allowed. Raises ValueError if it doesn't fit, or if a
-    row allows nothing in one of `mask_parts`, see :class:`ActorHead` (unchecked in compiled code).
+    row allows nothing in one of `mask_parts` (unchecked in compiled code).
     """
     expected = (*params_BGP.shape[:-2], params_BGP.shape[-1])
     if mask_BP.dtype != torch.bool or mask_BP.shape != expected:
@@ -156,10 +148,9 @@ class Actor(ActorHead):
     Args:
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name of the activation, see
-            :func:`~torchrl_amago.modules._layers.make_activation`.
+        activation: see :class:`~torchrl_amago.modules.TimestepEncoder`, as for norms.
         dropout: rate after each hidden layer.
-        options: `observation_sizes` and `masks_actions`. Other arguments: see :class:`ActorHead`.
+        options: other arguments, see :class:`ActorHead`.
 
     Example:
         >>> Actor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -196,9 +187,9 @@ class ResidualActor(ActorHead):
         feature_size: width between the blocks.
         residual_size: width inside of a block.
         num_blocks: number of blocks, at least 1.
-        norm: name of the norm in the blocks, see :func:`~torchrl_amago.modules._layers.make_norm`.
+        norm: name of the norm in the blocks.
         dropout: rate inside of the first MLP.
-        options: as `activation`, see :class:`Actor`. Other arguments: see :class:`ActorHead`.
+        options: other arguments, see :class:`Actor` and :class:`ActorHead`.
 
     Example:
         >>> ResidualActor(8, num_params=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape

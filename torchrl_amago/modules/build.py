@@ -12,32 +12,24 @@ from torchrl.envs import EnvBase
 from torchrl_amago import keys
 from torchrl_amago._validation import pick
 from torchrl_amago.action_space import ActionSpace
+from torchrl_amago.modules import trajectory as encoders
 from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor
 from torchrl_amago.modules.critic import ActionCritic, DiscreteCritic
 from torchrl_amago.modules.distributions import PolicyDistribution, make_distribution
 from torchrl_amago.modules.exploration import make_exploration
 from torchrl_amago.modules.policy import DISCOUNTS, Encoder, Policy
 from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
-from torchrl_amago.modules.trajectory import (
-    FeedForwardEncoder,
-    GatedLinearAttentionEncoder,
-    GRUEncoder,
-    IdentityEncoder,
-    LSTMEncoder,
-    MambaEncoder,
-    TrajectoryEncoder,
-    TransformerEncoder,
-)
+from torchrl_amago.modules.trajectory import TrajectoryEncoder
 from torchrl_amago.modules.value_codec import ValueCodec
 
 SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {
-    "feedforward": FeedForwardEncoder,
-    "gru": GRUEncoder,
-    "identity": IdentityEncoder,
-    "linear_attention": GatedLinearAttentionEncoder,
-    "lstm": LSTMEncoder,
-    "mamba": MambaEncoder,
-    "transformer": TransformerEncoder,
+    "feedforward": encoders.FeedForwardEncoder,
+    "gru": encoders.GRUEncoder,
+    "identity": encoders.IdentityEncoder,
+    "linear_attention": encoders.GatedLinearAttentionEncoder,
+    "lstm": encoders.LSTMEncoder,
+    "mamba": encoders.MambaEncoder,
+    "transformer": encoders.TransformerEncoder,
 }
 """Trajectory encoders by name; each takes ``(input_size, context_length=..., **options)``."""
 
@@ -70,20 +62,16 @@ def make_policy(
         context_length: number of steps that the policy remembers; the length of a trial, or less.
         seq_model: trajectory encoder, by name (:data:`SEQ_MODELS`) or as a class or function called
             with ``(input_size, context_length=..., **seq_model_options)``.
-        seq_model_options: further arguments of the trajectory encoder.
         timestep_encoder: ``mlp``, ``cnn`` (one image), ``combined`` (observations of any kind), a
             finished module, or a class or function as in :func:`make_timestep_encoder`.
-        timestep_options: further arguments of a timestep encoder that is built here.
         actor: actor head, by name (:data:`ACTORS`) or as a class or function called with
             ``(state_size, num_params, num_discounts, **actor_options)``.
-        actor_options: further arguments of the actor head.
         actor_obs_keys: observations that the actor reads besides the state.
         action_mask_key: mask of the allowed discrete actions, bool, one for each category. The
             timestep encoder reads it as well, unless ``obs_keys`` leaves it out.
-        distribution: finished, by name
-            (:data:`~torchrl_amago.modules.distributions.DISTRIBUTIONS`), or by default the usual
-            one of the action space.
-        distribution_options: further arguments of a distribution that is built here.
+        distribution: finished, by name (:data:`DISTRIBUTIONS`), or by default the usual one of the
+            action space.
+        *_options: further arguments of a part that is built here.
         exploration: arguments of :func:`~torchrl_amago.modules.exploration.make_exploration`
             (``horizon`` defaults to ``context_length``); None for no exploration beyond sampling.
         discounts: G discounts, each in (0, 1); the last is acted with.
@@ -94,9 +82,8 @@ def make_policy(
         A :class:`Policy` on the environment's device.
 
     Raises:
-        KeyError: if the environment lacks the previous step or one of the keys.
-        ValueError: if the action space is not supported, or an encoder, actor or distribution is
-            unknown or doesn't fit.
+        KeyError: if the environment lacks an entry.
+        ValueError: if a part is unknown, or doesn't fit.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -157,18 +144,14 @@ def make_critic(
         policy: gives the state's size, the action space and the discounts.
         takes_actions: critics read the action (:class:`ActionCritic`), or list the values of all
             (:class:`DiscreteCritic`). Default: list those of a single discrete action, as AMAGO
-            does; AMAGO-2's read it always.
-        value_codec: the loss's; default scalars. Bins need as many outputs, and may start at a
-            value.
+            does; ValueError if they can't be listed.
+        value_codec: the loss's; default scalars.
         options: further arguments of the critics (``num_critics``, ``hidden_size``, ...).
 
     Returns:
         ``"state" [*B, D] -> "action_value" [*B, C, G, A, *]``, or
         ``("state" [*B, D], "action_vector" [*S, *B, G, A]) -> "action_value" [*S, *B, C, G, *]``;
         on the policy's device and in its precision.
-
-    Raises:
-        ValueError: if the actions can't be listed.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
@@ -182,10 +165,8 @@ def make_critic(
     listable = space.kind == "discrete"
     takes_actions = not listable if takes_actions is None else takes_actions
     if not takes_actions and not listable:
-        raise ValueError(
-            f"critics can list the values of a single discrete action only, got a {space.kind} "
-            "space. Leave takes_actions out."
-        )
+        got = f"got a {space.kind} space. Leave takes_actions out."
+        raise ValueError(f"critics can list the values of a single discrete action only, {got}")
     if value_codec is not None and value_codec.event_shape:
         options["num_outputs"] = value_codec.event_shape.numel()
     if takes_actions:
@@ -193,11 +174,7 @@ def make_critic(
     else:
         critic = DiscreteCritic(policy.state_size, space.size, len(policy.discounts), **options)
     if value_codec is not None:
-        slope, bias = value_codec.initial_slope(), value_codec.initial_bias()
-        if slope is not None:
-            critic.set_output_slope(slope)
-        if bias is not None:
-            critic.set_output_bias(bias)
+        critic.set_output(slope=value_codec.initial_slope(), bias=value_codec.initial_bias())
     weight = next(policy.parameters())
     in_keys = [keys.STATE, keys.ACTION_VECTOR] if takes_actions else [keys.STATE]
     critic = TensorDictModule(critic, in_keys, [keys.ACTION_VALUE])
@@ -209,22 +186,16 @@ def _extra_inputs(
 ) -> dict[str, Any]:
     """Return the arguments of an actor head that reads more than the state."""
     specs = env.full_observation_spec_unbatched
-    for key in [*obs_keys, *([] if mask_key is None else [mask_key])]:
-        if key not in specs.keys(True, True):
-            raise KeyError(
-                f"the actor is to read {key!r}, but the environment's observations are "
-                f"{sorted(map(str, specs.keys(True, True)))}. Name one of them in actor_obs_keys "
-                "or action_mask_key."
-            )
+    read = [*obs_keys, *([] if mask_key is None else [mask_key])]
+    if missing := [key for key in read if key not in specs.keys(True, True)]:
+        raise KeyError(f"the actor reads {missing}, but the environment has {[*specs.keys(True)]}.")
     extra: dict[str, Any] = {}
     if obs_keys:
         extra["observation_sizes"] = [specs[key].shape.numel() for key in obs_keys]
     if mask_key is not None:
         if space.kind == "continuous":
-            raise ValueError(
-                f"action_mask_key={mask_key!r} masks discrete actions, but these are continuous. "
-                "Leave it out, and add the entry to obs_keys if the policy is to see it."
-            )
+            rule = "masks discrete actions, but these are continuous. Leave it out."
+            raise ValueError(f"action_mask_key={mask_key!r} {rule}")
         parts = {"discrete": None, "multi_discrete": space.sizes, "multi_binary": ()}[space.kind]
         extra |= {"masks_actions": True, "mask_parts": parts}
     return extra
@@ -234,7 +205,7 @@ def _check_space(distribution: PolicyDistribution, space: ActionSpace) -> None:
     if distribution.space != space:
         raise ValueError(
             f"the distribution is over actions of {distribution.space}, the environment's are "
-            f"{space}. Build it with ActionSpace.from_spec of the environment's action spec."
+            f"{space}."
         )
 
 

@@ -47,7 +47,6 @@ class EnsembleLinear(Configurable, nn.Module):
         nn.init.uniform_(self.bias, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply every member's layer."""
         if x.ndim == 2:
             x = x.expand(self.weight.shape[0], -1, -1)
         return torch.baddbmm(self.bias.unsqueeze(1), x, self.weight)
@@ -60,13 +59,11 @@ class CriticEnsemble(Configurable, nn.Module):
         input_size: features of the first layer.
         num_values: number of values in a row of a member's output.
         num_critics: C.
-        num_outputs: O, outputs of each value (bins of a value codec that classifies); None for one,
-            without a dimension of its own.
+        num_outputs: O, outputs of each value (a codec's bins); None for one, without a dimension.
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
-        activation: name, see :func:`~torchrl_amago.modules._layers.make_activation`.
+        activation: see :class:`~torchrl_amago.modules.TimestepEncoder`.
         dropout: rate after each hidden layer, in [0, 1).
-
     """
 
     not_settings = frozenset({"action_gain"})  # only of a critic's first weights
@@ -95,36 +92,32 @@ class CriticEnsemble(Configurable, nn.Module):
             for size_in, size_out in itertools.pairwise(sizes)
         )
         self.out = EnsembleLinear(num_critics, hidden_size, num_values * self.event_shape.numel())
-        self._output_slope: Tensor | None = None
-        self._output_bias: Tensor | None = None
+        self._first_output: dict[str, Tensor | None] = {}
         self.activation = make_activation(activation)
         if isinstance(self.activation, (nn.LeakyReLU, nn.ReLU)):
             # Their backward needs the result alone, and the input is as large as all layers.
             self.activation.inplace = True
 
     def reset_parameters(self) -> None:
-        """Draw all layers anew, then set the outputs' slope and bias again, if they were set."""
+        """Draw all layers anew, then call :meth:`set_output` again."""
         # The layers too: TensorDictModule passes the call on, so that it comes twice.
         for layer in (*self.hidden, self.out):
             layer.reset_parameters()
-        if self._output_slope is not None:
-            self.set_output_slope(self._output_slope)
-        if self._output_bias is not None:
-            self.set_output_bias(self._output_bias)
+        self.set_output(**self._first_output)
 
     @torch.no_grad()
-    def set_output_bias(self, bias: Tensor) -> None:
-        """Start all predictions from the same numbers ``[O]``, before a loss copies the critic."""
-        self._output_bias = bias
-        self.out.bias.view(self.num_critics, -1, self.event_shape.numel()).copy_(bias)
+    def set_output(self, *, slope: Tensor | None = None, bias: Tensor | None = None) -> None:
+        """Start a value's outputs proportional to a slope ``[O]``, and from a bias ``[O]``.
 
-    @torch.no_grad()
-    def set_output_slope(self, slope: Tensor) -> None:
-        """Make a value's outputs proportional to ``slope [O]``, before a loss copies the critic."""
-        self._output_slope = slope
-        C, H, _ = self.out.weight.shape
-        values_CHV1 = self.out.weight.view(C, H, -1, self.event_shape.numel())[..., :1].clone()
-        self.out.weight.copy_((values_CHV1 * slope.to(values_CHV1)).flatten(2))
+        Call it before a loss copies the critic.
+        """
+        self._first_output = {"slope": slope, "bias": bias}
+        num_outputs = self.event_shape.numel()
+        if slope is not None:
+            first_CHV1 = self.out.weight.unflatten(-1, (-1, num_outputs))[..., :1]
+            self.out.weight.copy_((first_CHV1 * slope.to(first_CHV1)).flatten(2))
+        if bias is not None:
+            self.out.bias.unflatten(-1, (-1, num_outputs)).copy_(bias)
 
     def _activate(self, x: Tensor) -> Tensor:
         """Apply activation and dropout; `x` may be overwritten."""
@@ -140,12 +133,8 @@ class CriticEnsemble(Configurable, nn.Module):
 class DiscreteCritic(CriticEnsemble):
     """Ensemble of MLPs from a state to the value of every action under every discount.
 
-    Args:
-        state_size, num_actions, num_discounts, num_critics: D, A, G and C.
-        options: other arguments, see :class:`CriticEnsemble`.
-
-    Shapes:
-        ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given.
+    ``[*B, D]`` -> ``[*B, C, G, A]``, or ``[*B, C, G, A, O]`` if `num_outputs` is given. Other
+    arguments: see :class:`CriticEnsemble`.
 
     Example:
         >>> DiscreteCritic(8, num_actions=5, num_discounts=7)(torch.zeros(2, 3, 8)).shape
@@ -164,7 +153,6 @@ class DiscreteCritic(CriticEnsemble):
         self.num_discounts, self.num_actions = num_discounts, num_actions
 
     def forward(self, state: Tensor) -> Tensor:
-        """Return the values of all actions."""
         state_MD = state.reshape(-1, state.shape[-1])
         hidden_CMH = self._activate(self.hidden[0](state_MD))
         value_MCX = self._after_first(hidden_CMH).transpose(0, 1)
@@ -173,14 +161,7 @@ class DiscreteCritic(CriticEnsemble):
 
 
 def discount_feature(discounts: Tensor) -> Tensor:
-    """Compute critics' input ``symlog(1 / (1 - discount))``: the horizon on a log scale.
-
-    Horizons are bounded by a million steps.
-
-    Example:
-        >>> discount_feature(torch.tensor([0.9, 0.999])).round(decimals=2)
-        tensor([2.4000, 6.9100])
-    """
+    """Compute ``symlog(1 / (1 - discount))``, the horizon on a log scale, up to a million steps."""
     return symlog(1.0 / (1.0 - discounts).clamp(1e-6, 1.0))
 
 
@@ -189,26 +170,20 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
 
         value_cg = mlp_c(state, symlog(1 / (1 - discount_g)), action)
 
-    The first layer's product with the state, by far its largest part, is computed once per step and
-    critic, not for every sample and discount.
+    The first layer's product with the state is computed once for all samples and discounts.
 
     Args:
-        state_size, action_size, num_critics: D, A and C.
         discounts: the policy's G discounts.
         clip_actions: bound on an action's numbers, so that their gradient is 0 beyond (0.999 in the
             public AMAGO code); None for none.
-        action_gain: factor of the first weights of an action's numbers. Critics, above all those
-            that classify, easily overlook an action among many numbers of a state
-            (``docs/value_codecs.md``).
+        action_gain: factor of the first weights of an action's numbers, for critics that overlook
+            an action among many numbers of a state (``docs/value_codecs.md``).
         options: other arguments, see :class:`CriticEnsemble`.
 
     Shapes:
         state ``[*B, D]``, action ``[*K, *B, G, A]``, or ``[*K, *B, 1, A]`` if it is the same for
         all discounts -> ``[*K, *B, C, G]``, or ``[*K, *B, C, G, O]`` if `num_outputs` is given.
-        ``*K`` are any number of dimensions of samples, also none.
-
-    Raises:
-        ValueError: if an argument is out of range, or shapes don't fit together.
+        ``*K`` are any number of dimensions of samples, also none. Other shapes raise ValueError.
 
     Example:
         >>> critic = ActionCritic(8, action_size=2, discounts=[0.9, 0.99, 0.999])
@@ -250,7 +225,6 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         self.hidden[0].weight[:, -self.action_size :] *= self.action_gain
 
     def forward(self, state: Tensor, action: Tensor) -> Tensor:
-        """Return the values of the actions under every discount."""
         samples, batch, G = self._samples(state, action), state.shape[:-1], self.num_discounts
         state_MD = state.reshape(batch.numel(), self.state_size)
         action_KMGA = action.reshape(samples.numel(), batch.numel(), *action.shape[-2:])
@@ -282,18 +256,12 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
 
     def _samples(self, state: Tensor, action: Tensor) -> torch.Size:
         """Return the dimensions of samples, ``*K``."""
-        num_samples = action.ndim - state.ndim - 1
-        if (
-            num_samples < 0
-            or state.shape[-1] != self.state_size
-            or action.shape[num_samples:-2] != state.shape[:-1]
-            or action.shape[-2] not in (1, self.num_discounts)
-            or action.shape[-1] != self.action_size
-        ):
+        num_samples = max(action.ndim - state.ndim - 1, 0)
+        batches = [(*state.shape[:-1], G, self.action_size) for G in (1, self.num_discounts)]
+        if state.shape[-1] != self.state_size or action.shape[num_samples:] not in batches:
             raise ValueError(
                 f"this critic reads states [*B, {self.state_size}] and actions [*K, *B, "
                 f"{self.num_discounts} or 1, {self.action_size}], samples *K first, got "
-                f"{tuple(state.shape)} and {tuple(action.shape)}. An action that is the same for "
-                "all discounts still needs their dimension: action.unsqueeze(-2)."
+                f"{tuple(state.shape)} and {tuple(action.shape)}."
             )
         return action.shape[:num_samples]

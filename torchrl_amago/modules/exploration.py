@@ -32,30 +32,25 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         end   = lerp(end_of_trial[0], end_of_trial[1], p)
         epsilon = scale * lerp(start, end, q ** power)
 
-    ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials, so that
-    every batch holds trials from nearly greedy to very noisy. Actions change only under
-    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the
-    number of frames collected.
+    ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials. Actions
+    change only under ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call
+    :meth:`step` with the number of frames collected.
 
     Args:
         horizon: length of a trial in steps.
         anneal_frames: environment steps, all environments together, over which noise fades.
-        start_of_trial: epsilon at a trial's first step, at the start and the end of training.
-        end_of_trial: epsilon at a trial's last step, at the start and the end of training.
-        power: above 1 it moves the change from start to end towards the trial's end; with a power
-            of ``horizon / n``, noise is confined to about the last n steps.
+        start_of_trial: epsilon at a trial's first step, at the start and the end of training;
+            ``end_of_trial`` at its last.
+        power: ``horizon / n`` confines the change from start to end to about the last n steps.
         randomize: draw ``scale``; False keeps it at 1.
-        action_key: entry to change.
-        time_key: steps since the trial began, ``[*B, 1]``.
-        init_key: first step of a trial, ``[*B, 1]``.
+        action_key: entry to change; ``time_key`` and ``init_key`` are read, see
+            :mod:`~torchrl_amago.keys`.
         scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read if present.
 
     Example:
         >>> class Shift(BilevelExploration):
         ...     def explore(self, action, epsilon, tensordict): return action + epsilon
         >>> shift = Shift(horizon=45, anneal_frames=1000)
-        >>> shift.epsilon(torch.tensor([[0], [45], [90]])).flatten()
-        tensor([1.0000, 0.8000, 0.8000])
         >>> shift.step(1000)
         >>> shift.epsilon(torch.tensor([0, 45]))
         tensor([0.0500, 0.0100])
@@ -78,13 +73,9 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         scale_key: NestedKey = keys.EPSILON_SCALE,
     ) -> None:
         super().__init__()
-        check_positive(
-            "Noise fades over these numbers of steps.", horizon=horizon, anneal_frames=anneal_frames
-        )
-        check_positive("1 lets noise change evenly over the trial.", power=power)
-        remedy = "Each is a pair: at the start and the end of training."
+        check_positive(horizon=horizon, anneal_frames=anneal_frames, power=power)
         for start, end in zip(start_of_trial, end_of_trial, strict=True):
-            check_not_negative(remedy, start_of_trial=start, end_of_trial=end)
+            check_not_negative(start_of_trial=start, end_of_trial=end)
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
         self.power, self.randomize = power, randomize
@@ -106,8 +97,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     def epsilon(self, time_idx: Tensor) -> Tensor:
         """Compute epsilon at these steps of a trial, without ``scale``; ``time_idx``'s shape."""
         trained = (self.frames / self.anneal_frames).clamp(max=1.0)
-        start = self.start_of_trial[0] + trained * (self.start_of_trial[1] - self.start_of_trial[0])
-        end = self.end_of_trial[0] + trained * (self.end_of_trial[1] - self.end_of_trial[0])
+        (start, late_start), (end, late_end) = self.start_of_trial, self.end_of_trial
+        start, end = start + trained * (late_start - start), end + trained * (late_end - end)
         used_up = (time_idx / self.horizon).clamp(0.0, 1.0)
         return start + (end - start) * used_up**self.power
 
@@ -141,19 +132,14 @@ class BilevelEpsilonGreedy(BilevelExploration):
     the others.
 
     Args:
-        num_actions: number of actions (stored as ``[*B]``), or a sequence of the choices of each
-            part (``[*B, P]``; 2 for each bit).
+        num_actions: number of actions, or a sequence of each part's (2 for each bit).
         one_hot: actions are stored as (concatenated) one-hots, ``[*B, A]``.
         mask_key: allowed choices, bool ``[*B, A]``, the parts side by side; None if all are always.
         schedule: other arguments, see :class:`BilevelExploration`.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
-        >>> explore = BilevelEpsilonGreedy(5, horizon=45, end_of_trial=(0.0, 0.0))
-        >>> step = TensorDict(action=torch.tensor([3]), time_idx=torch.tensor([[45]]), batch_size=1)
-        >>> with set_exploration_type(ExplorationType.RANDOM):
-        ...     explore(step.set("is_init", torch.tensor([[True]])))["action"]
+        >>> noise = BilevelEpsilonGreedy(5, horizon=45)
+        >>> noise.explore(torch.tensor([3]), epsilon=torch.tensor([[0.0]]), tensordict=None)
         tensor([3])
     """
 
@@ -199,18 +185,13 @@ class BilevelGaussian(BilevelExploration):
     see :class:`BilevelExploration`.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.envs.utils import ExplorationType, set_exploration_type
-        >>> explore = BilevelGaussian(horizon=45, end_of_trial=(0.0, 0.0))
-        >>> step = TensorDict(action=torch.ones(1, 2), time_idx=torch.tensor([[45]]), batch_size=1)
-        >>> with set_exploration_type(ExplorationType.RANDOM):
-        ...     explore(step.set("is_init", torch.tensor([[True]])))["action"]
+        >>> noise = BilevelGaussian(horizon=45)
+        >>> noise.explore(torch.ones(1, 2), epsilon=torch.tensor([[0.0]]), tensordict=None)
         tensor([[1., 1.]])
     """
 
     def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        num_batch_dims = epsilon.ndim - 1
-        epsilon = epsilon.reshape(*epsilon.shape[:-1], *[1] * (action.ndim - num_batch_dims))
+        epsilon = epsilon.reshape(*epsilon.shape[:-1], *[1] * (action.ndim + 1 - epsilon.ndim))
         noisy = action + epsilon.to(action.dtype) * noise.standard_normal(action.shape, action)
         return noisy.clamp(-1.0, 1.0)
 
@@ -218,11 +199,7 @@ class BilevelGaussian(BilevelExploration):
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:
     """Build the exploration of an action space: Gaussian for numbers, epsilon-greedy for choices.
 
-    Example:
-        >>> from torchrl.data import Bounded
-        >>> space = ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(3,)))
-        >>> type(make_exploration(space, horizon=45)).__name__
-        'BilevelGaussian'
+    Options: arguments of these classes.
     """
     if space.kind == "continuous":
         return BilevelGaussian(horizon, **options)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Mapping
+from itertools import chain, zip_longest
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -27,11 +27,9 @@ class PolicyStep(nn.Module):
     Weights, settings and the discount acted with are the policy's as it is now; exploration is left
     out. A row starts empty where `is_init` is True, as in a rollout.
 
-    Args:
-        policy: with an encoder whose memory doesn't grow (:class:`StateMemory`), or without memory.
-
     Raises:
-        ValueError: if its memory grows, or a part has hooks or a `forward` of its own.
+        ValueError: if the memory grows (it must be :class:`StateMemory` or none), or a part has
+            hooks or a `forward` of its own.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -46,11 +44,12 @@ class PolicyStep(nn.Module):
 
     def __init__(self, policy: Policy) -> None:
         super().__init__()
-        _check_forward(policy.encoder, TensorDictSequential)
-        _check_forward(policy.actor, ActorModule)
+        if changed := parts_with_own_forward(policy):
+            raise ValueError(
+                f"a step is exported for plain parts of a policy, but {changed[0]} has hooks or a "
+                "forward of its own. Export that module itself."
+            )
         timestep, trajectory = policy.encoder.module
-        _check_forward(timestep, TimestepEncoder)
-        _check_forward(trajectory, TrajectoryEncoder)
         self.policy = copy.deepcopy(policy).eval().requires_grad_(False)
         memory = self._new_memory(1)
         if not (memory is None or isinstance(memory, StateMemory)):
@@ -71,7 +70,7 @@ class PolicyStep(nn.Module):
     def initial_states(self, num_rows: int) -> tuple[Tensor, ...]:
         """Return the memory of rollouts that haven't begun, tensors `[N, ...]`."""
         memory = self._new_memory(num_rows)
-        return tuple(itertools.chain(*memory.layers)) if memory else ()
+        return tuple(chain(*memory.layers)) if memory else ()
 
     @torch.no_grad()
     def forward(
@@ -79,9 +78,7 @@ class PolicyStep(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the greedy action `[N, ...]`, as the environment stores it, and the new states.
 
-        Args:
-            inputs: entries `[N, ...]` of a step, see :meth:`inputs_of`.
-            states: those that the last step returned, or :meth:`initial_states`.
+        The states given are those of the last step, or :meth:`initial_states`.
         """
         policy, step = self.policy, {key: inputs[name] for name, key in self.keys.items()}
         timestep, trajectory = policy.encoder.module
@@ -90,9 +87,9 @@ class PolicyStep(nn.Module):
         new = [torch.where(is_init_N.view(-1, *[1] * (s.ndim - 1)), 0.0, s) for s in states]
         rest = iter(new)
         layers = [[next(rest) for _ in range(size)] for size in self._layer_sizes]
-        x = timestep.encode(timestep.read(step), None)
-        state = trajectory.step(x, step[time_idx_key].reshape(-1), SimpleNamespace(layers=layers))
-        params = policy.actor.module(state, *(step[key] for key in policy.actor.in_keys[1:]))
+        observations = [step[key] for key in policy.actor.in_keys[1:]]
+        positions_N, memory = step[time_idx_key].reshape(-1), SimpleNamespace(layers=layers)
+        *_, params = step_outputs(policy, timestep.read(step), positions_N, memory, observations)
         actions = policy.distribution.stored(params[:, policy.sampler.index])
         return actions.deterministic_sample, tuple(new)
 
@@ -101,13 +98,35 @@ class PolicyStep(nn.Module):
         return self.policy.encoder.module[1].new_memory(num_rows, weight.device, weight.dtype)
 
 
-def _check_forward(module: nn.Module, base: type[nn.Module]) -> None:
-    own = not isinstance(module, base) or type(module).forward is not base.forward
-    if own or module._forward_hooks or module._forward_pre_hooks:
-        raise ValueError(
-            f"a step is exported for plain parts of a policy, but {type(module).__name__} has "
-            "hooks or a forward of its own. Export that module itself."
-        )
+def step_outputs(
+    policy: Policy,
+    inputs: list[Tensor],
+    positions_N: Tensor,
+    memory: Any,
+    observations: list[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute a step's embedding, state and action parameters from what a policy's parts read."""
+    timestep, trajectory = policy.encoder.module
+    x = timestep.encode(inputs, None)
+    batch = x.shape[:-1]
+    state = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory)
+    state = state.reshape(*batch, -1)
+    return x, state, policy.actor.module(state, *observations)
+
+
+def parts_with_own_forward(policy: Policy) -> list[str]:
+    """Return the classes of a policy's parts that have hooks, or do more than their base class."""
+    encoder = policy.encoder
+    encoders = encoder.module if isinstance(encoder, TensorDictSequential) else ()
+    bases = (TensorDictSequential, ActorModule, TimestepEncoder, TrajectoryEncoder)
+    return [
+        type(module).__name__
+        for module, base in zip_longest((encoder, policy.actor, *encoders), bases, fillvalue=())
+        if not isinstance(module, base)
+        or type(module).forward is not base.forward
+        or module._forward_hooks
+        or module._forward_pre_hooks
+    ]
 
 
 def _name(key: NestedKey) -> str:

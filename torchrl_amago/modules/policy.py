@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torchrl_amago._masking import is_traced
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._settings import flatten, plain
 from torchrl_amago.modules.distributions import PolicyDistribution
-from torchrl_amago.modules.export import PolicyStep
+from torchrl_amago.modules.export import PolicyStep, parts_with_own_forward, step_outputs
 
 # AMAGO's training discounts, the one acted with last (arXiv 2310.09971, Appendix).
 DISCOUNTS = (0.1, 0.9, 0.95, 0.97, 0.99, 0.995, 0.999)
@@ -66,19 +67,13 @@ class ActionSampler(TensorDictModuleBase):
     """Draw an action from the parameters ``[*B, G, P]`` of the discount acted with.
 
     Under other exploration types than ``RANDOM`` it writes the greedy action. The chosen parameters
-    are written as ``"logits"``.
-
-    Args:
-        distribution: meaning of the parameters.
-        params_key: entry to read.
-        index: the discount's position; may be set anew at any time.
+    are written as ``"logits"``. ``index``, the discount's position, may be set anew at any time.
 
     Example:
-        >>> from torchrl.data import Categorical
         >>> from torchrl_amago.action_space import ActionSpace
         >>> from torchrl_amago.modules import make_distribution
-        >>> sampler = ActionSampler(make_distribution(ActionSpace.from_spec(Categorical(3))))
-        >>> sampler(action_params=torch.zeros(4, 7, 3))[1].shape
+        >>> space = ActionSpace("discrete", (), torch.int64, sizes=(3,))
+        >>> ActionSampler(make_distribution(space))(action_params=torch.zeros(4, 7, 3))[1].shape
         torch.Size([4])
     """
 
@@ -110,12 +105,11 @@ class Policy(TensorDictModuleBase):
     """Encoder, actor head, sampler and exploration, called in this order.
 
     A single step has no gradient; sequences (:class:`torchrl.modules.set_recurrent_mode`) have.
-    Only :attr:`out_keys` are written: the action, and the entries that encoder and exploration need
-    at the next step.
+    Only :attr:`out_keys` are written: the action, and entries that parts need at the next step.
 
     Args:
-        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. What the last
-            of its modules writes besides the actor's inputs travels with the rollout.
+        encoder: inputs to ``"state"``: an :class:`Encoder`, or any TensorDict module. Entries that
+            its last module writes besides the actor's inputs travel with the rollout.
         actor: ``"state"``, and whatever else it reads, to ``"action_params"`` ``[*B, G, P]``.
         distribution: meaning of those parameters; the sampler is made from it.
         exploration: module that changes the action, or None.
@@ -128,8 +122,6 @@ class Policy(TensorDictModuleBase):
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
         >>> policy = make_policy(env, context_length=45)
-        >>> policy.actor(policy.encoder(env.reset()))["action_params"].shape
-        torch.Size([2, 7, 5])
         >>> rollout = env.rollout(3, policy.act_with(0.99))
     """
 
@@ -153,6 +145,7 @@ class Policy(TensorDictModuleBase):
         explored = [] if exploration is None else exploration.out_keys
         self.in_keys, self._all_keys = parts.in_keys, parts.out_keys
         self.out_keys = list(dict.fromkeys([keys.ACTION, *carried, *explored]))
+        self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
 
     @property
     def state_size(self) -> int:
@@ -162,10 +155,7 @@ class Policy(TensorDictModuleBase):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Discounts, the one acted with, and each part's class and arguments, by dotted name.
-
-        Two policies with equal settings, which are JSON-able, and equal weights act alike.
-        """
+        """Discounts, the one acted with, each part's class and arguments, by name; JSON-able."""
         encoder = self.encoder
         encoder = encoder.settings if isinstance(encoder, Encoder) else {"encoder": encoder}
         parts = {
@@ -187,7 +177,10 @@ class Policy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action, and the entries that exploration and memory need at the next step."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(recurrent_mode())):
-            step = self.actor(self.encoder(tensordict.copy()))
+            if self._compiled is None or recurrent_mode():
+                step = self.actor(self.encoder(tensordict.copy()))
+            else:
+                step = self._compiled_step(tensordict.copy())
             check_not_nan(self.sampler.chosen(step).detach(), tensordict)
             step = self.sampler(step)
             if self.exploration is not None:
@@ -207,11 +200,7 @@ class Policy(TensorDictModuleBase):
         return self.select_out_keys(*self._all_keys)
 
     def act_with(self, discount: float) -> Policy:
-        """Act with another of the trained discounts from now on.
-
-        Raises:
-            ValueError: if the discount isn't one of :attr:`discounts`.
-        """
+        """Act with another of :attr:`discounts` from now on; raise ValueError for others."""
         check_choice("the discount to act with", discount, self.discounts)
         self.sampler.index = self.discounts.index(discount)
         return self
@@ -219,17 +208,30 @@ class Policy(TensorDictModuleBase):
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile encoder and actor in place, with the arguments of :func:`torch.compile`.
 
-        Copies run eagerly. On CPUs `options={"cpp_wrapper": True}` gives the fastest steps.
+        Copies run eagerly. On CPUs `options={"cpp_wrapper": True}` gives the fastest steps. Hooks
+        of the parts are called on steps if they were registered before.
         """
         self.encoder.compile(*args, **kwargs)
         self.actor.module.compile(*args, **kwargs)
+        if not parts_with_own_forward(self):
+            self._compiled = torch.compile(partial(step_outputs, self), *args, **kwargs)
+
+    def _compiled_step(self, step: TensorDictBase) -> TensorDictBase:
+        # One compiled function in place of three, each of which costs a fixed time.
+        timestep, trajectory = self.encoder.module
+        inputs, observations = timestep.read(step), [step[key] for key in self.actor.in_keys[1:]]
+        like = next(self.actor.parameters())
+        positions_N, memory = trajectory.begin_step(step, timestep.batch_shape(inputs), like)
+        outputs = self._compiled(inputs, positions_N, memory, observations)
+        for part, x in zip((timestep, trajectory, self.actor), outputs, strict=True):
+            step.set(part.out_keys[0], x)
+        return step
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_compiled": None}  # compiled code can't be copied
 
     def step_module(self) -> PolicyStep:
-        """Return the greedy step as a function of tensors, for :func:`torch.export.export`.
-
-        Raises:
-            ValueError: for encoders whose memory grows, see :class:`PolicyStep`.
-        """
+        """Return the greedy step for :func:`torch.export.export`, see :class:`PolicyStep`."""
         return PolicyStep(self)
 
 
@@ -246,10 +248,7 @@ def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
         else "all entries of the step are finite, so the weights or the rollout's memory aren't"
     )
     rows = params.isnan().any(-1).nonzero().tolist()
-    raise ValueError(
-        f"actions can't be drawn from NaN, got it in rows {rows}: {source}. Fix the environment, "
-        "or go back to earlier weights."
-    )
+    raise ValueError(f"actions can't be drawn from NaN, got it in rows {rows}: {source}.")
 
 
 def check_discounts(discounts: Sequence[float]) -> None:

@@ -32,12 +32,7 @@ MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 
 
 class ActorCriticLoss(LossModule):
-    """Keys, parameters, calls and reduction of a loss; a subclass writes the equations.
-
-    The encoder maps inputs of a step to a state, in recurrent mode; the actor maps the state, and
-    observations of its own, to action parameters; critics map the state, and actions if they take
-    them, to values. Actor and critics get targets.
-    """
+    """Keys, parameters, calls and reduction of a loss; a subclass writes the equations."""
 
     @dataclass
     class _AcceptedKeys:
@@ -115,7 +110,6 @@ class ActorCriticLoss(LossModule):
         return self.training and torch.is_grad_enabled()
 
     def reset_parameters_recursive(self) -> None:
-        """Draw all weights anew; targets start as their copies, statistics from their start."""
         super().reset_parameters_recursive()
         for name in ("actor_network_params", "critic_network_params"):
             self._modules[f"target_{name}"].data.update_(self._modules[name].data)
@@ -125,10 +119,7 @@ class ActorCriticLoss(LossModule):
 
     @property
     def in_keys(self) -> list[NestedKey]:
-        """Entries read from the tensordict, in the order of :func:`dispatch`'s arguments.
-
-        The mask, last, may be missing: all steps are real then.
-        """
+        """Entries read from the tensordict; the mask, last, may be missing."""
         inputs = self._observation_keys()
         following = [*inputs, self.tensor_keys.reward, self.tensor_keys.terminated]
         following = [("next", *_as_tuple(key)) for key in following]
@@ -143,7 +134,6 @@ class ActorCriticLoss(LossModule):
 
     @property
     def out_keys(self) -> list[str]:
-        """Entries written."""
         return self._selected_out_keys or self.out_keys_source
 
     # Not by TorchRL's hook, which takes a batch without a mask for a call with keywords.
@@ -167,7 +157,6 @@ class ActorCriticLoss(LossModule):
         return [key for key in read if not _as_tuple(key)[-1].startswith("_")]
 
     def _actor_keys(self) -> list[NestedKey]:
-        """Return observations that the actor reads besides the state."""
         return [key for key in self.actor_network.in_keys if key != self._state_key]
 
     @property
@@ -179,13 +168,11 @@ class ActorCriticLoss(LossModule):
     # --- calls ---
 
     def _read(self, tensordict: TensorDictBase, compact: bool | None) -> SliceBatch:
-        """Read and check a batch, and the weights' precision."""
         dtypes = (self.discounts.dtype, next(self.parameters(), self.discounts).dtype)
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if lowest.itemsize < 4:
             raise TypeError(
-                f"the loss needs weights of float32 or more, got {lowest}, which loses values, "
-                "statistics and small steps. Leave them in float32 and compute under "
+                f"the loss needs weights of float32 or more, got {lowest}. Compute under "
                 "torch.autocast(device, torch.bfloat16), as AMAGOTrainer(precision='bf16') does."
             )
         inputs, device = self._observation_keys(), self.discounts.device

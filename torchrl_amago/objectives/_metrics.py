@@ -73,8 +73,7 @@ def value_metrics(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Compute metrics of critics and filter, and the last discount's absolute TD error ``[M]``.
 
-    Q, targets and the codec's statistics are in reward units times ``reward_scale``; ``names`` are
-    those of each discount's value.
+    Values are in reward units times ``reward_scale``; ``names``: see :func:`value_names`.
     """
     q_MCG, target_MG = q_MCG / reward_scale, target_MG / reward_scale
     q_MG = q_MCG.mean(-2)

@@ -57,7 +57,6 @@ class SliceBatch:
 
     @property
     def mask_BT1(self) -> Tensor:
-        """True on real steps."""
         return self.steps.full_mask.unsqueeze(-1)
 
     def restore(self, x_M: Tensor) -> Tensor:
@@ -78,9 +77,8 @@ class SliceBatch:
         if entry is None:
             raise KeyError(
                 f"the loss reads {key!r} of a batch, but it is missing "
-                f"{'under next' if under_next else 'at the root'}. Collect with the same "
-                "transforms as the policy was built for, and with compact_obs=False; name other "
-                "keys with set_keys."
+                f"{'under next' if under_next else 'at the root'}. Collect with the policy's "
+                "transforms and compact_obs=False; name other keys with set_keys."
             )
         return entry
 
@@ -97,8 +95,7 @@ class SliceBatch:
                 raise ValueError(
                     f"{int((~valid_M).sum())} stored actions of the batch are outside of their "
                     f"{space.kind} space {tuple(space.sizes) or ''}, such as "
-                    f"{action_M[~valid_M][0].tolist()}. Store actions as the policy gave them, in "
-                    "the policy's scale."
+                    f"{action_M[~valid_M][0].tolist()}. Store actions as the policy gave them."
                 )
         return space.to_vector(action_M)
 
@@ -157,9 +154,7 @@ class SliceBatch:
         if any_large:
             raise ValueError(
                 f"rewards times reward_scale={reward_scale:g} must be finite and within "
-                f"+-{LARGEST_REWARD:g}, whose squares float32 can add up, got "
-                f"{scaled_BT[is_large_BT][0]:g}. Lower reward_scale, or scale rewards in the "
-                "environment."
+                f"+-{LARGEST_REWARD:g}, got {scaled_BT[is_large_BT][0]:g}. Lower reward_scale."
             )
         if any(any_suspicious):
             _check_nan(found, mask_BT)
@@ -174,7 +169,5 @@ def _check_nan(inputs: Sequence[Tensor], mask_BT: Tensor) -> None:
     if is_nan_BT.any():
         raise ValueError(
             f"next observations must not be NaN, got NaN under next at {int(is_nan_BT.sum())} of "
-            f"{int(mask_BT.sum())} steps. TorchRL's compact_obs=True drops observations, and "
-            "NextStateReconstructor can't restore them at the end of a slice: collect with "
-            "compact_obs=False."
+            f"{int(mask_BT.sum())} steps. TorchRL drops some: collect with compact_obs=False."
         )

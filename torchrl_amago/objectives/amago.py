@@ -19,7 +19,7 @@ from torchrl.modules import set_recurrent_mode
 
 from torchrl_amago._cpu import in_chunks
 from torchrl_amago._validation import check_choice, check_counts, check_positive, name_of, pick
-from torchrl_amago.modules._settings import flatten
+from torchrl_amago.modules._settings import flatten, plain
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import PopArt, ValueCodec, ValueSpace
 from torchrl_amago.objectives._actor_critic import ActorCriticLoss, HeadInputs, MaskHook
@@ -59,12 +59,11 @@ class AMAGOLoss(ActorCriticLoss):
     (``(state, action) -> [K, *B, C, G, *]``); the codec gives their predictions a meaning. Only
     ``terminated`` stops bootstrapping. Steps under a False mask have no influence. The encoder
     learns from both losses; targets use the online encoder without gradient. Statistics of inputs
-    and targets move in training mode alone, and not under `torch.no_grad`. :func:`amago_loss` and
-    :func:`amago2_loss` build the published choices.
+    and targets move in training mode with gradient only. :func:`amago_loss` and :func:`amago2_loss`
+    build the published choices.
 
-    Batches are rows ``[B, T]`` or flat, ``[N]``. Rows of several trials or slices are split
-    (:func:`~torchrl_amago.rows.split_trials`), except under `torch.compile`. Every next observation
-    is read, which batches of TorchRL's `compact_obs=True` lack.
+    Batches are rows ``[B, T]`` or flat, ``[N]``, with every next observation. Rows of several
+    trials are split (:func:`~torchrl_amago.rows.split_trials`), except under `torch.compile`.
 
     Args:
         policy: a :class:`~torchrl_amago.modules.Policy`, or any object with its ``encoder``,
@@ -73,12 +72,11 @@ class AMAGOLoss(ActorCriticLoss):
         value_codec: meaning of the critics' predictions; default :class:`PopArt`.
         num_target_critics: ensemble members drawn for each TD target.
         target_reduction: ``"min"`` or ``"mean"`` over them; default ``"min"`` if there is an online
-            actor term, else ``"mean"`` (the minimum underestimates without it).
+            actor term, else ``"mean"``.
         n_step: rewards summed in a TD target.
         reward_scale: factor of rewards in the loss only.
-        online_coeff: weight of the policy-gradient term.
-        offline_coeff: weight of the filtered imitation term.
-        critic_coeff: weight of the critics' loss.
+        online_coeff: weight of the policy-gradient term, as ``offline_coeff`` of the filtered
+            imitation term and ``critic_coeff`` of the critics' loss.
         advantage_filter: ``"binary"``, ``"exponential"``, ``"leaky_relu"``, a function of the
             advantage, or None to imitate everything (with ``online_coeff=0``: behaviour cloning,
             critics are left alone).
@@ -87,17 +85,15 @@ class AMAGOLoss(ActorCriticLoss):
         num_target_actions: samples of the target policy for V', of critics that take actions.
         num_policy_actions: samples of the policy for V and the online term, of such critics.
         use_target_actor: choose the TD target's actions by the target actor.
-        clip_actions: clip a stored discrete action as the policy's probabilities are clipped (0.996
-            and four times 0.001 of five actions) before critics read it, as the public AMAGO code
-            does, so that stored and chosen actions are valued alike.
+        clip_actions: clip a stored discrete action before critics read it as the policy's
+            probabilities are clipped, so that stored and chosen actions are valued alike.
         actor_mask: function that edits the mask ``[B, T, G]`` of the actor's loss.
         critic_mask: function that edits the mask ``[B, T, C, G]`` of the critics' loss.
-        compact: run the heads and the equations on real steps alone, in one row, instead of on all
-            of ``[B, T]``: the same numbers for less work if trials differ in length. Shapes then
-            depend on the data; default only on CPU and outside of `torch.compile`.
+        compact: run the heads and the equations on real steps alone: the same numbers for less
+            work, with shapes that depend on data. Default: on a CPU outside of `torch.compile`.
         use_prioritized_weights: weigh each step's losses by the batch's importance weights,
-            ``"priority_weight" [B, T]``, which correct for prioritised draws (arXiv 1511.05952,
-            section 3.4); a mean is then one by weight. ``"auto"`` does so if a batch has them.
+            ``"priority_weight" [B, T]`` (arXiv 1511.05952, section 3.4); a mean is then one by
+            weight. ``"auto"`` does so if a batch has them.
         reduction: ``"mean"``, ``"sum"`` or ``"none"`` over real steps.
 
     Returns:
@@ -155,9 +151,8 @@ class AMAGOLoss(ActorCriticLoss):
         self.n_step, self.reward_scale = n_step, reward_scale
         self.online_coeff, self.offline_coeff = online_coeff, offline_coeff
         self.critic_coeff = critic_coeff
-        self.filter = pick(
-            "advantage_filter", advantage_filter, FILTERS, "Use None to imitate every action."
-        )
+        remedy = "Use None to imitate every action."
+        self.filter = pick("advantage_filter", advantage_filter, FILTERS, remedy)
         self.filter_space = filter_space
         self.num_target_actions = num_target_actions
         self.num_policy_actions = num_policy_actions
@@ -192,8 +187,8 @@ class AMAGOLoss(ActorCriticLoss):
         options = vars(self).keys() & inspect.getfullargspec(AMAGOLoss.__init__).kwonlyargs
         critic = getattr(self.critic_network, "module", None)
         parts = {
-            "distribution": self.distribution.settings,
-            "value_codec": self.value_codec.settings,
+            "distribution": self.distribution,
+            "value_codec": self.value_codec,
             "critic": getattr(critic, "settings", {}),
         }
         return {
@@ -201,7 +196,7 @@ class AMAGOLoss(ActorCriticLoss):
             "advantage_filter": name_of(self.filter),
             # `compact` changes no number.
             **{name: name_of(getattr(self, name)) for name in sorted(options - {"compact"})},
-            **flatten(parts),
+            **flatten(plain(parts)),
         }
 
     @property
@@ -254,10 +249,6 @@ class AMAGOLoss(ActorCriticLoss):
         self, tensordict: TensorDictBase, filter_space: ValueSpace | None = None
     ) -> TensorDict:
         """Compute values and advantages of a batch, in evaluation mode; update nothing.
-
-        Args:
-            tensordict: slices ``[B, T]``, or flat, ``[N]``.
-            filter_space: as the constructor's; default that of training.
 
         Returns:
             ``q_value``, ``value``, ``advantage`` in reward units times ``reward_scale`` (ensemble

@@ -32,18 +32,14 @@ def n_step_target(
     a bootstrap; the end of the slice, or padding, ends it early with one.
 
     Args:
-        reward_BTG: ``[B, T, G]`` (or broadcastable), float.
-        terminated_BTG: ``[B, T, G]`` (or broadcastable), bool.
-        next_value_BTG: ``[B, T, G]``, float, value of the state that step t led to.
-        gamma_G: ``[G]``, float, discounts.
-        mask_BT1: ``[B, T, 1]``, bool, True on real steps; real steps come first in a row.
+        reward_BTG: rewards, or broadcastable to this shape, as ``terminated_BTG``, bool.
+        next_value_BTG: ``v``.
+        gamma_G: discounts.
+        mask_BT1: bool, True on real steps, which come first in a row.
         n: number of rewards summed, at least 1.
 
     Returns:
         ``[B, T, G]``; entries under a False mask mean nothing but are finite if the inputs are.
-
-    Raises:
-        ValueError: if ``n`` is smaller than 1.
 
     Example:
         >>> reward, done = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([False, False, True])
@@ -95,24 +91,14 @@ def draw_critic_subset(
 
     Members are drawn with replacement, anew for every row, step and discount: int64 indices of the
     shape ``(..., number drawn, G)``.
-
-    Example:
-        >>> draw_critic_subset((2, 3, 2, 7), num_critics=4).shape
-        torch.Size([2, 3, 2, 7])
     """
     return torch.randint(num_critics, shape, device=device)
 
 
 def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) -> Tensor:
-    """Reduce an ensemble's values to one per step and discount, over the drawn members.
+    """Reduce values ``[..., C, G]`` over the drawn members ``[..., K, G]`` to ``[..., G]``.
 
-    Args:
-        value: ``[..., C, G]``.
-        subset: ``[..., K, G]``, int64, members that count (:func:`draw_critic_subset`).
-        how: ``"min"`` (clipped double Q, arXiv 1802.09477) or ``"mean"``.
-
-    Returns:
-        ``[..., G]``.
+    The minimum is clipped double Q (arXiv 1802.09477); see :func:`draw_critic_subset`.
 
     Example:
         >>> value = torch.tensor([3.0, 1.0, 2.0]).view(1, 1, 3, 1)
@@ -126,11 +112,7 @@ def reduce_ensemble(value: Tensor, subset: Tensor, how: Literal["min", "mean"]) 
 def ensemble_std(value: Tensor) -> Tensor:
     """Compute the standard deviation over the ensemble itself, ``[..., C, G] -> [..., G]``.
 
-    It is no estimate for other members: 0 of a single critic.
-
-    Example:
-        >>> ensemble_std(torch.tensor([[1.0], [3.0]]))
-        tensor([1.])
+    It is 0 of a single critic.
     """
     return (value - value.mean(-2, keepdim=True)).square().mean(-2).sqrt()
 
@@ -156,8 +138,7 @@ def exponential_filter(
     Args:
         advantage: any shape.
         beta: inverse temperature (some papers write ``advantage / beta``).
-        advantage_range: bounds applied to the advantage; None leaves a side open.
-        weight_range: bounds applied to the result; None leaves a side open.
+        advantage_range: bounds of the advantage, as ``weight_range`` of the result; None is open.
 
     Example:
         >>> exponential_filter(torch.tensor([0.0, 9.0]), weight_range=(None, 5.0))
@@ -184,7 +165,7 @@ def leaky_relu_filter(
         hinge: advantage at which the main slope starts.
         negative_slope: relative slope below the hinge.
         weight_at_zero: weight of an action of no advantage (before bounds).
-        weight_range: bounds applied to the ramp; None leaves a side open.
+        weight_range: bounds of the ramp; None is open.
         add_binary: add :func:`binary_filter` to the ramp.
 
     Example:
@@ -207,12 +188,7 @@ FILTERS: dict[str, AdvantageFilter] = {
 def masked_mean(x: Tensor, mask: Tensor, weight: Tensor | None = None) -> Tensor:
     """Compute the mean of ``x`` over the entries under a True mask; 0 if there are none.
 
-    Masked entries are selected away, not multiplied, so they may be NaN.
-
-    Args:
-        x: any shape.
-        mask: bool, broadcastable to ``x``.
-        weight: weight of each entry, at least 0, broadcastable to ``x``; default: equal weights.
+    Masked entries may be NaN. The mask, and weights of at least 0, are broadcastable to ``x``.
 
     Example:
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))

@@ -49,10 +49,9 @@ def amago2_loss(
 ) -> AMAGOLoss:
     """Build AMAGO-2's loss (arXiv 2411.11188): classification critics and filtered imitation.
 
-    It is made for many tasks whose returns differ in scale: neither of its terms grows with
-    returns. Critics take actions. Defaults are ``online_coeff=0``, ``offline_coeff=1``,
-    ``num_policy_actions=3`` and a :class:`TwoHot` codec over returns of up to 100,000 (times
-    ``reward_scale``). Arguments: see :func:`amago_loss`.
+    It suits tasks whose returns differ in scale. Critics take actions. Defaults are
+    ``online_coeff=0``, ``offline_coeff=1``, ``num_policy_actions=3`` and a :class:`TwoHot` codec
+    over returns of up to 100,000 (times ``reward_scale``). Arguments: see :func:`amago_loss`.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env

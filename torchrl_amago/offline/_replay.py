@@ -1,6 +1,6 @@
 """Recorded trials played back under an environment's own transforms.
 
-These write what data don't hold: previous action and reward, time in the trial, episode.
+These write the entries that data don't hold: previous action and reward, time, episode.
 
 Legend: R rows played side by side, S rows of a trial, T steps of the longest row.
 """
@@ -30,9 +30,8 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
         one.rows_S["done"][-1] = True
     rows_S, last = torch.cat([one.rows_S for one in parts]), parts[-1]
     length = len(rows_S) - len(parts)
-    if (
-        last.marks_episodes
-    ):  # repeat the first row of each later episode, where the one before ended
+    # The first row of each later episode comes twice: the episode before it ended there.
+    if last.marks_episodes:
         begins = last.recorded_S[rule.soft_reset_key].flatten()[1:].nonzero().flatten() + 1
         rows_S = rows_S[torch.cat([torch.arange(len(rows_S)), begins]).sort()[0]]
         first = begins + torch.arange(1, len(begins) + 1)
@@ -42,15 +41,17 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
     episodes = int(1 + rows_S["done"][:-1].sum() + before.get(rule.episode_idx_key, [0])[0])
     time = int(length + before.get(rule.time_idx_key, [0])[0])
     is_short = episodes <= (rule.episodes or episodes) and time <= (rule.horizon or time)
-    got = (
-        f"({rule.episodes} episodes, {rule.horizon} steps), got {episodes} episodes of {time} steps"
-    )
-    require(is_short, f"a trial must not be longer than the environment's {got}. Cut them.")
+    limits = f"environment's ({rule.episodes} episodes, {rule.horizon} steps)"
+    got = f"got {episodes} episodes of {time} steps. Cut them."
+    require(is_short, f"a trial must not be longer than the {limits}, {got}")
     is_over = (episodes == rule.episodes and rows_S["done"][-1].item()) or time == rule.horizon
     by_episode = rule.trial_end == "episode" and rows_S["terminated"][-1].item()
     bootstraps = not (is_over and (by_episode or rule.trial_end == "terminated"))
     if bootstraps and not last.has_final_observation:
-        require(length > 1, "what a lone step led to must be known if a value bootstraps there.")
+        require(
+            length > 1,
+            "the observation after a lone step must be known if a value bootstraps there.",
+        )
         rows_S, is_over = rows_S[:-1], False
     if not is_over:
         for key in FLAGS:
@@ -72,13 +73,13 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
         starts += [(k, t, min(size, lengths[k] - t)) for t in range(0, lengths[k], size)]
     trial_R, start_R, length_R = torch.tensor(starts).unbind(1)
     first = torch.tensor([0, *(len(one.rows_S) for one in trials)]).cumsum(0)[trial_R] + start_R
-    transforms = [one.clone() for one in checker.transforms]
+    transforms = Compose(*(one.clone() for one in checker.transforms))
     for one in transforms:
         if isinstance(one, TrialTransform):
             one.repeat, one.options = "env", None
     rows = torch.cat([one.rows_S for one in trials])
     base = RecordedEnv(*checker.recorded_specs, rows=rows, first=first)
-    env = TransformedEnv(base, Compose(*transforms))
+    env = TransformedEnv(base, transforms)
     step = env.reset()
     for r, (k, t, _) in enumerate(starts):
         if t or trials[k].recorded_S:
@@ -102,7 +103,7 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
 
 
 def _seed(checker: TrajectoryChecker, first: TensorDict, trial: RecordedTrial, start: int) -> None:
-    """Write what came before a row into its first step, for the transforms to read."""
+    """Write the past of a row into its first step, where the transforms read it."""
     for key, x_S in trial.recorded_S.items():
         first[key].copy_(x_S[0])
     if not start:

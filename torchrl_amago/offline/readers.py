@@ -5,9 +5,10 @@ Readers read numbers: no code that a dataset holds or names (a pickle, an entry 
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from torchrl_amago.offline.trajectory import ActionForm, Trajectory, TrajectoryE
 
 _D4RL_ARRAYS = ["observations", "actions", "rewards", "terminals"]
 _AMAGO_ARRAYS = ["rl2s", "time_idxs", "rews", "dones", "actions"]
-# What numpy, zipfile and zlib raise for damaged archives and for files that are none.
+# Errors of numpy, zipfile and zlib for damaged archives and for files that are none.
 _UNREADABLE = (OSError, ValueError, TypeError, EOFError, RuntimeError, BadZipFile, zlib.error)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class TrajectorySource:
     """A sequence of trajectories, each read by ``load(number)`` when it is needed."""
 
@@ -73,8 +74,8 @@ def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySour
 def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     """Read trajectories that lie end to end in D4RL-style arrays ``[N, ...]``.
 
-    A terminal, a timeout or the end of the arrays ends a trajectory. Without ``next_observations``
-    the last step of one is dropped if a value would bootstrap there, see :class:`Trajectory`.
+    A terminal, a timeout or the end of the arrays ends one. Without ``next_observations`` its last
+    step is dropped if a value would bootstrap there, see :class:`Trajectory`.
 
     Args:
         arrays: ``observations``, ``actions``, ``rewards``, ``terminals`` and, where known,
@@ -99,10 +100,9 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     after = arrays.get("next_observations")
     terminal = arrays_of.flags("terminals", arrays["terminals"]).numpy()
     timeout = arrays_of.flags("timeouts", arrays.get("timeouts", 0 * terminal)).numpy()
-    first, last = _spans(terminal | timeout)
-    # A lone step that leads nowhere known is no trajectory.
-    is_kept = (last > first) | terminal[last] | (after is not None)
-    spans = [slice(*span) for span in np.stack([first, last + 1], 1)[is_kept]]
+    spans = _spans(terminal | timeout)
+    if after is None:  # a lone step that leads nowhere known is no trajectory
+        spans = [one for one in spans if one.stop - one.start > 1 or terminal[one.start]]
 
     def load(number: int) -> Trajectory:
         steps = spans[number]
@@ -115,10 +115,10 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
     return TrajectorySource(len(spans), sum(span.stop - span.start for span in spans), load)
 
 
-def _spans(is_last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the first and last step of each trajectory; the end of the arrays ends one too."""
-    last = np.union1d(np.flatnonzero(is_last), len(is_last) - 1)
-    return np.concatenate([[0], last[:-1] + 1]), last
+def _spans(is_last: np.ndarray) -> list[slice]:
+    """Return the steps of each trajectory; the end of the arrays ends one too."""
+    stops = np.union1d(np.flatnonzero(is_last) + 1, len(is_last)).tolist()
+    return [slice(*span) for span in pairwise([0, *stops])]
 
 
 def read_amago(source: str | Path | Iterable[str | Path]) -> TrajectorySource:
@@ -166,12 +166,12 @@ def _load_amago(file: Path) -> Trajectory:
     rule = f"rl2s of {file} must hold previous reward and action, [S, 1 + A], got {before.shape}"
     arrays_of.require(before.ndim == 2, f"{rule}. {remedy}")
     prefix = "_OBS_KEY_"
-    shown = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
-    shown |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
-    shown |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
+    entries = {name[len(prefix) :]: x for name, x in arrays.items() if name.startswith(prefix)}
+    entries |= {keys.PREV_REWARD: before[:, :1], keys.PREV_ACTION: before[:, 1:]}
+    entries |= {keys.TIME_IDX: time, keys.IS_INIT: time == 0}
     terminated = arrays_of.flags(f"dones of {file}", arrays["dones"])
-    steps = shown, arrays["actions"], arrays["rews"], terminated, torch.zeros_like(terminated)
-    return Trajectory(*steps, action_form="vector")
+    steps = entries, arrays["actions"], arrays["rews"], terminated, torch.zeros_like(terminated)
+    return Trajectory(*steps, "vector")
 
 
 def read_torchrl(
@@ -186,11 +186,11 @@ def read_torchrl(
     TorchRL 0.14.1's ``MinariExperienceReplay`` holds zeros: use :func:`read_minari`.
 
     Args:
-        dataset: it, a buffer of whole trials, or steps ``[N]``, one trajectory after the other;
-            ``("next", "done")`` marks the last step of each.
+        dataset: the dataset, a buffer of whole trials, or steps ``[N]``, one trajectory after the
+            other; ``("next", "done")`` marks the last step of each.
         action_form: see :class:`Trajectory`; by default ``"policy"`` for a ``TrialReplayBuffer``
             and for steps that hold ``"prev_action"``, as our collectors write them, else ``"env"``.
-        action_key: of the action; ``reward_key`` is that of the reward, under ``next``.
+        action_key: action; ``reward_key`` is the reward under ``next``.
 
     Raises:
         TrajectoryError: if ``done`` is never set, or neither 0 nor 1.
@@ -206,14 +206,10 @@ def read_torchrl(
     steps = dataset if isinstance(dataset, TensorDictBase) else dataset[:]
     done = arrays_of.flags("'done'", steps["next", "done"]).numpy()
     arrays_of.require(done.any(), "('next', 'done') must mark the last step of each trajectory.")
-    first, last = _spans(done)
     if action_form is None:
         has_past = steps.get(keys.PREV_ACTION, None) is not None
         action_form = "policy" if has_past or isinstance(dataset, TrialReplayBuffer) else "env"
 
-    def load(number: int) -> Trajectory:
-        piece = steps[first[number] : last[number] + 1]
-        one = arrays_of.as_trajectory(piece, action_key, reward_key)
-        return dataclasses.replace(one, action_form=action_form)
-
-    return TrajectorySource(len(last), len(steps), load)
+    spans, options = _spans(done), (action_key, reward_key, action_form)
+    sizes = len(spans), len(steps)
+    return TrajectorySource(*sizes, lambda n: arrays_of.from_steps(steps[spans[n]], *options))

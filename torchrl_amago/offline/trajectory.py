@@ -1,7 +1,7 @@
-"""Trajectories in one plain form, and checked against an environment as tensors of its entries.
+"""Trajectories in one plain form, and as tensors that fit an environment's specs.
 
-Legend: L steps, S rows (the last one is what the last step led to), A action size. ``name`` is what
-errors call an array.
+Legend: L steps, S rows (L + 1, with the observation after the last step), A action size. ``name``
+is an array's name in errors.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ARRAYS = ("observations", "actions", "rewards", "terminations", "truncations")
 
 
 class TrajectoryError(ValueError):
-    """A trajectory that can't be trained on; the message says why."""
+    """A trajectory that can't be trained on; the message gives the reason."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +41,9 @@ class Trajectory:
     """L steps in a row: arrays or tensors, neither copied nor checked.
 
     Args:
-        observation: ``[L + 1, ...]`` of each entry by its key, the last row being what the last
-            step led to; ``[L, ...]`` if that is unknown: the last step is then dropped if a value
-            would bootstrap there. An array alone is the entry ``"observation"``.
+        observation: ``[L + 1, ...]`` of each entry by its key, up to the observation after the last
+            step; ``[L, ...]`` if that is unknown: the last step is then dropped if a value would
+            bootstrap there. An array alone is the entry ``"observation"``.
         action: ``[L, ...]``; ``reward`` is ``[L]`` or ``[L, 1]``, like the flags.
         terminated: True on the last step if it ended the episode for good.
         truncated: True on the last step at a time limit. With neither, the data are cut there.
@@ -72,7 +72,7 @@ def as_trajectory(item: Any, action_key: NestedKey, reward_key: NestedKey) -> Tr
     if isinstance(item, Trajectory):
         return item
     if isinstance(item, TensorDictBase) and item.ndim == 1:
-        return _from_steps(item, action_key, reward_key)
+        return from_steps(item, action_key, reward_key)
     known = "a Trajectory, a mapping of arrays or a tensordict of steps [L]"
     is_mapping = isinstance(item, Mapping) and not isinstance(item, TensorDictBase)
     require(is_mapping, f"it must be {known}, got a {type(item).__name__}. Use a reader.")
@@ -87,30 +87,36 @@ def _flatten(observation: Any, prefix: NestedKey = ()) -> dict[NestedKey, ArrayL
     return {key: x for part in parts for key, x in part.items()}
 
 
-def _from_steps(steps: TensorDictBase, action_key: NestedKey, reward_key: NestedKey) -> Trajectory:
+def from_steps(
+    steps: TensorDictBase,
+    action_key: NestedKey,
+    reward_key: NestedKey,
+    action_form: ActionForm = "policy",
+) -> Trajectory:
+    """Bring steps ``[L]`` of one trajectory into the plain form."""
     needed = [action_key, unravel_key(("next", reward_key)), ("next", "done")]
     remedy = "Rename its entries, or give read_torchrl their action_key and reward_key."
     require_names("a tensordict of steps", needed, [*steps.keys(True)], remedy)
     after, observation = steps["next"], {}
-    shown = after.exclude("done", "terminated", "truncated", reward_key).keys(True, True)
-    for key in {*shown} & {*steps.keys(True, True)}:
+    entries = after.exclude(*FLAGS, reward_key).keys(True, True)
+    for key in {*entries} & {*steps.keys(True, True)}:
         x, y = steps[key], after[key]
         is_next = x.dtype == y.dtype and np.array_equal(x[1:], y[:-1], equal_nan=True)
-        rule = f"{key!r} under 'next' must be what the following step holds"
+        rule = f"{key!r} under 'next' must equal that of the following step"
         require(is_next, f"{rule}, and differs. Split the steps where they are done.")
         observation[key] = torch.cat([x, y[-1:]])
     done = flags("'done'", after["done"])
     terminated = flags("'terminated'", after.get("terminated", done))
     truncated = flags("'truncated'", after.get("truncated", done & ~terminated))
     arrays = observation, steps[action_key], after[reward_key], terminated, truncated
-    return Trajectory(*arrays, action_form="policy")
+    return Trajectory(*arrays, action_form)
 
 
 class RecordedTrial(NamedTuple):
     """An episode, a trial or a piece of one, in rows of a :class:`RecordedEnv`."""
 
     rows_S: TensorDict
-    recorded_S: dict[NestedKey, Tensor]  # what the data hold of the transforms' entries
+    recorded_S: dict[NestedKey, Tensor]  # entries of the transforms that the data hold
     marks_episodes: bool = False
     is_fragment: bool = False  # it begins in mid-trial
     has_final_observation: bool = True  # else the last row repeats the one before
@@ -122,9 +128,10 @@ class RecordedTrial(NamedTuple):
 
 
 class TrajectoryChecker:
-    """The entries of an environment's steps: those that data hold, and those that transforms write.
+    """Converter of trajectories to rows that fit an environment's specs.
 
-    Data are as transforms other than those of ``_REPLAYED`` have made them.
+    ``given`` are the entries that data hold, as other transforms than those of ``_REPLAYED`` have
+    made them; ``written`` are those that the latter write.
     """
 
     def __init__(self, env: EnvBase) -> None:
@@ -146,7 +153,7 @@ class TrajectoryChecker:
         # Without a trial transform, a trial is an episode.
         defaults = TrialTransform(1, trial_end="episode"), PreviousStepTransform()
         self.trial, self.previous = (
-            next((one for one in self.transforms if isinstance(one, type(other))), other)
+            next(one for one in (*self.transforms, other) if isinstance(one, type(other)))
             for other in defaults
         )
         if self.trial.episode_success_key in self.specs:  # data hold the steps' successes
@@ -168,7 +175,7 @@ class TrajectoryChecker:
         steps = len(action_L)
         arrays = _flatten(one.observation)
         if len(self.given) == 1 and keys.OBSERVATION in arrays:
-            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # whatever it is called
+            arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # under any name
         require_names("observations", self.given, arrays, "Name them as the environment does.")
         specs = {key: spec for key, spec in self.specs.items() if key in arrays}
         recorded_S = {k: fit(f"observations {k!r}", arrays[k], None, specs[k]) for k in specs}
@@ -259,8 +266,10 @@ def flags(name: str, array: Any, steps: int | None = None) -> Tensor:
 
 
 def fit(name: str, array: Any, rows: int | None, spec: TensorSpec | ActionSpace) -> Tensor:
-    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype: floats may be rounded,
-    dimensions of size 1 come and go, indices become one-hot if the spec is; nothing else changes.
+    """Convert an array to ``[rows, *spec.shape]`` of the spec's dtype.
+
+    Floats may be rounded, dimensions of size 1 come and go, and indices become one-hot if the spec
+    is; other changes raise TrajectoryError.
     """
     try:
         if not isinstance(array, Tensor):

@@ -1,17 +1,13 @@
-"""The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md).
+"""The training loop: collect, update, evaluate, log, checkpoint, resume (docs/training.md)."""
 
-``amago`` holds the loop, ``build`` makes the parts it needs, ``optim`` the optimiser and its step,
-``hooks`` monitor and evaluation, ``nonfinite`` the guard against NaN, ``report`` table, terminal
-and loggers, ``checkpoint`` the files of a run.
-"""
-
+from torchrl_amago.progress import ProgressTable, read_progress
 from torchrl_amago.trainers.amago import AMAGOTrainer, Intervals
 from torchrl_amago.trainers.build import make_trainer
 from torchrl_amago.trainers.checkpoint import check_no_existing_run, load_policy
 from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
 from torchrl_amago.trainers.nonfinite import NonFiniteError
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
-from torchrl_amago.trainers.report import CLOCK_COLUMNS, ProgressTable, read_progress
+from torchrl_amago.trainers.report import CLOCK_COLUMNS
 
 __all__ = [
     "CLOCK_COLUMNS",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -53,14 +53,14 @@ class OptimizerState:
         return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        scheduler, rates = self.scheduler, [group["lr"] for group in self.optimizer.param_groups]
+        scheduler, groups = self.scheduler, self.optimizer.param_groups
+        rates = [group["lr"] for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(scheduler, LambdaLR):
-            base, factors = scheduler.base_lrs, scheduler.lr_lambdas
+            base = scheduler.base_lrs
             scheduler.load_state_dict({**state["scheduler"], "base_lrs": base})
-            rates = [
-                x * factor(scheduler.last_epoch) for x, factor in zip(base, factors, strict=True)
-            ]
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            rates = [rate * factor for rate, factor in zip(base, factors, strict=True)]
             scheduler._last_lr = rates
         elif scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
@@ -97,57 +97,54 @@ class Rollouts:
         # None where several processes write: then the buffer counts.
         self.frames_per_batch = collector.requested_frames_per_batch if is_local else None
         self._saved: Mapping[str, Any] = {}
-        self._loaded: Mapping[str, Any] | None = None
 
     def sync_policy(self) -> None:
         """Copy the trained weights to the collector's own copies of the policy."""
         if self._has_own_policy:
             self.collector.update_policy_weights_()
 
-    def start(self) -> None:
-        """Begin the trials of a new run, or go on from the loaded checkpoint."""
-        loaded = self._loaded
-        if loaded is None:
-            self._restart(_draw_seed(), self._collector_state())
-            return
-        GlobalRNGState().load_state_dict(loaded["random"])
-        seed, problem = loaded["seed"], "this collector cannot save them"
+    def start(self) -> bool:
+        """Go on from the loaded checkpoint; return False if new trials begin instead."""
+        saved = self._saved
+        if not saved:
+            return self._restart(_draw_seed(), self._collector_state())
+        GlobalRNGState().load_state_dict(saved["random"])
+        seed, problem = saved["seed"], "this collector cannot save them"
         if seed is None:
             try:
-                self.collector.load_state_dict(loaded["collector"], strict=False)
-                return
+                self.collector.load_state_dict(saved["collector"], strict=False)
+                return True
             except ValueError as error:
                 seed, problem = _draw_seed(), str(error)
         torchrl_logger.info(f"the trials in progress at the checkpoint end here: {problem}")
-        self._restart(seed, loaded["collector"])
+        return self._restart(seed, saved["collector"])
 
     def capture(self) -> None:
         """Take the state for a checkpoint."""
         state = self._collector_state()
         seed = None if "in_progress" in state else _draw_seed()
-        random = GlobalRNGState().state_dict()
-        self._saved = {"seed": seed, "collector": state, "random": random}
+        self._saved = {"seed": seed, "collector": state, "random": GlobalRNGState().state_dict()}
 
     def go_on(self) -> bool:
         """Go on after a checkpoint; return False if it ended the trials in progress."""
-        if self._saved["seed"] is None:
+        # Collectors of several processes, whose runs are not exact, can't be reset while they run.
+        if self._saved["seed"] is None or not self._is_local:
             return True
-        self._restart(self._saved["seed"], self._saved["collector"])
-        return False
+        return self._restart(self._saved["seed"], self._saved["collector"])
 
-    def _restart(self, seed: int, collector: Mapping[str, Any]) -> None:
-        """Begin new trials, determined by ``seed`` and torch's generator."""
+    def _restart(self, seed: int, collector: Mapping[str, Any]) -> Literal[False]:
+        """Begin new trials, determined by ``seed`` and torch's generator; return False."""
         if env_state := collector.get("env_state_dict"):
             self.collector.env.load_state_dict(env_state)
         # The uninterrupted run loads them too: loading hands out new numbers of trials.
-        numbers = collector.keys() - {"env_state_dict", "in_progress"}
-        if numbers:
+        if numbers := collector.keys() - {"env_state_dict", "in_progress"}:
             self.collector.load_state_dict({k: collector[k] for k in numbers}, strict=False)
         # Some environments seed torch's generator too, from which exploration draws its noise.
         rng = torch.get_rng_state()
         self.collector.set_seed(seed)
         torch.set_rng_state(rng)
         self.collector.reset()
+        return False
 
     def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.
@@ -159,7 +156,7 @@ class Rollouts:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # `start` loads it: setting up a run may draw random numbers.
-        self._saved = self._loaded = state
+        self._saved = state
 
 
 def _draw_seed() -> int:

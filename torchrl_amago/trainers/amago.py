@@ -21,12 +21,11 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 
 from torchrl_amago import _files as files
+from torchrl_amago._signals import on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
-from torchrl_amago.trainers._metadata import differences, run_metadata
-from torchrl_amago.trainers._signals import on_signals
-from torchrl_amago.trainers.checkpoint import CheckpointStore, PolicyFiles, check_no_existing_run
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
@@ -37,38 +36,39 @@ Outcome = Literal["finished", "interrupted", "preempted"]
 
 @dataclass(frozen=True)
 class Intervals:
-    """Updates between rows of ``progress.csv``, evaluations and checkpoints."""
+    """Updates between rows of ``progress.csv``, evaluations and checkpoints.
+
+    Example:
+        >>> Intervals(log=100, checkpoint=1000)
+        Intervals(log=100, evaluate=500, checkpoint=1000)
+    """
 
     log: int = 50
     evaluate: int = 500
     checkpoint: int = 500
 
     def __post_init__(self) -> None:
-        check_counts("", **{f"{name}_interval": value for name, value in asdict(self).items()})
+        check_counts(**{f"{name}_interval": value for name, value in asdict(self).items()})
 
 
 @dataclass(eq=False, repr=False)
 class AMAGOTrainer:
-    """Collects whole trials and updates ``updates_per_round`` times, again and again.
+    """Loop that collects whole trials and makes ``updates_per_round`` updates, again and again.
 
     `docs/training.md` describes files, signals, loggers, resuming, and what may change on resume.
 
     Args:
         collector: writes to the replay buffer and yields nothing.
-        loss_module: called on ``[B, T]`` slices; the sum of its outputs whose names begin with
-            ``loss`` is minimised, the others are metrics.
+        loss_module: called on ``[B, T]`` slices; see :class:`FiniteOptimizationStepper`.
         replay_buffer: sampled with its own batch size, once ``can_sample()`` is True. Of a
             :class:`~torchrl_amago.data.TrialMixture`, only the buffer ``online`` is saved.
         total_updates: end of the run; the collector's ``total_frames`` may end it earlier.
         updates_per_round: updates after each batch of the collector.
         run_dir: folder for everything the run writes.
         target_updater, scheduler: stepped after every update.
-        stepper: optimiser step; by default gradients are clipped at norm 1.
         exploration: module whose ``step(frames)`` follows the collected frames.
         policy: the policy whose weights are written; by default the collector's.
-        evaluator: called without arguments; returns numbers by name or ``TrialResults``. It should
-            seed its environment, so that every evaluation uses the same held-out tasks.
-        intervals: updates between rows, evaluations and checkpoints.
+        evaluator: called without arguments; returns numbers by name or ``TrialResults``.
         keep_checkpoints: number of checkpoints that stay.
         online_after: updates on the buffer's content before anything is collected.
         loggers: ``"tensorboard"``, ``"wandb"`` or TorchRL loggers, besides the table.
@@ -78,17 +78,14 @@ class AMAGOTrainer:
         settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
-        callbacks: called with the trainer after every update; numbers that they return by name join
-            the next row as means.
+        callbacks: called with the trainer after every update; means of what they return by name
+            join the next row.
 
     Example:
         >>> import tempfile
         >>> from torchrl.objectives import SoftUpdate
-        >>> from torchrl_amago.data import TrialCollector, make_trial_buffer
-        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-        >>> from torchrl_amago.modules import make_policy
-        >>> from torchrl_amago.objectives import amago_loss
-        >>> from torchrl_amago.trainers import make_optimizer
+        >>> from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, make_optimizer
+        >>> from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> policy = make_policy(env, context_length=18, seq_model_options={"d_model": 16})
         >>> loss = amago_loss(policy)
@@ -129,7 +126,7 @@ class AMAGOTrainer:
     callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = ()
 
     def __post_init__(self) -> None:
-        check_counts("", total_updates=self.total_updates, updates_per_round=self.updates_per_round)
+        check_counts(total_updates=self.total_updates, updates_per_round=self.updates_per_round)
         self.run_dir = Path(self.run_dir).absolute()
         self.online_buffer = online_part(self.replay_buffer)
         self._rollouts = Rollouts(self.collector, self.loss_module, self.online_buffer)
@@ -137,12 +134,11 @@ class AMAGOTrainer:
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
-        if self.stepper.dump_dir is None:
-            self.stepper.dump_dir = self.run_dir
+        self.stepper.dump_dir = self.stepper.dump_dir or self.run_dir
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
-        self.checkpoints = CheckpointStore(self.run_dir, self.keep_checkpoints)
-        self.policy_files = PolicyFiles(self.run_dir, self.policy)
+        self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
+        self.policy_files = saving.PolicyFiles(self.run_dir, self.policy)
         self.report = RunReport(self.run_dir, self.loggers, self.progress_bar)
         self.monitor = TrialMonitor(
             self.online_buffer, self.report.window, self.run_dir, self.success_threshold
@@ -163,8 +159,8 @@ class AMAGOTrainer:
         }
         parts = {name: part for name, part in parts.items() if part is not None}
         self.components = Components(**parts, **self.components)
-        self._written = 0  # steps in the buffer's history when frames were counted last
-        self._saved_at = -1
+        # Update of the last checkpoint; steps ever written when frames were counted last.
+        self._saved_at, self._written = -1, 0
         self._is_resumed = self._stop = self._has_lock = False
         self._outcome: Outcome = "finished"
         self._lock = contextlib.ExitStack()
@@ -181,16 +177,15 @@ class AMAGOTrainer:
         with self._session():
             self._begin()
             batches = iter(self.collector)
-            while not self.is_done:
+            while not self._stop and counts.updates < self.total_updates:
                 if not counts.updates_left:
                     if not self._collect(batches):
                         break
                     continue
                 metrics = self.stepper.step(self, self.replay_buffer.sample())
-                if self.scheduler is not None:
-                    self.scheduler.step()
-                if self.target_updater is not None:
-                    self.target_updater.step()
+                for following in (self.scheduler, self.target_updater):
+                    if following is not None:
+                        following.step()
                 counts.updates += 1
                 counts.updates_left -= 1
                 self.report.add_update(metrics)
@@ -204,14 +199,10 @@ class AMAGOTrainer:
             self._end()
         return self._outcome
 
-    @property
-    def is_done(self) -> bool:
-        """True if no update is to follow."""
-        return self._stop or self.counts.updates >= self.total_updates
-
-    def request_stop(self) -> None:
-        """End the run after the running update, as if that had been the last one."""
-        self._stop = True
+    def request_stop(self, outcome: Outcome | None = None) -> None:
+        """End the run after the running update, by default as if that had been the last one."""
+        # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
+        self._outcome, self._stop = outcome or self._outcome, True
 
     def resume(self, path: str | Path | None = None, *, missing_ok: bool = False) -> AMAGOTrainer:
         """Go back to a checkpoint; :meth:`train` continues from there.
@@ -231,23 +222,20 @@ class AMAGOTrainer:
         self._acquire_lock()
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._lock.close)
-            if not missing_ok or CheckpointStore(path or self.run_dir).latest() is not None:
+            if not missing_ok or saving.CheckpointStore(path or self.run_dir).latest() is not None:
                 self._load(self.checkpoints.find(path))
             on_error.pop_all()
         return self
 
     def _begin(self) -> None:
         if not self._is_resumed:
-            check_no_existing_run(self.run_dir)
-        metadata, update = run_metadata(self), self.counts.updates
+            saving.check_no_existing_run(self.run_dir)
+        metadata, update = saving.run_metadata(self), self.counts.updates
         self.report.open(self.total_updates, update, metadata["settings"] | metadata["options"])
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.report.log_line(
-            f"{'goes on' if self._is_resumed else 'begins'} in {self.run_dir}, update {update} of "
-            f"{self.total_updates}: {sum(p.numel() for p in weights)} parameters on "
-            f"{weights[0].device}, {metadata['options']['frames_per_batch']} steps and "
-            f"{self.updates_per_round} updates of {self.replay_buffer.batch_size} slices a round"
-        )
+        size, verb = sum(p.numel() for p in weights), "goes on" if self._is_resumed else "begins"
+        where = f"in {self.run_dir}, update {update} of {self.total_updates}"
+        self.report.log_line(f"{verb} {where}: {size} parameters on {weights[0].device}")
         if not self._is_resumed:
             self.monitor.skip_existing()
             if self.seed is not None:
@@ -255,7 +243,8 @@ class AMAGOTrainer:
                 np.random.seed(self.seed % 2**32)
                 random.seed(self.seed)
         self._rollouts.sync_policy()
-        self._rollouts.start()
+        if not self._rollouts.start():
+            self.monitor.forget_unfinished()
         self._written = self.online_buffer.write_count
         if self._is_resumed:
             # A crash may have come between a checkpoint and its policy's file.
@@ -264,7 +253,7 @@ class AMAGOTrainer:
             self._checkpoint()  # a run that dies early can be resumed, too
 
     def _collect(self, batches: Iterator[None]) -> bool:
-        """Collect a batch, set the number of its updates; return False at the collector's end."""
+        """Collect a batch and set the number of its updates; return False at the last batch."""
         counts, offline_left = self.counts, self.online_after - self.counts.updates
         if offline_left > 0:
             counts.updates_left = min(self.updates_per_round, offline_left)
@@ -279,11 +268,10 @@ class AMAGOTrainer:
         if self.exploration is not None:
             self.exploration.step(frames)
         self.monitor.update()
+        buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
         if self.replay_buffer.can_sample():
             counts.updates_left = self.updates_per_round
-            return True
-        buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
-        if not buffer.can_sample() and self._written >= 2 * capacity:  # the run would wait forever
+        elif not buffer.can_sample() and self._written >= 2 * capacity:  # it would wait forever
             raise RuntimeError(
                 "the replay buffer must hold min_trials="
                 f"{getattr(buffer.sampler, 'min_trials', 1)} trials before the first update, and "
@@ -310,7 +298,7 @@ class AMAGOTrainer:
         with self.report.timed("checkpoint"):
             self._rollouts.capture()
             state, updates = self.components.state_dict(), self.counts.updates
-            metadata = {**run_metadata(self), "frames": self.counts.frames}
+            metadata = {**saving.run_metadata(self), "frames": self.counts.frames}
             self.checkpoints.save(updates, state, self.online_buffer, metadata)
             self._saved_at = updates
             self._rollouts.sync_policy()
@@ -319,12 +307,10 @@ class AMAGOTrainer:
                 self.monitor.forget_unfinished()
 
     def _end(self) -> None:
-        if self._outcome == "interrupted":
-            return
-        if self._saved_at != self.counts.updates:
+        updates, evaluated_at = self.counts.updates, self.counts.evaluated_at
+        if self._outcome != "interrupted" and self._saved_at != updates:
             self._checkpoint(goes_on=False)
-        is_missing = self.evaluator is not None and self.counts.evaluated_at != self.counts.updates
-        if self._outcome == "finished" and is_missing:
+        if self._outcome == "finished" and self.evaluator is not None and evaluated_at != updates:
             self._write_row(self._evaluate())
 
     @contextlib.contextmanager
@@ -332,7 +318,7 @@ class AMAGOTrainer:
         """Hold the lock, handle signals, and close everything at the end."""
         self._acquire_lock()
         try:
-            with on_signals(self._stop_on_signal):
+            with on_signals(self.request_stop):
                 yield
         except KeyboardInterrupt:
             self._outcome = "interrupted"
@@ -351,10 +337,6 @@ class AMAGOTrainer:
                 f"{self.checkpoints.latest()}. To go on: resume() and train()."
             )
 
-    def _stop_on_signal(self, outcome: Outcome) -> None:
-        # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
-        self._outcome, self._stop = outcome, True
-
     def _acquire_lock(self) -> None:
         """Lock the run's folder, and remove what dead processes left there."""
         if self._has_lock:
@@ -368,12 +350,12 @@ class AMAGOTrainer:
 
     def _load(self, checkpoint: Path) -> None:
         if checkpoint.parents[1].resolve() != self.run_dir.resolve():
-            check_no_existing_run(self.run_dir)
-        metadata, own = run_metadata(self), self.components.state_dict()
+            saving.check_no_existing_run(self.run_dir)
+        metadata, own = saving.run_metadata(self), self.components.state_dict()
         state = self.checkpoints.load(checkpoint, own, metadata["settings"])
         self.checkpoints.load_replay(checkpoint, self.online_buffer)
         self.components.load_state_dict(state)
         saved = files.read_manifest(checkpoint)["options"]
-        for name, (old, new) in differences(saved, metadata["options"]).items():
+        for name, (old, new) in saving.differences(saved, metadata["options"]).items():
             torchrl_logger.info(f"resumed with {name}={new} instead of {old}")
         self._is_resumed, self._saved_at = True, self.counts.updates

@@ -49,7 +49,6 @@ def make_trainer(
 
     Args:
         env: batched environment with trial and previous-step transforms.
-        policy: from :func:`~torchrl_amago.modules.make_policy`.
         trial_length: largest number of steps in a trial.
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
@@ -60,23 +59,17 @@ def make_trainer(
             made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
-        learning_rate: peak learning rate of AdamW.
-        warmup_updates, final_lr_fraction: see :func:`make_schedule`.
+        learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
         clip_norm, precision: see :class:`FiniteOptimizationStepper`.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
-        loss_options: further arguments of the loss.
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
-
-    Raises:
-        ValueError: for an unknown loss, options of a buffer beside a buffer, numbers out of range.
 
     Example:
         >>> import tempfile
-        >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-        >>> from torchrl_amago.modules import make_policy
+        >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> policy = make_policy(env, context_length=18, seq_model_options={"d_model": 16})
         >>> with tempfile.TemporaryDirectory() as folder:
@@ -84,7 +77,7 @@ def make_trainer(
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    check_counts("", **{name: steps for name, steps in lengths.items() if steps is not None})
+    check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
     check_positive("0.01 is usual.", tau=tau)
     check_fractions("0.01 is usual.", tau=tau)
     if replay_buffer is not None and (slice_length or buffer_options):
@@ -92,31 +85,20 @@ def make_trainer(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
-    make_loss = pick("loss", loss, LOSSES, "Use 'amago' if unsure.")
-    loss_module = make_loss(policy, critic_options=critic_options, **(loss_options or {}))
+    make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
+    loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
-        options = {
-            "trim_padding": True,
-            "crop": "both",
-            "warn_short": False,
-            **(buffer_options or {}),
-        }
+        options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
-    collector = TrialCollector(
-        env,
-        policy,
-        frames_per_batch=env.batch_size.numel() * (round_steps or trial_length),
-        replay_buffer=online_part(buffer),
-        fragment_length=fragment_length,
-    )
+    frames = env.batch_size.numel() * (round_steps or trial_length)
+    options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
+    collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
+    parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(
-        collector,
-        loss_module,
-        optimizer,
-        buffer,
+        *parts,
         target_updater=SoftUpdate(loss_module, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
         stepper=FiniteOptimizationStepper(clip_norm, precision),

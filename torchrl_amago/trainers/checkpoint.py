@@ -5,16 +5,16 @@ A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
     manifest.json    counts, settings, options, versions, size and SHA-256 of the other files
     state.npz        all tensors and numbers, but for the replay's
     replay/          the replay buffer, by its `dumps`
-
-A policy is a file like ``state.npz``.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import platform
 import re
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +28,16 @@ from torchrl_amago import _files as files
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.trainers._metadata import as_json, check_same, facts, policy_settings
-from torchrl_amago.trainers.report import PROGRESS_FILE
+from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 5
 _STATE, _REPLAY = "state.npz", "replay"
-_NAME = re.compile(r"update_\d{7,}")
+_NAME = "update_{:07d}"
 
 
 class CheckpointStore:
-    """The checkpoints of one run: the ``keep`` newest that are intact.
-
-    Only folders that the manifests list as written by the run are ever removed.
-    """
+    """The checkpoints of one run: the ``keep`` newest; copies under other names stay."""
 
     def __init__(self, run_dir: str | Path, keep: int = 2) -> None:
         check_counts("A run without a checkpoint cannot be resumed.", keep_checkpoints=keep)
@@ -50,11 +46,10 @@ class CheckpointStore:
 
     def paths(self) -> list[Path]:
         """Return every checkpoint: unreadable ones, then the others, last written first."""
-        found = [path for path in self.folder.glob("update_*") if _NAME.fullmatch(path.name)]
+        found = [p for p in self.folder.glob("update_*") if re.fullmatch(r"\d{7,}", p.name[7:])]
         return sorted(found, key=lambda path: (_sequence(path), path.name), reverse=True)
 
     def latest(self) -> Path | None:
-        """Return the checkpoint written last, or None."""
         return next(iter(self.paths()), None)
 
     def find(self, path: str | Path | None = None) -> Path:
@@ -75,27 +70,23 @@ class CheckpointStore:
         self, update: int, state: Mapping[str, Any], buffer: ReplayBuffer, about: Mapping[str, Any]
     ) -> Path:
         """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
-        final = self.folder / f"update_{update:07d}"
-        manifests = [files.read_manifest(path) or {} for path in self.paths()]
-        kept = {final.name, *(name for manifest in manifests for name in manifest.get("kept", ()))}
-        modules = (torch, torchrl, tensordict)
+        final = self.folder / _NAME.format(update)
+        sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
         with files.replace_folder(final) as folder:
             save_state(folder / _STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
                 buffer.dumps(folder / _REPLAY)
+            versions = {x.__name__: x.__version__ for x in (torch, torchrl, tensordict)}
             manifest = {
                 "format_version": FORMAT_VERSION,
                 "update": update,
-                "sequence": 1 + max((m.get("sequence", -1) for m in manifests), default=-1),
-                "kept": sorted(kept),
+                "sequence": 1 + max(sequences, default=-1),
                 **about,
-                "versions": {m.__name__: m.__version__ for m in modules}
-                | {"python": platform.python_version()},
+                "versions": {**versions, "python": platform.python_version()},
             }
             files.write_manifest(folder, manifest)
-        own = [path for path in self.paths() if path.name in kept and files.read_manifest(path)]
-        for path in own[self.keep :]:
+        for path in [path for path in self.paths() if _is_own(path)][self.keep :]:
             files.remove_folder(path)
         return final
 
@@ -107,13 +98,11 @@ class CheckpointStore:
             DamagedError: naming the problem, and the newest other checkpoint that is intact.
             ValueError: for other parts, shapes or settings than ``state`` and ``settings`` have.
         """
-        problem = _problem(path)
-        if problem is not None:
-            others = [other for other in CheckpointStore(path.parents[1]).paths() if other != path]
-            intact = next((other for other in others if _problem(other) is None), None)
-            remedy = f"The newest intact one is {intact}: resume from that path."
-            if intact is None:
-                remedy = "There is no other intact checkpoint in this run: start a new run."
+        if problem := _problem(path):
+            remedy = "There is no other intact checkpoint in this run: start a new run."
+            others = CheckpointStore(path.parents[1]).paths()
+            if intact := next((other for other in others if not _problem(other)), None):
+                remedy = f"The newest intact one is {intact}: resume from that path."
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
             )
@@ -123,13 +112,11 @@ class CheckpointStore:
 
     @staticmethod
     def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
-        """Fill ``replay_buffer`` from a checkpoint."""
         if (path / _REPLAY).exists():
             replay_buffer.loads(path / _REPLAY)
 
 
 def _problem(path: Path) -> str | None:
-    """Describe the damage of a checkpoint, or return None."""
     version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         return f"{path} has format version {version}, and this code reads {FORMAT_VERSION} only"
@@ -138,6 +125,10 @@ def _problem(path: Path) -> str | None:
 
 def _sequence(path: Path) -> float:
     return (files.read_manifest(path) or {"sequence": math.inf}).get("sequence", 0)
+
+
+def _is_own(path: Path) -> bool:
+    return path.name == _NAME.format((files.read_manifest(path) or {}).get("update", -1))
 
 
 def check_no_existing_run(run_dir: str | Path) -> None:
@@ -151,25 +142,90 @@ def check_no_existing_run(run_dir: str | Path) -> None:
             )
 
 
-class PolicyFiles:
-    """A run's `policy.npz` (last checkpoint) and `best_policy.npz` (best evaluation).
+def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
+    """Return a trainer's settings, which a resumed run must share, and its options."""
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    tau, env = getattr(trainer.target_updater, "eps", None), getattr(trainer.collector, "env", None)
+    settings = {
+        **{f"policy.{k}": v for k, v in policy_settings(trainer.policy).items()},
+        **{f"loss.{k}": v for k, v in getattr(trainer.loss_module, "settings", {}).items()},
+        **trainer.settings,
+        "replay_buffer": type(trainer.online_buffer).__name__,
+        "seed": trainer.seed,
+    }
+    options = {
+        "total_updates": trainer.total_updates,
+        "updates_per_round": trainer.updates_per_round,
+        "online_after": trainer.online_after,
+        **{f"{name}_interval": value for name, value in asdict(trainer.intervals).items()},
+        "learning_rate": max(getattr(trainer.scheduler, "base_lrs", rates)),
+        "clip_norm": trainer.stepper.clip_norm,
+        "precision": trainer.stepper.precision,
+        "tau": None if tau is None else round(1 - tau, 12),
+        "batch_size": trainer.replay_buffer.batch_size,
+        "num_envs": None if env is None else env.batch_size.numel(),
+        "frames_per_batch": getattr(trainer.collector, "requested_frames_per_batch", None),
+        **trainer.options,
+    }
+    return {"settings": as_json(settings), "options": as_json(options)}
 
-    Nothing is written for a policy that isn't a module. Of equal evaluations the later one is kept.
-    """
+
+def policy_settings(policy: object) -> dict[str, Any]:
+    """Return the settings that decide how a policy acts, without those of its exploration."""
+    settings = getattr(policy, "settings", {})
+    return {k: value for k, value in settings.items() if k.partition(".")[0] != "exploration"}
+
+
+def facts(state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe what must not change: settings, parts, shapes and dtypes, parameter groups."""
+    described = {**as_json(settings), **dict.fromkeys(state, "present")}
+    for part in state.keys() & {"loss", "exploration", "weights"}:
+        for name, x in state[part].items():
+            if isinstance(x, Tensor):
+                shape = "x".join(map(str, x.shape)) or "scalar"
+                described[f"{part}.{name}"] = f"{shape} {str(x.dtype).removeprefix('torch.')}"
+    groups = state["optimizer"]["optimizer"]["param_groups"] if "optimizer" in state else ()
+    for i, group in enumerate(groups):
+        described[f"optimizer.group_{i}"] = f"{len(group['params'])} parameters"
+    return described
+
+
+def as_json(values: Any) -> Any:
+    """Return values as a JSON file gives them back: tuples as lists, other objects as text."""
+    return json.loads(json.dumps(values, default=str))
+
+
+def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple]:
+    """Map each name whose values differ to both of them, ``"absent"`` for a missing one."""
+    pairs = {x: (saved.get(x, "absent"), current.get(x, "absent")) for x in {**saved, **current}}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+
+
+def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+    """Raise ValueError, with the first three differences, if saved facts differ from current."""
+    if differing := differences(saved, current):
+        shown = [f"{name}: {old} there, {new} here" for name, (old, new) in differing.items()]
+        raise ValueError(
+            f"{path} must have been saved with the same architecture, settings and parts, but "
+            f"they differ in {len(differing)} entries: {'; '.join(shown[:3])}. Build environment, "
+            "policy, loss and optimizer with the arguments of that run, or start anew elsewhere."
+        )
+
+
+class PolicyFiles:
+    """A run's `policy.npz` (last checkpoint) and `best_policy.npz`, if the policy is a module."""
 
     def __init__(self, run_dir: str | Path, policy: object) -> None:
         self.last, self.best = Path(run_dir) / "policy.npz", Path(run_dir) / "best_policy.npz"
         self.policy = policy
-        #: Mean return in the best evaluation so far; None before there is one.
-        self.best_value: float | None = None
+        self.best_value: float | None = None  # mean return in the best evaluation so far
 
     def save_last(self) -> None:
-        """Write the policy as it is."""
         if isinstance(self.policy, nn.Module):
             save_state(self.last, _describe_policy(self.policy))
 
     def save_if_best(self, evaluation: Mapping[str, float]) -> None:
-        """Write the policy if no earlier evaluation had a larger mean return."""
+        """Write the policy unless an earlier evaluation had a larger mean return."""
         value = evaluation.get("eval/trial_return", math.nan)
         is_best = value >= (-math.inf if self.best_value is None else self.best_value)
         if is_best and isinstance(self.policy, nn.Module):
@@ -188,8 +244,8 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
     """Load the weights that a run wrote into a policy; its exploration stays as it is.
 
     Args:
-        path: `policy.npz` (written with each checkpoint) or `best_policy.npz` (written after an
-            evaluation with trials or a number `trial_return`) in a run's folder.
+        path: `policy.npz` or `best_policy.npz` in a run's folder; the latter is there after an
+            evaluation with trials or a number `trial_return`.
         policy: built with the run's settings; changed in place and returned.
 
     Raises:
@@ -197,15 +253,12 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
         ValueError: if weights or settings are another policy's. Nothing has been changed then.
 
     Example:
-        >>> import tempfile, torch
-        >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
-        >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
-        >>> trained, other = (make_policy(env, context_length=45) for _ in range(2))
+        >>> import tempfile
+        >>> trained, other = nn.Linear(2, 1), nn.Linear(2, 1)
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     files = PolicyFiles(folder, trained)
         ...     files.save_last()
-        ...     _ = load_policy(files.last, other)
-        >>> all(torch.equal(a, b) for a, b in zip(trained.parameters(), other.parameters()))
+        ...     load_policy(files.last, other).weight.equal(trained.weight)
         True
     """
     path = Path(path)
@@ -218,10 +271,7 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
 def _describe_policy(policy: nn.Module) -> dict[str, Any]:
     """Return settings and state dict, without the counters of exploration."""
     exploration = getattr(policy, "exploration", None)
-    prefixes = tuple(f"{name}." for name, module in policy.named_modules() if module is exploration)
-    weights = {
-        name: x
-        for name, x in policy.state_dict().items()
-        if isinstance(x, Tensor) and not name.startswith(prefixes)
-    }
+    left_out = tuple(f"{name}." for name, module in policy.named_modules() if module is exploration)
+    tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
+    weights = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
     return {"weights": weights, "settings": as_json(policy_settings(policy))}

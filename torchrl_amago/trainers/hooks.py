@@ -17,15 +17,12 @@ from torchrl_amago import keys
 from torchrl_amago.trainers.nonfinite import check_data
 from torchrl_amago.trainers.report import MetricWindow, Results, evaluation_metrics
 
+#: Called without arguments; returns numbers by name or `TrialResults`.
 Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
-    """Evaluates every few collected batches, and preserves the training's random numbers.
-
-    Args:
-        evaluator: called without arguments; returns numbers by name or ``TrialResults``.
-        interval: collected batches between evaluations.
+    """Evaluation every ``interval`` collected batches; training's random numbers stay as they are.
 
     Example:
         >>> EvaluationHook(lambda: {"score": 3.0})()
@@ -36,15 +33,13 @@ class EvaluationHook(TrainerHookBase):
         self.evaluator, self.interval, self._batches = evaluator, interval, 0
 
     def register(self, trainer: Trainer, name: str = "evaluation") -> None:
-        """Evaluate after the updates of a batch, and log with the trainer."""
         trainer.register_op("post_steps_log", self)
         trainer.register_module(name, self)
 
     def __call__(self, batch: TensorDictBase | None = None) -> dict[str, float] | None:
         self._batches += 1
-        if self._batches % self.interval:
-            return None
-        return evaluation_metrics(run_evaluator(self.evaluator))
+        is_due = self._batches % self.interval == 0
+        return evaluation_metrics(run_evaluator(self.evaluator)) if is_due else None
 
     def state_dict(self) -> dict[str, Any]:
         return {"batches": self._batches}
@@ -63,9 +58,9 @@ def run_evaluator(evaluator: Evaluator) -> Results:
 
 
 class TrialMonitor(TrainerHookBase):
-    """Counts collected trials, averages their returns and successes, and stops on NaN and infinity.
+    """Monitor of collected trials: their number, mean returns and successes; NaN stops the run.
 
-    It reads every step once, after a collector has written it. A trial that is written in fragments
+    Every step is read once, after a collector has written it. A trial that is written in fragments
     counts once its last one is there. They are joined by ``time_idx``; without it, the fragments of
     a trial must follow one another.
 
@@ -75,6 +70,14 @@ class TrialMonitor(TrainerHookBase):
             ``train/success_last`` (of a trial's first and last episode).
         run_dir: folder for steps with NaN or infinity.
         success_threshold: an episode succeeds if its return is larger.
+
+    Example:
+        >>> from torchrl_amago import TMaze, make_trial_buffer, make_trial_env
+        >>> rb = make_trial_buffer(1000, slice_length=4, batch_size=4)
+        >>> env = make_trial_env(TMaze(3, batch_size=[6]), episodes=1)
+        >>> _ = rb.extend(env.rollout(4).reshape(-1))
+        >>> TrialMonitor(rb)()["train/trial_length"]
+        4.0
     """
 
     def __init__(
@@ -85,14 +88,12 @@ class TrialMonitor(TrainerHookBase):
         success_threshold: float = 0.0,
     ) -> None:
         self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
-        self.window = MetricWindow() if window is None else window
-        self.success_threshold = success_threshold
+        self.window, self.success_threshold = window or MetricWindow(), success_threshold
         self.seen = self.trials = 0
         # Unfinished trials by their next time index: return and length of what is written.
         self._unfinished: dict[int, list[tuple[float, int]]] = {}
 
     def register(self, trainer: Trainer, name: str = "trial_monitor") -> None:
-        """Log with a stock trainer, after each collected batch."""
         trainer.register_op("pre_steps_log", self)
         trainer.register_module(name, self)
 
@@ -112,8 +113,7 @@ class TrialMonitor(TrainerHookBase):
 
     def update(self) -> None:
         """Read the new steps into the window."""
-        steps = self._new_steps()
-        if steps is None:
+        if (steps := self._new_steps()) is None:
             return
         check_data(steps, self.run_dir, "collected observations and rewards")
         done = steps.get(("next", "done")).reshape(-1)
@@ -124,8 +124,7 @@ class TrialMonitor(TrainerHookBase):
         self._add_successes(steps, done)
 
     def _new_steps(self) -> TensorDictBase | None:
-        buffer = self.replay_buffer
-        written = buffer.write_count
+        buffer, written = self.replay_buffer, self.replay_buffer.write_count
         count, self.seen = written - self.seen, written
         if count <= 0:
             return None
@@ -138,8 +137,7 @@ class TrialMonitor(TrainerHookBase):
 
     def _ended_trials(self, steps: TensorDictBase, done: Tensor) -> list[tuple[float, int]]:
         """Return (return, length) of each trial that ended; keep those of unfinished ones."""
-        time = steps.get(keys.TIME_IDX, None)
-        is_last = done.clone()
+        time, is_last = steps.get(keys.TIME_IDX, None), done.clone()
         is_last[-1] = True
         if time is not None:
             time = time.reshape(-1)
@@ -147,31 +145,26 @@ class TrialMonitor(TrainerHookBase):
         fragment = is_last.cumsum(0) - is_last.long()
         lengths = fragment.bincount()
         reward = steps.get(("next", "reward")).reshape(len(done), -1).sum(1, dtype=torch.float64)
-        gains = reward.new_zeros(len(lengths)).index_add(0, fragment, reward)
         # Without times there is one trial at a time, and every fragment continues it.
         stops = torch.zeros_like(lengths) if time is None else time[is_last] + 1
         starts = stops if time is None else stops - lengths
-        ended = []
-        columns = (starts, stops, gains, lengths, done[is_last])
+        ended, columns = [], (starts, stops, fragment.bincount(reward), lengths, done[is_last])
         for start, stop, gain, length, is_over in zip(*(c.tolist() for c in columns), strict=True):
             # Trials of equal age continue in the order in which they were written.
-            waiting = self._unfinished.get(start)
-            gain_before, length_before = waiting.pop(0) if waiting else (0.0, 0)
-            if waiting is not None and not waiting:
-                del self._unfinished[start]
+            gain_before, length_before = (self._unfinished.get(start) or [(0.0, 0)]).pop(0)
             total = (gain_before + gain, length_before + length)
             (ended if is_over else self._unfinished.setdefault(stop, [])).append(total)
+        self._unfinished = {time: trials for time, trials in self._unfinished.items() if trials}
         return ended
 
     def _add_successes(self, steps: TensorDictBase, done: Tensor) -> None:
         entries = (keys.EPISODE_IDX, ("next", keys.EPISODE_RETURN), ("next", keys.SOFT_RESET))
-        episode, gain, soft_reset = (steps.get(key, None) for key in entries)
-        if episode is None or gain is None or soft_reset is None:
+        found = [steps.get(key, None) for key in entries]
+        if any(value is None for value in found):
             return  # not a task of episodes
-        success = (gain > self.success_threshold).reshape(-1)
-        is_end = done | soft_reset.reshape(-1)
-        chosen = {"first": is_end & (episode.reshape(-1) == 0), "last": done}
-        for name, at in chosen.items():
+        episode, gain, soft_reset = (value.reshape(-1) for value in found)
+        success, is_first = gain > self.success_threshold, (done | soft_reset) & (episode == 0)
+        for name, at in {"first": is_first, "last": done}.items():
             self.window.add(f"train/success_{name}", success[at].sum().item(), int(at.sum()))
 
     def state_dict(self) -> dict[str, Any]:
@@ -179,5 +172,4 @@ class TrialMonitor(TrainerHookBase):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self.seen, self.trials = int(state_dict["seen"]), int(state_dict["trials"])
-        waiting = state_dict["unfinished"]
-        self._unfinished = {time: list(trials) for time, trials in waiting.items()}
+        self._unfinished = {t: list(trials) for t, trials in state_dict["unfinished"].items()}

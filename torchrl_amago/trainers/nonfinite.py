@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def nonfinite_entries(batch: TensorDictBase) -> str:
     """Describe each entry with NaN or infinity on the steps of ``("collector", "mask")``."""
     mask, found = batch.get(keys.MASK, None), []
     for key, value in _tensors(batch, floats_only=True).items():
-        is_bad = ~torch.isfinite(value)
+        is_bad = ~value.isfinite()
         is_bad = is_bad.flatten(batch.ndim).any(-1) if is_bad.ndim > batch.ndim else is_bad
         if mask is not None:
             is_bad = is_bad & mask.reshape(is_bad.shape)
@@ -63,9 +63,8 @@ def nonfinite_entries(batch: TensorDictBase) -> str:
 def check_data(batch: TensorDictBase, run_dir: Path, name: str) -> None:
     """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity."""
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
-    entries = _tensors(batch, floats_only=True).values()
-    is_finite = math.isfinite(sum(x.sum(dtype=torch.float32) for x in entries))
-    if not is_finite and (found := nonfinite_entries(batch)):
+    total = sum(x.sum(dtype=torch.float32) for x in _tensors(batch, floats_only=True).values())
+    if not math.isfinite(total) and (found := nonfinite_entries(batch)):
         problem = f"{name} must be finite, but NaN or infinity is in {found}"
         raise NonFiniteError(problem, batch, run_dir)
 
@@ -73,9 +72,8 @@ def check_data(batch: TensorDictBase, run_dir: Path, name: str) -> None:
 def describe_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase) -> str:
     """Describe a loss or gradient that is not finite, for :class:`NonFiniteError`."""
     named = {str(key): float(x) for key, x in losses.items() if x.numel() == 1}
-    bad = [f"{key!r} ({value})" for key, value in named.items() if not math.isfinite(value)]
-    bad = ", ".join(bad) or f"the gradients (norm {grad_norm})"
-    found = nonfinite_entries(batch)
+    bad = ", ".join(f"{key!r} ({x})" for key, x in named.items() if not math.isfinite(x))
+    bad, found = bad or f"the gradients (norm {grad_norm})", nonfinite_entries(batch)
     data = f"in the batch: {found}" if found else "the batch itself is finite"
     return f"losses and gradients must be finite, but not so: {bad}; {data}"
 
@@ -86,18 +84,15 @@ def explain_nonfinite_inputs(policy: Any, run_dir: Path) -> Iterator[None]:
 
     Sampling an action from NaN fails in many ways, before the rollout's data can be checked.
     """
-    if not isinstance(policy, nn.Module):
-        yield
-        return
-    inputs: dict[str, Any] = {}
-    hook = policy.register_forward_pre_hook(lambda _, args: inputs.update(last=args and args[0]))
-    try:
-        yield
-    except Exception as error:
-        last = inputs.get("last")
-        if is_tensor_collection(last) and (found := nonfinite_entries(last)):
-            problem = f"the policy's inputs must be finite, but NaN or infinity is in {found}"
-            raise NonFiniteError(problem, last, run_dir) from error
-        raise
-    finally:
-        hook.remove()
+    hook, inputs = nullcontext(), {"last": None}
+    if isinstance(policy, nn.Module):
+        hook = policy.register_forward_pre_hook(lambda _, x: inputs.update(last=x and x[0]))
+    with hook:
+        try:
+            yield
+        except Exception as error:
+            last = inputs["last"]
+            if is_tensor_collection(last) and (found := nonfinite_entries(last)):
+                problem = f"the policy's inputs must be finite, but NaN or infinity is in {found}"
+                raise NonFiniteError(problem, last, run_dir) from error
+            raise

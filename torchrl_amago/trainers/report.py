@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import tempfile
 import time
@@ -11,92 +10,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 from torchrl import logger as torchrl_logger
 from torchrl.record import loggers as torchrl_loggers
 from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
-from torchrl_amago._files import DamagedError, explain_full_disk, replace_file
 from torchrl_amago._validation import check_choice
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.plots import plot_adaptation_curve
+from torchrl_amago.progress import PROGRESS_FILE, ProgressTable
 
-PROGRESS_FILE = "progress.csv"
 ACTIVITIES = ("training", "evaluation", "checkpoint")
 #: Columns that depend on the machine's speed.
-CLOCK_COLUMNS = (
-    *(f"seconds_{activity}" for activity in ACTIVITIES),
-    "frames_per_second",
-    "updates_per_second",
-)
-
-
-class ProgressTable:
-    """A CSV file that is on the disk row by row.
-
-    A row with new columns replaces the whole file. The state holds the text: a resumed run has the
-    rows of its checkpoint, whatever happened to the file.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.columns: list[str] = []
-
-    def append(self, row: Mapping[str, float]) -> None:
-        """Write one row; columns that it lacks stay empty."""
-        new = [column for column in row if column not in self.columns]
-        options = {"newline": "", "encoding": "utf-8"}
-        if new:
-            rows = _read_rows(self.path) if self.columns else []
-            self.columns += new
-            with replace_file(self.path, "w", **options) as file:
-                writer = csv.DictWriter(file, self.columns, lineterminator="\n")
-                writer.writeheader()
-                writer.writerows(rows)
-        with explain_full_disk(self.path), self.path.open("a", **options) as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
-
-    def state_dict(self) -> dict[str, str]:
-        return {"text": self.path.read_text(encoding="utf-8") if self.columns else ""}
-
-    def load_state_dict(self, state: Mapping[str, str]) -> None:
-        self.columns = next(csv.reader(state["text"].splitlines()), [])
-        if not self.columns:
-            return self.path.unlink(missing_ok=True)
-        with replace_file(self.path, "w", newline="", encoding="utf-8") as file:
-            file.write(state["text"])
-
-
-def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
-    """Read the table of a run: one float64 array per column, NaN for empty cells.
-
-    Raises:
-        DamagedError: if it is no table of numbers; FileNotFoundError if there is none.
-
-    Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     ProgressTable(Path(folder) / "progress.csv").append({"update": 1, "loss": 0.5})
-        ...     read_progress(folder)["loss"]
-        array([0.5])
-    """
-    path = Path(run_dir) / PROGRESS_FILE
-    try:
-        rows = _read_rows(path)
-        columns = rows[0].keys() if rows else ()
-        return {c: np.array([float(row[c] or "nan") for row in rows]) for c in columns}
-    except (ValueError, csv.Error) as error:
-        raise DamagedError(f"{path} must be a table of numbers, but {error}.") from error
-
-
-def _read_rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-Results = Mapping[str, float] | TrialResults
+CLOCK_COLUMNS = (*(f"seconds_{x}" for x in ACTIVITIES), "frames_per_second", "updates_per_second")
 # Metrics on the terminal, under short names, from the latest row that has them.
 _DISPLAYED = {
     "eval/trial_return": "return",
@@ -108,6 +35,8 @@ _DISPLAYED = {
     "frames_per_second": "frames/s",
     "updates_per_second": "updates/s",
 }
+
+Results = Mapping[str, float] | TrialResults
 
 
 class MetricWindow:
@@ -123,8 +52,8 @@ class MetricWindow:
 
     def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
         """Add ``count`` values that sum to ``total``."""
-        total_before, count_before = self._totals.get(name, (0.0, 0.0))
-        self._totals[name] = (total_before + total, count_before + count)
+        before = self._totals.get(name, (0.0, 0.0))
+        self._totals[name] = (before[0] + total, before[1] + count)
 
     def means(self) -> dict[str, float]:
         """Return the mean of every metric, in the order first seen, and start anew."""
@@ -139,7 +68,7 @@ class MetricWindow:
 
 
 class RunReport:
-    """Writes each row to ``progress.csv``, the terminal (or as lines) and the loggers."""
+    """Writer of rows to ``progress.csv``, the terminal (or as lines) and the loggers."""
 
     def __init__(
         self, run_dir: Path, loggers: Sequence[str | Logger] = (), progress_bar: bool = True
@@ -147,15 +76,12 @@ class RunReport:
         self.run_dir, self.progress_bar, self.loggers = run_dir, progress_bar, list(loggers)
         self.window, self.table = MetricWindow(), ProgressTable(run_dir / PROGRESS_FILE)
         self.seconds, self._since = dict.fromkeys(ACTIVITIES, 0.0), time.perf_counter()
-        self._logger_states: list[dict[str, Any]] = []
-        self._bar, self._latest = tqdm(disable=True), {}
+        self._bar, self._latest, self._logger_states = tqdm(disable=True), {}, []
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
-    def _read_clock(self, activity: str | None = "training") -> None:
-        """Count the time since the last reading as ``activity``, or not at all."""
+    def _read_clock(self, activity: str = "training") -> None:
         now = time.perf_counter()
-        if activity is not None:
-            self.seconds[activity] += now - self._since
+        self.seconds[activity] += now - self._since
         self._since = now
 
     @contextmanager
@@ -169,30 +95,26 @@ class RunReport:
 
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and progress bar, and log the run's settings."""
-        plain = (bool, int, float, str)
-        hparams = {k: v if isinstance(v, plain) else str(v) for k, v in hparams.items()}
-        states = [*self._logger_states, *[{}] * len(self.loggers)]
-        for i, saved in enumerate(states[: len(self.loggers)]):
+        hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
+        states = dict(enumerate(self._logger_states))
+        for i, name in enumerate(self.loggers):
+            saved = states.get(i, {})
             run_id = saved.get("state", {}).get("local", {}).get("id")
-            self.loggers[i] = logger = make_logger(self.loggers[i], self.run_dir, run_id)
+            self.loggers[i] = logger = make_logger(name, self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
                 logger.load_state_dict(saved["state"])
-            if (
-                not saved or "wandb" in type(logger).__name__.lower()
-            ):  # others would list the run a second time
+            # Other loggers would list a resumed run a second time.
+            if not saved or "wandb" in type(logger).__name__.lower():
                 logger.log_hparams(hparams)
-        # disable=None is tqdm's own test for a terminal.
-        disable = None if self.progress_bar else True
+        disable = None if self.progress_bar else True  # None is tqdm's own test for a terminal
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
-        self._read_clock(None)
+        self._since = time.perf_counter()
 
     def log_line(self, line: str) -> None:
-        """Log a line where no progress bar is shown."""
         if self.progress_bar and self._bar.disable:
             torchrl_logger.info(line)
 
     def add_update(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Count one more update."""
         self._bar.update()
         self.window.add_scalars(metrics)
 
@@ -217,31 +139,28 @@ class RunReport:
         self.table.append(row)
         self._display(row)
         for logger in self.loggers:
-            for name, value in row.items():
-                logger.log_scalar(name, value, step=update)
+            logger.log_metrics(row, step=update)
         if isinstance(evaluation, TrialResults) and self.loggers:
             self._log_episodes(evaluation, update)
 
     def _display(self, row: Mapping[str, float]) -> None:
-        self._latest.update({k: v for k, v in row.items() if not math.isnan(v)})
-        latest = self._latest
+        latest = self._latest = self._latest | {k: v for k, v in row.items() if not math.isnan(v)}
         values = {name: f"{latest[key]:.4g}" for key, name in _DISPLAYED.items() if key in latest}
         self._bar.set_postfix(values, refresh=False)
         text = ", ".join(f"{name} {value}" for name, value in values.items())
         self.log_line(f"update {row['update']}/{self._bar.total}, {row['frames']} frames: {text}")
 
     def _log_episodes(self, results: TrialResults, update: int) -> None:
+        means = {x: results.by_episode(x).nanmean(0).tolist() for x in ("return", "success")}
+        row = {f"eval_episode_{i + 1}/{x}": v for x, vs in means.items() for i, v in enumerate(vs)}
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "adaptation_curve.png"
             plot_adaptation_curve(results, path)
             for logger in self.loggers:
-                for measure in ("return", "success"):
-                    for i, mean in enumerate(results.by_episode(measure).nanmean(0).tolist()):
-                        logger.log_scalar(f"eval_episode_{i + 1}/{measure}", mean, step=update)
+                logger.log_metrics(row, step=update)
                 _log_picture(logger, "eval/adaptation_curve", path, update)
 
     def close(self) -> None:
-        """Close loggers and progress bar."""
         for logger in self.loggers:
             if not isinstance(logger, str):
                 logger.shutdown()
@@ -249,16 +168,13 @@ class RunReport:
 
     def state_dict(self) -> dict[str, Any]:
         self._read_clock()
+        loggers = [logger for logger in self.loggers if not isinstance(logger, str)]
         return {
             "window": self.window.state_dict(),
             "seconds": dict(self.seconds),
             "last": dict(self._last_row),
             "table": self.table.state_dict(),
-            "loggers": [
-                {"kind": type(logger).__name__, "state": logger.state_dict()}
-                for logger in self.loggers
-                if not isinstance(logger, str)
-            ],
+            "loggers": [{"kind": type(x).__name__, "state": x.state_dict()} for x in loggers],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -270,9 +186,8 @@ class RunReport:
 
 def evaluation_metrics(results: Results) -> dict[str, float]:
     """Return the columns of an evaluation: numbers by name, or the summary of ``TrialResults``."""
-    if isinstance(results, TrialResults):
-        results = results.summary()
-    return {f"eval/{name}": float(value) for name, value in results.items()}
+    metrics = results.summary() if isinstance(results, TrialResults) else results
+    return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:
@@ -280,10 +195,12 @@ def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = 
     if not isinstance(logger, str):
         return logger
     check_choice("loggers", logger, ("tensorboard", "wandb"))
-    folder = str(run_dir)
-    if logger == "tensorboard":
-        return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=folder)
-    return torchrl_loggers.WandbLogger(Path(folder).name, save_dir=folder, id=run_id)
+    try:
+        if logger == "tensorboard":
+            return torchrl_loggers.TensorboardLogger("tensorboard", log_dir=str(run_dir))
+        return torchrl_loggers.WandbLogger(Path(run_dir).name, save_dir=str(run_dir), id=run_id)
+    except ImportError as error:
+        raise ImportError(f'{error}. Run pip install "torchrl-amago[{logger}]".') from error
 
 
 def _log_picture(logger: Logger, name: str, path: Path, update: int) -> None:

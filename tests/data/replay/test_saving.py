@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -196,6 +197,17 @@ def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
     assert_same_future(rb, other)
 
 
+def test_several_may_save_to_one_path_at_once(tmp_path):
+    """They take turns, and the last one's content is there, whole."""
+    path, buffers = tmp_path / "replay", [filled_buffer((n, 9)) for n in range(3, 7)]
+    with ThreadPoolExecutor() as pool:
+        [*pool.map(lambda rb: [save_replay(rb, path) for _ in range(8)], buffers)]
+    other = make_buffer()
+    load_replay(other, path)
+    assert any(len(other) == len(rb) and (other[:] == rb[:]).all() for rb in buffers)
+    assert [file.name for file in tmp_path.iterdir()] == ["replay"]
+
+
 def test_crash_between_the_renames_is_recovered(tmp_path):
     path = tmp_path / "replay"
     rb = filled_buffer((3, 9))
@@ -268,7 +280,7 @@ def test_a_folder_that_does_not_fit_is_refused(tmp_path):
     ):
         load_replay(make_buffer(), path)
     write_manifest(path, manifest | {"format": "replay 9"})
-    with pytest.raises(ValueError, match=r"'torchrl_amago replay 3'.*got .*'replay 9'"):
+    with pytest.raises(ValueError, match=r"'torchrl_amago replay 4'.*got .*'replay 9'"):
         load_replay(make_buffer(), path)
 
     shutil.rmtree(path)

@@ -21,8 +21,8 @@ from tensordict import TensorDict, assert_close
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago import _files as files
 from torchrl_amago._files import DamagedError
-from torchrl_amago.data.replay._storage import EvictedError, TrialStorage
-from torchrl_amago.data.replay._table import ENTRY, TrialTable
+from torchrl_amago.data.replay._storage import TrialStorage
+from torchrl_amago.data.replay._table import ENTRY
 
 
 def write(storage, lengths, first_id=0):
@@ -112,25 +112,6 @@ def test_steps_are_found_by_place_mask_and_number():
         storage.get(row, ["colour"])
 
 
-def test_evicted_trials_are_reported(tmp_path):
-    storage = TrialStorage(20, path=tmp_path / "a")
-    write(storage, [4, 3, 5])
-    before = storage.trials()
-    storage.check(before, before.number)
-    write(storage, [10], first_id=12)
-    storage.check(before, np.array([1, 2]))
-    for number in ([0], [2, 0], before.number):
-        with pytest.raises(EvictedError, match="others have overwritten some"):
-            storage.check(before, np.asarray(number))
-    other = TrialStorage(20)
-    write(other, [4, 3, 5])
-    other.dumps(tmp_path / "b")
-    storage.loads(tmp_path / "b")
-    assert len(storage) == 12
-    with pytest.raises(EvictedError, match="others have overwritten some"):
-        storage.check(before, np.array([2]))
-
-
 # -- folders -----------------------------------------------------------------------------------
 
 
@@ -176,44 +157,68 @@ def test_readers_follow_writers(tmp_path):
         assert contents(learner) == contents(reader) == contents(writer)
 
 
-def write_beside(writer, target, method, monkeypatch, lengths=(5, 5)):
-    """Let another process write as soon as a method was called; and wait for the lock."""
-    threads = []
-    real = getattr(target, method)
+def write_beside(writer, storage, monkeypatch, lengths=(5, 5)):
+    """Let another process write while trials are read: it waits for the lock."""
+    threads, real = [], storage.table
 
-    def call_and_write(*args):
-        result = real(*args)
+    def look_and_write():
         if not threads:
             threads.append(threading.Thread(target=write, args=(writer, list(lengths), 100)))
             threads[0].start()
-            threads[0].join(0.3)
-        return result
+            threads[0].join(0.2)
+            assert threads[0].is_alive()
+        return real()
 
-    monkeypatch.setattr(target, method, call_and_write)
+    monkeypatch.setattr(storage, "table", look_and_write)
     return lambda: threads[0].join()
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
-@pytest.mark.parametrize("moment", ["before rows are copied", "after"])
-def test_a_copy_holds_whole_trials_while_others_write(tmp_path, monkeypatch, mode, moment):
+def test_others_wait_while_trials_are_read_or_copied(tmp_path, monkeypatch, mode):
     writer = TrialStorage(12, path=tmp_path / "replay")
     write(writer, [4, 5])
-    write(writer, [3], first_id=9)
     storage = opened(tmp_path / "replay", mode)
-    target = (TrialTable, "create") if moment == "after" else (storage, "entries")
-    wait = write_beside(writer, *target, monkeypatch, lengths=[5])
-    storage.dumps(tmp_path / "copy")
+    with monkeypatch.context() as patch:
+        wait = write_beside(writer, storage, patch)
+        assert storage[:]["id"].tolist() == [*range(9)]
+        wait()
+    assert contents(storage) == [[*range(100, 105)], [*range(105, 110)]]
+    with monkeypatch.context() as patch:
+        wait = write_beside(writer, storage, patch, lengths=[3, 4])
+        storage.verify()
+        wait()
+    with monkeypatch.context() as patch:
+        wait = write_beside(writer, storage, patch, lengths=[5])
+        storage.dumps(tmp_path / "copy")
+        wait()
     copy = opened(tmp_path / "copy", "continue")
-    wait()
-    # A reader doesn't make others wait: it leaves out what it could not copy in time.
-    whole = [[0, 1, 2, 3], [4, 5, 6, 7, 8], [9, 10, 11]]
-    is_late = mode == "read" and moment == "before rows are copied"
-    assert contents(copy) == (whole[2:] if is_late else whole)
-    assert contents(writer) == [[9, 10, 11], [100, 101, 102, 103, 104]]
+    assert contents(copy) == [[*range(105, 110)], [100, 101, 102], [103, 104, 105, 106]]
+    assert contents(writer) == [*contents(copy)[1:], [*range(100, 105)]]
     copy.verify()
     for number in range(4):
         write(copy, [4], first_id=10 * number)
     assert contents(copy)[-1] == [30, 31, 32, 33]
+
+
+def test_readers_do_not_wait_for_each_other_and_writers_for_all(tmp_path):
+    writer = TrialStorage(12, path=tmp_path)
+    write(writer, [4])
+    reader, other = opened(tmp_path), opened(tmp_path)
+    with reader.lock():
+        with (
+            other.lock(),
+            pytest.raises(BlockingIOError),
+            files.lock(tmp_path / "lock", wait=False),
+        ):
+            pass
+        thread = threading.Thread(target=write, args=(writer, [5]))
+        thread.start()
+        thread.join(0.2)
+        # A waiting writer comes before the next reader.
+        with pytest.raises(BlockingIOError), files.lock(tmp_path / "queue", wait=False):
+            pass
+    thread.join()
+    assert len(other) == 9
 
 
 def test_a_copy_of_what_a_writer_left_empty_counts_on(tmp_path):
@@ -225,38 +230,6 @@ def test_a_copy_of_what_a_writer_left_empty_counts_on(tmp_path):
     assert (contents(copy), copy.written) == ([], 9)
     write(copy, [3])
     assert (copy.trials().number.tolist(), copy.written) == ([2], 12)
-
-
-@pytest.mark.parametrize("mode", ["continue", "read"])
-def test_steps_that_are_overwritten_while_they_are_read_are_read_again(tmp_path, monkeypatch, mode):
-    writer = TrialStorage(12, path=tmp_path)
-    write(writer, [4, 5])
-    storage = opened(tmp_path, mode)
-    write_beside(writer, storage.table(), "look", monkeypatch)
-    # A reader reads again; the others wait for the lock.
-    assert storage[:]["id"].tolist() == [*(range(100, 110) if mode == "read" else range(9))]
-
-
-@pytest.mark.parametrize("mode", ["continue", "read"])
-def test_steps_that_are_always_overwritten(tmp_path, monkeypatch, mode):
-    """The lock makes writers wait; a reader raises if it can't keep up."""
-    writer = TrialStorage(12, path=tmp_path)
-    write(writer, [4, 5])
-    storage = opened(tmp_path, mode)
-    real = storage.get
-
-    def read_while_others_write(*args):
-        thread = threading.Thread(target=write, args=(writer, [6, 6]), daemon=True)
-        thread.start()
-        thread.join(0.1)
-        return real(*args)
-
-    monkeypatch.setattr(storage, "get", read_while_others_write)
-    if mode == "continue":
-        assert len(storage[:]) == 9
-    else:
-        with pytest.raises(IndexError, match=r"others have overwritten some.*mode='continue'"):
-            storage[:]
 
 
 def test_temporary_folders_are_removed_with_their_owner_and_at_exit():
@@ -396,7 +369,7 @@ def test_damage_that_comes_later_stops_the_next_write(folder):
     write(other, [1, 1, 1], first_id=9)
     table = folder / "trials/table.bin"
     damaged = bytearray(table.read_bytes())
-    damaged[4096 + 3 * ENTRY.itemsize] ^= 1
+    damaged[(1 + 3) * ENTRY.itemsize] ^= 1
     with table.open("r+b") as stream:
         stream.write(damaged)
     before = content_of(folder)
@@ -443,7 +416,11 @@ def test_a_process_that_dies_while_it_makes_or_replaces_the_folder(
         assert_holds(storage, [*make_trials([4])[:count]])
     write(storage, [5], first_id=70)
     assert contents(storage)[-1] == [*range(70, 75)]
-    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == ["lock", "trials"]
+    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == [
+        "lock",
+        "queue",
+        "trials",
+    ]
 
 
 def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
@@ -461,7 +438,7 @@ def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
 def test_another_format_is_refused(folder):
     schema = files.read_json(folder / "trials/schema.json")
     files.write_json(folder / "trials/schema.json", schema | {"format": "trials 9"})
-    with pytest.raises(ValueError, match=r"torchrl_amago trials 3.*got .*trials 9"):
+    with pytest.raises(ValueError, match=r"torchrl_amago trials 4.*got .*trials 9"):
         opened(folder, "continue")
 
 
@@ -550,7 +527,7 @@ def test_more_than_the_disk_holds_is_refused_at_once(tmp_path, monkeypatch):
     storage = TrialStorage(10, path=tmp_path / "replay")
     with pytest.raises(OSError, match=r"380 bytes are needed, 379 bytes are free"):
         write(storage, [3])
-    assert not (tmp_path / "replay/trials").exists()
+    assert not any((tmp_path / "replay/trials/rows").iterdir())
 
 
 def test_a_real_full_disk(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from torchrl.data import Binary, Bounded, Categorical, Composite, MultiCategorical, Unbounded
-from torchrl.envs import GymEnv, check_env_specs
+from torchrl.envs import GymEnv, SerialEnv, check_env_specs
 
 from tests.envs.transforms.helpers import SeededGoal, drive, number_tasks
 from torchrl_amago import make_policy
@@ -101,8 +101,9 @@ def test_dicts_and_tuples_are_entries():
     assert isinstance(env.observation_spec["pair"], Composite)
 
 
-def test_text_is_refused():
-    space = spaces.Dict(mission=spaces.Text(10), place=spaces.Discrete(2))
+@pytest.mark.parametrize("part", [spaces.Text(10), spaces.Discrete(2, start=1)])
+def test_spaces_without_a_spec(part):
+    space = spaces.Dict(mission=part, place=spaces.Discrete(2))
     with pytest.raises(
         ValueError, match=r"the space\['mission'\] must be a Box.*FilterObservation"
     ):
@@ -163,6 +164,19 @@ def test_rows_in_processes_play_as_those_in_this_one():
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[1], starts[2])
     assert torch.equal(here["observation"], play(True)["observation"])
+
+
+def test_rows_in_a_serial_environment_repeat_their_tasks():
+    env = make_trial_env(SerialEnv(2, lambda: gymnasium_rows(SeededGoal, 2)), episodes=2)
+    check_env_specs(env)
+    env.set_seed(0)
+    actions = torch.tensor([[0, 1, 1, 1, 1], [1, 0, 0, 2, 2]]).expand(2, 2, 5)
+    goals = drive(env, actions)["observation"]
+    for goal, expected in zip(
+        goals.flatten(0, 1), [[0, 0, 0, 1, 1], [0] * 4 + [1]] * 2, strict=True
+    ):
+        assert number_tasks(goal).tolist() == expected
+    assert goals[..., 0, 0].unique().numel() == 4
 
 
 def test_a_seed_decides_the_rows():

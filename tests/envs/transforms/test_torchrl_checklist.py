@@ -27,7 +27,6 @@ TRANSFORMS = {
 }
 ACTIONS = torch.tensor([[0, 1, 2, 0, 0, 1], [1, 0, 0, 0, 2, 0]])
 EACH = pytest.mark.parametrize("kind", TRANSFORMS)
-ONE_OF_EACH = pytest.mark.parametrize("kind", ["trial", "previous"])
 
 
 def transformed(kind: str, base=CountingEnv) -> TransformedEnv:
@@ -68,15 +67,11 @@ def test_trans_serial_env_check(kind):
     assert_runs_alike(transformed(kind, partial(SerialEnv, 2, ROWS)), kind)
 
 
-@ONE_OF_EACH
-@pytest.mark.parametrize("inside", [True, False], ids=["parallel_trans", "trans_parallel"])
-def test_parallel_env_check(kind, inside):
-    if inside:
-        env = forked(2, [partial(transformed, kind, base) for base in ROWS])
-    else:
-        env = transformed(kind, partial(forked, 2, ROWS))
+def test_parallel_env_check():
+    # Both transforms together, inside and outside of workers: test_parallel_workers in test_trial.py.
+    env = forked(2, [partial(transformed, "previous", base) for base in ROWS])
     try:
-        assert_runs_alike(env, kind)
+        assert_runs_alike(env, "previous")
     finally:
         env.close()
 

@@ -182,6 +182,8 @@ def test_rows_end_at_different_steps(kind, limits):
 def test_parallel_workers(kind):
     env = batched_env(kind, 2, episodes=3)
     try:
+        check_env_specs(env)
+        env.set_seed(0)
         steps = drive(env, ACTIONS[:2])
     finally:
         env.close()

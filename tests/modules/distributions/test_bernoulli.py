@@ -11,7 +11,7 @@ from torchrl.data import Binary
 
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions import Bernoulli
-from torchrl_amago.modules.distributions.bernoulli import Bits
+from torchrl_amago.modules.distributions.discrete import Bits
 
 
 def _bernoulli(size: int, **options) -> Bernoulli:

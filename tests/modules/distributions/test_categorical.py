@@ -12,7 +12,7 @@ from torchrl.data import Categorical, MultiCategorical, OneHot
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions import ClippedCategorical, Discrete
 from torchrl_amago.modules.distributions import _noise as noise
-from torchrl_amago.modules.distributions.categorical import (
+from torchrl_amago.modules.distributions.discrete import (
     OneHotParts,
     clip_probabilities,
     clipped_softmax,

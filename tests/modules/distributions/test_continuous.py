@@ -14,10 +14,10 @@ from torchrl.modules import TanhNormal
 
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules.distributions import Beta, TanhGaussian, TanhMixture
-from torchrl_amago.modules.distributions.beta import StretchedBeta
-from torchrl_amago.modules.distributions.squashed import (
+from torchrl_amago.modules.distributions.continuous import (
     SquashedMixture,
     SquashedNormal,
+    StretchedBeta,
     log_tanh_slope,
 )
 

@@ -25,7 +25,7 @@ from torchrl_amago.modules.distributions import (
     make_distribution,
 )
 from torchrl_amago.modules.distributions.base import StoredActions
-from torchrl_amago.modules.distributions.categorical import OneHotParts
+from torchrl_amago.modules.distributions.discrete import OneHotParts
 
 BOX = Bounded(-1.0, 1.0, shape=(3,))
 CASES = {
@@ -128,7 +128,7 @@ def test_parameters_of_another_size_raise(case):
     _, policy_dist = case
     wrong = torch.zeros(2, policy_dist.num_params + 1)
     for method in (policy_dist, policy_dist.stored):
-        with pytest.raises(ValueError, match=rf"needs {policy_dist.num_params} parameters.*actor"):
+        with pytest.raises(ValueError, match=rf"needs {policy_dist.num_params} parameters"):
             method(wrong)
 
 
@@ -301,7 +301,7 @@ def test_a_name_that_does_not_fit_raises():
 BAD_ARGUMENTS = [
     (Discrete, Categorical(4), {"clip_low": 0.25}, r"clip_low must be in \[0, 1/4\)"),
     (Discrete, Categorical(4), {"clip_high": 1.5}, r"clip_high in \(clip_low, 1\], got 0.001"),
-    (Discrete, MultiCategorical([2, 2000]), {}, "Lower clip_low if there are many"),
+    (Discrete, MultiCategorical([2, 2000]), {}, "in .0, 1/2000. for 2000 categories"),
     (Discrete, Categorical(4), {"temperature": 0.0}, "temperature must be positive, got 0"),
     (Bernoulli, Binary(4), {"reduce": "max"}, "reduce must be one of 'sum', 'mean', got 'max'"),
     (TanhGaussian, BOX, {"std_low": 0.0}, "std_low must be positive and below std_high, got 0"),

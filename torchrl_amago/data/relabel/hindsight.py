@@ -5,7 +5,7 @@ The legend is that of :mod:`~torchrl_amago.data.relabel.goals`.
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from tensordict import NestedKey, TensorDictBase
@@ -14,17 +14,14 @@ from torch import Tensor
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_fractions
 from torchrl_amago.data.relabel.base import uniform
-from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal, time_innermost
-
-Strategy = Literal["future", "final", "episode"]
+from torchrl_amago.data.relabel.goals import GoalRelabel, is_empty_goal
 
 
 class HindsightRelabel(GoalRelabel):
     """Hindsight experience replay (HER, `arXiv 1707.01495 <https://arxiv.org/abs/1707.01495>`_).
 
     A fraction of the trials gets a goal that was achieved in one of its own steps: one goal for the
-    whole trial, as an agent with memory needs it. (HER draws anew for each transition.) Rewards
-    become ``reward_fn`` of the achieved and the new goal.
+    whole trial, as an agent with memory needs it. (HER draws anew for each transition.)
 
     Args:
         strategy: step whose achieved goal becomes the goal: ``"final"``, the last; ``"episode"``,
@@ -37,11 +34,10 @@ class HindsightRelabel(GoalRelabel):
             step.
         empty_goal: number that fills an empty place of those N; a trial for which an empty one is
             drawn keeps its goal. None if there are no empty places.
-        options: further arguments of :class:`GoalRelabel`.
+        options: other arguments of :class:`GoalRelabel`, with its errors.
 
     Raises:
-        ValueError: for an unknown strategy or a fraction out of range; when called, if shapes don't
-            fit, or replaying a batch doesn't give what was stored.
+        ValueError: for an unknown strategy or a fraction out of range.
 
     Example:
         >>> from tensordict import TensorDict
@@ -61,7 +57,7 @@ class HindsightRelabel(GoalRelabel):
 
     def __init__(
         self,
-        strategy: Strategy = "future",
+        strategy: Literal["future", "final", "episode"] = "future",
         *,
         fraction: float = 0.8,
         goal_key: NestedKey = "desired_goal",
@@ -69,10 +65,11 @@ class HindsightRelabel(GoalRelabel):
         empty_goal: float | None = None,
         **options: Any,
     ) -> None:
-        check_choice("strategy", strategy, get_args(Strategy))
+        check_choice("strategy", strategy, ("future", "final", "episode"))
         check_fractions("It is the fraction of trials with new goals.", fraction=fraction)
+        # The goal itself is always visible: only places of achieved goals are empty.
         super().__init__(goal_key=goal_key, achieved_key=achieved_key, **options)
-        self.strategy, self.fraction, self.empty_goal = strategy, fraction, empty_goal
+        self.strategy, self.fraction, self.empty_achieved = strategy, fraction, empty_goal
 
     def new_goals(
         self, trials: TensorDictBase, generator: torch.Generator | None
@@ -90,22 +87,8 @@ class HindsightRelabel(GoalRelabel):
             step_B = first_B + (uniform_4B[1] * (length_B - first_B)).long()
         rows_B = torch.arange(len(mask_BT), device=mask_BT.device)
         achieved_BN = achieved_BTN[rows_B, step_B]
-        is_there_BN = ~is_empty_goal(achieved_BN, self.empty_goal, 2)
-        rank_B = (uniform_4B[2] * is_there_BN.sum(-1)).long()
-        place_B = (is_there_BN.cumsum(-1) > rank_B.unsqueeze(-1)).int().argmax(-1)
-        is_new_B = (uniform_4B[3] < self.fraction) & is_there_BN.any(-1)
+        is_goal_BN = ~is_empty_goal(achieved_BN, self.empty_achieved, 2)
+        rank_B = (uniform_4B[2] * is_goal_BN.sum(-1)).long()
+        place_B = (is_goal_BN.cumsum(-1) > rank_B.unsqueeze(-1)).int().argmax(-1)
+        is_new_B = (uniform_4B[3] < self.fraction) & is_goal_BN.any(-1)
         return achieved_BN[rows_B, place_B], is_new_B
-
-    def _replay(self, trials: TensorDictBase, rows_R: Tensor, goals_R: Tensor) -> TensorDictBase:
-        mask_RT = trials.get(keys.MASK)[rows_R]
-        num_steps = mask_RT.shape[1]
-        achieved_RTN = time_innermost(self._achieved(trials, goals_R.shape[1:])[rows_R])
-        reward_RT1 = self._rewards(achieved_RTN, goals_R.unsqueeze(1))
-        step_T = torch.arange(num_steps, device=mask_RT.device)
-        is_met_RT = (reward_RT1.squeeze(-1) > self.success_threshold) & mask_RT & self.ends_trial
-        end_R = torch.where(is_met_RT, step_T, num_steps).amin(-1)
-        goals_RS = goals_R.unsqueeze(1).expand(-1, num_steps + 1, *goals_R.shape[1:])
-        return self._replace(trials, rows_R, goals_RS, reward_RT1, end_R)
-
-    def _num_goals(self, goals_R: Tensor) -> Tensor:
-        return goals_R.new_ones(len(goals_R), dtype=torch.int64)

@@ -22,7 +22,6 @@ _CHECKED_PAIRS = 64  # pairs (next of step t, root of step t + 1) of a write tha
 
 
 def as_tuple(key: NestedKey) -> Key:
-    """Return a key as a tuple."""
     return (key,) if isinstance(key, str) else tuple(key)
 
 
@@ -48,13 +47,13 @@ def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:
     return entries, spec
 
 
-def empty_row(spec: Spec) -> TensorDict:
-    """Make a row of zeros."""
-    row = TensorDict()
-    for key, (dtype, *shape) in ((key, text.split()) for key, text in spec.items()):
-        if not is_twice(key, spec):
-            row.set(key, torch.zeros([int(n) for n in shape], dtype=getattr(torch, dtype)))
-    return row
+def empty_row(spec: Spec) -> dict[Key, Tensor]:
+    """Make the entries of a row."""
+    parts = {key: text.split() for key, text in spec.items() if not is_twice(key, spec)}
+    return {
+        key: torch.empty([*map(int, shape)], dtype=getattr(torch, dtype))
+        for key, (dtype, *shape) in parts.items()
+    }
 
 
 def is_twice(key: Key, entries: Iterable[Key]) -> bool:
@@ -63,17 +62,17 @@ def is_twice(key: Key, entries: Iterable[Key]) -> bool:
 
 
 def check_same(stored: Spec, given: Spec, place: object) -> None:
-    """Raise ValueError, naming the difference, unless two specs are the same."""
+    """Raise ValueError, naming the difference, unless two specs are the same or one is empty."""
     differing = [
         f"{'.'.join(key)}: {stored.get(key, 'nothing')} there, {given.get(key, 'nothing')} here"
         for key in sorted(stored.keys() | given.keys())
         if stored.get(key) != given.get(key)
     ]
-    if differing:
+    if stored and given and differing:
         raise ValueError(
-            f"steps must have the entries of those in {place}, and differ in {'; '.join(differing)}"
-            ". "
-            "Use the environment and policy that they were collected with, or a new buffer."
+            f"steps must have the entries of those in {place}, and differ in "
+            f"{'; '.join(differing)}. Use the environment and policy that they were collected "
+            "with, or a new buffer."
         )
 
 
@@ -104,10 +103,15 @@ def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
     return rows
 
 
+def as_bytes(values: Tensor) -> Tensor:
+    """View values ``[R, ...]`` as bytes ``[R, width]``."""
+    return values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8)
+
+
 def checksums(rows: TensorDictBase, first: np.ndarray, count: np.ndarray) -> np.ndarray:
     """Compute the CRC-32 of the values of runs of rows."""
     columns = [rows.get(key) for key in sorted(map(as_tuple, rows.keys(True, True)))]
-    columns = [x.reshape(len(rows), -1).view(torch.uint8).numpy() for x in columns if x.numel()]
+    columns = [as_bytes(x).numpy() for x in columns if x.numel()]
     sums = np.zeros(len(first), "<u4")
     for n, (start, stop) in enumerate(zip(first.tolist(), (first + count).tolist(), strict=True)):
         for column in columns:

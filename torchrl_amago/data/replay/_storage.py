@@ -5,7 +5,7 @@
     trials/schema.json   format, capacity and the entries of a step, with a checksum
     trials/rows/         the rows of all trials, one file for each entry (see _layout)
     trials/table.bin     which trials are there (see _table)
-    lock                 held by the process that writes
+    lock, queue          held while trials are written or read, and before that
 
 A write evicts the trials that must make room, copies the new rows, then announces the new trials.
 Loading writes a new `trials` folder, and renames it into place.
@@ -18,8 +18,6 @@ import errno
 import os
 import shutil
 import sys
-import time
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
@@ -28,34 +26,28 @@ from urllib.parse import quote
 import numpy as np
 import torch
 from tensordict import NestedKey, TensorDict, TensorDictBase
+from torch import Tensor
 from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
 from torchrl_amago.data.replay._memory import ReusedMemory
-from torchrl_amago.data.replay._table import EMPTY, TrialTable
+from torchrl_amago.data.replay._table import TrialTable
 from torchrl_amago.data.replay._trials import Trials
 
 Mode = Literal["create", "continue", "read"]
 
-_FORMAT = "torchrl_amago trials 3"
+_FORMAT = "torchrl_amago trials 4"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
-_MAX_READS = 20  # of steps that others overwrite meanwhile
-_PATIENCE = 1.0  # seconds to wait for a writer that replaces all trials
-
-
-class EvictedError(IndexError):
-    """Steps that are no longer stored."""
 
 
 class TrialStorage(LazyMemmapStorage):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
 
-    It differs from TorchRL's storage in four points: rows are written as whole trials, a table
-    lists the trials, files are opened by a checked schema, and disk space is claimed before it is
-    used. Each process opens the folder itself; a pickled object opens it anew. Writers take turns,
-    readers never wait. For arguments and errors see :func:`make_trial_buffer`.
+    Each process opens the folder itself; a pickled object opens it anew. Processes take turns under
+    a lock: nobody reads while another writes. For arguments and errors see
+    :func:`make_trial_buffer`.
     """
 
     def __init__(
@@ -69,50 +61,43 @@ class TrialStorage(LazyMemmapStorage):
         check_choice("mode", mode, get_args(Mode))
         given, path = path, files.temporary_folder(self, "trials_") if path is None else Path(path)
         self.path, self.mode, self.flush = path.absolute(), mode, flush
-        self._here, self._inode = self.path / "trials", None
-        self._table: TrialTable | None = None
-        self._known: tuple[int, np.ndarray] | None = None
-        self._memory, self.spec = ReusedMemory(), {}
+        self._here, self._inode, self._memory = self.path / "trials", None, ReusedMemory()
         if mode != "read":
             files.make_writable(self.path)
-        with self._lock():
+        with self.lock():
             if mode != "read":
                 files.recover(self.path, self._here.name)
-            exists = self._here.exists()
-            if exists and mode == "create":
+            found = files.read_json(self._here / "schema.json") if self._here.exists() else {}
+            if mode == "create" and found.get("entries"):
                 raise FileExistsError(
                     f"a new replay buffer needs a folder without one, and {self.path} holds one. "
                     "Choose another path, or use mode='continue' or mode='read'."
                 )
-            if (mode == "read" and not exists) or (mode != "create" and given is None):
+            if mode != "create" and (given is None or (mode == "read" and not found)):
                 raise FileNotFoundError(
                     f"mode={mode!r} needs the path of a folder with trials, and {given} has none. "
                     "Check the path; mode='continue' accepts a folder that has no trials yet."
                 )
-            if exists and capacity is None:
-                capacity = files.read_json(self._here / "schema.json").get("capacity")
+            capacity = found.get("capacity") if capacity is None else capacity
             check_counts("It is the number of steps to keep.", capacity=capacity)
             super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
-            self._facts = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": capacity}
             # Collectors of several processes would prepare a storage that awaits its first write.
-            self._storage, self.initialized = TensorDict(batch_size=[0]), True
-            if self.table() is None and exists:
-                _fail(f"{self._here / 'table.bin'} is missing")
+            self.initialized = True
+            self._facts = {"format": _FORMAT, "byteorder": sys.byteorder, "capacity": capacity}
+            if mode == "create" or not found:
+                self._create({})
+            self.table()
 
     # -- files -----------------------------------------------------------------------------------
 
-    def table(self) -> TrialTable | None:
-        """Return the table of the trials that are there now; None before the first write."""
-        # Loading, here or in another process, puts other files in place.
-        file = self._here / "table.bin"
-        with contextlib.suppress(FileNotFoundError):
-            while (inode := os.stat(file).st_ino) != self._inode:
-                try:
-                    self._open(file)
-                    self._inode = inode
-                except (files.DamagedError, OSError, ValueError):
-                    if os.stat(file).st_ino == inode:  # else the files were replaced meanwhile
-                        raise
+    def table(self) -> TrialTable:
+        """Return the table of the trials that are there now."""
+        file, inode = self._here / "table.bin", self._inode
+        with contextlib.suppress(FileNotFoundError):  # while others replace the folder
+            inode = os.stat(file).st_ino
+        if inode is None or inode != self._inode:  # first, and after a load in any process
+            self._open(file)
+            self._inode = inode
         return self._table
 
     def _open(self, file: Path) -> None:
@@ -124,66 +109,65 @@ class TrialStorage(LazyMemmapStorage):
             )
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
-        self._storage = self._map_rows(spec, _num_rows(table.look()[1]))
-        self.spec, self._table, self._known, self._claimed = spec, table, None, {}
-        # Content of the files of the rows, as bytes [rows, width].
-        self._content = {
-            self._file(key): values.reshape(len(values), values.shape[1:].numel()).view(torch.uint8)
-            for key, values in self._storage.items(True, True)
-        }
-
-    def _map_rows(self, spec: layout.Spec, used: int) -> TensorDict:
-        """Map the files of the rows, of which so many are used, into memory."""
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
-        is_reader, columns = self.mode == "read", {}
-        for key, value in layout.empty_row(spec).items(True, True):
-            file, width = self._file(key), value.nbytes
-            size, num_rows = file.stat().st_size if file.exists() else -1, 3 * self.max_size + 2
-            if size < used * width:
-                state = "is missing" if size < 0 else f"has {size}"
-                _fail(f"{file} must have the {used * width} bytes of its trials, it {state}")
-            if not is_reader:  # a new or a saved file is as long as its content
-                os.truncate(file, max(size, num_rows * width))
-            elif width:
-                num_rows = size // width
-            shape, mode = (num_rows, width), "r" if is_reader else "r+"
-            memory = np.memmap(file, np.uint8, mode, 0, shape) if min(shape) else np.empty(shape)
-            with warnings.catch_warnings():
-                # Tensors don't know read-only memory; these are never written to then.
-                warnings.filterwarnings("ignore", "The given NumPy array is not writable")
-                values = torch.from_numpy(memory).reshape(-1).view(value.dtype)
-            columns[key] = values.reshape(num_rows, *value.shape)
+        row, used = layout.empty_row(spec), _num_rows(table.look()[1])
+        columns = {key: self._map(self._file(key), x, used) for key, x in row.items()}
         num_rows = min(map(len, columns.values()), default=0)
-        return TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
+        self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
+        self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
+        self.spec, self._table, self._known, self._claimed = spec, table, None, {}
 
-    def _file(self, key: NestedKey) -> Path:
-        parts = [quote(part, safe="").replace(".", "%2E") for part in layout.as_tuple(key)]
+    def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
+        """Map the file of an entry's rows, of which so many are used, into memory."""
+        size, num_rows = file.stat().st_size if file.exists() else -1, 4 * self.max_size
+        if size < used * entry.nbytes:
+            state = "is missing" if size < 0 else f"has {size}"
+            _fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
+        if self.mode != "read":  # a new or a saved file is as long as its content
+            os.truncate(file, max(size, num_rows * entry.nbytes))
+        elif entry.nbytes:
+            num_rows = size // entry.nbytes
+        options = {"shared": os.access(file, os.W_OK), "dtype": entry.dtype}
+        values = torch.from_file(str(file), size=num_rows * entry.numel(), **options)
+        return values.view(num_rows, *entry.shape)
+
+    def _file(self, key: layout.Key) -> Path:
+        parts = [quote(part, safe="").replace(".", "%2E") for part in key]
         return self._here / "rows" / f"{'.'.join(parts)}.memmap"
-
-    @contextlib.contextmanager
-    def _replace(self, here: Path, spec: layout.Spec) -> Iterator[Path]:
-        """Yield a folder for rows and table that takes the place of `here` once it is complete."""
-        with files.replace_folder(here, flush=self.flush) as folder:
-            (folder / "rows").mkdir()
-            yield folder
-            files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
 
     def _create(self, spec: layout.Spec) -> TrialTable:
         """Start without trials; the files take no disk space until they are filled."""
-        row = layout.empty_row(spec)
-        needed = self.max_size * sum(x.nbytes for x in row.values(True, True))
-        if shutil.disk_usage(self.path).free < needed:
-            with files.explain_full_disk(self.path, needed):
+        needed = self.max_size * sum(x.nbytes for x in layout.empty_row(spec).values())
+        with files.explain_full_disk(self.path, needed):
+            if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        with self._replace(self._here, spec) as folder:
-            for key in row.keys(True, True):
-                (folder / "rows" / self._file(key).name).touch()
-            TrialTable.create(folder / "table.bin", self.max_size)
+        self._write_folder(self._here, spec)
         return self.table()
 
-    def _lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keep writers away; a reader's folder may be read-only, so it can't."""
-        return contextlib.nullcontext() if self.mode == "read" else files.lock(self.path / "lock")
+    def _write_folder(
+        self, here: Path, spec: layout.Spec, begin: int = 0, entries: np.ndarray | None = None
+    ) -> None:
+        """Write a folder with these of the trials, which replaces `here` once it is complete."""
+        num_rows, end = (0, 0) if entries is None else (_num_rows(entries), begin + len(entries))
+        with files.replace_folder(here, flush=self.flush) as folder:
+            (folder / "rows").mkdir()
+            for file in map(self._file, layout.empty_row(spec)):
+                content = self._content[file][:num_rows].numpy() if num_rows else b""
+                (folder / "rows" / file.name).write_bytes(content)
+            ring = self._table.ring[:end].tobytes() if end else b""
+            TrialTable.create(folder / "table.bin", self.max_size, begin, end, ring)
+            files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes from writing; in mode="read", they may read."""
+        queue, shared = self.path / "queue", self.mode == "read"
+        with contextlib.ExitStack() as held:
+            if not shared or queue.exists():  # else nobody has opened the folder for writing
+                # A process that waits for the lock is first in the queue: readers can't starve it.
+                with files.lock(queue, shared=shared):
+                    held.enter_context(files.lock(self.path / "lock", shared=shared))
+            yield
 
     # -- writing ---------------------------------------------------------------------------------
 
@@ -202,19 +186,20 @@ class TrialStorage(LazyMemmapStorage):
         rows, count_K = layout.pack(entries, lengths), np.asarray(lengths) + 1
         start_K = np.cumsum(count_K) - count_K
         checksum_K = layout.checksums(rows, start_K, count_K)
-        with self._lock():
-            table = self.table() or self._create(spec)
+        with self.lock():
+            table = self.table()
+            table = table if self.spec else self._create(spec)
             layout.check_same(self.spec, spec, self.path)
             trials, begin = table.place(lengths)
             trials["values"] = checksum_K
             # All of it first: no trial may be evicted for one that there is no room for.
-            self._claim(table.file, table.bytes_for(len(trials)))
+            self._claim(table.file, table.bytes_for(table.end % (self.max_size + 1) + len(trials)))
             for file, content in self._content.items():
                 self._claim(file, _num_rows(trials) * content.shape[1])
             if begin != table.begin:
                 table.evict(begin)
-            shift_R = np.repeat(trials["first"] - start_K, count_K)
-            self._storage[torch.from_numpy(np.arange(len(rows)) + shift_R)] = rows
+            first = int(trials["first"][0])
+            self._storage[first : first + len(rows)] = rows
             for file in self._content if self.flush else ():
                 files.sync(file)
             numbers = table.announce(trials)
@@ -226,9 +211,8 @@ class TrialStorage(LazyMemmapStorage):
         """Claim disk space: writing to mapped memory that has none ends the process."""
         claimed = self._claimed.get(file, 0)
         if stop > claimed:
-            stop = min(max(stop, claimed + _CLAIM), file.stat().st_size)
-            files.reserve(file, claimed, stop)
-            self._claimed[file] = stop
+            self._claimed[file] = min(max(stop, claimed + _CLAIM), file.stat().st_size)
+            files.reserve(file, claimed, self._claimed[file])
 
     def _check_writable(self) -> None:
         if self.mode == "read":
@@ -245,37 +229,21 @@ class TrialStorage(LazyMemmapStorage):
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
-        trials = self._look()
-        if trials.seen and not len(trials.length):
-            # A writer has evicted all of them for those that it is about to announce.
-            deadline = time.monotonic() + (_PATIENCE if self.mode == "read" else 0)
-            with self._lock():
-                while not len((trials := self._look()).length) and time.monotonic() < deadline:
-                    pass
-        return trials
-
-    def _look(self) -> Trials:
-        begin, entries = known = self.entries()
+        begin, entries = known = self.table().look()
         if known is not self._known:
             if _num_rows(entries) > len(self._storage) and len(entries):
                 self._inode = None  # others write to a saved folder, whose files have grown
-                return self._look()
+                return self.trials()
             first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
             number = begin + np.arange(len(entries))
-            self._trials = Trials(self._table, begin + len(entries), number, first, length)
+            self._trials = Trials(None, begin + len(entries), number, first, length)
             self._known = known
         return self._trials
-
-    def entries(self) -> tuple[int, np.ndarray]:
-        """Return the number of the oldest trial, and the table's entries of all."""
-        table = self.table()
-        return table.look() if table else EMPTY
 
     @property
     def written(self) -> int:
         """Steps written so far, by all processes."""
-        table = self.table()
-        return table.written if table else 0
+        return self.table().written
 
     def get(
         self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = False
@@ -286,36 +254,22 @@ class TrialStorage(LazyMemmapStorage):
         after = here + 1
         for key in self.spec if keys is None else map(layout.as_tuple, keys):
             is_twice = layout.is_twice(key, self.spec)
-            values = self._storage[key[is_twice:]]
-            shape = values.shape[1:]
-            if values.numel() == len(values):
-                values = values.reshape(-1)  # three times as fast
+            stored = self._storage[key[is_twice:]]
+            # Single numbers as a vector: three times as fast.
+            values = stored.reshape(-1) if stored.numel() == len(stored) else stored
             size = here.shape + values.shape[1:]
             memory = self._memory.take(key, size, values.dtype) if reuse else None
             found = torch.index_select(values, 0, after if is_twice else here, out=memory)
-            out.set(key, found.reshape(row.shape + shape))
+            out.set(key, found.reshape(row.shape + stored.shape[1:]))
         return out
-
-    def check(self, trials: Trials, number: np.ndarray) -> None:
-        """Raise EvictedError unless these of the trials have been there since :meth:`trials`."""
-        if trials.source is not self._table or number.min(initial=trials.seen) < self._table.begin:
-            raise EvictedError(
-                "steps must stay while they are read, and others have overwritten some in "
-                f"{self.path}. Open it with mode='continue', which makes writers wait."
-            )
 
     def __getitem__(self, index: Any) -> TensorDict:
         """Read steps by their places among those stored: integers, a slice, or a mask."""
-        with self._lock():
-            for _ in range(_MAX_READS):
-                trials = self._look()
-                shift = trials.start - np.cumsum(trials.length) + trials.length
-                row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
-                steps = self.get(row[index if isinstance(index, slice) else np.asarray(index)])
-                with contextlib.suppress(EvictedError):
-                    self.check(trials, trials.number[:1])
-                    return steps
-        self.check(trials, trials.number[:1])
+        with self.lock():
+            trials = self.trials()
+            shift = trials.start - np.cumsum(trials.length) + trials.length
+            row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
+            return self.get(row[index if isinstance(index, slice) else np.asarray(index)])
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
@@ -324,46 +278,33 @@ class TrialStorage(LazyMemmapStorage):
 
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""
-        with self._lock():
-            begin, entries = self.entries()
+        with self.lock():
+            _, entries = self.table().look()
             found = layout.checksums(self._storage, entries["first"], entries["length"] + 1)
-            changed = begin + np.flatnonzero(found != entries["values"])
-            if len(changed) and changed[-1] >= self._table.begin:  # not evicted meanwhile
+            if changed := int((found != entries["values"]).sum()):
                 rows = self._here / "rows"
-                _fail(f"{rows} has changed since it was written, in {len(changed)} trials")
+                _fail(f"{rows} has changed since it was written, in {changed} trials")
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
-        here = Path(path) / "trials"
-        if self.table():
-            with self._replace(here, self.spec) as folder:
-                self._copy_to(folder)
-        elif here.exists():
-            files.remove_folder(here)
-
-    def _copy_to(self, folder: Path) -> None:
-        """Write the trials of one moment; a reader leaves out those that others evict meanwhile."""
-        with self._lock():
-            begin, entries = self.entries()
-            for file, content in self._content.items():
-                with (folder / "rows" / file.name).open("wb") as copy:
-                    copy.write(content[: _num_rows(entries)].numpy())
-            self._table.copy_to(folder / "table.bin", begin, begin + len(entries))
+        with self.lock():
+            trials = self.table().look()
+            self._write_folder(Path(path) / "trials", self.spec, *trials)
 
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
         self._check_writable()
-        if not Path(path, "trials").exists():
-            return self._empty()
-        saved = TrialStorage(self.max_size, path=path, mode="read")
-        layout.check_same(saved.spec, self.spec if self.table() else saved.spec, path)
-        with self._lock(), self._replace(self._here, saved.spec) as folder:
-            saved._copy_to(folder)
+        saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
+        with self.lock(), contextlib.nullcontext() if saved.path == self.path else saved.lock():
+            self.table()
+            trials = saved.table().look()
+            layout.check_same(saved.spec, self.spec, path)
+            saved._write_folder(self._here, saved.spec, *trials)
 
     def _empty(self) -> None:
-        if self.table():
-            with self._lock():
-                self._create(self.spec)
+        with self.lock():
+            self.table()
+            self._create(self.spec)
 
     def state_dict(self) -> NoReturn:
         """Raise NotImplementedError: trials are saved to folders."""

@@ -3,8 +3,8 @@
 A memory-mapped file: two counters, then a ring of entries, one for each trial. Trials `begin` to
 `end - 1` are there; the entry of trial n is at n modulo capacity + 1, so that no write touches the
 last entry before it. A writer raises `begin` before it overwrites rows, and `end` once rows and
-entries are complete, each by one aligned store: a process may die at any moment. Readers compare
-`begin` again after they have read rows. Checksums of counters and entries reveal flipped bits.
+entries are complete, each by one aligned store: a process may die at any moment. Checksums of
+counters and entries reveal flipped bits.
 """
 
 from __future__ import annotations
@@ -21,44 +21,36 @@ from torchrl_amago._files import DamagedError
 ENTRY = np.dtype(
     [("stop", "<i8"), ("first", "<i4"), ("length", "<i4"), ("values", "<u4"), ("check", "<u4")]
 )
-EMPTY = 0, np.empty(0, ENTRY)  # number of the oldest trial, and entries
-_HEADER = 4096  # a page of its own for the counters
-_SALTS = (0x5A17, 0xC3E9)  # keep one counter's bytes from passing for the other's, or for zeros
 
 
 class TrialTable:
     """Entries of the trials in a folder of `capacity` steps; DamagedError unless it is intact.
 
-    A trial of L steps takes L + 1 rows side by side. Rows are filled from the front, and again from
-    the front once the trial there is evicted, so that the oldest trials lie right ahead of the
-    newest. `3 * capacity + 2` rows are always enough; ordinary trials touch few more than
-    `capacity`.
+    A trial of L steps takes L + 1 rows, and the trials of a write lie side by side. Rows are filled
+    from the front, and again from the front once the trials there are evicted, so that the oldest
+    lie right ahead of the newest. `4 * capacity` rows are always enough; ordinary trials touch few
+    more than `capacity`.
     """
 
     def __init__(self, file: Path, capacity: int, writable: bool = True) -> None:
         self.file, self.capacity = file, capacity
-        size, expected = file.stat().st_size, _HEADER + (capacity + 1) * ENTRY.itemsize
+        size, expected = file.exists() and file.stat().st_size, self.bytes_for(capacity + 1)
         if size != expected:
             self._fail(f"must have {expected} bytes, it has {size}")
-        memory = np.asarray(np.memmap(file, np.uint8, "r+" if writable else "r"))
-        self._counters, self._ring = memory[:16].view("<u8"), memory[_HEADER:].view(ENTRY)
-        self._known = EMPTY
+        memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
+        self._counters, self.ring = memory[:1].view("<u8")[:2], memory[1:]
+        self._known = 0, np.empty(0, ENTRY)  # number of the oldest trial, and entries
         self.look()
 
     @classmethod
     def create(cls, file: Path, capacity: int, begin=0, end=0, ring: bytes = b"") -> TrialTable:
         """Write a table of trials `begin` to `end - 1`."""
-        words = [_encode(x, salt) for x, salt in zip((begin, end), _SALTS, strict=True)]
         # Not through a map: writing to one on a full disk ends the process.
         with file.open("wb") as stream:
-            stream.write(np.array(words, "<u8").tobytes().ljust(_HEADER, b"\0") + ring)
-            stream.truncate(_HEADER + (capacity + 1) * ENTRY.itemsize)
+            header = np.array([_encode(begin, 0), _encode(end, 1)], "<u8").tobytes()
+            stream.write(header.ljust(ENTRY.itemsize, b"\0") + ring)
+            stream.truncate((capacity + 2) * ENTRY.itemsize)
         return cls(file, capacity)
-
-    def copy_to(self, file: Path, begin: int, end: int) -> None:
-        """Write a table of those trials of an earlier :meth:`look` that are still there."""
-        begin, ring = min(max(begin, self.begin), end), self._ring[:end].tobytes()
-        TrialTable.create(file, self.capacity, begin, end, ring)
 
     @property
     def begin(self) -> int:
@@ -94,54 +86,45 @@ class TrialTable:
     def _read(self, begin: int, end: int) -> tuple[np.ndarray, bool]:
         """Return entries by their numbers, and whether they are as they were written."""
         numbers = np.arange(begin, end)
-        entries = self._ring[numbers % (self.capacity + 1)]
+        entries = self.ring[numbers % (self.capacity + 1)]
         return entries, bool((_checks(numbers, entries) == entries["check"]).all())
 
     # -- writing, by one process at a time -------------------------------------------------------
 
     def place(self, lengths: list[int]) -> tuple[np.ndarray, int]:
-        """Find rows for new trials of at most `capacity` steps together; change nothing.
-
-        Returns:
-            Their entries, and the number of the oldest trial that can stay.
-        """
+        """Find rows for new trials: their entries, and the oldest trial that can stay."""
         (begin, old), new = self.look(), np.zeros(len(lengths), ENTRY)
         new["length"], new["stop"] = lengths, self.written + np.cumsum(lengths)
-        trials, oldest = np.concatenate([old, new]), 0
-        first, length, stop = (trials[x].astype(np.int64) for x in ("first", "length", "stop"))
-        for n in range(len(old), len(trials)):
-            oldest += np.searchsorted(stop[oldest:n] - length[oldest:n], stop[n] - self.capacity)
-            row = first[n - 1] + length[n - 1] + 1 if oldest < n else 0
-            if oldest < n and length[n] < first[oldest] < row:  # the front has room again
-                row = 0
-            while oldest < n and row <= first[oldest] <= row + length[n]:
-                oldest += 1
-            first[n] = row
-        if oldest > len(old):  # the new trials would overlap; an empty storage always fits them
-            oldest, first[len(old) :] = len(old), np.cumsum(new["length"] + 1) - new["length"] - 1
-        new["first"] = first[len(old) :]
+        last_K = np.cumsum(new["length"] + 1)
+        first, num_rows = old["first"], int(last_K[-1])
+        oldest = np.searchsorted(old["stop"] - old["length"], new["stop"][-1] - self.capacity)
+        row = int(first[-1] + old["length"][-1] + 1) if oldest < len(old) else 0
+        if oldest < len(old) and num_rows <= first[oldest] < row:  # the front has room again
+            row = 0
+        while oldest < len(old) and row <= first[oldest] < row + num_rows:
+            oldest += 1
+        new["first"] = (row if oldest < len(old) else 0) + last_K - new["length"] - 1
         return new, begin + int(oldest)
 
     def evict(self, begin: int) -> None:
         """Give up the trials before this number."""
-        self._counters[0] = _encode(begin, _SALTS[0])
+        self._counters[0] = _encode(begin, 0)
 
     def announce(self, entries: np.ndarray) -> np.ndarray:
         """Add new trials, whose rows are complete; return their numbers."""
         numbers = np.arange(self.end, self.end + len(entries))
         entries["check"] = _checks(numbers, entries)
-        self._ring[numbers % (self.capacity + 1)] = entries
-        self._counters[1] = _encode(self.end + len(entries), _SALTS[1])
+        self.ring[numbers % (self.capacity + 1)] = entries
+        self._counters[1] = _encode(self.end + len(entries), 1)
         return numbers
 
-    def bytes_for(self, count: int) -> int:
-        """Return the size of the file up to the end of the next `count` entries."""
-        slots = self.capacity + 1
-        return _HEADER + min(self.end % slots + count, slots) * ENTRY.itemsize
+    def bytes_for(self, slots: int) -> int:
+        """Return the size of the file up to so many slots of the ring."""
+        return (1 + min(slots, self.capacity + 1)) * ENTRY.itemsize
 
     def _decode(self, place: int) -> int:
         word = int(self._counters[place])
-        if _encode(word >> 16, _SALTS[place]) != word:
+        if _encode(word >> 16, place) != word:
             self._fail("has a counter that has changed")
         return word >> 16
 
@@ -151,9 +134,9 @@ class TrialTable:
         )
 
 
-def _encode(number: int, salt: int) -> int:
-    """Put a number and 16 bits of its CRC-32 into 64 bits."""
-    return number << 16 | zlib.crc32(number.to_bytes(6, "little"), salt) & 0xFFFF
+def _encode(number: int, place: int) -> int:
+    """Put a counter and 16 bits of the CRC-32 of it and its place into 64 bits."""
+    return number << 16 | zlib.crc32(number.to_bytes(6, "little"), place + 1) & 0xFFFF
 
 
 def _checks(numbers: np.ndarray, entries: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from torchrl_amago.data._trial_ends import trial_ends
 class Trials(NamedTuple):
     """Trials ``[N]``; a new object whenever the storage's content has changed."""
 
-    source: Any  # where they were found
+    source: Any  # version of TorchRL's storage
     seen: int  # trials written so far
     number: np.ndarray  # unique among all trials, evicted ones too
     start: np.ndarray  # row, or place in `slot`, of the first step
@@ -35,9 +35,9 @@ def trials_in(storage: TensorStorage, whole: bool, traj_key: NestedKey) -> Trial
 
     The steps of a trajectory are joined in the order of writing, wherever they lie. A trial ends at
     a flag under ``next``, at ``is_init`` of the next step, or with its trajectory. `whole` leaves
-    out trials without their first or last step. Where ``is_init`` isn't stored and the ring is
-    full, the oldest trial counts as cut, and trials must lie side by side; where no flag is stored,
-    all trajectories but the newest step's count as finished.
+    out trials without their first or last step. Without ``is_init``, trials must lie side by side,
+    and the oldest one of a full ring counts as cut; without flags, all trajectories but the newest
+    step's count as finished.
     """
     source, size = version_of(storage), len(storage)
     if not size:

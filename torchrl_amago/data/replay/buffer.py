@@ -20,22 +20,22 @@ from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
-from torchrl_amago.data.replay._storage import EvictedError, Mode, TrialStorage
+from torchrl_amago.data.replay._storage import Mode, TrialStorage
 from torchrl_amago.data.replay._trials import Trials
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
-_FORMAT = "torchrl_amago replay 3"
+_FORMAT = "torchrl_amago replay 4"
 # Fractions of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
 _MAX_FRACTION, _MEAN_FRACTION = 0.9, 0.1
+_PARTS = ("storage", "sampler", "writer")
 
 
 class TrialReplayBuffer(TensorDictReplayBuffer):
     """Replay buffer that samples slices ``[B, T]`` of whole trials.
 
-    Use :func:`make_trial_buffer` to make one. A buffer that is sent to another process opens the
-    same folder there. On TorchRL's one-dimensional storages, the class adds relabelling and
-    priorities to a stock buffer with a :class:`TrialSliceSampler`. Batches hold the entries of the
-    trials, and
+    :func:`make_trial_buffer` makes one; pickled, it opens the same folder. On TorchRL's
+    one-dimensional storages, the class adds relabelling and priorities to a stock buffer with a
+    :class:`TrialSliceSampler`. Batches hold the entries of the trials, and
 
     ========================= ======= ===========================================================
     ``("collector", "mask")`` bool    True on real steps, False on padding
@@ -44,23 +44,14 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     ========================= ======= ===========================================================
 
     Args:
-        storage: the trials.
-        sampler: draws slices.
         relabel: changes drawn trials before slices are cut; the storage stays as it is.
-        options: of :class:`torchrl.data.TensorDictReplayBuffer`.
+        options: of :class:`torchrl.data.TensorDictReplayBuffer`; `storage` holds the trials.
 
     Raises:
         TypeError: from methods that change stored trials in place.
     """
 
-    def __init__(
-        self,
-        *,
-        storage: Storage,
-        sampler: TrialSliceSampler,
-        relabel: Relabel | None = None,
-        **options: Any,
-    ) -> None:
+    def __init__(self, *, storage: Storage, relabel: Relabel | None = None, **options: Any) -> None:
         if not isinstance(relabel, Relabel | None):
             raise TypeError(
                 f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other "
@@ -71,13 +62,13 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         if self._is_ours:
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
-        super().__init__(storage=storage, sampler=sampler, collate_fn=_identity, **options)
+        super().__init__(storage=storage, **options)
 
     def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
-        """Append a transform of slices, or insert a relabeller; see :meth:`insert_transform`."""
-        if isinstance(transform, Relabel):
-            return self.insert_transform(len(self.transform), transform, invert=invert)
-        return super().append_transform(transform, invert=invert)
+        """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
+        if not isinstance(transform, Relabel):
+            return super().append_transform(transform, invert=invert)
+        return self.insert_transform(len(self.transform), transform, invert=invert)
 
     def insert_transform(
         self, index: int, transform: Transform, *, invert: bool = False
@@ -103,7 +94,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         lengths: Sequence[int] | None = None,
         update_priority: bool | None = None,
     ) -> Tensor:
-        """Store trials; the oldest ones make room. On an error nothing is stored.
+        """Store trials and return their numbers; the oldest make room.
 
         Args:
             tensordicts: steps ``[N]`` of whole trials, side by side.
@@ -111,13 +102,10 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
                 ``("next", "done")``, ``"terminated"`` or ``"truncated"`` is True.
             update_priority: has no effect; new trials get the largest priority so far.
 
-        Returns:
-            The trials' numbers.
-
         Raises:
             ValueError: for steps that aren't whole trials, don't fit into the buffer, have other
                 entries than those stored, or whose ``next`` isn't the root of the step after.
-            OSError: if the disk is full.
+            OSError: if the disk is full. On any error, nothing is stored.
             PermissionError: in mode ``"read"``.
         """
         if not self._is_ours:
@@ -135,18 +123,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             self.storage._empty()
             self.sampler._empty()
 
-    def set_(self, *_: Any, **__: Any) -> None:
-        """Raise TypeError: trials don't change in place."""
-        TrialStorage.set(self.storage)
-
-    set_at_ = update_ = __setitem__ = set_
+    set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
 
     # -- reading ---------------------------------------------------------------------------------
-
-    @property
-    def capacity(self) -> int:
-        """Number of steps that fit."""
-        return self.storage.max_size
 
     @property
     def num_trials(self) -> int:
@@ -165,12 +144,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         return self[-count:] if count > 0 else self[:0]
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
-        batch = None
-        with self._replay_lock:
-            while batch is None:
-                # Other processes may evict what is being read: then others are drawn.
-                with contextlib.suppress(EvictedError):
-                    batch = self._read(batch_size)
+        lock = self.storage.lock() if self._is_ours else contextlib.nullcontext()
+        with self._replay_lock, lock:
+            batch = self._read(batch_size)
         batch = self.transform(batch) if len(self.transform) else batch
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
@@ -179,41 +155,30 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         position_B, weight_B = self.sampler.draw(trials, batch_size)
         length_B, changed_BL = torch.from_numpy(trials.length[position_B]), TensorDict()
         if self.relabel is not None:
-            length_B, changed_BL = self._relabel(trials, position_B, length_B)
+            changed_BL = self._relabel(trials, position_B, length_B.unsqueeze(-1))
+            length_B = changed_BL.get(keys.MASK).sum(-1)
         step_BT, mask_BT = self.sampler.windows(length_B)
-        changed = changed_BL.keys(True, True)
+        changed = {key: x for key, x in changed_BL.items(True, True) if key != keys.MASK}
         names = [key for key in getattr(self.storage, "spec", ()) if key not in changed]
-        batch = self._get(trials, position_B, step_BT, names)
-        for key, value_BL in changed_BL.items(True, True):
+        batch = self._get(trials.index(position_B, step_BT), names)
+        for key, value_BL in changed.items():
             place_BT = step_BT + value_BL.shape[1] * torch.arange(batch_size).unsqueeze(-1)
             value_N = value_BL.flatten(0, 1).index_select(0, place_BT.flatten())
             batch.set(key, value_N.unflatten(0, step_BT.shape))
-        for key, value in self.sampler.info(mask_BT, weight_B).items():
-            batch.set(key, value)
+        batch.update(self.sampler.info(mask_BT, weight_B))
         number_B = torch.from_numpy(trials.number[position_B])
         return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
 
-    def _get(
-        self, trials: Trials, position_B: Any, step_BT: Tensor, names: Sequence[NestedKey]
-    ) -> TensorDictBase:
+    def _get(self, index: Tensor, names: Sequence[NestedKey]) -> TensorDictBase:
         """Read these entries of steps; all of them from TorchRL's storages."""
-        index_BT = trials.index(position_B, step_BT)
-        if not self._is_ours:
-            return self.storage[index_BT]
-        steps = self.storage.get(index_BT, names, reuse=True)
-        self.storage.check(trials, trials.number[position_B])
-        return steps
+        return self.storage.get(index, names, reuse=True) if self._is_ours else self.storage[index]
 
-    def _relabel(
-        self, trials: Trials, position_B: Any, length_B: Tensor
-    ) -> tuple[Tensor, TensorDictBase]:
-        """Return new lengths ``[B]`` and changed entries ``[B, L]`` of trials."""
-        step_L, length_B1 = torch.arange(int(length_B.max())), length_B.unsqueeze(-1)
-        inside_BL = torch.minimum(step_L, length_B1 - 1)
-        whole_BL = self._get(trials, position_B, inside_BL, self.relabel.in_keys)
-        whole_BL = whole_BL.select(*self.relabel.in_keys).set(keys.MASK, step_L < length_B1)
-        changed_BL = self.relabel.relabel_trials(whole_BL, self._rng)
-        return changed_BL.get(keys.MASK).sum(-1), changed_BL.exclude("collector")
+    def _relabel(self, trials: Trials, position_B: Any, length_B1: Tensor) -> TensorDictBase:
+        """Return the changed entries of trials, and their masks, ``[B, L]``."""
+        step_L, names = torch.arange(int(length_B1.max())), self.relabel.in_keys
+        index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
+        whole_BL = self._get(index_BL, names).select(*names).set(keys.MASK, step_L < length_B1)
+        return self.relabel.relabel_trials(whole_BL, self._rng)
 
     # -- priorities ------------------------------------------------------------------------------
 
@@ -223,9 +188,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """Set priorities of trials; those that were evicted are skipped.
 
         Args:
-            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss,
-                whose real steps count: 0.9 of their largest and 0.1 of their mean error (R2D2,
-                section 2.3). A batch has no effect without ``sample_by="priority"``.
+            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss:
+                0.9 of the largest and 0.1 of the mean error of its real steps (R2D2, section 2.3).
+                A batch has no effect without ``sample_by="priority"``.
             priority: ``[n]``, not negative.
         """
         if not isinstance(index, TensorDictBase):
@@ -248,7 +213,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         path = Path(path)
         path.mkdir(parents=True, exist_ok=True)
         with self._replay_lock, self._write_lock:
-            for name in ("storage", "sampler", "writer"):
+            for name in _PARTS:
                 getattr(self, name).dumps(path / name)
             state = None if self._rng is None else self._rng.get_state().tolist()
         (path / "generator.json").write_text(json.dumps(state))
@@ -258,7 +223,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
-                for name in ("storage", "sampler", "writer"):
+                for name in _PARTS:
                     getattr(self, name).loads(Path(path, name))
         if (state := json.loads(Path(path, "generator.json").read_text())) is not None:
             self.set_rng(torch.Generator())
@@ -283,22 +248,19 @@ def make_trial_buffer(
 
     Args:
         capacity: environment steps to keep; None takes that of an existing folder.
-        slice_length: steps T of each sampled slice.
+        slice_length: steps T of each slice.
         batch_size: slices B of each sample.
         path: folder that keeps the trials; by default a temporary one, which is removed at exit.
         mode: `"create"` starts a new folder. `"continue"` goes on with what is there: after a
             crash, or beside other processes that write to it. `"read"` never writes, and sees what
             others write.
-        flush: wait for the disk at each write. Without it, trials survive the death of the process,
-            but not the failure of the machine.
-        verify: compare all values of an existing folder with their checksums. Its tables are always
-            checked.
+        flush: wait for the disk at each write, so that trials also survive the machine's failure.
+        verify: compare all values of an existing folder with their checksums, not the table alone.
         relabel: changes whole trials before slices are cut.
         prefetch: number of batches drawn ahead in threads. Batches then depend on when trials were
             written; with more than one, also on the threads' timing.
         generator: source of random numbers; torch's global generator by default.
-        options: of :class:`TrialSliceSampler`: `min_trials`, `sample_by`, `crop`, `padding` and so
-            on.
+        options: of :class:`TrialSliceSampler`, such as `min_trials`, `sample_by` and `crop`.
 
     Raises:
         ValueError: for an impossible size, or a folder of another format or capacity.
@@ -309,8 +271,6 @@ def make_trial_buffer(
 
     Example:
         >>> rb = make_trial_buffer(capacity=100, slice_length=4, batch_size=3)
-        >>> rb.can_sample()
-        False
         >>> done = (torch.arange(6) == 5).unsqueeze(-1)
         >>> _ = rb.extend(TensorDict({"next": {"done": done}}, [6]))
         >>> rb.can_sample(), rb.sample().shape
@@ -333,13 +293,10 @@ def make_trial_buffer(
 
 
 def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Write trials, priorities and generator of a replay buffer to a folder; nothing is pickled.
+    """Write trials, priorities and generator to a folder, which replaces an older one at once.
 
-    Batches drawn ahead are not saved: with `prefetch`, a resumed run draws other batches.
-
-    Args:
-        rb: the buffer; of a mixture, its buffer ``online``.
-        path: the folder; an existing replay folder is replaced as a whole.
+    Batches drawn ahead are not saved: with `prefetch`, a resumed run draws other batches. Of a
+    mixture, save its buffer ``online``. Nothing is pickled.
 
     Raises:
         FileExistsError: if `path` exists and is something else than a replay folder.
@@ -357,15 +314,11 @@ def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
 
 
 def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Load what :func:`save_replay` wrote; on any error, the buffer stays as it was.
-
-    Args:
-        rb: a buffer made with the same arguments as the saved one; its content is replaced.
-        path: the folder.
+    """Replace a buffer's content by what :func:`save_replay` wrote; on an error, it stays.
 
     Raises:
         DamagedError: if a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
-        ValueError: if the saved buffer doesn't fit this one.
+        ValueError: if the saved buffer was made with other arguments than this one.
     """
     if not (path := Path(path)).exists():
         files.recover(path.parent, path.name)  # a crash fell between save_replay's two renames
@@ -377,7 +330,3 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
             "was then, with that version of torchrl_amago."
         )
     rb.loads(path)
-
-
-def _identity(data: Any) -> Any:
-    return data

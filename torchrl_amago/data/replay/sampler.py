@@ -31,15 +31,13 @@ class TrialSliceSampler(Sampler):
     """Sampler that draws a trial, then one of its slices uniformly.
 
     A trial that is shorter than `slice_length` is taken whole and padded. Random numbers come from
-    the buffer's generator, or else from torch's global one. The sampler serves a
-    :class:`TrialReplayBuffer`, and any buffer on a one-dimensional LazyMemmapStorage or
-    LazyTensorStorage.
+    the buffer's generator, or else from torch's global one. It serves a :class:`TrialReplayBuffer`,
+    and any buffer on a one-dimensional LazyMemmapStorage or LazyTensorStorage.
 
     Args:
         slice_length: steps T of each slice.
-        padding: side of the slice that is padded; padding repeats the nearest real step.
-        trim_padding: cut T to the longest slice of the batch. Leave it off where shapes must not
-            change, as under `torch.compile`.
+        padding: side that is padded; padding repeats the nearest real step.
+        trim_padding: cut T to the longest slice of the batch. Leave it off under `torch.compile`.
         crop: sides on which the window of T steps may extend beyond a longer trial, which makes the
             slice shorter. With `"none"`, the steps near a trial's ends lie in fewer windows than
             the others. (`padded_sampling` of AMAGO, arXiv 2310.09971.)
@@ -52,9 +50,8 @@ class TrialSliceSampler(Sampler):
         beta: exponent of importance weights (same, section 3.4); 1 corrects in full.
         min_trials: number of trials required before the first batch.
         warn_short: warn, once, if no stored trial is as long as `slice_length`.
-        whole: leave out trials that are unfinished or lost their first steps, in TorchRL's
-            storages.
-        traj_key: entry with a number for each trajectory, in TorchRL's storages.
+        whole: in TorchRL's storages, leave out trials without their first or last step.
+        traj_key: in TorchRL's storages, entry with a number for each trajectory.
 
     Raises:
         RuntimeError: from sampling, with fewer than `min_trials` trials (see `rb.can_sample()`).

@@ -12,10 +12,17 @@ from gymnasium import spaces
 from gymnasium.vector import AutoresetMode, VectorEnv
 from tensordict import TensorDictBase
 from tensordict.utils import expand_as_right
-from torchrl.data import Categorical, Composite, MultiCategorical, TensorSpec, Unbounded
+from torchrl.data import (
+    Binary,
+    Bounded,
+    Categorical,
+    Composite,
+    MultiCategorical,
+    TensorSpec,
+    Unbounded,
+)
 from torchrl.envs import GymWrapper
 from torchrl.envs.gym_like import BaseInfoDictReader
-from torchrl.envs.libs.gym import _gym_to_torchrl_spec_transform
 
 from torchrl_amago import keys
 
@@ -25,18 +32,9 @@ _MAX_TASKS = 2**62
 class GymnasiumEnv(GymWrapper):
     """A Gymnasium environment whose specs are those of its single spaces, expanded over rows.
 
-    An observation that isn't a Dict or Tuple is ``observation``, images included; parts of a Tuple
-    are ``0``, ``1``, ... An ``action_mask``, in a Dict or in ``info``, is an entry of bools.
-
-    Args:
-        env: a vector environment must have ``autoreset_mode=AutoresetMode.DISABLED``.
-        success_key: name in ``info`` of the entry ``success``, bool; False in steps without it.
-        task_key: name in ``info`` of the entry ``task_id``, int64; kept in steps without it.
-        row_tasks: ``task_id`` of each row, if it never changes.
-        task_names: names of the ids 0, 1, ...
-
-    Raises:
-        ValueError: if the vector environment resets itself, or a space can't be a tensor.
+    A vector environment must have ``autoreset_mode=AutoresetMode.DISABLED``. ``row_tasks`` is the
+    ``task_id`` of each row, if it never changes. Other arguments, entries and errors: see
+    :func:`~torchrl_amago.envs.gymnasium_rows`.
     """
 
     def __init__(
@@ -68,14 +66,11 @@ class GymnasiumEnv(GymWrapper):
         if mask is not None:
             observation[keys.ACTION_MASK] = _flags(mask.shape)
         reader = self._make_reader({} if mask is not None else env.reset()[1])
-        specs = (
-            observation.update(reader.specs),
-            spec_of(getattr(env, f"{single}action_space")),
-            Unbounded((1,)),
-        )
+        done = Composite({key: _flags((1,)) for key in ("done", "terminated", "truncated")})
+        actions = spec_of(getattr(env, f"{single}action_space"))
+        specs = observation.update(reader.specs), actions, Unbounded((1,)), done
         specs = [spec.expand(*self.batch_size, *spec.shape).to(self.device) for spec in specs]
-        self.observation_spec, self.action_spec, self.reward_spec = specs
-        self.done_spec = self._make_done_spec()
+        self.observation_spec, self.action_spec, self.reward_spec, self.done_spec = specs
         self.info_dict_reader[:] = [reader] if reader.specs else []
 
     def _make_reader(self, info: dict[str, Any]) -> _InfoReader:
@@ -96,6 +91,11 @@ class GymnasiumEnv(GymWrapper):
             parts = {keys.OBSERVATION: parts}
         spec = self.observation_spec
         return {key: spec[key].encode(part, ignore_device=True) for key, part in parts.items()}
+
+    def read_done(self, **flags: Any) -> tuple[Any, ...]:
+        # With the last dimension, which SerialEnv and ParallelEnv expect of their environments.
+        *flags, is_over = super().read_done(**flags)
+        return *(flag.view(*self.batch_size, 1) for flag in flags), is_over
 
 
 class _InfoReader(BaseInfoDictReader):
@@ -124,8 +124,10 @@ class _InfoReader(BaseInfoDictReader):
         for key, missing in self._missing.items():
             value, name = missing.clone(), self._names.get(key)
             if name in info:
-                value = torch.as_tensor(np.asarray(info[name]).tolist()).to(missing.dtype)
-                value = value.view(missing.shape)
+                value = np.asarray(info[name])
+                if value.dtype == object:  # numpy's own bools, None in rows without
+                    value = value.astype(bool)
+                value = torch.as_tensor(value).to(missing.dtype).view(missing.shape)
                 # Rows of a vector environment that report the entry.
                 rows = torch.as_tensor(info.get(f"_{name}", True))
                 value = torch.where(expand_as_right(rows, value), value, missing)
@@ -141,14 +143,26 @@ def spec_of(space: spaces.Space, name: str = "the space") -> TensorSpec:
         space = spaces.Dict({str(index): part for index, part in enumerate(space)})
     if isinstance(space, spaces.Dict):
         return Composite({key: spec_of(part, f"{name}[{key!r}]") for key, part in space.items()})
-    if isinstance(space, spaces.MultiDiscrete) and np.unique(space.nvec).size > 1:
-        return MultiCategorical(torch.as_tensor(space.nvec))
-    if isinstance(space, spaces.Box | spaces.Discrete | spaces.MultiBinary | spaces.MultiDiscrete):
-        return _gym_to_torchrl_spec_transform(space, categorical_action_encoding=True)
+    from_zero = not np.any(getattr(space, "start", 0))
+    if isinstance(space, spaces.Discrete) and from_zero:
+        return Categorical(int(space.n))
+    if isinstance(space, spaces.MultiDiscrete) and from_zero:
+        if np.unique(space.nvec).size > 1:
+            return MultiCategorical(torch.as_tensor(space.nvec))
+        return Categorical(int(space.nvec.flat[0]), shape=space.shape)
+    if isinstance(space, spaces.MultiBinary):
+        return Binary(shape=space.shape, dtype=torch.int8)
+    if isinstance(space, spaces.Box):
+        low, high = torch.as_tensor(space.low), torch.as_tensor(space.high)
+        limits = torch.finfo if low.dtype.is_floating_point else torch.iinfo
+        limits, shape = limits(low.dtype), space.shape or (1,)
+        if (low <= limits.min).all() and (high >= limits.max).all():
+            return Unbounded(shape, dtype=low.dtype)
+        return Bounded(low, high, shape, dtype=low.dtype)
     raise ValueError(
-        f"{name} must be a Box, Discrete, MultiDiscrete or MultiBinary, or a Dict or Tuple of "
-        f"these, got {space}. Leave it out with gymnasium.wrappers.FilterObservation, or turn it "
-        "into one of these (text into numbers of words) with TransformObservation."
+        f"{name} must be a Box, MultiBinary, or Discrete or MultiDiscrete from 0, or a Dict or "
+        f"Tuple of these, got {space}. Leave it out with gymnasium.wrappers.FilterObservation, or "
+        "turn it into one of these (text into numbers of words) with TransformObservation."
     )
 
 

@@ -83,10 +83,6 @@ class PreviousStepTransform(StepTransform):
         self._set_up = None
         super().empty_cache()
 
-    def __getstate__(self) -> dict:
-        # Derived from the environment, and the encoder's functions cannot be pickled.
-        return {**super().__getstate__(), "_set_up": None}
-
     def _get_set_up(self) -> tuple[NestedKey, ActionEncoder, dict[NestedKey, TensorSpec]]:
         """Return the action's key and encoder, and the specs, read from the environment once."""
         if self._set_up is None:
@@ -96,14 +92,13 @@ class PreviousStepTransform(StepTransform):
             key = env.action_key if self.action_key is None else self.action_key
             encoder = ActionEncoder(env.full_action_spec_unbatched[key], env.batch_size)
             reward_shape = env.full_reward_spec[self.reward_key].shape
-            time_shape = (*env.batch_size, 1)
             specs = {
-                self.prev_action_key: encoder.spec(env.device),
+                self.prev_action_key: encoder.spec.to(env.device) if env.device else encoder.spec,
                 self.prev_reward_key: Unbounded(reward_shape, device=env.device),
-                self.time_idx_key: Unbounded(time_shape, dtype=torch.int64, device=env.device),
             }
-            if self.time_idx_key in env.observation_spec.keys(True, True):
-                del specs[self.time_idx_key]
+            if self.time_idx_key not in env.observation_spec.keys(True, True):
+                where = {"shape": (*env.batch_size, 1), "device": env.device}
+                specs[self.time_idx_key] = Unbounded(dtype=torch.int64, **where)
             self._set_up = (key, encoder, specs)
         return self._set_up
 
@@ -140,11 +135,12 @@ class ActionEncoder:
     def __init__(self, action_spec: TensorSpec, batch_size: torch.Size) -> None:
         self.space = ActionSpace.from_spec(action_spec, check_bounds=False)
         self.shape = (*batch_size, *self.space.shape)
-        self.batch_size = torch.Size(batch_size)
-        self.low = -1.0 if self.space.kind == "continuous" else 0.0
-        self.has_bounds = not self.low or is_finitely_bounded(action_spec)
+        is_continuous, shape = self.space.kind == "continuous", (*batch_size, self.space.size)
+        self.spec = Bounded(-1.0 if is_continuous else 0.0, 1.0, shape=shape)
+        if is_continuous and not is_finitely_bounded(action_spec):
+            self.spec = Unbounded(shape=shape)
         self.center = self.half_width = None
-        if self.low and isinstance(action_spec, Bounded):
+        if is_continuous and isinstance(action_spec, Bounded):
             self.center, self.half_width = _center_and_half_width(action_spec)
 
     def __call__(self, action: Tensor) -> Tensor:
@@ -152,13 +148,6 @@ class ActionEncoder:
         if self.center is not None:
             action = (action - self.center) / self.half_width
         return self.space.to_vector(action)
-
-    def spec(self, device: torch.device | None) -> TensorSpec:
-        """Return the spec of the vectors."""
-        shape = (*self.batch_size, self.space.size)
-        if not self.has_bounds:
-            return Unbounded(shape=shape, device=device)
-        return Bounded(self.low, 1.0, shape=shape, device=device)
 
 
 def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:

@@ -62,7 +62,7 @@ class Nesting(NamedTuple):
     def kwargs_of_rows(self, name: str, values: Sequence[Any]) -> dict[str, Any]:
         """Return keywords of a reset that give every row its value."""
         if self.workers:
-            inner = self._replace(workers=self.workers[1:])
+            inner = Nesting(self.leaf, self.workers[1:], self.is_wrapped)
             size = len(values) // self.workers[0]
             chunks = [values[i : i + size] for i in range(0, len(values), size)]
             return {"list_of_kwargs": [inner.kwargs_of_rows(name, chunk) for chunk in chunks]}

@@ -262,7 +262,7 @@ class TrialTransform(StepTransform):
         success = after.pop(self.success_key, None)
         if success is not None:
             before = self._before(tensordict, self.episode_success_key) & ~at_start
-            written[self.episode_success_key] = before | success.view_as(before)
+            written[self.episode_success_key] = before | success.view_as(before).bool()
         if self.show_progress:
             progress = self._progress(episode_idx, time_idx)
             if self.horizon is not None:

@@ -6,7 +6,7 @@ Legend: P parameters, A length of the action vector.
 from __future__ import annotations
 
 import abc
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,7 +45,7 @@ class VectorDistribution(Distribution, abc.ABC):
 
 
 class StoredActions(Distribution):
-    """Distribution over actions as environments store them, made from one over vectors."""
+    """Distribution over actions as environments store them; mode and mean are the greedy one."""
 
     arg_constraints: ClassVar[dict] = {}
 
@@ -66,17 +66,15 @@ class StoredActions(Distribution):
     def deterministic_sample(self) -> Tensor:
         return self.space.from_vector(self.vectors.deterministic_sample)
 
-    # A category has no mean and a squashed Gaussian no mode in closed form: a greedy action is the
-    # same by any name.
+    # A category has no mean, and a squashed Gaussian no mode in closed form.
     mode = mean = deterministic_sample
 
 
 @dataclass(frozen=True)
 class PolicyDistribution(abc.ABC):
-    """Map from an actor's parameters ``[..., P]`` to a distribution over actions.
+    """Map from an actor's parameters ``[..., P]`` to a distribution over actions, without weights.
 
-    It holds no weights, and is equal to another with the same arguments. Subclasses set the class
-    attributes and write :meth:`_vectors`.
+    Subclasses set the class attributes and write :meth:`_vectors`.
 
     Args:
         space: the actions; first argument of every distribution.
@@ -88,8 +86,6 @@ class PolicyDistribution(abc.ABC):
         >>> from torchrl.data import Categorical
         >>> from torchrl_amago.modules.distributions import Discrete
         >>> policy_dist = Discrete(ActionSpace.from_spec(Categorical(3)))
-        >>> policy_dist.num_params, policy_dist.differentiable
-        (3, True)
         >>> params = torch.tensor([[0.0, 9.0, 0.0]])
         >>> policy_dist(params).deterministic_sample, policy_dist.stored(params).mode
         (tensor([[0., 1., 0.]]), tensor([1]))
@@ -112,13 +108,6 @@ class PolicyDistribution(abc.ABC):
             )
 
     @property
-    def settings(self) -> dict[str, str | float]:
-        """Class name and arguments without the space, JSON-able."""
-        numbers = {field.name: getattr(self, field.name) for field in fields(self)}
-        del numbers["space"]
-        return {"kind": type(self).__name__, **numbers}
-
-    @property
     def num_params(self) -> int:
         """P, number of parameters for each action."""
         return self.params_per_number * self.space.size
@@ -135,10 +124,7 @@ class PolicyDistribution(abc.ABC):
         return self._vectors(self._checked(params))
 
     def stored(self, params: Tensor) -> Distribution:
-        """Build the distribution over actions as the environment stores them, for policies.
-
-        Its ``mode``, ``mean`` and ``deterministic_sample`` are the same, the greedy action.
-        """
+        """Build the distribution over actions as the environment stores them, for policies."""
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
@@ -154,7 +140,6 @@ class PolicyDistribution(abc.ABC):
         if params.shape[-1] != self.num_params:
             raise ValueError(
                 f"{type(self).__name__} needs {self.num_params} parameters in the last dimension, "
-                f"got the shape {list(params.shape)}. Build the actor with num_params="
-                f"{self.num_params}."
+                f"got the shape {list(params.shape)}."
             )
         return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params

@@ -1,13 +1,11 @@
 """Timestep encoders: each step alone, from observations and the previous step to one vector."""
 
 from torchrl_amago.modules.timestep.base import TimestepEncoder, flatten_and_join
-from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
-from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
+from torchrl_amago.modules.timestep.combined import CNNTimestepEncoder, CombinedTimestepEncoder
 from torchrl_amago.modules.timestep.embeddings import (
     CategoryEmbedding,
     EntryEmbedding,
     GoalEmbedding,
-    SequencePool,
     TokenEmbedding,
 )
 from torchrl_amago.modules.timestep.grid import GridEmbedding
@@ -27,24 +25,9 @@ from torchrl_amago.modules.timestep.vision import (
 )
 
 __all__ = [
-    "TIMESTEP_ENCODERS",
-    "TRUNKS",
-    "CNNTimestepEncoder",
-    "CategoryEmbedding",
-    "CombinedTimestepEncoder",
-    "ConvTrunk",
-    "EntryEmbedding",
-    "GoalEmbedding",
-    "GridEmbedding",
-    "ImageEmbedding",
-    "ImpalaTrunk",
-    "MLPTimestepEncoder",
-    "SequencePool",
-    "TimestepEncoder",
-    "TokenEmbedding",
-    "flatten_and_join",
-    "make_timestep_encoder",
-    "observation_specs",
-    "sample_shifts",
+    "TIMESTEP_ENCODERS", "TRUNKS", "CNNTimestepEncoder", "CategoryEmbedding",
+    "CombinedTimestepEncoder", "ConvTrunk", "EntryEmbedding", "GoalEmbedding", "GridEmbedding",
+    "ImageEmbedding", "ImpalaTrunk", "MLPTimestepEncoder", "TimestepEncoder", "TokenEmbedding",
+    "flatten_and_join", "make_timestep_encoder", "observation_specs", "sample_shifts",
     "shift_images",
-]
+]  # fmt: skip

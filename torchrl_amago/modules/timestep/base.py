@@ -22,12 +22,7 @@ Shape = tuple[int, ...]
 
 
 def flatten_and_join(inputs: Sequence[Tensor], shapes: Sequence[Shape]) -> Tensor:
-    """Concatenate flattened entries ``[*M, *shape]`` of one dtype to one vector ``[*M, F]``.
-
-    Example:
-        >>> flatten_and_join([torch.ones(5, 2, 3), torch.zeros(5)], [(2, 3), ()]).shape
-        torch.Size([5, 7])
-    """
+    """Concatenate flattened entries ``[*M, *shape]`` of one dtype to one vector ``[*M, F]``."""
     flat = [
         x.flatten(x.ndim - len(shape)) if shape else x.unsqueeze(-1)
         for x, shape in zip(inputs, shapes, strict=True)
@@ -44,10 +39,8 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         shapes: for each entry to read, in order, the shape of one step; entries are
             ``[*B, *shape]``.
         output_size: D, size of the embedding.
-        hide_prev_reward: replace the previous reward by zeros (an ablation).
-        hide_prev_step: replace the previous reward and action by zeros.
-        prev_reward_key: entry of the previous reward.
-        prev_action_key: entry of the previous action.
+        hide_prev_reward: replace the entry ``prev_reward_key`` by zeros (an ablation).
+        hide_prev_step: replace that and the entry ``prev_action_key`` by zeros.
         out_key: entry to write, ``[*B, D]``.
         mask_key: entry that is True on real steps, ``[*B]`` or ``[*B, 1]``; may be absent.
 
@@ -61,12 +54,11 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         KeyError: when called, if the tensordict lacks an entry.
 
     Example:
-        >>> from tensordict import TensorDict
         >>> class Brightness(TimestepEncoder):
         ...     def encode(self, inputs, mask):
         ...         return inputs[0].mean((-2, -1)).unsqueeze(-1)
-        >>> encoder = Brightness({"pixels": (8, 8)}, output_size=1)
-        >>> encoder(TensorDict(pixels=torch.ones(5, 8, 8), batch_size=[5]))["timestep"].shape
+        >>> encoder = Brightness({"pixels": (8, 8), "prev_reward": (1,)}, output_size=1)
+        >>> encoder(pixels=torch.ones(5, 8, 8), prev_reward=torch.zeros(5, 1)).shape
         torch.Size([5, 1])
     """
 
@@ -89,7 +81,6 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         check_counts("Pass shapes={'observation': (size,)}.", number_of_shapes=len(shapes))
         self.in_keys, self.out_keys = list(shapes), [out_key]
         self.shapes = tuple(tuple(shape) for shape in shapes.values())
-        self.event_dims = tuple(len(shape) for shape in self.shapes)
         self.output_size, self.mask_key = output_size, mask_key
         self.hidden_keys = {prev_reward_key} if hide_prev_reward or hide_prev_step else set()
         self.hidden_keys |= {prev_action_key} if hide_prev_step else set()
@@ -101,10 +92,7 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
 
     @classmethod
     def from_specs(cls, specs: Mapping[NestedKey, TensorSpec], **options: Any) -> TimestepEncoder:
-        """Build the encoder from the spec of one step of each entry to read, in order.
-
-        ``options`` are further arguments of the constructor.
-        """
+        """Build the encoder from the spec of one step of each entry, with the further arguments."""
         if others := [key for key, spec in specs.items() if isinstance(spec, NonTensor)]:
             raise ValueError(f"encoders read tensors, and {others} are none. Choose obs_keys.")
         return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)
@@ -135,22 +123,27 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read ``in_keys``, write the embedding."""
         inputs = self.read(tensordict)
-        shape = inputs[0].shape[: inputs[0].ndim - self.event_dims[0]]
+        shape = self.batch_shape(inputs)
         mask = tensordict.get(self.mask_key, None)
         steps = None if mask is None else Steps(mask.reshape(shape))
-        selected = inputs if steps is None else [steps.select(x, fill=0) for x in inputs]
+        if steps is not None:
+            inputs = [steps.select(x, fill=0) for x in inputs]
         if self.training and recurrent_mode():
             num_rows = math.prod(shape[:-1])
             rows = torch.arange(num_rows, device=inputs[0].device)
             rows = rows.reshape((*shape[:-1], *(1,) * bool(shape))).expand(shape)
             rows = rows if steps is None else steps.select(rows)
-            selected = self.augment(selected, rows, num_rows)
+            inputs = self.augment(inputs, rows, num_rows)
         if steps is None:
-            out = self.encode(selected, None)
+            out = self.encode(inputs, None)
         else:
-            out = self.encode(selected, None if steps.compact else steps.mask.unsqueeze(-1))
+            out = self.encode(inputs, None if steps.compact else steps.mask.unsqueeze(-1))
             out = steps.restore(out)
         return tensordict.set(self.out_keys[0], out)
+
+    def batch_shape(self, inputs: list[Tensor]) -> torch.Size:
+        """Return ``*B`` of the inputs that :meth:`read` returns."""
+        return inputs[0].shape[: inputs[0].ndim - len(self.shapes[0])]
 
     def read(self, tensordict: TensorDictBase) -> list[Tensor]:
         """Return the inputs of :meth:`encode`, one per entry of ``in_keys``."""
@@ -164,12 +157,7 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
         return [x if weight is None and x.is_floating_point() else x.to(dtype) for x in inputs]
 
     def _read(self, tensordict: TensorDictBase, key: NestedKey, shape: Shape) -> Tensor:
-        value = tensordict.get(key, None)
-        if value is None:
-            raise KeyError(
-                f"the timestep encoder reads {key!r}, but the tensordict holds only "
-                f"{sorted(map(str, tensordict.keys(True, True)))}. Choose entries with obs_keys."
-            )
+        value = tensordict[key]
         if tuple(value.shape[max(value.ndim - len(shape), 0) :]) != shape:
             got = f"got {tuple(value.shape)}. Build the encoder from the environment's specs."
             raise ValueError(f"entry {key!r} must end in {shape} for each step, {got}")

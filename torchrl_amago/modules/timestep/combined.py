@@ -1,4 +1,4 @@
-"""The timestep encoder for mixtures of entries, with embeddings chosen by their specs."""
+"""Timestep encoders for mixtures of entries, embedded by their specs, and for one image."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ EntryOptions = Mapping[str, Any]
 VectorScale = Literal["normalize", "symlog", "none"]
 
 KINDS = ("vector", "image", "category", "grid", "tokens", "goals")
+_OF_IMAGE = ("trunk", "trunk_options", "channels_first", "random_shift", "random_shift_fraction")
 
 
 class CombinedTimestepEncoder(TimestepEncoder):
@@ -43,21 +44,18 @@ class CombinedTimestepEncoder(TimestepEncoder):
 
         out = out_norm(mlp(act(norm([embedding_1(x_1), ..., linear(scale(vectors))]))))
 
-    :meth:`from_specs` (or ``make_policy(..., timestep_encoder="combined")``) chooses the embeddings
-    by the entries' specs. Other arguments: see :class:`TimestepEncoder`.
+    :meth:`from_specs` chooses the embeddings by the entries' specs. Other arguments: see
+    :class:`TimestepEncoder`.
 
     Args:
-        embeddings: for each entry that isn't a vector, the module that embeds it, such as
-            :class:`ImageEmbedding`, or your own :class:`EntryEmbedding`.
-        vectors: for each entry that is (of any shape), the shape of one step; they are flattened
-            and joined.
+        embeddings: for each entry that isn't a vector, the module that embeds it.
+        vectors: for each entry that is, the shape of one step; they are flattened and joined.
         vector_features: features of all vectors together.
         vector_scale: scale vectors by moving averages of mean and deviation (``normalize``), by
             symlog (arXiv 2301.04104, eq. 9), or not at all (``none``).
         num_layers: number of hidden layers; with 0 the features go through one linear layer.
 
     Example:
-        >>> from torchrl_amago.modules.timestep import CategoryEmbedding
         >>> embeddings = {"cards": CategoryEmbedding([13, 4])}
         >>> encoder = CombinedTimestepEncoder(embeddings, {"prev_reward": (1,)}, output_size=16)
         >>> encoder(cards=torch.tensor([[12, 3]]), prev_reward=torch.zeros(1, 1)).shape
@@ -118,19 +116,9 @@ class CombinedTimestepEncoder(TimestepEncoder):
         images, and all others (``OneHot``, ``Binary``, ``Bounded``, ``Unbounded``) vectors.
 
         ``entries`` has arguments of some entries' embeddings; ``"kind"`` among these overrides the
-        choice by spec: one of :data:`KINDS`. A grid of ids that the spec says are bytes needs
-        ``"sizes"`` as well.
-        ``options`` are further arguments of the constructor.
-
-        Raises:
-            ValueError: if an entry has a spec or kind that none of these embeds, or isn't there.
-
-        Example:
-            >>> from torchrl.data import Bounded, Categorical
-            >>> specs = {"words": Categorical(50, shape=(6,)), "position": Bounded(-1, 1, (2,))}
-            >>> entries = {"words": {"kind": "tokens", "padding_token": 0}}
-            >>> CombinedTimestepEncoder.from_specs(specs, entries=entries).embeddings[0].table
-            Embedding(50, 32)
+        choice by spec: one of :data:`KINDS`. A ``"grid"`` of ids that the spec says are bytes needs
+        its ``"sizes"``, too.
+        Raises ValueError if an entry has a spec or kind that none of these embeds, or isn't there.
         """
         return cls(*_embed_specs(specs, entries or {}), **options)
 
@@ -155,13 +143,69 @@ class CombinedTimestepEncoder(TimestepEncoder):
     def _scaled_vectors(self, value_of: dict[NestedKey, Tensor], mask: Tensor | None) -> Tensor:
         values = [value_of[key].to(self.vectors.weight.dtype) for key in self.vector_shapes]
         x = flatten_and_join(values, list(self.vector_shapes.values()))
-        if self.vector_scale == "symlog":
-            return symlog(x)
         if self.input_norm is not None:
-            if self.moves_statistics:
-                self.input_norm.update(x.detach(), mask)
-            x = self.input_norm(x)
-        return x
+            return self.input_norm(x, mask, self.moves_statistics)
+        return symlog(x) if self.vector_scale == "symlog" else x
+
+
+class CNNTimestepEncoder(CombinedTimestepEncoder):
+    """:class:`CombinedTimestepEncoder` of one image, with AMAGO's sizes for pixels.
+
+    All entries but the image are flattened, joined and scaled by symlog.
+
+    Args:
+        image_key: entry of the image; by default the only one of three dimensions.
+        image_features: features of the image.
+        vector_features: features of all other entries together.
+        options: arguments of :class:`ImageEmbedding` and of :class:`CombinedTimestepEncoder`.
+
+    Raises:
+        ValueError: if there isn't one image, or it is smaller than the trunk needs.
+
+    Example:
+        >>> encoder = CNNTimestepEncoder({"pixels": (40, 40, 3), "prev_reward": (1,)})
+        >>> encoder.out_keys, encoder.output_size
+        (['timestep'], 256)
+    """
+
+    def __init__(
+        self,
+        shapes: Mapping[NestedKey, Shape],
+        *,
+        image_key: NestedKey | None = None,
+        image_features: int = 256,
+        vector_features: int = 12,
+        output_size: int = 256,
+        num_layers: int = 0,
+        **options: Any,
+    ) -> None:
+        images = [key for key, shape in shapes.items() if len(shape) == 3]
+        if image_key not in images and (image_key is not None or len(images) != 1):
+            rule = "CNNTimestepEncoder needs one image, an entry of three dimensions"
+            raise ValueError(f"{rule}, got {images} among {dict(shapes)}. Use image_key.")
+        image_key = images[0] if image_key is None else image_key
+        of_image = {name: options.pop(name) for name in _OF_IMAGE if name in options}
+        if "activation" in options:
+            of_image["activation"] = options["activation"]
+        image = ImageEmbedding(shapes[image_key], output_size=image_features, **of_image)
+        super().__init__(
+            {image_key: image},
+            {key: shape for key, shape in shapes.items() if key != image_key},
+            vector_features=vector_features,
+            output_size=output_size,
+            num_layers=num_layers,
+            **{"vector_scale": "symlog", **options},
+        )
+
+    @classmethod
+    def from_specs(
+        cls, specs: Mapping[NestedKey, TensorSpec], **options: Any
+    ) -> CNNTimestepEncoder:
+        """Build the encoder from specs, see :class:`TimestepEncoder`; none may be a category."""
+        if categories := [k for k, x in specs.items() if default_kind(x) in ("category", "grid")]:
+            rule = f"CNNTimestepEncoder reads an image and vectors, but {categories} are categories"
+            raise ValueError(f"{rule}. Use the combined encoder, or leave them out with obs_keys.")
+        return cls({key: tuple(spec.shape) for key, spec in specs.items()}, **options)
 
 
 def default_kind(spec: TensorSpec) -> str | None:
@@ -185,7 +229,7 @@ def _embed_specs(
     if unknown := set(entries) - set(embedded):
         raise ValueError(
             f"entries names {sorted(map(str, unknown))}, but what is embedded is {list(embedded)} "
-            "(masks are not). Correct the name, or read the entry too (obs_keys)."
+            "(masks are not)."
         )
     embeddings, vectors = {}, {}
     for key, spec in embedded.items():

@@ -1,7 +1,7 @@
 """Embeddings of single entries, each to a vector of features: categories, goals, tokens.
 
-Legend: *M steps, K components of a category, L elements of a sequence (goals, tokens), N numbers of
-a goal, E features of a component or token, F features.
+Legend: *M steps, K components of a category, L goals or tokens, N numbers of a goal, E features of
+a component or token, H hidden features, F features.
 """
 
 from __future__ import annotations
@@ -23,12 +23,8 @@ class EntryEmbedding(Configurable, nn.Module):
     """Base of the embeddings of one entry, parts of the combined encoder.
 
     To write your own, implement ``forward(value)``: ``[*M, *shape] -> [*M, F]``. The value has the
-    tensordict's dtype. With a ``mask_key`` the elements' mask is a second argument.
-
-    Args:
-        shape: shape of one step's entry.
-        output_size: F.
-        mask_key: entry, bool ``[*M, L]``, True on the elements of a sequence that are present.
+    tensordict's dtype. ``mask_key`` names an entry, bool ``[*M, L]``, True on the elements of a
+    sequence that are present, which is a second argument.
 
     Example:
         >>> class Thermometer(EntryEmbedding):
@@ -50,16 +46,14 @@ class EntryEmbedding(Configurable, nn.Module):
 
 
 def check_range(index: Tensor, sizes: Sequence[int] | int, name: str) -> None:
-    """Raise ValueError for numbers outside of ``[0, size)``, on a CPU and untraced.
-
-    Elsewhere the check would wait for the device; there the look-up itself fails, less clearly.
-    """
+    """Raise ValueError for numbers outside of ``[0, size)``, on a CPU and untraced."""
+    # Elsewhere the check would wait for the device; there the look-up itself fails, less clearly.
     if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
         raise ValueError(
             f"{name} must be in [0, size) with size {sizes}, got values from "
-            f"{int(index.min())} to {int(index.max())}. Correct the spec, or shift the values."
+            f"{int(index.min())} to {int(index.max())}."
         )
 
 
@@ -67,12 +61,9 @@ class CategoryEmbedding(EntryEmbedding):
     """One table of vectors per component (``Categorical``, ``MultiDiscrete``), side by side.
 
     Args:
-        sizes: number of values of each of the K components.
+        sizes: number of values of each of the K components; others raise ValueError when called.
         shape: shape of one step's entry, K numbers altogether; default ``[K]``.
         embedding_size: E, features of each component; F is K x E.
-
-    Raises:
-        ValueError: when called, if a value is out of range.
 
     Example:
         >>> CategoryEmbedding([3, 5], embedding_size=4)(torch.tensor([[2, 4]])).shape
@@ -80,11 +71,7 @@ class CategoryEmbedding(EntryEmbedding):
     """
 
     def __init__(
-        self,
-        sizes: Sequence[int],
-        *,
-        shape: Sequence[int] | None = None,
-        embedding_size: int = 16,
+        self, sizes: Sequence[int], *, shape: Sequence[int] | None = None, embedding_size: int = 16
     ) -> None:
         shape = (len(sizes),) if shape is None else tuple(shape)
         super().__init__(shape, len(sizes) * embedding_size)
@@ -105,80 +92,22 @@ class CategoryEmbedding(EntryEmbedding):
         return self.table(row_MK).flatten(-2)
 
 
-class SequencePool(Configurable, nn.Module):
-    """Mean of nonlinear features over the present elements of a set or sequence.
-
-        h_l = act(W x_l + p_l),    out = V [mean of h_l over present elements; fraction present]
-
-    The position ``p_l`` comes before the nonlinearity, so that order survives the mean. With
-    ``ordered=False`` there is none, and elements may be permuted.
-
-    Other arguments: see :class:`GoalEmbedding`.
-
-    Args:
-        length: L, maximal number of elements.
-        input_size: size of an element.
-
-    Example:
-        >>> pool = SequencePool(3, 2, hidden_size=8, output_size=4, ordered=False)
-        >>> pool(torch.randn(1, 3, 2), torch.tensor([[True, True, False]])).shape
-        torch.Size([1, 4])
-    """
-
-    def __init__(
-        self,
-        length: int,
-        input_size: int,
-        *,
-        hidden_size: int,
-        output_size: int,
-        ordered: bool,
-        activation: str = "leaky_relu",
-    ) -> None:
-        super().__init__()
-        self.hidden = nn.Linear(input_size, hidden_size)
-        self.position = nn.Parameter(torch.empty(length, hidden_size)) if ordered else None
-        self.reset_parameters()
-        self.activation = make_activation(activation)
-        self.out = nn.Linear(hidden_size + 1, output_size)
-
-    def reset_parameters(self) -> None:
-        """Draw new positions; layers reset themselves."""
-        if self.position is not None:
-            nn.init.normal_(self.position, std=0.02)
-
-    def forward(self, x_MLE: Tensor, present_ML: Tensor) -> Tensor:
-        """Pool present elements; absent ones have no influence, NaN included."""
-        present_ML1 = present_ML.unsqueeze(-1)
-        hidden_MLH = self.hidden(torch.where(present_ML1, x_MLE, 0.0))
-        if self.position is not None:
-            hidden_MLH = hidden_MLH + self.position
-        total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
-        count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        fraction_M1 = count_M1 / present_ML.shape[-1]
-        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
-
-
 class GoalEmbedding(EntryEmbedding):
-    """L goals of N numbers or tokens each, pooled by :class:`SequencePool`.
+    """L goals of N numbers or tokens each, pooled by a mean of nonlinear features.
 
-    A mask or a padding value marks goals that are absent: reached, or never set.
+        h_l = act(W x_l + p_l),    out = V [mean of h_l over present goals; fraction present]
+
+    The position ``p_l`` comes before the nonlinearity, so that order survives the mean. A mask or a
+    padding value marks goals that are absent: reached, or never set. They have no influence.
 
     Args:
-        num_goals: L, maximal number of goals at a time.
-        goal_size: N.
-        num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it.
-        embedding_size: E.
-        hidden_size: width before pooling.
-        output_size: F.
-        ordered: False if goals may be reached in any order.
-        padding: a goal whose numbers all equal this is absent; None for none. NaN works here, but
-            :class:`~torchrl_amago.trainers.AMAGOTrainer` raises for NaN.
+        num_goals, goal_size, embedding_size, hidden_size, output_size: L, N, E, H and F.
+        num_tokens: None if goals are vectors of floats; else the N numbers are tokens below it
+            (others raise ValueError when called).
+        ordered: False for no position: goals may be reached in any order.
+        padding: a goal whose numbers all equal this, NaN too, is absent; None for none.
         mask_key: entry that is True on present goals, ``[*M, L]``.
         activation: see :class:`TimestepEncoder`.
-
-    Raises:
-        ValueError: when called, if a token is out of range.
 
     Example:
         >>> embedding = GoalEmbedding(num_goals=3, goal_size=2, output_size=8, padding=-1.0)
@@ -204,20 +133,36 @@ class GoalEmbedding(EntryEmbedding):
         self.num_tokens, self.padding = num_tokens, padding
         self.table = None if num_tokens is None else nn.Embedding(num_tokens, embedding_size)
         size = goal_size * (1 if num_tokens is None else embedding_size)
-        options = dict(hidden_size=hidden_size, output_size=output_size, activation=activation)
-        self.pool = SequencePool(num_goals, size, ordered=ordered, **options)
+        self.hidden = nn.Linear(size, hidden_size)
+        self.position = nn.Parameter(torch.empty(num_goals, hidden_size)) if ordered else None
+        self.reset_parameters()
+        self.activation = make_activation(activation)
+        self.out = nn.Linear(hidden_size + 1, output_size)
+
+    def reset_parameters(self) -> None:
+        """Draw new positions; layers reset themselves."""
+        if self.position is not None:
+            nn.init.normal_(self.position, std=0.02)
 
     def forward(self, value: Tensor, mask: Tensor | None = None) -> Tensor:
         """Embed ``[*M, L, N]``; ``mask`` is True on present goals (default: all)."""
         if not value.is_floating_point():
             value = value.long()  # bytes would take -1 for 255
         present_ML = self._present(value) if mask is None else mask & self._present(value)
+        present_ML1 = present_ML.unsqueeze(-1)
         if self.table is None:
-            return self.pool(value.to(self.pool.hidden.weight.dtype), present_ML)
-        # Padding may be a number that is no token.
-        token_MLN = value.long().masked_fill(~present_ML.unsqueeze(-1), 0)
-        check_range(token_MLN, self.num_tokens, "a token")
-        return self.pool(self.table(token_MLN).flatten(-2), present_ML)
+            x_MLE = torch.where(present_ML1, value.to(self.hidden.weight.dtype), 0.0)
+        else:
+            token_MLN = value.long().masked_fill(~present_ML1, 0)  # padding may be no token
+            check_range(token_MLN, self.num_tokens, "a token")
+            x_MLE = torch.where(present_ML1, self.table(token_MLN).flatten(-2), 0.0)
+        hidden_MLH = self.hidden(x_MLE)
+        if self.position is not None:
+            hidden_MLH = hidden_MLH + self.position
+        total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
+        count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
+        fraction_M1 = count_M1 / present_ML.shape[-1]
+        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
 
     def _present(self, value: Tensor) -> Tensor:
         if self.padding is None:
@@ -227,15 +172,13 @@ class GoalEmbedding(EntryEmbedding):
 
 
 class TokenEmbedding(GoalEmbedding):
-    """A sequence of tokens: looked up in one table, pooled by :class:`SequencePool`.
+    """A sequence of tokens: looked up in one table, pooled as goals are.
 
     Args:
         length: L, tokens in a step's entry.
         num_tokens: size of the vocabulary.
-        embedding_size: E.
         padding_token: token that fills up short sequences, which counts as absent; None for none.
-        options: ``hidden_size``, ``output_size``, ``ordered``, ``mask_key`` and ``activation``, see
-            :class:`GoalEmbedding`.
+        options: other arguments of :class:`GoalEmbedding`.
 
     Example:
         >>> embedding = TokenEmbedding(5, num_tokens=100, output_size=8, padding_token=0)

@@ -27,6 +27,7 @@ class GridEmbedding(EntryEmbedding):
         ValueError: if shape and sizes don't fit; when called, if a value is out of range.
 
     Example:
+        >>> import torch
         >>> grid = GridEmbedding((7, 7, 3), sizes=[11, 6, 3], output_size=16)
         >>> grid(torch.zeros(2, 5, 7, 7, 3, dtype=torch.uint8)).shape
         torch.Size([2, 5, 16])

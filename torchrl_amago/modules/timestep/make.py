@@ -12,8 +12,7 @@ from torchrl.envs import EnvBase
 from torchrl_amago import keys
 from torchrl_amago._validation import pick
 from torchrl_amago.modules.timestep.base import TimestepEncoder
-from torchrl_amago.modules.timestep.cnn import CNNTimestepEncoder
-from torchrl_amago.modules.timestep.combined import CombinedTimestepEncoder
+from torchrl_amago.modules.timestep.combined import CNNTimestepEncoder, CombinedTimestepEncoder
 from torchrl_amago.modules.timestep.mlp import MLPTimestepEncoder
 
 TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
@@ -48,8 +47,7 @@ def make_timestep_encoder(
         options: further arguments of the encoder.
 
     Raises:
-        KeyError: if the environment lacks the previous step or one of ``obs_keys``.
-        ValueError: if the encoder is unknown, or can't read the observations.
+        KeyError: if the environment lacks an entry.
 
     Example:
         >>> from torchrl_amago.envs import MetaFrozenLake, make_trial_env

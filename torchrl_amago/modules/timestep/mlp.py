@@ -25,9 +25,8 @@ class MLPTimestepEncoder(TimestepEncoder):
         auto_widen: make hidden and output size at least the number of inputs.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> encoder = MLPTimestepEncoder({"observation": (4,)}, output_size=16)
-        >>> encoder(TensorDict(observation=torch.zeros(2, 4), batch_size=[2]))["timestep"].shape
+        >>> encoder = MLPTimestepEncoder({"observation": (4,), "prev_reward": (1,)}, output_size=16)
+        >>> encoder(observation=torch.zeros(2, 4), prev_reward=torch.zeros(2, 1)).shape
         torch.Size([2, 16])
     """
 
@@ -57,7 +56,5 @@ class MLPTimestepEncoder(TimestepEncoder):
         """Flatten, concatenate, normalise, apply the MLP."""
         x = flatten_and_join(inputs, self.shapes)
         if self.input_norm is not None:
-            if self.moves_statistics:
-                self.input_norm.update(x.detach(), mask)
-            x = self.input_norm(x)
+            x = self.input_norm(x, mask, self.moves_statistics)
         return self.out_norm(self.mlp(x))

@@ -32,10 +32,6 @@ class ConvTrunk(Configurable, ConvNet):
     """Convolutions in a row, each with its activation, flattened (channel, height, width).
 
     ``channels``, ``kernels`` and ``strides`` have a number for each layer.
-
-    Example:
-        >>> ConvTrunk(3, [8], [3], [2])(torch.zeros(1, 3, 7, 7)).shape
-        torch.Size([1, 72])
     """
 
     def __init__(
@@ -79,11 +75,7 @@ class ImpalaTrunk(Configurable, nn.Module):
     """Residual trunk of IMPALA (arXiv 1802.01561, figure 3), with group norm after each block.
 
     Each of the ``channels`` is a section: a convolution, pooling by 2, two residual blocks.
-    ``num_groups`` must divide all of them; None for no norm. TorchRL's has heads.
-
-    Example:
-        >>> ImpalaTrunk(3, channels=(8, 16))(torch.zeros(1, 3, 15, 15)).shape
-        torch.Size([1, 144])
+    ``num_groups`` must divide all of them; None for no norm.
     """
 
     def __init__(
@@ -119,12 +111,7 @@ TRUNKS: dict[str, Callable[..., nn.Module]] = {
 def shift_images(image_MCHW: Tensor, shift_M2: Tensor) -> Tensor:
     """Shift images by whole pixels; edges are repeated. Pad and crop of DrQ (arXiv 2004.13649).
 
-        out[y, x] = image[y + shift_y, x + shift_x], indices clamped to the image
-
-    Example:
-        >>> image = torch.tensor([[1, 2, 3]]).expand(1, 1, 3, 3)
-        >>> shift_images(image, torch.tensor([[0, 1]]))[0, 0, 0]
-        tensor([2, 3, 3])
+    out[y, x] = image[y + shift_y, x + shift_x], indices clamped to the image
     """
     height, width = image_MCHW.shape[-2:]
     ramp = partial(torch.arange, device=image_MCHW.device)
@@ -160,8 +147,7 @@ class ImageEmbedding(EntryEmbedding):
         activation: of a named trunk.
 
     Raises:
-        ValueError: if the shape isn't that of an image, the image is smaller than the trunk needs,
-            or an option is out of range.
+        ValueError: if the image is smaller than the trunk needs, or an option is out of range.
 
     Example:
         >>> embedding = ImageEmbedding((84, 84, 3), output_size=16, trunk="impala")
@@ -183,8 +169,8 @@ class ImageEmbedding(EntryEmbedding):
     ) -> None:
         super().__init__(shape, output_size)
         if len(self.shape) != 3:
-            rule = f"an image has three dimensions, got shape {self.shape}"
-            raise ValueError(f"{rule}. Add one to grey images (torchrl.envs.UnsqueezeTransform).")
+            got = f"got shape {self.shape}. Add one to grey images (UnsqueezeTransform)."
+            raise ValueError(f"an image has three dimensions, {got}")
         if random_shift:
             check_counts("Use 4, as DrQ does, or 0 for none.", random_shift=random_shift)
         check_fractions("DrQ has 0.75.", random_shift_fraction=random_shift_fraction)
@@ -197,12 +183,12 @@ class ImageEmbedding(EntryEmbedding):
         elif trunk_options:
             raise ValueError(f"a trunk that is a module has no trunk_options, got {trunk_options}.")
         if min(height, width) < (size := getattr(trunk, "min_size", 1)):
-            rule = (
-                f"the trunk needs images of at least {size} x {size} pixels, got {height} x {width}"
-            )
             sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
             remedy = f"Correct channels_first={channels_first}, or choose another trunk: {sizes}."
-            raise ValueError(f"{rule} (shape {self.shape}). {remedy}")
+            raise ValueError(
+                f"the trunk needs images of at least {size} x {size} pixels, got {height} x "
+                f"{width} (shape {self.shape}). {remedy}"
+            )
         self.trunk = trunk
         self.features = nn.Linear(_num_features(trunk, (channels, height, width)), output_size)
 
@@ -219,9 +205,8 @@ class ImageEmbedding(EntryEmbedding):
         """Shift all images of a row alike, by a random shift."""
         if not self.random_shift:
             return value
-        shift_R2 = sample_shifts(
-            num_rows, self.random_shift, self.random_shift_fraction, value.device
-        )
+        fraction = self.random_shift_fraction
+        shift_R2 = sample_shifts(num_rows, self.random_shift, fraction, value.device)
         image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
         shifted_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
         shifted = shifted_MCHW if self.channels_first else shifted_MCHW.movedim(1, -1)

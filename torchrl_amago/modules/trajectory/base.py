@@ -33,11 +33,10 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     The module holds the memory of up to `max_streams` rollouts; the entry `_stream` of the
     tensordict selects one. Rows where it is missing or 0 are new, a row with `is_init` starts
-    empty. Copies (`deepcopy`, `pickle`) start without memory.
+    empty. Copies start without memory.
 
-    To write an encoder, implement :meth:`sequence`, :meth:`step` and :meth:`new_memory`. An encoder
-    whose step doesn't depend on earlier ones sets :attr:`has_memory` to False, writes no stream,
-    and its `step` gets None for a memory.
+    To write an encoder, implement :meth:`sequence`, :meth:`step` and :meth:`new_memory`, or without
+    the last set :attr:`has_memory` to False.
 
     Args:
         input_size: I, features of a timestep embedding.
@@ -46,13 +45,11 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
             Encoders with a memory of constant size always see all.
         on_weight_update: `keep` memories when the weights change during a rollout (they hold
             results of older weights), or `restart` them empty at the next step.
-        max_streams: number of rollouts to remember. The least recently used one leaves first, since
-            rollouts don't announce their end.
+        max_streams: number of rollouts to remember; the least recently used one leaves first.
         timestep_key: entry to read, `[*B, I]`.
         time_idx_key: steps since the trial began, `[*B, 1]`, integer.
         is_init_key: first step of a trial, `[*B, 1]`, bool; optional for sequences of one trial.
-        stream_key: entry to write, `[*B, 1]` int64, and to read if present. It is none of
-            `in_keys`, since environments and batches of a loss don't have it.
+        stream_key: entry to write, `[*B, 1]` int64, and to read if present.
         mask_key: True on real steps, `[*B, T]`, for sequences; may be absent. Inputs under False
             count as zeros.
         state_key: entry to write, `[*B, D]`.
@@ -125,25 +122,17 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     @abc.abstractmethod
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        """Encode whole sequences, with gradient.
+        """Encode whole sequences into states `[N, T, D]`, with gradient.
 
-        Args:
-            x_NTI: timestep embeddings.
-            positions_NT: steps since the trial began, int64.
-            is_init_NT: True at first steps of trials; None if every row is a part of one trial.
-
-        Returns:
-            States `[N, T, D]`.
+        `positions_NT` counts the steps since the trial began. `is_init_NT` is True at first steps
+        of trials, or None if every row is a part of one trial.
         """
 
     @abc.abstractmethod
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: Memory | None) -> Tensor:
-        """Encode one step per row and remember it, always as in evaluation.
+        """Encode one step per row into states `[N, D]`, as in evaluation, and remember it.
 
         Called without gradient, after the memory's `clear` and `advance`.
-
-        Returns:
-            States `[N, D]`.
         """
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> Memory | None:
@@ -166,7 +155,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     @dispatch(source="keyword_keys")
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Read the timestep's embedding, write the state (and, in step mode, the stream)."""
-        x, sequences = self._get(tensordict, self.in_keys[0]), bool(recurrent_mode())
+        x, sequences = self._get(tensordict, 0), bool(recurrent_mode())
         if x.ndim < 1 + sequences or x.shape[-1] != self.input_size:
             raise ValueError(
                 f"{self.in_keys[0]!r} must have shape {'[*B, T, I]' if sequences else '[*B, I]'}, "
@@ -191,18 +180,10 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     ) -> tuple[Tensor, Memory | None]:
         """Find the rollout's memory and make it ready for one step; write the stream.
 
-        Args:
-            tensordict: with `time_idx` and `is_init`.
-            shape: `*B` of the step's embeddings.
-            like: gives device and dtype of a new memory.
-
-        Returns:
-            Positions `[N]` and the memory (None without memory), for :meth:`step_states`.
-
-        Raises:
-            RuntimeError: under `torch.vmap`.
+        Returns the positions `[N]` and the memory, for :meth:`step_states`. A new memory takes its
+        device and dtype from `like`. Raises RuntimeError under `torch.vmap`.
         """
-        positions, is_init = self._get_time(tensordict, shape)
+        positions = self._get(tensordict, 1, shape)
         positions_N = positions.reshape(-1)
         self.check_positions(positions_N)
         if not self.has_memory:
@@ -210,15 +191,10 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         if is_batchedtensor(positions) or is_batchedtensor(like):
             raise RuntimeError(
                 f"torch.vmap can't follow a rollout's memory, got a single step of a "
-                f"{type(self).__name__}. For sequences, put set_recurrent_mode(True) around the "
-                "call; for steps, build the loss or value estimator with deactivate_vmap=True."
+                f"{type(self).__name__}. Encode sequences under set_recurrent_mode(True), or build "
+                "the loss or value estimator with deactivate_vmap=True."
             )
-        if is_init is None:
-            raise KeyError(
-                f"single steps need {self.in_keys[2]!r}, at which memory starts empty. "
-                "Append torchrl's InitTracker to the environment."
-            )
-        is_init_N = is_init.reshape(-1)
+        is_init_N = self._get(tensordict, 2, shape).reshape(-1)
         stream, memory = self._find_memory(tensordict, is_init_N, positions_N, like)
         memory.clear(is_init_N)
         memory.advance()
@@ -232,9 +208,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         return self._step(x_NI, positions_N, memory)
 
     def _encode_sequences(self, tensordict: TensorDictBase, x: Tensor) -> Tensor:
-        """States `[N, T, D]`."""
         shape = x.shape[:-1]
-        positions, is_init = self._get_time(tensordict, shape)
+        positions = self._get(tensordict, 1, shape)
+        is_init = self._get(tensordict, 2, shape, required=False)
         mask = tensordict.get(self.mask_key, None)
         if mask is not None:
             mask = mask.reshape(*shape, 1)
@@ -247,33 +223,32 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
             is_init = starts if is_init is None else (is_init & mask) | starts
         if not is_traced(positions):
             self.check_positions(positions)
-        x_NTI = x.reshape(-1, *x.shape[-2:])
-        rows = x_NTI.shape[:2]
+        rows = (-1, shape[-1])
         is_init_NT = None if is_init is None else is_init.reshape(rows)
-        return self._sequence(x_NTI, positions.reshape(rows), is_init_NT)
+        return self._sequence(x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT)
 
-    def _get(self, tensordict: TensorDictBase, key: NestedKey) -> Tensor:
+    def _get(
+        self,
+        tensordict: TensorDictBase,
+        index: int,
+        shape: tuple | None = None,
+        required: bool = True,
+    ) -> Tensor | None:
+        """The input at `in_keys[index]`, of the given shape but for a last 1."""
+        key = self.in_keys[index]
         value = tensordict.get(key, None)
-        if value is None:
+        if value is None and required:
             raise KeyError(
                 f"the trajectory encoder reads {key!r}, but the tensordict holds only "
-                f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes "
-                "the first of its inputs, PreviousStepTransform the second."
+                f"{sorted(map(str, tensordict.keys(True, True)))}. A timestep encoder writes the "
+                "first of its inputs, PreviousStepTransform the second, InitTracker the third."
+            )
+        if value is not None and shape is not None and value.shape != (*shape, 1):
+            raise ValueError(
+                f"{key!r} must have shape {(*shape, 1)} to fit the other entries of the step, "
+                f"got {tuple(value.shape)}. Keep a last dimension of 1."
             )
         return value
-
-    def _get_time(
-        self, tensordict: TensorDictBase, shape: torch.Size
-    ) -> tuple[Tensor, Tensor | None]:
-        positions = self._get(tensordict, self.in_keys[1])
-        is_init = tensordict.get(self.in_keys[2], None)
-        for key, value in zip(self.in_keys[1:], (positions, is_init), strict=True):
-            if value is not None and value.shape != (*shape, 1):
-                raise ValueError(
-                    f"{key!r} must have shape {(*shape, 1)} to fit the other entries of the step, "
-                    f"got {tuple(value.shape)}. Keep a last dimension of 1."
-                )
-        return positions, is_init
 
     # --- the memory of rollouts ---
 
@@ -281,15 +256,14 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         """Return this encoder's memory of the rollout that the tensordict belongs to.
 
         Raises:
-            KeyError: if there is none: the tensordict holds sequences, its rollout isn't in this
-                module, or the encoder has no memory.
+            KeyError: if there is none.
         """
         stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
-        memory = self._streams.find(stream) if stream else None
+        memory = self._streams.find(stream)
         if memory is None:
             raise KeyError(
-                f"no memory of stream {stream} in this {type(self).__name__} with has_memory="
-                f"{self.has_memory}: rollouts get one at their first step, sequences have none. "
+                f"no memory of stream {stream} in this {type(self).__name__} (has_memory="
+                f"{self.has_memory}): rollouts get one at their first step, sequences have none. "
                 f"Pass a tensordict that this encoder has stepped, with its {self.stream_key!r}."
             )
         return memory
@@ -306,8 +280,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         self, state: Mapping[str, Any], device: torch.device | str | None = None
     ) -> None:
         """Replace all memories by saved ones, so that their rollouts continue exactly.
-
-        The rollouts' tensordicts must be those that were under way, with their stream.
 
         Args:
             state: returned by :meth:`memory_state_dict`.
@@ -328,7 +300,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         if self.on_weight_update == "restart":
             self._streams.clear_if_changed(self.parameters())
         stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
-        memory = self._streams.find(stream) if stream else None
+        memory = self._streams.find(stream)
         num_rows = is_init_N.numel()
         if memory is not None and memory.batch_size == num_rows and memory.device == x.device:
             return stream, memory
@@ -345,11 +317,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     # --- compilation ---
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
-        """Compile :meth:`sequence` and :meth:`step` in place, by :func:`torch.compile`.
-
-        Streams are looked up outside of compiled code, so contexts may grow without recompilation.
-        Copies run eagerly until they are compiled themselves.
-        """
+        """Compile :meth:`sequence` and :meth:`step` in place; copies run eagerly."""
         self._sequence = torch.compile(self.sequence, *args, **kwargs)
         self._step = torch.compile(self.step, *args, **kwargs)
 
@@ -366,7 +334,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
 
 def check_sizes(**sizes: int) -> None:
-    """Raise ValueError for sizes of a sequence model below 1, by name."""
+    """Raise ValueError for a size below 1."""
     check_counts("Sizes are counted; for an agent without memory use FeedForwardEncoder.", **sizes)
 
 
@@ -374,8 +342,7 @@ def check_heads(d_model: int, num_heads: int) -> None:
     """Raise ValueError unless the heads divide the width."""
     if d_model % num_heads:
         raise ValueError(
-            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}. "
-            f"Choose for example d_model={32 * num_heads}."
+            f"num_heads must divide d_model, got num_heads={num_heads}, d_model={d_model}."
         )
 
 

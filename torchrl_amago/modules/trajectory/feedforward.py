@@ -20,7 +20,7 @@ class IdentityEncoder(TrajectoryEncoder):
 
     Args:
         input_size: I, features of a timestep embedding, and of the state.
-        options: see :class:`TrajectoryEncoder`.
+        options: those of :class:`TrajectoryEncoder`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -42,20 +42,10 @@ class IdentityEncoder(TrajectoryEncoder):
 
 
 class FeedForwardBlock(nn.Module):
-    """Feed-forward block as in a Transformer, added to the stream.
-
-    Dropout and activation follow both layers, the norm both linears. Arguments: see
-    :class:`FeedForwardEncoder`.
-    """
+    """Two layers added to the stream; a norm, the activation and dropout follow each linear."""
 
     def __init__(
-        self,
-        d_model: int,
-        d_ff: int,
-        *,
-        dropout: float = 0.0,
-        activation: str = "leaky_relu",
-        norm: str = "none",
+        self, d_model: int, d_ff: int, *, dropout: float, activation: str, norm: str
     ) -> None:
         super().__init__()
         self.dropout = dropout
@@ -78,11 +68,9 @@ class FeedForwardEncoder(TrajectoryEncoder):
     Train it on the same slices as an encoder with memory, so that nothing else differs.
 
     Args:
-        input_size: I, features of a timestep embedding.
         num_layers: number of blocks; may be 0.
         dropout: in the blocks, on the embedding and on the state.
-        options: `d_model`, `d_ff`, `activation`, `norm`, `out_norm` and the others of
-            :class:`TrajectoryEncoder`.
+        options: `d_model`, `d_ff`, `activation` and others: see :class:`TrajectoryEncoder`.
 
     Example:
         >>> import torch

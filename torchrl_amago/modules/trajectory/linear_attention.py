@@ -24,8 +24,8 @@ from torchrl_amago.modules.trajectory.base import (
 )
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
-# Steps over which heads forget at initialisation, from the last head to the first: from an episode
-# to more than a trial. A memory that no head holds at first is hardly ever learned.
+# Steps over which heads forget at initialisation, from the last head to the first. A memory that no
+# head holds at first is hardly ever learned.
 _TIME_CONSTANTS = (8.0, 4096.0)
 
 
@@ -38,10 +38,6 @@ class GatedLinearAttention(nn.Module):
     The scalar-decay case of arXiv 2312.06635 (section 4), also the form of Mamba-2 (2405.21060),
     with keys of length 1 and the sigmoid write strength of gated DeltaNet (2412.06464). No
     convolution: in RL a timestep already holds the action and reward that led to it.
-
-    Args:
-        d_model: D, width of input and output.
-        num_heads: H, divides `d_model`.
     """
 
     def __init__(self, d_model: int, num_heads: int) -> None:
@@ -64,46 +60,29 @@ class GatedLinearAttention(nn.Module):
         self.gates.bias[: self.num_heads] = -torch.expm1(1.0 / time_constant_H).log()
         self.gates.bias[self.num_heads :] = 0.0
 
-    def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
-        """Mix whole sequences, with gradient; `is_init_NT` is True at first steps of trials."""
-        q, k, v, log_decay, gate = self._project(x_NTD)
-        return self._out(kernels.gated_linear_attention(q, k, v, log_decay, is_init_NT), gate)
-
-    def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
-        """Take one step; update the state in place."""
-        q, k, v, log_decay, gate = self._project(x_ND)
-        return self._out(kernels.gated_linear_attention_step(q, k, v, log_decay, state_NHFF), gate)
-
-    def _project(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Queries, keys, values `[*, H, F]`, log-decays `[*, H]`, output gates `[*, H, F]`."""
+    def forward(
+        self, x: Tensor, is_init_NT: Tensor | None = None, state_NHFF: Tensor | None = None
+    ) -> Tensor:
+        """Mix sequences `[N, T, D]`, with gradient, or take one step `[N, D]` into the state."""
         q, k, v, gate = self.qkvg(x).unflatten(-1, (4, self.num_heads, -1)).unbind(-3)
         # Not under autocast: over a thousand steps a decay's rounding adds up.
         with torch.autocast(x.device.type, enabled=False):
             gates = self.gates(x.to(self.gates.weight.dtype))
         decay, write = at_least_float32(gates).chunk(2, -1)
         v = v * write.sigmoid().unsqueeze(-1).to(v.dtype)
-        k = F.normalize(k, dim=-1).to(v.dtype)
-        return q, k, v, F.logsigmoid(decay), gate
-
-    def _out(self, out: Tensor, gate: Tensor) -> Tensor:
+        inputs = (q, F.normalize(k, dim=-1).to(v.dtype), v, F.logsigmoid(decay))
+        if state_NHFF is None:
+            out = kernels.gated_linear_attention(*inputs, is_init_NT)
+        else:
+            out = kernels.gated_linear_attention_step(*inputs, state_NHFF)
         return self.out_proj((self.norm(out) * F.silu(gate)).to(gate.dtype).flatten(-2))
 
 
 class LinearAttentionBlock(nn.Module):
-    """Gated linear attention and feed-forward, each behind a norm and added to the stream.
-
-    Arguments: see :class:`GatedLinearAttentionEncoder`.
-    """
+    """Gated linear attention and feed-forward, each behind a norm and added to the stream."""
 
     def __init__(
-        self,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        *,
-        dropout_ff: float = 0.0,
-        activation: str = "leaky_relu",
-        norm: str = "layer",
+        self, d_model: int, num_heads: int, d_ff: int, dropout_ff: float, activation: str, norm: str
     ) -> None:
         super().__init__()
         self.dropout_ff = dropout_ff
@@ -112,29 +91,25 @@ class LinearAttentionBlock(nn.Module):
         self.norm_ff = make_norm(norm, d_model)
         self.ff = MLP(d_model, d_ff, 1, d_model, activation)
 
-    def forward(self, x_NTD: Tensor, is_init_NT: Tensor | None = None) -> Tensor:
-        """Map whole sequences `[N, T, D]`."""
-        x_NTD = x_NTD + self.attention(self.norm_attention(x_NTD), is_init_NT)
-        return x_NTD + dropout(self.ff(self.norm_ff(x_NTD)), self.dropout_ff, self.training)
-
-    def step(self, x_ND: Tensor, state_NHFF: Tensor) -> Tensor:
-        """Take one step `[N, D]`, as in evaluation; update the state in place."""
-        x_ND = x_ND + self.attention.step(self.norm_attention(x_ND), state_NHFF)
-        return x_ND + self.ff(self.norm_ff(x_ND))
+    def forward(
+        self, x: Tensor, is_init_NT: Tensor | None = None, state_NHFF: Tensor | None = None
+    ) -> Tensor:
+        """Map sequences `[N, T, D]`, or one step `[N, D]` as in evaluation, into the state."""
+        x = x + self.attention(self.norm_attention(x), is_init_NT, state_NHFF)
+        is_training = self.training and state_NHFF is None
+        return x + dropout(self.ff(self.norm_ff(x)), self.dropout_ff, is_training)
 
 
 class GatedLinearAttentionEncoder(TrajectoryEncoder):
     """Gated linear attention over the steps of a trial: the cheap choice for long contexts.
 
-    Training costs matrix products over chunks, linear in the number of steps. The cost of a
-    rollout's step doesn't depend on the number before it. Its memory (:class:`StateMemory`) has
-    `d_model**2 / num_heads` numbers per layer and environment, which also limits its recall.
+    Training costs matrix products, linear in the number of steps; a rollout's step costs the same
+    at any time. Its memory (:class:`StateMemory`) has `d_model**2 / num_heads` numbers per layer
+    and environment, which also limits its recall.
 
     Args:
-        input_size: I, features of a timestep embedding.
         num_heads: heads, each with its own decay; divides `d_model`. Fewer heads remember more.
-        options: `d_model`, `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm`
-            and the others of :class:`TrajectoryEncoder`.
+        options: `d_model`, `d_ff`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
     Example:
         >>> encoder = GatedLinearAttentionEncoder(4, d_model=16)
@@ -163,10 +138,8 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
         check_dropout(dropout_ff=dropout_ff, dropout_emb=dropout_emb)
         self.num_heads, self.dropout_emb = num_heads, dropout_emb
         self.embed = StreamEmbedding(input_size, d_model)
-        block = {"dropout_ff": dropout_ff, "activation": activation, "norm": norm}
-        self.blocks = nn.ModuleList(
-            LinearAttentionBlock(d_model, num_heads, d_ff, **block) for _ in range(num_layers)
-        )
+        block = (d_model, num_heads, d_ff, dropout_ff, activation, norm)
+        self.blocks = nn.ModuleList(LinearAttentionBlock(*block) for _ in range(num_layers))
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
@@ -179,7 +152,7 @@ class GatedLinearAttentionEncoder(TrajectoryEncoder):
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: StateMemory) -> Tensor:
         x_ND = self.embed(x_NI)
         for block, (state_NHFF,) in zip(self.blocks, memory.layers, strict=True):
-            x_ND = block.step(x_ND, state_NHFF)
+            x_ND = block(x_ND, state_NHFF=state_NHFF)
         return self.norm(x_ND)
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:

@@ -35,7 +35,6 @@ class MambaBlock(nn.Module):
         out = out_proj((scan(x, delta, -exp(A_log), B, C) + D x) silu(z))
 
     Parameters have the names and shapes of `mamba_ssm.Mamba`, so that state dicts fit both.
-    Arguments: see :class:`MambaEncoder`.
     """
 
     def __init__(self, d_model: int, d_state: int = 16, d_conv: int = 4, expand: int = 2) -> None:
@@ -63,27 +62,13 @@ class MambaBlock(nn.Module):
         # The inverse of softplus.
         self.dt_proj.bias.copy_(delta_E + (-torch.expm1(-delta_E)).log())
 
-    @property
-    def state_shapes(self) -> list[tuple[int, ...]]:
-        """Shapes, per row, of the tensors that :meth:`step` updates."""
-        return [(self.d_conv, self.d_inner), (self.d_state, self.d_inner)]
-
     def forward(
         self, x_NTD: Tensor, is_init_NT: Tensor | None = None, kernels: MambaKernels | None = None
     ) -> Tensor:
-        """Mix whole sequences, with gradient.
-
-        Args:
-            x_NTD: inputs.
-            is_init_NT: True at first steps of trials; None if none starts within a row.
-            kernels: equivalent functions for sequences of one trial per row.
-        """
+        """Mix whole sequences, with gradient; `kernels` take those of one trial per row."""
         x_NTE, gate_NTE = self.in_proj(x_NTD).chunk(2, -1)
         if kernels is not None:
-            x_NTE = kernels.convolve(x_NTE, self.conv1d.weight, self.conv1d.bias)
-            sequences = (x_NTE, *self._select(x_NTE))
-            y_NTE = kernels.scan(sequences, gate_NTE, self._rate(), self.D, self.dt_proj.bias)
-            return self.out_proj(y_NTE)
+            return self.out_proj(kernels.mix(self, x_NTE, gate_NTE))
         x_NTE = F.silu(self._convolve(at_least_float32(x_NTE), is_init_NT))
         y_NTE = selective_scan(x_NTE, *self._coefficients(x_NTE), is_init_NT)
         return self._out(y_NTE, x_NTE, gate_NTE)
@@ -100,35 +85,34 @@ class MambaBlock(nn.Module):
         return self._out(y_NE, x_NE, gate_NE)
 
     def _convolve(self, x_NTE: Tensor, is_init_NT: Tensor | None) -> Tensor:
-        """Convolve every channel causally, within trials.
-
-        As sums of shifted sequences: each lag can be cut, and no library's reduced precision for
-        convolutions sets it apart from `step`.
-        """
-        steps = x_NTE.shape[1]
-        weight_EK = self.conv1d.weight.squeeze(1)
-        lag_NTE = F.pad(x_NTE, (0, 0, self.d_conv - 1, 0))
-        age_NT1 = None if is_init_NT is None else _steps_since(is_init_NT).unsqueeze(-1)
-        out_NTE = self.conv1d.bias.expand_as(x_NTE)
-        for k, weight_E in enumerate(weight_EK.unbind(1)):
-            past_NTE, lag = lag_NTE[:, k : k + steps], self.d_conv - 1 - k
-            if age_NT1 is not None and lag:
-                past_NTE = torch.where(age_NT1 >= lag, past_NTE, 0.0)
+        """Convolve every channel causally, within trials."""
+        # Sums of shifted sequences: each lag can be cut, and no library's reduced precision for
+        # convolutions sets it apart from `step`.
+        steps, padding = x_NTE.shape[1], (0, 0, self.d_conv - 1, 0)
+        lag_NTE, out_NTE = F.pad(x_NTE, padding), self.conv1d.bias.expand_as(x_NTE)
+        if is_init_NT is not None:
+            trial_NT1 = is_init_NT.cumsum(1).unsqueeze(-1)
+            lag_NT1 = F.pad(trial_NT1, padding)
+        for k, weight_E in enumerate(self.conv1d.weight.squeeze(1).unbind(1)):
+            past_NTE = lag_NTE[:, k : k + steps]
+            if is_init_NT is not None and k < self.d_conv - 1:
+                past_NTE = torch.where(lag_NT1[:, k : k + steps] == trial_NT1, past_NTE, 0.0)
             out_NTE = torch.addcmul(out_NTE, past_NTE, weight_E)
         return out_NTE
 
-    def _select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Step sizes before bias and softplus `[*, E]`, and the paper's B and C, `[*, S]`."""
+    def select(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Project to step sizes before bias and softplus, `[*, E]`, and to B and C, `[*, S]`."""
         x = x.to(self.x_proj.weight.dtype)
         low, write, read = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), -1)
         return F.linear(low, self.dt_proj.weight), write, read
 
     def _coefficients(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Step sizes `[*, E]`, rates `[E, S]`, B and C, in the state's precision."""
-        delta, write, read = (at_least_float32(z) for z in self._select(x))
-        return F.softplus(delta + self.dt_proj.bias), self._rate(), write, read
+        delta, write, read = (at_least_float32(z) for z in self.select(x))
+        return F.softplus(delta + self.dt_proj.bias), self.rate(), write, read
 
-    def _rate(self) -> Tensor:
+    def rate(self) -> Tensor:
+        """Return the paper's A, `[E, S]`."""
         return -at_least_float32(self.A_log).exp()
 
     def _out(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
@@ -138,19 +122,17 @@ class MambaBlock(nn.Module):
 class MambaEncoder(TrajectoryEncoder):
     """Mamba over the steps of a trial (arXiv 2312.00752): pre-norm residual blocks.
 
-    The cost of a step doesn't depend on how many went before, and a rollout's memory is a state of
-    constant size (see :class:`StateMemory`). Runs in plain PyTorch on any device; on CUDA the
-    kernels of `mamba-ssm` compute the same from the same weights. They are not used under
-    `torch.compile` and `torch.vmap`, which have no rules for them, for rows where a trial starts
-    after the first step, which they can't cut, and for single steps.
+    A step costs the same at any time, and a rollout's memory is a :class:`StateMemory`. Runs in
+    plain PyTorch on any device; on CUDA the kernels of `mamba-ssm` compute the same from the same
+    weights, except under `torch.compile` and `torch.vmap`, for rows where a trial starts after the
+    first step, and for single steps.
 
     Args:
-        input_size: I, features of a timestep embedding.
         d_state: states per inner channel.
         d_conv: number of steps that the convolution sees.
         expand: inner channels per feature of the width.
         backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
-        options: `d_model`, `num_layers`, `norm` and the others of :class:`TrajectoryEncoder`.
+        options: `d_model`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if the kernels are chosen by name but not installed.
@@ -199,19 +181,9 @@ class MambaEncoder(TrajectoryEncoder):
         return self.norm(x_ND)
 
     def new_memory(self, num_rows: int, device: torch.device, dtype: torch.dtype) -> StateMemory:
-        shapes = [block.state_shapes for block in self.blocks]
+        shapes = [[(b.d_conv, b.d_inner), (b.d_state, b.d_inner)] for b in self.blocks]
         return StateMemory(num_rows, shapes, device, dtype)
 
-    def _kernels_for(self, x_NTI: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
-        if self._kernels is None or is_traced(x_NTI) or is_init_NT is not None:
-            return None
-        fits = x_NTI.is_cuda and x_NTI.dtype != torch.float64
-        return self._kernels if fits or self.backend == "mamba_ssm" else None
-
-
-def _steps_since(is_init_NT: Tensor) -> Tensor:
-    """Count the steps since the trial began; before a row's first start, a large number."""
-    step_T = torch.arange(is_init_NT.shape[1], device=is_init_NT.device)
-    # Before a row's start there are zeros, which every lag may see.
-    start_NT = torch.where(is_init_NT, step_T, -is_init_NT.shape[1])
-    return step_T - start_NT.cummax(1).values
+    def _kernels_for(self, x: Tensor, is_init_NT: Tensor | None) -> MambaKernels | None:
+        fits = self.backend == "mamba_ssm" or (x.is_cuda and x.dtype != torch.float64)
+        return self._kernels if fits and is_init_NT is None and not is_traced(x) else None

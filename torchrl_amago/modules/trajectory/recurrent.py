@@ -1,8 +1,7 @@
 """Recurrent trajectory encoders: GRU and LSTM, with a state of constant size.
 
 The weights are in TorchRL's own `GRU` and `LSTM`, which `torch.compile` accepts, unlike torch.nn's.
-Sequences run in `kernels.rnn` instead of their loops over steps, and give the numbers of TorchRL's
-`GRUModule` and `LSTMModule`, which keep the state in the tensordict.
+Sequences run in `kernels.rnn` instead of their loops over steps, with the same numbers.
 
 Legend: N rows, T steps, I input features, H hidden features, D state features.
 """
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torchrl.modules.tensordict_module.rnn import GRU, LSTM
 
 from torchrl_amago.modules._layers import make_norm
-from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
+from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes, starts_within_rows
 from torchrl_amago.modules.trajectory.kernels.rnn import Cell, recurrence
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
@@ -44,8 +43,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
             raise ValueError(
-                f"longest_memory must be at least 2, got {longest_memory}. Use the number of steps "
-                "to remember over, such as the trial's length."
+                f"longest_memory must be at least 2, got {longest_memory}: it is steps."
             )
         super().__init__(input_size, d_model, **options)
         self.rnn = self.network(input_size, hidden_size, num_layers, batch_first=True)
@@ -59,18 +57,16 @@ class _RecurrentEncoder(TrajectoryEncoder):
         """Draw the gates' biases for 1 to `longest_memory` steps, if it is given."""
         if self.longest_memory is None:
             return
-        for _, _, bias_in, bias_hidden in self.rnn.all_weights:
-            is_lstm = self.cell == "lstm"
-            bias_in, bias_hidden = (z.chunk(4 if is_lstm else 3) for z in (bias_in, bias_hidden))
+        for _, _, *biases in self.rnn.all_weights:
+            bias_in, bias_hidden = (z.unflatten(0, (-1, self.rnn.hidden_size)) for z in biases)
             keep = torch.empty_like(bias_in[1]).uniform_(1, self.longest_memory - 1).log()
-            bias_in[1].copy_(keep)
-            bias_hidden[1].zero_()
-            if is_lstm:  # it writes as much as it forgets
-                bias_in[0].copy_(-keep)
-                bias_hidden[0].zero_()
+            bias_in[1], bias_hidden[1] = keep, 0.0
+            if self.cell == "lstm":  # it writes as much as it forgets
+                bias_in[0], bias_hidden[0] = -keep, 0.0
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         x = x_NTI.transpose(0, 1)
+        is_init_NT = starts_within_rows(is_init_NT)
         is_init_TN = None if is_init_NT is None else is_init_NT.t()
         for weights in self.rnn.all_weights:
             x = recurrence(self.cell, x, is_init_TN, weights)
@@ -103,18 +99,15 @@ class _RecurrentEncoder(TrajectoryEncoder):
 class GRUEncoder(_RecurrentEncoder):
     """Gated recurrent unit (arXiv 1406.1078) over the steps of a trial, a linear layer, a norm.
 
-    Its memory has constant size and sees the whole trial. A step costs the same in trials of any
-    length; the time of sequences is linear in their length, but step after step.
+    Its memory has constant size and sees the whole trial. The time of sequences is linear in their
+    length, but step after step.
 
     Args:
-        input_size: I, features of a timestep embedding.
-        d_model: D, size of the state.
         hidden_size: H, width of the recurrent layers; default `d_model`.
         longest_memory: greatest number of steps that units remember over before training. Gates'
-            biases are drawn for 1 to `longest_memory` steps (chrono initialisation, arXiv
-            1804.11188, eq. 16). Default: torch's initialisation, with which memory fades over few
-            steps.
-        options: `num_layers`, `out_norm` and the others of :class:`TrajectoryEncoder`.
+            biases are drawn for 1 to `longest_memory` steps (arXiv 1804.11188, eq. 16). Default:
+            torch's initialisation, with which memory fades over few steps.
+        options: `d_model`, `num_layers`, `out_norm` and others: see :class:`TrajectoryEncoder`.
 
     Example:
         >>> GRUEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape

@@ -5,7 +5,6 @@ Legend: B batch, T steps, I input features, D width, H heads.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -17,11 +16,7 @@ from torchrl.modules import recurrent_mode
 
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._dropout import check_dropout, dropout
-from torchrl_amago.modules._layers import (
-    SigmaReparamLinear,
-    make_activation,
-    make_norm,
-)
+from torchrl_amago.modules._layers import SigmaReparamLinear, make_activation, make_norm
 from torchrl_amago.modules._positions import rotate_by_position, sinusoidal_positions
 from torchrl_amago.modules.trajectory.base import (
     TrajectoryEncoder,
@@ -53,7 +48,6 @@ class TransformerBlock(nn.Module):
 
     With NormFormer's norms after the attention and inside the feed-forward, and its learned scale
     per head (arXiv 2110.09456, eq. 4-7), and sigma-reparametrised linears (arXiv 2303.06296).
-    Arguments: see :class:`TransformerEncoder`.
     """
 
     def __init__(
@@ -62,13 +56,13 @@ class TransformerBlock(nn.Module):
         num_heads: int,
         d_ff: int,
         *,
-        dropout_ff: float = 0.0,
-        dropout_qkv: float = 0.0,
-        activation: str = "leaky_relu",
-        norm: str = "layer",
-        sigma_reparam: bool = True,
-        normformer: bool = True,
-        head_scaling: bool = True,
+        dropout_ff: float,
+        dropout_qkv: float,
+        activation: str,
+        norm: str,
+        sigma_reparam: bool,
+        normformer: bool,
+        head_scaling: bool,
     ) -> None:
         super().__init__()
         linear = SigmaReparamLinear if sigma_reparam else nn.Linear
@@ -87,7 +81,7 @@ class TransformerBlock(nn.Module):
         self.ff_out = linear(d_ff, d_model)
 
     def reset_parameters(self) -> None:
-        """Reset the scale of all heads to 1; layers reset themselves."""
+        """Reset the heads' scales; layers reset themselves."""
         if self.head_scale is not None:
             nn.init.ones_(self.head_scale)
 
@@ -112,11 +106,8 @@ class TransformerEncoder(TrajectoryEncoder):
     steps in every layer: deeper layers saw older tokens, so some information outlives the window.
 
     Args:
-        input_size: I, features of a timestep embedding.
-        context_length: number of steps that a rollout's step sees, itself included.
         d_model: D, width, and size of the state; even.
-        num_heads: attention heads; divides `d_model`. On CPUs 16 or more features per head are
-            much faster than 8.
+        num_heads: divides `d_model`. On CPUs 16 features per head are much faster than 8.
         dropout_attn: probability of zeroing an attention weight.
         dropout_qkv: of zeroing a feature of queries, keys and values.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
@@ -132,28 +123,19 @@ class TransformerEncoder(TrajectoryEncoder):
         attention: kernels for sequences. `sdpa` is torch's own and runs everywhere; `flash` is the
             package flash-attn (GPU, half precision, no sinks or clipping); `flex` is FlexAttention
             (it trains on GPUs only); `auto` takes `flash` where it can run, else `sdpa`.
-        segments: `auto` separates trials that follow each other in a row of a sequence (found by
-            `is_init`; under `torch.compile` the mask for it is always built), `never` means that
-            each row is a part of one trial, padded only on the right.
-        options: `d_ff`, `num_layers`, `dropout_ff`, `dropout_emb`, `activation`, `norm` and the
-            others of :class:`TrajectoryEncoder`.
+        segments: `auto` separates trials that follow each other in a row of a sequence, `never`
+            means that each row is a part of one trial, padded only on the right.
+        options: `context_length`, `d_ff`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.
         ValueError: if a number is out of its range or a name unknown; from `forward`, if steps come
-            after padding under `segments="never"` (not checked under `torch.compile`).
+            after padding under `segments="never"`.
 
     Example:
-        >>> from tensordict import TensorDict
-        >>> from torchrl.modules import set_recurrent_mode
-        >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2, num_layers=1)
-        >>> td = TensorDict(timestep=torch.zeros(3, 5, 4), is_init=torch.zeros(3, 5, 1).bool(),
-        ...                 time_idx=torch.arange(5).expand(3, 5).unsqueeze(-1), batch_size=[3, 5])
-        >>> with set_recurrent_mode(True):
-        ...     encoder(td)["state"].shape
+        >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2)
+        >>> encoder.sequence(torch.zeros(3, 5, 4), torch.arange(5).expand(3, 5), None).shape
         torch.Size([3, 5, 16])
-        >>> encoder(td[:, 0])["state"].shape
-        torch.Size([3, 16])
     """
 
     def __init__(
@@ -207,20 +189,13 @@ class TransformerEncoder(TrajectoryEncoder):
         self.attention, self.segments = attention, segments
         self.positions, self.beyond_positions = positions, beyond_positions
         self.embed = nn.Linear(input_size, d_model)
-        self.position_table = (
-            nn.Embedding(max_positions, d_model) if positions == "learned" else None
-        )
-        block = {
-            "dropout_ff": dropout_ff,
-            "dropout_qkv": dropout_qkv,
-            "activation": activation,
-            "norm": norm,
-            "sigma_reparam": sigma_reparam,
-            "normformer": normformer,
-            "head_scaling": head_scaling,
-        }
+        is_learned = positions == "learned"
+        self.position_table = nn.Embedding(max_positions, d_model) if is_learned else None
+        block = dict(dropout_ff=dropout_ff, dropout_qkv=dropout_qkv, activation=activation)
+        block |= dict(sigma_reparam=sigma_reparam, normformer=normformer, head_scaling=head_scaling)
         self.blocks = nn.ModuleList(
-            TransformerBlock(d_model, num_heads, d_ff, **block) for _ in range(num_layers)
+            TransformerBlock(d_model, num_heads, d_ff, norm=norm, **block)
+            for _ in range(num_layers)
         )
         self.norm = make_norm(norm, d_model)
 
@@ -266,12 +241,11 @@ class TransformerEncoder(TrajectoryEncoder):
 
     def check_positions(self, positions: Tensor) -> None:
         is_limited = self.positions == "learned" and self.beyond_positions == "raise"
-        size = self.position_table.num_embeddings if is_limited else math.inf
-        if is_limited and positions.max() >= size:
+        if is_limited and positions.max() >= (size := self.position_table.num_embeddings):
             raise ValueError(
                 f"learned positions end at max_positions={size}, got time index "
                 f"{int(positions.max())}. Make max_positions the longest trial's length plus 1, or "
-                "choose beyond_positions='clip', positions='fixed' or positions='rotary'."
+                "choose beyond_positions='clip' or other positions."
             )
         # Losses read one step beyond a slice; time indices tell long trials from rows of several.
         is_unbounded = recurrent_mode() and self.pattern.window is None and not self._has_warned
@@ -292,9 +266,8 @@ class TransformerEncoder(TrajectoryEncoder):
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
         dropout = self.dropout_attn if self.training else 0.0
-        trials = {"positions_BT": positions_NT, "is_init_BT": is_init_NT}
         out_NHTD = backend_attention(
-            self.attention, q, k, v, self.pattern, dropout=dropout, **trials
+            self.attention, q, k, v, self.pattern, positions_NT, is_init_NT, dropout
         )
         return out_NHTD.transpose(1, 2)
 
@@ -315,17 +288,16 @@ def _check_positions(
 ) -> None:
     check_choice("positions", positions, ("fixed", "learned", "rotary"))
     check_choice("beyond_positions", beyond_positions, ("raise", "clip"))
+    can_clip = beyond_positions == "clip"
+    fits = max_positions is None and not can_clip
     if positions == "learned":
-        least = 1 if beyond_positions == "clip" else context_length + 1
-        fits = max_positions is not None and max_positions >= least
-    else:
-        fits = max_positions is None and beyond_positions == "raise"
+        fits = max_positions is not None and (can_clip or max_positions > context_length)
     if not fits:
         raise ValueError(
             "positions='learned', and no other, needs max_positions above "
-            f"context_length={context_length}, since losses read one observation more, or any with "
-            f"beyond_positions='clip'; got positions={positions!r}, max_positions={max_positions}, "
-            f"beyond_positions={beyond_positions!r}. Make it the longest trial's length plus 1."
+            f"context_length={context_length}, or any with beyond_positions='clip'; got positions="
+            f"{positions!r}, max_positions={max_positions}, beyond_positions={beyond_positions!r}. "
+            "Make it the longest trial's length plus 1."
         )
 
 

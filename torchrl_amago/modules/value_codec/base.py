@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import abc
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from torchrl_amago.modules._settings import Configurable
+
 ValueSpace = Literal["raw", "normalized", "value"]
 
 
-class ValueCodec(nn.Module, abc.ABC):
-    """Interface between values in reward units and what critics predict.
+class ValueCodec(Configurable, nn.Module, abc.ABC):
+    """Base of codecs.
 
-    A critic predicts one entry of :attr:`event_shape` per value: ``()`` for a number, ``(Bins,)``
-    for the logits of a classification. Shapes below write ``*event`` for it.
-
-    Averages over actions or samples are made of :meth:`raw_value`, one number for each prediction:
-    the predicted number itself, or the value of the bins. :meth:`to_space` turns an average into a
-    normalised value or one in reward units.
+    A critic predicts one entry of :attr:`event_shape`, ``*event`` below, per value: ``()`` for a
+    number, ``(Bins,)`` for the logits of a classification. Averages over actions or samples are
+    made of :meth:`raw_value`, one number for each prediction; :meth:`to_space` turns an average
+    into a normalised value or one in reward units.
 
     Example:
         >>> class Plain(ValueCodec):
@@ -29,8 +29,8 @@ class ValueCodec(nn.Module, abc.ABC):
         ...     def normalize(self, value): return value
         ...     def loss(self, prediction, target):
         ...         return (prediction - target.unsqueeze(-2)).square()
-        >>> Plain().loss(torch.zeros(1, 1, 2, 1), torch.full((1, 1, 1), 3.0)).flatten()
-        tensor([9., 9.])
+        >>> Plain().loss(torch.zeros(1, 1), torch.tensor([3.0]))
+        tensor([[9.]])
     """
 
     @property
@@ -50,22 +50,15 @@ class ValueCodec(nn.Module, abc.ABC):
         """Return the targets' running mean and standard deviation, ``[G]`` or ``[]``."""
         return torch.zeros(()), torch.ones(())
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Options that change the codec's function but no shape, as JSON values."""
-        return {"kind": type(self).__name__}
-
     def reset_parameters(self) -> None:
         """Reset the statistics, if there are any."""
         return
 
     @abc.abstractmethod
     def update(self, target: Tensor, mask: Tensor) -> None:
-        """Move the statistics towards targets ``[..., G]`` in reward units.
+        """Move the statistics towards real targets ``[..., G]`` in reward units.
 
-        Args:
-            target: masked entries may be anything, NaN too.
-            mask: ``[..., 1]``, bool; if nothing is True, no statistic moves.
+        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too.
         """
 
     @abc.abstractmethod

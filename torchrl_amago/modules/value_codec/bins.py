@@ -27,31 +27,28 @@ class BinCodec(ValueCodec):
         loss(p, x) = - sum_n label(x)_n log softmax(p)_n
         decode(p)  = symexp(sum_n softmax(p)_n bins_n)
 
-    The mean is taken in the space of the bins and then inverted, as in the public AMAGO code; the
-    mean of inverted bins would be another value. A target outside of the range gets the label of
-    the range's end; ``num_outside`` counts them, and the first ones cause a warning (not in
-    compiled code). :meth:`normalize` uses the moving statistics of a :class:`PopArt`.
+    The mean is taken in the space of the bins and then inverted, as in the public AMAGO code. A
+    target outside of the range gets the label of the range's end; ``num_outside`` counts them, and
+    the first ones cause a warning. :meth:`normalize` uses the statistics of a :class:`PopArt`.
 
     Args:
         num_discounts: G.
         num_bins: N, at least 2.
-        min_return: lowest value of the range, in reward units times the loss's ``reward_scale``.
-        max_return: highest one.
+        min_return: lowest value of the range, in reward units times the loss's ``reward_scale``;
+            ``max_return`` is the highest.
         symlog: space the bins equally in symlog space; False in reward units, for a narrow range.
-        init_value: value that critics predict before training, in the range; None leaves their
-            initialisation alone.
+        init_value: value that critics predict before training, in the range; None: as drawn.
         init_slope: order the last layer's first weights: each logit is one random number of the
-            critic times its bin's place, from ``-init_slope`` at the lowest bin to ``init_slope``
-            at the highest. None draws each logit by itself, and critics take longer to distinguish
-            actions (``docs/value_codecs.md``); 10 is a good value.
+            critic times its bin's place, from ``-init_slope`` to ``init_slope``. It makes critics
+            distinguish actions sooner (``docs/value_codecs.md``); 10 is a good value.
         popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``.
 
     Raises:
-        ValueError: if the range is empty or too narrow for so many bins in float32, or a number is
-            out of its range.
+        ValueError: if the range is too narrow for so many bins, or a number out of its range.
     """
 
-    # Width of the distribution that `initial_bias` describes, in bins; the public AMAGO code's.
+    not_settings = frozenset({"init_value", "init_slope"})  # only of critics' first weights
+    # Standard deviation of `initial_bias`, in bins; the public AMAGO code's.
     INITIAL_SIGMA = 4.0
     # Looking at a counter makes the CPU wait for a GPU: seldom enough to cost nothing.
     UPDATES_PER_CHECK = 100
@@ -72,7 +69,7 @@ class BinCodec(ValueCodec):
         popart: PopArt | None = None,
     ) -> None:
         super().__init__()
-        check_counts("Use 128, as published.", num_discounts=num_discounts, num_bins=num_bins)
+        check_counts(num_bins=num_bins)
         if init_value is not None and not min_return <= init_value <= max_return:
             raise ValueError(
                 f"init_value must be in [min_return={min_return}, max_return={max_return}], got "
@@ -88,8 +85,7 @@ class BinCodec(ValueCodec):
         if num_bins < 2 or not (bins.diff() > 0).all():
             raise ValueError(
                 "min_return and max_return must be finite and leave room for two or more different "
-                f"bins in float32, got {num_bins} bins in [{min_return}, {max_return}]. The range "
-                "holds returns times the loss's reward_scale."
+                f"bins in float32, got {num_bins} bins in [{min_return}, {max_return}]."
             )
         self.register_buffer("bins", bins)
         self.register_buffer("num_outside", torch.zeros((), dtype=torch.int64))
@@ -97,7 +93,6 @@ class BinCodec(ValueCodec):
 
     @property
     def event_shape(self) -> torch.Size:
-        """``(Bins,)``."""
         return self.bins.shape
 
     @property
@@ -106,10 +101,7 @@ class BinCodec(ValueCodec):
         return self.bins[1] - self.bins[0]
 
     def initial_bias(self) -> Tensor | None:
-        """Return logits ``[Bins]`` of a normal distribution around ``init_value``, or None.
-
-        Its standard deviation is four bins; the range's ends cut it off.
-        """
+        """Return logits ``[Bins]`` of a normal distribution around ``init_value``, or None."""
         if self.init_value is None:
             return None
         centre = self._to_bin_space(torch.full_like(self.bins[0], self.init_value))
@@ -121,21 +113,12 @@ class BinCodec(ValueCodec):
             return None
         return self.init_slope * torch.linspace(-1.0, 1.0, len(self.bins), device=self.bins.device)
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Kind, range, spacing, and those of ``popart``."""
-        low, high = self.bins[[0, -1]].tolist()
-        bins = {"lowest_bin": low, "highest_bin": high, "symlog": self.symlog}
-        return super().settings | bins | {f"popart.{k}": v for k, v in self.popart.settings.items()}
-
     def reset_parameters(self) -> None:
-        """Reset the statistics and the counter."""
         self.popart.reset_parameters()
         self.num_outside.zero_()
         self._num_updates, self._has_warned = 0, False
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        """Return those of ``popart``."""
         return self.popart.mean_and_scale()
 
     @torch.no_grad()
@@ -152,14 +135,13 @@ class BinCodec(ValueCodec):
 
     def decode(self, prediction: Tensor) -> Tensor:
         """Return the value of the mean bin: ``[..., Bins] -> [...]``, at least float32."""
-        dtype = self._dtype(prediction)
+        dtype = _dtype(prediction)
         # Autocast would round the product to bfloat16, which knows two or three digits of a value.
         with torch.autocast(prediction.device.type, enabled=False):
             mean = prediction.softmax(-1, dtype=dtype) @ self.bins.to(dtype)
         return F.symexp(mean) if self.symlog else mean
 
     def normalize(self, value: Tensor) -> Tensor:
-        """Return ``(value - mu) / sigma`` with the statistics of ``popart``."""
         return self.popart.normalize(value)
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
@@ -173,19 +155,14 @@ class BinCodec(ValueCodec):
         if target.shape != fitting or prediction.shape[-1:] != self.bins.shape:
             raise ValueError(
                 f"the loss compares predictions [..., C, G, {len(self.bins)}] with targets "
-                f"[..., G], got {tuple(prediction.shape)} and {tuple(target.shape)}. All critics "
-                "have the same targets; give them the codec's event_shape as num_outputs."
+                f"[..., G], got {tuple(prediction.shape)} and {tuple(target.shape)}. Use "
+                "make_critic(policy, value_codec=codec)."
             )
-        return prediction.log_softmax(-1, dtype=self._dtype(prediction))
+        return prediction.log_softmax(-1, dtype=_dtype(prediction))
 
     def _to_bin_space(self, value: Tensor) -> Tensor:
-        value = value.to(self._dtype(value))
+        value = value.to(_dtype(value))
         return F.symlog(value) if self.symlog else value
-
-    @staticmethod
-    def _dtype(x: Tensor) -> torch.dtype:
-        """Return that of ``x``, but float32 at least."""
-        return torch.promote_types(x.dtype, torch.float32)
 
     def _warn_of_targets_outside(self) -> None:
         is_due = self._num_updates % self.UPDATES_PER_CHECK == 0
@@ -196,27 +173,26 @@ class BinCodec(ValueCodec):
         ends = self.bins[[0, -1]]
         low, high = (F.symexp(ends) if self.symlog else ends).tolist()
         warnings.warn(
-            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}], the range "
-            "of the bins: critics learn the range's end instead. Widen min_return and max_return, "
-            "which bound returns times the loss's reward_scale.",
+            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}]. Widen "
+            "min_return and max_return, which bound returns times the loss's reward_scale.",
             stacklevel=4,  # the caller of `update`, which no_grad wraps
         )
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 class TwoHot(BinCodec):
     """Classification with two-hot labels (arXiv 2301.04104; AMAGO-2, arXiv 2411.11188).
 
-    A target's label is on the two bins around it, weighted by their nearness, so that the mean of
-    the label is the target: :meth:`decode` inverts :meth:`encode`. Arguments: see
-    :class:`BinCodec`.
+    A target's label is on the two bins around it, and the label's mean is the target. Arguments:
+    see :class:`BinCodec`.
 
     Example:
         >>> codec = TwoHot(1, num_bins=5, min_return=-2.0, max_return=2.0, symlog=False)
         >>> codec.encode(torch.tensor([0.25]))
         tensor([[0.0000, 0.0000, 0.7500, 0.2500, 0.0000]])
-        >>> logits_CGN = torch.zeros(4, 1, 5)  # four critics, one discount
-        >>> codec.loss(logits_CGN, torch.tensor([0.25])).flatten()
-        tensor([1.6094, 1.6094, 1.6094, 1.6094])
     """
 
     def encode(self, target: Tensor) -> Tensor:
@@ -246,15 +222,13 @@ class TwoHot(BinCodec):
 class HLGauss(BinCodec):
     """Classification with histograms of normal distributions as labels (arXiv 2403.03950).
 
-    A target's label is the mass of a normal distribution around it in each bin, renormalised, which
-    makes predictions smoother than :class:`TwoHot`'s. The label's mean is the target up to 1e-5 of
-    a bin (``sigma=0.75``); closer than four ``sigma`` to the range's ends, where the distribution
-    is cut off, it lies further inside, by 0.8 ``sigma`` at most.
+    A target's label is the mass of a normal distribution around it in each bin, renormalised. The
+    label's mean is the target up to 1e-5 of a bin; closer than four ``sigma`` to the range's ends
+    it lies further inside, by 0.8 ``sigma`` at most.
 
     Args:
-        num_discounts: G.
         sigma: standard deviation of the distribution, in bins; 0.75 is the published one. Smaller
-            ones make the mean less exact: off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
+            ones put the mean off by up to ``exp(-2 (pi sigma)^2) / pi`` bins.
         options: other arguments, see :class:`BinCodec`.
 
     Example:
@@ -267,11 +241,6 @@ class HLGauss(BinCodec):
         super().__init__(num_discounts, **options)
         check_positive("Use 0.75, as published.", sigma=sigma)
         self.sigma = sigma
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Those of every codec of bins, and the label's width."""
-        return {**super().settings, "sigma": self.sigma}
 
     def encode(self, target: Tensor) -> Tensor:
         """Return the mass of every bin, ``[..., G] -> [..., G, Bins]``."""

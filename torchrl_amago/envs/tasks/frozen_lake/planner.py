@@ -16,6 +16,7 @@ import torch
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.envs.tasks.frozen_lake.layouts import enumerate_lakes
+from torchrl_amago.envs.tasks.grid_task import move_table
 
 # Digits to which two plans count as equally good: rounding errors stay far below, and real
 # differences far above.
@@ -88,7 +89,7 @@ class LakePlanner:
         self.episodes = episodes
         self.max_episode_steps = steps
         self._goal = size * size - 1
-        self._neighbours = [_neighbours(cell, size) for cell in range(size * size)]
+        self._neighbours = move_table(size).T.tolist()
         self._plan = cache(self._best_plan)
         self._distances = cache(self._distances_over_safe)
 
@@ -111,13 +112,10 @@ class LakePlanner:
 
     def route(self, belief: Belief, cell: int, target: int) -> list[int]:
         """Return a shortest way over known-safe cells from a cell, excluded, to a target."""
-        distances = self._distances(belief.safe, cell)
-        way = [target]
-        while distances[way[0]] > 1:
-            way.insert(0, next(
-                before for before in self._neighbours[way[0]]
-                if distances.get(before) == distances[way[0]] - 1 and belief.safe >> before & 1
-            ))  # fmt: skip
+        distances, way = self._distances(belief.safe, cell), [target]
+        while (distance := distances[way[0]]) > 1:
+            near = (n for n in self._neighbours[way[0]] if belief.safe >> n & 1)
+            way.insert(0, next(n for n in near if distances.get(n) == distance - 1))
         return way
 
     def _best_plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
@@ -207,9 +205,3 @@ def _belief_mass(size: int, **prior: Any) -> list[float]:
     for axis in range(free):
         mass = torch.cat([mass.sum(axis, keepdim=True), mass], axis)
     return mass.flatten().tolist()
-
-
-def _neighbours(cell: int, size: int) -> list[int]:
-    down, right = divmod(cell, size)
-    around = [(down + 1, right), (down - 1, right), (down, right + 1), (down, right - 1)]
-    return [i * size + j for i, j in around if 0 <= i < size and 0 <= j < size]

@@ -91,17 +91,9 @@ def depth_table(walls: Tensor) -> Tensor:
     Returns float32 ``[N, S * S, 4]``, divided by S: west (left), north (up), east, south. The
     outermost cells must be walls; entries of walls themselves mean nothing.
     """
-    size = walls.shape[-1]
-    depths = [
-        _free_to_the_west(walls),
-        _free_to_the_west(walls.mT).mT,
-        _free_to_the_west(walls.flip(-1)).flip(-1),
-        _free_to_the_west(walls.mT.flip(-1)).flip(-1).mT,
-    ]
+    size, depths = walls.shape[-1], []
+    place = torch.arange(size, device=walls.device)
+    for turns in range(4):  # each turn brings the next direction to the west
+        last_wall = torch.where(walls.rot90(turns, (1, 2)), place, 0).cummax(-1).values
+        depths.append((place - 1 - last_wall).rot90(-turns, (1, 2)))
     return torch.stack(depths, -1).flatten(1, 2) / size
-
-
-def _free_to_the_west(walls: Tensor) -> Tensor:
-    place = torch.arange(walls.shape[-1], device=walls.device)
-    last_wall = torch.where(walls, place, 0).cummax(-1).values
-    return place - 1 - last_wall

@@ -1,7 +1,6 @@
 """Other kernels for attention over whole windows: FlexAttention and flash-attn, for GPUs.
 
-They give the results of `window_attention` on `F.scaled_dot_product_attention`, which needs
-nothing.
+They give the results of `window_attention`, which needs no package.
 
 Legend: B batch, T steps, H heads, D features of one head, N = B * T.
 """
@@ -25,25 +24,17 @@ Backend = Literal["auto", "sdpa", "flex", "flash"]
 
 
 def check_backend(backend: Backend, pattern: AttentionPattern, dropout: float) -> None:
-    """Raise for a backend that is unknown, isn't installed or lacks an option.
-
-    Raises:
-        ImportError: if flash-attn is chosen by name and isn't installed.
-        ValueError: if the name is unknown, or the backend lacks the pattern or dropout.
-    """
+    """Raise for a backend that is unknown, isn't installed or lacks an option."""
     check_choice("attention", backend, get_args(Backend))
     if backend == "flash" and not _is_installed():
         raise ImportError(
             "attention='flash' needs the package flash-attn. Install torchrl_amago[flash] on a "
             "machine with a GPU, or use attention='auto'."
         )
-    lacks = None
     if backend == "flash" and not _flash_fits(pattern):
-        lacks = "neither sinks nor logit_clip"
-    elif backend == "flex" and dropout:
-        lacks = f"no dropout_attn, got {dropout}"
-    if lacks:
-        raise ValueError(f"attention={backend!r} has {lacks}. Leave it out, or use 'sdpa'.")
+        raise ValueError("attention='flash' has neither sinks nor logit_clip. Use 'sdpa' for them.")
+    if backend == "flex" and dropout:
+        raise ValueError(f"attention='flex' has no dropout_attn, got {dropout}. Use 'sdpa' for it.")
 
 
 def backend_attention(
@@ -52,7 +43,6 @@ def backend_attention(
     k_BHTD: Tensor,
     v_BHTD: Tensor,
     pattern: AttentionPattern,
-    *,
     positions_BT: Tensor | None = None,
     is_init_BT: Tensor | None = None,
     dropout: float = 0.0,
@@ -63,12 +53,7 @@ def backend_attention(
         return _flex_attention(*qkv, pattern, positions_BT, is_init_BT)
     if backend == "flash" or (backend == "auto" and _flash_can_run(q_BHTD, pattern)):
         return _flash_attention(*qkv, pattern, is_init_BT, dropout)
-    return window_attention(
-        *qkv, pattern, positions_BT=positions_BT, is_init_BT=is_init_BT, dropout=dropout
-    )
-
-
-# --- flash-attn ---
+    return window_attention(*qkv, pattern, positions_BT, is_init_BT, dropout)
 
 
 @cache
@@ -93,9 +78,9 @@ def _flash_can_run(q: Tensor, pattern: AttentionPattern) -> bool:
 
 
 def _flash_attention(
-    q_BHTD: Tensor,
-    k_BHTD: Tensor,
-    v_BHTD: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
     pattern: AttentionPattern,
     is_init_BT: Tensor | None,
     dropout: float,
@@ -104,7 +89,7 @@ def _flash_attention(
 
     before = -1 if pattern.window is None else pattern.window - 1
     options = {"dropout_p": dropout, "causal": True, "window_size": (before, 0)}
-    q, k, v = (z.transpose(1, 2) for z in (q_BHTD, k_BHTD, v_BHTD))
+    q, k, v = (z_BHTD.transpose(1, 2) for z_BHTD in (q, k, v))
     if is_init_BT is None:
         return flash_attn_func(q, k, v, **options).transpose(1, 2)
     # Each trial as a sequence of its own, in any row.
@@ -116,9 +101,6 @@ def _flash_attention(
     qkv_NHD = (z.flatten(0, 1) for z in (q, k, v))
     out_NHD = flash_attn_varlen_func(*qkv_NHD, bounds, bounds, longest, longest, **options)
     return out_NHD.view(q.shape).transpose(1, 2)
-
-
-# --- FlexAttention ---
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The CUDA kernels of `mamba-ssm` and `causal-conv1d`, used when they are installed.
+"""The CUDA kernels of `mamba-ssm` and `causal-conv1d`.
 
 They read whole sequences of one trial per row; they can't cut the state at a trial's start.
 
@@ -8,12 +8,15 @@ Legend: B batch, T steps, E inner channels, N state size per channel, K convolut
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 from torchrl_amago._validation import check_choice
+
+if TYPE_CHECKING:
+    from torchrl_amago.modules.trajectory.mamba import MambaBlock
 
 # Sizes that the kernels are compiled for.
 _CONV_WIDTHS = (2, 3, 4)
@@ -21,50 +24,27 @@ _MAX_STATE = 256
 
 
 class MambaKernels(NamedTuple):
-    """The two functions of the kernels, under their own names."""
+    """The kernels, under their own names."""
 
     causal_conv1d_fn: Callable[..., Tensor]
     selective_scan_fn: Callable[..., Tensor]
 
-    def convolve(self, x_BTE: Tensor, weight_E1K: Tensor, bias_E: Tensor) -> Tensor:
-        """Convolve every channel causally and apply SiLU: `[B, T, E]`."""
-        x_BET = x_BTE.transpose(1, 2).contiguous()
-        weights = (weight_E1K.squeeze(1).to(x_BET.dtype), bias_E.to(x_BET.dtype))
-        return self.causal_conv1d_fn(x_BET, *weights, activation="silu").transpose(1, 2)
-
-    def scan(
-        self,
-        sequences: Sequence[Tensor],
-        gate_BTE: Tensor,
-        rate_EN: Tensor,
-        skip_E: Tensor,
-        delta_bias_E: Tensor,
-    ) -> Tensor:
-        """Compute `(scan + skip x) silu(gate)`, `[B, T, E]`, in the dtype of x.
-
-        Args:
-            sequences: inputs x and step sizes before bias and softplus, `[B, T, E]`, and the
-                paper's B and C, `[B, T, N]`.
-            gate_BTE: before its nonlinearity.
-            rate_EN: the paper's A.
-            skip_E: the paper's D.
-            delta_bias_E: bias of the step sizes.
-        """
-        x, delta, write, read, gate = (
-            z.to(sequences[0].dtype).transpose(1, 2).contiguous() for z in (*sequences, gate_BTE)
-        )
-        rate, skip, bias = (z.float().contiguous() for z in (rate_EN, skip_E, delta_bias_E))
+    def mix(self, block: MambaBlock, x_BTE: Tensor, gate_BTE: Tensor) -> Tensor:
+        """Compute a block's convolution, scan and gate: `[B, T, E]`, in the dtype of x."""
+        x_BET, dtype = x_BTE.transpose(1, 2).contiguous(), x_BTE.dtype
+        weights = (block.conv1d.weight.squeeze(1).to(dtype), block.conv1d.bias.to(dtype))
+        x_BET = self.causal_conv1d_fn(x_BET, *weights, activation="silu")
+        sequences = (*block.select(x_BET.transpose(1, 2)), gate_BTE)
+        delta, write, read, gate = (z.to(dtype).transpose(1, 2).contiguous() for z in sequences)
+        own = (block.rate(), block.D, block.dt_proj.bias)
+        rate, skip, bias = (z.float().contiguous() for z in own)
         options = {"z": gate, "delta_bias": bias, "delta_softplus": True}
-        return self.selective_scan_fn(x, delta, rate, write, read, skip, **options).transpose(1, 2)
+        y_BET = self.selective_scan_fn(x_BET, delta, rate, write, read, skip, **options)
+        return y_BET.transpose(1, 2)
 
 
 def load_kernels(backend: str, conv_width: int, state_size: int) -> MambaKernels | None:
-    """Import the kernels, or return None without them.
-
-    Args:
-        backend: `torch` for None, `mamba_ssm` for the kernels, `auto` for the kernels if possible.
-        conv_width: K, which must be 2, 3 or 4 for the kernels.
-        state_size: N, at most 256 for the kernels.
+    """Import the kernels, or return None where `backend` allows it.
 
     Raises:
         ImportError: if they are chosen by name but not installed.

@@ -24,21 +24,18 @@ def window_attention(
     k_BHTD: Tensor,
     v_BHTD: Tensor,
     pattern: AttentionPattern,
-    *,
     positions_BT: Tensor | None = None,
     is_init_BT: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
     """Attend from every step to the steps of its trial that the pattern shows.
 
-    All T x T scores are held at once only for sinks in rows with several trials, and under
-    `torch.compile`, which unrolls loops, for clipping without a window. With a sliding window, time
-    and memory grow linearly with T.
+    With a sliding window, time and memory grow linearly with T. All T x T scores are held at once
+    only for sinks in rows with several trials, and under `torch.compile`, which unrolls loops, for
+    clipping without a window.
 
     Args:
-        q_BHTD: queries.
-        k_BHTD: keys.
-        v_BHTD: values.
+        q_BHTD: queries; then keys and values.
         pattern: window, sinks and clipping.
         positions_BT: steps since the trial began; needed for sinks.
         is_init_BT: bool, True at the first step of a trial; None if rows hold one trial each.
@@ -77,29 +74,19 @@ def ring_attention(
     bias_N1S: Tensor,
     logit_clip: float | None = None,
 ) -> Tensor:
-    """Attention of one token over stored keys and values; their order has no influence.
+    """Attend with the newest step's queries to stored keys and values in any order: `[B, H, D]`.
 
-    Batched matrix products beat scaled_dot_product_attention here by up to 3x on a CPU: with a
-    single query there is nothing for the fused kernel to save.
-
-    Args:
-        q_BHD: queries of the newest step.
-        keys_NDS: stored keys, N = B * H.
-        values_NSD: stored values.
-        bias_N1S: finite on visible slots, -inf on others. Slots must hold finite numbers all the
-            same.
-        logit_clip: see :class:`AttentionPattern`.
-
-    Returns:
-        `[B, H, D]`.
+    The bias is finite on visible slots and -inf on others, which must hold finite numbers all the
+    same. `logit_clip`: see :class:`AttentionPattern`.
     """
+    # Batched matrix products beat scaled_dot_product_attention here by up to 3x on a CPU: with a
+    # single query there is nothing for the fused kernel to save.
     size = q_BHD.shape[-1]
     q_N1D = q_BHD.reshape(-1, 1, size)
     if logit_clip is None:
         score_N1S = torch.baddbmm(bias_N1S, q_N1D, keys_NDS, alpha=1.0 / math.sqrt(size))
     else:
-        score_N1S = torch.bmm(q_N1D, keys_NDS) * (1.0 / math.sqrt(size))
-        score_N1S = _clip(score_N1S, bias_N1S, logit_clip)
+        score_N1S = _clip(torch.bmm(q_N1D, keys_NDS) / math.sqrt(size), bias_N1S, logit_clip)
     return torch.bmm(_softmax(score_N1S), values_NSD).view(q_BHD.shape)
 
 
@@ -165,15 +152,13 @@ def _attend_in_blocks(q_BHTD: Tensor, k: Tensor, v: Tensor, bias: ScoreBias, att
     blocks = math.ceil(num_steps / block) - first
     q_MBHQD = F.pad(q_BHTD, (0, 0, 0, (first + blocks) * block - num_steps))[:, :, head:]
     q_MBHQD = q_MBHQD.unflatten(2, (blocks, block)).permute(2, 0, 1, 3, 4)
-    k_MBHKD, v_MBHKD = (_blocks_of_keys(z, bias, first, blocks) for z in (k, v))
-    tail = attend(
-        *(z.flatten(0, 1) for z in (q_MBHQD, k_MBHKD, v_MBHKD)), bias.blocks(first, blocks)
-    )
+    kv = (_blocks_of_keys(z, bias, first, blocks) for z in (k, v))
+    tail = attend(*(z.flatten(0, 1) for z in (q_MBHQD, *kv)), bias.blocks(first, blocks))
     tail = tail.unflatten(0, (blocks, -1)).permute(1, 2, 0, 3, 4).flatten(2, 3)
-    if not head:
-        return tail[:, :, :num_steps]
-    start = attend(*(z[:, :, :head] for z in (q_BHTD, k, v)), bias.dense(head))
-    return torch.cat((start, tail), 2)[:, :, :num_steps]
+    if head:
+        start = attend(*(z[:, :, :head] for z in (q_BHTD, k, v)), bias.dense(head))
+        tail = torch.cat((start, tail), 2)
+    return tail[:, :, :num_steps]
 
 
 def _blocks_of_keys(x_BHTD: Tensor, bias: ScoreBias, first_block: int, num_blocks: int) -> Tensor:

@@ -3,8 +3,7 @@
 Within a chunk everything is a masked matrix product; a small loop carries the state from chunk to
 chunk. Decays are exponentials of differences of summed log-decays, later minus earlier, so never
 above 1: nothing overflows and nothing is divided. The backward pass computes the chunks' products
-again instead of keeping them. Both passes are operators, so that `torch.compile` sees one node and
-no number of chunks that it must fix.
+again instead of keeping them.
 
 Legend: B batch, T steps, H heads, K features of a key, V features of a value, C chunks, L steps of
 a chunk.
@@ -17,6 +16,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from torchrl_amago.modules.trajectory.kernels._operators import make_operator
 
 # A chunk costs L numbers per step for its scores and K V / L for its state: about even at 32.
 _CHUNK_STEPS = 32
@@ -37,14 +38,12 @@ def gated_linear_attention(
     and memory are linear in T. Differentiable once.
 
     Args:
-        q_BTHK: queries.
-        k_BTHK: keys.
-        v_BTHV: values, like queries and keys in the dtype of the matrix products.
-        log_decay_BTH: logarithm of the decay, at most 0, in the dtype of the state.
+        q_BTHK: queries; then keys and values, all in the dtype of the matrix products.
+        log_decay_BTH: logarithm of the decay, at most 0, in the dtype of the state and the output.
         is_init_BT: bool, True at first steps of trials; None if none starts within a row.
 
     Returns:
-        `[B, T, H, V]`, in the dtype of `log_decay_BTH`.
+        `[B, T, H, V]`.
 
     Example:
         >>> one = torch.ones(1, 3, 1, 1)
@@ -63,37 +62,6 @@ def gated_linear_attention_step(
     state_BHKV.addcmul_(k_BHK1.to(state_BHKV.dtype), v_BH1V.to(state_BHKV.dtype))
     # Not a matrix product: autocast would round the state to bfloat16 for it.
     return (state_BHKV * q_BHK1).sum(-2)
-
-
-@torch.library.custom_op("torchrl_amago::gated_linear_attention", mutates_args=())
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, is_init: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Outputs `[B, T, H, V]` and the states at chunks' starts, `[B, C, H, K, V]`."""
-    with torch.autocast(q.device.type, enabled=False):
-        chunks = _Chunks(q, k, v, log_decay, is_init)
-        start_BCHKV = chunks.starts()
-        return chunks.join(chunks.outputs(start_BCHKV)), start_BCHKV
-
-
-@torch.library.custom_op("torchrl_amago::gated_linear_attention_backward", mutates_args=())
-def _attend_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    log_decay: Tensor,
-    is_init: Tensor | None,
-    start: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `q, k, v, log_decay`."""
-    with torch.autocast(q.device.type, enabled=False):
-        chunks = _Chunks(q, k, v, log_decay, is_init)
-        grads = chunks.gradients(chunks.split(grad_out), start)
-        return tuple(
-            chunks.join(z).view_as(like).to(like.dtype)
-            for z, like in zip(grads, (q, k, v, log_decay), strict=True)
-        )
 
 
 class _Chunks:
@@ -196,28 +164,34 @@ class _Chunks:
         return x_BCHLX * by_BCHL.unsqueeze(-1).to(x_BCHLX.dtype)
 
 
-@_attend.register_fake
-def _(
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, is_init: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[B, T, H, V]` and the states at chunks' starts, `[B, C, H, K, V]`."""
+    with torch.autocast(q.device.type, enabled=False):
+        chunks = _Chunks(q, k, v, log_decay, is_init)
+        start_BCHKV = chunks.starts()
+        return chunks.join(chunks.outputs(start_BCHKV)), start_BCHKV
+
+
+def _backward(saved: list[Tensor | None], grad_out: Tensor) -> list[Tensor]:
+    """Gradients of `q, k, v, log_decay`."""
+    *inputs, start = saved
+    with torch.autocast(grad_out.device.type, enabled=False):
+        chunks = _Chunks(*inputs)
+        grads = chunks.gradients(chunks.split(grad_out), start)
+        return [
+            chunks.join(z).view_as(like).to(like.dtype)
+            for z, like in zip(grads, inputs[:4], strict=True)
+        ]
+
+
+def _fake(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, is_init: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(v, dtype=log_decay.dtype, memory_format=torch.contiguous_format)
     chunks = torch.library.get_ctx().new_dynamic_size()
-    start = log_decay.new_empty(q.shape[0], chunks, q.shape[2], q.shape[3], v.shape[3])
-    return out, start
+    return out, log_decay.new_empty(q.shape[0], chunks, q.shape[2], q.shape[3], v.shape[3])
 
 
-@_attend_backward.register_fake
-def _(grad_out: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs[:4])
-
-
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _differentiate(ctx, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, start = ctx.saved_tensors
-    return (*_attend_backward(grad_out, *inputs, start), None)
-
-
-_attend.register_autograd(_differentiate, setup_context=_save)
+_attend = make_operator("gated_linear_attention", _forward, _backward, _fake)

@@ -2,8 +2,7 @@
 
 The states of all steps, `[B, T, E, N]`, would be 2 N times as large as everything else together, so
 they are never held at once: steps are taken in segments that fit a core's cache, only the state at
-each segment's start is kept, and the backward pass computes a segment's states again. Both passes
-are operators, so that `torch.compile` sees one node and no loop whose length it must fix.
+each segment's start is kept, and the backward pass computes a segment's states again.
 
 Legend: B batch, T steps, E inner channels, N state size per channel, K steps of one segment.
 """
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchrl_amago._cpu import skip_empty_cuts
+from torchrl_amago.modules.trajectory.kernels._operators import make_operator
 
 # Elements of one segment's states on CPUs: four such tensors in float32 fit the caches of a core.
 _SEGMENT_ELEMENTS = 2**18
@@ -35,15 +35,13 @@ def selective_scan(
     and memory are linear in T. Differentiable once.
 
     Args:
-        x_BTE: input of every channel.
+        x_BTE: input of every channel, in the dtype of all tensors.
         delta_BTE: step sizes, positive.
-        rate_EN: the paper's A, negative.
-        write_BTN: the paper's B.
-        read_BTN: the paper's C.
+        rate_EN: the paper's A, negative; `write_BTN` and `read_BTN` are its B and C.
         is_init_BT: bool, True at first steps of trials; None if none starts within a row.
 
     Returns:
-        `[B, T, E]`, in the dtype of `x_BTE`, which all of them share.
+        `[B, T, E]`.
 
     Example:
         >>> one = torch.ones(1, 3, 1)
@@ -68,75 +66,6 @@ def selective_step(
     return (read_BN.unsqueeze(2) * state_BNE).sum(1)
 
 
-@torch.library.custom_op("torchrl_amago::selective_scan", mutates_args=())
-def _scan(
-    x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor, is_init: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Outputs `[B, T, E]` and the states at segments' starts, `[segments, B, N, E]`."""
-    scan = _Segments(x, delta, rate, write, read, is_init)
-    y_TBE = torch.empty_like(scan.delta_TBE)
-    start_SBNE = x.new_zeros(len(scan.segments) + 1, *scan.shape_BNE)
-    with torch.autocast(x.device.type, enabled=False):
-        for i, steps in enumerate(scan.segments):
-            _, state_KBNE, _ = scan.states(steps, start_SBNE[i])
-            y_TBE[steps] = (scan.read_TBN[steps].unsqueeze(2) @ state_KBNE[1:]).squeeze(2)
-            start_SBNE[i + 1] = state_KBNE[-1]
-    return _swap(y_TBE), start_SBNE[:-1].clone()
-
-
-@torch.library.custom_op("torchrl_amago::selective_scan_backward", mutates_args=())
-def _scan_backward(
-    grad_y: Tensor,
-    x: Tensor,
-    delta: Tensor,
-    rate: Tensor,
-    write: Tensor,
-    read: Tensor,
-    is_init: Tensor | None,
-    start: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of `x, delta, rate, write, read`, from the last segment to the first.
-
-    With `g[t]` the loss's gradient with respect to `h[t]`:
-
-        g[t] = read[t] dL/dy[t] + exp(delta[t+1] rate) g[t+1]
-        dL/d(delta[t] rate) = g[t] exp(delta[t] rate) h[t-1] =: w[t]
-    """
-    scan, grad_y_TBE = _Segments(x, delta, rate, write, read, is_init), _swap(grad_y)
-    forward = (scan.input_TBE, scan.delta_TBE, scan.rate_NE, scan.write_TBN, scan.read_TBN)
-    grads = [torch.zeros_like(z) for z in forward]
-    input_TBE, delta_TBE, rate_NE, write_TBN, read_TBN = grads
-    carry_BNE = x.new_zeros(scan.shape_BNE)
-    buffer_KBNE = x.new_empty(scan.segment_steps, *scan.shape_BNE)
-    with torch.autocast(x.device.type, enabled=False):
-        for i, steps in reversed(list(enumerate(scan.segments))):
-            decay_KBNE, state_KBNE, cut_KB11 = scan.states(steps, start[i])
-            before_KBNE, grad_y_KBE = state_KBNE[:-1], grad_y_TBE[steps]
-            if cut_KB11 is not None:
-                decay_KBNE.masked_fill_(cut_KB11, 0.0)
-                before_KBNE = before_KBNE.masked_fill(cut_KB11, 0.0)
-            g_KBNE = buffer_KBNE[: len(decay_KBNE)]
-            torch.mul(grad_y_KBE.unsqueeze(2), scan.read_TBN[steps].unsqueeze(3), out=g_KBNE)
-            g, decay = g_KBNE.unbind(0), decay_KBNE.unbind(0)
-            g[-1].add_(carry_BNE)
-            for k in range(len(g) - 2, -1, -1):
-                g[k].addcmul_(decay[k + 1], g[k + 1])
-            torch.mul(decay[0], g[0], out=carry_BNE)
-            read_TBN[steps] = (state_KBNE[1:] @ grad_y_KBE.unsqueeze(3)).squeeze(3)
-            write_TBN[steps] = (g_KBNE @ scan.input_TBE[steps].unsqueeze(3)).squeeze(3)
-            input_TBE[steps] = (scan.write_TBN[steps].unsqueeze(2) @ g_KBNE).squeeze(2)
-            w_KBNE = decay_KBNE.mul_(before_KBNE).mul_(g_KBNE)
-            rate_NE += torch.mul(w_KBNE, scan.delta_TBE[steps].unsqueeze(2), out=g_KBNE).sum((0, 1))
-            torch.sum(w_KBNE.mul_(scan.rate_NE), 2, out=delta_TBE[steps])
-    delta_TBE.addcmul_(input_TBE, scan.x_TBE)
-    x_TBE = input_TBE.mul_(scan.delta_TBE)
-    return (
-        *map(_swap, (x_TBE, delta_TBE)),
-        rate_NE.t().contiguous(),
-        *map(_swap, (write_TBN, read_TBN)),
-    )
-
-
 def _swap(z: Tensor) -> Tensor:
     return z.transpose(0, 1).contiguous()
 
@@ -145,13 +74,7 @@ class _Segments:
     """The scan's arguments with time first, where one step's tensors are contiguous."""
 
     def __init__(
-        self,
-        x: Tensor,
-        delta: Tensor,
-        rate: Tensor,
-        write: Tensor,
-        read: Tensor,
-        is_init: Tensor | None,
+        self, x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor, is_init: Tensor
     ) -> None:
         self.x_TBE, self.delta_TBE, self.rate_NE = _swap(x), _swap(delta), _swap(rate)
         self.write_TBN, self.read_TBN = _swap(write), _swap(read)
@@ -185,8 +108,62 @@ class _Segments:
         return decay_KBNE, state_KBNE, cut_KB11
 
 
-@_scan.register_fake
-def _(
+def _forward(
+    x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor, is_init: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Outputs `[B, T, E]`, and the states at segments' starts."""
+    scan = _Segments(x, delta, rate, write, read, is_init)
+    y_TBE = torch.empty_like(scan.delta_TBE)
+    start_SBNE = x.new_zeros(len(scan.segments) + 1, *scan.shape_BNE)
+    with torch.autocast(x.device.type, enabled=False):
+        for i, steps in enumerate(scan.segments):
+            _, state_KBNE, _ = scan.states(steps, start_SBNE[i])
+            y_TBE[steps] = (scan.read_TBN[steps].unsqueeze(2) @ state_KBNE[1:]).squeeze(2)
+            start_SBNE[i + 1] = state_KBNE[-1]
+    return _swap(y_TBE), start_SBNE[:-1].clone()
+
+
+def _backward(saved: list[Tensor | None], grad_y: Tensor) -> list[Tensor]:
+    """Gradients of the inputs, from the last segment to the first.
+
+    With `g[t]` the loss's gradient with respect to `h[t]`:
+
+        g[t] = read[t] dL/dy[t] + exp(delta[t+1] rate) g[t+1]
+        dL/d(delta[t] rate) = g[t] exp(delta[t] rate) h[t-1] =: w[t]
+    """
+    *inputs, start = saved
+    scan, grad_y_TBE = _Segments(*inputs), _swap(grad_y)
+    forward = (scan.input_TBE, scan.delta_TBE, scan.rate_NE, scan.write_TBN, scan.read_TBN)
+    grads = [torch.zeros_like(z) for z in forward]
+    input_TBE, delta_TBE, rate_NE, write_TBN, read_TBN = grads
+    carry_BNE = grad_y.new_zeros(scan.shape_BNE)
+    buffer_KBNE = grad_y.new_empty(scan.segment_steps, *scan.shape_BNE)
+    with torch.autocast(grad_y.device.type, enabled=False):
+        for i, steps in reversed(list(enumerate(scan.segments))):
+            decay_KBNE, state_KBNE, cut_KB11 = scan.states(steps, start[i])
+            before_KBNE, grad_y_KBE = state_KBNE[:-1], grad_y_TBE[steps]
+            if cut_KB11 is not None:
+                decay_KBNE.masked_fill_(cut_KB11, 0.0)
+                before_KBNE = before_KBNE.masked_fill(cut_KB11, 0.0)
+            g_KBNE = buffer_KBNE[: len(decay_KBNE)]
+            torch.mul(grad_y_KBE.unsqueeze(2), scan.read_TBN[steps].unsqueeze(3), out=g_KBNE)
+            g, decay = g_KBNE.unbind(0), decay_KBNE.unbind(0)
+            g[-1].add_(carry_BNE)
+            for k in range(len(g) - 2, -1, -1):
+                g[k].addcmul_(decay[k + 1], g[k + 1])
+            torch.mul(decay[0], g[0], out=carry_BNE)
+            read_TBN[steps] = (state_KBNE[1:] @ grad_y_KBE.unsqueeze(3)).squeeze(3)
+            write_TBN[steps] = (g_KBNE @ scan.input_TBE[steps].unsqueeze(3)).squeeze(3)
+            input_TBE[steps] = (scan.write_TBN[steps].unsqueeze(2) @ g_KBNE).squeeze(2)
+            w_KBNE = decay_KBNE.mul_(before_KBNE).mul_(g_KBNE)
+            rate_NE += torch.mul(w_KBNE, scan.delta_TBE[steps].unsqueeze(2), out=g_KBNE).sum((0, 1))
+            torch.sum(w_KBNE.mul_(scan.rate_NE), 2, out=delta_TBE[steps])
+    delta_TBE.addcmul_(input_TBE, scan.x_TBE)
+    x_TBE = input_TBE.mul_(scan.delta_TBE)
+    return [_swap(z) for z in (x_TBE, delta_TBE, rate_NE, write_TBN, read_TBN)]
+
+
+def _fake(
     x: Tensor, delta: Tensor, rate: Tensor, write: Tensor, read: Tensor, is_init: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     segments = torch.library.get_ctx().new_dynamic_size()
@@ -194,19 +171,4 @@ def _(
     return torch.empty_like(x, memory_format=torch.contiguous_format), start
 
 
-@_scan_backward.register_fake
-def _(grad_y: Tensor, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(z, memory_format=torch.contiguous_format) for z in inputs[:5])
-
-
-def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, is_init = inputs
-    ctx.save_for_backward(*tensors, is_init, output[1])
-
-
-def _differentiate(ctx, grad_y: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    *inputs, start = ctx.saved_tensors
-    return (*_scan_backward(grad_y.contiguous(), *inputs, start), None)
-
-
-_scan.register_autograd(_differentiate, setup_context=_save)
+_scan = make_operator("selective_scan", _forward, _backward, _fake)

@@ -26,14 +26,8 @@ class RingCache(Memory):
     began, at most the last `context_length`. A cleared row's slots are zeroed, so that not even NaN
     passes from one trial into the next.
 
-    In a rolled ring, deeper layers' keys were computed when older tokens were still visible:
-    information from before the window survives there (as in banded attention over a whole trial).
-
     Args:
-        num_layers: L.
-        batch_size: B.
-        num_heads: H.
-        head_size: D.
+        num_layers: L; the next three are B, H and D.
         context_length: number of steps a row sees, the newest included.
         device: where the ring is stored.
         dtype: of keys and values.
@@ -85,13 +79,11 @@ class RingCache(Memory):
         return self.bias.view(self.batch_size, -1, self._num_slots)[:, 0].isfinite().sum(-1)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return keys and values of every layer, and the tensors that decide which a row sees."""
         names = ("keys", "values")
         layers = {f"{name}.{i}": z for name in names for i, z in enumerate(getattr(self, name))}
         return {**layers, "bias": self.bias, "newest": self.newest_1, "has_sink": self.has_sink_NS}
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Copy :meth:`tensors` and the newest step's place in the ring."""
         return {**super().state_dict(), "place": torch.tensor([self._slot, self._written])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
@@ -99,11 +91,9 @@ class RingCache(Memory):
         self._slot, self._written = state["place"].tolist()
 
     def clear(self, rows_B: Tensor) -> None:
-        """Forget everything about the rows where the bool `rows_B` is True."""
-        num_rows = int(rows_B.sum())
-        if not num_rows:
+        if not rows_B.any():
             return
-        if num_rows == self.batch_size:
+        if rows_B.all():
             # Slots that were never written are still zero.
             for keys, values in zip(self.keys, self.values, strict=True):
                 keys[..., : self._written].zero_()
@@ -129,15 +119,11 @@ class RingCache(Memory):
         self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
 
     def _wrap(self, slot: int) -> int:
-        """Return a slot's place in the ring, which starts after the sinks."""
+        """Find a slot's place in the ring, which starts after the sinks."""
         return self.num_sinks + (slot - self.num_sinks) % (self._num_slots - self.num_sinks)
 
     def mark_sinks(self, positions_B: Tensor) -> None:
-        """Mark the rows whose newest step is a sink; once per step, before the first :meth:`write`.
-
-        Args:
-            positions_B: steps since each row's trial began.
-        """
+        """Mark rows whose newest step is a sink; once per step, before the first :meth:`write`."""
         if not self.num_sinks:
             return
         heads = len(self.bias) // self.batch_size

@@ -1,8 +1,7 @@
 """Table of rollouts' memories. It belongs to the module and is addressed by a number, the stream.
 
 A key-value cache in the tensordict would be copied at every step; a cache per batch shape would be
-overwritten as soon as the same policy also runs an evaluation. So a rollout carries a number, its
-stream, and the module keeps a bounded table from streams to memories.
+overwritten as soon as the same policy also runs an evaluation.
 """
 
 from __future__ import annotations
@@ -23,10 +22,6 @@ from torchrl_amago.modules.trajectory.memory.base import Memory
 def stream_of(number: Tensor | None, key: NestedKey) -> int:
     """Return the stream that all rows of a step belong to, or 0 for a new rollout.
 
-    Args:
-        number: `[*B, 1]`, int64, or None.
-        key: entry it was read from, for the message.
-
     Raises:
         ValueError: if rows belong to several rollouts.
 
@@ -41,19 +36,15 @@ def stream_of(number: Tensor | None, key: NestedKey) -> int:
     if low != stream and ((number != 0) & (number != stream)).any():
         raise ValueError(
             "all rows of a step must belong to one rollout, got streams "
-            f"{number.unique().tolist()} in {key!r}. Call the policy on each "
-            "rollout's tensordict separately, or remove the entry to start anew."
+            f"{number.unique().tolist()} in {key!r}. Call the policy on each rollout's tensordict."
         )
     return stream
 
 
 class StreamTable:
-    """Bounded table of memories; the least recently used one leaves first.
+    """Table of up to `max_streams` memories; the least recently used one leaves first.
 
     Copies are empty: a copied memory would follow a rollout that the original continues.
-
-    Args:
-        max_streams: greatest number of memories.
 
     Example:
         >>> from torchrl_amago.modules.trajectory import RingCache
@@ -94,7 +85,7 @@ class StreamTable:
         return stream
 
     def drop(self) -> None:
-        """Remove every stream."""
+        """Remove every memory."""
         self._memories.clear()
 
     def clear_if_changed(self, parameters: Iterable[Tensor]) -> None:
@@ -112,16 +103,11 @@ class StreamTable:
     def warn_of_lost_memory(
         self, stream: int, memory: Memory | None, num_rows: int, key: NestedKey
     ) -> None:
-        """Warn of a rollout in mid-trial whose stream (0 if lost) has no memory that fits.
-
-        Raises:
-            ValueError: if the rollout's number of rows has changed.
-        """
+        """Warn of a rollout in mid-trial without memory, or raise if its number of rows changed."""
         if memory is not None and memory.batch_size != num_rows:
             raise ValueError(
                 f"a rollout's batch size must not change between trials: stream {stream} has "
-                f"{memory.batch_size} rows, got {num_rows}, some of them in mid-trial. "
-                f"Step all rows of a rollout together, or remove {key!r} to start anew."
+                f"{memory.batch_size} rows, got {num_rows}. Step all rows of a rollout together."
             )
         reason = (
             f"its stream {stream} is not in this module: either it was evicted (raise max_streams, "
@@ -135,13 +121,7 @@ class StreamTable:
         )
 
     def state_dict(self, streams: Collection[int] | None = None) -> dict[str, Any]:
-        """Copy the memories of the given streams, by default of all.
-
-        Returns:
-            ``streams``, int64 ``[S]``, least recently used first; ``memories``: for each of ``"0"``
-            to ``"S - 1"`` its ``num_rows`` and its ``memory``, a dict of tensors; where weights are
-            compared, their ``fingerprint``.
-        """
+        """Copy the memories of the given streams, by default of all, as tensors in nested dicts."""
         kept = [stream for stream in self._memories if streams is None or stream in streams]
         memories = {
             str(i): {"num_rows": torch.tensor(memory.batch_size), "memory": memory.state_dict()}
@@ -158,10 +138,7 @@ class StreamTable:
         """Replace the memories by those of a :meth:`state_dict`, under their streams.
 
         Of more than `max_streams` the last ones are kept. If one doesn't fit, nothing changes.
-
-        Args:
-            state: returned by :meth:`state_dict`.
-            new_memory: makes an empty memory for a number of rows and a dtype.
+        `new_memory` makes an empty memory for a number of rows and a dtype.
         """
         memories = OrderedDict()
         for i, stream in list(enumerate(state["streams"].tolist()))[-self.max_streams :]:

@@ -1,4 +1,4 @@
-"""Choices between categories, with probabilities above 0 unless an action is forbidden.
+"""Distributions over categories and bits; -inf forbids one, all others keep a probability.
 
 Legend: A length of the action vector (categories of all parts together).
 """
@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributions
 from torch.distributions import Categorical, Distribution
 
-from torchrl_amago._validation import check_positive
+from torchrl_amago._validation import check_choice, check_positive
 from torchrl_amago.action_space import join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules.distributions import _noise as noise
 from torchrl_amago.modules.distributions.base import (
@@ -153,13 +154,12 @@ def _straight_through(
 class Discrete(PolicyDistribution):
     """Clipped categorical choices: one for a discrete action, independent ones for several parts.
 
-    Parameters are logits, for every category of every part. Critics read stored actions softened:
-    clipped as the policy's own probabilities are.
+    Parameters are logits, for every category of every part.
 
     Args:
         clip_low: as ``clip_high``, see :class:`ClippedCategorical`.
-        temperature: of the softmax that gives gradients to ``rsample``; 0.5 is usual. Lower ones
-            give gradients nearer to those of a one-hot, and of higher variance.
+        temperature: of the softmax that gives gradients to ``rsample``. Lower ones give gradients
+            nearer to those of a one-hot, and of higher variance.
 
     Example:
         >>> from torchrl.data import MultiCategorical
@@ -182,8 +182,7 @@ class Discrete(PolicyDistribution):
         if not (0.0 <= self.clip_low < 1.0 / largest and self.clip_low < self.clip_high <= 1.0):
             raise ValueError(
                 f"clip_low must be in [0, 1/{largest}) for {largest} categories and clip_high in "
-                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}. Lower clip_low if there "
-                "are many categories; 0 and 1 turn clipping off."
+                f"(clip_low, 1], got {self.clip_low} and {self.clip_high}; 0 and 1 don't clip."
             )
         check_positive(temperature=self.temperature)
 
@@ -205,3 +204,72 @@ class Discrete(PolicyDistribution):
         clip = (self.clip_low, self.clip_high)
         parts = [clip_probabilities(part, *clip, mask) for part, mask in zip(*split, strict=True)]
         return join_parts(parts)
+
+
+class Bits(VectorDistribution):
+    """Independent bits ``[..., A]``, zeros and ones; the entropy is exact.
+
+    ``logits`` are log-odds of a 1; -inf forbids it.
+    """
+
+    #: Log-probability, about, of a forbidden 1 in the data: one mustn't make a mean infinite.
+    LOWEST_LOGIT = -20.0
+
+    def __init__(self, logits: Tensor, reduce: Literal["sum", "mean"] = "mean") -> None:
+        super().__init__(logits)
+        self.reduce = reduce
+        # A forbidden bit's infinite log-odds would make products with 0 NaN.
+        finite = logits.clamp_min(self.LOWEST_LOGIT)
+        self.bits = distributions.Bernoulli(logits=finite, validate_args=False)
+        self._is_forbidden = logits == -torch.inf
+
+    @property
+    def probs(self) -> Tensor:
+        """Probability of a 1, ``[..., A]``; exactly 0 where it is forbidden."""
+        return self.bits.probs.masked_fill(self._is_forbidden, 0.0)
+
+    def sample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        shape = torch.Size([*sample_shape, *self.probs.shape])
+        return (noise.uniform(shape, self.probs) < self.probs).to(self.probs.dtype)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        log_prob = self.bits.log_prob(value)
+        return log_prob.sum(-1) if self.reduce == "sum" else log_prob.mean(-1)
+
+    def entropy(self) -> Tensor:
+        return self.bits.entropy().sum(-1)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        """The more probable value of each bit, ``[..., A]``."""
+        return (self.bits.logits > 0).to(self.bits.logits.dtype)
+
+
+@dataclass(frozen=True)
+class Bernoulli(PolicyDistribution):
+    """Independent bits, for multi-binary actions; parameters are log-odds.
+
+    Args:
+        reduce: ``"sum"`` makes ``log_prob`` the log-probability of the whole action. ``"mean"``
+            averages over bits, as the public AMAGO code does, so that the actor's loss doesn't grow
+            with their number. The entropy is that of the whole action.
+
+    Example:
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> space = ActionSpace("multi_binary", shape=(3,), dtype=torch.int8)
+        >>> policy_dist = Bernoulli(space, reduce="sum")
+        >>> policy_dist(torch.zeros(3)).log_prob(torch.ones(3)).exp()
+        tensor(0.1250)
+    """
+
+    reduce: Literal["sum", "mean"] = "mean"
+
+    kinds = ("multi_binary",)
+    differentiable, params_per_number = False, 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("reduce", self.reduce, ("sum", "mean"))
+
+    def _vectors(self, params: Tensor) -> Bits:
+        return Bits(params, self.reduce)

@@ -1,8 +1,7 @@
-"""Gymnasium environments as rows of one batch, and settings that choose one."""
+"""Settings that choose a Gymnasium environment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import gymnasium as gym
@@ -10,18 +9,12 @@ from common import TrainingArgs, draw_steps
 from torchrl.envs import EnvBase
 
 from torchrl_amago import Policy, make_trial_env
+from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.evaluation import rollout_pictures
 
 # Entries that stay visible under --mask-velocities: position and angle; cosine and sine of the
 # angle.
 WITHOUT_VELOCITIES = {"CartPole-v0": (0, 2), "CartPole-v1": (0, 2), "Pendulum-v1": (0, 1)}
-
-
-def make_rows(make_one: Callable[[], gym.Env], num_envs: int) -> gym.vector.VectorEnv:
-    """Step copies of an environment together in this process; the trial transform resets them."""
-    return gym.vector.SyncVectorEnv(
-        [make_one] * num_envs, autoreset_mode=gym.vector.AutoresetMode.DISABLED
-    )
 
 
 @dataclass
@@ -67,7 +60,7 @@ class GymArgs(TrainingArgs):
     def make_env(self, num_envs: int, **options: str) -> EnvBase:
         """Make a batched trial environment."""
         return make_trial_env(
-            make_rows(lambda: self.make_one(**options), num_envs),
+            gymnasium_rows(lambda: self.make_one(**options), num_envs),
             episodes=self.episodes,
             show_progress=self.episodes > 1,
             # A time limit that isn't observed says nothing about the last state's value.

@@ -20,16 +20,14 @@ def on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
     Its argument is ``"interrupted"`` for SIGINT (Ctrl-C), else ``"preempted"``. Ignored signals
     stay ignored. Only the main thread receives signals; in others nothing changes.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
     def handle(number: int, _: object) -> None:
         is_interrupt = number == signal.SIGINT
         signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
         request_stop("interrupted" if is_interrupt else "preempted")
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *_PREEMPTION)}
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {x: signal.getsignal(x) for x in (signal.SIGINT, *_PREEMPTION) if is_main}
     handled = [number for number, handler in before.items() if handler is not signal.SIG_IGN]
     for number in handled:
         signal.signal(number, handle)

@@ -1,4 +1,4 @@
-"""Gaussians squashed to (-1, 1) by tanh, and mixtures of them.
+"""Distributions over numbers in [-1, 1]: Gaussians squashed by tanh, mixtures of them, Betas.
 
 Legend: A action size, N modes.
 """
@@ -6,38 +6,73 @@ Legend: A action size, N modes.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, distributions
 from torch.nn.functional import softplus
 
-from torchrl_amago._validation import check_counts
+from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.modules.distributions import _noise as noise
-from torchrl_amago.modules.distributions._bounds import (
-    CLIP_ACTIONS,
-    Bound,
-    bounded,
-    check_bounds,
-    check_clip,
-)
 from torchrl_amago.modules.distributions.base import (
     NO_SHAPE,
     PolicyDistribution,
     VectorDistribution,
 )
 
+Bound = Literal["tanh", "softplus"]
+
+# At the very edge the density of an action, or its gradient, has no bound: the log-probability of
+# a stored action is that of one a little inside. Bounds of the public AMAGO code.
+CLIP_ACTIONS = (-0.99, 0.99)
+_LOG_2 = math.log(2.0)
+
+
+def tanh_bounded(x: Tensor, low: float, high: float) -> Tensor:
+    """Map to (low, high), evenly in the logarithm: ``low^(1 - u) high^u``, u = (tanh x + 1) / 2."""
+    log_low, log_high = math.log(low), math.log(high)
+    return (log_low + 0.5 * (log_high - log_low) * (x.tanh() + 1.0)).exp()
+
+
+def softplus_bounded(x: Tensor, low: float, high: float | None = None) -> Tensor:
+    """Map to (low, high]: ``min(low + log(1 + exp(x)), high)``; None is no upper bound."""
+    return (softplus(x) + low).clamp_max(math.inf if high is None else high)
+
+
+def _bounded(x: Tensor, bound: Bound, low: float, high: float | None) -> Tensor:
+    return tanh_bounded(x, low, high) if bound == "tanh" else softplus_bounded(x, low, high)
+
+
+def _check_bounds(low: float, high: float | None, bound: str, name: str) -> None:
+    check_choice(f"the bound of {name}", bound, ("tanh", "softplus"))
+    unbounded = high is None and bound == "softplus"
+    if not 0.0 < low < (sys.float_info.max if unbounded else high or 0.0) < math.inf:
+        raise ValueError(
+            f"{name}_low must be positive and below {name}_high, got {low} and {high}. Both are "
+            f"finite; {name}_high=None is no bound above, with 'softplus' only."
+        )
+
+
+def _check_clip(clip_actions: tuple[float, float]) -> None:
+    low, high = clip_actions
+    if not -1.0 < low < high < 1.0:
+        raise ValueError(
+            f"clip_actions must be two numbers inside (-1, 1), the lower first, got {clip_actions}."
+            " At the edges log-probabilities are infinite; use (-0.999, 0.999) to clip less."
+        )
+
 
 def log_tanh_slope(x: Tensor) -> Tensor:
     """Compute ``log(1 - tanh(x)^2)`` without cancellation, any shape."""
-    return 2.0 * (math.log(2.0) - x - softplus(-2.0 * x))
+    return 2.0 * (_LOG_2 - x - softplus(-2.0 * x))
 
 
 class SquashedNormal(VectorDistribution):
     """Independent Gaussians ``[..., A]`` of mean ``loc``, squashed to (-1, 1) by tanh.
 
-    TorchRL's ``TanhNormal`` is the same function but for the clipping; building one at every step
-    of a rollout costs more than all else here.
+    TorchRL's ``TanhNormal`` is the same but for the clipping, and slow to build at every step.
     """
 
     has_rsample = True
@@ -81,14 +116,12 @@ class TanhGaussian(PolicyDistribution):
     Args:
         std_low: lower bound of standard deviations.
         std_high: upper bound; None for none (``"softplus"`` only).
-        std_bound: map of the numbers into the bounds, :func:`tanh_bounded` or
-            :func:`softplus_bounded`.
+        std_bound: map into the bounds, :func:`tanh_bounded` or :func:`softplus_bounded`.
         clip_actions: bounds that actions are clipped to before ``log_prob``.
 
     Example:
-        >>> from torchrl.data import Bounded
         >>> from torchrl_amago.action_space import ActionSpace
-        >>> policy_dist = TanhGaussian(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist = TanhGaussian(ActionSpace("continuous", shape=(2,), dtype=torch.float32))
         >>> policy_dist(torch.zeros(3, 4)).rsample().shape
         torch.Size([3, 2])
     """
@@ -103,12 +136,12 @@ class TanhGaussian(PolicyDistribution):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bounds(self.std_low, self.std_high, self.std_bound, "std")
-        check_clip(self.clip_actions)
+        _check_bounds(self.std_low, self.std_high, self.std_bound, "std")
+        _check_clip(self.clip_actions)
 
     def _vectors(self, params: Tensor) -> SquashedNormal:
         loc, raw_std = params.chunk(2, -1)
-        std = bounded(raw_std, self.std_bound, self.std_low, self.std_high)
+        std = _bounded(raw_std, self.std_bound, self.std_low, self.std_high)
         return SquashedNormal(loc, std, self.clip_actions)
 
 
@@ -168,14 +201,11 @@ class TanhMixture(PolicyDistribution):
     Parameters are the means of each mode in turn (N x A), as many numbers that become standard
     deviations, then N logits of the modes.
 
-    Args:
-        num_modes: N.
-        std_low: as ``std_high`` and ``std_bound``, see :class:`TanhGaussian`.
+    ``num_modes`` is N; other arguments: see :class:`TanhGaussian`.
 
     Example:
-        >>> from torchrl.data import Bounded
         >>> from torchrl_amago.action_space import ActionSpace
-        >>> policy_dist = TanhMixture(ActionSpace.from_spec(Bounded(-1.0, 1.0, shape=(2,))))
+        >>> policy_dist = TanhMixture(ActionSpace("continuous", shape=(2,), dtype=torch.float32))
         >>> policy_dist.num_params, policy_dist(torch.zeros(25)).sample().shape
         (25, torch.Size([2]))
     """
@@ -191,7 +221,7 @@ class TanhMixture(PolicyDistribution):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_counts("It is the number of Gaussians that are mixed.", num_modes=self.num_modes)
-        check_bounds(self.std_low, self.std_high, self.std_bound, "std")
+        _check_bounds(self.std_low, self.std_high, self.std_bound, "std")
 
     @property
     def num_params(self) -> int:
@@ -202,5 +232,73 @@ class TanhMixture(PolicyDistribution):
         each = self.num_modes * self.space.size
         raw_loc, raw_std, logits = params.split([each, each, self.num_modes], -1)
         loc = raw_loc.unflatten(-1, (self.num_modes, self.space.size))
-        std = bounded(raw_std, self.std_bound, self.std_low, self.std_high).view_as(loc)
+        std = _bounded(raw_std, self.std_bound, self.std_low, self.std_high).view_as(loc)
         return SquashedMixture(loc, std, logits)
+
+
+class StretchedBeta(VectorDistribution):
+    """Independent Beta distributions ``[..., A]``, stretched from [0, 1] to [-1, 1].
+
+    ``alpha`` are concentrations towards 1, ``beta`` towards -1. The entropy is exact.
+    """
+
+    has_rsample = True
+
+    def __init__(
+        self, alpha: Tensor, beta: Tensor, clip_actions: tuple[float, float] = CLIP_ACTIONS
+    ) -> None:
+        super().__init__(alpha)
+        self.clip_actions = clip_actions
+        self.unit = distributions.Beta(alpha, beta, validate_args=False)
+
+    def rsample(self, sample_shape: torch.Size = NO_SHAPE) -> Tensor:
+        return 2.0 * self.unit.rsample(sample_shape) - 1.0
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        unit = 0.5 * (value.clamp(*self.clip_actions) + 1.0)
+        return (self.unit.log_prob(unit) - _LOG_2).sum(-1)
+
+    def entropy(self) -> Tensor:
+        return (self.unit.entropy() + _LOG_2).sum(-1)
+
+    @property
+    def deterministic_sample(self) -> Tensor:
+        return 2.0 * self.unit.mean - 1.0
+
+
+@dataclass(frozen=True)
+class Beta(PolicyDistribution):
+    """A Beta distribution for each number of a continuous action (Chou et al. 2017, ICML).
+
+    Parameters are A numbers that become alpha, then A that become beta; above 1 the density is one
+    hump. ``alpha_low``, ``alpha_high``, ``beta_low``, ``beta_high`` and ``concentration_bound`` are
+    as the bounds of :class:`TanhGaussian`.
+
+    Example:
+        >>> from torchrl_amago.action_space import ActionSpace
+        >>> policy_dist = Beta(ActionSpace("continuous", shape=(2,), dtype=torch.float32))
+        >>> policy_dist(torch.zeros(4)).deterministic_sample
+        tensor([0., 0.])
+    """
+
+    alpha_low: float = 1.0001
+    alpha_high: float | None = None
+    beta_low: float = 1.0001
+    beta_high: float | None = None
+    concentration_bound: Bound = "softplus"
+    clip_actions: tuple[float, float] = CLIP_ACTIONS
+
+    kinds = ("continuous",)
+    differentiable, params_per_number = True, 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_bounds(self.alpha_low, self.alpha_high, self.concentration_bound, "alpha")
+        _check_bounds(self.beta_low, self.beta_high, self.concentration_bound, "beta")
+        _check_clip(self.clip_actions)
+
+    def _vectors(self, params: Tensor) -> StretchedBeta:
+        raw_alpha, raw_beta = params.chunk(2, -1)
+        alpha = _bounded(raw_alpha, self.concentration_bound, self.alpha_low, self.alpha_high)
+        beta = _bounded(raw_beta, self.concentration_bound, self.beta_low, self.beta_high)
+        return StretchedBeta(alpha, beta, self.clip_actions)

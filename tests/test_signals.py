@@ -5,7 +5,8 @@ import threading
 
 import pytest
 
-from torchrl_amago.trainers._signals import on_signals
+from tests.trainers.conftest import no_signal_is_ignored  # noqa: F401
+from torchrl_amago._signals import on_signals
 
 PREEMPTION = [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]
 
