@@ -156,6 +156,7 @@ class TrajectoryChecker:
             next(one for one in (*self.transforms, other) if isinstance(one, type(other)))
             for other in defaults
         )
+        self.shown = [*self.specs]
         if self.trial.episode_success_key in self.specs:  # data hold the steps' successes
             self.specs[self.trial.success_key] = self.specs.pop(self.trial.episode_success_key)
         written = {key for one in self.transforms for key in one.out_keys}
