@@ -20,7 +20,7 @@ from tests.domains.contract import check_domain, need
 from torchrl_amago import make_trial_buffer, make_trial_env
 from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.envs.libs import ShowdownServer
-from torchrl_amago.offline import TrajectoryError, load_trials
+from torchrl_amago.offline import TrajectoryError, load_trials, read_showdown_logs
 
 EXAMPLE = Path(__file__).parents[2] / "examples/15_pokemon.py"
 # Where `observe` puts the active Pokemon of both sides, the own team, and the moves.
@@ -148,7 +148,6 @@ def test_a_folder_without_the_server(tmp_path):
 @pytest.mark.parametrize("name", ["battle.log", "battle.json", "battle.log.json", "battle.html"])
 def test_a_log_by_hand(tmp_path, name):
     need("poke_env", "pokemon")
-    from torchrl_amago.offline.showdown_logs import read_showdown_logs
 
     logs = {
         "battle.log": LOG,
@@ -181,7 +180,6 @@ def test_a_log_by_hand(tmp_path, name):
 
 def test_bad_logs(tmp_path):
     need("poke_env", "pokemon")
-    from torchrl_amago.offline.showdown_logs import read_showdown_logs
 
     file = tmp_path / "battle.log"
     with pytest.raises(FileNotFoundError, match="battle.log isn't there"):
@@ -204,7 +202,6 @@ def test_logs_show_the_actions_taken(server, tmp_path, battle_format):
     from poke_env.player import RandomPlayer
 
     from torchrl_amago.envs.libs.pokemon import PokemonBattles, observe
-    from torchrl_amago.offline.showdown_logs import read_showdown_logs
 
     taken = {}
 

@@ -1,4 +1,4 @@
-"""Offline data from logs of Pokemon battles; needs ``pip install "torchrl-amago[pokemon]"``."""
+"""Offline data from logs of Pokemon battles."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from torchrl_amago.envs.libs.pokemon import BothSides  # says which package is missing
-from torchrl_amago.offline._showdown_replay import BattleReplay
 from torchrl_amago.offline.readers import TrajectorySource
 from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError
 
@@ -42,6 +40,7 @@ def read_showdown_logs(
         task_id: entry of that name, for environments with an opponent's number.
 
     Raises:
+        ImportError: without poke-env.
         FileNotFoundError: for a missing file.
         TrajectoryError: when a battle is read, if it can't be parsed or lacks the player.
 
@@ -49,6 +48,9 @@ def read_showdown_logs(
         >>> source = read_showdown_logs(Path("logs").glob("*.log"))  # doctest: +SKIP
         >>> report = load_trials(buffer, source, env, on_error="skip")  # doctest: +SKIP
     """
+    from torchrl_amago.envs.libs.pokemon import BothSides  # says what is missing
+    from torchrl_amago.offline._showdown_replay import BattleReplay
+
     files = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in paths]
     if absent := [file for file in files if not file.is_file()]:
         raise FileNotFoundError(f"no log of a battle: {absent[0]} isn't there.")
