@@ -140,7 +140,7 @@ class PokemonBattles(gym.Env):
     def close(self) -> None:
         """Forfeit the battle, unless an interrupted step has left nothing to decide."""
         can_forfeit = self._env.agent1_to_move or self._env.agent2_to_move
-        self._env.close(force=can_forfeit, wait=False)
+        self._env.close(force=can_forfeit, wait=can_forfeit)
 
     def _opponents_action(self) -> np.int64:
         battle = self._env.battle2
