@@ -245,7 +245,7 @@ def command_line(
         torch.set_num_threads(args.threads)
         keep_freed_memory()
         yield args
-    except (ValueError, OSError, DamagedError) as error:
+    except (ImportError, ValueError, OSError, DamagedError) as error:
         torchrl_logger.debug("raised here", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

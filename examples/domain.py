@@ -6,7 +6,7 @@ An example says how its environment is made, and what its defaults are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from common import TrainingArgs, draw_progress, draw_steps, final_evaluation, resume_if_asked
@@ -39,6 +39,8 @@ class DomainArgs(TrainingArgs):
     """Rewards in a TD target; more of them tell values sooner of what comes late."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
+
+    draws: ClassVar[bool] = True  # False for environments without pictures
 
     def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
         """Make a batch of trial environments, for evaluation or training.
@@ -106,6 +108,9 @@ def train(
 
 def draw_trial(args: DomainArgs, policy: torch.nn.Module, seed: int) -> None:
     """Draw `trial.png`, the last episode of a greedy trial, if the environment draws."""
+    if not args.draws:
+        print("No trial.png, since this environment has no pictures.")
+        return
     try:
         env = args.make_env(1, test=True, render_mode="rgb_array")
         draw_steps(args, rollout_pictures(policy, env, seed=seed)[-1])

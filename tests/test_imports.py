@@ -137,7 +137,7 @@ def test_imports_go_one_way():
 
 
 # Files that subclass an optional package's classes, for users to import by name.
-ADAPTERS = {"envs/libs/pokemon.py": "poke_env"}
+ADAPTERS = {"envs/libs/pokemon.py": "poke_env", "offline/_showdown_replay.py": "poke_env"}
 
 
 def test_optional_packages_are_not_imported_at_module_top():

@@ -9,11 +9,13 @@ from torchrl_amago.offline.readers import (
     read_minari,
     read_torchrl,
 )
+from torchrl_amago.offline.showdown_logs import ShowdownLogs, read_showdown_logs
 from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError
 
 __all__ = [
     "OfflineReport",
     "RecordedEnv",
+    "ShowdownLogs",
     "Trajectory",
     "TrajectoryError",
     "TrajectorySource",
@@ -21,5 +23,6 @@ __all__ = [
     "read_amago",
     "read_d4rl",
     "read_minari",
+    "read_showdown_logs",
     "read_torchrl",
 ]

@@ -76,7 +76,7 @@ def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> Tenso
     for r, (k, t, _) in enumerate(starts):
         if t or trials[k].recorded_S:
             _seed(checker, step[r], trials[k], t)
-    root = [*checker.given, *checker.written, *FLAGS]  # the environment may hide some
+    root = [*checker.shown, *FLAGS]  # the environment may hide some
     kept = [*root, checker.action_key, *(("next", key) for key in (*root, checker.reward_key))]
     steps = []
     for _ in range(int(length_R.max())):
@@ -101,6 +101,8 @@ def _seed(checker: TrajectoryChecker, first: TensorDict, trial: RecordedTrial, s
     if not start:
         return
     rule, return_key = checker.trial, checker.trial.episode_return_key
+    if rule.episode_success_key in checker.shown:
+        first[rule.episode_success_key] |= trial.rows_S[rule.success_key][1 : start + 1].any()
     for key in {checker.previous.time_idx_key, rule.time_idx_key} & {*checker.written}:
         first[key].add_(start)
     if return_key in checker.written:

@@ -36,7 +36,7 @@ class TrajectorySource:
     """A sequence of trajectories, each read by ``load(number)`` when it is needed."""
 
     num_trajectories: int
-    num_steps: int
+    num_steps: int | None  # None if unknown
     load: Callable[[int], Trajectory]
 
     def __len__(self) -> int:

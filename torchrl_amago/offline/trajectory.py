@@ -155,6 +155,9 @@ class TrajectoryChecker:
             next(one for one in (*self.transforms, other) if isinstance(one, type(other)))
             for other in defaults
         )
+        self.shown = [*self.specs]
+        if self.trial.episode_success_key in self.specs:  # data hold the steps' successes
+            self.specs[self.trial.success_key] = self.specs.pop(self.trial.episode_success_key)
         written = {key for one in self.transforms for key in one.out_keys}
         self.written = [key for key in self.specs if key in written]
         self.given = [key for key in self.specs if key not in written]

@@ -138,7 +138,9 @@ class PokemonBattles(gym.Env):
         return entries[own], rewards[own], terminated[own], truncated[own] or is_over, info
 
     def close(self) -> None:
-        self._env.close()
+        """Forfeit the battle, unless an interrupted step has left nothing to decide."""
+        can_forfeit = self._env.agent1_to_move or self._env.agent2_to_move
+        self._env.close(force=can_forfeit, wait=can_forfeit)
 
     def _opponents_action(self) -> np.int64:
         battle = self._env.battle2

@@ -65,7 +65,12 @@ class ShowdownServer:
         command = ["node", "pokemon-showdown", "start", "--no-security", str(self.port)]
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
-                command, cwd=package, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=package,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C must not stop it in the middle of battles
             )
         atexit.register(self.close)
         deadline = time.monotonic() + patience
