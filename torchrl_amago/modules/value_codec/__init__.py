@@ -3,5 +3,6 @@
 from torchrl_amago.modules.value_codec.base import ValueCodec, ValueSpace
 from torchrl_amago.modules.value_codec.bins import BinCodec, HLGauss, TwoHot
 from torchrl_amago.modules.value_codec.popart import PopArt
+from torchrl_amago.modules.value_codec.running_scale import RunningScale
 
-__all__ = ["BinCodec", "HLGauss", "PopArt", "TwoHot", "ValueCodec", "ValueSpace"]
+__all__ = ["BinCodec", "HLGauss", "PopArt", "RunningScale", "TwoHot", "ValueCodec", "ValueSpace"]

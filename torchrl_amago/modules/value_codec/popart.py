@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from torchrl_amago._validation import check_fractions, check_positive
-from torchrl_amago.modules.value_codec.base import ValueCodec
+from torchrl_amago.modules.value_codec._scaled import ScaledCodec
 
 
-class PopArt(ValueCodec):
+class PopArt(ScaledCodec):
     """Scalar values, normalised per discount while outputs are preserved (arXiv 1602.07714).
 
     Targets' moments are moving averages, corrected for their start; an affine map of the raw
@@ -69,11 +69,7 @@ class PopArt(ValueCodec):
 
     @property
     def sigma(self) -> Tensor:
-        """Standard deviation of targets, ``[G]``, within ``[0.01, 1e4]``."""
         return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
-
-    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
-        return self.mu, self.sigma
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
@@ -94,22 +90,12 @@ class PopArt(ValueCodec):
         self.weight.mul_(old_sigma / sigma)
         self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 
-    def encode(self, target: Tensor) -> Tensor:
-        return self.normalize(target)
-
     def normalize(self, value: Tensor) -> Tensor:
-        """Return ``(value - mu) / sigma``."""
-        return (value - self.mu) / self.sigma if self.enabled else value
+        return super().normalize(value) if self.enabled else value
 
     def normalized(self, prediction: Tensor) -> Tensor:
         """Return ``weight * prediction + bias``, the space in which :meth:`loss` compares."""
         return self.weight * prediction + self.bias if self.enabled else prediction
 
     def decode(self, prediction: Tensor) -> Tensor:
-        """Return ``sigma * normalized(prediction) + mu``."""
-        return self.sigma * self.normalized(prediction) + self.mu if self.enabled else prediction
-
-    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return squared errors of normalised values, ``[..., C, G]``."""
-        label = self.encode(target.detach()).unsqueeze(-2)
-        return (self.normalized(prediction) - label).square()
+        return super().decode(prediction) if self.enabled else prediction

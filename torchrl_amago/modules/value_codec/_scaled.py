@@ -1,0 +1,43 @@
+"""What codecs of numbers on a moving scale share."""
+
+from __future__ import annotations
+
+import abc
+
+from torch import Tensor
+
+from torchrl_amago.modules.value_codec.base import ValueCodec
+
+
+class ScaledCodec(ValueCodec):
+    """Base of codecs that predict ``(value - mu) / sigma``; subclasses move both."""
+
+    mu: Tensor
+
+    @property
+    @abc.abstractmethod
+    def sigma(self) -> Tensor:
+        """Standard deviation of targets, ``[G]``, within bounds."""
+
+    def mean_and_scale(self) -> tuple[Tensor, Tensor]:
+        return self.mu, self.sigma
+
+    def encode(self, target: Tensor) -> Tensor:
+        return self.normalize(target)
+
+    def normalize(self, value: Tensor) -> Tensor:
+        """Return ``(value - mu) / sigma``."""
+        return (value - self.mu) / self.sigma
+
+    def normalized(self, prediction: Tensor) -> Tensor:
+        """Return the space in which :meth:`loss` compares, the prediction's own by default."""
+        return prediction
+
+    def decode(self, prediction: Tensor) -> Tensor:
+        """Return ``sigma * normalized(prediction) + mu``."""
+        return self.sigma * self.normalized(prediction) + self.mu
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return squared errors of normalised values, ``[..., C, G]``."""
+        label = self.encode(target.detach()).unsqueeze(-2)
+        return (self.normalized(prediction) - label).square()

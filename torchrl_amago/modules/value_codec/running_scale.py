@@ -1,0 +1,68 @@
+"""Scalar values in units of their targets' running mean and deviation.
+
+Legend: N targets, G discounts.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchrl_amago._validation import check_fractions, check_positive
+from torchrl_amago.modules.value_codec._scaled import ScaledCodec
+
+
+class RunningScale(ScaledCodec):
+    """Scalar values, whose scale follows the targets of each discount: sigma * prediction + mu.
+
+    The first targets set mean and deviation, later ones move them. A prediction that doesn't change
+    means another value then, unlike :class:`PopArt`'s. So an optimizer whose steps don't depend
+    on the gradient's scale, as Adam's, moves values by the same part of their deviation whether
+    rewards are hundredths or hundreds. Under PopArt it moves them by the same part of
+    ``sqrt(initial_nu)``.
+
+    Args:
+        num_discounts: G, size of the predictions' last dimension.
+        beta: step size of the moving averages, in (0, 1].
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> codec = RunningScale(num_discounts=1)
+        >>> codec.update(torch.tensor([[4.0], [6.0]]), torch.ones(2, 1, dtype=torch.bool))
+        >>> codec.decode(torch.tensor([2.0]))
+        tensor([7.])
+    """
+
+    MIN_VARIANCE, MAX_VARIANCE = 1e-8, 1e12
+
+    def __init__(self, num_discounts: int, beta: float = 0.01) -> None:
+        super().__init__()
+        check_positive("Use 0.01.", beta=beta)
+        check_fractions("It is the step size of moving averages.", beta=beta)
+        self.num_discounts, self.beta = num_discounts, beta
+        for name in ("mu", "variance"):
+            self.register_buffer(name, torch.zeros(num_discounts))
+        self.register_buffer("count", torch.zeros(()))
+
+    def reset_parameters(self) -> None:
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    @property
+    def sigma(self) -> Tensor:
+        return self.variance.clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
+
+    @torch.no_grad()
+    def update(self, target: Tensor, mask: Tensor) -> None:
+        target_NG = torch.where(mask, target, self.mu).float().flatten(0, -2)
+        weight_N1 = mask.flatten(0, -2) / mask.sum().clamp_min(1)
+        change_G = (weight_N1 * (target_NG - self.mu)).sum(0)
+        variance_G = (weight_N1 * (target_NG - self.mu - change_G).square()).sum(0)
+        any_real = mask.any().to(self.count.dtype)
+        self.count += any_real
+        # The average of all targets at first; a batch without real ones moves nothing.
+        step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
+        self.variance.lerp_(variance_G, step).add_(step * (1.0 - step) * change_G.square())
+        self.mu += step * change_G
