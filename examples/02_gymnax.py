@@ -103,7 +103,8 @@ def train(args: Args) -> EvaluationResults:
         trial_length=length,
         slice_length=context_length,
         round_steps=min(args.round_steps, length),
-        loss_options=dict(n_step=args.n_step),
+        loss_options=args.loss_options(len(args.discounts), n_step=args.n_step),
+        clip_each=True,
         **args.trainer_options(held_out),
     )
     resume_if_asked(args, trainer)

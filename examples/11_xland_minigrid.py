@@ -89,6 +89,8 @@ def train(args: Args) -> EvaluationResults:
         policy,
         trial_length=length,
         slice_length=context_length,
+        loss_options=args.loss_options(len(args.discounts)),
+        clip_each=True,
         **args.trainer_options(held_out),
     )
     resume_if_asked(args, trainer)

@@ -22,7 +22,7 @@ from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, load_policy
 from torchrl_amago._files import DamagedError
 from torchrl_amago._validation import check_counts
 from torchrl_amago.evaluation import EvaluationResults
-from torchrl_amago.modules import SEQ_MODELS
+from torchrl_amago.modules import SEQ_MODELS, RunningScale
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 from torchrl_amago.trainers import Intervals
@@ -170,6 +170,12 @@ class TrainingArgs:
             timestep_options=dict(hidden_size=self.hidden_size, output_size=self.d_model),
             actor_options=dict(hidden_size=self.hidden_size),
         )
+
+    def loss_options(self, num_discounts: int, **options: Any) -> dict[str, Any]:
+        """Arguments of a loss for rewards of any size, and those given."""
+        if self.loss == "amago":
+            options["value_codec"] = RunningScale(num_discounts)
+        return options
 
     def trainer_options(self, held_out: HeldOutEvaluator, **critic_options: Any) -> dict[str, Any]:
         """Return the arguments of `make_trainer` that don't depend on the task.

@@ -34,9 +34,9 @@ class DomainArgs(TrainingArgs):
     discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
-    """Factor of rewards in the loss."""
+    """Factor of rewards in the loss; amago finds their scale by itself."""
     n_step: int = 1
-    """Rewards in a TD target; more of them tell values sooner of what comes late."""
+    """Rewards in a TD target; more of them bring late rewards forward sooner."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
 
@@ -93,7 +93,10 @@ def train(
         slice_length=context_length,
         round_steps=min(args.round_steps, args.trial_length),
         buffer_options=dict(relabel=relabel),
-        loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
+        loss_options=args.loss_options(
+            len(args.discounts), reward_scale=args.reward_scale, n_step=args.n_step
+        ),
+        clip_each=True,
         **args.trainer_options(held_out),
     )
     resume_if_asked(args, trainer)

@@ -22,9 +22,11 @@ from torchrl_amago.trainers import (
 )
 
 
-def test_one_update_by_hand(tmp_path):
+@pytest.mark.parametrize("clip_each", [False, True])
+def test_one_update_by_hand(tmp_path, clip_each):
     """Clip, optimiser, warm-up, targets, in this order, against the same steps written out."""
     options = {"total_updates": 1, "clip_norm": 0.1, "warmup_updates": 4, "min_trials": 2}
+    options["clip_each"] = clip_each
     trainer = make_trainer(tmp_path / "a", **options)
     seen, step = {}, trainer.stepper.step
 
@@ -43,8 +45,14 @@ def test_one_update_by_hand(tmp_path):
     torch.set_rng_state(seen["rng"])
     out = loss(seen["batch"])
     (out["loss_actor"] + out["loss_qvalue"]).backward()
-    parameters = [p for p in loss.parameters() if p.requires_grad]
-    assert torch.nn.utils.clip_grad_norm_(parameters, 0.1) > 0.1
+    networks = [loss.actor_network_params, loss.critic_network_params]
+    weights = [[p for p in network.parameters() if p.requires_grad] for network in networks]
+    norms = [
+        torch.nn.utils.clip_grad_norm_(clipped, 0.1)
+        for clipped in (weights if clip_each else [[p for some in weights for p in some]])
+        if clipped
+    ]
+    assert max(norms) > 0.1
     optimizer.step()
     updater.step()
     for name, value in trainer.loss_module.state_dict().items():

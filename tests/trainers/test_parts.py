@@ -195,7 +195,8 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers.amago.torchrl_logger.info", lines.append)
     changed = {
-        "total_updates": 8, "learning_rate": 1e-3, "clip_norm": None, "precision": "bf16",
+        "total_updates": 8, "learning_rate": 1e-3, "clip_norm": None, "clip_each": True,
+        "precision": "bf16",
         "tau": 0.5,
         "updates_per_round": 2, "frames_per_batch": 16, "log_interval": 2, "eval_interval": 3,
         "checkpoint_interval": 7,

@@ -50,7 +50,7 @@ from torchrl_amago.modules.trajectory import (
     TrajectoryEncoder,
     TransformerEncoder,
 )
-from torchrl_amago.modules.value_codec import HLGauss, PopArt, TwoHot, ValueCodec
+from torchrl_amago.modules.value_codec import HLGauss, PopArt, RunningScale, TwoHot, ValueCodec
 
 __all__ = [
     "ACTORS", "DISCOUNTS", "DISTRIBUTIONS", "SEQ_MODELS", "TIMESTEP_ENCODERS", "ActionCritic",
@@ -59,9 +59,10 @@ __all__ = [
     "DiscreteCritic", "Encoder", "EnsembleLinear", "EntryEmbedding", "FeedForwardEncoder",
     "GRUEncoder", "GatedLinearAttentionEncoder", "GoalEmbedding", "GridEmbedding", "HLGauss",
     "IdentityEncoder", "ImageEmbedding", "LSTMEncoder", "MLPTimestepEncoder", "MambaEncoder",
-    "Policy", "PolicyDistribution", "PolicyStep", "PopArt", "ResidualActor", "TimestepEncoder",
-    "TokenEmbedding", "TrajectoryEncoder", "TransformerEncoder", "TwoHot", "ValueCodec",
-    "make_critic", "make_distribution", "make_exploration", "make_policy", "make_timestep_encoder",
+    "Policy", "PolicyDistribution", "PolicyStep", "PopArt", "ResidualActor", "RunningScale",
+    "TimestepEncoder", "TokenEmbedding", "TrajectoryEncoder", "TransformerEncoder", "TwoHot",
+    "ValueCodec", "make_critic", "make_distribution", "make_exploration", "make_policy",
+    "make_timestep_encoder",
 ]  # fmt: skip
 
 # Dropout and shifts are functions here: losses that call encoders under vmap look for modules.

@@ -38,6 +38,7 @@ def make_trainer(
     warmup_updates: int = 500,
     final_lr_fraction: float = 1.0,
     clip_norm: float | None = 1.0,
+    clip_each: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
     tau: float = 0.01,
     loss: str | Callable[..., AMAGOLoss] = "amago",
@@ -60,7 +61,7 @@ def make_trainer(
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
-        clip_norm, precision: see :class:`FiniteOptimizationStepper`.
+        clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
@@ -101,7 +102,7 @@ def make_trainer(
         *parts,
         target_updater=SoftUpdate(loss_module, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
-        stepper=FiniteOptimizationStepper(clip_norm, precision),
+        stepper=FiniteOptimizationStepper(clip_norm, precision, clip_each=clip_each),
         exploration=policy.exploration,
         policy=policy,
         total_updates=total_updates,

@@ -160,6 +160,7 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         **{f"{name}_interval": value for name, value in asdict(trainer.intervals).items()},
         "learning_rate": max(getattr(trainer.scheduler, "base_lrs", rates)),
         "clip_norm": trainer.stepper.clip_norm,
+        "clip_each": trainer.stepper.clip_each,
         "precision": trainer.stepper.precision,
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
