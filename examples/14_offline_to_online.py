@@ -7,8 +7,7 @@
 
 The first `--online-after` updates use the dataset alone. Then the agent plays, and batches mix
 both, less and less of the dataset. Minari (`pip install 'torchrl-amago[offline]'`) looks for
-datasets in $MINARI_DATASETS_PATH. The run's folder gets `progress.csv`, `learning_curve.png`,
-`evaluation.npz`, `evaluation_sampled.npz`, weights and checkpoints.
+datasets in $MINARI_DATASETS_PATH. The run's folder gets curve, evaluations, weights, checkpoints.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pathlib import Path
 import gymnasium as gym
 import torch
 from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from d4rl_file import describe_returns
 from offline_parts import find_dataset, make_env, make_replay
 
 from torchrl_amago import HeldOutEvaluator, PopArt, make_policy, make_trainer
@@ -30,7 +30,7 @@ class Args(TrainingArgs):
     """Offline to online with AMAGO."""
 
     dataset: str | None = None
-    """Id of a Minari dataset on this machine; default one made here by make_minari_dataset.py."""
+    """Id of a local Minari dataset, or a D4RL-style .hdf5 or .npz file; default: one made here."""
     env_id: str | None = None
     """Id of the dataset's environment in Gymnasium."""
     trust_dataset_env: bool = False
@@ -88,7 +88,6 @@ def train(args: Args) -> EvaluationResults:
     held_out = HeldOutEvaluator(policy, make_env(args, dataset, min(64, args.eval_trials)))
     options = dict(online_coeff=args.online_coeff, offline_coeff=args.offline_coeff, n_step=3)
     if args.loss == "amago":
-        # The published step size averages over a third of this run.
         options["value_codec"] = PopArt(len(args.discounts), beta=0.01)
     trainer = make_trainer(
         env,
@@ -102,7 +101,8 @@ def train(args: Args) -> EvaluationResults:
     )
     resume_if_asked(args, trainer)
     results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
-    print(f"mean return of the dataset: {dataset_return:.3f}")
+    greedy_return = results.greedy.trial_return.mean().item()
+    print(describe_returns(dataset, dataset_return, greedy_return))
     draw_progress(
         args,
         f"{dataset.id}, {args.seq_model}, {args.loss}",

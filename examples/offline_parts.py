@@ -8,16 +8,19 @@ import gymnasium as gym
 import make_minari_dataset
 import minari
 import numpy as np
+from d4rl_file import D4RLFile
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 
 from torchrl_amago import TrialMixture, make_trial_buffer, make_trial_env
 from torchrl_amago.envs import gymnasium_rows
-from torchrl_amago.offline import load_trials, read_minari
+from torchrl_amago.offline import load_trials, read_d4rl, read_minari
 
 
-def find_dataset(args: Any) -> minari.MinariDataset:
+def find_dataset(args: Any) -> minari.MinariDataset | D4RLFile:
     """Load the dataset of `args`, by default the scripted controller's, made if missing."""
+    if args.dataset is not None and args.dataset.endswith((".hdf5", ".h5", ".npz")):
+        return D4RLFile(args.dataset, args.env_id)
     if args.dataset is not None:
         return minari.load_dataset(args.dataset)
     own = make_minari_dataset.Args(episodes=args.dataset_episodes)
@@ -26,7 +29,7 @@ def find_dataset(args: Any) -> minari.MinariDataset:
     return make_minari_dataset.make_dataset(own)
 
 
-def make_env(args: Any, dataset: minari.MinariDataset, num_envs: int) -> EnvBase:
+def make_env(args: Any, dataset: minari.MinariDataset | D4RLFile, num_envs: int) -> EnvBase:
     """Make the dataset's environment, batched, with one episode as a trial."""
     env_id = args.env_id
     if args.dataset is None:
@@ -48,7 +51,7 @@ def make_env(args: Any, dataset: minari.MinariDataset, num_envs: int) -> EnvBase
 
 
 def make_replay(
-    args: Any, dataset: minari.MinariDataset, env: EnvBase
+    args: Any, dataset: minari.MinariDataset | D4RLFile, env: EnvBase
 ) -> tuple[TrialMixture, float]:
     """Return a mixture of the dataset and an empty buffer, and the dataset's mean return."""
 
@@ -62,7 +65,8 @@ def make_replay(
             warn_short=False,
         )
 
-    source = read_minari(dataset)
+    is_file = isinstance(dataset, D4RLFile)
+    source = read_d4rl(dataset.arrays) if is_file else read_minari(dataset)
     offline = make_buffer(source.num_steps)
     report = load_trials(offline, source, env)
     print(f"{dataset.id}: {report.describe()}")

@@ -123,6 +123,41 @@ def test_any_dataset_that_is_there(example, making, tmp_path, monkeypatch):
         example.train(example.Args(**{**TINY, "dataset": "here/nothing-v0"}))
 
 
+def test_a_file_of_d4rl_arrays(example, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    import h5py
+
+    rng = np.random.default_rng(0)
+    with h5py.File("hopper_random-v2.hdf5", "w") as file:  # named after one with a published scale
+        file["observations"] = rng.normal(size=(60, 3)).astype(np.float32).clip(-1, 1)
+        file["actions"] = rng.uniform(-1, 1, size=(60, 1)).astype(np.float32)
+        file["rewards"] = np.ones(60, np.float32)
+        file["terminals"] = np.zeros(60, bool)
+        file["timeouts"] = np.arange(60) % 20 == 19
+    there = {**TINY, "dataset": "hopper_random-v2.hdf5", "online_after": 4}
+    example.train(example.Args(**there, env_id="Pendulum-v1"))
+    score = (
+        100 * (19 + 20.272305) / (3234.3 + 20.272305)
+    )  # the last step of each leads nowhere known
+    said = capsys.readouterr().out
+    assert f"mean return of the dataset: 19.000, normalised score {score:.1f}" in said
+    assert "mean return of the greedy policy: -" in said
+    with pytest.raises(ValueError, match="--env-id"):
+        example.train(example.Args(**there))
+
+
+def test_normalised_scores_of_minari(example):
+    from types import SimpleNamespace
+
+    from d4rl_file import normalized_score
+
+    metadata = {"ref_min_score": -10.0, "ref_max_score": 30.0}
+    dataset = SimpleNamespace(storage=SimpleNamespace(metadata=metadata))
+    assert normalized_score(dataset, 20.0) == 75.0
+    metadata.clear()
+    assert normalized_score(dataset, 20.0) is None
+
+
 def test_a_dataset_s_own_environment_is_made_only_if_it_is_trusted(
     example, making, tmp_path, monkeypatch
 ):
