@@ -40,8 +40,9 @@ class Args(DomainArgs):
     max_episode_steps: int = 64
     round_steps: int = 32
     timestep_encoder: str = "combined"
+    n_step: int = 3
     num_envs: int = 16
-    total_updates: int = 4000
+    total_updates: int = 2000
     anneal_frames: int = 50_000
     capacity: int = 200_000
     eval_trials: int = 128
