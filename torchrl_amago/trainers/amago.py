@@ -82,7 +82,6 @@ class AMAGOTrainer:
             join the next row.
 
     Example:
-        >>> import tempfile
         >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, make_optimizer
         >>> from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
@@ -92,10 +91,8 @@ class AMAGOTrainer:
         >>> rb = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = TrialCollector(env, policy, frames_per_batch=8 * 18, replay_buffer=rb)
         >>> parts = (collector, loss, make_optimizer(loss), rb)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     AMAGOTrainer(
-        ...         *parts, total_updates=4, updates_per_round=2, run_dir=folder,
-        ...         target_updater=SoftUpdate(loss, tau=0.003)).train()
+        >>> options = dict(total_updates=4, updates_per_round=2, run_dir="run")
+        >>> AMAGOTrainer(*parts, **options, target_updater=SoftUpdate(loss, tau=0.003)).train()
         'finished'
     """
 

@@ -88,8 +88,6 @@ class TrialStorage(LazyMemmapStorage):
                 self._create({})
             self.table()
 
-    # -- files -----------------------------------------------------------------------------------
-
     def table(self) -> TrialTable:
         """Return the table of the trials that are there now."""
         file, inode = self._here / "table.bin", self._inode
@@ -169,8 +167,6 @@ class TrialStorage(LazyMemmapStorage):
                     held.enter_context(files.lock(self.path / "lock", shared=shared))
             yield
 
-    # -- writing ---------------------------------------------------------------------------------
-
     def write(self, steps: TensorDictBase, lengths: list[int]) -> np.ndarray:
         """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
         self._check_writable()
@@ -225,8 +221,6 @@ class TrialStorage(LazyMemmapStorage):
             "batches with rb.append_transform."
         )
 
-    # -- reading ---------------------------------------------------------------------------------
-
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
         begin, entries = known = self.table().look()
@@ -273,8 +267,6 @@ class TrialStorage(LazyMemmapStorage):
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
-
-    # -- copies ----------------------------------------------------------------------------------
 
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""

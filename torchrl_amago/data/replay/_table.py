@@ -89,8 +89,6 @@ class TrialTable:
         entries = self.ring[numbers % (self.capacity + 1)]
         return entries, bool((_checks(numbers, entries) == entries["check"]).all())
 
-    # -- writing, by one process at a time -------------------------------------------------------
-
     def place(self, lengths: list[int]) -> tuple[np.ndarray, int]:
         """Find rows for new trials: their entries, and the oldest trial that can stay."""
         (begin, old), new = self.look(), np.zeros(len(lengths), ENTRY)
