@@ -350,7 +350,8 @@ class AMAGOTrainer:
             saving.check_no_existing_run(self.run_dir)
         metadata, own = saving.run_metadata(self), self.components.state_dict()
         state = self.checkpoints.load(checkpoint, own, metadata["settings"])
-        self.checkpoints.load_replay(checkpoint, self.online_buffer)
+        if (checkpoint / saving.REPLAY).exists():
+            self.online_buffer.loads(checkpoint / saving.REPLAY)
         self.components.load_state_dict(state)
         saved = files.read_manifest(checkpoint)["options"]
         for name, (old, new) in saving.differences(saved, metadata["options"]).items():

@@ -32,7 +32,7 @@ from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 5
-_STATE, _REPLAY = "state.npz", "replay"
+_STATE, REPLAY = "state.npz", "replay"
 _NAME = "update_{:07d}"
 
 
@@ -76,7 +76,7 @@ class CheckpointStore:
             save_state(folder / _STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
-                buffer.dumps(folder / _REPLAY)
+                buffer.dumps(folder / REPLAY)
             versions = {x.__name__: x.__version__ for x in (torch, torchrl, tensordict)}
             manifest = {
                 "format_version": FORMAT_VERSION,
@@ -109,11 +109,6 @@ class CheckpointStore:
         saved, saved_settings = load_state(path / _STATE), files.read_manifest(path)["settings"]
         check_same(path, facts(saved, saved_settings), facts(state, settings))
         return saved
-
-    @staticmethod
-    def load_replay(path: Path, replay_buffer: ReplayBuffer) -> None:
-        if (path / _REPLAY).exists():
-            replay_buffer.loads(path / _REPLAY)
 
 
 def _problem(path: Path) -> str | None:

@@ -33,7 +33,7 @@ from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
 from torchrl_amago.data.replay._memory import ReusedMemory
-from torchrl_amago.data.replay._table import TrialTable
+from torchrl_amago.data.replay._table import TrialTable, fail
 from torchrl_amago.data.replay._trials import Trials
 
 Mode = Literal["create", "continue", "read"]
@@ -120,7 +120,7 @@ class TrialStorage(LazyMemmapStorage):
         size, num_rows = file.stat().st_size if file.exists() else -1, 4 * self.max_size
         if size < used * entry.nbytes:
             state = "is missing" if size < 0 else f"has {size}"
-            _fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
+            fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
         if self.mode != "read":  # a new or a saved file is as long as its content
             os.truncate(file, max(size, num_rows * entry.nbytes))
         elif entry.nbytes:
@@ -275,7 +275,7 @@ class TrialStorage(LazyMemmapStorage):
             found = layout.checksums(self._storage, entries["first"], entries["length"] + 1)
             if changed := int((found != entries["values"]).sum()):
                 rows = self._here / "rows"
-                _fail(f"{rows} has changed since it was written, in {changed} trials")
+                fail(f"{rows} has changed since it was written, in {changed} trials")
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
@@ -313,10 +313,6 @@ class TrialStorage(LazyMemmapStorage):
                 "gone: temporary folders go with their owner. Make the buffer with path=."
             )
         self.__init__(**state)
-
-
-def _fail(problem: str) -> NoReturn:
-    raise files.DamagedError(f"{problem}. Use another copy of the folder, or load a checkpoint")
 
 
 def _num_rows(entries: np.ndarray) -> int:

@@ -248,11 +248,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         return value
 
     def memory_of(self, tensordict: TensorDictBase) -> Memory:
-        """Return this encoder's memory of the rollout that the tensordict belongs to.
-
-        Raises:
-            KeyError: if there is none.
-        """
+        """Return this encoder's memory of a tensordict's rollout; KeyError if there is none."""
         stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream)
         if memory is None:
