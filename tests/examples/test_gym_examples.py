@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -26,7 +27,7 @@ def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedPro
         env={
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": str(folder / "matplotlib"),
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
             "HOME": str(folder),
         },
         capture_output=True,

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
@@ -22,7 +23,7 @@ def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedPro
         env={
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": str(folder / "matplotlib"),
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
             "HOME": str(folder),
             "SDL_AUDIODRIVER": "dummy",
             "SDL_VIDEODRIVER": "dummy",
