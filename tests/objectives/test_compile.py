@@ -45,9 +45,7 @@ def test_one_graph_with_the_eager_numbers(form, no_chance):
     actions = form.get("actions", "discrete")
     eager, loss = (make_loss(**form, compact=False, num_layers=1) for _ in range(2))
     counter = CompileCounterWithBackend("eager")
-    # By default the second length compiles anew, for all lengths; the other form begins with those.
-    dynamic = True if actions == "continuous" else None
-    compiled = torch.compile(loss, backend=counter, fullgraph=True, dynamic=dynamic)
+    compiled = torch.compile(loss, backend=counter, fullgraph=True)
     frames = []
     for steps in (T, T - 1, T - 2, T):
         batch = make_batch(actions=actions)[:, :steps]
