@@ -6,3 +6,11 @@ import multiprocessing
 
 forked = multiprocessing.get_context("forkserver")
 forked.set_forkserver_preload(["torchrl_amago.trainers"])
+
+
+def fork_workers(monkeypatch) -> None:
+    """Let TorchRL's collectors start their workers in that way, in place of new interpreters."""
+    monkeypatch.setattr("torchrl._utils._get_default_mp_start_method", lambda: "forkserver")
+    monkeypatch.setattr(
+        "torchrl.collectors._multi_base._set_mp_start_method_if_unset", lambda _: None
+    )

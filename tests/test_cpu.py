@@ -11,11 +11,8 @@ from torchrl_amago import _cpu
 from torchrl_amago._cpu import cpu_paths
 from torchrl_amago._masking import Steps
 from torchrl_amago.modules._dropout import dropout
-from torchrl_amago.modules.trajectory.kernels import (
-    AttentionPattern,
-    selective_scan,
-    window_attention,
-)
+from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern, window_attention
+from torchrl_amago.modules.trajectory.kernels.mamba_scan import selective_scan
 
 PREDICATES = (
     _cpu.float32_attention,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib
-import os
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import run_script
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "torchrl_amago"
@@ -167,17 +166,7 @@ COMMANDS = sorted({(s, tuple(f)) for p in PAGES for s, f in command_scripts(p.re
 @pytest.mark.parametrize("script", sorted({script for script, _ in COMMANDS}))
 def test_commands_name_scripts_and_flags_that_exist(script):
     assert (ROOT / script).is_file()
-    run = subprocess.run(
-        [sys.executable, script, "--help"],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-        },  # works without installation, as other tests do
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    run = run_script(ROOT / script, "--help")
     assert run.returncode == 0, run.stderr
     wanted = {flag for name, flags in COMMANDS if name == script for flag in flags}
     known = set(re.findall(r"--[\w.-]+", run.stdout))

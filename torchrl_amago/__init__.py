@@ -29,10 +29,7 @@ from torchrl_amago.envs import (
     TrialTransform,
     make_trial_env,
 )
-from torchrl_amago.evaluation import (
-    HeldOutEvaluator,
-    evaluate,
-)
+from torchrl_amago.evaluation import HeldOutEvaluator, evaluate
 from torchrl_amago.modules import (
     CNNTimestepEncoder,
     CombinedTimestepEncoder,
@@ -52,20 +49,9 @@ from torchrl_amago.modules import (
     make_critic,
     make_policy,
 )
-from torchrl_amago.objectives import (
-    AMAGOLoss,
-    amago2_loss,
-    amago_loss,
-)
-from torchrl_amago.rows import (
-    split_trials,
-)
-from torchrl_amago.trainers import (
-    AMAGOTrainer,
-    load_policy,
-    make_optimizer,
-    make_trainer,
-)
+from torchrl_amago.objectives import AMAGOLoss, amago2_loss, amago_loss
+from torchrl_amago.rows import split_trials
+from torchrl_amago.trainers import AMAGOTrainer, load_policy, make_optimizer, make_trainer
 
 __version__ = "0.1.0"
 

@@ -244,10 +244,8 @@ def explain_full_disk(path: Path, needed: int | None = None) -> Iterator[None]:
 def lock(file: Path, *, wait: bool = True, shared: bool = False) -> Iterator[None]:
     """Hold a lock between processes, released by the death of its holder; the file stays.
 
-    Several may hold a `shared` lock at once, for which the file must exist.
-
-    Raises:
-        BlockingIOError: with `wait=False`, while another process holds the lock.
+    Several may hold a `shared` lock at once, for which the file must exist. With `wait=False`, it
+    is a BlockingIOError if another process holds the lock.
     """
     if fcntl is None:
         yield

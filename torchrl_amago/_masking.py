@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrl_amago._cpu import compact_batches, is_traced
-
-__all__ = ["Steps", "is_traced"]
+from torchrl_amago._cpu import compact_batches
 
 
 class Steps:
@@ -19,15 +17,6 @@ class Steps:
     Args:
         mask: bool ``[*B]``, True on real steps.
         compact: put the real steps in one row; by default on a CPU, untraced.
-
-    Example:
-        >>> steps = Steps(torch.tensor([[True, False], [True, True]]))
-        >>> x_BT = torch.tensor([[1.0, float("nan")], [3.0, 4.0]])
-        >>> steps.select(x_BT)
-        tensor([1., 3., 4.])
-        >>> steps.restore(steps.select(x_BT))
-        tensor([[1., 0.],
-                [3., 4.]])
     """
 
     def __init__(self, mask: Tensor, compact: bool | None = None) -> None:

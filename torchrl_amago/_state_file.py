@@ -27,12 +27,8 @@ _AS_BYTES = {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2}
 def save_state(path: Path, state: Any) -> None:
     """Write a nested state in one step: a crash leaves the old file or the new one.
 
-    Args:
-        path: file to replace.
-        state: dicts, lists and tuples of dense tensors, bool, int, float, str and None.
-
-    Raises:
-        TypeError: for a value of another type; it is named by its path.
+    It may hold dicts, lists and tuples of dense tensors, bool, int, float, str and None. A value of
+    another type raises TypeError, which names its path.
     """
     arrays: dict[str, np.ndarray] = {}
     tree = json.dumps(_encode(state, "state", arrays))
@@ -42,12 +38,7 @@ def save_state(path: Path, state: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """Read a file of :func:`save_state`, tensors on the CPU.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        DamagedError: if it is another file, or has changed.
-    """
+    """Read a file of :func:`save_state`, tensors on the CPU; DamagedError if it has changed."""
     with path.open("rb") as file:
         end = max(file.seek(0, 2) - _TRAILER_SIZE, 0)
         file.seek(end)

@@ -45,7 +45,6 @@ class ActionSpace:
         one_hot: categories are stored one-hot, not as indices.
 
     Example:
-        >>> from torchrl.data import MultiCategorical
         >>> space = ActionSpace.from_spec(MultiCategorical([2, 3]))
         >>> vector = space.to_vector(torch.tensor([1, 0]))
         >>> vector, space.from_vector(vector)

@@ -1,7 +1,7 @@
 """Figures: learning curve, adaptation curve, picture strip of a trial.
 
-They are drawn without pyplot: no global state, no display. matplotlib is
-imported when something is drawn, so that importing the package stays quick.
+They are drawn without pyplot: no global state, no display. Importing matplotlib takes long, and
+waits until something is drawn.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ def plot_learning_curve(
         ValueError: if no column of the panels was logged.
 
     Example:
-        >>> import tempfile
         >>> rows = [{"frames": 64 * t, "eval/trial_return": t / 10} for t in range(40)]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_learning_curve({"agent": [rows, rows, rows]}, f"{folder}/learning_curve.png")
+        >>> plot_learning_curve({"agent": [rows, rows, rows]}, "learning_curve.png")
     """
     runs = runs if isinstance(runs, Mapping) else {"": runs}
     tables = {name: _read_seeds(run) for name, run in runs.items()}
@@ -131,11 +129,10 @@ def plot_adaptation_curve(
         reference: value by episode of a dashed line, such as an exact optimum's.
 
     Example:
-        >>> import tempfile, torch
+        >>> import torch
         >>> success = torch.rand(200, 5) < torch.tensor([0.5, 0.8, 0.9, 0.95, 0.95])
         >>> results = TrialResults(success.float(), success, success.sum(1), torch.full((200,), 30))
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_adaptation_curve({"memory": results}, f"{folder}/adaptation_curve.png")
+        >>> plot_adaptation_curve({"memory": results}, "adaptation_curve.png")
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -188,10 +185,8 @@ def plot_trial_strip(
         titles, headings: text beside each episode and over each column; by default numbers.
 
     Example:
-        >>> import tempfile
         >>> frames = [[np.full((8, 8, 3), 200, np.uint8)] * steps for steps in (4, 3, 3)]
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     plot_trial_strip(frames, f"{folder}/trial.png")
+        >>> plot_trial_strip(frames, "trial.png")
     """
     from matplotlib.figure import Figure
 

@@ -21,12 +21,10 @@ class ProgressTable:
     rows of its checkpoint, whatever happened to the file.
 
     Example:
-        >>> import tempfile
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     table = ProgressTable(Path(folder) / "progress.csv")
-        ...     table.append({"update": 1})
-        ...     table.append({"update": 2, "loss": 0.5})
-        ...     read_progress(folder)["loss"]
+        >>> table = ProgressTable("progress.csv")
+        >>> table.append({"update": 1})
+        >>> table.append({"update": 2, "loss": 0.5})
+        >>> read_progress(".")["loss"]
         array([nan, 0.5])
     """
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from tests.processes import forked
+from tests.scripts import run_script
 from torchrl_amago import HLGauss, PopArt, TwoHot
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.modules import DISCOUNTS, FeedForwardEncoder, TransformerEncoder
@@ -26,7 +27,7 @@ TINY = {
     "hidden_size": 8,
     "num_layers": 1,
     "eval_trials": 3,
-    "eval_interval": 1,
+    "eval_interval": 2,
 }
 # What the baseline is, and what each variant must have instead: all that `describe` reads.
 BASELINE = {
@@ -62,23 +63,6 @@ def ablations(monkeypatch):
     monkeypatch.setitem(sys.modules, spec.name, module)
     spec.loader.exec_module(module)
     return module
-
-
-def run_script(*flags: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, EXAMPLES / "ablations.py", "--debug", "--threads", "1", *flags],
-        cwd=folder,
-        env={
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": str(folder / "matplotlib"),
-            "HOME": str(folder),
-            "COLUMNS": "300",
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def write_run(folder: Path, returns: list[float], updates: int, seconds: float) -> None:
@@ -196,12 +180,19 @@ def test_nothing_to_plot(ablations, tmp_path):
         ablations.main(args)
 
 
-@pytest.mark.slow
-def test_debug_run_and_rerun(tmp_path):
-    command = ["--variants", "baseline", "two_hot", "--run-dir", "all"]
-    done = run_script(*command, folder=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": training") == 2
+@pytest.mark.filterwarnings("ignore:.*constrained_layout")
+def test_debug_run_and_rerun(ablations, tmp_path, monkeypatch, capsys):
+    """Each run is a process of its own, here forked from one that has imported the package."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ablations.multiprocessing, "get_context", lambda _: forked)
+
+    def run(*variants):
+        flags = ["--debug", "--threads", "1", "--updates", "4", "--run-dir", "all"]
+        monkeypatch.setattr(sys, "argv", ["ablations.py", *flags, "--variants", *variants])
+        ablations.main(ablations.read_command_line())
+
+    run("baseline", "two_hot")
+    assert capsys.readouterr().out.count(": training") == 2
     page = (tmp_path / "all" / "ablations.md").read_text("utf-8")
     assert "| `baseline` |" in page
     assert "| `two_hot` |" in page
@@ -214,16 +205,16 @@ def test_debug_run_and_rerun(tmp_path):
     broken = tmp_path / "all" / "memory_free" / "1"
     broken.mkdir(parents=True)
     (broken / "progress.csv").write_text("update\n20\n")
-    again = run_script(*command, "--variants", "two_hot", "memory_free", folder=tmp_path)
-    assert again.returncode == 1
-    assert "memory_free/1" in again.stderr.splitlines()[-1]
-    assert "two_hot/1: has finished before, skipped" in again.stdout
+    with pytest.raises(SystemExit, match="No result.*: all/memory_free/1$"):
+        run("two_hot", "memory_free")
+    assert "two_hot/1: has finished before, skipped" in capsys.readouterr().out
     assert results.stat().st_mtime_ns == written
     assert picture.exists()
 
 
-def test_an_unknown_variant_is_refused_by_name(tmp_path):
-    done = run_script("--variants", "baseline", "popart_off", folder=tmp_path)
+def test_an_unknown_variant_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run_script(EXAMPLES / "ablations.py", "--variants", "baseline", "popart_off")
     assert done.returncode == 2
     assert "popart_off" in done.stderr
     assert "no_popart" in done.stderr

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import pytest
 
+from tests.scripts import run_script
 from torchrl_amago.trainers import read_progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -21,7 +23,7 @@ def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedPro
         env={
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": str(folder / "matplotlib"),
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
             "HOME": str(folder),
             "SDL_AUDIODRIVER": "dummy",
             "SDL_VIDEODRIVER": "dummy",
@@ -58,16 +60,18 @@ def test_debug_run(name, package, flags, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["02_gymnax", "11_xland_minigrid"])
-def test_help_shows_the_tasks_flags(name, tmp_path):
-    done = run_example(name, "--help", folder=tmp_path)
+def test_help_shows_the_tasks_flags(name):
+    done = run_script(EXAMPLES / f"{name}.py", "--help")
     assert done.returncode == 0, done.stderr
     for flag in ("--env-id", "--episodes", "--context-length", "--discounts", "--seq-model"):
         assert flag in done.stdout
 
 
-def test_without_the_package_the_extra_is_named(tmp_path):
+def test_without_the_package_the_extra_is_named(tmp_path, monkeypatch):
     if any((Path(p) / "gymnax").is_dir() for p in sys.path):
         pytest.skip("gymnax is installed")
-    done = run_example("02_gymnax", "--debug", folder=tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("common.keep_freed_memory", lambda: None)
+    done = run_script(EXAMPLES / "02_gymnax.py", "--debug", "--threads", "1")
     assert done.returncode != 0
     assert 'pip install "torchrl-amago[jax]"' in done.stderr

@@ -32,7 +32,7 @@ TINY = {
     "hidden_size": 8,
     "num_layers": 1,
     "eval_trials": 3,
-    "eval_interval": 1,
+    "eval_interval": 2,
 }
 SHORT = {
     "00_meta_frozen_lake": {"size": 2, "episodes": 2},

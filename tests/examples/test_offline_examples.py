@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import gymnasium
+import matplotlib
 import numpy as np
 import pytest
 
@@ -60,7 +61,7 @@ def test_debug_run(tmp_path):
         env={
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": str(tmp_path / "matplotlib"),
+            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
             "MINARI_DATASETS_PATH": os.environ["MINARI_DATASETS_PATH"],
             "HOME": str(tmp_path),
         },

@@ -13,7 +13,7 @@ from torch import nn
 from torchrl_amago._files import DamagedError, write_manifest
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.trainers import check_no_existing_run
-from torchrl_amago.trainers.checkpoint import CheckpointStore
+from torchrl_amago.trainers.checkpoint import REPLAY, CheckpointStore
 
 SETTINGS = {"discounts": [0.9, 0.99]}
 
@@ -49,7 +49,7 @@ def assert_loads(path):
 @pytest.mark.parametrize("make_buffer", [filled_buffer, small_buffer], ids=["filled", "empty"])
 def test_replay_comes_back(tmp_path, make_buffer):
     store, rb, other = CheckpointStore(tmp_path), make_buffer(), small_buffer()
-    store.load_replay(store.save(3, STATE, rb, {}), other)
+    other.loads(store.save(3, STATE, rb, {}) / REPLAY)
     assert len(rb) == len(other) == other.write_count
     assert not len(rb) or (other[:] == rb[:]).all()
 

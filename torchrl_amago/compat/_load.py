@@ -86,11 +86,7 @@ def load_amago_weights(
         >>> load_amago_weights({"actor.base.out_layer.bias": torch.zeros(9)}, policy)
         Traceback (most recent call last):
         ...
-        ValueError: AMAGO's weights do not fit this policy or loss; nothing was changed.
-        shapes that differ:
-            actor.base.out_layer.bias (9,) -> actor.mlp.out.bias (35,)
-        not filled:
-            timestep_encoder.input_norm.mu...
+        ValueError: AMAGO's weights do not fit this policy or loss; nothing was changed...
     """
     weights = read_amago_weights(source)
     networks = _networks(policy, loss)

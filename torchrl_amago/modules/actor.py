@@ -14,7 +14,7 @@ from tensordict import TensorDictBase
 from tensordict.nn import TensorDictModule, dispatch
 from torch import Tensor, nn
 
-from torchrl_amago._masking import is_traced
+from torchrl_amago._cpu import is_traced
 from torchrl_amago._validation import check_counts
 from torchrl_amago.action_space import split_parts
 from torchrl_amago.modules._layers import MLP, make_activation, make_norm

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago._masking import is_traced
+from torchrl_amago._cpu import is_traced
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._settings import flatten, plain
 from torchrl_amago.modules.distributions import PolicyDistribution

@@ -85,7 +85,6 @@ def read_d4rl(arrays: Mapping[str, ArrayLike]) -> TrajectorySource:
         TrajectoryError: for a missing array, other lengths, or flags that are neither 0 nor 1.
 
     Example:
-        >>> import numpy as np
         >>> source = read_d4rl({
         ...     "observations": np.zeros((5, 3)), "actions": np.zeros(5), "rewards": np.ones(5),
         ...     "terminals": np.arange(5) == 1, "timeouts": np.arange(5) == 4})

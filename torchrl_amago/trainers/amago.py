@@ -82,7 +82,6 @@ class AMAGOTrainer:
             join the next row.
 
     Example:
-        >>> import tempfile
         >>> from torchrl.objectives import SoftUpdate
         >>> from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, make_optimizer
         >>> from torchrl_amago import make_policy, make_trial_buffer, make_trial_env
@@ -92,10 +91,8 @@ class AMAGOTrainer:
         >>> rb = make_trial_buffer(1000, slice_length=18, batch_size=4, warn_short=False)
         >>> collector = TrialCollector(env, policy, frames_per_batch=8 * 18, replay_buffer=rb)
         >>> parts = (collector, loss, make_optimizer(loss), rb)
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     AMAGOTrainer(
-        ...         *parts, total_updates=4, updates_per_round=2, run_dir=folder,
-        ...         target_updater=SoftUpdate(loss, tau=0.003)).train()
+        >>> options = dict(total_updates=4, updates_per_round=2, run_dir="run")
+        >>> AMAGOTrainer(*parts, **options, target_updater=SoftUpdate(loss, tau=0.003)).train()
         'finished'
     """
 
@@ -353,7 +350,8 @@ class AMAGOTrainer:
             saving.check_no_existing_run(self.run_dir)
         metadata, own = saving.run_metadata(self), self.components.state_dict()
         state = self.checkpoints.load(checkpoint, own, metadata["settings"])
-        self.checkpoints.load_replay(checkpoint, self.online_buffer)
+        if (checkpoint / saving.REPLAY).exists():
+            self.online_buffer.loads(checkpoint / saving.REPLAY)
         self.components.load_state_dict(state)
         saved = files.read_manifest(checkpoint)["options"]
         for name, (old, new) in saving.differences(saved, metadata["options"]).items():

@@ -69,12 +69,10 @@ def make_trainer(
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Example:
-        >>> import tempfile
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(8,)), episodes=2)
         >>> policy = make_policy(env, context_length=18, seq_model_options={"d_model": 16})
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     make_trainer(env, policy, trial_length=18, total_updates=4, run_dir=folder).train()
+        >>> make_trainer(env, policy, trial_length=18, total_updates=4, run_dir="run").train()
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)

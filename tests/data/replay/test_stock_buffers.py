@@ -15,6 +15,7 @@ from torchrl.envs import InitTracker, TransformedEnv
 
 from tests.data.trials import make_trial, make_trials, rows, stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
+from tests.processes import fork_workers
 from torchrl_amago.data import (
     TrialCollector,
     TrialReplayBuffer,
@@ -140,8 +141,9 @@ def test_our_collector_fills_a_stock_buffer(storage):
 @pytest.mark.parametrize(
     ("storage", "sync"), [(LazyTensorStorage, True), (LazyMemmapStorage, False)]
 )
-def test_stock_collectors_in_two_processes(sync, storage):
+def test_stock_collectors_in_two_processes(sync, storage, monkeypatch):
     """The sampler sees what other processes write."""
+    fork_workers(monkeypatch)
     rb = make_buffer(storage(150, shared_init=True))
     rb.share()
     collector = MultiCollector(

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrl_amago.modules.trajectory.kernels import (
+from torchrl_amago.modules.trajectory.kernels.attention import (
     AttentionPattern,
     ScoreBias,
     ring_attention,

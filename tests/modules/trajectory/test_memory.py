@@ -27,6 +27,7 @@ from tests.modules.trajectory.helpers import (
     take_steps,
     whole_window,
 )
+from tests.processes import fork_workers
 from torchrl_amago.modules.trajectory import IdentityEncoder, TransformerEncoder
 
 
@@ -195,7 +196,7 @@ def test_serial_env_with_tracker_outside():
 @pytest.mark.slow
 def test_parallel_env():
     policy = make_policy()
-    workers = ParallelEnv(2, [partial(single_env, n) for n in (3, 5)])
+    workers = ParallelEnv(2, [partial(single_env, n) for n in (3, 5)], mp_start_method="forkserver")
     env = TransformedEnv(workers)
     try:
         assert_remembered(policy, rollout(env, policy))
@@ -216,7 +217,8 @@ def test_collector_over_several_batches():
 
 
 @pytest.mark.slow
-def test_multi_collector():
+def test_multi_collector(monkeypatch):
+    fork_workers(monkeypatch)
     policy = make_policy()
     collector = MultiCollector(
         [partial(batched_env, (3, 5, 8))], policy, frames_per_batch=18, total_frames=36, sync=True

@@ -5,10 +5,4 @@ from torchrl_amago.data.relabel.goal_sequence import GoalSequenceRelabel
 from torchrl_amago.data.relabel.goals import GoalRelabel, exact_match
 from torchrl_amago.data.relabel.hindsight import HindsightRelabel
 
-__all__ = [
-    "GoalRelabel",
-    "GoalSequenceRelabel",
-    "HindsightRelabel",
-    "Relabel",
-    "exact_match",
-]
+__all__ = ["GoalRelabel", "GoalSequenceRelabel", "HindsightRelabel", "Relabel", "exact_match"]

@@ -33,7 +33,7 @@ from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
 from torchrl_amago.data.replay._memory import ReusedMemory
-from torchrl_amago.data.replay._table import TrialTable
+from torchrl_amago.data.replay._table import TrialTable, fail
 from torchrl_amago.data.replay._trials import Trials
 
 Mode = Literal["create", "continue", "read"]
@@ -88,8 +88,6 @@ class TrialStorage(LazyMemmapStorage):
                 self._create({})
             self.table()
 
-    # -- files -----------------------------------------------------------------------------------
-
     def table(self) -> TrialTable:
         """Return the table of the trials that are there now."""
         file, inode = self._here / "table.bin", self._inode
@@ -122,7 +120,7 @@ class TrialStorage(LazyMemmapStorage):
         size, num_rows = file.stat().st_size if file.exists() else -1, 4 * self.max_size
         if size < used * entry.nbytes:
             state = "is missing" if size < 0 else f"has {size}"
-            _fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
+            fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
         if self.mode != "read":  # a new or a saved file is as long as its content
             os.truncate(file, max(size, num_rows * entry.nbytes))
         elif entry.nbytes:
@@ -168,8 +166,6 @@ class TrialStorage(LazyMemmapStorage):
                 with files.lock(queue, shared=shared):
                     held.enter_context(files.lock(self.path / "lock", shared=shared))
             yield
-
-    # -- writing ---------------------------------------------------------------------------------
 
     def write(self, steps: TensorDictBase, lengths: list[int]) -> np.ndarray:
         """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
@@ -225,8 +221,6 @@ class TrialStorage(LazyMemmapStorage):
             "batches with rb.append_transform."
         )
 
-    # -- reading ---------------------------------------------------------------------------------
-
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
         begin, entries = known = self.table().look()
@@ -274,8 +268,6 @@ class TrialStorage(LazyMemmapStorage):
     def __len__(self) -> int:
         return int(self.trials().length.sum())
 
-    # -- copies ----------------------------------------------------------------------------------
-
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""
         with self.lock():
@@ -283,7 +275,7 @@ class TrialStorage(LazyMemmapStorage):
             found = layout.checksums(self._storage, entries["first"], entries["length"] + 1)
             if changed := int((found != entries["values"]).sum()):
                 rows = self._here / "rows"
-                _fail(f"{rows} has changed since it was written, in {changed} trials")
+                fail(f"{rows} has changed since it was written, in {changed} trials")
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
@@ -321,10 +313,6 @@ class TrialStorage(LazyMemmapStorage):
                 "gone: temporary folders go with their owner. Make the buffer with path=."
             )
         self.__init__(**state)
-
-
-def _fail(problem: str) -> NoReturn:
-    raise files.DamagedError(f"{problem}. Use another copy of the folder, or load a checkpoint")
 
 
 def _num_rows(entries: np.ndarray) -> int:

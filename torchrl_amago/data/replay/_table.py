@@ -36,7 +36,7 @@ class TrialTable:
         self.file, self.capacity = file, capacity
         size, expected = file.exists() and file.stat().st_size, self.bytes_for(capacity + 1)
         if size != expected:
-            self._fail(f"must have {expected} bytes, it has {size}")
+            fail(f"{file} must have {expected} bytes, it has {size}")
         memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
         self._counters, self.ring = memory[:1].view("<u8")[:2], memory[1:]
         self._known = 0, np.empty(0, ENTRY)  # number of the oldest trial, and entries
@@ -81,7 +81,7 @@ class TrialTable:
             if is_intact and fits:
                 self._known = begin, entries
             elif begin == self.begin:  # else some were evicted between the two looks
-                self._fail("has trials that overlap" if is_intact else "has changed")
+                fail(f"{self.file} has {'trials that overlap' if is_intact else 'changed'}")
 
     def _read(self, begin: int, end: int) -> tuple[np.ndarray, bool]:
         """Return entries by their numbers, and whether they are as they were written."""
@@ -89,10 +89,8 @@ class TrialTable:
         entries = self.ring[numbers % (self.capacity + 1)]
         return entries, bool((_checks(numbers, entries) == entries["check"]).all())
 
-    # -- writing, by one process at a time -------------------------------------------------------
-
     def place(self, lengths: list[int]) -> tuple[np.ndarray, int]:
-        """Find rows for new trials: their entries, and the oldest trial that can stay."""
+        """Find rows for new trials, under the writers' lock: entries, and the oldest that stays."""
         (begin, old), new = self.look(), np.zeros(len(lengths), ENTRY)
         new["length"], new["stop"] = lengths, self.written + np.cumsum(lengths)
         last_K = np.cumsum(new["length"] + 1)
@@ -125,13 +123,13 @@ class TrialTable:
     def _decode(self, place: int) -> int:
         word = int(self._counters[place])
         if _encode(word >> 16, place) != word:
-            self._fail("has a counter that has changed")
+            fail(f"{self.file} has a counter that has changed")
         return word >> 16
 
-    def _fail(self, problem: str) -> NoReturn:
-        raise DamagedError(
-            f"{self.file} {problem}. Use another copy of the folder, or load a checkpoint"
-        )
+
+def fail(problem: str) -> NoReturn:
+    """Raise DamagedError."""
+    raise DamagedError(f"{problem}. Use another copy of the folder, or load a checkpoint")
 
 
 def _encode(number: int, place: int) -> int:

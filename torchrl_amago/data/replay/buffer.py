@@ -85,8 +85,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         self.relabel = transform
         return self
 
-    # -- writing ---------------------------------------------------------------------------------
-
     def extend(
         self,
         tensordicts: TensorDictBase,
@@ -124,8 +122,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             self.sampler._empty()
 
     set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
-
-    # -- reading ---------------------------------------------------------------------------------
 
     @property
     def num_trials(self) -> int:
@@ -180,8 +176,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         whole_BL = self._get(index_BL, names).select(*names).set(keys.MASK, step_L < length_B1)
         return self.relabel.relabel_trials(whole_BL, self._rng)
 
-    # -- priorities ------------------------------------------------------------------------------
-
     def update_priority(
         self, index: Tensor | TensorDictBase, priority: Tensor | None = None
     ) -> None:
@@ -205,8 +199,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         return self.update_priority(index["index"][:, 0], priority_B)
 
     update_tensordict_priority = update_priority
-
-    # -- saving ----------------------------------------------------------------------------------
 
     def dumps(self, path: str | Path) -> None:
         """Write trials, priorities and generator to a folder, without batches drawn ahead."""

@@ -124,8 +124,6 @@ class TrialSliceSampler(Sampler):
             self._found = trials_in(storage, self.whole, self.traj_key)
         return self._found
 
-    # -- draws -----------------------------------------------------------------------------------
-
     def draw(self, trials: Trials, batch_size: int) -> tuple[np.ndarray, Tensor | None]:
         """Draw trials with replacement: their positions and importance weights, ``[B]`` each."""
         count = len(trials.length)
@@ -197,8 +195,6 @@ class TrialSliceSampler(Sampler):
         inside_BT = torch.minimum(torch.maximum(step_BT, first_B1), stop_B1 - 1)
         return inside_BT, inside_BT == step_BT
 
-    # -- priorities ------------------------------------------------------------------------------
-
     def update_priority(
         self, index: Tensor, priority: Tensor, *, storage: Storage | None = None
     ) -> None:
@@ -219,8 +215,6 @@ class TrialSliceSampler(Sampler):
         _, position, known = np.intersect1d(trials.number, numbers, True, True)
         self._weights[position], self._running = largest[known] ** self.alpha, None
         self._largest = max(self._largest, float(largest[known].max(initial=0.0)))
-
-    # -- saving ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """Return priorities, as plain numbers and lists."""

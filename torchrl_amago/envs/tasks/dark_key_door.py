@@ -37,7 +37,6 @@ class DarkKeyDoor(GridTask):
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks import DarkKeyDoor
         >>> room = DarkKeyDoor(size=5, batch_size=[4], seed=0)
         >>> room.rollout(3, break_when_any_done=False)["observation"].shape
         torch.Size([4, 3, 2])

@@ -52,7 +52,6 @@ class TMaze(BatchedTask):
         shared: other arguments: see :class:`BatchedTask`.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks import TMaze
         >>> TMaze(corridor_length=2, batch_size=[4], seed=0).rollout(3)["observation"].shape
         torch.Size([4, 3, 3])
     """

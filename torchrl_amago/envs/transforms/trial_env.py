@@ -34,8 +34,6 @@ def make_trial_env(
         episodes, horizon, trial: length and other arguments of :class:`TrialTransform`.
 
     Examples:
-        >>> import gymnasium as gym
-        >>> from torchrl_amago.envs.transforms import make_trial_env
         >>> env = make_trial_env(gym.make("CartPole-v1"), episodes=5)
         >>> trial = env.rollout(1000)
         >>> int(trial["episode_idx"].max())

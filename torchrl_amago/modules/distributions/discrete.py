@@ -28,10 +28,7 @@ CLIP_LOW, CLIP_HIGH = 1e-3, 0.99
 
 
 def clip_probabilities(
-    probs: Tensor,
-    low: float = CLIP_LOW,
-    high: float = CLIP_HIGH,
-    forbidden: Tensor | None = None,
+    probs: Tensor, low: float = CLIP_LOW, high: float = CLIP_HIGH, forbidden: Tensor | None = None
 ) -> Tensor:
     """Clip probabilities (or a one-hot) ``[..., A]`` to ``[low, high]`` and renormalise them.
 

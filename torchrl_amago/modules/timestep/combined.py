@@ -253,8 +253,9 @@ def _embedding(
         if kind == "category" and sizes:
             return CategoryEmbedding(sizes, shape=spec.shape, **options)
         if kind == "grid" and (sizes or "sizes" in options):
-            cell = _cell_sizes(spec, sizes) if sizes else options.pop("sizes")
-            return GridEmbedding(spec.shape, cell, **options)
+            if "sizes" not in options:  # of each category, the largest of all cells
+                options["sizes"] = torch.tensor(sizes).reshape(-1, spec.shape[-1]).amax(0).tolist()
+            return GridEmbedding(spec.shape, **options)
         if kind == "tokens" and sizes:
             return TokenEmbedding(spec.shape[0], max(sizes), **options)
         if kind == "goals":
@@ -266,11 +267,6 @@ def _embedding(
         f"tokens [L] need a spec of categories, grids [H, W, C] that or sizes, goals the shape "
         f"[L, N], vectors no options. {got}"
     )
-
-
-def _cell_sizes(spec: TensorSpec, sizes: list[int]) -> list[int]:
-    """Return the number of values of each category of a cell, the largest of all cells."""
-    return torch.tensor(sizes).reshape(-1, spec.shape[-1]).amax(0).tolist()
 
 
 def _sizes(spec: TensorSpec) -> list[int] | None:

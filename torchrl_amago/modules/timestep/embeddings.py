@@ -14,7 +14,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor, nn
 
-from torchrl_amago._masking import is_traced
+from torchrl_amago._cpu import is_traced
 from torchrl_amago.modules._layers import make_activation
 from torchrl_amago.modules._settings import Configurable
 

@@ -118,8 +118,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         self._streams = StreamTable(max_streams)
         self._use_eager()
 
-    # --- the functions that an encoder implements ---
-
     @abc.abstractmethod
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
         """Encode whole sequences into states `[N, T, D]`, with gradient.
@@ -144,8 +142,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
 
     def check_mask(self, mask: Tensor) -> None:
         """Raise for masks of sequences ``[*B, T, 1]`` that the encoder can't honour."""
-
-    # --- one call ---
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
@@ -251,14 +247,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
             )
         return value
 
-    # --- the memory of rollouts ---
-
     def memory_of(self, tensordict: TensorDictBase) -> Memory:
-        """Return this encoder's memory of the rollout that the tensordict belongs to.
-
-        Raises:
-            KeyError: if there is none.
-        """
+        """Return this encoder's memory of a tensordict's rollout; KeyError if there is none."""
         stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream)
         if memory is None:
@@ -313,8 +303,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
             dtype = torch.get_autocast_dtype(x.device.type)
         memory = self.new_memory(num_rows, x.device, dtype)
         return self._streams.add(memory), memory
-
-    # --- compilation ---
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile :meth:`sequence` and :meth:`step` in place; copies run eagerly."""

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._layers import MLP, RMSNorm, StreamEmbedding, at_least_float32, make_norm
-from torchrl_amago.modules.trajectory import kernels
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_heads, check_sizes
+from torchrl_amago.modules.trajectory.kernels import gated_scan as kernels
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Steps over which heads forget at initialisation, from the last head to the first. A memory that no

@@ -18,7 +18,7 @@ from torchrl_amago._cpu import is_traced
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._layers import StreamEmbedding, at_least_float32, make_norm
 from torchrl_amago.modules.trajectory.base import TrajectoryEncoder, check_sizes
-from torchrl_amago.modules.trajectory.kernels import selective_scan, selective_step
+from torchrl_amago.modules.trajectory.kernels.mamba_scan import selective_scan, selective_step
 from torchrl_amago.modules.trajectory.memory import StateMemory
 
 # Step sizes at initialisation, log-uniform (arXiv 2312.00752, section 3.6). With rates of 1 to 16,

@@ -72,7 +72,6 @@ class LakePlanner:
         ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks.frozen_lake import LakePlanner
         >>> planner = LakePlanner(size=2, episodes=2)
         >>> [round(p, 4) for p in planner.optimum().success_by_episode]
         [0.8333, 1.0]
@@ -179,7 +178,6 @@ def bayes_optimal_success(
     Arguments: see :class:`LakePlanner`.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks import bayes_optimal_success
         >>> optimum = bayes_optimal_success(size=3, episodes=5, max_episode_steps=9)
         >>> round(optimum.expected_return, 2), round(optimum.success_by_episode[0], 3)
         (4.5, 0.576)

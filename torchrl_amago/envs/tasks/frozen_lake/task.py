@@ -54,7 +54,6 @@ class MetaFrozenLake(GridTask):
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks import MetaFrozenLake
         >>> env = MetaFrozenLake(size=3, batch_size=[4], seed=0)
         >>> env.rollout(3, break_when_any_done=False)["observation"].shape
         torch.Size([4, 3, 2])

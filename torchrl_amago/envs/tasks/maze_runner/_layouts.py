@@ -25,16 +25,6 @@ def random_mazes(num: int, size: int, generator: torch.Generator | None = None) 
     Returns bool ``[num, size, size]``, True at walls. ``size`` is odd and at least 7. The lower
     part is the same in all mazes, a lobby: a passage from side to side, and below it an alley
     between two rooms, where the agent starts.
-
-    Examples:
-        >>> maze = random_mazes(1, 7, torch.Generator().manual_seed(0))[0]
-        >>> for row in maze[2:].tolist():
-        ...     print("".join(" #"[is_wall] for is_wall in row))
-        #     #
-        # # # #
-        # # # #
-        # # # #
-        #######
     """
     wall = _grown_walls(num, size, generator)
     middle = size // 2

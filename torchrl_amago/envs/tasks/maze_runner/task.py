@@ -57,7 +57,6 @@ class MazeRunner(GridTask):
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
-        >>> from torchrl_amago.envs.tasks import MazeRunner
         >>> maze = MazeRunner(size=7, num_goals=2, batch_size=[4], seed=0)
         >>> steps = maze.rollout(3, break_when_any_done=False)
         >>> steps["observation"].shape, steps["goals"].shape, steps["achieved"].shape

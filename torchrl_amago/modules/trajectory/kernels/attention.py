@@ -30,10 +30,6 @@ class AttentionPattern:
             sinks (arXiv 2309.17453). By position: a slice that starts later has none.
         sink_bias: added to scores of sinks.
         logit_clip: scores are clamped to plus and minus this, before the softmax.
-
-    Example:
-        >>> AttentionPattern(window=256, num_sinks=4)
-        AttentionPattern(window=256, num_sinks=4, sink_bias=0.0, logit_clip=None)
     """
 
     window: int | None = None
@@ -131,7 +127,7 @@ def window_attention(
     is_init_BT: Tensor | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attend from every step to the steps of its trial that the pattern shows.
+    """Attend from every step to those of its trial that the pattern shows: `[B, H, T, D]`.
 
     With a sliding window, time and memory grow linearly with T. All T x T scores are held at once
     only for sinks in rows with several trials, and under `torch.compile`, which unrolls loops, for
@@ -143,15 +139,6 @@ def window_attention(
         positions_BT: steps since the trial began; needed for sinks.
         is_init_BT: bool, True at the first step of a trial; None if rows hold one trial each.
         dropout: probability of zeroing an attention weight.
-
-    Returns:
-        `[B, H, T, D]`.
-
-    Example:
-        >>> q, k, v = torch.randn(3, 2, 1, 5, 4)
-        >>> out = window_attention(q, k, v, AttentionPattern(window=1))
-        >>> torch.allclose(out, v)
-        True
     """
     qkv = (q_BHTD, k_BHTD, v_BHTD)
     num_steps, window = q_BHTD.shape[2], pattern.window

@@ -35,20 +35,12 @@ def gated_linear_attention(
         S[t] = decay[t] S[t-1] + k[t] v[t]^T,    out[t] = S[t]^T q[t]
 
     One decay per head and step; `S[-1] = 0`, and `S[t-1]` counts as zero where `is_init[t]`. Time
-    and memory are linear in T. Differentiable once.
+    and memory are linear in T. Differentiable once. Returns `[B, T, H, V]`.
 
     Args:
         q_BTHK: queries; then keys and values, all in the dtype of the matrix products.
         log_decay_BTH: logarithm of the decay, at most 0, in the dtype of the state and the output.
         is_init_BT: bool, True at first steps of trials; None if none starts within a row.
-
-    Returns:
-        `[B, T, H, V]`.
-
-    Example:
-        >>> one = torch.ones(1, 3, 1, 1)
-        >>> gated_linear_attention(one, one, one, torch.full((1, 3, 1), 0.5).log()).flatten()
-        tensor([1.0000, 1.5000, 1.7500])
     """
     return _attend(q_BTHK, k_BTHK, v_BTHV, log_decay_BTH, is_init_BT)[0]
 

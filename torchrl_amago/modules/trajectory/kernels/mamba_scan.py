@@ -32,21 +32,13 @@ def selective_scan(
         h[t] = exp(delta[t] rate) h[t-1] + delta[t] x[t] write[t],    y[t] = read[t] . h[t]
 
     Every channel has N states; `h[-1] = 0`, and `h[t-1]` counts as zero where `is_init[t]`. Time
-    and memory are linear in T. Differentiable once.
+    and memory are linear in T. Differentiable once. Returns `[B, T, E]`.
 
     Args:
         x_BTE: input of every channel, in the dtype of all tensors.
         delta_BTE: step sizes, positive.
         rate_EN: the paper's A, negative; `write_BTN` and `read_BTN` are its B and C.
         is_init_BT: bool, True at first steps of trials; None if none starts within a row.
-
-    Returns:
-        `[B, T, E]`.
-
-    Example:
-        >>> one = torch.ones(1, 3, 1)
-        >>> selective_scan(one, one, torch.tensor([[-0.6931]]), one, one).flatten()
-        tensor([1.0000, 1.5000, 1.7500])
     """
     return _scan(x_BTE, delta_BTE, rate_EN, write_BTN, read_BTN, is_init_BT)[0]
 

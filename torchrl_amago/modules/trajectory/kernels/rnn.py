@@ -31,23 +31,13 @@ def recurrence(
     """Run one recurrent layer over every trial in every row, each from an empty state.
 
     Computed in the weights' precision also under autocast: a state rounded at every step drifts.
+    Returns `[T, N, H]`.
 
     Args:
         cell: `gru` or `lstm`.
         x_TNI: inputs.
         is_init_TN: bool, True at first steps of trials; None if every row is a part of one trial.
         weights: in the order of a `torch.nn.GRU`'s parameters.
-
-    Returns:
-        Outputs `[T, N, H]`.
-
-    Example:
-        >>> rnn = torch.nn.GRU(3, 4)
-        >>> x, is_init = torch.randn(6, 2, 3), torch.zeros(6, 2, dtype=torch.bool)
-        >>> is_init[4] = True
-        >>> out = recurrence("gru", x, is_init, list(rnn.parameters()))
-        >>> torch.allclose(out[4:], rnn(x[4:])[0], atol=1e-6)
-        True
     """
     x_TNI = x_TNI.to(weights[0].dtype)
     has_kernels = cell == "lstm" or x_TNI.is_cuda  # oneDNN's or cuDNN's, backwards too

@@ -32,11 +32,7 @@ class Memory(abc.ABC):
         return {name: tensor.detach().clone() for name, tensor in self.tensors().items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Copy the tensors of a :meth:`state_dict` into this memory's own.
-
-        Raises:
-            ValueError: if names, shapes or dtypes differ.
-        """
+        """Copy in the tensors of a :meth:`state_dict`; ValueError for other names or shapes."""
         found, expected = _describe(state), _describe(self.tensors())
         if found != expected:
             raise ValueError(
