@@ -1,4 +1,4 @@
-"""What codecs of numbers on a moving scale share."""
+"""Base of codecs of numbers on a moving scale."""
 
 from __future__ import annotations
 

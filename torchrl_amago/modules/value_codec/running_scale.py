@@ -32,7 +32,7 @@ class RunningScale(ScaledCodec):
         >>> codec = RunningScale(num_discounts=1)
         >>> codec.update(torch.tensor([[4.0], [6.0]]), torch.ones(2, 1, dtype=torch.bool))
         >>> codec.decode(torch.tensor([2.0]))
-        tensor([7.])
+        tensor([7.0000])
     """
 
     MIN_VARIANCE, MAX_VARIANCE = 1e-8, 1e12
