@@ -7,15 +7,15 @@
     python examples/03_popgym.py --debug                          # a test of the setup
 
 A trial is one episode: in POPGym the cards themselves must be remembered. With several ids, each
-trial is at one of them, observations are padded, and actions that it lacks are masked. The run's
-folder gets `progress.csv`, curves, `evaluation.npz`, weights and checkpoints.
+trial is at one of them, observations are padded, and actions that a task lacks are masked. The
+run's folder gets `progress.csv`, curves, `evaluation.npz`, weights and checkpoints.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 from common import command_line
@@ -48,7 +48,7 @@ class Args(DomainArgs):
     multi_domain: bool = False
     """Train on eight tasks at once, in place of env_ids."""
     show_domain: bool = False
-    """Tell the policy which of several tasks it plays."""
+    """Show the policy which of several tasks it plays."""
 
     # Other defaults of common fields.
     run_dir: Path = Path("runs/popgym")
@@ -57,7 +57,7 @@ class Args(DomainArgs):
     context_length: int = 110
     round_steps: int = 52
     num_envs: int = 16
-    timestep_encoder: str = "combined"
+    timestep_encoder: Literal["combined"] = "combined"
     total_updates: int = 1000
     anneal_frames: int = 50_000
     capacity: int = 200_000

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
@@ -45,7 +45,7 @@ class Args(DomainArgs):
     max_episode_steps: int = 2000
     context_length: int = 64
     round_steps: int = 64
-    timestep_encoder: str = "combined"
+    timestep_encoder: Literal["combined"] = "combined"
     num_envs: int = 8
     batch_size: int = 16
     d_model: int = 128

@@ -43,7 +43,7 @@ class Args(DomainArgs):
     max_episode_steps: int = 500
     context_length: int = 128
     round_steps: int = 64
-    timestep_encoder: str = "combined"
+    timestep_encoder: Literal["combined"] = "combined"
     num_envs: int = 20
     batch_size: int = 16
     d_model: int = 128

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common import command_line
 from domain import DomainArgs, train
@@ -39,7 +39,7 @@ class Args(DomainArgs):
     episodes: int = 1
     max_episode_steps: int = 64
     round_steps: int = 32
-    timestep_encoder: str = "combined"
+    timestep_encoder: Literal["combined"] = "combined"
     n_step: int = 3
     num_envs: int = 16
     total_updates: int = 2000

@@ -44,7 +44,7 @@ class Args(DomainArgs):
     max_episode_steps: int = 200
     context_length: int = 64
     round_steps: int = 50
-    timestep_encoder: str = "combined"
+    timestep_encoder: Literal["combined"] = "combined"
     num_envs: int = 8
     d_model: int = 128
     total_updates: int = 10_000

@@ -34,7 +34,7 @@ class DomainArgs(TrainingArgs):
     discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
-    """Factor of rewards in the loss; amago finds their scale by itself."""
+    """Factor of rewards in the loss; amago finds their scale by itself, amago2 doesn't."""
     n_step: int = 1
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
@@ -82,7 +82,7 @@ def train(
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
         exploration=dict(anneal_frames=args.anneal_frames, horizon=args.trial_length),
-        # Relative, since it doesn't matter how long a trial has lasted.
+        # Relative positions: how long a trial has lasted mostly doesn't matter.
         **{**args.policy_options(positions="rotary"), **policy_options},
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))

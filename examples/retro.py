@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from common import command_line
 from domain import DomainArgs, train
@@ -41,7 +41,7 @@ class Args(DomainArgs):
     loss: str = "amago2"
     max_episode_steps: int = 500
     round_steps: int = 64
-    timestep_encoder: str = "combined"
+    timestep_encoder: Literal["combined"] = "combined"
     num_envs: int = 4
     batch_size: int = 16
     d_model: int = 128
