@@ -18,7 +18,6 @@ from torchrl_amago.progress import read_progress
 TASKS = {
     "repeat": ("POPGym RepeatPreviousEasy", 1.0),
     "memory_chain": ("gymnax MemoryChain", 1.0),
-    "cart_pole": ("gymnax CartPole", 500.0),
     "babyai": ("BabyAI GoToRedBallNoDists", 0.93),
 }
 
