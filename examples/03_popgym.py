@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import gymnasium as gym
 from common import command_line
@@ -62,6 +62,8 @@ class Args(DomainArgs):
     anneal_frames: int = 50_000
     capacity: int = 200_000
     eval_trials: int = 128
+
+    draws: ClassVar[bool] = False
 
     def make_one(self, name: str, **options: Any) -> gym.Env:
         try:

@@ -14,11 +14,11 @@ from matplotlib.ticker import EngFormatter
 
 from torchrl_amago.progress import read_progress
 
-# Folder of the runs: title, and the return that is best or nearly so.
+# Folder of the runs: title, the return of chance, and one that is best or nearly so.
 TASKS = {
-    "repeat": ("POPGym RepeatPreviousEasy", 1.0),
-    "memory_chain": ("gymnax MemoryChain", 1.0),
-    "babyai": ("BabyAI GoToRedBallNoDists", 0.93),
+    "repeat": ("POPGym RepeatPreviousEasy", -0.5, 1.0),
+    "memory_chain": ("gymnax MemoryChain", 0.0, 1.0),
+    "babyai": ("BabyAI GoToRedBallNoDists", 0.0, 0.93),
 }
 
 
@@ -26,7 +26,7 @@ def draw(runs: Path) -> None:
     """Draw greedy returns of held-out trials over steps of the environment."""
     figure = Figure(figsize=(3.1 * len(TASKS), 2.7), layout="constrained")
     axes = figure.subplots(1, len(TASKS))
-    for ax, (name, (title, best)) in zip(axes, TASKS.items(), strict=True):
+    for ax, (name, (title, chance, best)) in zip(axes, TASKS.items(), strict=True):
         for folder in sorted(runs.glob(f"{name}_*")):
             rows = read_progress(folder)
             points = [
@@ -36,6 +36,7 @@ def draw(runs: Path) -> None:
             ]
             ax.plot(*zip(*points, strict=True), label=f"seed {folder.name.rpartition('_')[2]}")
         ax.axhline(best, color="grey", linestyle="--", linewidth=1)
+        ax.set_ylim(chance - 0.1, best + 0.1)
         ax.set(title=title, xlabel="steps")
         ax.xaxis.set_major_formatter(EngFormatter())
         ax.spines[["top", "right"]].set_visible(False)
