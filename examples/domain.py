@@ -82,10 +82,10 @@ def train(
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
         exploration=dict(anneal_frames=args.anneal_frames, horizon=args.trial_length),
-        # Relative positions: how long a trial has lasted mostly doesn't matter.
         **{**args.policy_options(positions="rotary"), **policy_options},
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
+    rewards = dict(reward_scale=args.reward_scale, n_step=args.n_step)
     trainer = make_trainer(
         env,
         policy,
@@ -93,9 +93,7 @@ def train(
         slice_length=context_length,
         round_steps=min(args.round_steps, args.trial_length),
         buffer_options=dict(relabel=relabel),
-        loss_options=args.loss_options(
-            len(args.discounts), reward_scale=args.reward_scale, n_step=args.n_step
-        ),
+        loss_options=args.loss_options(len(args.discounts), **rewards),
         clip_each=True,
         **args.trainer_options(held_out),
     )

@@ -7,8 +7,7 @@
 The behaviour policy, all of it: at every step, with the probability NOISE[quality], the action is
 drawn uniformly from the action space; otherwise a controller chooses it. On the pendulum that
 swings up by pumping energy, and balances near the top by a linear feedback; on the cart it pushes
-to the side to which the pole falls. Datasets land in $MINARI_DATASETS_PATH, by default
-~/.minari/datasets.
+to the side to which the pole falls. Datasets land in $MINARI_DATASETS_PATH or ~/.minari/datasets.
 """
 
 from __future__ import annotations
@@ -111,11 +110,9 @@ def make_dataset(args: Args) -> minari.MinariDataset:
         code_permalink="examples/make_minari_dataset.py",
         description=__doc__,
     )
-    returns = [sum(episode.rewards) for episode in episodes]
-    print(
-        f"{dataset.id}: {dataset.total_episodes} episodes of {dataset.total_steps} steps, "
-        f"mean return {np.mean(returns):.1f}"
-    )
+    size = f"{dataset.total_episodes} episodes of {dataset.total_steps} steps"
+    mean_return = np.mean([sum(episode.rewards) for episode in episodes])
+    print(f"{dataset.id}: {size}, mean return {mean_return:.1f}")
     return dataset
 
 
