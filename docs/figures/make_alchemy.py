@@ -1,0 +1,51 @@
+"""Draw alchemy.png: learning and adaptation with memory and without it, three seeds each.
+
+Run `examples/06_alchemy.py` into runs/gru_SEED and, with `--seq-model feedforward`, into
+runs/feedforward_SEED; then `python docs/figures/make_alchemy.py runs`.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve
+
+AGENTS = {"GRU": "gru", "without memory": "feedforward"}
+
+
+def draw(runs: Path) -> None:
+    """Draw both panels from the folders of all runs."""
+    folders = {name: sorted(runs.glob(f"{prefix}_*[0-9]")) for name, prefix in AGENTS.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        curve, adaptation = Path(scratch) / "curve.png", Path(scratch) / "adaptation.png"
+        plot_learning_curve(
+            {
+                name: [folder / "progress.csv" for folder in seeds]
+                for name, seeds in folders.items()
+            },
+            curve,
+            panels={"return per trial": {"eval/trial_return": "evaluation"}},
+        )
+        results = {
+            name: [TrialResults.load(folder / "evaluation.npz") for folder in seeds]
+            for name, seeds in folders.items()
+        }
+        plot_adaptation_curve(results, adaptation, measure="return")
+        pictures = [imread(curve), imread(adaptation)]
+    widths = [picture.shape[1] / picture.shape[0] for picture in pictures]
+    figure = Figure(figsize=(3.4 * sum(widths), 3.4), layout="constrained")
+    axes = figure.subplots(1, 2, width_ratios=widths)
+    for ax, picture in zip(axes, pictures, strict=True):
+        ax.imshow(picture, interpolation="lanczos")
+        ax.set_axis_off()
+    figure.savefig(Path(__file__).parent / "alchemy.png", dpi=120)
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))
