@@ -19,7 +19,8 @@ class RunningScale(ScaledCodec):
     means another value then, unlike :class:`PopArt`'s. So an optimizer whose steps don't depend
     on the gradient's scale, as Adam's, moves values by the same part of their deviation whether
     rewards are hundredths or hundreds. Under PopArt it moves them by the same part of
-    ``sqrt(initial_nu)``.
+    ``sqrt(initial_nu)``. Values may grow without end if discounts are near 1 and targets have one
+    step, since the scale that they widen widens them in turn.
 
     Args:
         num_discounts: G, size of the predictions' last dimension.
