@@ -10,8 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from matplotlib.figure import Figure
-from matplotlib.image import imread
+from make_hero import save_side_by_side
 
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve
@@ -37,14 +36,8 @@ def draw(runs: Path) -> None:
             for name, seeds in folders.items()
         }
         plot_adaptation_curve(results, adaptation, measure="return")
-        pictures = [imread(curve), imread(adaptation)]
-    widths = [picture.shape[1] / picture.shape[0] for picture in pictures]
-    figure = Figure(figsize=(3.4 * sum(widths), 3.4), layout="constrained")
-    axes = figure.subplots(1, 2, width_ratios=widths)
-    for ax, picture in zip(axes, pictures, strict=True):
-        ax.imshow(picture, interpolation="lanczos")
-        ax.set_axis_off()
-    figure.savefig(Path(__file__).parent / "alchemy.png", dpi=120)
+        target = Path(__file__).parent / "alchemy.png"
+        save_side_by_side([curve, adaptation], target, height=3.4)
 
 
 if __name__ == "__main__":

@@ -34,14 +34,19 @@ def draw(memory: Path, no_memory: Path) -> None:
             reference_label="exact optimum",
             title="Success by episode at an unknown lake",
         )
-        pictures = [imread(memory / "trial.png"), imread(curve)]
+        save_side_by_side([memory / "trial.png", curve], HERO, height=5.2)
+
+
+def save_side_by_side(files: list[Path], path: Path, height: float) -> None:
+    """Join pictures of one height in inches."""
+    pictures = [imread(file) for file in files]
     widths = [picture.shape[1] / picture.shape[0] for picture in pictures]
-    figure = Figure(figsize=(5.2 * sum(widths), 5.2), layout="constrained")
+    figure = Figure(figsize=(height * sum(widths), height), layout="constrained")
     axes = figure.subplots(1, 2, width_ratios=widths)
     for ax, picture in zip(axes, pictures, strict=True):
         ax.imshow(picture, interpolation="lanczos")
         ax.set_axis_off()
-    figure.savefig(HERO, dpi=120)
+    figure.savefig(path, dpi=120)
 
 
 if __name__ == "__main__":

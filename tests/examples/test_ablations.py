@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from tests.processes import forked
-from tests.scripts import run_script
+from tests.scripts import import_script, run_script
 from torchrl_amago import HLGauss, PopArt, TwoHot
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.modules import DISCOUNTS, FeedForwardEncoder, TransformerEncoder
@@ -57,12 +56,7 @@ CHANGES = {
 @pytest.fixture
 def ablations(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
-    spec = importlib.util.spec_from_file_location("ablations", EXAMPLES / "ablations.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look up their annotations in the module they were defined in.
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(EXAMPLES / "ablations.py", monkeypatch)
 
 
 def write_run(folder: Path, returns: list[float], updates: int, seconds: float) -> None:

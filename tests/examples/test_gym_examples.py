@@ -3,46 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
-import matplotlib
 import numpy as np
 import pytest
 import torch
 
-from tests.scripts import run_script
+from tests.scripts import import_script, run_script, start_script
 from torchrl_amago.trainers import read_progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *flags],
-        cwd=folder,
-        env={
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
-            "HOME": str(folder),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture
 def basic_gym(monkeypatch):
-    spec = importlib.util.spec_from_file_location("basic_gym", EXAMPLES / "01_basic_gym.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return import_script(EXAMPLES / "01_basic_gym.py", monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +43,7 @@ def test_debug_run(name, flags, tmp_path, monkeypatch):
         monkeypatch.setattr("common.keep_freed_memory", lambda: None)
         done = run_script(EXAMPLES / f"{name}.py", *command)
     else:
-        done = run_example(name, *command, folder=tmp_path)
+        done = start_script(EXAMPLES / f"{name}.py", *command, folder=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "On 16 held-out trials: greedy trial_return" in done.stdout
     progress = read_progress(tmp_path / "run")

@@ -2,36 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import pytest
 
-from tests.scripts import run_script
+from tests.scripts import run_script, start_script
 from torchrl_amago.trainers import read_progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, EXAMPLES / f"{name}.py", *flags],
-        cwd=folder,
-        env={
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
-            "HOME": str(folder),
-            "SDL_AUDIODRIVER": "dummy",
-            "SDL_VIDEODRIVER": "dummy",
-        },
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.mark.slow
@@ -46,9 +26,10 @@ def run_example(name: str, *flags: str, folder: Path) -> subprocess.CompletedPro
 )  # fmt: skip
 def test_debug_run(name, package, flags, tmp_path):
     pytest.importorskip(package, reason='pip install "torchrl-amago[jax]"')
-    done = run_example(
-        name, "--debug", "--threads", "1", *flags, "--run-dir", "run", folder=tmp_path
-    )
+    command = ["--debug", "--threads", "1", *flags, "--run-dir", "run"]
+    drivers = {"SDL_AUDIODRIVER": "dummy", "SDL_VIDEODRIVER": "dummy"}
+    script = EXAMPLES / f"{name}.py"
+    done = start_script(script, *command, folder=tmp_path, timeout=600, **drivers)
     assert done.returncode == 0, done.stderr
     assert "On 16 held-out trials: greedy" in done.stdout
     progress = read_progress(tmp_path / "run")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.scripts import import_script
 from torchrl_amago import make_policy
 from torchrl_amago.modules import SEQ_MODELS
 
@@ -146,13 +145,7 @@ def example(request, monkeypatch, tmp_path):
     if request.param in NEEDS:
         pytest.importorskip(NEEDS[request.param])
     monkeypatch.chdir(tmp_path)  # MuJoCo writes its warnings where it runs
-    spec = importlib.util.spec_from_file_location(
-        f"example_{request.param}", EXAMPLES / f"{request.param}.py"
-    )
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look up their annotations in the module they were defined in.
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = import_script(EXAMPLES / f"{request.param}.py", monkeypatch)
     module.short = SHORT[request.param]
     module.other = OTHER[request.param]
     module.task = TASK[request.param]

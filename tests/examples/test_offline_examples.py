@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium
-import matplotlib
 import numpy as np
 import pytest
 
+from tests.scripts import import_script, start_script
 from torchrl_amago.trainers import read_progress
 
 minari = pytest.importorskip("minari")
@@ -27,47 +24,22 @@ def datasets(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
-def load_example(name, monkeypatch):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look up their annotations in the module they were defined in.
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def making(monkeypatch):
-    return load_example("make_minari_dataset", monkeypatch)
+    return import_script(EXAMPLES / "make_minari_dataset.py", monkeypatch)
 
 
 @pytest.fixture
 def example(making, monkeypatch):
-    return load_example("14_offline_to_online", monkeypatch)
+    return import_script(EXAMPLES / "14_offline_to_online.py", monkeypatch)
 
 
 def test_debug_run(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            EXAMPLES / "14_offline_to_online.py",
-            "--debug",
-            "--threads",
-            "1",
-            "--run-dir",
-            "run",
-        ],
-        cwd=tmp_path,
-        env={
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(EXAMPLES.parent),
-            "MPLCONFIGDIR": matplotlib.get_cachedir(),  # else it looks for all fonts anew
-            "MINARI_DATASETS_PATH": os.environ["MINARI_DATASETS_PATH"],
-            "HOME": str(tmp_path),
-        },
-        capture_output=True,
-        text=True,
-        timeout=300,
+    done = start_script(
+        EXAMPLES / "14_offline_to_online.py",
+        *("--debug", "--threads", "1", "--run-dir", "run"),
+        folder=tmp_path,
+        MINARI_DATASETS_PATH=os.environ["MINARI_DATASETS_PATH"],
     )
     assert done.returncode == 0, done.stderr
     assert "pendulum/weak-10-v0: 10 trials of 2000 steps, mean return -" in done.stdout

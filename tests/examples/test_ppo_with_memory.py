@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
-import sys
 from pathlib import Path
 
 import ppo_parts
@@ -15,6 +13,7 @@ from torchrl.collectors import Collector
 from torchrl.modules import set_recurrent_mode
 from torchrl.objectives.value import GAE
 
+from tests.scripts import import_script
 from torchrl_amago import MetaFrozenLake, make_trial_env
 from torchrl_amago.trainers import read_progress
 
@@ -24,13 +23,8 @@ GAMMA, LAMBDA = 0.9, 0.8
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("ppo_with_memory", PATH)
-    module = importlib.util.module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        # Dataclasses look up their annotations in the module they were defined in.
-        patch.setitem(sys.modules, spec.name, module)
-        spec.loader.exec_module(module)
-        yield module
+        yield import_script(PATH, patch)
 
 
 def collect(example, seq_model: str):

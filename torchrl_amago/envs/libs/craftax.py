@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torchrl_amago.envs.libs._jax_rows import Tree
-from torchrl_amago.envs.libs._jax_spaces import action_spec, observation_spec
+from torchrl_amago.envs.libs.gymnax import gymnax_rows
 from torchrl_amago.envs.libs.jax_env import JaxEnv, import_extra
 
 
@@ -42,27 +42,14 @@ def craftax_env(
         >>> make_trial_env(env, episodes=2).rollout(10)["observation"].shape  # doctest: +SKIP
         torch.Size([64, 10, 1345])
     """
-    jax, craftax = import_extra("jax"), import_extra("craftax.craftax_env")
+    craftax = import_extra("craftax.craftax_env")
     env = craftax.make_craftax_env_from_name(env_id, auto_reset=False)
     env_params = env.default_params.replace(**(params or {}))
-
-    def reset(key: Tree, task: Tree) -> tuple[Tree, Tree]:
-        return env.reset_env(task, env_params)
 
     def step(key: Tree, state: Tree, action: Tree, task: Tree) -> tuple:
         seen, state, reward, is_over, _ = env.step_env(key, state, action, env_params)
         truncated = state.timestep >= env_params.max_timesteps
         return seen, state, reward, is_over & ~truncated, truncated
 
-    example = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)[0]
-    rows = JaxEnv(
-        reset,
-        step,
-        action_spec=action_spec(env.action_space(env_params)),
-        observation_spec=observation_spec(env.observation_space(env_params), example),
-        num_envs=num_envs,
-        rows_per_reset=min(rows_per_reset, num_envs),
-        **options,
-    )
-    rows.max_episode_steps = env_params.max_timesteps
-    return rows
+    options |= {"num_envs": num_envs, "rows_per_reset": min(rows_per_reset, num_envs)}
+    return gymnax_rows(env, env_params, step, env_params.max_timesteps, **options)

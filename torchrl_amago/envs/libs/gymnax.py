@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.error import URLError
 
@@ -65,7 +65,7 @@ def gymnax_env(
         >>> make_trial_env(env, episodes=2).rollout(10)["observation"].shape  # doctest: +SKIP
         torch.Size([64, 10, 4])
     """
-    gymnax, jax = import_extra("gymnax"), import_extra("jax")
+    gymnax = import_extra("gymnax")
     if env_id not in gymnax.registered_envs:
         known = ", ".join(gymnax.registered_envs)
         raise ValueError(f"env_id must be one of gymnax.registered_envs, got {env_id!r}: {known}.")
@@ -74,9 +74,6 @@ def gymnax_env(
     except URLError as error:
         raise OSError(f"{env_id} must download its data, which failed: {error}.") from error
     env_params = env_params.replace(**(params or {}))
-
-    def reset(key: Tree, task: Tree) -> tuple[Tree, Tree]:
-        return env.reset_env(task, env_params)
 
     # Not gymnax's own step, which resets at once.
     def step(key: Tree, state: Tree, action: Tree, task: Tree) -> tuple:
@@ -90,17 +87,35 @@ def gymnax_env(
             return vis_gym.render_gym_frame(env.name, state, env_params)
         return draw_observation(np.asarray(env.observe(task, state, None, env_params)))
 
+    limit = int(env_params.max_steps_in_episode)
+    return gymnax_rows(env, env_params, step, limit, num_envs=num_envs, render=render, **options)
+
+
+def gymnax_rows(
+    env: Any, env_params: Any, step: Callable, max_episode_steps: int, **options: Any
+) -> JaxEnv:
+    """Make rows of an environment with gymnax's interface, whose task is the key of its reset.
+
+    Args:
+        env, env_params: the environment and its parameters.
+        step: see :class:`JaxEnv`.
+        max_episode_steps: the time limit, an attribute of the rows.
+        options: further arguments of :class:`JaxEnv`.
+    """
+    jax = import_extra("jax")
+
+    def reset(key: Tree, task: Tree) -> tuple[Tree, Tree]:
+        return env.reset_env(task, env_params)
+
     example = jax.eval_shape(env.reset_env, jax.random.PRNGKey(0), env_params)[0]
     rows = JaxEnv(
         reset,
         step,
         action_spec=action_spec(env.action_space(env_params)),
         observation_spec=observation_spec(env.observation_space(env_params), example),
-        num_envs=num_envs,
-        render=render,
         **options,
     )
-    rows.max_episode_steps = int(env_params.max_steps_in_episode)
+    rows.max_episode_steps = max_episode_steps
     return rows
 
 

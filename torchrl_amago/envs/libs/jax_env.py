@@ -15,6 +15,7 @@ from torchrl.data import TensorSpec
 from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs._reset_request import read_reset_request
 from torchrl_amago.envs.libs._jax_rows import JaxRows, Tree
 from torchrl_amago.envs.libs._jax_spaces import env_specs
 
@@ -113,13 +114,7 @@ class JaxEnv(EnvBase):
         repeat_task: bool | Tensor | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
-        selected = None
-        if tensordict is not None:
-            selected = tensordict.get("_reset", None)
-            if repeat_task is None:
-                repeat_task = tensordict.get("repeat_task", None)
-        selected = self._mask(True if selected is None else selected)
-        repeated = self._mask(False if repeat_task is None else repeat_task)
+        selected, repeated = map(self._mask, read_reset_request(tensordict, repeat_task))
         self._carry, seen, flags = self._rows.reset(self._carry, selected, repeated)
         return self._to_tensordict(seen, flags)
 

@@ -17,6 +17,7 @@ from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs._reset_request import read_reset_request
 
 _FLAGS = ("done", "terminated", "truncated")
 
@@ -177,15 +178,8 @@ class BatchedTask(EnvBase):
         repeat_task: bool | Tensor | None = None,
         **kwargs: Any,
     ) -> TensorDictBase:
-        selected = None
-        if tensordict is not None:
-            selected = tensordict.get("_reset", None)
-            if repeat_task is None:
-                repeat_task = tensordict.get("repeat_task", None)
-        selected = self._rows(True if selected is None else selected)
-        new_task = selected
-        if repeat_task is not None:
-            new_task = selected & ~(self._rows(repeat_task) & self._has_task)
+        selected, repeated = map(self._rows, read_reset_request(tensordict, repeat_task))
+        new_task = selected & ~(repeated & self._has_task)
         rows = new_task.nonzero().squeeze(-1)
         if len(rows):
             self._draw_tasks(rows)
