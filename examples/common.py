@@ -25,6 +25,7 @@ from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS, RunningScale
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
+from torchrl_amago.scaling import Ranks
 from torchrl_amago.trainers import Intervals
 
 # Codes that shells and batch systems expect; 75 asks for another try (EX_TEMPFAIL).
@@ -202,6 +203,7 @@ class TrainingArgs:
             success_threshold=held_out.success_threshold,
             loggers=self.logger,
             seed=self.seed,
+            ranks=Ranks.from_environment(),
             **self._record(),
         )
 
@@ -283,8 +285,11 @@ def final_evaluation(
         measures: entries of the summary to print; all by default.
 
     Raises:
-        SystemExit: if a signal ended the training; with the code of :data:`EXIT_CODES`.
+        SystemExit: if a signal ended the training; with the code of :data:`EXIT_CODES`. Of several
+            ranks, on all but the first.
     """
+    if not trainer.ranks.is_first:
+        sys.exit(EXIT_CODES.get(outcome, 0))
     if outcome != "finished":
         print(f"To go on: {args.resume_command()}")
         sys.exit(EXIT_CODES[outcome])

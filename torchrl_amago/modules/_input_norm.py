@@ -9,6 +9,7 @@ from tensordict import is_batchedtensor
 from torch import Tensor, nn
 
 from torchrl_amago._validation import check_counts, check_positive
+from torchrl_amago.modules._settings import Summed
 
 
 class PreciseBuffers(nn.Module):
@@ -24,7 +25,7 @@ class PreciseBuffers(nn.Module):
         return self
 
 
-class InputNorm(PreciseBuffers):
+class InputNorm(Summed, PreciseBuffers):
     """Shift and scale features by moving averages of their first two moments.
 
         beta_t = beta / (1 - (1 - beta)^t)
@@ -84,13 +85,13 @@ class InputNorm(PreciseBuffers):
         mask = mask.reshape(*x.shape[:-1], 1)
         x = torch.where(mask, x.float(), 0.0).clamp(-self.input_limit, self.input_limit)
         x = x.reshape(-1, x.shape[-1])
-        total = mask.sum()
+        total, sum_, square_sum = self.all_reduce(mask.sum(), x.sum(0), x.square().sum(0))
         scale, t = 1.0 / total.clamp(min=1), self.t + 1
         beta_t = self.beta / (1.0 - (1.0 - self.beta) ** t)
         # A weight of zero, not a branch: a branch on data would stop torch.compile.
         weight = torch.where(total > 0, beta_t, 0.0)
-        self.mu.lerp_((x.sum(0) * scale).to(self.mu.dtype), weight.to(self.mu.dtype))
-        self.nu.lerp_((x.square().sum(0) * scale).to(self.nu.dtype), weight.to(self.nu.dtype))
+        self.mu.lerp_((sum_ * scale).to(self.mu.dtype), weight.to(self.mu.dtype))
+        self.nu.lerp_((square_sum * scale).to(self.nu.dtype), weight.to(self.nu.dtype))
         self.t.copy_(torch.where(total > 0, t, self.t))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, update: bool = False) -> Tensor:

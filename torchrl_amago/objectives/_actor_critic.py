@@ -19,6 +19,7 @@ from torchrl.objectives import LossModule
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice
+from torchrl_amago.modules._settings import Summed
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import ValueCodec
 from torchrl_amago.objectives._slice_batch import SliceBatch
@@ -31,7 +32,7 @@ MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
 
 
-class ActorCriticLoss(LossModule):
+class ActorCriticLoss(Summed, LossModule):
     """Keys, parameters, calls and reduction of a loss; a subclass writes the equations."""
 
     @dataclass
@@ -247,12 +248,27 @@ class ActorCriticLoss(LossModule):
                 mask = _edited(hook, batch, term, mask)
             weight = None if weight_M is None else expand_as_right(weight_M, term)
             if self.reduction == "mean":
-                out.set(name, masked_mean(term, mask, weight))
+                loss = masked_mean(term, mask, weight)
+                if hook is not None or weight is not None:
+                    counts = torch.ones_like(term) if weight is None else weight.expand_as(term)
+                    loss = loss * self._rank_factor(mask_M, torch.where(mask, counts, 0.0))
+                out.set(name, loss)
                 continue
             term = torch.where(mask, term if weight is None else weight * term, 0.0)
-            out.set(name, term.sum() if self.reduction == "sum" else batch.restore(term))
+            is_sum = self.reduction == "sum"
+            out.set(name, term.sum() * self._rank_factor(mask_M) if is_sum else batch.restore(term))
         out.update(metrics)
         return out if self._selected_out_keys is None else out.select(*self.out_keys)
+
+    def _rank_factor(self, mask_M: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return the factor of a data-parallel rank's sum, or of its mean by these ``counts``.
+
+        The optimiser step adds up losses by each rank's fraction of the real steps.
+        """
+        own = torch.stack([mask_M.sum(), (mask_M if counts is None else counts).sum()]).float()
+        tiny = torch.finfo(own.dtype).tiny
+        fraction = own / self.all_reduce(own)[0].clamp_min(tiny)
+        return (1.0 if counts is None else fraction[1]) / fraction[0].clamp_min(tiny)
 
 
 def _edited(hook: MaskHook, batch: SliceBatch, term: Tensor, mask: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
+from torchrl_amago.scaling.ranks import Ranks
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
@@ -44,6 +45,7 @@ def make_trainer(
     loss: str | Callable[..., AMAGOLoss] = "amago",
     critic_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
+    ranks: Ranks | None = None,
     **trainer_options: Any,
 ) -> AMAGOTrainer:
     """Make a trainer and its parts.
@@ -54,7 +56,7 @@ def make_trainer(
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
             trial are equally likely; slices near its ends are shorter.
-        batch_size: whole trials, or slices of them, in a batch.
+        batch_size: whole trials, or slices of them, in a batch, of all ranks together.
         capacity: capacity of the replay buffer in steps; the oldest trials leave first.
         replay_buffer: a buffer of your own, such as a mixture with offline data, instead of one
             made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
@@ -66,6 +68,8 @@ def make_trainer(
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
+        ranks: processes that make each update together, see :class:`~torchrl_amago.scaling.Ranks`.
+            They read their trials from `replay` in the run's folder; the first one collects them.
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Example:
@@ -84,13 +88,19 @@ def make_trainer(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
+    ranks = ranks or Ranks()
     make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
-        buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
+        if ranks.size > 1:
+            options = {"path": Path(run_dir) / "replay", **options}
+            options["mode"] = "continue" if ranks.is_first else "read"
+        length = slice_length or trial_length
+        with ranks.first_before_others():
+            buffer = make_trial_buffer(capacity, length, batch_size, **options)
     frames = env.batch_size.numel() * (round_steps or trial_length)
     options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
     collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
@@ -106,5 +116,6 @@ def make_trainer(
         total_updates=total_updates,
         updates_per_round=updates_per_round,
         run_dir=run_dir,
+        ranks=ranks,
         **trainer_options,
     )

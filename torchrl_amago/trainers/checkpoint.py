@@ -111,6 +111,13 @@ class CheckpointStore:
         return saved
 
 
+def load_parts(path: Path, parts: Any, buffer: ReplayBuffer) -> None:
+    """Load parts of a verified checkpoint, and priorities, beside a process that loaded it all."""
+    parts.load_state_dict(load_state(path / _STATE))
+    if (priorities := path / REPLAY / "sampler").exists():
+        buffer.sampler.loads(priorities)
+
+
 def _problem(path: Path) -> str | None:
     version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
@@ -159,6 +166,7 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         "precision": trainer.stepper.precision,
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
+        "ranks": trainer.ranks.size,
         "num_envs": None if env is None else env.batch_size.numel(),
         "frames_per_batch": getattr(trainer.collector, "requested_frames_per_batch", None),
         **trainer.options,

@@ -15,6 +15,7 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
+from torchrl_amago.scaling.ranks import Ranks
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
 
 # Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
@@ -138,14 +139,21 @@ class FiniteOptimizationStepper(OptimizationStepper):
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
         optimizer, dump_dir = trainer.optimizer, Path(self.dump_dir or ".")
-        check_data(sub_batch, dump_dir, "observations and rewards of a training batch")
+        ranks = getattr(trainer, "ranks", Ranks())
+        name = "observations and rewards of a training batch"
+        fraction = check_data(sub_batch, dump_dir, name, ranks)
         device = optimizer.param_groups[0]["params"][0].device
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = trainer.loss_module(batch)
-        total = sum(value for key, value in losses.items() if key.startswith("loss"))
-        total.backward()
-        metrics, norms = losses.detach(), self._grad_norms(trainer.loss_module, optimizer)
+        total = _sum_of_losses(losses)
+        (total if ranks.size == 1 else fraction * total).backward()
+        metrics = losses.detach()
+        if ranks.size > 1:
+            weights = [p for group in optimizer.param_groups for p in group["params"]]
+            metrics.update(ranks.sum_gradients(weights, metrics, fraction))
+            total = _sum_of_losses(metrics)
+        norms = self._grad_norms(trainer.loss_module, optimizer)
         norm = torch.stack([*norms.values()]).norm()
         checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
         if not math.isfinite(checked):
@@ -162,7 +170,11 @@ class FiniteOptimizationStepper(OptimizationStepper):
         buffer = trainer.replay_buffer
         if buffer is not None and "priority_weight" in batch.keys():  # noqa: SIM118
             stock = getattr(buffer, "update_tensordict_priority", None)
-            (stock or buffer.update_priority)(batch)
+            if ranks.size > 1:
+                error = trainer.loss_module.tensor_keys.priority
+                batch = batch.select("index", "collector", error, strict=False).cpu()
+            for part in ranks.gather(batch):
+                (stock or buffer.update_priority)(part)
         metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
         return metrics.set("grad_norm", norm)
 
@@ -179,3 +191,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
             for name, parameters in self._networks.items()
             if (gradients := [p.grad for p in parameters if p.grad is not None])
         }
+
+
+def _sum_of_losses(losses: TensorDictBase) -> Tensor:
+    return sum(value for key, value in losses.items() if key.startswith("loss"))

@@ -149,8 +149,9 @@ class TrialSliceSampler(Sampler):
         position_B = place_B.clip(max=count - 1)
         if self.sample_by == "steps":
             return position_B, None
-        weight_B = (count * self._weights[position_B] / running[-1]) ** -self.beta
-        return position_B, torch.from_numpy(weight_B / weight_B.max()).float()
+        # The largest weight that any trial may have is 1, so that all batches share a scale.
+        weight_B = (self._weights[position_B] / self._weights.min()) ** -self.beta
+        return position_B, torch.from_numpy(weight_B).float()
 
     def _uniform(self, count: int) -> Tensor:
         # float64 keeps draws uniform for any number of steps; float32 would skip some past 2^24.

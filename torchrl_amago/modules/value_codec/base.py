@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchrl_amago.modules._settings import Configurable
+from torchrl_amago.modules._settings import Configurable, Summed
 
 ValueSpace = Literal["raw", "normalized", "value"]
 
 
-class ValueCodec(Configurable, nn.Module, abc.ABC):
+class ValueCodec(Configurable, Summed, nn.Module, abc.ABC):
     """Base of codecs.
 
     A critic predicts one entry of :attr:`event_shape`, ``*event`` below, per value: ``()`` for a
@@ -58,7 +58,8 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
     def update(self, target: Tensor, mask: Tensor) -> None:
         """Move the statistics towards real targets ``[..., G]`` in reward units.
 
-        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too.
+        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too. Sums over
+        targets go through ``self.all_reduce``, so that data-parallel ranks share statistics.
         """
 
     @abc.abstractmethod

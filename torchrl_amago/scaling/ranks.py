@@ -1,0 +1,245 @@
+"""Data-parallel learners: several processes that make each update together, as one would alone.
+
+Legend: R ranks, K metrics.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from tensordict import TensorDictBase
+from torch import Tensor, distributed, nn
+from torchrl.data import ReplayBuffer
+
+T = TypeVar("T")
+
+# Ranks wait for the first one as long as it collects, evaluates or saves. A rank that dies is
+# noticed at once, by its closed connections or by torchrun.
+_LONGEST_WAIT = timedelta(days=1)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The number of this process among those that make each update together; by default alone.
+
+    Every rank runs the same program. Each computes its share of a batch; gradients, running
+    statistics and metrics are summed, so that all make the same optimiser step, the step of one
+    process with the whole batch. The first rank alone collects, evaluates and writes files.
+
+    Modules whose statistics move with data sum them by a function ``all_reduce(*tensors)``, an
+    attribute that returns its arguments until :meth:`attach` replaces it. Modules of your own do
+    the same.
+
+    Args:
+        rank: number of this process, from 0.
+        size: number of processes. More than one need torch's default process group.
+
+    Example:
+        >>> ranks = Ranks.from_environment()  # those of torchrun, if it started this process
+        >>> ranks.is_first, ranks.size, ranks.share(32)
+        (True, 1, 32)
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> Ranks:
+        """Join the processes that `torchrun` started; without it, a process is alone.
+
+        Tensors travel by nccl between GPUs (of which each rank of a machine takes its own as
+        torch's current device), else by gloo.
+        """
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            return cls()
+        if not distributed.is_initialized():
+            has_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
+            if has_gpus:
+                local_rank = int(os.environ.get("LOCAL_RANK", 0))
+                torch.cuda.set_device(local_rank % torch.cuda.device_count())
+            backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+            distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
+            atexit.register(distributed.destroy_process_group)
+        return cls(distributed.get_rank(), distributed.get_world_size())
+
+    @property
+    def is_first(self) -> bool:
+        """True on the rank that collects, evaluates and writes files."""
+        return self.rank == 0
+
+    def share(self, batch_size: int) -> int:
+        """Return the number of rows of a batch that this rank takes; the first ranks take more.
+
+        Raises:
+            ValueError: if there are more ranks than rows.
+        """
+        if batch_size < self.size:
+            raise ValueError(
+                f"batch_size is that of all ranks together and must be at least their number, got "
+                f"{batch_size} rows for {self.size} ranks. Raise it, or start fewer processes."
+            )
+        return batch_size // self.size + (self.rank < batch_size % self.size)
+
+    def sample(self, buffer: ReplayBuffer) -> TensorDictBase:
+        """Draw this rank's rows of a batch, whose size is the buffer's."""
+        return buffer.sample() if self.size == 1 else buffer.sample(self.share(buffer.batch_size))
+
+    def check_storage(self, buffer: ReplayBuffer, is_written: bool = True) -> None:
+        """Raise ValueError unless all ranks read one folder of trials, if it is written to."""
+        folders = self.gather(getattr(buffer.storage, "path", None))
+        if is_written and (None in folders or len(set(folders)) > 1):
+            raise ValueError(
+                f"ranks must read one folder of trials, got {folders}. Make the buffer with one "
+                "path, with mode='continue' on the first rank, then with mode='read' on the others."
+            )
+
+    def folder(self, run_dir: Path) -> Path:
+        """Return a folder for this rank's own files: the first rank's is the run's."""
+        return run_dir if self.is_first else run_dir / f"rank_{self.rank}"
+
+    def attach(self, loss_module: nn.Module) -> None:
+        """Let the modules of a loss sum their running statistics over ranks from now on."""
+        # TorchRL's losses keep networks out of their submodules.
+        networks = [value for value in vars(loss_module).values() if isinstance(value, nn.Module)]
+        for module in (part for root in (loss_module, *networks) for part in root.modules()):
+            if hasattr(module, "all_reduce"):
+                module.all_reduce = self.sum
+
+    def start(self, module: nn.Module, buffer: ReplayBuffer, update: int = 0) -> None:
+        """Give all ranks the first one's weights, and each of the others its own random numbers.
+
+        These depend on the first rank's seed, the rank and the update.
+        """
+        if self.size == 1:
+            return
+        for tensor in [*module.parameters(), *module.buffers()]:
+            distributed.broadcast(tensor.detach(), src=0)
+        # TorchRL warns once of batches of another size than the buffer's own.
+        warnings.filterwarnings("ignore", message="Got conflicting batch_sizes")
+        seed = self.broadcast(torch.initial_seed())
+        if not self.is_first:
+            mixed = np.random.SeedSequence([seed, update, self.rank]).generate_state(2)
+            torch.manual_seed(int(mixed[0]) << 32 | int(mixed[1]))
+            np.random.seed(mixed[0])
+            buffer.set_rng(None)  # a generator like the first rank's would draw the same rows
+
+    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Sum tensors over ranks, as float64 in one message; the arguments stay as they are."""
+        if self.size == 1:
+            return tensors
+        flat = torch.cat([x.detach().reshape(-1).double() for x in tensors])
+        distributed.all_reduce(flat)
+        parts = flat.split([x.numel() for x in tensors])
+        return tuple(p.view(x.shape).to(x.dtype) for p, x in zip(parts, tensors, strict=True))
+
+    def largest(self, number: int) -> int:
+        """Return the largest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        largest = torch.tensor(number)
+        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+        return int(largest)
+
+    def weigh(self, count: int, problem: str = "") -> tuple[float, str]:
+        """Return this rank's fraction of the ranks' counts, and the problems of all, if any."""
+        if self.size == 1:
+            return 1.0, problem
+        total, problems = self.sum(torch.tensor([count, bool(problem)]))[0].tolist()
+        if problems:
+            found = enumerate(self.gather(problem))
+            problem = "; ".join(f"rank {rank}: {text}" for rank, text in found if text)
+        return count / max(total, 1.0), problem
+
+    @torch.no_grad()
+    def sum_gradients(
+        self, parameters: Iterable[nn.Parameter], metrics: Mapping[str, Tensor], fraction: float
+    ) -> dict[str, Tensor]:
+        """Sum gradients in place over ranks, and return the metrics of the whole batch.
+
+        Args:
+            parameters: with gradients of this rank's loss times its ``fraction`` of the batch.
+            metrics: scalars, means over this rank's part of the batch. Names ending in ``_min``
+                and ``_max`` are extremes, and ``effective_batch`` is a count.
+            fraction: see :meth:`weigh`.
+        """
+        if self.size == 1:
+            return dict(metrics)
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        # Each rank writes a row of its own, so that the sum holds the numbers of all.
+        own_K = torch.stack([x.detach().float() for x in metrics.values()])
+        rows_RK = own_K.new_zeros(self.size, 1 + len(own_K))
+        rows_RK[self.rank, 0], rows_RK[self.rank, 1:] = fraction, own_K
+        flat = torch.cat([x.reshape(-1) for x in (*gradients, rows_RK)])
+        distributed.all_reduce(flat)
+        *summed, rows = flat.split([x.numel() for x in (*gradients, rows_RK)])
+        for gradient, part in zip(gradients, summed, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        fraction_R, *columns = rows.view_as(rows_RK).unbind(1)
+        return {
+            name: _of_all(name, value_R, fraction_R)
+            for name, value_R in zip(metrics.keys(), columns, strict=True)
+        }
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, which are pickled."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: T) -> T:
+        """Return the first rank's value, which is pickled."""
+        values = [value]
+        if self.size > 1:
+            distributed.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def on_first(self, function: Callable[[], T]) -> T:
+        """Call a function on the first rank alone; return its result, or raise, on all of them.
+
+        On the others an error of Python keeps its type, and any else is a RuntimeError.
+        """
+        result, error = None, None
+        if self.is_first:
+            try:
+                result = function()
+            except Exception as raised:
+                is_builtin = type(raised).__module__ == "builtins"
+                self.broadcast((None, (type(raised) if is_builtin else RuntimeError, str(raised))))
+                raise
+        result, error = self.broadcast((result, error))
+        if error is not None:
+            kind, message = error
+            raise kind(f"on the first rank: {message}")
+        return result
+
+    @contextmanager
+    def first_before_others(self) -> Iterator[None]:
+        """Let the first rank run a block before the others do."""
+        if not self.is_first:
+            self.largest(0)
+        try:
+            yield
+        finally:
+            if self.is_first:
+                self.largest(0)
+
+
+def _of_all(name: str, value_R: Tensor, fraction_R: Tensor) -> Tensor:
+    """Return a metric of the whole batch from those of its parts."""
+    if name.endswith("_min"):
+        return value_R.amin()
+    if name.endswith("_max"):
+        return value_R.amax()
+    return value_R.sum() if name == "effective_batch" else (fraction_R * value_R).sum()
