@@ -154,7 +154,7 @@ def nonfinite(ranks: Ranks, folder: Path) -> dict:
         try:
             stepper.step(SimpleNamespace(**parts), batch)
         except NonFiniteError as error:
-            found[kind] = (str(error), error.dump.exists())
+            found[kind] = str(error)
         if kind == "data":
             after = loss.state_dict()
             found["unchanged"] = all(v.equal(after[k]) for k, v in before.items())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, distributed, nn
+from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
 T = TypeVar("T")
@@ -150,11 +151,11 @@ class Ranks:
         distributed.all_reduce(largest, distributed.ReduceOp.MAX)
         return int(largest)
 
-    def weigh(self, count: int, problem: str = "") -> tuple[float, str]:
+    def weigh(self, count: int | Tensor, problem: str = "") -> tuple[float, str]:
         """Return this rank's fraction of the ranks' counts, and the problems of all, if any."""
         if self.size == 1:
             return 1.0, problem
-        total, problems = self.sum(torch.tensor([count, bool(problem)]))[0].tolist()
+        total, problems = self.sum(torch.tensor([int(count), bool(problem)]))[0].tolist()
         if problems:
             found = enumerate(self.gather(problem))
             problem = "; ".join(f"rank {rank}: {text}" for rank, text in found if text)
@@ -162,18 +163,19 @@ class Ranks:
 
     @torch.no_grad()
     def sum_gradients(
-        self, parameters: Iterable[nn.Parameter], metrics: Mapping[str, Tensor], fraction: float
-    ) -> dict[str, Tensor]:
-        """Sum gradients in place over ranks, and return the metrics of the whole batch.
+        self, optimizer: Optimizer, metrics: TensorDictBase, fraction: float
+    ) -> TensorDictBase:
+        """Sum gradients in place over ranks, and make the metrics those of the whole batch.
 
         Args:
-            parameters: with gradients of this rank's loss times its ``fraction`` of the batch.
+            optimizer: of parameters with the gradients of ``fraction`` times this rank's loss.
             metrics: scalars, means over this rank's part of the batch. Names ending in ``_min``
                 and ``_max`` are extremes, and ``effective_batch`` is a count.
             fraction: see :meth:`weigh`.
         """
         if self.size == 1:
-            return dict(metrics)
+            return metrics
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
         gradients = [p.grad for p in parameters if p.grad is not None]
         # Each rank writes a row of its own, so that the sum holds the numbers of all.
         own_K = torch.stack([x.detach().float() for x in metrics.values()])
@@ -185,10 +187,9 @@ class Ranks:
         for gradient, part in zip(gradients, summed, strict=True):
             gradient.copy_(part.view_as(gradient))
         fraction_R, *columns = rows.view_as(rows_RK).unbind(1)
-        return {
-            name: _of_all(name, value_R, fraction_R)
-            for name, value_R in zip(metrics.keys(), columns, strict=True)
-        }
+        for name, value_R in zip(list(metrics.keys()), columns, strict=True):
+            metrics.set(name, _of_all(name, value_R, fraction_R))
+        return metrics
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all ranks, which are pickled."""
@@ -197,6 +198,13 @@ class Ranks:
         values: list[Any] = [None] * self.size
         distributed.all_gather_object(values, value)
         return values
+
+    def gather_errors(self, batch: TensorDictBase, buffer: Any) -> list[TensorDictBase]:
+        """Return the entries of all ranks' batches that a buffer makes priorities of."""
+        if self.size == 1:
+            return [batch]
+        error = getattr(buffer, "priority_key", "td_error")
+        return self.gather(batch.select("index", "collector", error, strict=False).cpu())
 
     def broadcast(self, value: T) -> T:
         """Return the first rank's value, which is pickled."""

@@ -200,6 +200,8 @@ class AMAGOTrainer:
                 self.report.add_update(metrics)
                 for callback in self.callbacks:
                     self.report.window.add_scalars(callback(self) or {})
+                if not ranks.is_first:
+                    continue
                 evaluation = self._evaluate() if counts.updates % every.evaluate == 0 else {}
                 if evaluation or counts.updates % every.log == 0:
                     self._write_row(evaluation)
@@ -228,13 +230,12 @@ class AMAGOTrainer:
             DamagedError: if it is damaged; the message names the newest intact one.
             ValueError: if architecture, settings or parts differ. In each case nothing has changed.
         """
-        checkpoint = self.ranks.on_first(lambda: self._resume_first(path, missing_ok))
+        checkpoint = self.ranks.on_first(lambda: self._resume(path, missing_ok))
         if checkpoint is not None and not self.ranks.is_first:
             saving.load_parts(checkpoint, self.components, self.online_buffer)
-            self._is_resumed = True
         return self
 
-    def _resume_first(self, path: str | Path | None, missing_ok: bool) -> Path | None:
+    def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:
         self._acquire_lock()
         checkpoint = None
         with contextlib.ExitStack() as on_error:
@@ -247,11 +248,10 @@ class AMAGOTrainer:
 
     def _is_asked_to_stop(self) -> bool:
         """Return whether any rank was asked to stop; all of them end with its outcome."""
-        outcomes, is_asked = get_args(Outcome), self._stop
-        level = self.ranks.largest(1 + outcomes.index(self._outcome) if is_asked else 0)
-        if level:
-            self._stop, self._outcome = True, outcomes[level - 1]
-        return level > 0
+        outcomes = ("", *get_args(Outcome))
+        number = self.ranks.largest(outcomes.index(self._outcome if self._stop else ""))
+        self._outcome = outcomes[number] or self._outcome
+        return number > 0
 
     def _begin(self) -> None:
         if not self._is_resumed:
@@ -306,7 +306,7 @@ class AMAGOTrainer:
         return True
 
     def _evaluate(self) -> Results:
-        if self.evaluator is None or not self.ranks.is_first:
+        if self.evaluator is None:
             return {}
         with self.report.timed("evaluation"):
             results = run_evaluator(self.evaluator)
@@ -316,15 +316,11 @@ class AMAGOTrainer:
         return results
 
     def _write_row(self, evaluation: Results) -> None:
-        if not self.ranks.is_first:
-            return
         counts, rate = self.counts, self.optimizer.param_groups[0]["lr"]
         extra = {"trials": self.monitor.trials, "learning_rate": rate}
         self.report.write_row(counts.updates, counts.frames, extra, evaluation)
 
     def _checkpoint(self, goes_on: bool = True) -> None:
-        if not self.ranks.is_first:
-            return
         with self.report.timed("checkpoint"):
             self._rollouts.capture()
             state, updates = self.components.state_dict(), self.counts.updates

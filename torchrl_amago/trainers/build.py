@@ -96,11 +96,11 @@ def make_trainer(
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         if ranks.size > 1:
-            options = {"path": Path(run_dir) / "replay", **options}
             options["mode"] = "continue" if ranks.is_first else "read"
-        length = slice_length or trial_length
+            options.setdefault("path", Path(run_dir) / "replay")
+        sizes = (capacity, slice_length or trial_length, batch_size)
         with ranks.first_before_others():
-            buffer = make_trial_buffer(capacity, length, batch_size, **options)
+            buffer = make_trial_buffer(*sizes, **options)
     frames = env.batch_size.numel() * (round_steps or trial_length)
     options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
     collector = TrialCollector(env, policy, frames_per_batch=frames, **options)

@@ -21,29 +21,24 @@ class NonFiniteError(RuntimeError):
     """NaN or infinity in data or loss; the weights have not been changed.
 
     `dump` is the folder of the batch, for :meth:`tensordict.TensorDict.load_memmap`. A nearly full
-    disk has none, and a rank whose own batch is finite writes none.
+    disk has none.
     """
 
-    def __init__(self, problem: str, batch: TensorDictBase | None, run_dir: Path) -> None:
-        self.dump, where = run_dir / "nonfinite_batch", ""
-        if batch is not None:
-            where = f" {self._save(batch)}"
-        super().__init__(
-            f"{problem}. The weights were not changed.{where} Fix the environment or lower the "
-            "learning rate, and resume from the last checkpoint."
-        )
-
-    def _save(self, batch: TensorDictBase) -> str:
-        run_dir = self.dump.parent
+    def __init__(self, problem: str, batch: TensorDictBase, run_dir: Path) -> None:
+        self.dump = run_dir / "nonfinite_batch"
         shutil.rmtree(self.dump, ignore_errors=True)
         run_dir.mkdir(parents=True, exist_ok=True)
         # Tensors only, as memory maps and JSON: other entries would be pickled.
         tensors = batch.select(*_tensors(batch)).detach().cpu().contiguous()
+        where = f"There is no room for the batch in {self.dump}"
         # Writing mapped files on a full disk would end the process.
-        if shutil.disk_usage(run_dir).free <= 2 * tensors.bytes() + (1 << 20):
-            return f"There is no room for the batch in {self.dump}."
-        tensors.memmap(self.dump, copy_existing=True)
-        return f"The batch is in {self.dump}: look at it with TensorDict.load_memmap(...)."
+        if shutil.disk_usage(run_dir).free > 2 * tensors.bytes() + (1 << 20):
+            tensors.memmap(self.dump, copy_existing=True)
+            where = f"The batch is in {self.dump}: look at it with TensorDict.load_memmap(...)"
+        super().__init__(
+            f"{problem}. The weights were not changed. {where}. Fix the environment or lower the "
+            "learning rate, and resume from the last checkpoint."
+        )
 
 
 def _tensors(batch: TensorDictBase, *, floats_only: bool = False) -> dict[NestedKey, Tensor]:
@@ -69,24 +64,19 @@ def nonfinite_entries(batch: TensorDictBase) -> str:
 def check_data(
     batch: TensorDictBase, run_dir: Path, name: str, ranks: Ranks | None = None
 ) -> float:
-    """Return the fraction of all ranks' real steps that are in this one's ``batch``.
+    """Raise :class:`NonFiniteError` if real steps hold NaN or infinity, on any of the ranks.
 
-    Raises:
-        NonFiniteError: on all ranks, if the real steps of any hold NaN or infinity.
+    Return this rank's fraction of the real steps of all.
     """
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
     total = sum(x.sum(dtype=torch.float32) for x in _tensors(batch, floats_only=True).values())
-    found, mask = (
-        "" if math.isfinite(total) else nonfinite_entries(batch),
-        batch.get(keys.MASK, None),
-    )
-    fraction, problem = 1.0, found
-    if ranks is not None and ranks.size > 1:
-        count = batch.numel() if mask is None else int(mask.sum())
-        fraction, problem = ranks.weigh(count, found)
-    if problem:
-        problem = f"{name} must be finite, but NaN or infinity is in {problem}"
-        raise NonFiniteError(problem, batch if found else None, run_dir)
+    found = "" if math.isfinite(total) else nonfinite_entries(batch)
+    mask = batch.get(keys.MASK, None)
+    count = batch.numel() if mask is None else mask.sum()
+    fraction, found = (ranks or Ranks()).weigh(count, found)
+    if found:
+        problem = f"{name} must be finite, but NaN or infinity is in {found}"
+        raise NonFiniteError(problem, batch, run_dir)
     return fraction
 
 

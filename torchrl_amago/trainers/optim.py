@@ -146,16 +146,11 @@ class FiniteOptimizationStepper(OptimizationStepper):
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = trainer.loss_module(batch)
-        total = _sum_of_losses(losses)
-        (total if ranks.size == 1 else fraction * total).backward()
-        metrics = losses.detach()
-        if ranks.size > 1:
-            weights = [p for group in optimizer.param_groups for p in group["params"]]
-            metrics.update(ranks.sum_gradients(weights, metrics, fraction))
-            total = _sum_of_losses(metrics)
+        (fraction * _total(losses)).backward()
+        metrics = ranks.sum_gradients(optimizer, losses.detach(), fraction)
         norms = self._grad_norms(trainer.loss_module, optimizer)
         norm = torch.stack([*norms.values()]).norm()
-        checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
+        checked, grad_norm = torch.stack([_total(metrics).float() + norm, norm]).tolist()
         if not math.isfinite(checked):
             optimizer.zero_grad()
             raise NonFiniteError(describe_loss(metrics, grad_norm, batch), batch, dump_dir)
@@ -170,10 +165,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
         buffer = trainer.replay_buffer
         if buffer is not None and "priority_weight" in batch.keys():  # noqa: SIM118
             stock = getattr(buffer, "update_tensordict_priority", None)
-            if ranks.size > 1:
-                error = trainer.loss_module.tensor_keys.priority
-                batch = batch.select("index", "collector", error, strict=False).cpu()
-            for part in ranks.gather(batch):
+            for part in ranks.gather_errors(batch, buffer):
                 (stock or buffer.update_priority)(part)
         metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
         return metrics.set("grad_norm", norm)
@@ -193,5 +185,5 @@ class FiniteOptimizationStepper(OptimizationStepper):
         }
 
 
-def _sum_of_losses(losses: TensorDictBase) -> Tensor:
+def _total(losses: TensorDictBase) -> Tensor:
     return sum(value for key, value in losses.items() if key.startswith("loss"))
