@@ -128,7 +128,7 @@ def test_alone():
     assert [Ranks(rank, 3).share(8) for rank in range(3)] == [3, 3, 2]
     x = torch.ones(2)
     assert ranks.sum(x)[0] is x
-    assert (ranks.gather(1), ranks.broadcast(1), ranks.largest(1)) == ([1], 1, 1)
+    assert (ranks.gather(1), ranks.broadcast(1), ranks.agree("a", "ab")) == ([1], 1, "a")
     with pytest.raises(KeyError, match="'a'"):
         ranks.on_first(lambda: {}["a"])
 

@@ -9,7 +9,6 @@ from tensordict import is_batchedtensor
 from torch import Tensor, nn
 
 from torchrl_amago._validation import check_counts, check_positive
-from torchrl_amago.modules._settings import Summed
 
 
 class PreciseBuffers(nn.Module):
@@ -25,7 +24,7 @@ class PreciseBuffers(nn.Module):
         return self
 
 
-class InputNorm(Summed, PreciseBuffers):
+class InputNorm(PreciseBuffers):
     """Shift and scale features by moving averages of their first two moments.
 
         beta_t = beta / (1 - (1 - beta)^t)
@@ -41,6 +40,8 @@ class InputNorm(Summed, PreciseBuffers):
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.
     limit = 1e4
+    #: Sum tensors over data-parallel ranks, as `Ranks.attach` makes it.
+    all_reduce = staticmethod(lambda *sums: sums)
     #: Bound on inputs of the moments, whose squares must be finite.
     input_limit = 1e9
 

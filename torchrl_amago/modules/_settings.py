@@ -26,15 +26,6 @@ _COUNTS = frozenset({
 _VARIABLE = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
-class Summed:
-    """Base of modules that sum over their data, which may be a part of a larger batch."""
-
-    @staticmethod
-    def all_reduce(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Sum over all parts of the batch; here it has one, see :meth:`Ranks.attach`."""
-        return tensors
-
-
 class Configurable:
     """Base of classes that remember their constructors' arguments, those of their bases included.
 

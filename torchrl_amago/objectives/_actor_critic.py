@@ -19,7 +19,6 @@ from torchrl.objectives import LossModule
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice
-from torchrl_amago.modules._settings import Summed
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import ValueCodec
 from torchrl_amago.objectives._slice_batch import SliceBatch
@@ -32,7 +31,7 @@ MaskHook = Callable[[TensorDictBase, Tensor, Tensor], Tensor]
 """``(batch, unreduced loss [B, T, ...], mask of the same shape) -> mask``."""
 
 
-class ActorCriticLoss(Summed, LossModule):
+class ActorCriticLoss(LossModule):
     """Keys, parameters, calls and reduction of a loss; a subclass writes the equations."""
 
     @dataclass
@@ -51,6 +50,8 @@ class ActorCriticLoss(Summed, LossModule):
         priority_weight: NestedKey = "priority_weight"
 
     default_keys = _AcceptedKeys
+    #: Sum tensors over data-parallel ranks, as `Ranks.attach` makes it.
+    all_reduce = staticmethod(lambda *sums: sums)
 
     encoder_network: TensorDictModule
     encoder_network_params: TensorDictParams

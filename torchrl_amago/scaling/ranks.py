@@ -8,7 +8,7 @@ from __future__ import annotations
 import atexit
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,13 +143,13 @@ class Ranks:
         parts = flat.split([x.numel() for x in tensors])
         return tuple(p.view(x.shape).to(x.dtype) for p, x in zip(parts, tensors, strict=True))
 
-    def largest(self, number: int) -> int:
-        """Return the largest of the ranks' numbers."""
+    def agree(self, choice: str | None, choices: Sequence[str]) -> str | None:
+        """Return the last of the ``choices`` that a rank has made, or None if none has."""
         if self.size == 1:
-            return number
-        largest = torch.tensor(number)
-        distributed.all_reduce(largest, distributed.ReduceOp.MAX)
-        return int(largest)
+            return choice
+        number = torch.tensor(-1 if choice is None else choices.index(choice))
+        distributed.all_reduce(number, distributed.ReduceOp.MAX)
+        return choices[number] if number >= 0 else None
 
     def weigh(self, count: int | Tensor, problem: str = "") -> tuple[float, str]:
         """Return this rank's fraction of the ranks' counts, and the problems of all, if any."""
@@ -236,12 +236,12 @@ class Ranks:
     def first_before_others(self) -> Iterator[None]:
         """Let the first rank run a block before the others do."""
         if not self.is_first:
-            self.largest(0)
+            self.gather(None)
         try:
             yield
         finally:
             if self.is_first:
-                self.largest(0)
+                self.gather(None)
 
 
 def _of_all(name: str, value_R: Tensor, fraction_R: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from torchrl.record.loggers import Logger
 
 from torchrl_amago import _files as files
 from torchrl_amago._signals import on_signals
+from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.scaling.ranks import Ranks
@@ -79,9 +80,8 @@ class AMAGOTrainer:
         settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
-        ranks: processes that make each update together. The batch size of the replay buffer, which
-            all of them read, is that of all together. The first rank does everything else;
-            callbacks are called on each.
+        ranks: processes that make each update together; they share the buffer's batches, and the
+            first one does everything else but callbacks.
         callbacks: called with the trainer after every update; means of what they return by name
             join the next row.
 
@@ -232,7 +232,8 @@ class AMAGOTrainer:
         """
         checkpoint = self.ranks.on_first(lambda: self._resume(path, missing_ok))
         if checkpoint is not None and not self.ranks.is_first:
-            saving.load_parts(checkpoint, self.components, self.online_buffer)
+            self.components.load_state_dict(load_state(checkpoint / saving.STATE))
+            self.online_buffer.sampler.loads(checkpoint / saving.REPLAY / "sampler")
         return self
 
     def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:
@@ -248,10 +249,9 @@ class AMAGOTrainer:
 
     def _is_asked_to_stop(self) -> bool:
         """Return whether any rank was asked to stop; all of them end with its outcome."""
-        outcomes = ("", *get_args(Outcome))
-        number = self.ranks.largest(outcomes.index(self._outcome if self._stop else ""))
-        self._outcome = outcomes[number] or self._outcome
-        return number > 0
+        outcome = self.ranks.agree(self._outcome if self._stop else None, get_args(Outcome))
+        self._outcome = outcome or self._outcome
+        return outcome is not None
 
     def _begin(self) -> None:
         if not self._is_resumed:

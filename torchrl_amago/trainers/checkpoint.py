@@ -32,7 +32,7 @@ from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 5
-_STATE, REPLAY = "state.npz", "replay"
+STATE, REPLAY = "state.npz", "replay"
 _NAME = "update_{:07d}"
 
 
@@ -73,7 +73,7 @@ class CheckpointStore:
         final = self.folder / _NAME.format(update)
         sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
         with files.replace_folder(final) as folder:
-            save_state(folder / _STATE, state)
+            save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
                 buffer.dumps(folder / REPLAY)
@@ -106,16 +106,9 @@ class CheckpointStore:
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
             )
-        saved, saved_settings = load_state(path / _STATE), files.read_manifest(path)["settings"]
+        saved, saved_settings = load_state(path / STATE), files.read_manifest(path)["settings"]
         check_same(path, facts(saved, saved_settings), facts(state, settings))
         return saved
-
-
-def load_parts(path: Path, parts: Any, buffer: ReplayBuffer) -> None:
-    """Load parts of a verified checkpoint, and priorities, beside a process that loaded it all."""
-    parts.load_state_dict(load_state(path / _STATE))
-    if (priorities := path / REPLAY / "sampler").exists():
-        buffer.sampler.loads(priorities)
 
 
 def _problem(path: Path) -> str | None:

@@ -8,12 +8,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from torchrl_amago.modules._settings import Configurable, Summed
+from torchrl_amago.modules._settings import Configurable
 
 ValueSpace = Literal["raw", "normalized", "value"]
 
 
-class ValueCodec(Configurable, Summed, nn.Module, abc.ABC):
+class ValueCodec(Configurable, nn.Module, abc.ABC):
     """Base of codecs.
 
     A critic predicts one entry of :attr:`event_shape`, ``*event`` below, per value: ``()`` for a
@@ -32,6 +32,9 @@ class ValueCodec(Configurable, Summed, nn.Module, abc.ABC):
         >>> Plain().loss(torch.zeros(1, 1), torch.tensor([3.0]))
         tensor([[9.]])
     """
+
+    #: Sum tensors over data-parallel ranks, as `Ranks.attach` makes it.
+    all_reduce = staticmethod(lambda *sums: sums)
 
     @property
     def event_shape(self) -> torch.Size:
@@ -58,8 +61,8 @@ class ValueCodec(Configurable, Summed, nn.Module, abc.ABC):
     def update(self, target: Tensor, mask: Tensor) -> None:
         """Move the statistics towards real targets ``[..., G]`` in reward units.
 
-        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too. Sums over
-        targets go through ``self.all_reduce``, so that data-parallel ranks share statistics.
+        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too. Sums of
+        targets go through ``self.all_reduce``.
         """
 
     @abc.abstractmethod
