@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import traceback
 from pathlib import Path
@@ -204,6 +205,27 @@ def train(ranks: Ranks, run_dir: Path, resume: bool = False, **options) -> dict:
     return seen(trainer, trainer.train())
 
 
+def machines(rank: int, run_dir: Path) -> dict:
+    """A run whose ranks count as two machines, and its end as resumed; the second starts empty."""
+    ranks = Ranks(rank, 2, leader=rank, machines=2)
+    first = train(ranks, run_dir, capacity=300)
+    if rank == 1:
+        shutil.rmtree(run_dir / "replay_1")
+    resumed = train(ranks, run_dir, capacity=300, resume=True, total_updates=12)
+    stored = make_trial_buffer(None, 4, 4, path=run_dir / ("replay", "replay_1")[rank], mode="read")
+    trials = stored.sampler.trials(stored.storage)
+    path = run_dir / ("replay", "copy")[rank]
+    copy = make_trial_buffer(300, 4, 4, path=path, mode="continue")
+    ranks.copy_trials(copy)
+    content = {
+        "copy": copy.storage[:],
+        "number": trials.number,
+        "length": trials.length,
+        "steps": stored.storage[:],
+    }
+    return {"first": first, "resumed": resumed, **content}
+
+
 def preempted(ranks: Ranks, run_dir: Path) -> dict:
     """A run of which the second rank alone gets SIGTERM, twice, behind update 3."""
 
@@ -247,6 +269,7 @@ def run_rank(rank: int, folder: Path) -> None:
         "nonfinite": lambda: nonfinite(ranks, folder),
         "run": lambda: train(ranks, folder / "run"),
         "resumed": lambda: train(ranks, folder / "run", resume=True, total_updates=12),
+        "machines": lambda: machines(rank, folder / "machines"),
         "preempted": lambda: preempted(ranks, folder / "preempted"),
         "errors": lambda: errors(ranks, folder),
     }

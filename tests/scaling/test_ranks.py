@@ -98,6 +98,17 @@ def test_another_number_of_ranks_goes_on(ranks, folder):
     assert not (folder / "run/rank_1").exists()
 
 
+def test_ranks_of_two_machines_have_the_same_trials(ranks):
+    first, second = (result["machines"] for result in ranks)
+    assert first["resumed"]["frames"] == second["resumed"]["frames"] > 300  # some were evicted
+    assert first["number"].tolist() == second["number"].tolist()
+    assert first["length"].tolist() == second["length"].tolist()
+    for key, value in first["steps"].items(True, True):
+        assert value.equal(second["steps"][key])
+        assert value.equal(second["copy"][key]), key  # by a folder that had none of them
+    assert_same(first["resumed"], second["resumed"])
+
+
 def test_a_signal_to_one_rank_stops_all_behind_the_same_update(ranks, folder):
     """SIGTERM came twice, as from a batch system and from torchrun."""
     assert [result["preempted"]["outcome"] for result in ranks] == ["preempted", "preempted"]
@@ -112,7 +123,7 @@ def test_a_signal_to_one_rank_stops_all_behind_the_same_update(ranks, folder):
         ("rows", "ValueError", "must be at least their number, got 1 rows for 2 ranks"),
         ("used", "FileExistsError", "a new run needs a folder without one"),
         ("missing", "FileNotFoundError", "resuming needs a checkpoint"),
-        ("folders", "ValueError", "ranks must read one folder of trials"),
+        ("folders", "ValueError", "the ranks of a machine must read one folder"),
     ],
 )
 def test_errors_are_those_of_all_ranks(ranks, name, kind, message):

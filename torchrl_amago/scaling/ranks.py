@@ -44,6 +44,8 @@ class Ranks:
     Args:
         rank: number of this process, from 0.
         size: number of processes. More than one need torch's default process group.
+        leader: lowest rank on this machine, which writes the trials that its ranks read.
+        machines: number of machines.
 
     Example:
         >>> ranks = Ranks.from_environment()  # those of torchrun, if it started this process
@@ -53,30 +55,39 @@ class Ranks:
 
     rank: int = 0
     size: int = 1
+    leader: int = 0
+    machines: int = 1
 
     @classmethod
     def from_environment(cls) -> Ranks:
         """Join the processes that `torchrun` started; without it, a process is alone.
 
-        Tensors travel by nccl between GPUs (of which each rank of a machine takes its own as
-        torch's current device), else by gloo.
+        Where there is a GPU for each rank of a machine, it becomes torch's current device, and
+        tensors on GPUs travel by nccl. All others travel by gloo.
         """
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
             return cls()
+        rank = int(os.environ["RANK"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
         if not distributed.is_initialized():
-            has_gpus = torch.cuda.is_available() and distributed.is_nccl_available()
-            if has_gpus:
-                local_rank = int(os.environ.get("LOCAL_RANK", 0))
-                torch.cuda.set_device(local_rank % torch.cuda.device_count())
-            backend = "cpu:gloo,cuda:nccl" if has_gpus else "gloo"
+            backend, local_size = "gloo", int(os.environ.get("LOCAL_WORLD_SIZE", size))
+            if torch.cuda.device_count() >= local_size and distributed.is_nccl_available():
+                torch.cuda.set_device(local_rank)
+                backend = "cpu:gloo,cuda:nccl"
             distributed.init_process_group(backend, timeout=_LONGEST_WAIT)
             atexit.register(distributed.destroy_process_group)
-        return cls(distributed.get_rank(), distributed.get_world_size())
+        return cls(rank, size, rank - local_rank, int(os.environ.get("GROUP_WORLD_SIZE", 1)))
 
     @property
     def is_first(self) -> bool:
         """True on the rank that collects, evaluates and writes files."""
         return self.rank == 0
+
+    @property
+    def is_leader(self) -> bool:
+        """True on the rank of each machine that writes its trials."""
+        return self.rank == self.leader
 
     def share(self, batch_size: int) -> int:
         """Return the number of rows of a batch that this rank takes; the first ranks take more.
@@ -96,17 +107,39 @@ class Ranks:
         return buffer.sample() if self.size == 1 else buffer.sample(self.share(buffer.batch_size))
 
     def check_storage(self, buffer: ReplayBuffer, is_written: bool = True) -> None:
-        """Raise ValueError unless all ranks read one folder of trials, if it is written to."""
-        folders = self.gather(getattr(buffer.storage, "path", None))
-        if is_written and (None in folders or len(set(folders)) > 1):
+        """Raise ValueError unless a machine's ranks read one folder, if trials are written."""
+        found = self.gather((self.leader, getattr(buffer.storage, "path", None)))
+        if is_written and (any(not path for _, path in found) or len({*found}) > self.machines):
             raise ValueError(
-                f"ranks must read one folder of trials, got {folders}. Make the buffer with one "
-                "path, with mode='continue' on the first rank, then with mode='read' on the others."
+                "the ranks of a machine must read one folder of trials, got "
+                f"{[str(path) for _, path in found]}. Make the buffer with one path, with "
+                "mode='continue' on the machine's first rank, then mode='read' on the others."
             )
+
+    def copy_trials(self, buffer: ReplayBuffer) -> None:
+        """Write the trials that the first rank has stored since to other machines' folders."""
+        if self.machines == 1:
+            return
+        storage, news = buffer.storage, None
+        found = self.gather((storage.written, self.is_leader, storage.path))
+        new = found[0][0] - min(written for written, is_leader, _ in found if is_leader)
+        if self.is_first and 0 < new <= len(storage):
+            length = buffer.sampler.trials(storage).length
+            num_trials = int(np.searchsorted(length[::-1].cumsum(), new)) + 1
+            news = storage[-new:], length[-num_trials:].tolist()
+        news = self.broadcast(news)
+        if self.is_leader and not self.is_first and new:
+            # Those that have left the storage since can't be sent.
+            storage.loads(found[0][2]) if news is None else storage.write(*news)
+        self.gather(None)
 
     def folder(self, run_dir: Path) -> Path:
         """Return a folder for this rank's own files: the first rank's is the run's."""
         return run_dir if self.is_first else run_dir / f"rank_{self.rank}"
+
+    def replay_folder(self, run_dir: str | Path) -> Path:
+        """Return a folder for the trials of this rank's machine."""
+        return Path(run_dir) / (f"replay_{self.leader}" if self.leader else "replay")
 
     def attach(self, loss_module: nn.Module) -> None:
         """Let the modules of a loss sum their running statistics over ranks from now on."""
@@ -233,14 +266,14 @@ class Ranks:
         return result
 
     @contextmanager
-    def first_before_others(self) -> Iterator[None]:
-        """Let the first rank run a block before the others do."""
-        if not self.is_first:
+    def leaders_first(self) -> Iterator[None]:
+        """Let the first rank of each machine run a block before the others do."""
+        if not self.is_leader:
             self.gather(None)
         try:
             yield
         finally:
-            if self.is_first:
+            if self.is_leader:
                 self.gather(None)
 
 

@@ -183,11 +183,13 @@ class AMAGOTrainer:
         with self._session():
             ranks.on_first(self._begin)
             ranks.start(self.loss_module, self.replay_buffer, counts.updates)
+            ranks.copy_trials(self.online_buffer)
             batches = iter(self.collector)
             while not self._is_asked_to_stop() and counts.updates < self.total_updates:
                 if not counts.updates_left:
                     goes_on, known = ranks.on_first(lambda: (self._collect(batches), vars(counts)))
                     vars(counts).update(known)
+                    ranks.copy_trials(self.online_buffer)
                     if not goes_on:
                         break
                     continue
@@ -233,7 +235,9 @@ class AMAGOTrainer:
         checkpoint = self.ranks.on_first(lambda: self._resume(path, missing_ok))
         if checkpoint is not None and not self.ranks.is_first:
             self.components.load_state_dict(load_state(checkpoint / saving.STATE))
-            self.online_buffer.sampler.loads(checkpoint / saving.REPLAY / "sampler")
+            buffer, replay = self.online_buffer, checkpoint / saving.REPLAY
+            load = buffer.loads if self.ranks.is_leader else buffer.sampler.loads
+            load(replay if self.ranks.is_leader else replay / "sampler")
         return self
 
     def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:

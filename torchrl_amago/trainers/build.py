@@ -96,10 +96,10 @@ def make_trainer(
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         if ranks.size > 1:
-            options["mode"] = "continue" if ranks.is_first else "read"
-            options.setdefault("path", Path(run_dir) / "replay")
+            options["mode"] = "continue" if ranks.is_leader else "read"
+            options.setdefault("path", ranks.replay_folder(run_dir))
         sizes = (capacity, slice_length or trial_length, batch_size)
-        with ranks.first_before_others():
+        with ranks.leaders_first():
             buffer = make_trial_buffer(*sizes, **options)
     frames = env.batch_size.numel() * (round_steps or trial_length)
     options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
