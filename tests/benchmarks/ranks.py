@@ -50,8 +50,10 @@ def main() -> None:
     together, alone = (np.median(seconds[size][UPDATES:]) * 1e3 for size in (ranks.size, 1))
     if ranks.is_first:
         size = sum(p.numel() for p in loss.parameters() if p.requires_grad)
-        print(f"{ranks.size} ranks, {size} parameters: an update of {ROWS} rows each takes")
-        print(f"{together:.1f} ms together, {alone:.1f} ms alone, ratio {together / alone:.2f}")
+        print(  # noqa: T201
+            f"{ranks.size} ranks, {size} parameters: an update of {ROWS} rows each takes "
+            f"{together:.1f} ms together, {alone:.1f} ms alone, ratio {together / alone:.2f}"
+        )
 
 
 if __name__ == "__main__":

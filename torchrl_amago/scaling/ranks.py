@@ -22,6 +22,8 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 from torchrl.data import ReplayBuffer
 
+from torchrl_amago import keys
+
 T = TypeVar("T")
 
 # Ranks wait for the first one as long as it collects, evaluates or saves. A rank that dies is
@@ -106,8 +108,11 @@ class Ranks:
         """Draw this rank's rows of a batch, whose size is the buffer's."""
         return buffer.sample() if self.size == 1 else buffer.sample(self.share(buffer.batch_size))
 
-    def check_storage(self, buffer: ReplayBuffer, is_written: bool = True) -> None:
-        """Raise ValueError unless a machine's ranks read one folder, if trials are written."""
+    def check(self, batch_size: int, buffer: ReplayBuffer, is_written: bool = True) -> None:
+        """Raise ValueError unless there is a row for each rank, and a folder for each machine."""
+        if self.size == 1:
+            return
+        self.share(batch_size)
         found = self.gather((self.leader, getattr(buffer.storage, "path", None)))
         if is_written and (any(not path for _, path in found) or len({*found}) > self.machines):
             raise ValueError(
@@ -137,9 +142,18 @@ class Ranks:
         """Return a folder for this rank's own files: the first rank's is the run's."""
         return run_dir if self.is_first else run_dir / f"rank_{self.rank}"
 
-    def replay_folder(self, run_dir: str | Path) -> Path:
-        """Return a folder for the trials of this rank's machine."""
-        return Path(run_dir) / (f"replay_{self.leader}" if self.leader else "replay")
+    def buffer_options(self, run_dir: str | Path) -> dict[str, Any]:
+        """Return where and how this rank opens the buffer of its machine; nothing alone."""
+        path = Path(run_dir) / (f"replay_{self.leader}" if self.leader else "replay")
+        options = {"path": path, "mode": "continue" if self.is_leader else "read"}
+        return options if self.size > 1 else {}
+
+    def load_trials(self, buffer: ReplayBuffer, path: Path) -> None:
+        """Load a saved buffer, after the first rank; ranks that only read take its priorities."""
+        if self.is_leader:
+            buffer.loads(path)
+        else:
+            buffer.sampler.loads(path / "sampler")
 
     def attach(self, loss_module: nn.Module) -> None:
         """Let the modules of a loss sum their running statistics over ranks from now on."""
@@ -184,11 +198,13 @@ class Ranks:
         distributed.all_reduce(number, distributed.ReduceOp.MAX)
         return choices[number] if number >= 0 else None
 
-    def weigh(self, count: int | Tensor, problem: str = "") -> tuple[float, str]:
-        """Return this rank's fraction of the ranks' counts, and the problems of all, if any."""
+    def weigh(self, batch: TensorDictBase, problem: str = "") -> tuple[float, str]:
+        """Return this rank's fraction of all real steps, and the problems of all ranks, if any."""
         if self.size == 1:
             return 1.0, problem
-        total, problems = self.sum(torch.tensor([int(count), bool(problem)]))[0].tolist()
+        mask = batch.get(keys.MASK, None)
+        count = batch.numel() if mask is None else int(mask.sum())
+        total, problems = self.sum(torch.tensor([count, bool(problem)]))[0].tolist()
         if problems:
             found = enumerate(self.gather(problem))
             problem = "; ".join(f"rank {rank}: {text}" for rank, text in found if text)

@@ -124,7 +124,7 @@ class AMAGOTrainer:
     settings: Mapping[str, object] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     components: Mapping[str, Any] = field(default_factory=dict)
-    ranks: Ranks = field(default_factory=Ranks)
+    ranks: Ranks = Ranks()
     callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = ()
 
     def __post_init__(self) -> None:
@@ -167,9 +167,8 @@ class AMAGOTrainer:
         self._is_resumed = self._stop = self._has_lock = False
         self._outcome: Outcome = "finished"
         self._lock = contextlib.ExitStack()
-        if self.ranks.size > 1:
-            self.ranks.share(self.replay_buffer.batch_size)
-            self.ranks.check_storage(self.online_buffer, self.total_updates > self.online_after)
+        is_written = self.total_updates > self.online_after
+        self.ranks.check(self.replay_buffer.batch_size, self.online_buffer, is_written)
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
@@ -235,9 +234,7 @@ class AMAGOTrainer:
         checkpoint = self.ranks.on_first(lambda: self._resume(path, missing_ok))
         if checkpoint is not None and not self.ranks.is_first:
             self.components.load_state_dict(load_state(checkpoint / saving.STATE))
-            buffer, replay = self.online_buffer, checkpoint / saving.REPLAY
-            load = buffer.loads if self.ranks.is_leader else buffer.sampler.loads
-            load(replay if self.ranks.is_leader else replay / "sampler")
+            self.ranks.load_trials(self.online_buffer, checkpoint / saving.REPLAY)
         return self
 
     def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:

@@ -45,7 +45,7 @@ def make_trainer(
     loss: str | Callable[..., AMAGOLoss] = "amago",
     critic_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
-    ranks: Ranks | None = None,
+    ranks: Ranks = Ranks(),
     **trainer_options: Any,
 ) -> AMAGOTrainer:
     """Make a trainer and its parts.
@@ -88,16 +88,13 @@ def make_trainer(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
-    ranks = ranks or Ranks()
     make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
-        if ranks.size > 1:
-            options["mode"] = "continue" if ranks.is_leader else "read"
-            options.setdefault("path", ranks.replay_folder(run_dir))
+        options = ranks.buffer_options(run_dir) | options
         sizes = (capacity, slice_length or trial_length, batch_size)
         with ranks.leaders_first():
             buffer = make_trial_buffer(*sizes, **options)

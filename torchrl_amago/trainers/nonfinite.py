@@ -61,9 +61,7 @@ def nonfinite_entries(batch: TensorDictBase) -> str:
     return ", ".join(found)
 
 
-def check_data(
-    batch: TensorDictBase, run_dir: Path, name: str, ranks: Ranks | None = None
-) -> float:
+def check_data(batch: TensorDictBase, run_dir: Path, name: str, ranks: Ranks = Ranks()) -> float:
     """Raise :class:`NonFiniteError` if real steps hold NaN or infinity, on any of the ranks.
 
     Return this rank's fraction of the real steps of all.
@@ -71,9 +69,7 @@ def check_data(
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
     total = sum(x.sum(dtype=torch.float32) for x in _tensors(batch, floats_only=True).values())
     found = "" if math.isfinite(total) else nonfinite_entries(batch)
-    mask = batch.get(keys.MASK, None)
-    count = batch.numel() if mask is None else mask.sum()
-    fraction, found = (ranks or Ranks()).weigh(count, found)
+    fraction, found = ranks.weigh(batch, found)
     if found:
         problem = f"{name} must be finite, but NaN or infinity is in {found}"
         raise NonFiniteError(problem, batch, run_dir)
