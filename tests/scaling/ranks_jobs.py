@@ -30,7 +30,8 @@ from torchrl_amago.modules import RunningScale
 from torchrl_amago.scaling import Ranks
 from torchrl_amago.trainers import FiniteOptimizationStepper, Intervals, NonFiniteError
 
-NUM_UPDATES, NUM_ROWS, FIRST_ROWS = 20, 6, 2
+NUM_ROWS, FIRST_ROWS = 6, 2
+NUM_UPDATES = {"amago": 20, "amago2": 20, "hooks": 5, "sum": 5}
 DISCOUNTS = (0.9, 0.99)
 
 
@@ -108,7 +109,7 @@ LOSSES = {
 
 
 def updates(ranks: Ranks, name: str) -> dict:
-    """Make 20 updates; return weights, targets, statistics, and the last metrics."""
+    """Make updates; return weights, targets, statistics, and the last metrics."""
     loss = LOSSES[name](small_policy()[1])
     dtype = torch.float32 if name in ("amago", "amago2") else torch.float64
     loss.to(dtype)
@@ -119,7 +120,7 @@ def updates(ranks: Ranks, name: str) -> dict:
     first = slice(0, NUM_ROWS if ranks.size == 1 else FIRST_ROWS)
     rows = (first, slice(FIRST_ROWS, NUM_ROWS))[ranks.rank]
     with SharedDraws({}) as draws:
-        for update in range(NUM_UPDATES):
+        for update in range(NUM_UPDATES[name]):
             batch = unequal[update % len(unequal)].apply(
                 lambda x: x.to(dtype) if x.is_floating_point() else x
             )

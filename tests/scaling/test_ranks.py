@@ -36,7 +36,7 @@ def ranks(folder):
 
 @pytest.mark.parametrize("name", jobs.LOSSES)
 def test_two_ranks_equal_one(ranks, name):
-    """After 20 updates; the first rank has 8 of 62 steps, in 2 of 6 slices."""
+    """After 20 updates, or 5; the first rank has 8 of 62 steps, in 2 of 6 slices."""
     jobs.prepare()
     alone, (first, second) = jobs.updates(Ranks(), name), (result[name] for result in ranks)
     assert first["state"].keys() == alone["state"].keys()

@@ -40,8 +40,7 @@ class InputNorm(PreciseBuffers):
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.
     limit = 1e4
-    #: Sum tensors over data-parallel ranks, as `Ranks.attach` makes it.
-    all_reduce = staticmethod(lambda *sums: sums)
+    all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
     #: Bound on inputs of the moments, whose squares must be finite.
     input_limit = 1e9
 

@@ -50,8 +50,7 @@ class ActorCriticLoss(LossModule):
         priority_weight: NestedKey = "priority_weight"
 
     default_keys = _AcceptedKeys
-    #: Sum tensors over data-parallel ranks, as `Ranks.attach` makes it.
-    all_reduce = staticmethod(lambda *sums: sums)
+    all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
 
     encoder_network: TensorDictModule
     encoder_network_params: TensorDictParams
@@ -262,10 +261,8 @@ class ActorCriticLoss(LossModule):
         return out if self._selected_out_keys is None else out.select(*self.out_keys)
 
     def _rank_factor(self, mask_M: Tensor, counts: Tensor | None = None) -> Tensor:
-        """Return the factor of a data-parallel rank's sum, or of its mean by these ``counts``.
-
-        The optimiser step adds up losses by each rank's fraction of the real steps.
-        """
+        """Return a factor for the sum or mean (by counts) of one of several data-parallel ranks."""
+        # The optimiser step adds up their losses by each rank's fraction of the real steps.
         own = torch.stack([mask_M.sum(), (mask_M if counts is None else counts).sum()]).float()
         tiny = torch.finfo(own.dtype).tiny
         fraction = own / self.all_reduce(own)[0].clamp_min(tiny)

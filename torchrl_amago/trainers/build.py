@@ -69,7 +69,6 @@ def make_trainer(
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
         ranks: processes that make each update together, see :class:`~torchrl_amago.scaling.Ranks`.
-            They read their trials from `replay` in the run's folder; the first one collects them.
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Example:

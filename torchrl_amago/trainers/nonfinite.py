@@ -62,10 +62,7 @@ def nonfinite_entries(batch: TensorDictBase) -> str:
 
 
 def check_data(batch: TensorDictBase, run_dir: Path, name: str, ranks: Ranks = Ranks()) -> float:
-    """Raise :class:`NonFiniteError` if real steps hold NaN or infinity, on any of the ranks.
-
-    Return this rank's fraction of the real steps of all.
-    """
+    """Return a rank's fraction of all real steps; raise NonFiniteError for NaN or infinity."""
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
     total = sum(x.sum(dtype=torch.float32) for x in _tensors(batch, floats_only=True).values())
     found = "" if math.isfinite(total) else nonfinite_entries(batch)

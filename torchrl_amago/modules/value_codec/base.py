@@ -33,8 +33,7 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
         tensor([[9.]])
     """
 
-    #: Sum tensors over data-parallel ranks, as `Ranks.attach` makes it.
-    all_reduce = staticmethod(lambda *sums: sums)
+    all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
 
     @property
     def event_shape(self) -> torch.Size:
