@@ -25,7 +25,7 @@ def ranks(folder):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
         if process.is_alive():
             process.kill()
             pytest.fail("the ranks hang")
