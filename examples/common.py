@@ -250,6 +250,7 @@ def command_line(
         defaults = dataclasses.replace(defaults, **{**changes, **DEBUG, **(debug or {})})
     try:
         args = tyro.cli(args_class, default=defaults)
+        Ranks.from_environment()  # before anything is on a GPU: each rank has its own
         torch.set_num_threads(args.threads)
         keep_freed_memory()
         yield args

@@ -68,7 +68,7 @@ class Ranks:
         tensors on GPUs travel by nccl. All others travel by gloo.
         """
         size = int(os.environ.get("WORLD_SIZE", 1))
-        if size == 1:
+        if size == 1 or "RANK" not in os.environ:
             return cls()
         rank = int(os.environ["RANK"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
