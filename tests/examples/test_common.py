@@ -283,8 +283,8 @@ SMALL = {"seq_model": "gru", "seq_model_options": {"d_model": 8}}
 class FakeTrainer:
     """Record of how it was called."""
 
-    def __init__(self, policy_files=None, latest=None, ranks=Ranks()):
-        self.policy_files, self.calls, self.ranks = policy_files, [], ranks
+    def __init__(self, policy_files=None, latest=None, ranks=None):
+        self.policy_files, self.calls, self.ranks = policy_files, [], ranks or Ranks()
         self.checkpoints = SimpleNamespace(latest=lambda: latest)
 
     def resume(self, path=None, missing_ok=False):
@@ -301,8 +301,8 @@ def test_a_stopped_run_leaves_with_its_exit_code(tmp_path, capsys, outcome, code
 
 @pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("preempted", 75)])
 def test_ranks_but_the_first_leave_in_silence(tmp_path, capsys, outcome, code):
+    trainer = FakeTrainer(ranks=Ranks(1, 2))
     with pytest.raises(SystemExit) as leaving:
-        trainer = FakeTrainer(ranks=Ranks(1, 2))
         final_evaluation(TrainingArgs(run_dir=tmp_path), outcome, trainer, None)
     assert leaving.value.code == code
     assert capsys.readouterr().out == ""
