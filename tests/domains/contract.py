@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes.util import find_library
 
 import pytest
 import torch
@@ -27,6 +28,10 @@ BOOKKEEPING = {
     "action_mask",
 }
 BOOKKEEPING |= {"soft_reset", "trial_progress", "episode_success", "task_id"}
+
+needs_egl = pytest.mark.skipif(
+    find_library("EGL") is None, reason="pictures need the system's EGL library"
+)
 
 
 def need(package: str, extra: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ctypes.util import find_library
 from functools import partial
 
 import pytest
 import torch
 
-from tests.domains.contract import check_domain, check_pictures, need, play
+from tests.domains.contract import check_domain, check_pictures, need, needs_egl, play
 from torchrl_amago import make_trial_env
 from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.envs.libs import InvertedActuators, MetaWorld
@@ -73,10 +72,9 @@ def test_tasks(name):
     assert not torch.equal(tasks[0], tasks[40])
 
 
-@pytest.mark.skipif(find_library("EGL") is None, reason="pictures need the system's EGL library")
+@needs_egl
 @pytest.mark.parametrize("name", ALL)
-def test_pictures(name, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "egl")
+def test_pictures(name):
     check_pictures(make_env(name, 1, render_mode="rgb_array"))
 
 

@@ -205,5 +205,5 @@ def test_craftax():
     assert torch.equal(seen[:, 0], seen[:, 4])
     assert not torch.equal(seen[0, 0], seen[1, 0])
     assert steps["next", "done"].squeeze(-1).tolist() == [[False] * 7 + [True]] * 3
-    with pytest.raises(ValueError, match="Unknown craftax environment"):
+    with pytest.raises(ValueError, match="env_id must be one of 'Craftax-Classic-Symbolic-v1'"):
         craftax_env(2, "Craftax-v0")

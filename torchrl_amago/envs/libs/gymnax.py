@@ -8,9 +8,10 @@ from urllib.error import URLError
 
 import numpy as np
 
+from torchrl_amago.envs.libs._extras import import_extra
 from torchrl_amago.envs.libs._jax_rows import Tree
 from torchrl_amago.envs.libs._jax_spaces import action_spec, observation_spec
-from torchrl_amago.envs.libs.jax_env import JaxEnv, import_extra
+from torchrl_amago.envs.libs.jax_env import JaxEnv
 
 # RGB of nothing and of channels 1, 2, ... of images that aren't pictures.
 _COLOURS = np.array(

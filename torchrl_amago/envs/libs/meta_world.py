@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.envs.libs._extras import import_extra
 
 Split = Literal["train", "test"]
 BENCHMARKS = ("ML1", "ML10", "ML25", "ML45")
@@ -133,13 +134,7 @@ class MetaWorld(gym.Env):
 @functools.lru_cache(maxsize=4)
 def _benchmark(benchmark: str, problem: str | None, seed: int) -> Any:
     """Draw a benchmark's goals."""
-    try:
-        import metaworld
-    except ImportError as error:
-        raise ImportError(
-            "MetaWorld needs the package metaworld, which isn't installed. Install the extra: "
-            'pip install "torchrl-amago[metaworld]".'
-        ) from error
+    metaworld = import_extra("metaworld", "metaworld")
     check_choice("benchmark", benchmark, BENCHMARKS)
     problems = list(metaworld.ML1.ENV_NAMES)
     if (benchmark == "ML1") != (problem is not None) or problem not in (None, *problems):

@@ -9,6 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from torchrl_amago.envs.libs._extras import import_extra
 from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
 _WORDS = """
@@ -52,13 +53,7 @@ class MiniGrid(gym.ObservationWrapper):
     """
 
     def __init__(self, env_id: str, *, max_words: int = 16, **options: Any) -> None:
-        try:
-            import minigrid  # noqa: F401 - registers the ids
-        except ImportError as error:
-            raise ImportError(
-                "MiniGrid needs the package minigrid, which isn't installed. Install the extra: "
-                'pip install "torchrl-amago[minigrid]".'
-            ) from error
+        import_extra("minigrid", "minigrid")  # registers the ids
         try:
             env = gym.make(env_id, **options)
         except gym.error.UnregisteredEnv as error:

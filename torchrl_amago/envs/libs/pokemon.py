@@ -13,8 +13,9 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs.libs._extras import needs_extra
 
-try:
+with needs_extra("poke-env", "pokemon"):
     from poke_env import ServerConfiguration
     from poke_env.battle import Battle, MoveCategory, Pokemon, PokemonType, Status
     from poke_env.environment import SinglesEnv
@@ -24,11 +25,6 @@ try:
         RandomPlayer,
         SimpleHeuristicsPlayer,
     )
-except ImportError as error:
-    raise ImportError(
-        "Pokemon battles need the package poke-env, which isn't installed. Install the extra: pip "
-        'install "torchrl-amago[pokemon]".'
-    ) from error
 
 OPPONENTS: dict[str, Callable[..., Player]] = {
     "random": RandomPlayer,

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs.libs._extras import import_extra
 
 _MODES = ("easy", "hard", "memory", "exploration", "extreme")
 
@@ -104,19 +105,9 @@ class Procgen(gym.Env):
             self._pool = None
 
 
-def _id_of(game: str, mode: str) -> str:
-    return f"{game.title()}{mode.title()}-v0"
-
-
 def _find(game: str, mode: str) -> Any:
     """Return the function that makes a pool of this game."""
-    try:
-        import envpool
-    except ImportError as error:
-        raise ImportError(
-            "Procgen is played through EnvPool, which isn't installed. Install the extra: pip "
-            'install "torchrl-amago[procgen]".'
-        ) from error
+    envpool = import_extra("envpool", "procgen")
     ids = {
         i for i in envpool.list_all_envs() if i.endswith(tuple(f"{m.title()}-v0" for m in _MODES))
     }

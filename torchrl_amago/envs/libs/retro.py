@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs.libs._extras import import_extra
 
 
 class Retro(gym.Env):
@@ -56,13 +57,7 @@ class Retro(gym.Env):
     ) -> None:
         counts = dict(frame_skip=frame_skip, size=size, max_episode_steps=max_episode_steps)
         check_counts("", **counts)
-        try:
-            import stable_retro as retro
-        except ImportError as error:
-            raise ImportError(
-                "Retro needs the package stable-retro, which isn't installed. Install the extra: "
-                'pip install "torchrl-amago[retro]".'
-            ) from error
+        retro = import_extra("stable_retro", "retro")
         known = retro.data.list_states(game) if game in retro.data.list_games() else []
         if unknown := sorted(set(levels) - set(known)):
             raise ValueError(f"levels must be of {game}, which has {known}, got {unknown}.")

@@ -1,0 +1,24 @@
+"""Packages of extras, imported where they are used."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+
+
+def import_extra(name: str, extra: str = "jax") -> ModuleType:
+    """Import a module of an extra; raise ImportError with the command to install it."""
+    with needs_extra(name.partition(".")[0], extra):
+        return importlib.import_module(name)
+
+
+@contextlib.contextmanager
+def needs_extra(package: str, extra: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn an ImportError, or one of the given errors, into one with the command to install."""
+    try:
+        yield
+    except (ImportError, *errors) as error:
+        remedy = f'pip install "torchrl-amago[{extra}]"'
+        raise ImportError(f"{package} must be installed: {remedy} ({error}).") from error
