@@ -9,7 +9,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from common import TrainingArgs, draw_progress, draw_steps, final_evaluation, resume_if_asked
+from common import (
+    TrainingArgs,
+    draw_progress,
+    draw_steps,
+    drawing,
+    final_evaluation,
+    resume_if_asked,
+)
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer
@@ -112,9 +119,7 @@ def draw_trial(args: DomainArgs, policy: torch.nn.Module, seed: int) -> None:
     if not args.draws:
         print("No trial.png, since this environment has no pictures.")
         return
-    try:
+    with drawing("this environment"):
         env = args.make_env(1, test=True, render_mode="rgb_array")
         draw_steps(args, rollout_pictures(policy, env, seed=seed)[-1])
         env.close()
-    except Exception as error:  # noqa: BLE001 - the results are there
-        print(f"No trial.png, since this environment can't be drawn here: {error}")

@@ -52,8 +52,10 @@ def test_pictures_of_minigrid():
 
 def test_unknown_ids():
     need("minigrid", "minigrid")
-    with pytest.raises(ValueError, match="Did you mean: `BabyAI-GoToRedBall`"):
+    with pytest.raises(ValueError, match="env_id must be .* like .'BabyAI-GoToRedBall-v0'"):
         MiniGrid("BabyAI-GoToRedBal-v0")
+    with pytest.raises(ValueError, match="got 'CartPole-v1'"):
+        MiniGrid("CartPole-v1", max_steps=10)
 
 
 @pytest.mark.parametrize("view", ["pixels", "codes"])

@@ -1,10 +1,11 @@
-"""Packages of extras, imported where they are used."""
+"""Packages of extras, imported where they are used, and the names that they know."""
 
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 
@@ -22,3 +23,10 @@ def needs_extra(package: str, extra: str, *errors: type[Exception]) -> Iterator[
     except (ImportError, *errors) as error:
         remedy = f'pip install "torchrl-amago[{extra}]"'
         raise ImportError(f"{package} must be installed: {remedy} ({error}).") from error
+
+
+def check_known(argument: str, value: str, known: Sequence[str]) -> None:
+    """Raise ValueError for a name that is none of many, with those that are near it."""
+    if value not in known:
+        near = difflib.get_close_matches(value, known) or known[:3]
+        raise ValueError(f"{argument} must be one of {len(known)} like {near}, got {value!r}.")

@@ -11,7 +11,7 @@ import numpy as np
 from torchrl_amago._validation import check_choice
 from torchrl_amago.envs.libs._extras import import_extra
 from torchrl_amago.envs.libs._jax_rows import Tree
-from torchrl_amago.envs.libs.gymnax import gymnax_rows
+from torchrl_amago.envs.libs.gymnax import gymnax_rows, with_params
 from torchrl_amago.envs.libs.jax_env import JaxEnv
 
 IDS = tuple(
@@ -43,7 +43,7 @@ def craftax_env(
 
     Raises:
         ImportError: if Craftax isn't installed.
-        ValueError: for an unknown id.
+        ValueError: for an unknown id or unknown parameters.
 
     Example:
         >>> from torchrl_amago.envs import make_trial_env
@@ -54,7 +54,7 @@ def craftax_env(
     craftax, jax = import_extra("craftax.craftax_env"), import_extra("jax")
     check_choice("env_id", env_id, IDS)
     env = craftax.make_craftax_env_from_name(env_id, auto_reset=False)
-    env_params = env.default_params.replace(**(params or {}))
+    env_params = with_params(env.default_params, params)
 
     def step(key: Tree, state: Tree, action: Tree, task: Tree) -> tuple:
         seen, state, reward, is_over, _ = env.step_env(key, state, action, env_params)

@@ -32,7 +32,7 @@ class InvertedActuators(gym.Wrapper):
         options: further arguments of ``gymnasium.make``.
 
     Raises:
-        TypeError: if the actions are not bounded numbers.
+        ValueError: if the actions are not bounded numbers.
 
     Example:
         >>> env = InvertedActuators("Pendulum-v1", probability=1.0)
@@ -57,7 +57,7 @@ class InvertedActuators(gym.Wrapper):
         super().__init__(gym.make(env, **options) if isinstance(env, str) else env)
         space = self.action_space
         if not (isinstance(space, gym.spaces.Box) and space.is_bounded("both")):
-            raise TypeError(f"actions that can be inverted are bounded numbers, got {space}.")
+            raise ValueError(f"actions that can be inverted are bounded numbers, got {space}.")
         self._center = (space.low + space.high) / 2
         self.inversion, self.probability = inversion, probability
         self.change_within = change_within

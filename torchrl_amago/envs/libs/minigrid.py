@@ -9,7 +9,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from torchrl_amago.envs.libs._extras import import_extra
+from torchrl_amago.envs.libs._extras import check_known, import_extra
 from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
 _WORDS = """
@@ -26,8 +26,6 @@ CELL_SIZES = (11, 6, 4)
 
 class MiniGrid(gym.ObservationWrapper):
     """Any environment of MiniGrid or BabyAI (arXiv 2306.13831), by its id.
-
-    The six ids with ``WFC`` need files that the package on PyPI lacks.
 
     Observations are ``image``, what the agent sees, ids ``[7, 7, 3]`` of object, colour and state,
     which a ``combined`` timestep encoder embeds as a grid; ``direction``, an id; and ``mission``,
@@ -46,6 +44,7 @@ class MiniGrid(gym.ObservationWrapper):
     Raises:
         ImportError: if MiniGrid isn't installed.
         ValueError: for an unknown id.
+        FileNotFoundError: for the ids with ``WFC``.
 
     Example:
         >>> MiniGrid("BabyAI-GoToRedBall-v0").action_space  # doctest: +SKIP
@@ -54,13 +53,13 @@ class MiniGrid(gym.ObservationWrapper):
 
     def __init__(self, env_id: str, *, max_words: int = 16, **options: Any) -> None:
         import_extra("minigrid", "minigrid")  # registers the ids
+        known = [i for i in gym.registry if i.startswith(("MiniGrid-", "BabyAI-"))]
+        check_known("env_id", env_id, known)
         try:
             env = gym.make(env_id, **options)
-        except gym.error.UnregisteredEnv as error:
-            known = [i for i in gym.registry if i.startswith(("MiniGrid-", "BabyAI-"))]
-            raise ValueError(
-                f"env_id must be one of MiniGrid's {len(known)} ids, got {env_id!r}: {error}"
-            ) from error
+        except FileNotFoundError as error:
+            remedy = f"PyPI's minigrid lacks it, its repository has it: {error}."
+            raise FileNotFoundError(f"{env_id} needs a file. {remedy}") from error
         env = TextToTokens(env, Vocabulary(MISSION_WORDS, max_words), keys=["mission"])
         super().__init__(env)
         entries = dict(env.observation_space.spaces)

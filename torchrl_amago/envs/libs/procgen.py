@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from torchrl_amago._validation import check_counts
+from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.envs.libs._extras import import_extra
 
 _MODES = ("easy", "hard", "memory", "exploration", "extreme")
@@ -56,8 +56,8 @@ class Procgen(gym.Env):
         max_episode_steps: int = 1000,
         render_mode: str | None = None,
     ) -> None:
-        counts = dict(max_episode_steps=max_episode_steps, num_levels=num_levels or 1)
-        check_counts("", **counts)
+        levels = 1 if num_levels is None else num_levels
+        check_counts(max_episode_steps=max_episode_steps, num_levels=levels)
         self._make = _find(game, mode)
         self.num_levels, self.start_level = num_levels, start_level
         self.max_episode_steps, self.render_mode = max_episode_steps, render_mode
@@ -105,23 +105,24 @@ class Procgen(gym.Env):
             self._pool = None
 
 
+def _id_of(game: str, mode: str) -> str:
+    return f"{game.title()}{mode.title()}-v0"
+
+
 def _find(game: str, mode: str) -> Any:
     """Return the function that makes a pool of this game."""
     envpool = import_extra("envpool", "procgen")
-    ids = {
-        i for i in envpool.list_all_envs() if i.endswith(tuple(f"{m.title()}-v0" for m in _MODES))
-    }
-    wanted = f"{game.title()}{mode.title()}-v0"
-    if wanted not in ids:
-        modes = [m for m in _MODES if f"{game.title()}{m.title()}-v0" in ids]
-        games = sorted(i.removesuffix("Easy-v0").lower() for i in ids if i.endswith("Easy-v0"))
-        known = f"{game} has the modes {modes}" if modes else f"there are {', '.join(games)}"
-        raise ValueError(f"a game of Procgen must exist in the mode, got {game}, {mode}: {known}.")
+    ids = set(envpool.list_all_envs())
+    games = sorted(i.removesuffix("Easy-v0").lower() for i in ids if i.endswith("Easy-v0"))
+    check_choice("game", game, games)
+    modes = [mode for mode in _MODES if _id_of(game, mode) in ids]
+    check_choice("mode", mode, modes, f"These are the modes of {game}.")
 
     def make(**options: Any) -> Any:
         try:
-            return envpool.make_gymnasium(wanted, **options)
+            return envpool.make_gymnasium(_id_of(game, mode), **options)
         except ImportError as error:
-            raise ImportError(f"EnvPool's Procgen needs a library: {error}") from error
+            remedy = "Install the system's Qt: apt install libqt5gui5."
+            raise ImportError(f"Procgen needs a library: {error}. {remedy}") from error
 
     return make

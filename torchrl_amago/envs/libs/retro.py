@@ -10,7 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_counts
-from torchrl_amago.envs.libs._extras import import_extra
+from torchrl_amago.envs.libs._extras import check_known, import_extra
 
 
 class Retro(gym.Env):
@@ -35,7 +35,7 @@ class Retro(gym.Env):
     Raises:
         ImportError: if stable-retro isn't installed.
         FileNotFoundError: without the game's ROM.
-        ValueError: for a level that the game doesn't have.
+        ValueError: for an unknown game, or a level that the game doesn't have.
 
     Example:
         >>> Retro.SAME_TASK
@@ -55,10 +55,10 @@ class Retro(gym.Env):
         max_episode_steps: int = 1000,
         render_mode: str | None = None,
     ) -> None:
-        counts = dict(frame_skip=frame_skip, size=size, max_episode_steps=max_episode_steps)
-        check_counts("", **counts)
+        check_counts(frame_skip=frame_skip, size=size, max_episode_steps=max_episode_steps)
         retro = import_extra("stable_retro", "retro")
-        known = retro.data.list_states(game) if game in retro.data.list_games() else []
+        check_known("game", game, retro.data.list_games())
+        known = retro.data.list_states(game)
         if unknown := sorted(set(levels) - set(known)):
             raise ValueError(f"levels must be of {game}, which has {known}, got {unknown}.")
         try:
