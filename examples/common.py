@@ -131,7 +131,7 @@ class TrainingArgs:
 
     def __post_init__(self) -> None:
         counts = (
-            "episodes max_episode_steps context_length round_steps slice_length n_step "
+            "episodes max_episode_steps context_length round_steps slice_length n_step frame_skip "
             "num_envs eval_trials total_updates updates_per_round batch_size capacity "
             "anneal_frames eval_interval checkpoint_interval threads d_model num_layers "
             "num_heads hidden_size"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes.util import find_library
+from types import ModuleType
 
 import pytest
 import torch
@@ -34,9 +35,9 @@ needs_egl = pytest.mark.skipif(
 )
 
 
-def need(package: str, extra: str) -> None:
-    """Skip the test where the package of an extra is missing."""
-    pytest.importorskip(package, reason=f'pip install "torchrl-amago[{extra}]"')
+def need(package: str, extra: str) -> ModuleType:
+    """Return the package of an extra; skip the test where it is missing."""
+    return pytest.importorskip(package, reason=f'pip install "torchrl-amago[{extra}]"')
 
 
 def play(env: EnvBase, num_steps: int, seed: int = 0) -> TensorDictBase:

@@ -100,13 +100,16 @@ def need_procgen():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("game", "mode"), [("coinrun", "easy"), ("maze", "memory")])
+@pytest.mark.parametrize(
+    ("game", "mode"), [("coinrun", "easy"), ("maze", "memory"), ("ninja", "exploration")]
+)
 def test_procgen(game, mode):
     need_procgen()
     make = partial(Procgen, game, mode, max_episode_steps=12)
     check_domain(
         lambda rows: make_trial_env(gymnasium_rows(make, rows), episodes=2, **SAME_TASK),
         num_steps=60,
+        min_rows=int(mode != "exploration"),  # it has one level
         timestep_encoder="combined",
         timestep_options=CHANNELS_FIRST,
     )

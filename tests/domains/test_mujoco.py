@@ -90,3 +90,5 @@ def test_meta_world_names_what_there_is(arguments):
     need("metaworld", "metaworld")
     with pytest.raises(ValueError, match="must be .*got"):
         MetaWorld(*arguments)
+    with pytest.raises(ValueError, match="at most 500, got 600"):
+        MetaWorld("ML1", "reach-v3", max_episode_steps=600)

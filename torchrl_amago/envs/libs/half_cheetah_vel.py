@@ -33,8 +33,6 @@ class HalfCheetahVel(gym.Wrapper):
         ImportError: if MuJoCo isn't installed.
 
     Example:
-        >>> HalfCheetahVel.SAME_TARGET
-        {'same_target': True}
         >>> env = HalfCheetahVel()  # doctest: +SKIP
         >>> observation, info = env.reset(options={"target_velocity": 1.5})  # doctest: +SKIP
     """

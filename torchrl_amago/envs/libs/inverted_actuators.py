@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import gymnasium as gym
 import numpy as np
 
-from torchrl_amago._validation import check_choice, check_fractions
+from torchrl_amago._validation import check_choice, check_counts, check_fractions
 
 Inversion = Literal["all", "each"]
 
@@ -54,6 +54,8 @@ class InvertedActuators(gym.Wrapper):
     ) -> None:
         check_choice("inversion", inversion, get_args(Inversion))
         check_fractions("It is the probability of an inverted sign.", probability=probability)
+        if change_within is not None:
+            check_counts("It is a number of steps.", change_within=change_within)
         super().__init__(gym.make(env, **options) if isinstance(env, str) else env)
         space = self.action_space
         if not (isinstance(space, gym.spaces.Box) and space.is_bounded("both")):

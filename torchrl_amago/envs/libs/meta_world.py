@@ -43,8 +43,6 @@ class MetaWorld(gym.Env):
         ValueError: for an unknown benchmark, problem or split.
 
     Example:
-        >>> MetaWorld.SAME_TASK
-        {'same_task': True}
         >>> env = MetaWorld("ML1", "reach-v3")  # doctest: +SKIP
     """
 
@@ -61,7 +59,9 @@ class MetaWorld(gym.Env):
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
         check_choice("split", split, get_args(Split))
-        check_counts("It is the length of an episode.", max_episode_steps=max_episode_steps)
+        check_counts(max_episode_steps=max_episode_steps)
+        if max_episode_steps > 500:
+            raise ValueError(f"max_episode_steps must be at most 500, got {max_episode_steps}.")
         tasks = _benchmark(benchmark, problem, goals_seed)
         self._classes = tasks.train_classes if split == "train" else tasks.test_classes
         self._goals: defaultdict[str, list] = defaultdict(list)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
@@ -52,14 +53,13 @@ class MiniGrid(gym.ObservationWrapper):
     """
 
     def __init__(self, env_id: str, *, max_words: int = 16, **options: Any) -> None:
-        import_extra("minigrid", "minigrid")  # registers the ids
+        minigrid = import_extra("minigrid", "minigrid")  # registers the ids
         known = [i for i in gym.registry if i.startswith(("MiniGrid-", "BabyAI-"))]
         check_known("env_id", env_id, known)
-        try:
-            env = gym.make(env_id, **options)
-        except FileNotFoundError as error:
-            remedy = f"PyPI's minigrid lacks it, its repository has it: {error}."
-            raise FileNotFoundError(f"{env_id} needs a file. {remedy}") from error
+        patterns = Path(minigrid.__file__).parent / "envs/wfc/patterns"
+        if "WFC" in env_id and not patterns.exists():
+            raise FileNotFoundError(f"PyPI's minigrid lacks {patterns}, its repository has it.")
+        env = gym.make(env_id, **options)
         env = TextToTokens(env, Vocabulary(MISSION_WORDS, max_words), keys=["mission"])
         super().__init__(env)
         entries = dict(env.observation_space.spaces)

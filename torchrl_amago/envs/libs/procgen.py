@@ -25,8 +25,8 @@ class Procgen(gym.Env):
 
     Args:
         game: name, such as ``"coinrun"`` or ``"maze"``.
-        mode: ``"easy"`` or ``"hard"``; some games have ``"memory"``, ``"exploration"`` or
-            ``"extreme"``.
+        mode: ``"easy"`` or ``"hard"``; some games have ``"memory"``, ``"extreme"``, or
+            ``"exploration"``, which has one level.
         num_levels: levels to draw from; None for all. The paper trains on 200 easy or 500 hard
             ones.
         start_level: first of them. Levels to test on begin where those to train on end.
@@ -38,8 +38,6 @@ class Procgen(gym.Env):
         ValueError: for a game or mode that doesn't exist.
 
     Example:
-        >>> Procgen.SAME_TASK
-        {'same_task': True}
         >>> env = Procgen("maze", "memory", num_levels=500)  # doctest: +SKIP
     """
 
@@ -56,6 +54,8 @@ class Procgen(gym.Env):
         max_episode_steps: int = 1000,
         render_mode: str | None = None,
     ) -> None:
+        if mode == "exploration":
+            num_levels, start_level = 1, 0
         levels = 1 if num_levels is None else num_levels
         check_counts(max_episode_steps=max_episode_steps, num_levels=levels)
         self._make = _find(game, mode)
@@ -80,7 +80,7 @@ class Procgen(gym.Env):
             self.level = int(self.np_random.integers(self.start_level, stop))
         # A pool of one row and one level, made anew (1 ms): a pool's own reset isn't repeatable.
         self.close()
-        self._pool = self._make(num_envs=1, num_levels=1, start_level=self.level)
+        self._pool = self._make(self.level)
         self._num_steps = 0
         observation, _ = self._pool.reset()
         self._picture = observation[0]
@@ -118,7 +118,9 @@ def _find(game: str, mode: str) -> Any:
     modes = [mode for mode in _MODES if _id_of(game, mode) in ids]
     check_choice("mode", mode, modes, f"These are the modes of {game}.")
 
-    def make(**options: Any) -> Any:
+    def make(level: int) -> Any:
+        num_levels = int(mode != "exploration")  # EnvPool aborts otherwise
+        options = dict(num_envs=1, num_levels=num_levels, start_level=level)
         try:
             return envpool.make_gymnasium(_id_of(game, mode), **options)
         except ImportError as error:

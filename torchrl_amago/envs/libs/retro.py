@@ -38,8 +38,6 @@ class Retro(gym.Env):
         ValueError: for an unknown game, or a level that the game doesn't have.
 
     Example:
-        >>> Retro.SAME_TASK
-        {'same_task': True}
         >>> env = Retro("Airstriker-Genesis-v0")  # doctest: +SKIP
     """
 
