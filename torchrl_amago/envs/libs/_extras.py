@@ -21,8 +21,8 @@ def needs_extra(package: str, extra: str, *errors: type[Exception]) -> Iterator[
     try:
         yield
     except (ImportError, *errors) as error:
-        remedy = f'pip install "torchrl-amago[{extra}]"'
-        raise ImportError(f"{package} must be installed: {remedy} ({error}).") from error
+        remedy = f'Install the extra: pip install "torchrl-amago[{extra}]"'
+        raise ImportError(f"{package} must be installed ({error}). {remedy}.") from error
 
 
 def check_known(argument: str, value: str, known: Sequence[str]) -> None:
