@@ -6,7 +6,8 @@ Legend: N targets, G discounts.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 
 from torchrl_amago._validation import check_fractions, check_positive
 from torchrl_amago.modules.value_codec._scaled import ScaledCodec
@@ -43,13 +44,15 @@ class RunningScale(ScaledCodec):
         check_positive("Use 0.01.", beta=beta)
         check_fractions("It is the step size of moving averages.", beta=beta)
         self.num_discounts, self.beta = num_discounts, beta
-        for name in ("mu", "variance"):
-            self.register_buffer(name, torch.zeros(num_discounts))
-        self.register_buffer("count", torch.zeros(()))
+        for name in ("mu", "variance", "weight", "bias"):
+            self.register_buffer(name, torch.empty(num_discounts))
+        self.register_buffer("count", torch.empty(()))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for buffer in self.buffers():
             buffer.zero_()
+        self.weight.fill_(1.0)
 
     @property
     def sigma(self) -> Tensor:
@@ -62,8 +65,25 @@ class RunningScale(ScaledCodec):
         change_G = (weight_N1 * (target_NG - self.mu)).sum(0)
         variance_G = (weight_N1 * (target_NG - self.mu - change_G).square()).sum(0)
         any_real = mask.any().to(self.count.dtype)
+        is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
         self.count += any_real
         # The average of all targets at first; a batch without real ones moves nothing.
         step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
         self.variance.lerp_(variance_G, step).add_(step * (1.0 - step) * change_G.square())
         self.mu += step * change_G
+        sigma = self.sigma
+        # Values keep their meaning, except those of critics that haven't learned anything.
+        self.weight.mul_(torch.where(is_first, 1.0, old_sigma / sigma))
+        moved_G = (old_sigma * self.bias + old_mu - self.mu) / sigma
+        self.bias.copy_(torch.where(is_first, self.bias, moved_G))
+
+    def normalized(self, prediction: Tensor) -> Tensor:
+        return self.weight * prediction + self.bias
+
+    @torch.no_grad()
+    def absorb_scale(self, critic: nn.Module, *params: TensorDictBase) -> None:
+        if absorb := getattr(critic, "absorb_scale", None):
+            for of_network in params:
+                weight, bias = absorb(of_network, self.weight, self.bias)
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
