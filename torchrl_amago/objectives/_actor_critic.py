@@ -62,17 +62,10 @@ class ActorCriticLoss(LossModule):
     target_critic_network_params: TensorDictParams
 
     def __init__(
-        self,
-        policy: Policy,
-        critic: TensorDictModuleBase,
-        value_codec: ValueCodec,
-        use_target_encoder: bool,
+        self, policy: Policy, critic: TensorDictModuleBase, value_codec: ValueCodec
     ) -> None:
         super().__init__()
-        self.use_target_encoder = use_target_encoder
-        self.convert_to_functional(
-            policy.encoder, "encoder_network", create_target_params=use_target_encoder
-        )
+        self.convert_to_functional(policy.encoder, "encoder_network", create_target_params=False)
         self.convert_to_functional(policy.actor, "actor_network", create_target_params=True)
         self.convert_to_functional(critic, "critic_network", create_target_params=True)
         self.distribution, self.value_codec = policy.distribution, value_codec
@@ -125,8 +118,7 @@ class ActorCriticLoss(LossModule):
 
     def reset_parameters_recursive(self) -> None:
         super().reset_parameters_recursive()
-        names = ("encoder_network_params", "actor_network_params", "critic_network_params")
-        for name in names[not self.use_target_encoder :]:
+        for name in ("actor_network_params", "critic_network_params"):
             self._modules[f"target_{name}"].data.update_(self._modules[name].data)
         self.value_codec.reset_parameters()
 
@@ -189,26 +181,21 @@ class ActorCriticLoss(LossModule):
         inputs, device = self._observation_keys(), self.discounts.device
         return SliceBatch(tensordict, self.tensor_keys, inputs, compact, self.reward_scale, device)
 
-    def _encode(self, batch: SliceBatch, params: TensorDictBase | None = None) -> Tensor:
-        """Compute the states of T + 1 steps, ``[B, S, D]``, by default with the online weights."""
+    def _encode(self, batch: SliceBatch) -> Tensor:
+        """Compute the states of T + 1 steps, ``[B, S, D]``."""
         mask_BT = batch.steps.full_mask
         mask_BS = torch.cat([mask_BT[:, :1], mask_BT], 1)
         inputs = TensorDict(batch_size=mask_BS.shape, device=batch.tensordict.device)
         for key in self._encoder_keys():
             inputs.set(key, batch.sequence(key))
         inputs.set(keys.MASK, mask_BS)
-        params = self.encoder_network_params if params is None else params
-        return self._run(self.encoder_network, params, inputs, self._state_key)
+        return self._run(self.encoder_network, self.encoder_network_params, inputs, self._state_key)
 
     def _encode_states(self, batch: SliceBatch) -> tuple[HeadInputs, HeadInputs]:
         """Return the heads' inputs at each step, and one step on, without gradient."""
         steps, state_BSD = batch.steps, self._encode(batch)
-        target_BSD = state_BSD.detach()
-        if self.use_target_encoder:
-            with torch.no_grad():
-                target_BSD = self._encode(batch, self.target_encoder_network_params)
         inputs = {self._state_key: steps.select(state_BSD[:, :-1])}
-        next_inputs = {self._state_key: steps.select(target_BSD[:, 1:])}
+        next_inputs = {self._state_key: steps.select(state_BSD[:, 1:]).detach()}
         for key in self._actor_keys():
             x_BS = batch.sequence(key)
             # Action masks may be all False on padding and after termination; fill with True.

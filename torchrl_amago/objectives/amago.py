@@ -85,8 +85,6 @@ class AMAGOLoss(ActorCriticLoss):
         num_target_actions: samples of the target policy for V', of critics that take actions.
         num_policy_actions: samples of the policy for V and the online term, of such critics.
         use_target_actor: choose the TD target's actions by the target actor.
-        use_target_encoder: compute the states of TD targets by a target encoder, for another pass
-            of the encoder; the public AMAGO code uses the online one.
         clip_actions: clip a stored discrete action before critics read it as the policy's
             probabilities are clipped, so that stored and chosen actions are valued alike.
         actor_mask: function that edits the mask ``[B, T, G]`` of the actor's loss.
@@ -139,7 +137,6 @@ class AMAGOLoss(ActorCriticLoss):
         num_target_actions: int = 1,
         num_policy_actions: int = 1,
         use_target_actor: bool = True,
-        use_target_encoder: bool = False,
         clip_actions: bool = True,
         actor_mask: MaskHook | None = None,
         critic_mask: MaskHook | None = None,
@@ -148,7 +145,7 @@ class AMAGOLoss(ActorCriticLoss):
         reduction: Literal["mean", "sum", "none"] = "mean",
     ) -> None:
         codec = value_codec if value_codec is not None else PopArt(len(policy.discounts))
-        super().__init__(policy, critic, codec, use_target_encoder)
+        super().__init__(policy, critic, codec)
         self.num_target_critics = num_target_critics
         self.target_reduction = target_reduction or ("min" if online_coeff > 0 else "mean")
         self.n_step, self.reward_scale = n_step, reward_scale

@@ -14,14 +14,14 @@ from torchrl_amago.modules.value_codec._scaled import ScaledCodec
 
 
 class RunningScale(ScaledCodec):
-    """Scalar values, whose scale follows the targets of each discount: sigma * prediction + mu.
+    """Scalar values, normalised as :class:`PopArt`'s, whose pace of learning follows the scale.
 
-    The first targets set mean and deviation, later ones move them. A prediction that doesn't change
-    means another value then, unlike :class:`PopArt`'s. So an optimizer whose steps don't depend
-    on the gradient's scale, as Adam's, moves values by the same part of their deviation whether
-    rewards are hundredths or hundreds. Under PopArt it moves them by the same part of
-    ``sqrt(initial_nu)``. Values may grow without end if discounts are near 1 and targets have one
-    step, since the scale that they widen widens them in turn.
+    The first targets set mean and deviation, later ones move them while outputs are preserved. The
+    change then moves from codec into the critics' last layers, online and target alike, as in the
+    original method (arXiv 1602.07714, Algorithm 1). So an optimizer whose steps don't depend on the
+    gradient's scale, as Adam's, moves values by the same part of their deviation whether rewards
+    are hundredths or hundreds. Under :class:`PopArt`, which leaves the critics alone as the public
+    AMAGO code does, it moves them by the same part of ``sqrt(initial_nu)`` for ever.
 
     Args:
         num_discounts: G, size of the predictions' last dimension.
@@ -71,14 +71,10 @@ class RunningScale(ScaledCodec):
         step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
         self.variance.lerp_(variance_G, step).add_(step * (1.0 - step) * change_G.square())
         self.mu += step * change_G
-        sigma = self.sigma
-        # Values keep their meaning, except those of critics that haven't learned anything.
-        self.weight.mul_(torch.where(is_first, 1.0, old_sigma / sigma))
-        moved_G = (old_sigma * self.bias + old_mu - self.mu) / sigma
-        self.bias.copy_(torch.where(is_first, self.bias, moved_G))
-
-    def normalized(self, prediction: Tensor) -> Tensor:
-        return self.weight * prediction + self.bias
+        # Critics that haven't learned anything take the first scale as it is.
+        self._preserve(
+            torch.where(is_first, self.mu, old_mu), torch.where(is_first, self.sigma, old_sigma)
+        )
 
     @torch.no_grad()
     def absorb_scale(self, critic: nn.Module, *params: TensorDictBase) -> None:
