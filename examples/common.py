@@ -119,7 +119,7 @@ class TrainingArgs:
     """Updates between evaluations on held-out seeds, greedy, without exploration."""
     eval_trials: int = 512
     """Trials in the last evaluation; a quarter of it in those before."""
-    final_policy: Literal["last", "best"] = "last"
+    final_policy: Literal["last", "best"] = "best"
     """Policy of the last evaluation: the last one, or that of the best evaluation before (by mean
     return), which then plays trials of another seed."""
     checkpoint_interval: int = 500

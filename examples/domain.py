@@ -44,6 +44,8 @@ class DomainArgs(TrainingArgs):
     """Factor of rewards in the loss; amago finds their scale by itself, amago2 doesn't."""
     n_step: int = 1
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
+    positions: Literal["rotary", "fixed"] = "rotary"
+    """Positions of a Transformer: rotary for distances, fixed where the time itself matters."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
 
@@ -89,7 +91,7 @@ def train(
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
         exploration=dict(anneal_frames=args.anneal_frames, horizon=args.trial_length),
-        **{**args.policy_options(positions="rotary"), **policy_options},
+        **{**args.policy_options(positions=args.positions), **policy_options},
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
     rewards = dict(reward_scale=args.reward_scale, n_step=args.n_step)
