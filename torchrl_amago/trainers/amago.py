@@ -80,8 +80,7 @@ class AMAGOTrainer:
         settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
-        ranks: processes that make each update together; they share the buffer's batches, and the
-            first one does everything else but callbacks.
+        ranks: processes that make each update together; the first does all else but callbacks.
         callbacks: called with the trainer after every update; means of what they return by name
             join the next row.
 

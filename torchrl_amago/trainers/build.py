@@ -94,9 +94,10 @@ def make_trainer(
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
         options = ranks.buffer_options(run_dir) | options
-        sizes = (capacity, slice_length or trial_length, batch_size)
         with ranks.leaders_first():
-            buffer = make_trial_buffer(*sizes, **options)
+            buffer = make_trial_buffer(
+                capacity, slice_length or trial_length, batch_size, **options
+            )
     frames = env.batch_size.numel() * (round_steps or trial_length)
     options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
     collector = TrialCollector(env, policy, frames_per_batch=frames, **options)

@@ -146,11 +146,13 @@ class FiniteOptimizationStepper(OptimizationStepper):
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = trainer.loss_module(batch)
-        (fraction * _total(losses)).backward()
+        total = sum(value for key, value in losses.items() if key.startswith("loss"))
+        (fraction * total).backward()
         metrics = ranks.sum_gradients(optimizer, losses.detach(), fraction)
+        total = sum(value for key, value in metrics.items() if key.startswith("loss"))
         norms = self._grad_norms(trainer.loss_module, optimizer)
         norm = torch.stack([*norms.values()]).norm()
-        checked, grad_norm = torch.stack([_total(metrics).float() + norm, norm]).tolist()
+        checked, grad_norm = torch.stack([total.float() + norm, norm]).tolist()
         if not math.isfinite(checked):
             optimizer.zero_grad()
             raise NonFiniteError(describe_loss(metrics, grad_norm, batch), batch, dump_dir)
@@ -183,7 +185,3 @@ class FiniteOptimizationStepper(OptimizationStepper):
             for name, parameters in self._networks.items()
             if (gradients := [p.grad for p in parameters if p.grad is not None])
         }
-
-
-def _total(losses: TensorDictBase) -> Tensor:
-    return sum(value for key, value in losses.items() if key.startswith("loss"))
