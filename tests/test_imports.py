@@ -40,6 +40,7 @@ RANKS = {
     "data": 2,
     "offline": 3,
     "objectives": 3,
+    "scaling": 4,
     "compat": 4,
     "evaluation": 4,
     "plots": 5,

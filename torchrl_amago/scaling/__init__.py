@@ -1,0 +1,6 @@
+"""Several devices, processes and machines for one run (docs/scaling.md)."""
+
+from torchrl_amago.scaling.compiled import CudaGraphs, QueuedUpdate, compile_policy
+from torchrl_amago.scaling.devices import BatchFeed, pick_device, send
+
+__all__ = ["BatchFeed", "CudaGraphs", "QueuedUpdate", "compile_policy", "pick_device", "send"]
