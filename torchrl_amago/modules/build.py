@@ -79,8 +79,8 @@ def make_policy(
         discounts: G discounts, each in (0, 1); the last is acted with.
         obs_keys: entries that a timestep encoder built here reads besides the previous step;
             default all observations but the trial's bookkeeping.
-        device: of the policy; default the environment's, else the CPU. On CUDA, attention has
-            heads of 64 features unless `seq_model_options` has another ``num_heads``.
+        device: of the policy; default the environment's. On CUDA a transformer has heads of 64
+            features unless `seq_model_options` has a ``num_heads``.
 
     Returns:
         A :class:`Policy` on that device.
@@ -110,11 +110,11 @@ def make_policy(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
     device = env.device if device is None else torch.device(device)
-    make_trajectory = pick("seq_model", seq_model, SEQ_MODELS)
-    seq_model_options = seq_model_options or {}
-    heads = _wide_heads(make_trajectory, device, seq_model_options.get("d_model", 256))
-    trajectory = make_trajectory(
-        timestep.output_size, context_length=context_length, **{**heads, **seq_model_options}
+    options = dict(seq_model_options or {})
+    if device is not None and device.type == "cuda" and seq_model == "transformer":
+        options.setdefault("num_heads", max(1, options.get("d_model", 256) // 64))
+    trajectory = pick("seq_model", seq_model, SEQ_MODELS)(
+        timestep.output_size, context_length=context_length, **options
     )
     head = pick("actor", actor, ACTORS)(
         trajectory.output_size,
@@ -187,15 +187,6 @@ def make_critic(
     in_keys = [keys.STATE, keys.ACTION_VECTOR] if takes_actions else [keys.STATE]
     critic = TensorDictModule(critic, in_keys, [keys.ACTION_VALUE])
     return critic.to(weight.device, weight.dtype)
-
-
-def _wide_heads(
-    make_trajectory: Callable[..., TrajectoryEncoder], device: torch.device | None, d_model: int
-) -> dict[str, int]:
-    """Return the number of heads on a GPU, whose kernels want 64 features of each."""
-    has_heads = make_trajectory is encoders.TransformerEncoder
-    is_gpu = device is not None and device.type == "cuda"
-    return {"num_heads": max(1, d_model // 64)} if has_heads and is_gpu else {}
 
 
 def _extra_inputs(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 from weakref import ref as weakref
@@ -29,7 +29,6 @@ class QueuedUpdate:
     Args:
         loss_module: reads a batch and returns losses and metrics.
         optimizer: a fused AdamW.
-        networks: parameters of each network by name, those of the optimiser.
         clip_norm, clip_each: see :class:`~torchrl_amago.trainers.FiniteOptimizationStepper`.
         half: compute the loss under bfloat16 autocast.
         compile: compile loss, gradients and clipping as one function, and replay whole updates as
@@ -40,13 +39,13 @@ class QueuedUpdate:
         self,
         loss_module: nn.Module,
         optimizer: Optimizer,
-        networks: Mapping[str, Sequence[nn.Parameter]],
         clip_norm: float | None,
         clip_each: bool,
         half: bool,
         compile: bool = False,
     ) -> None:
-        self.loss_module, self.optimizer, self.networks = loss_module, optimizer, networks
+        self.loss_module, self.optimizer = loss_module, optimizer
+        self.networks = by_network(loss_module, optimizer)
         self.clip_norm, self.clip_each, self.half = clip_norm, clip_each, half
         groups = optimizer.param_groups
         self.device = groups[0]["params"][0].device
@@ -58,10 +57,9 @@ class QueuedUpdate:
             self.gradients = torch.compile(self.gradients)
             self._call = CudaGraphs(self.update) if self.device.type == "cuda" else self.update
 
-    @property
-    def is_current(self) -> bool:
-        """False once the optimiser has loaded another state."""
-        return self._state is self.optimizer.state
+    def fits(self, optimizer: Optimizer) -> bool:
+        """Return False for another optimiser, or once it has loaded another state."""
+        return self._state is optimizer.state
 
     def __call__(self, batch: TensorDictBase) -> Update:
         """Make one update; return metrics, gradient norms, and ``[total + norm, norm]``."""
@@ -114,6 +112,15 @@ class QueuedUpdate:
                 torch._foreach_mul_(of_network, (self.clip_norm / (bounded + 1e-6)).clamp(max=1.0))
             checked = torch.stack([total.detach().float() + norm, norm])
         return gradients, losses.detach(), norms, checked
+
+
+def by_network(loss_module: nn.Module, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
+    """Group an optimiser's parameters by the loss's networks; others are ``other``."""
+    names, networks = {p: name for name, p in loss_module.named_parameters()}, {}
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        network, is_network, _ = names.get(p, "").partition("_network_params")
+        networks.setdefault(network if is_network else "other", []).append(p)
+    return networks
 
 
 class CudaGraphs:

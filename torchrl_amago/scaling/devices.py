@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
-from torch import Tensor
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
 
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice
 
 Draw = tuple[TensorDictBase, "torch.cuda.Event | None"]
@@ -39,6 +41,14 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
     return (
         torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
     )
+
+
+def collector_devices(env: EnvBase, acting: str | torch.device) -> dict[str, torch.device]:
+    """Return a collector's options for a policy that acts on another device than the CPU."""
+    env_device, acting = env.device or torch.device("cpu"), pick_device(acting)
+    if acting == env_device == torch.device("cpu"):
+        return {}
+    return {"env_device": env_device, "policy_device": acting, "storing_device": env_device}
 
 
 def send(batch: TensorDictBase, device: torch.device | str) -> TensorDict:
@@ -83,27 +93,31 @@ class BatchFeed:
 
     Args:
         buffer: with a method ``sample``.
-        device: of the loss.
-        prepare: called with each batch before it is sent, while looking at its values is free.
+        loss_module: decides the device; its method ``check``, if it has one, is called with each
+            batch before it is sent, while a look at its values is free.
+        check: called before that, raises for bad data.
 
     Example:
         >>> from types import SimpleNamespace
         >>> buffer = SimpleNamespace(sample=lambda: TensorDict(x=torch.ones(2)))
-        >>> BatchFeed(buffer, torch.device("cpu")).sample()["x"]
+        >>> BatchFeed(buffer, torch.nn.Linear(1, 1)).sample()["x"]
         tensor([1., 1.])
     """
 
     def __init__(
         self,
         buffer: Any,
-        device: torch.device,
-        prepare: Callable[[TensorDictBase], TensorDictBase] | None = None,
+        loss_module: nn.Module,
+        check: Callable[[TensorDictBase], None] | None = None,
     ) -> None:
-        self.buffer, self.device, self.prepare = buffer, device, prepare
-        self.is_direct = device.type == "cpu"
+        weight = next(loss_module.parameters())
+        self.buffer, self.device, self.check = buffer, weight.device, check
+        self.check_loss = getattr(loss_module, "check", None)
+        self.is_direct = reads_are_free(weight)
         self._next: Future[Draw] | None = None
         self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first batch ahead
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        has_streams = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if has_streams else None
 
     def sample(self, ahead: bool = False) -> TensorDictBase:
         """Return the next batch, and begin to draw the one after it if `ahead`."""
@@ -121,8 +135,10 @@ class BatchFeed:
 
     def _draw(self) -> Draw:
         batch = self.buffer.sample()
-        if self.prepare is not None:
-            batch = self.prepare(batch)
+        if self.check is not None:
+            self.check(batch)
+        if self.check_loss is not None:
+            batch = self.check_loss(batch)
         if self._stream is None:
             return send(batch, self.device), None
         with torch.cuda.stream(self._stream):

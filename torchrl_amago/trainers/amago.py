@@ -24,6 +24,7 @@ from torchrl_amago import _files as files
 from torchrl_amago._signals import on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.scaling import BatchFeed
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
@@ -132,6 +133,7 @@ class AMAGOTrainer:
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
         self.stepper.dump_dir = self.stepper.dump_dir or self.run_dir
+        self._feed = BatchFeed(self.replay_buffer, self.loss_module, self.stepper.check)
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
         self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
@@ -179,7 +181,10 @@ class AMAGOTrainer:
                     if not self._collect(batches):
                         break
                     continue
-                metrics = self.stepper.step(self, self.replay_buffer.sample())
+                # A batch drawn ahead would miss new trials, and be missing after a resume.
+                rests = [(counts.updates + 1) % n == 0 for n in (every.evaluate, every.checkpoint)]
+                batch = self._feed.sample(ahead=counts.updates_left > 1 and not any(rests))
+                metrics = self.stepper.step(self, batch)
                 for following in (self.scheduler, self.target_updater):
                     if following is not None:
                         following.step()

@@ -16,12 +16,9 @@ from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
-from torchrl_amago.scaling import compile_policy, pick_device
+from torchrl_amago.scaling import collector_devices, compile_policy, pick_device
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
-
-# Slices are trimmed to multiples of it where each new shape is compiled or recorded.
-FEW_SHAPES = 64
 
 
 def make_trainer(
@@ -96,22 +93,20 @@ def make_trainer(
             "beside a replay_buffer. Make that one with them."
         )
     here = next(policy.parameters()).device if device is None else pick_device(device)
-    make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
     policy.to(here)
+    if compile and here.type == "cuda":
+        compile_policy(policy)
+    make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
-        trim = FEW_SHAPES if compile or here.type != "cpu" else True
+        trim = 64 if compile or here.type != "cpu" else True  # few shapes, many kernels' unit
         options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     frames = env.batch_size.numel() * (round_steps or trial_length)
     options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
-    options |= collector_devices(
-        env, here if collect_device is None else pick_device(collect_device)
-    )
-    if compile and here.type == "cuda":
-        compile_policy(policy)
+    options |= collector_devices(env, here if collect_device is None else collect_device)
     collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
@@ -129,11 +124,3 @@ def make_trainer(
         run_dir=run_dir,
         **trainer_options,
     )
-
-
-def collector_devices(env: EnvBase, acting: torch.device) -> dict[str, torch.device]:
-    """Return the collector's options for an environment and a policy on other devices."""
-    env_device = env.device or torch.device("cpu")
-    if acting == env_device == torch.device("cpu"):
-        return {}
-    return {"env_device": env_device, "policy_device": acting, "storing_device": env_device}

@@ -15,8 +15,9 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago import keys
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
-from torchrl_amago.scaling.compiled import QueuedUpdate
+from torchrl_amago.scaling.compiled import QueuedUpdate, by_network
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
 
 # Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
@@ -106,8 +107,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
             large gradient of the encoder then doesn't slow the others down, which otherwise leaves
             the fit of rising values to the encoder.
         precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
-        compile: use a compiled :class:`~torchrl_amago.scaling.QueuedUpdate` from the second update
-            on. Shapes of batches should be few, see ``trim_padding`` of the sampler.
+        compile: compile updates, see :class:`~torchrl_amago.scaling.QueuedUpdate`. Batches should
+            have few shapes, as with ``trim_padding=64``.
         dump_dir: folder for a batch with NaN; by default the trainer's ``run_dir``.
 
     Example:
@@ -137,91 +138,73 @@ class FiniteOptimizationStepper(OptimizationStepper):
         check_positive("None does not clip.", clip_norm=1.0 if clip_norm is None else clip_norm)
         self.clip_norm, self.clip_each = clip_norm, clip_each
         self.precision, self.dump_dir, self.compile = precision, dump_dir, compile
-        self._queued: QueuedUpdate | None = None
         self._optimizer: Optimizer | None = None
         self._networks: dict[str, list[nn.Parameter]] = {}
+        self._queued: QueuedUpdate | None = None
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
-        optimizer, device = trainer.optimizer, next(trainer.loss_module.parameters()).device
+        optimizer, loss_module = trainer.optimizer, trainer.loss_module
         if sub_batch.get(keys.CHECKED, None) is None:
             self.check(sub_batch)
+        weight = optimizer.param_groups[0]["params"][0]
+        device, half = weight.device, self.precision == "bf16"
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
-        is_queued = self.compile or device.type != "cpu"
-        if is_queued and optimizer.state and optimizer.defaults.get("fused"):
-            metrics, norms = self._queue(trainer.loss_module, optimizer, batch)
+        queued = self._queue(loss_module, optimizer, weight, half)
+        if queued is not None:
+            metrics, norms, seen = queued(batch)
         else:
-            metrics, norms = self._step(trainer.loss_module, optimizer, batch, device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                losses = loss_module(batch)
+            total = sum(value for key, value in losses.items() if key.startswith("loss"))
+            total.backward()
+            metrics, norms = losses.detach(), self._grad_norms(loss_module, optimizer)
+            norm = torch.stack([*norms.values()]).norm()
+            seen = torch.stack([total.detach().float() + norm, norm])
+        checked, grad_norm = seen.tolist()
+        if not math.isfinite(checked):
+            optimizer.zero_grad()
+            problem = describe_loss(metrics, grad_norm, batch)
+            raise NonFiniteError(problem, batch, Path(self.dump_dir or "."))
+        if queued is None:
+            # As clip_grad_norm_, which also multiplies where there is nothing to clip.
+            if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
+                for name, of_network in norms.items():
+                    bounded = of_network if self.clip_each else norm
+                    parameters = self._networks[name]
+                    torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, bounded)
+            optimizer.step()
+            optimizer.zero_grad()
         buffer = trainer.replay_buffer
         if buffer is not None and "priority_weight" in batch.keys():  # noqa: SIM118
             stock = getattr(buffer, "update_tensordict_priority", None)
             (stock or buffer.update_priority)(batch)
-        return metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
+        metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
+        return metrics.set("grad_norm", seen[1])
 
     def check(self, batch: TensorDictBase) -> None:
-        """Raise :class:`NonFiniteError` for NaN or infinity in a batch."""
-        dump_dir = Path(self.dump_dir or ".")
-        check_data(batch, dump_dir, "observations and rewards of a training batch")
+        """Raise :class:`NonFiniteError` for a batch with NaN or infinity."""
+        folder = Path(self.dump_dir or ".")
+        check_data(batch, folder, "observations and rewards of a training batch")
 
     def _queue(
-        self, loss_module: nn.Module, optimizer: Optimizer, batch: TensorDictBase
-    ) -> tuple[TensorDictBase, dict[str, Tensor]]:
-        """Make an update whose numbers are looked at once it is made."""
-        if self._queued is None or not self._queued.is_current:
-            options = (self.clip_norm, self.clip_each, self.precision == "bf16", self.compile)
-            networks = self._group(loss_module, optimizer)
-            self._queued = QueuedUpdate(loss_module, optimizer, networks, *options)
-        metrics, norms, seen = self._queued(batch)
-        self._check_finite(seen, metrics, batch)
-        return metrics.set("grad_norm", seen[1]), norms
+        self, loss_module: nn.Module, optimizer: Optimizer, weight: Tensor, half: bool
+    ) -> QueuedUpdate | None:
+        """Return an update that doesn't wait for its numbers, for a GPU or if it is compiled."""
+        is_wanted = self.compile or not reads_are_free(weight)
+        if not (is_wanted and optimizer.state and optimizer.defaults.get("fused")):
+            return None
+        if self._queued is None or not self._queued.fits(optimizer):
+            options = (self.clip_norm, self.clip_each, half, self.compile)
+            self._queued = QueuedUpdate(loss_module, optimizer, *options)
+        return self._queued
 
-    def _check_finite(self, seen: Tensor, metrics: TensorDictBase, batch: TensorDictBase) -> float:
-        checked, grad_norm = seen.tolist()
-        if not math.isfinite(checked):
-            problem = describe_loss(metrics, grad_norm, batch)
-            raise NonFiniteError(problem, batch, Path(self.dump_dir or "."))
-        return grad_norm
-
-    def _step(
-        self,
-        loss_module: nn.Module,
-        optimizer: Optimizer,
-        batch: TensorDictBase,
-        device: torch.device,
-    ) -> tuple[TensorDictBase, dict[str, Tensor]]:
-        """Make an update whose numbers are looked at before weights change."""
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = loss_module(batch)
-        total = sum(value for key, value in losses.items() if key.startswith("loss"))
-        total.backward()
-        networks, metrics = self._group(loss_module, optimizer), losses.detach()
-        norms = {
+    def _grad_norms(self, loss_module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Compute the gradient norm of each network that has gradients."""
+        if self._optimizer is not optimizer:
+            self._optimizer, self._networks = optimizer, by_network(loss_module, optimizer)
+        return {
             name: torch.nn.utils.get_total_norm(gradients)
-            for name, parameters in networks.items()
+            for name, parameters in self._networks.items()
             if (gradients := [p.grad for p in parameters if p.grad is not None])
         }
-        norm = torch.stack([*norms.values()]).norm()
-        seen = torch.stack([total.detach().float() + norm, norm])
-        try:
-            grad_norm = self._check_finite(seen, metrics, batch)
-        except NonFiniteError:
-            optimizer.zero_grad()
-            raise
-        # As clip_grad_norm_, which also multiplies where there is nothing to clip.
-        if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
-            for name, of_network in norms.items():
-                bounded = of_network if self.clip_each else norm
-                torch.nn.utils.clip_grads_with_norm_(networks[name], self.clip_norm, bounded)
-        optimizer.step()
-        optimizer.zero_grad()
-        return metrics.set("grad_norm", norm), norms
-
-    def _group(self, loss_module: nn.Module, optimizer: Optimizer) -> dict[str, list[nn.Parameter]]:
-        """Group the optimiser's parameters by network."""
-        if self._optimizer is not optimizer:
-            names = {p: name for name, p in loss_module.named_parameters()}
-            self._optimizer, self._networks = optimizer, {}
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                network, is_network, _ = names.get(p, "").partition("_network_params")
-                self._networks.setdefault(network if is_network else "other", []).append(p)
-        return self._networks
