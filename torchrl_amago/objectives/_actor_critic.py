@@ -68,8 +68,9 @@ class ActorCriticLoss(LossModule):
         self.convert_to_functional(policy.encoder, "encoder_network", create_target_params=False)
         self.convert_to_functional(policy.actor, "actor_network", create_target_params=True)
         self.convert_to_functional(critic, "critic_network", create_target_params=True)
-        self.distribution, self.value_codec = policy.distribution, value_codec
-        self.register_buffer("discounts", torch.tensor(policy.discounts, dtype=torch.float32))
+        device = next((p.device for p in policy.encoder.parameters()), None)
+        self.distribution, self.value_codec = policy.distribution, value_codec.to(device)
+        self.register_buffer("discounts", torch.tensor(policy.discounts, device=device).float())
         self._selected_out_keys: list[str] | None = None
 
     def _check_parts(self) -> None:
