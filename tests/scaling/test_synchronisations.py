@@ -25,13 +25,13 @@ SIZES = dict(
 )
 
 
-def make_parts(actions="categorical", loss="amago", seq_model="transformer"):
+def make_parts(actions="categorical", loss="amago", seq_model="transformer", **sizes):
     env = make_trial_env(Toy(ACTIONS[actions], ROWS), horizon=10**6)
     policy = make_policy(
         env,
         context_length=T,
         seq_model=seq_model,
-        seq_model_options={} if seq_model == "identity" else {"d_model": 16},
+        seq_model_options={} if seq_model == "identity" else {"d_model": 16, **sizes},
         exploration={},
         **SIZES,
     )

@@ -180,7 +180,7 @@ class Policy(TensorDictModuleBase):
             if self.compiled_step is None or recurrent_mode():
                 step = self.actor(self.encoder(tensordict.copy()))
             else:
-                step = self.compiled_step_step(tensordict.copy())
+                step = self._compiled_step(tensordict.copy())
             check_not_nan(self.sampler.chosen(step).detach(), tensordict)
             step = self.sampler(step)
             if self.exploration is not None:
