@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -55,7 +56,8 @@ def make_parts(
         device=device,
     )
     loss = amago_loss(policy, critic_options={"hidden_size": hidden})
-    loss.target_update = SoftUpdate(loss, tau=0.003)
+    if device.type != "meta":
+        loss.target_update = SoftUpdate(loss, tau=0.003)
     few = env.rollout(8, break_when_any_done=False)
     batch = few[:, torch.arange(steps) % 8].clone()
     batch["time_idx"] = torch.arange(steps).view(1, -1, 1).expand(rows, -1, 1).clone()
@@ -65,10 +67,10 @@ def make_parts(
     return loss, send(loss.check(batch), device)
 
 
-def time_update(
-    loss: AMAGOLoss, batch: TensorDictBase, device: torch.device, half: bool, compiled: bool
-) -> float:
-    """Seconds of an update, targets included."""
+def make_update(
+    loss: AMAGOLoss, batch: TensorDictBase, half: bool, compiled: bool
+) -> Callable[[], None]:
+    """An update, targets included, that has been compiled and recorded."""
     stepper = FiniteOptimizationStepper(1.0, "bf16" if half else "fp32", compile=compiled)
     trainer = SimpleNamespace(loss_module=loss, optimizer=make_optimizer(loss), replay_buffer=None)
 
@@ -76,12 +78,12 @@ def time_update(
         stepper.step(trainer, batch)
         loss.target_update.step()
 
-    for _ in range(6):  # compiles and records
+    for _ in range(6 if compiled else 2):
         update()
-    return seconds_of(update, device)
+    return update
 
 
-def count_update(loss: AMAGOLoss, batch: TensorDictBase) -> Count:
+def count_gradients(loss: AMAGOLoss, batch: TensorDictBase) -> Count:
     """Count forward and backward."""
     with Count() as count:
         out = loss(batch)
@@ -109,11 +111,13 @@ def updates(args: argparse.Namespace, device: torch.device) -> str:
             rows = max(1, tokens // steps)
             loss, batch = make_parts(size, rows, steps, device)
             products, attention = update_flops(loss, rows, steps)
-            count = count_update(loss, batch)
+            update = make_update(loss, batch, args.half, False)
+            with Count() as count:
+                update()
             dtype = torch.bfloat16 if args.half else torch.float32
             machine = calibrate(device, dtype, rows, steps, size[0], max(1, size[0] // 64))
             predicted = machine.seconds(products, attention, count.bytes, count.launches)
-            seconds = time_update(loss, batch, device, args.half, args.compile)
+            seconds = seconds_of(make_update(loss, batch, args.half, args.compile), device)
             rate = (products + attention / 2) / seconds
             lines.append([
                 name, f"{rows} x {steps}", f"{1e3 * seconds:.2f}", f"{rows * steps / seconds:,.0f}",
@@ -127,7 +131,10 @@ def small_update(args: argparse.Namespace, device: torch.device) -> str:
     size, rows, steps = ((32, 1, 32), 4, 16) if args.tiny else ((256, 3, 256), 24, 128)
     loss, batch = make_parts(size, rows, steps, device)
     ways = {"operator by operator": False} | ({"compiled": True} if args.compile else {})
-    times = {name: time_update(loss, batch, device, args.half, way) for name, way in ways.items()}
+    times = {
+        name: seconds_of(make_update(loss, batch, args.half, way), device)
+        for name, way in ways.items()
+    }
     rows_of_table = [[name, f"{1e3 * seconds:.2f}"] for name, seconds in times.items()]
     return table([[f"update of {rows} x {steps}, d {size[0]}", "ms"], *rows_of_table])
 
