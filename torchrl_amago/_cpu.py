@@ -45,11 +45,6 @@ def reads_are_free(x: Tensor) -> bool:
     return _on_cpu(x) and not is_traced(x)
 
 
-def zero_cleared_rows(x: Tensor) -> bool:
-    """Zero a row's memory when its trial ends, rather than hide it: few rows, found for free."""
-    return _on_cpu(x)
-
-
 def float32_attention(x: Tensor) -> bool:
     """Attend in float32 if gradients follow: the CPU kernel's backward is up to 5 times as fast."""
     return _on_cpu(x)

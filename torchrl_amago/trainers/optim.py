@@ -164,8 +164,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
         checked, grad_norm = seen.tolist()
         if not math.isfinite(checked):
             optimizer.zero_grad()
-            problem = describe_loss(metrics, grad_norm, batch)
-            raise NonFiniteError(problem, batch, Path(self.dump_dir or "."))
+            problem, folder = describe_loss(metrics, grad_norm, batch), Path(self.dump_dir or ".")
+            raise NonFiniteError(problem, batch, folder)
         if queued is None:
             # As clip_grad_norm_, which also multiplies where there is nothing to clip.
             if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from torchrl_amago._cpu import zero_cleared_rows
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago.modules.trajectory.kernels.attention import ring_attention
 from torchrl_amago.modules.trajectory.memory.base import Memory
 
@@ -94,7 +94,7 @@ class RingCache(Memory):
 
     def clear(self, rows_B: Tensor) -> None:
         heads = len(self.bias) // self.batch_size
-        if not zero_cleared_rows(rows_B):
+        if not reads_are_free(rows_B):
             rows_N1 = rows_B.repeat_interleave(heads).unsqueeze(1)
             self.bias.masked_fill_(rows_N1.unsqueeze(2), -math.inf)
             self.has_sink_NS.masked_fill_(rows_N1, False)
@@ -150,7 +150,7 @@ class RingCache(Memory):
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""
         keys_NDS, values_NSD = self.keys[layer], self.values[layer]
-        if not zero_cleared_rows(key_BHD):
+        if not reads_are_free(key_BHD):
             key_BHD, value_BHD = (x.nan_to_num(0.0, 0.0, 0.0) for x in (key_BHD, value_BHD))
         key_ND1 = key_BHD.reshape(len(keys_NDS), -1, 1)
         value_N1D = value_BHD.reshape(len(values_NSD), 1, -1)
