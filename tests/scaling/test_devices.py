@@ -170,3 +170,11 @@ def test_a_run_by_the_gpus_branches_equals_one_by_the_cpus(tmp_path, precision):
     torch.testing.assert_close(found, losses, rtol=rtol, atol=rtol)
     for name, weight in weights.items():
         torch.testing.assert_close(others[name], weight, rtol=rtol, atol=1e-3, msg=name)
+
+
+def test_a_run_with_compiled_updates(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    losses, _ = run(tmp_path / "compiled", compile=True)
+    assert len(losses) == 8
+    assert [function.__name__ for function in compiled] == ["gradients"]

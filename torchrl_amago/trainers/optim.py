@@ -147,6 +147,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
         optimizer, loss_module = trainer.optimizer, trainer.loss_module
         if sub_batch.get(keys.CHECKED, None) is None:
             self.check(sub_batch)
+            if self.compile and hasattr(loss_module, "check"):  # compiled code checks nothing
+                sub_batch = loss_module.check(sub_batch)
         weight = optimizer.param_groups[0]["params"][0]
         device, half = weight.device, self.precision == "bf16"
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
