@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from tensordict import TensorDict
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from tests.scaling.test_synchronisations import ROWS, make_parts, trainer_of
@@ -97,6 +98,29 @@ def test_graphs_replay_on_new_inputs():
     graphs(torch.zeros(2), {"y": torch.ones(2)})
     graphs(torch.zeros(3), {"y": torch.ones(3)}, key="other")
     assert OnCPU.recordings == 1
+
+
+def test_a_graph_of_tensordicts():
+    graphs = OnCPU(lambda td: (TensorDict(y=td["x"] + 1), td["a", "b"].sum()), warmup=1)
+    for number in range(4):
+        batch = TensorDict(x=torch.full((2,), number), a={"b": torch.ones(2) * number})
+        out, total = graphs(batch)
+        assert out["y"].tolist() == [number + 1] * 2
+        assert total == 2 * number
+
+
+def test_priorities_reach_the_batch_that_was_given():
+    *_, loss, batch = make_parts()
+    stepper, trainer = FiniteOptimizationStepper(0.5), trainer_of(loss)
+    batch = loss.check(batch)
+    with cpu_paths(False):
+        stepper.step(trainer, batch)
+        stepper.step(trainer, batch)
+        update = stepper._queued.update
+        stepper._queued._call = lambda batch: update(batch.clone())
+        fresh = batch.exclude("td_error")
+        stepper.step(trainer, fresh)
+    assert fresh["td_error"].shape == (ROWS, 12)
 
 
 def test_a_policy_by_graphs(monkeypatch):

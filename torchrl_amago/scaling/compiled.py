@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from torchrl_amago.modules import Policy
 
 Update = tuple[TensorDict, dict[str, Tensor], Tensor]
+Gradients = tuple[dict[nn.Parameter, Tensor], TensorDict, dict[str, Tensor], Tensor]
 
 
 class QueuedUpdate:
@@ -52,6 +53,8 @@ class QueuedUpdate:
         # Learning rates are numbers for schedules, and tensors here: a new one compiles nothing.
         self._rates = [torch.zeros((), device=self.device) for _ in groups]
         self._state = optimizer.state
+        names = getattr(loss_module, "tensor_keys", None)
+        self._priority_key = getattr(names, "priority", "td_error")
         self._call = self.update
         if compile:
             self.gradients = torch.compile(self.gradients)
@@ -65,10 +68,13 @@ class QueuedUpdate:
         """Make one update; return metrics, gradient norms, and ``[total + norm, norm]``."""
         for rate, group in zip(self._rates, self.optimizer.param_groups, strict=True):
             rate.fill_(group["lr"])
-        return self._call(batch)
+        *update, td_error = self._call(batch)
+        if td_error is not None:  # a graph writes to a batch of its own
+            batch.set(self._priority_key, td_error)
+        return tuple(update)
 
     @torch.no_grad()
-    def update(self, batch: TensorDictBase) -> Update:
+    def update(self, batch: TensorDictBase) -> tuple[Any, ...]:
         """Make one update at the learning rates of the last call."""
         # Else gradients would split the function into two graphs.
         with torch.enable_grad(), torch._dynamo.config.patch(trace_autograd_ops=True):
@@ -87,11 +93,9 @@ class QueuedUpdate:
             # Compiled code can't call the fused kernel.
             adamw(params, found, averages, squares, [], steps, fused=True, capturable=True,
                   lr=rate, found_inf=found_inf, **options)  # fmt: skip
-        return metrics, norms, checked
+        return metrics, norms, checked, batch.get(self._priority_key, None)
 
-    def gradients(
-        self, batch: TensorDictBase
-    ) -> tuple[dict[nn.Parameter, Tensor], TensorDict, dict[str, Tensor], Tensor]:
+    def gradients(self, batch: TensorDictBase) -> Gradients:
         """Compute the loss and clipped gradients by parameter."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             losses = self.loss_module(batch)
@@ -138,6 +142,7 @@ class CudaGraphs:
         self.function, self.warmup = function, warmup
         self._graphs: dict[Any, tuple[list[Tensor], Callable[[], None], Any]] = {}
         self._calls: dict[Any, int] = {}
+        self._stream: torch.cuda.Stream | None = None
 
     def __call__(self, *inputs: Any, key: Any = None) -> Any:
         """Call the function; `key` stands for what its graph depends on besides shapes."""
@@ -158,11 +163,12 @@ class CudaGraphs:
 
     def aside(self, inputs: tuple[Any, ...]) -> Any:
         """Run on a stream of its own, as CUDA wants it before a recording."""
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        with torch.cuda.stream(stream):
+        self._stream = self._stream or torch.cuda.Stream()
+        current = torch.cuda.current_stream()
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
             out = self.function(*inputs)
-        current.wait_stream(stream)
+        current.wait_stream(self._stream)
         return out
 
     def record(self, inputs: tuple[Any, ...]) -> tuple[Callable[[], None], Any]:
