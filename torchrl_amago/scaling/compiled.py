@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.utils._pytree import tree_flatten, tree_map_only
 
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago.modules import Policy
 
 Update = tuple[TensorDict, dict[str, Tensor], Tensor]
@@ -59,6 +60,12 @@ class QueuedUpdate:
         if compile:
             self.gradients = torch.compile(self.gradients)
             self._call = CudaGraphs(self.update) if self.device.type == "cuda" else self.update
+
+    @staticmethod
+    def serves(optimizer: Optimizer, compile: bool) -> bool:
+        """Return True for a fused AdamW with a state on a GPU, or anywhere to compile."""
+        is_wanted = compile or not reads_are_free(optimizer.param_groups[0]["params"][0])
+        return bool(is_wanted and optimizer.state and optimizer.defaults.get("fused"))
 
     def fits(self, optimizer: Optimizer) -> bool:
         """Return False for another optimiser, or once it has loaded another state."""

@@ -15,7 +15,6 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago import keys
-from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
 from torchrl_amago.scaling.compiled import QueuedUpdate, by_network
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
@@ -149,12 +148,15 @@ class FiniteOptimizationStepper(OptimizationStepper):
             self.check(sub_batch)
             if self.compile and hasattr(loss_module, "check"):  # compiled code checks nothing
                 sub_batch = loss_module.check(sub_batch)
-        weight = optimizer.param_groups[0]["params"][0]
-        device, half = weight.device, self.precision == "bf16"
+        device = optimizer.param_groups[0]["params"][0].device
+        half = self.precision == "bf16"
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
-        queued = self._queue(loss_module, optimizer, weight, half)
-        if queued is not None:
-            metrics, norms, seen = queued(batch)
+        is_queued = QueuedUpdate.serves(optimizer, self.compile)
+        if is_queued:
+            if self._queued is None or not self._queued.fits(optimizer):
+                options = (self.clip_norm, self.clip_each, half, self.compile)
+                self._queued = QueuedUpdate(loss_module, optimizer, *options)
+            metrics, norms, seen = self._queued(batch)
         else:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 losses = loss_module(batch)
@@ -168,7 +170,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
             optimizer.zero_grad()
             problem, folder = describe_loss(metrics, grad_norm, batch), Path(self.dump_dir or ".")
             raise NonFiniteError(problem, batch, folder)
-        if queued is None:
+        if not is_queued:
             # As clip_grad_norm_, which also multiplies where there is nothing to clip.
             if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
                 for name, of_network in norms.items():
@@ -188,18 +190,6 @@ class FiniteOptimizationStepper(OptimizationStepper):
         """Raise :class:`NonFiniteError` for a batch with NaN or infinity."""
         folder = Path(self.dump_dir or ".")
         check_data(batch, folder, "observations and rewards of a training batch")
-
-    def _queue(
-        self, loss_module: nn.Module, optimizer: Optimizer, weight: Tensor, half: bool
-    ) -> QueuedUpdate | None:
-        """Return an update that doesn't wait for its numbers, for a GPU or if it is compiled."""
-        is_wanted = self.compile or not reads_are_free(weight)
-        if not (is_wanted and optimizer.state and optimizer.defaults.get("fused")):
-            return None
-        if self._queued is None or not self._queued.fits(optimizer):
-            options = (self.clip_norm, self.clip_each, half, self.compile)
-            self._queued = QueuedUpdate(loss_module, optimizer, *options)
-        return self._queued
 
     def _grad_norms(self, loss_module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         """Compute the gradient norm of each network that has gradients."""

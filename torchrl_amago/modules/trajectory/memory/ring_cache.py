@@ -25,8 +25,7 @@ class RingCache(Memory):
 
     All rows write the same slot at the same step, and a row sees the slots written since its trial
     began, at most the last `context_length`. A cleared row's slots are zeroed, so that not even NaN
-    passes from one trial into the next. On a GPU they are hidden, without a look at which rows
-    those are, and only finite numbers are written.
+    passes from one trial into the next. On a GPU they are hidden, and only finite numbers written.
 
     Args:
         num_layers: L; the next three are B, H and D.
