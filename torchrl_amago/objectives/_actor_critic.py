@@ -69,8 +69,9 @@ class ActorCriticLoss(LossModule):
         self.convert_to_functional(policy.encoder, "encoder_network", create_target_params=False)
         self.convert_to_functional(policy.actor, "actor_network", create_target_params=True)
         self.convert_to_functional(critic, "critic_network", create_target_params=True)
-        self.distribution, self.value_codec = policy.distribution, value_codec
-        self.register_buffer("discounts", torch.tensor(policy.discounts, dtype=torch.float32))
+        device = next((p.device for p in policy.encoder.parameters()), None)
+        self.distribution, self.value_codec = policy.distribution, value_codec.to(device)
+        self.register_buffer("discounts", torch.tensor(policy.discounts, device=device).float())
         self._selected_out_keys: list[str] | None = None
 
     def _check_parts(self) -> None:
@@ -171,7 +172,19 @@ class ActorCriticLoss(LossModule):
         shared = [key for key in self.actor_network.in_keys if key in written]
         return _own_name(self.tensor_keys.state, shared)
 
-    def _read(self, tensordict: TensorDictBase, compact: bool | None) -> SliceBatch:
+    def check(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Raise for data that would spoil an update; return the batch with the entry ``checked``.
+
+        Its rows hold one trial each. The loss doesn't look at such a batch again: on a GPU the host
+        would wait for it. Call this on a CPU before the batch is sent.
+        """
+        batch = self._read(tensordict, compact=False, device=torch.device("cpu"))
+        batch.action(self.distribution.space)
+        return batch.tensordict.set(keys.CHECKED, batch.steps.full_mask)
+
+    def _read(
+        self, tensordict: TensorDictBase, compact: bool | None, device: torch.device | None = None
+    ) -> SliceBatch:
         dtypes = (self.discounts.dtype, next(self.parameters(), self.discounts).dtype)
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if lowest.itemsize < 4:
@@ -179,7 +192,7 @@ class ActorCriticLoss(LossModule):
                 f"the loss needs weights of float32 or more, got {lowest}. Compute under "
                 "torch.autocast(device, torch.bfloat16), as AMAGOTrainer(precision='bf16') does."
             )
-        inputs, device = self._observation_keys(), self.discounts.device
+        inputs, device = self._observation_keys(), device or self.discounts.device
         return SliceBatch(tensordict, self.tensor_keys, inputs, compact, self.reward_scale, device)
 
     def _encode(self, batch: SliceBatch) -> Tensor:
@@ -189,7 +202,7 @@ class ActorCriticLoss(LossModule):
         inputs = TensorDict(batch_size=mask_BS.shape, device=batch.tensordict.device)
         for key in self._encoder_keys():
             inputs.set(key, batch.sequence(key))
-        inputs.set(keys.MASK, mask_BS)
+        inputs.set(keys.MASK, mask_BS).set(keys.CHECKED, mask_BS)
         return self._run(self.encoder_network, self.encoder_network_params, inputs, self._state_key)
 
     def _encode_states(self, batch: SliceBatch) -> tuple[HeadInputs, HeadInputs]:

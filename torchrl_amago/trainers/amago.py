@@ -6,6 +6,7 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,7 +26,7 @@ from torchrl_amago._signals import on_signals
 from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
-from torchrl_amago.scaling.ranks import Ranks
+from torchrl_amago.scaling import BatchFeed, Ranks
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
@@ -136,6 +137,10 @@ class AMAGOTrainer:
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
         self.stepper.dump_dir = self.stepper.dump_dir or self.ranks.folder(self.run_dir)
+        # Several ranks check their batches together, in the stepper.
+        check = self.stepper.check if self.ranks.size == 1 else None
+        draw = partial(self.ranks.sample, self.replay_buffer)
+        self._feed = BatchFeed(draw, self.loss_module, check)
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
         self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
@@ -191,7 +196,10 @@ class AMAGOTrainer:
                     if not goes_on:
                         break
                     continue
-                metrics = self.stepper.step(self, ranks.sample(self.replay_buffer))
+                # A batch drawn ahead would miss new trials, and be missing after a resume.
+                rests = [(counts.updates + 1) % n == 0 for n in (every.evaluate, every.checkpoint)]
+                batch = self._feed.sample(ahead=counts.updates_left > 1 and not any(rests))
+                metrics = self.stepper.step(self, batch)
                 for following in (self.scheduler, self.target_updater):
                     if following is not None:
                         following.step()
