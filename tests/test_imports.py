@@ -1,8 +1,8 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
 The direction is ``keys, action_space, _cpu, _validation, _files <- rows, _masking,
-objectives.functional <- modules, envs, data <- offline, objectives <- evaluation, compat <- plots
-<- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
+objectives.functional <- modules, envs, data <- offline, objectives <- evaluation, compat <- plots,
+scaling <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
 
@@ -27,6 +27,7 @@ RANKS = {
     "_files": 0,
     "_signals": 0,
     "_state_file": 1,
+    "_facts": 1,
     "progress": 1,
     "keys": 0,
     "action_space": 0,
@@ -43,6 +44,7 @@ RANKS = {
     "compat": 4,
     "evaluation": 4,
     "plots": 5,
+    "scaling": 5,
     "trainers": 6,
     "": 7,  # the package's own __init__ re-exports from everywhere
 }

@@ -16,6 +16,7 @@ from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago.data import TrialReplayBuffer
+from torchrl_amago.scaling import RemoteTrials
 
 
 class Components(dict[str, Any]):
@@ -148,7 +149,8 @@ class Rollouts:
 
     def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.
-        state = self.collector.state_dict() if self._is_local else {}
+        has_state = self._is_local or isinstance(self.collector, RemoteTrials)
+        state = self.collector.state_dict() if has_state else {}
         return {key: value for key, value in state.items() if key != "policy_state_dict"}
 
     def state_dict(self) -> Mapping[str, Any]:

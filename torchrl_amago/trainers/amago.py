@@ -21,9 +21,11 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 
 from torchrl_amago import _files as files
+from torchrl_amago._facts import differences
 from torchrl_amago._signals import on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.scaling import RemoteTrials
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
@@ -127,6 +129,7 @@ class AMAGOTrainer:
         self.run_dir = Path(self.run_dir).absolute()
         self.online_buffer = online_part(self.replay_buffer)
         self._rollouts = Rollouts(self.collector, self.loss_module, self.online_buffer)
+        self._keeps_replay = getattr(self.collector, "keeps_replay", False)
         mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
         self.callbacks = list(self.callbacks)
         if mixture is not None:
@@ -152,6 +155,7 @@ class AMAGOTrainer:
             "counts": self.counts,
             "monitor": self.monitor,
             "policy_files": self.policy_files,
+            "sampler": self.online_buffer.sampler if self._keeps_replay else None,
             "rollouts": self._rollouts,
         }
         parts = {name: part for name, part in parts.items() if part is not None}
@@ -200,6 +204,8 @@ class AMAGOTrainer:
         """End the run after the running update, by default as if that had been the last one."""
         # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
         self._outcome, self._stop = outcome or self._outcome, True
+        if isinstance(self.collector, RemoteTrials):
+            self.collector.request_stop()
 
     def resume(self, path: str | Path | None = None, *, missing_ok: bool = False) -> AMAGOTrainer:
         """Go back to a checkpoint; :meth:`train` continues from there.
@@ -242,7 +248,8 @@ class AMAGOTrainer:
         self._rollouts.sync_policy()
         if not self._rollouts.start():
             self.monitor.forget_unfinished()
-        self._written = self.online_buffer.write_count
+        # What workers wrote between the checkpoint and the end counts from now on.
+        self._written = min(self.monitor.seen, self.online_buffer.write_count)
         if self._is_resumed:
             # A crash may have come between a checkpoint and its policy's file.
             self.policy_files.save_last()
@@ -296,7 +303,8 @@ class AMAGOTrainer:
             self._rollouts.capture()
             state, updates = self.components.state_dict(), self.counts.updates
             metadata = {**saving.run_metadata(self), "frames": self.counts.frames}
-            self.checkpoints.save(updates, state, self.online_buffer, metadata)
+            buffer = None if self._keeps_replay else self.online_buffer
+            self.checkpoints.save(updates, state, buffer, metadata)
             self._saved_at = updates
             self._rollouts.sync_policy()
             self.policy_files.save_last()
@@ -354,6 +362,6 @@ class AMAGOTrainer:
             self.online_buffer.loads(checkpoint / saving.REPLAY)
         self.components.load_state_dict(state)
         saved = files.read_manifest(checkpoint)["options"]
-        for name, (old, new) in saving.differences(saved, metadata["options"]).items():
+        for name, (old, new) in differences(saved, metadata["options"]).items():
             torchrl_logger.info(f"resumed with {name}={new} instead of {old}")
         self._is_resumed, self._saved_at = True, self.counts.updates

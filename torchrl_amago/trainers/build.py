@@ -10,17 +10,24 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago._validation import check_counts, check_fractions, check_positive, pick
+from torchrl_amago._validation import (
+    check_choice,
+    check_counts,
+    check_fractions,
+    check_positive,
+    pick,
+)
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
+from torchrl_amago.scaling import WorkerPool
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
 
 def make_trainer(
-    env: EnvBase,
+    env: EnvBase | Callable[[], EnvBase],
     policy: Policy,
     *,
     trial_length: int,
@@ -34,6 +41,9 @@ def make_trainer(
     replay_buffer: ReplayBuffer | TrialMixture | None = None,
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
+    workers: int | None = None,
+    samples_per_insert: float | None = None,
+    worker_options: dict[str, Any] | None = None,
     learning_rate: float = 5e-4,
     warmup_updates: int = 500,
     final_lr_fraction: float = 1.0,
@@ -49,7 +59,8 @@ def make_trainer(
     """Make a trainer and its parts.
 
     Args:
-        env: batched environment with trial and previous-step transforms.
+        env: batched environment with trial and previous-step transforms; with ``workers``, a
+            function that makes one, which must be picklable.
         trial_length: largest number of steps in a trial.
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
@@ -60,6 +71,11 @@ def make_trainer(
             made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
+        workers: number of collector processes, each with its own environment; 0 for collectors
+            that are started elsewhere (`docs/scaling.md`); None collects in this process.
+        samples_per_insert: with workers, real steps of batches for each step that is written;
+            default ``updates_per_round`` updates for the frames of each worker's round.
+        worker_options: further arguments of :class:`~torchrl_amago.scaling.WorkerPool`.
         learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
         clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
@@ -86,14 +102,24 @@ def make_trainer(
         )
     make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
-    buffer = replay_buffer
+    buffer, in_place = replay_buffer, workers is not None and replay_buffer is None
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
+        if in_place:
+            options |= dict(path=Path(run_dir) / "replay", mode="continue")
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
-    frames = env.batch_size.numel() * (round_steps or trial_length)
-    options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
-    collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
+    rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
+    if workers is None:
+        collector = _make_collector(env, policy, online_part(buffer), samples_per_insert, **rounds)
+    else:
+        ratio = {"samples_per_insert": samples_per_insert, "publish_interval": updates_per_round}
+        ratio |= {"total_updates": total_updates, "keeps_replay": in_place}
+        rounds |= {"settings": trainer_options.get("settings"), **(worker_options or {})}
+        parts = (policy, online_part(buffer), run_dir, workers)
+        collector = WorkerPool(env, *parts, **ratio, **rounds)
+        callbacks = [*trainer_options.get("callbacks", ()), collector.after_update]
+        trainer_options["callbacks"] = callbacks
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(
@@ -108,3 +134,19 @@ def make_trainer(
         run_dir=run_dir,
         **trainer_options,
     )
+
+
+def _make_collector(
+    env: EnvBase | Callable[[], EnvBase],
+    policy: Policy,
+    buffer: ReplayBuffer,
+    samples_per_insert: float | None,
+    round_steps: int,
+    fragment_length: int | None,
+) -> TrialCollector:
+    """Make the collector of a single process."""
+    check_choice("samples_per_insert", samples_per_insert, (None,), "It is for workers.")
+    env = env if isinstance(env, EnvBase) else env()
+    frames = env.batch_size.numel() * round_steps
+    options = {"replay_buffer": buffer, "fragment_length": fragment_length}
+    return TrialCollector(env, policy, frames_per_batch=frames, **options)

@@ -1,0 +1,7 @@
+"""From one process to many: workers, roles on a shared run folder (docs/scaling.md)."""
+
+from torchrl_amago.scaling._learner import RemoteTrials
+from torchrl_amago.scaling.pool import WorkerPool
+from torchrl_amago.scaling.worker import collect
+
+__all__ = ["RemoteTrials", "WorkerPool", "collect"]
