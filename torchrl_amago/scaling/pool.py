@@ -27,13 +27,13 @@ from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.scaling._board import Board
 from torchrl_amago.scaling._learner import RemoteTrials
 from torchrl_amago.scaling._spool import Inbox
+from torchrl_amago.scaling._stop import EXIT_CODES
 from torchrl_amago.scaling.worker import MakeEnv, collect, heartbeat_file
 
 _LOOK_SECONDS = 1.0
 _START_FACTOR = 10  # the first heartbeats may take so many times longer: imports, compilation
 _MAX_BACK_OFF = 60.0
 _PATIENCE = 5  # failures in a row of each worker before a first segment arrives
-_EXIT_CODES = {"finished": 0, "interrupted": 130, "preempted": 75}
 _PR_SET_PDEATHSIG = 1
 
 
@@ -156,7 +156,7 @@ class WorkerPool(RemoteTrials):
         if worker.process is not None:
             code = worker.process.exitcode
             # A signal from outside is no failure of the worker.
-            worker.failures += code > 0 and code != _EXIT_CODES["preempted"]
+            worker.failures += code > 0 and code != EXIT_CODES["preempted"]
             pause = min(2.0**worker.failures - 1.0, _MAX_BACK_OFF)
             torchrl_logger.warning(
                 f"{worker.name} ended with exit code {code}: starts again in {pause:.0f} s"
@@ -232,7 +232,7 @@ def _work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: in
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
     torch.set_num_threads(threads)
     make_env, policy, role = pickle.loads(content)  # noqa: S301 - the parent's own bytes
-    sys.exit(_EXIT_CODES[collect(make_env, policy, run_dir, **role, **options)])
+    sys.exit(EXIT_CODES[collect(make_env, policy, run_dir, **role, **options)])
 
 
 def _end_with_parent() -> None:
@@ -243,6 +243,6 @@ def _end_with_parent() -> None:
 
     def watch() -> None:
         wait([parent])
-        os._exit(1)
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     threading.Thread(target=watch, daemon=True).start()

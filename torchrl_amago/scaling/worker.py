@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -24,11 +24,10 @@ from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
 from torchrl_amago.scaling._board import Board
 from torchrl_amago.scaling._spool import Outbox, make_segment
+from torchrl_amago.scaling._stop import LeaveError, Outcome, Stop
 
-Outcome = Literal["finished", "interrupted", "preempted"]
 MakeEnv = Callable[[], EnvBase]
 
-_LAST_ROUND_SECONDS = 10.0  # after a signal, a longer round is given up
 _RETRY_SECONDS = 5.0
 
 
@@ -112,23 +111,6 @@ def heartbeat_file(run_dir: Path, name: str) -> Path:
     return Path(run_dir) / "workers" / f"{name}.json"
 
 
-class _LeaveRoundError(Exception):
-    """A signal has come, and the round takes too long."""
-
-
-class _Stop:
-    def __init__(self) -> None:
-        self.outcome: Outcome | None = None
-        self._deadline = float("inf")
-
-    def request(self, outcome: Outcome) -> None:
-        self.outcome, self._deadline = outcome, time.monotonic() + _LAST_ROUND_SECONDS
-
-    def check(self) -> None:
-        if time.monotonic() > self._deadline:
-            raise _LeaveRoundError
-
-
 def collect(
     make_env: MakeEnv,
     policy: nn.Module,
@@ -167,7 +149,7 @@ def collect(
     """
     check_counts(round_steps=round_steps, max_unread=max_unread)
     name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    run_dir, stop = Path(run_dir), _Stop()
+    run_dir, stop = Path(run_dir), Stop()
     board, outbox, heart = Board(run_dir, settings), Outbox(run_dir, name), Heart(run_dir, name)
     seed, player = secrets.randbelow(2**31) if seed is None else seed, None
 
@@ -191,7 +173,7 @@ def collect(
                 continue
             try:
                 segment = player.play()
-            except _LeaveRoundError:
+            except LeaveError:
                 break
             heart.facts["rounds"] += 1
             heart.facts["frames"] += player.frames

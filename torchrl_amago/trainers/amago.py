@@ -25,13 +25,14 @@ from torchrl_amago._facts import differences
 from torchrl_amago._signals import on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.scaling import RemoteTrials
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
-from torchrl_amago.trainers.report import Results, RunReport, evaluation_metrics
+from torchrl_amago.trainers.report import RunReport
 
 Outcome = Literal["finished", "interrupted", "preempted"]
 
