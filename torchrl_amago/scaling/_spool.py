@@ -122,7 +122,7 @@ class Inbox:
         except (files.DamagedError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, files.DamagedError) and str(claimed) not in str(error):
                 raise  # the replay buffer, not the segment
-            place = self.folder / _REJECTED / f"{self._last}-{claimed.name}"
+            place = self.folder / _REJECTED / f"{self._last}-{secrets.token_hex(4)}.npz"
             os.replace(claimed, place)
             self.rejected += 1
             torchrl_logger.warning(f"a segment is set aside in {place}: {error}")
