@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 from torchrl import logger as torchrl_logger
+from torchrl.envs import EnvBase
 
 from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.scaling._board import Board
@@ -33,7 +34,7 @@ from torchrl_amago.scaling.worker import MakeEnv, collect, heartbeat_file
 _LOOK_SECONDS = 1.0
 _START_FACTOR = 10  # the first heartbeats may take so many times longer: imports, compilation
 _MAX_BACK_OFF = 60.0
-_PATIENCE = 5  # failures in a row of each worker before a first segment arrives
+_PATIENCE = 3  # failures in a row of each worker before a first segment arrives
 _PR_SET_PDEATHSIG = 1
 
 
@@ -89,7 +90,7 @@ class WorkerPool(RemoteTrials):
         self.hung_after, self._threads = hung_after, threads
         role = {"round_steps": round_steps, "fragment_length": fragment_length}
         # Bytes: tensors given to a process otherwise would share their memory with it.
-        self._content = _pickled((make_env, _copy(policy), role | {"settings": settings}))
+        self._content = _pickled(make_env, _copy(policy), role | {"settings": settings})
         self._board = Board(self.run_dir, settings)
         self._inbox = Inbox(self.run_dir, replay_buffer)
         self._workers = [_Worker(f"worker-{i}") for i in range(num_workers)]
@@ -172,6 +173,15 @@ class WorkerPool(RemoteTrials):
         worker.process.start()
         worker.starts, worker.next_start = worker.starts + 1, now
 
+    def pids(self) -> list[int]:
+        """Return the numbers of the processes that play now, or are about to."""
+        return [w.process.pid for w in self._workers if w.process and w.process.is_alive()]
+
+    @property
+    def rejected(self) -> int:
+        """Number of segments that were set aside."""
+        return self._inbox.rejected
+
     def _figures(self) -> dict[str, float]:
         now = time.monotonic()
         living = {n: p.facts for n, p in self._hearts.items() if now - p.changed < self.hung_after}
@@ -183,7 +193,7 @@ class WorkerPool(RemoteTrials):
             "workers/alive": len(living),
             "workers/restarted": sum(max(worker.starts - 1, 0) for worker in self._workers),
             "workers/frames_per_second": sum(rates.values()),
-            "workers/rejected_segments": self._inbox.rejected,
+            "workers/rejected_segments": self.rejected,
         }
         figures |= {f"{n}/frames_per_second": rate for n, rate in rates.items() if n in own}
         if living:
@@ -211,14 +221,18 @@ class _Pulse:
     changed: float
 
 
-def _pickled(content: Any) -> bytes:
+def _pickled(make_env: MakeEnv, *others: Any) -> bytes:
+    problem = "an environment" if isinstance(make_env, EnvBase) else None
     try:
-        return pickle.dumps(content)
+        content = pickle.dumps((make_env, *others))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
+        problem = str(error)
+    if problem:
         raise TypeError(
-            "workers get the policy and a function that makes their environment by pickle, got "
-            f"one that can't be: {error}. Use a function of a module, or functools.partial of one."
-        ) from error
+            "workers get a function that makes their environment, and the policy, by pickle, got "
+            f"{problem}. Give a function of a module, or functools.partial of one."
+        )
+    return content
 
 
 def _copy(policy: nn.Module) -> nn.Module:
