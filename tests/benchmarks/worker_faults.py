@@ -6,6 +6,7 @@ learner  10 `kill -9` of the learner, which resumes each time
 ratio    samples per insert asked 4.0, over 2,000 updates, with one slow and one fast worker and a death
 """
 
+# ruff: noqa: T201
 from __future__ import annotations
 
 import json
@@ -48,26 +49,24 @@ def heartbeats(run_dir: Path) -> dict[str, dict]:
     return found
 
 
+def played(collector, run_dir: Path) -> list[int]:
+    """Numbers of the processes that are there and have played a round."""
+    if hasattr(collector, "pids"):
+        return collector.pids()
+    return [facts["pid"] for facts in heartbeats(run_dir).values() if facts["rounds"]]
+
+
 def kill_workers(run_dir: Path, kills: int = 20, **options) -> None:
     """Kill a random worker every few seconds, as soon as all of them have played."""
     trainer = small_trainer(run_dir, workers=2, total_updates=10**6, capacity=50_000, **options)
-    state = {
-        "last": time.monotonic(),
-        "gap": 0.0,
-        "kills": 0,
-        "at": None,
-        "back": [],
-        "begin": None,
-    }
+    state = {"last": None, "gap": 0.0, "kills": 0, "at": None, "back": []}
     victims = {}
 
     def callback(t) -> None:
         now = time.monotonic()
-        if state["begin"] is None:
-            state["begin"] = now
-        state["gap"] = max(state["gap"], now - state["last"])
+        state["gap"] = max(state["gap"], now - (state["last"] or now))
         state["last"] = now
-        pids = trainer.collector.pids()
+        pids = played(trainer.collector, run_dir)
         is_full = len(pids) == 2 and not set(pids) & set(victims)
         if state["at"] is not None and is_full and state["kills"] > len(state["back"]):
             state["back"].append(now - state["at"])
@@ -119,11 +118,12 @@ def kill_learner(run_dir: Path, kills: int = 10) -> None:
         time.sleep(2.0 * random.random())
         os.kill(learner.pid, signal.SIGKILL)
         learner.join()
-        time.sleep(0.5)  # its workers end
+        time.sleep(0.5)
         buffer = make_buffer(None, path=run_dir / "replay", mode="read")
         lost += buffer.write_count < written
         written, latest = buffer.write_count, newest
         buffer.storage.verify()
+    time.sleep(3.0)  # its workers end
     left = [x for x in heartbeats(run_dir).values() if Path(f"/proc/{x['pid']}").exists()]
     trainer = small_trainer(run_dir, workers=0, total_updates=10**6, capacity=50_000).resume()
     before = trainer.counts.updates

@@ -48,9 +48,7 @@ class FakeWorkers(RemoteTrials):
         for i, ready in enumerate(self.ready):
             if ready <= self.looks:
                 self.ready[i] = self.looks + self.delays[i]
-                segment = next(self.segments)
-                numbers = store_segment(segment, self.replay_buffer)
-                return numbers | {"frames": segment["frames"]}
+                return store_segment(next(self.segments), self.replay_buffer)
         return None
 
 

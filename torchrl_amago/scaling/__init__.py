@@ -4,6 +4,7 @@ from torchrl_amago.scaling._learner import RemoteTrials
 from torchrl_amago.scaling._stop import EXIT_CODES
 from torchrl_amago.scaling.evaluate import evaluate_run
 from torchrl_amago.scaling.pool import WorkerPool
+from torchrl_amago.scaling.ray_pool import RayPool
 from torchrl_amago.scaling.worker import collect
 
-__all__ = ["EXIT_CODES", "RemoteTrials", "WorkerPool", "collect", "evaluate_run"]
+__all__ = ["EXIT_CODES", "RayPool", "RemoteTrials", "WorkerPool", "collect", "evaluate_run"]

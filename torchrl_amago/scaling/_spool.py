@@ -41,7 +41,8 @@ def make_segment(
 
 
 def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict[str, float]:
-    """Write a segment's trials to a buffer; return its numbers of steps, trials and versions.
+    """Write a segment's trials to a buffer; return the numbers of its steps, trials
+    and versions, and the frames of its round.
 
     Raises:
         ValueError: if the trials aren't those of the buffer's environment, or aren't finite.
@@ -57,7 +58,8 @@ def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict
     is_change = version_N.diff() != 0
     is_change[last_K] = False
     versions = len(lengths) + int(is_change.sum())
-    return {"steps": sum(lengths), "trials": len(lengths), "versions": versions}
+    numbers = {"steps": sum(lengths), "trials": len(lengths), "versions": versions}
+    return numbers | {"frames": segment["frames"]}
 
 
 class Outbox:
@@ -117,8 +119,7 @@ class Inbox:
 
     def _store(self, claimed: Path) -> dict[str, float] | None:
         try:
-            segment = load_state(claimed)
-            numbers = store_segment(segment, self.buffer) | {"frames": segment["frames"]}
+            numbers = store_segment(load_state(claimed), self.buffer)
         except (files.DamagedError, ValueError, LookupError, TypeError) as error:
             if isinstance(error, files.DamagedError) and str(claimed) not in str(error):
                 raise  # the replay buffer, not the segment

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -89,13 +89,29 @@ class WorkerPool(RemoteTrials):
         super().__init__(policy, replay_buffer, run_dir, **options)
         self.hung_after, self._threads = hung_after, threads
         role = {"round_steps": round_steps, "fragment_length": fragment_length}
+        role["settings"] = settings
         # Bytes: tensors given to a process otherwise would share their memory with it.
-        self._content = _pickled(make_env, _copy(policy), role | {"settings": settings})
+        self._content = self._pack(make_env, _copy(policy), role)
         self._board = Board(self.run_dir, settings)
         self._inbox = Inbox(self.run_dir, replay_buffer)
         self._workers = [_Worker(f"worker-{i}") for i in range(num_workers)]
         self._hearts: dict[str, _Pulse] = {}
         self._has_taken, self._next_look = False, 0.0
+
+    @staticmethod
+    def _pack(make_env: MakeEnv, *others: Any) -> Any:
+        """Return what a worker is made of, as it travels."""
+        problem = "an environment" if isinstance(make_env, EnvBase) else None
+        try:
+            content = pickle.dumps((make_env, *others))
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            problem = str(error)
+        if problem:
+            raise TypeError(
+                "workers get a function that makes their environment and the policy by pickle, got "
+                f"{problem}. Give a function of a module, or functools.partial of one."
+            )
+        return content
 
     def _start(self) -> None:
         self._inbox.recover()
@@ -173,33 +189,29 @@ class WorkerPool(RemoteTrials):
         worker.process.start()
         worker.starts, worker.next_start = worker.starts + 1, now
 
-    def pids(self) -> list[int]:
-        """Return the numbers of the processes that play now, or are about to."""
-        return [w.process.pid for w in self._workers if w.process and w.process.is_alive()]
-
-    @property
-    def rejected(self) -> int:
-        """Number of segments that were set aside."""
-        return self._inbox.rejected
-
     def _figures(self) -> dict[str, float]:
         now = time.monotonic()
         living = {n: p.facts for n, p in self._hearts.items() if now - p.changed < self.hung_after}
         ended = {w.name for w in self._workers if w.process is None or not w.process.is_alive()}
         living = {name: facts for name, facts in living.items() if name not in ended}
-        own = {worker.name for worker in self._workers}
-        rates = {name: x["frames"] / max(x["seconds"], 1e-9) for name, x in living.items()}
-        figures = {
+        restarted = sum(max(worker.starts - 1, 0) for worker in self._workers)
+        return self._describe(living, [w.name for w in self._workers], restarted)
+
+    def _describe(
+        self, living: Mapping[str, Mapping], own: Sequence[str], restarted: int
+    ) -> dict[str, float]:
+        """Return the columns of workers by what they say of themselves."""
+        seconds = {name: max(facts["seconds"], 1e-9) for name, facts in living.items()}
+        rates = {name: facts["frames"] / seconds[name] for name, facts in living.items()}
+        waits = [facts["waited"] / seconds[name] for name, facts in living.items()]
+        return {
             "workers/alive": len(living),
-            "workers/restarted": sum(max(worker.starts - 1, 0) for worker in self._workers),
+            "workers/restarted": restarted,
+            "workers/rejected_segments": self._inbox.rejected,
             "workers/frames_per_second": sum(rates.values()),
-            "workers/rejected_segments": self.rejected,
+            **{f"{name}/frames_per_second": rates[name] for name in own if name in rates},
+            **({"wait/workers": sum(waits) / len(waits)} if waits else {}),
         }
-        figures |= {f"{n}/frames_per_second": rate for n, rate in rates.items() if n in own}
-        if living:
-            waits = [x["waited"] / max(x["seconds"], 1e-9) for x in living.values()]
-            figures["wait/workers"] = sum(waits) / len(waits)
-        return figures
 
     def _stop(self) -> None:
         running = [w.process for w in self._workers if w.process is not None]
@@ -219,20 +231,6 @@ class _Pulse:
 
     facts: Mapping[str, Any]
     changed: float
-
-
-def _pickled(make_env: MakeEnv, *others: Any) -> bytes:
-    problem = "an environment" if isinstance(make_env, EnvBase) else None
-    try:
-        content = pickle.dumps((make_env, *others))
-    except (pickle.PicklingError, AttributeError, TypeError) as error:
-        problem = str(error)
-    if problem:
-        raise TypeError(
-            "workers get a function that makes their environment, and the policy, by pickle, got "
-            f"{problem}. Give a function of a module, or functools.partial of one."
-        )
-    return content
 
 
 def _copy(policy: nn.Module) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
-from torchrl_amago.scaling import WorkerPool
+from torchrl_amago.scaling import RayPool, WorkerPool
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
@@ -42,6 +43,7 @@ def make_trainer(
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
     workers: int | None = None,
+    ray: str | bool = False,
     samples_per_insert: float | None = None,
     worker_options: dict[str, Any] | None = None,
     learning_rate: float = 5e-4,
@@ -73,9 +75,12 @@ def make_trainer(
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         workers: number of collector processes, each with its own environment; 0 for collectors
             that are started elsewhere (`docs/scaling.md`); None collects in this process.
+        ray: make the workers Ray actors, of the cluster at this address; True for RAY_ADDRESS or a
+            new one on this machine.
         samples_per_insert: with workers, real steps of batches for each step that is written;
             default ``updates_per_round`` updates for the frames of each worker's round.
-        worker_options: further arguments of :class:`~torchrl_amago.scaling.WorkerPool`.
+        worker_options: further arguments of :class:`~torchrl_amago.scaling.WorkerPool` or
+            :class:`~torchrl_amago.scaling.RayPool`.
         learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
         clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`.
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
@@ -116,8 +121,9 @@ def make_trainer(
         ratio = {"samples_per_insert": samples_per_insert, "publish_interval": updates_per_round}
         ratio |= {"total_updates": total_updates, "keeps_replay": in_place}
         rounds |= {"settings": trainer_options.get("settings"), **(worker_options or {})}
-        parts = (policy, online_part(buffer), run_dir, workers)
-        collector = WorkerPool(env, *parts, **ratio, **rounds)
+        make_pool = partial(RayPool, address=ray) if ray else WorkerPool
+        parts = (policy, online_part(buffer), run_dir)
+        collector = make_pool(env, *parts, num_workers=workers, **ratio, **rounds)
         callbacks = [*trainer_options.get("callbacks", ()), collector.after_update]
         trainer_options["callbacks"] = callbacks
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
