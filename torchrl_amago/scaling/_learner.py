@@ -147,7 +147,8 @@ class RemoteTrials(abc.ABC):
         """Follow the trainer's updates, as one of its callbacks; return the columns of a row."""
         counts, log = trainer.counts, trainer.intervals.log
         self._counts["version"] = counts.updates
-        self._supervise()
+        if self._is_open:
+            self._supervise()
         return self.metrics() if counts.updates % log == 0 else {}
 
     def metrics(self) -> dict[str, float]:

@@ -32,8 +32,8 @@ class _Place:
 class RayPool(WorkerPool):
     """Supervised Ray actors: a round's whole trials are a call's value, weights one ``ray.put``.
 
-    Ray restarts an actor that dies, on another machine if need be, and plays its rounds again. One
-    that hangs or raises is replaced. Collectors and evaluators with the run's folder may join, too.
+    An actor that dies, raises or hangs is replaced by one on any machine that has room. Collectors
+    and evaluators with the run's folder may join, too.
 
     Args:
         num_workers: number of actors.
@@ -59,8 +59,7 @@ class RayPool(WorkerPool):
             raise ImportError(f'{error}. Run pip install "torchrl-amago[ray]".') from error
         super().__init__(*args, num_workers=0, **options)
         self._ray, self._address = ray, None if address is True else address
-        restarts = {"num_cpus": 1, "max_restarts": -1, "max_task_retries": -1}
-        self._actor_options, self.max_unread = restarts | dict(actor_options or {}), max_unread
+        self._actor_options, self.max_unread = {"num_cpus": 1, **(actor_options or {})}, max_unread
         self._places = [_Place(f"worker-{i}") for i in range(num_workers)]
         self._failures = self._restarted = 0
         self._owns_ray = False
@@ -125,8 +124,6 @@ class RayPool(WorkerPool):
                 self._replace_actor(place, error)
                 continue
             self._failures = 0
-            # Ray has restarted an actor that answers from another process.
-            self._restarted += place.facts.get("pid", facts["pid"]) != facts["pid"]
             place.facts = facts
             try:
                 if segment is not None:
