@@ -85,9 +85,23 @@ def train(args: Args) -> EvaluationResults:
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
     held_out = HeldOutEvaluator(policy, eval_env, success_threshold=THROUGH_DOOR)
-    # Success at the last episode says nothing here: the horizon cuts quick agents' last ones.
     parts = (args, make, env, policy, held_out)
-    results = run(*parts, "trial_return", "success_first", trial_length=args.horizon) draw_pictures(args, results, held_out) return results def draw_pictures(args: Args, results: EvaluationResults, held_out: HeldOutEvaluator) -> None: title = f"{args.size}x{args.size} rooms, {args.seq_model}" draw_progress(args, title) # Only quick agents begin further episodes, so means over those would be means over them. common = max(1, args.horizon // args.max_episode_steps) first = dataclasses.replace( results.greedy, episode_return=results.greedy.episode_return[:, :common], episode_success=results.greedy.episode_success[:, :common])
+    # Success at the last episode says nothing here: the horizon cuts quick agents' last ones.
+    results = run(*parts, "trial_return", "success_first", trial_length=args.horizon)
+    draw_pictures(args, results, held_out)
+    return results
+
+
+def draw_pictures(args: Args, results: EvaluationResults, held_out: HeldOutEvaluator) -> None:
+    title = f"{args.size}x{args.size} rooms, {args.seq_model}"
+    draw_progress(args, title)
+    # Only quick agents begin further episodes, so means over those would be means over them.
+    common = max(1, args.horizon // args.max_episode_steps)
+    first = dataclasses.replace(
+        results.greedy,
+        episode_return=results.greedy.episode_return[:, :common],
+        episode_success=results.greedy.episode_success[:, :common],
+    )
     path = args.run_dir / "adaptation_curve.png"
     plot_adaptation_curve(first, path, measure="return", title=f"{title}, greedy")
     frames = held_out.pictures()[:8]
