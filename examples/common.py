@@ -132,6 +132,8 @@ class TrainingArgs:
     trials of collectors, collect plays for a learner, evaluate plays each new policy."""
     workers: int | None = None
     """Collector processes beside the learner; default none, the learner collects by itself."""
+    ray: str | None = None
+    """With workers: make them actors of the Ray cluster at this address; local starts one."""
     samples_per_insert: float | None = None
     """With workers: steps of batches for each new step; default updates_per_round updates a
     round."""
@@ -219,11 +221,11 @@ class TrainingArgs:
     def _record(self) -> dict[str, dict[str, Any]]:
         """Every field that shapes the run: a checkpoint can't be resumed with other `settings`."""
         fixed = ("seq_model", "d_model", "num_layers", "num_heads", "hidden_size", "loss")
-        apart = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", "mode", *fixed)
+        own = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", "mode", "ray")
         common = [field.name for field in dataclasses.fields(TrainingArgs)]
         return {
             "settings": {**{name: getattr(self, name) for name in fixed}, **self.task_fields()},
-            "options": {name: getattr(self, name) for name in common if name not in apart},
+            "options": {name: getattr(self, name) for name in common if name not in own + fixed},
         }
 
     def task_fields(self) -> dict[str, Any]:
@@ -305,7 +307,7 @@ def run(
         sys.exit(EXIT_CODES[collect(make_env, policy, round_steps=steps, **cut, **shared)])
     workers = 0 if args.mode == "learn" else args.workers
     source = env if workers is None else make_env
-    remote = {"workers": workers, "samples_per_insert": args.samples_per_insert}
+    remote = {"workers": workers, "samples_per_insert": args.samples_per_insert, "ray": args.ray}
     trainer = make_trainer(source, policy, **remote, **options, **common)
     resume_if_asked(args, trainer)
     return final_evaluation(args, trainer.train(), trainer, held_out, *measures)

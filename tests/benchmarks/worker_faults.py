@@ -174,7 +174,7 @@ def main() -> None:
         if name == "workers":
             kill_workers(run_dir)
         elif name == "ray":
-            kill_workers(run_dir, 10, ray=True)
+            kill_workers(run_dir, 10, ray="local")
         elif name == "learner":
             kill_learner(run_dir)
         else:

@@ -95,7 +95,7 @@ def test_a_collector_of_another_task_is_refused(tmp_path):
 
 def in_thread(run_dir, **options):
     thread = threading.Thread(target=collect, args=(make_env, small_policy(), run_dir))
-    thread._kwargs = ROLE | options
+    thread._kwargs = ROLE | options | {"max_unread": 2}
     thread.start()
     return thread
 

@@ -37,8 +37,7 @@ class RayPool(WorkerPool):
 
     Args:
         num_workers: number of actors.
-        address: of a cluster, for ``ray.init``; True for RAY_ADDRESS or a new one on this machine.
-            It is not used if Ray is initialised already.
+        address: of ``ray.init``, unless Ray is initialised already.
         actor_options: of each actor, such as ``{"num_cpus": 2, "resources": {"emulator": 1}}``.
         max_unread: rounds of an actor that may wait for the learner.
         options: of :class:`WorkerPool`.
@@ -48,9 +47,9 @@ class RayPool(WorkerPool):
         self,
         *args: Any,
         num_workers: int,
-        address: str | bool = True,
+        address: str | None = None,
         actor_options: Mapping[str, Any] | None = None,
-        max_unread: int = 2,
+        max_unread: int = 1,
         **options: Any,
     ) -> None:
         try:
@@ -58,7 +57,7 @@ class RayPool(WorkerPool):
         except ImportError as error:
             raise ImportError(f'{error}. Run pip install "torchrl-amago[ray]".') from error
         super().__init__(*args, num_workers=0, **options)
-        self._ray, self._address = ray, None if address is True else address
+        self._ray, self._address = ray, address
         self._actor_options, self.max_unread = {"num_cpus": 1, **(actor_options or {})}, max_unread
         self._places = [_Place(f"worker-{i}") for i in range(num_workers)]
         self._failures = self._restarted = 0

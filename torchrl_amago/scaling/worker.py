@@ -121,7 +121,7 @@ def collect(
     settings: Mapping[str, Any] | None = None,
     name: str | None = None,
     seed: int | None = None,
-    max_unread: int = 2,
+    max_unread: int = 1,
 ) -> Outcome:
     """Collect for the learner of a run until it has finished, or until a signal.
 

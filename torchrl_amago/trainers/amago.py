@@ -135,6 +135,8 @@ class AMAGOTrainer:
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
+        if isinstance(self.collector, RemoteTrials):
+            self.callbacks.append(self.collector.after_update)
         self.stepper.dump_dir = self.stepper.dump_dir or self.run_dir
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)

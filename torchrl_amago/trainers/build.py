@@ -11,13 +11,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago._validation import (
-    check_choice,
-    check_counts,
-    check_fractions,
-    check_positive,
-    pick,
-)
+from torchrl_amago import _validation as valid
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
@@ -43,7 +37,7 @@ def make_trainer(
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
     workers: int | None = None,
-    ray: str | bool = False,
+    ray: str | None = None,
     samples_per_insert: float | None = None,
     worker_options: dict[str, Any] | None = None,
     learning_rate: float = 5e-4,
@@ -62,7 +56,7 @@ def make_trainer(
 
     Args:
         env: batched environment with trial and previous-step transforms; with ``workers``, a
-            function that makes one, which must be picklable.
+            picklable function that makes one.
         trial_length: largest number of steps in a trial.
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
@@ -75,8 +69,7 @@ def make_trainer(
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         workers: number of collector processes, each with its own environment; 0 for collectors
             that are started elsewhere (`docs/scaling.md`); None collects in this process.
-        ray: make the workers Ray actors, of the cluster at this address; True for RAY_ADDRESS or a
-            new one on this machine.
+        ray: make the workers actors of the Ray cluster at this address; ``"local"`` starts one.
         samples_per_insert: with workers, real steps of batches for each step that is written;
             default ``updates_per_round`` updates for the frames of each worker's round.
         worker_options: further arguments of :class:`~torchrl_amago.scaling.WorkerPool` or
@@ -97,15 +90,15 @@ def make_trainer(
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
-    check_positive("0.01 is usual.", tau=tau)
-    check_fractions("0.01 is usual.", tau=tau)
+    valid.check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
+    valid.check_positive("0.01 is usual.", tau=tau)
+    valid.check_fractions("0.01 is usual.", tau=tau)
     if replay_buffer is not None and (slice_length or buffer_options):
         raise ValueError(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
-    make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
+    make_loss, loss_options = valid.pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer, in_place = replay_buffer, workers is not None and replay_buffer is None
     if buffer is None:
@@ -116,16 +109,17 @@ def make_trainer(
         buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
     rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
     if workers is None:
-        collector = _make_collector(env, policy, online_part(buffer), samples_per_insert, **rounds)
+        for name, value in {"ray": ray, "samples_per_insert": samples_per_insert}.items():
+            valid.check_choice(name, value, (None,), "Others need workers.")
+        rounds["frames_per_batch"] = env.batch_size.numel() * rounds.pop("round_steps")
+        collector = TrialCollector(env, policy, replay_buffer=online_part(buffer), **rounds)
     else:
-        ratio = {"samples_per_insert": samples_per_insert, "publish_interval": updates_per_round}
-        ratio |= {"total_updates": total_updates, "keeps_replay": in_place}
-        rounds |= {"settings": trainer_options.get("settings"), **(worker_options or {})}
+        rounds |= dict(total_updates=total_updates, publish_interval=updates_per_round)
+        rounds |= dict(samples_per_insert=samples_per_insert, keeps_replay=in_place)
+        rounds |= dict(settings=trainer_options.get("settings"), **(worker_options or {}))
         make_pool = partial(RayPool, address=ray) if ray else WorkerPool
-        parts = (policy, online_part(buffer), run_dir)
-        collector = make_pool(env, *parts, num_workers=workers, **ratio, **rounds)
-        callbacks = [*trainer_options.get("callbacks", ()), collector.after_update]
-        trainer_options["callbacks"] = callbacks
+        parts = (env, policy, online_part(buffer), run_dir)
+        collector = make_pool(*parts, num_workers=workers, **rounds)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(
@@ -140,19 +134,3 @@ def make_trainer(
         run_dir=run_dir,
         **trainer_options,
     )
-
-
-def _make_collector(
-    env: EnvBase | Callable[[], EnvBase],
-    policy: Policy,
-    buffer: ReplayBuffer,
-    samples_per_insert: float | None,
-    round_steps: int,
-    fragment_length: int | None,
-) -> TrialCollector:
-    """Make the collector of a single process."""
-    check_choice("samples_per_insert", samples_per_insert, (None,), "It is for workers.")
-    env = env if isinstance(env, EnvBase) else env()
-    frames = env.batch_size.numel() * round_steps
-    options = {"replay_buffer": buffer, "fragment_length": fragment_length}
-    return TrialCollector(env, policy, frames_per_batch=frames, **options)

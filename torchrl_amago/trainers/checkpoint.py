@@ -24,13 +24,7 @@ from torch import nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import _files as files
-from torchrl_amago._facts import (
-    as_json,
-    check_same,
-    describe_policy,
-    facts,
-    policy_settings,
-)
+from torchrl_amago._facts import as_json, check_same, describe_policy, facts, policy_settings
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
@@ -79,10 +73,7 @@ class CheckpointStore:
         buffer: ReplayBuffer | None,
         about: Mapping[str, Any],
     ) -> Path:
-        """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones.
-
-        It has a copy of the buffer, unless that is None.
-        """
+        """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
         final = self.folder / _NAME.format(update)
         sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
         with files.replace_folder(final) as folder:
