@@ -97,7 +97,7 @@ def test_the_package_stays_small():
     raises = sum(
         isinstance(node, ast.Raise) for _, tree in parsed(FILES) for node in ast.walk(tree)
     )
-    assert raises <= 220
+    assert raises <= 225
     assert len(torchrl_amago.__all__) <= 45
 
 

@@ -24,6 +24,7 @@ from torchrl import logger as torchrl_logger
 from torchrl_amago import _files as files
 from torchrl_amago import keys
 from torchrl_amago._state_file import load_state, save_state
+from torchrl_amago._validation import check_choice
 from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.replay import _layout as layout
@@ -49,8 +50,8 @@ def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict
     """
     lengths, entries = segment["lengths"], segment["entries"]
     floats = {key: x for key, x in entries.items() if x.is_floating_point()}
-    if bad := [key for key, x in floats.items() if not math.isfinite(x.sum(dtype=torch.float64))]:
-        raise ValueError(f"a segment's entries must be finite, but {bad} are not.")
+    bad = [key for key, x in floats.items() if not math.isfinite(x.sum(dtype=torch.float64))]
+    check_choice("entries that are not finite", bad, ([],), "The environment made them.")
     buffer.extend(TensorDict(entries, [sum(lengths)]), lengths=lengths)
     version_N = entries[(keys.POLICY_VERSION,)]
     # Versions only rise within a trial; changes from one trial to the next don't count.
@@ -119,17 +120,22 @@ class Inbox:
 
     def _store(self, claimed: Path) -> dict[str, float] | None:
         try:
-            numbers = store_segment(load_state(claimed), self.buffer)
-        except (files.DamagedError, ValueError, LookupError, TypeError) as error:
-            if isinstance(error, files.DamagedError) and str(claimed) not in str(error):
-                raise  # the replay buffer, not the segment
-            place = self.folder / _REJECTED / f"{self._last}-{secrets.token_hex(4)}.npz"
-            os.replace(claimed, place)
-            self.rejected += 1
-            torchrl_logger.warning(f"a segment is set aside in {place}: {error}")
-            return None
+            segment = load_state(claimed)
+        except files.DamagedError as error:
+            return self._reject(claimed, error)
+        try:
+            numbers = store_segment(segment, self.buffer)
+        except (ValueError, LookupError, TypeError) as error:
+            return self._reject(claimed, error)
         claimed.unlink()
         return numbers
+
+    def _reject(self, claimed: Path, problem: Exception) -> None:
+        """Set a segment aside."""
+        place = self.folder / _REJECTED / f"{self._last}-{secrets.token_hex(4)}.npz"
+        os.replace(claimed, place)
+        self.rejected += 1
+        torchrl_logger.warning(f"a segment is set aside in {place}: {problem}")
 
 
 def _segments(folder: Path) -> list[Path]:
