@@ -84,13 +84,13 @@ def kill_workers(run_dir: Path, kills: int = 20, **options) -> None:
     outcome = trainer.train()
     buffer = trainer.online_buffer
     buffer.storage.verify()
-    back = state["back"]
+    back, rejected = state["back"], trainer.collector.metrics()["workers/rejected_segments"]
     print(
         f"{kills} kill -9 of workers in {time.monotonic() - begin:.0f} s: {outcome}, "
         f"{trainer.counts.updates} updates, {trainer.monitor.trials} trials, all intact; longest "
         f"pause of the learner {state['gap']:.2f} s; back to 2 workers after "
         f"{sum(back) / len(back):.1f} s on average, {max(back):.1f} s at most; "
-        f"zombies {zombies()}; segments set aside {trainer.collector.rejected}"
+        f"zombies {zombies()}; segments set aside {rejected:.0f}"
     )
 
 

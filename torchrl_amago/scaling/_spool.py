@@ -69,6 +69,7 @@ class Outbox:
     def __init__(self, run_dir: Path, name: str) -> None:
         self.folder, self._number = run_dir / "spool" / name, 0
         self.folder.mkdir(parents=True, exist_ok=True)
+        files.recover(self.folder)  # an earlier process of this name may have died writing
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
@@ -99,6 +100,7 @@ class Inbox:
             else:
                 self._store(claimed)
         for folder in self._workers():
+            files.recover(folder)  # a worker that still writes there tries again
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()
 
