@@ -93,6 +93,18 @@ def test_a_collector_of_another_task_is_refused(tmp_path):
         evaluate_run(small_policy(d_model=16), dict, tmp_path, settings=SETTINGS)
 
 
+@pytest.mark.parametrize("option", [dict(ray="local"), dict(samples_per_insert=4.0)])
+def test_options_of_workers_need_workers(tmp_path, option):
+    with pytest.raises(ValueError, match="Others need workers"):
+        small_trainer(tmp_path, workers=None, make=make_env(), **option)
+
+
+def test_a_run_keeps_its_replay_where_it_began(tmp_path):
+    small_trainer(tmp_path, workers=None, make=make_env(), total_updates=5).train()
+    with pytest.raises(ValueError, match="replay: absent there, in place here"):
+        small_trainer(tmp_path, workers=0).resume()
+
+
 def in_thread(run_dir, **options):
     thread = threading.Thread(target=collect, args=(make_env, small_policy(), run_dir))
     thread._kwargs = ROLE | options | {"max_unread": 2}

@@ -24,9 +24,8 @@ class RemoteTrials(abc.ABC):
     """Collector whose trials are played elsewhere and taken in when the learner needs them.
 
     An iteration takes in trials until the buffer holds the steps that are due, and waits where
-    there are none. Nobody is asked to play less: workers wait by themselves while their trials are
-    not taken in. Due are, with ``samples_per_insert=None``, the frames of one more round; otherwise
-    so many steps that a new one is sampled ``samples_per_insert`` times on average.
+    there are none. Workers wait while their trials are not taken in. Due are the frames of one more
+    round, or as many steps as hold ``samples_per_insert``.
 
     Args:
         policy: the learner's, whose weights the workers get.
@@ -162,7 +161,7 @@ class RemoteTrials(abc.ABC):
         }
         if window["lags"]:
             lag_N = torch.cat(window["lags"]).float()
-            # numpy's, since torch.quantile takes at most 16 million.
+            # torch.quantile takes at most 16 million numbers.
             p95 = lag_N.sort().values[int(0.95 * (len(lag_N) - 1))]
             lags = {"mean": lag_N.mean(), "p95": p95, "max": lag_N.max()}
             found |= {f"lag/{name}": float(value) for name, value in lags.items()}
