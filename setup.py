@@ -56,7 +56,7 @@ DOMAINS = {
     "minigrid": ["minigrid>=3.0,<4"],
     "atari": ["ale-py>=0.11,<0.13", "opencv-python-headless"],
     # Later releases need a later mujoco than metaworld allows (3.3.0). Old pips find no extra with an underscore.
-    "dm-control": ["mujoco>=3.3,<3.4", "dm_control==1.0.28", "imageio"],
+    "dm-control": ["mujoco>=3.3,<3.4", "dm_control==1.0.28", "shimmy>=2,<3", "imageio"],
     "metaworld": ["metaworld>=3.1.1,<4"],
     "crafter": ["crafter>=1.8.3,<2", "numba>=0.61"],  # numba makes it about five times faster
     "retro": ["stable-retro>=1.0,<2"],

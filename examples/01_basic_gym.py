@@ -7,8 +7,8 @@ r"""Train an agent, with or without memory, on any Gymnasium environment of vect
     python examples/01_basic_gym.py --env-id Acrobot-v1 --keep 0 1 2 3 --run-dir runs/acrobot
 
 A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets
-`progress.csv`, `learning_curve.png`, `evaluation.npz`, `evaluation_sampled.npz`, weights,
-checkpoints, and `trial.png` (`pip install "gymnasium[classic-control]"`).
+`progress.csv`, curves, `trial.png` (`pip install "gymnasium[classic-control]"`), evaluations,
+weights and checkpoints. Box2D, MuJoCo and dm_control need the extra that docs/domains.md names.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train an agent, with or without memory, on any environment of gymnax, stepped in JAX.
+"""Train an agent on any environment of gymnax, or on Craftax, stepped in JAX.
 
     pip install "torchrl-amago[jax]"
     python examples/02_gymnax.py                                           # CartPole
@@ -6,11 +6,12 @@
         --run-dir runs/memory_chain
     python examples/02_gymnax.py --env-id Breakout-MinAtar --timestep-encoder cnn \
         --run-dir runs/breakout
+    python examples/02_gymnax.py --env-id Craftax-Classic-Symbolic-v1 --params max_timesteps 500 \
+        --run-dir runs/craftax           # first its textures are made, which takes minutes, once
     python examples/02_gymnax.py --debug     # about a minute, a test of the setup
 
-A trial is one episode, or `--episodes` of them that begin alike. The run's folder gets
-`progress.csv`, `learning_curve.png`, `trial.png`, `evaluation.npz`, `evaluation_sampled.npz`,
-weights and checkpoints. `JAX_COMPILATION_CACHE_DIR=~/.cache/jax` spares the next run the compiling.
+A trial is one episode, or `--episodes` of them that begin alike. The run's folder gets curves,
+`trial.png`, evaluations, weights. `JAX_COMPILATION_CACHE_DIR=~/.cache/jax` spares later compiling.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ from common import TrainingArgs, command_line, draw_progress, draw_steps, run
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOutEvaluator, make_policy, make_trial_env
-from torchrl_amago.envs.libs import gymnax_env
+from torchrl_amago.envs.libs import craftax_env, gymnax_env
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults, rollout_pictures
 
 
 @dataclass
 class Args(TrainingArgs):
-    """Any environment of gymnax with AMAGO."""
+    """Any environment of gymnax, or Craftax, with AMAGO."""
 
     env_id: str = "CartPole-v1"
-    """Id of gymnax, such as MemoryChain-bsuite, Breakout-MinAtar or MetaMaze-misc."""
+    """Id of gymnax, such as MemoryChain-bsuite or Breakout-MinAtar, or of Craftax."""
     params: dict[str, float] = field(default_factory=dict)
     """Changes of the environment's own parameters, as in `--params memory_length 20`."""
     episodes: int = 1
@@ -66,7 +67,8 @@ class Args(TrainingArgs):
 def make_env(args: Args, num_envs: int, seed: int) -> EnvBase:
     # Numbers of the command line, of which gymnax takes whole ones as integers.
     params = {name: int(x) if x == int(x) else x for name, x in args.params.items()}
-    rows = gymnax_env(args.env_id, num_envs, params=params, seed=seed)
+    make = craftax_env if args.env_id.startswith("Craftax") else gymnax_env
+    rows = make(env_id=args.env_id, num_envs=num_envs, params=params, seed=seed)
     # A time limit that isn't observed says nothing about the last state's value.
     return make_trial_env(
         rows, episodes=args.episodes, show_progress=args.episodes > 1, trial_end="episode"
@@ -90,8 +92,7 @@ def train(args: Args) -> EvaluationResults:
         exploration=dict(anneal_frames=args.anneal_frames, horizon=length),
         **options,
     )
-    rows = min(64, args.eval_trials)
-    held_out = HeldOutEvaluator(policy, make_env(args, rows, HELD_OUT_SEED))
+    held_out = HeldOutEvaluator(policy, make_env(args, min(64, args.eval_trials), HELD_OUT_SEED))
     parts = (args, make, env, policy, held_out)
     results = run(
         *parts,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import gymnasium as gym
 import numpy as np
 import torch
 from allocator import keep_freed_memory
@@ -117,7 +118,7 @@ class TrainingArgs:
     """Updates between evaluations on held-out seeds, greedy, without exploration."""
     eval_trials: int = 512
     """Trials in the last evaluation; a quarter of it in those before."""
-    final_policy: Literal["last", "best"] = "last"
+    final_policy: Literal["last", "best"] = "best"
     """Policy of the last evaluation: the last one, or that of the best evaluation before (by mean
     return), which then plays trials of another seed."""
     checkpoint_interval: int = 500
@@ -140,13 +141,14 @@ class TrainingArgs:
 
     def __post_init__(self) -> None:
         counts = (
+            "episodes max_episode_steps context_length round_steps slice_length n_step frame_skip "
             "num_envs eval_trials total_updates updates_per_round batch_size capacity "
             "anneal_frames eval_interval checkpoint_interval threads d_model num_layers "
-            "num_heads hidden_size"
+            "num_heads hidden_size workers"
         )
-        check_counts(**{name: getattr(self, name) for name in counts.split()})
+        given = {name: getattr(self, name, None) for name in counts.split()}
+        check_counts(**{name: value for name, value in given.items() if value is not None})
         if self.workers is not None:
-            check_counts("Leave it out for none.", workers=self.workers)
             check_choice("mode", self.mode, ("both",), "Workers belong to the learner.")
         ranges = {
             "warmup_updates": ("finite and at least 0", 0 <= self.warmup_updates < math.inf),
@@ -264,7 +266,7 @@ def command_line(
         torch.set_num_threads(args.threads)
         keep_freed_memory()
         yield args
-    except (ImportError, ValueError, OSError, DamagedError) as error:
+    except (ImportError, ValueError, OSError, DamagedError, gym.error.Error) as error:
         torchrl_logger.debug("raised here", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -381,6 +383,16 @@ def draw_steps(args: TrainingArgs, episode: Sequence[np.ndarray], num_steps: int
         titles=["trial"],
         picture_inches=1.3,
     )
+
+
+@contextlib.contextmanager
+def drawing(name: str) -> Iterator[None]:
+    """Print why there is no `trial.png` if the environment of this name can't be drawn."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - the results are there
+        remedy = " Without a screen: MUJOCO_GL=egl." if "OpenGL" in str(error) else ""
+        print(f"No trial.png, since {name} can't be drawn here: {error}{remedy}")
 
 
 def _argument_names(encoder: Callable[..., Any]) -> set[str]:

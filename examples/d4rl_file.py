@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
-import h5py
-import minari
 import numpy as np
+
+try:
+    import h5py
+    import minari
+except ImportError as error:
+    sys.exit(f"error: Minari is missing ({error}): pip install 'torchrl-amago[offline]'")
 
 # Returns of random and expert policies by the first part of a file's name (arXiv 2004.07219).
 D4RL_SCORES = {

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from common import TrainingArgs, draw_progress, draw_steps, run
+from common import TrainingArgs, draw_progress, draw_steps, drawing, run
 from torchrl.envs import EnvBase
 
 from torchrl_amago import HeldOutEvaluator, make_policy
@@ -38,6 +38,8 @@ class DomainArgs(TrainingArgs):
     """Factor of rewards in the loss; amago finds their scale by itself, amago2 doesn't."""
     n_step: int = 1
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
+    positions: Literal["rotary", "fixed"] = "rotary"
+    """Positions of a Transformer: rotary for distances, fixed where the time itself matters."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
 
@@ -84,7 +86,7 @@ def train(
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
         exploration=dict(anneal_frames=args.anneal_frames, horizon=args.trial_length),
-        **{**args.policy_options(positions="rotary"), **policy_options},
+        **{**args.policy_options(positions=args.positions), **policy_options},
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
     rewards = dict(reward_scale=args.reward_scale, n_step=args.n_step)
@@ -111,9 +113,7 @@ def draw_trial(args: DomainArgs, policy: torch.nn.Module, seed: int) -> None:
     if not args.draws:
         print("No trial.png, since this environment has no pictures.")
         return
-    try:
+    with drawing("this environment"):
         env = args.make_env(1, test=True, render_mode="rgb_array")
         draw_steps(args, rollout_pictures(policy, env, seed=seed)[-1])
         env.close()
-    except Exception as error:  # noqa: BLE001 - the results are there
-        print(f"No trial.png, since this environment can't be drawn here: {error}")

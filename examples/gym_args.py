@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import gymnasium as gym
-from common import TrainingArgs, draw_steps
+from common import TrainingArgs, draw_steps, drawing
 from torchrl.envs import EnvBase
 
 from torchrl_amago import Policy, make_trial_env
@@ -22,7 +22,8 @@ class GymArgs(TrainingArgs):
     """Settings of any Gymnasium environment whose episodes make trials."""
 
     env_id: str = "CartPole-v1"
-    """Id of a registered environment; `module:id` imports the module that registers it first."""
+    """Id of a registered environment; `module:id` imports the module that registers it first, as in
+    `shimmy:dm_control/cartpole-swingup-v0` (with `--max-episode-steps 1000`)."""
     mask_velocities: bool = False
     """Hide the velocities of CartPole and Pendulum, which must then be inferred from the past."""
     keep: tuple[int, ...] = ()
@@ -39,7 +40,12 @@ class GymArgs(TrainingArgs):
         except gym.error.UnregisteredEnv as error:
             raise ValueError(
                 f"--env-id must be registered in Gymnasium, got {self.env_id!r}: {error} "
-                "gymnasium.pprint_registry() lists all; `module:id` imports a module first."
+                "gymnasium.pprint_registry() lists all; `module:id` imports a module first; "
+                "docs/domains.md names the extras."
+            ) from error
+        except (ImportError, gym.error.Error) as error:
+            raise ImportError(
+                f"--env-id {self.env_id} can't be made: {error}. docs/domains.md names the extras."
             ) from error
         keep = list(self.keep)
         if self.mask_velocities and not keep:
@@ -79,8 +85,6 @@ class GymArgs(TrainingArgs):
 
     def draw_trial(self, policy: Policy, seed: int) -> None:
         """Draw `trial.png`, the first episode of a greedy trial, if that is possible."""
-        try:
+        with drawing(self.env_id):
             env = self.make_env(1, render_mode="rgb_array")
             draw_steps(self, rollout_pictures(policy, env, seed=seed)[0])
-        except Exception as error:  # noqa: BLE001 - the results are there
-            print(f"No trial.png, since {self.env_id} can't be drawn here: {error}")

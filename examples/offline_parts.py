@@ -22,7 +22,11 @@ def find_dataset(args: Any) -> minari.MinariDataset | D4RLFile:
     if args.dataset is not None and args.dataset.endswith((".hdf5", ".h5", ".npz")):
         return D4RLFile(args.dataset, args.env_id)
     if args.dataset is not None:
-        return minari.load_dataset(args.dataset)
+        try:
+            return minari.load_dataset(args.dataset)
+        except FileNotFoundError as error:
+            remedy = f"minari download {args.dataset}"
+            raise FileNotFoundError(f"{error} On the command line: {remedy}") from error
     own = make_minari_dataset.Args(episodes=args.dataset_episodes)
     if own.dataset_id in minari.list_local_datasets():
         return minari.load_dataset(own.dataset_id)

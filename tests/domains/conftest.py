@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from ctypes.util import find_library
 from pathlib import Path
 
 import pytest
+
+# Before anything imports dm_control, which chooses how it draws at once, and aborts without a screen.
+if find_library("EGL"):
+    os.environ.setdefault("MUJOCO_GL", "egl")
 
 HERE = Path(__file__).parent
 

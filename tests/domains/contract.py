@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from ctypes.util import find_library
+from types import ModuleType
 
 import pytest
 import torch
@@ -28,10 +30,14 @@ BOOKKEEPING = {
 }
 BOOKKEEPING |= {"soft_reset", "trial_progress", "episode_success", "task_id"}
 
+needs_egl = pytest.mark.skipif(
+    find_library("EGL") is None, reason="pictures need the system's EGL library"
+)
 
-def need(package: str, extra: str) -> None:
-    """Skip the test where the package of an extra is missing."""
-    pytest.importorskip(package, reason=f'pip install "torchrl-amago[{extra}]"')
+
+def need(package: str, extra: str) -> ModuleType:
+    """Return the package of an extra; skip the test where it is missing."""
+    return pytest.importorskip(package, reason=f'pip install "torchrl-amago[{extra}]"')
 
 
 def play(env: EnvBase, num_steps: int, seed: int = 0) -> TensorDictBase:

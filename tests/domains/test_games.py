@@ -100,13 +100,16 @@ def need_procgen():
         pytest.skip(str(error))
 
 
-@pytest.mark.parametrize(("game", "mode"), [("coinrun", "easy"), ("maze", "memory")])
+@pytest.mark.parametrize(
+    ("game", "mode"), [("coinrun", "easy"), ("maze", "memory"), ("ninja", "exploration")]
+)
 def test_procgen(game, mode):
     need_procgen()
     make = partial(Procgen, game, mode, max_episode_steps=12)
     check_domain(
         lambda rows: make_trial_env(gymnasium_rows(make, rows), episodes=2, **SAME_TASK),
         num_steps=60,
+        min_rows=int(mode != "exploration"),  # it has one level
         timestep_encoder="combined",
         timestep_options=CHANNELS_FIRST,
     )
@@ -121,9 +124,9 @@ def test_procgen_levels():
     assert {env.reset()[1]["task_id"] for _ in range(40)} == {10, 11, 12}
     level = env.level
     assert [env.reset(options=Procgen.SAME_TASK)[1]["task_id"] for _ in range(3)] == [level] * 3
-    with pytest.raises(ValueError, match="coinrun has the modes .*easy.*hard.*exploration"):
+    with pytest.raises(ValueError, match="mode must be one of 'easy', 'hard'.*'exploration'.*coin"):
         Procgen("coinrun", "memory")
-    with pytest.raises(ValueError, match="there are bigfish"):
+    with pytest.raises(ValueError, match="game must be one of 'bigfish'"):
         Procgen("coinrum")
 
 
@@ -149,6 +152,8 @@ def test_retro_pictures_and_missing_roms():
     env.close()
     with pytest.raises(FileNotFoundError, match=r"needs its ROM.*stable_retro.import"):
         Retro("SuperMarioBros-Nes-v0")
+    with pytest.raises(ValueError, match="game must be .*Airstriker-Genesis-v0.*'Airstriker-v0'"):
+        Retro("Airstriker-v0")
     with pytest.raises(ValueError, match="levels must be of Airstriker"):
         Retro("Airstriker-Genesis-v0", ["Level9"])
 

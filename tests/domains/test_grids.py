@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from tests.domains.contract import check_domain, check_pictures, need
@@ -51,9 +53,14 @@ def test_pictures_of_minigrid():
 
 
 def test_unknown_ids():
-    need("minigrid", "minigrid")
-    with pytest.raises(ValueError, match="Did you mean: `BabyAI-GoToRedBall`"):
+    minigrid = need("minigrid", "minigrid")
+    with pytest.raises(ValueError, match="env_id must be .* like .'BabyAI-GoToRedBall-v0'"):
         MiniGrid("BabyAI-GoToRedBal-v0")
+    if not (Path(minigrid.__file__).parent / "envs/wfc/patterns").exists():
+        with pytest.raises(FileNotFoundError, match="its repository has it"):
+            MiniGrid("MiniGrid-WFC-MazeSimple-v0")
+    with pytest.raises(ValueError, match="got 'CartPole-v1'"):
+        MiniGrid("CartPole-v1", max_steps=10)
 
 
 @pytest.mark.parametrize("view", ["pixels", "codes"])

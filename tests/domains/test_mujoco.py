@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from ctypes.util import find_library
 from functools import partial
 
 import pytest
 import torch
 
-from tests.domains.contract import check_domain, check_pictures, need, play
+from tests.domains.contract import check_domain, check_pictures, need, needs_egl, play
 from torchrl_amago import make_trial_env
 from torchrl_amago.envs import gymnasium_rows
 from torchrl_amago.envs.libs import InvertedActuators, MetaWorld
@@ -73,10 +72,9 @@ def test_tasks(name):
     assert not torch.equal(tasks[0], tasks[40])
 
 
-@pytest.mark.skipif(find_library("EGL") is None, reason="pictures need the system's EGL library")
+@needs_egl
 @pytest.mark.parametrize("name", ALL)
-def test_pictures(name, monkeypatch):
-    monkeypatch.setenv("MUJOCO_GL", "egl")
+def test_pictures(name):
     check_pictures(make_env(name, 1, render_mode="rgb_array"))
 
 
@@ -92,3 +90,5 @@ def test_meta_world_names_what_there_is(arguments):
     need("metaworld", "metaworld")
     with pytest.raises(ValueError, match="must be .*got"):
         MetaWorld(*arguments)
+    with pytest.raises(ValueError, match="at most 500, got 600"):
+        MetaWorld("ML1", "reach-v3", max_episode_steps=600)

@@ -136,6 +136,8 @@ def test_without_a_server():
 
     with pytest.raises(ConnectionError, match="Start one: .*ShowdownServer"):
         PokemonBattles(1)
+    with pytest.raises(ValueError, match="battle_format must begin like 'gen9', got 'ou'"):
+        PokemonBattles(1, "ou")
     with pytest.raises(ValueError, match=r"opponents must be some of \['random'"):
         PokemonBattles(1, opponents=("nobody",))
 

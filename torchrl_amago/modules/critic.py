@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
@@ -116,6 +117,19 @@ class CriticEnsemble(Configurable, nn.Module):
         if bias is not None:
             self.out.bias.unflatten(-1, (-1, num_outputs)).copy_(bias)
 
+    def absorb_scale(
+        self, params: TensorDictBase, weight_G: Tensor, bias_G: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Multiply values by a weight and add a bias, in the last layer's parameters in place.
+
+        Return the weight and bias, ``[G]``, that remain to be applied to values.
+        """
+        # All discounts share the outputs, so that the mean of the weights can be absorbed.
+        factor = weight_G.log().mean().exp()
+        for parameter in params["out"].values():
+            parameter.data.mul_(factor)
+        return weight_G / factor, bias_G
+
     def _activate(self, x: Tensor) -> Tensor:
         """Apply activation and dropout; `x` may be overwritten."""
         return dropout(self.activation(x), self.dropout, self.training)
@@ -148,6 +162,15 @@ class DiscreteCritic(CriticEnsemble):
     ) -> None:
         super().__init__(state_size, num_discounts * num_actions, num_critics, **options)
         self.num_discounts, self.num_actions = num_discounts, num_actions
+
+    def absorb_scale(
+        self, params: TensorDictBase, weight_G: Tensor, bias_G: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        for parameter in params["out"].values():
+            value_XGA = parameter.data.unflatten(-1, (self.num_discounts, -1))
+            value_XGA.mul_(weight_G.unsqueeze(-1))
+        params["out", "bias"].data.unflatten(-1, (self.num_discounts, -1)).add_(bias_G[:, None])
+        return torch.ones_like(weight_G), torch.zeros_like(bias_G)
 
     def forward(self, state: Tensor) -> Tensor:
         state_MD = state.reshape(-1, state.shape[-1])

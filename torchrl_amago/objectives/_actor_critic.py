@@ -109,6 +109,13 @@ class ActorCriticLoss(LossModule):
     def _moves_statistics(self) -> bool:
         return self.training and torch.is_grad_enabled()
 
+    def _absorb_scale(self) -> None:
+        """Let the codec move changes of its scale into the critics' last layers."""
+        params = (self.critic_network_params, self.target_critic_network_params)
+        module = getattr(self.critic_network, "module", None)
+        if module is not None:
+            self.value_codec.absorb_scale(module, *(p["module"] for p in params))
+
     def reset_parameters_recursive(self) -> None:
         super().reset_parameters_recursive()
         for name in ("actor_network_params", "critic_network_params"):

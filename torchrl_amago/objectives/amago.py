@@ -214,6 +214,8 @@ class AMAGOLoss(ActorCriticLoss):
         """
         batch, codec = self._read(tensordict, self.compact), self.value_codec
         mask_M = batch.steps.mask
+        if self._moves_statistics:
+            self._absorb_scale()
         inputs, next_inputs = self._encode_states(batch)
         action_MA = batch.action(self.distribution.space)
         policy = self._policy(self.actor_network_params, inputs)

@@ -238,3 +238,13 @@ def test_vector_environments_that_reset_themselves():
 def test_unknown_ids():
     with pytest.raises(gym.error.UnregisteredEnv, match="NoSuchGame"):
         gymnasium_rows("NoSuchGame-v0", 2)
+
+
+def test_games_are_made_here_before_their_processes():
+    def broken():
+        raise FileNotFoundError("no ROM")
+
+    with pytest.raises(FileNotFoundError, match="no ROM"):
+        gymnasium_rows([lambda: gym.make("CartPole-v1"), broken], processes=True)
+    with pytest.raises(ValueError, match="games must be at least 1, got 0"):
+        gymnasium_rows([])

@@ -67,5 +67,5 @@ def test_changes_at_a_hidden_step():
 
 
 def test_discrete_actions_have_no_sign():
-    with pytest.raises(TypeError, match="bounded numbers, got Discrete"):
+    with pytest.raises(ValueError, match="bounded numbers, got Discrete"):
         InvertedActuators("CartPole-v1")

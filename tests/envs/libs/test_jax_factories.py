@@ -112,9 +112,9 @@ def test_the_bit_of_a_memory_chain_is_the_task(gymnax):
 
 
 def test_errors_of_gymnax(gymnax, monkeypatch):
-    with pytest.raises(ValueError, match=r"env_id must be .* 'CartPole-v7': CartPole-v1"):
+    with pytest.raises(ValueError, match=r"env_id must be one of 'CartPole-v1', .*'CartPole-v7'"):
         gymnax_env("CartPole-v7", 2)
-    with pytest.raises(TypeError, match="gravitation"):
+    with pytest.raises(ValueError, match="params must be one of .*'gravity'.*'gravitation'"):
         gymnax_env("CartPole-v1", 2, params={"gravitation": 1.0})
 
     def offline(*_):
@@ -192,18 +192,7 @@ def test_benchmarks_of_xland(xminigrid, tmp_path, monkeypatch):
         xland_env(2, benchmark="small-1m")
 
 
-@pytest.mark.slow
-def test_craftax():
+def test_unknown_games_of_craftax():
     pytest.importorskip("craftax", **NEEDS)
-    env = craftax_env(3, params={"max_timesteps": 4}, seed=0)
-    assert env.max_episode_steps == 4
-    trials = make_trial_env(env, episodes=2)
-    check_env_specs(trials)
-    steps = trials.rollout(8, break_when_any_done=False)
-    seen = steps["observation"]
-    assert seen.shape == (3, 8, 1345)
-    assert torch.equal(seen[:, 0], seen[:, 4])
-    assert not torch.equal(seen[0, 0], seen[1, 0])
-    assert steps["next", "done"].squeeze(-1).tolist() == [[False] * 7 + [True]] * 3
-    with pytest.raises(ValueError, match="Unknown craftax environment"):
+    with pytest.raises(ValueError, match="env_id must be one of 'Craftax-Classic-Symbolic-v1'"):
         craftax_env(2, "Craftax-v0")

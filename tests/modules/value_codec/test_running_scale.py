@@ -6,7 +6,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given
+from torchrl.objectives import SoftUpdate
 
+from torchrl_amago import MetaFrozenLake, amago_loss, make_policy, make_trial_env
 from torchrl_amago.modules.value_codec import RunningScale
 
 
@@ -58,7 +60,55 @@ def test_values_are_zero_before_the_first_targets():
     assert codec.decode(torch.randn(5, 3)).abs().max() < 1e-3
     codec.update(torch.full((4, 3), 7.0), everything(4))
     codec.reset_parameters()
-    assert all((buffer == 0).all() for buffer in codec.buffers())
+    fresh = RunningScale(3).state_dict()
+    assert all(torch.equal(x, fresh[name]) for name, x in codec.state_dict().items())
+
+
+@given(seed=st.integers(0, 2**31), scale=st.floats(1e-2, 1e4), offset=st.floats(-1e3, 1e3))
+def test_later_targets_do_not_change_what_predictions_mean(seed, scale, offset):
+    generator = torch.Generator().manual_seed(seed)
+    codec, prediction = RunningScale(2, beta=0.3).double(), torch.randn(9, 2).double()
+    codec.update(torch.randn(20, 2, generator=generator).double(), everything(20))
+    before = codec.decode(prediction)
+    target = scale * torch.randn(20, 2, generator=generator).double() + offset
+    codec.update(target, everything(20))
+    torch.testing.assert_close(codec.decode(prediction), before, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("takes_actions", [False, True])
+def test_critics_take_over_the_scale(takes_actions):
+    """Online and target values stay, and a step of the raw prediction is one of the deviation."""
+    torch.manual_seed(0)
+    env = make_trial_env(MetaFrozenLake(batch_size=(4,)), episodes=2)
+    policy = make_policy(env, context_length=18)
+    batch = env.rollout(18, policy, break_when_any_done=False)
+    codec = RunningScale(len(policy.discounts), beta=0.5)
+    options = {"online_coeff": 0.0, "offline_coeff": 1.0} if takes_actions else {}
+    critic_options = {"takes_actions": takes_actions}
+    loss = amago_loss(policy, value_codec=codec, critic_options=critic_options, **options)
+    SoftUpdate(loss, tau=0.01)
+    loss(batch)  # the first scale
+    size = torch.arange(1.0, 1 + len(policy.discounts))
+    codec.update(5 + 100 * size * torch.randn(64, len(size)), everything(64))
+    assert codec.weight.max() < 0.1
+
+    state = torch.randn(5, policy.state_size)
+    action = torch.zeros(5, 1, policy.distribution.space.size)
+
+    def values():
+        with torch.no_grad(), loss.target_critic_network_params.to_module(loss.critic_network):
+            raw = loss.critic_network(*((state, action) if takes_actions else (state,)))
+        raw = raw if takes_actions else raw[..., 0]
+        return loss.estimates(batch)["q_value"], codec.decode(raw)
+
+    before = values()
+    loss._absorb_scale()
+    torch.testing.assert_close(values(), before, rtol=1e-4, atol=1e-4)
+    # Critics that take the action have one output for all discounts, so that their ratios stay.
+    assert codec.weight.log().mean() == pytest.approx(0.0, abs=1e-5)
+    if not takes_actions:
+        assert torch.equal(codec.weight, torch.ones(len(size)))
+        assert torch.equal(codec.bias, torch.zeros(len(size)))
 
 
 def test_encode_inverts_decode():

@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.envs.libs._extras import import_extra
 
 View = Literal["pixels", "codes"]
 MAX_ACHIEVED = 3  # achievements in one step; more are rare, and the first ones count
@@ -55,13 +56,7 @@ class CrafterInstructions(gym.Env):
     ) -> None:
         check_choice("view", view, get_args(View))
         check_counts("", max_goals=max_goals, max_episode_steps=max_episode_steps)
-        try:
-            import crafter
-        except ImportError as error:
-            raise ImportError(
-                "CrafterInstructions needs the package crafter, which isn't installed. Install the "
-                'extra: pip install "torchrl-amago[crafter]".'
-            ) from error
+        crafter = import_extra("crafter", "crafter")
         self._env = crafter.Env(length=max_episode_steps)
         self.achievements = tuple(crafter.constants.achievements)
         self.view, self.max_goals, self.render_mode = view, max_goals, render_mode

@@ -28,8 +28,6 @@ class DMAlchemy(gym.Env):
         ImportError: if dm_alchemy isn't installed.
 
     Example:
-        >>> DMAlchemy.SAME_CHEMISTRY
-        {'same_chemistry': True}
         >>> env = DMAlchemy()  # doctest: +SKIP
         >>> observation, info = env.reset(seed=0)  # doctest: +SKIP
     """

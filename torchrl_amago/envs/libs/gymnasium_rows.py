@@ -11,6 +11,7 @@ import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from torchrl.envs import EnvBase
 
+from torchrl_amago._validation import check_counts
 from torchrl_amago.envs.libs._gymnasium_env import GymnasiumEnv
 
 Game = str | Callable[[], gym.Env]
@@ -69,11 +70,15 @@ def gymnasium_rows(
     else:
         names = (game if isinstance(game, str) else str(i) for i, game in enumerate(games))
         task_names = tuple(task_names) or tuple(names)
+    check_counts("It is the number of games.", games=len(games))
     row_games = [row % len(games) for row in range(num_envs or len(games))]
     # Not a function of this package, which would import torch in each process.
     make = [partial(gym.make, game, **options) if isinstance(game, str) else game for game in games]
     if reseed_episodes:
         make = [partial(_reseeded, make_one) for make_one in make]
+    if processes:  # an error here is easier to read than one in a process
+        for make_one in make[1:]:
+            make_one().close()
     vector = AsyncVectorEnv if processes else SyncVectorEnv
     env = GymnasiumEnv(
         vector([make[game] for game in row_games], autoreset_mode=AutoresetMode.DISABLED),

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 from urllib.error import URLError
 
 import numpy as np
 
+from torchrl_amago._validation import check_choice
+from torchrl_amago.envs.libs._extras import import_extra
 from torchrl_amago.envs.libs._jax_rows import Tree
 from torchrl_amago.envs.libs._jax_spaces import action_spec, observation_spec
-from torchrl_amago.envs.libs.jax_env import JaxEnv, import_extra
+from torchrl_amago.envs.libs.jax_env import JaxEnv
 
 # RGB of nothing and of channels 1, 2, ... of images that aren't pictures.
-_COLOURS = np.array(
-    [
-        [0, 0, 0],
-        [230, 60, 60],
-        [60, 120, 230],
-        [60, 190, 90],
-        [240, 200, 60],
-        [170, 90, 220],
-        [80, 210, 220],
-        [240, 140, 40],
-        [240, 130, 190],
-        [150, 150, 150],
-        [255, 255, 255],
-    ],
-    dtype=np.uint8,
-)
+_HEX = "000000 e63c3c 3c78e6 3cbe5a f0c83c aa5adc 50d2dc f08c28 f082be 969696 ffffff"
+_COLOURS = np.array([[*bytes.fromhex(colour)] for colour in _HEX.split()], dtype=np.uint8)
 
 
 def gymnax_env(
@@ -55,8 +44,7 @@ def gymnax_env(
 
     Raises:
         ImportError: if gymnax isn't installed.
-        ValueError: for an unknown id.
-        TypeError: for unknown parameters.
+        ValueError: for an unknown id or unknown parameters.
         OSError: if data can't be downloaded.
 
     Example:
@@ -66,14 +54,12 @@ def gymnax_env(
         torch.Size([64, 10, 4])
     """
     gymnax = import_extra("gymnax")
-    if env_id not in gymnax.registered_envs:
-        known = ", ".join(gymnax.registered_envs)
-        raise ValueError(f"env_id must be one of gymnax.registered_envs, got {env_id!r}: {known}.")
+    check_choice("env_id", env_id, gymnax.registered_envs)
     try:
         env, env_params = gymnax.make(env_id, **(env_options or {}))
     except URLError as error:
         raise OSError(f"{env_id} must download its data, which failed: {error}.") from error
-    env_params = env_params.replace(**(params or {}))
+    env_params = with_params(env_params, params)
 
     # Not gymnax's own step, which resets at once.
     def step(key: Tree, state: Tree, action: Tree, task: Tree) -> tuple:
@@ -89,6 +75,14 @@ def gymnax_env(
 
     limit = int(env_params.max_steps_in_episode)
     return gymnax_rows(env, env_params, step, limit, num_envs=num_envs, render=render, **options)
+
+
+def with_params(env_params: Any, changes: Mapping[str, Any] | None) -> Any:
+    """Return an environment's parameters with changes; raise ValueError for one it doesn't have."""
+    known = [field.name for field in dataclasses.fields(env_params)]
+    for name in changes or {}:
+        check_choice("params", name, known)
+    return env_params.replace(**(changes or {}))
 
 
 def gymnax_rows(

@@ -7,6 +7,8 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
+from torchrl_amago.envs.libs._extras import needs_extra
+
 
 class HalfCheetahVel(gym.Wrapper):
     """Half-Cheetah with a hidden target velocity (MAML, arXiv 1703.03400, Section 5.3).
@@ -31,8 +33,6 @@ class HalfCheetahVel(gym.Wrapper):
         ImportError: if MuJoCo isn't installed.
 
     Example:
-        >>> HalfCheetahVel.SAME_TARGET
-        {'same_target': True}
         >>> env = HalfCheetahVel()  # doctest: +SKIP
         >>> observation, info = env.reset(options={"target_velocity": 1.5})  # doctest: +SKIP
     """
@@ -53,13 +53,8 @@ class HalfCheetahVel(gym.Wrapper):
                 f"min_velocity={min_velocity}, max_velocity={max_velocity}."
             )
         options |= {"max_episode_steps": max_episode_steps, "ctrl_cost_weight": ctrl_cost_weight}
-        try:
+        with needs_extra("MuJoCo", "mujoco", gym.error.DependencyNotInstalled):
             env = gym.make("HalfCheetah-v5", **options)
-        except (ImportError, gym.error.DependencyNotInstalled) as error:
-            raise ImportError(
-                "HalfCheetahVel needs MuJoCo, which isn't installed. Install the extra: "
-                'pip install "torchrl-amago[mujoco]".'
-            ) from error
         super().__init__(env)
         self.min_velocity, self.max_velocity = min_velocity, max_velocity
         self.target_velocity: float | None = None

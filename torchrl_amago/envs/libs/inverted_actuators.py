@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, get_args
 import gymnasium as gym
 import numpy as np
 
-from torchrl_amago._validation import check_choice, check_fractions
+from torchrl_amago._validation import check_choice, check_counts, check_fractions
 
 Inversion = Literal["all", "each"]
 
@@ -32,7 +32,7 @@ class InvertedActuators(gym.Wrapper):
         options: further arguments of ``gymnasium.make``.
 
     Raises:
-        TypeError: if the actions are not bounded numbers.
+        ValueError: if the actions are not bounded numbers.
 
     Example:
         >>> env = InvertedActuators("Pendulum-v1", probability=1.0)
@@ -54,10 +54,12 @@ class InvertedActuators(gym.Wrapper):
     ) -> None:
         check_choice("inversion", inversion, get_args(Inversion))
         check_fractions("It is the probability of an inverted sign.", probability=probability)
+        if change_within is not None:
+            check_counts("It is a number of steps.", change_within=change_within)
         super().__init__(gym.make(env, **options) if isinstance(env, str) else env)
         space = self.action_space
         if not (isinstance(space, gym.spaces.Box) and space.is_bounded("both")):
-            raise TypeError(f"actions that can be inverted are bounded numbers, got {space}.")
+            raise ValueError(f"actions that can be inverted are bounded numbers, got {space}.")
         self._center = (space.low + space.high) / 2
         self.inversion, self.probability = inversion, probability
         self.change_within = change_within

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
@@ -16,6 +15,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.envs._reset_request import read_reset_request
+from torchrl_amago.envs.libs._extras import import_extra
 from torchrl_amago.envs.libs._jax_rows import JaxRows, Tree
 from torchrl_amago.envs.libs._jax_spaces import env_specs
 
@@ -164,16 +164,6 @@ class JaxEnv(EnvBase):
         state, task = self._carry.state, self._carry.task
         row_of = self._jax.tree.map(lambda x: x[range(self.batch_size[0])[row]], (state, task))
         return np.asarray(self._render_row(*row_of))
-
-
-def import_extra(name: str) -> ModuleType:
-    """Import a package of the extra ``jax``; raise ImportError with the command to install it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f'{name} must be installed: pip install "torchrl-amago[jax]" ({error}).'
-        ) from error
 
 
 def _to_jax(jax: ModuleType, tensor: Tensor) -> Tree:

@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.envs.libs._extras import import_extra
 
 Split = Literal["train", "test"]
 BENCHMARKS = ("ML1", "ML10", "ML25", "ML45")
@@ -42,8 +43,6 @@ class MetaWorld(gym.Env):
         ValueError: for an unknown benchmark, problem or split.
 
     Example:
-        >>> MetaWorld.SAME_TASK
-        {'same_task': True}
         >>> env = MetaWorld("ML1", "reach-v3")  # doctest: +SKIP
     """
 
@@ -60,7 +59,9 @@ class MetaWorld(gym.Env):
         render_mode: Literal["rgb_array"] | None = None,
     ) -> None:
         check_choice("split", split, get_args(Split))
-        check_counts("It is the length of an episode.", max_episode_steps=max_episode_steps)
+        check_counts(max_episode_steps=max_episode_steps)
+        if max_episode_steps > 500:
+            raise ValueError(f"max_episode_steps must be at most 500, got {max_episode_steps}.")
         tasks = _benchmark(benchmark, problem, goals_seed)
         self._classes = tasks.train_classes if split == "train" else tasks.test_classes
         self._goals: defaultdict[str, list] = defaultdict(list)
@@ -133,13 +134,7 @@ class MetaWorld(gym.Env):
 @functools.lru_cache(maxsize=4)
 def _benchmark(benchmark: str, problem: str | None, seed: int) -> Any:
     """Draw a benchmark's goals."""
-    try:
-        import metaworld
-    except ImportError as error:
-        raise ImportError(
-            "MetaWorld needs the package metaworld, which isn't installed. Install the extra: "
-            'pip install "torchrl-amago[metaworld]".'
-        ) from error
+    metaworld = import_extra("metaworld", "metaworld")
     check_choice("benchmark", benchmark, BENCHMARKS)
     problems = list(metaworld.ML1.ENV_NAMES)
     if (benchmark == "ML1") != (problem is not None) or problem not in (None, *problems):

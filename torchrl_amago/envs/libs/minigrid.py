@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import io
+from pathlib import Path
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
+from torchrl_amago.envs.libs._extras import check_known, import_extra
 from torchrl_amago.envs.libs.text import TextToTokens, Vocabulary
 
 _WORDS = """
@@ -25,8 +27,6 @@ CELL_SIZES = (11, 6, 4)
 
 class MiniGrid(gym.ObservationWrapper):
     """Any environment of MiniGrid or BabyAI (arXiv 2306.13831), by its id.
-
-    The six ids with ``WFC`` need files that the package on PyPI lacks.
 
     Observations are ``image``, what the agent sees, ids ``[7, 7, 3]`` of object, colour and state,
     which a ``combined`` timestep encoder embeds as a grid; ``direction``, an id; and ``mission``,
@@ -45,6 +45,7 @@ class MiniGrid(gym.ObservationWrapper):
     Raises:
         ImportError: if MiniGrid isn't installed.
         ValueError: for an unknown id.
+        FileNotFoundError: for the ids with ``WFC``.
 
     Example:
         >>> MiniGrid("BabyAI-GoToRedBall-v0").action_space  # doctest: +SKIP
@@ -52,20 +53,13 @@ class MiniGrid(gym.ObservationWrapper):
     """
 
     def __init__(self, env_id: str, *, max_words: int = 16, **options: Any) -> None:
-        try:
-            import minigrid  # noqa: F401 - registers the ids
-        except ImportError as error:
-            raise ImportError(
-                "MiniGrid needs the package minigrid, which isn't installed. Install the extra: "
-                'pip install "torchrl-amago[minigrid]".'
-            ) from error
-        try:
-            env = gym.make(env_id, **options)
-        except gym.error.UnregisteredEnv as error:
-            known = [i for i in gym.registry if i.startswith(("MiniGrid-", "BabyAI-"))]
-            raise ValueError(
-                f"env_id must be one of MiniGrid's {len(known)} ids, got {env_id!r}: {error}"
-            ) from error
+        minigrid = import_extra("minigrid", "minigrid")  # registers the ids
+        known = [i for i in gym.registry if i.startswith(("MiniGrid-", "BabyAI-"))]
+        check_known("env_id", env_id, known)
+        patterns = Path(minigrid.__file__).parent / "envs/wfc/patterns"
+        if "WFC" in env_id and not patterns.exists():
+            raise FileNotFoundError(f"PyPI's minigrid lacks {patterns}, its repository has it.")
+        env = gym.make(env_id, **options)
         env = TextToTokens(env, Vocabulary(MISSION_WORDS, max_words), keys=["mission"])
         super().__init__(env)
         entries = dict(env.observation_space.spaces)

@@ -29,8 +29,8 @@ class MultiDomain(gym.Env):
         probabilities: of the environments, in order; default equal.
 
     Raises:
-        TypeError: if an environment has other actions than ``Discrete`` ones.
-        ValueError: for no environments, or probabilities that don't fit them.
+        ValueError: for no environments, probabilities that don't fit them, or other actions than
+            ``Discrete`` ones.
 
     Example:
         >>> make = lambda env_id: lambda: gym.make(env_id)
@@ -59,7 +59,7 @@ class MultiDomain(gym.Env):
         actions = [env.action_space for env in self._envs]
         for name, space in zip(self.names, actions, strict=True):
             if not isinstance(space, gym.spaces.Discrete) or space.start:
-                raise TypeError(
+                raise ValueError(
                     f"domains must have Discrete actions that begin at 0, and {name} has {space}. "
                     "Wrap it (gymnasium.wrappers.TransformAction)."
                 )

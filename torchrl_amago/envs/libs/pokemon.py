@@ -5,6 +5,8 @@ Importing this module needs the extra: ``pip install "torchrl-amago[pokemon]"``.
 
 from __future__ import annotations
 
+import asyncio
+import re
 import socket
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -13,8 +15,9 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs.libs._extras import needs_extra
 
-try:
+with needs_extra("poke-env", "pokemon"):
     from poke_env import ServerConfiguration
     from poke_env.battle import Battle, MoveCategory, Pokemon, PokemonType, Status
     from poke_env.environment import SinglesEnv
@@ -24,11 +27,6 @@ try:
         RandomPlayer,
         SimpleHeuristicsPlayer,
     )
-except ImportError as error:
-    raise ImportError(
-        "Pokemon battles need the package poke-env, which isn't installed. Install the extra: pip "
-        'install "torchrl-amago[pokemon]".'
-    ) from error
 
 OPPONENTS: dict[str, Callable[..., Player]] = {
     "random": RandomPlayer,
@@ -65,7 +63,7 @@ class PokemonBattles(gym.Env):
         max_episode_steps: decisions until a battle is truncated.
 
     Raises:
-        ValueError: for an unknown opponent.
+        ValueError: for an unknown opponent, or a format of no generation.
         ConnectionError: if no server answers at the port.
 
     Example:
@@ -83,7 +81,9 @@ class PokemonBattles(gym.Env):
         team: str | None = None,
         max_episode_steps: int = 200,
     ) -> None:
-        check_counts("", max_episode_steps=max_episode_steps)
+        check_counts(max_episode_steps=max_episode_steps)
+        if not re.match(r"gen\d", battle_format):
+            raise ValueError(f"battle_format must begin like 'gen9', got {battle_format!r}.")
         if not opponents or set(opponents) - OPPONENTS.keys():
             raise ValueError(f"opponents must be some of {[*OPPONENTS]}, got {opponents}.")
         address = f"127.0.0.1:{port}"
@@ -121,7 +121,11 @@ class PokemonBattles(gym.Env):
         if self._opponent is None or not (options or {}).get("same_task", False):
             self._opponent = int(self.np_random.integers(len(self._players)))
         self._num_steps = 0
-        entries, _ = self._env.reset()
+        try:
+            entries, _ = self._env.reset()
+        except asyncio.TimeoutError as error:
+            remedy = "Pass a team, or a format of random teams that the server has."
+            raise TimeoutError(f"the server began no battle: {error}. {remedy}") from error
         player = self._players[self._opponent]
         player.reset_battles()
         player._battles[self._env.battle2.battle_tag] = self._env.battle2

@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import gymnasium as gym
 import numpy as np
 
-from torchrl_amago._validation import check_counts
+from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.envs.libs._extras import import_extra
 
 _MODES = ("easy", "hard", "memory", "exploration", "extreme")
 
@@ -24,8 +25,8 @@ class Procgen(gym.Env):
 
     Args:
         game: name, such as ``"coinrun"`` or ``"maze"``.
-        mode: ``"easy"`` or ``"hard"``; some games have ``"memory"``, ``"exploration"`` or
-            ``"extreme"``.
+        mode: ``"easy"`` or ``"hard"``; some games have ``"memory"``, ``"extreme"``, or
+            ``"exploration"``, which has one level.
         num_levels: levels to draw from; None for all. The paper trains on 200 easy or 500 hard
             ones.
         start_level: first of them. Levels to test on begin where those to train on end.
@@ -37,8 +38,6 @@ class Procgen(gym.Env):
         ValueError: for a game or mode that doesn't exist.
 
     Example:
-        >>> Procgen.SAME_TASK
-        {'same_task': True}
         >>> env = Procgen("maze", "memory", num_levels=500)  # doctest: +SKIP
     """
 
@@ -55,8 +54,10 @@ class Procgen(gym.Env):
         max_episode_steps: int = 1000,
         render_mode: str | None = None,
     ) -> None:
-        counts = dict(max_episode_steps=max_episode_steps, num_levels=num_levels or 1)
-        check_counts("", **counts)
+        if mode == "exploration":
+            num_levels, start_level = 1, 0
+        levels = 1 if num_levels is None else num_levels
+        check_counts(max_episode_steps=max_episode_steps, num_levels=levels)
         self._make = _find(game, mode)
         self.num_levels, self.start_level = num_levels, start_level
         self.max_episode_steps, self.render_mode = max_episode_steps, render_mode
@@ -79,7 +80,7 @@ class Procgen(gym.Env):
             self.level = int(self.np_random.integers(self.start_level, stop))
         # A pool of one row and one level, made anew (1 ms): a pool's own reset isn't repeatable.
         self.close()
-        self._pool = self._make(num_envs=1, num_levels=1, start_level=self.level)
+        self._pool = self._make(self.level)
         self._num_steps = 0
         observation, _ = self._pool.reset()
         self._picture = observation[0]
@@ -110,27 +111,20 @@ def _id_of(game: str, mode: str) -> str:
 
 def _find(game: str, mode: str) -> Any:
     """Return the function that makes a pool of this game."""
-    try:
-        import envpool
-    except ImportError as error:
-        raise ImportError(
-            "Procgen is played through EnvPool, which isn't installed. Install the extra: pip "
-            'install "torchrl-amago[procgen]".'
-        ) from error
-    ids = {
-        i for i in envpool.list_all_envs() if i.endswith(tuple(f"{m.title()}-v0" for m in _MODES))
-    }
-    wanted = f"{game.title()}{mode.title()}-v0"
-    if wanted not in ids:
-        modes = [m for m in _MODES if f"{game.title()}{m.title()}-v0" in ids]
-        games = sorted(i.removesuffix("Easy-v0").lower() for i in ids if i.endswith("Easy-v0"))
-        known = f"{game} has the modes {modes}" if modes else f"there are {', '.join(games)}"
-        raise ValueError(f"a game of Procgen must exist in the mode, got {game}, {mode}: {known}.")
+    envpool = import_extra("envpool", "procgen")
+    ids = set(envpool.list_all_envs())
+    games = sorted(i.removesuffix("Easy-v0").lower() for i in ids if i.endswith("Easy-v0"))
+    check_choice("game", game, games)
+    modes = [mode for mode in _MODES if _id_of(game, mode) in ids]
+    check_choice("mode", mode, modes, f"These are the modes of {game}.")
 
-    def make(**options: Any) -> Any:
+    def make(level: int) -> Any:
+        num_levels = int(mode != "exploration")  # EnvPool aborts otherwise
+        options = dict(num_envs=1, num_levels=num_levels, start_level=level)
         try:
-            return envpool.make_gymnasium(wanted, **options)
+            return envpool.make_gymnasium(_id_of(game, mode), **options)
         except ImportError as error:
-            raise ImportError(f"EnvPool's Procgen needs a library: {error}") from error
+            remedy = "Install the system's Qt: apt install libqt5gui5."
+            raise ImportError(f"Procgen needs a library: {error}. {remedy}") from error
 
     return make

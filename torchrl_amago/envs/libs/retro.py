@@ -10,6 +10,7 @@ import gymnasium as gym
 import numpy as np
 
 from torchrl_amago._validation import check_counts
+from torchrl_amago.envs.libs._extras import check_known, import_extra
 
 
 class Retro(gym.Env):
@@ -34,11 +35,9 @@ class Retro(gym.Env):
     Raises:
         ImportError: if stable-retro isn't installed.
         FileNotFoundError: without the game's ROM.
-        ValueError: for a level that the game doesn't have.
+        ValueError: for an unknown game, or a level that the game doesn't have.
 
     Example:
-        >>> Retro.SAME_TASK
-        {'same_task': True}
         >>> env = Retro("Airstriker-Genesis-v0")  # doctest: +SKIP
     """
 
@@ -54,16 +53,10 @@ class Retro(gym.Env):
         max_episode_steps: int = 1000,
         render_mode: str | None = None,
     ) -> None:
-        counts = dict(frame_skip=frame_skip, size=size, max_episode_steps=max_episode_steps)
-        check_counts("", **counts)
-        try:
-            import stable_retro as retro
-        except ImportError as error:
-            raise ImportError(
-                "Retro needs the package stable-retro, which isn't installed. Install the extra: "
-                'pip install "torchrl-amago[retro]".'
-            ) from error
-        known = retro.data.list_states(game) if game in retro.data.list_games() else []
+        check_counts(frame_skip=frame_skip, size=size, max_episode_steps=max_episode_steps)
+        retro = import_extra("stable_retro", "retro")
+        check_known("game", game, retro.data.list_games())
+        known = retro.data.list_states(game)
         if unknown := sorted(set(levels) - set(known)):
             raise ValueError(f"levels must be of {game}, which has {known}, got {unknown}.")
         try:

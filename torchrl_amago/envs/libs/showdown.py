@@ -10,7 +10,6 @@ import tempfile
 import time
 import urllib.request
 from pathlib import Path
-from types import TracebackType
 
 _CONFIG = """\
 // Only this machine may connect; battles need neither files nor other processes.
@@ -35,7 +34,8 @@ class ShowdownServer:
 
     Raises:
         FileNotFoundError: without node, or without the server in the folder.
-        RuntimeError: if the server doesn't answer in time, or listens to other machines.
+        TimeoutError: if the server doesn't answer in time.
+        ValueError: if its configuration lets it listen to other machines.
 
     Example:
         >>> with ShowdownServer("showdown") as server:  # doctest: +SKIP
@@ -55,7 +55,7 @@ class ShowdownServer:
         if not config.exists():
             config.write_text(_CONFIG)
         elif "'127.0.0.1'" not in config.read_text():
-            raise RuntimeError(
+            raise ValueError(
                 f"the server must listen to this machine alone, but {config} doesn't say so. Write "
                 "exports.bindaddress = '127.0.0.1'; into it, or delete it."
             )
@@ -77,7 +77,7 @@ class ShowdownServer:
         while not self._answers():
             if self._process.poll() is not None or time.monotonic() > deadline:
                 self.close()
-                raise RuntimeError(
+                raise TimeoutError(
                     f"the Pokemon Showdown server must answer within {patience:g} s, it did not. "
                     f"Its last words: {self.log.read_text()[-500:]!r}."
                 )
@@ -97,12 +97,7 @@ class ShowdownServer:
     def __enter__(self) -> ShowdownServer:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _answers(self) -> bool:

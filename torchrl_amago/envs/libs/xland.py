@@ -12,8 +12,9 @@ import torch
 from torchrl.data import Categorical, OneHot
 
 from torchrl_amago._validation import check_choice
+from torchrl_amago.envs.libs._extras import import_extra
 from torchrl_amago.envs.libs._jax_rows import Tree
-from torchrl_amago.envs.libs.jax_env import JaxEnv, import_extra
+from torchrl_amago.envs.libs.jax_env import JaxEnv
 
 # Of xminigrid.core.goals: the agent holds an object, is beside it, or puts two side by side.
 _GOALS = {"hold": 1, "near": 3, "together": 4}

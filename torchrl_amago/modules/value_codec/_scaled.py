@@ -10,9 +10,14 @@ from torchrl_amago.modules.value_codec.base import ValueCodec
 
 
 class ScaledCodec(ValueCodec):
-    """Base of codecs that predict ``(value - mu) / sigma``; subclasses move both."""
+    """Base of codecs whose ``weight * prediction + bias`` is ``(value - mu) / sigma``.
+
+    Subclasses have all of them as buffers ``[G]``, and move them.
+    """
 
     mu: Tensor
+    weight: Tensor
+    bias: Tensor
 
     @property
     @abc.abstractmethod
@@ -30,8 +35,14 @@ class ScaledCodec(ValueCodec):
         return (value - self.mu) / self.sigma
 
     def normalized(self, prediction: Tensor) -> Tensor:
-        """Return the space in which :meth:`loss` compares, the prediction's own by default."""
-        return prediction
+        """Return ``weight * prediction + bias``, the space in which :meth:`loss` compares."""
+        return self.weight * prediction + self.bias
+
+    def _preserve(self, old_mu: Tensor, old_sigma: Tensor) -> None:
+        """Move weight and bias so that every prediction keeps its value on the new scale."""
+        sigma = self.sigma
+        self.weight.mul_(old_sigma / sigma)
+        self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 
     def decode(self, prediction: Tensor) -> Tensor:
         """Return ``sigma * normalized(prediction) + mu``."""

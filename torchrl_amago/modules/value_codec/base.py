@@ -6,6 +6,7 @@ import abc
 from typing import Literal
 
 import torch
+from tensordict import TensorDictBase
 from torch import Tensor, nn
 
 from torchrl_amago.modules._settings import Configurable
@@ -49,6 +50,13 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         """Return the targets' running mean and standard deviation, ``[G]`` or ``[]``."""
         return torch.zeros(()), torch.ones(())
+
+    def absorb_scale(self, critic: nn.Module, *params: TensorDictBase) -> None:
+        """Move a change of scale into the last layers of a critic's weights, if the codec has one.
+
+        Called before each training pass, with the critic's online and target weights.
+        """
+        return
 
     def reset_parameters(self) -> None:
         """Reset the statistics, if there are any."""

@@ -86,16 +86,13 @@ class PopArt(ScaledCodec):
         # Not lerp_: its rounding differs from the two products of the recorded numbers.
         self.mu.mul_(1.0 - step).add_(step * mean_G)
         self.nu.mul_(1.0 - step).add_(step * square_mean_G)
-        sigma = self.sigma
-        self.weight.mul_(old_sigma / sigma)
-        self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
+        self._preserve(old_mu, old_sigma)
 
     def normalize(self, value: Tensor) -> Tensor:
         return super().normalize(value) if self.enabled else value
 
     def normalized(self, prediction: Tensor) -> Tensor:
-        """Return ``weight * prediction + bias``, the space in which :meth:`loss` compares."""
-        return self.weight * prediction + self.bias if self.enabled else prediction
+        return super().normalized(prediction) if self.enabled else prediction
 
     def decode(self, prediction: Tensor) -> Tensor:
         return super().decode(prediction) if self.enabled else prediction

@@ -6,21 +6,22 @@ Legend: N targets, G discounts.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from tensordict import TensorDictBase
+from torch import Tensor, nn
 
 from torchrl_amago._validation import check_fractions, check_positive
 from torchrl_amago.modules.value_codec._scaled import ScaledCodec
 
 
 class RunningScale(ScaledCodec):
-    """Scalar values, whose scale follows the targets of each discount: sigma * prediction + mu.
+    """Scalar values, normalised as :class:`PopArt`'s, whose pace of learning follows the scale.
 
-    The first targets set mean and deviation, later ones move them. A prediction that doesn't change
-    means another value then, unlike :class:`PopArt`'s. So an optimizer whose steps don't depend
-    on the gradient's scale, as Adam's, moves values by the same part of their deviation whether
-    rewards are hundredths or hundreds. Under PopArt it moves them by the same part of
-    ``sqrt(initial_nu)``. Values may grow without end if discounts are near 1 and targets have one
-    step, since the scale that they widen widens them in turn.
+    The first targets set mean and deviation, later ones move them while outputs are preserved. The
+    change then moves from codec into the critics' last layers, online and target alike, as in the
+    original method (arXiv 1602.07714, Algorithm 1). So an optimizer whose steps don't depend on the
+    gradient's scale, as Adam's, moves values by the same part of their deviation whether rewards
+    are hundredths or hundreds. Under :class:`PopArt`, which leaves the critics alone as the public
+    AMAGO code does, it moves them by the same part of ``sqrt(initial_nu)`` for ever.
 
     Args:
         num_discounts: G, size of the predictions' last dimension.
@@ -43,13 +44,15 @@ class RunningScale(ScaledCodec):
         check_positive("Use 0.01.", beta=beta)
         check_fractions("It is the step size of moving averages.", beta=beta)
         self.num_discounts, self.beta = num_discounts, beta
-        for name in ("mu", "variance"):
-            self.register_buffer(name, torch.zeros(num_discounts))
-        self.register_buffer("count", torch.zeros(()))
+        for name in ("mu", "variance", "weight", "bias"):
+            self.register_buffer(name, torch.empty(num_discounts))
+        self.register_buffer("count", torch.empty(()))
+        self.reset_parameters()
 
     def reset_parameters(self) -> None:
         for buffer in self.buffers():
             buffer.zero_()
+        self.weight.fill_(1.0)
 
     @property
     def sigma(self) -> Tensor:
@@ -62,8 +65,21 @@ class RunningScale(ScaledCodec):
         change_G = (weight_N1 * (target_NG - self.mu)).sum(0)
         variance_G = (weight_N1 * (target_NG - self.mu - change_G).square()).sum(0)
         any_real = mask.any().to(self.count.dtype)
+        is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
         self.count += any_real
         # The average of all targets at first; a batch without real ones moves nothing.
         step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
         self.variance.lerp_(variance_G, step).add_(step * (1.0 - step) * change_G.square())
         self.mu += step * change_G
+        # Critics that haven't learned anything take the first scale as it is.
+        self._preserve(
+            torch.where(is_first, self.mu, old_mu), torch.where(is_first, self.sigma, old_sigma)
+        )
+
+    @torch.no_grad()
+    def absorb_scale(self, critic: nn.Module, *params: TensorDictBase) -> None:
+        if absorb := getattr(critic, "absorb_scale", None):
+            for of_network in params:
+                weight, bias = absorb(of_network, self.weight, self.bias)
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
