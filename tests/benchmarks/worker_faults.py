@@ -94,6 +94,11 @@ def kill_workers(run_dir: Path, kills: int = 20, **options) -> None:
     )
 
 
+def is_running(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status")
+    return status.exists() and "State:\tZ" not in status.read_text()
+
+
 def learn(run_dir: Path) -> None:
     trainer = small_trainer(run_dir, workers=2, total_updates=10**6, capacity=50_000)
     trainer.resume(missing_ok=True).train()
@@ -124,7 +129,7 @@ def kill_learner(run_dir: Path, kills: int = 10) -> None:
         written, latest = buffer.write_count, newest
         buffer.storage.verify()
     time.sleep(3.0)  # its workers end
-    left = [x for x in heartbeats(run_dir).values() if Path(f"/proc/{x['pid']}").exists()]
+    left = [x for x in heartbeats(run_dir).values() if is_running(x["pid"])]
     trainer = small_trainer(run_dir, workers=0, total_updates=10**6, capacity=50_000).resume()
     before = trainer.counts.updates
     trainer.callbacks.append(lambda t: t.counts.updates >= before + 10 and t.request_stop())

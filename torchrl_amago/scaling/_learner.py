@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,12 +19,13 @@ from torchrl_amago.data import TrialReplayBuffer
 _POLL_SECONDS = 0.02
 
 
-class RemoteTrials(abc.ABC):
+class RemoteTrials:
     """Collector whose trials are played elsewhere and taken in when the learner needs them.
 
     An iteration takes in trials until the buffer holds the steps that are due, and waits where
     there are none. Workers wait while their trials are not taken in. Due are the frames of one more
-    round, or as many steps as hold ``samples_per_insert``.
+    round, or as many steps as hold ``samples_per_insert``. A subclass writes `_start`, `_publish`,
+    `_take` (the numbers of a stored segment, or None), `_supervise`, `_figures` and `_stop`.
 
     Args:
         policy: the learner's, whose weights the workers get.
@@ -71,34 +71,6 @@ class RemoteTrials(abc.ABC):
     def version(self) -> int:
         """Number of the learner's updates."""
         return self._counts["version"]
-
-    # The workers.
-
-    @abc.abstractmethod
-    def _start(self) -> None:
-        """Start the workers, with a policy published."""
-
-    @abc.abstractmethod
-    def _publish(self, finished: bool) -> None:
-        """Give the weights to the workers."""
-
-    @abc.abstractmethod
-    def _take(self) -> dict[str, float] | None:
-        """Store the next segment's trials; return its numbers, or None if there is none yet."""
-
-    @abc.abstractmethod
-    def _supervise(self) -> None:
-        """Replace workers that are dead or hang; called often."""
-
-    @abc.abstractmethod
-    def _figures(self) -> dict[str, float]:
-        """Return the workers' columns of the table."""
-
-    @abc.abstractmethod
-    def _stop(self) -> None:
-        """End the workers."""
-
-    # The collector.
 
     def __iter__(self) -> Iterator[None]:
         self._is_open = True
@@ -187,7 +159,7 @@ class RemoteTrials(abc.ABC):
         """Seed the workers that start from now on, each with a number of its own."""
         self._seed = seed
 
-    def reset(self) -> None:  # noqa: B027
+    def reset(self) -> None:
         """Do nothing: workers begin new trials when they start."""
 
     def state_dict(self) -> dict[str, Any]:

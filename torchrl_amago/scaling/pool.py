@@ -90,8 +90,8 @@ class WorkerPool(RemoteTrials):
         self.hung_after, self._threads = hung_after, threads
         role = {"round_steps": round_steps, "fragment_length": fragment_length}
         role["settings"] = settings
-        # Bytes: tensors given to a process otherwise would share their memory with it.
-        self._content = self._pack(make_env, _copy(policy), role)
+        # On the CPU, where every worker can load it.
+        self._content = self._pack(make_env, copy.deepcopy(policy).to("cpu"), role)
         self._board = Board(self.run_dir, settings)
         self._inbox = Inbox(self.run_dir, replay_buffer)
         self._workers = [_Worker(f"worker-{i}") for i in range(num_workers)]
@@ -100,7 +100,7 @@ class WorkerPool(RemoteTrials):
 
     @staticmethod
     def _pack(make_env: MakeEnv, *others: Any) -> Any:
-        """Return what a worker is made of, as it travels."""
+        # Bytes: tensors given to a process otherwise would share their memory with it.
         problem = "an environment" if isinstance(make_env, EnvBase) else None
         try:
             content = pickle.dumps((make_env, *others))
@@ -231,11 +231,6 @@ class _Pulse:
 
     facts: Mapping[str, Any]
     changed: float
-
-
-def _copy(policy: nn.Module) -> nn.Module:
-    """Return a copy on the CPU, where every worker can load it."""
-    return copy.deepcopy(policy).to("cpu")
 
 
 def _work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:
