@@ -14,19 +14,14 @@ earlier episodes are all the information there is. The run's folder gets `progre
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from common import TrainingArgs, command_line, draw_progress, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import (
-    HeldOutEvaluator,
-    MetaFrozenLake,
-    make_policy,
-    make_trainer,
-    make_trial_env,
-)
+from torchrl_amago import HeldOutEvaluator, MetaFrozenLake, make_policy, make_trial_env
 from torchrl_amago.envs import bayes_optimal_success
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
@@ -76,7 +71,9 @@ def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs, "train" if args.hold_out_layouts else "all")
+    layouts = "train" if args.hold_out_layouts else "all"
+    make = partial(make_env, args, args.num_envs, layouts)
+    env = make()
     horizon = args.episodes * env.base_env.max_episode_steps
     policy = make_policy(
         env,
@@ -88,9 +85,7 @@ def train(args: Args) -> EvaluationResults:
     held_out = HeldOutEvaluator(
         policy, make_env(args, min(256, args.eval_trials), layouts, seed=HELD_OUT_SEED)
     )
-    trainer = make_trainer(env, policy, trial_length=horizon, **args.trainer_options(held_out))
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out)
+    results = run(args, make, env, policy, held_out, trial_length=horizon)
     draw_pictures(args, results, held_out)
     return results
 

@@ -14,14 +14,15 @@ weights and checkpoints. Box2D, MuJoCo and dm_control need the extra that docs/d
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from common import command_line, draw_progress, final_evaluation, resume_if_asked
+from common import command_line, draw_progress, run
 from gym_args import GymArgs
 
-from torchrl_amago import HeldOutEvaluator, HLGauss, PopArt, make_policy, make_trainer
+from torchrl_amago import HeldOutEvaluator, HLGauss, PopArt, make_policy
 from torchrl_amago.evaluation import EvaluationResults
 
 
@@ -86,7 +87,8 @@ def loss_options(args: Args) -> dict[str, Any]:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    length, env = args.trial_length(), args.make_env(args.num_envs)
+    make = partial(args.make_env, args.num_envs)
+    length, env = args.trial_length(), make()
     context_length = min(args.context_length, length)
     policy = make_policy(
         env,
@@ -98,18 +100,16 @@ def train(args: Args) -> EvaluationResults:
         **args.policy_options(positions="rotary", window=context_length),
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(64, args.eval_trials)))
-    gain = dict(action_gain=args.action_gain) if args.loss == "amago2" else {}
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
+        "trial_return",
+        critic_options=dict(action_gain=args.action_gain) if args.loss == "amago2" else {},
         trial_length=length,
         slice_length=min(args.slice_length, length),
         round_steps=min(args.round_steps, length),
         loss_options=loss_options(args),
-        **args.trainer_options(held_out, **gain),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")
     args.draw_trial(policy, held_out.seed + 1)
     return results

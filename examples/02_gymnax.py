@@ -17,21 +17,15 @@ A trial is one episode, or `--episodes` of them that begin alike. The run's fold
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from common import (
-    TrainingArgs,
-    command_line,
-    draw_progress,
-    draw_steps,
-    final_evaluation,
-    resume_if_asked,
-)
+from common import TrainingArgs, command_line, draw_progress, draw_steps, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trial_env
 from torchrl_amago.envs.libs import craftax_env, gymnax_env
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults, rollout_pictures
 
@@ -83,7 +77,8 @@ def make_env(args: Args, num_envs: int, seed: int) -> EnvBase:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs, args.seed)
+    make = partial(make_env, args, args.num_envs, args.seed)
+    env = make()
     length = args.episodes * env.base_env.max_episode_steps
     context_length = min(args.context_length, length)
     options = args.policy_options(positions="rotary", window=context_length)
@@ -98,18 +93,16 @@ def train(args: Args) -> EvaluationResults:
         **options,
     )
     held_out = HeldOutEvaluator(policy, make_env(args, min(64, args.eval_trials), HELD_OUT_SEED))
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
+        "trial_return",
         trial_length=length,
         slice_length=context_length,
         round_steps=min(args.round_steps, length),
         loss_options=args.loss_options(len(args.discounts), n_step=args.n_step),
         clip_each=True,
-        **args.trainer_options(held_out),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")
     draw_steps(args, rollout_pictures(policy, make_env(args, 1, 0), seed=held_out.seed + 1)[0])
     return results

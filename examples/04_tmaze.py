@@ -15,22 +15,15 @@ weights and checkpoints.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from common import (
-    TrainingArgs,
-    both,
-    command_line,
-    draw_progress,
-    draw_steps,
-    final_evaluation,
-    resume_if_asked,
-)
+from common import TrainingArgs, both, command_line, draw_progress, draw_steps, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, TMaze, make_policy, make_trainer, make_trial_env
+from torchrl_amago import HeldOutEvaluator, TMaze, make_policy, make_trial_env
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 
 
@@ -77,7 +70,8 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs)
+    make = partial(make_env, args, args.num_envs)
+    env = make()
     trial_length = env.base_env.max_episode_steps
     policy = make_policy(
         env,
@@ -94,9 +88,9 @@ def train(args: Args) -> EvaluationResults:
     held_out = HeldOutEvaluator(
         policy, make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
     )
-    trainer = make_trainer(env, policy, trial_length=trial_length, **args.trainer_options(held_out))
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out, "success", "trial_return")
+    results = run(
+        args, make, env, policy, held_out, "success", "trial_return", trial_length=trial_length
+    )
     panels = {"success rate": both("success_last"), "return per trial": both("trial_return")}
     draw_progress(args, f"corridor of {args.corridor}, {args.seq_model}", panels)
     draw_steps(args, held_out.pictures()[0])

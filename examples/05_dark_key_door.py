@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from common import TrainingArgs, command_line, draw_progress, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import DarkKeyDoor, HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago import DarkKeyDoor, HeldOutEvaluator, make_policy, make_trial_env
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
 
@@ -72,7 +73,8 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs)
+    make = partial(make_env, args, args.num_envs)
+    env = make()
     policy = make_policy(
         env,
         context_length=args.horizon,
@@ -84,12 +86,9 @@ def train(args: Args) -> EvaluationResults:
     )
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
     held_out = HeldOutEvaluator(policy, eval_env, success_threshold=THROUGH_DOOR)
-    trainer = make_trainer(env, policy, trial_length=args.horizon, **args.trainer_options(held_out))
-    resume_if_asked(args, trainer)
+    parts = (args, make, env, policy, held_out)
     # Success at the last episode says nothing here: the horizon cuts quick agents' last ones.
-    results = final_evaluation(
-        args, trainer.train(), trainer, held_out, "trial_return", "success_first"
-    )
+    results = run(*parts, "trial_return", "success_first", trial_length=args.horizon)
     draw_pictures(args, results, held_out)
     return results
 

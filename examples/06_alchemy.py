@@ -5,23 +5,23 @@
     python examples/06_alchemy.py --debug                  # under a minute, a test of the setup
 
 A trial is six short episodes with one chemistry, which says what the colours of potions do to
-stones; stones and potions are new each time. By default there is one stone, no move is impossible,
-an action names a colour, and potions pay what they add. The published task, untried: `--bottleneck
-random --num-stones 3 --max-episode-steps 20 --episodes 10 --no-colour-actions --no-shaping`. The
-run's folder gets `progress.csv`, three pictures, evaluations, weights and checkpoints.
+stones. By default there is one stone, no move is impossible, an action names a colour, and potions
+pay what they add. The published task, untried: `--bottleneck random --num-stones 3 --episodes 10
+--max-episode-steps 20 --no-colour-actions --no-shaping`. The run's folder gets all results.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from common import TrainingArgs, command_line, draw_progress, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trial_env
 from torchrl_amago.envs import SymbolicAlchemy
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS, PopArt
@@ -80,7 +80,8 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs)
+    make = partial(make_env, args, args.num_envs)
+    env = make()
     horizon = args.episodes * args.max_episode_steps
     policy = make_policy(
         env,
@@ -94,15 +95,14 @@ def train(args: Args) -> EvaluationResults:
     )
     held_out = HeldOutEvaluator(policy, make_env(args, min(128, args.eval_trials), HELD_OUT_SEED))
     codec = PopArt(len(args.discounts), beta=0.01)
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
+        "trial_return",
+        critic_options=dict(num_critics=2),
         trial_length=horizon,
         loss_options=dict(reward_scale=args.reward_scale, value_codec=codec),
-        **args.trainer_options(held_out, num_critics=2),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     draw_pictures(args, results, held_out)
     return results
 

@@ -21,10 +21,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from common import TrainingArgs, command_line, draw_progress, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trial_env
 from torchrl_amago.envs.libs import trivial_ruleset, xland_env
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
@@ -71,7 +71,8 @@ def make_env(args: Args, num_envs: int, seed: int) -> EnvBase:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs, args.seed)
+    make = partial(make_env, args, args.num_envs, args.seed)
+    env = make()
     length = args.episodes * args.max_episode_steps
     context_length = min(args.context_length, length)
     policy = make_policy(
@@ -84,17 +85,14 @@ def train(args: Args) -> EvaluationResults:
     )
     rows = min(64, args.eval_trials)
     held_out = HeldOutEvaluator(policy, make_env(args, rows, HELD_OUT_SEED))
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
         trial_length=length,
         slice_length=context_length,
         loss_options=args.loss_options(len(args.discounts)),
         clip_each=True,
-        **args.trainer_options(held_out),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out)
     title = f"{args.benchmark}, {args.size} x {args.size} cells, {args.seq_model}"
     draw_progress(args, title)
     path = args.run_dir / "adaptation_curve.png"

@@ -15,13 +15,14 @@ the run's folder: `progress.csv`, `learning_curve.png`, `adaptation_curve.png`, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from common import TrainingArgs, command_line, draw_progress, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer, make_trial_env
+from torchrl_amago import HeldOutEvaluator, make_policy, make_trial_env
 from torchrl_amago.envs.libs import HalfCheetahVel, gymnasium_rows
 from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.plots import plot_adaptation_curve
@@ -76,7 +77,8 @@ def make_env(args: Args, num_envs: int) -> EnvBase:
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     trial_length = args.episodes * args.max_episode_steps
-    env = make_env(args, args.num_envs)
+    make = partial(make_env, args, args.num_envs)
+    env = make()
     policy = make_policy(
         env,
         context_length=min(args.context_length, trial_length),
@@ -86,17 +88,15 @@ def train(args: Args) -> EvaluationResults:
         **args.policy_options(positions="rotary"),
     )
     held_out = HeldOutEvaluator(policy, make_env(args, min(16, args.eval_trials)))
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
+        "trial_return",
         trial_length=trial_length,
         slice_length=min(args.context_length, trial_length),
         round_steps=min(args.round_steps, trial_length),
         loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
-        **args.trainer_options(held_out),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     title = f"{args.min_velocity:g} to {args.max_velocity:g} m/s, {args.seq_model}, {args.loss}"
     draw_progress(args, title)
     path = args.run_dir / "adaptation_curve.png"

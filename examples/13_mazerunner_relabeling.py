@@ -21,19 +21,12 @@ Results land in the run's folder: `progress.csv`, `learning_curve.png`, `trial.p
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
-from common import (
-    TrainingArgs,
-    both,
-    command_line,
-    draw_progress,
-    draw_steps,
-    final_evaluation,
-    resume_if_asked,
-)
+from common import TrainingArgs, both, command_line, draw_progress, draw_steps, run
 from torchrl.envs import EnvBase
 
 from torchrl_amago import (
@@ -41,7 +34,6 @@ from torchrl_amago import (
     HeldOutEvaluator,
     MazeRunner,
     make_policy,
-    make_trainer,
     make_trial_env,
 )
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
@@ -82,7 +74,8 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
 
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
-    env = make_env(args, args.num_envs)
+    make = partial(make_env, args, args.num_envs)
+    env = make()
     policy = make_policy(
         env,
         context_length=args.max_episode_steps,
@@ -93,16 +86,14 @@ def train(args: Args) -> EvaluationResults:
     all_goals = args.goals - 0.5  # a trial succeeds if its return is larger
     eval_env = make_env(args, min(128, args.eval_trials), seed=HELD_OUT_SEED)
     held_out = HeldOutEvaluator(policy, eval_env, success_threshold=all_goals)
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
+        "trial_return",
+        "success",
+        "trial_length",
         trial_length=args.max_episode_steps,
         buffer_options=dict(relabel=GoalSequenceRelabel(args.relabel)),
-        **args.trainer_options(held_out),
-    )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(
-        args, trainer.train(), trainer, held_out, "trial_return", "success", "trial_length"
     )
     panels = {
         f"goals reached per trial, of {args.goals}": both("trial_return"),

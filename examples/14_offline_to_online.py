@@ -13,15 +13,16 @@ datasets in $MINARI_DATASETS_PATH. The run's folder gets curve, evaluations, wei
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import torch
-from common import TrainingArgs, command_line, draw_progress, final_evaluation, resume_if_asked
+from common import TrainingArgs, command_line, draw_progress, run
 from d4rl_file import describe_returns
-from offline_parts import find_dataset, make_env, make_replay
+from offline_parts import find_dataset, make_anew, make_env, make_replay
 
-from torchrl_amago import HeldOutEvaluator, PopArt, make_policy, make_trainer
+from torchrl_amago import HeldOutEvaluator, PopArt, make_policy
 from torchrl_amago.evaluation import EvaluationResults
 
 
@@ -89,18 +90,16 @@ def train(args: Args) -> EvaluationResults:
     options = dict(online_coeff=args.online_coeff, offline_coeff=args.offline_coeff, n_step=3)
     if args.loss == "amago":
         options["value_codec"] = PopArt(len(args.discounts), beta=0.01)
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, partial(make_anew, args), env, policy, held_out)
+    results = run(
+        *parts,
+        "trial_return",
         trial_length=length,
         round_steps=args.round_steps,
         replay_buffer=replay,
         online_after=args.online_after,
         loss_options=dict(reward_scale=args.reward_scale, **options),
-        **args.trainer_options(held_out),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out, "trial_return")
     greedy_return = results.greedy.trial_return.mean().item()
     print(describe_returns(dataset, dataset_return, greedy_return))
     draw_progress(

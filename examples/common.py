@@ -18,19 +18,17 @@ import numpy as np
 import torch
 from allocator import keep_freed_memory
 from torchrl import logger as torchrl_logger
+from torchrl.envs import EnvBase
 
-from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, load_policy
+from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, Policy, load_policy, make_trainer
 from torchrl_amago._files import DamagedError
-from torchrl_amago._validation import check_counts
+from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS, RunningScale
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
-from torchrl_amago.scaling import Ranks, pick_device
+from torchrl_amago.scaling import EXIT_CODES, Ranks, collect, evaluate_run, pick_device
 from torchrl_amago.trainers import Intervals
-
-# Codes that shells and batch systems expect; 75 asks for another try (EX_TEMPFAIL).
-EXIT_CODES = {"interrupted": 130, "preempted": 75}
 
 # Changes that --debug makes in every script: networks and a run of seconds.
 DEBUG = dict(
@@ -137,15 +135,28 @@ class TrainingArgs:
     threads: int = 2
     """CPU threads."""
 
+    mode: Literal["both", "learn", "collect", "evaluate"] = "both"
+    """Role of this process on run_dir, which processes on other machines may share: learn waits for
+    trials of collectors, collect plays for a learner, evaluate plays each new policy."""
+    workers: int | None = None
+    """Collector processes beside the learner; default none, the learner collects by itself."""
+    ray: str | None = None
+    """With workers: make them actors of the Ray cluster at this address; local starts one."""
+    samples_per_insert: float | None = None
+    """With workers: steps of batches for each new step; default updates_per_round updates a
+    round."""
+
     def __post_init__(self) -> None:
         counts = (
             "episodes max_episode_steps context_length round_steps slice_length n_step frame_skip "
             "num_envs eval_trials total_updates updates_per_round batch_size capacity "
             "anneal_frames eval_interval checkpoint_interval threads d_model num_layers "
-            "num_heads hidden_size"
+            "num_heads hidden_size workers"
         )
         given = {name: getattr(self, name, None) for name in counts.split()}
         check_counts(**{name: value for name, value in given.items() if value is not None})
+        if self.workers is not None:
+            check_choice("mode", self.mode, ("both",), "Workers belong to the learner.")
         ranges = {
             "warmup_updates": ("finite and at least 0", 0 <= self.warmup_updates < math.inf),
             "seed": ("finite and at least 0", 0 <= self.seed < math.inf),
@@ -230,11 +241,11 @@ class TrainingArgs:
     def _record(self) -> dict[str, dict[str, Any]]:
         """Every field that shapes the run: a checkpoint can't be resumed with other `settings`."""
         fixed = ("seq_model", "d_model", "num_layers", "num_heads", "hidden_size", "loss")
-        apart = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", *fixed)
+        own = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", "mode", "ray")
         common = [field.name for field in dataclasses.fields(TrainingArgs)]
         return {
             "settings": {**{name: getattr(self, name) for name in fixed}, **self.task_fields()},
-            "options": {name: getattr(self, name) for name in common if name not in apart},
+            "options": {name: getattr(self, name) for name in common if name not in own + fixed},
         }
 
     def task_fields(self) -> dict[str, Any]:
@@ -278,6 +289,49 @@ def command_line(
         torchrl_logger.debug("raised here", exc_info=True)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def run(
+    args: TrainingArgs,
+    make_env: Callable[[], EnvBase],
+    env: EnvBase,
+    policy: Policy,
+    held_out: HeldOutEvaluator,
+    *measures: str,
+    critic_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> EvaluationResults:
+    """Do this process's part of a run: train and return the last evaluation, or collect, or
+    evaluate until the learner has finished.
+
+    Args:
+        args: settings; `args.mode` is the part.
+        make_env: made `env`; workers make theirs with it. It must be picklable.
+        env: environment of this process, if it collects.
+        policy: policy to train.
+        held_out: evaluator of this policy.
+        measures: entries of the summary to print; all by default.
+        critic_options: further arguments of :func:`~torchrl_amago.modules.make_critic`.
+        options: further arguments of :func:`~torchrl_amago.make_trainer`.
+
+    Raises:
+        SystemExit: with the code of :data:`EXIT_CODES`, at the end of another role than a learner's
+            and after a signal.
+    """
+    common = args.trainer_options(held_out, **(critic_options or {}))
+    if args.mode in ("collect", "evaluate"):
+        shared = {"run_dir": args.run_dir, "settings": common["settings"]}
+        if args.mode == "evaluate":
+            sys.exit(EXIT_CODES[evaluate_run(policy, common["evaluator"], **shared)])
+        steps = options.get("round_steps") or options["trial_length"]
+        cut = {"fragment_length": options.get("fragment_length")}
+        sys.exit(EXIT_CODES[collect(make_env, policy, round_steps=steps, **cut, **shared)])
+    workers = 0 if args.mode == "learn" else args.workers
+    source = env if workers is None else make_env
+    remote = {"workers": workers, "samples_per_insert": args.samples_per_insert, "ray": args.ray}
+    trainer = make_trainer(source, policy, **remote, **options, **common)
+    resume_if_asked(args, trainer)
+    return final_evaluation(args, trainer.train(), trainer, held_out, *measures)
 
 
 def resume_if_asked(args: TrainingArgs, trainer: AMAGOTrainer) -> None:

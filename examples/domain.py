@@ -6,20 +6,14 @@ An example says how its environment is made, and what its defaults are.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from common import (
-    TrainingArgs,
-    draw_progress,
-    draw_steps,
-    drawing,
-    final_evaluation,
-    resume_if_asked,
-)
+from common import TrainingArgs, draw_progress, draw_steps, drawing, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, make_policy, make_trainer
+from torchrl_amago import HeldOutEvaluator, make_policy
 from torchrl_amago.data import Relabel
 from torchrl_amago.evaluation import EvaluationResults, rollout_pictures
 from torchrl_amago.modules.timestep import TIMESTEP_ENCODERS
@@ -83,7 +77,8 @@ def train(
         policy_options: further arguments of :func:`~torchrl_amago.make_policy`.
     """
     torch.manual_seed(args.seed)
-    env = args.make_env(args.num_envs)
+    make = partial(args.make_env, args.num_envs)
+    env = make()
     context_length = min(args.context_length, args.trial_length)
     policy = make_policy(
         env,
@@ -95,19 +90,16 @@ def train(
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
     rewards = dict(reward_scale=args.reward_scale, n_step=args.n_step)
-    trainer = make_trainer(
-        env,
-        policy,
+    parts = (args, make, env, policy, held_out)
+    results = run(
+        *parts,
         trial_length=args.trial_length,
         slice_length=context_length,
         round_steps=min(args.round_steps, args.trial_length),
         buffer_options=dict(relabel=relabel),
         loss_options=args.loss_options(len(args.discounts), **rewards),
         clip_each=True,
-        **args.trainer_options(held_out),
     )
-    resume_if_asked(args, trainer)
-    results = final_evaluation(args, trainer.train(), trainer, held_out)
     draw_progress(args, args.title)
     if args.episodes > 1:
         path = args.run_dir / "adaptation_curve.png"

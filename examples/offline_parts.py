@@ -54,6 +54,11 @@ def make_env(args: Any, dataset: minari.MinariDataset | D4RLFile, num_envs: int)
     )
 
 
+def make_anew(args: Any) -> EnvBase:
+    """Make the environment of training, in another process."""
+    return make_env(args, find_dataset(args), args.num_envs)
+
+
 def make_replay(
     args: Any, dataset: minari.MinariDataset | D4RLFile, env: EnvBase
 ) -> tuple[TrialMixture, float]:

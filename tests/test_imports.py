@@ -27,6 +27,7 @@ RANKS = {
     "_files": 0,
     "_signals": 0,
     "_state_file": 1,
+    "_facts": 1,
     "progress": 1,
     "keys": 0,
     "action_space": 0,

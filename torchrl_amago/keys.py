@@ -25,6 +25,7 @@ PREV_REWARD = "prev_reward"
 TIME_IDX = "time_idx"
 IS_INIT = "is_init"
 ACTION = "action"
+POLICY_VERSION = "policy_version"
 STREAM = "_stream"
 EPSILON_SCALE = "_epsilon_scale"
 TIMESTEP = "timestep"
@@ -83,6 +84,8 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "steps since the trial began, from 0; soft resets do not restart it"),
     KeySpec(IS_INIT, "*B, 1", "bool", "InitTracker", "trajectory encoder, exploration",
             "True at the first step of a trial, where memory is cleared"),
+    KeySpec(POLICY_VERSION, "*B", "int64", "workers", "logging",
+            "number of updates of the policy that chose the action"),
     KeySpec(STREAM, "*B, 1", "int64", "trajectory encoder", "trajectory encoder",
             "number of the rollout, for the module's own memories"),
     KeySpec(EPSILON_SCALE, "*B, 1", "float32", "exploration", "exploration",

@@ -254,7 +254,7 @@ def _checksum(buffer: ReplayBuffer) -> int:
 def _may_lack(key: NestedKey) -> bool:
     """Return whether an entry belongs to the collector, not to the task: other data lack it."""
     path = keys.as_tuple(key)
-    return path[0] == "collector" or path[-1].startswith("_")
+    return path[0] in ("collector", keys.POLICY_VERSION) or path[-1].startswith("_")
 
 
 def _widen(batch: TensorDictBase, width: int, pads_left: bool) -> TensorDictBase:

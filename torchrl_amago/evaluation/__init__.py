@@ -2,7 +2,12 @@
 
 from torchrl_amago.evaluation.evaluate import evaluate
 from torchrl_amago.evaluation.evaluator import HELD_OUT_SEED, HeldOutEvaluator
-from torchrl_amago.evaluation.results import EvaluationResults, TrialResults
+from torchrl_amago.evaluation.results import (
+    EvaluationResults,
+    Results,
+    TrialResults,
+    evaluation_metrics,
+)
 from torchrl_amago.evaluation.rollout_pictures import rollout_pictures
 from torchrl_amago.evaluation.statistics import (
     Interval,
@@ -16,9 +21,11 @@ __all__ = [
     "EvaluationResults",
     "HeldOutEvaluator",
     "Interval",
+    "Results",
     "TrialResults",
     "bootstrap_mean",
     "evaluate",
+    "evaluation_metrics",
     "interquartile_mean",
     "rollout_pictures",
     "stratified_bootstrap",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -157,3 +157,13 @@ class EvaluationResults(NamedTuple):
         )
         trials = f"On {len(self.greedy)} held-out trials"
         return f"{trials}: greedy {greedy}; sampled (as trained, without epsilon) {sampled}"
+
+
+#: Of an evaluation: numbers by name, or all trials.
+Results = Mapping[str, float] | TrialResults
+
+
+def evaluation_metrics(results: Results) -> dict[str, float]:
+    """Return the columns of an evaluation: numbers by name, or the summary of ``TrialResults``."""
+    metrics = results.summary() if isinstance(results, TrialResults) else results
+    return {f"eval/{name}": float(value) for name, value in metrics.items()}

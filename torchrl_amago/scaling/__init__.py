@@ -1,16 +1,28 @@
 """Several devices, processes and machines for one run (docs/scaling.md)."""
 
+from torchrl_amago.scaling._learner import RemoteTrials
+from torchrl_amago.scaling._stop import EXIT_CODES
 from torchrl_amago.scaling.compiled import CudaGraphs, QueuedUpdate, compile_policy
 from torchrl_amago.scaling.devices import BatchFeed, collector_devices, pick_device, send
+from torchrl_amago.scaling.evaluate import evaluate_run
+from torchrl_amago.scaling.pool import WorkerPool
 from torchrl_amago.scaling.ranks import Ranks
+from torchrl_amago.scaling.ray_pool import RayPool
+from torchrl_amago.scaling.worker import collect
 
 __all__ = [
+    "EXIT_CODES",
     "BatchFeed",
     "CudaGraphs",
     "QueuedUpdate",
     "Ranks",
+    "RayPool",
+    "RemoteTrials",
+    "WorkerPool",
+    "collect",
     "collector_devices",
     "compile_policy",
+    "evaluate_run",
     "pick_device",
     "send",
 ]

@@ -1,8 +1,9 @@
-"""Parts of a run's state, each with `state_dict` and `load_state_dict`."""
+"""Intervals of a run, and the parts of its state, each with `state_dict` and `load_state_dict`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -15,7 +16,26 @@ from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector, Collector
 from torchrl.data import ReplayBuffer
 
+from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
+from torchrl_amago.scaling import RemoteTrials
+
+
+@dataclass(frozen=True)
+class Intervals:
+    """Updates between rows of ``progress.csv``, evaluations and checkpoints.
+
+    Example:
+        >>> Intervals(log=100, checkpoint=1000)
+        Intervals(log=100, evaluate=500, checkpoint=1000)
+    """
+
+    log: int = 50
+    evaluate: int = 500
+    checkpoint: int = 500
+
+    def __post_init__(self) -> None:
+        check_counts(**{f"{name}_interval": value for name, value in asdict(self).items()})
 
 
 class Components(dict[str, Any]):
@@ -148,7 +168,8 @@ class Rollouts:
 
     def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.
-        state = self.collector.state_dict() if self._is_local else {}
+        has_state = self._is_local or isinstance(self.collector, RemoteTrials)
+        state = self.collector.state_dict() if has_state else {}
         return {key: value for key, value in state.items() if key != "policy_state_dict"}
 
     def state_dict(self) -> Mapping[str, Any]:

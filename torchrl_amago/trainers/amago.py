@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import KW_ONLY, asdict, dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,36 +22,27 @@ from torchrl.objectives.utils import TargetNetUpdater
 from torchrl.record.loggers import Logger
 
 from torchrl_amago import _files as files
+from torchrl_amago._facts import differences
 from torchrl_amago._signals import on_signals
 from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
-from torchrl_amago.scaling import BatchFeed, Ranks
+from torchrl_amago.evaluation import Results, evaluation_metrics
+from torchrl_amago.scaling import BatchFeed, Ranks, RemoteTrials
 from torchrl_amago.trainers import checkpoint as saving
-from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
+from torchrl_amago.trainers._components import (
+    Components,
+    Counts,
+    Intervals,
+    OptimizerState,
+    Rollouts,
+)
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
-from torchrl_amago.trainers.report import Results, RunReport, evaluation_metrics
+from torchrl_amago.trainers.report import RunReport
 
 Outcome = Literal["finished", "interrupted", "preempted"]
-
-
-@dataclass(frozen=True)
-class Intervals:
-    """Updates between rows of ``progress.csv``, evaluations and checkpoints.
-
-    Example:
-        >>> Intervals(log=100, checkpoint=1000)
-        Intervals(log=100, evaluate=500, checkpoint=1000)
-    """
-
-    log: int = 50
-    evaluate: int = 500
-    checkpoint: int = 500
-
-    def __post_init__(self) -> None:
-        check_counts(**{f"{name}_interval": value for name, value in asdict(self).items()})
 
 
 @dataclass(eq=False, repr=False)
@@ -132,10 +123,13 @@ class AMAGOTrainer:
         self.run_dir = Path(self.run_dir).absolute()
         self.online_buffer = online_part(self.replay_buffer)
         self._rollouts = Rollouts(self.collector, self.loss_module, self.online_buffer)
+        self._keeps_replay = getattr(self.collector, "keeps_replay", False)
         mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
+        if isinstance(self.collector, RemoteTrials):
+            self.callbacks.append(self.collector.after_update)
         self.stepper.dump_dir = self.stepper.dump_dir or self.ranks.folder(self.run_dir)
         # Several ranks check their batches together, in the stepper.
         check = self.stepper.check if self.ranks.size == 1 else None
@@ -161,6 +155,7 @@ class AMAGOTrainer:
             "counts": self.counts,
             "monitor": self.monitor,
             "policy_files": self.policy_files,
+            "sampler": self.online_buffer.sampler if self._keeps_replay else None,
             "rollouts": self._rollouts,
         }
         of_first = () if self.ranks.is_first else ("report", "monitor", "policy_files", "rollouts")
@@ -222,6 +217,8 @@ class AMAGOTrainer:
         """End the run after the running update, by default as if that had been the last one."""
         # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
         self._outcome, self._stop = outcome or self._outcome, True
+        if isinstance(self.collector, RemoteTrials):
+            self.collector.request_stop()
 
     def resume(self, path: str | Path | None = None, *, missing_ok: bool = False) -> AMAGOTrainer:
         """Go back to a checkpoint; :meth:`train` continues from there.
@@ -241,7 +238,8 @@ class AMAGOTrainer:
         checkpoint = self.ranks.on_first(lambda: self._resume(path, missing_ok))
         if checkpoint is not None and not self.ranks.is_first:
             self.components.load_state_dict(load_state(checkpoint / saving.STATE))
-            self.ranks.load_trials(self.online_buffer, checkpoint / saving.REPLAY)
+            if (checkpoint / saving.REPLAY).exists():
+                self.ranks.load_trials(self.online_buffer, checkpoint / saving.REPLAY)
         return self
 
     def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:
@@ -279,7 +277,8 @@ class AMAGOTrainer:
         self._rollouts.sync_policy()
         if not self._rollouts.start():
             self.monitor.forget_unfinished()
-        self._written = self.online_buffer.write_count
+        # What workers wrote between the checkpoint and the end counts from now on.
+        self._written = min(self.monitor.seen, self.online_buffer.write_count)
         if self._is_resumed:
             # A crash may have come between a checkpoint and its policy's file.
             self.policy_files.save_last()
@@ -333,7 +332,8 @@ class AMAGOTrainer:
             self._rollouts.capture()
             state, updates = self.components.state_dict(), self.counts.updates
             metadata = {**saving.run_metadata(self), "frames": self.counts.frames}
-            self.checkpoints.save(updates, state, self.online_buffer, metadata)
+            buffer = None if self._keeps_replay else self.online_buffer
+            self.checkpoints.save(updates, state, buffer, metadata)
             self._saved_at = updates
             self._rollouts.sync_policy()
             self.policy_files.save_last()
@@ -395,6 +395,6 @@ class AMAGOTrainer:
             self.online_buffer.loads(checkpoint / saving.REPLAY)
         self.components.load_state_dict(state)
         saved = files.read_manifest(checkpoint)["options"]
-        for name, (old, new) in saving.differences(saved, metadata["options"]).items():
+        for name, (old, new) in differences(saved, metadata["options"]).items():
             torchrl_logger.info(f"resumed with {name}={new} instead of {old}")
         self._is_resumed, self._saved_at = True, self.counts.updates

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,18 +12,25 @@ from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
-from torchrl_amago._validation import check_counts, check_fractions, check_positive, pick
+from torchrl_amago import _validation as valid
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
-from torchrl_amago.scaling import Ranks, collector_devices, compile_policy, pick_device
+from torchrl_amago.scaling import (
+    Ranks,
+    RayPool,
+    WorkerPool,
+    collector_devices,
+    compile_policy,
+    pick_device,
+)
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
 
 def make_trainer(
-    env: EnvBase,
+    env: EnvBase | Callable[[], EnvBase],
     policy: Policy,
     *,
     trial_length: int,
@@ -36,6 +44,10 @@ def make_trainer(
     replay_buffer: ReplayBuffer | TrialMixture | None = None,
     buffer_options: dict[str, Any] | None = None,
     fragment_length: int | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
+    samples_per_insert: float | None = None,
+    worker_options: dict[str, Any] | None = None,
     learning_rate: float = 5e-4,
     warmup_updates: int = 500,
     final_lr_fraction: float = 1.0,
@@ -55,7 +67,8 @@ def make_trainer(
     """Make a trainer and its parts.
 
     Args:
-        env: batched environment with trial and previous-step transforms.
+        env: batched environment with trial and previous-step transforms; with ``workers``, a
+            picklable function that makes one.
         trial_length: largest number of steps in a trial.
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
@@ -66,6 +79,13 @@ def make_trainer(
             made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
         buffer_options: further arguments of :func:`~torchrl_amago.data.make_trial_buffer`.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
+        workers: number of collector processes, each with its own environment; 0 for collectors
+            that are started elsewhere (`docs/scaling.md`); None collects in this process.
+        ray: make the workers actors of the Ray cluster at this address; ``"local"`` starts one.
+        samples_per_insert: with workers, real steps of batches for each step that is written;
+            default ``updates_per_round`` updates for the frames of each worker's round.
+        worker_options: further arguments of :class:`~torchrl_amago.scaling.WorkerPool` or
+            :class:`~torchrl_amago.scaling.RayPool`.
         learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
         clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`.
         device: of the loss and its batches, to which the policy is moved; default the policy's.
@@ -86,9 +106,9 @@ def make_trainer(
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
-    check_positive("0.01 is usual.", tau=tau)
-    check_fractions("0.01 is usual.", tau=tau)
+    valid.check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
+    valid.check_positive("0.01 is usual.", tau=tau)
+    valid.check_fractions("0.01 is usual.", tau=tau)
     if replay_buffer is not None and (slice_length or buffer_options):
         raise ValueError(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
@@ -98,22 +118,35 @@ def make_trainer(
     policy.to(here)
     if compile and here.type == "cuda":
         compile_policy(policy)
-    make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
+    make_loss, loss_options = valid.pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
-    buffer = replay_buffer
+    buffer, in_place = replay_buffer, workers is not None and replay_buffer is None
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         trim = 64 if compile or here.type != "cpu" else True  # few shapes, many kernels' unit
         options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
-        options = ranks.buffer_options(run_dir) | options
+        in_run = dict(path=Path(run_dir) / "replay", mode="continue") if in_place else {}
+        options = (ranks.buffer_options(run_dir) or in_run) | options
         with ranks.leaders_first():
             buffer = make_trial_buffer(
                 capacity, slice_length or trial_length, batch_size, **options
             )
-    frames = env.batch_size.numel() * (round_steps or trial_length)
-    options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
-    options |= collector_devices(env, here if collect_device is None else collect_device)
-    collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
+    rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
+    if workers is None:
+        for name, value in {"ray": ray, "samples_per_insert": samples_per_insert}.items():
+            valid.check_choice(name, value, (None,), "Others need workers.")
+        rounds["frames_per_batch"] = env.batch_size.numel() * rounds.pop("round_steps")
+        rounds |= collector_devices(env, here if collect_device is None else collect_device)
+        collector = TrialCollector(env, policy, replay_buffer=online_part(buffer), **rounds)
+    else:
+        rounds |= dict(total_updates=total_updates, publish_interval=updates_per_round)
+        rounds |= dict(samples_per_insert=samples_per_insert, keeps_replay=in_place)
+        rounds |= dict(num_learners=ranks.size, settings=trainer_options.get("settings"))
+        rounds |= worker_options or {}
+        make_pool = partial(RayPool, address=ray) if ray else WorkerPool
+        parts = (env, policy, online_part(buffer), run_dir)
+        # The other ranks read what the first one takes in.
+        collector = make_pool(*parts, num_workers=workers * ranks.is_first, **rounds)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(

@@ -9,7 +9,6 @@ A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -21,10 +20,11 @@ from typing import Any
 import tensordict
 import torch
 import torchrl
-from torch import Tensor, nn
+from torch import nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import _files as files
+from torchrl_amago._facts import as_json, check_same, describe_policy, facts, policy_settings
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
@@ -67,7 +67,11 @@ class CheckpointStore:
         )
 
     def save(
-        self, update: int, state: Mapping[str, Any], buffer: ReplayBuffer, about: Mapping[str, Any]
+        self,
+        update: int,
+        state: Mapping[str, Any],
+        buffer: ReplayBuffer | None,
+        about: Mapping[str, Any],
     ) -> Path:
         """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
         final = self.folder / _NAME.format(update)
@@ -75,7 +79,7 @@ class CheckpointStore:
         with files.replace_folder(final) as folder:
             save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
-            if isinstance(buffer, TrialReplayBuffer) or len(buffer):
+            if isinstance(buffer, TrialReplayBuffer) or (buffer is not None and len(buffer)):
                 buffer.dumps(folder / REPLAY)
             versions = {x.__name__: x.__version__ for x in (torch, torchrl, tensordict)}
             manifest = {
@@ -146,6 +150,7 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         **{f"loss.{k}": v for k, v in getattr(trainer.loss_module, "settings", {}).items()},
         **trainer.settings,
         "replay_buffer": type(trainer.online_buffer).__name__,
+        **({"replay": "in place"} if getattr(trainer.collector, "keeps_replay", False) else {}),
         "seed": trainer.seed,
     }
     options = {
@@ -167,48 +172,6 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
     return {"settings": as_json(settings), "options": as_json(options)}
 
 
-def policy_settings(policy: object) -> dict[str, Any]:
-    """Return the settings that decide how a policy acts, without those of its exploration."""
-    settings = getattr(policy, "settings", {})
-    return {k: value for k, value in settings.items() if k.partition(".")[0] != "exploration"}
-
-
-def facts(state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe what must not change: settings, parts, shapes and dtypes, parameter groups."""
-    described = {**as_json(settings), **dict.fromkeys(state, "present")}
-    for part in state.keys() & {"loss", "exploration", "weights"}:
-        for name, x in state[part].items():
-            if isinstance(x, Tensor):
-                shape = "x".join(map(str, x.shape)) or "scalar"
-                described[f"{part}.{name}"] = f"{shape} {str(x.dtype).removeprefix('torch.')}"
-    groups = state["optimizer"]["optimizer"]["param_groups"] if "optimizer" in state else ()
-    for i, group in enumerate(groups):
-        described[f"optimizer.group_{i}"] = f"{len(group['params'])} parameters"
-    return described
-
-
-def as_json(values: Any) -> Any:
-    """Return values as a JSON file gives them back: tuples as lists, other objects as text."""
-    return json.loads(json.dumps(values, default=str))
-
-
-def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[str, tuple]:
-    """Map each name whose values differ to both of them, ``"absent"`` for a missing one."""
-    pairs = {x: (saved.get(x, "absent"), current.get(x, "absent")) for x in {**saved, **current}}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
-    """Raise ValueError, with the first three differences, if saved facts differ from current."""
-    if differing := differences(saved, current):
-        shown = [f"{name}: {old} there, {new} here" for name, (old, new) in differing.items()]
-        raise ValueError(
-            f"{path} must have been saved with the same architecture, settings and parts, but "
-            f"they differ in {len(differing)} entries: {'; '.join(shown[:3])}. Build environment, "
-            "policy, loss and optimizer with the arguments of that run, or start anew elsewhere."
-        )
-
-
 class PolicyFiles:
     """A run's `policy.npz` (last checkpoint) and `best_policy.npz`, if the policy is a module."""
 
@@ -219,14 +182,14 @@ class PolicyFiles:
 
     def save_last(self) -> None:
         if isinstance(self.policy, nn.Module):
-            save_state(self.last, _describe_policy(self.policy))
+            save_state(self.last, describe_policy(self.policy))
 
     def save_if_best(self, evaluation: Mapping[str, float]) -> None:
         """Write the policy unless an earlier evaluation had a larger mean return."""
         value = evaluation.get("eval/trial_return", math.nan)
         is_best = value >= (-math.inf if self.best_value is None else self.best_value)
         if is_best and isinstance(self.policy, nn.Module):
-            save_state(self.best, _describe_policy(self.policy))
+            save_state(self.best, describe_policy(self.policy))
             self.best_value = value
 
     def state_dict(self) -> dict[str, Any]:
@@ -256,16 +219,7 @@ def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
         True
     """
     path = Path(path)
-    saved, current = load_state(path), _describe_policy(policy)
+    saved, current = load_state(path), describe_policy(policy)
     check_same(path, *(facts(policy, policy.get("settings", {})) for policy in (saved, current)))
     policy.load_state_dict(saved["weights"], strict=False)
     return policy
-
-
-def _describe_policy(policy: nn.Module) -> dict[str, Any]:
-    """Return settings and state dict, without the counters of exploration."""
-    exploration = getattr(policy, "exploration", None)
-    left_out = tuple(f"{name}." for name, module in policy.named_modules() if module is exploration)
-    tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
-    weights = {name: x for name, x in tensors.items() if not name.startswith(left_out)}
-    return {"weights": weights, "settings": as_json(policy_settings(policy))}

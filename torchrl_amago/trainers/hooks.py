@@ -14,8 +14,9 @@ from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
+from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.trainers.nonfinite import check_data
-from torchrl_amago.trainers.report import MetricWindow, Results, evaluation_metrics
+from torchrl_amago.trainers.report import MetricWindow
 
 #: Called without arguments; returns numbers by name or `TrialResults`.
 Evaluator = Callable[[], Results]

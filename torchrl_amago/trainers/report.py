@@ -17,7 +17,7 @@ from torchrl.record.loggers import Logger
 from tqdm import tqdm
 
 from torchrl_amago._validation import check_choice
-from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.evaluation import Results, TrialResults, evaluation_metrics
 from torchrl_amago.plots import plot_adaptation_curve
 from torchrl_amago.progress import PROGRESS_FILE, ProgressTable
 
@@ -35,8 +35,6 @@ _DISPLAYED = {
     "frames_per_second": "frames/s",
     "updates_per_second": "updates/s",
 }
-
-Results = Mapping[str, float] | TrialResults
 
 
 class MetricWindow:
@@ -182,12 +180,6 @@ class RunReport:
         self.window.load_state_dict(state["window"])
         self.seconds = dict(state["seconds"])
         self._last_row, self._logger_states = dict(state["last"]), state["loggers"]
-
-
-def evaluation_metrics(results: Results) -> dict[str, float]:
-    """Return the columns of an evaluation: numbers by name, or the summary of ``TrialResults``."""
-    metrics = results.summary() if isinstance(results, TrialResults) else results
-    return {f"eval/{name}": float(value) for name, value in metrics.items()}
 
 
 def make_logger(logger: str | Logger, run_dir: str | Path, run_id: str | None = None) -> Logger:

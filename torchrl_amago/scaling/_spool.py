@@ -1,0 +1,147 @@
+"""Segments: the trials of one round as an immutable file, which the learner takes in once.
+
+A run's folder ``spool`` has a folder for each worker. A worker writes ``<number>-<random>.npz``,
+complete and on the disk before it gets its name. The learner renames it to
+``intake/<write_count>.npz``, stores its trials, and removes it. The name is the intention: after a
+crash, the trials are there already if the buffer's ``write_count`` is larger. Only names and whole
+files are exchanged, so that machines need no common clock and no memory maps of a network disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import secrets
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torchrl import logger as torchrl_logger
+
+from torchrl_amago import _files as files
+from torchrl_amago import keys
+from torchrl_amago._state_file import load_state, save_state
+from torchrl_amago._validation import check_choice
+from torchrl_amago.data import TrialReplayBuffer
+from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data.replay import _layout as layout
+
+_INTAKE, _REJECTED = "intake", "rejected"
+
+
+def make_segment(
+    steps: TensorDictBase, lengths: Sequence[int] | None, frames: int
+) -> dict[str, Any]:
+    """Make the segment of whole trials ``[N]``, side by side, that a round of `frames` ended."""
+    lengths = trial_lengths(steps) if lengths is None else [*map(int, lengths)]
+    entries = {key: x.cpu() for key, x in layout.entries_of(steps)[0].items()}
+    return {"entries": entries, "lengths": lengths, "frames": frames}
+
+
+def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict[str, float]:
+    """Write a segment's trials to a buffer; return the numbers of its steps, trials
+    and versions, and the frames of its round.
+
+    Raises:
+        ValueError: if the trials aren't those of the buffer's environment, or aren't finite.
+    """
+    lengths, entries = segment["lengths"], segment["entries"]
+    floats = {key: x for key, x in entries.items() if x.is_floating_point()}
+    bad = [key for key, x in floats.items() if not math.isfinite(x.sum(dtype=torch.float64))]
+    check_choice("entries that are not finite", bad, ([],), "The environment made them.")
+    buffer.extend(TensorDict(entries, [sum(lengths)]), lengths=lengths)
+    version_N = entries[(keys.POLICY_VERSION,)]
+    # Versions only rise within a trial; changes from one trial to the next don't count.
+    last_K = torch.tensor(lengths).cumsum(0)[:-1] - 1
+    is_change = version_N.diff() != 0
+    is_change[last_K] = False
+    versions = len(lengths) + int(is_change.sum())
+    numbers = {"steps": sum(lengths), "trials": len(lengths), "versions": versions}
+    return numbers | {"frames": segment["frames"]}
+
+
+class Outbox:
+    """A worker's folder in the spool."""
+
+    def __init__(self, run_dir: Path, name: str) -> None:
+        self.folder, self._number = run_dir / "spool" / name, 0
+        self.folder.mkdir(parents=True, exist_ok=True)
+        files.recover(self.folder)  # an earlier process of this name may have died writing
+
+    def unread(self) -> int:
+        """Return the number of own segments that the learner hasn't taken in."""
+        return len(_segments(self.folder))
+
+    def put(self, segment: Mapping[str, Any]) -> None:
+        """Write a segment; OSError if the disk is full."""
+        # Numbers order the segments of one process; the random part makes names unique.
+        save_state(self.folder / f"{self._number:08d}-{secrets.token_hex(4)}.npz", segment)
+        self._number += 1
+
+
+class Inbox:
+    """The learner's end of the spool: the oldest segment of each worker in turn."""
+
+    def __init__(self, run_dir: Path, buffer: TrialReplayBuffer) -> None:
+        self.folder, self.buffer = run_dir / "spool", buffer
+        self.rejected = 0
+        self._last = ""  # the worker of the last segment
+
+    def recover(self) -> None:
+        """Finish what an earlier process began; only the holder of the run's lock may."""
+        for folder in (_INTAKE, _REJECTED):
+            (self.folder / folder).mkdir(parents=True, exist_ok=True)
+        for claimed in (self.folder / _INTAKE).glob("*.npz"):
+            if self.buffer.write_count > int(claimed.stem):
+                claimed.unlink()
+            else:
+                self._store(claimed)
+        for folder in self._workers():
+            files.recover(folder)  # a worker that still writes there tries again
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
+
+    def take(self) -> dict[str, float] | None:
+        """Store the next segment; return its numbers, or None if there is none."""
+        for folder in self._workers():
+            for path in _segments(folder)[:1]:
+                self._last = folder.name
+                claimed = self.folder / _INTAKE / f"{self.buffer.write_count}.npz"
+                with contextlib.suppress(FileNotFoundError):  # removed by its worker's machine
+                    os.replace(path, claimed)
+                    return self._store(claimed) or self.take()
+        return None
+
+    def _workers(self) -> list[Path]:
+        """Return the workers' folders, those after the last one first."""
+        folders = [x for x in self.folder.iterdir() if x.name not in (_INTAKE, _REJECTED)]
+        return sorted(folders, key=lambda folder: (folder.name <= self._last, folder.name))
+
+    def _store(self, claimed: Path) -> dict[str, float] | None:
+        try:
+            segment = load_state(claimed)
+        except files.DamagedError as error:
+            return self._reject(claimed, error)
+        try:
+            numbers = store_segment(segment, self.buffer)
+        except (ValueError, LookupError, TypeError) as error:
+            return self._reject(claimed, error)
+        claimed.unlink()
+        return numbers
+
+    def _reject(self, claimed: Path, problem: Exception) -> None:
+        """Set a segment aside."""
+        place = self.folder / _REJECTED / f"{self._last}-{secrets.token_hex(4)}.npz"
+        os.replace(claimed, place)
+        self.rejected += 1
+        torchrl_logger.warning(f"a segment is set aside in {place}: {problem}")
+
+
+def _segments(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.suffix == ".npz")
+    except FileNotFoundError:
+        return []
