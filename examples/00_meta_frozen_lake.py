@@ -68,6 +68,7 @@ def make_env(args: Args, num_envs: int, layouts: str, seed: int | None = None) -
         slip_chance=args.slip_chance,
         layouts=layouts,
         batch_size=(num_envs,),
+        device=args.task_device,
         seed=seed,
     )
     return make_trial_env(lake, episodes=args.episodes, show_progress=args.show_progress)

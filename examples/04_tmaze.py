@@ -69,6 +69,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
         show_time=args.show_time,
         oracle=args.oracle,
         batch_size=(num_envs,),
+        device=args.task_device,
         seed=seed,
     )
     return make_trial_env(maze, episodes=1, show_progress=False)

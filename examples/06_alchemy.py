@@ -72,6 +72,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
         shaping=args.shaping,
         show_chemistry=args.show_chemistry,
         batch_size=(num_envs,),
+        device=args.task_device,
         seed=seed,
     )
     return make_trial_env(table, episodes=args.episodes)
@@ -107,8 +108,7 @@ def train(args: Args) -> EvaluationResults:
 
 
 def draw_pictures(args: Args, results: EvaluationResults, held_out: HeldOutEvaluator) -> None:
-    title = f"Symbolic Alchemy, {args.seq_model}"
-    draw_progress(args, title)
+    draw_progress(args, title := f"Symbolic Alchemy, {args.seq_model}")
     path = args.run_dir / "adaptation_curve.png"
     plot_adaptation_curve(results.greedy, path, measure="return", title=f"{title}, greedy")
     frames = held_out.pictures()[:5]

@@ -74,6 +74,7 @@ def make_env(args: Args, num_envs: int, seed: int | None = None) -> EnvBase:
         max_episode_steps=args.max_episode_steps,
         randomize_actions=args.randomize_actions,
         batch_size=(num_envs,),
+        device=args.task_device,
         seed=seed,
     )
     return make_trial_env(maze, episodes=1, show_progress=False)

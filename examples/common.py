@@ -26,6 +26,7 @@ from torchrl_amago.evaluation import EvaluationResults
 from torchrl_amago.modules import SEQ_MODELS, RunningScale
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
+from torchrl_amago.scaling import Ranks, pick_device
 from torchrl_amago.trainers import Intervals
 
 # Codes that shells and batch systems expect; 75 asks for another try (EX_TEMPFAIL).
@@ -95,6 +96,13 @@ class TrainingArgs:
     imitation."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 computes networks and loss in bfloat16; quick on CPUs with AMX and on GPUs."""
+    device: str = "auto"
+    """Device of networks and batches: cpu, cuda, cuda:1, mps, or auto, a CUDA GPU if there is
+    one."""
+    collect_device: str | None = None
+    """Device that acts, and steps tasks of this package; default that of the networks."""
+    compile: bool = False
+    """Compile updates, and on a GPU steps; the first ones take minutes."""
 
     num_envs: int = 64
     """Environments that are stepped at the same time."""
@@ -148,6 +156,12 @@ class TrainingArgs:
             if not holds:
                 raise ValueError(f"{name} must be {rule}, got {getattr(self, name)}.")
 
+    @property
+    def task_device(self) -> torch.device | None:
+        """Device of this package's own tasks; None is the CPU."""
+        device = pick_device(self.collect_device or self.device)
+        return None if device.type == "cpu" else device
+
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of :func:`~torchrl_amago.modules.make_policy`: sizes and sequence model.
 
@@ -172,6 +186,7 @@ class TrainingArgs:
             seq_model_options={name: value for name, value in options.items() if name in known},
             timestep_options=dict(hidden_size=self.hidden_size, output_size=self.d_model),
             actor_options=dict(hidden_size=self.hidden_size),
+            device=pick_device(self.device),
         )
 
     def loss_options(self, num_discounts: int, **options: Any) -> dict[str, Any]:
@@ -197,6 +212,9 @@ class TrainingArgs:
             tau=self.tau,
             loss=self.loss,
             precision=self.precision,
+            device=self.device,
+            collect_device=self.collect_device,
+            compile=self.compile,
             critic_options=dict(hidden_size=self.hidden_size, **critic_options),
             warmup_updates=self.warmup_updates,
             final_lr_fraction=0.1,
@@ -205,6 +223,7 @@ class TrainingArgs:
             success_threshold=held_out.success_threshold,
             loggers=self.logger,
             seed=self.seed,
+            ranks=Ranks.from_environment(),
             **self._record(),
         )
 
@@ -251,6 +270,7 @@ def command_line(
         defaults = dataclasses.replace(defaults, **{**changes, **DEBUG, **(debug or {})})
     try:
         args = tyro.cli(args_class, default=defaults)
+        Ranks.from_environment()  # before anything is on a GPU: each rank has its own
         torch.set_num_threads(args.threads)
         keep_freed_memory()
         yield args
@@ -286,8 +306,11 @@ def final_evaluation(
         measures: entries of the summary to print; all by default.
 
     Raises:
-        SystemExit: if a signal ended the training; with the code of :data:`EXIT_CODES`.
+        SystemExit: if a signal ended the training; with the code of :data:`EXIT_CODES`. Of several
+            ranks, on all but the first.
     """
+    if not trainer.ranks.is_first:
+        sys.exit(EXIT_CODES.get(outcome, 0))
     if outcome != "finished":
         print(f"To go on: {args.resume_command()}")
         sys.exit(EXIT_CODES[outcome])

@@ -1,8 +1,8 @@
 """Imports go one way, optional packages stay optional, and importing the package stays light.
 
 The direction is ``keys, action_space, _cpu, _validation, _files <- rows, _masking,
-objectives.functional <- modules, envs, data <- offline, objectives <- evaluation, compat <- plots
-<- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
+objectives.functional <- modules, envs, data <- offline, objectives <- evaluation, compat <- plots,
+scaling <- trainers``: a file may import from its own part and from those before it. Read off the source by AST, so
 an import hidden in a function counts as well; only ``if TYPE_CHECKING:`` blocks don't.
 """
 
@@ -42,6 +42,7 @@ RANKS = {
     "objectives": 3,
     "compat": 4,
     "evaluation": 4,
+    "scaling": 5,
     "plots": 5,
     "trainers": 6,
     "": 7,  # the package's own __init__ re-exports from everywhere

@@ -40,6 +40,11 @@ def is_traced(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or is_batchedtensor(x)
 
 
+def reads_are_free(x: Tensor) -> bool:
+    """Look at values on the host, for checks and shortcuts: it would wait for a GPU."""
+    return _on_cpu(x) and not is_traced(x)
+
+
 def float32_attention(x: Tensor) -> bool:
     """Attend in float32 if gradients follow: the CPU kernel's backward is up to 5 times as fast."""
     return _on_cpu(x)

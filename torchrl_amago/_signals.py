@@ -14,16 +14,18 @@ _PREEMPTION = tuple(
 
 
 @contextlib.contextmanager
-def on_signals(request_stop: Callable[[str], None]) -> Iterator[None]:
+def on_signals(request_stop: Callable[[str], None], may_repeat: bool = False) -> Iterator[None]:
     """Turn the first of each signal into a call of ``request_stop``; the next has its usual effect.
 
     Its argument is ``"interrupted"`` for SIGINT (Ctrl-C), else ``"preempted"``. Ignored signals
-    stay ignored. Only the main thread receives signals; in others nothing changes.
+    stay ignored. Only the main thread receives signals; in others nothing changes. With
+    ``may_repeat``, preemption may be announced any number of times.
     """
 
     def handle(number: int, _: object) -> None:
         is_interrupt = number == signal.SIGINT
-        signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
+        if is_interrupt or not may_repeat:
+            signal.signal(number, signal.default_int_handler if is_interrupt else signal.SIG_DFL)
         request_stop("interrupted" if is_interrupt else "preempted")
 
     is_main = threading.current_thread() is threading.main_thread()

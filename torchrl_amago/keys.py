@@ -34,6 +34,7 @@ LOGITS = "logits"
 ACTION_VALUE = "action_value"
 ACTION_VECTOR = "action_vector"
 MASK = ("collector", "mask")
+CHECKED = ("collector", "checked")
 SOURCE = ("collector", "source")
 TRAJECTORY = ("collector", "traj_ids")
 
@@ -106,6 +107,8 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "end of the trial with nothing more to gain; nothing else stops bootstrapping"),
     KeySpec(MASK, "B, T", "bool", "TrialReplayBuffer", "timestep encoder, loss",
             "True on real steps, False on padding"),
+    KeySpec(CHECKED, "B, T", "bool", "loss, and its check", "loss, trajectory encoder",
+            "present in rows of one trial each, padded on the right, whose values were checked"),
     KeySpec(TRAJECTORY, "*B", "int64", "TorchRL's collectors", "loss",
             "number of the trial; slices are cut where it changes"),
     KeySpec(SOURCE, "B, T", "int64", "TrialMixture", "TrialMixture",

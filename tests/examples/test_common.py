@@ -28,6 +28,7 @@ from torchrl_amago import (
     make_trial_env,
 )
 from torchrl_amago.modules import SEQ_MODELS
+from torchrl_amago.scaling import Ranks
 from torchrl_amago.trainers.checkpoint import PolicyFiles
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -144,6 +145,9 @@ READ_ELSEWHERE = {
 }
 
 
+OTHERS = {"device": "cpu", "collect_device": "cpu"}
+
+
 def test_no_field_is_ignored():
     def everything(args):
         options = args.trainer_options(HELD_OUT)
@@ -154,7 +158,8 @@ def test_no_field_is_ignored():
     ignored = {
         field.name
         for field in dataclasses.fields(Args)
-        if everything(Args(**{field.name: changed(field.default)})) == everything(Args())
+        if everything(Args(**{field.name: OTHERS.get(field.name) or changed(field.default)}))
+        == everything(Args())
     }
     assert ignored == READ_ELSEWHERE
 
@@ -282,8 +287,8 @@ SMALL = {"seq_model": "gru", "seq_model_options": {"d_model": 8}}
 class FakeTrainer:
     """Record of how it was called."""
 
-    def __init__(self, policy_files=None, latest=None):
-        self.policy_files, self.calls = policy_files, []
+    def __init__(self, policy_files=None, latest=None, ranks=None):
+        self.policy_files, self.calls, self.ranks = policy_files, [], ranks or Ranks()
         self.checkpoints = SimpleNamespace(latest=lambda: latest)
 
     def resume(self, path=None, missing_ok=False):
@@ -293,9 +298,18 @@ class FakeTrainer:
 @pytest.mark.parametrize(("outcome", "code"), [("interrupted", 130), ("preempted", 75)])
 def test_a_stopped_run_leaves_with_its_exit_code(tmp_path, capsys, outcome, code):
     with pytest.raises(SystemExit) as leaving:
-        final_evaluation(TrainingArgs(run_dir=tmp_path), outcome, None, None)
+        final_evaluation(TrainingArgs(run_dir=tmp_path), outcome, FakeTrainer(), None)
     assert leaving.value.code == code
     assert "To go on: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("finished", 0), ("preempted", 75)])
+def test_ranks_but_the_first_leave_in_silence(tmp_path, capsys, outcome, code):
+    trainer = FakeTrainer(ranks=Ranks(1, 2))
+    with pytest.raises(SystemExit) as leaving:
+        final_evaluation(TrainingArgs(run_dir=tmp_path), outcome, trainer, None)
+    assert leaving.value.code == code
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -73,12 +73,21 @@ def evaluate(
     read = (reward_key, episode_return_key, soft_reset_key, done_key)
     with rollout_mode(policy, greedy=greedy, seed=seed):
         env.set_seed(seed)
-        step = env.reset()
+        step, act = env.reset(), acting(policy, env)
         while not tally.is_complete:
-            step, following = env.step_and_maybe_reset(policy(step))
+            step, following = env.step_and_maybe_reset(act(step))
             tally.add(_read(step["next"], read, success_threshold))
             step = following
     return tally.results(_task_names(env))
+
+
+def acting(policy: Callable, env: EnvBase) -> Callable[[TensorDictBase], TensorDictBase]:
+    """Return the policy as a function of steps on the environment's device."""
+    weight = next(policy.parameters(), None) if isinstance(policy, nn.Module) else None
+    here = env.device or torch.device("cpu")
+    if weight is None or weight.device == here:
+        return policy
+    return lambda step: policy(step.to(weight.device)).to(here)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 from tensordict import NestedKey, TensorDictBase
 from torchrl.envs import Compose, EnvBase, GymWrapper, Transform, TransformedEnv
 
-from torchrl_amago.evaluation.evaluate import rollout_mode
+from torchrl_amago.evaluation.evaluate import acting, rollout_mode
 
 
 class _Camera(Transform):
@@ -71,11 +71,11 @@ def rollout_pictures(
     filmed = TransformedEnv(base, Compose(camera, *layers))
     with rollout_mode(policy, greedy=greedy, seed=seed):
         filmed.set_seed(seed)
-        step = filmed.reset()
+        step, act = filmed.reset(), acting(policy, base)
         episodes = [[_render(base, env_index)]]
         for _ in range(max_steps):
             # Other environments may be done before this one and start a new trial.
-            step, following = filmed.step_and_maybe_reset(policy(step))
+            step, following = filmed.step_and_maybe_reset(act(step))
             episodes[-1].append(camera.picture)
             if step["next", done_key].reshape(-1)[env_index]:
                 return episodes

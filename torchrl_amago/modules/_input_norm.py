@@ -40,6 +40,7 @@ class InputNorm(PreciseBuffers):
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.
     limit = 1e4
+    all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
     #: Bound on inputs of the moments, whose squares must be finite.
     input_limit = 1e9
 
@@ -84,13 +85,13 @@ class InputNorm(PreciseBuffers):
         mask = mask.reshape(*x.shape[:-1], 1)
         x = torch.where(mask, x.float(), 0.0).clamp(-self.input_limit, self.input_limit)
         x = x.reshape(-1, x.shape[-1])
-        total = mask.sum()
+        total, sum_, square_sum = self.all_reduce(mask.sum(), x.sum(0), x.square().sum(0))
         scale, t = 1.0 / total.clamp(min=1), self.t + 1
         beta_t = self.beta / (1.0 - (1.0 - self.beta) ** t)
         # A weight of zero, not a branch: a branch on data would stop torch.compile.
         weight = torch.where(total > 0, beta_t, 0.0)
-        self.mu.lerp_((x.sum(0) * scale).to(self.mu.dtype), weight.to(self.mu.dtype))
-        self.nu.lerp_((x.square().sum(0) * scale).to(self.nu.dtype), weight.to(self.nu.dtype))
+        self.mu.lerp_((sum_ * scale).to(self.mu.dtype), weight.to(self.mu.dtype))
+        self.nu.lerp_((square_sum * scale).to(self.nu.dtype), weight.to(self.nu.dtype))
         self.t.copy_(torch.where(total > 0, t, self.t))
 
     def forward(self, x: Tensor, mask: Tensor | None = None, update: bool = False) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from tensordict import NestedKey
 from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.envs import EnvBase
@@ -54,6 +55,7 @@ def make_policy(
     exploration: dict[str, Any] | None = None,
     discounts: Sequence[float] = DISCOUNTS,
     obs_keys: Sequence[NestedKey] | None = None,
+    device: torch.device | str | None = None,
 ) -> Policy:
     """Build a policy that fits an environment with trial and previous-step transforms.
 
@@ -77,9 +79,11 @@ def make_policy(
         discounts: G discounts, each in (0, 1); the last is acted with.
         obs_keys: entries that a timestep encoder built here reads besides the previous step;
             default all observations but the trial's bookkeeping.
+        device: of the policy; default the environment's. On CUDA a transformer has heads of 64
+            features unless `seq_model_options` has a ``num_heads``.
 
     Returns:
-        A :class:`Policy` on the environment's device.
+        A :class:`Policy` on that device.
 
     Raises:
         KeyError: if the environment lacks an entry.
@@ -105,8 +109,12 @@ def make_policy(
         timestep = make_timestep_encoder(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
+    device = env.device if device is None else torch.device(device)
+    options = dict(seq_model_options or {})
+    if device is not None and device.type == "cuda" and seq_model == "transformer":
+        options.setdefault("num_heads", max(1, options.get("d_model", 256) // 64))
     trajectory = pick("seq_model", seq_model, SEQ_MODELS)(
-        timestep.output_size, context_length=context_length, **(seq_model_options or {})
+        timestep.output_size, context_length=context_length, **options
     )
     head = pick("actor", actor, ACTORS)(
         trajectory.output_size,
@@ -128,7 +136,7 @@ def make_policy(
         exploration,
         discounts,
     )
-    return policy if env.device is None else policy.to(env.device)
+    return policy if device is None else policy.to(device)
 
 
 def make_critic(

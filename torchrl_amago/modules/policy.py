@@ -15,7 +15,7 @@ from torch import Tensor
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago._cpu import is_traced
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._settings import flatten, plain
 from torchrl_amago.modules.distributions import PolicyDistribution
@@ -145,7 +145,7 @@ class Policy(TensorDictModuleBase):
         explored = [] if exploration is None else exploration.out_keys
         self.in_keys, self._all_keys = parts.in_keys, parts.out_keys
         self.out_keys = list(dict.fromkeys([keys.ACTION, *carried, *explored]))
-        self._compiled: Callable[..., tuple[Tensor, ...]] | None = None
+        self.compiled_step: Callable[..., tuple[Tensor, ...]] | None = None
 
     @property
     def state_size(self) -> int:
@@ -177,7 +177,7 @@ class Policy(TensorDictModuleBase):
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
         """Write the action, and the entries that exploration and memory need at the next step."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(recurrent_mode())):
-            if self._compiled is None or recurrent_mode():
+            if self.compiled_step is None or recurrent_mode():
                 step = self.actor(self.encoder(tensordict.copy()))
             else:
                 step = self._compiled_step(tensordict.copy())
@@ -214,7 +214,7 @@ class Policy(TensorDictModuleBase):
         self.encoder.compile(*args, **kwargs)
         self.actor.module.compile(*args, **kwargs)
         if not parts_with_own_forward(self):
-            self._compiled = torch.compile(partial(step_outputs, self), *args, **kwargs)
+            self.compiled_step = torch.compile(partial(step_outputs, self), *args, **kwargs)
 
     def _compiled_step(self, step: TensorDictBase) -> TensorDictBase:
         # One compiled function in place of three, each of which costs a fixed time.
@@ -222,13 +222,13 @@ class Policy(TensorDictModuleBase):
         inputs, observations = timestep.read(step), [step[key] for key in self.actor.in_keys[1:]]
         like = next(self.actor.parameters())
         positions_N, memory = trajectory.begin_step(step, timestep.batch_shape(inputs), like)
-        outputs = self._compiled(inputs, positions_N, memory, observations)
+        outputs = self.compiled_step(inputs, positions_N, memory, observations)
         for part, x in zip((timestep, trajectory, self.actor), outputs, strict=True):
             step.set(part.out_keys[0], x)
         return step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_compiled": None}  # compiled code can't be copied
+        return {**super().__getstate__(), "compiled_step": None}  # compiled code can't be copied
 
     def step_module(self) -> PolicyStep:
         """Return the greedy step for :func:`torch.export.export`, see :class:`PolicyStep`."""
@@ -238,7 +238,7 @@ class Policy(TensorDictModuleBase):
 def check_not_nan(params: Tensor, step: TensorDictBase) -> None:
     """Raise if actions would be drawn from NaN, and name the rows and the entries it comes from."""
     # A sum costs a quarter of `isnan`. Infinities may become NaN in it, hence the second look.
-    if is_traced(params) or not math.isnan(params.sum()) or not params.isnan().any():
+    if not reads_are_free(params) or not math.isnan(params.sum()) or not params.isnan().any():
         return
     entries = step.items(True, True)
     seen = [key for key, x in entries if x.is_floating_point() and not x.isfinite().all()]

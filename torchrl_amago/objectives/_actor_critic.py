@@ -50,6 +50,7 @@ class ActorCriticLoss(LossModule):
         priority_weight: NestedKey = "priority_weight"
 
     default_keys = _AcceptedKeys
+    all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
 
     encoder_network: TensorDictModule
     encoder_network_params: TensorDictParams
@@ -68,8 +69,9 @@ class ActorCriticLoss(LossModule):
         self.convert_to_functional(policy.encoder, "encoder_network", create_target_params=False)
         self.convert_to_functional(policy.actor, "actor_network", create_target_params=True)
         self.convert_to_functional(critic, "critic_network", create_target_params=True)
-        self.distribution, self.value_codec = policy.distribution, value_codec
-        self.register_buffer("discounts", torch.tensor(policy.discounts, dtype=torch.float32))
+        device = next((p.device for p in policy.encoder.parameters()), None)
+        self.distribution, self.value_codec = policy.distribution, value_codec.to(device)
+        self.register_buffer("discounts", torch.tensor(policy.discounts, device=device).float())
         self._selected_out_keys: list[str] | None = None
 
     def _check_parts(self) -> None:
@@ -170,7 +172,19 @@ class ActorCriticLoss(LossModule):
         shared = [key for key in self.actor_network.in_keys if key in written]
         return _own_name(self.tensor_keys.state, shared)
 
-    def _read(self, tensordict: TensorDictBase, compact: bool | None) -> SliceBatch:
+    def check(self, tensordict: TensorDictBase) -> TensorDictBase:
+        """Raise for data that would spoil an update; return the batch with the entry ``checked``.
+
+        Its rows hold one trial each. The loss doesn't look at such a batch again: on a GPU the host
+        would wait for it. Call this on a CPU before the batch is sent.
+        """
+        batch = self._read(tensordict, compact=False, device=torch.device("cpu"))
+        batch.action(self.distribution.space)
+        return batch.tensordict.set(keys.CHECKED, batch.steps.full_mask)
+
+    def _read(
+        self, tensordict: TensorDictBase, compact: bool | None, device: torch.device | None = None
+    ) -> SliceBatch:
         dtypes = (self.discounts.dtype, next(self.parameters(), self.discounts).dtype)
         lowest = min(dtypes, key=lambda dtype: dtype.itemsize)
         if lowest.itemsize < 4:
@@ -178,7 +192,7 @@ class ActorCriticLoss(LossModule):
                 f"the loss needs weights of float32 or more, got {lowest}. Compute under "
                 "torch.autocast(device, torch.bfloat16), as AMAGOTrainer(precision='bf16') does."
             )
-        inputs, device = self._observation_keys(), self.discounts.device
+        inputs, device = self._observation_keys(), device or self.discounts.device
         return SliceBatch(tensordict, self.tensor_keys, inputs, compact, self.reward_scale, device)
 
     def _encode(self, batch: SliceBatch) -> Tensor:
@@ -188,7 +202,7 @@ class ActorCriticLoss(LossModule):
         inputs = TensorDict(batch_size=mask_BS.shape, device=batch.tensordict.device)
         for key in self._encoder_keys():
             inputs.set(key, batch.sequence(key))
-        inputs.set(keys.MASK, mask_BS)
+        inputs.set(keys.MASK, mask_BS).set(keys.CHECKED, mask_BS)
         return self._run(self.encoder_network, self.encoder_network_params, inputs, self._state_key)
 
     def _encode_states(self, batch: SliceBatch) -> tuple[HeadInputs, HeadInputs]:
@@ -254,12 +268,25 @@ class ActorCriticLoss(LossModule):
                 mask = _edited(hook, batch, term, mask)
             weight = None if weight_M is None else expand_as_right(weight_M, term)
             if self.reduction == "mean":
-                out.set(name, masked_mean(term, mask, weight))
+                loss = masked_mean(term, mask, weight)
+                if hook is not None or weight is not None:
+                    counts = torch.ones_like(term) if weight is None else weight.expand_as(term)
+                    loss = loss * self._rank_factor(mask_M, torch.where(mask, counts, 0.0))
+                out.set(name, loss)
                 continue
             term = torch.where(mask, term if weight is None else weight * term, 0.0)
-            out.set(name, term.sum() if self.reduction == "sum" else batch.restore(term))
+            is_sum = self.reduction == "sum"
+            out.set(name, term.sum() * self._rank_factor(mask_M) if is_sum else batch.restore(term))
         out.update(metrics)
         return out if self._selected_out_keys is None else out.select(*self.out_keys)
+
+    def _rank_factor(self, mask_M: Tensor, counts: Tensor | None = None) -> Tensor:
+        """Return a factor for the sum or mean (by counts) of one of several data-parallel ranks."""
+        # The optimiser step adds up their losses by each rank's fraction of the real steps.
+        own = torch.stack([mask_M.sum(), (mask_M if counts is None else counts).sum()]).float()
+        tiny = torch.finfo(own.dtype).tiny
+        fraction = own / self.all_reduce(own)[0].clamp_min(tiny)
+        return (1.0 if counts is None else fraction[1]) / fraction[0].clamp_min(tiny)
 
 
 def _edited(hook: MaskHook, batch: SliceBatch, term: Tensor, mask: Tensor) -> Tensor:

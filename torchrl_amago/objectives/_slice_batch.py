@@ -27,7 +27,8 @@ class SliceBatch:
     """Slices of trials: the batch `given`, its `tensordict` in rows of one trial, their `steps`.
 
     Flat batches, and rows that hold several trials, are split into rows of one trial each. Under
-    `torch.compile` a row must hold one trial, and nothing of a batch's data is checked.
+    `torch.compile`, and if the batch `is_checked`, a row must hold one trial, and nothing of a
+    batch's data is checked.
     """
 
     def __init__(
@@ -52,7 +53,8 @@ class SliceBatch:
         if mask is None:
             mask = torch.ones(shape, dtype=torch.bool, device=device)
         self.steps = Steps(mask.reshape(shape), compact)
-        if not is_compiling:
+        self.is_checked = is_compiling or tensordict.get(keys.CHECKED, None) is not None
+        if not self.is_checked:
             self._check_and_split(inputs, compact, reward_scale)
 
     @property
@@ -87,7 +89,7 @@ class SliceBatch:
     def action(self, space: ActionSpace) -> Tensor:
         """Return the actions taken as vectors ``[M, A]``."""
         action_M = self.steps.select(self.entry(self.keys.action), fill=0)
-        if not torch.compiler.is_compiling():
+        if not self.is_checked:
             valid_M = space.contains(action_M) | ~self.steps.mask
             if not valid_M.all():
                 raise ValueError(

@@ -6,8 +6,9 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,8 +23,10 @@ from torchrl.record.loggers import Logger
 
 from torchrl_amago import _files as files
 from torchrl_amago._signals import on_signals
+from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
+from torchrl_amago.scaling import BatchFeed, Ranks
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, OptimizerState, Rollouts
 from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
@@ -78,6 +81,7 @@ class AMAGOTrainer:
         settings: values by name that must not change on resume, as those of policy and loss.
         options: values by name whose change is logged on resume.
         components: further parts by name, with ``state_dict`` and ``load_state_dict``.
+        ranks: processes that make each update together; the first does all else but callbacks.
         callbacks: called with the trainer after every update; means of what they return by name
             join the next row.
 
@@ -120,6 +124,7 @@ class AMAGOTrainer:
     settings: Mapping[str, object] = field(default_factory=dict)
     options: Mapping[str, object] = field(default_factory=dict)
     components: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Ranks = Ranks()
     callbacks: Sequence[Callable[[AMAGOTrainer], Mapping[str, float] | None]] = ()
 
     def __post_init__(self) -> None:
@@ -131,7 +136,11 @@ class AMAGOTrainer:
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
-        self.stepper.dump_dir = self.stepper.dump_dir or self.run_dir
+        self.stepper.dump_dir = self.stepper.dump_dir or self.ranks.folder(self.run_dir)
+        # Several ranks check their batches together, in the stepper.
+        check = self.stepper.check if self.ranks.size == 1 else None
+        draw = partial(self.ranks.sample, self.replay_buffer)
+        self._feed = BatchFeed(draw, self.loss_module, check)
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
         self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
@@ -154,13 +163,16 @@ class AMAGOTrainer:
             "policy_files": self.policy_files,
             "rollouts": self._rollouts,
         }
-        parts = {name: part for name, part in parts.items() if part is not None}
+        of_first = () if self.ranks.is_first else ("report", "monitor", "policy_files", "rollouts")
+        parts = {k: part for k, part in parts.items() if part is not None and k not in of_first}
         self.components = Components(**parts, **self.components)
         # Update of the last checkpoint; steps ever written when frames were counted last.
         self._saved_at, self._written = -1, 0
         self._is_resumed = self._stop = self._has_lock = False
         self._outcome: Outcome = "finished"
         self._lock = contextlib.ExitStack()
+        is_written = self.total_updates > self.online_after
+        self.ranks.check(self.replay_buffer.batch_size, self.online_buffer, is_written)
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
@@ -170,16 +182,24 @@ class AMAGOTrainer:
             BlockingIOError: if another process trains in ``run_dir``.
             NonFiniteError: for NaN or infinity in data or loss; the weights stay as they were.
         """
-        counts, every = self.counts, self.intervals
+        counts, every, ranks = self.counts, self.intervals, self.ranks
         with self._session():
-            self._begin()
+            ranks.on_first(self._begin)
+            ranks.start(self.loss_module, self.replay_buffer, counts.updates)
+            ranks.copy_trials(self.online_buffer)
             batches = iter(self.collector)
-            while not self._stop and counts.updates < self.total_updates:
+            while not self._is_asked_to_stop() and counts.updates < self.total_updates:
                 if not counts.updates_left:
-                    if not self._collect(batches):
+                    goes_on, known = ranks.on_first(lambda: (self._collect(batches), vars(counts)))
+                    vars(counts).update(known)
+                    ranks.copy_trials(self.online_buffer)
+                    if not goes_on:
                         break
                     continue
-                metrics = self.stepper.step(self, self.replay_buffer.sample())
+                # A batch drawn ahead would miss new trials, and be missing after a resume.
+                rests = [(counts.updates + 1) % n == 0 for n in (every.evaluate, every.checkpoint)]
+                batch = self._feed.sample(ahead=counts.updates_left > 1 and not any(rests))
+                metrics = self.stepper.step(self, batch)
                 for following in (self.scheduler, self.target_updater):
                     if following is not None:
                         following.step()
@@ -188,12 +208,14 @@ class AMAGOTrainer:
                 self.report.add_update(metrics)
                 for callback in self.callbacks:
                     self.report.window.add_scalars(callback(self) or {})
+                if not ranks.is_first:
+                    continue
                 evaluation = self._evaluate() if counts.updates % every.evaluate == 0 else {}
                 if evaluation or counts.updates % every.log == 0:
                     self._write_row(evaluation)
                 if counts.updates % every.checkpoint == 0:
                     self._checkpoint()
-            self._end()
+            self._outcome = ranks.on_first(self._end)
         return self._outcome
 
     def request_stop(self, outcome: Outcome | None = None) -> None:
@@ -216,13 +238,28 @@ class AMAGOTrainer:
             DamagedError: if it is damaged; the message names the newest intact one.
             ValueError: if architecture, settings or parts differ. In each case nothing has changed.
         """
+        checkpoint = self.ranks.on_first(lambda: self._resume(path, missing_ok))
+        if checkpoint is not None and not self.ranks.is_first:
+            self.components.load_state_dict(load_state(checkpoint / saving.STATE))
+            self.ranks.load_trials(self.online_buffer, checkpoint / saving.REPLAY)
+        return self
+
+    def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:
         self._acquire_lock()
+        checkpoint = None
         with contextlib.ExitStack() as on_error:
             on_error.callback(self._lock.close)
             if not missing_ok or saving.CheckpointStore(path or self.run_dir).latest() is not None:
-                self._load(self.checkpoints.find(path))
+                checkpoint = self.checkpoints.find(path)
+                self._load(checkpoint)
             on_error.pop_all()
-        return self
+        return checkpoint
+
+    def _is_asked_to_stop(self) -> bool:
+        """Return whether any rank was asked to stop; all of them end with its outcome."""
+        outcome = self.ranks.agree(self._outcome if self._stop else None, get_args(Outcome))
+        self._outcome = outcome or self._outcome
+        return outcome is not None
 
     def _begin(self) -> None:
         if not self._is_resumed:
@@ -303,19 +340,22 @@ class AMAGOTrainer:
             if goes_on and not self._rollouts.go_on():
                 self.monitor.forget_unfinished()
 
-    def _end(self) -> None:
+    def _end(self) -> Outcome:
         updates, evaluated_at = self.counts.updates, self.counts.evaluated_at
         if self._outcome != "interrupted" and self._saved_at != updates:
             self._checkpoint(goes_on=False)
         if self._outcome == "finished" and self.evaluator is not None and evaluated_at != updates:
             self._write_row(self._evaluate())
+        return self._outcome
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:
         """Hold the lock, handle signals, and close everything at the end."""
-        self._acquire_lock()
+        self.ranks.on_first(self._acquire_lock)
+        self.ranks.attach(self.loss_module)
         try:
-            with on_signals(self.request_stop):
+            # torchrun passes on signals that batch systems send to every process, too.
+            with on_signals(self.request_stop, may_repeat=self.ranks.size > 1):
                 yield
         except KeyboardInterrupt:
             self._outcome = "interrupted"
@@ -328,7 +368,8 @@ class AMAGOTrainer:
             self.report.close()
             self.collector.shutdown(raise_on_error=self._outcome == "finished")
             self._lock.close()
-        if self._outcome != "finished":
+            Ranks().attach(self.loss_module)
+        if self._outcome != "finished" and self.ranks.is_first:
             torchrl_logger.warning(
                 f"{self._outcome.capitalize()} at update {self.counts.updates}. Last checkpoint: "
                 f"{self.checkpoints.latest()}. To go on: resume() and train()."

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torchrl.data import ReplayBuffer
 from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
@@ -15,6 +16,7 @@ from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
+from torchrl_amago.scaling import Ranks, collector_devices, compile_policy, pick_device
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
@@ -40,10 +42,14 @@ def make_trainer(
     clip_norm: float | None = 1.0,
     clip_each: bool = False,
     precision: Literal["fp32", "bf16"] = "fp32",
+    device: str | torch.device | None = None,
+    collect_device: str | torch.device | None = None,
+    compile: bool = False,
     tau: float = 0.01,
     loss: str | Callable[..., AMAGOLoss] = "amago",
     critic_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
+    ranks: Ranks = Ranks(),
     **trainer_options: Any,
 ) -> AMAGOTrainer:
     """Make a trainer and its parts.
@@ -54,7 +60,7 @@ def make_trainer(
         round_steps: steps of each environment in a round; default ``trial_length``.
         slice_length: steps of a slice in a batch; default ``trial_length``. All steps of a longer
             trial are equally likely; slices near its ends are shorter.
-        batch_size: whole trials, or slices of them, in a batch.
+        batch_size: whole trials, or slices of them, in a batch, of all ranks together.
         capacity: capacity of the replay buffer in steps; the oldest trials leave first.
         replay_buffer: a buffer of your own, such as a mixture with offline data, instead of one
             made with `slice_length`, `batch_size`, `capacity` and `buffer_options`.
@@ -62,10 +68,14 @@ def make_trainer(
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
         clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`.
+        device: of the loss and its batches, to which the policy is moved; default the policy's.
+        collect_device: where the collector acts, with a copy of the policy if it is another one.
+        compile: compile updates, and on a GPU the policy's steps (docs/scaling.md).
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
+        ranks: processes that make each update together, see :class:`~torchrl_amago.scaling.Ranks`.
         trainer_options: further arguments of :class:`AMAGOTrainer`, which documents the others.
 
     Example:
@@ -84,15 +94,25 @@ def make_trainer(
             "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
             "beside a replay_buffer. Make that one with them."
         )
+    here = next(policy.parameters()).device if device is None else pick_device(device)
+    policy.to(here)
+    if compile and here.type == "cuda":
+        compile_policy(policy)
     make_loss, loss_options = pick("loss", loss, LOSSES), loss_options or {}
     loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
     buffer = replay_buffer
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
-        options = dict(trim_padding=True, crop="both", warn_short=False) | (buffer_options or {})
-        buffer = make_trial_buffer(capacity, slice_length or trial_length, batch_size, **options)
+        trim = 64 if compile or here.type != "cpu" else True  # few shapes, many kernels' unit
+        options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
+        options = ranks.buffer_options(run_dir) | options
+        with ranks.leaders_first():
+            buffer = make_trial_buffer(
+                capacity, slice_length or trial_length, batch_size, **options
+            )
     frames = env.batch_size.numel() * (round_steps or trial_length)
     options = {"replay_buffer": online_part(buffer), "fragment_length": fragment_length}
+    options |= collector_devices(env, here if collect_device is None else collect_device)
     collector = TrialCollector(env, policy, frames_per_batch=frames, **options)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
@@ -100,11 +120,14 @@ def make_trainer(
         *parts,
         target_updater=SoftUpdate(loss_module, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
-        stepper=FiniteOptimizationStepper(clip_norm, precision, clip_each=clip_each),
+        stepper=FiniteOptimizationStepper(
+            clip_norm, precision, clip_each=clip_each, compile=compile
+        ),
         exploration=policy.exploration,
         policy=policy,
         total_updates=total_updates,
         updates_per_round=updates_per_round,
         run_dir=run_dir,
+        ranks=ranks,
         **trainer_options,
     )

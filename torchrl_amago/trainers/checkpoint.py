@@ -32,7 +32,7 @@ from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 5
-_STATE, REPLAY = "state.npz", "replay"
+STATE, REPLAY = "state.npz", "replay"
 _NAME = "update_{:07d}"
 
 
@@ -73,7 +73,7 @@ class CheckpointStore:
         final = self.folder / _NAME.format(update)
         sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
         with files.replace_folder(final) as folder:
-            save_state(folder / _STATE, state)
+            save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or len(buffer):
                 buffer.dumps(folder / REPLAY)
@@ -106,7 +106,7 @@ class CheckpointStore:
             raise files.DamagedError(
                 f"a checkpoint must be complete and unchanged, but {problem}. {remedy}"
             )
-        saved, saved_settings = load_state(path / _STATE), files.read_manifest(path)["settings"]
+        saved, saved_settings = load_state(path / STATE), files.read_manifest(path)["settings"]
         check_same(path, facts(saved, saved_settings), facts(state, settings))
         return saved
 
@@ -159,6 +159,7 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         "precision": trainer.stepper.precision,
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
+        "ranks": trainer.ranks.size,
         "num_envs": None if env is None else env.batch_size.numel(),
         "frames_per_batch": getattr(trainer.collector, "requested_frames_per_batch", None),
         **trainer.options,

@@ -14,6 +14,7 @@ from tensordict import NestedKey, TensorDictBase, is_tensor_collection
 from torch import Tensor, nn
 
 from torchrl_amago import keys
+from torchrl_amago.scaling.ranks import Ranks
 
 
 class NonFiniteError(RuntimeError):
@@ -60,13 +61,16 @@ def nonfinite_entries(batch: TensorDictBase) -> str:
     return ", ".join(found)
 
 
-def check_data(batch: TensorDictBase, run_dir: Path, name: str) -> None:
-    """Raise :class:`NonFiniteError` if real steps of ``batch`` hold NaN or infinity."""
+def check_data(batch: TensorDictBase, run_dir: Path, name: str, ranks: Ranks = Ranks()) -> float:
+    """Return a rank's fraction of all real steps; raise NonFiniteError for NaN or infinity."""
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
     total = sum(x.sum(dtype=torch.float32) for x in _tensors(batch, floats_only=True).values())
-    if not math.isfinite(total) and (found := nonfinite_entries(batch)):
+    found = "" if math.isfinite(total) else nonfinite_entries(batch)
+    fraction, found = ranks.weigh(batch, found)
+    if found:
         problem = f"{name} must be finite, but NaN or infinity is in {found}"
         raise NonFiniteError(problem, batch, run_dir)
+    return fraction
 
 
 def describe_loss(losses: TensorDictBase, grad_norm: float, batch: TensorDictBase) -> str:

@@ -14,7 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
+from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
+from torchrl_amago.scaling.compiled import QueuedUpdate, by_network
+from torchrl_amago.scaling.ranks import Ranks
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
 
 # Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
@@ -104,6 +107,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
             large gradient of the encoder then doesn't slow the others down, which otherwise leaves
             the fit of rising values to the encoder.
         precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
+        compile: compile updates, see :class:`~torchrl_amago.scaling.QueuedUpdate`. Batches should
+            have few shapes, as with ``trim_padding=64``.
         dump_dir: folder for a batch with NaN; by default the trainer's ``run_dir``.
 
     Example:
@@ -127,53 +132,76 @@ class FiniteOptimizationStepper(OptimizationStepper):
         dump_dir: str | Path | None = None,
         *,
         clip_each: bool = False,
+        compile: bool = False,
     ) -> None:
         check_choice("precision", precision, ("fp32", "bf16"))
         check_positive("None does not clip.", clip_norm=1.0 if clip_norm is None else clip_norm)
         self.clip_norm, self.clip_each = clip_norm, clip_each
-        self.precision, self.dump_dir = precision, dump_dir
+        self.precision, self.dump_dir, self.compile = precision, dump_dir, compile
         self._optimizer: Optimizer | None = None
         self._networks: dict[str, list[nn.Parameter]] = {}
+        self._queued: QueuedUpdate | None = None
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
-        optimizer, dump_dir = trainer.optimizer, Path(self.dump_dir or ".")
-        check_data(sub_batch, dump_dir, "observations and rewards of a training batch")
+        optimizer, loss_module = trainer.optimizer, trainer.loss_module
+        ranks, fraction = getattr(trainer, "ranks", Ranks()), 1.0
+        is_checked = sub_batch.get(keys.CHECKED, None) is not None
+        if ranks.size > 1 or not is_checked:
+            fraction = self.check(sub_batch, ranks)
+        if self.compile and not is_checked and hasattr(loss_module, "check"):
+            sub_batch = loss_module.check(sub_batch)  # compiled code checks nothing
         device = optimizer.param_groups[0]["params"][0].device
+        half = self.precision == "bf16"
         batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
-            losses = trainer.loss_module(batch)
-        total = sum(value for key, value in losses.items() if key.startswith("loss"))
-        total.backward()
-        metrics, norms = losses.detach(), self._grad_norms(trainer.loss_module, optimizer)
-        norm = torch.stack([*norms.values()]).norm()
-        checked, grad_norm = torch.stack([total.detach().float() + norm, norm]).tolist()
+        # Several ranks sum their gradients between loss and clipping.
+        is_queued = ranks.size == 1 and QueuedUpdate.serves(optimizer, self.compile)
+        if is_queued:
+            if self._queued is None or not self._queued.fits(optimizer):
+                options = (self.clip_norm, self.clip_each, half, self.compile)
+                self._queued = QueuedUpdate(loss_module, optimizer, *options)
+            metrics, norms, seen = self._queued(batch)
+        else:
+            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+                losses = loss_module(batch)
+            total = sum(value for key, value in losses.items() if key.startswith("loss"))
+            (fraction * total).backward()
+            metrics = ranks.sum_gradients(optimizer, losses.detach(), fraction)
+            total = sum(value for key, value in metrics.items() if key.startswith("loss"))
+            norms = self._grad_norms(loss_module, optimizer)
+            norm = torch.stack([*norms.values()]).norm()
+            seen = torch.stack([total.float() + norm, norm])
+        checked, grad_norm = seen.tolist()
         if not math.isfinite(checked):
             optimizer.zero_grad()
-            raise NonFiniteError(describe_loss(metrics, grad_norm, batch), batch, dump_dir)
-        # As clip_grad_norm_, which also multiplies where there is nothing to clip.
-        if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
-            for name, of_network in norms.items():
-                bounded = of_network if self.clip_each else norm
-                parameters = self._networks[name]
-                torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, bounded)
-        optimizer.step()
-        optimizer.zero_grad()
+            problem, folder = describe_loss(metrics, grad_norm, batch), Path(self.dump_dir or ".")
+            raise NonFiniteError(problem, batch, folder)
+        if not is_queued:
+            # As clip_grad_norm_, which also multiplies where there is nothing to clip.
+            if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
+                for name, of_network in norms.items():
+                    bounded = of_network if self.clip_each else norm
+                    parameters = self._networks[name]
+                    torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, bounded)
+            optimizer.step()
+            optimizer.zero_grad()
         buffer = trainer.replay_buffer
         if buffer is not None and "priority_weight" in batch.keys():  # noqa: SIM118
             stock = getattr(buffer, "update_tensordict_priority", None)
-            (stock or buffer.update_priority)(batch)
+            for part in ranks.gather_errors(batch, buffer):
+                (stock or buffer.update_priority)(part)
         metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
-        return metrics.set("grad_norm", norm)
+        return metrics.set("grad_norm", seen[1])
+
+    def check(self, batch: TensorDictBase, ranks: Ranks = Ranks()) -> float:
+        """Return a rank's fraction of real steps; raise NonFiniteError for NaN or infinity."""
+        folder = Path(self.dump_dir or ".")
+        return check_data(batch, folder, "observations and rewards of a training batch", ranks)
 
     def _grad_norms(self, loss_module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         """Compute the gradient norm of each network that has gradients."""
         if self._optimizer is not optimizer:
-            names = {p: name for name, p in loss_module.named_parameters()}
-            self._optimizer, self._networks = optimizer, {}
-            for p in (p for group in optimizer.param_groups for p in group["params"]):
-                network, is_network, _ = names.get(p, "").partition("_network_params")
-                self._networks.setdefault(network if is_network else "other", []).append(p)
+            self._optimizer, self._networks = optimizer, by_network(loss_module, optimizer)
         return {
             name: torch.nn.utils.get_total_norm(gradients)
             for name, parameters in self._networks.items()

@@ -109,6 +109,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         if not self._is_ours:
             return super().extend(tensordicts, update_priority=update_priority)
         tensordicts = self.transform.inv(tensordicts) if len(self.transform) else tensordicts
+        tensordicts = tensordicts.cpu()
         lengths = trial_lengths(tensordicts) if lengths is None else [int(n) for n in lengths]
         with self._replay_lock, self._write_lock:
             return torch.from_numpy(self.storage.write(tensordicts, lengths))

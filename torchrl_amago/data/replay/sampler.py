@@ -37,7 +37,8 @@ class TrialSliceSampler(Sampler):
     Args:
         slice_length: steps T of each slice.
         padding: side that is padded; padding repeats the nearest real step.
-        trim_padding: cut T to the longest slice of the batch. Leave it off under `torch.compile`.
+        trim_padding: cut T to the longest slice of the batch; a number n to its next multiple of n,
+            for compiled code and CUDA graphs, which want few shapes.
         crop: sides on which the window of T steps may extend beyond a longer trial, which makes the
             slice shorter. With `"none"`, the steps near a trial's ends lie in fewer windows than
             the others. (`padded_sampling` of AMAGO, arXiv 2310.09971.)
@@ -71,7 +72,7 @@ class TrialSliceSampler(Sampler):
         slice_length: int,
         *,
         padding: Padding = "right",
-        trim_padding: bool = False,
+        trim_padding: bool | int = False,
         crop: Crop = "none",
         sample_by: SampleBy = "trials",
         alpha: float = 0.6,
@@ -149,8 +150,9 @@ class TrialSliceSampler(Sampler):
         position_B = place_B.clip(max=count - 1)
         if self.sample_by == "steps":
             return position_B, None
-        weight_B = (count * self._weights[position_B] / running[-1]) ** -self.beta
-        return position_B, torch.from_numpy(weight_B / weight_B.max()).float()
+        # The largest weight that any trial may have is 1, so that all batches share a scale.
+        weight_B = (self._weights[position_B] / self._weights.min()) ** -self.beta
+        return position_B, torch.from_numpy(weight_B).float()
 
     def _uniform(self, count: int) -> Tensor:
         # float64 keeps draws uniform for any number of steps; float32 would skip some past 2^24.
@@ -190,7 +192,9 @@ class TrialSliceSampler(Sampler):
         # The slice is the part of the window inside the trial.
         first_B1 = begin_B.clamp(min=0).unsqueeze(-1)
         stop_B1 = torch.minimum(begin_B + self.slice_length, length_B).unsqueeze(-1)
-        width = int((stop_B1 - first_B1).max()) if self.trim_padding else self.slice_length
+        width, unit = self.slice_length, int(self.trim_padding)
+        if unit:
+            width = min(-(-int((stop_B1 - first_B1).max()) // unit) * unit, width)
         step_BT = torch.arange(width) + (first_B1 if self.padding == "right" else stop_B1 - width)
         inside_BT = torch.minimum(torch.maximum(step_BT, first_B1), stop_B1 - 1)
         return inside_BT, inside_BT == step_BT

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchrl.modules import recurrent_mode
 
 from torchrl_amago import keys
-from torchrl_amago._cpu import is_traced
+from torchrl_amago._cpu import is_traced, reads_are_free
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules.trajectory.memory import Memory, StreamTable
@@ -181,7 +181,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         """
         positions = self._get(tensordict, 1, shape)
         positions_N = positions.reshape(-1)
-        self.check_positions(positions_N)
+        if reads_are_free(positions_N):
+            self.check_positions(positions_N)
         if not self.has_memory:
             return positions_N, None
         if is_batchedtensor(positions) or is_batchedtensor(like):
@@ -194,9 +195,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         stream, memory = self._find_memory(tensordict, is_init_N, positions_N, like)
         memory.clear(is_init_N)
         memory.advance()
-        # A new tensor each time: environments zero it in place when they reset.
-        number = torch.full(positions.shape, stream, dtype=torch.int64, device=like.device)
-        tensordict.set(self.stream_key, number)
+        tensordict.set(self.stream_key, self._streams.write(stream, positions))
         return positions_N, memory
 
     def _encode_sequences(self, tensordict: TensorDictBase, x: Tensor) -> Tensor:
@@ -204,19 +203,21 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         positions = self._get(tensordict, 1, shape)
         is_init = self._get(tensordict, 2, shape, required=False)
         mask = tensordict.get(self.mask_key, None)
+        is_checked = tensordict.get(keys.CHECKED, None) is not None
         if mask is not None:
             mask = mask.reshape(*shape, 1)
-            if not is_traced(mask):
+            if not (is_traced(mask) or is_checked):
                 self.check_mask(mask)
             x = torch.where(mask, x, 0.0)
             positions = torch.where(mask, positions, 0)
             # The first real step after left padding starts a segment.
             starts = mask & ~F.pad(mask, (0, 0, 1, 0), value=True)[..., :-1, :]
             is_init = starts if is_init is None else (is_init & mask) | starts
-        if not is_traced(positions):
+        if reads_are_free(positions):
             self.check_positions(positions)
         rows = (-1, shape[-1])
-        is_init_NT = None if is_init is None else is_init.reshape(rows)
+        # A checked row holds one trial: to separate trials would cost T x T scores.
+        is_init_NT = None if is_init is None or is_checked else is_init.reshape(rows)
         return self._sequence(x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT)
 
     def _encode_rows(
@@ -290,7 +291,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     ) -> tuple[int, Memory]:
         if self.on_weight_update == "restart":
             self._streams.clear_if_changed(self.parameters())
-        stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
+        stream = self._streams.read(tensordict.get(self.stream_key, None), self.stream_key)
         memory = self._streams.find(stream)
         num_rows = is_init_N.numel()
         if memory is not None and memory.batch_size == num_rows and memory.device == x.device:

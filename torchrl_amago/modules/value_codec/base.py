@@ -34,6 +34,8 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
         tensor([[9.]])
     """
 
+    all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
+
     @property
     def event_shape(self) -> torch.Size:
         """Shape of one raw prediction."""
@@ -66,7 +68,8 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
     def update(self, target: Tensor, mask: Tensor) -> None:
         """Move the statistics towards real targets ``[..., G]`` in reward units.
 
-        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too.
+        The mask is bool ``[..., 1]``; entries under False may be anything, NaN too. Sums of
+        targets go through ``self.all_reduce``.
         """
 
     @abc.abstractmethod

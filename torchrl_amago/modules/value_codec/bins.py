@@ -126,7 +126,7 @@ class BinCodec(ValueCodec):
         # A return that is exactly the highest possible is inside, whatever rounding says.
         slack = 1e-3 * self.bin_width
         outside = (value < self.bins[0] - slack) | (value > self.bins[-1] + slack)
-        self.num_outside += (outside & mask).sum()
+        self.num_outside += self.all_reduce((outside & mask).sum())[0]
         if not torch.compiler.is_compiling():
             self._warn_of_targets_outside()
 

@@ -76,9 +76,10 @@ class PopArt(ScaledCodec):
         if not self.enabled:
             return
         target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
-        num_real = mask.sum()
-        mean_G = target_NG.sum(0) / num_real.clamp_min(1)
-        square_mean_G = target_NG.square().sum(0) / num_real.clamp_min(1)
+        sums = mask.sum(), target_NG.sum(0), target_NG.square().sum(0)
+        num_real, sum_G, square_sum_G = self.all_reduce(*sums)
+        mean_G = sum_G / num_real.clamp_min(1)
+        square_mean_G = square_sum_G / num_real.clamp_min(1)
         any_real = (num_real > 0).to(self.count.dtype)
         self.count += any_real
         step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count)

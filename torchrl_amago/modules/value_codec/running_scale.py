@@ -61,10 +61,12 @@ class RunningScale(ScaledCodec):
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
         target_NG = torch.where(mask, target, self.mu).float().flatten(0, -2)
-        weight_N1 = mask.flatten(0, -2) / mask.sum().clamp_min(1)
-        change_G = (weight_N1 * (target_NG - self.mu)).sum(0)
-        variance_G = (weight_N1 * (target_NG - self.mu - change_G).square()).sum(0)
-        any_real = mask.any().to(self.count.dtype)
+        (num_real,) = self.all_reduce(mask.sum())
+        weight_N1 = mask.flatten(0, -2) / num_real.clamp_min(1)
+        (change_G,) = self.all_reduce((weight_N1 * (target_NG - self.mu)).sum(0))
+        deviation_NG = target_NG - self.mu - change_G
+        (variance_G,) = self.all_reduce((weight_N1 * deviation_NG.square()).sum(0))
+        any_real = (num_real > 0).to(self.count.dtype)
         is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
         self.count += any_real
         # The average of all targets at first; a batch without real ones moves nothing.

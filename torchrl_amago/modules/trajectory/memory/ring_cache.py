@@ -12,6 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago.modules.trajectory.kernels.attention import ring_attention
 from torchrl_amago.modules.trajectory.memory.base import Memory
 
@@ -24,7 +25,7 @@ class RingCache(Memory):
 
     All rows write the same slot at the same step, and a row sees the slots written since its trial
     began, at most the last `context_length`. A cleared row's slots are zeroed, so that not even NaN
-    passes from one trial into the next.
+    passes from one trial into the next. On a GPU they are hidden, and only finite numbers written.
 
     Args:
         num_layers: L; the next three are B, H and D.
@@ -91,6 +92,12 @@ class RingCache(Memory):
         self._slot, self._written = state["place"].tolist()
 
     def clear(self, rows_B: Tensor) -> None:
+        heads = len(self.bias) // self.batch_size
+        if not reads_are_free(rows_B):
+            rows_N1 = rows_B.repeat_interleave(heads).unsqueeze(1)
+            self.bias.masked_fill_(rows_N1.unsqueeze(2), -math.inf)
+            self.has_sink_NS.masked_fill_(rows_N1, False)
+            return
         if not rows_B.any():
             return
         if rows_B.all():
@@ -102,7 +109,7 @@ class RingCache(Memory):
             self.has_sink_NS.zero_()
             self._written, self._slot = self.num_sinks, self.num_sinks - 1
             return
-        rows_N = rows_B.repeat_interleave(len(self.bias) // self.batch_size).nonzero().squeeze(1)
+        rows_N = rows_B.repeat_interleave(heads).nonzero().squeeze(1)
         for stored in (*self.keys, *self.values):
             stored.index_fill_(0, rows_N, 0.0)
         self.bias.index_fill_(0, rows_N, -math.inf)
@@ -116,7 +123,7 @@ class RingCache(Memory):
             self.bias[..., self._wrap(self._slot - self.context_length)].fill_(-math.inf)
         self.bias[..., self._slot].zero_()
         self.newest_1.fill_(self._slot)
-        self._span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
+        self.span = min(math.ceil(self._written / _BLOCK) * _BLOCK, self._num_slots)
 
     def _wrap(self, slot: int) -> int:
         """Find a slot's place in the ring, which starts after the sinks."""
@@ -142,6 +149,8 @@ class RingCache(Memory):
     def write(self, layer: int, key_BHD: Tensor, value_BHD: Tensor) -> None:
         """Store the newest step's keys and values of one layer."""
         keys_NDS, values_NSD = self.keys[layer], self.values[layer]
+        if not reads_are_free(key_BHD):
+            key_BHD, value_BHD = (x.nan_to_num(0.0, 0.0, 0.0) for x in (key_BHD, value_BHD))
         key_ND1 = key_BHD.reshape(len(keys_NDS), -1, 1)
         value_N1D = value_BHD.reshape(len(values_NSD), 1, -1)
         keys_NDS.index_copy_(2, self.newest_1, key_ND1.to(keys_NDS.dtype))
@@ -154,6 +163,6 @@ class RingCache(Memory):
 
     def attend(self, layer: int, q_BHD: Tensor, logit_clip: float | None = None) -> Tensor:
         """Attend in one layer from the newest step to all that its row sees: `[B, H, D]`."""
-        keys, values = self.keys[layer][..., : self._span], self.values[layer][:, : self._span]
-        bias = self.bias[..., : self._span]
+        keys, values = self.keys[layer][..., : self.span], self.values[layer][:, : self.span]
+        bias = self.bias[..., : self.span]
         return ring_attention(q_BHD.to(keys.dtype), keys, values, bias, logit_clip)

@@ -16,6 +16,7 @@ import torch
 from tensordict import NestedKey
 from torch import Tensor
 
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago.modules.trajectory.memory.base import Memory
 
 
@@ -50,6 +51,7 @@ class StreamTable:
         self.max_streams = max_streams
         self._memories: OrderedDict[int, Memory] = OrderedDict()
         self._fingerprint: Tensor | None = None
+        self._written: tuple[Tensor | None, int] = None, 0
 
     def __len__(self) -> int:
         return len(self._memories)
@@ -59,6 +61,19 @@ class StreamTable:
 
     def __getstate__(self) -> dict:
         return vars(StreamTable(self.max_streams))
+
+    def read(self, number: Tensor | None, key: NestedKey) -> int:
+        """Return the stream of a step; on a GPU without a look at what the last step wrote."""
+        written, stream = self._written
+        is_known = number is not None and number is written and not reads_are_free(number)
+        return stream if is_known else stream_of(number, key)
+
+    def write(self, stream: int, like: Tensor) -> Tensor:
+        """Return the entry of a step's stream, of the shape of `like`."""
+        # A new tensor each time: environments zero it in place when they reset.
+        number = torch.full_like(like, stream, dtype=torch.int64)
+        self._written = number, stream
+        return number
 
     def find(self, stream: int) -> Memory | None:
         """Return a stream's memory, or None if there is none; count it as used."""

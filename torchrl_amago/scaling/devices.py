@@ -1,0 +1,143 @@
+"""Devices: the one to compute on, and batches that reach it in one copy, drawn one ahead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+
+import torch
+from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
+from torchrl.envs import EnvBase
+
+from torchrl_amago._cpu import reads_are_free
+from torchrl_amago._validation import check_choice
+
+Draw = tuple[TensorDictBase, "torch.cuda.Event | None"]
+
+_ALIGNMENT = 16  # bytes, of the largest elements
+
+
+def pick_device(name: str | torch.device = "auto") -> torch.device:
+    """Return the device of a name, if this machine has it; ``auto`` is CUDA, else the CPU.
+
+    Raises:
+        ValueError: for other names, and for devices that are not there.
+
+    Example:
+        >>> pick_device("cpu")
+        device(type='cpu')
+    """
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    known = ["auto", "cpu", *(["cuda"] if gpus else []), *gpus]
+    known += ["mps"] if torch.backends.mps.is_available() else []
+    remedy = "Names are those of torch.device."
+    if str(name).startswith("cuda") and not gpus:
+        remedy = "PyTorch sees no GPU here: install its CUDA build, check nvidia-smi, or use 'cpu'."
+    check_choice("device", str(name), known, remedy)
+    kind = ("cuda" if gpus else "cpu") if str(name) == "auto" else str(name)
+    return (
+        torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
+    )
+
+
+def collector_devices(env: EnvBase, acting: str | torch.device) -> dict[str, torch.device]:
+    """Return a collector's options for a policy that acts on another device than the CPU."""
+    env_device, acting = env.device or torch.device("cpu"), pick_device(acting)
+    if acting == env_device == torch.device("cpu"):
+        return {}
+    return {"env_device": env_device, "policy_device": acting, "storing_device": env_device}
+
+
+def send(batch: TensorDictBase, device: torch.device | str) -> TensorDict:
+    """Copy a batch to a device as one block of memory, pinned if the device is a GPU.
+
+    Entry by entry, the fixed cost of 30 copies is larger than that of their bytes. The host doesn't
+    wait for the copy.
+
+    Example:
+        >>> sent = send(TensorDict(x=torch.arange(3), y=torch.ones(3, 2)), "cpu")
+        >>> sent["x"], sent["y"].shape
+        (tensor([0, 1, 2]), torch.Size([3, 2]))
+    """
+    device = torch.device(device)
+    entries = {key: x for key, x in batch.items(True, True) if isinstance(x, Tensor)}
+    stops = list(accumulate(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in entries.values()))
+    starts = [0, *stops][: len(stops)]
+    size, is_pinned = [0, *stops][-1], device.type == "cuda"
+    block = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
+    for start, x in zip(starts, entries.values(), strict=True):
+        _view(block, start, x).copy_(x)
+    block = block.to(device, non_blocking=True)
+    views = {k: _view(block, at, x) for at, (k, x) in zip(starts, entries.items(), strict=True)}
+    out = TensorDict(batch_size=batch.batch_size, device=device)
+    for key, view in views.items():
+        out.set(key, view)
+    return out
+
+
+def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
+    """View the bytes of an entry as a tensor of its shape."""
+    return block[start : start + like.nbytes].view(like.dtype).view(like.shape)
+
+
+class BatchFeed:
+    """Batches of a replay buffer on the loss's device, one of them drawn ahead in a thread.
+
+    TorchRL's `prefetch` draws across the collection of new trials, so that batches depend on
+    timing, and its `pin_memory` pins each entry anew. Here the sequence of batches is that of
+    ``draw()`` as long as the trials stay and nothing else draws from its generator. On a
+    CPU, nothing is drawn ahead or copied.
+
+    Args:
+        draw: function that returns a batch.
+        loss_module: decides the device; its method ``check``, if it has one, is called with each
+            batch before it is sent, while a look at its values is free.
+        check: called before that, raises for bad data.
+
+    Example:
+        >>> draw = lambda: TensorDict(x=torch.ones(2))
+        >>> BatchFeed(draw, torch.nn.Linear(1, 1)).sample()["x"]
+        tensor([1., 1.])
+    """
+
+    def __init__(
+        self,
+        draw: Callable[[], TensorDictBase],
+        loss_module: nn.Module,
+        check: Callable[[TensorDictBase], None] | None = None,
+    ) -> None:
+        weight = next(loss_module.parameters())
+        self.draw, self.device, self.check = draw, weight.device, check
+        self.check_loss = getattr(loss_module, "check", None)
+        self.is_direct = reads_are_free(weight)
+        self._next: Future[Draw] | None = None
+        self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first batch ahead
+        has_streams = self.device.type == "cuda"
+        self._stream = torch.cuda.Stream(self.device) if has_streams else None
+
+    def sample(self, ahead: bool = False) -> TensorDictBase:
+        """Return the next batch, and begin to draw the one after it if `ahead`."""
+        if self.is_direct:
+            return self.draw()
+        drawn, self._next = self._next, None
+        batch, arrival = self._draw() if drawn is None else drawn.result()
+        if ahead:
+            self._next = self._thread.submit(self._draw)
+        if arrival is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(arrival)
+            next(iter(batch.values(True, True))).record_stream(current)  # all are of one block
+        return batch
+
+    def _draw(self) -> Draw:
+        batch = self.draw()
+        if self.check is not None:
+            self.check(batch)
+        if self.check_loss is not None:
+            batch = self.check_loss(batch)
+        if self._stream is None:
+            return send(batch, self.device), None
+        with torch.cuda.stream(self._stream):
+            return send(batch, self.device), self._stream.record_event()
