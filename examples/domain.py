@@ -46,6 +46,8 @@ class DomainArgs(TrainingArgs):
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
     positions: Literal["rotary", "fixed"] = "rotary"
     """Positions of a Transformer: rotary for distances, fixed where the time itself matters."""
+    critic_norm: Literal["none", "layer"] = "none"
+    """Norm of the critics' hidden layers; layer steadies values."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
 
@@ -104,7 +106,7 @@ def train(
         buffer_options=dict(relabel=relabel),
         loss_options=args.loss_options(len(args.discounts), **rewards),
         clip_each=True,
-        **args.trainer_options(held_out),
+        **args.trainer_options(held_out, norm=args.critic_norm),
     )
     resume_if_asked(args, trainer)
     results = final_evaluation(args, trainer.train(), trainer, held_out)
