@@ -40,6 +40,8 @@ class DomainArgs(TrainingArgs):
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
     positions: Literal["rotary", "fixed"] = "rotary"
     """Positions of a Transformer: rotary for distances, fixed where the time itself matters."""
+    critic_norm: Literal["none", "layer"] = "none"
+    """Norm of the critics' hidden layers; layer steadies values."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
 
@@ -99,6 +101,7 @@ def train(
         buffer_options=dict(relabel=relabel),
         loss_options=args.loss_options(len(args.discounts), **rewards),
         clip_each=True,
+        critic_options=dict(norm=args.critic_norm),
     )
     draw_progress(args, args.title)
     if args.episodes > 1:

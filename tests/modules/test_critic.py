@@ -30,7 +30,12 @@ ACTIVATIONS = {"leaky_relu": F.leaky_relu, "relu": F.relu, "gelu": F.gelu, "mish
 def member(critic: CriticEnsemble, c: int, x: Tensor, activation: str) -> Tensor:
     """One member's MLP."""
     for layer in critic.hidden:
-        x = ACTIVATIONS[activation](x @ layer.weight[c] + layer.bias[c])
+        x = x @ layer.weight[c] + layer.bias[c]
+        if critic.norm == "layer":
+            x = (x - x.mean(-1, keepdim=True)) / (
+                x.var(-1, correction=0, keepdim=True) + 1e-5
+            ).sqrt()
+        x = ACTIVATIONS[activation](x)
     return x @ critic.out.weight[c] + critic.out.bias[c]
 
 
@@ -68,11 +73,12 @@ def assert_all_close(got, expected, **tolerances):
     num_outputs=st.sampled_from([None, 1, 4]),
     num_layers=st.integers(1, 3),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
+    norm=st.sampled_from(["none", "layer"]),
     clip=st.sampled_from([0.999, None]),
     rows_at_once=st.sampled_from([1, 12, 2048]),
 )
 def test_equals_the_plain_ensemble(
-    batch, samples, shared, num_outputs, num_layers, activation, clip, rows_at_once
+    batch, samples, shared, num_outputs, num_layers, activation, norm, clip, rows_at_once
 ):
     critic = ActionCritic(
         D,
@@ -84,6 +90,7 @@ def test_equals_the_plain_ensemble(
         hidden_size=7,
         num_layers=num_layers,
         activation=activation,
+        norm=norm,
     ).double()
     state = torch.randn(*batch, D, dtype=torch.float64, requires_grad=True)
     shape = (*samples, *batch, 1 if shared else G, A)
@@ -350,5 +357,7 @@ def test_wrong_arguments():
         ActionCritic(D, A, DISCOUNTS, clip_actions=0)
     with pytest.raises(ValueError, match="action_gain must be positive, got 0"):
         ActionCritic(D, A, DISCOUNTS, action_gain=0)
+    with pytest.raises(ValueError, match="norm must be one of 'none', 'layer', got 'batch'"):
+        DiscreteCritic(D, 5, G, norm="batch")
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         DiscreteCritic(D, 5, G, dropout=1.0)

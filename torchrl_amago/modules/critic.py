@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDictBase
@@ -17,7 +17,12 @@ from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
 from torchrl_amago._cpu import in_chunks
-from torchrl_amago._validation import check_counts, check_fractions, check_positive
+from torchrl_amago._validation import (
+    check_choice,
+    check_counts,
+    check_fractions,
+    check_positive,
+)
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._input_norm import PreciseBuffers
 from torchrl_amago.modules._layers import make_activation
@@ -61,6 +66,8 @@ class CriticEnsemble(Configurable, nn.Module):
         hidden_size: width of the hidden layers.
         num_layers: number of hidden layers, at least 1.
         activation: see :class:`~torchrl_amago.modules.TimestepEncoder`.
+        norm: ``"layer"`` normalises each hidden layer before its activation, without weights, which
+            steadies values (arXiv 2407.04811); ``"none"`` is the published form.
         dropout: rate after each hidden layer, in [0, 1).
     """
 
@@ -76,11 +83,14 @@ class CriticEnsemble(Configurable, nn.Module):
         hidden_size: int = 256,
         num_layers: int = 2,
         activation: str = "leaky_relu",
+        norm: Literal["none", "layer"] = "none",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_counts("Use 2, as published.", num_layers=num_layers)
+        check_choice("norm", norm, ("none", "layer"))
         check_dropout(dropout=dropout)
+        self.norm = norm
         self.num_critics, self.num_outputs, self.dropout = num_critics, num_outputs, dropout
         #: Dimensions of one predicted value: ``()`` or ``(O,)``.
         self.event_shape = torch.Size(() if num_outputs is None else (num_outputs,))
@@ -131,7 +141,9 @@ class CriticEnsemble(Configurable, nn.Module):
         return weight_G / factor, bias_G
 
     def _activate(self, x: Tensor) -> Tensor:
-        """Apply activation and dropout; `x` may be overwritten."""
+        """Apply norm, activation and dropout; `x` may be overwritten."""
+        if self.norm == "layer":
+            x = nn.functional.layer_norm(x, x.shape[-1:])
         return dropout(self.activation(x), self.dropout, self.training)
 
     def _after_first(self, hidden_CRH: Tensor) -> Tensor:
