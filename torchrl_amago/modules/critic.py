@@ -17,12 +17,7 @@ from torch import Tensor, nn
 from torchrl.modules.functional import symlog
 
 from torchrl_amago._cpu import in_chunks
-from torchrl_amago._validation import (
-    check_choice,
-    check_counts,
-    check_fractions,
-    check_positive,
-)
+from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._input_norm import PreciseBuffers
 from torchrl_amago.modules._layers import make_activation
