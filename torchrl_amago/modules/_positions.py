@@ -20,8 +20,7 @@ def sinusoidal_positions(
 
         out[..., 2i] = sin(p / 10000^(2i/size)),    out[..., 2i+1] = cos(p / 10000^(2i/size))
 
-    Positions are integers `[...]` from 0, the result is `[..., size]` with an even size; `dtype` is
-    that of the computation too.
+    Positions are integers `[...]` from 0, the result is `[..., size]`, computed in `dtype`.
     """
     if size % 2:
         raise ValueError(f"sinusoidal positions need an even size, got {size}.")

@@ -77,11 +77,10 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
                 then, if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
         """
         num_observations = len(self.observation_sizes)
-        if len(inputs) != num_observations + self.masks_actions:
+        if len(inputs) != (needed := num_observations + self.masks_actions):
             raise ValueError(
                 f"an actor with observation_sizes={self.observation_sizes} and masks_actions="
-                f"{self.masks_actions} reads {num_observations + self.masks_actions} tensors after "
-                f"the state, got {len(inputs)}."
+                f"{self.masks_actions} reads {needed} tensors after the state, got {len(inputs)}."
             )
         x = self._join(state, inputs[:num_observations])
         params_BGP = self.head(x).unflatten(-1, (self.num_discounts, self.num_params))
@@ -182,8 +181,7 @@ class ResidualActor(ActorHead):
         parameters = linear(x)
 
     Args:
-        feature_size: width between the blocks.
-        residual_size: width inside of a block.
+        feature_size, residual_size: width between the blocks, and inside of a block.
         num_blocks: number of blocks, at least 1.
         norm: name of the norm in the blocks.
         dropout: rate inside of the first MLP.

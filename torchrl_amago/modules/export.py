@@ -21,6 +21,8 @@ from torchrl_amago.modules.trajectory import StateMemory, TrajectoryEncoder
 if TYPE_CHECKING:
     from torchrl_amago.modules.policy import Policy
 
+States = tuple[Tensor, ...]
+
 
 class PolicyStep(nn.Module):
     """A policy's greedy step, with its memory as an argument and a result.
@@ -68,15 +70,13 @@ class PolicyStep(nn.Module):
         """Return the inputs of :meth:`forward` by name; `"a.b"` is a nested entry of the step."""
         return {name: step.get(key) for name, key in self.keys.items()}
 
-    def initial_states(self, num_rows: int) -> tuple[Tensor, ...]:
+    def initial_states(self, num_rows: int) -> States:
         """Return the memory of rollouts that haven't begun, tensors `[N, ...]`."""
         memory = self._new_memory(num_rows)
         return tuple(chain(*memory.layers)) if memory else ()
 
     @torch.no_grad()
-    def forward(
-        self, inputs: Mapping[str, Tensor], states: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Mapping[str, Tensor], states: States) -> tuple[Tensor, States]:
         """Return the greedy action `[N, ...]`, as the environment stores it, and the new states.
 
         The states given are those of the last step, or :meth:`initial_states`.
@@ -110,8 +110,7 @@ def step_outputs(
     timestep, trajectory = policy.encoder.module
     x = timestep.encode(inputs, None)
     batch = x.shape[:-1]
-    state = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory)
-    state = state.reshape(*batch, -1)
+    state = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory).reshape(*batch, -1)
     return x, state, policy.actor.module(state, *observations)
 
 

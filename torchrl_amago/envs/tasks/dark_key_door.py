@@ -31,10 +31,8 @@ class DarkKeyDoor(GridTask):
     whether it has the key (0 or 1), the key's coordinates and the door's.
 
     Args:
-        size: cells per side, at least 2.
         dark: show the agent's own position only.
-        max_episode_steps: step limit of an episode.
-        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
+        shared: size, actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> room = DarkKeyDoor(size=5, batch_size=[4], seed=0)

@@ -25,7 +25,7 @@ class GridTask(BatchedTask):
     and 4 the second one (right and left). Observed coordinates are divided by ``size``.
 
     Args:
-        size: cells per side.
+        size: cells per side, at least 2.
         observation_size: entries of the observation, all in [0, 1].
         randomize_actions: each task permutes the five actions.
         shared: other arguments: see :class:`BatchedTask`.

@@ -21,8 +21,7 @@ NO_SHAPE = torch.Size()
 class VectorDistribution(Distribution, abc.ABC):
     """Base of distributions over action vectors, with the shape of ``like`` ``[..., A]``.
 
-    Subclasses write ``sample`` ``[*sample_shape, ..., A]``, or set ``has_rsample`` and write
-    ``rsample``.
+    Subclasses write ``sample``, or set ``has_rsample`` and write ``rsample``.
     """
 
     arg_constraints: ClassVar[dict] = {}
@@ -74,10 +73,7 @@ class StoredActions(Distribution):
 class PolicyDistribution(abc.ABC):
     """Map from an actor's parameters ``[..., P]`` to a distribution over actions, without weights.
 
-    Subclasses set the class attributes and write :meth:`_vectors`.
-
-    Args:
-        space: the actions; first argument of every distribution.
+    Subclasses set the class attributes and write :meth:`_vectors`; ``space`` is the actions'.
 
     Raises:
         ValueError: if the distribution doesn't fit the space, or an argument is out of its range.
@@ -128,11 +124,9 @@ class PolicyDistribution(abc.ABC):
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
-        """Return the vector ``[..., A]`` that critics read for a stored action.
+        """Return the vector ``[..., A]`` that critics read for a stored action's vector.
 
-        Args:
-            vector: ``[..., A]``.
-            policy: ``[..., G]`` distributions for the same states, with their forbidden actions.
+        ``policy`` are ``[..., G]`` distributions for the same states, with their forbidden actions.
         """
         return vector
 

@@ -199,9 +199,7 @@ class TanhMixture(PolicyDistribution):
     """A mixture of squashed Gaussians, for data with several good ways to act; no ``rsample``.
 
     Parameters are the means of each mode in turn (N x A), as many numbers that become standard
-    deviations, then N logits of the modes.
-
-    ``num_modes`` is N; other arguments: see :class:`TanhGaussian`.
+    deviations, then N logits of the modes. ``num_modes`` is N; others: see :class:`TanhGaussian`.
 
     Example:
         >>> from torchrl_amago.action_space import ActionSpace

@@ -161,8 +161,8 @@ class GoalEmbedding(EntryEmbedding):
             hidden_MLH = hidden_MLH + self.position
         total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
         count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        fraction_M1 = count_M1 / present_ML.shape[-1]
-        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
+        mean_MH, fraction_M1 = total_MH / count_M1.clamp(min=1), count_M1 / present_ML.shape[-1]
+        return self.out(torch.cat((mean_MH, fraction_M1), -1))
 
     def _present(self, value: Tensor) -> Tensor:
         if self.padding is None:

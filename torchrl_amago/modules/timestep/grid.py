@@ -20,7 +20,6 @@ class GridEmbedding(EntryEmbedding):
         shape: of one grid, ``[H, W, C]``.
         sizes: number of values of each of the C categories.
         embedding_size: features of each category.
-        output_size: F.
         trunk: and further options: see :class:`ImageEmbedding`, but for ``random_shift``.
 
     Raises:

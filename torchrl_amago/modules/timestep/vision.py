@@ -138,13 +138,10 @@ class ImageEmbedding(EntryEmbedding):
 
     Args:
         shape: of one image, ``[H, W, C]``, or ``[C, H, W]`` with ``channels_first``.
-        output_size: F.
         trunk: a name of :data:`TRUNKS`, or a module ``[M, C, H, W] -> [M, ...]``.
         trunk_options: further arguments of a named trunk, such as ``channels``.
-        channels_first: position of the channels.
         random_shift: maximal shift of images in training, in pixels; 0 for none, DrQ has 4.
         random_shift_fraction: fraction of the batch's rows to shift; all steps of a row alike.
-        activation: of a named trunk.
 
     Raises:
         ValueError: if the image is smaller than the trunk needs, or an option is out of range.
@@ -205,8 +202,8 @@ class ImageEmbedding(EntryEmbedding):
         """Shift all images of a row alike, by a random shift."""
         if not self.random_shift:
             return value
-        fraction = self.random_shift_fraction
-        shift_R2 = sample_shifts(num_rows, self.random_shift, fraction, value.device)
+        shifts = (num_rows, self.random_shift, self.random_shift_fraction)
+        shift_R2 = sample_shifts(*shifts, value.device)
         image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
         shifted_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
         shifted = shifted_MCHW if self.channels_first else shifted_MCHW.movedim(1, -1)

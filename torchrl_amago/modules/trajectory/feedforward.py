@@ -18,9 +18,7 @@ from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 class IdentityEncoder(TrajectoryEncoder):
     """Encoder whose state is the timestep's embedding.
 
-    Args:
-        input_size: I, features of a timestep embedding, and of the state.
-        options: those of :class:`TrajectoryEncoder`.
+    ``input_size`` is also the state's; for ``options`` see :class:`TrajectoryEncoder`.
 
     Example:
         >>> from tensordict import TensorDict

@@ -150,9 +150,8 @@ class MambaEncoder(TrajectoryEncoder):
     first step, and for single steps.
 
     Args:
-        d_state: states per inner channel.
+        d_state: states per inner channel; ``expand`` is inner channels per feature of the width.
         d_conv: number of steps that the convolution sees.
-        expand: inner channels per feature of the width.
         backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
         options: `d_model`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 

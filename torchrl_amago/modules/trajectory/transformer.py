@@ -124,8 +124,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.
-        ValueError: if a number is out of its range or a name unknown; from `forward`, if steps come
-            after padding under `segments="never"`.
+        ValueError: from `forward`, if steps come after padding under `segments="never"`.
 
     Example:
         >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2)
@@ -180,8 +179,7 @@ class TransformerEncoder(TrajectoryEncoder):
                 f"{context_length}. Rollouts keep context_length steps: raise it, or omit window."
             )
         super().__init__(input_size, d_model, context_length=context_length, **options)
-        self._has_warned = False
-        self.num_heads = num_heads
+        self._has_warned, self.num_heads = False, num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
         self.pattern = AttentionPattern(window, num_sinks, sink_bias, logit_clip)
         check_backend(attention, self.pattern, dropout_attn)

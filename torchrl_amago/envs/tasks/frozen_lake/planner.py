@@ -173,9 +173,7 @@ class LakePlanner:
 def bayes_optimal_success(
     size: int = 3, episodes: int = 5, max_episode_steps: int | None = None, **prior: Any
 ) -> BayesOptimum:
-    """Compute the exact optimum of k episodes at an unknown lake.
-
-    Arguments: see :class:`LakePlanner`.
+    """Compute the exact optimum of k episodes at an unknown lake; see :class:`LakePlanner`.
 
     Examples:
         >>> optimum = bayes_optimal_success(size=3, episodes=5, max_episode_steps=9)
@@ -186,8 +184,7 @@ def bayes_optimal_success(
 
 
 def _preference(plan: _Plan) -> tuple[float, ...]:
-    # Expected return, then success at the first episode, the second one, ...
-    success, _ = plan
+    success, _ = plan  # expected return, then success at the first episode, the second one, ...
     return tuple(round(value, _DIGITS) for value in (sum(success), *success))
 
 

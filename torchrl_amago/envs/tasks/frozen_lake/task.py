@@ -40,7 +40,6 @@ class MetaFrozenLake(GridTask):
     a hole.
 
     Args:
-        size: cells per side, at least 2.
         hard_mode: positions are observed off by up to one cell in each coordinate with probability
             1/4; a cell that a move leaves becomes a hole with probability 0.33 until the episode's
             end (in recover mode also when the move fell into a hole and was undone); half of the
@@ -51,7 +50,7 @@ class MetaFrozenLake(GridTask):
             divided by ``1 - slip_chance``.
         layouts: the lakes to draw from: ``"all"``, or the ``"train"`` (about 3 in 4) or
             ``"heldout"`` ones of a fixed split with no lake in common.
-        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
+        shared: size, actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> env = MetaFrozenLake(size=3, batch_size=[4], seed=0)
@@ -163,9 +162,8 @@ class MetaFrozenLake(GridTask):
         if not self.hard_mode:
             return self._position()
         cell, exact = self._cell, len(_NEIGHBOURS)
-        noise = torch.randint(
-            _NOISE_OUTCOMES, cell.shape, generator=self._generator, device=cell.device
-        )
+        where = {"generator": self._generator, "device": cell.device}
+        noise = torch.randint(_NOISE_OUTCOMES, cell.shape, **where)
         return self._positions.index_select(0, cell * (exact + 1) + noise.clamp_(max=exact))
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:

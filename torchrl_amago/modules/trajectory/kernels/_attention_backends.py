@@ -1,6 +1,4 @@
-"""Other kernels for attention over whole windows: FlexAttention and flash-attn, for GPUs.
-
-They give the results of `window_attention`, which needs no package.
+"""Other kernels for `window_attention`: FlexAttention and flash-attn, for GPUs.
 
 Legend: B batch, T steps, H heads, D features of one head, N = B * T.
 """

@@ -135,10 +135,8 @@ def window_attention(
 
     Args:
         q_BHTD: queries; then keys and values.
-        pattern: window, sinks and clipping.
         positions_BT: steps since the trial began; needed for sinks.
         is_init_BT: bool, True at the first step of a trial; None if rows hold one trial each.
-        dropout: probability of zeroing an attention weight.
     """
     qkv = (q_BHTD, k_BHTD, v_BHTD)
     num_steps, window = q_BHTD.shape[2], pattern.window

@@ -34,8 +34,6 @@ def recurrence(
     Returns `[T, N, H]`.
 
     Args:
-        cell: `gru` or `lstm`.
-        x_TNI: inputs.
         is_init_TN: bool, True at first steps of trials; None if every row is a part of one trial.
         weights: in the order of a `torch.nn.GRU`'s parameters.
     """
