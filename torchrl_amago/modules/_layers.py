@@ -79,7 +79,6 @@ class RMSNorm(nn.Module):
         self.scale, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def reset_parameters(self) -> None:
-        """Reset the scale to 1."""
         nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -30,10 +30,7 @@ def sinusoidal_positions(
 
 
 def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotate by position (RoPE, arXiv 2104.09864, eq. 34), first half paired with second half.
-
-    D is even. The longest wavelength is 2 pi `base`.
-    """
+    """Rotate by position (RoPE, arXiv 2104.09864, eq. 34): D is even, and its halves are paired."""
     size = x_BHTD.shape[-1]
     wide_BHTD = at_least_float32(x_BHTD)
     even = torch.arange(0, size, 2, device=x_BHTD.device, dtype=wide_BHTD.dtype)

@@ -28,9 +28,7 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
     :meth:`head`.
 
     Args:
-        state_size: size of the state.
         num_params: P, parameters of one action distribution (the number of actions if discrete).
-        num_discounts: G.
         observation_sizes: number of elements of each observation that is read besides the state.
         masks_actions: read a mask of the allowed actions.
         mask_parts: numbers of choices of the action's parts, each of which must be allowed one.
@@ -133,8 +131,7 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
     if not all(part_BP.any(-1).all() for part_BP in split):
         raise ValueError(
             "an action mask must allow at least one action in each row, and in each part of an "
-            "action, got a row of only False. Fix the environment, and fill the mask of padding "
-            "with True."
+            "action, got a row of only False. Fix the environment; fill padding's mask with True."
         )
     return params_BGP.masked_fill(~mask_BP.unsqueeze(-2), float("-inf"))
 

@@ -83,14 +83,13 @@ class PolicyStep(nn.Module):
         """
         policy, step = self.policy, {key: inputs[name] for name, key in self.keys.items()}
         timestep, trajectory = policy.encoder.module
-        _, time_idx_key, is_init_key = trajectory.in_keys
-        is_init_N = step[is_init_key].reshape(-1)
+        time_N, is_init_N = (step[key].reshape(-1) for key in trajectory.in_keys[1:])
         new = [torch.where(is_init_N.view(-1, *[1] * (s.ndim - 1)), 0.0, s) for s in states]
         rest = iter(new)
         layers = [[next(rest) for _ in range(size)] for size in self._layer_sizes]
         observations = [step[key] for key in policy.actor.in_keys[1:]]
-        positions_N, memory = step[time_idx_key].reshape(-1), SimpleNamespace(layers=layers)
-        *_, params = step_outputs(policy, timestep.read(step), positions_N, memory, observations)
+        memory = SimpleNamespace(layers=layers)
+        *_, params = step_outputs(policy, timestep.read(step), time_N, memory, observations)
         actions = policy.distribution.stored(params[:, policy.sampler.index])
         return actions.deterministic_sample, tuple(new)
 

@@ -156,7 +156,6 @@ class BatchedTask(EnvBase):
         return {"generator": self._generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the generator's state."""
         self._generator.set_state(state["generator"].cpu())
 
     def to(self, device: torch.device | str | int) -> BatchedTask:

@@ -69,9 +69,8 @@ class DarkKeyDoor(GridTask):
         return self._coordinates(self._start)
 
     def _draw_tasks(self, rows: Tensor) -> None:
-        cells = torch.randint(
-            self.size**2, (3, len(rows)), generator=self._generator, device=rows.device
-        )
+        where = {"generator": self._generator, "device": rows.device}
+        cells = torch.randint(self.size**2, (3, len(rows)), **where)
         for state, cell in zip((self._start, self._key, self._door), cells, strict=True):
             state.index_copy_(0, rows, cell)
         self._draw_meanings(rows)

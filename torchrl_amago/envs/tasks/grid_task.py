@@ -37,8 +37,7 @@ class GridTask(BatchedTask):
         self, size: int, observation_size: int, *, randomize_actions: bool = False, **shared: Any
     ) -> None:
         super().__init__([(0.0, 1.0)] * observation_size, num_actions=NUM_ACTIONS, **shared)
-        self.size = size
-        self.randomize_actions = randomize_actions
+        self.size, self.randomize_actions = size, randomize_actions
         # The first entry of each row in a table of all rows' cells.
         self._constant("_first_cell", size**2 * torch.arange(self.num_rows))
         self._constant("_positions", position_table(size))

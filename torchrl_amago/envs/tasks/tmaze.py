@@ -71,8 +71,7 @@ class TMaze(BatchedTask):
         **shared: Any,
     ) -> None:
         check_counts("It is the steps to the junction.", corridor_length=corridor_length)
-        if max_episode_steps is None:
-            max_episode_steps = corridor_length + 1
+        max_episode_steps = corridor_length + 1 if max_episode_steps is None else max_episode_steps
         if max_episode_steps <= corridor_length:
             raise ValueError(
                 f"max_episode_steps must be larger than corridor_length={corridor_length}, got "
@@ -88,12 +87,9 @@ class TMaze(BatchedTask):
         observation_bounds = [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)] + [(0.0, 1.0)] * show_time
         shared["max_episode_steps"] = max_episode_steps
         super().__init__(observation_bounds, num_actions=_NUM_ACTIONS, **shared)
-        self.corridor_length = corridor_length
-        self.ambiguous_position = ambiguous_position
-        self.penalty = max_penalty if penalty is None else penalty
-        self.penalize = penalize
-        self.show_time = show_time
-        self.oracle = oracle
+        self.corridor_length, self.ambiguous_position = corridor_length, ambiguous_position
+        self.penalty, self.penalize = max_penalty if penalty is None else penalty, penalize
+        self.show_time, self.oracle = show_time, oracle
         # Cells are numbered along the corridor, junction included; then come the two arms.
         progress = torch.arange(corridor_length + 3).clamp(max=corridor_length)
         side = torch.tensor([0.0] * (corridor_length + 1) + [1.0, -1.0])

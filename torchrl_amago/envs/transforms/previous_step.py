@@ -138,7 +138,8 @@ class ActionEncoder:
             self.spec = Unbounded(shape=shape)
         self.center = self.half_width = None
         if is_continuous and isinstance(action_spec, Bounded):
-            low, high = action_spec.low / 2, action_spec.high / 2  # their difference could overflow
+            # Halved first: their difference could overflow. Unbounded numbers stay as they are.
+            low, high = action_spec.low / 2, action_spec.high / 2
             largest = torch.finfo(action_spec.dtype).max / 2
             is_finite = (low > -largest) & (high < largest)
             self.center = torch.where(is_finite, high + low, 0.0)

@@ -252,7 +252,7 @@ def _current_seeds(env: EnvBase) -> list[int | None]:
 
 
 def make_repeater(
-    env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None, *, one_episode: bool
+    env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None, one_episode: bool
 ) -> Repeater:
     """Choose how the environment under a trial transform repeats tasks."""
     if callable(repeat):

@@ -171,9 +171,8 @@ class TrialTransform(StepTransform):
 
     def _get_repeater(self) -> Repeater:
         if self._repeater is None:
-            self._repeater = make_repeater(
-                self._get_inner().env, self.repeat, self.options, one_episode=self.episodes == 1
-            )
+            options = (self.repeat, self.options, self.episodes == 1)
+            self._repeater = make_repeater(self._get_inner().env, *options)
         return self._repeater
 
     def _neighbours(self) -> tuple[list[Transform], list[Transform], EnvBase]:
@@ -190,9 +189,8 @@ class TrialTransform(StepTransform):
 
     def _reset(self, tensordict: TensorDictBase, first: TensorDictBase) -> TensorDictBase:
         repeater = self._get_repeater()
-        mask = tensordict.get("_reset", None)
         done = first.get("done")
-        mask = torch.ones_like(done) if mask is None else mask.view(done.shape)
+        mask = tensordict.get("_reset", torch.ones_like(done)).view(done.shape)
         again = repeater.hard_reset(self._get_inner(), mask)
         if again is not None:
             first.update(again)
@@ -248,8 +246,7 @@ class TrialTransform(StepTransform):
             self.episode_return_key: torch.where(at_start, reward, episode_return + reward),
             self.time_idx_key: time_idx,
         }
-        success = after.pop(self.success_key, None)
-        if success is not None:
+        if (success := after.pop(self.success_key, None)) is not None:
             before = self._before(tensordict, self.episode_success_key) & ~at_start
             written[self.episode_success_key] = before | success.view_as(before).bool()
         if self.show_progress:

@@ -124,7 +124,7 @@ class PolicyDistribution(abc.ABC):
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
-        """Return the vector ``[..., A]`` that critics read for a stored action's vector.
+        """Return the vector ``[..., A]`` that critics read for that of a stored action.
 
         ``policy`` are ``[..., G]`` distributions for the same states, with their forbidden actions.
         """
@@ -132,8 +132,6 @@ class PolicyDistribution(abc.ABC):
 
     def _checked(self, params: Tensor) -> Tensor:
         if params.shape[-1] != self.num_params:
-            raise ValueError(
-                f"{type(self).__name__} needs {self.num_params} parameters in the last dimension, "
-                f"got the shape {list(params.shape)}."
-            )
+            rule = f"{type(self).__name__} needs {self.num_params} parameters in the last dimension"
+            raise ValueError(f"{rule}, got the shape {list(params.shape)}.")
         return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params

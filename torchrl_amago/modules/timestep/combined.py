@@ -182,14 +182,10 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
         if "activation" in options:
             of_image["activation"] = options["activation"]
         image = ImageEmbedding(shapes[image_key], output_size=image_features, **of_image)
-        super().__init__(
-            {image_key: image},
-            {key: shape for key, shape in shapes.items() if key != image_key},
-            vector_features=vector_features,
-            output_size=output_size,
-            num_layers=num_layers,
-            **{"vector_scale": "symlog", **options},
-        )
+        vectors = {key: shape for key, shape in shapes.items() if key != image_key}
+        options = {"vector_scale": "symlog", "num_layers": num_layers, **options}
+        sizes = {"vector_features": vector_features, "output_size": output_size}
+        super().__init__({image_key: image}, vectors, **sizes, **options)
 
     @classmethod
     def from_specs(

@@ -51,10 +51,8 @@ def check_range(index: Tensor, sizes: Sequence[int] | int, name: str) -> None:
     if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
-        raise ValueError(
-            f"{name} must be in [0, size) with size {sizes}, got values from "
-            f"{int(index.min())} to {int(index.max())}."
-        )
+        got = f"got values from {int(index.min())} to {int(index.max())}"
+        raise ValueError(f"{name} must be in [0, size) with size {sizes}, {got}.")
 
 
 class CategoryEmbedding(EntryEmbedding):
@@ -175,8 +173,7 @@ class TokenEmbedding(GoalEmbedding):
     """A sequence of tokens: looked up in one table, pooled as goals are.
 
     Args:
-        length: L, tokens in a step's entry.
-        num_tokens: size of the vocabulary.
+        length, num_tokens: L, tokens in a step's entry, and the size of the vocabulary.
         padding_token: token that fills up short sequences, which counts as absent; None for none.
         options: other arguments of :class:`GoalEmbedding`.
 

@@ -29,10 +29,7 @@ def _min_size(windows: Sequence[tuple[int, int]]) -> int:
 
 
 class ConvTrunk(Configurable, ConvNet):
-    """Convolutions in a row, each with its activation, flattened (channel, height, width).
-
-    ``channels``, ``kernels`` and ``strides`` have a number for each layer.
-    """
+    """Convolutions in a row, each with its activation, flattened (channel, height, width)."""
 
     def __init__(
         self,
@@ -182,10 +179,8 @@ class ImageEmbedding(EntryEmbedding):
         if min(height, width) < (size := getattr(trunk, "min_size", 1)):
             sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
             remedy = f"Correct channels_first={channels_first}, or choose another trunk: {sizes}."
-            raise ValueError(
-                f"the trunk needs images of at least {size} x {size} pixels, got {height} x "
-                f"{width} (shape {self.shape}). {remedy}"
-            )
+            got = f"got {height} x {width} (shape {self.shape}). {remedy}"
+            raise ValueError(f"the trunk needs images of at least {size} x {size} pixels, {got}")
         self.trunk = trunk
         self.features = nn.Linear(_num_features(trunk, (channels, height, width)), output_size)
 

@@ -41,7 +41,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         hidden_size = d_model if hidden_size is None else hidden_size
         check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
-            raise ValueError(f"longest_memory must be at least 2 steps, got {longest_memory}.")
+            raise ValueError(f"longest_memory must be at least 2, got {longest_memory} steps.")
         super().__init__(input_size, d_model, **options)
         self.rnn = self.network(input_size, hidden_size, num_layers, batch_first=True)
         self.out = nn.Linear(hidden_size, d_model)

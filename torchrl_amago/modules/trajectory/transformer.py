@@ -103,15 +103,13 @@ class TransformerEncoder(TrajectoryEncoder):
     Args:
         d_model: D, width, and size of the state; even.
         num_heads: divides `d_model`. On CPUs 16 features per head are much faster than 8.
-        dropout_attn: probability of zeroing an attention weight.
-        dropout_qkv: of zeroing a feature of queries, keys and values.
+        dropout_attn, dropout_qkv: rates for attention weights, and for queries, keys and values.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
         max_positions: size of the learned table: the longest trial's length plus 1, since losses
             also read the observation after the last step.
         beyond_positions: `raise` for steps beyond the learned table, or `clip` them to its last.
         sigma_reparam: use :class:`SigmaReparamLinear`, else `torch.nn.Linear`.
-        normformer: use NormFormer's extra norms.
-        head_scaling: use NormFormer's learned scale per head.
+        normformer, head_scaling: use NormFormer's extra norms, and its learned scale per head.
         window: number of steps that a step sees, at most `context_length`. By default all before it
             in sequences and `context_length` in rollouts.
         num_sinks: see :class:`AttentionPattern`, as for `sink_bias` and `logit_clip`.
@@ -124,7 +122,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.
-        ValueError: from `forward`, if steps come after padding under `segments="never"`.
+        ValueError: for arguments out of range; in `forward`, if "never" meets steps after padding.
 
     Example:
         >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2)

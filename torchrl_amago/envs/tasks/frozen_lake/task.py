@@ -71,17 +71,13 @@ class MetaFrozenLake(GridTask):
     ) -> None:
         check_lakes(size, layouts)
         if not 0.0 <= slip_chance < 1.0:
-            raise ValueError(
-                f"slip_chance must be in [0, 1), got {slip_chance}. It is the probability that a "
-                "move is replaced by staying; at 1 the agent would never move."
-            )
+            rule = "slip_chance must be in [0, 1)"
+            raise ValueError(f"{rule}, got {slip_chance}: at 1 the agent would never move.")
         if max_episode_steps is None:
             max_episode_steps = int(size * size * (2 if hard_mode else 1) / (1.0 - slip_chance))
         super().__init__(size, 2, max_episode_steps=max_episode_steps, **shared)
-        self.hard_mode = hard_mode
-        self.recover_mode = recover_mode
-        self.slip_chance = slip_chance
-        self.layouts = layouts
+        self.hard_mode, self.recover_mode = hard_mode, recover_mode
+        self.slip_chance, self.layouts = slip_chance, layouts
         self.episode_buffers = ("_cell", *(["_broken_lake"] if hard_mode else []))
         rows, cells, moves = self.num_rows, size**2, move_table(size)
         # The second half is for tasks that swap the actions 1 and 3.
