@@ -8,9 +8,8 @@ import threading
 from collections.abc import Callable, Iterator
 
 # SIGHUP and SIGUSR1 do not exist on Windows.
-_PREEMPTION = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-)
+_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1")
+_PREEMPTION = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 
 
 @contextlib.contextmanager

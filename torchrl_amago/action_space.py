@@ -101,11 +101,7 @@ class ActionSpace:
         return one_hot_parts(flat.long(), self.sizes)
 
     def from_vector(self, vector: Tensor) -> Tensor:
-        """Turn vectors ``[*B, A]`` into stored actions ``[*B, *shape]``.
-
-        Categories and bits may be a rounding error away from 0 and 1, as in straight-through
-        samples.
-        """
+        """Turn vectors ``[*B, A]`` into stored actions ``[*B, *shape]``, bits rounded."""
         if self.sizes and not self.one_hot:
             flat = torch.stack([part.argmax(-1) for part in split_parts(vector, self.sizes)], -1)
         else:
@@ -131,9 +127,8 @@ class ActionSpace:
         """``[*B, *shape] -> [*B, n]``, n one number per part, bit or category."""
         batch = action.shape[: max(action.ndim - len(self.shape), 0)]
         if action.shape != (*batch, *self.shape):
-            raise ValueError(
-                f"an action must have the shape [*batch, *{self.shape}], got {list(action.shape)}."
-            )
+            rule = f"an action must have the shape [*batch, *{self.shape}]"
+            raise ValueError(f"{rule}, got {list(action.shape)}.")
         return action.reshape(*batch, _product(self.shape))
 
 

@@ -1,4 +1,4 @@
-"""Figures: learning curve, adaptation curve, picture strip of a trial.
+"""Figures as files (PNG, PDF or SVG): learning curve, adaptation curve, picture strip of a trial.
 
 They are drawn without pyplot: no global state, no display. Importing matplotlib takes long, and
 waits until something is drawn.
@@ -125,7 +125,6 @@ def plot_adaptation_curve(
 
     Args:
         results: of one agent, or of its seeds; or either by name for several agents.
-        path: PNG (or PDF, SVG) to write.
         reference: value by episode of a dashed line, such as an exact optimum's.
 
     Example:
@@ -181,7 +180,6 @@ def plot_trial_strip(
 
     Args:
         frames: pictures `[H, W, 3]` uint8 of each episode, as `rollout_pictures` returns.
-        path: PNG (or PDF, SVG) to write.
         titles, headings: text beside each episode and over each column; by default numbers.
 
     Example:
@@ -195,10 +193,10 @@ def plot_trial_strip(
     headings = headings or ["start", *(f"step {number}" for number in range(1, columns))]
     left = 0.1 + 0.075 * max(map(len, titles))  # inches for the episodes' titles
     top = 0.55 if title else 0.3  # and for the headings
-    width, height = left + columns * side, top + len(frames) * side
-    figure = Figure(figsize=(width, height))
-    place = dict(left=left / width, right=0.995, bottom=0.005, top=1 - top / height)
-    grid = dict(**place, wspace=0.06, hspace=0.06)
+    width, height = size = left + columns * side, top + len(frames) * side
+    figure = Figure(figsize=size)
+    grid = dict(left=left / width, right=0.995, bottom=0.005, top=1 - top / height)
+    grid |= dict(wspace=0.06, hspace=0.06)
     axes = figure.subplots(len(frames), columns, squeeze=False, gridspec_kw=grid)
     for ax in axes.flat:
         ax.set_axis_off()

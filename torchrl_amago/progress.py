@@ -59,8 +59,7 @@ class ProgressTable:
 def read_progress(run_dir: str | Path) -> dict[str, np.ndarray]:
     """Read a run's table, as :class:`ProgressTable` shows: float64 by column, NaN for empty cells.
 
-    Raises:
-        DamagedError: if it is no table of numbers; FileNotFoundError if there is none.
+    Raises DamagedError if it is no table of numbers, FileNotFoundError if there is none.
     """
     path = Path(run_dir) / PROGRESS_FILE
     try:

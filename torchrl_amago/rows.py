@@ -29,8 +29,7 @@ def split_trials(
     Args:
         batch: ``[N]``, flat, or rows ``[B, T]``.
         mask_key: True on real steps; if missing, all are.
-        is_init_key: True on the first step of a trial.
-        end_key: True on the last step of a trial, or of a slice of one.
+        is_init_key, end_key: True on the first and the last step of a trial or slice.
         trajectory_key: a number that differs between consecutive trials.
 
     Returns:

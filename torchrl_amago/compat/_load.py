@@ -104,9 +104,9 @@ def load_amago_weights(
         if ours is not None and ours in network.entries:
             copies.append((network.entries[ours], value))
             loaded[theirs] = f"{network.name}.{ours}"
-            shapes = [tuple(tensor.shape) for tensor in copies[-1]]
-            if shapes[0] != shapes[1]:
-                line = f"{theirs} {shapes[1]} -> {loaded[theirs]} {shapes[0]}"
+            here, there = (tuple(tensor.shape) for tensor in copies[-1])
+            if here != there:
+                line = f"{theirs} {there} -> {loaded[theirs]} {here}"
                 problems["shapes that differ"].append(line)
         elif reason := _reason_to_omit(part, ours, value, networks):
             unused[theirs] = reason
@@ -118,12 +118,10 @@ def load_amago_weights(
     kept = tuple(name for name in empty if name.rpartition(".")[2] in _CONFIGURATION)
     problems["not filled"] += [name for name in empty if name not in kept]
     if lists := [f"{k}:\n    " + "\n    ".join(lines) for k, lines in problems.items() if lines]:
-        raise ValueError(
-            "AMAGO's weights do not fit this policy or loss; nothing was changed.\n"
-            + "\n".join(lists)
-            + "\nBuild them with the agent's networks, sizes and discounts; "
-            "docs/migrating_from_amago.md lists the arguments."
-        )
+        rule = "AMAGO's weights do not fit this policy or loss; nothing was changed."
+        remedy = "Build them with the agent's networks, sizes and discounts; "
+        remedy += "docs/migrating_from_amago.md lists the arguments."
+        raise ValueError("\n".join((rule, *lists, remedy)))
     with torch.no_grad():
         for entry, value in copies:
             entry.copy_(value)
@@ -132,8 +130,7 @@ def load_amago_weights(
 
 def _networks(policy: Policy, loss: AMAGOLoss | None) -> dict[str, _Network]:
     """Return our networks by AMAGO's names."""
-    timestep, trajectory = policy.encoder.module
-    actor = policy.actor.module
+    timestep, trajectory, actor = *policy.encoder.module, policy.actor.module
     networks = {
         theirs: _Network(ours, module, module.state_dict(keep_vars=True))
         for theirs, ours, module in (
@@ -186,9 +183,8 @@ def _input_problems(policy: Policy) -> dict[str, list[str]]:
     read = list(encoder.in_keys)
     if isinstance(encoder, CNNTimestepEncoder):
         read = list(encoder.vector_shapes)
-        if encoder.vector_scale != "symlog":
-            scale = f"vector_scale={encoder.vector_scale!r}"
-            problems["vectors on another scale than AMAGO's symlog"] = [scale]
+        if (scale := encoder.vector_scale) != "symlog":
+            problems["vectors on another scale than AMAGO's symlog"] = [f"vector_scale={scale!r}"]
     previous = [key for key in (keys.PREV_REWARD, keys.PREV_ACTION) if key in read]
     expected = sorted((key for key in read if key not in previous), key=str) + previous
     if read != expected:

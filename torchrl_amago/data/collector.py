@@ -46,7 +46,6 @@ class TrialCollector(Collector):
     Args:
         env: batched environment, or a function that makes one.
         policy: called at every step; or use ``policy_factory``.
-        replay_buffer: buffer to write to.
         frames_per_batch: environment steps, all rows together, between two writes.
         fragment_length: steps after which a trial is cut; None never cuts. It needs a buffer with a
             :class:`TrialSliceSampler`.
@@ -185,8 +184,7 @@ class TrialCollector(Collector):
         global generator, in tensors and plain values. It is left out unless the environment's class
         sets ``can_save_state``, and in workers of a `MultiCollector`.
         """
-        state = super().state_dict()
-        env = _env_with_state(self.env)
+        state, env = super().state_dict(), _env_with_state(self.env)
         if env is None or self._shares_numbers:
             return state
         in_progress = {
@@ -234,8 +232,7 @@ class TrialCollector(Collector):
         self._carrier = carrier.clear_device_() if self._carrier.device is None else carrier
         self._row_trials = carrier.get(keys.TRAJECTORY).clone()
         self._begun = set(in_progress["begun"].tolist())
-        if "pending" in in_progress:
-            pending = in_progress["pending"]
+        if (pending := in_progress.get("pending")) is not None:
             size = [len(pending["collector"]["traj_ids"])]
             self._pending = TensorDict(pending, size, device=self.storing_device).clone()
         _env_with_state(self.env).load_state_dict(in_progress["env"])

@@ -33,9 +33,7 @@ class InputNorm(PreciseBuffers):
 
     Features that hardly vary (sigma <= 0.01) are shifted but not scaled; so are, by the rounding of
     float32, those whose mean is beyond about 3,000 standard deviations. `t` starts at 1 and counts
-    before use, so that the first update moves half-way.
-
-    ``beta`` is the averages' step size after many updates, ``initial_nu`` the first nu.
+    before use, so that the first update moves half-way; ``beta`` is the step size after many.
     """
 
     #: Bound on normalised values, so that one outlier cannot overflow later layers.

@@ -63,8 +63,7 @@ class SigmaReparamLinear(nn.Linear):
 
     def forward(self, x: Tensor, power_iteration: bool | None = None) -> Tensor:
         """Apply the layer to `[..., in_features]`; `power_iteration` defaults to `training`."""
-        if power_iteration is None:
-            power_iteration = self.training
+        power_iteration = self.training if power_iteration is None else power_iteration
         if x.ndim < 3:
             # A rollout's step, mostly of few rows: cheaper to scale them than the matrix.
             # (Comparing sizes would specialise torch.compile to those of sequences.)
@@ -80,7 +79,6 @@ class RMSNorm(nn.Module):
         self.scale, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def reset_parameters(self) -> None:
-        """Reset the scale to 1."""
         nn.init.ones_(self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +146,6 @@ class MLP(nn.Module):
 
     Args:
         num_layers: number of hidden layers, of `hidden_size`, at least 1.
-        activation: one of :data:`ACTIVATIONS`; ``norm`` is one of :data:`NORMS`.
         linear: class of the linear layers, called with (inputs, outputs).
     """
 

@@ -20,8 +20,7 @@ def sinusoidal_positions(
 
         out[..., 2i] = sin(p / 10000^(2i/size)),    out[..., 2i+1] = cos(p / 10000^(2i/size))
 
-    Positions are integers `[...]` from 0, the result is `[..., size]` with an even size; `dtype` is
-    that of the computation too.
+    Positions are integers `[...]` from 0, the result is `[..., size]`, computed in `dtype`.
     """
     if size % 2:
         raise ValueError(f"sinusoidal positions need an even size, got {size}.")
@@ -31,10 +30,7 @@ def sinusoidal_positions(
 
 
 def rotate_by_position(x_BHTD: Tensor, positions_BT: Tensor, base: float = 10000.0) -> Tensor:
-    """Rotate by position (RoPE, arXiv 2104.09864, eq. 34), first half paired with second half.
-
-    D is even. The longest wavelength is 2 pi `base`.
-    """
+    """Rotate by position (RoPE, arXiv 2104.09864, eq. 34): D is even, and its halves are paired."""
     size = x_BHTD.shape[-1]
     wide_BHTD = at_least_float32(x_BHTD)
     even = torch.arange(0, size, 2, device=x_BHTD.device, dtype=wide_BHTD.dtype)

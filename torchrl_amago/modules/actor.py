@@ -28,9 +28,7 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
     :meth:`head`.
 
     Args:
-        state_size: size of the state.
         num_params: P, parameters of one action distribution (the number of actions if discrete).
-        num_discounts: G.
         observation_sizes: number of elements of each observation that is read besides the state.
         masks_actions: read a mask of the allowed actions.
         mask_parts: numbers of choices of the action's parts, each of which must be allowed one.
@@ -77,11 +75,10 @@ class ActorHead(Configurable, nn.Module, abc.ABC):
                 then, if `masks_actions`, the action mask ``[*B, P]``, see :func:`forbid`.
         """
         num_observations = len(self.observation_sizes)
-        if len(inputs) != num_observations + self.masks_actions:
+        if len(inputs) != (needed := num_observations + self.masks_actions):
             raise ValueError(
                 f"an actor with observation_sizes={self.observation_sizes} and masks_actions="
-                f"{self.masks_actions} reads {num_observations + self.masks_actions} tensors after "
-                f"the state, got {len(inputs)}."
+                f"{self.masks_actions} reads {needed} tensors after the state, got {len(inputs)}."
             )
         x = self._join(state, inputs[:num_observations])
         params_BGP = self.head(x).unflatten(-1, (self.num_discounts, self.num_params))
@@ -134,8 +131,7 @@ def forbid(params_BGP: Tensor, mask_BP: Tensor, mask_parts: Sequence[int] | None
     if not all(part_BP.any(-1).all() for part_BP in split):
         raise ValueError(
             "an action mask must allow at least one action in each row, and in each part of an "
-            "action, got a row of only False. Fix the environment, and fill the mask of padding "
-            "with True."
+            "action, got a row of only False. Fix the environment; fill padding's mask with True."
         )
     return params_BGP.masked_fill(~mask_BP.unsqueeze(-2), float("-inf"))
 
@@ -182,8 +178,7 @@ class ResidualActor(ActorHead):
         parameters = linear(x)
 
     Args:
-        feature_size: width between the blocks.
-        residual_size: width inside of a block.
+        feature_size, residual_size: width between the blocks, and inside of a block.
         num_blocks: number of blocks, at least 1.
         norm: name of the norm in the blocks.
         dropout: rate inside of the first MLP.

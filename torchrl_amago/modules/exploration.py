@@ -125,8 +125,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 class BilevelEpsilonGreedy(BilevelExploration):
     """Epsilon-greedy exploration for discrete actions of one or several parts, and for bits.
 
-    Each part is replaced by a uniformly random choice with probability epsilon, independently of
-    the others.
+    Each part is replaced by a uniformly random choice with probability epsilon, independently.
 
     Args:
         num_actions: number of actions, or a sequence of each part's (2 for each bit).
@@ -178,8 +177,7 @@ class BilevelEpsilonGreedy(BilevelExploration):
 class BilevelGaussian(BilevelExploration):
     """Gaussian noise for continuous actions: ``clip(action + epsilon * N(0, 1), -1, 1)``.
 
-    The noise of each number of an action is independent (as in TD3, arXiv 1802.09477). Arguments:
-    see :class:`BilevelExploration`.
+    Noise is independent, as in TD3 (arXiv 1802.09477). Arguments: see :class:`BilevelExploration`.
 
     Example:
         >>> noise = BilevelGaussian(horizon=45)

@@ -21,6 +21,8 @@ from torchrl_amago.modules.trajectory import StateMemory, TrajectoryEncoder
 if TYPE_CHECKING:
     from torchrl_amago.modules.policy import Policy
 
+States = tuple[Tensor, ...]
+
 
 class PolicyStep(nn.Module):
     """A policy's greedy step, with its memory as an argument and a result.
@@ -68,29 +70,26 @@ class PolicyStep(nn.Module):
         """Return the inputs of :meth:`forward` by name; `"a.b"` is a nested entry of the step."""
         return {name: step.get(key) for name, key in self.keys.items()}
 
-    def initial_states(self, num_rows: int) -> tuple[Tensor, ...]:
+    def initial_states(self, num_rows: int) -> States:
         """Return the memory of rollouts that haven't begun, tensors `[N, ...]`."""
         memory = self._new_memory(num_rows)
         return tuple(chain(*memory.layers)) if memory else ()
 
     @torch.no_grad()
-    def forward(
-        self, inputs: Mapping[str, Tensor], states: tuple[Tensor, ...]
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward(self, inputs: Mapping[str, Tensor], states: States) -> tuple[Tensor, States]:
         """Return the greedy action `[N, ...]`, as the environment stores it, and the new states.
 
         The states given are those of the last step, or :meth:`initial_states`.
         """
         policy, step = self.policy, {key: inputs[name] for name, key in self.keys.items()}
         timestep, trajectory = policy.encoder.module
-        _, time_idx_key, is_init_key = trajectory.in_keys
-        is_init_N = step[is_init_key].reshape(-1)
+        time_N, is_init_N = (step[key].reshape(-1) for key in trajectory.in_keys[1:])
         new = [torch.where(is_init_N.view(-1, *[1] * (s.ndim - 1)), 0.0, s) for s in states]
         rest = iter(new)
         layers = [[next(rest) for _ in range(size)] for size in self._layer_sizes]
         observations = [step[key] for key in policy.actor.in_keys[1:]]
-        positions_N, memory = step[time_idx_key].reshape(-1), SimpleNamespace(layers=layers)
-        *_, params = step_outputs(policy, timestep.read(step), positions_N, memory, observations)
+        memory = SimpleNamespace(layers=layers)
+        *_, params = step_outputs(policy, timestep.read(step), time_N, memory, observations)
         actions = policy.distribution.stored(params[:, policy.sampler.index])
         return actions.deterministic_sample, tuple(new)
 
@@ -110,8 +109,7 @@ def step_outputs(
     timestep, trajectory = policy.encoder.module
     x = timestep.encode(inputs, None)
     batch = x.shape[:-1]
-    state = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory)
-    state = state.reshape(*batch, -1)
+    state = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory).reshape(*batch, -1)
     return x, state, policy.actor.module(state, *observations)
 
 

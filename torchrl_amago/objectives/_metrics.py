@@ -13,8 +13,7 @@ metric              meaning
 ``td_error``        absolute difference of ``q_value`` and ``td_target``
 ``advantage``       Q(s, a) - V(s), the filter's input, in the filter's space
 ``filter``          weight of an action in the imitation term; fraction imitated if binary
-``target_mean``     the codec's running mean of targets
-``target_scale``    the codec's running standard deviation of targets
+``target_mean``     the codec's running mean of targets; ``target_scale``, standard deviation
 ``entropy``         of the policy, nats
 ``effective_batch`` number of real steps
 =================== ============================================================================

@@ -81,10 +81,7 @@ def expected_value(q: Tensor, probs: Tensor) -> Tensor:
 def draw_critic_subset(
     shape: tuple[int, ...], num_critics: int, device: torch.device | None = None
 ) -> Tensor:
-    """Draw the members that form each TD target, with replacement (REDQ, arXiv 2101.05982).
-
-    Returns int64 indices of the shape ``(..., number drawn, G)``.
-    """
+    """Draw TD targets' members with replacement, int64 ``(..., K, G)`` (REDQ, arXiv 2101.05982)."""
     return torch.randint(num_critics, shape, device=device)
 
 
@@ -118,10 +115,9 @@ def exponential_filter(
     advantage_range: tuple[float | None, float | None] = (None, None),
     weight_range: tuple[float | None, float | None] = (1e-7, None),
 ) -> Tensor:
-    """Imitate actions by ``exp(beta * advantage)`` (AWAC, arXiv 2006.09359, eq. 8).
+    """Imitate actions by ``exp(beta * advantage)``, any shape (AWAC, arXiv 2006.09359, eq. 8).
 
     Args:
-        advantage: any shape.
         beta: inverse temperature (some papers write ``advantage / beta``).
         advantage_range: bounds of the advantage, as ``weight_range`` of the result; None is open.
 
@@ -142,10 +138,9 @@ def leaky_relu_filter(
     weight_range: tuple[float | None, float | None] = (1e-7, 10.0),
     add_binary: bool = True,
 ) -> Tensor:
-    """Imitate actions in proportion to their advantage, worse ones a little.
+    """Imitate actions in proportion to their advantage, any shape; worse ones a little.
 
     Args:
-        advantage: any shape.
         beta: scale of the slope, ``1 / beta`` above the hinge.
         hinge: advantage at which the main slope starts.
         negative_slope: relative slope below the hinge.

@@ -23,7 +23,6 @@ def amago_loss(
     Critics list the values of a single discrete action, and take actions of any other space.
 
     Args:
-        policy: the policy to train; gives discounts and actions.
         value_codec: default :class:`PopArt`.
         critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`, whose defaults are AMAGO's.

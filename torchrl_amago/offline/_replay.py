@@ -52,13 +52,10 @@ def join(rule: TrialTransform, parts: Sequence[RecordedTrial]) -> RecordedTrial:
 
 
 def replay(checker: TrajectoryChecker, trials: Sequence[RecordedTrial]) -> TensorDict:
-    """Play trials under the environment's transforms; return their steps ``[N]`` in order.
-
-    A long trial of a single episode is played in several pieces at once.
-    """
+    """Play trials under the environment's transforms; return their steps ``[N]`` in order."""
     lengths = [one.length for one in trials]
     piece = max(_MIN_PIECE, -(-sum(lengths) // MAX_ROWS))
-    # Of each row the trial, the step of the trial that it begins with, and its length.
+    # Of each row the trial, its first step there and its length: long episodes take several rows.
     starts = []
     for k, one in enumerate(trials):
         size = lengths[k] if one.rows_S["done"][:-1].any() else piece

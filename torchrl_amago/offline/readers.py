@@ -63,8 +63,8 @@ def read_minari(dataset: str | Any, *, download: bool = False) -> TrajectorySour
     try:
         import minari
     except ImportError as error:
-        remedy = "Run pip install 'torchrl-amago[offline]'."
-        raise ImportError(f"read_minari needs minari and h5py. {remedy}") from error
+        install = "pip install 'torchrl-amago[offline]'"
+        raise ImportError(f"read_minari needs minari and h5py: {install}") from error
     if isinstance(dataset, str):
         dataset = minari.load_dataset(dataset, download=download)
     arrays, sizes = attrgetter(*arrays_of.ARRAYS), (dataset.total_episodes, dataset.total_steps)

@@ -172,8 +172,7 @@ class TrajectoryChecker:
         """Convert a trajectory of any kind, or raise TrajectoryError."""
         one = as_trajectory(item, self.action_key, self.reward_key)
         action_L = self._action(one)
-        steps = len(action_L)
-        arrays = _flatten(one.observation)
+        steps, arrays = len(action_L), _flatten(one.observation)
         if len(self.given) == 1 and keys.OBSERVATION in arrays:
             arrays.setdefault(self.given[0], arrays[keys.OBSERVATION])  # under any name
         require_names("observations", self.given, arrays, "Name them as the environment does.")

@@ -84,10 +84,8 @@ class Relabel(Transform, ABC):
         """Call :meth:`relabel` with checks; the result always has the mask."""
         missing = [key for key in (*self.in_keys, keys.MASK) if trials.get(key, None) is None]
         if missing:
-            raise KeyError(
-                f"{type(self).__name__} reads {missing}, but the trials hold only "
-                f"{_names(trials)}. Name the environment's entries in its constructor."
-            )
+            got = f"the trials hold only {_names(trials)}. Name others in its constructor."
+            raise KeyError(f"{type(self).__name__} reads {missing}, but {got}")
         out = self.relabel(trials, self.generator if generator is None else generator)
         mask_BL, new_BL = trials.get(keys.MASK), out.get(keys.MASK, None)
         if new_BL is None:
@@ -102,7 +100,6 @@ class Relabel(Transform, ABC):
         return out
 
     def set_rng(self, generator: torch.Generator | None) -> None:
-        """Use this generator unless the buffer has one."""
         self.generator = generator
 
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:

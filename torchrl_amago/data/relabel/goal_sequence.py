@@ -36,9 +36,6 @@ class GoalSequenceRelabel(GoalRelabel):
         achieved_key: entry ``[*B, N, *goal]``, up to N achieved goals in each step.
         options: other arguments of :class:`GoalRelabel`, with its errors.
 
-    Raises:
-        ValueError: for an unknown strategy.
-
     Example:
         >>> from torchrl_amago.envs import make_trial_env
         >>> from torchrl_amago.envs.tasks import MazeRunner
@@ -79,8 +76,7 @@ class GoalSequenceRelabel(GoalRelabel):
     ) -> tuple[Tensor, Tensor]:
         goals_BK, mask_BT = trials.get(self.goal_key)[:, 0], trials.get(keys.MASK)
         is_goal_BK = ~is_empty_goal(goals_BK, self.empty_goal, 2)
-        # Position among the goals that are not empty.
-        rank_BK = is_goal_BK.cumsum(-1) - 1
+        rank_BK = is_goal_BK.cumsum(-1) - 1  # position among the goals that are not empty
         meets_BT, num_steps = self._meets_goal(trials), mask_BT.shape[1]
         num_met_BT = meets_BT.cumsum(1)
         num_met_B = num_met_BT[:, -1]
@@ -91,10 +87,8 @@ class GoalSequenceRelabel(GoalRelabel):
         if self.strategy == "some":
             fraction_B = uniform(num_new_B.shape, generator, mask_BT.device)
             num_new_B = (fraction_B * (num_new_B + 1)).long()
-        achieved_BTN = self._achieved(trials, goals_BK.shape[2:])
-        step_BK, new_BK = self._alternatives(
-            achieved_BTN, mask_BT & ~meets_BT, num_new_B, generator
-        )
+        achieved_BTN, is_free_BT = self._achieved(trials, goals_BK.shape[2:]), mask_BT & ~meets_BT
+        step_BK, new_BK = self._alternatives(achieved_BTN, is_free_BT, num_new_B, generator)
         in_time_BK = torch.cat([met_BK, step_BK], 1).argsort(1).gather(1, rank_BK.clamp(min=0))
         sequence_BK = take_rows(torch.cat([goals_BK, new_BK], 1), in_time_BK)
         num_found_B = (step_BK < num_steps).sum(-1)

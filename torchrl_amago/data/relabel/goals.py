@@ -55,7 +55,7 @@ def take_rows(x_BN: Tensor, index_BK: Tensor) -> Tensor:
 class GoalRelabel(Relabel):
     """Base of relabellers that replace goals, and with them rewards and ends.
 
-    A subclass implements :meth:`new_goals`.
+    A subclass implements :meth:`new_goals`. ``generator``: see :class:`Relabel`.
 
     Args:
         goal_key: entry with the goals.
@@ -68,7 +68,6 @@ class GoalRelabel(Relabel):
         reward_key: reward in ``next``; ``prev_reward_key`` is the same at the step after.
         check: compare trials replayed with their own goals to the stored ones, for the first batch
             and the first in which a goal is met.
-        generator: see :class:`Relabel`.
 
     Raises:
         ValueError: when called, if shapes don't fit, or the check fails.
@@ -152,10 +151,7 @@ class GoalRelabel(Relabel):
     def _replay(
         self, trials: TensorDictBase, rows_R: Tensor, goals_RK: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return goals ``[R, S, K]``, rewards ``[R, T, 1]`` and the step that ends each trial.
-
-        The latter meets the last goal; T stands for none.
-        """
+        """Return goals ``[R, S, K]``, rewards ``[R, T, 1]`` and trials' last steps, T for none."""
         # Steps next to each other in memory, where operations on them are much faster.
         achieved_RTN = self._achieved(trials, goals_RK.shape[2:])[rows_R]
         achieved_RTN = achieved_RTN.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -172,7 +168,12 @@ class GoalRelabel(Relabel):
         num_met_RS.scatter_add_(1, met_RK + 1, torch.ones_like(met_RK))
         num_met_RS = num_met_RS[:, :-1].cumsum(1)
         if self.empty_goal is not None:
-            goals_RS = self._visible_goals(goals_RK, num_met_RS)
+            # One view for each number of goals met, with those empty; steps look theirs up.
+            order_K = torch.arange(num_goals + 1, device=goals_RK.device)
+            is_met = order_K[:-1] < order_K.unsqueeze(-1)
+            is_met = is_met.view(*is_met.shape, *(1,) * (goals_RK.ndim - 2))
+            views_R = goals_RK.unsqueeze(1).masked_fill(is_met, self.empty_goal)
+            goals_RS = take_rows(views_R, num_met_RS)
         # The next goal comes after those met; once all are met, there is no reward.
         turn_RT1 = num_met_RS[:, :-1].unsqueeze(-1)
         reward_RT1 = reward_RTK.gather(-1, turn_RT1.clamp(max=num_goals - 1))
@@ -209,14 +210,6 @@ class GoalRelabel(Relabel):
                 f"{tuple(reward_BTK.shape)}. Reduce over N and over the goal's dimensions."
             )
         return reward_BTK
-
-    def _visible_goals(self, goals_RK: Tensor, num_met_RS: Tensor) -> Tensor:
-        """Return the goals at each step, ``[R, S, K]``: those met before are empty."""
-        # One view for each number of goals met; steps look theirs up.
-        order_K = torch.arange(goals_RK.shape[1] + 1, device=goals_RK.device)
-        is_met = order_K[:-1] < order_K.unsqueeze(-1)
-        is_met = is_met.view(*is_met.shape, *(1,) * (goals_RK.ndim - 2))
-        return take_rows(goals_RK.unsqueeze(1).masked_fill(is_met, self.empty_goal), num_met_RS)
 
     def _ended_by_goal(self, trials: TensorDictBase, rows_R: Tensor) -> tuple[Tensor, Tensor]:
         """Find the trials that their own goal ended, and its step, to be truncated instead."""

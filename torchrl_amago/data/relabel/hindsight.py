@@ -26,18 +26,14 @@ class HindsightRelabel(GoalRelabel):
     Args:
         strategy: step whose achieved goal becomes the goal: ``"final"``, the last; ``"episode"``,
             any; ``"future"``, any that isn't before another drawn step, so that later ones are
-            likelier.
+            likelier. ValueError for others.
         fraction: fraction of the trials that get a new goal, in [0, 1]; 0.8 is HER's best, four new
             goals for an old one.
         goal_key: entry ``[*B, *goal]``.
-        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` for N achieved goals in each
-            step.
+        achieved_key: entry ``[*B, *goal]``, or ``[*B, N, *goal]`` for N achieved in each step.
         empty_goal: number that fills an empty place of those N; a trial for which an empty one is
             drawn keeps its goal. None if there are no empty places.
         options: other arguments of :class:`GoalRelabel`, with its errors.
-
-    Raises:
-        ValueError: for an unknown strategy or a fraction out of range.
 
     Example:
         >>> from tensordict import TensorDict

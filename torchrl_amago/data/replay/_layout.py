@@ -32,10 +32,8 @@ def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:
         if name[0] == "collector" or any(part.startswith("_") for part in name):
             continue
         if not isinstance(value, Tensor):
-            raise TypeError(
-                f"a replay buffer stores tensors, got {type(value).__name__} at {key!r}. Encode it "
-                "as a tensor, or exclude it."
-            )
+            got = f"got {type(value).__name__} at {key!r}. Encode or exclude it."
+            raise TypeError(f"a replay buffer stores tensors, {got}")
         entries[parts] = value
     entries = dict(sorted(entries.items()))
     dtypes = {key: str(x.dtype).removeprefix("torch.") for key, x in entries.items()}

@@ -215,11 +215,8 @@ class TrialStorage(LazyMemmapStorage):
             raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
 
     def set(self, *_: Any, **__: Any) -> NoReturn:
-        """Raise TypeError: trials don't change in place."""
-        raise TypeError(
-            "stored trials can't be changed in place. Write new ones with extend, or change "
-            "batches with rb.append_transform."
-        )
+        remedy = "Write new ones with extend, or change batches with rb.append_transform."
+        raise TypeError(f"stored trials can't be changed in place. {remedy}")
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
@@ -299,7 +296,6 @@ class TrialStorage(LazyMemmapStorage):
             self._create(self.spec)
 
     def state_dict(self) -> NoReturn:
-        """Raise NotImplementedError: trials are saved to folders."""
         raise NotImplementedError("stored trials are saved to folders. Use save_replay, or dumps.")
 
     def __getstate__(self) -> dict[str, Any]:

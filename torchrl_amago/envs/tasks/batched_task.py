@@ -51,7 +51,6 @@ class BatchedTask(EnvBase):
         max_episode_steps: step limit of an episode.
         categorical_action_encoding: integer actions ``[*B]``, else one-hot ``[*B, A]``.
         batch_size: any shape; all rows are stepped together.
-        device: device of the state and of all tensors.
         seed: as for ``set_seed(seed)``; by default drawn from torch's global generator.
 
     Raises:
@@ -96,8 +95,7 @@ class BatchedTask(EnvBase):
     ) -> None:
         check_counts("It limits one episode.", max_episode_steps=max_episode_steps)
         super().__init__(device=device, batch_size=torch.Size(batch_size))
-        self.num_actions = num_actions
-        self.max_episode_steps = max_episode_steps
+        self.num_actions, self.max_episode_steps = num_actions, max_episode_steps
         self._categorical = categorical_action_encoding
         self._make_specs(observation_bounds)
         self._state("_has_task", torch.zeros(self.num_rows, dtype=torch.bool))
@@ -158,7 +156,6 @@ class BatchedTask(EnvBase):
         return {"generator": self._generator.get_state()}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
-        """Restore the generator's state."""
         self._generator.set_state(state["generator"].cpu())
 
     def to(self, device: torch.device | str | int) -> BatchedTask:
@@ -217,18 +214,15 @@ class BatchedTask(EnvBase):
         action = tensordict.get("action")
         if not self._categorical:
             one_hot = action.reshape(-1, self.num_actions)
-            if one_hot.dtype == torch.bool:
-                one_hot = one_hot.to(torch.uint8)  # argmax has no bool
-            return one_hot.argmax(-1)
+            is_bool = one_hot.dtype == torch.bool  # which argmax doesn't take
+            return (one_hot.to(torch.uint8) if is_bool else one_hot).argmax(-1)
         action = action.reshape(-1)
         # Elsewhere than on CPU, looking at the values would wait for the device at every step.
         if action.device.type == "cpu":
-            low, high = action.aminmax()
+            low, high = map(int, action.aminmax())
             if low < 0 or high >= self.num_actions:
-                raise ValueError(
-                    f"action must be in [0, {self.num_actions - 1}], got values from {int(low)} to "
-                    f"{int(high)}. {self.action_meaning}"
-                )
+                got = f"got values from {low} to {high}. {self.action_meaning}"
+                raise ValueError(f"action must be in [0, {self.num_actions - 1}], {got}")
         return action
 
     def _step_all(self, action: Tensor) -> TensorDict:

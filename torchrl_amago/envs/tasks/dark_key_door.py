@@ -31,10 +31,8 @@ class DarkKeyDoor(GridTask):
     whether it has the key (0 or 1), the key's coordinates and the door's.
 
     Args:
-        size: cells per side, at least 2.
         dark: show the agent's own position only.
-        max_episode_steps: step limit of an episode.
-        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
+        shared: size, actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> room = DarkKeyDoor(size=5, batch_size=[4], seed=0)
@@ -71,9 +69,8 @@ class DarkKeyDoor(GridTask):
         return self._coordinates(self._start)
 
     def _draw_tasks(self, rows: Tensor) -> None:
-        cells = torch.randint(
-            self.size**2, (3, len(rows)), generator=self._generator, device=rows.device
-        )
+        where = {"generator": self._generator, "device": rows.device}
+        cells = torch.randint(self.size**2, (3, len(rows)), **where)
         for state, cell in zip((self._start, self._key, self._door), cells, strict=True):
             state.index_copy_(0, rows, cell)
         self._draw_meanings(rows)

@@ -25,7 +25,7 @@ class GridTask(BatchedTask):
     and 4 the second one (right and left). Observed coordinates are divided by ``size``.
 
     Args:
-        size: cells per side.
+        size: cells per side, at least 2.
         observation_size: entries of the observation, all in [0, 1].
         randomize_actions: each task permutes the five actions.
         shared: other arguments: see :class:`BatchedTask`.
@@ -37,8 +37,7 @@ class GridTask(BatchedTask):
         self, size: int, observation_size: int, *, randomize_actions: bool = False, **shared: Any
     ) -> None:
         super().__init__([(0.0, 1.0)] * observation_size, num_actions=NUM_ACTIONS, **shared)
-        self.size = size
-        self.randomize_actions = randomize_actions
+        self.size, self.randomize_actions = size, randomize_actions
         # The first entry of each row in a table of all rows' cells.
         self._constant("_first_cell", size**2 * torch.arange(self.num_rows))
         self._constant("_positions", position_table(size))

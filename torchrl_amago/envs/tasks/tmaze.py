@@ -15,7 +15,6 @@ from torchrl_amago.envs.tasks.batched_task import BatchedTask
 Penalize = Literal["behind", "dawdling"]
 
 _NUM_ACTIONS = 4
-
 _WALL, _FLOOR, _LINES, _LAMP = (70, 74, 84), (232, 226, 212), (208, 200, 182), (252, 214, 92)
 
 
@@ -72,8 +71,7 @@ class TMaze(BatchedTask):
         **shared: Any,
     ) -> None:
         check_counts("It is the steps to the junction.", corridor_length=corridor_length)
-        if max_episode_steps is None:
-            max_episode_steps = corridor_length + 1
+        max_episode_steps = corridor_length + 1 if max_episode_steps is None else max_episode_steps
         if max_episode_steps <= corridor_length:
             raise ValueError(
                 f"max_episode_steps must be larger than corridor_length={corridor_length}, got "
@@ -89,17 +87,13 @@ class TMaze(BatchedTask):
         observation_bounds = [(0.0, 1.0), (-1.0, 1.0), (-1.0, 1.0)] + [(0.0, 1.0)] * show_time
         shared["max_episode_steps"] = max_episode_steps
         super().__init__(observation_bounds, num_actions=_NUM_ACTIONS, **shared)
-        self.corridor_length = corridor_length
-        self.ambiguous_position = ambiguous_position
-        self.penalty = max_penalty if penalty is None else penalty
-        self.penalize = penalize
-        self.show_time = show_time
-        self.oracle = oracle
+        self.corridor_length, self.ambiguous_position = corridor_length, ambiguous_position
+        self.penalty, self.penalize = max_penalty if penalty is None else penalty, penalize
+        self.show_time, self.oracle = show_time, oracle
         # Cells are numbered along the corridor, junction included; then come the two arms.
         progress = torch.arange(corridor_length + 3).clamp(max=corridor_length)
         side = torch.tensor([0.0] * (corridor_length + 1) + [1.0, -1.0])
-        far = progress / corridor_length
-        far = far.floor() if ambiguous_position else far
+        far = progress // corridor_length if ambiguous_position else progress / corridor_length
         self._constant("_moves", _move_table(corridor_length))
         self._constant("_places", torch.stack([far, side], -1))
         self._constant("_sides", side)
@@ -120,8 +114,7 @@ class TMaze(BatchedTask):
         self._cell.masked_fill_(selected, 0)
 
     def _advance(self, action: Tensor) -> tuple[Tensor, Tensor]:
-        cell = self._moves.take(action * self._progress.numel() + self._cell)
-        self._cell.copy_(cell)
+        cell = self._cell.copy_(self._moves.take(action * self._progress.numel() + self._cell))
         over = self._num_steps >= self.max_episode_steps
         if self.penalize == "behind":
             is_slow = self._progress.take(cell) < self._num_steps.clamp(max=self.corridor_length)
@@ -133,9 +126,8 @@ class TMaze(BatchedTask):
 
     def _observe(self) -> Tensor:
         place = self._places.index_select(0, self._cell)
-        goal = self._goal
-        if not self.oracle:
-            goal = torch.where(self._num_steps == 0, goal, 0.0)
+        is_shown = (self._num_steps == 0) | self.oracle
+        goal = torch.where(is_shown, self._goal, 0.0)
         seen = [place, goal.unsqueeze(-1)]
         if self.show_time:
             seen.append((self._num_steps / self.max_episode_steps).unsqueeze(-1))

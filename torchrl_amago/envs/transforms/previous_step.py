@@ -41,8 +41,7 @@ class PreviousStepTransform(StepTransform):
     The action is the policy's own, before earlier transforms change it for the base environment.
 
     Args:
-        action_key: action to read; None for the environment's only one.
-        reward_key: reward to read.
+        action_key, reward_key: entries to read; the action's is None for the only one.
         prev_action_key, prev_reward_key, time_idx_key: entries to write.
 
     Raises:
@@ -68,10 +67,8 @@ class PreviousStepTransform(StepTransform):
         time_idx_key: NestedKey = keys.TIME_IDX,
     ) -> None:
         super().__init__(in_keys=[], out_keys=[prev_action_key, prev_reward_key, time_idx_key])
-        self.action_key = action_key
-        self.reward_key = reward_key
-        self.prev_action_key = prev_action_key
-        self.prev_reward_key = prev_reward_key
+        self.action_key, self.reward_key = action_key, reward_key
+        self.prev_action_key, self.prev_reward_key = prev_action_key, prev_reward_key
         self.time_idx_key = time_idx_key
         self._set_up: tuple[NestedKey, ActionEncoder, dict[NestedKey, TensorSpec]] | None = None
 
@@ -141,19 +138,15 @@ class ActionEncoder:
             self.spec = Unbounded(shape=shape)
         self.center = self.half_width = None
         if is_continuous and isinstance(action_spec, Bounded):
-            self.center, self.half_width = _center_and_half_width(action_spec)
+            # Halved first: their difference could overflow. Unbounded numbers stay as they are.
+            low, high = action_spec.low / 2, action_spec.high / 2
+            largest = torch.finfo(action_spec.dtype).max / 2
+            is_finite = (low > -largest) & (high < largest)
+            self.center = torch.where(is_finite, high + low, 0.0)
+            self.half_width = torch.where(is_finite & (high > low), high - low, 1.0)
 
     def __call__(self, action: Tensor) -> Tensor:
         action = action.reshape(self.shape)
         if self.center is not None:
             action = (action - self.center) / self.half_width
         return self.space.to_vector(action)
-
-
-def _center_and_half_width(spec: Bounded) -> tuple[Tensor, Tensor]:
-    """Return shift and divisor of bounded numbers: 0 and 1 for those without both bounds."""
-    low, high = spec.low / 2, spec.high / 2  # halved first: their difference could overflow
-    largest = torch.finfo(spec.dtype).max / 2
-    is_finite = (low > -largest) & (high < largest)
-    center = torch.where(is_finite, high + low, 0.0)
-    return center, torch.where(is_finite & (high > low), high - low, 1.0)

@@ -137,8 +137,7 @@ class FunctionRepeater(Repeater):
             got = tuple(out.batch_size) if isinstance(out, TensorDictBase) else type(out).__name__
             raise ValueError(
                 "repeat(env, reset_mask, tensordict) must return a tensordict of the environment's "
-                f"batch size {tuple(inner.env.batch_size)}, got {got}. Return all rows, also those "
-                "outside of the mask."
+                f"batch size {tuple(inner.env.batch_size)}, got {got}. Return all rows."
             )
         return inner.transformed(inner.request(_reset=mask.clone()), out)
 
@@ -147,8 +146,7 @@ class OptionsRepeater(Repeater):
     """``reset(options=...)`` keeps the task; a reset without options draws a new one."""
 
     def __init__(self, nesting: Nesting, options: ResetOptions) -> None:
-        self._nesting = nesting
-        self._options = options
+        self._nesting, self._options = nesting, options
 
     def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         if not (callable(self._options) and self._nesting.is_vector):
@@ -204,8 +202,7 @@ class SeedRepeater(Repeater):
     def hard_reset(self, inner: InnerEnv, mask: Tensor) -> TensorDictBase:
         for row, seed in enumerate(_current_seeds(inner.env)):
             if seed is not None and seed != self._last_seen[row]:  # set_seed was called
-                self._row_seed[row] = seed
-                self._num_tasks[row] = 0
+                self._row_seed[row], self._num_tasks[row] = seed, 0
         rows = _rows(mask)
         for row in rows:
             self._draw(row)
@@ -255,14 +252,13 @@ def _current_seeds(env: EnvBase) -> list[int | None]:
 
 
 def make_repeater(
-    env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None, *, one_episode: bool
+    env: EnvBase, repeat: RepeatMode | None, options: ResetOptions | None, one_episode: bool
 ) -> Repeater:
     """Choose how the environment under a trial transform repeats tasks."""
     if callable(repeat):
         return FunctionRepeater(repeat)
     nesting = nesting_of(env)
-    leaf = nesting.leaf
-    is_gym = isinstance(leaf, GymWrapper)
+    leaf, is_gym = nesting.leaf, isinstance(nesting.leaf, GymWrapper)
     repeats_task = getattr(type(leaf), "repeats_task", False)
     autoreset = getattr(getattr(leaf, "_env", None), "autoreset_mode", None)
     if is_gym and nesting.is_vector and getattr(autoreset, "name", None) != "DISABLED":

@@ -71,8 +71,7 @@ class TrialTransform(StepTransform):
     Forked workers share torch's generator: without ``set_seed`` all play the same tasks.
 
     Args:
-        episodes: number of episodes.
-        horizon: number of steps.
+        episodes, horizon: number of episodes, and of steps.
         repeat: how the task is repeated; by default ``"env"`` where the environment can, else
             ``"seed"`` for Gymnasium environments.
         options: for ``repeat="options"``: a dict, or a function of the row's number.
@@ -127,37 +126,28 @@ class TrialTransform(StepTransform):
             dtypes[trial_progress_key] = torch.float32
         super().__init__(in_keys=[], out_keys=list(dtypes))
         self._dtypes = dtypes
-        self.episodes = episodes
-        self.horizon = horizon
-        self.repeat = repeat
-        self.options = options
-        self.show_progress = show_progress
-        self.trial_end = trial_end
-        self.reward_key = reward_key
-        self.success_key = success_key
-        self.soft_reset_key = soft_reset_key
-        self.trial_progress_key = trial_progress_key
-        self.episode_idx_key = episode_idx_key
+        self.episodes, self.horizon = episodes, horizon
+        self.repeat, self.options = repeat, options
+        self.show_progress, self.trial_end = show_progress, trial_end
+        self.reward_key, self.success_key = reward_key, success_key
+        self.soft_reset_key, self.time_idx_key = soft_reset_key, time_idx_key
+        self.trial_progress_key, self.episode_idx_key = trial_progress_key, episode_idx_key
         self.episode_return_key = episode_return_key
         self.episode_success_key = episode_success_key
-        self.time_idx_key = time_idx_key
         self._repeater: Repeater | None = None
         self._inner: InnerEnv | None = None
-        self._check_arguments()
-
-    def _check_arguments(self) -> None:
-        limits = {"episodes": self.episodes, "horizon": self.horizon}
+        limits = {"episodes": episodes, "horizon": horizon}
         limits = {name: limit for name, limit in limits.items() if limit is not None}
         if not limits:
             raise ValueError("a trial needs an end. Pass episodes=, horizon= (steps), or both.")
         check_counts("It counts episodes or steps.", **limits)
-        check_choice("trial_end", self.trial_end, get_args(TrialEnd))
-        if not callable(self.repeat):
-            check_choice("repeat", self.repeat, (None, "env", "options", "seed"))
-        if (self.repeat == "options") != (self.options is not None):
+        check_choice("trial_end", trial_end, get_args(TrialEnd))
+        if not callable(repeat):
+            check_choice("repeat", repeat, (None, "env", "options", "seed"))
+        if (repeat == "options") != (options is not None):
             raise ValueError(
                 "repeat='options' and options= (a dict, or a function of the row's number) belong "
-                f"together, got repeat={self.repeat!r}, options={self.options!r}."
+                f"together, got repeat={repeat!r}, options={options!r}."
             )
 
     def set_container(self, container: Transform | EnvBase) -> None:
@@ -181,9 +171,8 @@ class TrialTransform(StepTransform):
 
     def _get_repeater(self) -> Repeater:
         if self._repeater is None:
-            self._repeater = make_repeater(
-                self._get_inner().env, self.repeat, self.options, one_episode=self.episodes == 1
-            )
+            options = (self.repeat, self.options, self.episodes == 1)
+            self._repeater = make_repeater(self._get_inner().env, *options)
         return self._repeater
 
     def _neighbours(self) -> tuple[list[Transform], list[Transform], EnvBase]:
@@ -200,9 +189,8 @@ class TrialTransform(StepTransform):
 
     def _reset(self, tensordict: TensorDictBase, first: TensorDictBase) -> TensorDictBase:
         repeater = self._get_repeater()
-        mask = tensordict.get("_reset", None)
         done = first.get("done")
-        mask = torch.ones_like(done) if mask is None else mask.view(done.shape)
+        mask = tensordict.get("_reset", torch.ones_like(done)).view(done.shape)
         again = repeater.hard_reset(self._get_inner(), mask)
         if again is not None:
             first.update(again)
@@ -218,8 +206,7 @@ class TrialTransform(StepTransform):
 
     def _step(self, tensordict: TensorDictBase, after: TensorDictBase) -> TensorDictBase:
         episode_over = after.get("done")
-        stepped = tensordict.get("_step", None)
-        if stepped is not None:
+        if (stepped := tensordict.get("_step", None)) is not None:
             episode_over = episode_over & stepped.view(episode_over.shape)
         written = self._advance(tensordict, after, episode_over)
         soft_reset = written[self.soft_reset_key]
@@ -259,8 +246,7 @@ class TrialTransform(StepTransform):
             self.episode_return_key: torch.where(at_start, reward, episode_return + reward),
             self.time_idx_key: time_idx,
         }
-        success = after.pop(self.success_key, None)
-        if success is not None:
+        if (success := after.pop(self.success_key, None)) is not None:
             before = self._before(tensordict, self.episode_success_key) & ~at_start
             written[self.episode_success_key] = before | success.view_as(before).bool()
         if self.show_progress:
@@ -331,9 +317,8 @@ class TrialTransform(StepTransform):
                 f"{'PreviousStepTransform' if restarting else repr(keys.IS_INIT)} below it, which "
                 "would restart with every episode. Use make_trial_env."
             )
-        stepping = [t for t in after if isinstance(t, FrameSkipTransform | MultiAction)]
-        if stepping:
-            names = [type(t).__name__ for t in stepping]
+        stepping = (t for t in after if isinstance(t, FrameSkipTransform | MultiAction))
+        if names := [type(t).__name__ for t in stepping]:
             raise ValueError(
                 "transforms that step the environment several times must come before the trial "
                 f"transform, got {names} after it. Apply them to make_trial_env's first argument."

@@ -41,15 +41,11 @@ def make_trial_env(
     """
     if isinstance(base, gym.Env | gym.vector.VectorEnv):
         base = GymnasiumEnv(base)
-    scaling = [
-        ActionScaling(in_keys_inv=[key])
-        for key in base.action_keys
-        if is_finitely_bounded(base.full_action_spec[key])
-        and not is_in_policy_scale(base.full_action_spec[key])
-    ]
-    transforms = Compose(
-        TrialTransform(episodes, horizon, **trial), *scaling, PreviousStepTransform(), InitTracker()
-    )
+    actions = {key: base.full_action_spec[key] for key in base.action_keys}
+    scaled = (k for k, x in actions.items() if is_finitely_bounded(x) and not is_in_policy_scale(x))
+    scaling = [ActionScaling(in_keys_inv=[key]) for key in scaled]
+    after = (*scaling, PreviousStepTransform(), InitTracker())
+    transforms = Compose(TrialTransform(episodes, horizon, **trial), *after)
     # Joined with the transforms of `base`, so that no second TransformedEnv slows each step.
     env = TransformedEnv(base, transforms, auto_unwrap=True)
     _ = env.specs

@@ -1,8 +1,4 @@
-"""Distributions over actions of every kind, and the contract that ties them to actor and loss.
-
-``base.py`` is the contract, ``discrete.py`` and ``continuous.py`` are the distributions. Randomness
-comes from ``_noise.py``.
-"""
+"""Distributions over actions of every kind, and the contract that ties them to actor and loss."""
 
 from __future__ import annotations
 

@@ -21,8 +21,7 @@ NO_SHAPE = torch.Size()
 class VectorDistribution(Distribution, abc.ABC):
     """Base of distributions over action vectors, with the shape of ``like`` ``[..., A]``.
 
-    Subclasses write ``sample`` ``[*sample_shape, ..., A]``, or set ``has_rsample`` and write
-    ``rsample``.
+    Subclasses write ``sample``, or set ``has_rsample`` and write ``rsample``.
     """
 
     arg_constraints: ClassVar[dict] = {}
@@ -74,10 +73,7 @@ class StoredActions(Distribution):
 class PolicyDistribution(abc.ABC):
     """Map from an actor's parameters ``[..., P]`` to a distribution over actions, without weights.
 
-    Subclasses set the class attributes and write :meth:`_vectors`.
-
-    Args:
-        space: the actions; first argument of every distribution.
+    Subclasses set the class attributes and write :meth:`_vectors`; ``space`` is the actions'.
 
     Raises:
         ValueError: if the distribution doesn't fit the space, or an argument is out of its range.
@@ -128,18 +124,14 @@ class PolicyDistribution(abc.ABC):
         return StoredActions(self(params), self.space)
 
     def clip_action(self, vector: Tensor, policy: VectorDistribution) -> Tensor:
-        """Return the vector ``[..., A]`` that critics read for a stored action.
+        """Return the vector ``[..., A]`` that critics read for that of a stored action.
 
-        Args:
-            vector: ``[..., A]``.
-            policy: ``[..., G]`` distributions for the same states, with their forbidden actions.
+        ``policy`` are ``[..., G]`` distributions for the same states, with their forbidden actions.
         """
         return vector
 
     def _checked(self, params: Tensor) -> Tensor:
         if params.shape[-1] != self.num_params:
-            raise ValueError(
-                f"{type(self).__name__} needs {self.num_params} parameters in the last dimension, "
-                f"got the shape {list(params.shape)}."
-            )
+            rule = f"{type(self).__name__} needs {self.num_params} parameters in the last dimension"
+            raise ValueError(f"{rule}, got the shape {list(params.shape)}.")
         return params.float() if params.dtype in (torch.bfloat16, torch.float16) else params

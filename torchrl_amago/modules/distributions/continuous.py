@@ -146,10 +146,7 @@ class TanhGaussian(PolicyDistribution):
 
 
 class SquashedMixture(VectorDistribution):
-    """Mixture of N Gaussians over whole actions, squashed to (-1, 1) by tanh; no ``rsample``.
-
-    ``loc`` and ``scale`` are ``[..., N, A]``; ``logits`` ``[..., N]`` weigh the modes.
-    """
+    """Mixture of N Gaussians ``[..., N, A]`` over actions, squashed by tanh; no ``rsample``."""
 
     #: Smallest distance from -1 and 1 in ``log_prob``, and lower bound of tanh's slope there; from
     #: the public AMAGO code.
@@ -187,10 +184,8 @@ class SquashedMixture(VectorDistribution):
         with torch.no_grad():
             mode = noise.categorical(self.mixture.mixture_distribution.probs, sample_shape)
             index = mode[..., None, None].expand(*mode.shape, 1, *self.event_shape)
-            loc, scale = (
-                x.expand(*sample_shape, *x.shape).gather(-2, index).squeeze(-2)
-                for x in (normal.loc, normal.scale)
-            )
+            expanded = (x.expand(*sample_shape, *x.shape) for x in (normal.loc, normal.scale))
+            loc, scale = (x.gather(-2, index).squeeze(-2) for x in expanded)
             return loc + scale * noise.standard_normal(loc.shape, loc)
 
 
@@ -199,9 +194,7 @@ class TanhMixture(PolicyDistribution):
     """A mixture of squashed Gaussians, for data with several good ways to act; no ``rsample``.
 
     Parameters are the means of each mode in turn (N x A), as many numbers that become standard
-    deviations, then N logits of the modes.
-
-    ``num_modes`` is N; other arguments: see :class:`TanhGaussian`.
+    deviations, then N logits of the modes. ``num_modes`` is N; others: see :class:`TanhGaussian`.
 
     Example:
         >>> from torchrl_amago.action_space import ActionSpace
@@ -237,10 +230,7 @@ class TanhMixture(PolicyDistribution):
 
 
 class StretchedBeta(VectorDistribution):
-    """Independent Beta distributions ``[..., A]``, stretched from [0, 1] to [-1, 1].
-
-    ``alpha`` are concentrations towards 1, ``beta`` towards -1. The entropy is exact.
-    """
+    """Independent Betas ``[..., A]`` on [-1, 1], alpha towards 1; the entropy is exact."""
 
     has_rsample = True
 

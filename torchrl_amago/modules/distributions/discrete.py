@@ -54,8 +54,7 @@ class ClippedCategorical(Categorical):
 
     Args:
         logits: ``[..., A]``, float, unnormalised log-probabilities; -inf forbids an action.
-        clip_low: lower bound of a probability before renormalising, in ``[0, 1/A)``.
-        clip_high: upper bound of a probability before renormalising, in ``(0, 1]``.
+        clip_low, clip_high: bounds before renormalising, in ``[0, 1/A)`` and ``(0, 1]``.
 
     Example:
         >>> dist = ClippedCategorical(torch.tensor([10.0, 0.0]))
@@ -116,10 +115,8 @@ class OneHotParts(VectorDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability ``[...]`` of vectors, softened ones too: the largest entry counts."""
-        values = split_parts(value, self.sizes)
-        log_probs = [
-            part.log_prob(v.argmax(-1)) for part, v in zip(self.parts, values, strict=True)
-        ]
+        pairs = zip(self.parts, split_parts(value, self.sizes), strict=True)
+        log_probs = [part.log_prob(one_hot.argmax(-1)) for part, one_hot in pairs]
         return sum(log_probs[1:], log_probs[0])
 
     def entropy(self) -> Tensor:
@@ -184,8 +181,8 @@ class Discrete(PolicyDistribution):
         check_positive(temperature=self.temperature)
 
     def _vectors(self, params: Tensor) -> OneHotParts:
-        clip = (self.clip_low, self.clip_high)
-        return OneHotParts(params, self.space.sizes, *clip, self.temperature)
+        options = (self.clip_low, self.clip_high, self.temperature)
+        return OneHotParts(params, self.space.sizes, *options)
 
     def stored(self, params: Tensor) -> Distribution:
         if self.space.shape != () or self.space.dtype != torch.int64:
@@ -204,10 +201,7 @@ class Discrete(PolicyDistribution):
 
 
 class Bits(VectorDistribution):
-    """Independent bits ``[..., A]``, zeros and ones; the entropy is exact.
-
-    ``logits`` are log-odds of a 1; -inf forbids it.
-    """
+    """Independent bits ``[..., A]`` by log-odds of a 1 (-inf forbids it); the entropy is exact."""
 
     #: Log-probability, about, of a forbidden 1 in the data: one mustn't make a mean infinite.
     LOWEST_LOGIT = -20.0

@@ -134,12 +134,9 @@ class TimestepEncoder(Configurable, TensorDictModuleBase):
             rows = rows.reshape((*shape[:-1], *(1,) * bool(shape))).expand(shape)
             rows = rows if steps is None else steps.select(rows)
             inputs = self.augment(inputs, rows, num_rows)
-        if steps is None:
-            out = self.encode(inputs, None)
-        else:
-            out = self.encode(inputs, None if steps.compact else steps.mask.unsqueeze(-1))
-            out = steps.restore(out)
-        return tensordict.set(self.out_keys[0], out)
+        has_padding = steps is not None and not steps.compact
+        out = self.encode(inputs, steps.mask.unsqueeze(-1) if has_padding else None)
+        return tensordict.set(self.out_keys[0], out if steps is None else steps.restore(out))
 
     def batch_shape(self, inputs: list[Tensor]) -> torch.Size:
         """Return ``*B`` of the inputs that :meth:`read` returns."""

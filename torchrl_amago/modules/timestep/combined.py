@@ -87,13 +87,10 @@ class CombinedTimestepEncoder(TimestepEncoder):
         self.embeddings = nn.ModuleList(embeddings.values())
         sizes = [embedding.output_size for embedding in embeddings.values()]
         vector_size = sum(torch.Size(shape).numel() for shape in vectors.values())
-        self.input_norm = self.vectors = None
-        if vectors:
-            self.vectors = nn.Linear(vector_size, vector_features)
-            sizes.append(vector_features)
-            if vector_scale == "normalize":
-                self.input_norm = InputNorm(vector_size)
-        size = sum(sizes)
+        self.vectors = nn.Linear(vector_size, vector_features) if vectors else None
+        normalizes = vectors and vector_scale == "normalize"
+        self.input_norm = InputNorm(vector_size) if normalizes else None
+        size = sum(sizes) + (vector_features if vectors else 0)
         self.norm = make_norm(norm, size)
         self.activation = make_activation(activation)
         self.merge = nn.Linear(size, output_size)
@@ -123,7 +120,6 @@ class CombinedTimestepEncoder(TimestepEncoder):
         return cls(*_embed_specs(specs, entries or {}), **options)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Embed every entry, join, merge."""
         value_of = dict(zip(self.in_keys, inputs, strict=True))
         features = []
         for key, embedding in zip(self.in_keys, self.embeddings, strict=False):
@@ -135,7 +131,6 @@ class CombinedTimestepEncoder(TimestepEncoder):
         return self.out_norm(self.merge(self.activation(self.norm(torch.cat(features, -1)))))
 
     def augment(self, inputs: list[Tensor], rows: Tensor, num_rows: int) -> list[Tensor]:
-        """Augment each entry by its embedding."""
         pairs = zip(self.embeddings, inputs, strict=False)
         augmented = [embedding.augment(value, rows, num_rows) for embedding, value in pairs]
         return augmented + inputs[len(augmented) :]
@@ -155,8 +150,7 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
 
     Args:
         image_key: entry of the image; by default the only one of three dimensions.
-        image_features: features of the image.
-        vector_features: features of all other entries together.
+        image_features: features of the image; ``vector_features`` of all other entries together.
         options: arguments of :class:`ImageEmbedding` and of :class:`CombinedTimestepEncoder`.
 
     Raises:
@@ -188,14 +182,10 @@ class CNNTimestepEncoder(CombinedTimestepEncoder):
         if "activation" in options:
             of_image["activation"] = options["activation"]
         image = ImageEmbedding(shapes[image_key], output_size=image_features, **of_image)
-        super().__init__(
-            {image_key: image},
-            {key: shape for key, shape in shapes.items() if key != image_key},
-            vector_features=vector_features,
-            output_size=output_size,
-            num_layers=num_layers,
-            **{"vector_scale": "symlog", **options},
-        )
+        vectors = {key: shape for key, shape in shapes.items() if key != image_key}
+        options = {"vector_scale": "symlog", "num_layers": num_layers, **options}
+        sizes = {"vector_features": vector_features, "output_size": output_size}
+        super().__init__({image_key: image}, vectors, **sizes, **options)
 
     @classmethod
     def from_specs(

@@ -51,10 +51,8 @@ def check_range(index: Tensor, sizes: Sequence[int] | int, name: str) -> None:
     if index.device.type != "cpu" or is_traced(index):
         return
     if ((index < 0) | (index >= torch.tensor(sizes))).any():
-        raise ValueError(
-            f"{name} must be in [0, size) with size {sizes}, got values from "
-            f"{int(index.min())} to {int(index.max())}."
-        )
+        got = f"got values from {int(index.min())} to {int(index.max())}"
+        raise ValueError(f"{name} must be in [0, size) with size {sizes}, {got}.")
 
 
 class CategoryEmbedding(EntryEmbedding):
@@ -161,8 +159,8 @@ class GoalEmbedding(EntryEmbedding):
             hidden_MLH = hidden_MLH + self.position
         total_MH = torch.where(present_ML1, self.activation(hidden_MLH), 0.0).sum(-2)
         count_M1 = present_ML.sum(-1, keepdim=True).to(total_MH.dtype)
-        fraction_M1 = count_M1 / present_ML.shape[-1]
-        return self.out(torch.cat((total_MH / count_M1.clamp(min=1), fraction_M1), -1))
+        mean_MH, fraction_M1 = total_MH / count_M1.clamp(min=1), count_M1 / present_ML.shape[-1]
+        return self.out(torch.cat((mean_MH, fraction_M1), -1))
 
     def _present(self, value: Tensor) -> Tensor:
         if self.padding is None:
@@ -175,8 +173,7 @@ class TokenEmbedding(GoalEmbedding):
     """A sequence of tokens: looked up in one table, pooled as goals are.
 
     Args:
-        length: L, tokens in a step's entry.
-        num_tokens: size of the vocabulary.
+        length, num_tokens: L, tokens in a step's entry, and the size of the vocabulary.
         padding_token: token that fills up short sequences, which counts as absent; None for none.
         options: other arguments of :class:`GoalEmbedding`.
 

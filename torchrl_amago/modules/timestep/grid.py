@@ -20,7 +20,6 @@ class GridEmbedding(EntryEmbedding):
         shape: of one grid, ``[H, W, C]``.
         sizes: number of values of each of the C categories.
         embedding_size: features of each category.
-        output_size: F.
         trunk: and further options: see :class:`ImageEmbedding`, but for ``random_shift``.
 
     Raises:
@@ -45,10 +44,8 @@ class GridEmbedding(EntryEmbedding):
     ) -> None:
         super().__init__(shape, output_size)
         if len(self.shape) != 3 or self.shape[2] != len(sizes):
-            raise ValueError(
-                "a grid must have the shape [H, W, C] and C sizes, got shape "
-                f"{self.shape} and sizes {list(sizes)}."
-            )
+            got = f"got shape {self.shape} and sizes {list(sizes)}"
+            raise ValueError(f"a grid must have the shape [H, W, C] and C sizes, {got}.")
         self.categories = CategoryEmbedding(sizes, embedding_size=embedding_size)
         features = (*self.shape[:2], self.categories.output_size)
         self.image = ImageEmbedding(features, output_size=output_size, trunk=trunk, **options)

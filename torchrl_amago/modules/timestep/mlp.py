@@ -53,7 +53,6 @@ class MLPTimestepEncoder(TimestepEncoder):
         self.out_norm = make_norm(out_norm, output_size)
 
     def encode(self, inputs: list[Tensor], mask: Tensor | None) -> Tensor:
-        """Flatten, concatenate, normalise, apply the MLP."""
         x = flatten_and_join(inputs, self.shapes)
         if self.input_norm is not None:
             x = self.input_norm(x, mask, self.moves_statistics)

@@ -29,10 +29,7 @@ def _min_size(windows: Sequence[tuple[int, int]]) -> int:
 
 
 class ConvTrunk(Configurable, ConvNet):
-    """Convolutions in a row, each with its activation, flattened (channel, height, width).
-
-    ``channels``, ``kernels`` and ``strides`` have a number for each layer.
-    """
+    """Convolutions in a row, each with its activation, flattened (channel, height, width)."""
 
     def __init__(
         self,
@@ -138,13 +135,10 @@ class ImageEmbedding(EntryEmbedding):
 
     Args:
         shape: of one image, ``[H, W, C]``, or ``[C, H, W]`` with ``channels_first``.
-        output_size: F.
         trunk: a name of :data:`TRUNKS`, or a module ``[M, C, H, W] -> [M, ...]``.
         trunk_options: further arguments of a named trunk, such as ``channels``.
-        channels_first: position of the channels.
         random_shift: maximal shift of images in training, in pixels; 0 for none, DrQ has 4.
         random_shift_fraction: fraction of the batch's rows to shift; all steps of a row alike.
-        activation: of a named trunk.
 
     Raises:
         ValueError: if the image is smaller than the trunk needs, or an option is out of range.
@@ -185,10 +179,8 @@ class ImageEmbedding(EntryEmbedding):
         if min(height, width) < (size := getattr(trunk, "min_size", 1)):
             sizes = ", ".join(f"{name!r} from {make(1).min_size}" for name, make in TRUNKS.items())
             remedy = f"Correct channels_first={channels_first}, or choose another trunk: {sizes}."
-            raise ValueError(
-                f"the trunk needs images of at least {size} x {size} pixels, got {height} x "
-                f"{width} (shape {self.shape}). {remedy}"
-            )
+            got = f"got {height} x {width} (shape {self.shape}). {remedy}"
+            raise ValueError(f"the trunk needs images of at least {size} x {size} pixels, {got}")
         self.trunk = trunk
         self.features = nn.Linear(_num_features(trunk, (channels, height, width)), output_size)
 
@@ -205,8 +197,8 @@ class ImageEmbedding(EntryEmbedding):
         """Shift all images of a row alike, by a random shift."""
         if not self.random_shift:
             return value
-        fraction = self.random_shift_fraction
-        shift_R2 = sample_shifts(num_rows, self.random_shift, fraction, value.device)
+        shifts = (num_rows, self.random_shift, self.random_shift_fraction)
+        shift_R2 = sample_shifts(*shifts, value.device)
         image_MCHW = self._channels_first(value.reshape(rows.numel(), *self.shape))
         shifted_MCHW = shift_images(image_MCHW, shift_R2[rows.reshape(-1)])
         shifted = shifted_MCHW if self.channels_first else shifted_MCHW.movedim(1, -1)

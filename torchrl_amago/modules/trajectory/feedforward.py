@@ -18,9 +18,7 @@ from torchrl_amago.modules.trajectory.base import TrajectoryEncoder
 class IdentityEncoder(TrajectoryEncoder):
     """Encoder whose state is the timestep's embedding.
 
-    Args:
-        input_size: I, features of a timestep embedding, and of the state.
-        options: those of :class:`TrajectoryEncoder`.
+    ``input_size`` is also the state's; for ``options`` see :class:`TrajectoryEncoder`.
 
     Example:
         >>> from tensordict import TensorDict
@@ -44,9 +42,7 @@ class IdentityEncoder(TrajectoryEncoder):
 class FeedForwardBlock(nn.Module):
     """Two layers added to the stream; a norm, the activation and dropout follow each linear."""
 
-    def __init__(
-        self, d_model: int, d_ff: int, *, dropout: float, activation: str, norm: str
-    ) -> None:
+    def __init__(self, d_model: int, d_ff: int, dropout: float, activation: str, norm: str) -> None:
         super().__init__()
         self.dropout = dropout
         self.ff_in = nn.Linear(d_model, d_ff)
@@ -101,10 +97,8 @@ class FeedForwardEncoder(TrajectoryEncoder):
         self.dropout = dropout
         self.embed = nn.Linear(input_size, d_model)
         self.activation = make_activation(activation)
-        block = {"dropout": dropout, "activation": activation, "norm": norm}
-        self.blocks = nn.ModuleList(
-            FeedForwardBlock(d_model, d_ff, **block) for _ in range(num_layers)
-        )
+        block = (d_model, d_ff, dropout, activation, norm)
+        self.blocks = nn.ModuleList(FeedForwardBlock(*block) for _ in range(num_layers))
         self.out = nn.Linear(d_model, d_model)
         self.out_norm = make_norm(out_norm, d_model)
 

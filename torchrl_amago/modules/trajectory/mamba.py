@@ -150,9 +150,8 @@ class MambaEncoder(TrajectoryEncoder):
     first step, and for single steps.
 
     Args:
-        d_state: states per inner channel.
+        d_state: states per inner channel; ``expand`` is inner channels per feature of the width.
         d_conv: number of steps that the convolution sees.
-        expand: inner channels per feature of the width.
         backend: `torch`, `mamba_ssm`, or `auto` for the kernels where they are installed.
         options: `d_model`, `num_layers` and others: see :class:`TrajectoryEncoder`.
 
@@ -183,9 +182,8 @@ class MambaEncoder(TrajectoryEncoder):
         self._kernels = load_kernels(backend, d_conv, d_state)
         self.embed = StreamEmbedding(input_size, d_model)
         self.norms = nn.ModuleList(make_norm(norm, d_model) for _ in range(num_layers))
-        self.blocks = nn.ModuleList(
-            MambaBlock(d_model, d_state, d_conv, expand) for _ in range(num_layers)
-        )
+        sizes = (d_model, d_state, d_conv, expand)
+        self.blocks = nn.ModuleList(MambaBlock(*sizes) for _ in range(num_layers))
         self.norm = make_norm(norm, d_model)
 
     def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:

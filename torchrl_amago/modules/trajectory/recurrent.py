@@ -41,9 +41,7 @@ class _RecurrentEncoder(TrajectoryEncoder):
         hidden_size = d_model if hidden_size is None else hidden_size
         check_sizes(num_layers=num_layers)
         if longest_memory is not None and not 2 <= longest_memory < math.inf:
-            raise ValueError(
-                f"longest_memory must be at least 2, got {longest_memory}: it is steps."
-            )
+            raise ValueError(f"longest_memory must be at least 2, got {longest_memory} steps.")
         super().__init__(input_size, d_model, **options)
         self.rnn = self.network(input_size, hidden_size, num_layers, batch_first=True)
         self.out = nn.Linear(hidden_size, d_model)
@@ -114,8 +112,7 @@ class GRUEncoder(_RecurrentEncoder):
 class LSTMEncoder(_RecurrentEncoder):
     """Long short-term memory (Hochreiter & Schmidhuber 1997), a linear layer, a norm.
 
-    On a CPU its sequences are faster than a GRU's, since oneDNN has a kernel for them. Arguments:
-    see :class:`GRUEncoder`.
+    On CPUs it is faster than a GRU: oneDNN has a kernel for it. Arguments: see :class:`GRUEncoder`.
 
     Example:
         >>> LSTMEncoder(4, d_model=16).sequence(torch.zeros(3, 5, 4), None, None).shape

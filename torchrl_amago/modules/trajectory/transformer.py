@@ -103,15 +103,13 @@ class TransformerEncoder(TrajectoryEncoder):
     Args:
         d_model: D, width, and size of the state; even.
         num_heads: divides `d_model`. On CPUs 16 features per head are much faster than 8.
-        dropout_attn: probability of zeroing an attention weight.
-        dropout_qkv: of zeroing a feature of queries, keys and values.
+        dropout_attn, dropout_qkv: rates for attention weights, and for queries, keys and values.
         positions: `fixed` sinusoids, `learned` table, or `rotary`.
         max_positions: size of the learned table: the longest trial's length plus 1, since losses
             also read the observation after the last step.
         beyond_positions: `raise` for steps beyond the learned table, or `clip` them to its last.
         sigma_reparam: use :class:`SigmaReparamLinear`, else `torch.nn.Linear`.
-        normformer: use NormFormer's extra norms.
-        head_scaling: use NormFormer's learned scale per head.
+        normformer, head_scaling: use NormFormer's extra norms, and its learned scale per head.
         window: number of steps that a step sees, at most `context_length`. By default all before it
             in sequences and `context_length` in rollouts.
         num_sinks: see :class:`AttentionPattern`, as for `sink_bias` and `logit_clip`.
@@ -124,8 +122,7 @@ class TransformerEncoder(TrajectoryEncoder):
 
     Raises:
         ImportError: if a backend is chosen by name and isn't installed.
-        ValueError: if a number is out of its range or a name unknown; from `forward`, if steps come
-            after padding under `segments="never"`.
+        ValueError: for arguments out of range; in `forward`, if "never" meets steps after padding.
 
     Example:
         >>> encoder = TransformerEncoder(4, context_length=8, d_model=16, num_heads=2)
@@ -180,8 +177,7 @@ class TransformerEncoder(TrajectoryEncoder):
                 f"{context_length}. Rollouts keep context_length steps: raise it, or omit window."
             )
         super().__init__(input_size, d_model, context_length=context_length, **options)
-        self._has_warned = False
-        self.num_heads = num_heads
+        self._has_warned, self.num_heads = False, num_heads
         self.dropout_emb, self.dropout_attn = dropout_emb, dropout_attn
         self.pattern = AttentionPattern(window, num_sinks, sink_bias, logit_clip)
         check_backend(attention, self.pattern, dropout_attn)

@@ -96,9 +96,7 @@ def random_lakes(
     Returns bool ``[num, size, size]``, True at holes. ``p_safe`` is the probability that a cell is
     safe before the lake is checked; ``layouts`` names the split to draw from.
 
-    Raises:
-        ValueError: if an argument is out of its range.
-        RuntimeError: if lakes that can be crossed are too rare to be found.
+    Raises ValueError for arguments out of range, RuntimeError if lakes to cross are too rare.
 
     Examples:
         >>> random_lakes(1000, 4, torch.Generator().manual_seed(0)).shape
@@ -127,10 +125,8 @@ def enumerate_lakes(
 ) -> tuple[Tensor, Tensor]:
     """Enumerate the lakes that :func:`random_lakes` can draw, with their exact probabilities.
 
-    Returns bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1.
-
-    Raises:
-        ValueError: if size is outside 2 to 4, or another argument is out of its range.
+    Returns bool ``[M, size, size]`` and float64 ``[M]``, which sums to 1. Raises ValueError if size
+    is outside 2 to 4, or another argument is out of its range.
 
     Examples:
         >>> holes, probability = enumerate_lakes(2)

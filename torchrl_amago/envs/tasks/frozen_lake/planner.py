@@ -63,13 +63,11 @@ class LakePlanner:
     is taken, which decides ``success_by_episode``, not ``expected_return``.
 
     Args:
-        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, a minute and 2 GB on 4x4).
+        size: cells per side, 2 to 4 (five episodes take 0.1 s on 3x3, a minute and 2 GB on 4x4),
+            ValueError for others.
         episodes: episodes per trial, k.
         max_episode_steps: steps per episode, T. Defaults to size*size, as in ``MetaFrozenLake``.
         prior: ``p_safe`` and ``layouts`` of :func:`enumerate_lakes`, both known to the agent.
-
-    Raises:
-        ValueError: if enumeration is infeasible (size above 4), or an argument is out of its range.
 
     Examples:
         >>> planner = LakePlanner(size=2, episodes=2)
@@ -84,9 +82,7 @@ class LakePlanner:
         steps = size * size if max_episode_steps is None else max_episode_steps
         remedy = "The standard 3x3 task has 5 episodes of 9 steps."
         check_counts(remedy, episodes=episodes, max_episode_steps=steps)
-        self.size = size
-        self.episodes = episodes
-        self.max_episode_steps = steps
+        self.size, self.episodes, self.max_episode_steps = size, episodes, steps
         self._goal = size * size - 1
         self._neighbours = move_table(size).T.tolist()
         self._plan = cache(self._best_plan)
@@ -173,9 +169,7 @@ class LakePlanner:
 def bayes_optimal_success(
     size: int = 3, episodes: int = 5, max_episode_steps: int | None = None, **prior: Any
 ) -> BayesOptimum:
-    """Compute the exact optimum of k episodes at an unknown lake.
-
-    Arguments: see :class:`LakePlanner`.
+    """Compute the exact optimum of k episodes at an unknown lake; see :class:`LakePlanner`.
 
     Examples:
         >>> optimum = bayes_optimal_success(size=3, episodes=5, max_episode_steps=9)
@@ -186,8 +180,7 @@ def bayes_optimal_success(
 
 
 def _preference(plan: _Plan) -> tuple[float, ...]:
-    # Expected return, then success at the first episode, the second one, ...
-    success, _ = plan
+    success, _ = plan  # expected return, then success at the first episode, the second one, ...
     return tuple(round(value, _DIGITS) for value in (sum(success), *success))
 
 

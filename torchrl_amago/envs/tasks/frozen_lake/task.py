@@ -40,7 +40,6 @@ class MetaFrozenLake(GridTask):
     a hole.
 
     Args:
-        size: cells per side, at least 2.
         hard_mode: positions are observed off by up to one cell in each coordinate with probability
             1/4; a cell that a move leaves becomes a hole with probability 0.33 until the episode's
             end (in recover mode also when the move fell into a hole and was undone); half of the
@@ -51,7 +50,7 @@ class MetaFrozenLake(GridTask):
             divided by ``1 - slip_chance``.
         layouts: the lakes to draw from: ``"all"``, or the ``"train"`` (about 3 in 4) or
             ``"heldout"`` ones of a fixed split with no lake in common.
-        shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
+        shared: size, actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
         >>> env = MetaFrozenLake(size=3, batch_size=[4], seed=0)
@@ -72,17 +71,13 @@ class MetaFrozenLake(GridTask):
     ) -> None:
         check_lakes(size, layouts)
         if not 0.0 <= slip_chance < 1.0:
-            raise ValueError(
-                f"slip_chance must be in [0, 1), got {slip_chance}. It is the probability that a "
-                "move is replaced by staying; at 1 the agent would never move."
-            )
+            rule = "slip_chance must be in [0, 1)"
+            raise ValueError(f"{rule}, got {slip_chance}: at 1 the agent would never move.")
         if max_episode_steps is None:
             max_episode_steps = int(size * size * (2 if hard_mode else 1) / (1.0 - slip_chance))
         super().__init__(size, 2, max_episode_steps=max_episode_steps, **shared)
-        self.hard_mode = hard_mode
-        self.recover_mode = recover_mode
-        self.slip_chance = slip_chance
-        self.layouts = layouts
+        self.hard_mode, self.recover_mode = hard_mode, recover_mode
+        self.slip_chance, self.layouts = slip_chance, layouts
         self.episode_buffers = ("_cell", *(["_broken_lake"] if hard_mode else []))
         rows, cells, moves = self.num_rows, size**2, move_table(size)
         # The second half is for tasks that swap the actions 1 and 3.
@@ -163,9 +158,8 @@ class MetaFrozenLake(GridTask):
         if not self.hard_mode:
             return self._position()
         cell, exact = self._cell, len(_NEIGHBOURS)
-        noise = torch.randint(
-            _NOISE_OUTCOMES, cell.shape, generator=self._generator, device=cell.device
-        )
+        where = {"generator": self._generator, "device": cell.device}
+        noise = torch.randint(_NOISE_OUTCOMES, cell.shape, **where)
         return self._positions.index_select(0, cell * (exact + 1) + noise.clamp_(max=exact))
 
     def _draw(self, row: int, cell_pixels: int) -> np.ndarray:

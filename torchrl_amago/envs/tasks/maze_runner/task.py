@@ -53,7 +53,6 @@ class MazeRunner(GridTask):
     Args:
         size: cells per side, odd and at least 7, walls included.
         num_goals: k, length of the sequence.
-        max_episode_steps: step limit of an episode.
         shared: actions and other arguments: see :class:`GridTask` and :class:`BatchedTask`.
 
     Examples:
@@ -115,8 +114,7 @@ class MazeRunner(GridTask):
         self._walls.index_copy_(0, rows, walls)
         self._depth.index_copy_(0, rows, self._stock_depth[mazes])
         maze = walls.view(-1, self.size, self.size)
-        goals = random_goals(maze, self.num_goals, self._generator)
-        self._goals.index_copy_(0, rows, goals)
+        self._goals.index_copy_(0, rows, random_goals(maze, self.num_goals, self._generator))
         self._draw_meanings(rows)
 
     def _take_from_stock(self, num: int) -> slice:

@@ -1,6 +1,4 @@
-"""Other kernels for attention over whole windows: FlexAttention and flash-attn, for GPUs.
-
-They give the results of `window_attention`, which needs no package.
+"""Other kernels for `window_attention`: FlexAttention and flash-attn, for GPUs.
 
 Legend: B batch, T steps, H heads, D features of one head, N = B * T.
 """
@@ -134,6 +132,5 @@ def _flex_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, bias: ScoreB
     rows = batch if trial_BT is not None or sink_BT is not None else None
     mask = create_block_mask(visible, rows, None, num_steps, num_steps, device=q_BHTD.device)
     is_changed = pattern.sink_bias or pattern.logit_clip is not None
-    return _compiled_flex(q_BHTD.device.type)(
-        q_BHTD, k_BHTD, v_BHTD, score_mod=change if is_changed else None, block_mask=mask
-    )
+    options = {"score_mod": change if is_changed else None, "block_mask": mask}
+    return _compiled_flex(q_BHTD.device.type)(q_BHTD, k_BHTD, v_BHTD, **options)

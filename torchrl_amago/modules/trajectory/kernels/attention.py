@@ -135,10 +135,8 @@ def window_attention(
 
     Args:
         q_BHTD: queries; then keys and values.
-        pattern: window, sinks and clipping.
         positions_BT: steps since the trial began; needed for sinks.
         is_init_BT: bool, True at the first step of a trial; None if rows hold one trial each.
-        dropout: probability of zeroing an attention weight.
     """
     qkv = (q_BHTD, k_BHTD, v_BHTD)
     num_steps, window = q_BHTD.shape[2], pattern.window
@@ -197,9 +195,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **op
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, **options)
     mask = None if attn_mask is None else at_least_float32(attn_mask)
     with torch.autocast(q.device.type, enabled=False):
-        out = F.scaled_dot_product_attention(
-            *(at_least_float32(x) for x in (q, k, v)), attn_mask=mask, **options
-        )
+        q32, k32, v32 = map(at_least_float32, (q, k, v))
+        out = F.scaled_dot_product_attention(q32, k32, v32, attn_mask=mask, **options)
     return out.to(q.dtype)
 
 

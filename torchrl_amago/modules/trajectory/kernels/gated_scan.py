@@ -163,15 +163,12 @@ def _forward(
 
 
 def _backward(saved: list[Tensor | None], grad_out: Tensor) -> list[Tensor]:
-    """Gradients of `q, k, v, log_decay`."""
     *inputs, start = saved
     with torch.autocast(grad_out.device.type, enabled=False):
         chunks = _Chunks(*inputs)
         grads = chunks.gradients(chunks.split(grad_out), start)
-        return [
-            chunks.join(z).view_as(like).to(like.dtype)
-            for z, like in zip(grads, inputs[:4], strict=True)
-        ]
+        pairs = zip(map(chunks.join, grads), inputs[:4], strict=True)
+        return [z.view_as(like).to(like.dtype) for z, like in pairs]
 
 
 def _fake(

@@ -34,8 +34,6 @@ def recurrence(
     Returns `[T, N, H]`.
 
     Args:
-        cell: `gru` or `lstm`.
-        x_TNI: inputs.
         is_init_TN: bool, True at first steps of trials; None if every row is a part of one trial.
         weights: in the order of a `torch.nn.GRU`'s parameters.
     """
@@ -126,9 +124,8 @@ def _gru_gradients(
         d_gates = (back[t] * d[t].unsqueeze(1)).flatten(1)
         d[t - 1].addcmul_(z[t], d[t]).addmm_(d_gates, w_hidden)
     by_in = torch.stack((by_r, by_z, by_n), -2)
-    grad_in, grad_hidden = (
-        by_gate.mul_(d_TNH.unsqueeze(-2)).flatten(2).flatten(0, 1) for by_gate in (by_in, by_hidden)
-    )
+    by_gates = (by_gate.mul_(d_TNH.unsqueeze(-2)) for by_gate in (by_in, by_hidden))
+    grad_in, grad_hidden = (by_gate.flatten(2).flatten(0, 1) for by_gate in by_gates)
     return [
         (grad_in @ w_in).view(x_TNI.shape),
         grad_in.t() @ x_TNI.flatten(0, 1),
