@@ -11,18 +11,7 @@ from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimiz
 from torchrl_amago.trainers.report import CLOCK_COLUMNS
 
 __all__ = [
-    "CLOCK_COLUMNS",
-    "AMAGOTrainer",
-    "EvaluationHook",
-    "FiniteOptimizationStepper",
-    "Intervals",
-    "NonFiniteError",
-    "ProgressTable",
-    "TrialMonitor",
-    "check_no_existing_run",
-    "load_policy",
-    "make_optimizer",
-    "make_schedule",
-    "make_trainer",
-    "read_progress",
-]
+    "CLOCK_COLUMNS", "AMAGOTrainer", "EvaluationHook", "FiniteOptimizationStepper", "Intervals",
+    "NonFiniteError", "ProgressTable", "TrialMonitor", "check_no_existing_run", "load_policy",
+    "make_optimizer", "make_schedule", "make_trainer", "read_progress",
+]  # fmt: skip
