@@ -17,14 +17,6 @@ from torchrl_amago.data.replay import (
 )
 
 __all__ = [
-    "GoalSequenceRelabel",
-    "HindsightRelabel",
-    "Relabel",
-    "TrialCollector",
-    "TrialMixture",
-    "TrialReplayBuffer",
-    "TrialSliceSampler",
-    "load_replay",
-    "make_trial_buffer",
-    "save_replay",
-]
+    "GoalSequenceRelabel", "HindsightRelabel", "Relabel", "TrialCollector", "TrialMixture",
+    "TrialReplayBuffer", "TrialSliceSampler", "load_replay", "make_trial_buffer", "save_replay",
+]  # fmt: skip

@@ -13,16 +13,7 @@ from torchrl_amago.envs.tasks import (
 from torchrl_amago.envs.transforms import PreviousStepTransform, TrialTransform, make_trial_env
 
 __all__ = [
-    "DarkKeyDoor",
-    "MazeRunner",
-    "MetaFrozenLake",
-    "PreviousStepTransform",
-    "RecordedEnv",
-    "ReseedEpisodes",
-    "SymbolicAlchemy",
-    "TMaze",
-    "TrialTransform",
-    "bayes_optimal_success",
-    "gymnasium_rows",
-    "make_trial_env",
-]
+    "DarkKeyDoor", "MazeRunner", "MetaFrozenLake", "PreviousStepTransform", "RecordedEnv",
+    "ReseedEpisodes", "SymbolicAlchemy", "TMaze", "TrialTransform", "bayes_optimal_success",
+    "gymnasium_rows", "make_trial_env",
+]  # fmt: skip

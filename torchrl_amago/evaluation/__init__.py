@@ -17,16 +17,7 @@ from torchrl_amago.evaluation.statistics import (
 )
 
 __all__ = [
-    "HELD_OUT_SEED",
-    "EvaluationResults",
-    "HeldOutEvaluator",
-    "Interval",
-    "Results",
-    "TrialResults",
-    "bootstrap_mean",
-    "evaluate",
-    "evaluation_metrics",
-    "interquartile_mean",
-    "rollout_pictures",
-    "stratified_bootstrap",
-]
+    "HELD_OUT_SEED", "EvaluationResults", "HeldOutEvaluator", "Interval", "Results",
+    "TrialResults", "bootstrap_mean", "evaluate", "evaluation_metrics", "interquartile_mean",
+    "rollout_pictures", "stratified_bootstrap",
+]  # fmt: skip

@@ -11,13 +11,6 @@ from torchrl_amago.objectives.functional import (
 from torchrl_amago.objectives.presets import LOSSES, amago2_loss, amago_loss
 
 __all__ = [
-    "LOSSES",
-    "AMAGOLoss",
-    "amago2_loss",
-    "amago_loss",
-    "binary_filter",
-    "exponential_filter",
-    "leaky_relu_filter",
-    "masked_mean",
-    "n_step_target",
-]
+    "LOSSES", "AMAGOLoss", "amago2_loss", "amago_loss", "binary_filter", "exponential_filter",
+    "leaky_relu_filter", "masked_mean", "n_step_target",
+]  # fmt: skip

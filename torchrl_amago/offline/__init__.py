@@ -13,16 +13,7 @@ from torchrl_amago.offline.showdown_logs import ShowdownLogs, read_showdown_logs
 from torchrl_amago.offline.trajectory import Trajectory, TrajectoryError
 
 __all__ = [
-    "OfflineReport",
-    "RecordedEnv",
-    "ShowdownLogs",
-    "Trajectory",
-    "TrajectoryError",
-    "TrajectorySource",
-    "load_trials",
-    "read_amago",
-    "read_d4rl",
-    "read_minari",
-    "read_showdown_logs",
-    "read_torchrl",
-]
+    "OfflineReport", "RecordedEnv", "ShowdownLogs", "Trajectory", "TrajectoryError",
+    "TrajectorySource", "load_trials", "read_amago", "read_d4rl", "read_minari",
+    "read_showdown_logs", "read_torchrl",
+]  # fmt: skip

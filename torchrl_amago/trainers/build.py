@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
 from torchrl_amago import _validation as valid
-from torchrl_amago.data import TrialCollector, make_trial_buffer
+from torchrl_amago.data import TrialCollector, TrialReplayBuffer, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
@@ -106,14 +106,7 @@ def make_trainer(
         'finished'
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
-    valid.check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
-    valid.check_positive("0.01 is usual.", tau=tau)
-    valid.check_fractions("0.01 is usual.", tau=tau)
-    if replay_buffer is not None and (slice_length or buffer_options):
-        raise ValueError(
-            "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
-            "beside a replay_buffer. Make that one with them."
-        )
+    _check_options(replay_buffer is not None, buffer_options, tau, **lengths)
     here = next(policy.parameters()).device if device is None else pick_device(device)
     policy.to(here)
     if compile and here.type == "cuda":
@@ -124,13 +117,10 @@ def make_trainer(
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         trim = 64 if compile or here.type != "cpu" else True  # few shapes, many kernels' unit
-        options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
         in_run = dict(path=Path(run_dir) / "replay", mode="continue") if in_place else {}
-        options = (ranks.buffer_options(run_dir) or in_run) | options
-        with ranks.leaders_first():
-            buffer = make_trial_buffer(
-                capacity, slice_length or trial_length, batch_size, **options
-            )
+        options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
+        sizes = (capacity, slice_length or trial_length, batch_size)
+        buffer = _make_buffer(ranks, *sizes, **(ranks.buffer_options(run_dir) or in_run) | options)
     rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
     if workers is None:
         for name, value in {"ray": ray, "samples_per_insert": samples_per_insert}.items():
@@ -142,11 +132,11 @@ def make_trainer(
         rounds |= dict(total_updates=total_updates, publish_interval=updates_per_round)
         rounds |= dict(samples_per_insert=samples_per_insert, keeps_replay=in_place)
         rounds |= dict(num_learners=ranks.size, settings=trainer_options.get("settings"))
-        rounds |= worker_options or {}
         make_pool = partial(RayPool, address=ray) if ray else WorkerPool
         parts = (env, policy, online_part(buffer), run_dir)
         # The other ranks read what the first one takes in.
-        collector = make_pool(*parts, num_workers=workers * ranks.is_first, **rounds)
+        rounds |= dict(num_workers=workers * ranks.is_first, **(worker_options or {}))
+        collector = make_pool(*parts, **rounds)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(
@@ -164,3 +154,22 @@ def make_trainer(
         ranks=ranks,
         **trainer_options,
     )
+
+
+def _make_buffer(ranks: Ranks, *sizes: int, **options: Any) -> TrialReplayBuffer:
+    """Make a rank's buffer; those that only read a folder wait for the one that writes it."""
+    with ranks.leaders_first():
+        return make_trial_buffer(*sizes, **options)
+
+
+def _check_options(
+    has_buffer: bool, buffer_options: object, tau: float, **lengths: int | None
+) -> None:
+    valid.check_counts(**{name: steps for name, steps in lengths.items() if steps is not None})
+    valid.check_positive("0.01 is usual.", tau=tau)
+    valid.check_fractions("0.01 is usual.", tau=tau)
+    if has_buffer and (lengths["slice_length"] or buffer_options):
+        raise ValueError(
+            "slice_length and buffer_options are for the buffer that make_trainer makes, got them "
+            "beside a replay_buffer. Make that one with them."
+        )

@@ -9,12 +9,6 @@ from torchrl_amago.envs.tasks.maze_runner import MazeRunner
 from torchrl_amago.envs.tasks.tmaze import TMaze
 
 __all__ = [
-    "BatchedTask",
-    "DarkKeyDoor",
-    "GridTask",
-    "MazeRunner",
-    "MetaFrozenLake",
-    "SymbolicAlchemy",
-    "TMaze",
-    "bayes_optimal_success",
-]
+    "BatchedTask", "DarkKeyDoor", "GridTask", "MazeRunner", "MetaFrozenLake", "SymbolicAlchemy",
+    "TMaze", "bayes_optimal_success",
+]  # fmt: skip

@@ -11,17 +11,9 @@ from torchrl_amago.modules.distributions.continuous import Beta, TanhGaussian, T
 from torchrl_amago.modules.distributions.discrete import Bernoulli, ClippedCategorical, Discrete
 
 __all__ = [
-    "DISTRIBUTIONS",
-    "Bernoulli",
-    "Beta",
-    "ClippedCategorical",
-    "Discrete",
-    "PolicyDistribution",
-    "TanhGaussian",
-    "TanhMixture",
-    "VectorDistribution",
-    "make_distribution",
-]
+    "DISTRIBUTIONS", "Bernoulli", "Beta", "ClippedCategorical", "Discrete", "PolicyDistribution",
+    "TanhGaussian", "TanhMixture", "VectorDistribution", "make_distribution",
+]  # fmt: skip
 
 DISTRIBUTIONS: dict[str, type[PolicyDistribution]] = {
     "discrete": Discrete,

@@ -14,16 +14,7 @@ from torchrl_amago.modules.trajectory.recurrent import GRUEncoder, LSTMEncoder
 from torchrl_amago.modules.trajectory.transformer import TransformerEncoder
 
 __all__ = [
-    "FeedForwardEncoder",
-    "GRUEncoder",
-    "GatedLinearAttentionEncoder",
-    "IdentityEncoder",
-    "LSTMEncoder",
-    "MambaEncoder",
-    "Memory",
-    "RingCache",
-    "StateMemory",
-    "StreamTable",
-    "TrajectoryEncoder",
-    "TransformerEncoder",
-]
+    "FeedForwardEncoder", "GRUEncoder", "GatedLinearAttentionEncoder", "IdentityEncoder",
+    "LSTMEncoder", "MambaEncoder", "Memory", "RingCache", "StateMemory", "StreamTable",
+    "TrajectoryEncoder", "TransformerEncoder",
+]  # fmt: skip

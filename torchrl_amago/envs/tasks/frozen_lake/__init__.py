@@ -15,13 +15,6 @@ from torchrl_amago.envs.tasks.frozen_lake.planner import (
 from torchrl_amago.envs.tasks.frozen_lake.task import MetaFrozenLake
 
 __all__ = [
-    "BayesOptimum",
-    "LakePlanner",
-    "LakeSplit",
-    "MetaFrozenLake",
-    "bayes_optimal_success",
-    "enumerate_lakes",
-    "in_split",
-    "is_crossable",
-    "random_lakes",
-]
+    "BayesOptimum", "LakePlanner", "LakeSplit", "MetaFrozenLake", "bayes_optimal_success",
+    "enumerate_lakes", "in_split", "is_crossable", "random_lakes",
+]  # fmt: skip
