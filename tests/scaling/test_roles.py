@@ -95,7 +95,7 @@ def test_a_collector_of_another_task_is_refused(tmp_path):
 
 @pytest.mark.parametrize("option", [dict(ray="local"), dict(samples_per_insert=4.0)])
 def test_options_of_workers_need_workers(tmp_path, option):
-    with pytest.raises(ValueError, match="Others need workers"):
+    with pytest.raises(ValueError, match="are for workers: give workers, too"):
         small_trainer(tmp_path, workers=None, make=make_env(), **option)
 
 

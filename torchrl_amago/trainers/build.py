@@ -123,8 +123,8 @@ def make_trainer(
         buffer = _make_buffer(ranks, *sizes, **(ranks.buffer_options(run_dir) or in_run) | options)
     rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
     if workers is None:
-        for name, value in {"ray": ray, "samples_per_insert": samples_per_insert}.items():
-            valid.check_choice(name, value, (None,), "Others need workers.")
+        if ray or samples_per_insert:
+            raise ValueError("ray and samples_per_insert are for workers: give workers, too.")
         rounds["frames_per_batch"] = env.batch_size.numel() * rounds.pop("round_steps")
         rounds |= collector_devices(env, here if collect_device is None else collect_device)
         collector = TrialCollector(env, policy, replay_buffer=online_part(buffer), **rounds)
