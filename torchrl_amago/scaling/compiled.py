@@ -94,9 +94,8 @@ class QueuedUpdate:
             )
             found = [gradients[p] for p in params]
             options = dict(zip(("beta1", "beta2"), group["betas"], strict=True))
-            options |= {
-                name: group[name] for name in ("weight_decay", "eps", "maximize", "amsgrad")
-            }
+            names = ("weight_decay", "eps", "maximize", "amsgrad")
+            options |= {name: group[name] for name in names}
             # Compiled code can't call the fused kernel.
             adamw(params, found, averages, squares, [], steps, fused=True, capturable=True,
                   lr=rate, found_inf=found_inf, **options)  # fmt: skip
@@ -106,21 +105,20 @@ class QueuedUpdate:
         """Compute the loss and clipped gradients by parameter."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.half):
             losses = self.loss_module(batch)
-        total = sum(value for key, value in losses.items() if key.startswith("loss"))
+        total = total_loss(losses)
         params = [p for params in self.networks.values() for p in params]
         found = torch.autograd.grad(total, params, allow_unused=True)
         with torch.no_grad():
             gradients = {p: g for p, g in zip(params, found, strict=True) if g is not None}
-            by_network = {
+            of_networks = {
                 name: [gradients[p] for p in params if p in gradients]
                 for name, params in self.networks.items()
             }
-            by_network = {name: of_network for name, of_network in by_network.items() if of_network}
-            norms = {name: nn.utils.get_total_norm(x) for name, x in by_network.items()}
+            norms = grad_norms(of_networks)
             norm = torch.stack([*norms.values()]).norm()
-            for name, of_network in by_network.items() if self.clip_norm is not None else ():
-                bounded = norms[name] if self.clip_each else norm
-                torch._foreach_mul_(of_network, (self.clip_norm / (bounded + 1e-6)).clamp(max=1.0))
+            for name, of_network in norms.items() if self.clip_norm is not None else ():
+                factor = self.clip_norm / ((of_network if self.clip_each else norm) + 1e-6)
+                torch._foreach_mul_(of_networks[name], factor.clamp(max=1.0))
             checked = torch.stack([total.detach().float() + norm, norm])
         return gradients, losses.detach(), norms, checked
 
@@ -132,6 +130,16 @@ def by_network(loss_module: nn.Module, optimizer: Optimizer) -> dict[str, list[n
         network, is_network, _ = names.get(p, "").partition("_network_params")
         networks.setdefault(network if is_network else "other", []).append(p)
     return networks
+
+
+def total_loss(losses: TensorDictBase) -> Tensor:
+    """Sum the entries whose names begin with ``loss``; the others are metrics."""
+    return sum(value for key, value in losses.items() if key.startswith("loss"))
+
+
+def grad_norms(gradients: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """Compute the gradient norm of each network that has gradients."""
+    return {name: nn.utils.get_total_norm(x) for name, x in gradients.items() if x}
 
 
 class CudaGraphs:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.evaluation import Results, evaluation_metrics
-from torchrl_amago.scaling import BatchFeed, Ranks, RemoteTrials
+from torchrl_amago.scaling import BatchFeed, Outcome, Ranks, RemoteTrials
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import (
     Components,
@@ -41,8 +41,6 @@ from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper
 from torchrl_amago.trainers.report import RunReport
-
-Outcome = Literal["finished", "interrupted", "preempted"]
 
 
 @dataclass(eq=False, repr=False)

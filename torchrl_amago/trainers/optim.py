@@ -16,7 +16,7 @@ from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
-from torchrl_amago.scaling.compiled import QueuedUpdate, by_network
+from torchrl_amago.scaling.compiled import QueuedUpdate, by_network, grad_norms, total_loss
 from torchrl_amago.scaling.ranks import Ranks
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
 
@@ -164,13 +164,11 @@ class FiniteOptimizationStepper(OptimizationStepper):
         else:
             with torch.autocast(device.type, torch.bfloat16, enabled=half):
                 losses = loss_module(batch)
-            total = sum(value for key, value in losses.items() if key.startswith("loss"))
-            (fraction * total).backward()
+            (fraction * total_loss(losses)).backward()
             metrics = ranks.sum_gradients(optimizer, losses.detach(), fraction)
-            total = sum(value for key, value in metrics.items() if key.startswith("loss"))
             norms = self._grad_norms(loss_module, optimizer)
             norm = torch.stack([*norms.values()]).norm()
-            seen = torch.stack([total.float() + norm, norm])
+            seen = torch.stack([total_loss(metrics).float() + norm, norm])
         checked, grad_norm = seen.tolist()
         if not math.isfinite(checked):
             optimizer.zero_grad()
@@ -202,8 +200,9 @@ class FiniteOptimizationStepper(OptimizationStepper):
         """Compute the gradient norm of each network that has gradients."""
         if self._optimizer is not optimizer:
             self._optimizer, self._networks = optimizer, by_network(loss_module, optimizer)
-        return {
-            name: torch.nn.utils.get_total_norm(gradients)
-            for name, parameters in self._networks.items()
-            if (gradients := [p.grad for p in parameters if p.grad is not None])
-        }
+        return grad_norms(
+            {
+                name: [p.grad for p in parameters if p.grad is not None]
+                for name, parameters in self._networks.items()
+            }
+        )
