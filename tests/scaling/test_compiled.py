@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import shutil
+import weakref
 from functools import partial
 
 import pytest
 import torch
 from tensordict import TensorDict
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_leaves, tree_map
 
 from tests.scaling.test_synchronisations import ROWS, make_parts, trainer_of
 from torchrl_amago._cpu import cpu_paths
-from torchrl_amago.scaling import CudaGraphs, compile_policy
-from torchrl_amago.scaling.compiled import StepGraphs
-from torchrl_amago.trainers import FiniteOptimizationStepper
+from torchrl_amago.scaling import CudaGraphs, compile_policy, compiled
+from torchrl_amago.trainers import FiniteOptimizationStepper, make_schedule, optim
 
 
 class OnCPU(CudaGraphs):
@@ -22,20 +23,40 @@ class OnCPU(CudaGraphs):
 
     recordings = 0
 
+    @staticmethod
+    def serve(x):
+        return True
+
+    def __call__(self, *inputs, key=None):
+        out = super().__call__(*inputs, key=key)
+        return out["replayed"] if isinstance(out, dict) and "replayed" in out else out
+
     def aside(self, inputs):
         return self.function(*inputs)
 
     def record(self, inputs):
         type(self).recordings += 1
-        out = self.function(*inputs)
-        leaves, _ = torch.utils._pytree.tree_flatten(out)
+        is_held = (torch.Tensor, type(None))
+        inputs = tree_map(lambda x: x if isinstance(x, is_held) else weakref.proxy(x), inputs)
+        out = {}
 
-        def replay():
-            new, _ = torch.utils._pytree.tree_flatten(self.function(*inputs))
-            for old, x in zip(leaves, new, strict=True):
+        def replay():  # a recording itself computes nothing
+            new = self.function(*inputs)
+            if not out:
+                out["replayed"] = new
+            for old, x in zip(tree_leaves(out["replayed"]), tree_leaves(new), strict=True):
                 old.copy_(x)
 
         return replay, out
+
+
+@pytest.fixture
+def graphs_on_cpu(monkeypatch):
+    """Record and replay on a CPU, without a compiler."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    for module in (compiled, optim):
+        monkeypatch.setattr(module, "CudaGraphs", OnCPU)
+    OnCPU.recordings = 0
 
 
 @pytest.mark.slow
@@ -64,17 +85,39 @@ def test_one_graph_with_the_eager_update(monkeypatch):
     torch._dynamo.reset()
 
 
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_updates_by_graphs_equal_those_without():
+    results = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        *_, loss, batch = make_parts(dropout_ff=0.0, dropout_emb=0.0)
+        stepper, trainer = FiniteOptimizationStepper(0.5, compile=compile), trainer_of(loss)
+        schedule = make_schedule(trainer.optimizer, 6)
+        torch.manual_seed(1)
+        with cpu_paths(False):
+            for number in range(8):
+                given = loss.check(batch.clone())
+                given["next", "reward"] += number
+                metrics = stepper.step(trainer, given)
+                schedule.step()
+        assert given["td_error"].shape == (ROWS, 12)  # a graph's own batch has them, too
+        results.append((dict(metrics.items()), dict(loss.named_parameters()), given["td_error"]))
+    assert OnCPU.recordings == 1
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("graphs_on_cpu")
 def test_a_loaded_state_is_not_that_of_the_old_graph():
     *_, loss, batch = make_parts()
-    stepper, trainer = FiniteOptimizationStepper(0.5), trainer_of(loss)
+    stepper, trainer = FiniteOptimizationStepper(0.5, compile=True), trainer_of(loss)
     batch = loss.check(batch)
     with cpu_paths(False):
         for _ in range(2):
             stepper.step(trainer, batch)
-        first = stepper._queued
+        first = stepper._graphs
         trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
         stepper.step(trainer, batch)
-    assert stepper._queued is not first
+    assert stepper._graphs is not first
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {3}
 
 
@@ -109,30 +152,14 @@ def test_a_graph_of_tensordicts():
         assert total == 2 * number
 
 
-def test_priorities_reach_the_batch_that_was_given():
-    *_, loss, batch = make_parts()
-    stepper, trainer = FiniteOptimizationStepper(0.5), trainer_of(loss)
-    batch = loss.check(batch)
-    with cpu_paths(False):
-        stepper.step(trainer, batch)
-        stepper.step(trainer, batch)
-        update = stepper._queued.update
-        stepper._queued._call = lambda batch: update(batch.clone())
-        fresh = batch.exclude("td_error")
-        stepper.step(trainer, fresh)
-    assert fresh["td_error"].shape == (ROWS, 12)
-
-
-def test_a_policy_by_graphs(monkeypatch):
+@pytest.mark.usefixtures("graphs_on_cpu")
+def test_a_policy_by_graphs():
     """One graph for each memory and each 64 slots that a step reads; the eager actions."""
-    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    OnCPU.recordings = 0
     torch.manual_seed(0)
     env, policy, *_ = make_parts()
     policy.encoder.trajectory.context_length = 100
-    compile_policy(policy)
-    eager, policy.compiled_step = policy.compiled_step, StepGraphs(policy.compiled_step, OnCPU)
-    graphs = policy.compiled_step
+    graphs = compile_policy(policy).compiled_step
+    eager = graphs.step
 
     def play(step):
         policy.compiled_step, states = step, []

@@ -2,7 +2,7 @@
 
 from torchrl_amago.scaling._learner import RemoteTrials
 from torchrl_amago.scaling._stop import EXIT_CODES, Outcome
-from torchrl_amago.scaling.compiled import CudaGraphs, QueuedUpdate, compile_policy
+from torchrl_amago.scaling.compiled import CudaGraphs, compile_policy
 from torchrl_amago.scaling.devices import BatchFeed, collector_devices, pick_device, send
 from torchrl_amago.scaling.evaluate import evaluate_run
 from torchrl_amago.scaling.pool import WorkerPool
@@ -15,7 +15,6 @@ __all__ = [
     "BatchFeed",
     "CudaGraphs",
     "Outcome",
-    "QueuedUpdate",
     "Ranks",
     "RayPool",
     "RemoteTrials",

@@ -321,7 +321,7 @@ class AMAGOTrainer:
         return results
 
     def _write_row(self, evaluation: Results) -> None:
-        counts, rate = self.counts, self.optimizer.param_groups[0]["lr"]
+        counts, rate = self.counts, float(self.optimizer.param_groups[0]["lr"])
         extra = {"trials": self.monitor.trials, "learning_rate": rate}
         self.report.write_row(counts.updates, counts.frames, extra, evaluation)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tensordict import TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,10 +15,12 @@ from torchrl.trainers import Trainer
 from torchrl.trainers.trainers import OptimizationStepper
 
 from torchrl_amago import keys
+from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
-from torchrl_amago.scaling.compiled import QueuedUpdate, by_network, grad_norms, total_loss
-from torchrl_amago.scaling.ranks import Ranks
+from torchrl_amago.scaling import CudaGraphs, Ranks
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
+
+Gradients = tuple[TensorDict, dict[nn.Parameter, Tensor | None]]
 
 # Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
 # ensemble are [C, out], scales of attention heads [H, 1, 1], Mamba's log decays [channels, states].
@@ -98,7 +100,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
     """Update with clipped gradients that raises on NaN or infinity before anything changes.
 
     The sum of the loss's outputs whose names begin with ``loss`` is minimised, the others are
-    metrics. The batch is checked before the forward, which updates running statistics. A stock
+    metrics. The batch is checked before the forward, which updates running statistics. With a fused
+    AdamW, all is queued on a GPU before the host looks at a number. A stock
     :class:`torchrl.trainers.Trainer` takes it as ``optimization_stepper``.
 
     Args:
@@ -107,8 +110,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
             large gradient of the encoder then doesn't slow the others down, which otherwise leaves
             the fit of rising values to the encoder.
         precision: ``"bf16"`` computes forward and loss under bfloat16 autocast.
-        compile: compile updates, see :class:`~torchrl_amago.scaling.QueuedUpdate`. Batches should
-            have few shapes, as with ``trim_padding=64``.
+        compile: compile loss and gradients as one function, and replay whole updates as CUDA graphs
+            on a GPU. Batches should have few shapes, as with ``trim_padding=64``.
         dump_dir: folder for a batch with NaN; by default the trainer's ``run_dir``.
 
     Example:
@@ -139,8 +142,6 @@ class FiniteOptimizationStepper(OptimizationStepper):
         self.clip_norm, self.clip_each = clip_norm, clip_each
         self.precision, self.dump_dir, self.compile = precision, dump_dir, compile
         self._optimizer: Optimizer | None = None
-        self._networks: dict[str, list[nn.Parameter]] = {}
-        self._queued: QueuedUpdate | None = None
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
@@ -151,38 +152,20 @@ class FiniteOptimizationStepper(OptimizationStepper):
             fraction = self.check(sub_batch, ranks)
         if self.compile and not is_checked and hasattr(loss_module, "check"):
             sub_batch = loss_module.check(sub_batch)  # compiled code checks nothing
-        device = optimizer.param_groups[0]["params"][0].device
-        half = self.precision == "bf16"
-        batch = sub_batch if device.type == "cpu" else sub_batch.to(device)
-        # Several ranks sum their gradients between loss and clipping.
-        is_queued = ranks.size == 1 and QueuedUpdate.serves(optimizer, self.compile)
-        if is_queued:
-            if self._queued is None or not self._queued.fits(optimizer):
-                options = (self.clip_norm, self.clip_each, half, self.compile)
-                self._queued = QueuedUpdate(loss_module, optimizer, *options)
-            metrics, norms, seen = self._queued(batch)
-        else:
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
-                losses = loss_module(batch)
-            (fraction * total_loss(losses)).backward()
-            metrics = ranks.sum_gradients(optimizer, losses.detach(), fraction)
-            norms = self._grad_norms(loss_module, optimizer)
-            norm = torch.stack([*norms.values()]).norm()
-            seen = torch.stack([total_loss(metrics).float() + norm, norm])
-        checked, grad_norm = seen.tolist()
+        # A graph holds the addresses of the optimiser's state, of which loading makes another.
+        if self._optimizer is not optimizer or self._state is not optimizer.state:
+            self._prepare(loss_module, optimizer, self.compile and ranks.size == 1)
+        batch = sub_batch if self._device.type == "cpu" else sub_batch.to(self._device)
+        for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
+            group["lr"] = rate.fill_(group["lr"])
+        given = (batch, ranks, fraction) if self._graphs is None else (batch,)
+        metrics, norms, seen, priorities = (self._graphs or self._update)(*given)
+        if priorities is not None:  # a graph writes to a batch of its own
+            batch.set(self._priority_key, priorities)
+        checked, grad_norm = seen.tolist()  # the one look at the device
         if not math.isfinite(checked):
-            optimizer.zero_grad()
             problem, folder = describe_loss(metrics, grad_norm, batch), Path(self.dump_dir or ".")
             raise NonFiniteError(problem, batch, folder)
-        if not is_queued:
-            # As clip_grad_norm_, which also multiplies where there is nothing to clip.
-            if self.clip_norm is not None and grad_norm + 1e-6 > self.clip_norm:
-                for name, of_network in norms.items():
-                    bounded = of_network if self.clip_each else norm
-                    parameters = self._networks[name]
-                    torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, bounded)
-            optimizer.step()
-            optimizer.zero_grad()
         buffer = trainer.replay_buffer
         if buffer is not None and "priority_weight" in batch.keys():  # noqa: SIM118
             stock = getattr(buffer, "update_tensordict_priority", None)
@@ -196,13 +179,69 @@ class FiniteOptimizationStepper(OptimizationStepper):
         folder = Path(self.dump_dir or ".")
         return check_data(batch, folder, "observations and rewards of a training batch", ranks)
 
-    def _grad_norms(self, loss_module: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-        """Compute the gradient norm of each network that has gradients."""
-        if self._optimizer is not optimizer:
-            self._optimizer, self._networks = optimizer, by_network(loss_module, optimizer)
-        return grad_norms(
-            {
-                name: [p.grad for p in parameters if p.grad is not None]
-                for name, parameters in self._networks.items()
-            }
-        )
+    def _prepare(self, loss_module: nn.Module, optimizer: Optimizer, compile: bool) -> None:
+        """Read the parameters of a loss and an optimiser, and compile their updates."""
+        self._loss, self._optimizer, self._state = loss_module, optimizer, optimizer.state
+        names = {p: name for name, p in loss_module.named_parameters()}
+        self._networks: dict[str, list[nn.Parameter]] = {}
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            network, is_network, _ = names.get(p, "").partition("_network_params")
+            self._networks.setdefault(network if is_network else "other", []).append(p)
+        self._device = p.device
+        named = getattr(loss_module, "tensor_keys", None)
+        self._priority_key = getattr(named, "priority", "td_error")
+        self._gradients, self._graphs, self._rates = self.gradients, None, []
+        if compile:
+            # Else gradients would split the function into two graphs.
+            in_one = torch._dynamo.config.patch(trace_autograd_ops=True)
+            self._gradients = in_one(torch.compile(self.gradients))
+        if compile and CudaGraphs.serve(p):
+            self._graphs = CudaGraphs(self._update)
+            for group in optimizer.param_groups:  # tensors: a new learning rate records nothing
+                self._rates.append(torch.zeros((), device=p.device))
+                group["capturable"] = True
+
+    def gradients(self, batch: TensorDictBase, fraction: float) -> Gradients:
+        """Compute losses and metrics, and the gradients of a fraction of the summed losses."""
+        half = self.precision == "bf16"
+        params = [p for params in self._networks.values() for p in params]
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+            losses = self._loss(batch)
+        found = torch.autograd.grad(fraction * _total(losses), params, allow_unused=True)
+        return losses.detach(), dict(zip(params, found, strict=True))
+
+    def _update(
+        self, batch: TensorDictBase, ranks: Ranks = Ranks(), fraction: float = 1.0
+    ) -> tuple[TensorDict, dict[str, Tensor], Tensor, Tensor | None]:
+        """Make an update, unless total or norm are not finite, without a look at the device.
+
+        Return metrics, gradient norms by network, ``[total + norm, norm]`` and new priorities.
+        """
+        optimizer, limit, norms = self._optimizer, self.clip_norm, {}
+        metrics, gradients = self._gradients(batch, fraction)
+        for p, gradient in gradients.items():
+            # The optimiser reads both in the order of memory.
+            p.grad = None if gradient is None else gradient.contiguous()
+        metrics = ranks.sum_gradients(optimizer, metrics, fraction)
+        for name, params in self._networks.items():
+            if found := [p.grad for p in params if p.grad is not None]:
+                norms[name] = nn.utils.get_total_norm(found)
+        norm = torch.stack([*norms.values()]).norm()
+        if limit is not None and not (reads_are_free(norm) and norm + 1e-6 <= limit):
+            for name, of_network in norms.items():
+                bounded = of_network if self.clip_each else norm
+                nn.utils.clip_grads_with_norm_(self._networks[name], limit, bounded)
+        seen = torch.stack([_total(metrics).float() + norm, norm])
+        # The kernel of AdamW looks at this itself; for other optimisers the host does.
+        is_fused = optimizer.defaults.get("fused")
+        if is_fused:
+            optimizer.found_inf = (~seen[0].isfinite()).float()
+        if is_fused or seen[0].isfinite():
+            optimizer.step()
+        optimizer.zero_grad()
+        return metrics, norms, seen, batch.get(self._priority_key, None)
+
+
+def _total(losses: TensorDictBase) -> Tensor:
+    """Sum the entries whose names begin with ``loss``; the others are metrics."""
+    return sum(value for key, value in losses.items() if key.startswith("loss"))
