@@ -6,6 +6,12 @@ import contextlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import Literal
+
+Outcome = Literal["finished", "interrupted", "preempted"]
+
+#: Codes that shells and batch systems expect; 75 asks for another try (EX_TEMPFAIL).
+EXIT_CODES = {"finished": 0, "interrupted": 130, "preempted": 75}
 
 # SIGHUP and SIGUSR1 do not exist on Windows.
 _NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1")
@@ -13,7 +19,7 @@ _PREEMPTION = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, 
 
 
 @contextlib.contextmanager
-def on_signals(request_stop: Callable[[str], None], may_repeat: bool = False) -> Iterator[None]:
+def on_signals(request_stop: Callable[[Outcome], None], may_repeat: bool = False) -> Iterator[None]:
     """Turn the first of each signal into a call of ``request_stop``; the next has its usual effect.
 
     Its argument is ``"interrupted"`` for SIGINT (Ctrl-C), else ``"preempted"``. Ignored signals

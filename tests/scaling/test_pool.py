@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -92,19 +93,17 @@ def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
     workers.shutdown()
 
 
-def test_pauses_double_while_a_worker_keeps_failing(tmp_path):
+def test_pauses_double_while_a_worker_keeps_failing(tmp_path, monkeypatch):
     workers = make_pool(tmp_path, workers=1)
-    (worker,) = workers._workers
+    (place,) = workers._places.values()
+    monkeypatch.setattr(pool.time, "monotonic", lambda: 100.0)
     pauses = []
     for _ in range(8):
-
-        class Failed:
-            exitcode = 1
-            close = staticmethod(lambda: None)
-
-        worker.process = Failed()
-        workers._replace(worker, 100.0)
-        pauses.append(worker.next_start - 100.0)
+        place.process = SimpleNamespace(
+            exitcode=1, **dict.fromkeys(("kill", "join", "close"), list)
+        )
+        workers._end(place, workers._find_problem(place, 100.0))
+        pauses.append(place.since - 100.0)
     assert pauses == [1, 3, 7, 15, 31, 60, 60, 60]
 
 

@@ -1,7 +1,7 @@
 """Several devices, processes and machines for one run (docs/scaling.md)."""
 
+from torchrl_amago._signals import EXIT_CODES, Outcome
 from torchrl_amago.scaling._learner import RemoteTrials
-from torchrl_amago.scaling._stop import EXIT_CODES, Outcome
 from torchrl_amago.scaling.compiled import CudaGraphs, compile_policy
 from torchrl_amago.scaling.devices import BatchFeed, collector_devices, pick_device, send
 from torchrl_amago.scaling.evaluate import evaluate_run

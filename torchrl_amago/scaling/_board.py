@@ -1,8 +1,9 @@
-"""The board: the newest policy of a run, a file that is replaced in one step."""
+"""The newest policy of a run, a file that is replaced in one step, and the roles that follow it."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 from torchrl import logger as torchrl_logger
 
-from torchrl_amago._facts import as_json, check_same, describe_policy, facts
+from torchrl_amago._facts import check_same, describe_policy, facts
 from torchrl_amago._files import DamagedError
+from torchrl_amago._signals import Outcome
 from torchrl_amago._state_file import load_state, save_state
+
+_LAST_SECONDS = 10.0
 
 
 class Board:
@@ -22,12 +26,18 @@ class Board:
     """
 
     def __init__(self, run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:
-        self.file, self.settings = Path(run_dir) / "board" / "policy.npz", as_json(settings or {})
+        self.file, self.settings = Path(run_dir) / "board" / "policy.npz", settings or {}
         self._seen: tuple | None = None
 
     def publish(self, policy: nn.Module, version: int, finished: bool = False) -> None:
         """Replace the policy on the board, with the counters of its exploration."""
-        save_state(self.file, describe(policy, version, self.settings, finished=finished))
+        save_state(self.file, self.describe(policy, version, finished))
+
+    def describe(self, policy: nn.Module, version: int, finished: bool = False) -> dict[str, Any]:
+        """Return all that workers need of a policy."""
+        tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
+        own = {"policy": tensors, "facts": self._facts(policy)}
+        return own | {"version": version, "finished": finished}
 
     def newer(self) -> dict[str, Any] | None:
         """Return the policy's state if it has changed since the last call, else None."""
@@ -50,22 +60,42 @@ class Board:
         Raises:
             ValueError: naming the differences, if task or network are not the learner's.
         """
-        saved = facts({"weights": state["weights"]}, state["settings"])
-        check_same(self.file, saved, facts(*_own(policy, self.settings)))
-        policy.load_state_dict({**state["weights"], **state["counters"]}, strict=False)
+        check_same(self.file, state["facts"], self._facts(policy))
+        policy.load_state_dict(state["policy"], strict=False)
         return state["version"]
 
-
-def describe(
-    policy: nn.Module, version: int, settings: Mapping[str, Any], **more: Any
-) -> dict[str, Any]:
-    """Return all that workers need of a policy."""
-    weights, settings = _own(policy, settings)
-    tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
-    counters = {name: x for name, x in tensors.items() if name not in weights["weights"]}
-    return {**weights, "counters": counters, "settings": settings, "version": version, **more}
+    def _facts(self, policy: nn.Module) -> dict[str, Any]:
+        own = describe_policy(policy)
+        return facts({"weights": own["weights"]}, {**self.settings, **own["settings"]})
 
 
-def _own(policy: nn.Module, settings: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    described = describe_policy(policy)
-    return {"weights": described["weights"]}, {**settings, **described["settings"]}
+class LeaveError(Exception):
+    """A signal came a while ago, and the piece of work still runs."""
+
+
+class Role(Board):
+    """A collector or evaluator: its copy of the newest policy, and the signals that end it."""
+
+    def __init__(
+        self, run_dir: str | Path, policy: nn.Module, settings: Mapping[str, Any] | None
+    ) -> None:
+        super().__init__(run_dir, settings)
+        self.policy, self.version, self.is_last = policy, -1, False
+        self.outcome: Outcome | None = None
+        self._deadline = float("inf")
+
+    def update(self) -> bool:
+        """Load the newest policy; return False if it has been loaded before."""
+        state = self.newer()
+        if state is not None:
+            self.version, self.is_last = self.load(state, self.policy), state["finished"]
+        return state is not None
+
+    def request_stop(self, outcome: Outcome) -> None:
+        """End after the running piece of work, as a handler of signals."""
+        self.outcome, self._deadline = outcome, time.monotonic() + _LAST_SECONDS
+
+    def check(self) -> None:
+        """Raise :class:`LeaveError` once the running piece of work has had 10 seconds."""
+        if time.monotonic() > self._deadline:
+            raise LeaveError

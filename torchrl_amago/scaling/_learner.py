@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
-from torchrl.envs import Transform
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_positive
@@ -38,8 +37,6 @@ class RemoteTrials:
         num_learners: ranks that each sample as many steps.
     """
 
-    requested_frames_per_batch = None
-
     def __init__(
         self,
         policy: nn.Module,
@@ -64,7 +61,7 @@ class RemoteTrials:
         self._published: int | None = None
         self._is_open = self._stops = False
         self._seed = 0
-        replay_buffer.append_transform(_Observer(self))
+        replay_buffer.append_transform(self._observe)
         self._start_window()
 
     @property
@@ -103,16 +100,18 @@ class RemoteTrials:
         """Don't wait for trials any more."""
         self._stops = True
 
-    def observe(self, batch: TensorDictBase) -> None:
-        """Count the real steps of a sampled batch ``[B, T]`` and their policies' versions."""
-        mask_BT, counts = batch.get(keys.MASK), self._counts
-        version_N = batch.get(keys.POLICY_VERSION)[mask_BT]
-        sampled = len(version_N) * self.num_learners
-        counts["sampled"] += sampled
-        if self.samples_per_insert is not None:
-            counts["due"] += sampled / self.samples_per_insert
-        self._window["lags"].append(counts["version"] - version_N)
-        self._window["numbers"] = batch.get("index")[:, 0]
+    def _observe(self, batch: TensorDictBase) -> TensorDictBase:
+        """Count the real steps of a sampled batch ``[B, T]``, as a transform of the buffer's."""
+        mask_BT, counts = batch.get(keys.MASK, None), self._counts
+        if mask_BT is not None:  # not steps read by their places
+            version_N = batch.get(keys.POLICY_VERSION)[mask_BT]
+            sampled = len(version_N) * self.num_learners
+            counts["sampled"] += sampled
+            if self.samples_per_insert is not None:
+                counts["due"] += sampled / self.samples_per_insert
+            self._window["lags"].append(counts["version"] - version_N)
+            self._window["numbers"] = batch.get("index")[:, 0]
+        return batch
 
     def after_update(self, trainer: Any) -> dict[str, float]:
         """Follow the trainer's updates, as one of its callbacks; return the columns of a row."""
@@ -171,10 +170,9 @@ class RemoteTrials:
         saved = dict(state["in_progress"])
         # Another seed than before, or the tasks would come again.
         self._seed = saved.pop("seed") + saved["version"] + 1
-        self._counts = saved
         # A replay buffer of another folder may have fewer.
         written = self.replay_buffer.write_count
-        self._counts |= {name: min(saved[name], written) for name in ("due", "begin")}
+        self._counts = saved | {name: min(saved[name], written) for name in ("due", "begin")}
 
     def shutdown(self, **_: Any) -> None:
         """End the workers; those of other machines too if this was the last update."""
@@ -189,16 +187,3 @@ def _mean_age(buffer: TrialReplayBuffer, number_B: Tensor) -> float:
     begin, entries = buffer.storage.table().look()
     stop_B = entries["stop"][(number_B.numpy() - begin).clip(0)]  # some may be evicted
     return buffer.write_count - float(stop_B.mean())
-
-
-class _Observer(Transform):
-    """Transform that shows sampled batches to their collector and leaves them as they are."""
-
-    def __init__(self, collector: RemoteTrials) -> None:
-        super().__init__()
-        self._observe = collector.observe
-
-    def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        if tensordict.get(keys.MASK, None) is not None:  # not steps read by their places
-            self._observe(tensordict)
-        return tensordict

@@ -10,9 +10,12 @@ files are exchanged, so that machines need no common clock and no memory maps of
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import secrets
+import socket
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,12 +67,19 @@ def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict
 
 
 class Outbox:
-    """A worker's folder in the spool."""
+    """A worker's end: the folder of its segments, and its heartbeat.
+
+    The heartbeat is a small file that changes at least every second while the worker plays.
+    """
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        self.folder, self._number = run_dir / "spool" / name, 0
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.heartbeat = run_dir / "spool" / name, heartbeat_file(run_dir, name)
+        for folder in (self.folder, self.heartbeat.parent):
+            folder.mkdir(parents=True, exist_ok=True)
         files.recover(self.folder)  # an earlier process of this name may have died writing
+        self.facts = {"host": socket.gethostname(), "pid": os.getpid()}
+        self.facts |= dict.fromkeys(("beats", "rounds", "frames", "waited"), 0)
+        self._number, self._begin, self._next_beat = 0, time.monotonic(), 0.0
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
@@ -80,6 +90,33 @@ class Outbox:
         # Numbers order the segments of one process; the random part makes names unique.
         save_state(self.folder / f"{self._number:08d}-{secrets.token_hex(4)}.npz", segment)
         self._number += 1
+
+    def beat(self) -> None:
+        """Write the numbers so far, at most once a second."""
+        now = time.monotonic()
+        if now >= self._next_beat:
+            self._next_beat, self.facts["beats"] = now + 1.0, self.facts["beats"] + 1
+            partial = self.heartbeat.with_suffix(".partial")
+            try:
+                partial.write_text(json.dumps({**self.facts, "seconds": now - self._begin}))
+                os.replace(partial, self.heartbeat)
+            except OSError as error:
+                torchrl_logger.warning(f"no heartbeat: {error}")
+
+    def wait(self, seconds: float) -> None:
+        """Wait, and count it."""
+        time.sleep(seconds)
+        self.facts["waited"] += seconds
+        self.beat()
+
+    def close(self) -> None:
+        """Remove the heartbeat: this worker leaves by itself."""
+        self.heartbeat.unlink(missing_ok=True)
+
+
+def heartbeat_file(run_dir: Path, name: str) -> Path:
+    """Return the path of a worker's heartbeat."""
+    return run_dir / "workers" / f"{name}.json"
 
 
 class Inbox:

@@ -12,11 +12,10 @@ from typing import Any
 from torch import nn
 
 from torchrl_amago._files import lock
-from torchrl_amago._signals import on_signals
+from torchrl_amago._signals import Outcome, on_signals
 from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.progress import ProgressTable
-from torchrl_amago.scaling._board import Board
-from torchrl_amago.scaling._stop import LeaveError, Outcome, Stop
+from torchrl_amago.scaling._board import LeaveError, Role
 
 _POLL_SECONDS = 0.5
 
@@ -36,33 +35,25 @@ def evaluate_run(
     Args:
         policy: built as the learner's; the evaluator plays it.
         evaluator: called without arguments; returns numbers by name or ``TrialResults``.
-        run_dir: the learner's folder.
-        settings: values by name that must be those of the learner, as its trainer's ``settings``.
-
-    Returns:
-        ``"finished"``; ``"interrupted"`` after Ctrl-C; ``"preempted"`` after SIGTERM and the like.
-
-    Raises:
-        ValueError: if task or network differ from the learner's; the message names them.
+        run_dir, settings: see :func:`~torchrl_amago.scaling.collect`, as for results and errors.
     """
-    board, stop = Board(run_dir, settings), Stop()
-    hook = policy.register_forward_pre_hook(lambda *_: stop.check())
+    role = Role(run_dir, policy, settings)
     with contextlib.ExitStack() as held:
-        held.callback(hook.remove)
+        held.enter_context(policy.register_forward_pre_hook(lambda *_: role.check()))
         table = _free_table(Path(run_dir) / "evaluations", held)
-        held.enter_context(on_signals(stop.request))
-        while stop.outcome is None:
-            if (state := board.newer()) is None:
+        held.enter_context(on_signals(role.request_stop))
+        while role.outcome is None:
+            if not role.update():
                 time.sleep(_POLL_SECONDS)
                 continue
-            version, begin = board.load(state, policy), time.monotonic()
+            begin = time.monotonic()
             with contextlib.suppress(LeaveError):
                 metrics = evaluation_metrics(evaluator())
                 seconds = time.monotonic() - begin
-                table.append({"update": version, "seconds_evaluation": seconds, **metrics})
-            if state["finished"]:
-                stop.outcome = stop.outcome or "finished"
-    return stop.outcome
+                table.append({"update": role.version, "seconds_evaluation": seconds, **metrics})
+            if role.is_last:
+                role.outcome = role.outcome or "finished"
+    return role.outcome
 
 
 def _free_table(folder: Path, held: contextlib.ExitStack) -> ProgressTable:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,11 @@ from torchrl import logger as torchrl_logger
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
-from torchrl_amago._files import DamagedError
-from torchrl_amago._signals import on_signals
+from torchrl_amago._signals import Outcome, on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
-from torchrl_amago.scaling._board import Board
+from torchrl_amago.scaling._board import LeaveError, Role
 from torchrl_amago.scaling._spool import Outbox, make_segment
-from torchrl_amago.scaling._stop import LeaveError, Outcome, Stop
 
 MakeEnv = Callable[[], EnvBase]
 
@@ -72,45 +68,6 @@ class Player:
         self._collector.shutdown()
 
 
-class Heart:
-    """A worker's heartbeat: a small file that changes at least every second while it plays."""
-
-    def __init__(self, run_dir: Path, name: str) -> None:
-        self.file = heartbeat_file(run_dir, name)
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.facts = {"host": socket.gethostname(), "pid": os.getpid()}
-        self.facts |= dict.fromkeys(("beats", "rounds", "frames", "waited"), 0)
-        self._begin = time.monotonic()
-        self._next = 0.0
-
-    def beat(self) -> None:
-        """Write the numbers so far, at most once a second."""
-        now = time.monotonic()
-        if now >= self._next:
-            self._next, self.facts["beats"] = now + 1.0, self.facts["beats"] + 1
-            partial = self.file.with_suffix(".partial")
-            try:
-                partial.write_text(json.dumps({**self.facts, "seconds": now - self._begin}))
-                os.replace(partial, self.file)
-            except OSError as error:
-                torchrl_logger.warning(f"no heartbeat: {error}")
-
-    def wait(self, seconds: float) -> None:
-        """Wait, and count it."""
-        time.sleep(seconds)
-        self.facts["waited"] += seconds
-        self.beat()
-
-    def stop(self) -> None:
-        """Remove the file: this worker left by itself."""
-        self.file.unlink(missing_ok=True)
-
-
-def heartbeat_file(run_dir: Path, name: str) -> Path:
-    """Return the path of a worker's heartbeat."""
-    return Path(run_dir) / "workers" / f"{name}.json"
-
-
 def collect(
     make_env: MakeEnv,
     policy: nn.Module,
@@ -149,47 +106,42 @@ def collect(
     """
     check_counts(round_steps=round_steps, max_unread=max_unread)
     name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
-    run_dir, stop = Path(run_dir), Stop()
-    board, outbox, heart = Board(run_dir, settings), Outbox(run_dir, name), Heart(run_dir, name)
-    seed, player = secrets.randbelow(2**31) if seed is None else seed, None
+    role, outbox, player = Role(run_dir, policy, settings), Outbox(Path(run_dir), name), None
 
     def on_step() -> None:
-        heart.beat()
-        stop.check()
+        outbox.beat()
+        role.check()
 
-    with on_signals(stop.request):
-        while stop.outcome is None:
-            if (state := board.newer()) is not None:
-                if state["finished"]:
-                    stop.outcome = "finished"
-                    continue
-                version = board.load(state, policy)
+    with on_signals(role.request_stop):
+        while role.outcome is None:
+            if role.update():
+                if role.is_last:
+                    role.outcome = "finished"
+                    break
                 if player is None:
-                    options = {"round_steps": round_steps, "fragment_length": fragment_length}
-                    player = Player(make_env, policy, **options, seed=seed, on_step=on_step)
-                player.version = heart.facts["version"] = version
+                    seed = secrets.randbelow(2**31) if seed is None else seed
+                    steps = {"round_steps": round_steps, "fragment_length": fragment_length}
+                    player = Player(make_env, policy, **steps, seed=seed, on_step=on_step)
+                player.version = role.version
             if player is None or outbox.unread() >= max_unread:
-                heart.wait(0.1)
+                outbox.wait(0.1)
                 continue
             try:
                 segment = player.play()
             except LeaveError:
                 break
-            heart.facts["rounds"] += 1
-            heart.facts["frames"] += player.frames
-            while segment is not None and not _put(outbox, segment) and stop.outcome is None:
-                heart.wait(_RETRY_SECONDS)
-    heart.stop()
+            outbox.facts["rounds"] += 1
+            outbox.facts["frames"] += player.frames
+            while segment is not None:
+                try:
+                    outbox.put(segment)
+                    break
+                except OSError as error:  # the disk is full or away
+                    torchrl_logger.warning(f"waiting with {sum(segment['lengths'])} steps: {error}")
+                    if role.outcome is not None:
+                        break
+                    outbox.wait(_RETRY_SECONDS)
+    outbox.close()
     if player is not None:
         player.close()
-    return stop.outcome
-
-
-def _put(outbox: Outbox, segment: Mapping[str, Any]) -> bool:
-    """Write a segment; return False, with a warning, if the disk is full or away."""
-    try:
-        outbox.put(segment)
-    except (OSError, DamagedError) as error:
-        torchrl_logger.warning(f"waiting with {sum(segment['lengths'])} steps: {error}")
-        return False
-    return True
+    return role.outcome
