@@ -49,13 +49,6 @@ def heartbeats(run_dir: Path) -> dict[str, dict]:
     return found
 
 
-def played(collector, run_dir: Path) -> list[int]:
-    """Numbers of the processes that are there and have played a round."""
-    if hasattr(collector, "pids"):
-        return collector.pids()
-    return [facts["pid"] for facts in heartbeats(run_dir).values() if facts["rounds"]]
-
-
 def kill_workers(run_dir: Path, kills: int = 20, **options) -> None:
     """Kill a random worker every few seconds, as soon as all of them have played."""
     trainer = small_trainer(run_dir, workers=2, total_updates=10**6, capacity=50_000, **options)
@@ -66,7 +59,7 @@ def kill_workers(run_dir: Path, kills: int = 20, **options) -> None:
         now = time.monotonic()
         state["gap"] = max(state["gap"], now - (state["last"] or now))
         state["last"] = now
-        pids = played(trainer.collector, run_dir)
+        pids = trainer.collector.pids()
         is_full = len(pids) == 2 and not set(pids) & set(victims)
         if state["at"] is not None and is_full and state["kills"] > len(state["back"]):
             state["back"].append(now - state["at"])

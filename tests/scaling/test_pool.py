@@ -95,15 +95,15 @@ def test_workers_that_cannot_start_are_an_error(tmp_path, monkeypatch):
 
 def test_pauses_double_while_a_worker_keeps_failing(tmp_path, monkeypatch):
     workers = make_pool(tmp_path, workers=1)
-    (place,) = workers._places.values()
+    (worker,) = workers._own
     monkeypatch.setattr(pool.time, "monotonic", lambda: 100.0)
     pauses = []
     for _ in range(8):
-        place.process = SimpleNamespace(
+        worker.process = SimpleNamespace(
             exitcode=1, **dict.fromkeys(("kill", "join", "close"), list)
         )
-        workers._end(place, workers._find_problem(place, 100.0))
-        pauses.append(place.since - 100.0)
+        workers._end(worker, workers._find_problem(worker, 100.0))
+        pauses.append(worker.since - 100.0)
     assert pauses == [1, 3, 7, 15, 31, 60, 60, 60]
 
 

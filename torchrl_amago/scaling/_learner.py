@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensordict import TensorDictBase
-from torch import Tensor, nn
+from torch import nn
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_positive
@@ -131,12 +132,13 @@ class RemoteTrials:
             "wait/learner": min(window["waited"] / seconds, 1.0),
         }
         if window["lags"]:
-            lag_N = torch.cat(window["lags"]).float()
-            # torch.quantile takes at most 16 million numbers.
-            p95 = lag_N.sort().values[int(0.95 * (len(lag_N) - 1))]
-            lags = {"mean": lag_N.mean(), "p95": p95, "max": lag_N.max()}
+            lag_N = torch.cat(window["lags"]).numpy()
+            lags = {"mean": lag_N.mean(), "p95": np.percentile(lag_N, 95), "max": lag_N.max()}
             found |= {f"lag/{name}": float(value) for name, value in lags.items()}
-            found["replay/age"] = _mean_age(buffer, window["numbers"])
+            # Steps written since trials, by their numbers, of which some may be evicted.
+            first, entries = buffer.storage.table().look()
+            stop_B = entries["stop"][(window["numbers"].numpy() - first).clip(0)]
+            found["replay/age"] = buffer.write_count - float(stop_B.mean())
         if window["trials"]:
             found["lag/versions_per_trial"] = window["versions"] / window["trials"]
         self._start_window()
@@ -180,10 +182,3 @@ class RemoteTrials:
             self._publish(finished=True)
         self._is_open = False
         self._stop()
-
-
-def _mean_age(buffer: TrialReplayBuffer, number_B: Tensor) -> float:
-    """Return the mean number of steps that were written since trials, by their numbers."""
-    begin, entries = buffer.storage.table().look()
-    stop_B = entries["stop"][(number_B.numpy() - begin).clip(0)]  # some may be evicted
-    return buffer.write_count - float(stop_B.mean())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import accumulate
 
 import torch
 from tensordict import TensorDict, TensorDictBase
@@ -15,8 +14,6 @@ from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice
 
 Draw = tuple[TensorDictBase, "torch.cuda.Event | None"]
-
-_ALIGNMENT = 16  # bytes, of the largest elements
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -37,9 +34,7 @@ def pick_device(name: str | torch.device = "auto") -> torch.device:
         remedy = "PyTorch sees no GPU here: install its CUDA build, check nvidia-smi, or use 'cpu'."
     check_choice("device", str(name), known, remedy)
     kind = ("cuda" if gpus else "cpu") if str(name) == "auto" else str(name)
-    return (
-        torch.device("cuda", torch.cuda.current_device()) if kind == "cuda" else torch.device(kind)
-    )
+    return torch.device(f"cuda:{torch.cuda.current_device()}" if kind == "cuda" else kind)
 
 
 def collector_devices(env: EnvBase, acting: str | torch.device) -> dict[str, torch.device]:
@@ -62,33 +57,24 @@ def send(batch: TensorDictBase, device: torch.device | str) -> TensorDict:
         (tensor([0, 1, 2]), torch.Size([3, 2]))
     """
     device = torch.device(device)
-    entries = {key: x for key, x in batch.items(True, True) if isinstance(x, Tensor)}
-    stops = list(accumulate(-(-x.nbytes // _ALIGNMENT) * _ALIGNMENT for x in entries.values()))
-    starts = [0, *stops][: len(stops)]
-    size, is_pinned = [0, *stops][-1], device.type == "cuda"
-    block = torch.empty(size, dtype=torch.uint8, pin_memory=is_pinned)
-    for start, x in zip(starts, entries.values(), strict=True):
-        _view(block, start, x).copy_(x)
-    block = block.to(device, non_blocking=True)
-    views = {k: _view(block, at, x) for at, (k, x) in zip(starts, entries.items(), strict=True)}
+    entries = [(key, x) for key, x in batch.items(True, True) if isinstance(x, Tensor)]
+    entries.sort(key=lambda entry: -entry[1].element_size())  # each begins at a multiple of it
+    parts = [x.reshape(-1).view(torch.uint8) for _, x in entries]
+    sizes = [len(part) for part in parts]
+    block = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    block = torch.cat(parts, out=block).to(device, non_blocking=True)
     out = TensorDict(batch_size=batch.batch_size, device=device)
-    for key, view in views.items():
-        out.set(key, view)
+    for (key, x), piece in zip(entries, block.split(sizes), strict=True):
+        out.set(key, piece.view(x.dtype).view(x.shape))
     return out
-
-
-def _view(block: Tensor, start: int, like: Tensor) -> Tensor:
-    """View the bytes of an entry as a tensor of its shape."""
-    return block[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class BatchFeed:
     """Batches of a replay buffer on the loss's device, one of them drawn ahead in a thread.
 
-    TorchRL's `prefetch` draws across the collection of new trials, so that batches depend on
-    timing, and its `pin_memory` pins each entry anew. Here the sequence of batches is that of
-    ``draw()`` as long as the trials stay and nothing else draws from its generator. On a
-    CPU, nothing is drawn ahead or copied.
+    The sequence of batches is that of ``draw()`` as long as the trials stay and nothing else draws
+    from its generator. (With TorchRL's `prefetch` it depends on timing.) On a CPU, nothing is drawn
+    ahead or copied.
 
     Args:
         draw: function that returns a batch.
@@ -114,8 +100,7 @@ class BatchFeed:
         self.is_direct = reads_are_free(weight)
         self._next: Future[Draw] | None = None
         self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first batch ahead
-        has_streams = self.device.type == "cuda"
-        self._stream = torch.cuda.Stream(self.device) if has_streams else None
+        self._stream = torch.cuda.Stream(self.device) if weight.is_cuda else None
 
     def sample(self, ahead: bool = False) -> TensorDictBase:
         """Return the next batch, and begin to draw the one after it if `ahead`."""

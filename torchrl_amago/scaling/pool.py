@@ -6,6 +6,7 @@ import contextlib
 import copy
 import ctypes
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -18,7 +19,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,23 +41,17 @@ _PR_SET_PDEATHSIG = 1
 
 
 @dataclass(eq=False)
-class Place:
-    """A place in the pool, and the process or actor that fills it now."""
+class Worker:
+    """A collector of this pool, or of another one, without a number here."""
 
     name: str
-    number: int
-    process: Any = None
+    number: int | None = None
+    process: Any = None  # or actor
     starts: int = 0
     failures: int = 0  # in a row
-    since: float = 0.0  # its last sign of life, or when the next one may start
+    since: float = -math.inf  # its last sign of life, or when the next process may start
+    facts: Mapping[str, Any] = field(default_factory=dict)  # its numbers of itself
     rounds: deque = field(default_factory=deque)  # an actor's that are not taken in
-
-
-class Pulse(NamedTuple):
-    """A worker's numbers of itself, and this process's time when they were new."""
-
-    facts: Mapping[str, Any]
-    changed: float
 
 
 class WorkerPool(RemoteTrials):
@@ -104,8 +99,8 @@ class WorkerPool(RemoteTrials):
         self._content = self._pack(make_env, copy.deepcopy(policy).to("cpu"), role)
         self._board = Board(self.run_dir, settings)
         self._inbox = Inbox(self.run_dir, replay_buffer)
-        self._places = {f"worker-{i}": Place(f"worker-{i}", i) for i in range(num_workers)}
-        self._pulses: dict[str, Pulse] = {}
+        self._own = [Worker(f"worker-{i}", i) for i in range(num_workers)]
+        self._workers = {worker.name: worker for worker in self._own}  # and others by heartbeats
         self._has_taken, self._next_look = False, 0.0
 
     def _pack(self, make_env: MakeEnv, *others: Any) -> Any:
@@ -138,59 +133,56 @@ class WorkerPool(RemoteTrials):
         if now < self._next_look or self._stops:
             return
         self._next_look = now + _LOOK_SECONDS
-        self._feel_pulses(now)
-        for place in self._places.values():
-            if place.process is not None and (problem := self._find_problem(place, now)):
-                self._end(place, problem)
-            if place.process is None and now >= place.since:
-                self._pulses.pop(place.name, None)
-                heartbeat_file(self.run_dir, place.name).unlink(missing_ok=True)
-                seed = (self._seed + 1000 * place.starts + place.number) % 2**31
-                place.process = self._launch(place.name, seed)
-                place.starts, place.since = place.starts + 1, now
-        failures = sum(place.failures for place in self._places.values())
-        if not self._has_taken and failures >= _PATIENCE * max(len(self._places), 1):
+        self._read_heartbeats(now)
+        for worker in self._own:
+            if worker.process is not None and (problem := self._find_problem(worker, now)):
+                self._end(worker, problem)
+            if worker.process is None and now >= worker.since:
+                seed = (self._seed + 1000 * worker.starts + worker.number) % 2**31
+                worker.process, worker.facts = self._launch(worker.name, seed), {}
+                worker.starts, worker.since = worker.starts + 1, now
+        failures = sum(worker.failures for worker in self._own)
+        if not self._has_taken and failures >= _PATIENCE * max(len(self._own), 1):
             raise RuntimeError(
                 f"workers failed {failures} times before a first trial arrived: see their error "
                 "above. Does make_env() work in a new process?"
             )
 
-    def _feel_pulses(self, now: float) -> None:
-        """Read the heartbeats of all workers, also of other machines."""
+    def _read_heartbeats(self, now: float) -> None:
         for file in (self.run_dir / "workers").glob("*.json"):
-            name = file.stem
             with contextlib.suppress(OSError, ValueError):
-                facts, before = json.loads(file.read_text()), self._pulses.get(name)
-                if before is None or before.facts != facts:
+                facts = json.loads(file.read_text())
+                worker = self._workers.setdefault(file.stem, Worker(file.stem))
+                if worker.facts != facts:
                     # Left by another's dead process, perhaps: it counts once it changes.
-                    is_known = before is not None or name in self._places
-                    self._pulses[name] = Pulse(facts, now if is_known else -1.0)
+                    is_alive = worker.facts or worker.number is not None
+                    worker.facts, worker.since = facts, now if is_alive else worker.since
 
-    def _find_problem(self, place: Place, now: float) -> str | None:
+    def _find_problem(self, worker: Worker, now: float) -> str | None:
         """Describe the death of a worker, or its silence."""
-        if (code := self._exit_code(place.process)) is not None:
+        if (code := self._exit_code(worker.process)) is not None:
             # A signal from outside is no failure of the worker.
-            place.failures += code > 0 and code != EXIT_CODES["preempted"]
+            worker.failures += code > 0 and code != EXIT_CODES["preempted"]
             return f"ended with exit code {code}"
         limit = self.hung_after * _START_FACTOR
-        if place.name in self._played():
-            limit, place.failures = self.hung_after, 0
-            place.since = max(place.since, self._pulses[place.name].changed)
-        return f"has had no heartbeat for {limit} s" if now - place.since > limit else None
+        if worker.facts.get("rounds"):
+            limit, worker.failures = self.hung_after, 0
+        return f"has had no heartbeat for {limit} s" if now - worker.since > limit else None
 
-    def _end(self, place: Place, problem: object) -> None:
-        """End a worker; the next one starts after a pause."""
-        pause = min(2.0**place.failures - 1.0, _MAX_BACK_OFF)
-        torchrl_logger.warning(f"{place.name} {problem}: starts again in {pause:.0f} s")
-        self._kill(place.process)
-        place.process, place.since = None, time.monotonic() + pause
-        place.rounds.clear()
+    def _end(self, worker: Worker, problem: object) -> None:
+        """End a process; the next one starts after a pause."""
+        pause = min(2.0**worker.failures - 1.0, _MAX_BACK_OFF)
+        torchrl_logger.warning(f"{worker.name} {problem}: starts again in {pause:.0f} s")
+        self._kill(worker.process)
+        worker.process, worker.since = None, time.monotonic() + pause
+        worker.rounds.clear()
 
     def _launch(self, name: str, seed: int) -> Any:
         method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None
         context = multiprocessing.get_context(method or "spawn")
         if method:  # later ones then start at once
             context.set_forkserver_preload([__name__])
+        heartbeat_file(self.run_dir, name).unlink(missing_ok=True)  # of the process before
         args = (self._content, self.run_dir, {"name": name, "seed": seed}, self._threads)
         process = context.Process(target=_work, args=args, name=name)
         process.start()
@@ -204,41 +196,36 @@ class WorkerPool(RemoteTrials):
         process.join()
         process.close()
 
-    def _played(self) -> list[str]:
-        """Return the names of own workers that have played a round."""
-        names = self._pulses.keys() & self._places.keys()
-        return sorted(name for name in names if self._pulses[name].facts["rounds"])
-
     def pids(self) -> list[int]:
         """Return the processes' numbers of own workers that have played a round."""
-        return [self._pulses[name].facts["pid"] for name in self._played()]
+        return [worker.facts["pid"] for worker in self._own if worker.facts.get("rounds")]
 
     def _figures(self) -> dict[str, float]:
         """Return the columns of workers by what they say of themselves."""
-        oldest, places = time.monotonic() - self.hung_after, self._places
-        living = {
-            name: facts
-            for name, (facts, changed) in self._pulses.items()
-            if (places[name].process is not None if name in places else changed > oldest)
-        }
-        seconds = {name: max(facts["seconds"], 1e-9) for name, facts in living.items()}
-        rates = {name: facts["frames"] / seconds[name] for name, facts in living.items()}
-        waits = [facts["waited"] / seconds[name] for name, facts in living.items()]
-        return {
+        oldest = time.monotonic() - self.hung_after
+        living = [w for w in self._workers.values() if w.facts and w.since > oldest]
+        living = [w for w in living if w.number is None or w.process is not None]
+        seconds = {w.name: max(w.facts["seconds"], 1e-9) for w in living}
+        rates = {w.name: w.facts["frames"] / seconds[w.name] for w in living}
+        own = [w.name for w in living if w.number is not None]
+        found = {
             "workers/alive": len(living),
-            "workers/restarted": sum(max(place.starts - 1, 0) for place in places.values()),
+            "workers/restarted": sum(max(w.starts - 1, 0) for w in self._own),
             "workers/rejected_segments": self._inbox.rejected,
             "workers/frames_per_second": sum(rates.values()),
-            **{f"{name}/frames_per_second": rates[name] for name in places if name in rates},
-            **({"wait/workers": sum(waits) / len(waits)} if waits else {}),
+            **{f"{name}/frames_per_second": rates[name] for name in own},
         }
+        if living:
+            waits = [w.facts["waited"] / seconds[w.name] for w in living]
+            found["wait/workers"] = sum(waits) / len(waits)
+        return found
 
     def _stop(self) -> None:
-        for place in self._places.values():
-            if place.process is not None:
-                self._kill(place.process)
-            place.process = None
-            heartbeat_file(self.run_dir, place.name).unlink(missing_ok=True)
+        for worker in self._own:
+            if worker.process is not None:
+                self._kill(worker.process)
+            worker.process = None
+            heartbeat_file(self.run_dir, worker.name).unlink(missing_ok=True)
 
 
 def _work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:

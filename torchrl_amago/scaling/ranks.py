@@ -35,13 +35,9 @@ _LONGEST_WAIT = timedelta(days=1)
 class Ranks:
     """The number of this process among those that make each update together; by default alone.
 
-    Every rank runs the same program. Each computes its share of a batch; gradients, running
-    statistics and metrics are summed, so that all make the same optimiser step, the step of one
-    process with the whole batch. The first rank alone collects, evaluates and writes files.
-
-    Modules whose statistics move with data sum them by a function ``all_reduce(*tensors)``, an
-    attribute that returns its arguments until :meth:`attach` replaces it. Modules of your own do
-    the same.
+    Every rank computes its share of a batch; gradients, running statistics and metrics are summed,
+    so that all make the step of one process with the whole batch. The first rank alone collects,
+    evaluates and writes files.
 
     Args:
         rank: number of this process, from 0.
@@ -156,7 +152,10 @@ class Ranks:
             buffer.sampler.loads(path / "sampler")
 
     def attach(self, loss_module: nn.Module) -> None:
-        """Let the modules of a loss sum their running statistics over ranks from now on."""
+        """Let the modules of a loss sum their running statistics over ranks from now on.
+
+        Such a module has a function ``all_reduce(*tensors)``, by default their identity.
+        """
         # TorchRL's losses keep networks out of their submodules.
         networks = [value for value in vars(loss_module).values() if isinstance(value, nn.Module)]
         for module in (part for root in (loss_module, *networks) for part in root.modules()):
@@ -164,10 +163,7 @@ class Ranks:
                 module.all_reduce = self.sum
 
     def start(self, module: nn.Module, buffer: ReplayBuffer, update: int = 0) -> None:
-        """Give all ranks the first one's weights, and each of the others its own random numbers.
-
-        These depend on the first rank's seed, the rank and the update.
-        """
+        """Give all ranks the first one's weights, and each of the others its own random numbers."""
         if self.size == 1:
             return
         for tensor in [*module.parameters(), *module.buffers()]:
@@ -181,11 +177,11 @@ class Ranks:
             np.random.seed(mixed[0])
             buffer.set_rng(None)  # a generator like the first rank's would draw the same rows
 
-    def sum(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """Sum tensors over ranks, as float64 in one message; the arguments stay as they are."""
+    def sum(self, *tensors: Tensor, dtype: torch.dtype = torch.float64) -> tuple[Tensor, ...]:
+        """Sum tensors over ranks in one message; the arguments stay as they are."""
         if self.size == 1:
             return tensors
-        flat = torch.cat([x.detach().reshape(-1).double() for x in tensors])
+        flat = torch.cat([x.detach().reshape(-1).to(dtype) for x in tensors])
         distributed.all_reduce(flat)
         parts = flat.split([x.numel() for x in tensors])
         return tuple(p.view(x.shape).to(x.dtype) for p, x in zip(parts, tensors, strict=True))
@@ -216,11 +212,8 @@ class Ranks:
     ) -> TensorDictBase:
         """Sum gradients in place over ranks, and make the metrics those of the whole batch.
 
-        Args:
-            optimizer: of parameters with the gradients of ``fraction`` times this rank's loss.
-            metrics: scalars, means over this rank's part of the batch. Names ending in ``_min``
-                and ``_max`` are extremes, and ``effective_batch`` is a count.
-            fraction: see :meth:`weigh`.
+        Metrics are means over this rank's part, whose ``fraction`` the gradients are weighted with.
+        Names ending in ``_min`` and ``_max`` are extremes, and ``effective_batch`` is a count.
         """
         if self.size == 1:
             return metrics
@@ -230,12 +223,9 @@ class Ranks:
         own_K = torch.stack([x.detach().float() for x in metrics.values()])
         rows_RK = own_K.new_zeros(self.size, 1 + len(own_K))
         rows_RK[self.rank, 0], rows_RK[self.rank, 1:] = fraction, own_K
-        flat = torch.cat([x.reshape(-1) for x in (*gradients, rows_RK)])
-        distributed.all_reduce(flat)
-        *summed, rows = flat.split([x.numel() for x in (*gradients, rows_RK)])
-        for gradient, part in zip(gradients, summed, strict=True):
-            gradient.copy_(part.view_as(gradient))
-        fraction_R, *columns = rows.view_as(rows_RK).unbind(1)
+        *summed, rows_RK = self.sum(*gradients, rows_RK, dtype=gradients[0].dtype)
+        torch._foreach_copy_(gradients, summed)
+        fraction_R, *columns = rows_RK.unbind(1)
         for name, value_R in zip(list(metrics.keys()), columns, strict=True):
             metrics.set(name, _of_all(name, value_R, fraction_R))
         return metrics
@@ -267,18 +257,16 @@ class Ranks:
 
         On the others an error of Python keeps its type, and any else is a RuntimeError.
         """
-        result, error = None, None
-        if self.is_first:
-            try:
-                result = function()
-            except Exception as raised:
-                is_builtin = type(raised).__module__ == "builtins"
-                self.broadcast((None, (type(raised) if is_builtin else RuntimeError, str(raised))))
-                raise
-        result, error = self.broadcast((result, error))
-        if error is not None:
-            kind, message = error
-            raise kind(f"on the first rank: {message}")
+        result, raised = None, None
+        try:
+            result = function() if self.is_first else None
+        except Exception as error:  # noqa: BLE001 - raised below, on all ranks
+            raised = error
+        is_builtin = type(raised).__module__ == "builtins"
+        kind = type(raised) if is_builtin else RuntimeError
+        result, kind, message = self.broadcast((result, raised and kind, str(raised)))
+        if kind is not None:
+            raise raised or kind(f"on the first rank: {message}")
         return result
 
     @contextmanager
@@ -294,7 +282,6 @@ class Ranks:
 
 
 def _of_all(name: str, value_R: Tensor, fraction_R: Tensor) -> Tensor:
-    """Return a metric of the whole batch from those of its parts."""
     if name.endswith("_min"):
         return value_R.amin()
     if name.endswith("_max"):

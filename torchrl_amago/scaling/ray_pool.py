@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -11,15 +12,15 @@ from torchrl import logger as torchrl_logger
 
 from torchrl_amago.scaling._board import Board
 from torchrl_amago.scaling._spool import store_segment
-from torchrl_amago.scaling.pool import Place, Pulse, WorkerPool
+from torchrl_amago.scaling.pool import WorkerPool
 from torchrl_amago.scaling.worker import Player
 
 
 class RayPool(WorkerPool):
     """Supervised Ray actors: a round's whole trials are a call's value, weights one ``ray.put``.
 
-    An actor that dies, raises or hangs is replaced by one on any machine that has room. Collectors
-    and evaluators with the run's folder may join, too.
+    An actor that dies, raises or hangs is replaced by a spare one, where there is room for one, or
+    by a new one on any machine. Collectors and evaluators with the run's folder may join, too.
 
     Args:
         address: of ``ray.init``, unless Ray is initialised already.
@@ -41,6 +42,7 @@ class RayPool(WorkerPool):
         except ImportError as error:
             raise ImportError(f'{error}. Run pip install "torchrl-amago[ray]".') from error
         self._ray, self._address, self._owns_ray = ray, address, False
+        self._spare: Any = None
         self._actor_options, self.max_unread = {"num_cpus": 1, **(actor_options or {})}, max_unread
         super().__init__(*args, **options)
 
@@ -49,7 +51,11 @@ class RayPool(WorkerPool):
 
     def _start(self) -> None:
         if not self._ray.is_initialized():
-            self._ray.init(address=self._address, include_dashboard=False)
+            options = {"address": self._address, "include_dashboard": False}
+            if self._address == "local":  # its own cluster, with room for all and a spare actor
+                room = (len(self._own) + 1) * self._actor_options["num_cpus"]
+                options["num_cpus"] = max(os.cpu_count(), math.ceil(room))
+            self._ray.init(**options)
             self._owns_ray = True
         self._parts = self._ray.put(self._content)
         self._publish(finished=False)
@@ -61,6 +67,10 @@ class RayPool(WorkerPool):
             self._weights = self._ray.put(self._board.describe(self.policy, self.version))
 
     def _launch(self, name: str, seed: int) -> Any:
+        actor, self._spare = self._spare or self._make(seed), None
+        return actor
+
+    def _make(self, seed: int) -> Any:
         return self._ray.remote(**self._actor_options)(_Actor).remote(self._parts, seed)
 
     def _exit_code(self, process: Any) -> int | None:
@@ -74,41 +84,40 @@ class RayPool(WorkerPool):
         return bool(self._ray.wait([reference], timeout=0)[0])
 
     def _supervise(self) -> None:
-        """Keep every actor busy, and replace those that hang."""
+        """Keep every actor busy and a spare one ready, and replace those that hang."""
         super()._supervise()
-        for place in self._places.values():
+        for worker in self._own:
             # A round begins with the newest weights once the one before has ended.
-            if place.process is None or (place.rounds and not self._is_ready(place.rounds[-1])):
+            if worker.process is None or (worker.rounds and not self._is_ready(worker.rounds[-1])):
                 continue
-            if len(place.rounds) < self.max_unread:
-                place.rounds.append(place.process.round.remote(self._weights))
-            place.since = time.monotonic()
+            if len(worker.rounds) < self.max_unread:
+                worker.rounds.append(worker.process.round.remote(self._weights))
+            worker.since = time.monotonic()
+        if self._spare is None and len(self.pids()) == len(self._own):
+            # Imports take most of a start, and it has made them.
+            starts = sum(worker.starts for worker in self._own)
+            self._spare = self._make((self._seed + 1000 * starts + 999) % 2**31)
 
     def _take(self) -> dict[str, float] | None:
-        for place in [p for p in self._places.values() if p.rounds and self._is_ready(p.rounds[0])]:
-            self._places[place.name] = self._places.pop(place.name)  # others come first
-            if (segment := self._value(place)) is None:
-                continue
+        for worker in [w for w in self._own if w.rounds and self._is_ready(w.rounds[0])]:
+            self._own.remove(worker)
+            self._own.append(worker)  # others come first
             try:
+                segment, worker.facts = self._ray.get(worker.rounds.popleft())
                 self._has_taken = True
-                return store_segment(segment, self.replay_buffer)
+                if segment is not None:
+                    return store_segment(segment, self.replay_buffer)
+            except self._ray.exceptions.RayError as error:
+                worker.failures += 1
+                self._end(worker, error)
             except ValueError as error:
-                torchrl_logger.warning(f"a segment of {place.name} is dropped: {error}")
+                torchrl_logger.warning(f"a segment of {worker.name} is dropped: {error}")
         return super()._take()
-
-    def _value(self, place: Place) -> dict[str, Any] | None:
-        """Return the segment of an actor's oldest round, or None; end the actor if it failed."""
-        try:
-            segment, facts = self._ray.get(place.rounds.popleft())
-        except self._ray.exceptions.RayError as error:
-            place.failures += 1
-            self._end(place, error)
-            return None
-        self._pulses[place.name] = Pulse(facts, time.monotonic())
-        return segment
 
     def _stop(self) -> None:
         super()._stop()
+        if self._spare is not None:
+            self._kill(self._spare)
         if self._owns_ray:
             self._ray.shutdown()
 
