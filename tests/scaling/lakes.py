@@ -11,7 +11,7 @@ from torchrl_amago import (
     make_trial_buffer,
     make_trial_env,
 )
-from torchrl_amago.scaling.worker import Player
+from torchrl_amago.scaling.roles import Player
 from torchrl_amago.trainers import Intervals
 
 LENGTH = 9

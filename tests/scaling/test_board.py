@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.scaling.lakes import small_policy
-from torchrl_amago.scaling._board import Board
+from torchrl_amago.scaling._exchange import Board
 
 
 def test_a_worker_gets_weights_and_exploration(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.scaling.lakes import make_buffer, make_player, small_policy
 from torchrl_amago.scaling import RemoteTrials, _learner
-from torchrl_amago.scaling._spool import store_segment
+from torchrl_amago.scaling._exchange import store_segment
 
 
 @functools.cache

@@ -17,9 +17,8 @@ from tests.scaling.lakes import LENGTH, make_env, small_policy, small_trainer
 from tests.scaling.test_pool import wait_for
 from torchrl_amago import HeldOutEvaluator
 from torchrl_amago.progress import read_rows
-from torchrl_amago.scaling import EXIT_CODES, collect, evaluate_run, worker
-from torchrl_amago.scaling._board import Board
-from torchrl_amago.scaling._spool import Outbox
+from torchrl_amago.scaling import EXIT_CODES, collect, evaluate_run, roles
+from torchrl_amago.scaling._exchange import Board, Outbox
 
 SETTINGS = {"task": "lakes"}
 ENDLESS = 10**6
@@ -137,7 +136,7 @@ def test_a_worker_waits_on_a_full_disk(tmp_path, monkeypatch, caplog):
         put(self, segment)
 
     monkeypatch.setattr(Outbox, "put", full)
-    monkeypatch.setattr(worker, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(roles, "_RETRY_SECONDS", 0.01)
     board = Board(tmp_path, SETTINGS)
     board.publish(small_policy(), 0)
     thread = in_thread(tmp_path, name="one", seed=0)

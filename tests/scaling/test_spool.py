@@ -9,8 +9,8 @@ import torch
 
 from tests.scaling.lakes import make_buffer, make_player
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.scaling import _spool
-from torchrl_amago.scaling._spool import Inbox, Outbox
+from torchrl_amago.scaling import _exchange
+from torchrl_amago.scaling._exchange import Inbox, Outbox
 
 
 class Crash(BaseException):
@@ -66,9 +66,9 @@ def test_versions_within_a_trial_are_counted(segments):
     player.version = 1
     second = player.play()
     buffer = make_buffer()
-    numbers = _spool.store_segment(first, buffer)
+    numbers = _exchange.store_segment(first, buffer)
     assert numbers["versions"] == numbers["trials"]
-    numbers = _spool.store_segment(second, buffer)
+    numbers = _exchange.store_segment(second, buffer)
     assert numbers["trials"] < numbers["versions"] <= 2 * numbers["trials"]
 
 
@@ -84,7 +84,7 @@ def test_each_segment_arrives_once_after_a_crash(tmp_path, segments, monkeypatch
         raise Crash
 
     owner, name = {
-        "before the claim": (_spool.os, "replace"),
+        "before the claim": (_exchange.os, "replace"),
         "before storing": (TrialReplayBuffer, "extend"),
         "before removing": (Path, "unlink"),
     }[place]
@@ -121,7 +121,7 @@ def test_bad_segments_are_set_aside(tmp_path, segments, caplog):
     content[len(content) // 2] ^= 1
     file.write_bytes(content)
     buffer = make_buffer()
-    _spool.store_segment(good, buffer)
+    _exchange.store_segment(good, buffer)
     entries = {key: x for key, x in foreign["entries"].items() if "prev_action" not in key}
     outbox.put(foreign | {"entries": entries})
     reward = poisoned["entries"]["next", "reward"].clone()

@@ -4,11 +4,10 @@ from torchrl_amago._signals import EXIT_CODES, Outcome
 from torchrl_amago.scaling._learner import RemoteTrials
 from torchrl_amago.scaling.compiled import CudaGraphs, compile_policy
 from torchrl_amago.scaling.devices import BatchFeed, collector_devices, pick_device, send
-from torchrl_amago.scaling.evaluate import evaluate_run
 from torchrl_amago.scaling.pool import WorkerPool
 from torchrl_amago.scaling.ranks import Ranks
 from torchrl_amago.scaling.ray_pool import RayPool
-from torchrl_amago.scaling.worker import collect
+from torchrl_amago.scaling.roles import collect, evaluate_run
 
 __all__ = [
     "EXIT_CODES",

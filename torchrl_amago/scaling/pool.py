@@ -28,10 +28,9 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago._signals import EXIT_CODES
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.scaling._board import Board
+from torchrl_amago.scaling._exchange import Board, Inbox, heartbeat_file
 from torchrl_amago.scaling._learner import RemoteTrials
-from torchrl_amago.scaling._spool import Inbox, heartbeat_file
-from torchrl_amago.scaling.worker import MakeEnv, collect
+from torchrl_amago.scaling.roles import MakeEnv, collect
 
 _LOOK_SECONDS = 1.0
 _START_FACTOR = 10  # the first round may take so many times longer: imports, compilation

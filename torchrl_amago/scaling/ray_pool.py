@@ -10,10 +10,9 @@ from typing import Any
 
 from torchrl import logger as torchrl_logger
 
-from torchrl_amago.scaling._board import Board
-from torchrl_amago.scaling._spool import store_segment
+from torchrl_amago.scaling._exchange import Board, store_segment
 from torchrl_amago.scaling.pool import WorkerPool
-from torchrl_amago.scaling.worker import Player
+from torchrl_amago.scaling.roles import Player
 
 
 class RayPool(WorkerPool):

@@ -1,10 +1,11 @@
-"""Segments: the trials of one round as an immutable file, which the learner takes in once.
+"""The files by which a learner and its workers exchange weights and trials.
 
-A run's folder ``spool`` has a folder for each worker. A worker writes ``<number>-<random>.npz``,
-complete and on the disk before it gets its name. The learner renames it to
-``intake/<write_count>.npz``, stores its trials, and removes it. The name is the intention: after a
-crash, the trials are there already if the buffer's ``write_count`` is larger. Only names and whole
-files are exchanged, so that machines need no common clock and no memory maps of a network disk.
+The weights are one file, replaced in one step. Trials travel as segments: those of one round as an
+immutable file, which the learner takes in once. A run's folder ``spool`` has a folder for each
+worker, who writes ``<number>-<random>.npz``, complete and on the disk before it gets its name. The
+learner renames it to ``intake/<write_count>.npz``, stores its trials, and removes it. The name is
+the intention: after a crash, the trials are there already if the buffer's ``write_count`` is
+larger. Machines need no common clock, and no memory maps of a network disk.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ from typing import Any
 
 import torch
 from tensordict import TensorDict, TensorDictBase
+from torch import Tensor, nn
 from torchrl import logger as torchrl_logger
 
 from torchrl_amago import _files as files
 from torchrl_amago import keys
+from torchrl_amago._facts import check_same, describe_policy, facts
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_choice
 from torchrl_amago.data import TrialReplayBuffer
@@ -33,6 +36,56 @@ from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.replay import _layout as layout
 
 _INTAKE, _REJECTED = "intake", "rejected"
+
+
+class Board:
+    """Writer and reader of ``<run_dir>/board/policy.npz``.
+
+    Its version is the number of updates; ``finished`` tells workers and evaluators to end.
+    """
+
+    def __init__(self, run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:
+        self.file, self.settings = Path(run_dir) / "board" / "policy.npz", settings or {}
+        self._seen: tuple | None = None
+
+    def publish(self, policy: nn.Module, version: int, finished: bool = False) -> None:
+        """Replace the policy on the board, with the counters of its exploration."""
+        save_state(self.file, self.describe(policy, version, finished))
+
+    def describe(self, policy: nn.Module, version: int, finished: bool = False) -> dict[str, Any]:
+        """Return all that workers need of a policy."""
+        tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
+        own = {"policy": tensors, "facts": self._facts(policy)}
+        return own | {"version": version, "finished": finished}
+
+    def newer(self) -> dict[str, Any] | None:
+        """Return the policy's state if it has changed since the last call, else None."""
+        try:
+            found = os.stat(self.file)
+            seen = found.st_mtime_ns, found.st_ino, found.st_size
+            if seen == self._seen:
+                return None
+            state = load_state(self.file)
+        except (OSError, files.DamagedError) as error:  # none yet, or a network disk in between
+            if self.file.exists():
+                torchrl_logger.warning(f"keeping the older policy: {error}")
+            return None
+        self._seen = seen
+        return state
+
+    def load(self, state: Mapping[str, Any], policy: nn.Module) -> int:
+        """Load a state into a policy; return its version.
+
+        Raises:
+            ValueError: naming the differences, if task or network are not the learner's.
+        """
+        check_same(self.file, state["facts"], self._facts(policy))
+        policy.load_state_dict(state["policy"], strict=False)
+        return state["version"]
+
+    def _facts(self, policy: nn.Module) -> dict[str, Any]:
+        own = describe_policy(policy)
+        return facts({"weights": own["weights"]}, {**self.settings, **own["settings"]})
 
 
 def make_segment(
@@ -83,7 +136,7 @@ class Outbox:
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
-        return len(_segments(self.folder))
+        return len([*self.folder.glob("*.npz")])
 
     def put(self, segment: Mapping[str, Any]) -> None:
         """Write a segment; OSError if the disk is full."""
@@ -144,7 +197,7 @@ class Inbox:
     def take(self) -> dict[str, float] | None:
         """Store the next segment; return its numbers, or None if there is none."""
         for folder in self._workers():
-            for path in _segments(folder)[:1]:
+            for path in sorted(folder.glob("*.npz"))[:1]:
                 self._last = folder.name
                 claimed = self.folder / _INTAKE / f"{self.buffer.write_count}.npz"
                 with contextlib.suppress(FileNotFoundError):  # removed by its worker's machine
@@ -158,27 +211,14 @@ class Inbox:
         return sorted(folders, key=lambda folder: (folder.name <= self._last, folder.name))
 
     def _store(self, claimed: Path) -> dict[str, float] | None:
+        """Store a segment, or set it aside if it can't be."""
         try:
-            segment = load_state(claimed)
-        except files.DamagedError as error:
-            return self._reject(claimed, error)
-        try:
-            numbers = store_segment(segment, self.buffer)
-        except (ValueError, LookupError, TypeError) as error:
-            return self._reject(claimed, error)
+            numbers = store_segment(load_state(claimed), self.buffer)
+        except (files.DamagedError, ValueError, LookupError, TypeError) as error:
+            place = self.folder / _REJECTED / f"{self._last}-{secrets.token_hex(4)}.npz"
+            os.replace(claimed, place)
+            self.rejected += 1
+            torchrl_logger.warning(f"a segment is set aside in {place}: {error}")
+            return None
         claimed.unlink()
         return numbers
-
-    def _reject(self, claimed: Path, problem: Exception) -> None:
-        """Set a segment aside."""
-        place = self.folder / _REJECTED / f"{self._last}-{secrets.token_hex(4)}.npz"
-        os.replace(claimed, place)
-        self.rejected += 1
-        torchrl_logger.warning(f"a segment is set aside in {place}: {problem}")
-
-
-def _segments(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if path.suffix == ".npz")
-    except FileNotFoundError:
-        return []

@@ -1,10 +1,13 @@
-"""The collect role: play rounds with the newest policy, hand over whole trials."""
+"""The roles beside a learner, with its newest policy: collect trials, or evaluate."""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,15 +19,49 @@ from torchrl import logger as torchrl_logger
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
+from torchrl_amago._files import lock
 from torchrl_amago._signals import Outcome, on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
-from torchrl_amago.scaling._board import LeaveError, Role
-from torchrl_amago.scaling._spool import Outbox, make_segment
+from torchrl_amago.evaluation import Results, evaluation_metrics
+from torchrl_amago.progress import ProgressTable
+from torchrl_amago.scaling._exchange import Board, Outbox, make_segment
 
 MakeEnv = Callable[[], EnvBase]
 
-_RETRY_SECONDS = 5.0
+_RETRY_SECONDS, _POLL_SECONDS, _LAST_SECONDS = 5.0, 0.5, 10.0
+
+
+class LeaveError(Exception):
+    """A signal came a while ago, and the piece of work still runs."""
+
+
+class Role(Board):
+    """A collector or evaluator: its copy of the newest policy, and the signals that end it."""
+
+    def __init__(
+        self, run_dir: str | Path, policy: nn.Module, settings: Mapping[str, Any] | None
+    ) -> None:
+        super().__init__(run_dir, settings)
+        self.policy, self.version, self.is_last = policy, -1, False
+        self.outcome: Outcome | None = None
+        self._deadline = float("inf")
+
+    def update(self) -> bool:
+        """Load the newest policy; return False if it has been loaded before."""
+        state = self.newer()
+        if state is not None:
+            self.version, self.is_last = self.load(state, self.policy), state["finished"]
+        return state is not None
+
+    def request_stop(self, outcome: Outcome) -> None:
+        """End after the running piece of work, as a handler of signals."""
+        self.outcome, self._deadline = outcome, time.monotonic() + _LAST_SECONDS
+
+    def check(self) -> None:
+        """Raise :class:`LeaveError` once the running piece of work has had 10 seconds."""
+        if time.monotonic() > self._deadline:
+            raise LeaveError
 
 
 class Player:
@@ -145,3 +182,52 @@ def collect(
     if player is not None:
         player.close()
     return role.outcome
+
+
+def evaluate_run(
+    policy: nn.Module,
+    evaluator: Callable[[], Results],
+    run_dir: str | Path,
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> Outcome:
+    """Evaluate a run's newest policy, again and again, until its learner has finished.
+
+    Rows go to ``<run_dir>/evaluations/0.csv``, those of a second evaluator at the same time to
+    ``1.csv``, and so on. A policy that is replaced during an evaluation is skipped.
+
+    Args:
+        policy: built as the learner's; the evaluator plays it.
+        evaluator: called without arguments; returns numbers by name or ``TrialResults``.
+        run_dir, settings: see :func:`~torchrl_amago.scaling.collect`, as for results and errors.
+    """
+    role = Role(run_dir, policy, settings)
+    with contextlib.ExitStack() as held:
+        held.enter_context(policy.register_forward_pre_hook(lambda *_: role.check()))
+        table = _free_table(Path(run_dir) / "evaluations", held)
+        held.enter_context(on_signals(role.request_stop))
+        while role.outcome is None:
+            if not role.update():
+                time.sleep(_POLL_SECONDS)
+                continue
+            begin = time.monotonic()
+            with contextlib.suppress(LeaveError):
+                metrics = evaluation_metrics(evaluator())
+                seconds = time.monotonic() - begin
+                table.append({"update": role.version, "seconds_evaluation": seconds, **metrics})
+            if role.is_last:
+                role.outcome = role.outcome or "finished"
+    return role.outcome
+
+
+def _free_table(folder: Path, held: contextlib.ExitStack) -> ProgressTable:
+    """Return the first table that no other evaluator writes, with the rows it has."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count():
+        with contextlib.suppress(BlockingIOError):
+            held.enter_context(lock(folder / f".{number}.lock", wait=False))
+            break
+    table = ProgressTable(folder / f"{number}.csv")
+    if table.path.exists():
+        table.load_state_dict({"text": table.path.read_text(encoding="utf-8")})
+    return table
