@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from tests.scaling.lakes import make_buffer, make_player, small_policy
-from torchrl_amago.scaling import RemoteTrials, _learner
+from tests.scaling.lakes import LENGTH, make_buffer, make_env, make_player, small_policy
+from torchrl_amago.scaling import WorkerPool, pool
 from torchrl_amago.scaling._exchange import store_segment
 
 
@@ -18,7 +18,7 @@ def played_segments():
     return [segment for _ in range(20) if (segment := player.play()) is not None]
 
 
-class FakeWorkers(RemoteTrials):
+class FakeWorkers(WorkerPool):
     """Two players whose segments come after so many looks; a look is the only clock there is."""
 
     def __init__(self, *args, delays=(1, 5), **options):
@@ -28,16 +28,7 @@ class FakeWorkers(RemoteTrials):
         self.looks = 0
         self.published = []
 
-    def _start(self):
-        pass
-
     def _supervise(self):
-        pass
-
-    def _figures(self):
-        return {}
-
-    def _stop(self):
         pass
 
     def _publish(self, finished):
@@ -54,13 +45,12 @@ class FakeWorkers(RemoteTrials):
 
 @pytest.fixture
 def make(tmp_path, monkeypatch):
-    monkeypatch.setattr(_learner.time, "sleep", lambda _: None)
+    monkeypatch.setattr(pool.time, "sleep", lambda _: None)
 
     def build(buffer=None, **options):
-        options = dict(total_updates=10**6) | options
-        return FakeWorkers(
-            small_policy(), make_buffer() if buffer is None else buffer, tmp_path, **options
-        )
+        options = dict(total_updates=10**6, num_workers=0, round_steps=LENGTH) | options
+        buffer = make_buffer() if buffer is None else buffer
+        return FakeWorkers(make_env, small_policy(), buffer, tmp_path, **options)
 
     return build
 

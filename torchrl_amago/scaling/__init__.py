@@ -1,7 +1,6 @@
 """Several devices, processes and machines for one run (docs/scaling.md)."""
 
 from torchrl_amago._signals import EXIT_CODES, Outcome
-from torchrl_amago.scaling._learner import RemoteTrials
 from torchrl_amago.scaling.compiled import CudaGraphs, compile_policy
 from torchrl_amago.scaling.devices import BatchFeed, collector_devices, pick_device, send
 from torchrl_amago.scaling.pool import WorkerPool
@@ -16,7 +15,6 @@ __all__ = [
     "Outcome",
     "Ranks",
     "RayPool",
-    "RemoteTrials",
     "WorkerPool",
     "collect",
     "collector_devices",

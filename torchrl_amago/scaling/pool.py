@@ -1,42 +1,38 @@
-"""Collectors as processes of this machine, supervised, and those of other machines."""
+"""A learner's workers: processes of this machine, supervised, and collectors of other machines."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import ctypes
 import json
 import math
 import multiprocessing
-import os
 import pickle
-import signal
-import sys
-import threading
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from tensordict import TensorDictBase
 from torch import nn
 from torchrl import logger as torchrl_logger
 from torchrl.envs import EnvBase
 
+from torchrl_amago import keys
 from torchrl_amago._signals import EXIT_CODES
+from torchrl_amago._validation import check_positive
 from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.scaling._exchange import Board, Inbox, heartbeat_file
-from torchrl_amago.scaling._learner import RemoteTrials
-from torchrl_amago.scaling.roles import MakeEnv, collect
+from torchrl_amago.scaling.roles import MakeEnv, work
 
-_LOOK_SECONDS = 1.0
+_POLL_SECONDS, _LOOK_SECONDS = 0.02, 1.0
 _START_FACTOR = 10  # the first round may take so many times longer: imports, compilation
 _MAX_BACK_OFF = 60.0
 _PATIENCE = 3  # failures in a row of each worker before a first segment arrives
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(eq=False)
@@ -53,8 +49,12 @@ class Worker:
     rounds: deque = field(default_factory=deque)  # an actor's that are not taken in
 
 
-class WorkerPool(RemoteTrials):
-    """N supervised collector processes, beside any number of others with the same run folder.
+class WorkerPool:
+    """Collector whose trials N supervised processes play, and any number of others with its folder.
+
+    An iteration takes in trials until the buffer holds the steps that are due, and waits where
+    there are none. Workers wait while their trials are not taken in. Due are the frames of one more
+    round, or as many steps as hold ``samples_per_insert``.
 
     A process that died is started again, after a pause that doubles while it keeps failing; one
     without a heartbeat for ``hung_after`` seconds is killed and replaced. At most the unfinished
@@ -62,13 +62,20 @@ class WorkerPool(RemoteTrials):
 
     Args:
         make_env: makes the batched environment of a worker; must be picklable.
+        policy: the learner's, whose weights the workers get.
+        replay_buffer: of whole trials; only this process writes to it.
+        run_dir: the run's folder.
         num_workers: 0 for trials from other machines alone.
+        total_updates: version at which the workers end.
         round_steps: steps of each environment in a round.
         fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
         settings: values that collectors elsewhere must share, besides the policy's own.
+        publish_interval: updates between two versions for the workers.
+        samples_per_insert: real steps of batches for each step that is written.
+        keeps_replay: the buffer's folder outlives the process, so that checkpoints don't copy it.
+        num_learners: ranks that each sample as many steps.
         hung_after: seconds; before its first round, a process may take ten times longer.
         threads: CPU threads of each process.
-        options: of :class:`RemoteTrials`.
 
     Raises:
         TypeError: if `make_env` or the policy can't be pickled.
@@ -83,24 +90,157 @@ class WorkerPool(RemoteTrials):
         run_dir: str | Path,
         num_workers: int,
         *,
+        total_updates: int,
         round_steps: int,
         fragment_length: int | None = None,
         settings: Mapping[str, Any] | None = None,
+        publish_interval: int = 20,
+        samples_per_insert: float | None = None,
+        keeps_replay: bool = False,
+        num_learners: int = 1,
         hung_after: float = 60.0,
         threads: int = 1,
-        **options: Any,
     ) -> None:
-        super().__init__(policy, replay_buffer, run_dir, **options)
-        self.hung_after, self._threads = hung_after, threads
+        if samples_per_insert is not None:
+            check_positive("None is for a single process's.", samples_per_insert=samples_per_insert)
+        self.policy, self.replay_buffer, self.run_dir = policy, replay_buffer, Path(run_dir)
+        self.total_updates, self.publish_interval = total_updates, publish_interval
+        self.samples_per_insert, self.keeps_replay = samples_per_insert, keeps_replay
+        self.num_learners, self.hung_after, self._threads = num_learners, hung_after, threads
         role = {"round_steps": round_steps, "fragment_length": fragment_length}
-        role["settings"] = settings
         # On the CPU, where every worker can load it.
-        self._content = self._pack(make_env, copy.deepcopy(policy).to("cpu"), role)
+        copied = copy.deepcopy(policy).to("cpu")
+        self._content = self._pack(make_env, copied, role | {"settings": settings})
         self._board = Board(self.run_dir, settings)
         self._inbox = Inbox(self.run_dir, replay_buffer)
         self._own = [Worker(f"worker-{i}", i) for i in range(num_workers)]
         self._workers = {worker.name: worker for worker in self._own}  # and others by heartbeats
-        self._has_taken, self._next_look = False, 0.0
+        begin = replay_buffer.write_count
+        # Due: the steps that should be written by now, counted as the buffer counts them.
+        self._counts = {"due": begin, "begin": begin, "sampled": 0, "version": 0, "round": 1}
+        self._published: int | None = None
+        self._is_open = self._stops = self._has_taken = False
+        self._seed, self._next_look = 0, 0.0
+        replay_buffer.append_transform(self._observe)
+        self._start_window()
+
+    @property
+    def version(self) -> int:
+        """Number of the learner's updates."""
+        return self._counts["version"]
+
+    def __iter__(self) -> Iterator[None]:
+        self._is_open = True
+        self.update_policy_weights_()
+        self._start()
+        while self._take_in_due():
+            yield
+
+    def _take_in_due(self) -> bool:
+        """Take in the trials that are due; return False if a signal comes first."""
+        counts, buffer = self._counts, self.replay_buffer
+        due = counts["due"]
+        if self.samples_per_insert is None:
+            due += counts["round"]
+        elif not buffer.can_sample():
+            due = buffer.write_count + 1
+        while buffer.write_count < due and not self._stops:
+            self._supervise()
+            if (taken := self._take()) is None:
+                time.sleep(_POLL_SECONDS)
+                self._window["waited"] += _POLL_SECONDS
+                continue
+            counts["round"] = taken["frames"]
+            for name in ("trials", "versions"):
+                self._window[name] += taken[name]
+        counts["due"] = due
+        return not self._stops
+
+    def request_stop(self) -> None:
+        """Don't wait for trials any more."""
+        self._stops = True
+
+    def _observe(self, batch: TensorDictBase) -> TensorDictBase:
+        """Count the real steps of a sampled batch ``[B, T]``, as a transform of the buffer's."""
+        mask_BT, counts = batch.get(keys.MASK, None), self._counts
+        if mask_BT is not None:  # not steps read by their places
+            version_N = batch.get(keys.POLICY_VERSION)[mask_BT]
+            sampled = len(version_N) * self.num_learners
+            counts["sampled"] += sampled
+            if self.samples_per_insert is not None:
+                counts["due"] += sampled / self.samples_per_insert
+            self._window["lags"].append(counts["version"] - version_N)
+            self._window["numbers"] = batch.get("index")[:, 0]
+        return batch
+
+    def after_update(self, trainer: Any) -> dict[str, float]:
+        """Follow the trainer's updates, as one of its callbacks; return the columns of a row."""
+        counts, log = trainer.counts, trainer.intervals.log
+        self._counts["version"] = counts.updates
+        if self._is_open:
+            self._supervise()
+        return self.metrics() if counts.updates % log == 0 else {}
+
+    def metrics(self) -> dict[str, float]:
+        """Return lag, ratio, waiting and the workers' columns since the last call."""
+        window, counts, buffer = self._window, self._counts, self.replay_buffer
+        inserted = max(buffer.write_count - counts["begin"], 1)
+        seconds = max(time.monotonic() - window["since"], 1e-9)
+        found = {
+            "ratio/samples_per_insert": counts["sampled"] / inserted,
+            "wait/learner": min(window["waited"] / seconds, 1.0),
+        }
+        if window["lags"]:
+            lag_N = torch.cat(window["lags"]).numpy()
+            lags = {"mean": lag_N.mean(), "p95": np.percentile(lag_N, 95), "max": lag_N.max()}
+            found |= {f"lag/{name}": float(value) for name, value in lags.items()}
+            # Steps written since trials, by their numbers, of which some may be evicted.
+            first, entries = buffer.storage.table().look()
+            stop_B = entries["stop"][(window["numbers"].numpy() - first).clip(0)]
+            found["replay/age"] = buffer.write_count - float(stop_B.mean())
+        if window["trials"]:
+            found["lag/versions_per_trial"] = window["versions"] / window["trials"]
+        self._start_window()
+        return found | self._figures()
+
+    def _start_window(self) -> None:
+        """Start the figures of the next row."""
+        self._window = {"waited": 0.0, "trials": 0, "versions": 0, "lags": [], "numbers": None}
+        self._window["since"] = time.monotonic()
+
+    def update_policy_weights_(self, *_: Any, **__: Any) -> None:
+        """Publish the weights if the workers' are older than ``publish_interval`` updates."""
+        before = self._published
+        if self._is_open and (before is None or self.version - before >= self.publish_interval):
+            self._publish(finished=False)
+            self._published = self.version
+
+    def set_seed(self, seed: int, static_seed: bool = False) -> None:
+        """Seed the workers that start from now on, each with a number of its own."""
+        self._seed = seed
+
+    def reset(self) -> None:
+        """Do nothing: workers begin new trials when they start."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts; trials in progress are the workers'."""
+        return {"in_progress": {**self._counts, "seed": self._seed}}
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> None:
+        """Go on counting; trials that were written since then count as well."""
+        saved = dict(state["in_progress"])
+        # Another seed than before, or the tasks would come again.
+        self._seed = saved.pop("seed") + saved["version"] + 1
+        # A replay buffer of another folder may have fewer.
+        written = self.replay_buffer.write_count
+        self._counts = saved | {name: min(saved[name], written) for name in ("due", "begin")}
+
+    def shutdown(self, **_: Any) -> None:
+        """End the workers; those of other machines too if this was the last update."""
+        if self._is_open and self.version >= self.total_updates:
+            self._publish(finished=True)
+        self._is_open = False
+        self._stop()
 
     def _pack(self, make_env: MakeEnv, *others: Any) -> Any:
         # Bytes: tensors given to a process otherwise would share their memory with it.
@@ -183,7 +323,7 @@ class WorkerPool(RemoteTrials):
             context.set_forkserver_preload([__name__])
         heartbeat_file(self.run_dir, name).unlink(missing_ok=True)  # of the process before
         args = (self._content, self.run_dir, {"name": name, "seed": seed}, self._threads)
-        process = context.Process(target=_work, args=args, name=name)
+        process = context.Process(target=work, args=args, name=name)
         process.start()
         return process
 
@@ -225,25 +365,3 @@ class WorkerPool(RemoteTrials):
                 self._kill(worker.process)
             worker.process = None
             heartbeat_file(self.run_dir, worker.name).unlink(missing_ok=True)
-
-
-def _work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:
-    """Be a worker's process."""
-    _end_with_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
-    torch.set_num_threads(threads)
-    make_env, policy, role = pickle.loads(content)  # noqa: S301 - the parent's own bytes
-    sys.exit(EXIT_CODES[collect(make_env, policy, run_dir, **role, **options)])
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, even by SIGKILL."""
-    if sys.platform == "linux":  # also where Python's threads are held up
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait([parent])
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-
-    threading.Thread(target=watch, daemon=True).start()

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
+import multiprocessing
 import os
+import pickle
 import secrets
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +27,7 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
 from torchrl_amago._files import lock
-from torchrl_amago._signals import Outcome, on_signals
+from torchrl_amago._signals import EXIT_CODES, Outcome, on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
 from torchrl_amago.evaluation import Results, evaluation_metrics
@@ -30,6 +37,7 @@ from torchrl_amago.scaling._exchange import Board, Outbox, make_segment
 MakeEnv = Callable[[], EnvBase]
 
 _RETRY_SECONDS, _POLL_SECONDS, _LAST_SECONDS = 5.0, 0.5, 10.0
+_PR_SET_PDEATHSIG = 1
 
 
 class LeaveError(Exception):
@@ -231,3 +239,25 @@ def _free_table(folder: Path, held: contextlib.ExitStack) -> ProgressTable:
     if table.path.exists():
         table.load_state_dict({"text": table.path.read_text(encoding="utf-8")})
     return table
+
+
+def work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:
+    """Be a worker's process."""
+    _end_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
+    torch.set_num_threads(threads)
+    make_env, policy, role = pickle.loads(content)  # noqa: S301 - the parent's own bytes
+    sys.exit(EXIT_CODES[collect(make_env, policy, run_dir, **role, **options)])
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, even by SIGKILL."""
+    if sys.platform == "linux":  # also where Python's threads are held up
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process().sentinel
+
+    def watch() -> None:
+        wait([parent])
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+    threading.Thread(target=watch, daemon=True).start()

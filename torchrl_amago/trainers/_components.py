@@ -18,7 +18,7 @@ from torchrl.data import ReplayBuffer
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.scaling import RemoteTrials
+from torchrl_amago.scaling import WorkerPool
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class Rollouts:
 
     def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.
-        has_state = self._is_local or isinstance(self.collector, RemoteTrials)
+        has_state = self._is_local or isinstance(self.collector, WorkerPool)
         state = self.collector.state_dict() if has_state else {}
         return {key: value for key, value in state.items() if key != "policy_state_dict"}
 

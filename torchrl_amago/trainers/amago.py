@@ -28,7 +28,7 @@ from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.evaluation import Results, evaluation_metrics
-from torchrl_amago.scaling import BatchFeed, Outcome, Ranks, RemoteTrials
+from torchrl_amago.scaling import BatchFeed, Outcome, Ranks, WorkerPool
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import (
     Components,
@@ -126,7 +126,7 @@ class AMAGOTrainer:
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
-        if isinstance(self.collector, RemoteTrials):
+        if isinstance(self.collector, WorkerPool):
             self.callbacks.append(self.collector.after_update)
         self.stepper.dump_dir = self.stepper.dump_dir or self.ranks.folder(self.run_dir)
         # Several ranks check their batches together, in the stepper.
@@ -215,7 +215,7 @@ class AMAGOTrainer:
         """End the run after the running update, by default as if that had been the last one."""
         # Ctrl-C after a preemption is pressed by a person who doesn't want to wait.
         self._outcome, self._stop = outcome or self._outcome, True
-        if isinstance(self.collector, RemoteTrials):
+        if isinstance(self.collector, WorkerPool):
             self.collector.request_stop()
 
     def resume(self, path: str | Path | None = None, *, missing_ok: bool = False) -> AMAGOTrainer:
