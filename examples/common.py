@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -256,7 +257,12 @@ class TrainingArgs:
 
     def resume_command(self) -> str:
         """The shell command that goes on with this run."""
-        return shlex.join([sys.executable, *sys.argv] + ["--resume"] * (not self.resume))
+        launcher = [sys.executable]
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun doesn't hand on its other flags
+            launcher = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"]]
+            if (machines := os.environ["GROUP_WORLD_SIZE"]) != "1":
+                launcher += ["--nnodes", machines]
+        return shlex.join([*launcher, *sys.argv] + ["--resume"] * (not self.resume))
 
 
 @contextlib.contextmanager

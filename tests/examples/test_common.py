@@ -183,6 +183,11 @@ def test_resume_command(monkeypatch):
     assert shlex.split(Args().resume_command()) == [sys.executable, *sys.argv, "--resume"]
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--resume"])
     assert shlex.split(Args(resume=True).resume_command()) == [sys.executable, *sys.argv]
+    ranks = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    command = shlex.split(Args(resume=True).resume_command())
+    assert command == ["torchrun", "--nproc-per-node", "8", "--nnodes", "2", *sys.argv]
 
 
 # --- the command line ---

@@ -10,11 +10,12 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from tests.scaling.test_synchronisations import ROWS, make_parts, trainer_of
 from torchrl_amago._cpu import cpu_paths
-from torchrl_amago.scaling import CudaGraphs, compile_policy, compiled
+from torchrl_amago.modules.trajectory.memory import Memory
+from torchrl_amago.scaling import CudaGraphs, compile_policy, devices
 from torchrl_amago.trainers import FiniteOptimizationStepper, make_schedule, optim
 
 
@@ -27,8 +28,8 @@ class OnCPU(CudaGraphs):
     def serve(x):
         return True
 
-    def __call__(self, *inputs, key=None):
-        out = super().__call__(*inputs, key=key)
+    def __call__(self, *inputs):
+        out = super().__call__(*inputs)
         return out["replayed"] if isinstance(out, dict) and "replayed" in out else out
 
     def aside(self, inputs):
@@ -36,8 +37,7 @@ class OnCPU(CudaGraphs):
 
     def record(self, inputs):
         type(self).recordings += 1
-        is_held = (torch.Tensor, type(None))
-        inputs = tree_map(lambda x: x if isinstance(x, is_held) else weakref.proxy(x), inputs)
+        inputs = tree_map_only(Memory, weakref.proxy, inputs)
         out = {}
 
         def replay():  # a recording itself computes nothing
@@ -54,7 +54,7 @@ class OnCPU(CudaGraphs):
 def graphs_on_cpu(monkeypatch):
     """Record and replay on a CPU, without a compiler."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    for module in (compiled, optim):
+    for module in (devices, optim):
         monkeypatch.setattr(module, "CudaGraphs", OnCPU)
     OnCPU.recordings = 0
 
@@ -139,7 +139,6 @@ def test_graphs_replay_on_new_inputs():
     assert OnCPU.recordings == 1
     assert [x[0].item() for x in kept[3:]] == [4.0, 5.0, 6.0]  # copies, not the graph's memory
     graphs(torch.zeros(2), {"y": torch.ones(2)})
-    graphs(torch.zeros(3), {"y": torch.ones(3)}, key="other")
     assert OnCPU.recordings == 1
 
 
@@ -159,7 +158,7 @@ def test_a_policy_by_graphs():
     env, policy, *_ = make_parts()
     policy.encoder.trajectory.context_length = 100
     graphs = compile_policy(policy).compiled_step
-    eager = graphs.step
+    eager = graphs.function
 
     def play(step):
         policy.compiled_step, states = step, []

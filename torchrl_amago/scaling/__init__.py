@@ -1,8 +1,14 @@
 """Several devices, processes and machines for one run (docs/scaling.md)."""
 
 from torchrl_amago._signals import EXIT_CODES, Outcome
-from torchrl_amago.scaling.compiled import CudaGraphs, compile_policy
-from torchrl_amago.scaling.devices import BatchFeed, collector_devices, pick_device, send
+from torchrl_amago.scaling.devices import (
+    BatchFeed,
+    CudaGraphs,
+    collector_devices,
+    compile_policy,
+    pick_device,
+    send,
+)
 from torchrl_amago.scaling.pool import WorkerPool
 from torchrl_amago.scaling.ranks import Ranks
 from torchrl_amago.scaling.ray_pool import RayPool

@@ -1,17 +1,23 @@
-"""Devices: the one to compute on, and batches that reach it in one copy, drawn one ahead."""
+"""Devices: the one to compute on, batches that reach it in one copy, functions as CUDA graphs."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torchrl.envs import EnvBase
 
 from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice
+from torchrl_amago.modules import Policy
+from torchrl_amago.modules.trajectory.memory import Memory
 
 Draw = tuple[TensorDictBase, "torch.cuda.Event | None"]
 
@@ -126,3 +132,69 @@ class BatchFeed:
             return send(batch, self.device), None
         with torch.cuda.stream(self._stream):
             return send(batch, self.device), self._stream.record_event()
+
+
+class CudaGraphs:
+    """A function of tensors, recorded as a CUDA graph for each set of shapes and replayed.
+
+    The host then spends one launch on it. Its first calls with new shapes run as they are, the next
+    one records. Tensors that aren't arguments, such as weights, must stay where they are. A memory
+    of a policy may be an argument: it has graphs of its own, one for each ``span``, which end with
+    it. (Tensordict's `CudaGraphModule` has one graph, and waits for the GPU at each call.)
+
+    Args:
+        function: of tensors in dictionaries, lists and tensordicts; returns such.
+        warmup: calls before the recording.
+    """
+
+    def __init__(self, function: Callable[..., Any], warmup: int = 3) -> None:
+        self.function, self.warmup = function, warmup
+        self._by_memory: WeakKeyDictionary[Any, tuple[Counter, dict]] = WeakKeyDictionary()
+
+    @staticmethod
+    def serve(x: Tensor) -> bool:
+        """Return True for a tensor on a device that has graphs."""
+        return x.is_cuda
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Call the function."""
+        leaves = tree_leaves(inputs)
+        given = [x for x in leaves if isinstance(x, Tensor)]
+        memory = next((x for x in leaves if isinstance(x, Memory)), self)
+        calls, graphs = self._by_memory.setdefault(memory, (Counter(), {}))
+        key = getattr(memory, "span", None), tuple((x.shape, x.dtype) for x in given)
+        calls[key] += 1
+        if calls[key] <= self.warmup:
+            return self.aside(inputs)
+        if key not in graphs:
+            static = tree_map_only(Tensor, Tensor.clone, inputs)
+            places = [x for x in tree_leaves(static) if isinstance(x, Tensor)]
+            graphs[key] = places, *self.record(static)
+        places, replay, out = graphs[key]
+        torch._foreach_copy_(places, given)
+        replay()
+        return tree_map_only(Tensor, Tensor.clone, out)
+
+    def aside(self, inputs: tuple[Any, ...]) -> Any:
+        """Run on a stream of its own, as CUDA wants it before a recording."""
+        current, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            out = self.function(*inputs)
+        current.wait_stream(stream)
+        return out
+
+    def record(self, inputs: tuple[Any, ...]) -> tuple[Callable[[], None], Any]:
+        """Record the function on these inputs; return its replay and where that writes."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = self.function(*inputs)
+        return graph.replay, out
+
+
+def compile_policy(policy: Policy, **options: Any) -> Policy:
+    """Compile a policy's steps in place, on a GPU as CUDA graphs; options are `torch.compile`'s."""
+    policy.compile(**options)
+    if CudaGraphs.serve(next(policy.parameters())) and policy.compiled_step is not None:
+        policy.compiled_step = CudaGraphs(policy.compiled_step)
+    return policy

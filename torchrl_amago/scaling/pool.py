@@ -125,8 +125,7 @@ class WorkerPool:
         self._start_window()
 
     @property
-    def version(self) -> int:
-        """Number of the learner's updates."""
+    def version(self) -> int:  # the number of updates
         return self._counts["version"]
 
     def __iter__(self) -> Iterator[None]:
@@ -157,7 +156,6 @@ class WorkerPool:
         return not self._stops
 
     def request_stop(self) -> None:
-        """Don't wait for trials any more."""
         self._stops = True
 
     def _observe(self, batch: TensorDictBase) -> TensorDictBase:
@@ -204,7 +202,6 @@ class WorkerPool:
         return found | self._figures()
 
     def _start_window(self) -> None:
-        """Start the figures of the next row."""
         self._window = {"waited": 0.0, "trials": 0, "versions": 0, "lags": [], "numbers": None}
         self._window["since"] = time.monotonic()
 

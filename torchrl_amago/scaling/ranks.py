@@ -227,7 +227,9 @@ class Ranks:
         torch._foreach_copy_(gradients, summed)
         fraction_R, *columns = rows_RK.unbind(1)
         for name, value_R in zip(list(metrics.keys()), columns, strict=True):
-            metrics.set(name, _of_all(name, value_R, fraction_R))
+            extreme = {"_min": value_R.amin, "_max": value_R.amax}.get(name[-4:])
+            weight_R = 1.0 if name == "effective_batch" else fraction_R
+            metrics.set(name, extreme() if extreme else (weight_R * value_R).sum())
         return metrics
 
     def gather(self, value: T) -> list[T]:
@@ -279,11 +281,3 @@ class Ranks:
         finally:
             if self.is_leader:
                 self.gather(None)
-
-
-def _of_all(name: str, value_R: Tensor, fraction_R: Tensor) -> Tensor:
-    if name.endswith("_min"):
-        return value_R.amin()
-    if name.endswith("_max"):
-        return value_R.amax()
-    return value_R.sum() if name == "effective_batch" else (fraction_R * value_R).sum()

@@ -66,11 +66,9 @@ class RayPool(WorkerPool):
             self._weights = self._ray.put(self._board.describe(self.policy, self.version))
 
     def _launch(self, name: str, seed: int) -> Any:
-        actor, self._spare = self._spare or self._make(seed), None
-        return actor
-
-    def _make(self, seed: int) -> Any:
-        return self._ray.remote(**self._actor_options)(_Actor).remote(self._parts, seed)
+        actor, self._spare = self._spare, None
+        make = self._ray.remote(**self._actor_options)(_Actor).remote
+        return actor or make(self._parts, seed)
 
     def _exit_code(self, process: Any) -> int | None:
         return None  # a death shows in the value of its round
@@ -92,10 +90,10 @@ class RayPool(WorkerPool):
             if len(worker.rounds) < self.max_unread:
                 worker.rounds.append(worker.process.round.remote(self._weights))
             worker.since = time.monotonic()
-        if self._spare is None and len(self.pids()) == len(self._own):
-            # Imports take most of a start, and it has made them.
+        if self._spare is None and 0 < len(self._own) == len(self.pids()):
+            # Imports take most of a start, and a spare has made them.
             starts = sum(worker.starts for worker in self._own)
-            self._spare = self._make((self._seed + 1000 * starts + 999) % 2**31)
+            self._spare = self._launch("spare", (self._seed + 1000 * starts + 999) % 2**31)
 
     def _take(self) -> dict[str, float] | None:
         for worker in [w for w in self._own if w.rounds and self._is_ready(w.rounds[0])]:

@@ -13,7 +13,7 @@ from torchrl.envs import EnvBase
 from torchrl.objectives import SoftUpdate
 
 from torchrl_amago import _validation as valid
-from torchrl_amago.data import TrialCollector, TrialReplayBuffer, make_trial_buffer
+from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
@@ -120,7 +120,9 @@ def make_trainer(
         in_run = dict(path=Path(run_dir) / "replay", mode="continue") if in_place else {}
         options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
         sizes = (capacity, slice_length or trial_length, batch_size)
-        buffer = _make_buffer(ranks, *sizes, **(ranks.buffer_options(run_dir) or in_run) | options)
+        with ranks.leaders_first():
+            options = (ranks.buffer_options(run_dir) or in_run) | options
+            buffer = make_trial_buffer(*sizes, **options)
     rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
     if workers is None:
         if ray or samples_per_insert:
@@ -154,12 +156,6 @@ def make_trainer(
         ranks=ranks,
         **trainer_options,
     )
-
-
-def _make_buffer(ranks: Ranks, *sizes: int, **options: Any) -> TrialReplayBuffer:
-    """Make a rank's buffer; those that only read a folder wait for the one that writes it."""
-    with ranks.leaders_first():
-        return make_trial_buffer(*sizes, **options)
 
 
 def _check_options(
