@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from tensordict import TensorDict
+from tensordict.nn import TensorDictModule, TensorDictSequential
 from torch import nn
 
 from torchrl_amago.modules.critic import DiscreteCritic
 from torchrl_amago.modules.trajectory import TransformerEncoder
-from torchrl_amago.trainers import make_optimizer, make_schedule
+from torchrl_amago.trainers import FiniteOptimizationStepper, make_optimizer, make_schedule
 from torchrl_amago.trainers.optim import is_decayed
 
 
@@ -76,3 +80,18 @@ def test_the_rate_rises_from_one_nth_then_falls(arguments, expected):
 def test_weight_decay_out_of_range(weight_decay):
     with pytest.raises(ValueError, match="weight_decay must be positive"):
         make_optimizer(nn.Linear(1, 1), weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("optimizer", ["fused AdamW", "SGD"])
+def test_updates_of_any_optimizer_and_of_weights_frozen_later(optimizer):
+    linear = nn.Linear(2, 2)
+    mean = TensorDictModule(torch.mean, ["y"], ["loss_y"])
+    loss = TensorDictSequential(TensorDictModule(linear, ["x"], ["y"]), mean)
+    chosen = make_optimizer(loss) if optimizer != "SGD" else torch.optim.SGD(loss.parameters(), 0.1)
+    trainer = SimpleNamespace(loss_module=loss, optimizer=chosen, replay_buffer=None)
+    linear.bias.requires_grad_(False)
+    before = [p.clone() for p in (linear.weight, linear.bias)]
+    FiniteOptimizationStepper().step(trainer, TensorDict(x=torch.tensor([1.0, -1.0])))
+    moved = linear.weight.detach() - before[0]
+    assert moved.sign().equal(torch.tensor([[-1.0, 1.0]] * 2))
+    assert linear.bias.equal(before[1])

@@ -204,7 +204,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
     def gradients(self, batch: TensorDictBase, fraction: float) -> Gradients:
         """Compute losses and metrics, and the gradients of a fraction of the summed losses."""
         half = self.precision == "bf16"
-        params = [p for params in self._networks.values() for p in params]
+        params = [p for params in self._networks.values() for p in params if p.requires_grad]
         with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
             losses = self._loss(batch)
         found = torch.autograd.grad(fraction * _total(losses), params, allow_unused=True)
