@@ -63,7 +63,6 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "_complete_done": ("torchrl.envs.EnvBase", _RESET),
     "_dynamo": ("torch", "gradients are compiled with the loss only by a setting that is there"),
     "_foreach_copy_": ("torch", "one launch for many small tensors"),
-    "_foreach_mul_": ("torch", "one launch for many small tensors"),
     "_env": ("torchrl.envs.GymWrapper", "the Gymnasium environment below has no public name"),
     "_envs": ("torchrl.envs.SerialEnv", "the environments of a SerialEnv have no public name"),
     "_forward_hooks": ("torch.nn.Module", "a hook must not be passed over by the fast step"),

@@ -15,24 +15,26 @@ def test_a_worker_gets_weights_and_exploration(tmp_path):
         for weight in learner.parameters():
             weight.add_(1.0)
     learner.exploration.step(300)
-    reader = Board(tmp_path)
-    assert reader.newer() is None
-    Board(tmp_path).publish(learner, 7)
-    assert reader.load(reader.newer(), worker) == 7
+    reader = Board(tmp_path, worker)
+    assert not reader.update()
+    Board(tmp_path, learner).publish(7)
+    assert reader.update()
+    assert (reader.version, reader.is_last) == (7, False)
     for name, weight in learner.state_dict().items():
         if isinstance(weight, torch.Tensor):
             assert worker.state_dict()[name].equal(weight)
     assert worker.exploration.frames == 300
-    assert reader.newer() is None
-    Board(tmp_path).publish(learner, 8, finished=True)
-    assert reader.newer()["finished"]
+    assert not reader.update()
+    Board(tmp_path, learner).publish(8, is_last=True)
+    assert reader.update()
+    assert (reader.version, reader.is_last) == (8, True)
 
 
 def test_a_damaged_board_leaves_the_older_policy(tmp_path, caplog):
-    board = Board(tmp_path)
-    board.publish(small_policy(), 1)
+    board = Board(tmp_path, small_policy())
+    board.publish(1)
     board.file.write_bytes(board.file.read_bytes()[:-100])
-    assert board.newer() is None
+    assert not board.update()
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_a_damaged_board_leaves_the_older_policy(tmp_path, caplog):
     ],
 )
 def test_a_worker_of_another_task_or_network_is_refused(tmp_path, policy, settings, message):
-    Board(tmp_path, {"size": 3}).publish(small_policy(), 1)
-    reader = Board(tmp_path, settings)
+    Board(tmp_path, small_policy(), {"size": 3}).publish(1)
+    reader = Board(tmp_path, small_policy(**policy), settings)
     with pytest.raises(ValueError, match=message):
-        reader.load(reader.newer(), small_policy(**policy))
+        reader.update()

@@ -31,7 +31,7 @@ class FakeWorkers(WorkerPool):
     def _supervise(self):
         pass
 
-    def _publish(self, finished):
+    def _publish(self, is_last=False):
         self.published.append(self.version)
 
     def _take(self):

@@ -25,7 +25,7 @@ def test_without_ray_the_extra_is_named(tmp_path, monkeypatch):
 def test_a_killed_actor_is_replaced(tmp_path):
     pytest.importorskip("ray")
     trainer = small_trainer(tmp_path, workers=2, ray="local", total_updates=10**6)
-    deadline, killed = time.monotonic() + 180.0, []
+    deadline, killed = time.monotonic() + 300.0, []
 
     def callback(t):
         pids = t.collector.pids()

@@ -85,7 +85,7 @@ def test_roles_come_and_go(tmp_path):
 
 
 def test_a_collector_of_another_task_is_refused(tmp_path):
-    Board(tmp_path, SETTINGS).publish(small_policy(), 0)
+    Board(tmp_path, small_policy(), SETTINGS).publish(0)
     with pytest.raises(ValueError, match="task: lakes there, absent here"):
         collect(make_env, small_policy(), tmp_path, round_steps=LENGTH)
     with pytest.raises(ValueError, match="they differ in"):
@@ -112,8 +112,8 @@ def in_thread(run_dir, **options):
 
 
 def test_a_worker_waits_while_its_segments_are_unread(tmp_path):
-    board = Board(tmp_path, SETTINGS)
-    board.publish(small_policy(), 0)
+    board = Board(tmp_path, small_policy(), SETTINGS)
+    board.publish(0)
     thread = in_thread(tmp_path, name="one", seed=0)
     outbox = Outbox(tmp_path, "one")
     wait_for(lambda: outbox.unread() == 2)
@@ -121,7 +121,7 @@ def test_a_worker_waits_while_its_segments_are_unread(tmp_path):
     assert outbox.unread() == 2
     next(outbox.folder.glob("*.npz")).unlink()
     wait_for(lambda: outbox.unread() == 2)
-    board.publish(small_policy(), 1, finished=True)
+    board.publish(1, is_last=True)
     thread.join(10.0)
     assert not thread.is_alive()
 
@@ -137,11 +137,11 @@ def test_a_worker_waits_on_a_full_disk(tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(Outbox, "put", full)
     monkeypatch.setattr(roles, "_RETRY_SECONDS", 0.01)
-    board = Board(tmp_path, SETTINGS)
-    board.publish(small_policy(), 0)
+    board = Board(tmp_path, small_policy(), SETTINGS)
+    board.publish(0)
     thread = in_thread(tmp_path, name="one", seed=0)
     wait_for(lambda: Outbox(tmp_path, "one").unread() == 2)
-    board.publish(small_policy(), 1, finished=True)
+    board.publish(1, is_last=True)
     thread.join(10.0)
     assert refusals == []
     assert caplog.text.count("No space left") == 3

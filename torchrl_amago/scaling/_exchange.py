@@ -39,52 +39,52 @@ _INTAKE, _REJECTED = "intake", "rejected"
 
 
 class Board:
-    """Writer and reader of ``<run_dir>/board/policy.npz``.
+    """A policy, and the file ``<run_dir>/board/policy.npz`` that it is written to or read from.
 
-    Its version is the number of updates; ``finished`` tells workers and evaluators to end.
+    The version of a policy is the number of its updates.
     """
 
-    def __init__(self, run_dir: str | Path, settings: Mapping[str, Any] | None = None) -> None:
-        self.file, self.settings = Path(run_dir) / "board" / "policy.npz", settings or {}
+    def __init__(
+        self, run_dir: str | Path, policy: nn.Module, settings: Mapping[str, Any] | None = None
+    ) -> None:
+        self.file, self.policy = Path(run_dir) / "board" / "policy.npz", policy
+        self.settings, self.version, self.is_last = settings or {}, -1, False
         self._seen: tuple | None = None
 
-    def publish(self, policy: nn.Module, version: int, finished: bool = False) -> None:
-        """Replace the policy on the board, with the counters of its exploration."""
-        save_state(self.file, self.describe(policy, version, finished))
+    def publish(self, version: int, is_last: bool = False) -> None:
+        """Replace the policy on the board; after the last one workers and evaluators end."""
+        save_state(self.file, self.describe(version, is_last))
 
-    def describe(self, policy: nn.Module, version: int, finished: bool = False) -> dict[str, Any]:
-        """Return all that workers need of a policy."""
-        tensors = {name: x for name, x in policy.state_dict().items() if isinstance(x, Tensor)}
-        own = {"policy": tensors, "facts": self._facts(policy)}
-        return own | {"version": version, "finished": finished}
+    def describe(self, version: int, is_last: bool = False) -> dict[str, Any]:
+        """Return all that workers need of the policy, with the counters of its exploration."""
+        state = {k: x for k, x in self.policy.state_dict().items() if isinstance(x, Tensor)}
+        found = {"policy": state, "facts": self._facts()}
+        return found | {"version": version, "is_last": is_last}
 
-    def newer(self) -> dict[str, Any] | None:
-        """Return the policy's state if it has changed since the last call, else None."""
+    def update(self) -> bool:
+        """Load the policy on the board; return False if there is none, or the same as before."""
         try:
             found = os.stat(self.file)
             seen = found.st_mtime_ns, found.st_ino, found.st_size
             if seen == self._seen:
-                return None
+                return False
             state = load_state(self.file)
         except (OSError, files.DamagedError) as error:  # none yet, or a network disk in between
             if self.file.exists():
                 torchrl_logger.warning(f"keeping the older policy: {error}")
-            return None
+            return False
         self._seen = seen
-        return state
+        self.load(state)
+        return True
 
-    def load(self, state: Mapping[str, Any], policy: nn.Module) -> int:
-        """Load a state into a policy; return its version.
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Load a described policy; ValueError if task or network are not the learner's."""
+        check_same(self.file, state["facts"], self._facts())
+        self.policy.load_state_dict(state["policy"], strict=False)
+        self.version, self.is_last = state["version"], state["is_last"]
 
-        Raises:
-            ValueError: naming the differences, if task or network are not the learner's.
-        """
-        check_same(self.file, state["facts"], self._facts(policy))
-        policy.load_state_dict(state["policy"], strict=False)
-        return state["version"]
-
-    def _facts(self, policy: nn.Module) -> dict[str, Any]:
-        own = describe_policy(policy)
+    def _facts(self) -> dict[str, Any]:
+        own = describe_policy(self.policy)
         return facts({"weights": own["weights"]}, {**self.settings, **own["settings"]})
 
 

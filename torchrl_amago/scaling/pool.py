@@ -111,7 +111,7 @@ class WorkerPool:
         # On the CPU, where every worker can load it.
         copied = copy.deepcopy(policy).to("cpu")
         self._content = self._pack(make_env, copied, role | {"settings": settings})
-        self._board = Board(self.run_dir, settings)
+        self._board = Board(self.run_dir, policy, settings)
         self._inbox = Inbox(self.run_dir, replay_buffer)
         self._own = [Worker(f"worker-{i}", i) for i in range(num_workers)]
         self._workers = {worker.name: worker for worker in self._own}  # and others by heartbeats
@@ -209,7 +209,7 @@ class WorkerPool:
         """Publish the weights if the workers' are older than ``publish_interval`` updates."""
         before = self._published
         if self._is_open and (before is None or self.version - before >= self.publish_interval):
-            self._publish(finished=False)
+            self._publish()
             self._published = self.version
 
     def set_seed(self, seed: int, static_seed: bool = False) -> None:
@@ -235,7 +235,7 @@ class WorkerPool:
     def shutdown(self, **_: Any) -> None:
         """End the workers; those of other machines too if this was the last update."""
         if self._is_open and self.version >= self.total_updates:
-            self._publish(finished=True)
+            self._publish(is_last=True)
         self._is_open = False
         self._stop()
 
@@ -255,8 +255,8 @@ class WorkerPool:
         self._inbox.recover()
         self._supervise()
 
-    def _publish(self, finished: bool) -> None:
-        self._board.publish(self.policy, self.version, finished)
+    def _publish(self, is_last: bool = False) -> None:
+        self._board.publish(self.version, is_last)
 
     def _take(self) -> dict[str, float] | None:
         taken = self._inbox.take()

@@ -57,13 +57,13 @@ class RayPool(WorkerPool):
             self._ray.init(**options)
             self._owns_ray = True
         self._parts = self._ray.put(self._content)
-        self._publish(finished=False)
+        self._publish()
         super()._start()
 
-    def _publish(self, finished: bool) -> None:
-        super()._publish(finished)
+    def _publish(self, is_last: bool = False) -> None:
+        super()._publish(is_last)
         if self._ray.is_initialized():
-            self._weights = self._ray.put(self._board.describe(self.policy, self.version))
+            self._weights = self._ray.put(self._board.describe(self.version))
 
     def _launch(self, name: str, seed: int) -> Any:
         actor, self._spare = self._spare, None
@@ -123,16 +123,17 @@ class _Actor:
     """A player in a process of Ray."""
 
     def __init__(self, parts: tuple, seed: int) -> None:
-        make_env, self._policy, role = parts
-        self._board = Board("the learner", role.pop("settings"))
-        self._player = Player(make_env, self._policy, **role, seed=seed)
+        make_env, policy, role = parts
+        self._board = Board("the learner", policy, role.pop("settings"))
+        self._player = Player(make_env, policy, **role, seed=seed)
         self._facts = {"pid": os.getpid(), "rounds": 0, "frames": 0, "waited": 0.0}
         self._begin = self._ended = time.monotonic()
 
     def round(self, state: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Play a round with these weights; return its trials, and facts of this process."""
         self._facts["waited"] += time.monotonic() - self._ended
-        self._player.version = self._board.load(state, self._policy)
+        self._board.load(state)
+        self._player.version = self._board.version
         segment = self._player.play()
         self._ended = time.monotonic()
         self._facts["rounds"] += 1

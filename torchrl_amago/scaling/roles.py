@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import math
 import multiprocessing
 import os
 import pickle
@@ -47,20 +48,8 @@ class LeaveError(Exception):
 class Role(Board):
     """A collector or evaluator: its copy of the newest policy, and the signals that end it."""
 
-    def __init__(
-        self, run_dir: str | Path, policy: nn.Module, settings: Mapping[str, Any] | None
-    ) -> None:
-        super().__init__(run_dir, settings)
-        self.policy, self.version, self.is_last = policy, -1, False
-        self.outcome: Outcome | None = None
-        self._deadline = float("inf")
-
-    def update(self) -> bool:
-        """Load the newest policy; return False if it has been loaded before."""
-        state = self.newer()
-        if state is not None:
-            self.version, self.is_last = self.load(state, self.policy), state["finished"]
-        return state is not None
+    outcome: Outcome | None = None
+    _deadline = math.inf
 
     def request_stop(self, outcome: Outcome) -> None:
         """End after the running piece of work, as a handler of signals."""
@@ -87,7 +76,7 @@ class Player:
     ) -> None:
         torch.manual_seed(seed)
         env = make_env()
-        self.policy, self.version, self._on_step = policy, -1, on_step
+        self.version, self._on_step = -1, on_step
         self.frames, self._trials = env.batch_size.numel() * round_steps, []
         policy.register_forward_hook(self._stamp)
         options = {"replay_buffer": self, "frames_per_batch": self.frames, "total_frames": -1}

@@ -121,8 +121,9 @@ def make_trainer(
         options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
         sizes = (capacity, slice_length or trial_length, batch_size)
         with ranks.leaders_first():
-            options = (ranks.buffer_options(run_dir) or in_run) | options
-            buffer = make_trial_buffer(*sizes, **options)
+            buffer = make_trial_buffer(
+                *sizes, **(ranks.buffer_options(run_dir) or in_run) | options
+            )
     rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
     if workers is None:
         if ray or samples_per_insert:
