@@ -138,11 +138,11 @@ class Ranks:
         """Return a folder for this rank's own files: the first rank's is the run's."""
         return run_dir if self.is_first else run_dir / f"rank_{self.rank}"
 
-    def buffer_options(self, run_dir: str | Path) -> dict[str, Any]:
-        """Return where and how this rank opens the buffer of its machine; nothing alone."""
+    def buffer_options(self, run_dir: str | Path, in_place: bool) -> dict[str, Any]:
+        """Return where and how this rank opens its buffer, if several do or it stays in place."""
         path = Path(run_dir) / (f"replay_{self.leader}" if self.leader else "replay")
         options = {"path": path, "mode": "continue" if self.is_leader else "read"}
-        return options if self.size > 1 else {}
+        return options if in_place or self.size > 1 else {}
 
     def load_trials(self, buffer: ReplayBuffer, path: Path) -> None:
         """Load a saved buffer, after the first rank; ranks that only read take its priorities."""

@@ -117,13 +117,11 @@ def make_trainer(
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
         trim = 64 if compile or here.type != "cpu" else True  # few shapes, many kernels' unit
-        in_run = dict(path=Path(run_dir) / "replay", mode="continue") if in_place else {}
         options = dict(trim_padding=trim, crop="both", warn_short=False) | (buffer_options or {})
+        options = ranks.buffer_options(run_dir, in_place) | options
         sizes = (capacity, slice_length or trial_length, batch_size)
         with ranks.leaders_first():
-            buffer = make_trial_buffer(
-                *sizes, **(ranks.buffer_options(run_dir) or in_run) | options
-            )
+            buffer = make_trial_buffer(*sizes, **options)
     rounds = {"round_steps": round_steps or trial_length, "fragment_length": fragment_length}
     if workers is None:
         if ray or samples_per_insert:
