@@ -15,17 +15,6 @@ from torchrl_amago.scaling.ray_pool import RayPool
 from torchrl_amago.scaling.roles import collect, evaluate_run
 
 __all__ = [
-    "EXIT_CODES",
-    "BatchFeed",
-    "CudaGraphs",
-    "Outcome",
-    "Ranks",
-    "RayPool",
-    "WorkerPool",
-    "collect",
-    "collector_devices",
-    "compile_policy",
-    "evaluate_run",
-    "pick_device",
-    "send",
-]
+    "EXIT_CODES", "BatchFeed", "CudaGraphs", "Outcome", "Ranks", "RayPool", "WorkerPool", "collect",
+    "collector_devices", "compile_policy", "evaluate_run", "pick_device", "send",
+]  # fmt: skip

@@ -98,11 +98,9 @@ def make_segment(
 
 
 def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict[str, float]:
-    """Write a segment's trials to a buffer; return the numbers of its steps, trials
-    and versions, and the frames of its round.
+    """Write a segment's trials to a buffer; ValueError if they aren't its environment's, or finite.
 
-    Raises:
-        ValueError: if the trials aren't those of the buffer's environment, or aren't finite.
+    Return the numbers of its steps, trials and versions, and the frames of its round.
     """
     lengths, entries = segment["lengths"], segment["entries"]
     floats = {key: x for key, x in entries.items() if x.is_floating_point()}
@@ -136,7 +134,9 @@ class Outbox:
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
-        return len([*self.folder.glob("*.npz")])
+        with contextlib.suppress(FileNotFoundError):  # a starting learner removes empty folders
+            return len([*self.folder.glob("*.npz")])
+        return 0
 
     def put(self, segment: Mapping[str, Any]) -> None:
         """Write a segment; OSError if the disk is full."""

@@ -61,15 +61,13 @@ class WorkerPool:
     trials of its last round are lost. The processes end with this one, however it ends.
 
     Args:
-        make_env: makes the batched environment of a worker; must be picklable.
+        make_env, round_steps, fragment_length, settings: see
+            :func:`~torchrl_amago.scaling.collect`; the function must be picklable.
         policy: the learner's, whose weights the workers get.
         replay_buffer: of whole trials; only this process writes to it.
         run_dir: the run's folder.
         num_workers: 0 for trials from other machines alone.
         total_updates: version at which the workers end.
-        round_steps: steps of each environment in a round.
-        fragment_length: see :class:`~torchrl_amago.data.TrialCollector`.
-        settings: values that collectors elsewhere must share, besides the policy's own.
         publish_interval: updates between two versions for the workers.
         samples_per_insert: real steps of batches for each step that is written.
         keeps_replay: the buffer's folder outlives the process, so that checkpoints don't copy it.

@@ -88,11 +88,7 @@ class Ranks:
         return self.rank == self.leader
 
     def share(self, batch_size: int) -> int:
-        """Return the number of rows of a batch that this rank takes; the first ranks take more.
-
-        Raises:
-            ValueError: if there are more ranks than rows.
-        """
+        """Return the number of rows of a batch that this rank takes; the first ranks take more."""
         if batch_size < self.size:
             raise ValueError(
                 f"batch_size is that of all ranks together and must be at least their number, got "
