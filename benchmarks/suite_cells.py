@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import shlex
@@ -98,13 +99,13 @@ def describe(cell: Cell) -> dict[str, object]:
 def check_same_command(cell: Cell) -> None:
     """Raise ValueError if the cell's folder holds a run of another command."""
     before = read_json(cell.folder / "cell.json")
-    limits = {"minutes"}
-    if "{seconds}" in cell.method.command:
-        limits.add("command")  # which holds the limit
-    changed = [k for k, v in describe(cell).items() if k not in limits and before.get(k, v) != v]
+    if not before:
+        return
+    now = describe(dataclasses.replace(cell, minutes=before["minutes"]))
+    changed = [name for name, value in now.items() if before.get(name) != value]
     if changed:
         raise ValueError(
-            f"{cell.folder} holds a run with another {changed[0]}: {before[changed[0]]!r}. "
+            f"{cell.folder} holds a run with another {changed[0]}: {before.get(changed[0])!r}. "
             "Delete that folder or choose another --run-dir."
         )
 

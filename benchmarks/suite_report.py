@@ -1,0 +1,200 @@
+"""The suite's page: tables and figures, from the folders of its cells alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from suite_figures import Styles, draw_curves, draw_intervals, draw_profiles, make_styles
+from suite_runs import (
+    Axis,
+    Run,
+    common_place,
+    grouped,
+    normalized_scores,
+    read_runs,
+    scores_at,
+)
+from suite_table import TASKS
+
+from torchrl_amago.evaluation import (
+    Interval,
+    interquartile_mean,
+    performance_profile,
+    probability_of_improvement,
+    stratified_bootstrap,
+)
+
+PAGE = """# The suite
+
+{cells} finished cells: {tasks} tasks, {methods} methods. This page is written by
+`python benchmarks/suite.py report`, from the folders of the runs alone.
+
+- A score is the mean return of greedy trials on held-out seeds, evaluated during training.
+- Brackets are 95% intervals of the interquartile mean: the stratified bootstrap of rliable, which
+  draws runs of each task anew. Of three runs the interquartile mean is the mean.
+- Equal time: the last evaluation within the time limit, in seconds of training on one core, without
+  evaluations and checkpoints. Equal steps: the last one within the steps that every run of the task
+  made. A run that ends before keeps its last score.
+- Last policy: that of the best evaluation, on trials of other seeds.
+- Learned: median over seeds of the time and the steps to the first evaluation at the threshold, and
+  the seeds that came to it.
+
+{overview}
+"""
+
+
+def write_report(
+    root: Path, tasks: Sequence[str], methods: Sequence[str], baseline: str | None = None
+) -> Path:
+    """Write `report.md` and its figures into `report` and return the page's path.
+
+    Raises:
+        ValueError: if no cell has finished, or the baseline isn't among the methods.
+    """
+    runs = read_runs(root, tasks, methods)
+    titles = {run.method: run.title for run in runs}
+    if baseline is not None and baseline not in titles:
+        raise ValueError(f"baseline must be one of {', '.join(titles)}, got {baseline!r}.")
+    folder, by_task = root / "report", grouped(runs, lambda run: run.task)
+    folder.mkdir(exist_ok=True)
+    styles = make_styles(list(titles.values()))
+    overview = "\n".join(
+        describe_all(folder, by_task, titles, baseline or next(iter(titles)), styles)
+    )
+    page = PAGE.format(cells=len(runs), tasks=len(by_task), methods=len(titles), overview=overview)
+    for task_runs in by_task.values():
+        page += "\n".join(describe_task(folder, task_runs, styles))
+    path = folder / "report.md"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def describe_all(
+    folder: Path,
+    by_task: dict[str, list[Run]],
+    titles: dict[str, str],
+    baseline: str,
+    styles: Styles,
+) -> Iterator[str]:
+    """Yield the lines on all tasks together, and draw their figures."""
+    played = {m: [t for t, rs in by_task.items() if m in {r.method for r in rs}] for m in titles}
+    many = [method for method in titles if 2 * len(played[method]) >= len(by_task)]
+    common = {t: rs for t, rs in by_task.items() if all(t in played[m] for m in many)}
+    yield "## All tasks\n"
+    if not common:
+        yield "No task has runs of all methods.\n"
+        return
+    yield (
+        f"Scores are normalised (chance is 0, a reference is 1) on the tasks that all of these "
+        f"methods have played ({len(common)}).\n"
+    )
+    if left_out := [titles[method] for method in titles if method not in many]:
+        yield f"Left out, since they played fewer than half of the tasks: {', '.join(left_out)}.\n"
+    cells = {titles[method]: [] for method in many}
+    for axis in ("time", "frames"):
+        scores = {titles[m]: normalized_scores(common, m, axis) for m in many}
+        intervals = {name: stratified_bootstrap(by) for name, by in scores.items()}
+        for name, interval in intervals.items():
+            cells[name].append(show(interval, 2))
+        words = {"time": "equal time", "frames": "equal steps"}[axis]
+        draw_intervals(folder / f"figures/all_{axis}.png", intervals, styles, f"All tasks, {words}")
+        highest = max(1.0, *(score.max() for by in scores.values() for score in by.values()))
+        thresholds = np.linspace(0, highest, 101)
+        profiles = {name: performance_profile(by, thresholds) for name, by in scores.items()}
+        draw_profiles(
+            folder / f"figures/profile_{axis}.png", thresholds, profiles, styles, f"Runs, {words}"
+        )
+    yield from table(["method", "equal time", "equal steps"], [[n, *c] for n, c in cells.items()])
+    for axis, words in (("time", "time"), ("frames", "steps")):
+        yield f"![Scores at equal {words}](figures/all_{axis}.png)"
+        yield f"![Fraction of runs above a score at equal {words}](figures/profile_{axis}.png)\n"
+    yield from compare(by_task, titles, baseline)
+
+
+def compare(by_task: dict[str, list[Run]], titles: dict[str, str], baseline: str) -> Iterator[str]:
+    """Yield the table of each method beside the baseline."""
+    rows = []
+    for method in titles:
+        if method == baseline:
+            continue
+        row = [titles[method]]
+        for axis in ("time", "frames"):
+            row += compare_pair(
+                *(normalized_scores(by_task, name, axis) for name in (method, baseline))
+            )
+        rows.append(row)
+    if rows:
+        yield f"Beside {titles[baseline]}, on the tasks that both have played:\n"
+        columns = ["method"]
+        for words in ("equal time", "equal steps"):
+            columns += [f"chance of a better run, {words}", "tasks with a higher score"]
+        yield from table(columns, rows)
+
+
+def compare_pair(scores: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> list[str]:
+    """Return the probability of improvement, and the number of tasks with a higher score."""
+    both = [task for task in scores if task in others]
+    if not both:
+        return ["-", "0 of 0"]
+    chance = probability_of_improvement(*({t: of[t] for t in both} for of in (scores, others)))
+    means = [[interquartile_mean(of[task]) for task in both] for of in (scores, others)]
+    return [show(chance, 2), f"{np.greater(*means).sum()} of {len(both)}"]
+
+
+def describe_task(folder: Path, runs: list[Run], styles: Styles) -> Iterator[str]:
+    """Yield the lines on one task, and draw its figures."""
+    name, task = runs[0].task, TASKS[runs[0].task]
+    minutes, steps = common_place(runs, "time") / 60, common_place(runs, "frames")
+    yield f"\n## {task.title}\n"
+    yield (
+        f"Chance {task.chance:g}, reference {task.reference:g}, learned from {task.threshold:g}. "
+        f"Equal time: {minutes:g} minutes; equal steps: {steps:,.0f}.\n"
+    )
+    rows = [describe_method(own, runs) for own in grouped(runs, lambda run: run.method).values()]
+    columns = ["method", "seeds", "equal time", "equal steps", "last policy", "learned", "steps"]
+    yield from table(columns, rows)
+    if any(len(run.score) for run in runs):
+        shown = [run for run in runs if len(run.score)]
+        for axis, words in (("time", "time"), ("frames", "steps")):
+            draw_curves(folder / f"figures/{name}_{axis}.png", shown, axis, styles)
+            yield f"![{task.title}: return over {words}](figures/{name}_{axis}.png)"
+    yield "\n```bash"
+    yield from (run.command for run in runs)
+    yield "```\n"
+
+
+def describe_method(own: list[Run], runs: list[Run]) -> list[str]:
+    """Return a task's row of one method."""
+    task = TASKS[own[0].task]
+    digits = max(0, 3 - len(str(int(abs(task.reference - task.chance)))))
+    row = [own[0].title, str(len(own))]
+    for axis in ("time", "frames"):
+        scores = scores_at(own, axis, common_place(runs, axis))
+        row.append(show(stratified_bootstrap(scores), digits))
+    last = np.array([run.last for run in own])
+    known = last[~np.isnan(last)]
+    row.append(show(stratified_bootstrap(known), digits) if len(known) else "-")
+    return row + [show_first(own, axis) for axis in ("time", "frames")]
+
+
+def show_first(runs: list[Run], axis: Axis) -> str:
+    """Return the median place at which runs came to the threshold, and how many did."""
+    places = np.array([run.first_above(axis, TASKS[run.task].threshold) for run in runs])
+    median, reached = np.median(places), f"{np.isfinite(places).sum()} of {len(places)}"
+    if not np.isfinite(median):
+        return f"never ({reached})"
+    return f"{median:,.0f}{' s' if axis == 'time' else ''} ({reached})"
+
+
+def show(interval: Interval, digits: int) -> str:
+    point, low, high = (f"{value:.{digits}f}" for value in interval)
+    return f"{point} [{low}, {high}]"
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Yield the lines of a table, and an empty one."""
+    for row in (columns, ["---"] * len(columns), *rows):
+        yield f"| {' | '.join(row)} |"
+    yield ""
