@@ -26,7 +26,7 @@ from threading import Event
 from typing import Annotated, Literal
 
 import tyro
-from suite_cells import last_words, run_cell, seconds_used, state
+from suite_cells import check_same_command, last_words, run_cell, seconds_used, state
 from suite_table import METHODS, TASKS, Cell, Method, check_known, read_peers
 from tqdm import tqdm
 
@@ -40,7 +40,7 @@ class Args:
     action: Annotated[Literal["run", "report"], tyro.conf.Positional] = "run"
     """Run cells, or write tables and figures of those that have run."""
     run_dir: Path = Path("runs/suite")
-    """Folder for all cells, and the report in `report`."""
+    """Folder for all cells."""
     tasks: tuple[str, ...] = tuple(TASKS)
     """Names of tasks."""
     methods: tuple[str, ...] = ()
@@ -53,6 +53,9 @@ class Args:
     """Cells that run at the same time."""
     peers: Path | None = None
     """TOML or JSON file of other methods."""
+    page: Path | None = None
+    """File of the report, with pictures in `figures/suite` beside it; default
+    RUN_DIR/report/suite_results.md."""
     baseline: str | None = None
     """Method that a report compares the others with; default the first."""
     list: bool = False
@@ -89,8 +92,11 @@ def run(cells: list[Cell], jobs: int) -> list[Cell]:
     """Run cells and return those that failed.
 
     Raises:
+        ValueError: if a folder holds a run of another command; then none is run.
         KeyboardInterrupt: after a signal, once all processes have written a checkpoint.
     """
+    for cell in cells:
+        check_same_command(cell)
     stop, failed = Event(), []
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), disable=None, unit="cell") as bar:
         futures = {pool.submit(run_cell, cell, stop): cell for cell in cells}
@@ -126,7 +132,9 @@ def main() -> None:
         elif args.action == "report":
             from suite_report import write_report
 
-            print(write_report(args.run_dir, args.tasks, args.methods, args.baseline))
+            page = args.page or args.run_dir / "report" / "suite_results.md"
+            write_report(args.run_dir, page, args.tasks, args.methods, args.baseline)
+            print(page)
         elif failed := run(cells, args.jobs):
             sys.exit(f"{len(failed)} cells failed, see output.log in the folders above.")
     except KeyboardInterrupt:

@@ -35,20 +35,15 @@ _GRACE_SECONDS = 120.0  # for a last checkpoint
 
 
 def run_cell(cell: Cell, stop: Event) -> Outcome:
-    """Run a cell to its end or to its time limit, unless that is done or another process does it.
-
-    Raises:
-        ValueError: if the folder holds a run of another command.
-    """
+    """Run a cell to its end or its time limit, unless that is done or another process does it."""
+    if stop.is_set():
+        return "stopped"
     cell.folder.mkdir(parents=True, exist_ok=True)
     with try_lock(cell.folder / "lock") as lock:
         if lock is None:
             return "runs elsewhere"
         if is_done(cell):
             return "done before"
-        if stop.is_set():
-            return "stopped"
-        check_same_command(cell)
         write_json(cell.folder / "cell.json", describe(cell))
         run_dir, method = cell.folder / "run", cell.method
         if run_dir.exists() and not method.resume:

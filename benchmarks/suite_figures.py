@@ -47,7 +47,7 @@ def draw_curves(path: Path, runs: Sequence[Run], axis: Axis, styles: Styles) -> 
         places = np.linspace(min(first, last), last, 100)
         mean, low, high = curve(seeds, axis, places)
         shown = places / 60 if axis == "time" else places
-        ax.fill_between(shown, low, high, color=styles[title]["color"], alpha=0.15, lw=0)
+        ax.fill_between(shown, low, high, color=styles[title]["color"], alpha=0.12, lw=0)
         ax.plot(shown, mean, **styles[title], lw=1.8, label=title)
     ax.axhline(task.threshold, color=REFERENCE, ls=":", lw=1, label="learned")
     ax.axhline(task.chance, color=REFERENCE, ls="-", lw=0.8, label="chance")
@@ -74,7 +74,7 @@ def draw_profiles(
     """Draw the fraction of runs above each score."""
     figure, ax = _start(height=3.9)
     for name, (point, low, high) in rows.items():
-        ax.fill_between(thresholds, low, high, color=styles[name]["color"], alpha=0.15, lw=0)
+        ax.fill_between(thresholds, low, high, color=styles[name]["color"], alpha=0.12, lw=0)
         ax.plot(thresholds, point, **styles[name], lw=1.8, label=name)
     ax.set(xlabel="normalised score", ylabel="fraction of runs above it", ylim=(-0.02, 1.02))
     _finish(figure, path, title)

@@ -26,10 +26,12 @@ from torchrl_amago.evaluation import (
     stratified_bootstrap,
 )
 
+FIGURES = "figures/suite"
+
 PAGE = """# The suite
 
-{cells} finished cells: {tasks} tasks, {methods} methods. This page is written by
-`python benchmarks/suite.py report`, from the folders of the runs alone.
+{cells} finished cells of {begun} that have begun; {tasks} tasks, {methods} methods. This page is
+written by `python benchmarks/suite.py report`, from the folders of the runs alone.
 
 - A score is the mean return of greedy trials on held-out seeds, evaluated during training.
 - Brackets are 95% intervals of the interquartile mean: the stratified bootstrap of rliable, which
@@ -46,9 +48,13 @@ PAGE = """# The suite
 
 
 def write_report(
-    root: Path, tasks: Sequence[str], methods: Sequence[str], baseline: str | None = None
-) -> Path:
-    """Write `report.md` and its figures into `report` and return the page's path.
+    root: Path,
+    page: Path,
+    tasks: Sequence[str],
+    methods: Sequence[str],
+    baseline: str | None = None,
+) -> None:
+    """Write a page of the cells in a folder, and its figures into `figures/suite` beside it.
 
     Raises:
         ValueError: if no cell has finished, or the baseline isn't among the methods.
@@ -57,18 +63,20 @@ def write_report(
     titles = {run.method: run.title for run in runs}
     if baseline is not None and baseline not in titles:
         raise ValueError(f"baseline must be one of {', '.join(titles)}, got {baseline!r}.")
-    folder, by_task = root / "report", grouped(runs, lambda run: run.task)
-    folder.mkdir(exist_ok=True)
+    folder, by_task = page.parent, grouped(runs, lambda run: run.task)
+    folder.mkdir(parents=True, exist_ok=True)
     styles = make_styles(list(titles.values()))
-    overview = "\n".join(
-        describe_all(folder, by_task, titles, baseline or next(iter(titles)), styles)
+    overview = describe_all(folder, by_task, titles, baseline or next(iter(titles)), styles)
+    text = PAGE.format(
+        cells=len(runs),
+        begun=len(list(root.glob("*/*/*/cell.json"))),
+        tasks=len(by_task),
+        methods=len(titles),
+        overview="\n".join(overview),
     )
-    page = PAGE.format(cells=len(runs), tasks=len(by_task), methods=len(titles), overview=overview)
     for task_runs in by_task.values():
-        page += "\n".join(describe_task(folder, task_runs, styles))
-    path = folder / "report.md"
-    path.write_text(page, encoding="utf-8")
-    return path
+        text += "\n".join(describe_task(folder, task_runs, styles))
+    page.write_text(text, encoding="utf-8")
 
 
 def describe_all(
@@ -99,17 +107,19 @@ def describe_all(
         for name, interval in intervals.items():
             cells[name].append(show(interval, 2))
         words = {"time": "equal time", "frames": "equal steps"}[axis]
-        draw_intervals(folder / f"figures/all_{axis}.png", intervals, styles, f"All tasks, {words}")
+        draw_intervals(
+            folder / f"{FIGURES}/all_{axis}.png", intervals, styles, f"All tasks, {words}"
+        )
         highest = max(1.0, *(score.max() for by in scores.values() for score in by.values()))
         thresholds = np.linspace(0, highest, 101)
         profiles = {name: performance_profile(by, thresholds) for name, by in scores.items()}
         draw_profiles(
-            folder / f"figures/profile_{axis}.png", thresholds, profiles, styles, f"Runs, {words}"
+            folder / f"{FIGURES}/profile_{axis}.png", thresholds, profiles, styles, f"Runs, {words}"
         )
     yield from table(["method", "equal time", "equal steps"], [[n, *c] for n, c in cells.items()])
     for axis, words in (("time", "time"), ("frames", "steps")):
-        yield f"![Scores at equal {words}](figures/all_{axis}.png)"
-        yield f"![Fraction of runs above a score at equal {words}](figures/profile_{axis}.png)\n"
+        yield f"![Scores at equal {words}]({FIGURES}/all_{axis}.png)"
+        yield f"![Fraction of runs above a score at equal {words}]({FIGURES}/profile_{axis}.png)\n"
     yield from compare(by_task, titles, baseline)
 
 
@@ -158,8 +168,8 @@ def describe_task(folder: Path, runs: list[Run], styles: Styles) -> Iterator[str
     if any(len(run.score) for run in runs):
         shown = [run for run in runs if len(run.score)]
         for axis, words in (("time", "time"), ("frames", "steps")):
-            draw_curves(folder / f"figures/{name}_{axis}.png", shown, axis, styles)
-            yield f"![{task.title}: return over {words}](figures/{name}_{axis}.png)"
+            draw_curves(folder / f"{FIGURES}/{name}_{axis}.png", shown, axis, styles)
+            yield f"![{task.title}: return over {words}]({FIGURES}/{name}_{axis}.png)"
     yield "\n```bash"
     yield from (run.command for run in runs)
     yield "```\n"

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 from suite_cells import read_json
-from suite_table import TASKS
+from suite_table import METHODS, TASKS
 
 from torchrl_amago.evaluation import Interval, TrialResults, interquartile_mean
 from torchrl_amago.progress import read_rows
@@ -69,7 +69,7 @@ def read_runs(root: Path, tasks: Sequence[str], methods: Sequence[str]) -> list[
     runs = [run for run in runs if run.task in tasks and (not methods or run.method in methods)]
     if not runs:
         raise ValueError(f"a report needs at least one finished cell, and {root} has none.")
-    order = list(methods) or list(dict.fromkeys(run.method for run in runs))
+    order = list(dict.fromkeys([*methods, *METHODS, *(run.method for run in runs)]))
     return sorted(runs, key=lambda r: (tasks.index(r.task), order.index(r.method), r.seed))
 
 

@@ -115,12 +115,12 @@ def _own_methods() -> Iterator[Method]:
     ends = "--threads 1 --seed {seed} --run-dir {run_dir}"
     common = dict(time="seconds_training", score="eval/trial_return", debug="--debug")
     losses = {"amago": "AMAGO", "amago2": "AMAGO-2"}
-    models = {"transformer": "Transformer", "gru": "GRU", "feedforward": "no memory"}
+    models = {"transformer": "Transformer", "gru": "GRU", "feedforward": "without memory"}
     for loss, model in itertools.product(losses, models):
         yield Method(
             f"{loss}-{model}",
             f"{{python}} {{examples}}/{{example}} --loss {loss} --seq-model {model} {ends}",
-            f"{losses[loss]}, {models[model]}",
+            f"{losses[loss]} {models[model]}",
             resume="--resume",
             finish="--resume --total-updates {updates}",
             **common,
@@ -129,7 +129,7 @@ def _own_methods() -> Iterator[Method]:
         yield Method(
             f"ppo-{model}",
             f"{{python}} {{examples}}/ppo_with_memory.py {{options}} --seq-model {model} {ends}",
-            f"PPO, {models[model]}",
+            f"PPO {models[model]}",
             tasks=tuple(task for task in TASKS if task.startswith("lake")),
             **common,
         )

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import suite_cells
-from suite_cells import is_done, run_cell, state, try_lock
+from suite_cells import check_same_command, is_done, run_cell, state, try_lock
 from suite_report import show_first, write_report
 from suite_runs import common_place, curve, normalized_scores, read_runs
 from suite_table import METHODS, ROOT, TASKS, Cell, Method, read_peers
@@ -82,8 +82,8 @@ def test_a_killed_cell_is_resumed_and_both_are_reported(tmp_path, monkeypatch, q
 
     reported = run_script(SUITE, "report", *flags)
     assert reported.returncode == 0, reported.stderr
-    page = (root / "report" / "report.md").read_text("utf-8")
-    assert "2 finished cells: 1 tasks, 2 methods" in page
+    page = (root / "report" / "suite_results.md").read_text("utf-8")
+    assert "2 finished cells of 2 that have begun; 1 tasks, 2 methods" in page
     assert "| peer | 1 | 30.00 [30.00, 30.00] |" in page
     assert shlex.join(cell.command()) in page
     assert page.count("![") == 6
@@ -107,7 +107,7 @@ def test_a_cell_stops_at_the_limit_and_goes_on_with_a_higher_one(tmp_path, quick
     assert run_cell(cells[1], threading.Event()) == "out of time"
     assert suite_cells.seconds_used(cells[1]) >= 24
     with pytest.raises(ValueError, match="holds a run with another command"):
-        run_cell(Cell(tmp_path, "lake-3", peer, 1, 1.0), threading.Event())
+        check_same_command(Cell(tmp_path, "lake-3", peer, 1, 1.0))
 
 
 def test_a_cell_is_left_to_the_process_that_runs_it(tmp_path, peer):
@@ -192,13 +192,14 @@ def test_report_with_a_baseline(tmp_path):
     for seed in (1, 2):
         write_cell(tmp_path, "a", seed, [1.0, 2.0], pace=10)
         write_cell(tmp_path, "b", seed, [1.0, 4.0], pace=20)
-    page = write_report(tmp_path, list(TASKS), [], baseline="a").read_text("utf-8")
+    write_report(tmp_path, tmp_path / "page.md", list(TASKS), [], baseline="a")
+    page = (tmp_path / "page.md").read_text("utf-8")
     assert "| B | 1.00 [1.00, 1.00] | 1 of 1 | 1.00 [1.00, 1.00] | 1 of 1 |" in page
     assert "run a 1\nrun a 2\nrun b 1\nrun b 2" in page
     with pytest.raises(ValueError, match="baseline must be one of a, b, got 'c'"):
-        write_report(tmp_path, list(TASKS), [], baseline="c")
+        write_report(tmp_path, tmp_path / "page.md", list(TASKS), [], baseline="c")
     with pytest.raises(ValueError, match="needs at least one finished cell"):
-        write_report(tmp_path, ["pendulum"], [])
+        write_report(tmp_path, tmp_path / "page.md", ["pendulum"], [])
 
 
 @pytest.mark.parametrize(
