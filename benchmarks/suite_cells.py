@@ -127,7 +127,7 @@ def run_process(
             pass_fds=[lock.fileno()],
         )
         while process.poll() is None:
-            stop.wait(_LOOK_SECONDS) if not stop.is_set() else time.sleep(0.1)
+            stop.wait(_LOOK_SECONDS)
             used = seconds_used(cell)
             late = used >= seconds or time.monotonic() - begin > 2 * seconds + 600
             if (late or stop.is_set()) and process.poll() is None:

@@ -76,8 +76,11 @@ def read_runs(root: Path, tasks: Sequence[str], methods: Sequence[str]) -> list[
 def _read_run(folder: Path) -> Run:
     cell = read_json(folder / "cell.json")
     columns = [cell["columns"][name] for name in ("time", "frames", "score")]
-    rows = read_rows(folder / "run" / cell["table"])
-    points = [[float(row[column]) for column in columns] for row in rows if row[columns[-1]]]
+    table = folder / "run" / cell["table"]
+    rows = read_rows(table) if table.exists() else []
+    # A row without an evaluation has an empty cell there, or the table lacks the column still.
+    points = [[float(row[column]) for column in columns] for row in rows if row.get(columns[-1])]
+    points = [point for point in points if np.isfinite(point).all()]
     evaluation = folder / "run" / "evaluation.npz"
     has_last = evaluation.exists()
     last = TrialResults.load(evaluation).trial_return.mean().item() if has_last else np.nan

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 from api_pages import write_pages  # noqa: E402
+from sphinx.util import inspect  # noqa: E402
 
 import torchrl_amago  # noqa: E402
 
@@ -65,3 +66,16 @@ if os.environ.get("DOCS_INTERSPHINX"):
     }
 
 write_pages(HERE / "api")
+
+
+def show_init(app, what, name, value, options, signature, annotation):
+    """Show the arguments of `__init__` where a base class hides them behind `__new__`."""
+    if what == "class" and signature == "(*args, **kwargs)":
+        found = inspect.signature(value.__init__, bound_method=True)
+        signature = inspect.stringify_signature(found, unqualified_typehints=True)
+    return signature, annotation
+
+
+def setup(app):
+    """Connect the function above."""
+    app.connect("autodoc-process-signature", show_init)

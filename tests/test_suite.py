@@ -162,7 +162,8 @@ def write_cell(root: Path, method: str, seed: int, scores: list[float], pace: fl
     (folder / "cell.json").write_text(json.dumps({**cell, "columns": columns}))
     (folder / "outcome.json").write_text('{"outcome": "finished", "minutes": 1}')
     rows = [f"{pace * n},{100 * n},{score}" for n, score in enumerate(scores, 1)]
-    text = "\n".join(["seconds,steps,gain", "0.1,1,", *rows])  # a row without an evaluation
+    # Two rows without an evaluation.
+    text = "\n".join(["seconds,steps,gain", "0.1,1,", "0.2,2,nan", *rows])
     (folder / "run" / "t.csv").write_text(text)
 
 
@@ -181,7 +182,7 @@ def test_scores_by_hand(tmp_path):
     assert show_first(runs[:2], "frames") == "250 (2 of 2)"
     assert show_first(runs[2:], "time") == "never (0 of 1)"
     scores = normalized_scores({"lake-3": runs}, "a", "frames")["lake-3"]
-    np.testing.assert_allclose(scores, (np.array([2.0, 4.4]) - 0.349) / (4.496 - 0.349))
+    np.testing.assert_allclose(scores, (np.array([2.0, 4.4]) - 0.35) / (4.496 - 0.35))
     mean, low, high = curve(runs[:2], "frames", np.array([100, 250, 300]))
     assert mean.tolist() == [1.0, 3.2, 4.45]
     assert low.tolist() == [1.0, 2.0, 4.4]
@@ -196,6 +197,10 @@ def test_report_with_a_baseline(tmp_path):
     page = (tmp_path / "page.md").read_text("utf-8")
     assert "| B | 1.00 [1.00, 1.00] | 1 of 1 | 1.00 [1.00, 1.00] | 1 of 1 |" in page
     assert "run a 1\nrun a 2\nrun b 1\nrun b 2" in page
+    # A run that was stopped before its first evaluation counts as chance.
+    (tmp_path / "lake-3" / "b" / "1" / "run" / "t.csv").write_text("seconds,steps\n0.1,1\n")
+    write_report(tmp_path, tmp_path / "page.md", list(TASKS), [])
+    assert "| B | 2 | 2.17 [0.35, 4.00] |" in (tmp_path / "page.md").read_text("utf-8")
     with pytest.raises(ValueError, match="baseline must be one of a, b, got 'c'"):
         write_report(tmp_path, tmp_path / "page.md", list(TASKS), [], baseline="c")
     with pytest.raises(ValueError, match="needs at least one finished cell"):
