@@ -27,6 +27,7 @@ from torchrl_amago.evaluation import (
 )
 
 FIGURES = "figures/suite"
+WORDS: dict[Axis, str] = {"time": "equal time", "frames": "equal steps"}
 
 PAGE = """# The suite
 
@@ -87,70 +88,86 @@ def describe_all(
     styles: Styles,
 ) -> Iterator[str]:
     """Yield the lines on all tasks together, and draw their figures."""
-    played = {m: [t for t, rs in by_task.items() if m in {r.method for r in rs}] for m in titles}
-    many = [method for method in titles if 2 * len(played[method]) >= len(by_task)]
-    common = {t: rs for t, rs in by_task.items() if all(t in played[m] for m in many)}
     yield "## All tasks\n"
-    if not common:
-        yield "No task has runs of all methods.\n"
-        return
-    yield (
-        f"Scores are normalised (chance is 0, a reference is 1) on the tasks that all of these "
-        f"methods have played ({len(common)}).\n"
-    )
+    played = {m: [t for t, rs in by_task.items() if m in {r.method for r in rs}] for m in titles}
+    many = {m: titles[m] for m in titles if 2 * len(played[m]) >= len(by_task)}
+    common = {t: runs for t, runs in by_task.items() if all(t in played[m] for m in many)}
     if left_out := [titles[method] for method in titles if method not in many]:
-        yield f"Left out, since they played fewer than half of the tasks: {', '.join(left_out)}.\n"
-    cells = {titles[method]: [] for method in many}
-    for axis in ("time", "frames"):
-        scores = {titles[m]: normalized_scores(common, m, axis) for m in many}
-        intervals = {name: stratified_bootstrap(by) for name, by in scores.items()}
-        for name, interval in intervals.items():
-            cells[name].append(show(interval, 2))
-        words = {"time": "equal time", "frames": "equal steps"}[axis]
-        draw_intervals(
-            folder / f"{FIGURES}/all_{axis}.png", intervals, styles, f"All tasks, {words}"
-        )
+        yield f"Played fewer than half of the tasks: {', '.join(left_out)}.\n"
+    if common:
+        yield from describe_aggregates(folder, common, many, styles)
+    for axis, words in WORDS.items():
+        yield f"### Every task at {words}\n"
+        yield "Interquartile means, the highest one in bold.\n"
+        rows = [every_method(runs, titles, axis) for runs in by_task.values()]
+        yield from table(["task", *titles.values()], rows)
+    if len(titles) > 1:
+        yield f"### Beside {titles[baseline]}\n"
+        yield from compare(by_task, titles, baseline)
+
+
+def describe_aggregates(
+    folder: Path, by_task: dict[str, list[Run]], titles: dict[str, str], styles: Styles
+) -> Iterator[str]:
+    """Yield the lines on normalised scores over tasks, and draw their figures."""
+    yield "Scores are normalised (chance is 0, a reference is 1) on the tasks that all of these"
+    yield f"methods have played ({len(by_task)}).\n"
+    cells, pictures = {title: [title] for title in titles.values()}, []
+    for axis, words in WORDS.items():
+        scores = {titles[m]: normalized_scores(by_task, m, axis) for m in titles}
+        intervals = {title: stratified_bootstrap(by) for title, by in scores.items()}
+        for title, interval in intervals.items():
+            cells[title].append(show(interval, 2))
         highest = max(1.0, *(score.max() for by in scores.values() for score in by.values()))
         thresholds = np.linspace(0, highest, 101)
-        profiles = {name: performance_profile(by, thresholds) for name, by in scores.items()}
-        draw_profiles(
-            folder / f"{FIGURES}/profile_{axis}.png", thresholds, profiles, styles, f"Runs, {words}"
-        )
-    yield from table(["method", "equal time", "equal steps"], [[n, *c] for n, c in cells.items()])
-    for axis, words in (("time", "time"), ("frames", "steps")):
-        yield f"![Scores at equal {words}]({FIGURES}/all_{axis}.png)"
-        yield f"![Fraction of runs above a score at equal {words}]({FIGURES}/profile_{axis}.png)\n"
-    yield from compare(by_task, titles, baseline)
+        profiles = {title: performance_profile(by, thresholds) for title, by in scores.items()}
+        all_, profile = f"{FIGURES}/all_{axis}.png", f"{FIGURES}/profile_{axis}.png"
+        draw_intervals(folder / all_, intervals, styles, f"All tasks, {words}")
+        draw_profiles(folder / profile, thresholds, profiles, styles, f"Runs, {words}")
+        pictures += [
+            f"![Scores at {words}]({all_})",
+            f"![Fraction of runs above a score at {words}]({profile})\n",
+        ]
+    yield from table(["method", *WORDS.values()], list(cells.values()))
+    yield from pictures
+
+
+def every_method(runs: list[Run], titles: dict[str, str], axis: Axis) -> list[str]:
+    """Return a task's row with the interquartile mean of every method."""
+    place, digits = common_place(runs, axis), digits_of(runs[0].task)
+    own = grouped(runs, lambda run: run.method)
+    means = {m: float(interquartile_mean(scores_at(own[m], axis, place))) for m in own}
+    shown = {m: f"{mean:.{digits}f}" for m, mean in means.items()}
+    best = shown[max(means, key=means.get)]
+    cells = [shown.get(method, "") for method in titles]
+    return [TASKS[runs[0].task].title, *(f"**{c}**" if c == best else c for c in cells)]
 
 
 def compare(by_task: dict[str, list[Run]], titles: dict[str, str], baseline: str) -> Iterator[str]:
     """Yield the table of each method beside the baseline."""
     rows = []
     for method in titles:
-        if method == baseline:
-            continue
-        row = [titles[method]]
-        for axis in ("time", "frames"):
-            row += compare_pair(
-                *(normalized_scores(by_task, name, axis) for name in (method, baseline))
-            )
-        rows.append(row)
-    if rows:
-        yield f"Beside {titles[baseline]}, on the tasks that both have played:\n"
-        columns = ["method"]
-        for words in ("equal time", "equal steps"):
-            columns += [f"chance of a better run, {words}", "tasks with a higher score"]
-        yield from table(columns, rows)
+        if method != baseline:
+            pairs = [
+                [normalized_scores(by_task, name, axis) for name in (method, baseline)]
+                for axis in WORDS
+            ]
+            rows.append([titles[method], *(cell for pair in pairs for cell in compare_pair(*pair))])
+    yield "On the tasks that both have played. Chance: that a run scores higher than one of the"
+    yield "baseline. Tasks: how many have a higher, an equal and a lower interquartile mean.\n"
+    columns = [f"{what}, {words}" for words in WORDS.values() for what in ("chance", "tasks")]
+    yield from table(["method", *columns], rows)
 
 
 def compare_pair(scores: dict[str, np.ndarray], others: dict[str, np.ndarray]) -> list[str]:
-    """Return the probability of improvement, and the number of tasks with a higher score."""
+    """Return the probability of improvement, and the numbers of tasks won, drawn and lost."""
     both = [task for task in scores if task in others]
     if not both:
-        return ["-", "0 of 0"]
+        return ["-", "-"]
     chance = probability_of_improvement(*({t: of[t] for t in both} for of in (scores, others)))
-    means = [[interquartile_mean(of[task]) for task in both] for of in (scores, others)]
-    return [show(chance, 2), f"{np.greater(*means).sum()} of {len(both)}"]
+    means = [np.array([interquartile_mean(of[t]) for t in both]) for of in (scores, others)]
+    signs = np.sign(np.subtract(*means))
+    return [show(chance, 2), ", ".join(str((signs == sign).sum()) for sign in (1, 0, -1))]
 
 
 def describe_task(folder: Path, runs: list[Run], styles: Styles) -> Iterator[str]:
@@ -167,9 +184,10 @@ def describe_task(folder: Path, runs: list[Run], styles: Styles) -> Iterator[str
     yield from table(columns, rows)
     if any(len(run.score) for run in runs):
         shown = [run for run in runs if len(run.score)]
-        for axis, words in (("time", "time"), ("frames", "steps")):
+        for axis in WORDS:
             draw_curves(folder / f"{FIGURES}/{name}_{axis}.png", shown, axis, styles)
-            yield f"![{task.title}: return over {words}]({FIGURES}/{name}_{axis}.png)"
+            over = {"time": "time", "frames": "steps"}[axis]
+            yield f"![{task.title}: return over {over}]({FIGURES}/{name}_{axis}.png)"
     yield "\n```bash"
     yield from (run.command for run in runs)
     yield "```\n"
@@ -177,8 +195,7 @@ def describe_task(folder: Path, runs: list[Run], styles: Styles) -> Iterator[str
 
 def describe_method(own: list[Run], runs: list[Run]) -> list[str]:
     """Return a task's row of one method."""
-    task = TASKS[own[0].task]
-    digits = max(0, 3 - len(str(int(abs(task.reference - task.chance)))))
+    digits = digits_of(own[0].task)
     row = [own[0].title, str(len(own))]
     for axis in ("time", "frames"):
         scores = scores_at(own, axis, common_place(runs, axis))
@@ -196,6 +213,12 @@ def show_first(runs: list[Run], axis: Axis) -> str:
     if not np.isfinite(median):
         return f"never ({reached})"
     return f"{median:,.0f}{' s' if axis == 'time' else ''} ({reached})"
+
+
+def digits_of(task: str) -> int:
+    """Return the number of decimals that a task's scores are shown with."""
+    span = TASKS[task].reference - TASKS[task].chance
+    return max(0, 3 - len(str(int(span))))
 
 
 def show(interval: Interval, digits: int) -> str:

@@ -195,7 +195,8 @@ def test_report_with_a_baseline(tmp_path):
         write_cell(tmp_path, "b", seed, [1.0, 4.0], pace=20)
     write_report(tmp_path, tmp_path / "page.md", list(TASKS), [], baseline="a")
     page = (tmp_path / "page.md").read_text("utf-8")
-    assert "| B | 1.00 [1.00, 1.00] | 1 of 1 | 1.00 [1.00, 1.00] | 1 of 1 |" in page
+    assert "| B | 1.00 [1.00, 1.00] | 1, 0, 0 | 1.00 [1.00, 1.00] | 1, 0, 0 |" in page
+    assert "| Frozen lake 3x3 | 2.00 | **4.00** |" in page
     assert "run a 1\nrun a 2\nrun b 1\nrun b 2" in page
     # A run that was stopped before its first evaluation counts as chance.
     (tmp_path / "lake-3" / "b" / "1" / "run" / "t.csv").write_text("seconds,steps\n0.1,1\n")
