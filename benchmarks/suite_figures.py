@@ -41,10 +41,9 @@ def draw_curves(path: Path, runs: Sequence[Run], axis: Axis, styles: Styles) -> 
     if axis == "time":
         end = min(end, common_place(runs, axis))
     for title, seeds in grouped(runs, lambda run: run.title).items():
-        first = max(getattr(run, axis)[0] for run in seeds)
         # Over time a run that has ended keeps its score; over steps lines end with the longest run.
         last = end if axis == "time" else max(run.frames[-1] for run in seeds)
-        places = np.linspace(min(first, last), last, 100)
+        places = np.linspace(0, last, 101)
         mean, low, high = curve(seeds, axis, places)
         shown = places / 60 if axis == "time" else places
         ax.fill_between(shown, low, high, color=styles[title]["color"], alpha=0.12, lw=0)

@@ -37,9 +37,9 @@ written by `python benchmarks/suite.py report`, from the folders of the runs alo
 - A score is the mean return of greedy trials on held-out seeds, evaluated during training.
 - Brackets are 95% intervals of the interquartile mean: the stratified bootstrap of rliable, which
   draws runs of each task anew. Of three runs the interquartile mean is the mean.
-- Equal time: the last evaluation within the time limit, in seconds of training on one core, without
-  evaluations and checkpoints. Equal steps: the last one within the steps that every run of the task
-  made. A run that ends before keeps its last score.
+- Equal time: at the time limit, in training on one core without evaluations and checkpoints. Equal
+  steps: at the number of steps that every run of the task has made. Curves are linear between
+  evaluations and begin at chance. A run that ends before keeps its last score.
 - Last policy: that of the best evaluation, on trials of other seeds.
 - Learned: median over seeds of the time and the steps to the first evaluation at the threshold, and
   the seeds that came to it.

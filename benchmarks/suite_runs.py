@@ -41,9 +41,9 @@ class Run:
     last: float
 
     def score_at(self, axis: Axis, place: float) -> float:
-        """Return the score of the last evaluation up to a place, and before the first chance's."""
-        position = np.searchsorted(getattr(self, axis), place, side="right")
-        return float(self.score[position - 1]) if position else TASKS[self.task].chance
+        """Return the score at a place: linear from chance to the evaluations, then the last one."""
+        scores = [TASKS[self.task].chance, *self.score]
+        return float(np.interp(place, [0.0, *getattr(self, axis)], scores))
 
     def first_above(self, axis: Axis, threshold: float) -> float:
         """Return the place of the first evaluation at or above a threshold, infinite if none is."""

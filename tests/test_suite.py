@@ -177,13 +177,16 @@ def test_scores_by_hand(tmp_path):
     assert common_place(runs, "frames") == 200
     assert [run.score_at("time", 60) for run in runs] == [4.5, 4.4, 4.0]
     assert [run.score_at("frames", 200) for run in runs] == [2.0, 4.4, 4.0]
-    assert runs[0].score_at("time", 9.9) == TASKS["lake-3"].chance
+    # From chance to the first evaluation, and between two.
+    assert runs[0].score_at("time", 0) == TASKS["lake-3"].chance == 0.35
+    assert runs[0].score_at("time", 5) == pytest.approx((0.35 + 1.0) / 2)
+    assert runs[2].score_at("frames", 150) == 3.5
     assert show_first(runs[:2], "time") == "25 s (2 of 2)"
     assert show_first(runs[:2], "frames") == "250 (2 of 2)"
     assert show_first(runs[2:], "time") == "never (0 of 1)"
     scores = normalized_scores({"lake-3": runs}, "a", "frames")["lake-3"]
     np.testing.assert_allclose(scores, (np.array([2.0, 4.4]) - 0.35) / (4.496 - 0.35))
-    mean, low, high = curve(runs[:2], "frames", np.array([100, 250, 300]))
+    mean, low, high = curve(runs[:2], "frames", np.array([100, 200, 300]))
     assert mean.tolist() == [1.0, 3.2, 4.45]
     assert low.tolist() == [1.0, 2.0, 4.4]
     assert high.tolist() == [1.0, 4.4, 4.5]
