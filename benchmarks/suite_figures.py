@@ -51,7 +51,8 @@ def draw_curves(path: Path, runs: Sequence[Run], axis: Axis, styles: Styles) -> 
     ax.axhline(task.threshold, color=REFERENCE, ls=":", lw=1, label="learned")
     ax.axhline(task.chance, color=REFERENCE, ls="-", lw=0.8, label="chance")
     ax.set(xlabel=AXES[axis], ylabel="return per trial")
-    ax.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if axis == "frames":
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))
     _finish(figure, path, task.title)
 
 
