@@ -50,6 +50,8 @@ def run_cell(cell: Cell, stop: Event) -> Outcome:
             shutil.rmtree(run_dir)
         more = method.resume if run_dir.exists() else ""
         outcome = run_process(cell, more, lock, stop, seconds=60 * cell.minutes)
+        if outcome == "finished" and method.keeps_time:
+            outcome = "out of time"
         if outcome == "out of time" and method.finish:
             updates = read_table(cell)[-1]["update"]
             last = run_process(cell, method.finish.format(updates=updates), lock, stop)
@@ -110,7 +112,8 @@ def run_process(
 ) -> Outcome:
     """Run the cell's command with `more` words, until it ends or has used up its seconds.
 
-    They are those of its table. A process that doesn't say gets twice as many and ten minutes.
+    They are those of its table. A process that doesn't say, or keeps the time by itself, gets twice
+    as many and ten minutes.
     """
     environ = dict(os.environ, OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1")
     environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environ.get("PYTHONPATH")]))
@@ -128,8 +131,8 @@ def run_process(
         )
         while process.poll() is None:
             stop.wait(_LOOK_SECONDS)
-            used = seconds_used(cell)
-            late = used >= seconds or time.monotonic() - begin > 2 * seconds + 600
+            late = time.monotonic() - begin > 2 * seconds + 600
+            late |= seconds_used(cell) >= seconds and not cell.method.keeps_time
             if (late or stop.is_set()) and process.poll() is None:
                 end_process(process)
                 return "out of time" if late else "stopped"

@@ -110,6 +110,11 @@ class Method:
     finish: str = ""
     debug: str = ""
 
+    @property
+    def keeps_time(self) -> bool:
+        """The command is given the limit, and ends by itself."""
+        return "{seconds}" in self.command
+
 
 def _own_methods() -> Iterator[Method]:
     ends = "--threads 1 --seed {seed} --run-dir {run_dir}"

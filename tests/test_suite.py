@@ -77,7 +77,7 @@ def test_a_killed_cell_is_resumed_and_both_are_reported(tmp_path, monkeypatch, q
     done = run_script(SUITE, *flags)
     assert done.returncode == 0, done.stderr
     assert "lake-3/amago-feedforward/1: finished" in done.stdout
-    assert "lake-3/peer/1: finished, 5.0 minutes" in done.stdout
+    assert "lake-3/peer/1: out of time, 5.0 minutes" in done.stdout
     assert "goes on in" in (cell.folder / "output.log").read_text("utf-8")
 
     reported = run_script(SUITE, "report", *flags)
@@ -90,7 +90,7 @@ def test_a_killed_cell_is_resumed_and_both_are_reported(tmp_path, monkeypatch, q
     for line in page.splitlines():
         if line.startswith("!["):
             assert (root / "report" / line.partition("](")[2].rstrip(")")).stat().st_size
-    assert "finished    lake-3/peer/1" in run_script(SUITE, *flags, "--list").stdout
+    assert "out of time lake-3/peer/1" in run_script(SUITE, *flags, "--list").stdout
 
 
 def test_a_cell_stops_at_the_limit_and_goes_on_with_a_higher_one(tmp_path, quick, peer):
