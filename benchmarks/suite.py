@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
-import signal
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -30,7 +29,9 @@ from suite_cells import check_same_command, last_words, run_cell, seconds_used, 
 from suite_table import METHODS, TASKS, Cell, Method, check_known, read_peers
 from tqdm import tqdm
 
+from torchrl_amago._signals import on_signals
 from torchrl_amago._validation import check_counts, check_positive
+from torchrl_amago.scaling import EXIT_CODES
 
 
 @dataclass
@@ -88,41 +89,47 @@ class Args:
         return Cell(self.run_dir, task, method, seed, self.minutes, self.debug)
 
 
-def run(cells: list[Cell], jobs: int) -> list[Cell]:
-    """Run cells and return those that failed.
+def run(cells: list[Cell], jobs: int) -> int:
+    """Run cells and return the exit status: 0, 1 if one failed, that of a signal if one came.
+
+    After a signal all processes write a checkpoint first.
 
     Raises:
         ValueError: if a folder holds a run of another command; then none is run.
-        KeyboardInterrupt: after a signal, once all processes have written a checkpoint.
     """
     for cell in cells:
         check_same_command(cell)
-    stop, failed = Event(), []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=len(cells), disable=None, unit="cell") as bar:
+    stop, status = Event(), 0
+
+    def request_stop(outcome: str) -> None:
+        nonlocal status
+        status = EXIT_CODES[outcome]
+        stop.set()
+
+    with (
+        on_signals(request_stop),
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(cells), disable=None, unit="cell") as bar,
+    ):
         futures = {pool.submit(run_cell, cell, stop): cell for cell in cells}
         try:
             for future in as_completed(futures):
                 cell, outcome = futures[future], future.result()
                 bar.update()
-                tqdm.write(f"{cell}: {outcome}, {seconds_used(cell) / 60:.1f} minutes")
+                if outcome != "stopped":
+                    tqdm.write(f"{cell}: {outcome}, {seconds_used(cell) / 60:.1f} minutes")
                 if outcome == "failed":
-                    failed.append(cell)
-                    tqdm.write(last_words(cell))
-        except BaseException:
-            stop.set()  # leaving the pool waits for its threads
-            raise
-    return failed
-
-
-def interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+                    status = status or 1
+                    tqdm.write(f"{cell.folder / 'output.log'} ends with:\n{last_words(cell)}")
+        finally:
+            stop.set()  # an error here ends the other cells, too
+    return status
 
 
 def main() -> None:
     defaults = Args()
     if "--debug" in sys.argv[1:]:
         defaults = dataclasses.replace(defaults, run_dir=Path(f"{defaults.run_dir}_debug"))
-    signal.signal(signal.SIGTERM, interrupt)
     try:
         args = tyro.cli(Args, default=defaults, description=__doc__)
         cells = list(args.cells())
@@ -135,10 +142,8 @@ def main() -> None:
             page = args.page or args.run_dir / "report" / "suite_results.md"
             write_report(args.run_dir, page, args.tasks, args.methods, args.baseline)
             print(page)
-        elif failed := run(cells, args.jobs):
-            sys.exit(f"{len(failed)} cells failed, see output.log in the folders above.")
-    except KeyboardInterrupt:
-        sys.exit(130)
+        else:
+            sys.exit(run(cells, args.jobs))
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
