@@ -21,8 +21,8 @@ from tensordict import TensorDict, assert_close
 from tests.data.trials import make_trial, make_trials
 from torchrl_amago import _files as files
 from torchrl_amago._files import DamagedError
+from torchrl_amago.data.replay._layout import ENTRY
 from torchrl_amago.data.replay._storage import TrialStorage
-from torchrl_amago.data.replay._table import ENTRY
 
 
 def write(storage, lengths, first_id=0):

@@ -15,12 +15,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import shutil
 import sys
+import weakref
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 from urllib.parse import quote
 
 import numpy as np
@@ -32,22 +36,36 @@ from torchrl.data import LazyMemmapStorage
 from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
-from torchrl_amago.data.replay._memory import ReusedMemory
-from torchrl_amago.data.replay._table import TrialTable, fail
-from torchrl_amago.data.replay._trials import Trials
+from torchrl_amago.data.replay._layout import ENTRY, TrialTable, fail
 
 Mode = Literal["create", "continue", "read"]
 
 _FORMAT = "torchrl_amago trials 4"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
+_SMALLEST_BLOCK = 1 << 16  # bytes; the allocator itself keeps smaller ones
+_NUM_BLOCKS = 4  # of each entry: batches in use and drawn ahead, whole trials that are relabelled
+
+
+class Trials(NamedTuple):
+    """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
+
+    seen: int  # trials written so far
+    number: np.ndarray  # unique among all trials, evicted ones too
+    start: np.ndarray  # row, or place in `slot`, of the first step
+    length: np.ndarray
+    slot: np.ndarray | None = None  # the storage's index of each place
+
+    def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
+        """Return the storage's index of steps of some of them."""
+        place_BT = torch.from_numpy(self.start[position_B]).unsqueeze(-1) + step_BT
+        return place_BT if self.slot is None else torch.from_numpy(self.slot[place_BT.numpy()])
 
 
 class TrialStorage(LazyMemmapStorage):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
 
-    Each process opens the folder itself; a pickled object opens it anew. Processes take turns under
-    a lock: nobody reads while another writes. For arguments and errors see
-    :func:`make_trial_buffer`.
+    Each process opens the folder itself; a pickled object opens it anew. For arguments and errors
+    see :func:`make_trial_buffer`.
     """
 
     def __init__(
@@ -88,6 +106,19 @@ class TrialStorage(LazyMemmapStorage):
                 self._create({})
             self.table()
 
+    @contextlib.contextmanager
+    def lock(self, writes: bool = False) -> Iterator[None]:
+        """Keep other processes from writing; in mode="read", they may read."""
+        if writes and self.mode == "read":
+            raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
+        queue, shared = self.path / "queue", self.mode == "read"
+        with contextlib.ExitStack() as held:
+            if not shared or queue.exists():  # else nobody has opened the folder for writing
+                # A process that waits for the lock is first in the queue: readers can't starve it.
+                with files.lock(queue, shared=shared):
+                    held.enter_context(files.lock(self.path / "lock", shared=shared))
+            yield
+
     def table(self) -> TrialTable:
         """Return the table of the trials that are there now."""
         file, inode = self._here / "table.bin", self._inode
@@ -108,19 +139,18 @@ class TrialStorage(LazyMemmapStorage):
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
-        row, used = layout.empty_row(spec), _num_rows(table.look()[1])
+        row, used = layout.empty_row(spec), layout.num_rows(table.look()[1])
         columns = {key: self._map(self._file(key), x, used) for key, x in row.items()}
         num_rows = min(map(len, columns.values()), default=0)
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
         self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
-        self.spec, self._table, self._known, self._claimed = spec, table, None, {}
+        self.spec, self._table, self._found, self._claimed = spec, table, (None, None), {}
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
-        size, num_rows = file.stat().st_size if file.exists() else -1, 4 * self.max_size
-        if size < used * entry.nbytes:
-            state = "is missing" if size < 0 else f"has {size}"
-            fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
+        size, num_rows = file.exists() and file.stat().st_size, 4 * self.max_size
+        if size is False or size < used * entry.nbytes:
+            fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it has {size}")
         if self.mode != "read":  # a new or a saved file is as long as its content
             os.truncate(file, max(size, num_rows * entry.nbytes))
         elif entry.nbytes:
@@ -139,14 +169,12 @@ class TrialStorage(LazyMemmapStorage):
         with files.explain_full_disk(self.path, needed):
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        self._write_folder(self._here, spec)
+        self._write_folder(self._here, spec, 0, np.empty(0, ENTRY))
         return self.table()
 
-    def _write_folder(
-        self, here: Path, spec: layout.Spec, begin: int = 0, entries: np.ndarray | None = None
-    ) -> None:
+    def _write_folder(self, here: Path, spec: layout.Spec, begin: int, entries: np.ndarray) -> None:
         """Write a folder with these of the trials, which replaces `here` once it is complete."""
-        num_rows, end = (0, 0) if entries is None else (_num_rows(entries), begin + len(entries))
+        num_rows, end = layout.num_rows(entries), begin + len(entries)
         with files.replace_folder(here, flush=self.flush) as folder:
             (folder / "rows").mkdir()
             for file in map(self._file, layout.empty_row(spec)):
@@ -156,20 +184,8 @@ class TrialStorage(LazyMemmapStorage):
             TrialTable.create(folder / "table.bin", self.max_size, begin, end, ring)
             files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
 
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from writing; in mode="read", they may read."""
-        queue, shared = self.path / "queue", self.mode == "read"
-        with contextlib.ExitStack() as held:
-            if not shared or queue.exists():  # else nobody has opened the folder for writing
-                # A process that waits for the lock is first in the queue: readers can't starve it.
-                with files.lock(queue, shared=shared):
-                    held.enter_context(files.lock(self.path / "lock", shared=shared))
-            yield
-
     def write(self, steps: TensorDictBase, lengths: list[int]) -> np.ndarray:
         """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
-        self._check_writable()
         num_steps = sum(lengths)
         if steps.shape != (num_steps,) or min(lengths, default=0) < 1 or num_steps > self.max_size:
             raise ValueError(
@@ -179,23 +195,21 @@ class TrialStorage(LazyMemmapStorage):
                 "Collector(..., trajs_per_batch=1)."
             )
         entries, spec = layout.entries_of(steps)
-        rows, count_K = layout.pack(entries, lengths), np.asarray(lengths) + 1
-        start_K = np.cumsum(count_K) - count_K
-        checksum_K = layout.checksums(rows, start_K, count_K)
-        with self.lock():
+        rows = layout.pack(entries, lengths)
+        with self.lock(writes=True):
             table = self.table()
             table = table if self.spec else self._create(spec)
             layout.check_same(self.spec, spec, self.path)
             trials, begin = table.place(lengths)
-            trials["values"] = checksum_K
+            first, stop = int(trials["first"][0]), layout.num_rows(trials)
+            trials["values"] = layout.checksums(rows, trials, first)
             # All of it first: no trial may be evicted for one that there is no room for.
-            self._claim(table.file, table.bytes_for(table.end % (self.max_size + 1) + len(trials)))
+            slot = table.counters()[1] % len(table.ring)
+            self._claim(table.file, (1 + slot + len(trials)) * ENTRY.itemsize)
             for file, content in self._content.items():
-                self._claim(file, _num_rows(trials) * content.shape[1])
-            if begin != table.begin:
-                table.evict(begin)
-            first = int(trials["first"][0])
-            self._storage[first : first + len(rows)] = rows
+                self._claim(file, stop * content.shape[1])
+            table.evict(begin)
+            self._storage[first:stop] = rows
             for file in self._content if self.flush else ():
                 files.sync(file)
             numbers = table.announce(trials)
@@ -207,12 +221,9 @@ class TrialStorage(LazyMemmapStorage):
         """Claim disk space: writing to mapped memory that has none ends the process."""
         claimed = self._claimed.get(file, 0)
         if stop > claimed:
-            self._claimed[file] = min(max(stop, claimed + _CLAIM), file.stat().st_size)
-            files.reserve(file, claimed, self._claimed[file])
-
-    def _check_writable(self) -> None:
-        if self.mode == "read":
-            raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
+            stop = min(max(stop, claimed + _CLAIM), file.stat().st_size)
+            files.reserve(file, claimed, stop)
+            self._claimed[file] = stop
 
     def set(self, *_: Any, **__: Any) -> NoReturn:
         remedy = "Write new ones with extend, or change batches with rb.append_transform."
@@ -221,23 +232,22 @@ class TrialStorage(LazyMemmapStorage):
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
         begin, entries = known = self.table().look()
-        if known is not self._known:
-            if _num_rows(entries) > len(self._storage) and len(entries):
+        if known is not self._found[0]:
+            if len(entries) and layout.num_rows(entries) > len(self._storage):
                 self._inode = None  # others write to a saved folder, whose files have grown
                 return self.trials()
             first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
             number = begin + np.arange(len(entries))
-            self._trials = Trials(None, begin + len(entries), number, first, length)
-            self._known = known
-        return self._trials
+            self._found = known, Trials(begin + len(entries), number, first, length)
+        return self._found[1]
 
     @property
     def written(self) -> int:
         """Steps written so far, by all processes."""
-        return self.table().written
+        return self.table().written()
 
     def get(
-        self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = False
+        self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = True
     ) -> TensorDict:
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
         row = torch.as_tensor(row)
@@ -260,7 +270,8 @@ class TrialStorage(LazyMemmapStorage):
             trials = self.trials()
             shift = trials.start - np.cumsum(trials.length) + trials.length
             row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
-            return self.get(row[index if isinstance(index, slice) else np.asarray(index)])
+            row = row[index if isinstance(index, slice) else np.asarray(index)]
+            return self.get(row, reuse=False)
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
@@ -269,10 +280,9 @@ class TrialStorage(LazyMemmapStorage):
         """Compare all values with their checksums; raise DamagedError if some have changed."""
         with self.lock():
             _, entries = self.table().look()
-            found = layout.checksums(self._storage, entries["first"], entries["length"] + 1)
-            if changed := int((found != entries["values"]).sum()):
-                rows = self._here / "rows"
-                fail(f"{rows} has changed since it was written, in {changed} trials")
+            changed = (layout.checksums(self._storage, entries) != entries["values"]).sum()
+            if changed:
+                fail(f"{self._here} has changed since it was written, in {changed} trials")
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
@@ -282,16 +292,16 @@ class TrialStorage(LazyMemmapStorage):
 
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
-        self._check_writable()
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
-        with self.lock(), contextlib.nullcontext() if saved.path == self.path else saved.lock():
+        is_here = saved.path == self.path
+        with self.lock(writes=True), contextlib.nullcontext() if is_here else saved.lock():
             self.table()
             trials = saved.table().look()
             layout.check_same(saved.spec, self.spec, path)
             saved._write_folder(self._here, saved.spec, *trials)
 
     def _empty(self) -> None:
-        with self.lock():
+        with self.lock(writes=True):
             self.table()
             self._create(self.spec)
 
@@ -311,6 +321,24 @@ class TrialStorage(LazyMemmapStorage):
         self.__init__(**state)
 
 
-def _num_rows(entries: np.ndarray) -> int:
-    """Return the number of rows up to the end of the last trial."""
-    return int((entries["first"] + entries["length"] + 1).max(initial=0))
+class ReusedMemory(defaultdict):
+    """Blocks of memory by key, each used again once no tensor refers to it.
+
+    The system hands out fresh pages slower than a large sample fills them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(partial(deque, maxlen=_NUM_BLOCKS))
+
+    def take(self, key: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+        """Return a tensor with arbitrary values; None for a small one, which is as fast anew."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < _SMALLEST_BLOCK:
+            return None
+        blocks = self[key]
+        block = next((x for x in blocks if x[1]() is None and len(x[0]) >= size), None)
+        if block is None:
+            blocks.append(block := [np.empty(size, np.uint8), None])
+        used = block[0][:size]  # lives as long as the tensor's storage, which views share
+        block[1] = weakref.ref(used)
+        return torch.from_numpy(used).view(dtype).view(shape)
