@@ -453,7 +453,7 @@ def test_other_entries_are_refused_and_nothing_is_lost(folder):
     trial = make_trial(4)
     trial["observation"] = torch.zeros(4, 5)
     del trial["is_init"]
-    differing = "is_init: bool 1 there, nothing here; observation: float32 2 there, float32 5 here"
+    differing = "is_init: bool 1 there, absent here; observation: float32 2 there, float32 5 here"
     with pytest.raises(ValueError, match=differing):
         storage.write(trial, [4])
     assert_intact(folder)

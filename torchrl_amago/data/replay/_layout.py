@@ -1,14 +1,13 @@
 """Layout of a folder of trials: rows that hold each value once, and the table of the trials.
 
-TorchRL's steps hold most values twice: `next` of step t is the root of step t + 1. Here, a trial of
-L steps is L + 1 rows. Row t has the root entries of step t, and those entries of its `next` that
-the root lacks. Row L has the state after the last step. N steps, K trials, R = N + K rows.
+In TorchRL's steps, `next` of step t repeats the root of step t + 1. Here, a trial of L steps is
+L + 1 rows. Row t has the root entries of step t, and those entries of its `next` that the root
+lacks. Row L has the state after the last step. N steps, K trials, R = N + K rows.
 
-The table is the commit point of a write, for all processes at once. It is a memory-mapped file: two
-counters, then a ring of entries, one for each trial. Trials `begin` to `end - 1` are there; the
-entry of trial n is at n modulo capacity + 1, so that no write touches the last entry before it. A
-writer raises `begin` before it overwrites rows, and `end` once rows and entries are complete, each
-by one aligned store: a process may die at any moment.
+The table is a memory-mapped file: two counters, then a ring of entries, one for each trial. Trials
+`begin` to `end - 1` are there; the entry of trial n is at n modulo capacity + 1, so that no write
+touches the last entry before it. A writer raises `begin` before it overwrites rows, and `end` once
+rows and entries are complete, each by one aligned store: a process may die at any moment.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
+from torchrl_amago._facts import differences
 from torchrl_amago._files import DamagedError
 from torchrl_amago.keys import as_tuple
 
@@ -70,16 +70,10 @@ def empty_row(spec: Spec) -> dict[Key, Tensor]:
 
 def check_same(stored: Spec, given: Spec, place: object) -> None:
     """Raise ValueError, naming the difference, unless two specs are the same or one is empty."""
-    differing = [
-        f"{'.'.join(key)}: {stored.get(key, 'nothing')} there, {given.get(key, 'nothing')} here"
-        for key in sorted(stored.keys() | given.keys())
-        if stored.get(key) != given.get(key)
-    ]
-    if stored and given and differing:
-        raise ValueError(
-            f"steps must have the entries of those in {place}, and differ in "
-            f"{'; '.join(differing)}. Collect them in the same way, or make a new buffer."
-        )
+    if stored and given and (differing := differences(stored, given)):
+        shown = [f"{'.'.join(key)}: {x} there, {y} here" for key, (x, y) in differing.items()]
+        rule = f"steps must have the entries of those in {place}, and differ in {'; '.join(shown)}."
+        raise ValueError(f"{rule} Collect them in the same way, or make a new buffer.")
 
 
 def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
@@ -132,9 +126,9 @@ def num_rows(trials: np.ndarray) -> int:
 class TrialTable:
     """Entries of the trials in a folder of `capacity` steps; DamagedError unless it is intact.
 
-    A trial of L steps takes L + 1 rows, and the trials of a write lie side by side. Rows are filled
-    from the front, and again from the front once the trials there are evicted. `4 * capacity` rows
-    are always enough; ordinary trials touch few more than `capacity`.
+    The trials of a write lie side by side. Rows are filled from the front, and again from the front
+    once the trials there are evicted. `4 * capacity` rows are always enough; ordinary trials touch
+    few more than `capacity`.
     """
 
     def __init__(self, file: Path, capacity: int, writable: bool = True) -> None:
@@ -142,18 +136,18 @@ class TrialTable:
         size, expected = file.exists() and file.stat().st_size, (capacity + 2) * ENTRY.itemsize
         if size != expected:
             fail(f"{file} must have {expected} bytes, it has {size}")
-        memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
-        self._counters, self.ring = memory[:1].view("<u8")[:2], memory[1:]
+        self._memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
+        self._counters, self.ring = self._memory[:1].view("<u8")[:2], self._memory[1:]
         self._known = 0, self.ring[:0]  # number of the oldest trial, and entries
         self.look()
 
     @classmethod
-    def create(cls, file: Path, capacity: int, begin=0, end=0, ring: bytes = b"") -> TrialTable:
-        """Write a table of trials `begin` to `end - 1`."""
+    def create(cls, file: Path, capacity: int, source: TrialTable | None = None) -> TrialTable:
+        """Write a table without trials, or a copy of another."""
+        header = np.array([_encode(0, 0), _encode(0, 1)], "<u8")
         # Not through a map: writing to one on a full disk ends the process.
         with file.open("wb") as stream:
-            header = np.array([_encode(begin, 0), _encode(end, 1)], "<u8").tobytes()
-            stream.write(header.ljust(ENTRY.itemsize, b"\0") + ring)
+            stream.write(source._memory[: 1 + source.counters()[1]] if source else header)
             stream.truncate((capacity + 2) * ENTRY.itemsize)
         return cls(file, capacity)
 

@@ -4,24 +4,22 @@
 
     trials/schema.json   format, capacity and the entries of a step, with a checksum
     trials/rows/         the rows of all trials, one file for each entry (see _layout)
-    trials/table.bin     which trials are there (see _table)
+    trials/table.bin     which trials are there (see _layout)
     lock, queue          held while trials are written or read, and before that
 
 A write evicts the trials that must make room, copies the new rows, then announces the new trials.
-Loading writes a new `trials` folder, and renames it into place.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import shutil
 import sys
 import weakref
 from collections import defaultdict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
@@ -29,20 +27,20 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
-from torchrl_amago.data.replay._layout import ENTRY, TrialTable, fail
+from torchrl_amago.data.replay._layout import TrialTable, fail
 
 Mode = Literal["create", "continue", "read"]
 
 _FORMAT = "torchrl_amago trials 4"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
-_SMALLEST_BLOCK = 1 << 16  # bytes; the allocator itself keeps smaller ones
+_SMALLEST_BLOCK = 1 << 16  # bytes of an entry of a sample whose memory is used again
 _NUM_BLOCKS = 4  # of each entry: batches in use and drawn ahead, whole trials that are relabelled
 
 
@@ -79,7 +77,8 @@ class TrialStorage(LazyMemmapStorage):
         check_choice("mode", mode, get_args(Mode))
         given, path = path, files.temporary_folder(self, "trials_") if path is None else Path(path)
         self.path, self.mode, self.flush = path.absolute(), mode, flush
-        self._here, self._inode, self._memory = self.path / "trials", None, ReusedMemory()
+        self._here, self._inode = self.path / "trials", None
+        self._blocks = defaultdict(partial(deque, maxlen=_NUM_BLOCKS))
         if mode != "read":
             files.make_writable(self.path)
         with self.lock():
@@ -87,15 +86,14 @@ class TrialStorage(LazyMemmapStorage):
                 files.recover(self.path, self._here.name)
             found = files.read_json(self._here / "schema.json") if self._here.exists() else {}
             if mode == "create" and found.get("entries"):
-                raise FileExistsError(
-                    f"a new replay buffer needs a folder without one, and {self.path} holds one. "
-                    "Choose another path, or use mode='continue' or mode='read'."
-                )
+                rule = f"a new replay buffer needs a folder without one, not {self.path}."
+                raise FileExistsError(f"{rule} Choose another, mode='continue' or mode='read'.")
             if mode != "create" and (given is None or (mode == "read" and not found)):
-                raise FileNotFoundError(
-                    f"mode={mode!r} needs the path of a folder with trials, and {given} has none. "
-                    "Check the path; mode='continue' accepts a folder that has no trials yet."
+                rule = (
+                    f"mode={mode!r} needs the path of a folder with trials, and {given} has none."
                 )
+                remedy = "mode='continue' accepts a folder that has no trials yet."
+                raise FileNotFoundError(f"{rule} Check the path; {remedy}")
             capacity = found.get("capacity") if capacity is None else capacity
             check_counts("It is the number of steps to keep.", capacity=capacity)
             super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
@@ -132,10 +130,9 @@ class TrialStorage(LazyMemmapStorage):
     def _open(self, file: Path) -> None:
         found = files.read_json(self._here / "schema.json")
         if (facts := {key: found.get(key) for key in self._facts}) != self._facts:
-            raise ValueError(
-                f"{self.path} must be of {self._facts}, got {facts}. Use its capacity (None takes "
-                "it), and the version of torchrl_amago and kind of processor that wrote it."
-            )
+            remedy = "(None takes it), and the version of torchrl_amago and processor of then."
+            rule = f"{self.path} must be of {self._facts}, got {facts}."
+            raise ValueError(f"{rule} Use its capacity {remedy}")
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
@@ -151,7 +148,7 @@ class TrialStorage(LazyMemmapStorage):
         size, num_rows = file.exists() and file.stat().st_size, 4 * self.max_size
         if size is False or size < used * entry.nbytes:
             fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it has {size}")
-        if self.mode != "read":  # a new or a saved file is as long as its content
+        if self.mode != "read":  # from_file would zero the first byte of a file that is too short
             os.truncate(file, max(size, num_rows * entry.nbytes))
         elif entry.nbytes:
             num_rows = size // entry.nbytes
@@ -169,30 +166,30 @@ class TrialStorage(LazyMemmapStorage):
         with files.explain_full_disk(self.path, needed):
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        self._write_folder(self._here, spec, 0, np.empty(0, ENTRY))
+        self._write_folder(self._here, None, spec)
         return self.table()
 
-    def _write_folder(self, here: Path, spec: layout.Spec, begin: int, entries: np.ndarray) -> None:
-        """Write a folder with these of the trials, which replaces `here` once it is complete."""
-        num_rows, end = layout.num_rows(entries), begin + len(entries)
+    def _write_folder(self, here: Path, table: TrialTable | None, spec: layout.Spec) -> None:
+        """Write a folder with these trials or none, which replaces `here` once it is complete."""
+        num_rows = 0 if table is None else layout.num_rows(table.look()[1])
         with files.replace_folder(here, flush=self.flush) as folder:
             (folder / "rows").mkdir()
             for file in map(self._file, layout.empty_row(spec)):
                 content = self._content[file][:num_rows].numpy() if num_rows else b""
                 (folder / "rows" / file.name).write_bytes(content)
-            ring = self._table.ring[:end].tobytes() if end else b""
-            TrialTable.create(folder / "table.bin", self.max_size, begin, end, ring)
+            TrialTable.create(folder / "table.bin", self.max_size, table)
             files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
 
     def write(self, steps: TensorDictBase, lengths: list[int]) -> np.ndarray:
         """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
         num_steps = sum(lengths)
         if steps.shape != (num_steps,) or min(lengths, default=0) < 1 or num_steps > self.max_size:
+            got = (
+                f"got steps {[*steps.shape]} and lengths {lengths[:5]}{'...' * (len(lengths) > 5)}"
+            )
             raise ValueError(
                 "a write must be the steps [N] of whole trials, side by side, and their lengths, "
-                f"at most capacity={self.max_size} steps at once, got steps {[*steps.shape]} and "
-                f"lengths {lengths[:5]}{'...' * (len(lengths) > 5)}. Use TrialCollector, or "
-                "Collector(..., trajs_per_batch=1)."
+                f"at most capacity={self.max_size} steps at once, {got}. Use TrialCollector."
             )
         entries, spec = layout.entries_of(steps)
         rows = layout.pack(entries, lengths)
@@ -205,7 +202,7 @@ class TrialStorage(LazyMemmapStorage):
             trials["values"] = layout.checksums(rows, trials, first)
             # All of it first: no trial may be evicted for one that there is no room for.
             slot = table.counters()[1] % len(table.ring)
-            self._claim(table.file, (1 + slot + len(trials)) * ENTRY.itemsize)
+            self._claim(table.file, (1 + slot + len(trials)) * trials.itemsize)
             for file, content in self._content.items():
                 self._claim(file, stop * content.shape[1])
             table.evict(begin)
@@ -246,9 +243,7 @@ class TrialStorage(LazyMemmapStorage):
         """Steps written so far, by all processes."""
         return self.table().written()
 
-    def get(
-        self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = True
-    ) -> TensorDict:
+    def get(self, row: Any, keys: Any = None, *, reuse: bool = True) -> TensorDict:
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
         row = torch.as_tensor(row)
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
@@ -259,10 +254,25 @@ class TrialStorage(LazyMemmapStorage):
             # Single numbers as a vector: three times as fast.
             values = stored.reshape(-1) if stored.numel() == len(stored) else stored
             size = here.shape + values.shape[1:]
-            memory = self._memory.take(key, size, values.dtype) if reuse else None
+            memory = self._memory(key, size, values.dtype) if reuse else None
             found = torch.index_select(values, 0, after if is_twice else here, out=memory)
             out.set(key, found.reshape(row.shape + stored.shape[1:]))
         return out
+
+    def _memory(self, key: layout.Key, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Return memory to which no tensor refers any more: a large sample fills it faster.
+
+        The allocator itself keeps small blocks, which are None here.
+        """
+        size, blocks = shape.numel() * dtype.itemsize, self._blocks[key]
+        if size < _SMALLEST_BLOCK:
+            return None
+        block = next((x for x in blocks if x[1]() is None and len(x[0]) >= size), None)
+        if block is None:
+            blocks.append(block := [np.empty(size, np.uint8), None])
+        used = block[0][:size]  # lives as long as the tensor's storage, which views share
+        block[1] = weakref.ref(used)
+        return torch.from_numpy(used).view(dtype).view(shape)
 
     def __getitem__(self, index: Any) -> TensorDict:
         """Read steps by their places among those stored: integers, a slice, or a mask."""
@@ -287,8 +297,7 @@ class TrialStorage(LazyMemmapStorage):
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
         with self.lock():
-            trials = self.table().look()
-            self._write_folder(Path(path) / "trials", self.spec, *trials)
+            self._write_folder(Path(path) / "trials", self.table(), self.spec)
 
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
@@ -296,9 +305,8 @@ class TrialStorage(LazyMemmapStorage):
         is_here = saved.path == self.path
         with self.lock(writes=True), contextlib.nullcontext() if is_here else saved.lock():
             self.table()
-            trials = saved.table().look()
             layout.check_same(saved.spec, self.spec, path)
-            saved._write_folder(self._here, saved.spec, *trials)
+            saved._write_folder(self._here, saved.table(), saved.spec)
 
     def _empty(self) -> None:
         with self.lock(writes=True):
@@ -314,31 +322,8 @@ class TrialStorage(LazyMemmapStorage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state["path"].is_dir():
+            remedy = "temporary folders go with their owner. Make the buffer with path=."
             raise FileNotFoundError(
-                f"a pickled replay buffer opens the folder of its original, and {state['path']} is "
-                "gone: temporary folders go with their owner. Make the buffer with path=."
+                f"pickled trials are in {state['path']}, which is gone: {remedy}"
             )
         self.__init__(**state)
-
-
-class ReusedMemory(defaultdict):
-    """Blocks of memory by key, each used again once no tensor refers to it.
-
-    The system hands out fresh pages slower than a large sample fills them.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(partial(deque, maxlen=_NUM_BLOCKS))
-
-    def take(self, key: object, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-        """Return a tensor with arbitrary values; None for a small one, which is as fast anew."""
-        size = math.prod(shape) * dtype.itemsize
-        if size < _SMALLEST_BLOCK:
-            return None
-        blocks = self[key]
-        block = next((x for x in blocks if x[1]() is None and len(x[0]) >= size), None)
-        if block is None:
-            blocks.append(block := [np.empty(size, np.uint8), None])
-        used = block[0][:size]  # lives as long as the tensor's storage, which views share
-        block[1] = weakref.ref(used)
-        return torch.from_numpy(used).view(dtype).view(shape)

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from tensordict import TensorDictBase
@@ -43,10 +43,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def __init__(self, *, storage: Storage, relabel: Relabel | None = None, **options: Any) -> None:
         if not isinstance(relabel, Relabel | None):
-            raise TypeError(
-                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other "
-                "transforms to append_transform."
-            )
+            got = f"got {type(relabel).__name__}. Give other transforms to append_transform."
+            raise TypeError(f"relabel must be a Relabel or None, {got}")
         # RayReplayBuffer passes a function that makes the storage.
         storage = storage if isinstance(storage, Storage) else storage()
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
@@ -54,15 +52,13 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, **options)
 
-    def append_transform(self, transform: Transform, **options: Any) -> TrialReplayBuffer:
+    def append_transform(self, transform: Transform, **options: Any) -> Self:
         """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
         if not isinstance(transform, Relabel):
             return super().append_transform(transform, **options)
         return self.insert_transform(len(self.transform), transform, **options)
 
-    def insert_transform(
-        self, index: int, transform: Transform, *, invert: bool = False
-    ) -> TrialReplayBuffer:
+    def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> Self:
         """Insert a transform of slices, or the one relabeller, which comes before all others."""
         if not isinstance(transform, Relabel):
             return super().insert_transform(index, transform, invert=invert)
@@ -239,10 +235,8 @@ def make_trial_buffer(
     sampler = TrialSliceSampler(slice_length, **options)
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
     if slice_length > storage.max_size:
-        raise ValueError(
-            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A "
-            "slice comes from one stored trial; raise the capacity."
-        )
+        rule = f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}."
+        raise ValueError(f"{rule} A slice comes from one stored trial; raise the capacity.")
     if verify:
         storage.verify()
     draws = dict(batch_size=batch_size, prefetch=prefetch, generator=generator)
@@ -259,10 +253,8 @@ def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
         OSError: if the disk is full; the folder stays as it was.
     """
     if (path := Path(path)).exists() and not (path / files.MANIFEST).exists():
-        raise FileExistsError(
-            f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}. Choose "
-            "another path, or remove it."
-        )
+        rule = f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}."
+        raise FileExistsError(f"{rule} Choose another path, or remove it.")
     with files.replace_folder(path) as folder:
         rb.dumps(folder)
         files.write_manifest(folder, {"format": _FORMAT, "kind": type(rb).__name__})
@@ -280,8 +272,6 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     manifest = files.verify_manifest(path)
     saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
     if saved != wanted:
-        raise ValueError(
-            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it "
-            "was then, with that version of torchrl_amago."
-        )
+        rule = f"{path} must be of the format and kind {wanted}, got {saved}."
+        raise ValueError(f"{rule} Use that version of torchrl_amago, and the buffer of then.")
     rb.loads(path)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDictBase
+from tensordict import NestedKey
 from torch import Tensor
 from torchrl.data import Storage, TensorStorage
 from torchrl.data.replay_buffers import Sampler
@@ -40,12 +39,11 @@ class TrialSliceSampler(Sampler):
         trim_padding: cut T to the longest slice of the batch; a number n to its next multiple of n,
             for compiled code and CUDA graphs, which want few shapes.
         crop: sides on which the window of T steps may extend beyond a longer trial, which makes the
-            slice shorter. With `"none"`, the steps near a trial's ends are drawn less often.
-            (`padded_sampling` of AMAGO, arXiv 2310.09971.)
-        sample_by: `"trials"` draws all trials equally often. `"steps"` gives each trial its
-            fraction of the stored steps; with `crop="both"`, all steps are equally likely.
-            `"priority"`, for a :class:`TrialReplayBuffer`, draws by `priority ** alpha` and adds
-            importance weights; new trials get the largest priority so far.
+            slice shorter (`padded_sampling` of AMAGO, arXiv 2310.09971). With `"none"`, steps near
+            a trial's ends are drawn less often.
+        sample_by: `"trials"` draws all trials equally often; `"steps"` by their fraction of the
+            stored steps; `"priority"`, in a :class:`TrialReplayBuffer`, by `priority ** alpha`,
+            with importance weights. New trials get the largest priority so far.
         alpha, beta: exponents of priorities and of importance weights (arXiv 1511.05952).
         min_trials: number of trials required before the first batch.
         warn_short: warn, once, if no stored trial is as long as `slice_length`.
@@ -92,16 +90,11 @@ class TrialSliceSampler(Sampler):
         self._warn_short = warn_short
         self._empty()
 
-    def sample(
-        self,
-        storage: Storage,
-        batch_size: int,
-        relabel: Callable[[Trials, np.ndarray], TensorDictBase] | None = None,
-    ) -> tuple[Tensor, dict[NestedKey, Tensor]]:
+    def sample(self, storage: Storage, batch_size: int, relabel: Any = None) -> tuple[Tensor, dict]:
         """Draw slices: the storage's index of their steps, and entries to add, ``[B, T]`` each.
 
-        These are the mask, the trial's number and importance weight, and those of `relabel`, which
-        returns changed entries of the drawn trials, and their mask, ``[B, L]``.
+        These are the mask, the trial's number and importance weight, and those of `relabel`: a
+        function of the trials and drawn positions that returns entries and the mask, ``[B, L]``.
         """
         trials = self.trials(storage)
         position_B, info_B = self.draw(trials, batch_size)
@@ -125,17 +118,62 @@ class TrialSliceSampler(Sampler):
         if isinstance(storage, TrialStorage):
             return storage.trials()
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
+            got = f"{type(storage).__name__} of ndim={storage.ndim}"
             raise TypeError(
-                "trials are found in a LazyMemmapStorage or LazyTensorStorage of ndim=1, or that "
-                f"of make_trial_buffer, got {type(storage).__name__} of ndim={storage.ndim}."
+                f"trials need LazyMemmapStorage or LazyTensorStorage, ndim=1, got {got}"
             )
-        # TorchRL 0.14 has no public names for these.
-        revision = getattr(storage, "_mutation_revision", None)
-        newest = getattr(storage, "_last_cursor_index", None)
-        version = id(storage), len(storage), object() if revision is None else int(revision), newest
-        if self._found is None or self._found[0] != version:
-            self._found = version, _trials_in(storage, newest, self.whole, self.traj_key)
+        # TorchRL 0.14 has no public names for what was written last.
+        newest = storage._last_cursor_index
+        version = id(storage), len(storage), int(storage._mutation_revision), newest
+        if self._found[0] != version:
+            self._found = version, self._find(storage, newest)
         return self._found[1]
+
+    def _find(self, storage: TensorStorage, newest: int | None) -> Trials:
+        """Find the trials in one of TorchRL's one-dimensional storages, by its newest slot.
+
+        A trajectory's steps are joined in the order of writing, wherever they lie. A trial ends at
+        a flag under ``next``, or where ``is_init`` or another trajectory follows. Without
+        ``is_init``, trials must lie side by side, and the oldest one of a full ring counts as cut;
+        without flags, all trajectories but the newest step's count as finished.
+        """
+        if not (size := len(storage)):
+            return Trials(0, *(np.empty(0, np.int64) for _ in range(3)))
+        data = storage[:]
+        if data.ndim > 1:
+            remedy = "Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
+            raise ValueError(
+                f"each item of the storage must be one step, and is a batch {[*data.shape[1:]]} of "
+                f"steps. {remedy}"
+            )
+        marks = data.get(self.traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
+        marks = (x if x is None else x.cpu().reshape(size, -1)[:, 0].numpy() for x in marks)
+        ids, ends, init = marks
+        if ids is None and ends is None:
+            got = f"there are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
+            flags = "'done', 'terminated' or 'truncated' under 'next'"
+            raise KeyError(f"trials need {self.traj_key!r}, or {flags}, and {got}")
+        ids = np.zeros(size, np.int64) if ids is None else ids
+        if newest is None:  # after loading: any place where a trajectory ends will do
+            newest = int(np.argmax(np.append(ids[:-1] != ids[1:], True)))
+        is_full = size == storage.max_size
+        slot = np.roll(np.arange(size), -(newest + 1) if is_full else 0)
+        order = np.argsort(ids[slot], kind="stable")
+        slot = slot[order]
+        ids, ends, init = (x if x is None else x[slot] for x in (ids, ends, init))
+        begins = np.append(True, ids[1:] != ids[:-1])
+        begins[1:] |= False if ends is None else ends[:-1]
+        begins |= False if init is None else init
+        start = np.flatnonzero(begins)
+        length = np.diff(start, append=size)
+        if self.whole:
+            newest_id, last = ids[order.argmax()], start + length - 1
+            is_ended = ids[start] != newest_id if ends is None else ends[last]
+            is_begun = init[start] if init is not None else (order[start] > 0) | (not is_full)
+            start, length = start[is_ended & is_begun], length[is_ended & is_begun]
+        # Unique as long as the trajectories' numbers are: slots alone are used again.
+        number = ids[start] * storage.max_size + slot[start]
+        return Trials(len(start), number, start, length, slot)
 
     def draw(self, trials: Trials, batch_size: int) -> tuple[np.ndarray, dict[str, Tensor]]:
         """Draw trials with replacement: positions, then numbers and importance weights ``[B]``."""
@@ -211,9 +249,7 @@ class TrialSliceSampler(Sampler):
         inside_BT = torch.minimum(torch.maximum(step_BT, first_B1), stop_B1 - 1)
         return inside_BT, inside_BT == step_BT
 
-    def update_priority(
-        self, index: Tensor, priority: Tensor, *, storage: Storage | None = None
-    ) -> None:
+    def update_priority(self, index: Tensor, priority: Tensor, *, storage: Storage) -> None:
         """Set priorities of trials by their numbers; of several, the largest counts."""
         check_choice("sample_by", self.sample_by, ("priority",), "Others have no priorities.")
         values = torch.as_tensor(priority).reshape(-1).double().cpu().numpy()
@@ -248,56 +284,8 @@ class TrialSliceSampler(Sampler):
         self.load_state_dict(json.loads(Path(path, _STATE_FILE).read_text()))
 
     def _empty(self) -> None:
-        self._found = self._weighted = self._running = None
+        self._weighted, self._found = None, (None, None)
         self._numbers, self._weights, self._largest = np.empty(0, np.int64), np.empty(0), 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": None, "_weighted": None}
-
-
-def _trials_in(
-    storage: TensorStorage, newest: int | None, whole: bool, traj_key: NestedKey
-) -> Trials:
-    """Find the trials in one of TorchRL's one-dimensional storages, by its newest slot.
-
-    The steps of a trajectory are joined in the order of writing, wherever they lie. A trial ends at
-    a flag under ``next``, at ``is_init`` of the next step, or with its trajectory. `whole` leaves
-    out trials without their first or last step. Without ``is_init``, trials must lie side by side,
-    and the oldest one of a full ring counts as cut; without flags, all trajectories but the newest
-    step's count as finished.
-    """
-    if not (size := len(storage)):
-        return Trials(0, *(np.empty(0, np.int64) for _ in range(3)))
-    data = storage[:]
-    if data.ndim > 1:
-        raise ValueError(
-            f"each item of the storage must be one step, and is a batch {[*data.shape[1:]]} of "
-            "steps. Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
-        )
-    marks = data.get(traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
-    ids, ends, init = (x if x is None else x.cpu().reshape(size, -1)[:, 0].numpy() for x in marks)
-    if ids is None and ends is None:
-        raise KeyError(
-            f"trials need {traj_key!r}, or 'done', 'terminated' or 'truncated' under 'next', and "
-            f"there are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
-        )
-    ids = np.zeros(size, np.int64) if ids is None else ids
-    if newest is None:  # after loading: any place where a trajectory ends will do
-        newest = int(np.argmax(np.append(ids[:-1] != ids[1:], True)))
-    is_full = size == storage.max_size
-    slot = np.roll(np.arange(size), -(newest + 1) if is_full else 0)
-    order = np.argsort(ids[slot], kind="stable")
-    slot = slot[order]
-    ids, ends, init = (x if x is None else x[slot] for x in (ids, ends, init))
-    begins = np.append(True, ids[1:] != ids[:-1])
-    begins[1:] |= False if ends is None else ends[:-1]
-    begins |= False if init is None else init
-    start = np.flatnonzero(begins)
-    length = np.diff(start, append=size)
-    if whole:
-        is_ended = ids[start] != ids[order.argmax()] if ends is None else ends[start + length - 1]
-        is_begun = init[start] if init is not None else (order[start] > 0) | (not is_full)
-        start, length = start[is_ended & is_begun], length[is_ended & is_begun]
-    # Unique as long as the trajectories' numbers are: slots alone are used again.
-    number = ids[start] * storage.max_size + slot[start]
-    return Trials(len(start), number, start, length, slot)
+        return {**super().__getstate__(), "_found": (None, None), "_weighted": None}
