@@ -186,8 +186,9 @@ class RemoteTrials:
 
 def _mean_age(buffer: TrialReplayBuffer, number_B: Tensor) -> float:
     """Return the mean number of steps that were written since trials, by their numbers."""
-    begin, entries = buffer.storage.table().look()
-    stop_B = entries["stop"][(number_B.numpy() - begin).clip(0)]  # some may be evicted
+    trials = buffer.storage.trials()
+    position_B = (number_B.numpy() - trials.number[0]).clip(0)  # some may be evicted
+    stop_B = trials.entries["stop"][position_B]
     return buffer.write_count - float(stop_B.mean())
 
 

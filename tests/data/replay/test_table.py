@@ -39,7 +39,7 @@ def test_trials_never_overlap_and_the_newest_are_kept(case):
     for batch in batches:
         write(table, batch)
         lengths += batch
-        _, entries = table.look()
+        entries = table.look().entries
         begin, end = table.counters()
         assert end == len(lengths)
         assert table.written() == sum(lengths)
@@ -71,7 +71,7 @@ def test_after_everything_was_given_up_writing_goes_on():
     table = make_table(10)
     write(table, [3, 4])
     table.evict(2)
-    assert not len(table.look()[1])
+    assert not len(table.look().entries)
     write(table, [5])
     assert (table.counters(), table.written()) == ((2, 3), 12)
 
@@ -81,8 +81,9 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
     table = TrialTable.create(tmp_path / "table.bin", capacity)
     for lengths in ([3], [2, 2], [4], [1, 1], [5]):
         write(table, lengths)
-    begin, entries = table.look()
-    content, expected = (tmp_path / "table.bin").read_bytes(), (begin, entries.tolist())
+    entries = table.look().entries
+    content = (tmp_path / "table.bin").read_bytes()
+    expected = table.counters(), entries.tolist()
     refused = 0
     used = [*range(16), *range(ENTRY.itemsize, len(content))]
     for place in used:
@@ -90,11 +91,11 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
         damaged[place] ^= 1 << place % 8
         (tmp_path / "damaged.bin").write_bytes(damaged)
         try:
-            begin, entries = TrialTable(tmp_path / "damaged.bin", capacity).look()
+            again = TrialTable(tmp_path / "damaged.bin", capacity)
         except DamagedError:
             refused += 1
         else:
-            assert (begin, entries.tolist()) == expected, place
+            assert (again.counters(), again.look().entries.tolist()) == expected, place
     assert refused == 16 + ENTRY.itemsize * len(entries)
 
 

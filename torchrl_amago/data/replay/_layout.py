@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -118,9 +118,21 @@ def checksums(rows: TensorDictBase, trials: np.ndarray, first: int = 0) -> np.nd
     return sums
 
 
-def num_rows(trials: np.ndarray) -> int:
-    """Return the number of rows up to the end of the last trial."""
-    return int((trials["first"] + trials["length"] + 1).max(initial=0))
+class Trials(NamedTuple):
+    """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
+
+    seen: int  # trials written so far
+    number: np.ndarray  # unique among all trials, evicted ones too
+    start: np.ndarray  # row, or place in `slot`, of the first step
+    length: np.ndarray
+    slot: np.ndarray | None = None  # the index of each place in TorchRL's storages
+    entries: np.ndarray = np.empty(0, ENTRY)  # those of a table, and the rows up to their end
+    num_rows: int = 0
+
+    def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
+        """Return the storage's index of steps of some of them."""
+        place_BT = torch.from_numpy(self.start[position_B]).unsqueeze(-1) + step_BT
+        return place_BT if self.slot is None else torch.from_numpy(self.slot[place_BT.numpy()])
 
 
 class TrialTable:
@@ -138,7 +150,7 @@ class TrialTable:
             fail(f"{file} must have {expected} bytes, it has {size}")
         self._memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
         self._counters, self.ring = self._memory[:1].view("<u8")[:2], self._memory[1:]
-        self._known = 0, self.ring[:0]  # number of the oldest trial, and entries
+        self._known = Trials(0, *(np.empty(0, np.int64) for _ in range(3)))
         self.look()
 
     @classmethod
@@ -164,18 +176,22 @@ class TrialTable:
         end = self.counters()[1]  # the last entry is in the ring even if its trial was evicted
         return int(self._read(max(end - 1, 0), end)[0]["stop"].sum())
 
-    def look(self) -> tuple[int, np.ndarray]:
-        """Return the oldest trial's number and all entries: a new tuple if some changed."""
+    def look(self) -> Trials:
+        """Return the trials that are there now."""
         while True:
-            (begin, end), (since, known) = self.counters(), self._known
-            if (begin, end) == (since, since + len(known)):
-                return self._known
-            known = known[begin - since if begin >= since else len(known) :]
-            new, is_intact = self._read(begin + len(known), end)
-            entries = np.concatenate([known, new])
-            fits = len(entries) == end - begin and entries["length"].sum() <= self.capacity
+            (begin, end), known, old = self.counters(), self._known, self._known.entries
+            since = known.seen - len(old)
+            if (begin, end) == (since, known.seen):
+                return known
+            old = old[begin - since if begin >= since else len(old) :]
+            new, is_intact = self._read(begin + len(old), end)
+            entries = np.concatenate([old, new])
+            start, length = (entries[name].astype(np.int64) for name in ("first", "length"))
+            fits = len(entries) == end - begin and length.sum() <= self.capacity
             if is_intact and fits:
-                self._known = begin, entries
+                num_rows = int((start + length + 1).max(initial=0))
+                number = np.arange(begin, end)
+                self._known = Trials(end, number, start, length, None, entries, num_rows)
             elif begin == self.counters()[0]:  # else some were evicted between the two looks
                 fail(f"{self.file} has {'trials that overlap' if is_intact else 'changed'}")
 
@@ -187,7 +203,8 @@ class TrialTable:
 
     def place(self, lengths: list[int]) -> tuple[np.ndarray, int]:
         """Find rows for new trials, under the writers' lock: entries, and the oldest that stays."""
-        (begin, old), new = self.look(), np.zeros(len(lengths), ENTRY)
+        trials, new = self.look(), np.zeros(len(lengths), ENTRY)
+        begin, old = trials.seen - len(trials.entries), trials.entries
         new["length"], new["stop"] = lengths, self.written() + np.cumsum(lengths)
         last_K = np.cumsum(new["length"] + 1)
         first, num_rows = old["first"], int(last_K[-1])

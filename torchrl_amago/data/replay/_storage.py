@@ -22,7 +22,7 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, get_args
+from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import quote
 
 import numpy as np
@@ -34,7 +34,7 @@ from torchrl.data import LazyMemmapStorage
 from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
-from torchrl_amago.data.replay._layout import TrialTable, fail
+from torchrl_amago.data.replay._layout import Trials, TrialTable, fail
 
 Mode = Literal["create", "continue", "read"]
 
@@ -42,21 +42,6 @@ _FORMAT = "torchrl_amago trials 4"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
 _SMALLEST_BLOCK = 1 << 16  # bytes of an entry of a sample whose memory is used again
 _NUM_BLOCKS = 4  # of each entry: batches in use and drawn ahead, whole trials that are relabelled
-
-
-class Trials(NamedTuple):
-    """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
-
-    seen: int  # trials written so far
-    number: np.ndarray  # unique among all trials, evicted ones too
-    start: np.ndarray  # row, or place in `slot`, of the first step
-    length: np.ndarray
-    slot: np.ndarray | None = None  # the storage's index of each place
-
-    def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
-        """Return the storage's index of steps of some of them."""
-        place_BT = torch.from_numpy(self.start[position_B]).unsqueeze(-1) + step_BT
-        return place_BT if self.slot is None else torch.from_numpy(self.slot[place_BT.numpy()])
 
 
 class TrialStorage(LazyMemmapStorage):
@@ -136,12 +121,12 @@ class TrialStorage(LazyMemmapStorage):
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
-        row, used = layout.empty_row(spec), layout.num_rows(table.look()[1])
+        row, used = layout.empty_row(spec), table.look().num_rows
         columns = {key: self._map(self._file(key), x, used) for key, x in row.items()}
         num_rows = min(map(len, columns.values()), default=0)
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
         self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
-        self.spec, self._table, self._found, self._claimed = spec, table, (None, None), {}
+        self.spec, self._table, self._claimed = spec, table, {}
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
@@ -171,7 +156,7 @@ class TrialStorage(LazyMemmapStorage):
 
     def _write_folder(self, here: Path, table: TrialTable | None, spec: layout.Spec) -> None:
         """Write a folder with these trials or none, which replaces `here` once it is complete."""
-        num_rows = 0 if table is None else layout.num_rows(table.look()[1])
+        num_rows = 0 if table is None else table.look().num_rows
         with files.replace_folder(here, flush=self.flush) as folder:
             (folder / "rows").mkdir()
             for file in map(self._file, layout.empty_row(spec)):
@@ -198,7 +183,8 @@ class TrialStorage(LazyMemmapStorage):
             table = table if self.spec else self._create(spec)
             layout.check_same(self.spec, spec, self.path)
             trials, begin = table.place(lengths)
-            first, stop = int(trials["first"][0]), layout.num_rows(trials)
+            first = int(trials["first"][0])
+            stop = first + len(rows)
             trials["values"] = layout.checksums(rows, trials, first)
             # All of it first: no trial may be evicted for one that there is no room for.
             slot = table.counters()[1] % len(table.ring)
@@ -228,22 +214,18 @@ class TrialStorage(LazyMemmapStorage):
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
-        begin, entries = known = self.table().look()
-        if known is not self._found[0]:
-            if len(entries) and layout.num_rows(entries) > len(self._storage):
-                self._inode = None  # others write to a saved folder, whose files have grown
-                return self.trials()
-            first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
-            number = begin + np.arange(len(entries))
-            self._found = known, Trials(begin + len(entries), number, first, length)
-        return self._found[1]
+        trials = self.table().look()
+        if len(trials.entries) and trials.num_rows > len(self._storage):
+            self._inode = None  # others write to a saved folder, whose files have grown
+            return self.trials()
+        return trials
 
     @property
     def written(self) -> int:
         """Steps written so far, by all processes."""
         return self.table().written()
 
-    def get(self, row: Any, keys: Any = None, *, reuse: bool = True) -> TensorDict:
+    def get(self, row: Any, keys: Any = None, *, reuse: bool = False) -> TensorDict:
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
         row = torch.as_tensor(row)
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
@@ -281,7 +263,7 @@ class TrialStorage(LazyMemmapStorage):
             shift = trials.start - np.cumsum(trials.length) + trials.length
             row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
             row = row[index if isinstance(index, slice) else np.asarray(index)]
-            return self.get(row, reuse=False)
+            return self.get(row)
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
@@ -289,9 +271,8 @@ class TrialStorage(LazyMemmapStorage):
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""
         with self.lock():
-            _, entries = self.table().look()
-            changed = (layout.checksums(self._storage, entries) != entries["values"]).sum()
-            if changed:
+            entries = self.trials().entries
+            if changed := (layout.checksums(self._storage, entries) != entries["values"]).sum():
                 fail(f"{self._here} has changed since it was written, in {changed} trials")
 
     def dumps(self, path: str | Path) -> None:

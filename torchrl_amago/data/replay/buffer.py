@@ -20,7 +20,8 @@ from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
-from torchrl_amago.data.replay._storage import Mode, Trials, TrialStorage
+from torchrl_amago.data.replay._layout import Trials
+from torchrl_amago.data.replay._storage import Mode, TrialStorage
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
 _FORMAT = "torchrl_amago replay 4"
@@ -130,7 +131,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         relabel = None if self.relabel is None else self._relabel
         with self._replay_lock, lock:
             index_BT, info = self.sampler.sample(self.storage, batch_size, relabel)
-            batch = self.storage.get(index_BT).update(info)
+            options = {"reuse": True} if self._is_ours else {}
+            batch = self.storage.get(index_BT, **options).update(info)
         batch = self.transform(batch) if len(self.transform) else batch
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
@@ -139,7 +141,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         length_B1 = torch.from_numpy(trials.length[position_B]).unsqueeze(-1)
         step_L, names = torch.arange(int(length_B1.max())), self.relabel.in_keys
         index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
-        options = {"keys": names} if self._is_ours else {}
+        options = {"keys": names, "reuse": True} if self._is_ours else {}
         whole_BL = self.storage.get(index_BL, **options).select(*names)
         return self.relabel.relabel_trials(whole_BL.set(keys.MASK, step_L < length_B1), self._rng)
 

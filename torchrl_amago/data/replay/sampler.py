@@ -17,7 +17,8 @@ from torchrl.data.replay_buffers import Sampler
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts, check_fractions
 from torchrl_amago.data._trial_ends import trial_ends
-from torchrl_amago.data.replay._storage import Trials, TrialStorage
+from torchrl_amago.data.replay._layout import Trials
+from torchrl_amago.data.replay._storage import TrialStorage
 
 Padding = Literal["right", "left"]
 Crop = Literal["none", "left", "right", "both"]
