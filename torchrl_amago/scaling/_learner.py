@@ -188,8 +188,7 @@ def _mean_age(buffer: TrialReplayBuffer, number_B: Tensor) -> float:
     """Return the mean number of steps that were written since trials, by their numbers."""
     trials = buffer.storage.trials()
     position_B = (number_B.numpy() - trials.number[0]).clip(0)  # some may be evicted
-    stop_B = trials.entries["stop"][position_B]
-    return buffer.write_count - float(stop_B.mean())
+    return buffer.write_count - float(trials.entries["stop"][position_B].mean())
 
 
 class _Observer(Transform):

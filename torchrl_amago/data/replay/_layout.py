@@ -111,10 +111,11 @@ def checksums(rows: TensorDictBase, trials: np.ndarray, first: int = 0) -> np.nd
     """Compute the CRC-32 of the values of trials, by their entries; row 0 is the row `first`."""
     columns = [rows.get(key) for key in sorted(map(as_tuple, rows.keys(True, True)))]
     columns = [as_bytes(x).numpy() for x in columns if x.numel()]
-    sums = np.zeros(len(trials), "<u4")
-    for n, start in enumerate((trials["first"] - first).tolist()):
+    sums, start_K = np.zeros(len(trials), "<u4"), trials["first"] - first
+    runs = np.stack([start_K, start_K + trials["length"] + 1], 1).tolist()
+    for n, (start, stop) in enumerate(runs):
         for column in columns:
-            sums[n] = zlib.crc32(column[start : start + trials["length"][n] + 1], int(sums[n]))
+            sums[n] = zlib.crc32(column[start:stop], int(sums[n]))
     return sums
 
 

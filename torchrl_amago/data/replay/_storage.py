@@ -242,10 +242,7 @@ class TrialStorage(LazyMemmapStorage):
         return out
 
     def _memory(self, key: layout.Key, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Return memory to which no tensor refers any more: a large sample fills it faster.
-
-        The allocator itself keeps small blocks, which are None here.
-        """
+        """Return memory to which no tensor refers; None for so little that new one is as fast."""
         size, blocks = shape.numel() * dtype.itemsize, self._blocks[key]
         if size < _SMALLEST_BLOCK:
             return None

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from tensordict import TensorDictBase
@@ -53,13 +53,15 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, **options)
 
-    def append_transform(self, transform: Transform, **options: Any) -> Self:
+    def append_transform(self, transform: Transform, **options: Any) -> TrialReplayBuffer:
         """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
         if not isinstance(transform, Relabel):
             return super().append_transform(transform, **options)
         return self.insert_transform(len(self.transform), transform, **options)
 
-    def insert_transform(self, index: int, transform: Transform, *, invert: bool = False) -> Self:
+    def insert_transform(
+        self, index: int, transform: Transform, *, invert: bool = False
+    ) -> TrialReplayBuffer:
         """Insert a transform of slices, or the one relabeller, which comes before all others."""
         if not isinstance(transform, Relabel):
             return super().insert_transform(index, transform, invert=invert)

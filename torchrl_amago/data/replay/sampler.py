@@ -37,11 +37,9 @@ class TrialSliceSampler(Sampler):
     Args:
         slice_length: steps T of each slice; shorter trials are taken whole.
         padding: side that is padded; padding repeats the nearest real step.
-        trim_padding: cut T to the longest slice of the batch; a number n to its next multiple of n,
-            for compiled code and CUDA graphs, which want few shapes.
+        trim_padding: cut T to the longest slice of the batch; a number n to its next multiple of n.
         crop: sides on which the window of T steps may extend beyond a longer trial, which makes the
-            slice shorter (`padded_sampling` of AMAGO, arXiv 2310.09971). With `"none"`, steps near
-            a trial's ends are drawn less often.
+            slice shorter (`padded_sampling` of AMAGO, arXiv 2310.09971).
         sample_by: `"trials"` draws all trials equally often; `"steps"` by their fraction of the
             stored steps; `"priority"`, in a :class:`TrialReplayBuffer`, by `priority ** alpha`,
             with importance weights. New trials get the largest priority so far.
@@ -133,10 +131,8 @@ class TrialSliceSampler(Sampler):
     def _find(self, storage: TensorStorage, newest: int | None) -> Trials:
         """Find the trials in one of TorchRL's one-dimensional storages, by its newest slot.
 
-        A trajectory's steps are joined in the order of writing, wherever they lie. A trial ends at
-        a flag under ``next``, or where ``is_init`` or another trajectory follows. Without
-        ``is_init``, trials must lie side by side, and the oldest one of a full ring counts as cut;
-        without flags, all trajectories but the newest step's count as finished.
+        Without ``is_init``, trials must lie side by side, and the oldest one of a full ring counts
+        as cut; without flags, all trajectories but the newest step's count as finished.
         """
         if not (size := len(storage)):
             return Trials(0, *(np.empty(0, np.int64) for _ in range(3)))
