@@ -88,12 +88,12 @@ def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
         if is_twice(key, entries):
             continue
         after = entries.get(("next", *key), root)
-        equal = torch.isclose(after[inner], root[inner + (after is not root)], 0, 0, True)
-        if not equal.all():
+        same = torch.isclose(after[inner], root[inner + 1], 0, 0, equal_nan=True)
+        if after is not root and not same.all():
             name = ".".join(key)
             raise ValueError(
                 f"('next', {name!r}) of a step must equal {name!r} of the step after it, and "
-                f"differs in {int((~equal).sum())} values: only one of them is stored. Make the "
+                f"differs in {int((~same).sum())} values: only one of them is stored. Make the "
                 "environment return the same in both, or exclude or rename the entry in 'next'."
             )
         values = root.new_empty(rows.batch_size + root.shape[1:])
@@ -122,10 +122,10 @@ def checksums(rows: TensorDictBase, trials: np.ndarray, first: int = 0) -> np.nd
 class Trials(NamedTuple):
     """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
 
-    seen: int  # trials written so far
-    number: np.ndarray  # unique among all trials, evicted ones too
-    start: np.ndarray  # row, or place in `slot`, of the first step
-    length: np.ndarray
+    seen: int = 0  # trials written so far
+    number: np.ndarray = np.empty(0, np.int64)  # unique among all trials, evicted ones too
+    start: np.ndarray = np.empty(0, np.int64)  # row, or place in `slot`, of the first step
+    length: np.ndarray = np.empty(0, np.int64)
     slot: np.ndarray | None = None  # the index of each place in TorchRL's storages
     entries: np.ndarray = np.empty(0, ENTRY)  # those of a table, and the rows up to their end
     num_rows: int = 0
@@ -151,7 +151,7 @@ class TrialTable:
             fail(f"{file} must have {expected} bytes, it has {size}")
         self._memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
         self._counters, self.ring = self._memory[:1].view("<u8")[:2], self._memory[1:]
-        self._known = Trials(0, *(np.empty(0, np.int64) for _ in range(3)))
+        self._known = Trials()
         self.look()
 
     @classmethod

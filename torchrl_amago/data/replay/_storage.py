@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import reprlib
 import shutil
 import sys
 import weakref
@@ -51,14 +52,7 @@ class TrialStorage(LazyMemmapStorage):
     see :func:`make_trial_buffer`.
     """
 
-    def __init__(
-        self,
-        capacity: int | None = None,
-        *,
-        path: str | Path | None = None,
-        mode: Mode = "create",
-        flush: bool = False,
-    ) -> None:
+    def __init__(self, capacity=None, *, path=None, mode: Mode = "create", flush=False) -> None:
         check_choice("mode", mode, get_args(Mode))
         given, path = path, files.temporary_folder(self, "trials_") if path is None else Path(path)
         self.path, self.mode, self.flush = path.absolute(), mode, flush
@@ -169,9 +163,7 @@ class TrialStorage(LazyMemmapStorage):
         """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
         num_steps = sum(lengths)
         if steps.shape != (num_steps,) or min(lengths, default=0) < 1 or num_steps > self.max_size:
-            got = (
-                f"got steps {[*steps.shape]} and lengths {lengths[:5]}{'...' * (len(lengths) > 5)}"
-            )
+            got = f"got steps {[*steps.shape]} and lengths {reprlib.repr(lengths)}"
             raise ValueError(
                 "a write must be the steps [N] of whole trials, side by side, and their lengths, "
                 f"at most capacity={self.max_size} steps at once, {got}. Use TrialCollector."
@@ -209,8 +201,7 @@ class TrialStorage(LazyMemmapStorage):
             self._claimed[file] = stop
 
     def set(self, *_: Any, **__: Any) -> NoReturn:
-        remedy = "Write new ones with extend, or change batches with rb.append_transform."
-        raise TypeError(f"stored trials can't be changed in place. {remedy}")
+        raise TypeError("stored trials can't be changed in place. Write new ones with extend.")
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
@@ -302,6 +293,6 @@ class TrialStorage(LazyMemmapStorage):
         if not state["path"].is_dir():
             remedy = "temporary folders go with their owner. Make the buffer with path=."
             raise FileNotFoundError(
-                f"pickled trials are in {state['path']}, which is gone: {remedy}"
+                f"pickled trials must be there, {state['path']} isn't: {remedy}"
             )
         self.__init__(**state)

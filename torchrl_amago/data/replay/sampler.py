@@ -135,7 +135,7 @@ class TrialSliceSampler(Sampler):
         as cut; without flags, all trajectories but the newest step's count as finished.
         """
         if not (size := len(storage)):
-            return Trials(0, *(np.empty(0, np.int64) for _ in range(3)))
+            return Trials()
         data = storage[:]
         if data.ndim > 1:
             remedy = "Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
