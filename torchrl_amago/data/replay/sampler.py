@@ -105,7 +105,10 @@ class TrialSliceSampler(Sampler):
         info = {key: x_B.unsqueeze(-1).expand(mask_BT.shape) for key, x_B in info_B.items()}
         if changed_BL is not None:
             row_B1 = torch.arange(batch_size).unsqueeze(-1)
-            info |= dict(changed_BL[row_B1, step_BT].items(True, True))
+            place = (step_BT + changed_BL.get(keys.MASK).shape[1] * row_B1).flatten()
+            for key, x_BL in changed_BL.items(True, True):
+                found = x_BL.flatten(0, 1).index_select(0, place)
+                info[key] = found.unflatten(0, step_BT.shape)
         return trials.index(position_B, step_BT), info | {keys.MASK: mask_BT}
 
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
