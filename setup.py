@@ -78,7 +78,7 @@ ACCELERATORS = {
     "mamba": ["mamba-ssm>=2.2", "causal-conv1d>=1.4"],
 }
 
-DOCS = ["sphinx>=7", "furo", "myst-parser>=3", "sphinx-design", "sphinx-copybutton"]
+DOCS = ["sphinx>=7.3", "furo>=2024.8", "myst-parser>=3", "sphinx-copybutton>=0.5"]
 
 setup(
     name="torchrl-amago",

@@ -13,10 +13,18 @@ from torchrl.envs import EnvBase
 from torchrl.modules import MLP, set_recurrent_mode
 from torchrl.objectives.value import GAE
 
+from torchrl_amago import MetaFrozenLake, make_trial_env
 from torchrl_amago.envs import bayes_optimal_success
 from torchrl_amago.evaluation import TrialResults
 from torchrl_amago.modules import SEQ_MODELS, ClippedCategorical, make_timestep_encoder
 from torchrl_amago.plots import plot_adaptation_curve, plot_learning_curve
+
+
+def make_lakes(args: Any, num_envs: int, layouts: str) -> EnvBase:
+    """Make trial environments, of some layouts alone if a part of them is held out."""
+    layouts = layouts if args.hold_out_layouts else "all"
+    lakes = MetaFrozenLake(args.size, layouts=layouts, batch_size=(num_envs,))
+    return make_trial_env(lakes, episodes=args.episodes)
 
 
 def make_networks(args: Any, env: EnvBase, horizon: int) -> tuple[Seq, Mod]:
@@ -58,12 +66,20 @@ def add_advantages(batch: TensorDictBase, value_network: Seq, gae: GAE) -> None:
     gae(batch)
 
 
+def trial_return(batch: TensorDictBase) -> float:
+    """Return the mean return of the rows' first trials; rows hold a part of another one, too."""
+    done, reward = batch["next", "done"].int(), batch["next", "reward"]
+    return reward[done.cumsum(1) == done].sum().item() / len(batch)
+
+
 def draw_pictures(args: Any, results: TrialResults) -> None:
-    """Draw the learning curve, and the adaptation curve beside the exact optimum."""
+    """Draw the learning curve, and the adaptation curve, beside the exact optimum if known."""
+    known = args.size < 4 and not args.hold_out_layouts
+    optimum = bayes_optimal_success(args.size, args.episodes) if known else None
     plot_learning_curve(args.run_dir / "progress.csv", args.run_dir / "learning_curve.png")
     plot_adaptation_curve(
         results,
         args.run_dir / "adaptation_curve.png",
-        reference=bayes_optimal_success(3, 5).success_by_episode,
-        title=f"PPO, {args.seq_model}: {len(results)} held-out 3x3 lakes, greedy",
+        reference=optimum and optimum.success_by_episode,
+        title=f"PPO, {args.seq_model}: {len(results)} held-out lakes, greedy",
     )

@@ -14,7 +14,7 @@ import torchrl_amago
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "torchrl_amago").rglob("*.py"))
-PROSE = sorted([*FILES, *(ROOT / "examples").glob("*.py")])
+PROSE = sorted([*FILES, *(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
 # Docstrings name a thing or begin with an imperative verb; these pose a riddle.
 OPENINGS = re.compile(r"(What|Whatever|Which|How|Whether|Who|Whose|Where|When|Refuse|Tell)\b")
 # Environments of other packages, and tasks after published ones: each is small, and their number grows.

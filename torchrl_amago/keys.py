@@ -28,6 +28,7 @@ ACTION = "action"
 POLICY_VERSION = "policy_version"
 STREAM = "_stream"
 EPSILON_SCALE = "_epsilon_scale"
+NOISE = "_noise"
 TIMESTEP = "timestep"
 STATE = "state"
 ACTION_PARAMS = "action_params"
@@ -90,6 +91,8 @@ KEY_TABLE: tuple[KeySpec, ...] = (
             "number of the rollout, for the module's own memories"),
     KeySpec(EPSILON_SCALE, "*B, 1", "float32", "exploration", "exploration",
             "random factor of this trial's exploration schedule"),
+    KeySpec(NOISE, "*B, 1 + N", "float32", "exploration", "exploration",
+            "chance to keep the noise for a step more, and the noise; absent unless it is held"),
     KeySpec(TIMESTEP, "*B, D", "float32", "timestep encoder", "trajectory encoder",
             "embedding of one step alone"),
     KeySpec(STATE, "*B, D", "float32", "trajectory encoder", "actor, critics",

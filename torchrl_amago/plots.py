@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+__all__ = ["plot_adaptation_curve", "plot_learning_curve", "plot_trial_strip"]
+
 Table = Sequence[Mapping[str, Any]] | str | Path
 """Logged table: rows of column -> number (other entries are skipped), or its CSV file."""
 Results = TrialResults | Sequence[TrialResults]

@@ -232,6 +232,72 @@ def test_one_part_draws_the_same_whichever_way_it_is_given(spec):
     assert torch.equal(results[0], results[2])
 
 
+# ------------------------------------------------------------------ noise that lasts
+
+
+def _walk(explore, action: torch.Tensor, num_steps: int, **entries: torch.Tensor) -> torch.Tensor:
+    """Explore step after step from the same action, and stack the results, [T, B, ...]."""
+    td, actions = _step(len(action)).update(entries), []
+    with set_exploration_type(ExplorationType.RANDOM):
+        for time in range(num_steps):
+            td.set("action", action.clone()).set("is_init", torch.full((len(action), 1), time == 0))
+            td = explore(td.copy())
+            actions.append(td["action"])
+    return torch.stack(actions)
+
+
+def test_held_noise_lasts_as_long_as_asked_and_is_no_more_frequent():
+    explore = BilevelEpsilonGreedy(1000, horizon=10, max_duration=8.0, **_constant(0.3))
+    assert explore.out_keys[-1] == "_noise"
+    actions = _walk(explore, torch.full((4000,), -1), 60)
+    is_noise = actions >= 0
+    assert is_noise.float().mean().item() == pytest.approx(0.3, abs=0.02)
+    kept = (actions[1:] == actions[:-1]) & is_noise[1:]
+    # A row of mean duration d keeps its noise with probability 1 - 1/d, and log d is uniform.
+    expected = 1 - (1 - 1 / 8) / math.log(8)
+    assert (kept.sum() / is_noise[:-1].sum()).item() == pytest.approx(expected, abs=0.02)
+
+
+def test_held_noise_of_numbers_keeps_its_deviation():
+    explore = BilevelGaussian(horizon=10, max_duration=4.0, **_constant(0.1))
+    noise = _walk(explore, torch.zeros(4000, 2), 40)
+    assert noise.std().item() == pytest.approx(0.1, abs=0.005)
+    same = (noise[1:] == noise[:-1]).all(-1).float().mean().item()
+    assert same == pytest.approx(1 - (1 - 1 / 4) / math.log(4), abs=0.02)
+
+
+def test_each_trial_draws_new_noise_and_greedy_steps_leave_it():
+    explore = BilevelGaussian(horizon=10, max_duration=1e9, **_constant(0.1))
+    td = _step(500).set("action", torch.zeros(500, 1))
+    with set_exploration_type(ExplorationType.RANDOM):
+        first = explore(td.copy())
+        second = explore(first.copy())
+    assert first["action"].all()
+    assert (first["_noise"] != second["_noise"])[:, 1:].all()
+    with set_exploration_type(ExplorationType.DETERMINISTIC):
+        greedy = explore(second.copy().set("action", td["action"]))
+    assert torch.equal(greedy["_noise"], second["_noise"])
+    assert not greedy["action"].any()
+
+
+def test_held_choices_follow_the_mask():
+    explore = BilevelEpsilonGreedy(
+        4, horizon=10, mask_key="action_mask", max_duration=1e9, **_constant(1.0)
+    )
+    td = _step(2000)
+    with set_exploration_type(ExplorationType.RANDOM):
+        td["action_mask"] = torch.tensor([True, True, False, False]).expand(2000, 4)
+        assert explore(td)["action"].unique().tolist() == [0, 1]
+        td["action_mask"] = torch.tensor([False, False, False, True]).expand(2000, 4)
+        td["is_init"] = torch.zeros(2000, 1, dtype=torch.bool)
+        assert explore(td)["action"].unique().tolist() == [3]
+
+
+def test_duration_below_a_step():
+    with pytest.raises(ValueError, match="max_duration must be positive, got 0"):
+        BilevelGaussian(horizon=10, max_duration=0)
+
+
 def test_numbers_of_a_seed():
     """Recorded when epsilon-greedy was for single actions only: runs must stay what they were."""
     torch.manual_seed(0)

@@ -19,7 +19,7 @@ from torchrl_amago import keys
 from torchrl_amago._validation import check_counts, check_not_negative, check_positive
 from torchrl_amago.action_space import ActionSpace, join_parts, one_hot_parts, split_parts
 from torchrl_amago.modules._settings import Configurable
-from torchrl_amago.modules.distributions import _noise as noise
+from torchrl_amago.modules.distributions import _noise
 
 
 class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
@@ -32,9 +32,10 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         end   = lerp(end_of_trial[0], end_of_trial[1], p)
         epsilon = scale * lerp(start, end, q ** power)
 
-    ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials. Actions
-    change only under ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call
-    :meth:`step` with the number of frames collected.
+    ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials. Noise
+    is held over several steps if ``max_duration`` is above 1: undirected noise of one step rarely
+    gets far (arXiv 2006.01782). Actions change only under ``ExplorationType.RANDOM``, and not while
+    ``enabled`` is False; call :meth:`step` with the number of frames collected.
 
     Args:
         horizon: length of a trial in steps.
@@ -43,13 +44,18 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
             ``end_of_trial`` at its last.
         power: ``horizon / n`` confines the change from start to end to about the last n steps.
         randomize: draw ``scale``; False keeps it at 1.
+        max_duration: largest mean number of steps, at least 1, over which noise is held. Each trial
+            draws its own, log-uniformly from 1 on; it is then redrawn with the same chance at each
+            step. Epsilon stays the fraction of noisy actions.
         action_key: entry to change; ``time_key`` and ``init_key`` are read, see
             :mod:`~torchrl_amago.keys`.
         scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read if present.
+        noise_key: likewise the noise that is held and its chance to be kept, ``[*B, 1 + N]``.
 
     Example:
         >>> class Shift(BilevelExploration):
-        ...     def explore(self, action, epsilon, tensordict): return action + epsilon
+        ...     def draw(self, action, batch): return torch.rand(*batch, 1)
+        ...     def explore(self, action, epsilon, noise, tensordict): return action + epsilon
         >>> shift = Shift(horizon=45, anneal_frames=1000)
         >>> shift.step(1000)
         >>> shift.epsilon(torch.tensor([0, 45]))
@@ -65,27 +71,41 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         end_of_trial: tuple[float, float] = (0.8, 0.01),
         power: float = 1.0,
         randomize: bool = True,
+        max_duration: float = 1.0,
         action_key: NestedKey = keys.ACTION,
         time_key: NestedKey = keys.TIME_IDX,
         init_key: NestedKey = keys.IS_INIT,
         scale_key: NestedKey = keys.EPSILON_SCALE,
+        noise_key: NestedKey = keys.NOISE,
     ) -> None:
         super().__init__()
         check_positive(horizon=horizon, anneal_frames=anneal_frames, power=power)
+        check_positive("Use 1 for new noise at each step.", max_duration=max_duration)
         for start, end in zip(start_of_trial, end_of_trial, strict=True):
             check_not_negative(start_of_trial=start, end_of_trial=end)
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
-        self.power, self.randomize = power, randomize
+        self.power, self.randomize, self.max_duration = power, randomize, max(1.0, max_duration)
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
-        self.scale_key, self.enabled = scale_key, True
+        self.scale_key, self.noise_key, self.enabled = scale_key, noise_key, True
         self.in_keys = [action_key, time_key, init_key]
-        self.out_keys = [action_key, scale_key]
+        self.out_keys = [action_key, scale_key] + [noise_key] * self.holds_noise
         self.register_buffer("frames", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def holds_noise(self) -> bool:
+        """True if noise may last longer than a step."""
+        return self.max_duration > 1.0
+
     @abc.abstractmethod
-    def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        """Add noise of size epsilon ``[*B, 1]`` to stored actions ``[*B, ...]``, on a step."""
+    def draw(self, action: Tensor, batch: torch.Size) -> Tensor:
+        """Draw the noise of a step for a batch ``[*B]``: ``[*B, N]``, float."""
+
+    @abc.abstractmethod
+    def explore(
+        self, action: Tensor, epsilon: Tensor, noise: Tensor, tensordict: TensorDictBase
+    ) -> Tensor:
+        """Apply noise ``[*B, N]`` of size epsilon ``[*B, 1]`` to stored actions ``[*B, ...]``."""
 
     def step(self, frames: int = 1) -> None:
         """Count ``frames`` more environment steps."""
@@ -101,25 +121,43 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
-        """Entries that may be given as keywords: the inputs and the scale of a trial under way."""
-        return [*self.in_keys, self.scale_key]
+        """Entries that may be given as keywords: the inputs, and what a trial under way carries."""
+        return [*self.in_keys, *self.out_keys[1:]]
 
     @dispatch(source="keyword_keys")
     @torch.no_grad()
     def forward(self, tensordict: TensorDictBase) -> TensorDictBase:
-        """Add noise to the step's actions, and carry ``scale`` to the next step."""
-        time_idx = tensordict.get(self.time_key)
+        """Add noise to the step's actions, and carry what lasts to the next step."""
+        time_idx, action = tensordict.get(self.time_key), tensordict.get(self.action_key)
         scale = tensordict.get(self.scale_key, None)
         if scale is None or not self.randomize:
             scale = torch.ones_like(time_idx, dtype=torch.float32)
         if not self.enabled or interaction_type() is not InteractionType.RANDOM:
+            if self.holds_noise and tensordict.get(self.noise_key, None) is None:
+                fresh = self.draw(action, time_idx.shape[:-1])
+                tensordict.set(self.noise_key, torch.cat([torch.zeros_like(scale), fresh], -1))
             return tensordict.set(self.scale_key, scale)
+        is_init = tensordict.get(self.init_key)
         if self.randomize:
-            is_init = tensordict.get(self.init_key)
             scale = torch.where(is_init, torch.rand_like(scale), scale)
-        action = tensordict.get(self.action_key)
-        noisy = self.explore(action, scale * self.epsilon(time_idx), tensordict)
+        noise = self._noise(action, is_init, tensordict)
+        noisy = self.explore(action, scale * self.epsilon(time_idx), noise, tensordict)
         return tensordict.set(self.action_key, noisy).set(self.scale_key, scale)
+
+    def _noise(self, action: Tensor, is_init: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Return the noise of this step, held or drawn; write it for the next one."""
+        fresh = self.draw(action, is_init.shape[:-1])
+        if not self.holds_noise:
+            return fresh
+        held = tensordict.get(self.noise_key, None)
+        if held is None:
+            held, is_init = torch.cat([fresh[..., :1], fresh], -1), torch.ones_like(is_init)
+        duration = self.max_duration ** torch.rand_like(held[..., :1])
+        keep = torch.where(is_init, 1.0 - 1.0 / duration, held[..., :1])
+        is_held = ~is_init & (torch.rand_like(keep) < keep)
+        noise = torch.where(is_held, held[..., 1:], fresh)
+        tensordict.set(self.noise_key, torch.cat([keep, noise], -1))
+        return noise
 
 
 class BilevelEpsilonGreedy(BilevelExploration):
@@ -135,7 +173,8 @@ class BilevelEpsilonGreedy(BilevelExploration):
 
     Example:
         >>> noise = BilevelEpsilonGreedy(5, horizon=45)
-        >>> noise.explore(torch.tensor([3]), epsilon=torch.tensor([[0.0]]), tensordict=None)
+        >>> draws = torch.tensor([[0.5, 1.0]])  # action 1 where epsilon is above 0.5
+        >>> noise.explore(torch.tensor([3]), torch.tensor([[0.0]]), draws, tensordict=None)
         tensor([3])
     """
 
@@ -157,38 +196,65 @@ class BilevelEpsilonGreedy(BilevelExploration):
         if mask_key is not None:
             self.in_keys = [*self.in_keys, mask_key]
 
-    def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        batch = epsilon.shape[:-1]
-        replaced_BP = torch.rand(*batch, len(self.sizes), device=epsilon.device) < epsilon
+    def draw(self, action: Tensor, batch: torch.Size) -> Tensor:
+        """Draw for each part a number below which epsilon changes it, and a choice ``[*B, 2 P]``.
+
+        If there is a mask, the choice is a place in [0, 1) among those that will be allowed.
+        """
+        device = action.device
+        number_BP = torch.rand(*batch, len(self.sizes), device=device)
         if self.mask_key is None:
-            random = [torch.randint(n, batch, device=action.device) for n in self.sizes]
-        else:
-            allowed = split_parts(tensordict[self.mask_key].float(), self.sizes)
-            random = [noise.categorical(part, torch.Size()) for part in allowed]
-        random_BP = torch.stack(random, -1)
+            choices = [torch.randint(n, batch, device=device) for n in self.sizes]
+            return torch.cat([number_BP, torch.stack(choices, -1)], -1)
+        return torch.cat([number_BP, torch.rand_like(number_BP)], -1)
+
+    def explore(
+        self, action: Tensor, epsilon: Tensor, noise: Tensor, tensordict: TensorDictBase
+    ) -> Tensor:
+        number_BP, choice_BP = noise.chunk(2, -1)
+        replaced_BP = number_BP < epsilon
+        random_BP = self._allowed(choice_BP, tensordict).long()
         if self.one_hot:
             random_BP = one_hot_parts(random_BP, self.sizes)
             parts = zip(split_parts(replaced_BP, (1,) * len(self.sizes)), self.sizes, strict=True)
-            replaced_BP = join_parts([part.expand(*batch, n) for part, n in parts])
+            replaced_BP = join_parts([part.expand(*part.shape[:-1], n) for part, n in parts])
         random = random_BP.reshape(action.shape).to(action.dtype)
         return torch.where(replaced_BP.reshape(action.shape), random, action)
+
+    def _allowed(self, choice_BP: Tensor, tensordict: TensorDictBase) -> Tensor:
+        """Turn places in [0, 1) into choices, uniform over those that are allowed at this step."""
+        if self.mask_key is None:
+            return choice_BP
+        allowed = split_parts(tensordict[self.mask_key], self.sizes)
+        choices = []
+        for allowed_BA, place_B1 in zip(allowed, choice_BP.split(1, -1), strict=True):
+            count_BA = allowed_BA.cumsum(-1)
+            rank_B1 = (place_B1 * count_BA[..., -1:]).floor()
+            choices.append((count_BA <= rank_B1).sum(-1))
+        return torch.stack(choices, -1)
 
 
 class BilevelGaussian(BilevelExploration):
     """Gaussian noise for continuous actions: ``clip(action + epsilon * N(0, 1), -1, 1)``.
 
-    Noise is independent, as in TD3 (arXiv 1802.09477). Arguments: see :class:`BilevelExploration`.
+    Noise is independent, as in TD3 (arXiv 1802.09477), unless it is held. Arguments: see
+    :class:`BilevelExploration`.
 
     Example:
-        >>> noise = BilevelGaussian(horizon=45)
-        >>> noise.explore(torch.ones(1, 2), epsilon=torch.tensor([[0.0]]), tensordict=None)
+        >>> noise, draws = BilevelGaussian(horizon=45), torch.zeros(1, 2)
+        >>> noise.explore(torch.ones(1, 2), torch.tensor([[0.0]]), draws, tensordict=None)
         tensor([[1., 1.]])
     """
 
-    def explore(self, action: Tensor, epsilon: Tensor, tensordict: TensorDictBase) -> Tensor:
-        epsilon = epsilon.reshape(*epsilon.shape[:-1], *[1] * (action.ndim + 1 - epsilon.ndim))
-        noisy = action + epsilon.to(action.dtype) * noise.standard_normal(action.shape, action)
-        return noisy.clamp(-1.0, 1.0)
+    def draw(self, action: Tensor, batch: torch.Size) -> Tensor:
+        """Draw from N(0, 1), one number for each of the action's."""
+        return _noise.standard_normal(action.shape, action).reshape(*batch, -1)
+
+    def explore(
+        self, action: Tensor, epsilon: Tensor, noise: Tensor, tensordict: TensorDictBase
+    ) -> Tensor:
+        change = (epsilon.to(action.dtype) * noise).reshape(action.shape)
+        return (action + change).clamp(-1.0, 1.0)
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:

@@ -45,7 +45,7 @@ from torchrl_amago.objectives.functional import (
 class AMAGOLoss(ActorCriticLoss):
     """One update of AMAGO, for any action space (arXiv 2310.09971, Section 4 and Appendix A).
 
-    For every step of every slice, and every discount g at once:
+    For every step of every slice, and every discount g at once::
 
         s_0..s_T    = encoder(inputs of T + 1 steps)                 one sequence-model forward
         V(s)        = average of Q(s, a) over the policy's actions   exact, or over samples

@@ -11,7 +11,7 @@ from torchrl_amago.envs.libs._extras import needs_extra
 
 
 class HalfCheetahVel(gym.Wrapper):
-    """Half-Cheetah with a hidden target velocity (MAML, arXiv 1703.03400, Section 5.3).
+    """Half-Cheetah with a hidden target velocity (MAML, arXiv 1703.03400, Section 5.3)::
 
         target ~ U[min_velocity, max_velocity]                          one per task, never observed
         reward = -|velocity - target| - ctrl_cost_weight * |action|^2    velocity along x, in m/s

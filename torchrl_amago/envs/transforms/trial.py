@@ -83,8 +83,8 @@ class TrialTransform(StepTransform):
         reward_key: reward to sum up in ``episode_return``.
         success_key: bool entry ``[*B, 1]`` of the environment, if it has one, True where a step
             succeeds.
-        soft_reset_key, trial_progress_key, episode_idx_key, episode_return_key,
-            episode_success_key, time_idx_key: entries to write.
+        soft_reset_key, trial_progress_key, episode_idx_key: entries to write.
+        episode_return_key, episode_success_key, time_idx_key: entries to write.
 
     Raises:
         ValueError: once the transform is used, if the environment cannot repeat a task, has several

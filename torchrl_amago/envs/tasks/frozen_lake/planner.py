@@ -51,7 +51,7 @@ class LakePlanner:
 
     Only stepping on an unknown cell teaches anything. So a plan walks over known cells to the goal
     or to an unknown cell, or gives the episode up. With belief b, position x, t steps and k
-    episodes left,
+    episodes left::
 
         V(b, x, t, k) = max of  1 + V(b, start, T, k-1)                  goal within t steps
                                 p V(b + u safe, u, t - d, k)
