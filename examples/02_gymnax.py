@@ -54,13 +54,8 @@ class Args(TrainingArgs):
     # Other defaults of common fields.
     run_dir: Path = Path("runs/gymnax")
     num_envs: int = 32
-    total_updates: int = 4000
-    batch_size: int = 16
-    learning_rate: float = 1e-3
-    tau: float = 0.02
-    anneal_frames: int = 50_000
-    capacity: int = 50_000
-    eval_interval: int = 500
+    total_updates: int = 8000
+    batch_size: int = 24
     eval_trials: int = 128
 
 

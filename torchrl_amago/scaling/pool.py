@@ -191,8 +191,9 @@ class WorkerPool:
             lags = {"mean": lag_N.mean(), "p95": np.percentile(lag_N, 95), "max": lag_N.max()}
             found |= {f"lag/{name}": float(value) for name, value in lags.items()}
             # Steps written since trials, by their numbers, of which some may be evicted.
-            first, entries = buffer.storage.table().look()
-            stop_B = entries["stop"][(window["numbers"].numpy() - first).clip(0)]
+            trials = buffer.storage.trials()
+            position_B = (window["numbers"].numpy() - trials.number[0]).clip(0)
+            stop_B = trials.entries["stop"][position_B]
             found["replay/age"] = buffer.write_count - float(stop_B.mean())
         if window["trials"]:
             found["lag/versions_per_trial"] = window["versions"] / window["trials"]

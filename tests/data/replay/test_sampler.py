@@ -341,7 +341,7 @@ def test_impossible_arguments_raise():
     with pytest.raises(ValueError, match=r"sample_by must be one of 'trials'.*got 'step'"):
         TrialSliceSampler(4, sample_by="step")
     rb = make_buffer([5])
-    with pytest.raises(ValueError, match="sample_by='priority' only, got sample_by='trials'"):
+    with pytest.raises(ValueError, match="sample_by must be one of 'priority', got 'trials'"):
         rb.update_priority(torch.tensor([0]), torch.tensor([1.0]))
     rb = TensorDictReplayBuffer(storage=ListStorage(10), sampler=TrialSliceSampler(4), batch_size=2)
     with pytest.raises(TypeError, match="LazyMemmapStorage.*ndim=1.*got ListStorage"):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.data.trials import surviving_trials
 from torchrl_amago._files import DamagedError
-from torchrl_amago.data.replay._table import ENTRY, TrialTable
+from torchrl_amago.data.replay._layout import ENTRY, TrialTable
 
 
 def make_table(capacity: int) -> TrialTable:
@@ -39,11 +39,12 @@ def test_trials_never_overlap_and_the_newest_are_kept(case):
     for batch in batches:
         write(table, batch)
         lengths += batch
-        _, entries = table.look()
-        assert table.end == len(lengths)
-        assert table.written == sum(lengths)
-        assert entries["length"].tolist() == lengths[table.begin :]
-        assert sum(lengths[table.begin :]) <= capacity
+        entries = table.look().entries
+        begin, end = table.counters()
+        assert end == len(lengths)
+        assert table.written() == sum(lengths)
+        assert entries["length"].tolist() == lengths[begin:]
+        assert sum(lengths[begin:]) <= capacity
         assert len(entries) >= len(batch)
         taken = [row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)]
         assert len(set(taken)) == len(taken)
@@ -61,7 +62,8 @@ def test_equal_trials_fill_the_capacity_exactly_and_no_more_rows(length, count):
     rows = set()
     for number in range(5 * count):
         rows |= set(write(table, [length]))
-        assert table.end - table.begin == min(number + 1, count)
+        begin, end = table.counters()
+        assert end - begin == min(number + 1, count)
     assert max(rows) + length + 1 == count * (length + 1)
 
 
@@ -69,9 +71,9 @@ def test_after_everything_was_given_up_writing_goes_on():
     table = make_table(10)
     write(table, [3, 4])
     table.evict(2)
-    assert not len(table.look()[1])
+    assert not len(table.look().entries)
     write(table, [5])
-    assert (table.begin, table.end, table.written) == (2, 3, 12)
+    assert (table.counters(), table.written()) == ((2, 3), 12)
 
 
 def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
@@ -79,8 +81,9 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
     table = TrialTable.create(tmp_path / "table.bin", capacity)
     for lengths in ([3], [2, 2], [4], [1, 1], [5]):
         write(table, lengths)
-    begin, entries = table.look()
-    content, expected = (tmp_path / "table.bin").read_bytes(), (begin, entries.tolist())
+    entries = table.look().entries
+    content = (tmp_path / "table.bin").read_bytes()
+    expected = table.counters(), entries.tolist()
     refused = 0
     used = [*range(16), *range(ENTRY.itemsize, len(content))]
     for place in used:
@@ -88,11 +91,11 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
         damaged[place] ^= 1 << place % 8
         (tmp_path / "damaged.bin").write_bytes(damaged)
         try:
-            begin, entries = TrialTable(tmp_path / "damaged.bin", capacity).look()
+            again = TrialTable(tmp_path / "damaged.bin", capacity)
         except DamagedError:
             refused += 1
         else:
-            assert (begin, entries.tolist()) == expected, place
+            assert (again.counters(), again.look().entries.tolist()) == expected, place
     assert refused == 16 + ENTRY.itemsize * len(entries)
 
 
@@ -127,4 +130,4 @@ def test_a_death_before_the_end_moves_keeps_the_last_entry(tmp_path):
     table.announce(trials)
     table._counters[1] = word
     again = TrialTable(tmp_path / "table.bin", 4)
-    assert (again.begin, again.end, again.written) == (1, 1, 4)
+    assert (again.counters(), again.written()) == ((1, 1), 4)

@@ -9,9 +9,5 @@ from torchrl_amago.data.replay.buffer import (
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
 __all__ = [
-    "TrialReplayBuffer",
-    "TrialSliceSampler",
-    "load_replay",
-    "make_trial_buffer",
-    "save_replay",
-]
+    "TrialReplayBuffer", "TrialSliceSampler", "load_replay", "make_trial_buffer", "save_replay",
+]  # fmt: skip

@@ -4,11 +4,10 @@
 
     trials/schema.json   format, capacity and the entries of a step, with a checksum
     trials/rows/         the rows of all trials, one file for each entry (see _layout)
-    trials/table.bin     which trials are there (see _table)
+    trials/table.bin     which trials are there (see _layout)
     lock, queue          held while trials are written or read, and before that
 
 A write evicts the trials that must make room, copies the new rows, then announces the new trials.
-Loading writes a new `trials` folder, and renames it into place.
 """
 
 from __future__ import annotations
@@ -16,52 +15,49 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import reprlib
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import quote
 
 import numpy as np
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDict, TensorDictBase
 from torch import Tensor
 from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import _files as files
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data.replay import _layout as layout
-from torchrl_amago.data.replay._memory import ReusedMemory
-from torchrl_amago.data.replay._table import TrialTable, fail
-from torchrl_amago.data.replay._trials import Trials
+from torchrl_amago.data.replay._layout import Trials, TrialTable, fail
 
 Mode = Literal["create", "continue", "read"]
 
 _FORMAT = "torchrl_amago trials 4"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
+_SMALLEST_BLOCK = 1 << 16  # bytes of an entry of a sample whose memory is used again
+_NUM_BLOCKS = 4  # of each entry: batches in use and drawn ahead, whole trials that are relabelled
 
 
 class TrialStorage(LazyMemmapStorage):
     """Trials in memory-mapped rows, first in, first out, for any number of processes.
 
-    Each process opens the folder itself; a pickled object opens it anew. Processes take turns under
-    a lock: nobody reads while another writes. For arguments and errors see
-    :func:`make_trial_buffer`.
+    Each process opens the folder itself; a pickled object opens it anew. For arguments and errors
+    see :func:`make_trial_buffer`.
     """
 
-    def __init__(
-        self,
-        capacity: int | None = None,
-        *,
-        path: str | Path | None = None,
-        mode: Mode = "create",
-        flush: bool = False,
-    ) -> None:
+    def __init__(self, capacity=None, *, path=None, mode: Mode = "create", flush=False) -> None:
         check_choice("mode", mode, get_args(Mode))
         given, path = path, files.temporary_folder(self, "trials_") if path is None else Path(path)
         self.path, self.mode, self.flush = path.absolute(), mode, flush
-        self._here, self._inode, self._memory = self.path / "trials", None, ReusedMemory()
+        self._here, self._inode = self.path / "trials", None
+        self._blocks = defaultdict(partial(deque, maxlen=_NUM_BLOCKS))
         if mode != "read":
             files.make_writable(self.path)
         with self.lock():
@@ -69,15 +65,14 @@ class TrialStorage(LazyMemmapStorage):
                 files.recover(self.path, self._here.name)
             found = files.read_json(self._here / "schema.json") if self._here.exists() else {}
             if mode == "create" and found.get("entries"):
-                raise FileExistsError(
-                    f"a new replay buffer needs a folder without one, and {self.path} holds one. "
-                    "Choose another path, or use mode='continue' or mode='read'."
-                )
+                rule = f"a new replay buffer needs a folder without one, not {self.path}."
+                raise FileExistsError(f"{rule} Choose another, mode='continue' or mode='read'.")
             if mode != "create" and (given is None or (mode == "read" and not found)):
-                raise FileNotFoundError(
-                    f"mode={mode!r} needs the path of a folder with trials, and {given} has none. "
-                    "Check the path; mode='continue' accepts a folder that has no trials yet."
+                rule = (
+                    f"mode={mode!r} needs the path of a folder with trials, and {given} has none."
                 )
+                remedy = "mode='continue' accepts a folder that has no trials yet."
+                raise FileNotFoundError(f"{rule} Check the path; {remedy}")
             capacity = found.get("capacity") if capacity is None else capacity
             check_counts("It is the number of steps to keep.", capacity=capacity)
             super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
@@ -87,6 +82,19 @@ class TrialStorage(LazyMemmapStorage):
             if mode == "create" or not found:
                 self._create({})
             self.table()
+
+    @contextlib.contextmanager
+    def lock(self, writes: bool = False) -> Iterator[None]:
+        """Keep other processes from writing; in mode="read", they may read."""
+        if writes and self.mode == "read":
+            raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
+        queue, shared = self.path / "queue", self.mode == "read"
+        with contextlib.ExitStack() as held:
+            if not shared or queue.exists():  # else nobody has opened the folder for writing
+                # A process that waits for the lock is first in the queue: readers can't starve it.
+                with files.lock(queue, shared=shared):
+                    held.enter_context(files.lock(self.path / "lock", shared=shared))
+            yield
 
     def table(self) -> TrialTable:
         """Return the table of the trials that are there now."""
@@ -101,27 +109,25 @@ class TrialStorage(LazyMemmapStorage):
     def _open(self, file: Path) -> None:
         found = files.read_json(self._here / "schema.json")
         if (facts := {key: found.get(key) for key in self._facts}) != self._facts:
-            raise ValueError(
-                f"{self.path} must be of {self._facts}, got {facts}. Use its capacity (None takes "
-                "it), and the version of torchrl_amago and kind of processor that wrote it."
-            )
+            remedy = "(None takes it), and the version of torchrl_amago and processor of then."
+            rule = f"{self.path} must be of {self._facts}, got {facts}."
+            raise ValueError(f"{rule} Use its capacity {remedy}")
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
-        row, used = layout.empty_row(spec), _num_rows(table.look()[1])
+        row, used = layout.empty_row(spec), table.look().num_rows
         columns = {key: self._map(self._file(key), x, used) for key, x in row.items()}
         num_rows = min(map(len, columns.values()), default=0)
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
         self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
-        self.spec, self._table, self._known, self._claimed = spec, table, None, {}
+        self.spec, self._table, self._claimed = spec, table, {}
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
-        size, num_rows = file.stat().st_size if file.exists() else -1, 4 * self.max_size
-        if size < used * entry.nbytes:
-            state = "is missing" if size < 0 else f"has {size}"
-            fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it {state}")
-        if self.mode != "read":  # a new or a saved file is as long as its content
+        size, num_rows = file.exists() and file.stat().st_size, 4 * self.max_size
+        if size is False or size < used * entry.nbytes:
+            fail(f"{file} must have the {used * entry.nbytes} bytes of its trials, it has {size}")
+        if self.mode != "read":  # from_file would zero the first byte of a file that is too short
             os.truncate(file, max(size, num_rows * entry.nbytes))
         elif entry.nbytes:
             num_rows = size // entry.nbytes
@@ -139,63 +145,46 @@ class TrialStorage(LazyMemmapStorage):
         with files.explain_full_disk(self.path, needed):
             if shutil.disk_usage(self.path).free < needed:
                 raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
-        self._write_folder(self._here, spec)
+        self._write_folder(self._here, None, spec)
         return self.table()
 
-    def _write_folder(
-        self, here: Path, spec: layout.Spec, begin: int = 0, entries: np.ndarray | None = None
-    ) -> None:
-        """Write a folder with these of the trials, which replaces `here` once it is complete."""
-        num_rows, end = (0, 0) if entries is None else (_num_rows(entries), begin + len(entries))
+    def _write_folder(self, here: Path, table: TrialTable | None, spec: layout.Spec) -> None:
+        """Write a folder with these trials or none, which replaces `here` once it is complete."""
+        num_rows = 0 if table is None else table.look().num_rows
         with files.replace_folder(here, flush=self.flush) as folder:
             (folder / "rows").mkdir()
             for file in map(self._file, layout.empty_row(spec)):
                 content = self._content[file][:num_rows].numpy() if num_rows else b""
                 (folder / "rows" / file.name).write_bytes(content)
-            ring = self._table.ring[:end].tobytes() if end else b""
-            TrialTable.create(folder / "table.bin", self.max_size, begin, end, ring)
+            TrialTable.create(folder / "table.bin", self.max_size, table)
             files.write_json(folder / "schema.json", self._facts | {"entries": [*spec.items()]})
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Keep other processes from writing; in mode="read", they may read."""
-        queue, shared = self.path / "queue", self.mode == "read"
-        with contextlib.ExitStack() as held:
-            if not shared or queue.exists():  # else nobody has opened the folder for writing
-                # A process that waits for the lock is first in the queue: readers can't starve it.
-                with files.lock(queue, shared=shared):
-                    held.enter_context(files.lock(self.path / "lock", shared=shared))
-            yield
 
     def write(self, steps: TensorDictBase, lengths: list[int]) -> np.ndarray:
         """Store trials ``[N]`` of these lengths that lie side by side; return their numbers."""
-        self._check_writable()
         num_steps = sum(lengths)
         if steps.shape != (num_steps,) or min(lengths, default=0) < 1 or num_steps > self.max_size:
+            got = f"got steps {[*steps.shape]} and lengths {reprlib.repr(lengths)}"
             raise ValueError(
                 "a write must be the steps [N] of whole trials, side by side, and their lengths, "
-                f"at most capacity={self.max_size} steps at once, got steps {[*steps.shape]} and "
-                f"lengths {lengths[:5]}{'...' * (len(lengths) > 5)}. Use TrialCollector, or "
-                "Collector(..., trajs_per_batch=1)."
+                f"at most capacity={self.max_size} steps at once, {got}. Use TrialCollector."
             )
         entries, spec = layout.entries_of(steps)
-        rows, count_K = layout.pack(entries, lengths), np.asarray(lengths) + 1
-        start_K = np.cumsum(count_K) - count_K
-        checksum_K = layout.checksums(rows, start_K, count_K)
-        with self.lock():
+        rows = layout.pack(entries, lengths)
+        with self.lock(writes=True):
             table = self.table()
             table = table if self.spec else self._create(spec)
             layout.check_same(self.spec, spec, self.path)
             trials, begin = table.place(lengths)
-            trials["values"] = checksum_K
-            # All of it first: no trial may be evicted for one that there is no room for.
-            self._claim(table.file, table.bytes_for(table.end % (self.max_size + 1) + len(trials)))
-            for file, content in self._content.items():
-                self._claim(file, _num_rows(trials) * content.shape[1])
-            if begin != table.begin:
-                table.evict(begin)
             first = int(trials["first"][0])
-            self._storage[first : first + len(rows)] = rows
+            stop = first + len(rows)
+            trials["values"] = layout.checksums(rows, trials, first)
+            # All of it first: no trial may be evicted for one that there is no room for.
+            slot = table.counters()[1] % len(table.ring)
+            self._claim(table.file, (1 + slot + len(trials)) * trials.itemsize)
+            for file, content in self._content.items():
+                self._claim(file, stop * content.shape[1])
+            table.evict(begin)
+            self._storage[first:stop] = rows
             for file in self._content if self.flush else ():
                 files.sync(file)
             numbers = table.announce(trials)
@@ -207,38 +196,27 @@ class TrialStorage(LazyMemmapStorage):
         """Claim disk space: writing to mapped memory that has none ends the process."""
         claimed = self._claimed.get(file, 0)
         if stop > claimed:
-            self._claimed[file] = min(max(stop, claimed + _CLAIM), file.stat().st_size)
-            files.reserve(file, claimed, self._claimed[file])
-
-    def _check_writable(self) -> None:
-        if self.mode == "read":
-            raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
+            stop = min(max(stop, claimed + _CLAIM), file.stat().st_size)
+            files.reserve(file, claimed, stop)
+            self._claimed[file] = stop
 
     def set(self, *_: Any, **__: Any) -> NoReturn:
-        remedy = "Write new ones with extend, or change batches with rb.append_transform."
-        raise TypeError(f"stored trials can't be changed in place. {remedy}")
+        raise TypeError("stored trials can't be changed in place. Write new ones with extend.")
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
-        begin, entries = known = self.table().look()
-        if known is not self._known:
-            if _num_rows(entries) > len(self._storage) and len(entries):
-                self._inode = None  # others write to a saved folder, whose files have grown
-                return self.trials()
-            first, length = (entries[x].astype(np.int64) for x in ("first", "length"))
-            number = begin + np.arange(len(entries))
-            self._trials = Trials(None, begin + len(entries), number, first, length)
-            self._known = known
-        return self._trials
+        trials = self.table().look()
+        if len(trials.entries) and trials.num_rows > len(self._storage):
+            self._inode = None  # others write to a saved folder, whose files have grown
+            return self.trials()
+        return trials
 
     @property
     def written(self) -> int:
         """Steps written so far, by all processes."""
-        return self.table().written
+        return self.table().written()
 
-    def get(
-        self, row: Any, keys: Sequence[NestedKey] | None = None, *, reuse: bool = False
-    ) -> TensorDict:
+    def get(self, row: Any, keys: Any = None, *, reuse: bool = False) -> TensorDict:
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
         row = torch.as_tensor(row)
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
@@ -249,10 +227,22 @@ class TrialStorage(LazyMemmapStorage):
             # Single numbers as a vector: three times as fast.
             values = stored.reshape(-1) if stored.numel() == len(stored) else stored
             size = here.shape + values.shape[1:]
-            memory = self._memory.take(key, size, values.dtype) if reuse else None
+            memory = self._memory(key, size, values.dtype) if reuse else None
             found = torch.index_select(values, 0, after if is_twice else here, out=memory)
             out.set(key, found.reshape(row.shape + stored.shape[1:]))
         return out
+
+    def _memory(self, key: layout.Key, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Return memory to which no tensor refers; None for so little that new one is as fast."""
+        size, blocks = shape.numel() * dtype.itemsize, self._blocks[key]
+        if size < _SMALLEST_BLOCK:
+            return None
+        block = next((x for x in blocks if x[1]() is None and len(x[0]) >= size), None)
+        if block is None:
+            blocks.append(block := [np.empty(size, np.uint8), None])
+        used = block[0][:size]  # lives as long as the tensor's storage, which views share
+        block[1] = weakref.ref(used)
+        return torch.from_numpy(used).view(dtype).view(shape)
 
     def __getitem__(self, index: Any) -> TensorDict:
         """Read steps by their places among those stored: integers, a slice, or a mask."""
@@ -260,7 +250,8 @@ class TrialStorage(LazyMemmapStorage):
             trials = self.trials()
             shift = trials.start - np.cumsum(trials.length) + trials.length
             row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
-            return self.get(row[index if isinstance(index, slice) else np.asarray(index)])
+            row = row[index if isinstance(index, slice) else np.asarray(index)]
+            return self.get(row)
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
@@ -268,30 +259,26 @@ class TrialStorage(LazyMemmapStorage):
     def verify(self) -> None:
         """Compare all values with their checksums; raise DamagedError if some have changed."""
         with self.lock():
-            _, entries = self.table().look()
-            found = layout.checksums(self._storage, entries["first"], entries["length"] + 1)
-            if changed := int((found != entries["values"]).sum()):
-                rows = self._here / "rows"
-                fail(f"{rows} has changed since it was written, in {changed} trials")
+            entries = self.trials().entries
+            if changed := (layout.checksums(self._storage, entries) != entries["values"]).sum():
+                fail(f"{self._here} has changed since it was written, in {changed} trials")
 
     def dumps(self, path: str | Path) -> None:
         """Write a folder that is a storage of its own, which can be opened."""
         with self.lock():
-            trials = self.table().look()
-            self._write_folder(Path(path) / "trials", self.spec, *trials)
+            self._write_folder(Path(path) / "trials", self.table(), self.spec)
 
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
-        self._check_writable()
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
-        with self.lock(), contextlib.nullcontext() if saved.path == self.path else saved.lock():
+        is_here = saved.path == self.path
+        with self.lock(writes=True), contextlib.nullcontext() if is_here else saved.lock():
             self.table()
-            trials = saved.table().look()
             layout.check_same(saved.spec, self.spec, path)
-            saved._write_folder(self._here, saved.spec, *trials)
+            saved._write_folder(self._here, saved.table(), saved.spec)
 
     def _empty(self) -> None:
-        with self.lock():
+        with self.lock(writes=True):
             self.table()
             self._create(self.spec)
 
@@ -304,13 +291,8 @@ class TrialStorage(LazyMemmapStorage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state["path"].is_dir():
+            remedy = "temporary folders go with their owner. Make the buffer with path=."
             raise FileNotFoundError(
-                f"a pickled replay buffer opens the folder of its original, and {state['path']} is "
-                "gone: temporary folders go with their owner. Make the buffer with path=."
+                f"pickled trials must be there, {state['path']} isn't: {remedy}"
             )
         self.__init__(**state)
-
-
-def _num_rows(entries: np.ndarray) -> int:
-    """Return the number of rows up to the end of the last trial."""
-    return int((entries["first"] + entries["length"] + 1).max(initial=0))

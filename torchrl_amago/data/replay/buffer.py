@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import NestedKey, TensorDict, TensorDictBase
+from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import ImmutableDatasetWriter
@@ -20,13 +20,11 @@ from torchrl_amago import keys
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
+from torchrl_amago.data.replay._layout import Trials
 from torchrl_amago.data.replay._storage import Mode, TrialStorage
-from torchrl_amago.data.replay._trials import Trials
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
 _FORMAT = "torchrl_amago replay 4"
-# Fractions of the largest and of the mean error of a slice in its priority (R2D2, section 2.3).
-_MAX_FRACTION, _MEAN_FRACTION = 0.9, 0.1
 _PARTS = ("storage", "sampler", "writer")
 
 
@@ -35,28 +33,19 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     :func:`make_trial_buffer` makes one; pickled, it opens the same folder. On TorchRL's
     one-dimensional storages, the class adds relabelling and priorities to a stock buffer with a
-    :class:`TrialSliceSampler`. Batches hold the entries of the trials, and
-
-    ========================= ======= ===========================================================
-    ``("collector", "mask")`` bool    True on real steps, False on padding
-    ``"index"``               int64   number of the trial, for :meth:`update_priority`
-    ``"priority_weight"``     float32 importance weight, with ``sample_by="priority"``
-    ========================= ======= ===========================================================
+    :class:`TrialSliceSampler`. Batches hold the entries of the trials, the mask of real steps
+    ``("collector", "mask")``, the trial's number ``"index"`` for :meth:`update_priority`, and with
+    ``sample_by="priority"`` the importance weight ``"priority_weight"``.
 
     Args:
         relabel: changes drawn trials before slices are cut; the storage stays as it is.
         options: of :class:`torchrl.data.TensorDictReplayBuffer`; `storage` holds the trials.
-
-    Raises:
-        TypeError: from methods that change stored trials in place.
     """
 
     def __init__(self, *, storage: Storage, relabel: Relabel | None = None, **options: Any) -> None:
         if not isinstance(relabel, Relabel | None):
-            raise TypeError(
-                f"relabel must be a Relabel or None, got {type(relabel).__name__}. Give other "
-                "transforms to append_transform."
-            )
+            got = f"got {type(relabel).__name__}. Give other transforms to append_transform."
+            raise TypeError(f"relabel must be a Relabel or None, {got}")
         # RayReplayBuffer passes a function that makes the storage.
         storage = storage if isinstance(storage, Storage) else storage()
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
@@ -64,11 +53,11 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, **options)
 
-    def append_transform(self, transform: Transform, *, invert: bool = False) -> TrialReplayBuffer:
+    def append_transform(self, transform: Transform, **options: Any) -> TrialReplayBuffer:
         """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
         if not isinstance(transform, Relabel):
-            return super().append_transform(transform, invert=invert)
-        return self.insert_transform(len(self.transform), transform, invert=invert)
+            return super().append_transform(transform, **options)
+        return self.insert_transform(len(self.transform), transform, **options)
 
     def insert_transform(
         self, index: int, transform: Transform, *, invert: bool = False
@@ -97,22 +86,21 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         Args:
             tensordicts: steps ``[N]`` of whole trials, side by side.
             lengths: number of steps of each, for fragments of trials; by default a trial ends where
-                ``("next", "done")``, ``"terminated"`` or ``"truncated"`` is True.
+                a flag under ``next`` is True.
             update_priority: has no effect; new trials get the largest priority so far.
 
         Raises:
             ValueError: for steps that aren't whole trials, don't fit into the buffer, have other
                 entries than those stored, or whose ``next`` isn't the root of the step after.
-            OSError: if the disk is full. On any error, nothing is stored.
-            PermissionError: in mode ``"read"``.
+            OSError: if the disk is full or, in mode ``"read"``, as a PermissionError. On any error,
+                nothing is stored.
         """
         if not self._is_ours:
             return super().extend(tensordicts, update_priority=update_priority)
-        tensordicts = self.transform.inv(tensordicts) if len(self.transform) else tensordicts
-        tensordicts = tensordicts.cpu()
-        lengths = trial_lengths(tensordicts) if lengths is None else [int(n) for n in lengths]
+        steps = (self.transform.inv(tensordicts) if len(self.transform) else tensordicts).cpu()
+        lengths = trial_lengths(steps) if lengths is None else [int(n) for n in lengths]
         with self._replay_lock, self._write_lock:
-            return torch.from_numpy(self.storage.write(tensordicts, lengths))
+            return torch.from_numpy(self.storage.write(steps, lengths))
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Remove all trials, and restart the count."""
@@ -142,40 +130,22 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
         lock = self.storage.lock() if self._is_ours else contextlib.nullcontext()
+        relabel = None if self.relabel is None else self._relabel
         with self._replay_lock, lock:
-            batch = self._read(batch_size)
+            index_BT, info = self.sampler.sample(self.storage, batch_size, relabel)
+            options = {"reuse": True} if self._is_ours else {}
+            batch = self.storage.get(index_BT, **options).update(info)
         batch = self.transform(batch) if len(self.transform) else batch
         return (batch.pin_memory() if self._pin_memory else batch), {}
 
-    def _read(self, batch_size: int) -> TensorDictBase:
-        trials = self.sampler.trials(self.storage)
-        position_B, weight_B = self.sampler.draw(trials, batch_size)
-        length_B, changed_BL = torch.from_numpy(trials.length[position_B]), TensorDict()
-        if self.relabel is not None:
-            changed_BL = self._relabel(trials, position_B, length_B.unsqueeze(-1))
-            length_B = changed_BL.get(keys.MASK).sum(-1)
-        step_BT, mask_BT = self.sampler.windows(length_B)
-        changed = {key: x for key, x in changed_BL.items(True, True) if key != keys.MASK}
-        names = [key for key in getattr(self.storage, "spec", ()) if key not in changed]
-        batch = self._get(trials.index(position_B, step_BT), names)
-        for key, value_BL in changed.items():
-            place_BT = step_BT + value_BL.shape[1] * torch.arange(batch_size).unsqueeze(-1)
-            value_N = value_BL.flatten(0, 1).index_select(0, place_BT.flatten())
-            batch.set(key, value_N.unflatten(0, step_BT.shape))
-        batch.update(self.sampler.info(mask_BT, weight_B))
-        number_B = torch.from_numpy(trials.number[position_B])
-        return batch.set("index", number_B.unsqueeze(-1).expand(mask_BT.shape))
-
-    def _get(self, index: Tensor, names: Sequence[NestedKey]) -> TensorDictBase:
-        """Read these entries of steps; all of them from TorchRL's storages."""
-        return self.storage.get(index, names, reuse=True) if self._is_ours else self.storage[index]
-
-    def _relabel(self, trials: Trials, position_B: Any, length_B1: Tensor) -> TensorDictBase:
+    def _relabel(self, trials: Trials, position_B: Any) -> TensorDictBase:
         """Return the changed entries of trials, and their masks, ``[B, L]``."""
+        length_B1 = torch.from_numpy(trials.length[position_B]).unsqueeze(-1)
         step_L, names = torch.arange(int(length_B1.max())), self.relabel.in_keys
         index_BL = trials.index(position_B, torch.minimum(step_L, length_B1 - 1))
-        whole_BL = self._get(index_BL, names).select(*names).set(keys.MASK, step_L < length_B1)
-        return self.relabel.relabel_trials(whole_BL, self._rng)
+        options = {"keys": names, "reuse": True} if self._is_ours else {}
+        whole_BL = self.storage.get(index_BL, **options).select(*names)
+        return self.relabel.relabel_trials(whole_BL.set(keys.MASK, step_L < length_B1), self._rng)
 
     def update_priority(
         self, index: Tensor | TensorDictBase, priority: Tensor | None = None
@@ -183,28 +153,26 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """Set priorities of trials; those that were evicted are skipped.
 
         Args:
-            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]`` from a loss:
-                0.9 of the largest and 0.1 of the mean error of its real steps (R2D2, section 2.3).
-                A batch has no effect without ``sample_by="priority"``.
+            index: numbers of trials ``[n]``; or a batch with ``td_error`` ``[B, T]``, which has no
+                effect without ``sample_by="priority"``. The priority of a slice is 0.9 of the
+                largest and 0.1 of the mean error of its real steps (R2D2, section 2.3).
             priority: ``[n]``, not negative.
         """
-        if not isinstance(index, TensorDictBase):
-            with self._replay_lock:
-                return self.sampler.update_priority(index, priority, storage=self.storage)
-        if self.sampler.sample_by != "priority":
-            return None
-        mask_BT, error_BT = index[keys.MASK], index[self.priority_key].detach()
-        error_BT = torch.where(mask_BT, error_BT.reshape(mask_BT.shape).abs(), 0.0)
-        mean_B = error_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
-        priority_B = _MAX_FRACTION * error_BT.amax(-1) + _MEAN_FRACTION * mean_B
-        return self.update_priority(index["index"][:, 0], priority_B)
+        if isinstance(index, TensorDictBase):
+            if self.sampler.sample_by != "priority":
+                return
+            mask_BT, error_BT = index[keys.MASK], index[self.priority_key].detach()
+            error_BT = torch.where(mask_BT, error_BT.reshape(mask_BT.shape).abs(), 0.0)
+            mean_B = error_BT.sum(-1) / mask_BT.sum(-1).clamp(min=1)
+            index, priority = index["index"][:, 0], 0.9 * error_BT.amax(-1) + 0.1 * mean_B
+        with self._replay_lock:
+            self.sampler.update_priority(index, priority, storage=self.storage)
 
     update_tensordict_priority = update_priority
 
     def dumps(self, path: str | Path) -> None:
         """Write trials, priorities and generator to a folder, without batches drawn ahead."""
-        path = Path(path)
-        path.mkdir(parents=True, exist_ok=True)
+        (path := Path(path)).mkdir(parents=True, exist_ok=True)
         with self._replay_lock, self._write_lock:
             for name in _PARTS:
                 getattr(self, name).dumps(path / name)
@@ -244,14 +212,12 @@ def make_trial_buffer(
         slice_length: steps T of each slice.
         batch_size: slices B of each sample.
         path: folder that keeps the trials; by default a temporary one, which is removed at exit.
-        mode: `"create"` starts a new folder. `"continue"` goes on with what is there: after a
-            crash, or beside other processes that write to it. `"read"` never writes, and sees what
-            others write.
+        mode: `"create"` starts a new folder. `"continue"` goes on with what is there, also beside
+            other processes that write to it. `"read"` never writes, and sees what others write.
         flush: wait for the disk at each write, so that trials also survive the machine's failure.
         verify: compare all values of an existing folder with their checksums, not the table alone.
         relabel: changes whole trials before slices are cut.
-        prefetch: number of batches drawn ahead in threads. Batches then depend on when trials were
-            written; with more than one, also on the threads' timing.
+        prefetch: batches drawn ahead in threads; what they hold depends on when trials are written.
         generator: source of random numbers; torch's global generator by default.
         options: of :class:`TrialSliceSampler`, such as `min_trials`, `sample_by` and `crop`.
 
@@ -263,22 +229,18 @@ def make_trial_buffer(
         DamagedError: for a damaged folder, a :class:`RuntimeError`.
 
     Example:
+        >>> from tensordict import TensorDict
         >>> rb = make_trial_buffer(capacity=100, slice_length=4, batch_size=3)
-        >>> done = (torch.arange(6) == 5).unsqueeze(-1)
-        >>> _ = rb.extend(TensorDict({"next": {"done": done}}, [6]))
+        >>> _ = rb.extend(TensorDict({"next": {"done": torch.arange(6) == 5}}, [6]))
         >>> rb.can_sample(), rb.sample().shape
         (True, torch.Size([3, 4]))
     """
-    check_counts("It is the number of slices in a batch.", batch_size=batch_size)
-    if prefetch:
-        check_counts("It is the number of batches to draw ahead.", prefetch=prefetch)
+    check_counts(batch_size=batch_size, prefetch=prefetch or 1)
     sampler = TrialSliceSampler(slice_length, **options)
     storage = TrialStorage(capacity, path=path, mode=mode, flush=flush)
     if slice_length > storage.max_size:
-        raise ValueError(
-            f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}. A "
-            "slice comes from one stored trial; raise the capacity."
-        )
+        rule = f"slice_length must be in [1, capacity={storage.max_size}], got {slice_length}."
+        raise ValueError(f"{rule} A slice comes from one stored trial; raise the capacity.")
     if verify:
         storage.verify()
     draws = dict(batch_size=batch_size, prefetch=prefetch, generator=generator)
@@ -288,19 +250,15 @@ def make_trial_buffer(
 def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     """Write trials, priorities and generator to a folder, which replaces an older one at once.
 
-    Batches drawn ahead are not saved: with `prefetch`, a resumed run draws other batches. Of a
-    mixture, save its buffer ``online``. Nothing is pickled.
+    With `prefetch`, batches drawn ahead are not saved. Of a mixture, save its buffer ``online``.
 
     Raises:
         FileExistsError: if `path` exists and is something else than a replay folder.
         OSError: if the disk is full; the folder stays as it was.
     """
-    path = Path(path)
-    if path.exists() and not (path / files.MANIFEST).exists():
-        raise FileExistsError(
-            f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}. Choose "
-            "another path, or remove it."
-        )
+    if (path := Path(path)).exists() and not (path / files.MANIFEST).exists():
+        rule = f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}."
+        raise FileExistsError(f"{rule} Choose another path, or remove it.")
     with files.replace_folder(path) as folder:
         rb.dumps(folder)
         files.write_manifest(folder, {"format": _FORMAT, "kind": type(rb).__name__})
@@ -318,8 +276,6 @@ def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
     manifest = files.verify_manifest(path)
     saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
     if saved != wanted:
-        raise ValueError(
-            f"{path} must be of the format and kind {wanted}, got {saved}. Make the buffer as it "
-            "was then, with that version of torchrl_amago."
-        )
+        rule = f"{path} must be of the format and kind {wanted}, got {saved}."
+        raise ValueError(f"{rule} Use that version of torchrl_amago, and the buffer of then.")
     rb.loads(path)

@@ -1,4 +1,4 @@
-"""Sampler of slices: B of N trials are drawn, then a window of T steps of each."""
+"""Slices of trials: B of N trials are drawn, then a window of T steps of each."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torchrl.data.replay_buffers import Sampler
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts, check_fractions
+from torchrl_amago.data._trial_ends import trial_ends
+from torchrl_amago.data.replay._layout import Trials
 from torchrl_amago.data.replay._storage import TrialStorage
-from torchrl_amago.data.replay._trials import Trials, trials_in, version_of
 
 Padding = Literal["right", "left"]
 Crop = Literal["none", "left", "right", "both"]
@@ -30,25 +31,19 @@ _SMALLEST_PRIORITY = 1e-6  # what a priority of 0 counts as: a trial must stay r
 class TrialSliceSampler(Sampler):
     """Sampler that draws a trial, then one of its slices uniformly.
 
-    A trial that is shorter than `slice_length` is taken whole and padded. Random numbers come from
-    the buffer's generator, or else from torch's global one. It serves a :class:`TrialReplayBuffer`,
-    and any buffer on a one-dimensional LazyMemmapStorage or LazyTensorStorage.
+    It serves a :class:`TrialReplayBuffer`, and any buffer on a one-dimensional LazyMemmapStorage or
+    LazyTensorStorage. Random numbers come from the buffer's generator, or torch's global one.
 
     Args:
-        slice_length: steps T of each slice.
+        slice_length: steps T of each slice; shorter trials are taken whole.
         padding: side that is padded; padding repeats the nearest real step.
-        trim_padding: cut T to the longest slice of the batch; a number n to its next multiple of n,
-            for compiled code and CUDA graphs, which want few shapes.
+        trim_padding: cut T to the longest slice of the batch; a number n to its next multiple of n.
         crop: sides on which the window of T steps may extend beyond a longer trial, which makes the
-            slice shorter. With `"none"`, the steps near a trial's ends lie in fewer windows than
-            the others. (`padded_sampling` of AMAGO, arXiv 2310.09971.)
-        sample_by: `"trials"` draws all trials equally often. `"steps"` draws longer ones more
-            often: their fraction of the batches' steps is that of the stored steps. With
-            `crop="both"`, all stored steps are then equally likely. `"priority"` draws in
-            proportion to `priority ** alpha`, and returns importance weights; new trials get the
-            largest priority so far. It needs a :class:`TrialReplayBuffer`.
-        alpha: exponent of priorities (arXiv 1511.05952, section 3.3).
-        beta: exponent of importance weights (same, section 3.4); 1 corrects in full.
+            slice shorter (`padded_sampling` of AMAGO, arXiv 2310.09971).
+        sample_by: `"trials"` draws all trials equally often; `"steps"` by their fraction of the
+            stored steps; `"priority"`, in a :class:`TrialReplayBuffer`, by `priority ** alpha`,
+            with importance weights. New trials get the largest priority so far.
+        alpha, beta: exponents of priorities and of importance weights (arXiv 1511.05952).
         min_trials: number of trials required before the first batch.
         warn_short: warn, once, if no stored trial is as long as `slice_length`.
         whole: in TorchRL's storages, leave out trials without their first or last step.
@@ -94,19 +89,27 @@ class TrialSliceSampler(Sampler):
         self._warn_short = warn_short
         self._empty()
 
-    def sample(self, storage: Storage, batch_size: int) -> tuple[Tensor, dict]:
-        """Draw slices: the storage's index of their steps ``[B, T]``, and :meth:`info`."""
-        trials = self.trials(storage)
-        position_B, weight_B = self.draw(trials, batch_size)
-        step_BT, mask_BT = self.windows(torch.from_numpy(trials.length[position_B]))
-        return trials.index(position_B, step_BT), self.info(mask_BT, weight_B)
+    def sample(self, storage: Storage, batch_size: int, relabel: Any = None) -> tuple[Tensor, dict]:
+        """Draw slices: the storage's index of their steps, and entries to add, ``[B, T]`` each.
 
-    def info(self, mask_BT: Tensor, weight_B: Tensor | None) -> dict[NestedKey, Tensor]:
-        """Return a batch's mask and importance weights, ``[B, T]`` each."""
-        if weight_B is None:
-            return {keys.MASK: mask_BT}
-        weight_BT = weight_B.unsqueeze(-1).expand(mask_BT.shape)
-        return {keys.MASK: mask_BT, "priority_weight": weight_BT}
+        These are the mask, the trial's number and importance weight, and those of `relabel`: a
+        function of the trials and drawn positions that returns entries and the mask, ``[B, L]``.
+        """
+        trials = self.trials(storage)
+        position_B, info_B = self.draw(trials, batch_size)
+        length_B, changed_BL = torch.from_numpy(trials.length[position_B]), None
+        if relabel is not None:
+            changed_BL = relabel(trials, position_B)
+            length_B = changed_BL.get(keys.MASK).sum(-1)
+        step_BT, mask_BT = self.windows(length_B)
+        info = {key: x_B.unsqueeze(-1).expand(mask_BT.shape) for key, x_B in info_B.items()}
+        if changed_BL is not None:
+            row_B1 = torch.arange(batch_size).unsqueeze(-1)
+            place = (step_BT + changed_BL.get(keys.MASK).shape[1] * row_B1).flatten()
+            for key, x_BL in changed_BL.items(True, True):
+                found = x_BL.flatten(0, 1).index_select(0, place)
+                info[key] = found.unflatten(0, step_BT.shape)
+        return trials.index(position_B, step_BT), info | {keys.MASK: mask_BT}
 
     def can_sample(self, storage: Storage, batch_size: int) -> bool:
         """Return whether there are `min_trials` trials to draw from, with replacement."""
@@ -117,16 +120,63 @@ class TrialSliceSampler(Sampler):
         if isinstance(storage, TrialStorage):
             return storage.trials()
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
+            got = f"{type(storage).__name__} of ndim={storage.ndim}"
             raise TypeError(
-                "trials are found in a LazyMemmapStorage or LazyTensorStorage of ndim=1, or that "
-                f"of make_trial_buffer, got {type(storage).__name__} of ndim={storage.ndim}."
+                f"trials need LazyMemmapStorage or LazyTensorStorage, ndim=1, got {got}"
             )
-        if self._found is None or self._found.source != version_of(storage):
-            self._found = trials_in(storage, self.whole, self.traj_key)
-        return self._found
+        # TorchRL 0.14 has no public names for what was written last.
+        newest = storage._last_cursor_index
+        version = id(storage), len(storage), int(storage._mutation_revision), newest
+        if self._found[0] != version:
+            self._found = version, self._find(storage, newest)
+        return self._found[1]
 
-    def draw(self, trials: Trials, batch_size: int) -> tuple[np.ndarray, Tensor | None]:
-        """Draw trials with replacement: their positions and importance weights, ``[B]`` each."""
+    def _find(self, storage: TensorStorage, newest: int | None) -> Trials:
+        """Find the trials in one of TorchRL's one-dimensional storages, by its newest slot.
+
+        Without ``is_init``, trials must lie side by side, and the oldest one of a full ring counts
+        as cut; without flags, all trajectories but the newest step's count as finished.
+        """
+        if not (size := len(storage)):
+            return Trials()
+        data = storage[:]
+        if data.ndim > 1:
+            remedy = "Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
+            raise ValueError(
+                f"each item of the storage must be one step, and is a batch {[*data.shape[1:]]} of "
+                f"steps. {remedy}"
+            )
+        marks = data.get(self.traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
+        marks = (x if x is None else x.cpu().reshape(size, -1)[:, 0].numpy() for x in marks)
+        ids, ends, init = marks
+        if ids is None and ends is None:
+            got = f"there are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
+            flags = "'done', 'terminated' or 'truncated' under 'next'"
+            raise KeyError(f"trials need {self.traj_key!r}, or {flags}, and {got}")
+        ids = np.zeros(size, np.int64) if ids is None else ids
+        if newest is None:  # after loading: any place where a trajectory ends will do
+            newest = int(np.argmax(np.append(ids[:-1] != ids[1:], True)))
+        is_full = size == storage.max_size
+        slot = np.roll(np.arange(size), -(newest + 1) if is_full else 0)
+        order = np.argsort(ids[slot], kind="stable")
+        slot = slot[order]
+        ids, ends, init = (x if x is None else x[slot] for x in (ids, ends, init))
+        begins = np.append(True, ids[1:] != ids[:-1])
+        begins[1:] |= False if ends is None else ends[:-1]
+        begins |= False if init is None else init
+        start = np.flatnonzero(begins)
+        length = np.diff(start, append=size)
+        if self.whole:
+            newest_id, last = ids[order.argmax()], start + length - 1
+            is_ended = ids[start] != newest_id if ends is None else ends[last]
+            is_begun = init[start] if init is not None else (order[start] > 0) | (not is_full)
+            start, length = start[is_ended & is_begun], length[is_ended & is_begun]
+        # Unique as long as the trajectories' numbers are: slots alone are used again.
+        number = ids[start] * storage.max_size + slot[start]
+        return Trials(len(start), number, start, length, slot)
+
+    def draw(self, trials: Trials, batch_size: int) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """Draw trials with replacement: positions, then numbers and importance weights ``[B]``."""
         count = len(trials.length)
         # After can_sample(), other processes may have left fewer trials, but longer ones.
         if not count or trials.seen < self.min_trials:
@@ -143,16 +193,18 @@ class TrialSliceSampler(Sampler):
             )
         self._warn_short = False  # later trials only make slices fit better
         if self.sample_by == "trials":
-            return torch.randint(count, (batch_size,), generator=self._rng).numpy(), None
-        running = self._running_sum(trials)
-        # Rounding must not lead past the last trial.
-        place_B = np.searchsorted(running, self._uniform(batch_size).numpy() * running[-1], "right")
-        position_B = place_B.clip(max=count - 1)
-        if self.sample_by == "steps":
-            return position_B, None
-        # The largest weight that any trial may have is 1, so that all batches share a scale.
-        weight_B = (self._weights[position_B] / self._weights.min()) ** -self.beta
-        return position_B, torch.from_numpy(weight_B).float()
+            position_B = torch.randint(count, (batch_size,), generator=self._rng).numpy()
+        else:
+            running = self._running_sum(trials)
+            place_B = self._uniform(batch_size).numpy() * running[-1]
+            # Rounding must not lead past the last trial.
+            position_B = np.searchsorted(running, place_B, "right").clip(max=count - 1)
+        info_B = {"index": torch.from_numpy(trials.number[position_B])}
+        if self.sample_by == "priority":
+            # The largest weight that any trial may have is 1, so that all batches share a scale.
+            weight_B = (self._weights[position_B] / self._weights.min()) ** -self.beta
+            info_B["priority_weight"] = torch.from_numpy(weight_B).float()
+        return position_B, info_B
 
     def _uniform(self, count: int) -> Tensor:
         # float64 keeps draws uniform for any number of steps; float32 would skip some past 2^24.
@@ -168,9 +220,7 @@ class TrialSliceSampler(Sampler):
                 _, new, old = np.intersect1d(trials.number, self._numbers, True, True)
                 weights[new] = self._weights[old]
                 self._numbers, self._weights = trials.number, weights
-            self._weighted, self._running = trials, None
-        if self._running is None:
-            self._running = np.cumsum(self._weights)
+            self._weighted, self._running = trials, np.cumsum(self._weights)
         return self._running
 
     def _step_fraction(self, length: np.ndarray) -> np.ndarray:
@@ -199,15 +249,9 @@ class TrialSliceSampler(Sampler):
         inside_BT = torch.minimum(torch.maximum(step_BT, first_B1), stop_B1 - 1)
         return inside_BT, inside_BT == step_BT
 
-    def update_priority(
-        self, index: Tensor, priority: Tensor, *, storage: Storage | None = None
-    ) -> None:
+    def update_priority(self, index: Tensor, priority: Tensor, *, storage: Storage) -> None:
         """Set priorities of trials by their numbers; of several, the largest counts."""
-        if self.sample_by != "priority":
-            raise ValueError(
-                "priorities are used with sample_by='priority' only, got "
-                f"sample_by={self.sample_by!r}. Change it, or don't update priorities."
-            )
+        check_choice("sample_by", self.sample_by, ("priority",), "Others have no priorities.")
         values = torch.as_tensor(priority).reshape(-1).double().cpu().numpy()
         if not (values >= 0).all() or np.isinf(values).any():
             raise ValueError(f"priorities must be finite and not negative, got {values}.")
@@ -217,14 +261,14 @@ class TrialSliceSampler(Sampler):
         largest = np.full(len(numbers), _SMALLEST_PRIORITY)
         np.maximum.at(largest, inverse, values)
         _, position, known = np.intersect1d(trials.number, numbers, True, True)
-        self._weights[position], self._running = largest[known] ** self.alpha, None
+        self._weights[position] = largest[known] ** self.alpha
+        self._running = np.cumsum(self._weights)
         self._largest = max(self._largest, float(largest[known].max(initial=0.0)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return priorities, as plain numbers and lists."""
-        state = {"warn_short": self._warn_short, "largest": self._largest}
-        weights = self._weights.tolist() if self.sample_by == "priority" else []
-        return state | {"numbers": self._numbers.tolist(), "weights": weights}
+        trials = {"numbers": self._numbers.tolist(), "weights": self._weights.tolist()}
+        return {"warn_short": self._warn_short, "largest": self._largest} | trials
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._empty()
@@ -240,8 +284,8 @@ class TrialSliceSampler(Sampler):
         self.load_state_dict(json.loads(Path(path, _STATE_FILE).read_text()))
 
     def _empty(self) -> None:
-        self._found = self._weighted = self._running = None
+        self._weighted, self._found = None, (None, None)
         self._numbers, self._weights, self._largest = np.empty(0, np.int64), np.empty(0), 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": None, "_weighted": None}
+        return {**super().__getstate__(), "_found": (None, None), "_weighted": None}
