@@ -117,9 +117,9 @@ def test_a_check_splits_trials_and_finds_bad_data():
         loss.check(bad)
 
 
-def test_what_is_not_finite_changes_no_weight():
+def test_what_is_not_finite_changes_no_weight(tmp_path):
     *_, loss, batch = make_parts()
-    trainer, stepper = trainer_of(loss), FiniteOptimizationStepper(1.0)
+    trainer, stepper = trainer_of(loss), FiniteOptimizationStepper(1.0, dump_dir=tmp_path)
     batch = loss.check(batch)
     with cpu_paths(False):
         stepper.step(trainer, batch)
