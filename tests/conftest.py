@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 import matplotlib
@@ -14,6 +15,9 @@ matplotlib.use("Agg")
 
 # The tensors in tests are tiny: more threads cost more in hand-over than they win, and change summation order.
 torch.set_num_threads(1)
+
+# pytest listens to every logger, for which the compiler would write out each of its graphs.
+logging.getLogger("torch.__trace").propagate = False
 
 # No deadline: the first call of a torch function may take a second. Derandomised: a red test must stay red.
 settings.register_profile("default", deadline=None, derandomize=True, max_examples=25)
