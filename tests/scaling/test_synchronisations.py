@@ -129,6 +129,7 @@ def test_what_is_not_finite_changes_no_weight(tmp_path):
         batch["next", "reward"][0, 0] = torch.inf
         with pytest.raises(NonFiniteError, match="'loss_qvalue' "):
             stepper.step(trainer, batch)
+    assert not hasattr(trainer.optimizer, "found_inf")  # else it would stop all later steps
     assert all(torch.equal(p, before[name]) for name, p in loss.named_parameters())
     assert steps == [int(state["step"]) for state in trainer.optimizer.state.values()]
 

@@ -50,7 +50,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         action_key: entry to change; ``time_key`` and ``init_key`` are read, see
             :mod:`~torchrl_amago.keys`.
         scale_key: private entry that carries ``scale``, ``[*B, 1]``; written, and read if present.
-        noise_key: likewise the noise that is held and its chance to be kept, ``[*B, 1 + N]``.
+        noise_key: private entry that carries the chance to keep the noise, and the noise that is
+            held, ``[*B, 1 + N]``; used if ``max_duration`` is above 1.
 
     Example:
         >>> class Shift(BilevelExploration):

@@ -238,6 +238,8 @@ class FiniteOptimizationStepper(OptimizationStepper):
             optimizer.found_inf = (~seen[0].isfinite()).float()
         if is_fused or seen[0].isfinite():
             optimizer.step()
+        if is_fused:  # it would stop later steps, too, that are made elsewhere
+            del optimizer.found_inf
         optimizer.zero_grad()
         return metrics, norms, seen, batch.get(self._priority_key, None)
 
