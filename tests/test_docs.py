@@ -35,8 +35,9 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def shortened(block: str) -> str:
-    """A block that trains to the end, with two short rounds instead; others as they are."""
-    return block.replace("UPDATES_PER_ROUND = 1, 64, 120, 20", "UPDATES_PER_ROUND = 1, 32, 2, 1")
+    """A block that trains, with two short rounds or two updates instead; others as they are."""
+    rounds = block.replace("UPDATES_PER_ROUND = 1, 64, 120, 20", "UPDATES_PER_ROUND = 1, 8, 2, 1")
+    return rounds.replace("total_updates=20,", "total_updates=2,")
 
 
 def dead_links(text: str, folder: Path) -> list[str]:

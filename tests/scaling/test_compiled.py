@@ -69,7 +69,7 @@ def test_one_graph_with_the_eager_update(monkeypatch):
     results = []
     for options in ({}, {"compile": True}):
         torch.manual_seed(0)
-        *_, loss, batch = make_parts(num_layers=1)
+        *_, loss, batch = make_parts(seq_model="feedforward")
         stepper, trainer = FiniteOptimizationStepper(0.5, **options), trainer_of(loss)
         for width in (12, 12, 12):
             torch.manual_seed(1)

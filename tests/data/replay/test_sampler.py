@@ -105,11 +105,11 @@ def test_slices_are_runs_of_steps_of_one_trial(
         real = mask[row].nonzero().squeeze(-1)
         assert real.tolist() == list(range(int(real[0]), int(real[-1]) + 1))
         assert int(real[0]) == (0 if padding == "right" else width - len(ids))
-        # Every entry is the step's own, in root and next.
-        expected = torch.cat(make_trials(lengths))[ids]
-        found = batch[row][mask[row]]
-        for key, value in expected.items(True, True):
-            assert torch.equal(found[key], value), key
+    # Every entry is the step's own, in root and next.
+    all_ids = [step for ids in rows(batch) for step in ids]
+    expected, found = torch.cat(make_trials(lengths))[all_ids], batch[mask]
+    for key, value in expected.items(True, True):
+        assert torch.equal(found[key], value), key
     # Padding repeats a state: nothing that isn't stored.
     assert batch["observation"].isfinite().all()
     assert set(batch["id"].unique().tolist()) <= set(range(sum(lengths)))
