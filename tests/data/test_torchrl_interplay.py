@@ -80,19 +80,20 @@ def assert_slices_are_of_one_trial(rb, draws=25):
         batch = rb.sample()
         assert batch.ndim == 2
         mask, reward = batch["collector", "mask"], batch["next", "reward"].squeeze(-1)
-        for row in range(len(batch)):
-            real = mask[row]
-            length, step = reward[row, real] // 100, reward[row, real] % 100
-            assert (length == length[0]).all()
-            assert (step.diff() == 1).all()
-            assert torch.equal(batch["time_idx"][row, real, 0], step.long())
-            assert torch.equal(batch["is_init"][row, real, 0], step == 0)
-            assert torch.equal(batch["next", "done"][row, real, 0], step == length - 1)
-            if ("collector", "traj_ids") in batch.keys(True):
-                numbers = batch["collector", "traj_ids"][row, real]
-                assert (numbers == numbers[0]).all()
-            assert real.sum() == min(SLICE, length[0])
-            seen.add(int(length[0]))
+        length, step = reward // 100, reward % 100
+        first = mask.int().argmax(1, keepdim=True)
+        first_length = length.gather(1, first)
+        place = torch.arange(mask.shape[1]) - first  # in the slice
+        assert (length == first_length)[mask].all()
+        assert (step == step.gather(1, first) + place)[mask].all()
+        assert (batch["time_idx"].squeeze(-1) == step)[mask].all()
+        assert (batch["is_init"].squeeze(-1) == (step == 0))[mask].all()
+        assert (batch["next", "done"].squeeze(-1) == (step == length - 1))[mask].all()
+        if ("collector", "traj_ids") in batch.keys(True):
+            numbers = batch["collector", "traj_ids"]
+            assert (numbers == numbers.gather(1, first))[mask].all()
+        assert torch.equal(mask.sum(1, keepdim=True), first_length.clamp(max=SLICE).long())
+        seen |= set(first_length.flatten().int().tolist())
     return seen
 
 

@@ -49,7 +49,13 @@ ENCODERS = {
     ),
     "transformer, plain": (
         "TransformerEncoder",
-        {**TRANSFORMER, "normformer": False, "head_scaling": False, "norm": "unit_ball"},
+        {
+            **TRANSFORMER,
+            "normformer": False,
+            "head_scaling": False,
+            "sigma_reparam": False,
+            "norm": "unit_ball",
+        },
     ),
     "transformer, rotary sinks": (
         "TransformerEncoder",
@@ -246,7 +252,8 @@ COMPILED = [
     name
     for name in ENCODERS
     if name not in ("transformer, learned", "transformer, rotary", "transformer, window")
-    and name not in ("transformer, sinks", "mamba, narrow", "linear_attention, one head")
+    and name not in ("transformer, sinks", "transformer, clipped")
+    and name not in ("mamba, narrow", "linear_attention, one head")
 ]
 
 

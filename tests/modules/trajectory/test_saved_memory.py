@@ -26,7 +26,7 @@ def through_a_file(state):
 @torch.no_grad()
 def test_continues_exactly(name, steps):
     encoder = build(name).eval()
-    trials = random_trials(3, 2 * steps + 5)
+    trials = random_trials(3, steps + 20)
     past, future = ([z[:, :steps] for z in trials], [z[:, steps:] for z in trials])
     _, stream = take_steps(encoder, *past)
     state = through_a_file(encoder.memory_state_dict())
