@@ -11,7 +11,7 @@ import numpy as np
 from suite_cells import read_json
 from suite_table import METHODS, TASKS
 
-from torchrl_amago.evaluation import Interval, TrialResults, interquartile_mean
+from torchrl_amago.evaluation import Interval, TrialResults, stratified_bootstrap
 from torchrl_amago.progress import read_rows
 
 Axis = Literal["time", "frames"]
@@ -129,8 +129,5 @@ def normalized_scores(
 
 def curve(runs: Sequence[Run], axis: Axis, places: np.ndarray) -> Interval:
     """Return the interquartile mean over runs at each place, with its interval."""
-    scores = np.stack([scores_at(runs, axis, place) for place in places], axis=1)
-    generator = np.random.default_rng(0)
-    draws = generator.integers(len(runs), size=(500, len(runs)))
-    low, high = np.percentile(interquartile_mean(scores[draws], axis=1), [2.5, 97.5], axis=0)
-    return Interval(interquartile_mean(scores, axis=0), low, high)
+    intervals = [stratified_bootstrap(scores_at(runs, axis, place)) for place in places]
+    return Interval(*np.array(intervals).T)
