@@ -184,13 +184,16 @@ class TrialStorage(LazyMemmapStorage):
             for file, content in self._content.items():
                 self._claim(file, stop * content.shape[1])
             table.evict(begin)
+            self._sync(table.file)  # before rows of evicted trials are overwritten
             self._storage[first:stop] = rows
-            for file in self._content if self.flush else ():
-                files.sync(file)
+            self._sync(*self._content)
             numbers = table.announce(trials)
-            if self.flush:
-                files.sync(table.file)
+            self._sync(table.file)
         return numbers
+
+    def _sync(self, *paths: Path) -> None:
+        for path in paths if self.flush else ():
+            files.sync(path)
 
     def _claim(self, file: Path, stop: int) -> None:
         """Claim disk space: writing to mapped memory that has none ends the process."""
