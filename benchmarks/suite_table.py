@@ -70,10 +70,14 @@ TASKS = {
     "autoencode": Task("Autoencode", f"{POPGYM} AutoencodeEasy", -0.517, 1, 0.5),
     "count-recall": Task("CountRecall", f"{POPGYM} CountRecallEasy", -0.919, 1, 0.2),
     "higher-lower": Task("HigherLower", f"{POPGYM} HigherLowerEasy", -0.001, 1, 0.5),
-    "minesweeper": Task("Minesweeper", f"{POPGYM} MineSweeperEasy", -0.269, 1, 0.3),
+    "minesweeper": Task("Minesweeper", f"{POPGYM} MineSweeperEasy", -0.229, 1, 0.3),
     "battleship": Task("Battleship", f"{POPGYM} BattleshipEasy", -0.435, 1, 0.1),
     "noisy-cart-pole": Task(
-        "CartPole, noisy positions", f"{POPGYM} NoisyPositionOnlyCartPoleEasy", 0.112, 1, 0.9
+        "CartPole, noisy positions",
+        f"{POPGYM} NoisyPositionOnlyCartPoleEasy --max-episode-steps 200",
+        0.112,
+        1,
+        0.9,
     ),
 }
 
