@@ -48,6 +48,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(suite_cells, "_LOOK_SECONDS", 0.02)
 
 
+@pytest.mark.slow
 def test_a_killed_cell_is_resumed_and_both_are_reported(tmp_path, monkeypatch, quick, peer):
     """One cell is an example, the other one a peer of another program."""
     root, started = tmp_path / "runs", []

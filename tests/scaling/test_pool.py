@@ -67,7 +67,8 @@ def test_workers_that_die_or_hang_are_replaced(tmp_path):
     run_until(workers, rounds, lambda: is_full(0))
     first = pids(tmp_path)
     os.kill(first["worker-0"], signal.SIGKILL)
-    run_until(workers, rounds, lambda: is_full(1))
+    # Else the one that stops would have the time of a first round.
+    run_until(workers, rounds, lambda: is_full(1) and len(workers.pids()) == 2)
     os.kill(first["worker-1"], signal.SIGSTOP)
     run_until(workers, rounds, lambda: is_full(2))
     second = pids(tmp_path)
@@ -79,6 +80,16 @@ def test_workers_that_die_or_hang_are_replaced(tmp_path):
     workers.shutdown()
     wait_for(lambda: not any(map(is_running, [*first.values(), *second.values()])))
     assert pids(tmp_path) == {}
+
+
+def test_a_first_round_may_take_ten_times_longer(tmp_path):
+    workers = make_pool(tmp_path, workers=1, hung_after=2.5)
+    (worker,) = workers._own
+    worker.process, worker.since = SimpleNamespace(exitcode=None), 100.0
+    for played, limit in ((0, 25.0), (1, 2.5)):
+        worker.facts = {"rounds": played}
+        assert workers._find_problem(worker, 99.9 + limit) is None
+        assert f"no heartbeat for {limit} s" in workers._find_problem(worker, 100.1 + limit)
 
 
 def broken_env():
