@@ -92,6 +92,8 @@ def _start(height: float) -> tuple[Figure, Any]:
 def _finish(figure: Figure, path: Path, title: str, legend: bool = True) -> None:
     figure.suptitle(title, fontsize=11)
     if legend:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+        labels = figure.axes[0].get_legend_handles_labels()[1]
+        ncols = 1 if max(map(len, labels)) > 36 else 2  # two long ones are wider than the figure
+        figure.legend(loc="outside lower center", ncols=ncols, frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=160)
