@@ -27,7 +27,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what is marked `slow`, lest a core wait for it in the end; skip `gpu` without one."""
+    """Run `slow` tests first, so that no core ends with one alone; skip `gpu` ones without a GPU."""
     items.sort(key=lambda item: "slow" not in item.keywords)
     if torch.cuda.is_available():
         return

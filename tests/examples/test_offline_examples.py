@@ -69,10 +69,11 @@ TINY = dict(
 )
 
 
-def test_resumes_with_the_same_dataset_only(example, making, tmp_path, monkeypatch):
+@pytest.mark.parametrize("loss", ["amago", "amago2"])
+def test_resumes_with_the_same_dataset_only(example, making, tmp_path, monkeypatch, loss):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(gymnasium.spec("Pendulum-v1"), "max_episode_steps", 40)
-    tiny = {**TINY, "loss": "amago2"}  # the other tests have the other one
+    tiny = {**TINY, "loss": loss}
     assert example.train(example.Args(**tiny)) is not None
     more = {**tiny, "total_updates": 6, "resume": True}
     making.make_dataset(making.Args(episodes=3))

@@ -62,7 +62,7 @@ def update(workers, rounds, count=1):
         workers._counts["version"] += 1
 
 
-@pytest.mark.parametrize(("ratio", "updates"), [(0.5, 200), (4.0, 2000)])
+@pytest.mark.parametrize(("ratio", "updates"), [(0.5, 500), (4.0, 2000)])
 def test_the_ratio_is_held_with_a_slow_and_a_fast_worker_and_when_one_dies(make, ratio, updates):
     workers = make(samples_per_insert=ratio)
     rounds = iter(workers)

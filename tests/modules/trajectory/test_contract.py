@@ -252,8 +252,7 @@ COMPILED = [
     name
     for name in ENCODERS
     if name not in ("transformer, learned", "transformer, rotary", "transformer, window")
-    and name not in ("transformer, sinks", "transformer, clipped")
-    and name not in ("mamba, narrow", "linear_attention, one head")
+    and name not in ("transformer, sinks", "mamba, narrow", "linear_attention, one head")
 ]
 
 

@@ -183,8 +183,9 @@ class TrialStorage(LazyMemmapStorage):
             self._claim(table.file, (1 + slot + len(trials)) * trials.itemsize)
             for file, content in self._content.items():
                 self._claim(file, stop * content.shape[1])
-            table.evict(begin)
-            self._sync(table.file)  # before rows of evicted trials are overwritten
+            if begin > table.counters()[0]:
+                table.evict(begin)
+                self._sync(table.file)  # before the rows of evicted trials are overwritten
             self._storage[first:stop] = rows
             self._sync(*self._content)
             numbers = table.announce(trials)
