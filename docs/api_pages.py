@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
+from key_table import KEY_TABLE
 from sphinx.pycode import ModuleAnalyzer
 
 import torchrl_amago
-from torchrl_amago.keys import KEY_TABLE
 
 
 def write_pages(folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import torchrl_amago
+from torchrl_amago import keys
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -35,6 +36,14 @@ def test_every_public_name_is_in_the_reference(monkeypatch):
     for path in documented:
         module, _, name = path.rpartition(".")
         assert name in sys.modules[module].__all__
+
+
+def test_every_entry_is_in_the_table(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    from key_table import KEY_TABLE
+
+    names = {value for name, value in vars(keys).items() if name.isupper()}
+    assert names <= {spec.key for spec in KEY_TABLE}
 
 
 @pytest.mark.slow

@@ -31,14 +31,14 @@ from torchrl_amago.scaling import Ranks
 from torchrl_amago.trainers import FiniteOptimizationStepper, Intervals, NonFiniteError
 
 NUM_ROWS, FIRST_ROWS = 6, 2
-NUM_UPDATES = {"amago": 20, "amago2": 20, "hooks": 5, "sum": 5}
+NUM_UPDATES = {"amago": 20, "amago2": 20, "hooks": 5, "sum": 5, "normalized states": 5}
 DISCOUNTS = (0.9, 0.99)
 
 
-def small_policy(rows: int = 4, seed: int = 0):
+def small_policy(rows: int = 4, seed: int = 0, **encoder):
     torch.manual_seed(seed)
     env = make_trial_env(MetaFrozenLake(3, batch_size=(rows,)), episodes=2)
-    sizes = dict(d_model=16, num_layers=1, num_heads=2, dropout_ff=0.0, dropout_emb=0.0)
+    sizes = dict(d_model=16, num_layers=1, num_heads=2, dropout_ff=0.0, dropout_emb=0.0, **encoder)
     options = dict(discounts=DISCOUNTS, timestep_options=dict(hidden_size=16, output_size=16))
     return env, make_policy(env, context_length=18, seq_model_options=sizes, **options)
 
@@ -105,12 +105,13 @@ LOSSES = {
         critic_mask=hide_some,
     ),
     "sum": lambda policy: amago_loss(policy, reduction="sum", use_prioritized_weights=False),
+    "normalized states": amago_loss,
 }
 
 
 def updates(ranks: Ranks, name: str) -> dict:
     """Make updates; return weights, targets, statistics, and the last metrics."""
-    loss = LOSSES[name](small_policy()[1])
+    loss = LOSSES[name](small_policy(normalize_states=name == "normalized states")[1])
     dtype = torch.float32 if name in ("amago", "amago2") else torch.float64
     loss.to(dtype)
     stepper, optimizer = FiniteOptimizationStepper(), make_optimizer(loss, learning_rate=3e-4)

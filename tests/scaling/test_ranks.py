@@ -44,7 +44,9 @@ def test_two_ranks_equal_one(ranks, name):
         found = first["state"][key]
         torch.testing.assert_close(found, second["state"][key], rtol=0, atol=0, msg=key)
         scale = float(value.abs().max()) if value.numel() else 0.0
-        torch.testing.assert_close(found, value, rtol=0, atol=1e-5 * scale, msg=key)
+        # Batch normalisation leaves no gradient but rounding to the bias before it.
+        atol = max(1e-5 * scale, 1e-9 if name == "normalized states" else 0.0)
+        torch.testing.assert_close(found, value, rtol=0, atol=atol, msg=key)
     assert alone["state"]["value_codec.mu" if name != "amago2" else "value_codec.popart.mu"].any()
     # Of the same weights; those of the last update have drifted apart by rounding.
     for key, value in alone["first"].items():

@@ -110,6 +110,8 @@ def step_outputs(
     x = timestep.encode(inputs, None)
     batch = x.shape[:-1]
     state = trajectory.step(x.reshape(-1, x.shape[-1]), positions_N, memory).reshape(*batch, -1)
+    if trajectory.state_norm is not None:
+        state = trajectory.state_norm(state)
     return x, state, policy.actor.module(state, *observations)
 
 

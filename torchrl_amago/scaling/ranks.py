@@ -156,7 +156,7 @@ class Ranks:
         networks = [value for value in vars(loss_module).values() if isinstance(value, nn.Module)]
         for module in (part for root in (loss_module, *networks) for part in root.modules()):
             if hasattr(module, "all_reduce"):
-                module.all_reduce = self.sum
+                module.all_reduce = self.sum if self.size > 1 else type(module).all_reduce
 
     def start(self, module: nn.Module, buffer: ReplayBuffer, update: int = 0) -> None:
         """Give all ranks the first one's weights, and each of the others its own random numbers."""

@@ -20,6 +20,7 @@ from torchrl_amago import keys
 from torchrl_amago._cpu import is_traced, reads_are_free
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.modules._settings import Configurable
+from torchrl_amago.modules._state_norm import StateNorm
 from torchrl_amago.modules.trajectory.memory import Memory, StreamTable
 from torchrl_amago.modules.trajectory.memory.streams import stream_of
 
@@ -43,6 +44,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         output_size: D, features of a state; default `input_size`.
         context_length: number of steps that a rollout's step sees, itself included; None for all.
             Encoders with a memory of constant size always see all.
+        normalize_states: shift and scale each feature of the state to mean 0 and variance 1: in
+            training over the batch's real steps (batch normalisation, arXiv 1502.03167), else by
+            moving averages. Critics can't then make all states alike (``docs/encoders.md``).
         on_weight_update: `keep` memories when the weights change during a rollout (they hold
             results of older weights), or `restart` them empty at the next step.
         max_streams: number of rollouts to remember; the least recently used one leaves first.
@@ -97,6 +101,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         output_size: int | None = None,
         *,
         context_length: int | None = None,
+        normalize_states: bool = False,
         on_weight_update: Literal["keep", "restart"] = "keep",
         max_streams: int = 8,
         timestep_key: NestedKey = keys.TIMESTEP,
@@ -114,6 +119,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         self.input_size = input_size
         self.output_size = input_size if output_size is None else output_size
         self.context_length = context_length
+        self.normalize_states = normalize_states
+        self.state_norm = StateNorm(self.output_size) if normalize_states else None
         self.on_weight_update = on_weight_update
         self._streams = StreamTable(max_streams)
         self._use_eager()
@@ -169,7 +176,11 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
             with torch.no_grad():
                 positions_N, memory = self.begin_step(tensordict, shape, like=x)
                 state = self._step(x.reshape(-1, self.input_size), positions_N, memory)
-        return tensordict.set(self.out_keys[0], state.reshape(*shape, self.output_size))
+        state = state.reshape(*shape, self.output_size)
+        if self.state_norm is not None and x.numel():
+            is_update = self.training and sequences and torch.is_grad_enabled()
+            state = self.state_norm(state, tensordict.get(self.mask_key, None), is_update)
+        return tensordict.set(self.out_keys[0], state)
 
     def begin_step(
         self, tensordict: TensorDictBase, shape: torch.Size, like: Tensor
