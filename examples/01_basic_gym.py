@@ -95,7 +95,6 @@ def train(args: Args) -> EvaluationResults:
         context_length=context_length,
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
-        exploration=dict(anneal_frames=args.anneal_frames, horizon=length),
         # Relative, since it doesn't matter how long an episode has lasted.
         **args.policy_options(positions="rotary", window=context_length),
     )
@@ -109,6 +108,7 @@ def train(args: Args) -> EvaluationResults:
         slice_length=min(args.slice_length, length),
         round_steps=min(args.round_steps, length),
         loss_options=loss_options(args),
+        buffer_options=dict(sample_by="steps", crop="both"),  # all steps alike, ends too
     )
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")
     args.draw_trial(policy, held_out.seed + 1)

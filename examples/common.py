@@ -423,6 +423,7 @@ def drawing(name: str) -> Iterator[None]:
         print(f"No trial.png, since {name} can't be drawn here: {error}{remedy}")
 
 
-def _argument_names(encoder: Callable[..., Any]) -> set[str]:
+def _argument_names(encoder: type) -> set[str]:
     # Of __init__: the signature of a tensordict module's class shows __new__, which takes anything.
-    return set(inspect.signature(encoder.__init__).parameters)
+    signatures = [inspect.signature(base.__init__) for base in encoder.__mro__[:-1]]
+    return {name for signature in signatures for name in signature.parameters}

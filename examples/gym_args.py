@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import gymnasium as gym
 from common import TrainingArgs, draw_steps, drawing
@@ -32,6 +33,32 @@ class GymArgs(TrainingArgs):
     """Episodes of a trial; all begin with the same seed."""
     max_episode_steps: int | None = None
     """Time limit of an episode; default the environment's own."""
+    normalize_states: bool = True
+    """Normalise states over a batch, so that critics can't make them all alike; see
+    docs/encoders.md."""
+    hide_prev_step: bool = False
+    """Hide the previous action and reward from the policy, which an observation of everything that
+    matters makes superfluous."""
+    noise_steps: float = 1.0
+    """Largest mean number of steps over which random actions are held, to get further by chance."""
+    final_noise: float = 0.05
+    """Fraction of actions that are random once exploration has faded; a trial draws its own, up
+    to this."""
+
+    def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
+        """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""
+        options = super().policy_options(
+            normalize_states=self.normalize_states, **seq_model_options
+        )
+        options["timestep_options"]["hide_prev_step"] = self.hide_prev_step
+        options["exploration"] = dict(
+            anneal_frames=self.anneal_frames,
+            horizon=self.trial_length(),
+            max_duration=self.noise_steps,
+            start_of_trial=(1.0, self.final_noise),
+            end_of_trial=(0.8, 0.2 * self.final_noise),
+        )
+        return options
 
     def make_one(self, **options: str) -> gym.Env:
         """Make one environment, with the entries that stay visible."""

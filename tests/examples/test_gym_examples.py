@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.scripts import import_script, run_script, start_script
+from torchrl_amago import make_policy
 from torchrl_amago.trainers import read_progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -70,6 +71,25 @@ def test_a_wrong_id_is_explained(basic_gym):
         basic_gym.Args(env_id="CartPol-v1").make_one()
     with pytest.raises(ValueError, match=r"--env-id must be .*'CartPole-v7'.*pprint_registry"):
         basic_gym.Args(env_id="CartPole-v7").make_one()
+
+
+def test_states_noise_and_the_previous_step(basic_gym):
+    def policy_of(**fields):
+        args = basic_gym.Args(num_envs=2, **fields)
+        options = args.policy_options(window=4)
+        return make_policy(args.make_env(2), context_length=4, **options)
+
+    policy = policy_of()
+    assert policy.encoder.trajectory.normalize_states
+    assert policy.exploration.max_duration == 1.0
+    assert not policy.encoder.timestep.settings["hide_prev_step"]
+    policy = policy_of(normalize_states=False, hide_prev_step=True, noise_steps=16, final_noise=0.5)
+    assert not policy.encoder.trajectory.normalize_states
+    assert policy.exploration.max_duration == 16
+    assert policy.encoder.timestep.settings["hide_prev_step"]
+    policy.exploration.step(10**6)
+    faded = policy.exploration.epsilon(torch.tensor([0, 500]))
+    torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))
 
 
 def test_what_is_hidden(basic_gym):
