@@ -3,8 +3,8 @@ r"""Train an agent, with or without memory, on any Gymnasium environment of vect
     python examples/01_basic_gym.py --mask-velocities              # CartPole without its velocities
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
     python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \
-        --run-dir runs/pendulum_2
-    python examples/01_basic_gym.py --env-id Acrobot-v1 --keep 0 1 2 3 --run-dir runs/acrobot
+        --discounts .9 .95 .97 --run-dir runs/pendulum_2
+    python examples/01_basic_gym.py --env-id Acrobot-v1 --run-dir runs/acrobot
 
 A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets
 `progress.csv`, curves, `trial.png` (`pip install "gymnasium[classic-control]"`), evaluations,
@@ -38,12 +38,12 @@ class Args(GymArgs):
     """Steps of a slice in a batch; long slices give most steps their full context."""
     round_steps: int = 25
     """Steps of each environment between updates."""
-    discounts: tuple[float, ...] = (0.9, 0.95, 0.97)
+    discounts: tuple[float, ...] = (0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
     """Factor of rewards in the loss."""
     n_step: int = 5
-    """Rewards in a TD target. More of them need fresher data, so a smaller buffer."""
+    """Rewards in a TD target. More of them need fresher data."""
     popart_beta: float = 0.01
     """Step size of the running scale of values, if the loss is amago; 5e-4 is published."""
     return_range: tuple[float, float] | None = None
@@ -58,12 +58,11 @@ class Args(GymArgs):
     # Other defaults of common fields.
     run_dir: Path = Path("runs/basic_gym")
     num_envs: int = 32
-    total_updates: int = 12_000
+    total_updates: int = 8_000
     batch_size: int = 16
-    learning_rate: float = 1e-3
     tau: float = 0.02
     anneal_frames: int = 50_000
-    capacity: int = 50_000
+    capacity: int = 300_000
     eval_interval: int = 500
     eval_trials: int = 64
 

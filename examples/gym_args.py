@@ -36,14 +36,13 @@ class GymArgs(TrainingArgs):
     normalize_states: bool = True
     """Normalise states over a batch, so that critics can't make them all alike; see
     docs/encoders.md."""
-    hide_prev_step: bool = False
-    """Hide the previous action and reward from the policy, which an observation of everything that
-    matters makes superfluous."""
-    noise_steps: float = 1.0
+    hide_prev_step: bool = True
+    """Hide the previous action and reward from the policy: held noise shows in them."""
+    noise_steps: float = 16.0
     """Largest mean number of steps over which random actions are held, to get further by chance."""
-    final_noise: float = 0.05
-    """Fraction of actions that are random once exploration has faded; a trial draws its own, up
-    to this."""
+    final_noise: float = 1.0
+    """Largest fraction of random actions once exploration has faded; each trial draws its own, up
+    to this. With 1 it doesn't fade."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""
