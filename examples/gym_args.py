@@ -36,8 +36,9 @@ class GymArgs(TrainingArgs):
     normalize_states: bool = True
     """Normalise states over a batch, so that critics can't make them all alike; see
     docs/encoders.md."""
-    hide_prev_step: bool = True
-    """Hide the previous action and reward from the policy: held noise shows in them."""
+    hide_prev_step: bool | None = None
+    """Hide the previous action and reward from the policy, since held noise shows in them; default
+    if a trial is one episode, of which they tell little."""
     noise_steps: float = 16.0
     """Largest mean number of steps over which random actions are held, to get further by chance."""
     final_noise: float = 1.0
@@ -49,7 +50,8 @@ class GymArgs(TrainingArgs):
         options = super().policy_options(
             normalize_states=self.normalize_states, **seq_model_options
         )
-        options["timestep_options"]["hide_prev_step"] = self.hide_prev_step
+        is_hidden = self.episodes == 1 if self.hide_prev_step is None else self.hide_prev_step
+        options["timestep_options"]["hide_prev_step"] = is_hidden
         options["exploration"] = dict(
             anneal_frames=self.anneal_frames,
             horizon=self.trial_length(),

@@ -79,14 +79,15 @@ def test_states_noise_and_the_previous_step(basic_gym):
         options = args.policy_options(window=4)
         return make_policy(args.make_env(2), context_length=4, **options)
 
-    policy = policy_of(hide_prev_step=False)
+    policy = policy_of(episodes=2)
     assert policy.encoder.trajectory.normalize_states
     assert policy.exploration.max_duration == 16
-    assert not policy.encoder.timestep.settings["hide_prev_step"]
+    assert not policy.encoder.timestep.hidden_keys
     policy = policy_of(normalize_states=False, noise_steps=4, final_noise=0.5)
     assert not policy.encoder.trajectory.normalize_states
     assert policy.exploration.max_duration == 4
-    assert policy.encoder.timestep.settings["hide_prev_step"]
+    assert policy.encoder.timestep.hidden_keys == {"prev_action", "prev_reward"}
+    assert policy_of(episodes=2, hide_prev_step=True).encoder.timestep.hidden_keys
     policy.exploration.step(10**6)
     faded = policy.exploration.epsilon(torch.tensor([0, 500]))
     torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))

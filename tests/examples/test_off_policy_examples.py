@@ -79,7 +79,7 @@ TASK = {
         "episodes": 1,
         "max_episode_steps": None,
         "normalize_states": True,
-        "hide_prev_step": True,
+        "hide_prev_step": None,
         "noise_steps": 16.0,
         "final_noise": 1.0,
         "timestep_encoder": "mlp",

@@ -46,9 +46,12 @@ def no_chance(monkeypatch):
     ("form", "encoder"),
     [
         (FORMS[0], TransformerEncoder),
-        (FORMS[2], lambda width, **_: FeedForwardEncoder(width, d_model=width)),
+        (
+            FORMS[2],
+            lambda width, **_: FeedForwardEncoder(width, d_model=width, normalize_states=True),
+        ),
     ],
-    ids=["discrete", "continuous"],
+    ids=["discrete", "continuous, normalised states"],
 )
 def test_one_graph_with_the_eager_numbers(form, encoder, no_chance, monkeypatch):
     monkeypatch.setattr(test_amago, "TransformerEncoder", encoder)
