@@ -42,8 +42,8 @@ class GymArgs(TrainingArgs):
     noise_steps: float = 16.0
     """Largest mean number of steps over which random actions are held, to get further by chance."""
     final_noise: float = 1.0
-    """Largest fraction of random actions once exploration has faded; each trial draws its own, up
-    to this. With 1 it doesn't fade."""
+    """Largest fraction of random actions once exploration has faded, at a trial's start (a fifth of
+    it at the end); each trial draws its own, up to this."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""

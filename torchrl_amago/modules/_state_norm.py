@@ -9,6 +9,7 @@ from tensordict import is_batchedtensor
 from torch import Tensor
 
 from torchrl_amago.modules._input_norm import PreciseBuffers
+from torchrl_amago.modules._layers import at_least_float32
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -45,8 +46,7 @@ class StateNorm(PreciseBuffers):
 
     def forward(self, x: Tensor, mask: Tensor | None = None, update: bool = False) -> Tensor:
         """Normalise ``[*B, size]``; an update's mask, bool ``[*B]``, is True on real steps."""
-        wide = x.float() if x.dtype.itemsize < 4 else x
-        mean, variance = self.mean, self.variance
+        wide, (mean, variance) = at_least_float32(x), (self.mean, self.variance)
         if update:
             if is_batchedtensor(x):
                 raise RuntimeError(
@@ -67,10 +67,9 @@ class StateNorm(PreciseBuffers):
         with torch.no_grad():
             # A weight of zero, not a branch: a branch on data would stop torch.compile.
             weight = self.beta * (total > 0).to(self.mean.dtype)
-            self.mean.lerp_(mean.to(self.mean.dtype), weight)
-            self.variance.lerp_(variance.to(self.mean.dtype), weight)
+            for average, moment in ((self.mean, mean), (self.variance, variance)):
+                average.lerp_(moment.to(average.dtype), weight)
         return mean, variance
 
     def _sum(self, x: Tensor) -> Tensor:
-        is_alone = self.all_reduce is StateNorm.all_reduce
-        return x if is_alone else _SumOverRanks.apply(self, x)
+        return x if self.all_reduce is StateNorm.all_reduce else _SumOverRanks.apply(self, x)

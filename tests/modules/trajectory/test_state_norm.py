@@ -102,6 +102,15 @@ def test_steps_equal_the_window(index):
     assert not torch.allclose(states, expected.new_zeros(()), atol=0.1)
 
 
+def test_earlier_runs_can_be_resumed_and_normalised_ones_are_told_apart():
+    normalised, plain = GRUEncoder(4, normalize_states=True), GRUEncoder(4)
+    assert normalised.settings == plain.settings  # which hold no word of the option
+    assert normalised.state_dict().keys() - plain.state_dict().keys() == {
+        "state_norm.mean",
+        "state_norm.variance",
+    }
+
+
 def test_exported_steps_are_normalised():
     env = make_trial_env(MetaFrozenLake(batch_size=(2,), seed=0), episodes=2)
     policy = make_policy(

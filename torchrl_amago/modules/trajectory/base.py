@@ -91,7 +91,9 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         tensor([[4.]])
     """
 
-    not_settings = frozenset({"max_streams", "attention", "backend", "longest_memory"})
+    not_settings = frozenset(  # normalised states show in the weights
+        {"max_streams", "attention", "backend", "longest_memory", "normalize_states"}
+    )
     #: Whether a rollout's step depends on those before it.
     has_memory: ClassVar[bool] = True
 
@@ -178,8 +180,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
                 state = self._step(x.reshape(-1, self.input_size), positions_N, memory)
         state = state.reshape(*shape, self.output_size)
         if self.state_norm is not None and x.numel():
-            is_update = self.training and sequences and torch.is_grad_enabled()
-            state = self.state_norm(state, tensordict.get(self.mask_key, None), is_update)
+            update = self.training and sequences and torch.is_grad_enabled()
+            state = self.state_norm(state, tensordict.get(self.mask_key, None), update)
         return tensordict.set(self.out_keys[0], state)
 
     def begin_step(
