@@ -4,7 +4,8 @@ r"""Train an agent, with or without memory, on any Gymnasium environment of vect
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
     python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \
         --discounts .9 .95 .97 --run-dir runs/pendulum_2
-    python examples/01_basic_gym.py --env-id Acrobot-v1 --run-dir runs/acrobot
+    python examples/01_basic_gym.py --env-id Acrobot-v1 --noise-steps 8 --n-step 10 \
+        --run-dir runs/acrobot
 
 A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets
 `progress.csv`, curves, `trial.png` (`pip install "gymnasium[classic-control]"`), evaluations,
