@@ -81,10 +81,11 @@ VARIANTS = {
 
 @dataclass
 class LakeArgs(TrainingArgs):
-    """Settings of one run: those of example 00."""
+    """Settings of one run: those of example 00, and states as published."""
 
     num_layers: int = 2
     hidden_size: int = 256
+    normalize_states: bool = False
     eval_trials: int = 1024
 
     def resume_command(self) -> str:

@@ -65,7 +65,7 @@ class TrainingArgs:
         >>> args.task_fields()
         {'corridor': 50}
         >>> args.policy_options()["seq_model_options"]
-        {'d_model': 64, 'num_layers': 2}
+        {'d_model': 64, 'num_layers': 2, 'normalize_states': True}
     """
 
     run_dir: Path = Path("runs/run")
@@ -89,6 +89,9 @@ class TrainingArgs:
     """Heads of a sequence model that has attention."""
     hidden_size: int = 64
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
+    normalize_states: bool = True
+    """Normalise states over a batch, so that critics can't make them all alike; see
+    docs/encoders.md."""
 
     loss: Literal[tuple(LOSSES)] = "amago"
     """AMAGO's regression and policy gradient, or AMAGO-2's classification and filtered
@@ -185,6 +188,7 @@ class TrainingArgs:
             ValueError: for an argument that no sequence model has.
         """
         sizes = dict(d_model=self.d_model, num_layers=self.num_layers, num_heads=self.num_heads)
+        sizes["normalize_states"] = self.normalize_states
         unknown = set(seq_model_options).difference(*map(_argument_names, SEQ_MODELS.values()))
         if unknown:
             raise ValueError(
@@ -243,10 +247,13 @@ class TrainingArgs:
         """Every field that shapes the run: a checkpoint can't be resumed with other `settings`."""
         fixed = ("seq_model", "d_model", "num_layers", "num_heads", "hidden_size", "loss")
         own = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", "mode", "ray")
+        own += ("normalize_states",)
+        # Absent if off, as it is in runs from before there was a choice.
+        states = {"normalize_states": True} if self.normalize_states else {}
         common = [field.name for field in dataclasses.fields(TrainingArgs)]
         return {
-            "settings": {**{name: getattr(self, name) for name in fixed}, **self.task_fields()},
-            "options": {name: getattr(self, name) for name in common if name not in own + fixed},
+            "settings": {x: getattr(self, x) for x in fixed} | states | self.task_fields(),
+            "options": {x: getattr(self, x) for x in common if x not in own + fixed},
         }
 
     def task_fields(self) -> dict[str, Any]:

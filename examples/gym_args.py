@@ -33,9 +33,6 @@ class GymArgs(TrainingArgs):
     """Episodes of a trial; all begin with the same seed."""
     max_episode_steps: int | None = None
     """Time limit of an episode; default the environment's own."""
-    normalize_states: bool = True
-    """Normalise states over a batch, so that critics can't make them all alike; see
-    docs/encoders.md."""
     hide_prev_step: bool | None = None
     """Hide the previous action and reward from the policy, since held noise shows in them; default
     if a trial is one episode, of which they tell little."""
@@ -47,9 +44,7 @@ class GymArgs(TrainingArgs):
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""
-        options = super().policy_options(
-            normalize_states=self.normalize_states, **seq_model_options
-        )
+        options = super().policy_options(**seq_model_options)
         is_hidden = self.episodes == 1 if self.hide_prev_step is None else self.hide_prev_step
         options["timestep_options"]["hide_prev_step"] = is_hidden
         options["exploration"] = dict(

@@ -78,7 +78,6 @@ TASK = {
         "keep": (),
         "episodes": 1,
         "max_episode_steps": None,
-        "normalize_states": True,
         "hide_prev_step": None,
         "noise_steps": 16.0,
         "final_noise": 1.0,

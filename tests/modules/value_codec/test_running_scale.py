@@ -1,4 +1,4 @@
-"""Values in units of their targets' deviation: moments, masks, scales."""
+"""Values in units of their targets' root mean square: moments, masks, scales."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def test_moments_are_weighted_ones_of_all_targets(seed, beta, batches):
     age = torch.arange(batches - 1, -1, -1, dtype=torch.float64)
     weight = (1 - beta) ** age[:, None, None] / (7 * ((1 - beta) ** age).sum())
     mean = (weight * targets).sum((0, 1))
-    variance = (weight * (targets - mean).square()).sum((0, 1))
+    square_mean = (weight * targets.square()).sum((0, 1))
     torch.testing.assert_close(codec.mu, mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(codec.sigma, variance.sqrt(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(codec.sigma, square_mean.sqrt(), rtol=1e-6, atol=1e-6)
 
 
 @given(scale=st.floats(1e-3, 1e5), offset=st.floats(-3, 3))
@@ -52,7 +52,7 @@ def test_padding_has_no_effect_and_an_all_masked_batch_moves_nothing():
     for name, buffer in clean.named_buffers():
         assert torch.equal(buffer, poisoned.get_buffer(name)), name
     assert clean.mu.item() == pytest.approx(4.0)
-    assert clean.sigma.item() == pytest.approx(1.0, rel=1e-4)
+    assert clean.sigma.item() == pytest.approx(17**0.5)
 
 
 def test_values_are_zero_before_the_first_targets():
@@ -77,7 +77,7 @@ def test_later_targets_do_not_change_what_predictions_mean(seed, scale, offset):
 
 @pytest.mark.parametrize("takes_actions", [False, True])
 def test_critics_take_over_the_scale(takes_actions):
-    """Online and target values stay, and a step of the raw prediction is one of the deviation."""
+    """Online and target values stay, and a step of the raw prediction is one of the scale."""
     torch.manual_seed(0)
     env = make_trial_env(MetaFrozenLake(batch_size=(4,)), episodes=2)
     policy = make_policy(env, context_length=18)
@@ -109,6 +109,13 @@ def test_critics_take_over_the_scale(takes_actions):
     if not takes_actions:
         assert torch.equal(codec.weight, torch.ones(len(size)))
         assert torch.equal(codec.bias, torch.zeros(len(size)))
+
+
+def test_targets_that_are_all_alike_have_a_scale():
+    codec = RunningScale(1)
+    codec.update(torch.full((8, 1), -5.0), everything(8))
+    assert codec.sigma.item() == pytest.approx(5.0)
+    assert codec.decode(torch.tensor([0.1])).item() == pytest.approx(-4.5, rel=1e-4)
 
 
 def test_encode_inverts_decode():

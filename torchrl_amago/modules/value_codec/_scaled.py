@@ -22,7 +22,7 @@ class ScaledCodec(ValueCodec):
     @property
     @abc.abstractmethod
     def sigma(self) -> Tensor:
-        """Standard deviation of targets, ``[G]``, within bounds."""
+        """Scale of targets, ``[G]``, within bounds."""
 
     def mean_and_scale(self) -> tuple[Tensor, Tensor]:
         return self.mu, self.sigma
