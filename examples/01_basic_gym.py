@@ -4,12 +4,11 @@ r"""Train an agent, with or without memory, on any Gymnasium environment of vect
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
     python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \
         --discounts .9 .95 .97 --run-dir runs/pendulum_2
-    python examples/01_basic_gym.py --env-id Acrobot-v1 --noise-steps 8 --n-step 10 \
-        --run-dir runs/acrobot
+    python examples/01_basic_gym.py --env-id Acrobot-v1 --running-scale --noise-steps 8 \
+        --n-step 10 --run-dir runs/acrobot
 
-A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets
-`progress.csv`, curves, `trial.png` (`pip install "gymnasium[classic-control]"`), evaluations,
-weights and checkpoints. Box2D, MuJoCo and dm_control need the extra that docs/domains.md names.
+A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets curves,
+`trial.png` (`pip install "gymnasium[classic-control]"`), evaluations, weights and checkpoints.
 """
 
 from __future__ import annotations
@@ -70,7 +69,9 @@ class Args(GymArgs):
 
 def loss_options(args: Args) -> dict[str, Any]:
     options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
-    if args.loss == "amago":
+    if args.loss == "amago" and args.running_scale:
+        options = args.loss_options(len(args.discounts), **options)
+    elif args.loss == "amago":
         options["value_codec"] = PopArt(len(args.discounts), beta=args.popart_beta)
     elif args.return_range is not None:
         low, high = args.return_range
@@ -79,9 +80,8 @@ def loss_options(args: Args) -> dict[str, Any]:
         # Two bins on each side, since labels near the ends are cut off and read too far inside.
         margin = 2 * (high - low) / (args.num_bins - 5)
         bins = dict(num_bins=args.num_bins, min_return=low - margin, max_return=high + margin)
-        options["value_codec"] = HLGauss(
-            len(args.discounts), **bins, symlog=False, init_slope=args.init_slope
-        )
+        bins |= dict(symlog=False, init_slope=args.init_slope)
+        options["value_codec"] = HLGauss(len(args.discounts), **bins)
     return options
 
 
@@ -95,8 +95,7 @@ def train(args: Args) -> EvaluationResults:
         context_length=context_length,
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
-        # Relative, since it doesn't matter how long an episode has lasted.
-        **args.policy_options(positions="rotary", window=context_length),
+        **args.policy_options(positions="rotary", window=context_length),  # time is relative
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(64, args.eval_trials)))
     parts = (args, make, env, policy, held_out)
@@ -108,6 +107,7 @@ def train(args: Args) -> EvaluationResults:
         slice_length=min(args.slice_length, length),
         round_steps=min(args.round_steps, length),
         loss_options=loss_options(args),
+        clip_each=args.running_scale,
         buffer_options=dict(sample_by="steps", crop="both"),  # all steps alike, ends too
     )
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")

@@ -3,7 +3,7 @@ r"""Train on POPGym's memory tasks, one of them or several at once.
     pip install "torchrl-amago[popgym]"
     python examples/03_popgym.py                                  # RepeatPreviousEasy, two minutes
     python examples/03_popgym.py --env-ids AutoencodeEasy --discounts 0.01 0.5 --positions fixed \
-        --critic-norm layer --total-updates 1500 --run-dir runs/autoencode
+        --critic-norm layer --total-updates 2500 --run-dir runs/autoencode
     python examples/03_popgym.py --multi-domain --run-dir runs/multi_domain
     python examples/03_popgym.py --debug                          # a test of the setup
 

@@ -38,6 +38,9 @@ class GymArgs(TrainingArgs):
     if a trial is one episode, of which they tell little."""
     noise_steps: float = 16.0
     """Largest mean number of steps over which random actions are held, to get further by chance."""
+    running_scale: bool = False
+    """RunningScale in place of PopArt, if the loss is amago, and each network's gradient clipped by
+    itself, as in the other examples on outside environments; docs/experiments.md compares them."""
     final_noise: float = 1.0
     """Largest fraction of random actions once exploration has faded, at a trial's start (a fifth of
     it at the end); each trial draws its own, up to this."""

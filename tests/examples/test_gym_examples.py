@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tests.scripts import import_script, run_script, start_script
-from torchrl_amago import make_policy
+from torchrl_amago import PopArt, make_policy
+from torchrl_amago.modules import RunningScale
 from torchrl_amago.trainers import read_progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -91,6 +92,13 @@ def test_states_noise_and_the_previous_step(basic_gym):
     policy.exploration.step(10**6)
     faded = policy.exploration.epsilon(torch.tensor([0, 500]))
     torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))
+
+
+def test_the_scale_of_values_is_a_choice(basic_gym):
+    for fields, codec in (({}, PopArt), ({"running_scale": True}, RunningScale)):
+        options = basic_gym.loss_options(basic_gym.Args(n_step=3, **fields))
+        assert type(options["value_codec"]) is codec
+        assert (options["n_step"], options["reward_scale"]) == (3, 1.0)
 
 
 def test_what_is_hidden(basic_gym):

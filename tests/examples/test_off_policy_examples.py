@@ -80,6 +80,7 @@ TASK = {
         "max_episode_steps": None,
         "hide_prev_step": None,
         "noise_steps": 16.0,
+        "running_scale": False,
         "final_noise": 1.0,
         "timestep_encoder": "mlp",
         "context_length": 16,
