@@ -17,13 +17,13 @@ from torchrl_amago.progress import read_progress
 # Folder of the runs: title, the return of chance, and one that is best or nearly so.
 TASKS = {
     "repeat": ("POPGym RepeatPreviousEasy", -0.5, 1.0),
-    "memory_chain": ("gymnax MemoryChain", 0.0, 1.0),
-    "babyai": ("BabyAI GoToRedBallNoDists", 0.0, 0.93),
+    "memory_chain": ("gymnax MemoryChain", -0.3, 1.0),
+    "autoencode": ("POPGym AutoencodeEasy", -0.5, 1.0),
 }
 
 
 def draw(runs: Path) -> None:
-    """Draw greedy returns of held-out trials over steps of the environment."""
+    """Draw returns of training's trials, with their noise, over steps of the environment."""
     figure = Figure(figsize=(3.1 * len(TASKS), 2.7), layout="constrained")
     axes = figure.subplots(1, len(TASKS))
     for ax, (name, (title, chance, best)) in zip(axes, TASKS.items(), strict=True):
@@ -31,8 +31,8 @@ def draw(runs: Path) -> None:
             rows = read_progress(folder)
             points = [
                 (frames, value)
-                for frames, value in zip(rows["frames"], rows["eval/trial_return"], strict=True)
-                if value == value  # rows without an evaluation hold NaN
+                for frames, value in zip(rows["frames"], rows["train/trial_return"], strict=True)
+                if value == value  # rows without a finished trial hold NaN
             ]
             ax.plot(*zip(*points, strict=True), label=f"seed {folder.name.rpartition('_')[2]}")
         ax.axhline(best, color="grey", linestyle="--", linewidth=1)
@@ -40,7 +40,7 @@ def draw(runs: Path) -> None:
         ax.set(title=title, xlabel="steps")
         ax.xaxis.set_major_formatter(EngFormatter())
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("return of greedy trials")
+    axes[0].set_ylabel("return in training")
     axes[0].legend(frameon=False)
     figure.savefig(Path(__file__).parent / "domains.png", dpi=120)
 
