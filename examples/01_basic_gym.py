@@ -95,7 +95,7 @@ def train(args: Args) -> EvaluationResults:
         context_length=context_length,
         timestep_encoder=args.timestep_encoder,
         discounts=args.discounts,
-        **args.policy_options(positions="rotary", window=context_length),  # time is relative
+        **args.policy_options(positions="rotary", window=context_length),  # relative positions
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(64, args.eval_trials)))
     parts = (args, make, env, policy, held_out)

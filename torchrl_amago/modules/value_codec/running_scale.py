@@ -19,10 +19,10 @@ class RunningScale(ScaledCodec):
     The first targets set mean and scale, later ones move them while outputs are preserved. The
     change then moves from codec into the critics' last layers, online and target alike, as in the
     original method (arXiv 1602.07714, Algorithm 1). So an optimizer whose steps don't depend on the
-    gradient's scale, as Adam's, moves values by the same part of their size, be rewards hundredths
-    or hundreds; under :class:`PopArt`, which leaves the critics alone as the public AMAGO code
-    does, by the same part of ``sqrt(initial_nu)``. Unlike a deviation, the scale doesn't vanish
-    while all targets are alike, as where each step costs 1.
+    gradient's scale, as Adam's, moves values by the same part of their size, whether rewards are
+    hundredths or hundreds. :class:`PopArt` leaves the critics alone, as the public AMAGO code does,
+    which makes it the same part of ``sqrt(initial_nu)`` for ever. Unlike a deviation, the scale
+    doesn't vanish while all targets are alike, as where each step costs 1.
 
     Args:
         num_discounts: G, size of the predictions' last dimension.
