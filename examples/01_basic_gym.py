@@ -88,7 +88,7 @@ def loss_options(args: Args) -> dict[str, Any]:
 def train(args: Args) -> EvaluationResults:
     torch.manual_seed(args.seed)
     make = partial(args.make_env, args.num_envs)
-    length, env = args.trial_length(), make()
+    length, env = args.trial_length, make()
     context_length = min(args.context_length, length)
     policy = make_policy(
         env,

@@ -247,12 +247,13 @@ class TrainingArgs:
         """Every field that shapes the run: a checkpoint can't be resumed with other `settings`."""
         fixed = ("seq_model", "d_model", "num_layers", "num_heads", "hidden_size", "loss")
         own = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", "mode", "ray")
-        own += ("normalize_states",)
-        # Absent if off, as it is in runs from before there was a choice.
-        states = {"normalize_states": True} if self.normalize_states else {}
+        if self.normalize_states:  # absent if off, as in runs from before there was a choice
+            fixed += ("normalize_states",)
+        else:
+            own += ("normalize_states",)
         common = [field.name for field in dataclasses.fields(TrainingArgs)]
         return {
-            "settings": {x: getattr(self, x) for x in fixed} | states | self.task_fields(),
+            "settings": {x: getattr(self, x) for x in fixed} | self.task_fields(),
             "options": {x: getattr(self, x) for x in common if x not in own + fixed},
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import gymnasium as gym
@@ -38,12 +39,12 @@ class GymArgs(TrainingArgs):
     if a trial is one episode, of which they tell little."""
     noise_steps: float = 16.0
     """Largest mean number of steps over which random actions are held, to get further by chance."""
-    running_scale: bool = False
-    """RunningScale in place of PopArt, if the loss is amago, and each network's gradient clipped by
-    itself, as in the other examples on outside environments; docs/experiments.md compares them."""
     final_noise: float = 1.0
     """Largest fraction of random actions once exploration has faded, at a trial's start (a fifth of
     it at the end); each trial draws its own, up to this."""
+    running_scale: bool = False
+    """RunningScale in place of PopArt, if the loss is amago, and each network's gradient clipped by
+    itself, as in the other examples on outside environments; docs/experiments.md compares them."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""
@@ -52,7 +53,7 @@ class GymArgs(TrainingArgs):
         options["timestep_options"]["hide_prev_step"] = is_hidden
         options["exploration"] = dict(
             anneal_frames=self.anneal_frames,
-            horizon=self.trial_length(),
+            horizon=self.trial_length,
             max_duration=self.noise_steps,
             start_of_trial=(1.0, self.final_noise),
             end_of_trial=(0.8, 0.2 * self.final_noise),
@@ -99,8 +100,9 @@ class GymArgs(TrainingArgs):
             trial_end="episode",
         )
 
+    @cached_property  # an environment is made for it
     def trial_length(self) -> int:
-        """Return the steps of the longest trial."""
+        """Longest trial in steps."""
         steps = self.max_episode_steps or self.make_one().spec.max_episode_steps
         if steps is None:
             raise ValueError(

@@ -136,8 +136,8 @@ def test_what_cannot_be_hidden(basic_gym, fields, message):
 
 def test_trials(basic_gym):
     args = basic_gym.Args(episodes=2, max_episode_steps=3)
-    assert args.trial_length() == 6
-    assert basic_gym.Args(episodes=2).trial_length() == 1000
+    assert args.trial_length == 6
+    assert basic_gym.Args(episodes=2).trial_length == 1000
     env = args.make_env(2)
     env.set_seed(0)
     steps = env.rollout(6)
@@ -204,8 +204,8 @@ def test_a_task_without_an_end_needs_one(basic_gym):
         with pytest.raises(
             ValueError, match="Endless-v0 has no time limit. .* --max-episode-steps"
         ):
-            basic_gym.Args(env_id="Endless-v0").trial_length()
+            _ = basic_gym.Args(env_id="Endless-v0").trial_length
         args = basic_gym.Args(env_id="Endless-v0", max_episode_steps=7)
-        assert args.trial_length() == 7
+        assert args.trial_length == 7
     finally:
         del gym.registry["Endless-v0"]

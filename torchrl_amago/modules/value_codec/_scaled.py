@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 
+import torch
 from torch import Tensor
 
 from torchrl_amago.modules.value_codec.base import ValueCodec
@@ -12,12 +13,14 @@ from torchrl_amago.modules.value_codec.base import ValueCodec
 class ScaledCodec(ValueCodec):
     """Base of codecs whose ``weight * prediction + bias`` is ``(value - mu) / sigma``.
 
-    Subclasses have all of them as buffers ``[G]``, and move them.
+    Subclasses have all of them as buffers ``[G]``, and move them by averages with a step of `beta`.
     """
 
     mu: Tensor
     weight: Tensor
     bias: Tensor
+    count: Tensor
+    beta: float
 
     @property
     @abc.abstractmethod
@@ -37,6 +40,16 @@ class ScaledCodec(ValueCodec):
     def normalized(self, prediction: Tensor) -> Tensor:
         """Return ``weight * prediction + bias``, the space in which :meth:`loss` compares."""
         return self.weight * prediction + self.bias
+
+    def _count_moments(self, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Count a batch; return the averages' step, 0 without real targets, and two moments."""
+        target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
+        sums = mask.sum(), target_NG.sum(0), target_NG.square().sum(0)
+        num_real, sum_G, square_sum_G = self.all_reduce(*sums)
+        any_real, divisor = (num_real > 0).to(self.count.dtype), num_real.clamp_min(1)
+        self.count += any_real
+        step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
+        return step, sum_G / divisor, square_sum_G / divisor
 
     def _preserve(self, old_mu: Tensor, old_sigma: Tensor) -> None:
         """Move weight and bias so that every prediction keeps its value on the new scale."""

@@ -75,15 +75,8 @@ class PopArt(ScaledCodec):
     def update(self, target: Tensor, mask: Tensor) -> None:
         if not self.enabled:
             return
-        target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
-        sums = mask.sum(), target_NG.sum(0), target_NG.square().sum(0)
-        num_real, sum_G, square_sum_G = self.all_reduce(*sums)
-        mean_G = sum_G / num_real.clamp_min(1)
-        square_mean_G = square_sum_G / num_real.clamp_min(1)
-        any_real = (num_real > 0).to(self.count.dtype)
-        self.count += any_real
-        step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count)
         old_sigma, old_mu = self.sigma, self.mu.clone()
+        step, mean_G, square_mean_G = self._count_moments(target, mask)
         # Not lerp_: its rounding differs from the two products of the recorded numbers.
         self.mu.mul_(1.0 - step).add_(step * mean_G)
         self.nu.mul_(1.0 - step).add_(step * square_mean_G)

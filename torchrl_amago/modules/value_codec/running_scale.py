@@ -61,16 +61,10 @@ class RunningScale(ScaledCodec):
 
     @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
-        sums = mask.sum(), target_NG.sum(0), target_NG.square().sum(0)
-        num_real, sum_G, square_sum_G = self.all_reduce(*sums)
-        any_real, count = (num_real > 0).to(self.count.dtype), num_real.clamp_min(1)
         is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
-        self.count += any_real
-        # The average of all targets at first; a batch without real ones moves nothing.
-        step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
-        self.mu.lerp_((sum_G / count).to(self.mu.dtype), step)
-        self.nu.lerp_((square_sum_G / count).to(self.nu.dtype), step)
+        step, mean_G, square_mean_G = self._count_moments(target, mask)
+        self.mu.lerp_(mean_G.to(self.mu.dtype), step)
+        self.nu.lerp_(square_mean_G.to(self.nu.dtype), step)
         # Critics that haven't learned anything take the first scale as it is.
         self._preserve(
             torch.where(is_first, self.mu, old_mu), torch.where(is_first, self.sigma, old_sigma)
