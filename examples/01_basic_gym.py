@@ -4,8 +4,6 @@ r"""Train an agent, with or without memory, on any Gymnasium environment of vect
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
     python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \
         --discounts .9 .95 .97 --run-dir runs/pendulum_2
-    python examples/01_basic_gym.py --env-id Acrobot-v1 --running-scale --noise-steps 8 \
-        --n-step 10 --run-dir runs/acrobot
 
 A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets curves,
 `trial.png` (`pip install "gymnasium[classic-control]"`), evaluations, weights and checkpoints.
@@ -22,7 +20,7 @@ import torch
 from common import command_line, draw_progress, run
 from gym_args import GymArgs
 
-from torchrl_amago import HeldOutEvaluator, HLGauss, PopArt, make_policy
+from torchrl_amago import HeldOutEvaluator, HLGauss, make_policy
 from torchrl_amago.evaluation import EvaluationResults
 
 
@@ -42,10 +40,8 @@ class Args(GymArgs):
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
     """Factor of rewards in the loss."""
-    n_step: int = 5
-    """Rewards in a TD target. More of them need fresher data."""
-    popart_beta: float = 0.01
-    """Step size of the running scale of values, if the loss is amago; 5e-4 is published."""
+    n_step: int = 10
+    """Rewards in a TD target."""
     return_range: tuple[float, float] | None = None
     """Discounted returns that bins cover evenly, for amago2; default the loss's own bins."""
     num_bins: int = 9
@@ -58,7 +54,7 @@ class Args(GymArgs):
     # Other defaults of common fields.
     run_dir: Path = Path("runs/basic_gym")
     num_envs: int = 32
-    total_updates: int = 8_000
+    total_updates: int = 20_000
     batch_size: int = 16
     tau: float = 0.02
     anneal_frames: int = 50_000
@@ -69,11 +65,7 @@ class Args(GymArgs):
 
 def loss_options(args: Args) -> dict[str, Any]:
     options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
-    if args.loss == "amago" and args.running_scale:
-        options = args.loss_options(len(args.discounts), **options)
-    elif args.loss == "amago":
-        options["value_codec"] = PopArt(len(args.discounts), beta=args.popart_beta)
-    elif args.return_range is not None:
+    if args.loss == "amago2" and args.return_range is not None:
         low, high = args.return_range
         if args.num_bins < 6:
             raise ValueError(f"--num-bins must be at least 6, got {args.num_bins}.")
@@ -82,7 +74,7 @@ def loss_options(args: Args) -> dict[str, Any]:
         bins = dict(num_bins=args.num_bins, min_return=low - margin, max_return=high + margin)
         bins |= dict(symlog=False, init_slope=args.init_slope)
         options["value_codec"] = HLGauss(len(args.discounts), **bins)
-    return options
+    return args.loss_options(len(args.discounts), **options)
 
 
 def train(args: Args) -> EvaluationResults:
@@ -107,7 +99,7 @@ def train(args: Args) -> EvaluationResults:
         slice_length=min(args.slice_length, length),
         round_steps=min(args.round_steps, length),
         loss_options=loss_options(args),
-        clip_each=args.running_scale,
+        clip_each=True,
         buffer_options=dict(sample_by="steps", crop="both"),  # all steps alike, ends too
     )
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")

@@ -2,8 +2,7 @@ r"""Train on POPGym's memory tasks, one of them or several at once.
 
     pip install "torchrl-amago[popgym]"
     python examples/03_popgym.py                                  # RepeatPreviousEasy, two minutes
-    python examples/03_popgym.py --env-ids AutoencodeEasy --discounts 0.01 0.5 --positions fixed \
-        --critic-norm layer --total-updates 2500 --run-dir runs/autoencode
+    python examples/03_popgym.py --env-ids AutoencodeEasy --run-dir runs/autoencode
     python examples/03_popgym.py --multi-domain --run-dir runs/multi_domain
     python examples/03_popgym.py --debug                          # a test of the setup
 
@@ -58,8 +57,9 @@ class Args(DomainArgs):
     context_length: int = 110
     round_steps: int = 52
     num_envs: int = 16
+    positions: Literal["rotary", "fixed"] = "fixed"
     timestep_encoder: Literal["combined"] = "combined"
-    total_updates: int = 1000
+    total_updates: int = 2000
     anneal_frames: int = 50_000
     capacity: int = 200_000
     eval_trials: int = 128

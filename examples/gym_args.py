@@ -37,14 +37,11 @@ class GymArgs(TrainingArgs):
     hide_prev_step: bool | None = None
     """Hide the previous action and reward from the policy, since held noise shows in them; default
     if a trial is one episode, of which they tell little."""
-    noise_steps: float = 16.0
+    noise_steps: float = 8.0
     """Largest mean number of steps over which random actions are held, to get further by chance."""
     final_noise: float = 1.0
     """Largest fraction of random actions once exploration has faded, at a trial's start (a fifth of
     it at the end); each trial draws its own, up to this."""
-    running_scale: bool = False
-    """RunningScale in place of PopArt, if the loss is amago, and each network's gradient clipped by
-    itself, as in the other examples on outside environments; docs/experiments.md compares them."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.scripts import import_script, run_script, start_script
-from torchrl_amago import PopArt, make_policy
+from torchrl_amago import HLGauss, make_policy
 from torchrl_amago.modules import RunningScale
 from torchrl_amago.trainers import read_progress
 
@@ -82,7 +82,7 @@ def test_states_noise_and_the_previous_step(basic_gym):
 
     policy = policy_of(episodes=2)
     assert policy.encoder.trajectory.normalize_states
-    assert policy.exploration.max_duration == 16
+    assert policy.exploration.max_duration == 8
     assert not policy.encoder.timestep.hidden_keys
     policy = policy_of(normalize_states=False, noise_steps=4, final_noise=0.5)
     assert not policy.encoder.trajectory.normalize_states
@@ -94,11 +94,12 @@ def test_states_noise_and_the_previous_step(basic_gym):
     torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))
 
 
-def test_the_scale_of_values_is_a_choice(basic_gym):
-    for fields, codec in (({}, PopArt), ({"running_scale": True}, RunningScale)):
+def test_the_codec_goes_with_the_loss(basic_gym):
+    bins = {"loss": "amago2", "return_range": (-400.0, 0.0)}
+    for fields, codec in (({}, RunningScale), (bins, HLGauss), ({"loss": "amago2"}, None)):
         options = basic_gym.loss_options(basic_gym.Args(n_step=3, **fields))
-        assert type(options["value_codec"]) is codec
-        assert (options["n_step"], options["reward_scale"]) == (3, 1.0)
+        assert type(options.pop("value_codec", None)) is (codec or type(None))
+        assert options == {"n_step": 3, "reward_scale": 1.0}
 
 
 def test_what_is_hidden(basic_gym):

@@ -1,0 +1,37 @@
+"""Draw cart_pole.png, pendulum.png and acrobot.png: greedy returns of all seeds.
+
+Train with the commands of docs/results.md into runs/cart_pole_SEED, runs/pendulum_SEED and
+runs/acrobot_SEED; then `python docs/figures/make_control.py runs`.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from torchrl_amago.plots import plot_learning_curve
+
+# Name of the folders and the picture: title, dashed line, and its label.
+TASKS = {
+    "cart_pole": ("CartPole without velocities", 500.0, "most possible"),
+    "pendulum": ("Pendulum", -150.0, "good control"),
+    "acrobot": ("Acrobot", -72.1, "RL Zoo's DQN"),
+}
+
+
+def draw(runs: Path) -> None:
+    """Draw a picture of each task."""
+    panel = "greedy return"
+    for name, (title, line, label) in TASKS.items():
+        plot_learning_curve(
+            [folder / "progress.csv" for folder in sorted(runs.glob(f"{name}_[0-9]*"))],
+            Path(__file__).parent / f"{name}.png",
+            panels={panel: {"eval/trial_return": "AMAGO"}},
+            reference={panel: line},
+            reference_label=label,
+            title=title,
+        )
+
+
+if __name__ == "__main__":
+    draw(Path(sys.argv[1]))
