@@ -16,15 +16,14 @@ from suite_runs import (
     read_runs,
     scores_at,
 )
-from suite_table import TASKS
-
-from torchrl_amago.evaluation import (
-    Interval,
-    interquartile_mean,
+from suite_statistics import (
     performance_profile,
     probability_of_improvement,
     stratified_bootstrap,
 )
+from suite_table import TASKS
+
+from torchrl_amago.evaluation import Interval, interquartile_mean
 
 FIGURES = "figures/suite"
 WORDS: dict[Axis, str] = {"time": "equal time", "frames": "equal steps"}

@@ -9,9 +9,10 @@ from typing import Literal
 
 import numpy as np
 from suite_cells import read_json
+from suite_statistics import stratified_bootstrap
 from suite_table import METHODS, TASKS
 
-from torchrl_amago.evaluation import Interval, TrialResults, stratified_bootstrap
+from torchrl_amago.evaluation import Interval, TrialResults
 from torchrl_amago.progress import read_rows
 
 Axis = Literal["time", "frames"]

@@ -2,8 +2,7 @@ r"""Train an agent, with or without memory, on any Gymnasium environment of vect
 
     python examples/01_basic_gym.py --mask-velocities              # CartPole without its velocities
     python examples/01_basic_gym.py --env-id Pendulum-v1 --run-dir runs/pendulum
-    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --return-range -400 0 \
-        --discounts .9 .95 .97 --run-dir runs/pendulum_2
+    python examples/01_basic_gym.py --env-id Pendulum-v1 --loss amago2 --run-dir runs/pendulum_2
 
 A trial is one episode, or `--episodes` of them with the same seed. The run's folder gets curves,
 `trial.png` (`pip install "gymnasium[classic-control]"`), evaluations, weights and checkpoints.
@@ -42,12 +41,6 @@ class Args(GymArgs):
     """Factor of rewards in the loss."""
     n_step: int = 10
     """Rewards in a TD target."""
-    return_range: tuple[float, float] | None = None
-    """Discounted returns that bins cover evenly, for amago2; default the loss's own bins."""
-    num_bins: int = 9
-    """Bins of return_range, at least 6, two of them below and two above it."""
-    init_slope: float | None = 10.0
-    """Order of the first weights of those bins, see docs/value_codecs.md; None for no order."""
     action_gain: float = 8.0
     """Factor of the first weights of the action in critics, if the loss is amago2."""
 
@@ -65,15 +58,10 @@ class Args(GymArgs):
 
 def loss_options(args: Args) -> dict[str, Any]:
     options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
-    if args.loss == "amago2" and args.return_range is not None:
-        low, high = args.return_range
-        if args.num_bins < 6:
-            raise ValueError(f"--num-bins must be at least 6, got {args.num_bins}.")
-        # Two bins on each side, since labels near the ends are cut off and read too far inside.
-        margin = 2 * (high - low) / (args.num_bins - 5)
-        bins = dict(num_bins=args.num_bins, min_return=low - margin, max_return=high + margin)
-        bins |= dict(symlog=False, init_slope=args.init_slope)
-        options["value_codec"] = HLGauss(len(args.discounts), **bins)
+    if args.loss == "amago2":
+        # Few wide bins with ordered first weights tell actions apart, see docs/value_codecs.md.
+        bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)
+        options["value_codec"] = HLGauss(len(args.discounts), **bins, relative=True)
     return args.loss_options(len(args.discounts), **options)
 
 

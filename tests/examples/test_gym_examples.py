@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import gymnasium as gym
@@ -94,12 +93,18 @@ def test_states_noise_and_the_previous_step(basic_gym):
     torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))
 
 
-def test_the_codec_goes_with_the_loss(basic_gym):
-    bins = {"loss": "amago2", "return_range": (-400.0, 0.0)}
-    for fields, codec in (({}, RunningScale), (bins, HLGauss), ({"loss": "amago2"}, None)):
-        options = basic_gym.loss_options(basic_gym.Args(n_step=3, **fields))
-        assert type(options.pop("value_codec", None)) is (codec or type(None))
+@pytest.mark.parametrize("loss", ["amago", "amago2"])
+def test_values_have_the_scale_of_their_targets(basic_gym, loss):
+    """Whatever the unit of rewards, a codec's labels are the same."""
+    target, mask = torch.randn(20, 4), torch.ones(20, 1, dtype=torch.bool)
+    codecs = []
+    for scale in (1.0, 300.0):
+        options = basic_gym.loss_options(basic_gym.Args(n_step=3, loss=loss))
+        codecs.append(options.pop("value_codec"))
+        codecs[-1].update(scale * target, mask)
         assert options == {"n_step": 3, "reward_scale": 1.0}
+    assert type(codecs[0]) is {"amago": RunningScale, "amago2": HLGauss}[loss]
+    torch.testing.assert_close(codecs[1].encode(300 * target), codecs[0].encode(target))
 
 
 def test_what_is_hidden(basic_gym):
@@ -146,17 +151,6 @@ def test_trials(basic_gym):
     assert torch.equal(observation[:, 0], observation[:, 3])  # episodes of a trial begin alike
     assert not torch.equal(observation[0, 0], observation[1, 0])
     assert steps["next", "done"].squeeze(-1).tolist() == [[False] * 5 + [True]] * 2
-
-
-def test_bins_cover_the_return_range(basic_gym):
-    args = basic_gym.Args(loss="amago2", return_range=(-500.0, 0.0), discounts=(0.9, 0.95))
-    codec = basic_gym.loss_options(args)["value_codec"]
-    value = torch.tensor([[-500.0, 0.0], [-123.4, -7.0]])
-    torch.testing.assert_close(codec.decode(codec.encode(value).log()), value, atol=0.2, rtol=0)
-    assert codec.bins[[2, -3]].tolist() == [-500.0, 0.0]
-    assert "value_codec" not in basic_gym.loss_options(basic_gym.Args(loss="amago2"))
-    with pytest.raises(ValueError, match="--num-bins must be at least 6, got 5"):
-        basic_gym.loss_options(dataclasses.replace(args, num_bins=5))
 
 
 class Undrawable(gym.Env):

@@ -88,9 +88,6 @@ TASK = {
         "discounts": (0.9, 0.95, 0.97, 0.99),
         "reward_scale": 1.0,
         "n_step": 10,
-        "return_range": None,
-        "num_bins": 9,
-        "init_slope": 10.0,
         "action_gain": 8.0,
     },
     "04_tmaze": {

@@ -13,13 +13,10 @@ from torchrl_amago.evaluation.statistics import (
     Interval,
     bootstrap_mean,
     interquartile_mean,
-    performance_profile,
-    probability_of_improvement,
-    stratified_bootstrap,
 )
 
 __all__ = [
     "HELD_OUT_SEED", "EvaluationResults", "HeldOutEvaluator", "Interval", "Results",
     "TrialResults", "bootstrap_mean", "evaluate", "evaluation_metrics", "interquartile_mean",
-    "performance_profile", "probability_of_improvement", "rollout_pictures", "stratified_bootstrap",
+    "rollout_pictures",
 ]  # fmt: skip

@@ -306,6 +306,68 @@ def test_popart_statistics_can_be_switched_off():
     assert torch.equal(codec.normalized(prediction), codec.decode(prediction))
 
 
+# --- a range in units of the targets ---
+
+
+@every_codec
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.floats(1e-2, 1e4),
+    offset=st.floats(-5, 5),
+    symlog=st.booleans(),
+)
+def test_a_relative_range_fits_rewards_of_any_size(cls, seed, scale, offset, symlog):
+    target = torch.randn(7, G, generator=torch.Generator().manual_seed(seed)) + offset
+    prediction = torch.randn(7, C, G, N, generator=torch.Generator().manual_seed(seed + 1))
+    options = dict(min_return=-5.0, max_return=5.0, relative=True, symlog=symlog)
+    codec, scaled = make(cls, **options), make(cls, **options)
+    codec.update(target, everything(7))
+    scaled.update(scale * target, everything(7))
+    assert codec.num_outside == scaled.num_outside == 0
+    close = dict(rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(
+        scaled.loss(prediction, scale * target), codec.loss(prediction, target), **close
+    )
+    expected = scale * codec.decode(prediction)
+    torch.testing.assert_close(scaled.decode(prediction), expected, rtol=1e-3, atol=1e-3 * scale)
+    torch.testing.assert_close(scaled.normalized(prediction), codec.normalized(prediction), **close)
+
+
+@every_codec
+def test_relative_labels_decode_to_the_target(cls):
+    codec = make(cls, min_return=-3.0, max_return=3.0, relative=True, symlog=False).double()
+    target = torch.linspace(900.0, 1100.0, 50, dtype=torch.float64).unsqueeze(-1).expand(50, G)
+    codec.update(target, everything(50))
+    rms = target.square().mean(0).sqrt()
+    torch.testing.assert_close(codec.mean_and_scale(), (target.mean(0), rms), rtol=1e-6, atol=0)
+    decoded = codec.decode(codec.encode(target).log())
+    bound = 1e-5 * codec.bin_width.item() * rms[0].item()
+    torch.testing.assert_close(decoded, target, rtol=1e-9, atol=bound)
+
+
+@every_codec
+def test_averages_of_relative_values_are_averages_in_reward_units(cls):
+    codec = make(cls, min_return=-3.0, max_return=3.0, relative=True)
+    codec.update(1e3 * torch.randn(20, G), everything(20))
+    listed = torch.randn(B, C, G, A, N)
+    raw = codec.raw_value(listed)
+    assert raw.shape == (B, C, G, A)
+    assert raw.abs().max() <= 3.0
+    for_each = torch.stack([codec.decode(listed[..., a, :]) for a in range(A)], -1)
+    torch.testing.assert_close(codec.to_space(raw.mean(-1), "value"), for_each.mean(-1))
+    torch.testing.assert_close(codec.to_space(raw.mean(-1), "normalized"), raw.mean(-1))
+    prediction = listed[..., 0, :]
+    torch.testing.assert_close(codec.normalized(prediction), codec.raw_value(prediction))
+
+
+def test_relative_targets_outside_are_named_in_their_unit():
+    codec = make(TwoHot, min_return=-2.0, max_return=2.0, relative=True)
+    target = torch.zeros(100, G)
+    target[0] = 1e4
+    with pytest.warns(UserWarning, match=r"3 TD targets .* of \[-2, 2\] of their running scales"):
+        codec.update(target, everything(100))
+
+
 # --- initial value ---
 
 

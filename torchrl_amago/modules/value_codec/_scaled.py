@@ -7,20 +7,25 @@ import abc
 import torch
 from torch import Tensor
 
+from torchrl_amago._validation import check_fractions, check_positive
 from torchrl_amago.modules.value_codec.base import ValueCodec
 
 
 class ScaledCodec(ValueCodec):
     """Base of codecs whose ``weight * prediction + bias`` is ``(value - mu) / sigma``.
 
-    Subclasses have all of them as buffers ``[G]``, and move them by averages with a step of `beta`.
+    All of them but sigma are buffers ``[G]``, which subclasses reset, and move by averages with a
+    step of `beta`; ``nu`` is a second moment.
     """
 
-    mu: Tensor
-    weight: Tensor
-    bias: Tensor
-    count: Tensor
-    beta: float
+    def __init__(self, num_discounts: int, beta: float) -> None:
+        super().__init__()
+        check_positive("Use 0.01, or 5e-4 as published.", beta=beta)
+        check_fractions("It is the step size of moving averages.", beta=beta)
+        self.num_discounts, self.beta = num_discounts, beta
+        for name in ("mu", "nu", "weight", "bias"):
+            self.register_buffer(name, torch.empty(num_discounts))
+        self.register_buffer("count", torch.empty(()))
 
     @property
     @abc.abstractmethod

@@ -17,8 +17,10 @@ from torchrl.modules import functional as F
 from torchrl.objectives import two_hot_encode
 
 from torchrl_amago._validation import check_counts, check_positive
-from torchrl_amago.modules.value_codec.base import ValueCodec
+from torchrl_amago.modules.value_codec._scaled import ScaledCodec
+from torchrl_amago.modules.value_codec.base import ValueCodec, ValueSpace
 from torchrl_amago.modules.value_codec.popart import PopArt
+from torchrl_amago.modules.value_codec.running_scale import RunningScale
 
 
 class BinCodec(ValueCodec):
@@ -41,7 +43,10 @@ class BinCodec(ValueCodec):
         init_slope: order the last layer's first weights: each logit is one random number of the
             critic times its bin's place, from ``-init_slope`` to ``init_slope``. It makes critics
             distinguish actions sooner (``docs/value_codecs.md``); 10 is a good value.
-        popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``.
+        relative: count the range from the targets' running mean, in units of their running root
+            mean square, so that it fits rewards of any size.
+        popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``,
+            ``RunningScale(num_discounts)`` if `relative`.
 
     Raises:
         ValueError: if the range is too narrow for so many bins, or a number out of its range.
@@ -63,7 +68,8 @@ class BinCodec(ValueCodec):
         symlog: bool = True,
         init_value: float | None = None,
         init_slope: float | None = None,
-        popart: PopArt | None = None,
+        relative: bool = False,
+        popart: ScaledCodec | None = None,
     ) -> None:
         super().__init__()
         check_counts(num_bins=num_bins)
@@ -75,9 +81,10 @@ class BinCodec(ValueCodec):
         if init_slope is not None:
             check_positive("Use None for weights without order.", init_slope=init_slope)
         self.symlog, self.init_value, self.init_slope = symlog, init_value, init_slope
-        self.popart = popart if popart is not None else PopArt(num_discounts)
+        self.relative = relative
+        self.popart = popart or (RunningScale if relative else PopArt)(num_discounts)
         self.num_discounts = self.popart.num_discounts
-        low, high = self._to_bin_space(torch.tensor([min_return, max_return]))
+        low, high = self._symlog(torch.tensor([min_return, max_return]))
         bins = torch.linspace(low, high, num_bins)
         if num_bins < 2 or not (bins.diff() > 0).all():
             raise ValueError(
@@ -101,7 +108,7 @@ class BinCodec(ValueCodec):
         """Return logits ``[Bins]`` of a normal distribution around ``init_value``, or None."""
         if self.init_value is None:
             return None
-        centre = self._to_bin_space(torch.full_like(self.bins[0], self.init_value))
+        centre = self._symlog(torch.full_like(self.bins[0], self.init_value))
         return -0.5 * ((self.bins - centre) / (self.INITIAL_SIGMA * self.bin_width)).square()
 
     def initial_slope(self) -> Tensor | None:
@@ -131,7 +138,16 @@ class BinCodec(ValueCodec):
             self._warn_of_targets_outside()
 
     def decode(self, prediction: Tensor) -> Tensor:
-        """Return the value of the mean bin: ``[..., Bins] -> [...]``, at least float32."""
+        return self.to_space(self.raw_value(prediction), "value")
+
+    def to_space(self, raw_value: Tensor, space: ValueSpace) -> Tensor:
+        if not self.relative:
+            return super().to_space(raw_value, space)
+        mean_G, scale_G = self.mean_and_scale()
+        return scale_G * raw_value + mean_G if space == "value" else raw_value
+
+    def raw_value(self, prediction: Tensor) -> Tensor:
+        """Return the mean bin in units of the range: ``[..., Bins] -> [...]``, at least float32."""
         dtype = _dtype(prediction)
         # Autocast would round the product to bfloat16, which knows two or three digits of a value.
         with torch.autocast(prediction.device.type, enabled=False):
@@ -158,6 +174,9 @@ class BinCodec(ValueCodec):
         return prediction.log_softmax(-1, dtype=_dtype(prediction))
 
     def _to_bin_space(self, value: Tensor) -> Tensor:
+        return self._symlog(self.popart.normalize(value) if self.relative else value)
+
+    def _symlog(self, value: Tensor) -> Tensor:
         value = value.to(_dtype(value))
         return F.symlog(value) if self.symlog else value
 
@@ -169,8 +188,9 @@ class BinCodec(ValueCodec):
         self._has_warned = True
         ends = self.bins[[0, -1]]
         low, high = (F.symexp(ends) if self.symlog else ends).tolist()
+        unit = " of their running scales" if self.relative else ""
         warnings.warn(
-            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}]. Widen "
+            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}]{unit}. Widen "
             "min_return and max_return, which bound returns times the loss's reward_scale.",
             stacklevel=4,  # the caller of `update`, which no_grad wraps
         )
@@ -199,20 +219,15 @@ class TwoHot(BinCodec):
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         log_prob_CGN = self._log_probs(prediction, target)
         # The product with dense labels would read and write every bin for the two that count.
-        below_G, weight_G = self._bin_below(target.detach())
+        value_G, bins_N = self._to_bin_space(target.detach()), self.bins.to(_dtype(target))
+        # Searching inner bins only keeps the index valid, for a NaN too.
+        below_G = torch.bucketize(value_G, bins_N[1:-1], right=True)
+        low_G, high_G = bins_N[below_G], bins_N[below_G + 1]
+        weight_G = ((value_G - low_G) / (high_G - low_G)).clamp(0.0, 1.0)
         index_1G2 = torch.stack([below_G, below_G + 1], -1).unsqueeze(-3)
         weight_1G2 = torch.stack([1.0 - weight_G, weight_G], -1).unsqueeze(-3)
         log_prob_CG2 = log_prob_CGN.gather(-1, index_1G2.expand(*log_prob_CGN.shape[:-1], 2))
         return -(weight_1G2 * log_prob_CG2).sum(-1)
-
-    def _bin_below(self, target: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the bin below each target, and the label's weight of the one above."""
-        value_G = self._to_bin_space(target)
-        bins_N = self.bins.to(value_G.dtype)
-        # Searching inner bins only keeps the index valid, for a NaN too.
-        below_G = torch.bucketize(value_G, bins_N[1:-1], right=True)
-        low_G, high_G = bins_N[below_G], bins_N[below_G + 1]
-        return below_G, ((value_G - low_G) / (high_G - low_G)).clamp(0.0, 1.0)
 
 
 class HLGauss(BinCodec):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from torchrl_amago._validation import check_fractions, check_positive
+from torchrl_amago._validation import check_positive
 from torchrl_amago.modules.value_codec._scaled import ScaledCodec
 
 
@@ -49,14 +49,9 @@ class PopArt(ScaledCodec):
         initial_nu: float = 100.0,
         enabled: bool = True,
     ) -> None:
-        super().__init__()
-        check_positive("Use 5e-4 and 100, as published.", beta=beta, initial_nu=initial_nu)
-        check_fractions("It is the step size of moving averages.", beta=beta)
-        self.num_discounts, self.beta = num_discounts, beta
+        super().__init__(num_discounts, beta)
+        check_positive("Use 100, as published.", initial_nu=initial_nu)
         self.initial_nu, self.enabled = initial_nu, enabled
-        for name in ("mu", "nu", "weight", "bias"):
-            self.register_buffer(name, torch.empty(num_discounts))
-        self.register_buffer("count", torch.empty(()))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -9,7 +9,6 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
-from torchrl_amago._validation import check_fractions, check_positive
 from torchrl_amago.modules.value_codec._scaled import ScaledCodec
 
 
@@ -41,13 +40,7 @@ class RunningScale(ScaledCodec):
     MIN_SQUARE, MAX_SQUARE = 1e-8, 1e12
 
     def __init__(self, num_discounts: int, beta: float = 0.01) -> None:
-        super().__init__()
-        check_positive("Use 0.01.", beta=beta)
-        check_fractions("It is the step size of moving averages.", beta=beta)
-        self.num_discounts, self.beta = num_discounts, beta
-        for name in ("mu", "nu", "weight", "bias"):
-            self.register_buffer(name, torch.empty(num_discounts))
-        self.register_buffer("count", torch.empty(()))
+        super().__init__(num_discounts, beta)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -105,14 +105,6 @@ class LakePlanner:
         """
         return self._plan(belief, cell, steps_left, episodes_left)[1]
 
-    def route(self, belief: Belief, cell: int, target: int) -> list[int]:
-        """Return a shortest way over known-safe cells from a cell, excluded, to a target."""
-        distances, way = self._distances(belief.safe, cell), [target]
-        while (distance := distances[way[0]]) > 1:
-            near = (n for n in self._neighbours[way[0]] if belief.safe >> n & 1)
-            way.insert(0, next(n for n in near if distances.get(n) == distance - 1))
-        return way
-
     def _best_plan(self, belief: Belief, cell: int, steps_left: int, episodes_left: int) -> _Plan:
         if episodes_left == 0:
             return (), None
