@@ -13,13 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from common import command_line, draw_progress, run
 from gym_args import GymArgs
 
-from torchrl_amago import HeldOutEvaluator, HLGauss, make_policy
+from torchrl_amago import HeldOutEvaluator, make_policy
 from torchrl_amago.evaluation import EvaluationResults
 
 
@@ -41,8 +41,6 @@ class Args(GymArgs):
     """Factor of rewards in the loss."""
     n_step: int = 10
     """Rewards in a TD target."""
-    action_gain: float = 8.0
-    """Factor of the first weights of the action in critics, if the loss is amago2."""
 
     # Other defaults of common fields.
     run_dir: Path = Path("runs/basic_gym")
@@ -54,15 +52,6 @@ class Args(GymArgs):
     capacity: int = 300_000
     eval_interval: int = 500
     eval_trials: int = 64
-
-
-def loss_options(args: Args) -> dict[str, Any]:
-    options = dict(reward_scale=args.reward_scale, n_step=args.n_step)
-    if args.loss == "amago2":
-        # Few wide bins with ordered first weights tell actions apart, see docs/value_codecs.md.
-        bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)
-        options["value_codec"] = HLGauss(len(args.discounts), **bins, relative=True)
-    return args.loss_options(len(args.discounts), **options)
 
 
 def train(args: Args) -> EvaluationResults:
@@ -82,12 +71,10 @@ def train(args: Args) -> EvaluationResults:
     results = run(
         *parts,
         "trial_return",
-        critic_options=dict(action_gain=args.action_gain) if args.loss == "amago2" else {},
         trial_length=length,
         slice_length=min(args.slice_length, length),
         round_steps=min(args.round_steps, length),
-        loss_options=loss_options(args),
-        clip_each=True,
+        loss_options=dict(reward_scale=args.reward_scale, n_step=args.n_step),
         buffer_options=dict(sample_by="steps", crop="both"),  # all steps alike, ends too
     )
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")

@@ -95,8 +95,7 @@ def train(args: Args) -> EvaluationResults:
         trial_length=length,
         slice_length=context_length,
         round_steps=min(args.round_steps, length),
-        loss_options=args.loss_options(len(args.discounts), n_step=args.n_step),
-        clip_each=True,
+        loss_options=dict(n_step=args.n_step),
     )
     draw_progress(args, f"{args.env_id}, {args.seq_model}, {args.loss}")
     draw_steps(args, rollout_pictures(policy, make_env(args, 1, 0), seed=held_out.seed + 1)[0])

@@ -24,7 +24,7 @@ from torchrl.envs import EnvBase
 from torchrl_amago import HeldOutEvaluator, make_policy, make_trial_env
 from torchrl_amago.envs import SymbolicAlchemy
 from torchrl_amago.evaluation import HELD_OUT_SEED, EvaluationResults
-from torchrl_amago.modules import SEQ_MODELS, PopArt
+from torchrl_amago.modules import SEQ_MODELS
 from torchrl_amago.plots import plot_adaptation_curve, plot_trial_strip
 
 
@@ -94,14 +94,13 @@ def train(args: Args) -> EvaluationResults:
         **args.policy_options(),
     )
     held_out = HeldOutEvaluator(policy, make_env(args, min(128, args.eval_trials), HELD_OUT_SEED))
-    codec = PopArt(len(args.discounts), beta=0.01)
     parts = (args, make, env, policy, held_out)
     results = run(
         *parts,
         "trial_return",
         critic_options=dict(num_critics=2),
         trial_length=horizon,
-        loss_options=dict(reward_scale=args.reward_scale, value_codec=codec),
+        loss_options=dict(reward_scale=args.reward_scale),
     )
     draw_pictures(args, results, held_out)
     return results

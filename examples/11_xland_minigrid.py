@@ -90,8 +90,6 @@ def train(args: Args) -> EvaluationResults:
         *parts,
         trial_length=length,
         slice_length=context_length,
-        loss_options=args.loss_options(len(args.discounts)),
-        clip_each=True,
     )
     title = f"{args.benchmark}, {args.size} x {args.size} cells, {args.seq_model}"
     draw_progress(args, title)

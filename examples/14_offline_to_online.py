@@ -22,7 +22,7 @@ from common import TrainingArgs, command_line, draw_progress, run
 from d4rl_file import describe_returns
 from offline_parts import find_dataset, make_anew, make_env, make_replay
 
-from torchrl_amago import HeldOutEvaluator, PopArt, make_policy
+from torchrl_amago import HeldOutEvaluator, make_policy
 from torchrl_amago.evaluation import EvaluationResults
 
 
@@ -88,8 +88,6 @@ def train(args: Args) -> EvaluationResults:
     replay, dataset_return = make_replay(args, dataset, env)
     held_out = HeldOutEvaluator(policy, make_env(args, dataset, min(64, args.eval_trials)))
     options = dict(online_coeff=args.online_coeff, offline_coeff=args.offline_coeff, n_step=3)
-    if args.loss == "amago":
-        options["value_codec"] = PopArt(len(args.discounts), beta=0.01)
     parts = (args, partial(make_anew, args), env, policy, held_out)
     results = run(
         *parts,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from common import DEBUG, TrainingArgs, final_evaluation, resume_if_asked
@@ -81,11 +81,11 @@ VARIANTS = {
 
 @dataclass
 class LakeArgs(TrainingArgs):
-    """Settings of one run: those of example 00, and states as published."""
+    """Settings of one run: those of example 00 with the published choices."""
 
     num_layers: int = 2
     hidden_size: int = 256
-    normalize_states: bool = False
+    preset: Literal["robust", "paper"] = "paper"
     eval_trials: int = 1024
 
     def resume_command(self) -> str:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import gymnasium as gym
 import numpy as np
@@ -25,7 +25,8 @@ from torchrl_amago import AMAGOTrainer, HeldOutEvaluator, Policy, load_policy, m
 from torchrl_amago._files import DamagedError
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.evaluation import EvaluationResults
-from torchrl_amago.modules import SEQ_MODELS, RunningScale
+from torchrl_amago.modules import SEQ_MODELS
+from torchrl_amago.modules.build import Preset
 from torchrl_amago.objectives import LOSSES
 from torchrl_amago.plots import plot_learning_curve, plot_trial_strip
 from torchrl_amago.scaling import EXIT_CODES, Ranks, collect, evaluate_run, pick_device
@@ -65,7 +66,7 @@ class TrainingArgs:
         >>> args.task_fields()
         {'corridor': 50}
         >>> args.policy_options()["seq_model_options"]
-        {'d_model': 64, 'num_layers': 2, 'normalize_states': True}
+        {'d_model': 64, 'num_layers': 2}
     """
 
     run_dir: Path = Path("runs/run")
@@ -89,9 +90,9 @@ class TrainingArgs:
     """Heads of a sequence model that has attention."""
     hidden_size: int = 64
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
-    normalize_states: bool = True
-    """Normalise states over a batch, so that critics can't make them all alike; see
-    docs/encoders.md."""
+    preset: Literal[get_args(Preset)] = "robust"
+    """Choices that learned wherever they were tried, or those that AMAGO publishes; see
+    docs/training.md."""
 
     loss: Literal[tuple(LOSSES)] = "amago"
     """AMAGO's regression and policy gradient, or AMAGO-2's classification and filtered
@@ -188,7 +189,6 @@ class TrainingArgs:
             ValueError: for an argument that no sequence model has.
         """
         sizes = dict(d_model=self.d_model, num_layers=self.num_layers, num_heads=self.num_heads)
-        sizes["normalize_states"] = self.normalize_states
         unknown = set(seq_model_options).difference(*map(_argument_names, SEQ_MODELS.values()))
         if unknown:
             raise ValueError(
@@ -202,14 +202,9 @@ class TrainingArgs:
             seq_model_options={name: value for name, value in options.items() if name in known},
             timestep_options=dict(hidden_size=self.hidden_size, output_size=self.d_model),
             actor_options=dict(hidden_size=self.hidden_size),
+            preset=self.preset,
             device=pick_device(self.device),
         )
-
-    def loss_options(self, num_discounts: int, **options: Any) -> dict[str, Any]:
-        """Arguments of a loss for rewards of any size, and those given."""
-        if self.loss == "amago":
-            options["value_codec"] = RunningScale(num_discounts)
-        return options
 
     def trainer_options(self, held_out: HeldOutEvaluator, **critic_options: Any) -> dict[str, Any]:
         """Return the arguments of `make_trainer` that don't depend on the task.
@@ -227,6 +222,7 @@ class TrainingArgs:
             learning_rate=self.learning_rate,
             tau=self.tau,
             loss=self.loss,
+            preset=self.preset,
             precision=self.precision,
             device=self.device,
             collect_device=self.collect_device,
@@ -247,10 +243,10 @@ class TrainingArgs:
         """Every field that shapes the run: a checkpoint can't be resumed with other `settings`."""
         fixed = ("seq_model", "d_model", "num_layers", "num_heads", "hidden_size", "loss")
         own = ("run_dir", "resume", "resume_from", "debug", "seed", "logger", "mode", "ray")
-        if self.normalize_states:  # absent if off, as in runs from before there was a choice
-            fixed += ("normalize_states",)
+        if self.preset == "paper":  # as in runs from before there was a choice
+            own += ("preset",)
         else:
-            own += ("normalize_states",)
+            fixed += ("preset",)
         common = [field.name for field in dataclasses.fields(TrainingArgs)]
         return {
             "settings": {x: getattr(self, x) for x in fixed} | self.task_fields(),

@@ -13,7 +13,7 @@ import torch
 from common import TrainingArgs, draw_progress, draw_steps, drawing, run
 from torchrl.envs import EnvBase
 
-from torchrl_amago import HeldOutEvaluator, make_policy
+from torchrl_amago import HeldOutEvaluator, TwoHot, make_policy
 from torchrl_amago.data import Relabel
 from torchrl_amago.evaluation import EvaluationResults, rollout_pictures
 from torchrl_amago.modules.timestep import TIMESTEP_ENCODERS
@@ -40,8 +40,6 @@ class DomainArgs(TrainingArgs):
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
     positions: Literal["rotary", "fixed"] = "rotary"
     """Positions of a Transformer: rotary for distances, fixed where the time itself matters."""
-    critic_norm: Literal["none", "layer"] = "none"
-    """Norm of the critics' hidden layers; layer steadies values."""
     timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
     """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
 
@@ -92,6 +90,8 @@ def train(
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
     rewards = dict(reward_scale=args.reward_scale, n_step=args.n_step)
+    if args.loss == "amago2":  # several games' rewards differ by orders of magnitude
+        rewards["value_codec"] = TwoHot(len(args.discounts))
     parts = (args, make, env, policy, held_out)
     results = run(
         *parts,
@@ -99,9 +99,7 @@ def train(
         slice_length=context_length,
         round_steps=min(args.round_steps, args.trial_length),
         buffer_options=dict(relabel=relabel),
-        loss_options=args.loss_options(len(args.discounts), **rewards),
-        clip_each=True,
-        critic_options=dict(norm=args.critic_norm),
+        loss_options=rewards,
     )
     draw_progress(args, args.title)
     if args.episodes > 1:

@@ -75,7 +75,7 @@ def build_loss(case: GoldenCase, policy: Policy) -> AMAGOLoss:
         "num_critics": hp["num_critics"],
         "hidden_size": hp["critic_d_hidden"],
     }
-    return amago_loss(policy, value_codec=build_codec(case), critic_options=critic)
+    return amago_loss(policy, preset="paper", value_codec=build_codec(case), critic_options=critic)
 
 
 def build_codec(case: GoldenCase) -> ValueCodec:

@@ -42,7 +42,7 @@ CRITIC = {"hidden_size": 9}
 
 def policy_of(**options: Any) -> Policy:
     options = {"obs_keys": ["observation"], "discounts": DISCOUNTS, **SMALL, **options}
-    return make_policy(ENV, context_length=8, **options)
+    return make_policy(ENV, context_length=8, preset="paper", **options)
 
 
 def transformer_policy(**options: Any) -> Policy:
@@ -50,7 +50,7 @@ def transformer_policy(**options: Any) -> Policy:
 
 
 def loss_of(policy: Policy, **critic_options: Any) -> AMAGOLoss:
-    return amago_loss(policy, critic_options={**CRITIC, **critic_options})
+    return amago_loss(policy, preset="paper", critic_options={**CRITIC, **critic_options})
 
 
 def shuffled(policy: Policy, loss: AMAGOLoss) -> dict[str, Tensor]:
@@ -127,9 +127,9 @@ def test_round_trips(timestep, seq_model, actor, critic, num_discounts, num_bins
             actor_options=actor[1],
         )
         if num_bins is None:
-            return policy, amago_loss(policy, critic_options=critic)
+            return policy, amago_loss(policy, preset="paper", critic_options=critic)
         codec = TwoHot(num_discounts, num_bins=num_bins)
-        return policy, amago2_loss(policy, value_codec=codec, critic_options=critic)
+        return policy, amago2_loss(policy, preset="paper", value_codec=codec, critic_options=critic)
 
     weights = shuffled(*build())
     policy, loss = build()
@@ -336,12 +336,22 @@ def test_sizes_that_differ(build, problems):
 def test_critics_of_other_sizes():
     policy = policy_of()
     weights = shuffled(policy, loss_of(policy))
-    bins = amago2_loss(policy, value_codec=TwoHot(3, num_bins=9), critic_options=CRITIC)
+    bins = amago2_loss(
+        policy, preset="paper", value_codec=TwoHot(3, num_bins=9), critic_options=CRITIC
+    )
     message = assert_unfit("shapes that differ", weights, policy, bins)
     assert "critics.net.inp_layer.weight (4, 6, 9) -> critic.hidden.0.weight (4, 12, 9)" in message
     assert "critics.net.output_layer.bias (4, 15) -> critic.out.bias (4, 9)" in message
     message = assert_unfit("shapes that differ", weights, policy, loss_of(policy, num_critics=3))
     assert "target_critics.net.inp_layer.bias (4, 9) -> target_critic.hidden.0.bias" in message
+
+
+def test_critics_with_a_norm():
+    policy = policy_of()
+    weights = shuffled(policy, loss_of(policy))
+    message = assert_unfit("critics with a norm", weights, policy, loss_of(policy, norm="layer"))
+    assert "norm='layer'" in message
+    assert "preset='paper'" in message
 
 
 def test_numbers_of_heads_that_differ():

@@ -52,8 +52,8 @@ def test_the_example_loads_an_agent(tmp_path, capsys):
     gammas = (0.9, 0.99)
     small = {"d_model": 8, "num_heads": 2, "num_layers": 1}
     options = {"discounts": gammas, "obs_keys": ["observation"], "seq_model_options": small}
-    policy = make_policy(env, context_length=9, **options)
-    saved = agent_state_dict(policy, amago_loss(policy))
+    policy = make_policy(env, context_length=9, preset="paper", **options)
+    saved = agent_state_dict(policy, amago_loss(policy, preset="paper"))
     torch.save(saved, tmp_path / "policy.pt")
     loaded = namespace["policy_from_amago"](
         tmp_path / "policy.pt", env, 9, gammas, seq_model_options=small

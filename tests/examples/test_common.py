@@ -34,7 +34,7 @@ from torchrl_amago.trainers.checkpoint import PolicyFiles
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 HELD_OUT = SimpleNamespace(evaluate=None, success_threshold=0.5)
-SIZES = {"d_model": 64, "num_layers": 2, "normalize_states": True}
+SIZES = {"d_model": 64, "num_layers": 2}
 HEADS = {**SIZES, "num_heads": 4}
 
 
@@ -60,10 +60,10 @@ def test_a_subclass_adds_fields_and_changes_defaults():
     settings = Args(corridor=7, seq_model="gru").trainer_options(HELD_OUT)["settings"]
     assert {"corridor": 7, "oracle": False, "seq_model": "gru"}.items() <= settings.items()
     assert Args(batch_size=7).trainer_options(HELD_OUT)["options"]["batch_size"] == 7
-    # Runs from before states were normalised have no such setting, and can be resumed without.
-    assert settings["normalize_states"]
-    older = Args(normalize_states=False).trainer_options(HELD_OUT)["settings"]
-    assert settings.keys() - older.keys() == {"normalize_states"}
+    # Runs from before there were presets have no such setting, and can be resumed with the paper's.
+    assert settings["preset"] == "robust"
+    older = Args(preset="paper").trainer_options(HELD_OUT)["settings"]
+    assert settings.keys() - older.keys() == {"preset"}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_numbers_are_checked_before_anything_is_built(name, values, rule):
     [
         ("feedforward", SIZES),
         ("gru", {**SIZES, "longest_memory": 9}),
-        ("identity", {"normalize_states": True}),
+        ("identity", {}),
         ("linear_attention", HEADS),
         ("lstm", {**SIZES, "longest_memory": 9}),
         ("mamba", SIZES),

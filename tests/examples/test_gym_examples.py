@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from tests.scripts import import_script, run_script, start_script
-from torchrl_amago import HLGauss, make_policy
-from torchrl_amago.modules import RunningScale
+from torchrl_amago import make_policy
 from torchrl_amago.trainers import read_progress
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -83,7 +82,7 @@ def test_states_noise_and_the_previous_step(basic_gym):
     assert policy.encoder.trajectory.normalize_states
     assert policy.exploration.max_duration == 8
     assert not policy.encoder.timestep.hidden_keys
-    policy = policy_of(normalize_states=False, noise_steps=4, final_noise=0.5)
+    policy = policy_of(preset="paper", noise_steps=4, final_noise=0.5)
     assert not policy.encoder.trajectory.normalize_states
     assert policy.exploration.max_duration == 4
     assert policy.encoder.timestep.hidden_keys == {"prev_action", "prev_reward"}
@@ -91,20 +90,6 @@ def test_states_noise_and_the_previous_step(basic_gym):
     policy.exploration.step(10**6)
     faded = policy.exploration.epsilon(torch.tensor([0, 500]))
     torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))
-
-
-@pytest.mark.parametrize("loss", ["amago", "amago2"])
-def test_values_have_the_scale_of_their_targets(basic_gym, loss):
-    """Whatever the unit of rewards, a codec's labels are the same."""
-    target, mask = torch.randn(20, 4), torch.ones(20, 1, dtype=torch.bool)
-    codecs = []
-    for scale in (1.0, 300.0):
-        options = basic_gym.loss_options(basic_gym.Args(n_step=3, loss=loss))
-        codecs.append(options.pop("value_codec"))
-        codecs[-1].update(scale * target, mask)
-        assert options == {"n_step": 3, "reward_scale": 1.0}
-    assert type(codecs[0]) is {"amago": RunningScale, "amago2": HLGauss}[loss]
-    torch.testing.assert_close(codecs[1].encode(300 * target), codecs[0].encode(target))
 
 
 def test_what_is_hidden(basic_gym):

@@ -88,7 +88,6 @@ TASK = {
         "discounts": (0.9, 0.95, 0.97, 0.99),
         "reward_scale": 1.0,
         "n_step": 10,
-        "action_gain": 8.0,
     },
     "04_tmaze": {
         "corridor": 50,

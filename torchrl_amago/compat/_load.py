@@ -82,7 +82,9 @@ def load_amago_weights(
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
-        >>> policy = make_policy(env, context_length=45, obs_keys=["observation"])
+        >>> policy = make_policy(
+        ...     env, context_length=45, obs_keys=["observation"], preset="paper"
+        ... )
         >>> load_amago_weights({"actor.base.out_layer.bias": torch.zeros(9)}, policy)
         Traceback (most recent call last):
         ...
@@ -91,6 +93,8 @@ def load_amago_weights(
     weights = read_amago_weights(source)
     networks = _networks(policy, loss)
     problems = defaultdict(list, _input_problems(policy))
+    if "critics" in networks and (norm := networks["critics"].module.norm) != "none":
+        problems["critics with a norm that AMAGO's lack"] = [f"norm={norm!r}"]
     if "popart.mu" in weights and len(weights["popart.mu"]) != len(policy.discounts):
         counts = f"{len(weights['popart.mu'])} -> {len(policy.discounts)}"
         problems["numbers of discounts that differ"].append(counts)
@@ -119,7 +123,7 @@ def load_amago_weights(
     problems["not filled"] += [name for name in empty if name not in kept]
     if lists := [f"{k}:\n    " + "\n    ".join(lines) for k, lines in problems.items() if lines]:
         rule = "AMAGO's weights do not fit this policy or loss; nothing was changed."
-        remedy = "Build them with the agent's networks, sizes and discounts; "
+        remedy = "Build them with preset='paper' and the agent's networks, sizes and discounts; "
         remedy += "docs/migrating_from_amago.md lists the arguments."
         raise ValueError("\n".join((rule, *lists, remedy)))
     with torch.no_grad():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from tensordict import NestedKey
@@ -11,7 +11,7 @@ from tensordict.nn import TensorDictModule, TensorDictModuleBase
 from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
-from torchrl_amago._validation import pick
+from torchrl_amago._validation import check_choice, pick
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.modules import trajectory as encoders
 from torchrl_amago.modules.actor import Actor, ActorHead, ActorModule, ResidualActor
@@ -22,6 +22,9 @@ from torchrl_amago.modules.policy import DISCOUNTS, Encoder, Policy
 from torchrl_amago.modules.timestep import TimestepEncoder, make_timestep_encoder
 from torchrl_amago.modules.trajectory import TrajectoryEncoder
 from torchrl_amago.modules.value_codec import ValueCodec
+
+Preset = Literal["robust", "paper"]
+"""One set of choices that learned wherever it was tried, or those that AMAGO publishes."""
 
 SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {
     "feedforward": encoders.FeedForwardEncoder,
@@ -55,6 +58,7 @@ def make_policy(
     exploration: dict[str, Any] | None = None,
     discounts: Sequence[float] = DISCOUNTS,
     obs_keys: Sequence[NestedKey] | None = None,
+    preset: Preset = "robust",
     device: torch.device | str | None = None,
 ) -> Policy:
     """Build a policy that fits an environment with trial and previous-step transforms.
@@ -79,6 +83,8 @@ def make_policy(
         discounts: G discounts, each in (0, 1); the last is acted with.
         obs_keys: entries that a timestep encoder built here reads besides the previous step;
             default all observations but the trial's bookkeeping.
+        preset: "robust" normalises the states of a trajectory encoder given by name, "paper" builds
+            the published networks; see :func:`~torchrl_amago.make_trainer`.
         device: of the policy; default the environment's. On CUDA a transformer has heads of 64
             features unless `seq_model_options` has a ``num_heads``.
 
@@ -96,6 +102,7 @@ def make_policy(
         >>> policy(env.reset())["action"].shape
         torch.Size([2])
     """
+    check_choice("preset", preset, get_args(Preset))
     space = ActionSpace.from_spec(env.full_action_spec_unbatched[env.action_key])
     if isinstance(distribution, PolicyDistribution):
         _check_unused(distribution, distribution_options=distribution_options)
@@ -110,7 +117,8 @@ def make_policy(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
     device = env.device if device is None else torch.device(device)
-    options = dict(seq_model_options or {})
+    named = preset == "robust" and isinstance(seq_model, str)
+    options = {**({"normalize_states": True} if named else {}), **(seq_model_options or {})}
     if device is not None and device.type == "cuda" and seq_model == "transformer":
         options.setdefault("num_heads", max(1, options.get("d_model", 256) // 64))
     trajectory = pick("seq_model", seq_model, SEQ_MODELS)(

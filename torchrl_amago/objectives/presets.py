@@ -1,29 +1,33 @@
-"""AMAGO and AMAGO-2: the one loss with the published choices, and the critics that go with them."""
+"""AMAGO and AMAGO-2: the one loss with a preset's choices, and critics that go with them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
-from torchrl_amago.modules.build import make_critic
+from torchrl_amago._validation import check_choice
+from torchrl_amago.modules.build import Preset, make_critic
 from torchrl_amago.modules.policy import Policy
-from torchrl_amago.modules.value_codec import PopArt, TwoHot, ValueCodec
+from torchrl_amago.modules.value_codec import HLGauss, PopArt, RunningScale, TwoHot, ValueCodec
 from torchrl_amago.objectives.amago import AMAGOLoss
 
 
 def amago_loss(
     policy: Policy,
     *,
+    preset: Preset = "robust",
     value_codec: ValueCodec | None = None,
     critic_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> AMAGOLoss:
-    """Build AMAGO's loss (arXiv 2310.09971): PopArt regression, mostly by the policy gradient.
+    """Build AMAGO's loss (arXiv 2310.09971): regression, mostly by the policy gradient.
 
     Critics list the values of a single discrete action, and take actions of any other space.
 
     Args:
-        value_codec: default :class:`PopArt`.
+        preset: "paper" for the published :class:`PopArt` and plain critics; "robust" has
+            :class:`RunningScale` and normalises the critics' layers, which learns more tasks.
+        value_codec: default the preset's.
         critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`, whose defaults are AMAGO's.
 
@@ -34,23 +38,32 @@ def amago_loss(
         >>> loss.takes_actions, loss.online_coeff
         (False, 1.0)
     """
-    codec = value_codec if value_codec is not None else PopArt(len(policy.discounts))
-    critic = make_critic(policy, value_codec=codec, **(critic_options or {}))
+    check_choice("preset", preset, get_args(Preset))
+    is_robust = preset == "robust"
+    codec = value_codec or (RunningScale if is_robust else PopArt)(len(policy.discounts))
+    critic_options = {"norm": "layer" if is_robust else "none", **(critic_options or {})}
+    critic = make_critic(policy, value_codec=codec, **critic_options)
     return AMAGOLoss(policy, critic, codec, **options)
 
 
 def amago2_loss(
     policy: Policy,
     *,
+    preset: Preset = "robust",
     value_codec: ValueCodec | None = None,
     critic_options: dict[str, Any] | None = None,
     **options: Any,
 ) -> AMAGOLoss:
     """Build AMAGO-2's loss (arXiv 2411.11188): classification critics and filtered imitation.
 
-    It suits tasks whose returns differ in scale. Critics take actions. Defaults are
-    ``online_coeff=0``, ``offline_coeff=1``, ``num_policy_actions=3`` and a :class:`TwoHot` codec
-    over returns of up to 100,000 (times ``reward_scale``). Arguments: see :func:`amago_loss`.
+    Critics take actions. Defaults are ``online_coeff=0``, ``offline_coeff=1`` and
+    ``num_policy_actions=3``. Arguments: see :func:`amago_loss`.
+
+    Args:
+        preset: "paper" for the published :class:`TwoHot` codec over returns of up to 100,000 (times
+            ``reward_scale``), for tasks of different scales at once; "robust" has few bins whose
+            range follows the targets' scale, and critics that tell actions apart
+            (``docs/value_codecs.md``).
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
@@ -59,10 +72,15 @@ def amago2_loss(
         >>> loss.takes_actions, loss.online_coeff
         (True, 0.0)
     """
+    is_robust, num_discounts = preset == "robust", len(policy.discounts)
+    gain = {"action_gain": 8.0} if is_robust else {}
+    bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)
+    relative = HLGauss(num_discounts, **bins, relative=True)
     return amago_loss(
         policy,
-        value_codec=value_codec if value_codec is not None else TwoHot(len(policy.discounts)),
-        critic_options={"takes_actions": True, **(critic_options or {})},
+        preset=preset,
+        value_codec=value_codec or (relative if is_robust else TwoHot(num_discounts)),
+        critic_options={"takes_actions": True, **gain, **(critic_options or {})},
         **{"online_coeff": 0.0, "offline_coeff": 1.0, "num_policy_actions": 3, **options},
     )
 

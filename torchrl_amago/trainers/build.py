@@ -16,6 +16,7 @@ from torchrl_amago import _validation as valid
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
+from torchrl_amago.modules.build import Preset
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.scaling import (
     Ranks,
@@ -52,12 +53,13 @@ def make_trainer(
     warmup_updates: int = 500,
     final_lr_fraction: float = 1.0,
     clip_norm: float | None = 1.0,
-    clip_each: bool = False,
+    clip_each: bool | None = None,
     precision: Literal["fp32", "bf16"] = "fp32",
     device: str | torch.device | None = None,
     collect_device: str | torch.device | None = None,
     compile: bool = False,
     tau: float = 0.01,
+    preset: Preset = "robust",
     loss: str | Callable[..., AMAGOLoss] = "amago",
     critic_options: dict[str, Any] | None = None,
     loss_options: dict[str, Any] | None = None,
@@ -87,11 +89,15 @@ def make_trainer(
         worker_options: further arguments of :class:`~torchrl_amago.scaling.WorkerPool` or
             :class:`~torchrl_amago.scaling.RayPool`.
         learning_rate, warmup_updates, final_lr_fraction: of AdamW, see :func:`make_schedule`.
-        clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`.
+        clip_norm, clip_each, precision: see :class:`FiniteOptimizationStepper`; `clip_each` is
+            True by default if the preset is "robust".
         device: of the loss and its batches, to which the policy is moved; default the policy's.
         collect_device: where the collector acts, with a copy of the policy if it is another one.
         compile: compile updates, and on a GPU the policy's steps (docs/scaling.md).
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
+        preset: of a loss given by name, see :func:`~torchrl_amago.amago_loss`, and of the clipping:
+            "robust" is one set of choices that learned wherever it was tried (`docs/results.md`),
+            "paper" what AMAGO publishes. Give it to :func:`~torchrl_amago.make_policy`, too.
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
@@ -111,8 +117,10 @@ def make_trainer(
     policy.to(here)
     if compile and here.type == "cuda":
         compile_policy(policy)
-    make_loss, loss_options = valid.pick("loss", loss, LOSSES), loss_options or {}
-    loss_module = make_loss(policy, critic_options=critic_options, **loss_options)
+    clips = dict(clip_each=preset == "robust" if clip_each is None else clip_each, compile=compile)
+    named = {"preset": preset} if isinstance(loss, str) else {}
+    make_loss = partial(valid.pick("loss", loss, LOSSES), policy, **named)
+    loss_module = make_loss(critic_options=critic_options, **(loss_options or {}))
     buffer, in_place = replay_buffer, workers is not None and replay_buffer is None
     if buffer is None:
         # Without crop, a long trial's end would be in one of hundreds of windows.
@@ -144,9 +152,7 @@ def make_trainer(
         *parts,
         target_updater=SoftUpdate(loss_module, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
-        stepper=FiniteOptimizationStepper(
-            clip_norm, precision, clip_each=clip_each, compile=compile
-        ),
+        stepper=FiniteOptimizationStepper(clip_norm, precision, **clips),
         exploration=policy.exploration,
         policy=policy,
         total_updates=total_updates,

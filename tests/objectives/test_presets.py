@@ -1,0 +1,81 @@
+"""Presets: the published choices by name, and defaults that don't depend on the unit of rewards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torchrl.objectives import SoftUpdate
+
+from torchrl_amago import MetaFrozenLake, make_policy, make_trainer, make_trial_env
+from torchrl_amago.modules import HLGauss, PopArt, RunningScale, TwoHot
+from torchrl_amago.modules.trajectory import GRUEncoder
+from torchrl_amago.objectives import LOSSES
+
+SMALL = {"d_model": 16, "num_layers": 1}
+PARTS = {
+    ("amago", "paper"): (PopArt, "none"),
+    ("amago", "robust"): (RunningScale, "layer"),
+    ("amago2", "paper"): (TwoHot, "none"),
+    ("amago2", "robust"): (HLGauss, "layer"),
+}
+
+
+def make_env():
+    return make_trial_env(MetaFrozenLake(batch_size=(2,), seed=0), episodes=2)
+
+
+def policy_of(**options):
+    return make_policy(make_env(), context_length=18, seq_model_options=SMALL, **options)
+
+
+@pytest.mark.parametrize(("loss", "preset"), PARTS)
+def test_the_parts_of_a_preset(loss, preset, tmp_path):
+    policy = policy_of(preset=preset)
+    options = dict(trial_length=18, total_updates=1, run_dir=tmp_path, loss=loss, preset=preset)
+    trainer = make_trainer(make_env(), policy, **options)
+    codec, critic = trainer.loss_module.value_codec, trainer.loss_module.critic_network.module
+    assert (type(codec), critic.norm) == PARTS[loss, preset]
+    is_robust = preset == "robust"
+    assert policy.encoder.trajectory.normalize_states == is_robust
+    assert trainer.stepper.clip_each == is_robust
+    if loss == "amago2":
+        assert critic.action_gain == (8.0 if is_robust else 1.0)
+
+
+def test_given_parts_win():
+    policy = policy_of(seq_model="gru")
+    loss = LOSSES["amago"](policy, value_codec=PopArt(7), critic_options={"norm": "none"})
+    assert type(loss.value_codec) is PopArt
+    assert loss.critic_network.module.norm == "none"
+    plain = {**SMALL, "normalize_states": False}
+    policy = make_policy(make_env(), context_length=18, seq_model_options=plain)
+    assert not policy.encoder.trajectory.normalize_states
+    # An encoder's own class gets the arguments that it is given, no others.
+    policy = policy_of(seq_model=lambda width, context_length, **given: GRUEncoder(width, **given))
+    assert not policy.encoder.trajectory.normalize_states
+
+
+@pytest.mark.parametrize("name", ["amago", "amago2"])
+def test_the_unit_of_rewards_does_not_matter(name):
+    """Losses and gradients of a first batch are the same with rewards 300 times as large."""
+    batch = make_env().rollout(18, policy_of(), break_when_any_done=False)
+    batch["mask"] = torch.ones(2, batch.shape[1], 1, dtype=torch.bool)
+    batch["next", "reward"] = torch.randn_like(batch["next", "reward"])
+    found = []
+    for scale in (1.0, 300.0):
+        torch.manual_seed(0)
+        loss = LOSSES[name](policy_of(), reward_scale=scale)
+        SoftUpdate(loss, tau=0.01)
+        torch.manual_seed(1)
+        out = loss(batch)
+        (out["loss_actor"] + out["loss_qvalue"]).backward()
+        grads = {k: p.grad.clone() for k, p in loss.named_parameters() if p.grad is not None}
+        found.append((out["loss_actor"].detach(), out["loss_qvalue"].detach(), grads))
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4)
+
+
+def test_unknown_presets():
+    with pytest.raises(ValueError, match=r"preset must be .*robust.*paper.* got 'tuned'"):
+        policy_of(preset="tuned")
+    with pytest.raises(ValueError, match="preset must be"):
+        LOSSES["amago2"](policy_of(), preset="tuned")
