@@ -28,7 +28,9 @@ SMALL = {
 def test_policy_step_with_a_full_context(benchmark, rows, size):
     context = 250
     env = make_trial_env(MetaFrozenLake(batch_size=(rows,), seed=0), episodes=10**6)
-    policy = make_policy(env, context_length=context, **(SMALL if size == "small" else {}))
+    policy = make_policy(
+        env, context_length=context, preset="paper", **(SMALL if size == "small" else {})
+    )
     td = env.reset()
     with torch.no_grad():
         for _ in range(context + 5):  # fill the ring, and roll over
@@ -45,7 +47,7 @@ def test_policy_step_with_a_full_context(benchmark, rows, size):
 def test_collection_loop(benchmark, rows, compiled, tmp_path):
     """Policy, exploration, transforms, lake, trial assembly and writing to the replay buffer."""
     env = make_trial_env(MetaFrozenLake(batch_size=(rows,), seed=0), episodes=5)
-    policy = make_policy(env, context_length=45, exploration={}, **SMALL)
+    policy = make_policy(env, context_length=45, exploration={}, preset="paper", **SMALL)
     if compiled:
         policy.compile(options={"cpp_wrapper": True})
     buffer = make_trial_buffer(

@@ -76,6 +76,13 @@ def test_update_with_padding(benchmark, compact):
     time_update(benchmark, make_update(mask, compact=compact), int(mask.sum()))
 
 
+@pytest.mark.parametrize("preset", ["paper", "robust"])
+def test_update_of_a_preset(benchmark, preset):
+    """Normalised states, layer norm in critics and the scale of values, or what is published."""
+    update = make_update(torch.ones(32, 45, dtype=torch.bool), size="small", preset=preset)
+    time_update(benchmark, update, 32 * 45)
+
+
 def time_update(benchmark, update, steps: int) -> None:
     benchmark.pedantic(update, rounds=8, warmup_rounds=2)
     benchmark.extra_info["steps_per_second"] = round(steps / benchmark.stats.stats.median)
@@ -89,13 +96,17 @@ def make_update(
     discounts: tuple[float, ...] = DISCOUNTS,
     num_critics: int = 4,
     half: bool = False,
+    preset: str = "paper",
     **loss_options,
 ):
     rows, steps = mask_BT.shape
     env = make_trial_env(Toy(ACTIONS[actions], rows), horizon=10**6)  # a trial that doesn't end
-    policy = make_policy(env, context_length=steps, discounts=discounts, **SIZES[size])
+    policy = make_policy(
+        env, context_length=steps, discounts=discounts, preset=preset, **SIZES[size]
+    )
     critic_options = {"num_critics": num_critics, **SIZES[size].get("actor_options", {})}
-    loss = LOSSES[loss](policy, critic_options=critic_options, **loss_options)
+    options = dict(preset=preset, critic_options=critic_options, **loss_options)
+    loss = LOSSES[loss](policy, **options)
     target_update = SoftUpdate(loss, tau=0.003)
     optimizer = make_optimizer(loss)
     params = [p for group in optimizer.param_groups for p in group["params"]]

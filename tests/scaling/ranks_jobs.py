@@ -32,6 +32,7 @@ from torchrl_amago.trainers import FiniteOptimizationStepper, Intervals, NonFini
 
 NUM_ROWS, FIRST_ROWS = 6, 2
 NUM_UPDATES = {"amago": 20, "amago2": 20, "hooks": 5, "sum": 5, "normalized states": 5}
+NUM_UPDATES |= {"relative bins": 5}
 DISCOUNTS = (0.9, 0.99)
 
 
@@ -96,8 +97,9 @@ def hide_some(batch, loss, mask):
 
 
 LOSSES = {
-    "amago": lambda policy: amago_loss(policy, use_prioritized_weights=False),
-    "amago2": lambda policy: amago2_loss(policy, use_prioritized_weights=False),
+    "amago": lambda policy: amago_loss(policy, preset="paper", use_prioritized_weights=False),
+    "amago2": lambda policy: amago2_loss(policy, preset="paper", use_prioritized_weights=False),
+    "relative bins": lambda policy: amago2_loss(policy, use_prioritized_weights=False),
     "hooks": lambda policy: amago_loss(
         policy,
         value_codec=RunningScale(len(DISCOUNTS)),

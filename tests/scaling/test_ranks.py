@@ -47,7 +47,8 @@ def test_two_ranks_equal_one(ranks, name):
         # Batch normalisation leaves no gradient but rounding to the bias before it.
         atol = max(1e-5 * scale, 1e-9 if name == "normalized states" else 0.0)
         torch.testing.assert_close(found, value, rtol=0, atol=atol, msg=key)
-    assert alone["state"]["value_codec.mu" if name != "amago2" else "value_codec.popart.mu"].any()
+    bins = "popart." if name in ("amago2", "relative bins") else ""
+    assert alone["state"][f"value_codec.{bins}mu"].any()
     # Of the same weights; those of the last update have drifted apart by rounding.
     for key, value in alone["first"].items():
         found = first["first"][key]

@@ -134,7 +134,8 @@ class BinCodec(ValueCodec):
         slack = 1e-3 * self.bin_width
         outside = (value < self.bins[0] - slack) | (value > self.bins[-1] + slack)
         self.num_outside += self.all_reduce((outside & mask).sum())[0]
-        if not torch.compiler.is_compiling():
+        # A relative range follows the targets by itself.
+        if not self.relative and not torch.compiler.is_compiling():
             self._warn_of_targets_outside()
 
     def decode(self, prediction: Tensor) -> Tensor:
@@ -188,9 +189,8 @@ class BinCodec(ValueCodec):
         self._has_warned = True
         ends = self.bins[[0, -1]]
         low, high = (F.symexp(ends) if self.symlog else ends).tolist()
-        unit = " of their running scales" if self.relative else ""
         warnings.warn(
-            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}]{unit}. Widen "
+            f"{self.num_outside} TD targets so far lie outside of [{low:g}, {high:g}]. Widen "
             "min_return and max_return, which bound returns times the loss's reward_scale.",
             stacklevel=4,  # the caller of `update`, which no_grad wraps
         )
