@@ -38,7 +38,7 @@ class Args(GymArgs):
     discounts: tuple[float, ...] = (0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
-    """Factor of rewards in the loss."""
+    """Factor of rewards in the loss; the robust preset finds their scale by itself."""
     n_step: int = 10
     """Rewards in a TD target."""
 

@@ -49,7 +49,7 @@ class Args(TrainingArgs):
     discounts: tuple[float, ...] = (0.5, 0.8, 0.9)
     """Discounts that values are learned for; the last is acted with."""
     reward_scale: float = 0.2
-    """Factor of rewards in the loss, which keeps the first returns near 1."""
+    """Factor of rewards in the loss; the robust preset finds their scale by itself."""
 
     # Other defaults of common fields.
     run_dir: Path = Path("runs/alchemy")

@@ -47,7 +47,7 @@ class Args(TrainingArgs):
     discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with. Running needs no longer horizon."""
     reward_scale: float = 1.0
-    """Factor of rewards in the loss."""
+    """Factor of rewards in the loss; the robust preset finds their scale by itself."""
     n_step: int = 5
     """Rewards in a TD target; more of them tell values sooner of what comes late."""
 

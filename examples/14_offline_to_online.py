@@ -57,7 +57,7 @@ class Args(TrainingArgs):
     discounts: tuple[float, ...] = (0.9, 0.95, 0.97)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
-    """Factor of rewards in the loss."""
+    """Factor of rewards in the loss; the robust preset finds their scale by itself."""
 
     # Other defaults of common fields.
     run_dir: Path = Path("runs/offline_to_online")

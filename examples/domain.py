@@ -35,7 +35,7 @@ class DomainArgs(TrainingArgs):
     discounts: tuple[float, ...] = (0.1, 0.9, 0.95, 0.97, 0.99)
     """Discounts that are trained; the last one is acted with."""
     reward_scale: float = 1.0
-    """Factor of rewards in the loss; amago finds their scale by itself, amago2 doesn't."""
+    """Factor of rewards in the loss; the robust preset of amago finds their scale by itself."""
     n_step: int = 1
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
     positions: Literal["rotary", "fixed"] = "rotary"
