@@ -91,8 +91,7 @@ class TrainingArgs:
     hidden_size: int = 64
     """Width of the timestep encoder's, actor's and critics' hidden layers."""
     preset: Literal[get_args(Preset)] = "robust"
-    """Choices that learned wherever they were tried, or those that AMAGO publishes; see
-    docs/training.md."""
+    """Choices that learn more tasks, or those that AMAGO publishes; see docs/training.md."""
 
     loss: Literal[tuple(LOSSES)] = "amago"
     """AMAGO's regression and policy gradient, or AMAGO-2's classification and filtered

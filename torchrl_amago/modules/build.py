@@ -24,7 +24,7 @@ from torchrl_amago.modules.trajectory import TrajectoryEncoder
 from torchrl_amago.modules.value_codec import ValueCodec
 
 Preset = Literal["robust", "paper"]
-"""One set of choices that learned wherever it was tried, or those that AMAGO publishes."""
+"""One set of choices that learns more tasks, or those that AMAGO publishes."""
 
 SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {
     "feedforward": encoders.FeedForwardEncoder,

@@ -26,7 +26,7 @@ def amago_loss(
 
     Args:
         preset: "paper" for the published :class:`PopArt` and plain critics; "robust" has
-            :class:`RunningScale` and normalises the critics' layers, which learns more tasks.
+            :class:`RunningScale` and normalises the critics' layers, and learns more tasks.
         value_codec: default the preset's.
         critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`, whose defaults are AMAGO's.
@@ -72,14 +72,14 @@ def amago2_loss(
         >>> loss.takes_actions, loss.online_coeff
         (True, 0.0)
     """
-    is_robust, num_discounts = preset == "robust", len(policy.discounts)
-    gain = {"action_gain": 8.0} if is_robust else {}
-    bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)
-    relative = HLGauss(num_discounts, **bins, relative=True)
+    codec, gain = TwoHot(len(policy.discounts)), {}
+    if preset == "robust":
+        bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)
+        codec, gain = HLGauss(codec.num_discounts, **bins, relative=True), {"action_gain": 8.0}
     return amago_loss(
         policy,
         preset=preset,
-        value_codec=value_codec or (relative if is_robust else TwoHot(num_discounts)),
+        value_codec=value_codec or codec,
         critic_options={"takes_actions": True, **gain, **(critic_options or {})},
         **{"online_coeff": 0.0, "offline_coeff": 1.0, "num_policy_actions": 3, **options},
     )

@@ -96,8 +96,8 @@ def make_trainer(
         compile: compile updates, and on a GPU the policy's steps (docs/scaling.md).
         tau: fraction of the online weights in the targets' soft update, in (0, 1].
         preset: of a loss given by name, see :func:`~torchrl_amago.amago_loss`, and of the clipping:
-            "robust" is one set of choices that learned wherever it was tried (`docs/results.md`),
-            "paper" what AMAGO publishes. Give it to :func:`~torchrl_amago.make_policy`, too.
+            "robust" is one set of choices that learns more tasks (`docs/training.md`), "paper" what
+            AMAGO publishes. Give it to :func:`~torchrl_amago.make_policy`, too.
         loss: a name of :data:`~torchrl_amago.objectives.LOSSES`, or a function called with
             ``(policy, critic_options=..., **loss_options)``.
         critic_options: arguments of :func:`~torchrl_amago.modules.make_critic`.
