@@ -16,7 +16,7 @@ PARTS = {
     ("amago", "paper"): (PopArt, "none"),
     ("amago", "robust"): (RunningScale, "layer"),
     ("amago2", "paper"): (TwoHot, "none"),
-    ("amago2", "robust"): (HLGauss, "layer"),
+    ("amago2", "robust"): (HLGauss, "none"),
 }
 
 

@@ -80,7 +80,7 @@ def amago2_loss(
         policy,
         preset=preset,
         value_codec=value_codec or codec,
-        critic_options={"takes_actions": True, **gain, **(critic_options or {})},
+        critic_options={"takes_actions": True, "norm": "none", **gain, **(critic_options or {})},
         **{"online_coeff": 0.0, "offline_coeff": 1.0, "num_policy_actions": 3, **options},
     )
 
