@@ -7,11 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from torchrl_amago.evaluation import Interval, interquartile_mean
+from torchrl_amago.evaluation.statistics import RESAMPLES, check_scores, percentile_ends
 
 Scores = np.ndarray | Mapping[str, np.ndarray]
 """Scores of runs x tasks `[runs, tasks]`, or runs by name of the task."""
-
-RESAMPLES = 2000  # as in the paper
 
 
 def stratified_bootstrap(
@@ -40,7 +39,7 @@ def stratified_bootstrap(
     tasks, generator = _by_task(scores), np.random.default_rng(seed)
     resampled = np.concatenate([_draw(runs, resamples, generator) for runs in tasks], axis=1)
     point = statistic(np.concatenate(tasks)[None], axis=1)[0]
-    return Interval(point, *_ends(statistic(resampled, axis=1), confidence))
+    return Interval(point, *percentile_ends(statistic(resampled, axis=1), confidence))
 
 
 def performance_profile(
@@ -89,28 +88,15 @@ def probability_of_improvement(
 
     drawn = [chance(*(_draw(runs, resamples, generator) for runs in pair)) for pair in pairs]
     point = np.mean([chance(a[None], b[None])[0] for a, b in pairs])
-    return Interval(float(point), *_ends(np.mean(drawn, axis=0), confidence))
+    return Interval(float(point), *percentile_ends(np.mean(drawn, axis=0), confidence))
 
 
 def _by_task(scores: Scores) -> list[np.ndarray]:
     if isinstance(scores, Mapping):
-        return [_scores(runs).reshape(-1) for runs in scores.values()]
-    scores = _scores(scores)
+        return [check_scores(runs).reshape(-1) for runs in scores.values()]
+    scores = check_scores(scores)
     return list(scores.reshape(len(scores), -1).T)
 
 
 def _draw(runs: np.ndarray, resamples: int, generator: np.random.Generator) -> np.ndarray:
     return runs[generator.integers(len(runs), size=(resamples, len(runs)))]
-
-
-def _scores(scores: np.ndarray) -> np.ndarray:
-    scores = np.asarray(scores, dtype=np.float64)
-    if not scores.size or np.isnan(scores).any():
-        raise ValueError(f"statistics need scores that aren't NaN, got {scores}.")
-    return scores
-
-
-def _ends(values: np.ndarray, confidence: float) -> np.ndarray:
-    """Return the interval's ends over the first axis."""
-    tail = 50 * (1 - confidence)
-    return np.percentile(values, [tail, 100 - tail], axis=0)

@@ -78,9 +78,10 @@ def test_statistics_equal_those_of_rliable():
     assert probability_of_improvement(ours, theirs).point == pytest.approx(expected)
 
 
-def test_scores_must_be_numbers():
-    assert (
-        stratified_bootstrap(np.random.default_rng(0).random((50, 3)), resamples=30).low.shape == ()
-    )
-    with pytest.raises(ValueError, match="scores that aren't NaN"):
+def test_errors():
+    scores = np.random.default_rng(0).random((50, 3))
+    assert stratified_bootstrap(scores, resamples=30).low.shape == ()
+    with pytest.raises(ValueError, match=r"confidence must be in \[0, 1\], got 95"):
+        stratified_bootstrap(scores, confidence=95)
+    with pytest.raises(ValueError, match=r"finite ones, got 1 others in shape \(1, 2\)"):
         stratified_bootstrap(np.array([[1.0, np.nan]]))

@@ -55,6 +55,12 @@ def test_given_parts_win():
     assert not policy.encoder.trajectory.normalize_states
 
 
+@pytest.mark.parametrize("preset", ["paper", "robust"])
+def test_critics_of_amago2_may_list_values(preset):
+    options = dict(preset=preset, critic_options={"takes_actions": False})
+    assert not LOSSES["amago2"](policy_of(), **options).takes_actions
+
+
 @pytest.mark.parametrize("name", ["amago", "amago2"])
 def test_the_unit_of_rewards_does_not_matter(name):
     """Losses and gradients of a first batch are the same with rewards 300 times as large."""
@@ -74,8 +80,12 @@ def test_the_unit_of_rewards_does_not_matter(name):
     torch.testing.assert_close(*found, rtol=1e-2, atol=1e-4)
 
 
-def test_unknown_presets():
+def test_unknown_presets(tmp_path):
     with pytest.raises(ValueError, match=r"preset must be .*robust.*paper.* got 'tuned'"):
         policy_of(preset="tuned")
     with pytest.raises(ValueError, match="preset must be"):
         LOSSES["amago2"](policy_of(), preset="tuned")
+    # With a loss of one's own, too, whose preset is none of the trainer's business.
+    options = dict(trial_length=18, total_updates=1, run_dir=tmp_path, loss=LOSSES["amago"])
+    with pytest.raises(ValueError, match="preset must be"):
+        make_trainer(make_env(), policy_of(), preset="tuned", **options)

@@ -9,11 +9,7 @@ from torchrl_amago.evaluation.results import (
     evaluation_metrics,
 )
 from torchrl_amago.evaluation.rollout_pictures import rollout_pictures
-from torchrl_amago.evaluation.statistics import (
-    Interval,
-    bootstrap_mean,
-    interquartile_mean,
-)
+from torchrl_amago.evaluation.statistics import Interval, bootstrap_mean, interquartile_mean
 
 __all__ = [
     "HELD_OUT_SEED", "EvaluationResults", "HeldOutEvaluator", "Interval", "Results",

@@ -10,7 +10,7 @@ import numpy as np
 from torchrl_amago._validation import check_fractions
 
 # The paper draws 2,000 (section 4.1): the interval's ends then move by about 1% of its width.
-_RESAMPLES = 2000
+RESAMPLES = 2000
 
 
 class Interval(NamedTuple):
@@ -34,7 +34,7 @@ def interquartile_mean(scores: np.ndarray, axis: int | None = None) -> np.ndarra
         >>> float(interquartile_mean(np.array([0.0, 1.0, 2.0, 100.0])))
         1.5
     """
-    scores = _scores(scores)
+    scores = check_scores(scores)
     if axis is None:
         scores, axis = scores.reshape(-1), 0
     cut = scores.shape[axis] // 4
@@ -43,7 +43,7 @@ def interquartile_mean(scores: np.ndarray, axis: int | None = None) -> np.ndarra
 
 
 def bootstrap_mean(
-    values: np.ndarray, *, confidence: float = 0.95, resamples: int = _RESAMPLES, seed: int = 0
+    values: np.ndarray, *, confidence: float = 0.95, resamples: int = RESAMPLES, seed: int = 0
 ) -> Interval:
     """Compute the mean over the first axis with its percentile-bootstrap interval.
 
@@ -64,7 +64,7 @@ def bootstrap_mean(
         >>> round(float(point[0]), 3), bool(low[0] < point[0] < high[0])
         (0.667, True)
     """
-    values = _scores(values, missing=np.isinf)
+    values = check_scores(values, missing=np.isinf)
     present = ~np.isnan(values)
     totals = np.stack([np.where(present, values, 0.0), present]).reshape(2, len(values), -1)
 
@@ -76,10 +76,11 @@ def bootstrap_mean(
     generator, n = np.random.default_rng(seed), len(values)
     draws = (generator.integers(n, size=n) for _ in range(resamples))
     means = np.stack([mean(np.bincount(rows, minlength=n)) for rows in draws])
-    return Interval(mean(np.ones(n)), *_percentiles(means, confidence))
+    return Interval(mean(np.ones(n)), *percentile_ends(means, confidence))
 
 
-def _scores(scores: np.ndarray, missing: Callable = np.isnan) -> np.ndarray:
+def check_scores(scores: np.ndarray, missing: Callable = np.isnan) -> np.ndarray:
+    """Return scores in float64; ValueError if there are none, or missing ones."""
     scores = np.asarray(scores, dtype=np.float64)
     if not scores.size or missing(scores).any():
         raise ValueError(
@@ -90,7 +91,7 @@ def _scores(scores: np.ndarray, missing: Callable = np.isnan) -> np.ndarray:
     return scores
 
 
-def _percentiles(values: np.ndarray, confidence: float) -> np.ndarray:
+def percentile_ends(values: np.ndarray, confidence: float) -> np.ndarray:
     """Return the interval's ends over the first axis; NaN (resamples without values) is ignored."""
     check_fractions("It is the interval's probability mass.", confidence=confidence)
     tail = 50 * (1 - confidence)

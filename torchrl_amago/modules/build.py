@@ -26,6 +26,13 @@ from torchrl_amago.modules.value_codec import ValueCodec
 Preset = Literal["robust", "paper"]
 """One set of choices that learns more tasks, or those that AMAGO publishes."""
 
+
+def is_robust(preset: Preset) -> bool:
+    """Return whether it is the robust preset; ValueError if it is none."""
+    check_choice("preset", preset, get_args(Preset))
+    return preset == "robust"
+
+
 SEQ_MODELS: dict[str, Callable[..., TrajectoryEncoder]] = {
     "feedforward": encoders.FeedForwardEncoder,
     "gru": encoders.GRUEncoder,
@@ -102,7 +109,6 @@ def make_policy(
         >>> policy(env.reset())["action"].shape
         torch.Size([2])
     """
-    check_choice("preset", preset, get_args(Preset))
     space = ActionSpace.from_spec(env.full_action_spec_unbatched[env.action_key])
     if isinstance(distribution, PolicyDistribution):
         _check_unused(distribution, distribution_options=distribution_options)
@@ -117,8 +123,8 @@ def make_policy(
             env, timestep_encoder, obs_keys=obs_keys, **(timestep_options or {})
         )
     device = env.device if device is None else torch.device(device)
-    named = preset == "robust" and isinstance(seq_model, str)
-    options = {**({"normalize_states": True} if named else {}), **(seq_model_options or {})}
+    normalizes = is_robust(preset) and isinstance(seq_model, str)
+    options = {**({"normalize_states": True} if normalizes else {}), **(seq_model_options or {})}
     if device is not None and device.type == "cuda" and seq_model == "transformer":
         options.setdefault("num_heads", max(1, options.get("d_model", 256) // 64))
     trajectory = pick("seq_model", seq_model, SEQ_MODELS)(

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, get_args
+from functools import partial
+from typing import Any
 
-from torchrl_amago._validation import check_choice
-from torchrl_amago.modules.build import Preset, make_critic
+from torchrl_amago.modules.build import Preset, is_robust, make_critic
 from torchrl_amago.modules.policy import Policy
 from torchrl_amago.modules.value_codec import HLGauss, PopArt, RunningScale, TwoHot, ValueCodec
 from torchrl_amago.objectives.amago import AMAGOLoss
@@ -38,10 +38,9 @@ def amago_loss(
         >>> loss.takes_actions, loss.online_coeff
         (False, 1.0)
     """
-    check_choice("preset", preset, get_args(Preset))
-    is_robust = preset == "robust"
-    codec = value_codec or (RunningScale if is_robust else PopArt)(len(policy.discounts))
-    critic_options = {"norm": "layer" if is_robust else "none", **(critic_options or {})}
+    codec, norm = (RunningScale, "layer") if is_robust(preset) else (PopArt, "none")
+    codec = value_codec or codec(len(policy.discounts))
+    critic_options = {"norm": norm, **(critic_options or {})}
     critic = make_critic(policy, value_codec=codec, **critic_options)
     return AMAGOLoss(policy, critic, codec, **options)
 
@@ -72,15 +71,18 @@ def amago2_loss(
         >>> loss.takes_actions, loss.online_coeff
         (True, 0.0)
     """
-    codec, gain = TwoHot(len(policy.discounts)), {}
-    if preset == "robust":
+    critic_options = {"takes_actions": True, "norm": "none", **(critic_options or {})}
+    make_codec = TwoHot
+    if is_robust(preset):
         bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)
-        codec, gain = HLGauss(codec.num_discounts, **bins, relative=True), {"action_gain": 8.0}
+        make_codec = partial(HLGauss, **bins, relative=True)
+        if critic_options["takes_actions"]:
+            critic_options.setdefault("action_gain", 8.0)
     return amago_loss(
         policy,
         preset=preset,
-        value_codec=value_codec or codec,
-        critic_options={"takes_actions": True, "norm": "none", **gain, **(critic_options or {})},
+        value_codec=value_codec or make_codec(len(policy.discounts)),
+        critic_options=critic_options,
         **{"online_coeff": 0.0, "offline_coeff": 1.0, "num_policy_actions": 3, **options},
     )
 

@@ -16,7 +16,7 @@ from torchrl_amago import _validation as valid
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
-from torchrl_amago.modules.build import Preset
+from torchrl_amago.modules.build import Preset, is_robust
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
 from torchrl_amago.scaling import (
     Ranks,
@@ -117,7 +117,7 @@ def make_trainer(
     policy.to(here)
     if compile and here.type == "cuda":
         compile_policy(policy)
-    clips = dict(clip_each=preset == "robust" if clip_each is None else clip_each, compile=compile)
+    clips = dict(clip_each=is_robust(preset) if clip_each is None else clip_each, compile=compile)
     named = {"preset": preset} if isinstance(loss, str) else {}
     make_loss = partial(valid.pick("loss", loss, LOSSES), policy, **named)
     loss_module = make_loss(critic_options=critic_options, **(loss_options or {}))

@@ -346,6 +346,16 @@ def test_relative_labels_decode_to_the_target(cls):
 
 
 @every_codec
+def test_a_relative_range_in_double_precision_takes_targets_in_single(cls):
+    codec = make(cls, min_return=-3.0, max_return=3.0, relative=True).double()
+    target = torch.randn(20, G)
+    codec.update(target, everything(20))
+    prediction = torch.randn(20, C, G, N, dtype=torch.float64)
+    expected = codec.loss(prediction, target.double())
+    torch.testing.assert_close(codec.loss(prediction, target), expected)
+
+
+@every_codec
 def test_averages_of_relative_values_are_averages_in_reward_units(cls):
     codec = make(cls, min_return=-3.0, max_return=3.0, relative=True)
     codec.update(1e3 * torch.randn(20, G), everything(20))

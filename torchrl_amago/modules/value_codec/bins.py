@@ -219,7 +219,8 @@ class TwoHot(BinCodec):
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         log_prob_CGN = self._log_probs(prediction, target)
         # The product with dense labels would read and write every bin for the two that count.
-        value_G, bins_N = self._to_bin_space(target.detach()), self.bins.to(_dtype(target))
+        value_G = self._to_bin_space(target.detach())
+        bins_N = self.bins.to(value_G.dtype)
         # Searching inner bins only keeps the index valid, for a NaN too.
         below_G = torch.bucketize(value_G, bins_N[1:-1], right=True)
         low_G, high_G = bins_N[below_G], bins_N[below_G + 1]
