@@ -14,6 +14,7 @@ run's folder gets `progress.csv`, curves, `evaluation.npz`, weights and checkpoi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -38,6 +39,8 @@ SEVERAL = (
     "PositionOnlyCartPoleEasy",
 )
 
+LENGTHS = ("max_episode_length", "episode_length")  # by which tasks name their longest episode
+
 
 @dataclass
 class Args(DomainArgs):
@@ -53,7 +56,8 @@ class Args(DomainArgs):
     # Other defaults of common fields.
     run_dir: Path = Path("runs/popgym")
     episodes: int = 1
-    max_episode_steps: int = 110
+    max_episode_steps: int | None = None
+    """Steps after which an episode is cut off; default none, all tasks end by themselves."""
     context_length: int = 110
     round_steps: int = 52
     num_envs: int = 16
@@ -76,12 +80,23 @@ class Args(DomainArgs):
         except gym.error.UnregisteredEnv as error:
             known = [i[7:-3] for i in gym.registry if i.startswith("popgym-")]
             raise ValueError(f"--env-ids: {error} There are {', '.join(known)}.") from error
-        return gym.wrappers.TimeLimit(env, self.max_episode_steps)
+        limit = self.max_episode_steps
+        return env if limit is None else gym.wrappers.TimeLimit(env, limit)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return SEVERAL if self.multi_domain else self.env_ids
+
+    @cached_property  # environments are made for it
+    def trial_length(self) -> int:
+        tasks = [] if self.max_episode_steps else [self.make_one(x).unwrapped for x in self.names]
+        longest = (getattr(x, attribute, 0) for x in tasks for attribute in LENGTHS)
+        decks = (52 * getattr(x, "num_decks", 0) for x in tasks)
+        return self.episodes * (self.max_episode_steps or max(*longest, *decks))
 
     def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
-        names = SEVERAL if self.multi_domain else self.env_ids
+        names, is_one = self.names, len(self.names) == 1
         makers = {name: lambda name=name: self.make_one(name, **options) for name in names}
-        is_one = len(names) == 1
         rows = gymnasium_rows(
             makers[names[0]]
             if is_one

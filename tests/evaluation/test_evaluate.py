@@ -108,7 +108,7 @@ def explored(policy, env):
 
 
 def test_sampled_actions_have_no_epsilon_and_training_keeps_it():
-    noise = dict(start_of_trial=(1, 1), end_of_trial=(1, 1), randomize=False)
+    noise = dict(start_of_trial=(1, 1), end_of_trial=(1, 1), scale_power=0)
     (noisy, env), (plain, plain_env) = make_agent(noise), make_agent(None)
     training = explored(noisy, env)
     sampled = evaluate(noisy, env, trials_per_env=4, greedy=False)

@@ -46,7 +46,7 @@ def test_a_power_keeps_noise_for_the_trials_end():
 
 @pytest.mark.parametrize("one_hot", [False, True])
 def test_fraction_of_random_actions_is_epsilon(one_hot):
-    explore = BilevelEpsilonGreedy(5, horizon=10, anneal_frames=1, randomize=False, one_hot=one_hot)
+    explore = BilevelEpsilonGreedy(5, horizon=10, anneal_frames=1, scale_power=0, one_hot=one_hot)
     td = _step(20_000)
     if one_hot:
         td["action"] = torch.nn.functional.one_hot(td["action"], 5)
@@ -78,12 +78,22 @@ def test_scale_is_drawn_at_the_trials_start_and_kept_within_it():
     assert not torch.equal(scale[:10], second["_epsilon_scale"][:10])
 
 
+@pytest.mark.parametrize(("power", "low", "high"), [(0, 1.0, 1.0), (1, 0.45, 0.55), (3, 0.1, 0.16)])
+def test_the_power_of_scales_sets_their_median(power, low, high):
+    explore = BilevelEpsilonGreedy(5, horizon=10, scale_power=power)
+    with set_exploration_type(ExplorationType.RANDOM):
+        scale = explore(_step(4000))["_epsilon_scale"]
+    assert low <= scale.median() <= high  # the median of u ** p is 0.5 ** p
+    assert scale.max() > 0.95
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"horizon": 0}, "horizon must be positive, got 0"),
         ({"anneal_frames": 0}, "anneal_frames must be positive, got 0"),
         ({"power": 0}, "power must be positive, got 0"),
+        ({"scale_power": -1}, "scale_power must be finite and at least 0, got -1"),
         ({"end_of_trial": (0.5, -0.1)}, "end_of_trial must be finite and at least 0, got -0.1"),
     ],
 )
@@ -102,7 +112,7 @@ def _explore(explore, action: torch.Tensor, **entries: torch.Tensor) -> torch.Te
 
 
 def _constant(epsilon: float) -> dict:
-    return dict(start_of_trial=(epsilon, epsilon), end_of_trial=(epsilon, epsilon), randomize=False)
+    return dict(start_of_trial=(epsilon, epsilon), end_of_trial=(epsilon, epsilon), scale_power=0)
 
 
 @pytest.mark.parametrize("one_hot", [False, True])

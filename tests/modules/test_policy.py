@@ -140,7 +140,7 @@ def test_every_action_space(kind, actor):
 
 def test_an_action_mask_is_obeyed_by_policy_and_exploration():
     env = make_trial_env(Toy(Categorical(4), mask=True), horizon=10)
-    always = {"start_of_trial": (1.0, 1.0), "end_of_trial": (1.0, 1.0), "randomize": False}
+    always = {"start_of_trial": (1.0, 1.0), "end_of_trial": (1.0, 1.0), "scale_power": 0.0}
     options = {"action_mask_key": "action_mask", "obs_keys": ["observation"]}
     for exploration in (None, always):
         policy = make_policy(

@@ -82,7 +82,7 @@ OTHERS = [
     {"actor_options": {"dropout": 0.5}},
     *({"exploration": {name: value}} for name, value in {
         "horizon": 7, "anneal_frames": 9, "start_of_trial": (0.5, 0.1), "end_of_trial": (0.5, 0.1),
-        "power": 2.0, "randomize": False,
+        "power": 2.0, "scale_power": 0.0,
     }.items()),
 ]  # fmt: skip
 

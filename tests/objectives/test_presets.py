@@ -38,8 +38,7 @@ def test_the_parts_of_a_preset(loss, preset, tmp_path):
     is_robust = preset == "robust"
     assert policy.encoder.trajectory.normalize_states == is_robust
     assert trainer.stepper.clip_each == is_robust
-    if loss == "amago2":
-        assert critic.action_gain == (8.0 if is_robust else 1.0)
+    assert trainer.loss_module.takes_actions == ((loss, preset) == ("amago2", "paper"))
 
 
 def test_given_parts_win():
@@ -55,10 +54,37 @@ def test_given_parts_win():
     assert not policy.encoder.trajectory.normalize_states
 
 
-@pytest.mark.parametrize("preset", ["paper", "robust"])
-def test_critics_of_amago2_may_list_values(preset):
-    options = dict(preset=preset, critic_options={"takes_actions": False})
-    assert not LOSSES["amago2"](policy_of(), **options).takes_actions
+@pytest.mark.parametrize(("preset", "gain"), [("paper", 1.0), ("robust", 8.0)])
+def test_critics_of_amago2_take_or_list_actions_as_asked(preset, gain):
+    for takes_actions in (False, True):
+        options = dict(preset=preset, critic_options={"takes_actions": takes_actions})
+        loss = LOSSES["amago2"](policy_of(), **options)
+        assert loss.takes_actions == takes_actions
+    assert loss.critic_network.module.action_gain == gain
+
+
+def test_the_range_of_amago2_follows_rewards_alone_where_slices_are_whole_trials():
+    """Predictions can't widen the range that they are counted in, whatever they are."""
+    torch.manual_seed(0)
+    batch = make_env().rollout(18, policy_of(), break_when_any_done=False)
+    batch["mask"] = torch.ones(2, 18, 1, dtype=torch.bool)
+    reward = batch["next", "reward"] = torch.randn(2, 18, 1)
+    time = torch.arange(18).view(1, 18, 1).repeat(2, 1, 1)
+    batch["next", "terminated"] = batch["next", "done"] = time == 17
+    batch["is_init"] = time == 0
+    found = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loss = LOSSES["amago2"](policy_of(), reward_scale=1.0)
+        SoftUpdate(loss, tau=0.01)
+        loss(batch)
+        found.append(loss.value_codec.mean_and_scale())
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    sums, total = torch.zeros(2, 18, len(loss.discounts)), 0.0
+    for t in reversed(range(18)):
+        total = sums[:, t] = reward[:, t] + loss.discounts * total
+    torch.testing.assert_close(found[0][0], sums.mean((0, 1)))
+    torch.testing.assert_close(found[0][1], sums.square().mean((0, 1)).sqrt())
 
 
 @pytest.mark.parametrize("name", ["amago", "amago2"])

@@ -112,7 +112,9 @@ def make_policy(
     space = ActionSpace.from_spec(env.full_action_spec_unbatched[env.action_key])
     if isinstance(distribution, PolicyDistribution):
         _check_unused(distribution, distribution_options=distribution_options)
-        _check_space(distribution, space)
+        if distribution.space != space:
+            wrong = f"is over actions of {distribution.space}, the environment's are {space}"
+            raise ValueError(f"the distribution {wrong}. Leave it out, or name one.")
     else:
         distribution = make_distribution(space, distribution, **(distribution_options or {}))
     if isinstance(timestep_encoder, TensorDictModuleBase):
@@ -221,14 +223,6 @@ def _extra_inputs(
         parts = {"discrete": None, "multi_discrete": space.sizes, "multi_binary": ()}[space.kind]
         extra |= {"masks_actions": True, "mask_parts": parts}
     return extra
-
-
-def _check_space(distribution: PolicyDistribution, space: ActionSpace) -> None:
-    if distribution.space != space:
-        raise ValueError(
-            f"the distribution is over actions of {distribution.space}, the environment's are "
-            f"{space}."
-        )
 
 
 def _check_unused(part: object, **options: Any) -> None:

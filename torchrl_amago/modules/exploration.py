@@ -32,10 +32,11 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         end   = lerp(end_of_trial[0], end_of_trial[1], p)
         epsilon = scale * lerp(start, end, q ** power)
 
-    ``scale`` is drawn from U[0, 1) for each environment at the start of each of its trials. Noise
-    is held over several steps if ``max_duration`` is above 1: undirected noise of one step rarely
-    gets far (arXiv 2006.01782). Actions change only under ``ExplorationType.RANDOM``, and not while
-    ``enabled`` is False; call :meth:`step` with the number of frames collected.
+    ``scale`` is ``u ** scale_power``, ``u`` drawn from U[0, 1) for each environment at the start of
+    each of its trials. Noise is held over several steps if ``max_duration`` is above 1: undirected
+    noise of one step rarely gets far (arXiv 2006.01782). Actions change only under
+    ``ExplorationType.RANDOM``, and not while ``enabled`` is False; call :meth:`step` with the
+    number of frames collected.
 
     Args:
         horizon: length of a trial in steps.
@@ -43,7 +44,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         start_of_trial: epsilon at a trial's first step, at the start and the end of training;
             ``end_of_trial`` at its last.
         power: ``horizon / n`` confines the change from start to end to about the last n steps.
-        randomize: draw ``scale``; False keeps it at 1.
+        scale_power: 0 keeps ``scale`` at 1, 1 is published, with 3 half of the trials have little.
         max_duration: largest mean number of steps, at least 1, over which noise is held. Each trial
             draws its own, log-uniformly from 1 on; it is then redrawn with the same chance at each
             step. Epsilon stays the fraction of noisy actions.
@@ -71,7 +72,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         start_of_trial: tuple[float, float] = (1.0, 0.05),
         end_of_trial: tuple[float, float] = (0.8, 0.01),
         power: float = 1.0,
-        randomize: bool = True,
+        scale_power: float = 1.0,
         max_duration: float = 1.0,
         action_key: NestedKey = keys.ACTION,
         time_key: NestedKey = keys.TIME_IDX,
@@ -81,12 +82,13 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
     ) -> None:
         super().__init__()
         check_positive(horizon=horizon, anneal_frames=anneal_frames, power=power)
+        check_not_negative(scale_power=scale_power)
         check_positive("Use 1 for new noise at each step.", max_duration=max_duration)
         for start, end in zip(start_of_trial, end_of_trial, strict=True):
             check_not_negative(start_of_trial=start, end_of_trial=end)
         self.horizon, self.anneal_frames = horizon, anneal_frames
         self.start_of_trial, self.end_of_trial = start_of_trial, end_of_trial
-        self.power, self.randomize, self.max_duration = power, randomize, max(1.0, max_duration)
+        self.power, self.scale_power, self.max_duration = power, scale_power, max(1.0, max_duration)
         self.action_key, self.time_key, self.init_key = action_key, time_key, init_key
         self.scale_key, self.noise_key, self.enabled = scale_key, noise_key, True
         self.in_keys = [action_key, time_key, init_key]
@@ -131,7 +133,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         """Add noise to the step's actions, and carry what lasts to the next step."""
         time_idx, action = tensordict.get(self.time_key), tensordict.get(self.action_key)
         scale = tensordict.get(self.scale_key, None)
-        if scale is None or not self.randomize:
+        if scale is None:
             scale = torch.ones_like(time_idx, dtype=torch.float32)
         if not self.enabled or interaction_type() is not InteractionType.RANDOM:
             if self.holds_noise and tensordict.get(self.noise_key, None) is None:
@@ -139,8 +141,7 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
                 tensordict.set(self.noise_key, torch.cat([torch.zeros_like(scale), fresh], -1))
             return tensordict.set(self.scale_key, scale)
         is_init = tensordict.get(self.init_key)
-        if self.randomize:
-            scale = torch.where(is_init, torch.rand_like(scale), scale)
+        scale = torch.where(is_init, torch.rand_like(scale) ** self.scale_power, scale)
         noise = self._noise(action, is_init, tensordict)
         noisy = self.explore(action, scale * self.epsilon(time_idx), noise, tensordict)
         return tensordict.set(self.action_key, noisy).set(self.scale_key, scale)

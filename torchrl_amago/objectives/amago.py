@@ -225,9 +225,12 @@ class AMAGOLoss(ActorCriticLoss):
 
         if self.uses_critic:
             prediction, v_MCG = self._online_values(inputs, action_MA, policy)
-            target_MG = self._td_target(batch, next_inputs)
+            next_v_BTG = self._next_values(batch, next_inputs)
+            target_MG = seen_MG = self._td_target(batch, next_v_BTG, self.n_step)
             if self._moves_statistics:
-                codec.update(target_MG, mask_M.unsqueeze(-1))
+                if codec.follows_rewards:  # and as little predictions as the slice allows
+                    seen_MG = self._td_target(batch, next_v_BTG, next_v_BTG.shape[1])
+                codec.update(seen_MG, mask_M.unsqueeze(-1))
             terms["loss_qvalue"] = self.critic_coeff * codec.loss(prediction, target_MG)
             q_MCG = codec.raw_value(prediction.detach())
             advantage_MG = self._advantage(q_MCG, v_MCG, self.filter_space)
@@ -332,8 +335,8 @@ class AMAGOLoss(ActorCriticLoss):
         )
 
     @torch.no_grad()
-    def _td_target(self, batch: SliceBatch, next_inputs: HeadInputs) -> Tensor:
-        """Return TD targets in reward units times ``reward_scale``, ``[M, G]``."""
+    def _next_values(self, batch: SliceBatch, next_inputs: HeadInputs) -> Tensor:
+        """Return V' of next states in reward units times ``reward_scale``, ``[B, T, G]``."""
         target = "target_" if self.use_target_actor else ""
         next_policy = self._policy(getattr(self, f"{target}actor_network_params"), next_inputs)
         params, next_state_MD = self.target_critic_network_params, next_inputs[self._state_key]
@@ -343,15 +346,15 @@ class AMAGOLoss(ActorCriticLoss):
         shape = (*shape_M, self.num_target_critics, G)
         subset_MKG = draw_critic_subset(shape, C, next_v_MCG.device)
         next_v_MG = reduce_ensemble(next_v_MCG, subset_MKG, self.target_reduction)
-        # n-step sums follow a row's steps, so they are made where rows are whole.
-        target_BTG = n_step_target(
-            self.reward_scale * batch.reward(),
-            batch.terminated(),
-            batch.steps.restore(next_v_MG),
-            self.discounts,
-            batch.mask_BT1,
-            self.n_step,
-        )
+        return batch.steps.restore(next_v_MG)
+
+    @torch.no_grad()
+    def _td_target(self, batch: SliceBatch, next_v_BTG: Tensor, n: int) -> Tensor:
+        """Return n-step TD targets in reward units times ``reward_scale``, ``[M, G]``."""
+        # The sums follow a row's steps, so they are made where rows are whole.
+        reward, terminated = self.reward_scale * batch.reward(), batch.terminated()
+        discounts, mask_BT1 = self.discounts, batch.mask_BT1
+        target_BTG = n_step_target(reward, terminated, next_v_BTG, discounts, mask_BT1, n)
         return batch.steps.select(target_BTG)
 
     @torch.no_grad()

@@ -55,23 +55,24 @@ def amago2_loss(
 ) -> AMAGOLoss:
     """Build AMAGO-2's loss (arXiv 2411.11188): classification critics and filtered imitation.
 
-    Critics take actions. Defaults are ``online_coeff=0``, ``offline_coeff=1`` and
-    ``num_policy_actions=3``. Arguments: see :func:`amago_loss`.
+    Defaults are ``online_coeff=0``, ``offline_coeff=1`` and ``num_policy_actions=3``. Arguments:
+    see :func:`amago_loss`.
 
     Args:
         preset: "paper" for the published :class:`TwoHot` codec over returns of up to 100,000 (times
-            ``reward_scale``), for tasks of different scales at once; "robust" has few bins whose
-            range follows the targets' scale, and critics that tell actions apart
-            (``docs/value_codecs.md``).
+            ``reward_scale``), for tasks of different scales at once, and critics that take actions;
+            "robust" has few bins whose range follows the returns' scale, and critics that tell
+            actions apart (``docs/value_codecs.md``): they list the values of a discrete action.
 
     Example:
         >>> from torchrl_amago import MetaFrozenLake, make_policy, make_trial_env
         >>> env = make_trial_env(MetaFrozenLake(batch_size=(2,)), episodes=5)
         >>> loss = amago2_loss(make_policy(env, context_length=45))
         >>> loss.takes_actions, loss.online_coeff
-        (True, 0.0)
+        (False, 0.0)
     """
-    critic_options = {"takes_actions": True, "norm": "none", **(critic_options or {})}
+    lists = is_robust(preset) and policy.distribution.space.kind == "discrete"
+    critic_options = {"takes_actions": not lists, "norm": "none", **(critic_options or {})}
     make_codec = TwoHot
     if is_robust(preset):
         bins = dict(num_bins=9, min_return=-3.0, max_return=3.0, symlog=False, init_slope=10.0)

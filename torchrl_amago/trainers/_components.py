@@ -77,14 +77,13 @@ class OptimizerState:
         rates = [group["lr"] for group in groups]
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(scheduler, LambdaLR):
-            base = scheduler.base_lrs
-            scheduler.load_state_dict({**state["scheduler"], "base_lrs": base})
-            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
-            rates = [rate * factor for rate, factor in zip(base, factors, strict=True)]
+            scheduler.load_state_dict({**state["scheduler"], "base_lrs": scheduler.base_lrs})
+            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            rates = [rate * factor(scheduler.last_epoch) for rate, factor in pairs]
             scheduler._last_lr = rates
         elif scheduler is not None:
             scheduler.load_state_dict(state["scheduler"])
-            return  # the rates of other schedules cannot be recomputed
+            return  # the rates of other schedules can't be recomputed
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 

@@ -34,6 +34,7 @@ class ValueCodec(Configurable, nn.Module, abc.ABC):
         tensor([[9.]])
     """
 
+    follows_rewards = False  # True: :meth:`update` gets targets of all rewards to the slice's end
     all_reduce = staticmethod(lambda *sums: sums)  # over data-parallel ranks, see Ranks.attach
 
     @property

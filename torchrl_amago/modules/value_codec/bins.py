@@ -43,8 +43,8 @@ class BinCodec(ValueCodec):
         init_slope: order the last layer's first weights: each logit is one random number of the
             critic times its bin's place, from ``-init_slope`` to ``init_slope``. It makes critics
             distinguish actions sooner (``docs/value_codecs.md``); 10 is a good value.
-        relative: count the range from the targets' running mean, in units of their running root
-            mean square, so that it fits rewards of any size.
+        relative: count the range from the running mean of the sums of discounted rewards to the
+            slice's end, in units of their root mean square, so that it fits rewards of any size.
         popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``,
             ``RunningScale(num_discounts)`` if `relative`.
 
@@ -81,7 +81,7 @@ class BinCodec(ValueCodec):
         if init_slope is not None:
             check_positive("Use None for weights without order.", init_slope=init_slope)
         self.symlog, self.init_value, self.init_slope = symlog, init_value, init_slope
-        self.relative = relative
+        self.relative = self.follows_rewards = relative
         self.popart = popart or (RunningScale if relative else PopArt)(num_discounts)
         self.num_discounts = self.popart.num_discounts
         low, high = self._symlog(torch.tensor([min_return, max_return]))
