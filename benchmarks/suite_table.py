@@ -73,11 +73,7 @@ TASKS = {
     "minesweeper": Task("Minesweeper", f"{POPGYM} MineSweeperEasy", -0.229, 1, 0.3),
     "battleship": Task("Battleship", f"{POPGYM} BattleshipEasy", -0.435, 1, 0.1),
     "noisy-cart-pole": Task(
-        "CartPole, noisy positions",
-        f"{POPGYM} NoisyPositionOnlyCartPoleEasy --max-episode-steps 200",
-        0.112,
-        1,
-        0.9,
+        "CartPole, noisy positions", f"{POPGYM} NoisyPositionOnlyCartPoleEasy", 0.112, 1, 0.9
     ),
 }
 

@@ -87,6 +87,10 @@ class Args(DomainArgs):
     def names(self) -> tuple[str, ...]:
         return SEVERAL if self.multi_domain else self.env_ids
 
+    @property
+    def num_games(self) -> int:
+        return len(self.names)
+
     @cached_property  # environments are made for it
     def trial_length(self) -> int:
         tasks = [] if self.max_episode_steps else [self.make_one(x).unwrapped for x in self.names]
@@ -95,7 +99,7 @@ class Args(DomainArgs):
         return self.episodes * (self.max_episode_steps or max(*longest, *decks))
 
     def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
-        names, is_one = self.names, len(self.names) == 1
+        names, is_one = self.names, self.num_games == 1
         makers = {name: lambda name=name: self.make_one(name, **options) for name in names}
         rows = gymnasium_rows(
             makers[names[0]]
@@ -110,5 +114,4 @@ class Args(DomainArgs):
 
 if __name__ == "__main__":
     with command_line(Args, debug=dict(num_envs=4, eval_trials=8)) as args:
-        several = args.multi_domain or len(args.env_ids) > 1
-        train(args, **({"action_mask_key": "action_mask"} if several else {}))
+        train(args, **({"action_mask_key": "action_mask"} if args.num_games > 1 else {}))

@@ -72,6 +72,10 @@ class Args(DomainArgs):
         env = gym.wrappers.TransformReward(env, np.sign)
         return gym.wrappers.TimeLimit(env, self.max_episode_steps)
 
+    @property
+    def num_games(self) -> int:
+        return len(self.games)
+
     def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
         games = {name: lambda name=name: self.make_one(name, **options) for name in self.games}
         rows = gymnasium_rows(games, max(num_envs, len(games)))

@@ -53,6 +53,10 @@ class Args(DomainArgs):
     eval_interval: int = 2000
     eval_trials: int = 20
 
+    @property
+    def num_games(self) -> int:
+        return len(self.games)
+
     def make_env(self, num_envs: int, test: bool = False, **options: Any) -> EnvBase:
         options |= dict(max_episode_steps=self.max_episode_steps, num_levels=self.num_levels)
         options |= dict(start_level=self.num_levels if test else 0)

@@ -61,6 +61,11 @@ class DomainArgs(TrainingArgs):
         return self.episodes * self.max_episode_steps
 
     @property
+    def num_games(self) -> int:
+        """Number of tasks whose rewards may differ in size."""
+        return 1
+
+    @property
     def title(self) -> str:
         """Title of the pictures."""
         return f"{type(self).__doc__.partition(',')[0]}, {self.seq_model}, {self.loss}"
@@ -90,7 +95,7 @@ def train(
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(32, args.eval_trials), test=True))
     rewards = dict(reward_scale=args.reward_scale, n_step=args.n_step)
-    if args.loss == "amago2":  # several games' rewards differ by orders of magnitude
+    if args.loss == "amago2" and args.num_games > 1:  # one scale wouldn't fit them all
         rewards["value_codec"] = TwoHot(len(args.discounts))
     parts = (args, make, env, policy, held_out)
     results = run(
