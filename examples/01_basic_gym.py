@@ -17,7 +17,7 @@ from typing import Literal
 
 import torch
 from common import command_line, draw_progress, run
-from gym_args import GymArgs
+from gym_args import GymArgs, discounts_of
 
 from torchrl_amago import HeldOutEvaluator, make_policy
 from torchrl_amago.evaluation import EvaluationResults
@@ -35,8 +35,9 @@ class Args(GymArgs):
     """Steps of a slice in a batch; long slices give most steps their full context."""
     round_steps: int = 25
     """Steps of each environment between updates."""
-    discounts: tuple[float, ...] = (0.9, 0.95, 0.97, 0.99)
-    """Discounts that are trained; the last one is acted with."""
+    discounts: tuple[float, ...] = ()
+    """Discounts that are trained; the last one is acted with. Default four, whose horizons go from
+    10 steps to a third of the longest trial: .9, .961, .985 and .994 of 500 steps."""
     reward_scale: float = 1.0
     """Factor of rewards in the loss; the robust preset finds their scale by itself."""
     n_step: int = 10
@@ -45,8 +46,8 @@ class Args(GymArgs):
     # Other defaults of common fields.
     run_dir: Path = Path("runs/basic_gym")
     num_envs: int = 32
-    total_updates: int = 20_000
-    batch_size: int = 16
+    total_updates: int = 12_000
+    batch_size: int = 64
     tau: float = 0.02
     anneal_frames: int = 50_000
     capacity: int = 300_000
@@ -63,7 +64,7 @@ def train(args: Args) -> EvaluationResults:
         env,
         context_length=context_length,
         timestep_encoder=args.timestep_encoder,
-        discounts=args.discounts,
+        discounts=args.discounts or discounts_of(length),
         **args.policy_options(positions="rotary", window=context_length),  # relative positions
     )
     held_out = HeldOutEvaluator(policy, args.make_env(min(64, args.eval_trials)))

@@ -19,6 +19,14 @@ from torchrl_amago.evaluation import rollout_pictures
 WITHOUT_VELOCITIES = {"CartPole-v0": (0, 2), "CartPole-v1": (0, 2), "Pendulum-v1": (0, 1)}
 
 
+def discounts_of(trial_length: int) -> tuple[float, ...]:
+    """Return four discounts, whose horizons 1 / (1 - discount) grow from 10 steps to a third of a
+    trial by the same factor each.
+    """
+    factor = max(2.0, trial_length / 30)
+    return tuple(1.0 - 0.1 / factor ** (i / 3) for i in range(4))
+
+
 @dataclass
 class GymArgs(TrainingArgs):
     """Settings of any Gymnasium environment whose episodes make trials."""
@@ -37,23 +45,26 @@ class GymArgs(TrainingArgs):
     hide_prev_step: bool | None = None
     """Hide the previous action and reward from the policy, since held noise shows in them; default
     if a trial is one episode, of which they tell little."""
-    noise_steps: float = 8.0
-    """Largest mean number of steps over which random actions are held, to get further by chance."""
+    noise_steps: float = 32.0
+    """Largest mean number of steps over which random actions are held, to get further by chance;
+    each trial draws its own, half of them less than six."""
     final_noise: float = 1.0
-    """Largest fraction of random actions once exploration has faded, at a trial's start (a fifth of
-    it at the end); each trial draws its own, up to this."""
+    """Largest fraction of random actions once exploration has faded; each trial draws its own, up
+    to this. With several episodes it falls to a fifth within a trial."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""
         options = super().policy_options(**seq_model_options)
         is_hidden = self.episodes == 1 if self.hide_prev_step is None else self.hide_prev_step
         options["timestep_options"]["hide_prev_step"] = is_hidden
+        # A single episode has no later one to use what was found out: its noise doesn't fade.
+        end, late_end = (1.0, 1.0) if self.episodes == 1 else (0.8, 0.2)
         options["exploration"] = dict(
             anneal_frames=self.anneal_frames,
             horizon=self.trial_length,
             max_duration=self.noise_steps,
             start_of_trial=(1.0, self.final_noise),
-            end_of_trial=(0.8, 0.2 * self.final_noise),
+            end_of_trial=(end, late_end * self.final_noise),
         )
         return options
 

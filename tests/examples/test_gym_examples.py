@@ -80,16 +80,22 @@ def test_states_noise_and_the_previous_step(basic_gym):
 
     policy = policy_of(episodes=2)
     assert policy.encoder.trajectory.normalize_states
-    assert policy.exploration.max_duration == 8
+    assert policy.exploration.max_duration == 32
     assert not policy.encoder.timestep.hidden_keys
     policy = policy_of(preset="paper", noise_steps=4, final_noise=0.5)
     assert not policy.encoder.trajectory.normalize_states
     assert policy.exploration.max_duration == 4
     assert policy.encoder.timestep.hidden_keys == {"prev_action", "prev_reward"}
     assert policy_of(episodes=2, hide_prev_step=True).encoder.timestep.hidden_keys
-    policy.exploration.step(10**6)
-    faded = policy.exploration.epsilon(torch.tensor([0, 500]))
-    torch.testing.assert_close(faded, torch.tensor([0.5, 0.1]))
+    # Noise of single episodes doesn't fade within them.
+    first_and_last = torch.tensor([0, 500])
+    torch.testing.assert_close(policy.exploration.epsilon(first_and_last), torch.ones(2))
+    several = policy_of(episodes=2, final_noise=0.5).exploration
+    torch.testing.assert_close(several.epsilon(2 * first_and_last), torch.tensor([1.0, 0.8]))
+    for exploration, faded in ((policy.exploration, [0.5, 0.5]), (several, [0.5, 0.1])):
+        exploration.step(10**6)
+        found = exploration.epsilon(exploration.horizon // 500 * first_and_last)
+        torch.testing.assert_close(found, torch.tensor(faded))
 
 
 def test_what_is_hidden(basic_gym):
@@ -136,6 +142,21 @@ def test_trials(basic_gym):
     assert torch.equal(observation[:, 0], observation[:, 3])  # episodes of a trial begin alike
     assert not torch.equal(observation[0, 0], observation[1, 0])
     assert steps["next", "done"].squeeze(-1).tolist() == [[False] * 5 + [True]] * 2
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"),
+    [(1000, (0.9, 0.968928, 0.990345, 0.997)), (200, (0.9, 0.946867, 0.971769, 0.985))],
+)
+def test_discounts_follow_the_length_of_trials(basic_gym, length, expected):
+    found = basic_gym.discounts_of(length)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert 1 / (1 - found[-1]) == pytest.approx(length / 3)
+
+
+def test_discounts_of_the_shortest_trials_differ_too(basic_gym):
+    assert basic_gym.discounts_of(1) == basic_gym.discounts_of(60)
+    assert len(set(basic_gym.discounts_of(1))) == 4
 
 
 class Undrawable(gym.Env):
