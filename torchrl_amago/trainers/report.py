@@ -78,9 +78,8 @@ class RunReport:
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
     def _read_clock(self, activity: str = "training") -> None:
-        now = time.perf_counter()
-        self.seconds[activity] += now - self._since
-        self._since = now
+        before, self._since = self._since, time.perf_counter()
+        self.seconds[activity] += self._since - before
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
