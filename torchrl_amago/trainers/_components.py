@@ -62,13 +62,11 @@ class Rollouts:
 
     If the collector's state has ``in_progress``, a checkpoint leaves the trials alone, and the
     resumed run goes on with them. Otherwise every checkpoint ends them and seeds the environment
-    with a number that it holds, in the uninterrupted run as in a resumed one.
+    with the next number of torch's generator, in the uninterrupted run as in a resumed one.
     The monitor forgets trials that are ended, whose remaining steps will not be written.
     """
 
-    def __init__(
-        self, collector: BaseCollector, loss_module: nn.Module, monitor: TrialMonitor
-    ) -> None:
+    def __init__(self, collector: BaseCollector, loss: nn.Module, monitor: TrialMonitor) -> None:
         own, is_local = getattr(collector, "replay_buffer", None), isinstance(collector, Collector)
         writes_pieces = type(collector) is Collector and collector.trajs_per_batch is None
         if own is not monitor.replay_buffer or (
@@ -81,7 +79,7 @@ class Rollouts:
                 "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
             )
         # On the loss's device a local collector runs the policy itself, elsewhere a copy of it.
-        policy, device = getattr(collector, "policy", None), next(loss_module.parameters()).device
+        policy, device = getattr(collector, "policy", None), next(loss.parameters()).device
         weights = policy.parameters() if isinstance(policy, nn.Module) else ()
         self._has_own_policy = not is_local or any(p.device != device for p in weights)
         self.collector, self._is_local, self._monitor = collector, is_local, monitor
@@ -96,35 +94,37 @@ class Rollouts:
 
     def begin(self) -> None:
         """Begin the first trials of a new run."""
-        self._restart(None, self._collector_state())
+        self._restart({})
 
     def resume(self) -> None:
         """Go on from the loaded checkpoint, in its trials if the collector can."""
-        saved, problem = self._saved, "this collector cannot save them"
-        GlobalRNGState().load_state_dict(saved["random"])
-        if saved["seed"] is None:
+        state, problem = self._saved["collector"], "this collector cannot save them"
+        GlobalRNGState().load_state_dict(self._saved["random"])
+        if "in_progress" in state:
             try:
-                return self.collector.load_state_dict(saved["collector"], strict=False)
+                return self.collector.load_state_dict(state, strict=False)
             except ValueError as error:
                 problem = str(error)
         torchrl_logger.info(f"the trials in progress at the checkpoint end here: {problem}")
-        self._restart(saved["seed"], saved["collector"])
+        self._restart(state)
 
     def capture(self) -> None:
         """Take the state for a checkpoint."""
-        state = self._collector_state()
-        seed = None if "in_progress" in state else _draw_seed()
-        self._saved = {"seed": seed, "collector": state, "random": GlobalRNGState().state_dict()}
+        # The policy's weights are the loss's. Collectors of several processes start anew.
+        has_state = self._is_local or isinstance(self.collector, WorkerPool)
+        state = dict(self.collector.state_dict()) if has_state else {}
+        state.pop("policy_state_dict", None)
+        self._saved = {"collector": state, "random": GlobalRNGState().state_dict()}
 
     def go_on(self) -> None:
         """Go on after a checkpoint as a resumed run does."""
         # Collectors of several processes, whose runs are not exact, can't be reset while they run.
-        if self._saved["seed"] is not None and self._is_local:
-            self._restart(self._saved["seed"], self._saved["collector"])
+        if self._is_local and "in_progress" not in self._saved["collector"]:
+            self._restart(self._saved["collector"])
 
-    def _restart(self, seed: int | None, state: Mapping[str, Any]) -> None:
-        """End the trials, and begin new ones that a seed and torch's generator determine."""
-        seed = _draw_seed() if seed is None else seed
+    def _restart(self, state: Mapping[str, Any]) -> None:
+        """End the trials, and begin new ones, which torch's generator determines."""
+        seed = int(torch.randint(2**31 - 1, ()))
         if env_state := state.get("env_state_dict"):
             self.collector.env.load_state_dict(env_state)
         # The uninterrupted run loads them too: loading hands out new numbers of trials.
@@ -136,19 +136,9 @@ class Rollouts:
         self.collector.reset()
         self._monitor.forget_unfinished()
 
-    def _collector_state(self) -> dict[str, Any]:
-        # The policy's weights are the loss's. Collectors of several processes start anew.
-        has_state = self._is_local or isinstance(self.collector, WorkerPool)
-        state = self.collector.state_dict() if has_state else {}
-        return {key: value for key, value in state.items() if key != "policy_state_dict"}
-
     def state_dict(self) -> Mapping[str, Any]:
         return self._saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         # `resume` loads it: setting up a run may draw random numbers.
         self._saved = state
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(2**31 - 1, ()))

@@ -6,7 +6,6 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,11 +26,11 @@ from torchrl_amago._signals import on_signals
 from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
-from torchrl_amago.evaluation import Results, evaluation_metrics
+from torchrl_amago.evaluation import Evaluator, Results, evaluation_metrics, run_evaluator
 from torchrl_amago.scaling import BatchFeed, Outcome, Ranks, WorkerPool
 from torchrl_amago.trainers import checkpoint as saving
 from torchrl_amago.trainers._components import Components, Counts, Intervals, Rollouts
-from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
+from torchrl_amago.trainers.hooks import TrialMonitor
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, OptimizerState
 from torchrl_amago.trainers.report import RunReport
@@ -112,33 +111,30 @@ class AMAGOTrainer:
 
     def __post_init__(self) -> None:
         check_counts(total_updates=self.total_updates, updates_per_round=self.updates_per_round)
-        self.run_dir = Path(self.run_dir).absolute()
-        self.online_buffer = online_part(self.replay_buffer)
-        self._keeps_replay = getattr(self.collector, "keeps_replay", False)
+        self.run_dir = run_dir = Path(self.run_dir).absolute()
+        self.online_buffer = buffer = online_part(self.replay_buffer)
+        ranks, self._keeps_replay = self.ranks, getattr(self.collector, "keeps_replay", False)
         mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
         if isinstance(self.collector, WorkerPool):
             self.callbacks.append(self.collector.after_update)
-        self.stepper.dump_dir = self.stepper.dump_dir or self.ranks.folder(self.run_dir)
+        self.stepper.dump_dir = self.stepper.dump_dir or ranks.folder(run_dir)
         # Several ranks check their batches together, in the stepper.
-        check = self.stepper.check if self.ranks.size == 1 else None
-        draw = partial(self.ranks.sample, self.replay_buffer)
-        self._feed = BatchFeed(draw, self.loss_module, check)
+        check = self.stepper.check if ranks.size == 1 else None
+        self._feed = BatchFeed(lambda: ranks.sample(self.replay_buffer), self.loss_module, check)
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
-        self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
-        self.policy_files = saving.PolicyFiles(self.run_dir, self.policy)
-        self.report = RunReport(self.run_dir, self.loggers, self.progress_bar)
-        self.monitor = TrialMonitor(
-            self.online_buffer, self.report.window, self.run_dir, self.success_threshold
-        )
+        self.checkpoints = saving.CheckpointStore(run_dir, self.keep_checkpoints)
+        self.policy_files = saving.PolicyFiles(run_dir, self.policy)
+        self.report = RunReport(run_dir, self.loggers, self.progress_bar)
+        self.monitor = TrialMonitor(buffer, self.report.window, run_dir, self.success_threshold)
         self._rollouts = Rollouts(self.collector, self.loss_module, self.monitor)
         self.counts = Counts(updates=0, frames=0, updates_left=0, evaluated_at=-1)
         # Everything in a checkpoint but the replay, in the order of loading.
         parts = {
-            "report": self.report if self.ranks.is_first else None,
+            "report": self.report if ranks.is_first else None,
             "mixture": mixture,
             "loss": self.loss_module,
             "optimizer": OptimizerState(self.optimizer, self.scheduler),
@@ -147,7 +143,7 @@ class AMAGOTrainer:
             "counts": self.counts,
             "monitor": self.monitor,
             "policy_files": self.policy_files,
-            "sampler": self.online_buffer.sampler if self._keeps_replay else None,
+            "sampler": buffer.sampler if self._keeps_replay else None,
             "rollouts": self._rollouts,
         }
         parts = {name: part for name, part in parts.items() if part is not None}
@@ -157,7 +153,7 @@ class AMAGOTrainer:
         self._outcome: Outcome = "finished"
         self._lock = contextlib.ExitStack()
         is_written = self.total_updates > self.online_after
-        self.ranks.check(self.replay_buffer.batch_size, self.online_buffer, is_written)
+        ranks.check(self.replay_buffer.batch_size, buffer, is_written)
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
@@ -267,7 +263,7 @@ class AMAGOTrainer:
         metadata, update = saving.run_metadata(self), self.counts.updates
         self.report.open(self.total_updates, update, metadata["settings"] | metadata["options"])
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        size, verb = sum(p.numel() for p in weights), "goes on" if self._is_resumed else "begins"
+        verb, size = "goes on" if self._is_resumed else "begins", sum(p.numel() for p in weights)
         where = f"in {self.run_dir}, update {update} of {self.total_updates}"
         self.report.log_line(f"{verb} {where}: {size} parameters on {weights[0].device}")
         self._rollouts.sync_policy()

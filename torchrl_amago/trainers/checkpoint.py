@@ -14,12 +14,10 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tensordict
-import torch
-import torchrl
 from torch import nn
 from torchrl.data import ReplayBuffer
 
@@ -57,8 +55,7 @@ class CheckpointStore:
     def find(self, path: str | Path | None = None) -> Path:
         """Return the checkpoint at ``path``, or the last one of the run at ``path``."""
         path = (self.run_dir if path is None else Path(path)).absolute()
-        latest = CheckpointStore(path).latest()
-        if latest is not None:
+        if latest := CheckpointStore(path).latest():
             return latest
         # A damaged checkpoint may lack its manifest, and a copy may have another name.
         if path.is_dir() and (path.match("update_*") or (path / files.MANIFEST).exists()):
@@ -71,21 +68,17 @@ class CheckpointStore:
     def save(self, update: int, state: Values, buffer: ReplayBuffer | None, about: Values) -> Path:
         """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
         final = self.folder / _NAME.format(update)
-        sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
+        numbers = [number for number in map(_sequence, self.paths()) if number < math.inf]
+        sequence = 1 + max(numbers, default=-1)
         with files.replace_folder(final) as folder:
             save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or (buffer is not None and len(buffer)):
                 buffer.dumps(folder / REPLAY)
-            versions = {x.__name__: x.__version__ for x in (torch, torchrl, tensordict)}
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "update": update,
-                "sequence": 1 + max(sequences, default=-1),
-                **about,
-                "versions": {**versions, "python": platform.python_version()},
-            }
-            files.write_manifest(folder, manifest)
+            numbers = {"format_version": FORMAT_VERSION, "update": update, "sequence": sequence}
+            versions = {name: version(name) for name in ("torch", "torchrl", "tensordict")}
+            versions["python"] = platform.python_version()
+            files.write_manifest(folder, {**numbers, **about, "versions": versions})
         for path in [path for path in self.paths() if _is_own(path)][self.keep :]:
             files.remove_folder(path)
         return final
@@ -112,9 +105,9 @@ class CheckpointStore:
 
 
 def _problem(path: Path) -> str | None:
-    version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        return f"{path} has format version {version}, and this code reads {FORMAT_VERSION} only"
+    saved = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
+    if saved != FORMAT_VERSION:
+        return f"{path} has format version {saved}, and this code reads {FORMAT_VERSION} only"
     return files.find_damage(path)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,13 @@ from typing import Any
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
-from torchrl_amago.evaluation import Results, evaluation_metrics
+from torchrl_amago.evaluation import Evaluator, evaluation_metrics, run_evaluator
+from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers.nonfinite import check_data
-from torchrl_amago.trainers.report import MetricWindow
-
-#: Called without arguments; returns numbers by name or `TrialResults`.
-Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
@@ -48,15 +44,6 @@ class EvaluationHook(TrainerHookBase):
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         self._batches = int(state_dict["batches"])
-
-
-def run_evaluator(evaluator: Evaluator) -> Results:
-    """Evaluate, and put the global random generators back."""
-    rng = GlobalRNGState()
-    before = rng.state_dict()
-    results = evaluator()
-    rng.load_state_dict(before)
-    return results
 
 
 @dataclass(eq=False, repr=False)

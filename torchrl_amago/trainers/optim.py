@@ -12,16 +12,13 @@ from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import OptimizationStepper
+from torchrl.trainers import OptimizationStepper, Trainer
 
 from torchrl_amago import keys
 from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
 from torchrl_amago.scaling import CudaGraphs, Ranks
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
-
-Gradients = tuple[TensorDict, dict[nn.Parameter, Tensor | None]]
 
 # Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
 # ensemble are [C, out], scales of attention heads [H, 1, 1], Mamba's log decays [channels, states].
@@ -168,7 +165,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
         check_choice("precision", self.precision, ("fp32", "bf16"))
         if self.clip_norm is not None:
             check_positive("None does not clip.", clip_norm=self.clip_norm)
-        self._optimizer: Optimizer | None = None
+        self._state: Mapping | None = None  # of the optimiser that `_prepare` has seen
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
@@ -180,7 +177,7 @@ class FiniteOptimizationStepper(OptimizationStepper):
         if self.compile and not is_checked and hasattr(loss_module, "check"):
             sub_batch = loss_module.check(sub_batch)  # compiled code checks nothing
         # A graph holds the addresses of the optimiser's state, of which loading makes another.
-        if self._optimizer is not optimizer or self._state is not optimizer.state:
+        if self._state is not optimizer.state:
             self._prepare(loss_module, optimizer, self.compile and ranks.size == 1)
         batch = sub_batch if self._device.type == "cpu" else sub_batch.to(self._device)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
@@ -225,18 +222,15 @@ class FiniteOptimizationStepper(OptimizationStepper):
                 self._rates.append(torch.zeros((), device=p.device))
                 group["capturable"] = True
 
-    def gradients(self, batch: TensorDictBase, fraction: float) -> Gradients:
-        """Compute losses and metrics, and the gradients of a fraction of the summed losses."""
-        half = self.precision == "bf16"
+    def gradients(self, batch: TensorDictBase, fraction: float) -> tuple[TensorDict, dict]:
+        """Compute losses and metrics, and the gradient of a fraction of the losses by parameter."""
         params = [p for params in self._networks.values() for p in params if p.requires_grad]
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = self._loss(batch)
         found = torch.autograd.grad(fraction * _total(losses), params, allow_unused=True)
         return losses.detach(), dict(zip(params, found, strict=True))
 
-    def _update(
-        self, batch: TensorDictBase, ranks: Ranks, fraction: float
-    ) -> tuple[TensorDict, dict[str, Tensor], Tensor, Tensor | None]:
+    def _update(self, batch: TensorDictBase, ranks: Ranks, fraction: float) -> tuple[Any, ...]:
         """Make an update, unless loss or norm are not finite, without a look at the device.
 
         Return metrics, gradient norms by name, whether they are finite, and new priorities.
