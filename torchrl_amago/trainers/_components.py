@@ -68,14 +68,12 @@ class Rollouts:
 
     def __init__(self, collector: BaseCollector, loss: nn.Module, monitor: TrialMonitor) -> None:
         own, is_local = getattr(collector, "replay_buffer", None), isinstance(collector, Collector)
-        writes_pieces = type(collector) is Collector and collector.trajs_per_batch is None
-        if own is not monitor.replay_buffer or (
-            writes_pieces and isinstance(own, TrialReplayBuffer)
-        ):
+        in_pieces = type(collector) is Collector and collector.trajs_per_batch is None
+        if own is not monitor.replay_buffer or (in_pieces and isinstance(own, TrialReplayBuffer)):
             raise ValueError(
                 "the collector must write whole trials to the trainer's replay_buffer, got a "
                 f"{type(collector).__name__} with replay_buffer={type(own).__name__}"
-                f"{' and trajs_per_batch=None' if writes_pieces else ''}. "
+                f"{' and trajs_per_batch=None' if in_pieces else ''}. "
                 "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
             )
         # On the loss's device a local collector runs the policy itself, elsewhere a copy of it.
