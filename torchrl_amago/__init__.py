@@ -46,12 +46,13 @@ from torchrl_amago.modules import (
     TrajectoryEncoder,
     TransformerEncoder,
     TwoHot,
+    load_policy,
     make_critic,
     make_policy,
 )
 from torchrl_amago.objectives import AMAGOLoss, amago2_loss, amago_loss
 from torchrl_amago.rows import split_trials
-from torchrl_amago.trainers import AMAGOTrainer, load_policy, make_optimizer, make_trainer
+from torchrl_amago.trainers import AMAGOTrainer, make_optimizer, make_trainer
 
 __version__ = "0.1.0"
 

@@ -1,17 +1,47 @@
-"""The table of a run, a CSV file."""
+"""Means of a run's metrics, and the table of them, a CSV file."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from torchrl_amago._files import DamagedError, explain_full_disk, replace_file
 
 PROGRESS_FILE = "progress.csv"
 _TEXT = {"newline": "", "encoding": "utf-8"}
+
+
+class MetricWindow:
+    """Means of metrics since the last row; tensors are read from the device only then."""
+
+    def __init__(self) -> None:
+        self._totals: dict[str, tuple[Any, float]] = {}
+
+    def add_scalars(self, metrics: Mapping[str, float | Tensor]) -> None:
+        """Add one value of each metric: numbers, or 0-dimensional tensors."""
+        for name, value in metrics.items():
+            self.add(name, value.detach().float() if isinstance(value, Tensor) else float(value))
+
+    def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
+        """Add ``count`` values that sum to ``total``."""
+        before = self._totals.get(name, (0.0, 0.0))
+        self._totals[name] = (before[0] + total, before[1] + count)
+
+    def means(self) -> dict[str, float]:
+        """Return the mean of every metric, in the order first seen, and start anew."""
+        state, self._totals = self.state_dict(), {}
+        return {name: total / count for name, (total, count) in state.items() if count}
+
+    def state_dict(self) -> dict[str, tuple[float, float]]:
+        return {name: (float(total), count) for name, (total, count) in self._totals.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, float]]) -> None:
+        self._totals = dict(state)
 
 
 class ProgressTable:

@@ -114,10 +114,10 @@ def test_a_loaded_state_is_not_that_of_the_old_graph():
     with cpu_paths(False):
         for _ in range(2):
             stepper.step(trainer, batch)
-        first = stepper._graphs
+        first = stepper._run
         trainer.optimizer.load_state_dict(trainer.optimizer.state_dict())
         stepper.step(trainer, batch)
-    assert stepper._graphs is not first
+    assert stepper._run is not first
     assert {int(state["step"]) for state in trainer.optimizer.state.values()} == {3}
 
 

@@ -7,8 +7,8 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers import TrialMonitor
-from torchrl_amago.trainers.report import MetricWindow
 
 
 def trial(*episodes):

@@ -12,7 +12,7 @@ from torch import nn
 from tests.processes import forked
 from tests.trainers.tiny import make_trainer, stop_at
 from torchrl_amago.trainers import make_schedule
-from torchrl_amago.trainers._components import OptimizerState
+from torchrl_amago.trainers.optim import OptimizerState
 
 # --- components ---
 
@@ -112,21 +112,24 @@ def first_steps(rollouts):
     return rollouts.collector._carrier["observation"].clone()
 
 
-def test_the_seed_decides_the_trials_that_begin(tmp_path):
+def test_the_saved_generator_decides_the_trials_that_begin(tmp_path):
     trainer = make_trainer(tmp_path)  # kept: a trainer that is collected shuts its collector down
     rollouts = trainer.components["rollouts"]
     rollouts.capture()
     saved = rollouts.state_dict()
-    assert not rollouts.go_on()
-    first = first_steps(rollouts)
-    rollouts.capture()
-    expected = torch.rand(3)
-    rollouts.load_state_dict({**rollouts.state_dict(), "seed": saved["seed"]})
-    rollouts.start()
+    trainer.monitor._unfinished[99] = [(1.0, 99)]
+    rollouts.go_on()
+    assert not trainer.monitor._unfinished
+    first, expected = first_steps(rollouts), torch.rand(3)
+    rollouts.go_on()
+    assert not torch.equal(first_steps(rollouts), first)
+    rollouts.load_state_dict(saved)
+    rollouts.resume()
     assert torch.equal(first_steps(rollouts), first)
     assert torch.equal(torch.rand(3), expected)  # generators are those of the checkpoint
-    rollouts.load_state_dict({**saved, "seed": saved["seed"] + 1})
-    rollouts.start()
+    other = torch.Generator().manual_seed(99).get_state()
+    rollouts.load_state_dict({**saved, "random": {**saved["random"], "torch_cpu": other}})
+    rollouts.resume()
     assert not torch.equal(first_steps(rollouts), first)
 
 
@@ -146,9 +149,11 @@ def test_restarting_leaves_torchs_generator_alone(tmp_path):
     rollouts = trainer.components["rollouts"]
     trainer.collector.env.base_env._set_seed = torch.manual_seed  # as some environments do
     rollouts.capture()
-    before = torch.get_rng_state()
+    with torch.random.fork_rng():
+        torch.randint(2**31 - 1, ())  # the seed
+        expected = torch.get_rng_state()
     rollouts.go_on()
-    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(torch.get_rng_state(), expected)
 
 
 def test_restarting_drops_unfinished_trials_and_numbers_the_new(tmp_path, monkeypatch):
@@ -158,7 +163,7 @@ def test_restarting_drops_unfinished_trials_and_numbers_the_new(tmp_path, monkey
     rollouts.capture()
     rollouts.load_state_dict(rollouts.state_dict())
     numbers = []
-    for restart in (rollouts.go_on, rollouts.start):
+    for restart in (rollouts.go_on, rollouts.resume):
         restart()
         numbers.append(trainer.collector._carrier["collector", "traj_ids"].tolist())
     assert numbers[0] == numbers[1]

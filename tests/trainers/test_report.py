@@ -11,13 +11,9 @@ from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from torchrl_amago._files import DamagedError
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago.evaluation import TrialResults
+from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers import ProgressTable, read_progress
-from torchrl_amago.trainers.report import (
-    MetricWindow,
-    RunReport,
-    evaluation_metrics,
-    make_logger,
-)
+from torchrl_amago.trainers.report import RunReport, evaluation_metrics, make_logger
 
 RESULTS = TrialResults(
     episode_return=torch.tensor([[0.0, 2.0], [1.0, 1.0]]),

@@ -7,11 +7,15 @@ from collections.abc import Callable
 
 import numpy as np
 from tensordict import TensorDictBase
+from torchrl.checkpoint import GlobalRNGState
 from torchrl.envs import EnvBase
 
 from torchrl_amago.evaluation.evaluate import evaluate
-from torchrl_amago.evaluation.results import EvaluationResults, TrialResults
+from torchrl_amago.evaluation.results import EvaluationResults, Results, TrialResults
 from torchrl_amago.evaluation.rollout_pictures import rollout_pictures
+
+#: Called without arguments; returns numbers by name or `TrialResults`.
+Evaluator = Callable[[], Results]
 
 HELD_OUT_SEED = 10_000_019
 """Default seed of evaluation, far from the small numbers that runs are seeded with."""
@@ -58,3 +62,12 @@ class HeldOutEvaluator:
     def pictures(self) -> list[list[np.ndarray]]:
         """Return pictures of one greedy trial of another seed; see :func:`rollout_pictures`."""
         return rollout_pictures(self.policy, self.env, seed=self.seed + 1)
+
+
+def run_evaluator(evaluator: Evaluator) -> Results:
+    """Evaluate, and put the global random generators back."""
+    rng = GlobalRNGState()
+    before = rng.state_dict()
+    results = evaluator()
+    rng.load_state_dict(before)
+    return results

@@ -5,7 +5,8 @@ Data flows through the files in this order::
     timestep -> trajectory -> actor, critic -> distributions, value_codec -> exploration
 
 ``policy.py`` puts them together, ``build.py`` makes policies and critics from an environment's
-specs, and ``export.py`` takes a policy's step out for torch.export.
+specs, ``weights.py`` keeps a policy in a file, and ``export.py`` takes its step out for
+torch.export.
 """
 
 from torchrl.objectives import add_random_module
@@ -51,6 +52,7 @@ from torchrl_amago.modules.trajectory import (
     TransformerEncoder,
 )
 from torchrl_amago.modules.value_codec import HLGauss, PopArt, RunningScale, TwoHot, ValueCodec
+from torchrl_amago.modules.weights import load_policy, save_policy
 
 __all__ = [
     "ACTORS", "DISCOUNTS", "DISTRIBUTIONS", "SEQ_MODELS", "TIMESTEP_ENCODERS", "ActionCritic",
@@ -61,8 +63,8 @@ __all__ = [
     "IdentityEncoder", "ImageEmbedding", "LSTMEncoder", "MLPTimestepEncoder", "MambaEncoder",
     "Policy", "PolicyDistribution", "PolicyStep", "PopArt", "ResidualActor", "RunningScale",
     "TimestepEncoder", "TokenEmbedding", "TrajectoryEncoder", "TransformerEncoder", "TwoHot",
-    "ValueCodec", "make_critic", "make_distribution", "make_exploration", "make_policy",
-    "make_timestep_encoder",
+    "ValueCodec", "load_policy", "make_critic", "make_distribution", "make_exploration",
+    "make_policy", "make_timestep_encoder", "save_policy",
 ]  # fmt: skip
 
 # Dropout and shifts are functions here: losses that call encoders under vmap look for modules.

@@ -5,20 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torchrl import logger as torchrl_logger
 from torchrl.checkpoint import GlobalRNGState
 from torchrl.collectors import BaseCollector, Collector
-from torchrl.data import ReplayBuffer
 
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.scaling import WorkerPool
+from torchrl_amago.trainers.hooks import TrialMonitor
 
 
 @dataclass(frozen=True)
@@ -59,60 +57,30 @@ class Counts(SimpleNamespace):
         vars(self).update(state)
 
 
-class OptimizerState:
-    """Optimiser moments and the position in the learning-rate schedule.
-
-    Learning rates are not restored: a run that diverged can go on with a lower one.
-    """
-
-    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
-        self.optimizer, self.scheduler = optimizer, scheduler
-
-    def state_dict(self) -> dict[str, Any]:
-        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
-        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        scheduler, groups = self.scheduler, self.optimizer.param_groups
-        rates = [group["lr"] for group in groups]
-        self.optimizer.load_state_dict(state["optimizer"])
-        if isinstance(scheduler, LambdaLR):
-            scheduler.load_state_dict({**state["scheduler"], "base_lrs": scheduler.base_lrs})
-            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
-            rates = [rate * factor(scheduler.last_epoch) for rate, factor in pairs]
-            scheduler._last_lr = rates
-        elif scheduler is not None:
-            scheduler.load_state_dict(state["scheduler"])
-            return  # the rates of other schedules can't be recomputed
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-
 class Rollouts:
     """The collector with its trials in progress, and the global random generators.
 
     If the collector's state has ``in_progress``, a checkpoint leaves the trials alone, and the
     resumed run goes on with them. Otherwise every checkpoint ends them and seeds the environment
-    with a number that it holds, in the uninterrupted run as in a resumed one.
+    with the next number of torch's generator, in the uninterrupted run as in a resumed one.
+    The monitor forgets trials that are ended, whose remaining steps will not be written.
     """
 
-    def __init__(
-        self, collector: BaseCollector, loss_module: nn.Module, replay_buffer: ReplayBuffer
-    ) -> None:
+    def __init__(self, collector: BaseCollector, loss: nn.Module, monitor: TrialMonitor) -> None:
         own, is_local = getattr(collector, "replay_buffer", None), isinstance(collector, Collector)
-        writes_pieces = type(collector) is Collector and collector.trajs_per_batch is None
-        if own is not replay_buffer or (writes_pieces and isinstance(own, TrialReplayBuffer)):
+        in_pieces = type(collector) is Collector and collector.trajs_per_batch is None
+        if own is not monitor.replay_buffer or (in_pieces and isinstance(own, TrialReplayBuffer)):
             raise ValueError(
                 "the collector must write whole trials to the trainer's replay_buffer, got a "
                 f"{type(collector).__name__} with replay_buffer={type(own).__name__}"
-                f"{' and trajs_per_batch=None' if writes_pieces else ''}. "
+                f"{' and trajs_per_batch=None' if in_pieces else ''}. "
                 "Make it with TrialCollector(..., replay_buffer=replay_buffer)."
             )
         # On the loss's device a local collector runs the policy itself, elsewhere a copy of it.
-        policy, device = getattr(collector, "policy", None), next(loss_module.parameters()).device
+        policy, device = getattr(collector, "policy", None), next(loss.parameters()).device
         weights = policy.parameters() if isinstance(policy, nn.Module) else ()
         self._has_own_policy = not is_local or any(p.device != device for p in weights)
-        self.collector, self._is_local = collector, is_local
+        self.collector, self._is_local, self._monitor = collector, is_local, monitor
         # None where several processes write: then the buffer counts.
         self.frames_per_batch = collector.requested_frames_per_batch if is_local else None
         self._saved: Mapping[str, Any] = {}
@@ -122,62 +90,53 @@ class Rollouts:
         if self._has_own_policy:
             self.collector.update_policy_weights_()
 
-    def start(self) -> bool:
-        """Go on from the loaded checkpoint; return False if new trials begin instead."""
-        saved = self._saved
-        if not saved:
-            return self._restart(_draw_seed(), self._collector_state())
-        GlobalRNGState().load_state_dict(saved["random"])
-        seed, problem = saved["seed"], "this collector cannot save them"
-        if seed is None:
+    def begin(self) -> None:
+        """Begin the first trials of a new run."""
+        self._restart({})
+
+    def resume(self) -> None:
+        """Go on from the loaded checkpoint, in its trials if the collector can."""
+        state, problem = self._saved["collector"], "this collector cannot save them"
+        GlobalRNGState().load_state_dict(self._saved["random"])
+        if "in_progress" in state:
             try:
-                self.collector.load_state_dict(saved["collector"], strict=False)
-                return True
+                return self.collector.load_state_dict(state, strict=False)
             except ValueError as error:
-                seed, problem = _draw_seed(), str(error)
+                problem = str(error)
         torchrl_logger.info(f"the trials in progress at the checkpoint end here: {problem}")
-        return self._restart(seed, saved["collector"])
+        self._restart(state)
 
     def capture(self) -> None:
         """Take the state for a checkpoint."""
-        state = self._collector_state()
-        seed = None if "in_progress" in state else _draw_seed()
-        self._saved = {"seed": seed, "collector": state, "random": GlobalRNGState().state_dict()}
-
-    def go_on(self) -> bool:
-        """Go on after a checkpoint; return False if it ended the trials in progress."""
-        # Collectors of several processes, whose runs are not exact, can't be reset while they run.
-        if self._saved["seed"] is None or not self._is_local:
-            return True
-        return self._restart(self._saved["seed"], self._saved["collector"])
-
-    def _restart(self, seed: int, collector: Mapping[str, Any]) -> Literal[False]:
-        """Begin new trials, determined by ``seed`` and torch's generator; return False."""
-        if env_state := collector.get("env_state_dict"):
-            self.collector.env.load_state_dict(env_state)
-        # The uninterrupted run loads them too: loading hands out new numbers of trials.
-        if numbers := collector.keys() - {"env_state_dict", "in_progress"}:
-            self.collector.load_state_dict({k: collector[k] for k in numbers}, strict=False)
-        # Some environments seed torch's generator too, from which exploration draws its noise.
-        rng = torch.get_rng_state()
-        self.collector.set_seed(seed)
-        torch.set_rng_state(rng)
-        self.collector.reset()
-        return False
-
-    def _collector_state(self) -> dict[str, Any]:
         # The policy's weights are the loss's. Collectors of several processes start anew.
         has_state = self._is_local or isinstance(self.collector, WorkerPool)
-        state = self.collector.state_dict() if has_state else {}
-        return {key: value for key, value in state.items() if key != "policy_state_dict"}
+        state = dict(self.collector.state_dict()) if has_state else {}
+        state.pop("policy_state_dict", None)
+        self._saved = {"collector": state, "random": GlobalRNGState().state_dict()}
+
+    def go_on(self) -> None:
+        """Go on after a checkpoint as a resumed run does."""
+        # Collectors of several processes, whose runs are not exact, can't be reset while they run.
+        if self._is_local and "in_progress" not in self._saved["collector"]:
+            self._restart(self._saved["collector"])
+
+    def _restart(self, state: Mapping[str, Any]) -> None:
+        """End the trials, and begin new ones, which torch's generator determines."""
+        seed = int(torch.randint(2**31 - 1, ()))
+        if env_state := state.get("env_state_dict"):
+            self.collector.env.load_state_dict(env_state)
+        # The uninterrupted run loads them too: loading hands out new numbers of trials.
+        if numbers := state.keys() - {"env_state_dict", "in_progress"}:
+            self.collector.load_state_dict({k: state[k] for k in numbers}, strict=False)
+        # Some environments seed torch's generator too, from which exploration draws its noise.
+        with torch.random.fork_rng(devices=[]):
+            self.collector.set_seed(seed)
+        self.collector.reset()
+        self._monitor.forget_unfinished()
 
     def state_dict(self) -> Mapping[str, Any]:
         return self._saved
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        # `start` loads it: setting up a run may draw random numbers.
+        # `resume` loads it: setting up a run may draw random numbers.
         self._saved = state
-
-
-def _draw_seed() -> int:
-    return int(torch.randint(2**31 - 1, ()))

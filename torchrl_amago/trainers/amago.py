@@ -6,7 +6,6 @@ import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -27,19 +26,13 @@ from torchrl_amago._signals import on_signals
 from torchrl_amago._state_file import load_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data.mixture import TrialMixture, online_part
-from torchrl_amago.evaluation import Results, evaluation_metrics
+from torchrl_amago.evaluation import Evaluator, Results, evaluation_metrics, run_evaluator
 from torchrl_amago.scaling import BatchFeed, Outcome, Ranks, WorkerPool
 from torchrl_amago.trainers import checkpoint as saving
-from torchrl_amago.trainers._components import (
-    Components,
-    Counts,
-    Intervals,
-    OptimizerState,
-    Rollouts,
-)
-from torchrl_amago.trainers.hooks import Evaluator, TrialMonitor, run_evaluator
+from torchrl_amago.trainers._components import Components, Counts, Intervals, Rollouts
+from torchrl_amago.trainers.hooks import TrialMonitor
 from torchrl_amago.trainers.nonfinite import explain_nonfinite_inputs
-from torchrl_amago.trainers.optim import FiniteOptimizationStepper
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper, OptimizerState
 from torchrl_amago.trainers.report import RunReport
 
 
@@ -118,33 +111,30 @@ class AMAGOTrainer:
 
     def __post_init__(self) -> None:
         check_counts(total_updates=self.total_updates, updates_per_round=self.updates_per_round)
-        self.run_dir = Path(self.run_dir).absolute()
-        self.online_buffer = online_part(self.replay_buffer)
-        self._rollouts = Rollouts(self.collector, self.loss_module, self.online_buffer)
-        self._keeps_replay = getattr(self.collector, "keeps_replay", False)
+        self.run_dir = run_dir = Path(self.run_dir).absolute()
+        self.online_buffer = buffer = online_part(self.replay_buffer)
+        ranks, self._keeps_replay = self.ranks, getattr(self.collector, "keeps_replay", False)
         mixture = self.replay_buffer if isinstance(self.replay_buffer, TrialMixture) else None
         self.callbacks = list(self.callbacks)
         if mixture is not None:
             self.callbacks.append(lambda _: mixture.metrics())
         if isinstance(self.collector, WorkerPool):
             self.callbacks.append(self.collector.after_update)
-        self.stepper.dump_dir = self.stepper.dump_dir or self.ranks.folder(self.run_dir)
+        self.stepper.dump_dir = self.stepper.dump_dir or ranks.folder(run_dir)
         # Several ranks check their batches together, in the stepper.
-        check = self.stepper.check if self.ranks.size == 1 else None
-        draw = partial(self.ranks.sample, self.replay_buffer)
-        self._feed = BatchFeed(draw, self.loss_module, check)
+        check = self.stepper.check if ranks.size == 1 else None
+        self._feed = BatchFeed(lambda: ranks.sample(self.replay_buffer), self.loss_module, check)
         if self.policy is None:
             self.policy = getattr(self.collector, "policy", None)
-        self.checkpoints = saving.CheckpointStore(self.run_dir, self.keep_checkpoints)
-        self.policy_files = saving.PolicyFiles(self.run_dir, self.policy)
-        self.report = RunReport(self.run_dir, self.loggers, self.progress_bar)
-        self.monitor = TrialMonitor(
-            self.online_buffer, self.report.window, self.run_dir, self.success_threshold
-        )
+        self.checkpoints = saving.CheckpointStore(run_dir, self.keep_checkpoints)
+        self.policy_files = saving.PolicyFiles(run_dir, self.policy)
+        self.report = RunReport(run_dir, self.loggers, self.progress_bar)
+        self.monitor = TrialMonitor(buffer, self.report.window, run_dir, self.success_threshold)
+        self._rollouts = Rollouts(self.collector, self.loss_module, self.monitor)
         self.counts = Counts(updates=0, frames=0, updates_left=0, evaluated_at=-1)
         # Everything in a checkpoint but the replay, in the order of loading.
         parts = {
-            "report": self.report,
+            "report": self.report if ranks.is_first else None,
             "mixture": mixture,
             "loss": self.loss_module,
             "optimizer": OptimizerState(self.optimizer, self.scheduler),
@@ -153,19 +143,17 @@ class AMAGOTrainer:
             "counts": self.counts,
             "monitor": self.monitor,
             "policy_files": self.policy_files,
-            "sampler": self.online_buffer.sampler if self._keeps_replay else None,
+            "sampler": buffer.sampler if self._keeps_replay else None,
             "rollouts": self._rollouts,
         }
-        of_first = () if self.ranks.is_first else ("report", "monitor", "policy_files", "rollouts")
-        parts = {k: part for k, part in parts.items() if part is not None and k not in of_first}
+        parts = {name: part for name, part in parts.items() if part is not None}
         self.components = Components(**parts, **self.components)
-        # Update of the last checkpoint; steps ever written when frames were counted last.
-        self._saved_at, self._written = -1, 0
+        self._saved_at = -1  # update of the last checkpoint
         self._is_resumed = self._stop = self._has_lock = False
         self._outcome: Outcome = "finished"
         self._lock = contextlib.ExitStack()
         is_written = self.total_updates > self.online_after
-        self.ranks.check(self.replay_buffer.batch_size, self.online_buffer, is_written)
+        ranks.check(self.replay_buffer.batch_size, buffer, is_written)
 
     def train(self) -> Outcome:
         """Run to the end, or until a signal; the collector and loggers are closed then.
@@ -242,14 +230,26 @@ class AMAGOTrainer:
 
     def _resume(self, path: str | Path | None, missing_ok: bool) -> Path | None:
         self._acquire_lock()
-        checkpoint = None
-        with contextlib.ExitStack() as on_error:
-            on_error.callback(self._lock.close)
+        with self._lock:  # an error releases it
+            checkpoint = None
             if not missing_ok or saving.CheckpointStore(path or self.run_dir).latest() is not None:
                 checkpoint = self.checkpoints.find(path)
                 self._load(checkpoint)
-            on_error.pop_all()
+            self._lock = self._lock.pop_all()
         return checkpoint
+
+    def _load(self, checkpoint: Path) -> None:
+        if checkpoint.parents[1].resolve() != self.run_dir.resolve():
+            saving.check_no_existing_run(self.run_dir)
+        metadata, own = saving.run_metadata(self), self.components.state_dict()
+        state = self.checkpoints.load(checkpoint, own, metadata["settings"])
+        if (checkpoint / saving.REPLAY).exists():
+            self.online_buffer.loads(checkpoint / saving.REPLAY)
+        self.components.load_state_dict(state)
+        saved = files.read_manifest(checkpoint)["options"]
+        for name, (old, new) in differences(saved, metadata["options"]).items():
+            torchrl_logger.info(f"resumed with {name}={new} instead of {old}")
+        self._is_resumed, self._saved_at = True, self.counts.updates
 
     def _is_asked_to_stop(self) -> bool:
         """Return whether any rank was asked to stop; all of them end with its outcome."""
@@ -263,25 +263,24 @@ class AMAGOTrainer:
         metadata, update = saving.run_metadata(self), self.counts.updates
         self.report.open(self.total_updates, update, metadata["settings"] | metadata["options"])
         weights = [p for group in self.optimizer.param_groups for p in group["params"]]
-        size, verb = sum(p.numel() for p in weights), "goes on" if self._is_resumed else "begins"
+        verb, size = "goes on" if self._is_resumed else "begins", sum(p.numel() for p in weights)
         where = f"in {self.run_dir}, update {update} of {self.total_updates}"
         self.report.log_line(f"{verb} {where}: {size} parameters on {weights[0].device}")
-        if not self._is_resumed:
-            self.monitor.skip_existing()
-            if self.seed is not None:
-                torch.manual_seed(self.seed)
-                np.random.seed(self.seed % 2**32)
-                random.seed(self.seed)
         self._rollouts.sync_policy()
-        if not self._rollouts.start():
-            self.monitor.forget_unfinished()
-        # What workers wrote between the checkpoint and the end counts from now on.
-        self._written = min(self.monitor.seen, self.online_buffer.write_count)
         if self._is_resumed:
+            self._rollouts.resume()
+            # A replay buffer of another folder may have fewer steps.
+            self.monitor.seen = min(self.monitor.seen, self.online_buffer.write_count)
             # A crash may have come between a checkpoint and its policy's file.
             self.policy_files.save_last()
-        else:
-            self._checkpoint()  # a run that dies early can be resumed, too
+            return
+        self.monitor.skip_existing()
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+            np.random.seed(self.seed % 2**32)
+            random.seed(self.seed)
+        self._rollouts.begin()
+        self._checkpoint()  # a run that dies early can be resumed, too
 
     def _collect(self, batches: Iterator[None]) -> bool:
         """Collect a batch and set the number of its updates; return False at the last batch."""
@@ -293,16 +292,16 @@ class AMAGOTrainer:
         with explain_nonfinite_inputs(self.policy, self.run_dir):
             if next(batches, self) is self:
                 return False  # the collector's own total_frames
-        before, self._written = self._written, self.online_buffer.write_count
-        frames = self._rollouts.frames_per_batch or self._written - before
+        before = self.monitor.seen
+        self.monitor.update()
+        frames = self._rollouts.frames_per_batch or self.monitor.seen - before
         counts.frames += frames
         if self.exploration is not None:
             self.exploration.step(frames)
-        self.monitor.update()
         buffer, capacity = self.online_buffer, self.online_buffer.storage.max_size
         if self.replay_buffer.can_sample():
             counts.updates_left = self.updates_per_round
-        elif not buffer.can_sample() and self._written >= 2 * capacity:  # it would wait forever
+        elif not buffer.can_sample() and self.monitor.seen >= 2 * capacity:  # it would wait forever
             raise RuntimeError(
                 "the replay buffer must hold min_trials="
                 f"{getattr(buffer.sampler, 'min_trials', 1)} trials before the first update, and "
@@ -335,8 +334,8 @@ class AMAGOTrainer:
             self._saved_at = updates
             self._rollouts.sync_policy()
             self.policy_files.save_last()
-            if goes_on and not self._rollouts.go_on():
-                self.monitor.forget_unfinished()
+            if goes_on:
+                self._rollouts.go_on()
 
     def _end(self) -> Outcome:
         updates, evaluated_at = self.counts.updates, self.counts.evaluated_at
@@ -383,16 +382,3 @@ class AMAGOTrainer:
         self._has_lock = True
         for folder in (self.run_dir, self.checkpoints.folder):
             files.recover(folder)
-
-    def _load(self, checkpoint: Path) -> None:
-        if checkpoint.parents[1].resolve() != self.run_dir.resolve():
-            saving.check_no_existing_run(self.run_dir)
-        metadata, own = saving.run_metadata(self), self.components.state_dict()
-        state = self.checkpoints.load(checkpoint, own, metadata["settings"])
-        if (checkpoint / saving.REPLAY).exists():
-            self.online_buffer.loads(checkpoint / saving.REPLAY)
-        self.components.load_state_dict(state)
-        saved = files.read_manifest(checkpoint)["options"]
-        for name, (old, new) in differences(saved, metadata["options"]).items():
-            torchrl_logger.info(f"resumed with {name}={new} instead of {old}")
-        self._is_resumed, self._saved_at = True, self.counts.updates

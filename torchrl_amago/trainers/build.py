@@ -18,14 +18,7 @@ from torchrl_amago.data.mixture import TrialMixture, online_part
 from torchrl_amago.modules import Policy
 from torchrl_amago.modules.build import Preset, is_robust
 from torchrl_amago.objectives import LOSSES, AMAGOLoss
-from torchrl_amago.scaling import (
-    Ranks,
-    RayPool,
-    WorkerPool,
-    collector_devices,
-    compile_policy,
-    pick_device,
-)
+from torchrl_amago.scaling import Ranks, RayPool, WorkerPool, devices
 from torchrl_amago.trainers.amago import AMAGOTrainer
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer, make_schedule
 
@@ -113,10 +106,10 @@ def make_trainer(
     """
     lengths = dict(trial_length=trial_length, round_steps=round_steps, slice_length=slice_length)
     _check_options(replay_buffer is not None, buffer_options, tau, **lengths)
-    here = next(policy.parameters()).device if device is None else pick_device(device)
+    here = next(policy.parameters()).device if device is None else devices.pick_device(device)
     policy.to(here)
     if compile and here.type == "cuda":
-        compile_policy(policy)
+        devices.compile_policy(policy)
     clips = dict(clip_each=is_robust(preset) if clip_each is None else clip_each, compile=compile)
     named = {"preset": preset} if isinstance(loss, str) else {}
     make_loss = partial(valid.pick("loss", loss, LOSSES), policy, **named)
@@ -135,17 +128,16 @@ def make_trainer(
         if ray or samples_per_insert:
             raise ValueError("ray and samples_per_insert are for workers: give workers, too.")
         rounds["frames_per_batch"] = env.batch_size.numel() * rounds.pop("round_steps")
-        rounds |= collector_devices(env, here if collect_device is None else collect_device)
+        rounds |= devices.collector_devices(env, collect_device or here)
         collector = TrialCollector(env, policy, replay_buffer=online_part(buffer), **rounds)
     else:
         rounds |= dict(total_updates=total_updates, publish_interval=updates_per_round)
         rounds |= dict(samples_per_insert=samples_per_insert, keeps_replay=in_place)
         rounds |= dict(num_learners=ranks.size, settings=trainer_options.get("settings"))
         make_pool = partial(RayPool, address=ray) if ray else WorkerPool
-        parts = (env, policy, online_part(buffer), run_dir)
         # The other ranks read what the first one takes in.
         rounds |= dict(num_workers=workers * ranks.is_first, **(worker_options or {}))
-        collector = make_pool(*parts, **rounds)
+        collector = make_pool(env, policy, online_part(buffer), run_dir, **rounds)
     optimizer = make_optimizer(loss_module, learning_rate=learning_rate)
     parts = (collector, loss_module, optimizer, buffer)
     return AMAGOTrainer(

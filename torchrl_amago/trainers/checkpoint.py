@@ -14,25 +14,25 @@ import platform
 import re
 from collections.abc import Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import tensordict
-import torch
-import torchrl
 from torch import nn
 from torchrl.data import ReplayBuffer
 
 from torchrl_amago import _files as files
-from torchrl_amago._facts import as_json, check_same, describe_policy, facts, policy_settings
+from torchrl_amago._facts import as_json, check_same, facts, policy_settings
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialReplayBuffer
+from torchrl_amago.modules.weights import save_policy
 from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 5
 STATE, REPLAY = "state.npz", "replay"
+Values = Mapping[str, Any]
 _NAME = "update_{:07d}"
 
 
@@ -55,8 +55,7 @@ class CheckpointStore:
     def find(self, path: str | Path | None = None) -> Path:
         """Return the checkpoint at ``path``, or the last one of the run at ``path``."""
         path = (self.run_dir if path is None else Path(path)).absolute()
-        latest = CheckpointStore(path).latest()
-        if latest is not None:
+        if latest := CheckpointStore(path).latest():
             return latest
         # A damaged checkpoint may lack its manifest, and a copy may have another name.
         if path.is_dir() and (path.match("update_*") or (path / files.MANIFEST).exists()):
@@ -66,36 +65,26 @@ class CheckpointStore:
             "update_*). Pass the folder of a run that wrote one, or start anew without resuming."
         )
 
-    def save(
-        self,
-        update: int,
-        state: Mapping[str, Any],
-        buffer: ReplayBuffer | None,
-        about: Mapping[str, Any],
-    ) -> Path:
+    def save(self, update: int, state: Values, buffer: ReplayBuffer | None, about: Values) -> Path:
         """Write a checkpoint, with ``about`` (JSON values) in its manifest; remove old ones."""
         final = self.folder / _NAME.format(update)
-        sequences = [number for number in map(_sequence, self.paths()) if number < math.inf]
+        numbers = [number for number in map(_sequence, self.paths()) if number < math.inf]
+        sequence = 1 + max(numbers, default=-1)
         with files.replace_folder(final) as folder:
             save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
             if isinstance(buffer, TrialReplayBuffer) or (buffer is not None and len(buffer)):
                 buffer.dumps(folder / REPLAY)
-            versions = {x.__name__: x.__version__ for x in (torch, torchrl, tensordict)}
-            manifest = {
-                "format_version": FORMAT_VERSION,
-                "update": update,
-                "sequence": 1 + max(sequences, default=-1),
-                **about,
-                "versions": {**versions, "python": platform.python_version()},
-            }
-            files.write_manifest(folder, manifest)
+            numbers = {"format_version": FORMAT_VERSION, "update": update, "sequence": sequence}
+            versions = {name: version(name) for name in ("torch", "torchrl", "tensordict")}
+            versions["python"] = platform.python_version()
+            files.write_manifest(folder, {**numbers, **about, "versions": versions})
         for path in [path for path in self.paths() if _is_own(path)][self.keep :]:
             files.remove_folder(path)
         return final
 
     @staticmethod
-    def load(path: Path, state: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    def load(path: Path, state: Values, settings: Values) -> dict[str, Any]:
         """Verify a checkpoint and return its state.
 
         Raises:
@@ -116,9 +105,9 @@ class CheckpointStore:
 
 
 def _problem(path: Path) -> str | None:
-    version = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
-    if version != FORMAT_VERSION:
-        return f"{path} has format version {version}, and this code reads {FORMAT_VERSION} only"
+    saved = (files.read_manifest(path) or {}).get("format_version", FORMAT_VERSION)
+    if saved != FORMAT_VERSION:
+        return f"{path} has format version {saved}, and this code reads {FORMAT_VERSION} only"
     return files.find_damage(path)
 
 
@@ -143,30 +132,27 @@ def check_no_existing_run(run_dir: str | Path) -> None:
 
 def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
     """Return a trainer's settings, which a resumed run must share, and its options."""
+    collector, stepper = trainer.collector, trainer.stepper
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    tau, env = getattr(trainer.target_updater, "eps", None), getattr(trainer.collector, "env", None)
+    tau, env = getattr(trainer.target_updater, "eps", None), getattr(collector, "env", None)
     settings = {
         **{f"policy.{k}": v for k, v in policy_settings(trainer.policy).items()},
         **{f"loss.{k}": v for k, v in getattr(trainer.loss_module, "settings", {}).items()},
         **trainer.settings,
         "replay_buffer": type(trainer.online_buffer).__name__,
-        **({"replay": "in place"} if getattr(trainer.collector, "keeps_replay", False) else {}),
+        **({"replay": "in place"} if getattr(collector, "keeps_replay", False) else {}),
         "seed": trainer.seed,
     }
     options = {
-        "total_updates": trainer.total_updates,
-        "updates_per_round": trainer.updates_per_round,
-        "online_after": trainer.online_after,
+        **{x: getattr(trainer, x) for x in ("total_updates", "updates_per_round", "online_after")},
         **{f"{name}_interval": value for name, value in asdict(trainer.intervals).items()},
         "learning_rate": max(getattr(trainer.scheduler, "base_lrs", rates)),
-        "clip_norm": trainer.stepper.clip_norm,
-        "clip_each": trainer.stepper.clip_each,
-        "precision": trainer.stepper.precision,
+        **{x: getattr(stepper, x) for x in ("clip_norm", "clip_each", "precision")},
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
         "ranks": trainer.ranks.size,
         "num_envs": None if env is None else env.batch_size.numel(),
-        "frames_per_batch": getattr(trainer.collector, "requested_frames_per_batch", None),
+        "frames_per_batch": getattr(collector, "requested_frames_per_batch", None),
         **trainer.options,
     }
     return {"settings": as_json(settings), "options": as_json(options)}
@@ -182,44 +168,19 @@ class PolicyFiles:
 
     def save_last(self) -> None:
         if isinstance(self.policy, nn.Module):
-            save_state(self.last, describe_policy(self.policy))
+            save_policy(self.last, self.policy)
 
     def save_if_best(self, evaluation: Mapping[str, float]) -> None:
         """Write the policy unless an earlier evaluation had a larger mean return."""
         value = evaluation.get("eval/trial_return", math.nan)
         is_best = value >= (-math.inf if self.best_value is None else self.best_value)
         if is_best and isinstance(self.policy, nn.Module):
-            save_state(self.best, describe_policy(self.policy))
+            save_policy(self.best, self.policy)
             self.best_value = value
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_value": self.best_value}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Values) -> None:
         """Go on from that evaluation, unless its policy isn't in the run's folder."""
         self.best_value = state["best_value"] if self.best.exists() else None
-
-
-def load_policy(path: str | Path, policy: nn.Module) -> nn.Module:
-    """Load the weights that a run wrote into a policy; its exploration stays as it is.
-
-    Args:
-        path: `policy.npz` or `best_policy.npz` in a run's folder; the latter is there after an
-            evaluation with trials or a number `trial_return`.
-        policy: built with the run's settings; changed in place and returned.
-
-    Raises:
-        FileNotFoundError: if there is no such file; DamagedError if it is damaged.
-        ValueError: if weights or settings are another policy's. Nothing has been changed then.
-
-    Example:
-        >>> trained = nn.Linear(2, 1)
-        >>> PolicyFiles(".", trained).save_last()
-        >>> load_policy("policy.npz", nn.Linear(2, 1)).weight.equal(trained.weight)
-        True
-    """
-    path = Path(path)
-    saved, current = load_state(path), describe_policy(policy)
-    check_same(path, *(facts(policy, policy.get("settings", {})) for policy in (saved, current)))
-    policy.load_state_dict(saved["weights"], strict=False)
-    return policy

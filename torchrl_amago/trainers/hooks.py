@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensordict import TensorDictBase
 from torch import Tensor
-from torchrl.checkpoint import GlobalRNGState
 from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
-from torchrl_amago.evaluation import Results, evaluation_metrics
+from torchrl_amago.evaluation import Evaluator, evaluation_metrics, run_evaluator
+from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers.nonfinite import check_data
-from torchrl_amago.trainers.report import MetricWindow
-
-#: Called without arguments; returns numbers by name or `TrialResults`.
-Evaluator = Callable[[], Results]
 
 
 class EvaluationHook(TrainerHookBase):
@@ -49,15 +46,7 @@ class EvaluationHook(TrainerHookBase):
         self._batches = int(state_dict["batches"])
 
 
-def run_evaluator(evaluator: Evaluator) -> Results:
-    """Evaluate, and put the global random generators back."""
-    rng = GlobalRNGState()
-    before = rng.state_dict()
-    results = evaluator()
-    rng.load_state_dict(before)
-    return results
-
-
+@dataclass(eq=False, repr=False)
 class TrialMonitor(TrainerHookBase):
     """Monitor of collected trials: their number, mean returns and successes; NaN stops the run.
 
@@ -81,15 +70,13 @@ class TrialMonitor(TrainerHookBase):
         4.0
     """
 
-    def __init__(
-        self,
-        replay_buffer: ReplayBuffer,
-        window: MetricWindow | None = None,
-        run_dir: str | Path = ".",
-        success_threshold: float = 0.0,
-    ) -> None:
-        self.replay_buffer, self.run_dir = replay_buffer, Path(run_dir)
-        self.window, self.success_threshold = window or MetricWindow(), success_threshold
+    replay_buffer: ReplayBuffer
+    window: MetricWindow | None = None
+    run_dir: str | Path = "."
+    success_threshold: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.window = self.window or MetricWindow()
         self.seen = self.trials = 0
         # Unfinished trials by their next time index: return and length of what is written.
         self._unfinished: dict[int, list[tuple[float, int]]] = {}
@@ -114,27 +101,23 @@ class TrialMonitor(TrainerHookBase):
 
     def update(self) -> None:
         """Read the new steps into the window."""
-        if (steps := self._new_steps()) is None:
+        buffer, written = self.replay_buffer, self.replay_buffer.write_count
+        count, self.seen = written - self.seen, written
+        if count <= 0:
             return
-        check_data(steps, self.run_dir, "collected observations and rewards")
+        if hasattr(buffer, "newest"):
+            steps = buffer.newest(count)
+        else:  # a ring of steps; those that have been overwritten already are lost
+            storage = buffer.storage
+            place = torch.arange(written - min(count, len(storage)), written) % storage.max_size
+            steps = storage.get(place)
+        check_data(steps, Path(self.run_dir), "collected observations and rewards")
         done = steps.get(("next", "done")).reshape(-1)
         ended = self._ended_trials(steps, done)
         self.trials += len(ended)
         self.window.add("train/trial_return", sum(gain for gain, _ in ended), len(ended))
         self.window.add("train/trial_length", sum(length for _, length in ended), len(ended))
         self._add_successes(steps, done)
-
-    def _new_steps(self) -> TensorDictBase | None:
-        buffer, written = self.replay_buffer, self.replay_buffer.write_count
-        count, self.seen = written - self.seen, written
-        if count <= 0:
-            return None
-        if hasattr(buffer, "newest"):
-            return buffer.newest(count)
-        # A ring of steps; those that have been overwritten already are lost.
-        storage = buffer.storage
-        place = torch.arange(written - min(count, len(storage)), written) % storage.max_size
-        return storage.get(place)
 
     def _ended_trials(self, steps: TensorDictBase, done: Tensor) -> list[tuple[float, int]]:
         """Return (return, length) of each trial that ended; keep those of unfinished ones."""

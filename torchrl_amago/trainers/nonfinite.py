@@ -24,12 +24,12 @@ class NonFiniteError(RuntimeError):
     disk has none.
     """
 
-    def __init__(self, problem: str, batch: TensorDictBase, run_dir: Path) -> None:
-        self.dump = run_dir / "nonfinite_batch"
+    def __init__(self, problem: str, batch: TensorDictBase, run_dir: str | Path) -> None:
+        self.dump = Path(run_dir) / "nonfinite_batch"
         shutil.rmtree(self.dump, ignore_errors=True)
-        run_dir.mkdir(parents=True, exist_ok=True)
+        self.dump.parent.mkdir(parents=True, exist_ok=True)
         # Tensors only, as memory maps and JSON: other entries would be pickled.
-        tensors = batch.select(*_tensors(batch)).detach().cpu().contiguous()
+        tensors = batch.filter_non_tensor_data().detach().cpu().contiguous()
         where = f"There is no room for the batch in {self.dump}"
         # Writing mapped files on a full disk would end the process.
         if shutil.disk_usage(run_dir).free > 2 * tensors.bytes() + (1 << 20):
@@ -41,30 +41,26 @@ class NonFiniteError(RuntimeError):
         )
 
 
-def _tensors(batch: TensorDictBase, *, floats_only: bool = False) -> dict[NestedKey, Tensor]:
+def _floats(batch: TensorDictBase) -> dict[NestedKey, Tensor]:
     entries = batch.items(include_nested=True, leaves_only=True)
-    tensors = {key: x for key, x in entries if isinstance(x, Tensor)}
-    return {key: x for key, x in tensors.items() if x.is_floating_point() or not floats_only}
+    return {key: x for key, x in entries if isinstance(x, Tensor) and x.is_floating_point()}
 
 
 def nonfinite_entries(batch: TensorDictBase) -> str:
     """Describe each entry with NaN or infinity on the steps of ``("collector", "mask")``."""
     mask, found = batch.get(keys.MASK, None), []
-    for key, value in _tensors(batch, floats_only=True).items():
-        is_bad = ~value.isfinite()
-        is_bad = is_bad.flatten(batch.ndim).any(-1) if is_bad.ndim > batch.ndim else is_bad
-        if mask is not None:
-            is_bad = is_bad & mask.reshape(is_bad.shape)
-        if is_bad.any():
-            steps = is_bad.numel() if mask is None else int(mask.sum())
-            found.append(f"{key!r} ({int(is_bad.sum())} of {steps} steps)")
+    for key, value in _floats(batch).items():
+        is_bad = ~value.isfinite().unsqueeze(-1).flatten(batch.ndim).all(-1)
+        is_step = torch.ones_like(is_bad) if mask is None else mask.reshape(is_bad.shape)
+        if bad := int((is_bad & is_step).sum()):
+            found.append(f"{key!r} ({bad} of {int(is_step.sum())} steps)")
     return ", ".join(found)
 
 
 def check_data(batch: TensorDictBase, run_dir: Path, name: str, ranks: Ranks = Ranks()) -> float:
     """Return a rank's fraction of all real steps; raise NonFiniteError for NaN or infinity."""
     # Cheap: NaN and infinity survive a sum. So may an overflow, which is looked at entry by entry.
-    total = sum(x.sum(dtype=torch.float32) for x in _tensors(batch, floats_only=True).values())
+    total = sum(x.sum(dtype=torch.float32) for x in _floats(batch).values())
     found = "" if math.isfinite(total) else nonfinite_entries(batch)
     fraction, found = ranks.weigh(batch, found)
     if found:

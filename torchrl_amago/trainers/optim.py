@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from tensordict import TensorDict, TensorDictBase
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
-from torchrl.trainers import Trainer
-from torchrl.trainers.trainers import OptimizationStepper
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torchrl.trainers import OptimizationStepper, Trainer
 
 from torchrl_amago import keys
 from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice, check_counts, check_fractions, check_positive
 from torchrl_amago.scaling import CudaGraphs, Ranks
 from torchrl_amago.trainers.nonfinite import NonFiniteError, check_data, describe_loss
-
-Gradients = tuple[TensorDict, dict[nn.Parameter, Tensor | None]]
 
 # Parts of parameter names that are shifts or scales, of any number of dimensions: biases of an
 # ensemble are [C, out], scales of attention heads [H, 1, 1], Mamba's log decays [channels, states].
@@ -96,6 +94,35 @@ def make_schedule(
     return LambdaLR(optimizer, fraction)
 
 
+class OptimizerState:
+    """Optimiser moments and the position in the learning-rate schedule.
+
+    Learning rates are not restored: a run that diverged can go on with a lower one.
+    """
+
+    def __init__(self, optimizer: Optimizer, scheduler: LRScheduler | None) -> None:
+        self.optimizer, self.scheduler = optimizer, scheduler
+
+    def state_dict(self) -> dict[str, Any]:
+        scheduler = {} if self.scheduler is None else self.scheduler.state_dict()
+        return {"optimizer": self.optimizer.state_dict(), "scheduler": scheduler}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        scheduler, rates = self.scheduler, [group["lr"] for group in self.optimizer.param_groups]
+        self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(scheduler, LambdaLR):
+            scheduler.load_state_dict({**state["scheduler"], "base_lrs": scheduler.base_lrs})
+            pairs = zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)
+            rates = [rate * factor(scheduler.last_epoch) for rate, factor in pairs]
+            scheduler._last_lr = rates
+        elif scheduler is not None:
+            scheduler.load_state_dict(state["scheduler"])
+            return  # the rates of other schedules can't be recomputed
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+
+@dataclass(eq=False, repr=False)
 class FiniteOptimizationStepper(OptimizationStepper):
     """Update with clipped gradients that raises on NaN or infinity before anything changes.
 
@@ -126,22 +153,19 @@ class FiniteOptimizationStepper(OptimizationStepper):
         tensor(1.7321)
     """
 
-    updates_replay_priority = True
+    clip_norm: float | None = 1.0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    dump_dir: str | Path | None = None
+    _: KW_ONLY
+    clip_each: bool = False
+    compile: bool = False
+    updates_replay_priority = True  # read by TorchRL's trainer
 
-    def __init__(
-        self,
-        clip_norm: float | None = 1.0,
-        precision: Literal["fp32", "bf16"] = "fp32",
-        dump_dir: str | Path | None = None,
-        *,
-        clip_each: bool = False,
-        compile: bool = False,
-    ) -> None:
-        check_choice("precision", precision, ("fp32", "bf16"))
-        check_positive("None does not clip.", clip_norm=1.0 if clip_norm is None else clip_norm)
-        self.clip_norm, self.clip_each = clip_norm, clip_each
-        self.precision, self.dump_dir, self.compile = precision, dump_dir, compile
-        self._optimizer: Optimizer | None = None
+    def __post_init__(self) -> None:
+        check_choice("precision", self.precision, ("fp32", "bf16"))
+        if self.clip_norm is not None:
+            check_positive("None does not clip.", clip_norm=self.clip_norm)
+        self._state: Mapping | None = None  # of the optimiser that `_prepare` has seen
 
     def step(self, trainer: Trainer, sub_batch: TensorDictBase) -> TensorDictBase:
         """Make one update; return losses, metrics and gradient norms, detached scalars."""
@@ -153,26 +177,23 @@ class FiniteOptimizationStepper(OptimizationStepper):
         if self.compile and not is_checked and hasattr(loss_module, "check"):
             sub_batch = loss_module.check(sub_batch)  # compiled code checks nothing
         # A graph holds the addresses of the optimiser's state, of which loading makes another.
-        if self._optimizer is not optimizer or self._state is not optimizer.state:
+        if self._state is not optimizer.state:
             self._prepare(loss_module, optimizer, self.compile and ranks.size == 1)
         batch = sub_batch if self._device.type == "cpu" else sub_batch.to(self._device)
         for group, rate in zip(optimizer.param_groups, self._rates, strict=False):
             group["lr"] = rate.fill_(group["lr"])
-        given = (batch, ranks, fraction) if self._graphs is None else (batch,)
-        metrics, norms, seen, priorities = (self._graphs or self._update)(*given)
+        metrics, norms, is_finite, priorities = self._run(batch, ranks, fraction)
         if priorities is not None:  # a graph writes to a batch of its own
             batch.set(self._priority_key, priorities)
-        checked, grad_norm = seen.tolist()  # the one look at the device
-        if not math.isfinite(checked):
-            problem, folder = describe_loss(metrics, grad_norm, batch), Path(self.dump_dir or ".")
-            raise NonFiniteError(problem, batch, folder)
+        if not is_finite:  # the one look at the device
+            problem = describe_loss(metrics, float(norms["grad_norm"]), batch)
+            raise NonFiniteError(problem, batch, self.dump_dir or ".")
         buffer = trainer.replay_buffer
         if buffer is not None and "priority_weight" in batch.keys():  # noqa: SIM118
             stock = getattr(buffer, "update_tensordict_priority", None)
             for part in ranks.gather_errors(batch, buffer):
                 (stock or buffer.update_priority)(part)
-        metrics.update({f"grad_norm_{name}": value for name, value in norms.items()})
-        return metrics.set("grad_norm", seen[1])
+        return metrics.update(norms)
 
     def check(self, batch: TensorDictBase, ranks: Ranks = Ranks()) -> float:
         """Return a rank's fraction of real steps; raise NonFiniteError for NaN or infinity."""
@@ -190,32 +211,29 @@ class FiniteOptimizationStepper(OptimizationStepper):
         self._device = p.device
         named = getattr(loss_module, "tensor_keys", None)
         self._priority_key = getattr(named, "priority", "td_error")
-        self._gradients, self._graphs, self._rates = self.gradients, None, []
+        self._gradients, self._run, self._rates = self.gradients, self._update, []
         if compile:
             # Else gradients would split the function into two graphs.
             in_one = torch._dynamo.config.patch(trace_autograd_ops=True)
             self._gradients = in_one(torch.compile(self.gradients))
         if compile and CudaGraphs.serve(p):
-            self._graphs = CudaGraphs(self._update)
+            self._run = CudaGraphs(self._update)
             for group in optimizer.param_groups:  # tensors: a new learning rate records nothing
                 self._rates.append(torch.zeros((), device=p.device))
                 group["capturable"] = True
 
-    def gradients(self, batch: TensorDictBase, fraction: float) -> Gradients:
-        """Compute losses and metrics, and the gradients of a fraction of the summed losses."""
-        half = self.precision == "bf16"
+    def gradients(self, batch: TensorDictBase, fraction: float) -> tuple[TensorDict, dict]:
+        """Compute losses and metrics, and the gradient of a fraction of the losses by parameter."""
         params = [p for params in self._networks.values() for p in params if p.requires_grad]
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=half):
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             losses = self._loss(batch)
         found = torch.autograd.grad(fraction * _total(losses), params, allow_unused=True)
         return losses.detach(), dict(zip(params, found, strict=True))
 
-    def _update(
-        self, batch: TensorDictBase, ranks: Ranks = Ranks(), fraction: float = 1.0
-    ) -> tuple[TensorDict, dict[str, Tensor], Tensor, Tensor | None]:
-        """Make an update, unless total or norm are not finite, without a look at the device.
+    def _update(self, batch: TensorDictBase, ranks: Ranks, fraction: float) -> tuple[Any, ...]:
+        """Make an update, unless loss or norm are not finite, without a look at the device.
 
-        Return metrics, gradient norms by network, ``[total + norm, norm]`` and new priorities.
+        Return metrics, gradient norms by name, whether they are finite, and new priorities.
         """
         optimizer, limit, norms = self._optimizer, self.clip_norm, {}
         metrics, gradients = self._gradients(batch, fraction)
@@ -231,17 +249,16 @@ class FiniteOptimizationStepper(OptimizationStepper):
             for name, of_network in norms.items():
                 bounded = of_network if self.clip_each else norm
                 nn.utils.clip_grads_with_norm_(self._networks[name], limit, bounded)
-        seen = torch.stack([_total(metrics).float() + norm, norm])
-        # The kernel of AdamW looks at this itself; for other optimisers the host does.
-        is_fused = optimizer.defaults.get("fused")
-        if is_fused:
-            optimizer.found_inf = (~seen[0].isfinite()).float()
-        if is_fused or seen[0].isfinite():
+        is_finite = (_total(metrics).float() + norm).isfinite()
+        if optimizer.defaults.get("fused"):  # its kernel looks at this itself
+            optimizer.found_inf = (~is_finite).float()
             optimizer.step()
-        if is_fused:  # it would stop later steps, too, that are made elsewhere
-            del optimizer.found_inf
+            del optimizer.found_inf  # it would stop later steps, too, that are made elsewhere
+        elif is_finite:
+            optimizer.step()
         optimizer.zero_grad()
-        return metrics, norms, seen, batch.get(self._priority_key, None)
+        named = {f"grad_norm_{name}": value for name, value in norms.items()} | {"grad_norm": norm}
+        return metrics, named, is_finite, batch.get(self._priority_key, None)
 
 
 def _total(losses: TensorDictBase) -> Tensor:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from torchrl_amago._validation import check_choice
 from torchrl_amago.evaluation import Results, TrialResults, evaluation_metrics
 from torchrl_amago.plots import plot_adaptation_curve
-from torchrl_amago.progress import PROGRESS_FILE, ProgressTable
+from torchrl_amago.progress import PROGRESS_FILE, MetricWindow, ProgressTable
 
 ACTIVITIES = ("training", "evaluation", "checkpoint")
 #: Columns that depend on the machine's speed.
@@ -37,34 +37,6 @@ _DISPLAYED = {
 }
 
 
-class MetricWindow:
-    """Means of metrics since the last row; tensors are read from the device only then."""
-
-    def __init__(self) -> None:
-        self._totals: dict[str, tuple[Any, float]] = {}
-
-    def add_scalars(self, metrics: Mapping[str, float | Tensor]) -> None:
-        """Add one value of each metric: numbers, or 0-dimensional tensors."""
-        for name, value in metrics.items():
-            self.add(name, value.detach().float() if isinstance(value, Tensor) else float(value))
-
-    def add(self, name: str, total: float | Tensor, count: float = 1) -> None:
-        """Add ``count`` values that sum to ``total``."""
-        before = self._totals.get(name, (0.0, 0.0))
-        self._totals[name] = (before[0] + total, before[1] + count)
-
-    def means(self) -> dict[str, float]:
-        """Return the mean of every metric, in the order first seen, and start anew."""
-        state, self._totals = self.state_dict(), {}
-        return {name: total / count for name, (total, count) in state.items() if count}
-
-    def state_dict(self) -> dict[str, tuple[float, float]]:
-        return {name: (float(total), count) for name, (total, count) in self._totals.items()}
-
-    def load_state_dict(self, state: Mapping[str, tuple[float, float]]) -> None:
-        self._totals = dict(state)
-
-
 class RunReport:
     """Writer of rows to ``progress.csv``, the terminal (or as lines) and the loggers."""
 
@@ -78,9 +50,8 @@ class RunReport:
         self._last_row = {"frames": 0, "updates": 0, "training": 0.0}
 
     def _read_clock(self, activity: str = "training") -> None:
-        now = time.perf_counter()
-        self.seconds[activity] += now - self._since
-        self._since = now
+        before, self._since = self._since, time.perf_counter()
+        self.seconds[activity] += self._since - before
 
     @contextmanager
     def timed(self, activity: str) -> Iterator[None]:
