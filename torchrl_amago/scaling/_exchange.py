@@ -2,7 +2,7 @@
 
 The weights are one file, replaced in one step. Trials travel as segments: those of one round as an
 immutable file, which the learner takes in once. A run's folder ``spool`` has a folder for each
-worker, who writes ``<number>-<random>.npz``, complete and on the disk before it gets its name. The
+worker, who writes ``<time>-<random>.npz``, complete and on the disk before it gets its name. The
 learner renames it to ``intake/<write_count>.npz``, stores its trials, and removes it. The name is
 the intention: after a crash, the trials are there already if the buffer's ``write_count`` is
 larger. Machines need no common clock, and no memory maps of a network disk.
@@ -11,6 +11,7 @@ larger. Machines need no common clock, and no memory maps of a network disk.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
@@ -58,8 +59,7 @@ class Board:
     def describe(self, version: int, is_last: bool = False) -> dict[str, Any]:
         """Return all that workers need of the policy, with the counters of its exploration."""
         state = {k: x for k, x in self.policy.state_dict().items() if isinstance(x, Tensor)}
-        found = {"policy": state, "facts": self._facts()}
-        return found | {"version": version, "is_last": is_last}
+        return {"policy": state, "facts": self._facts(), "version": version, "is_last": is_last}
 
     def update(self) -> bool:
         """Load the policy on the board; return False if there is none, or the same as before."""
@@ -107,14 +107,10 @@ def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict
     bad = [key for key, x in floats.items() if not math.isfinite(x.sum(dtype=torch.float64))]
     check_choice("entries that are not finite", bad, ([],), "The environment made them.")
     buffer.extend(TensorDict(entries, [sum(lengths)]), lengths=lengths)
-    version_N = entries[(keys.POLICY_VERSION,)]
-    # Versions only rise within a trial; changes from one trial to the next don't count.
-    last_K = torch.tensor(lengths).cumsum(0)[:-1] - 1
-    is_change = version_N.diff() != 0
-    is_change[last_K] = False
-    versions = len(lengths) + int(is_change.sum())
-    numbers = {"steps": sum(lengths), "trials": len(lengths), "versions": versions}
-    return numbers | {"frames": segment["frames"]}
+    # Versions only rise within a trial.
+    trials = entries[(keys.POLICY_VERSION,)].split(lengths)
+    numbers = {"versions": sum(len(version_T.unique_consecutive()) for version_T in trials)}
+    return {**numbers, "steps": sum(lengths), "trials": len(lengths), "frames": segment["frames"]}
 
 
 class Outbox:
@@ -125,30 +121,27 @@ class Outbox:
 
     def __init__(self, run_dir: Path, name: str) -> None:
         self.folder, self.heartbeat = run_dir / "spool" / name, heartbeat_file(run_dir, name)
-        for folder in (self.folder, self.heartbeat.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
         files.recover(self.folder)  # an earlier process of this name may have died writing
         self.facts = {"host": socket.gethostname(), "pid": os.getpid()}
-        self.facts |= dict.fromkeys(("beats", "rounds", "frames", "waited"), 0)
-        self._number, self._begin, self._next_beat = 0, time.monotonic(), 0.0
+        self.facts |= dict.fromkeys(("rounds", "frames", "waited"), 0)
+        self._begin, self._next_beat = time.monotonic(), 0.0
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
-        with contextlib.suppress(FileNotFoundError):  # a starting learner removes empty folders
-            return len([*self.folder.glob("*.npz")])
-        return 0
+        return len(glob.glob("*.npz", root_dir=self.folder))  # empty folders may be removed
 
     def put(self, segment: Mapping[str, Any]) -> None:
         """Write a segment; OSError if the disk is full."""
-        # Numbers order the segments of one process; the random part makes names unique.
-        save_state(self.folder / f"{self._number:08d}-{secrets.token_hex(4)}.npz", segment)
-        self._number += 1
+        # Times order the segments of one process; the random part makes names unique.
+        name = f"{time.monotonic_ns():020d}-{secrets.token_hex(4)}.npz"
+        save_state(self.folder / name, segment)
 
-    def beat(self) -> None:
-        """Write the numbers so far, at most once a second."""
+    def beat(self, *_: Any) -> None:
+        """Write the numbers so far, at most once a second, as a hook of the policy."""
         now = time.monotonic()
         if now >= self._next_beat:
-            self._next_beat, self.facts["beats"] = now + 1.0, self.facts["beats"] + 1
+            self._next_beat = now + 1.0
             partial = self.heartbeat.with_suffix(".partial")
             try:
                 partial.write_text(json.dumps({**self.facts, "seconds": now - self._begin}))
@@ -161,10 +154,6 @@ class Outbox:
         time.sleep(seconds)
         self.facts["waited"] += seconds
         self.beat()
-
-    def close(self) -> None:
-        """Remove the heartbeat: this worker leaves by itself."""
-        self.heartbeat.unlink(missing_ok=True)
 
 
 def heartbeat_file(run_dir: Path, name: str) -> Path:

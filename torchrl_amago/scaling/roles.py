@@ -15,8 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,38 +54,38 @@ class Role(Board):
         """End after the running piece of work, as a handler of signals."""
         self.outcome, self._deadline = outcome, time.monotonic() + _LAST_SECONDS
 
-    def check(self) -> None:
-        """Raise :class:`LeaveError` once the running piece of work has had 10 seconds."""
+    def check(self, *_: Any) -> None:
+        """Raise :class:`LeaveError` once the work has had 10 seconds, as a hook of the policy."""
         if time.monotonic() > self._deadline:
             raise LeaveError
 
 
 class Player:
-    """An environment and a copy of the policy that play rounds; each step has its version."""
+    """An environment and a board's policy that play rounds; each step has the policy's version."""
 
     def __init__(
         self,
         make_env: MakeEnv,
-        policy: nn.Module,
+        board: Board,
         *,
         round_steps: int,
         fragment_length: int | None = None,
         seed: int,
-        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         torch.manual_seed(seed)
         env = make_env()
-        self.version, self._on_step = -1, on_step
-        self.frames, self._trials = env.batch_size.numel() * round_steps, []
-        policy.register_forward_hook(self._stamp)
-        options = {"replay_buffer": self, "frames_per_batch": self.frames, "total_frames": -1}
-        self._collector = TrialCollector(env, policy, fragment_length=fragment_length, **options)
+        self.board, self.frames, self._trials = board, env.batch_size.numel() * round_steps, []
+        board.policy.register_forward_hook(self._stamp)
+        options = {"frames_per_batch": self.frames, "fragment_length": fragment_length}
+        self._collector = TrialCollector(
+            env, board.policy, replay_buffer=self, total_frames=-1, **options
+        )
         self._collector.set_seed(seed)
         self._rounds = iter(self._collector)
 
     def _stamp(self, _: nn.Module, __: Any, step: TensorDictBase) -> None:
-        self._on_step()
-        step.set(keys.POLICY_VERSION, torch.full(step.shape, self.version, device=step.device))
+        version = torch.full(step.shape, self.board.version, device=step.device)
+        step.set(keys.POLICY_VERSION, version)
 
     def extend(self, trials: TensorDictBase, lengths: list[int] | None = None) -> None:
         """Keep the trials that the collector writes, as if this were its replay buffer."""
@@ -141,25 +140,20 @@ def collect(
     check_counts(round_steps=round_steps, max_unread=max_unread)
     name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     role, outbox, player = Role(run_dir, policy, settings), Outbox(Path(run_dir), name), None
-
-    def on_step() -> None:
-        outbox.beat()
-        role.check()
-
+    steps = {"round_steps": round_steps, "fragment_length": fragment_length}
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    policy.register_forward_pre_hook(outbox.beat)
+    policy.register_forward_pre_hook(role.check)
     with on_signals(role.request_stop):
         while role.outcome is None:
-            if role.update():
-                if role.is_last:
-                    role.outcome = "finished"
-                    break
-                if player is None:
-                    seed = secrets.randbelow(2**31) if seed is None else seed
-                    steps = {"round_steps": round_steps, "fragment_length": fragment_length}
-                    player = Player(make_env, policy, **steps, seed=seed, on_step=on_step)
-                player.version = role.version
-            if player is None or outbox.unread() >= max_unread:
+            role.update()
+            if role.is_last:
+                role.outcome = "finished"
+                break
+            if role.version < 0 or outbox.unread() >= max_unread:
                 outbox.wait(0.1)
                 continue
+            player = player or Player(make_env, role, **steps, seed=seed)
             try:
                 segment = player.play()
             except LeaveError:
@@ -175,7 +169,7 @@ def collect(
                     if role.outcome is not None:
                         break
                     outbox.wait(_RETRY_SECONDS)
-    outbox.close()
+    outbox.heartbeat.unlink(missing_ok=True)  # this worker leaves by itself
     if player is not None:
         player.close()
     return role.outcome
@@ -199,10 +193,8 @@ def evaluate_run(
         run_dir, settings: see :func:`~torchrl_amago.scaling.collect`, as for results and errors.
     """
     role = Role(run_dir, policy, settings)
-    with contextlib.ExitStack() as held:
-        held.enter_context(policy.register_forward_pre_hook(lambda *_: role.check()))
-        table = _free_table(Path(run_dir) / "evaluations", held)
-        held.enter_context(on_signals(role.request_stop))
+    hook = policy.register_forward_pre_hook(role.check)
+    with _free_table(Path(run_dir) / "evaluations") as table, hook, on_signals(role.request_stop):
         while role.outcome is None:
             if not role.update():
                 time.sleep(_POLL_SECONDS)
@@ -217,17 +209,19 @@ def evaluate_run(
     return role.outcome
 
 
-def _free_table(folder: Path, held: contextlib.ExitStack) -> ProgressTable:
-    """Return the first table that no other evaluator writes, with the rows it has."""
+@contextlib.contextmanager
+def _free_table(folder: Path) -> Iterator[ProgressTable]:
+    """Hold the first table that no other evaluator writes, with the rows it has."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count():
-        with contextlib.suppress(BlockingIOError):
-            held.enter_context(lock(folder / f".{number}.lock", wait=False))
-            break
-    table = ProgressTable(folder / f"{number}.csv")
-    if table.path.exists():
-        table.load_state_dict({"text": table.path.read_text(encoding="utf-8")})
-    return table
+    with contextlib.ExitStack() as held:
+        for number in itertools.count():
+            with contextlib.suppress(BlockingIOError):
+                held.enter_context(lock(folder / f".{number}.lock", wait=False))
+                break
+        table = ProgressTable(folder / f"{number}.csv")
+        if table.path.exists():
+            table.load_state_dict({"text": table.path.read_text(encoding="utf-8")})
+        yield table
 
 
 def work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:
@@ -243,10 +237,9 @@ def _end_with_parent() -> None:
     """End this process when its parent ends, even by SIGKILL."""
     if sys.platform == "linux":  # also where Python's threads are held up
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process().sentinel
 
     def watch() -> None:
-        wait([parent])
+        multiprocessing.parent_process().join()
         os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
 
     threading.Thread(target=watch, daemon=True).start()
