@@ -18,7 +18,7 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ from torchrl_amago._validation import check_choice
 from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.data._trial_ends import trial_lengths
 from torchrl_amago.data.replay import _layout as layout
+
+Segment = dict[str, Any]
 
 _INTAKE, _REJECTED = "intake", "rejected"
 
@@ -88,16 +90,14 @@ class Board:
         return facts({"weights": own["weights"]}, {**self.settings, **own["settings"]})
 
 
-def make_segment(
-    steps: TensorDictBase, lengths: Sequence[int] | None, frames: int
-) -> dict[str, Any]:
+def make_segment(steps: TensorDictBase, lengths: list[int] | None, frames: int) -> Segment:
     """Make the segment of whole trials ``[N]``, side by side, that a round of `frames` ended."""
-    lengths = trial_lengths(steps) if lengths is None else [*map(int, lengths)]
+    lengths = trial_lengths(steps) if lengths is None else lengths
     entries = {key: x.cpu() for key, x in layout.entries_of(steps)[0].items()}
     return {"entries": entries, "lengths": lengths, "frames": frames}
 
 
-def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict[str, float]:
+def store_segment(segment: Segment, buffer: TrialReplayBuffer) -> dict[str, float]:
     """Write a segment's trials to a buffer; ValueError if they aren't its environment's, or finite.
 
     Return the numbers of its steps, trials and versions, and the frames of its round.
@@ -120,7 +120,7 @@ class Outbox:
     """
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        self.folder, self.heartbeat = run_dir / "spool" / name, heartbeat_file(run_dir, name)
+        self.folder, self.heartbeat = run_dir / "spool" / name, run_dir / "workers" / f"{name}.json"
         self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
         files.recover(self.folder)  # an earlier process of this name may have died writing
         self.facts = {"host": socket.gethostname(), "pid": os.getpid()}
@@ -131,7 +131,7 @@ class Outbox:
         """Return the number of own segments that the learner hasn't taken in."""
         return len(glob.glob("*.npz", root_dir=self.folder))  # empty folders may be removed
 
-    def put(self, segment: Mapping[str, Any]) -> None:
+    def put(self, segment: Segment) -> None:
         """Write a segment; OSError if the disk is full."""
         # Times order the segments of one process; the random part makes names unique.
         name = f"{time.monotonic_ns():020d}-{secrets.token_hex(4)}.npz"
@@ -154,11 +154,6 @@ class Outbox:
         time.sleep(seconds)
         self.facts["waited"] += seconds
         self.beat()
-
-
-def heartbeat_file(run_dir: Path, name: str) -> Path:
-    """Return the path of a worker's heartbeat."""
-    return run_dir / "workers" / f"{name}.json"
 
 
 class Inbox:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -75,6 +76,7 @@ def send(batch: TensorDictBase, device: torch.device | str) -> TensorDict:
     return out
 
 
+@dataclass(eq=False)
 class BatchFeed:
     """Batches of a replay buffer on the loss's device, one of them drawn ahead in a thread.
 
@@ -94,16 +96,14 @@ class BatchFeed:
         tensor([1., 1.])
     """
 
-    def __init__(
-        self,
-        draw: Callable[[], TensorDictBase],
-        loss_module: nn.Module,
-        check: Callable[[TensorDictBase], None] | None = None,
-    ) -> None:
-        weight = next(loss_module.parameters())
-        self.draw, self.device, self.check = draw, weight.device, check
-        self.check_loss = getattr(loss_module, "check", None)
-        self.is_direct = reads_are_free(weight)
+    draw: Callable[[], TensorDictBase]
+    loss_module: nn.Module
+    check: Callable[[TensorDictBase], None] | None = None
+
+    def __post_init__(self) -> None:
+        weight = next(self.loss_module.parameters())
+        self.device, self.is_direct = weight.device, reads_are_free(weight)
+        self.check_loss = getattr(self.loss_module, "check", None)
         self._next: Future[Draw] | None = None
         self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first batch ahead
         self._stream = torch.cuda.Stream(self.device) if weight.is_cuda else None
@@ -128,10 +128,8 @@ class BatchFeed:
             self.check(batch)
         if self.check_loss is not None:
             batch = self.check_loss(batch)
-        if self._stream is None:
-            return send(batch, self.device), None
-        with torch.cuda.stream(self._stream):
-            return send(batch, self.device), self._stream.record_event()
+        with torch.cuda.stream(self._stream):  # None changes nothing
+            return send(batch, self.device), self._stream and self._stream.record_event()
 
 
 class CudaGraphs:
@@ -157,7 +155,6 @@ class CudaGraphs:
         return x.is_cuda
 
     def __call__(self, *inputs: Any) -> Any:
-        """Call the function."""
         leaves = tree_leaves(inputs)
         given = [x for x in leaves if isinstance(x, Tensor)]
         memory = next((x for x in leaves if isinstance(x, Memory)), self)

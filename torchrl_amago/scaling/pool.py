@@ -26,7 +26,7 @@ from torchrl_amago import keys
 from torchrl_amago._signals import EXIT_CODES
 from torchrl_amago._validation import check_positive
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.scaling._exchange import Board, Inbox, heartbeat_file
+from torchrl_amago.scaling._exchange import Board, Inbox
 from torchrl_amago.scaling.roles import MakeEnv, work
 
 _POLL_SECONDS, _LOOK_SECONDS = 0.02, 1.0
@@ -103,6 +103,7 @@ class WorkerPool:
             remedy = "None is for a single process's."
             check_positive(remedy, samples_per_insert=self.samples_per_insert)
         self.run_dir = Path(self.run_dir)
+        self._heartbeats = self.run_dir / "workers"
         self._content = self._pack()
         self._board = Board(self.run_dir, self.policy, self.settings)
         self._inbox = Inbox(self.run_dir, self.replay_buffer)
@@ -228,7 +229,7 @@ class WorkerPool:
             if worker.process is not None:
                 self._kill(worker.process)
             worker.process = None
-            heartbeat_file(self.run_dir, worker.name).unlink(missing_ok=True)
+            (self._heartbeats / f"{worker.name}.json").unlink(missing_ok=True)
 
     def _pack(self, dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
         """Pickle what workers need; given to a process as they are, tensors would be shared."""
@@ -273,7 +274,7 @@ class WorkerPool:
             )
 
     def _read_heartbeats(self, now: float) -> None:
-        for file in (self.run_dir / "workers").glob("*.json"):
+        for file in self._heartbeats.glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 facts = json.loads(file.read_text())
                 worker = self._workers.setdefault(file.stem, Worker(file.stem))
@@ -306,7 +307,7 @@ class WorkerPool:
         has_server = "forkserver" in multiprocessing.get_all_start_methods()
         context = multiprocessing.get_context("forkserver" if has_server else "spawn")
         context.set_forkserver_preload([__name__])  # later ones then start at once
-        heartbeat_file(self.run_dir, name).unlink(missing_ok=True)  # of the process before
+        (self._heartbeats / f"{name}.json").unlink(missing_ok=True)  # of the process before
         args = (self._content, self.run_dir, {"name": name, "seed": seed}, self.threads)
         process = context.Process(target=work, args=args, name=name)
         process.start()
@@ -323,20 +324,19 @@ class WorkerPool:
 
     def _figures(self) -> dict[str, float]:
         """Return the columns of workers by what they say of themselves."""
-        oldest = time.monotonic() - self.hung_after
-        living = [w for w in self._workers.values() if w.facts and w.since > oldest]
-        living = [w for w in living if w.number is None or w.process is not None]
-        seconds = {w.name: max(w.facts["seconds"], 1e-9) for w in living}
-        rates = {w.name: w.facts["frames"] / seconds[w.name] for w in living}
-        own = [w.name for w in living if w.number is not None]
+        oldest, rates, waits = time.monotonic() - self.hung_after, {}, []
+        for worker in self._workers.values():
+            is_ended = worker.number is not None and worker.process is None
+            if worker.facts and worker.since > oldest and not is_ended:
+                seconds = max(worker.facts["seconds"], 1e-9)
+                rates[worker.name] = worker.facts["frames"] / seconds
+                waits.append(worker.facts["waited"] / seconds)
         found = {
-            "workers/alive": len(living),
+            "workers/alive": len(rates),
             "workers/restarted": sum(max(w.starts - 1, 0) for w in self._own),
             "workers/rejected_segments": self._inbox.rejected,
             "workers/frames_per_second": sum(rates.values()),
-            **{f"{name}/frames_per_second": rates[name] for name in own},
         }
-        if living:
-            waits = [w.facts["waited"] / seconds[w.name] for w in living]
-            found["wait/workers"] = sum(waits) / len(waits)
-        return found
+        own = [w.name for w in self._own if w.name in rates]
+        found |= {f"{name}/frames_per_second": rates[name] for name in own}
+        return found | ({"wait/workers": sum(waits) / len(waits)} if waits else {})

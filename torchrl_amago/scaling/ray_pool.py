@@ -77,7 +77,6 @@ class RayPool(WorkerPool):
 
     def _supervise(self) -> None:
         """Keep every actor busy and a spare one ready, and replace those that hang."""
-        super()._supervise()
         for worker in self._own:
             # A round begins with the newest weights once the one before has ended.
             if worker.process is None or (worker.rounds and not self._is_ready(worker.rounds[-1])):
@@ -85,6 +84,7 @@ class RayPool(WorkerPool):
             if len(worker.rounds) < self.max_unread:
                 worker.rounds.append(worker.process.round.remote(self._weights))
             worker.since = time.monotonic()
+        super()._supervise()  # afterwards: a round that is there isn't late, however long the pause
         if self._spare is None and 0 < len(self._own) == len(self.pids()):
             # Imports take most of a start, and a spare has made them.
             starts = sum(worker.starts for worker in self._own)

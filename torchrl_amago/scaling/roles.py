@@ -32,7 +32,7 @@ from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
 from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.progress import ProgressTable
-from torchrl_amago.scaling._exchange import Board, Outbox, make_segment
+from torchrl_amago.scaling._exchange import Board, Outbox, Segment, make_segment
 
 MakeEnv = Callable[[], EnvBase]
 
@@ -77,11 +77,10 @@ class Player:
         self.board, self.frames, self._trials = board, env.batch_size.numel() * round_steps, []
         board.policy.register_forward_hook(self._stamp)
         options = {"frames_per_batch": self.frames, "fragment_length": fragment_length}
-        self._collector = TrialCollector(
-            env, board.policy, replay_buffer=self, total_frames=-1, **options
-        )
-        self._collector.set_seed(seed)
-        self._rounds = iter(self._collector)
+        options |= {"replay_buffer": self, "total_frames": -1}
+        self.collector = TrialCollector(env, board.policy, **options)
+        self.collector.set_seed(seed)
+        self._rounds = iter(self.collector)
 
     def _stamp(self, _: nn.Module, __: Any, step: TensorDictBase) -> None:
         version = torch.full(step.shape, self.board.version, device=step.device)
@@ -91,14 +90,10 @@ class Player:
         """Keep the trials that the collector writes, as if this were its replay buffer."""
         self._trials.append(make_segment(trials, lengths, self.frames))
 
-    def play(self) -> dict[str, Any] | None:
+    def play(self) -> Segment | None:
         """Play a round; return the segment of the trials that it ended, or None without any."""
         next(self._rounds)
         return self._trials.pop() if self._trials else None
-
-    def close(self) -> None:
-        """Close the environment."""
-        self._collector.shutdown()
 
 
 def collect(
@@ -171,7 +166,7 @@ def collect(
                     outbox.wait(_RETRY_SECONDS)
     outbox.heartbeat.unlink(missing_ok=True)  # this worker leaves by itself
     if player is not None:
-        player.close()
+        player.collector.shutdown()
     return role.outcome
 
 
@@ -225,8 +220,10 @@ def _free_table(folder: Path) -> Iterator[ProgressTable]:
 
 
 def work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:
-    """Be a worker's process."""
-    _end_with_parent()
+    """Be a worker's process, which ends with its parent, even by SIGKILL."""
+    if sys.platform == "linux":  # also where Python's threads are held up
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
     torch.set_num_threads(threads)
     make_env, policy, role = pickle.loads(content)  # noqa: S301 - the parent's own bytes
@@ -234,12 +231,5 @@ def work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, even by SIGKILL."""
-    if sys.platform == "linux":  # also where Python's threads are held up
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-
-    threading.Thread(target=watch, daemon=True).start()
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
