@@ -129,7 +129,7 @@ class Outbox:
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
-        return len(glob.glob("*.npz", root_dir=self.folder))  # empty folders may be removed
+        return len(glob.glob("*.npz", root_dir=self.folder))  # none if there is no folder
 
     def put(self, segment: Segment) -> None:
         """Write a segment; OSError if the disk is full."""

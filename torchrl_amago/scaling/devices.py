@@ -20,8 +20,6 @@ from torchrl_amago._validation import check_choice
 from torchrl_amago.modules import Policy
 from torchrl_amago.modules.trajectory.memory import Memory
 
-Draw = tuple[TensorDictBase, "torch.cuda.Event | None"]
-
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
     """Return the device of a name, if this machine has it; ``auto`` is CUDA, else the CPU.
@@ -76,7 +74,7 @@ def send(batch: TensorDictBase, device: torch.device | str) -> TensorDict:
     return out
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class BatchFeed:
     """Batches of a replay buffer on the loss's device, one of them drawn ahead in a thread.
 
@@ -104,7 +102,7 @@ class BatchFeed:
         weight = next(self.loss_module.parameters())
         self.device, self.is_direct = weight.device, reads_are_free(weight)
         self.check_loss = getattr(self.loss_module, "check", None)
-        self._next: Future[Draw] | None = None
+        self._next: Future | None = None
         self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first batch ahead
         self._stream = torch.cuda.Stream(self.device) if weight.is_cuda else None
 
@@ -122,7 +120,7 @@ class BatchFeed:
             next(iter(batch.values(True, True))).record_stream(current)  # all are of one block
         return batch
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> tuple[TensorDictBase, torch.cuda.Event | None]:
         batch = self.draw()
         if self.check is not None:
             self.check(batch)
