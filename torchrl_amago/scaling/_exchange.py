@@ -108,9 +108,11 @@ def store_segment(segment: Segment, buffer: TrialReplayBuffer) -> dict[str, floa
     check_choice("entries that are not finite", bad, ([],), "The environment made them.")
     buffer.extend(TensorDict(entries, [sum(lengths)]), lengths=lengths)
     # Versions only rise within a trial.
-    trials = entries[(keys.POLICY_VERSION,)].split(lengths)
-    numbers = {"versions": sum(len(version_T.unique_consecutive()) for version_T in trials)}
-    return {**numbers, "steps": sum(lengths), "trials": len(lengths), "frames": segment["frames"]}
+    trial_N = torch.repeat_interleave(torch.tensor(lengths))
+    version_N = entries[(keys.POLICY_VERSION,)]
+    versions = 1 + int(((trial_N.diff() != 0) | (version_N.diff() != 0)).sum())
+    numbers = {"steps": sum(lengths), "trials": len(lengths), "versions": versions}
+    return numbers | {"frames": segment["frames"]}
 
 
 class Outbox:
@@ -161,8 +163,7 @@ class Inbox:
 
     def __init__(self, run_dir: Path, buffer: TrialReplayBuffer) -> None:
         self.folder, self.buffer = run_dir / "spool", buffer
-        self.rejected = 0
-        self._last = ""  # the worker of the last segment
+        self.rejected, self._last = 0, ""  # the last segment's worker
 
     def recover(self) -> None:
         """Finish what an earlier process began; only the holder of the run's lock may."""

@@ -163,8 +163,7 @@ class WorkerPool:
         """Follow the trainer's updates, as one of its callbacks; return the columns of a row."""
         counts, log = trainer.counts, trainer.intervals.log
         self._counts["version"] = counts.updates
-        if self._is_open:
-            self._supervise()
+        self._supervise()
         return self.metrics() if counts.updates % log == 0 else {}
 
     def metrics(self) -> dict[str, float]:
@@ -253,9 +252,9 @@ class WorkerPool:
         return self._inbox.take()
 
     def _supervise(self) -> None:
-        """Replace the workers that have died or hang, at most once a second."""
+        """Start workers, replace those that have died or hang, at most once a second."""
         now = time.monotonic()
-        if now < self._next_look or self._stops:
+        if now < self._next_look or self._stops or not self._is_open:
             return
         self._next_look = now + _LOOK_SECONDS
         self._read_heartbeats(now)
