@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl import logger as torchrl_logger
 
@@ -33,10 +33,8 @@ from torchrl_amago._facts import check_same, describe_policy, facts
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_choice
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.data._trial_ends import trial_lengths
-from torchrl_amago.data.replay import _layout as layout
 
-Segment = dict[str, Any]
+Segment = dict[str, Any]  # entries of whole trials side by side, lengths, frames of the round
 
 _INTAKE, _REJECTED = "intake", "rejected"
 
@@ -88,13 +86,6 @@ class Board:
     def _facts(self) -> dict[str, Any]:
         own = describe_policy(self.policy)
         return facts({"weights": own["weights"]}, {**self.settings, **own["settings"]})
-
-
-def make_segment(steps: TensorDictBase, lengths: list[int] | None, frames: int) -> Segment:
-    """Make the segment of whole trials ``[N]``, side by side, that a round of `frames` ended."""
-    lengths = trial_lengths(steps) if lengths is None else lengths
-    entries = {key: x.cpu() for key, x in layout.entries_of(steps)[0].items()}
-    return {"entries": entries, "lengths": lengths, "frames": frames}
 
 
 def store_segment(segment: Segment, buffer: TrialReplayBuffer) -> dict[str, float]:

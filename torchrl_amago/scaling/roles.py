@@ -30,9 +30,11 @@ from torchrl_amago._files import lock
 from torchrl_amago._signals import EXIT_CODES, Outcome, on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
+from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data.replay._layout import entries_of
 from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.progress import ProgressTable
-from torchrl_amago.scaling._exchange import Board, Outbox, Segment, make_segment
+from torchrl_amago.scaling._exchange import Board, Outbox, Segment
 
 MakeEnv = Callable[[], EnvBase]
 
@@ -74,7 +76,7 @@ class Player:
     ) -> None:
         torch.manual_seed(seed)
         env = make_env()
-        self.board, self.frames, self._trials = board, env.batch_size.numel() * round_steps, []
+        self.board, self.frames, self._segments = board, env.batch_size.numel() * round_steps, []
         board.policy.register_forward_hook(self._stamp)
         options = {"frames_per_batch": self.frames, "fragment_length": fragment_length}
         options |= {"replay_buffer": self, "total_frames": -1}
@@ -87,13 +89,15 @@ class Player:
         step.set(keys.POLICY_VERSION, version)
 
     def extend(self, trials: TensorDictBase, lengths: list[int] | None = None) -> None:
-        """Keep the trials that the collector writes, as if this were its replay buffer."""
-        self._trials.append(make_segment(trials, lengths, self.frames))
+        """Keep the whole trials ``[N]`` that the collector writes, as if this were its buffer."""
+        lengths = trial_lengths(trials) if lengths is None else lengths
+        entries = {key: x.cpu() for key, x in entries_of(trials)[0].items()}
+        self._segments.append({"entries": entries, "lengths": lengths, "frames": self.frames})
 
     def play(self) -> Segment | None:
         """Play a round; return the segment of the trials that it ended, or None without any."""
         next(self._rounds)
-        return self._trials.pop() if self._trials else None
+        return self._segments.pop() if self._segments else None
 
 
 def collect(
