@@ -26,7 +26,7 @@ DOMAINS = (
 )
 SCALING = "torchrl_amago/scaling/"
 LARGEST_PACKAGE = 18_361  # without both; lower it as the package shrinks, never raise it
-LARGEST_SCALING = 1_487
+LARGEST_SCALING = 1_408
 LARGEST_DOMAINS = 3_500
 LARGEST_DOMAIN_CLASS = 150
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)

@@ -11,6 +11,7 @@ from torchrl_amago import (
     make_trial_buffer,
     make_trial_env,
 )
+from torchrl_amago.scaling._exchange import Board
 from torchrl_amago.scaling.roles import Player
 from torchrl_amago.trainers import Intervals
 
@@ -42,8 +43,9 @@ def make_buffer(capacity: int = 2000, **options):
 
 
 def make_player(seed: int = 0, version: int = 0) -> Player:
-    player = Player(make_env, small_policy(), round_steps=LENGTH, seed=seed)
-    player.version = version
+    board = Board("nowhere", small_policy())
+    player = Player(make_env, board, round_steps=LENGTH, seed=seed)
+    board.version = version
     return player
 
 

@@ -32,7 +32,7 @@ class FakeWorkers(WorkerPool):
         pass
 
     def _publish(self, is_last=False):
-        self.published.append(self.version)
+        self.published.append(self._counts["version"])
 
     def _take(self):
         self.looks += 1

@@ -20,7 +20,7 @@ class Crash(BaseException):
 @pytest.fixture(scope="module")
 def segments():
     player = make_player()
-    player.version = 3
+    player.board.version = 3
     return [segment for _ in range(6) if (segment := player.play()) is not None]
 
 
@@ -63,7 +63,7 @@ def test_trials_arrive_as_they_were_played(tmp_path, segments):
 def test_versions_within_a_trial_are_counted(segments):
     player = make_player()
     first = player.play()
-    player.version = 1
+    player.board.version = 1
     second = player.play()
     buffer = make_buffer()
     numbers = _exchange.store_segment(first, buffer)

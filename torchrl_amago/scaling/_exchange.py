@@ -2,7 +2,7 @@
 
 The weights are one file, replaced in one step. Trials travel as segments: those of one round as an
 immutable file, which the learner takes in once. A run's folder ``spool`` has a folder for each
-worker, who writes ``<number>-<random>.npz``, complete and on the disk before it gets its name. The
+worker, who writes ``<time>-<random>.npz``, complete and on the disk before it gets its name. The
 learner renames it to ``intake/<write_count>.npz``, stores its trials, and removes it. The name is
 the intention: after a crash, the trials are there already if the buffer's ``write_count`` is
 larger. Machines need no common clock, and no memory maps of a network disk.
@@ -11,18 +11,19 @@ larger. Machines need no common clock, and no memory maps of a network disk.
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import math
 import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from tensordict import TensorDict, TensorDictBase
+from tensordict import TensorDict
 from torch import Tensor, nn
 from torchrl import logger as torchrl_logger
 
@@ -32,8 +33,8 @@ from torchrl_amago._facts import check_same, describe_policy, facts
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_choice
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.data._trial_ends import trial_lengths
-from torchrl_amago.data.replay import _layout as layout
+
+Segment = dict[str, Any]  # entries of whole trials side by side, lengths, frames of the round
 
 _INTAKE, _REJECTED = "intake", "rejected"
 
@@ -58,8 +59,7 @@ class Board:
     def describe(self, version: int, is_last: bool = False) -> dict[str, Any]:
         """Return all that workers need of the policy, with the counters of its exploration."""
         state = {k: x for k, x in self.policy.state_dict().items() if isinstance(x, Tensor)}
-        found = {"policy": state, "facts": self._facts()}
-        return found | {"version": version, "is_last": is_last}
+        return {"policy": state, "facts": self._facts(), "version": version, "is_last": is_last}
 
     def update(self) -> bool:
         """Load the policy on the board; return False if there is none, or the same as before."""
@@ -88,16 +88,7 @@ class Board:
         return facts({"weights": own["weights"]}, {**self.settings, **own["settings"]})
 
 
-def make_segment(
-    steps: TensorDictBase, lengths: Sequence[int] | None, frames: int
-) -> dict[str, Any]:
-    """Make the segment of whole trials ``[N]``, side by side, that a round of `frames` ended."""
-    lengths = trial_lengths(steps) if lengths is None else [*map(int, lengths)]
-    entries = {key: x.cpu() for key, x in layout.entries_of(steps)[0].items()}
-    return {"entries": entries, "lengths": lengths, "frames": frames}
-
-
-def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict[str, float]:
+def store_segment(segment: Segment, buffer: TrialReplayBuffer) -> dict[str, float]:
     """Write a segment's trials to a buffer; ValueError if they aren't its environment's, or finite.
 
     Return the numbers of its steps, trials and versions, and the frames of its round.
@@ -107,12 +98,10 @@ def store_segment(segment: Mapping[str, Any], buffer: TrialReplayBuffer) -> dict
     bad = [key for key, x in floats.items() if not math.isfinite(x.sum(dtype=torch.float64))]
     check_choice("entries that are not finite", bad, ([],), "The environment made them.")
     buffer.extend(TensorDict(entries, [sum(lengths)]), lengths=lengths)
+    # Versions only rise within a trial.
+    trial_N = torch.repeat_interleave(torch.tensor(lengths))
     version_N = entries[(keys.POLICY_VERSION,)]
-    # Versions only rise within a trial; changes from one trial to the next don't count.
-    last_K = torch.tensor(lengths).cumsum(0)[:-1] - 1
-    is_change = version_N.diff() != 0
-    is_change[last_K] = False
-    versions = len(lengths) + int(is_change.sum())
+    versions = 1 + int(((trial_N.diff() != 0) | (version_N.diff() != 0)).sum())
     numbers = {"steps": sum(lengths), "trials": len(lengths), "versions": versions}
     return numbers | {"frames": segment["frames"]}
 
@@ -124,31 +113,28 @@ class Outbox:
     """
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        self.folder, self.heartbeat = run_dir / "spool" / name, heartbeat_file(run_dir, name)
-        for folder in (self.folder, self.heartbeat.parent):
-            folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.heartbeat = run_dir / "spool" / name, run_dir / "workers" / f"{name}.json"
+        self.heartbeat.parent.mkdir(parents=True, exist_ok=True)
         files.recover(self.folder)  # an earlier process of this name may have died writing
         self.facts = {"host": socket.gethostname(), "pid": os.getpid()}
-        self.facts |= dict.fromkeys(("beats", "rounds", "frames", "waited"), 0)
-        self._number, self._begin, self._next_beat = 0, time.monotonic(), 0.0
+        self.facts |= dict.fromkeys(("rounds", "frames", "waited"), 0)
+        self._begin, self._next_beat = time.monotonic(), 0.0
 
     def unread(self) -> int:
         """Return the number of own segments that the learner hasn't taken in."""
-        with contextlib.suppress(FileNotFoundError):  # a starting learner removes empty folders
-            return len([*self.folder.glob("*.npz")])
-        return 0
+        return len(glob.glob("*.npz", root_dir=self.folder))  # none if there is no folder
 
-    def put(self, segment: Mapping[str, Any]) -> None:
+    def put(self, segment: Segment) -> None:
         """Write a segment; OSError if the disk is full."""
-        # Numbers order the segments of one process; the random part makes names unique.
-        save_state(self.folder / f"{self._number:08d}-{secrets.token_hex(4)}.npz", segment)
-        self._number += 1
+        # Times order the segments of one process; the random part makes names unique.
+        name = f"{time.monotonic_ns():020d}-{secrets.token_hex(4)}.npz"
+        save_state(self.folder / name, segment)
 
-    def beat(self) -> None:
-        """Write the numbers so far, at most once a second."""
+    def beat(self, *_: Any) -> None:
+        """Write the numbers so far, at most once a second, as a hook of the policy."""
         now = time.monotonic()
         if now >= self._next_beat:
-            self._next_beat, self.facts["beats"] = now + 1.0, self.facts["beats"] + 1
+            self._next_beat = now + 1.0
             partial = self.heartbeat.with_suffix(".partial")
             try:
                 partial.write_text(json.dumps({**self.facts, "seconds": now - self._begin}))
@@ -162,23 +148,13 @@ class Outbox:
         self.facts["waited"] += seconds
         self.beat()
 
-    def close(self) -> None:
-        """Remove the heartbeat: this worker leaves by itself."""
-        self.heartbeat.unlink(missing_ok=True)
-
-
-def heartbeat_file(run_dir: Path, name: str) -> Path:
-    """Return the path of a worker's heartbeat."""
-    return run_dir / "workers" / f"{name}.json"
-
 
 class Inbox:
     """The learner's end of the spool: the oldest segment of each worker in turn."""
 
     def __init__(self, run_dir: Path, buffer: TrialReplayBuffer) -> None:
         self.folder, self.buffer = run_dir / "spool", buffer
-        self.rejected = 0
-        self._last = ""  # the worker of the last segment
+        self.rejected, self._last = 0, ""  # the last segment's worker
 
     def recover(self) -> None:
         """Finish what an earlier process began; only the holder of the run's lock may."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,8 +19,6 @@ from torchrl_amago._cpu import reads_are_free
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules import Policy
 from torchrl_amago.modules.trajectory.memory import Memory
-
-Draw = tuple[TensorDictBase, "torch.cuda.Event | None"]
 
 
 def pick_device(name: str | torch.device = "auto") -> torch.device:
@@ -75,6 +74,7 @@ def send(batch: TensorDictBase, device: torch.device | str) -> TensorDict:
     return out
 
 
+@dataclass(eq=False, repr=False)
 class BatchFeed:
     """Batches of a replay buffer on the loss's device, one of them drawn ahead in a thread.
 
@@ -94,17 +94,15 @@ class BatchFeed:
         tensor([1., 1.])
     """
 
-    def __init__(
-        self,
-        draw: Callable[[], TensorDictBase],
-        loss_module: nn.Module,
-        check: Callable[[TensorDictBase], None] | None = None,
-    ) -> None:
-        weight = next(loss_module.parameters())
-        self.draw, self.device, self.check = draw, weight.device, check
-        self.check_loss = getattr(loss_module, "check", None)
-        self.is_direct = reads_are_free(weight)
-        self._next: Future[Draw] | None = None
+    draw: Callable[[], TensorDictBase]
+    loss_module: nn.Module
+    check: Callable[[TensorDictBase], None] | None = None
+
+    def __post_init__(self) -> None:
+        weight = next(self.loss_module.parameters())
+        self.device, self.is_direct = weight.device, reads_are_free(weight)
+        self.check_loss = getattr(self.loss_module, "check", None)
+        self._next: Future | None = None
         self._thread = ThreadPoolExecutor(1, "batches")  # starts with the first batch ahead
         self._stream = torch.cuda.Stream(self.device) if weight.is_cuda else None
 
@@ -122,16 +120,14 @@ class BatchFeed:
             next(iter(batch.values(True, True))).record_stream(current)  # all are of one block
         return batch
 
-    def _draw(self) -> Draw:
+    def _draw(self) -> tuple[TensorDictBase, torch.cuda.Event | None]:
         batch = self.draw()
         if self.check is not None:
             self.check(batch)
         if self.check_loss is not None:
             batch = self.check_loss(batch)
-        if self._stream is None:
-            return send(batch, self.device), None
-        with torch.cuda.stream(self._stream):
-            return send(batch, self.device), self._stream.record_event()
+        with torch.cuda.stream(self._stream):  # None changes nothing
+            return send(batch, self.device), self._stream and self._stream.record_event()
 
 
 class CudaGraphs:
@@ -157,7 +153,6 @@ class CudaGraphs:
         return x.is_cuda
 
     def __call__(self, *inputs: Any) -> Any:
-        """Call the function."""
         leaves = tree_leaves(inputs)
         given = [x for x in leaves if isinstance(x, Tensor)]
         memory = next((x for x in leaves if isinstance(x, Memory)), self)

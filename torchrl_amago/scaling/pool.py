@@ -9,9 +9,9 @@ import math
 import multiprocessing
 import pickle
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from torchrl_amago import keys
 from torchrl_amago._signals import EXIT_CODES
 from torchrl_amago._validation import check_positive
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.scaling._exchange import Board, Inbox, heartbeat_file
+from torchrl_amago.scaling._exchange import Board, Inbox
 from torchrl_amago.scaling.roles import MakeEnv, work
 
 _POLL_SECONDS, _LOOK_SECONDS = 0.02, 1.0
@@ -49,6 +49,7 @@ class Worker:
     rounds: deque = field(default_factory=deque)  # an actor's that are not taken in
 
 
+@dataclass(eq=False, repr=False)
 class WorkerPool:
     """Collector whose trials N supervised processes play, and any number of others with its folder.
 
@@ -80,56 +81,46 @@ class WorkerPool:
         RuntimeError: from iterating, if all workers fail again and again before a first trial.
     """
 
-    def __init__(
-        self,
-        make_env: MakeEnv,
-        policy: nn.Module,
-        replay_buffer: TrialReplayBuffer,
-        run_dir: str | Path,
-        num_workers: int,
-        *,
-        total_updates: int,
-        round_steps: int,
-        fragment_length: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-        publish_interval: int = 20,
-        samples_per_insert: float | None = None,
-        keeps_replay: bool = False,
-        num_learners: int = 1,
-        hung_after: float = 60.0,
-        threads: int = 1,
-    ) -> None:
-        if samples_per_insert is not None:
-            check_positive("None is for a single process's.", samples_per_insert=samples_per_insert)
-        self.policy, self.replay_buffer, self.run_dir = policy, replay_buffer, Path(run_dir)
-        self.total_updates, self.publish_interval = total_updates, publish_interval
-        self.samples_per_insert, self.keeps_replay = samples_per_insert, keeps_replay
-        self.num_learners, self.hung_after, self._threads = num_learners, hung_after, threads
-        role = {"round_steps": round_steps, "fragment_length": fragment_length}
-        # On the CPU, where every worker can load it.
-        copied = copy.deepcopy(policy).to("cpu")
-        self._content = self._pack(make_env, copied, role | {"settings": settings})
-        self._board = Board(self.run_dir, policy, settings)
-        self._inbox = Inbox(self.run_dir, replay_buffer)
-        self._own = [Worker(f"worker-{i}", i) for i in range(num_workers)]
+    make_env: MakeEnv
+    policy: nn.Module
+    replay_buffer: TrialReplayBuffer
+    run_dir: str | Path
+    num_workers: int
+    _: KW_ONLY
+    total_updates: int
+    round_steps: int
+    fragment_length: int | None = None
+    settings: Mapping[str, Any] | None = None
+    publish_interval: int = 20
+    samples_per_insert: float | None = None
+    keeps_replay: bool = False
+    num_learners: int = 1
+    hung_after: float = 60.0
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        if self.samples_per_insert is not None:
+            remedy = "None is for a single process's."
+            check_positive(remedy, samples_per_insert=self.samples_per_insert)
+        self.run_dir = Path(self.run_dir)
+        self._heartbeats = self.run_dir / "workers"
+        self._content = self._pack()
+        self._board = Board(self.run_dir, self.policy, self.settings)
+        self._inbox = Inbox(self.run_dir, self.replay_buffer)
+        self._own = [Worker(f"worker-{i}", i) for i in range(self.num_workers)]
         self._workers = {worker.name: worker for worker in self._own}  # and others by heartbeats
-        begin = replay_buffer.write_count
+        begin = self.replay_buffer.write_count
         # Due: the steps that should be written by now, counted as the buffer counts them.
         self._counts = {"due": begin, "begin": begin, "sampled": 0, "version": 0, "round": 1}
-        self._published: int | None = None
         self._is_open = self._stops = self._has_taken = False
         self._seed, self._next_look = 0, 0.0
-        replay_buffer.append_transform(self._observe)
+        self.replay_buffer.append_transform(self._observe)
         self._start_window()
 
-    @property
-    def version(self) -> int:  # the number of updates
-        return self._counts["version"]
-
     def __iter__(self) -> Iterator[None]:
-        self._is_open = True
+        self._is_open, self._published = True, -math.inf
         self.update_policy_weights_()
-        self._start()
+        self._inbox.recover()
         while self._take_in_due():
             yield
 
@@ -147,9 +138,8 @@ class WorkerPool:
                 time.sleep(_POLL_SECONDS)
                 self._window["waited"] += _POLL_SECONDS
                 continue
-            counts["round"] = taken["frames"]
-            for name in ("trials", "versions"):
-                self._window[name] += taken[name]
+            counts["round"], self._has_taken = taken["frames"], True
+            self._window.update(taken)
         counts["due"] = due
         return not self._stops
 
@@ -160,21 +150,20 @@ class WorkerPool:
         """Count the real steps of a sampled batch ``[B, T]``, as a transform of the buffer's."""
         mask_BT, counts = batch.get(keys.MASK, None), self._counts
         if mask_BT is not None:  # not steps read by their places
-            version_N = batch.get(keys.POLICY_VERSION)[mask_BT]
-            sampled = len(version_N) * self.num_learners
+            lag_N = counts["version"] - batch.get(keys.POLICY_VERSION)[mask_BT]
+            sampled = len(lag_N) * self.num_learners
             counts["sampled"] += sampled
             if self.samples_per_insert is not None:
                 counts["due"] += sampled / self.samples_per_insert
-            self._window["lags"].append(counts["version"] - version_N)
-            self._window["numbers"] = batch.get("index")[:, 0]
+            self._lags.append(lag_N)
+            self._newest_B = batch.get("index")[:, 0]  # numbers of the last batch's trials
         return batch
 
     def after_update(self, trainer: Any) -> dict[str, float]:
         """Follow the trainer's updates, as one of its callbacks; return the columns of a row."""
         counts, log = trainer.counts, trainer.intervals.log
         self._counts["version"] = counts.updates
-        if self._is_open:
-            self._supervise()
+        self._supervise()
         return self.metrics() if counts.updates % log == 0 else {}
 
     def metrics(self) -> dict[str, float]:
@@ -186,13 +175,13 @@ class WorkerPool:
             "ratio/samples_per_insert": counts["sampled"] / inserted,
             "wait/learner": min(window["waited"] / seconds, 1.0),
         }
-        if window["lags"]:
-            lag_N = torch.cat(window["lags"]).numpy()
+        if self._lags:
+            lag_N = torch.cat(self._lags).numpy()
             lags = {"mean": lag_N.mean(), "p95": np.percentile(lag_N, 95), "max": lag_N.max()}
             found |= {f"lag/{name}": float(value) for name, value in lags.items()}
-            # Steps written since trials, by their numbers, of which some may be evicted.
+            # Steps written since trials, of which some may be evicted.
             trials = buffer.storage.trials()
-            position_B = (window["numbers"].numpy() - trials.number[0]).clip(0)
+            position_B = (self._newest_B.numpy() - trials.number[0]).clip(0)
             stop_B = trials.entries["stop"][position_B]
             found["replay/age"] = buffer.write_count - float(stop_B.mean())
         if window["trials"]:
@@ -201,15 +190,14 @@ class WorkerPool:
         return found | self._figures()
 
     def _start_window(self) -> None:
-        self._window = {"waited": 0.0, "trials": 0, "versions": 0, "lags": [], "numbers": None}
-        self._window["since"] = time.monotonic()
+        self._window, self._lags = Counter(since=time.monotonic()), []
 
     def update_policy_weights_(self, *_: Any, **__: Any) -> None:
         """Publish the weights if the workers' are older than ``publish_interval`` updates."""
-        before = self._published
-        if self._is_open and (before is None or self.version - before >= self.publish_interval):
+        version = self._counts["version"]
+        if self._is_open and version - self._published >= self.publish_interval:
             self._publish()
-            self._published = self.version
+            self._published = version
 
     def set_seed(self, seed: int, static_seed: bool = False) -> None:
         """Seed the workers that start from now on, each with a number of its own."""
@@ -233,39 +221,40 @@ class WorkerPool:
 
     def shutdown(self, **_: Any) -> None:
         """End the workers; those of other machines too if this was the last update."""
-        if self._is_open and self.version >= self.total_updates:
+        if self._is_open and self._counts["version"] >= self.total_updates:
             self._publish(is_last=True)
         self._is_open = False
-        self._stop()
+        for worker in self._own:
+            if worker.process is not None:
+                self._kill(worker.process)
+            worker.process = None
+            (self._heartbeats / f"{worker.name}.json").unlink(missing_ok=True)
 
-    def _pack(self, make_env: MakeEnv, *others: Any) -> Any:
-        # Bytes: tensors given to a process otherwise would share their memory with it.
+    def _pack(self, dumps: Callable[[Any], bytes] = pickle.dumps) -> bytes:
+        """Pickle what workers need; given to a process as they are, tensors would be shared."""
+        names = ("round_steps", "fragment_length", "settings")
         try:
-            if isinstance(make_env, EnvBase):
-                raise TypeError(type(make_env).__name__)
-            return pickle.dumps((make_env, *others))
+            if isinstance(self.make_env, EnvBase):
+                raise TypeError(type(self.make_env).__name__)
+            # On the CPU, where every worker can load it.
+            policy = copy.deepcopy(self.policy).to("cpu")
+            return dumps((self.make_env, policy, {name: getattr(self, name) for name in names}))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(
                 "workers get a function that makes their environment and the policy by pickle, got "
                 f"{error}. Give a function of a module, or functools.partial of one."
             ) from error
 
-    def _start(self) -> None:
-        self._inbox.recover()
-        self._supervise()
-
     def _publish(self, is_last: bool = False) -> None:
-        self._board.publish(self.version, is_last)
+        self._board.publish(self._counts["version"], is_last)
 
     def _take(self) -> dict[str, float] | None:
-        taken = self._inbox.take()
-        self._has_taken |= taken is not None
-        return taken
+        return self._inbox.take()
 
     def _supervise(self) -> None:
-        """Replace the workers that have died or hang, at most once a second."""
+        """Start workers, replace those that have died or hang, at most once a second."""
         now = time.monotonic()
-        if now < self._next_look or self._stops:
+        if now < self._next_look or self._stops or not self._is_open:
             return
         self._next_look = now + _LOOK_SECONDS
         self._read_heartbeats(now)
@@ -284,7 +273,7 @@ class WorkerPool:
             )
 
     def _read_heartbeats(self, now: float) -> None:
-        for file in (self.run_dir / "workers").glob("*.json"):
+        for file in self._heartbeats.glob("*.json"):
             with contextlib.suppress(OSError, ValueError):
                 facts = json.loads(file.read_text())
                 worker = self._workers.setdefault(file.stem, Worker(file.stem))
@@ -295,7 +284,8 @@ class WorkerPool:
 
     def _find_problem(self, worker: Worker, now: float) -> str | None:
         """Describe the death of a worker, or its silence."""
-        if (code := self._exit_code(worker.process)) is not None:
+        # An actor has no exit code: its death shows in the value of its round.
+        if (code := getattr(worker.process, "exitcode", None)) is not None:
             # A signal from outside is no failure of the worker.
             worker.failures += code > 0 and code != EXIT_CODES["preempted"]
             return f"ended with exit code {code}"
@@ -313,18 +303,14 @@ class WorkerPool:
         worker.rounds.clear()
 
     def _launch(self, name: str, seed: int) -> Any:
-        method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else None
-        context = multiprocessing.get_context(method or "spawn")
-        if method:  # later ones then start at once
-            context.set_forkserver_preload([__name__])
-        heartbeat_file(self.run_dir, name).unlink(missing_ok=True)  # of the process before
-        args = (self._content, self.run_dir, {"name": name, "seed": seed}, self._threads)
+        has_server = "forkserver" in multiprocessing.get_all_start_methods()
+        context = multiprocessing.get_context("forkserver" if has_server else "spawn")
+        context.set_forkserver_preload([__name__])  # later ones then start at once
+        (self._heartbeats / f"{name}.json").unlink(missing_ok=True)  # of the process before
+        args = (self._content, self.run_dir, {"name": name, "seed": seed}, self.threads)
         process = context.Process(target=work, args=args, name=name)
         process.start()
         return process
-
-    def _exit_code(self, process: Any) -> int | None:
-        return process.exitcode
 
     def _kill(self, process: Any) -> None:
         process.kill()  # what it has handed over is complete
@@ -337,27 +323,19 @@ class WorkerPool:
 
     def _figures(self) -> dict[str, float]:
         """Return the columns of workers by what they say of themselves."""
-        oldest = time.monotonic() - self.hung_after
-        living = [w for w in self._workers.values() if w.facts and w.since > oldest]
-        living = [w for w in living if w.number is None or w.process is not None]
-        seconds = {w.name: max(w.facts["seconds"], 1e-9) for w in living}
-        rates = {w.name: w.facts["frames"] / seconds[w.name] for w in living}
-        own = [w.name for w in living if w.number is not None]
+        oldest, rates, waits = time.monotonic() - self.hung_after, {}, []
+        for worker in self._workers.values():
+            is_ended = worker.number is not None and worker.process is None
+            if worker.facts and worker.since > oldest and not is_ended:
+                seconds = max(worker.facts["seconds"], 1e-9)
+                rates[worker.name] = worker.facts["frames"] / seconds
+                waits.append(worker.facts["waited"] / seconds)
         found = {
-            "workers/alive": len(living),
+            "workers/alive": len(rates),
             "workers/restarted": sum(max(w.starts - 1, 0) for w in self._own),
             "workers/rejected_segments": self._inbox.rejected,
             "workers/frames_per_second": sum(rates.values()),
-            **{f"{name}/frames_per_second": rates[name] for name in own},
         }
-        if living:
-            waits = [w.facts["waited"] / seconds[w.name] for w in living]
-            found["wait/workers"] = sum(waits) / len(waits)
-        return found
-
-    def _stop(self) -> None:
-        for worker in self._own:
-            if worker.process is not None:
-                self._kill(worker.process)
-            worker.process = None
-            heartbeat_file(self.run_dir, worker.name).unlink(missing_ok=True)
+        own = [w.name for w in self._own if w.name in rates]
+        found |= {f"{name}/frames_per_second": rates[name] for name in own}
+        return found | ({"wait/workers": sum(waits) / len(waits)} if waits else {})

@@ -9,7 +9,7 @@ import atexit
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -270,10 +270,9 @@ class Ranks:
     @contextmanager
     def leaders_first(self) -> Iterator[None]:
         """Let the first rank of each machine run a block before the others do."""
-        if not self.is_leader:
-            self.gather(None)
-        try:
-            yield
-        finally:
+        with ExitStack() as afterwards:
             if self.is_leader:
+                afterwards.callback(self.gather, None)
+            else:
                 self.gather(None)
+            yield

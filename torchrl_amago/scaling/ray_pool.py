@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torchrl import logger as torchrl_logger
@@ -15,6 +17,7 @@ from torchrl_amago.scaling.pool import WorkerPool
 from torchrl_amago.scaling.roles import Player
 
 
+@dataclass(eq=False, repr=False, kw_only=True)
 class RayPool(WorkerPool):
     """Supervised Ray actors: a round's whole trials are a call's value, weights one ``ray.put``.
 
@@ -28,50 +31,42 @@ class RayPool(WorkerPool):
         options: of :class:`WorkerPool`; ``num_workers`` is the number of actors.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        address: str | None = None,
-        actor_options: Mapping[str, Any] | None = None,
-        max_unread: int = 1,
-        **options: Any,
-    ) -> None:
+    address: str | None = None
+    actor_options: Mapping[str, Any] | None = None
+    max_unread: int = 1
+
+    def __post_init__(self) -> None:
         try:
             import ray
         except ImportError as error:
             raise ImportError(f'{error}. Run pip install "torchrl-amago[ray]".') from error
-        self._ray, self._address, self._owns_ray = ray, address, False
-        self._spare: Any = None
-        self._actor_options, self.max_unread = {"num_cpus": 1, **(actor_options or {})}, max_unread
-        super().__init__(*args, **options)
+        self._ray, self._owns_ray, self._spare = ray, False, None
+        self.actor_options = {"num_cpus": 1, **(self.actor_options or {})}
+        super().__post_init__()
 
-    def _pack(self, *parts: Any) -> Any:
-        return parts  # Ray pickles them
-
-    def _start(self) -> None:
+    def __iter__(self) -> Iterator[None]:
         if not self._ray.is_initialized():
-            options = {"address": self._address, "include_dashboard": False}
-            if self._address == "local":  # its own cluster, with room for all and a spare actor
-                room = (len(self._own) + 1) * self._actor_options["num_cpus"]
+            options = {"address": self.address, "include_dashboard": False}
+            if self.address == "local":  # its own cluster, with room for all and a spare actor
+                room = (len(self._own) + 1) * self.actor_options["num_cpus"]
                 options["num_cpus"] = max(os.cpu_count(), math.ceil(room))
             self._ray.init(**options)
             self._owns_ray = True
         self._parts = self._ray.put(self._content)
-        self._publish()
-        super()._start()
+        yield from super().__iter__()
+
+    def _pack(self) -> bytes:
+        return super()._pack(self._ray.cloudpickle.dumps)  # takes functions of scripts, too
 
     def _publish(self, is_last: bool = False) -> None:
         super()._publish(is_last)
-        if self._ray.is_initialized():
-            self._weights = self._ray.put(self._board.describe(self.version))
+        if not is_last:
+            self._weights = self._ray.put(self._board.describe(self._counts["version"]))
 
     def _launch(self, name: str, seed: int) -> Any:
         actor, self._spare = self._spare, None
-        make = self._ray.remote(**self._actor_options)(_Actor).remote
+        make = self._ray.remote(**self.actor_options)(_Actor).remote
         return actor or make(self._parts, seed)
-
-    def _exit_code(self, process: Any) -> int | None:
-        return None  # a death shows in the value of its round
 
     def _kill(self, process: Any) -> None:
         if self._ray.is_initialized():
@@ -82,7 +77,6 @@ class RayPool(WorkerPool):
 
     def _supervise(self) -> None:
         """Keep every actor busy and a spare one ready, and replace those that hang."""
-        super()._supervise()
         for worker in self._own:
             # A round begins with the newest weights once the one before has ended.
             if worker.process is None or (worker.rounds and not self._is_ready(worker.rounds[-1])):
@@ -90,6 +84,7 @@ class RayPool(WorkerPool):
             if len(worker.rounds) < self.max_unread:
                 worker.rounds.append(worker.process.round.remote(self._weights))
             worker.since = time.monotonic()
+        super()._supervise()  # afterwards: a round that is there isn't late, however long the pause
         if self._spare is None and 0 < len(self._own) == len(self.pids()):
             # Imports take most of a start, and a spare has made them.
             starts = sum(worker.starts for worker in self._own)
@@ -101,7 +96,6 @@ class RayPool(WorkerPool):
             self._own.append(worker)  # others come first
             try:
                 segment, worker.facts = self._ray.get(worker.rounds.popleft())
-                self._has_taken = True
                 if segment is not None:
                     return store_segment(segment, self.replay_buffer)
             except self._ray.exceptions.RayError as error:
@@ -111,31 +105,31 @@ class RayPool(WorkerPool):
                 torchrl_logger.warning(f"a segment of {worker.name} is dropped: {error}")
         return super()._take()
 
-    def _stop(self) -> None:
-        super()._stop()
+    def shutdown(self, **options: Any) -> None:
+        """End the actors as well, and Ray if it was started here."""
+        super().shutdown(**options)
         if self._spare is not None:
             self._kill(self._spare)
         if self._owns_ray:
             self._ray.shutdown()
 
 
-class _Actor:
+class _Actor(Player):
     """A player in a process of Ray."""
 
-    def __init__(self, parts: tuple, seed: int) -> None:
-        make_env, policy, role = parts
-        self._board = Board("the learner", policy, role.pop("settings"))
-        self._player = Player(make_env, policy, **role, seed=seed)
+    def __init__(self, content: bytes, seed: int) -> None:
+        make_env, policy, role = pickle.loads(content)  # noqa: S301 - the learner's own bytes
+        board = Board("the learner", policy, role.pop("settings"))
+        super().__init__(make_env, board, **role, seed=seed)
         self._facts = {"pid": os.getpid(), "rounds": 0, "frames": 0, "waited": 0.0}
         self._begin = self._ended = time.monotonic()
 
     def round(self, state: Mapping[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any]]:
         """Play a round with these weights; return its trials, and facts of this process."""
         self._facts["waited"] += time.monotonic() - self._ended
-        self._board.load(state)
-        self._player.version = self._board.version
-        segment = self._player.play()
+        self.board.load(state)
+        segment = self.play()
         self._ended = time.monotonic()
         self._facts["rounds"] += 1
-        self._facts["frames"] += self._player.frames
+        self._facts["frames"] += self.frames
         return segment, {**self._facts, "seconds": self._ended - self._begin}

@@ -15,8 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import wait
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +30,11 @@ from torchrl_amago._files import lock
 from torchrl_amago._signals import EXIT_CODES, Outcome, on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
+from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data.replay._layout import entries_of
 from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.progress import ProgressTable
-from torchrl_amago.scaling._exchange import Board, Outbox, make_segment
+from torchrl_amago.scaling._exchange import Board, Outbox, Segment
 
 MakeEnv = Callable[[], EnvBase]
 
@@ -55,51 +56,48 @@ class Role(Board):
         """End after the running piece of work, as a handler of signals."""
         self.outcome, self._deadline = outcome, time.monotonic() + _LAST_SECONDS
 
-    def check(self) -> None:
-        """Raise :class:`LeaveError` once the running piece of work has had 10 seconds."""
+    def check(self, *_: Any) -> None:
+        """Raise :class:`LeaveError` once the work has had 10 seconds, as a hook of the policy."""
         if time.monotonic() > self._deadline:
             raise LeaveError
 
 
 class Player:
-    """An environment and a copy of the policy that play rounds; each step has its version."""
+    """An environment and a board's policy that play rounds; each step has the policy's version."""
 
     def __init__(
         self,
         make_env: MakeEnv,
-        policy: nn.Module,
+        board: Board,
         *,
         round_steps: int,
         fragment_length: int | None = None,
         seed: int,
-        on_step: Callable[[], None] = lambda: None,
     ) -> None:
         torch.manual_seed(seed)
         env = make_env()
-        self.version, self._on_step = -1, on_step
-        self.frames, self._trials = env.batch_size.numel() * round_steps, []
-        policy.register_forward_hook(self._stamp)
-        options = {"replay_buffer": self, "frames_per_batch": self.frames, "total_frames": -1}
-        self._collector = TrialCollector(env, policy, fragment_length=fragment_length, **options)
-        self._collector.set_seed(seed)
-        self._rounds = iter(self._collector)
+        self.board, self.frames, self._segments = board, env.batch_size.numel() * round_steps, []
+        board.policy.register_forward_hook(self._stamp)
+        options = {"frames_per_batch": self.frames, "fragment_length": fragment_length}
+        options |= {"replay_buffer": self, "total_frames": -1}
+        self.collector = TrialCollector(env, board.policy, **options)
+        self.collector.set_seed(seed)
+        self._rounds = iter(self.collector)
 
     def _stamp(self, _: nn.Module, __: Any, step: TensorDictBase) -> None:
-        self._on_step()
-        step.set(keys.POLICY_VERSION, torch.full(step.shape, self.version, device=step.device))
+        version = torch.full(step.shape, self.board.version, device=step.device)
+        step.set(keys.POLICY_VERSION, version)
 
     def extend(self, trials: TensorDictBase, lengths: list[int] | None = None) -> None:
-        """Keep the trials that the collector writes, as if this were its replay buffer."""
-        self._trials.append(make_segment(trials, lengths, self.frames))
+        """Keep the whole trials ``[N]`` that the collector writes, as if this were its buffer."""
+        lengths = trial_lengths(trials) if lengths is None else lengths
+        entries = {key: x.cpu() for key, x in entries_of(trials)[0].items()}
+        self._segments.append({"entries": entries, "lengths": lengths, "frames": self.frames})
 
-    def play(self) -> dict[str, Any] | None:
+    def play(self) -> Segment | None:
         """Play a round; return the segment of the trials that it ended, or None without any."""
         next(self._rounds)
-        return self._trials.pop() if self._trials else None
-
-    def close(self) -> None:
-        """Close the environment."""
-        self._collector.shutdown()
+        return self._segments.pop() if self._segments else None
 
 
 def collect(
@@ -141,25 +139,20 @@ def collect(
     check_counts(round_steps=round_steps, max_unread=max_unread)
     name = name or f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     role, outbox, player = Role(run_dir, policy, settings), Outbox(Path(run_dir), name), None
-
-    def on_step() -> None:
-        outbox.beat()
-        role.check()
-
+    steps = {"round_steps": round_steps, "fragment_length": fragment_length}
+    seed = secrets.randbelow(2**31) if seed is None else seed
+    policy.register_forward_pre_hook(outbox.beat)
+    policy.register_forward_pre_hook(role.check)
     with on_signals(role.request_stop):
         while role.outcome is None:
-            if role.update():
-                if role.is_last:
-                    role.outcome = "finished"
-                    break
-                if player is None:
-                    seed = secrets.randbelow(2**31) if seed is None else seed
-                    steps = {"round_steps": round_steps, "fragment_length": fragment_length}
-                    player = Player(make_env, policy, **steps, seed=seed, on_step=on_step)
-                player.version = role.version
-            if player is None or outbox.unread() >= max_unread:
+            role.update()
+            if role.is_last:
+                role.outcome = "finished"
+                break
+            if role.version < 0 or outbox.unread() >= max_unread:
                 outbox.wait(0.1)
                 continue
+            player = player or Player(make_env, role, **steps, seed=seed)
             try:
                 segment = player.play()
             except LeaveError:
@@ -175,9 +168,9 @@ def collect(
                     if role.outcome is not None:
                         break
                     outbox.wait(_RETRY_SECONDS)
-    outbox.close()
+    outbox.heartbeat.unlink(missing_ok=True)  # this worker leaves by itself
     if player is not None:
-        player.close()
+        player.collector.shutdown()
     return role.outcome
 
 
@@ -199,10 +192,8 @@ def evaluate_run(
         run_dir, settings: see :func:`~torchrl_amago.scaling.collect`, as for results and errors.
     """
     role = Role(run_dir, policy, settings)
-    with contextlib.ExitStack() as held:
-        held.enter_context(policy.register_forward_pre_hook(lambda *_: role.check()))
-        table = _free_table(Path(run_dir) / "evaluations", held)
-        held.enter_context(on_signals(role.request_stop))
+    hook = policy.register_forward_pre_hook(role.check)
+    with _free_table(Path(run_dir) / "evaluations") as table, hook, on_signals(role.request_stop):
         while role.outcome is None:
             if not role.update():
                 time.sleep(_POLL_SECONDS)
@@ -217,22 +208,26 @@ def evaluate_run(
     return role.outcome
 
 
-def _free_table(folder: Path, held: contextlib.ExitStack) -> ProgressTable:
-    """Return the first table that no other evaluator writes, with the rows it has."""
+@contextlib.contextmanager
+def _free_table(folder: Path) -> Iterator[ProgressTable]:
+    """Hold the first table that no other evaluator writes, with the rows it has."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count():
-        with contextlib.suppress(BlockingIOError):
-            held.enter_context(lock(folder / f".{number}.lock", wait=False))
-            break
-    table = ProgressTable(folder / f"{number}.csv")
-    if table.path.exists():
-        table.load_state_dict({"text": table.path.read_text(encoding="utf-8")})
-    return table
+    with contextlib.ExitStack() as held:
+        for number in itertools.count():
+            with contextlib.suppress(BlockingIOError):
+                held.enter_context(lock(folder / f".{number}.lock", wait=False))
+                break
+        table = ProgressTable(folder / f"{number}.csv")
+        if table.path.exists():
+            table.load_state_dict({"text": table.path.read_text(encoding="utf-8")})
+        yield table
 
 
 def work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int) -> None:
-    """Be a worker's process."""
-    _end_with_parent()
+    """Be a worker's process, which ends with its parent, even by SIGKILL."""
+    if sys.platform == "linux":  # also where Python's threads are held up
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the learner's
     torch.set_num_threads(threads)
     make_env, policy, role = pickle.loads(content)  # noqa: S301 - the parent's own bytes
@@ -240,13 +235,5 @@ def work(content: bytes, run_dir: Path, options: Mapping[str, Any], threads: int
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent ends, even by SIGKILL."""
-    if sys.platform == "linux":  # also where Python's threads are held up
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process().sentinel
-
-    def watch() -> None:
-        wait([parent])
-        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
-
-    threading.Thread(target=watch, daemon=True).start()
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
