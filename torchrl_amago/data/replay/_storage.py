@@ -287,7 +287,7 @@ class TrialStorage(LazyMemmapStorage):
             self._create(self.spec)
 
     def state_dict(self) -> NoReturn:
-        raise NotImplementedError("stored trials are saved to folders. Use save_replay, or dumps.")
+        raise NotImplementedError("stored trials are saved to folders. Use dumps.")
 
     def __getstate__(self) -> dict[str, Any]:
         mode = "read" if self.mode == "read" else "continue"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from torchrl_amago.data.replay._layout import Trials
 from torchrl_amago.data.replay._storage import Mode, TrialStorage
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
-_FORMAT = "torchrl_amago replay 4"
+_FORMAT = "torchrl_amago replay 5"
 _PARTS = ("storage", "sampler", "writer")
 
 
@@ -171,24 +170,49 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     update_tensordict_priority = update_priority
 
     def dumps(self, path: str | Path) -> None:
-        """Write trials, priorities and generator to a folder, without batches drawn ahead."""
-        (path := Path(path)).mkdir(parents=True, exist_ok=True)
-        with self._replay_lock, self._write_lock:
-            for name in _PARTS:
-                getattr(self, name).dumps(path / name)
-            state = None if self._rng is None else self._rng.get_state().tolist()
-        (path / "generator.json").write_text(json.dumps(state))
+        """Write trials, priorities and generator to a folder, which replaces an older one at once.
+
+        Batches drawn ahead are not saved. Of a mixture, save its buffer ``online``.
+
+        Raises:
+            FileExistsError: if `path` exists and is neither empty nor a replay folder.
+            OSError: if the disk is full; the folder stays as it was.
+        """
+        path = Path(path)
+        is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+        if is_taken and not (path / files.MANIFEST).exists():
+            rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
+            raise FileExistsError(f"{rule} Choose another path, or remove it.")
+        about = {"format": _FORMAT, "kind": type(self).__name__, "generator": None}
+        with files.replace_folder(path) as folder:
+            with self._replay_lock, self._write_lock:
+                for name in _PARTS:
+                    getattr(self, name).dumps(folder / name)
+                if self._rng is not None:
+                    about["generator"] = bytes(self._rng.get_state().tolist()).hex()
+            files.write_manifest(folder, about)
 
     def loads(self, path: str | Path) -> None:
-        """Load what :meth:`dumps` wrote; on a ValueError, nothing is changed."""
+        """Replace the content by what :meth:`dumps` wrote; on an error, it stays.
+
+        Raises:
+            DamagedError: if a file is missing, changed or unlisted; a :class:`RuntimeError`.
+            ValueError: if the saved buffer was made with other arguments than this one.
+        """
+        if not (path := Path(path)).exists():
+            files.recover(path.parent, path.name)  # a crash fell between the renames of dumps
+        manifest, wanted = files.verify_manifest(path), (_FORMAT, type(self).__name__)
+        if (saved := (manifest.get("format"), manifest.get("kind"))) != wanted:
+            rule = f"{path} must be of the format and kind {wanted}, got {saved}."
+            raise ValueError(f"{rule} Use that version of torchrl_amago, and the buffer of then.")
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
                 for name in _PARTS:
-                    getattr(self, name).loads(Path(path, name))
-        if (state := json.loads(Path(path, "generator.json").read_text())) is not None:
+                    getattr(self, name).loads(path / name)
+        if (state := manifest["generator"]) is not None:
             self.set_rng(torch.Generator())
-            self._rng.set_state(torch.tensor(state, dtype=torch.uint8))
+            self._rng.set_state(torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8))
 
 
 def make_trial_buffer(
@@ -245,37 +269,3 @@ def make_trial_buffer(
         storage.verify()
     draws = dict(batch_size=batch_size, prefetch=prefetch, generator=generator)
     return TrialReplayBuffer(storage=storage, sampler=sampler, relabel=relabel, **draws)
-
-
-def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Write trials, priorities and generator to a folder, which replaces an older one at once.
-
-    With `prefetch`, batches drawn ahead are not saved. Of a mixture, save its buffer ``online``.
-
-    Raises:
-        FileExistsError: if `path` exists and is something else than a replay folder.
-        OSError: if the disk is full; the folder stays as it was.
-    """
-    if (path := Path(path)).exists() and not (path / files.MANIFEST).exists():
-        rule = f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}."
-        raise FileExistsError(f"{rule} Choose another path, or remove it.")
-    with files.replace_folder(path) as folder:
-        rb.dumps(folder)
-        files.write_manifest(folder, {"format": _FORMAT, "kind": type(rb).__name__})
-
-
-def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Replace a buffer's content by what :func:`save_replay` wrote; on an error, it stays.
-
-    Raises:
-        DamagedError: if a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
-        ValueError: if the saved buffer was made with other arguments than this one.
-    """
-    if not (path := Path(path)).exists():
-        files.recover(path.parent, path.name)  # a crash fell between save_replay's two renames
-    manifest = files.verify_manifest(path)
-    saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
-    if saved != wanted:
-        rule = f"{path} must be of the format and kind {wanted}, got {saved}."
-        raise ValueError(f"{rule} Use that version of torchrl_amago, and the buffer of then.")
-    rb.loads(path)
