@@ -1,10 +1,14 @@
-"""Ends of trials, read from the flags under ``next``."""
+"""Ends of trials, by the flags under ``next``, and their places in TorchRL's storages."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
-from tensordict import TensorDictBase
+from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
+from torchrl.data import TensorStorage
+
+from torchrl_amago import keys
 
 
 def trial_ends(steps: TensorDictBase) -> Tensor | None:
@@ -38,3 +42,56 @@ def trial_lengths(steps: TensorDictBase) -> list[int]:
             "lengths=, or use TrialCollector(fragment_length=...)."
         )
     return torch.diff(last, prepend=last.new_tensor([-1])).tolist()
+
+
+def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> tuple[np.ndarray, ...]:
+    """Find the trials in one of TorchRL's one-dimensional storages, by looking at all steps.
+
+    Steps are sorted by trajectory, then in the order of writing. Without ``is_init``, trials must
+    lie side by side, and the oldest one of a full ring counts as cut; without flags, all
+    trajectories but the newest step's count as finished.
+
+    Args:
+        traj_key: entry with a number for each trajectory, which may be missing.
+        whole: leave out trials without their first or last step.
+
+    Returns:
+        Of each trial a unique number, the place of its first step and its length, ``[N]`` each; and
+        the storage's index of the steps at all places.
+    """
+    size, newest = len(storage), storage._last_cursor_index
+    if not size:
+        return (np.empty(0, np.int64),) * 4
+    steps = storage[:]
+    if steps.ndim > 1:
+        raise ValueError(
+            f"each item of the storage must be one step, and is a batch {[*steps.shape[1:]]} of "
+            "steps. Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
+        )
+    marks = steps.get(traj_key, None), trial_ends(steps), steps.get(keys.IS_INIT, None)
+    ids, ends, init = (x if x is None else x.cpu().reshape(size, -1)[:, 0].numpy() for x in marks)
+    if ids is None and ends is None:
+        raise KeyError(
+            f"trials need {traj_key!r}, or 'done', 'terminated' or 'truncated' under 'next', and "
+            f"there are only {sorted(map(str, steps.keys(True, True)))}. Store one of them."
+        )
+    ids = np.zeros(size, np.int64) if ids is None else ids
+    if newest is None:  # after loading: any place where a trajectory ends will do
+        newest = int(np.argmax(np.append(ids[:-1] != ids[1:], True)))
+    is_full = size == storage.max_size
+    slot = np.roll(np.arange(size), -(newest + 1) if is_full else 0)
+    order = np.argsort(ids[slot], kind="stable")
+    slot = slot[order]
+    ids, ends, init = (x if x is None else x[slot] for x in (ids, ends, init))
+    begins = np.append(True, ids[1:] != ids[:-1])
+    begins[1:] |= False if ends is None else ends[:-1]
+    ends = ids != ids[order.argmax()] if ends is None else ends
+    init = begins & ((order > 0) | (not is_full)) if init is None else init
+    start = np.flatnonzero(begins | init)
+    length = np.diff(start, append=size)
+    if whole:
+        is_whole = init[start] & ends[start + length - 1]
+        start, length = start[is_whole], length[is_whole]
+    # Unique as long as the trajectories' numbers are: slots alone are used again.
+    number = ids[start] * storage.max_size + slot[start]
+    return number, start, length, slot
