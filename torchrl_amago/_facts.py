@@ -52,6 +52,14 @@ def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, ob
         )
 
 
+def check_made_of(
+    path: Path, found: Mapping[str, object], wanted: Mapping[str, object], remedy: str
+) -> None:
+    """Raise ValueError unless what was found at a path has all wanted values."""
+    if (facts := {name: found.get(name) for name in wanted}) != wanted:
+        raise ValueError(f"{path} must be of {wanted}, got {facts}. {remedy}")
+
+
 def describe_policy(policy: nn.Module) -> dict[str, Any]:
     """Return settings and state dict, without the counters of exploration."""
     exploration = getattr(policy, "exploration", None)

@@ -32,7 +32,7 @@ from torchrl_amago._facts import check_same, describe_policy, facts
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_choice
 from torchrl_amago.data import TrialReplayBuffer
-from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data._trials import trial_lengths
 from torchrl_amago.data.replay import _layout as layout
 
 _INTAKE, _REJECTED = "intake", "rejected"

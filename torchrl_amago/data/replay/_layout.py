@@ -15,7 +15,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from torchrl_amago._facts import differences
 from torchrl_amago._files import DamagedError
+from torchrl_amago.data._trials import Trials
 from torchrl_amago.keys import as_tuple
 
 Key = tuple[str, ...]
@@ -111,29 +112,11 @@ def checksums(rows: TensorDictBase, trials: np.ndarray, first: int = 0) -> np.nd
     """Compute the CRC-32 of the values of trials, by their entries; row 0 is the row `first`."""
     columns = [rows.get(key) for key in sorted(map(as_tuple, rows.keys(True, True)))]
     columns = [as_bytes(x).numpy() for x in columns if x.numel()]
-    sums, start_K = np.zeros(len(trials), "<u4"), trials["first"] - first
-    runs = np.stack([start_K, start_K + trials["length"] + 1], 1).tolist()
-    for n, (start, stop) in enumerate(runs):
+    sums, start_K = [0] * len(trials), trials["first"] - first
+    for n, (start, length) in enumerate(zip(start_K, trials["length"], strict=True)):
         for column in columns:
-            sums[n] = zlib.crc32(column[start:stop], int(sums[n]))
-    return sums
-
-
-class Trials(NamedTuple):
-    """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
-
-    seen: int = 0  # trials written so far
-    number: np.ndarray = np.empty(0, np.int64)  # unique among all trials, evicted ones too
-    start: np.ndarray = np.empty(0, np.int64)  # row, or place in `slot`, of the first step
-    length: np.ndarray = np.empty(0, np.int64)
-    slot: np.ndarray | None = None  # the index of each place in TorchRL's storages
-    entries: np.ndarray = np.empty(0, ENTRY)  # those of a table, and the rows up to their end
-    num_rows: int = 0
-
-    def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
-        """Return the storage's index of steps of some of them."""
-        place_BT = torch.from_numpy(self.start[position_B]).unsqueeze(-1) + step_BT
-        return place_BT if self.slot is None else torch.from_numpy(self.slot[place_BT.numpy()])
+            sums[n] = zlib.crc32(column[start : start + length + 1], sums[n])
+    return np.array(sums, "<u4")
 
 
 class TrialTable:
@@ -151,7 +134,7 @@ class TrialTable:
             fail(f"{file} must have {expected} bytes, it has {size}")
         self._memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
         self._counters, self.ring = self._memory[:1].view("<u8")[:2], self._memory[1:]
-        self._known = Trials()
+        self._known = Trials(entries=self.ring[:0])
         self.look()
 
     @classmethod

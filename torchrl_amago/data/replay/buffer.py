@@ -16,10 +16,10 @@ from torchrl.envs import Transform
 
 from torchrl_amago import _files as files
 from torchrl_amago import keys
+from torchrl_amago._facts import check_made_of
 from torchrl_amago._validation import check_counts
-from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data._trials import Trials, trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
-from torchrl_amago.data.replay._layout import Trials
 from torchrl_amago.data.replay._storage import Mode, TrialStorage
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
@@ -201,10 +201,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """
         if not (path := Path(path)).exists():
             files.recover(path.parent, path.name)  # a crash fell between the renames of dumps
-        manifest, wanted = files.verify_manifest(path), (_FORMAT, type(self).__name__)
-        if (saved := (manifest.get("format"), manifest.get("kind"))) != wanted:
-            rule = f"{path} must be of the format and kind {wanted}, got {saved}."
-            raise ValueError(f"{rule} Use that version of torchrl_amago, and the buffer of then.")
+        manifest, remedy = files.verify_manifest(path), "Use that version, and the buffer of then."
+        check_made_of(path, manifest, {"format": _FORMAT, "kind": type(self).__name__}, remedy)
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:

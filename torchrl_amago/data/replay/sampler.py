@@ -16,8 +16,7 @@ from torchrl.data.replay_buffers import Sampler
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts, check_fractions
-from torchrl_amago.data._trial_ends import find_trials
-from torchrl_amago.data.replay._layout import Trials
+from torchrl_amago.data._trials import Trials, find_trials
 from torchrl_amago.data.replay._storage import TrialStorage
 
 Padding = Literal["right", "left"]
@@ -120,16 +119,13 @@ class TrialSliceSampler(Sampler):
         if isinstance(storage, TrialStorage):
             return storage.trials()
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
-            got = f"{type(storage).__name__} of ndim={storage.ndim}"
-            raise TypeError(
-                f"trials need LazyMemmapStorage or LazyTensorStorage, ndim=1, got {got}"
-            )
+            rule = "trials need LazyMemmapStorage or LazyTensorStorage, ndim=1"
+            raise TypeError(f"{rule}, got {type(storage).__name__} of ndim={storage.ndim}")
         # TorchRL 0.14 has no public names for what was written last.
         written = int(storage._mutation_revision), storage._last_cursor_index
         version = id(storage), len(storage), *written
         if self._found[0] != version:
-            found = find_trials(storage, self.traj_key, self.whole)
-            self._found = version, Trials(len(found[0]), *found)
+            self._found = version, find_trials(storage, self.traj_key, self.whole)
         return self._found[1]
 
     def draw(self, trials: Trials, batch_size: int) -> tuple[np.ndarray, dict[str, Tensor]]:

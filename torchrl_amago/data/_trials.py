@@ -1,6 +1,8 @@
-"""Ends of trials, by the flags under ``next``, and their places in TorchRL's storages."""
+"""Trials in any storage: their ends, by the flags under ``next``, and the places of their steps."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +11,23 @@ from torch import Tensor
 from torchrl.data import TensorStorage
 
 from torchrl_amago import keys
+
+
+class Trials(NamedTuple):
+    """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
+
+    seen: int = 0  # trials written so far
+    number: np.ndarray = np.empty(0, np.int64)  # unique among all trials, evicted ones too
+    start: np.ndarray = np.empty(0, np.int64)  # row, or place in `slot`, of the first step
+    length: np.ndarray = np.empty(0, np.int64)
+    slot: np.ndarray | None = None  # the index of each place in TorchRL's storages
+    entries: np.ndarray | None = None  # those of a folder's table, and the rows up to their end
+    num_rows: int = 0
+
+    def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
+        """Return the storage's index of steps of some of them."""
+        place_BT = torch.from_numpy(self.start[position_B]).unsqueeze(-1) + step_BT
+        return place_BT if self.slot is None else torch.from_numpy(self.slot[place_BT.numpy()])
 
 
 def trial_ends(steps: TensorDictBase) -> Tensor | None:
@@ -44,7 +63,7 @@ def trial_lengths(steps: TensorDictBase) -> list[int]:
     return torch.diff(last, prepend=last.new_tensor([-1])).tolist()
 
 
-def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> tuple[np.ndarray, ...]:
+def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> Trials:
     """Find the trials in one of TorchRL's one-dimensional storages, by looking at all steps.
 
     Steps are sorted by trajectory, then in the order of writing. Without ``is_init``, trials must
@@ -54,14 +73,10 @@ def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> tup
     Args:
         traj_key: entry with a number for each trajectory, which may be missing.
         whole: leave out trials without their first or last step.
-
-    Returns:
-        Of each trial a unique number, the place of its first step and its length, ``[N]`` each; and
-        the storage's index of the steps at all places.
     """
     size, newest = len(storage), storage._last_cursor_index
     if not size:
-        return (np.empty(0, np.int64),) * 4
+        return Trials()
     steps = storage[:]
     if steps.ndim > 1:
         raise ValueError(
@@ -94,4 +109,4 @@ def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> tup
         start, length = start[is_whole], length[is_whole]
     # Unique as long as the trajectories' numbers are: slots alone are used again.
     number = ids[start] * storage.max_size + slot[start]
-    return number, start, length, slot
+    return Trials(len(start), number, start, length, slot)
