@@ -23,6 +23,7 @@ class Trials(NamedTuple):
     slot: np.ndarray | None = None  # the index of each place in TorchRL's storages
     entries: np.ndarray | None = None  # those of a folder's table, and the rows up to their end
     num_rows: int = 0
+    written: int = 0  # steps written to a folder so far, by all processes
 
     def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
         """Return the storage's index of steps of some of them."""

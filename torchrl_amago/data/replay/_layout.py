@@ -110,8 +110,8 @@ def as_bytes(values: Tensor) -> Tensor:
 
 def checksums(rows: TensorDictBase, trials: np.ndarray, first: int = 0) -> np.ndarray:
     """Compute the CRC-32 of the values of trials, by their entries; row 0 is the row `first`."""
-    columns = [rows.get(key) for key in sorted(map(as_tuple, rows.keys(True, True)))]
-    columns = [as_bytes(x).numpy() for x in columns if x.numel()]
+    keys = sorted(map(as_tuple, rows.keys(True, True)))
+    columns = [as_bytes(rows.get(key)).numpy() for key in keys]
     sums, start_K = [0] * len(trials), trials["first"] - first
     for n, (start, length) in enumerate(zip(start_K, trials["length"], strict=True)):
         for column in columns:
@@ -155,11 +155,6 @@ class TrialTable:
             fail(f"{self.file} has a counter that has changed")
         return numbers
 
-    def written(self) -> int:
-        """Return the number of steps written so far, including those of evicted trials."""
-        end = self.counters()[1]  # the last entry is in the ring even if its trial was evicted
-        return int(self._read(max(end - 1, 0), end)[0]["stop"].sum())
-
     def look(self) -> Trials:
         """Return the trials that are there now."""
         while True:
@@ -173,9 +168,10 @@ class TrialTable:
             start, length = (entries[name].astype(np.int64) for name in ("first", "length"))
             fits = len(entries) == end - begin and length.sum() <= self.capacity
             if is_intact and fits:
-                num_rows = int((start + length + 1).max(initial=0))
-                number = np.arange(begin, end)
-                self._known = Trials(end, number, start, length, None, entries, num_rows)
+                # The last entry is in the ring even if its trial was evicted.
+                written = int(self._read(max(end - 1, 0), end)[0]["stop"].sum())
+                num_rows, number = int((start + length + 1).max(initial=0)), np.arange(begin, end)
+                self._known = Trials(end, number, start, length, None, entries, num_rows, written)
             elif begin == self.counters()[0]:  # else some were evicted between the two looks
                 fail(f"{self.file} has {'trials that overlap' if is_intact else 'changed'}")
 
@@ -189,7 +185,7 @@ class TrialTable:
         """Find rows for new trials, under the writers' lock: entries, and the oldest that stays."""
         trials, new = self.look(), np.zeros(len(lengths), ENTRY)
         begin, old = trials.seen - len(trials.entries), trials.entries
-        new["length"], new["stop"] = lengths, self.written() + np.cumsum(lengths)
+        new["length"], new["stop"] = lengths, trials.written + np.cumsum(lengths)
         last_K = np.cumsum(new["length"] + 1)
         first, num_rows = old["first"], int(last_K[-1])
         oldest = np.searchsorted(old["stop"] - old["length"], new["stop"][-1] - self.capacity)

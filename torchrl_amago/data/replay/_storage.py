@@ -6,8 +6,6 @@
     trials/rows/         the rows of all trials, one file for each entry (see _layout)
     trials/table.bin     which trials are there (see _layout)
     lock, queue          held while trials are written or read, and before that
-
-A write evicts the trials that must make room, copies the new rows, then announces the new trials.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import contextlib
 import os
 import reprlib
 import sys
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import quote
@@ -52,8 +49,7 @@ class TrialStorage(LazyMemmapStorage):
         check_choice("mode", mode, get_args(Mode))
         folder = files.temporary_folder(self, "trials_") if path is None else Path(path)
         self.path, self.mode, self.flush = folder.absolute(), mode, flush
-        self._here, self._inode = self.path / "trials", None
-        self._memory = ReusedMemory()
+        self._here, self._inode, self._memory = self.path / "trials", None, ReusedMemory()
         if mode != "read":
             files.make_writable(self.path)
         with self.lock():
@@ -78,7 +74,7 @@ class TrialStorage(LazyMemmapStorage):
                 self._create({})
             self.table()
 
-    def lock(self, writes: bool = False) -> AbstractContextManager[None]:
+    def lock(self, writes: bool = False) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from writing; in mode="read", they may read."""
         if writes and self.mode == "read":
             raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
@@ -193,16 +189,9 @@ class TrialStorage(LazyMemmapStorage):
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
-        trials = self.table().look()
-        if trials.num_rows > len(self._storage):
+        while (trials := self.table().look()).num_rows > len(self._storage):
             self._inode = None  # others write to a saved folder, whose files have grown
-            return self.trials()
         return trials
-
-    @property
-    def written(self) -> int:
-        """Steps written so far, by all processes."""
-        return self.table().written()
 
     def get(self, row: Any, keys: Any = None, *, reuse: bool = False) -> TensorDict:
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
@@ -247,11 +236,11 @@ class TrialStorage(LazyMemmapStorage):
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
-        is_here = saved.path == self.path
-        with self.lock(writes=True), contextlib.nullcontext() if is_here else saved.lock():
+        with self.lock(writes=True):
             self.table()
             layout.check_same(saved.spec, self.spec, path)
-            saved._write_folder(self._here, saved.table(), saved.spec)
+            if saved.path != self.path:
+                saved.dumps(self.path)
 
     def _empty(self) -> None:
         with self.lock(writes=True):
@@ -267,8 +256,6 @@ class TrialStorage(LazyMemmapStorage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state["path"].is_dir():
-            rule = f"pickled trials must be there, {state['path']} isn't: "
-            raise FileNotFoundError(
-                f"{rule}temporary folders go with their owner. Make the buffer with path=."
-            )
+            rule = f"pickled trials must be there, and {state['path']} isn't. Temporary folders go"
+            raise FileNotFoundError(f"{rule} with their owner. Make the buffer with path=.")
         self.__init__(**state)

@@ -11,7 +11,6 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
-from torchrl.data.replay_buffers import ImmutableDatasetWriter
 from torchrl.envs import Transform
 
 from torchrl_amago import _files as files
@@ -48,8 +47,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         # RayReplayBuffer passes a function that makes the storage.
         storage = storage if isinstance(storage, Storage) else storage()
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
-        if self._is_ours:
-            options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, **options)
 
     def append_transform(self, transform: Transform, **options: Any) -> TrialReplayBuffer:
@@ -103,11 +100,10 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Remove all trials, and restart the count."""
-        if not self._is_ours:
-            return super().empty(empty_write_count)
         with self._replay_lock, self._write_lock:
-            self.storage._empty()
+            self.storage._empty()  # first: it may raise
             self.sampler._empty()
+            self.writer._empty(empty_write_count)
 
     set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
 
@@ -121,7 +117,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def write_count(self) -> int:
         """Number of steps written so far, by all processes."""
         with self._replay_lock:
-            return self.storage.written if self._is_ours else super().write_count
+            return self.storage.trials().written if self._is_ours else super().write_count
 
     def newest(self, count: int) -> TensorDictBase:
         """Return the last steps ``[n]``, at most `count`, in the order of writing."""
@@ -183,13 +179,12 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         if is_taken and not (path / files.MANIFEST).exists():
             rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
             raise FileExistsError(f"{rule} Choose another path, or remove it.")
-        about = {"format": _FORMAT, "kind": type(self).__name__, "generator": None}
         with files.replace_folder(path) as folder:
             with self._replay_lock, self._write_lock:
                 for name in _PARTS:
                     getattr(self, name).dumps(folder / name)
-                if self._rng is not None:
-                    about["generator"] = bytes(self._rng.get_state().tolist()).hex()
+                state = None if self._rng is None else bytes(self._rng.get_state().tolist()).hex()
+            about = {"format": _FORMAT, "kind": type(self).__name__, "generator": state}
             files.write_manifest(folder, about)
 
     def loads(self, path: str | Path) -> None:

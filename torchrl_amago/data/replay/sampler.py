@@ -103,8 +103,8 @@ class TrialSliceSampler(Sampler):
         step_BT, mask_BT = self.windows(length_B)
         info = {key: x_B.unsqueeze(-1).expand(mask_BT.shape) for key, x_B in info_B.items()}
         if changed_BL is not None:
-            row_B1 = torch.arange(batch_size).unsqueeze(-1)
-            place = (step_BT + changed_BL.shape[1] * row_B1).flatten()
+            first_B = changed_BL.shape[1] * torch.arange(batch_size)
+            place = (first_B.unsqueeze(-1) + step_BT).flatten()
             for key, x_BL in changed_BL.items(True, True):
                 found = x_BL.flatten(0, 1).index_select(0, place)
                 info[key] = found.unflatten(0, step_BT.shape)
@@ -122,8 +122,7 @@ class TrialSliceSampler(Sampler):
             rule = "trials need LazyMemmapStorage or LazyTensorStorage, ndim=1"
             raise TypeError(f"{rule}, got {type(storage).__name__} of ndim={storage.ndim}")
         # TorchRL 0.14 has no public names for what was written last.
-        written = int(storage._mutation_revision), storage._last_cursor_index
-        version = id(storage), len(storage), *written
+        version = id(storage), len(storage), storage._mutation_revision, storage._last_cursor_index
         if self._found[0] != version:
             self._found = version, find_trials(storage, self.traj_key, self.whole)
         return self._found[1]
@@ -167,13 +166,12 @@ class TrialSliceSampler(Sampler):
         """Return the cumulative weights of trials."""
         if trials is not self._weighted:
             if self.sample_by == "steps":
-                self._weights = self._step_fraction(trials.length)
+                weights = self._step_fraction(trials.length)
             else:  # those that are still there keep their weights
                 weights = np.full(len(trials.number), self._largest**self.alpha)
                 _, new, old = np.intersect1d(trials.number, self._weighted.number, True, True)
                 weights[new] = self._weights[old]
-                self._weights = weights
-            self._weighted, self._running = trials, np.cumsum(self._weights)
+            self._weighted, self._weights, self._running = trials, weights, np.cumsum(weights)
         return self._running
 
     def _step_fraction(self, length: np.ndarray) -> np.ndarray:
