@@ -22,7 +22,7 @@ import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
-from torchrl_amago._facts import differences
+from torchrl_amago._facts import check_same
 from torchrl_amago._files import DamagedError
 from torchrl_amago.data._trials import Trials
 from torchrl_amago.keys import as_tuple
@@ -33,6 +33,8 @@ Spec = dict[Key, str]  # dtype and shape of each entry of a step, as in "float32
 ENTRY = np.dtype(
     [("stop", "<i8"), ("first", "<i4"), ("length", "<i4"), ("values", "<u4"), ("check", "<u4")]
 )
+#: What all steps of a folder share, and what to do if they don't.
+ENTRIES = "entries of steps", "Collect them in the same way, or make a new buffer."
 
 _CHECKED_PAIRS = 64  # pairs (next of step t, root of step t + 1) of a write that are compared
 
@@ -51,7 +53,8 @@ def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:
         entries[key] = value
         spec[key] = " ".join(map(str, (value.dtype, *value.shape[1:]))).removeprefix("torch.")
     twice = [key for key in spec if is_twice(key, spec)]
-    check_same({key: spec[key[1:]] for key in twice}, {key: spec[key] for key in twice}, "the root")
+    roots, nexts = {key: spec[key[1:]] for key in twice}, {key: spec[key] for key in twice}
+    check_same("the root of steps", roots, nexts, *ENTRIES)
     return entries, spec
 
 
@@ -67,14 +70,6 @@ def empty_row(spec: Spec) -> dict[Key, Tensor]:
         key: torch.empty([*map(int, shape)], dtype=getattr(torch, dtype))
         for key, (dtype, *shape) in parts.items()
     }
-
-
-def check_same(stored: Spec, given: Spec, place: object) -> None:
-    """Raise ValueError, naming the difference, unless two specs are the same or one is empty."""
-    if stored and given and (differing := differences(stored, given)):
-        shown = [f"{'.'.join(key)}: {x} there, {y} here" for key, (x, y) in differing.items()]
-        rule = f"steps must have the entries of those in {place}, and differ in {'; '.join(shown)}."
-        raise ValueError(f"{rule} Collect them in the same way, or make a new buffer.")
 
 
 def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:

@@ -26,7 +26,7 @@ from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import _files as files
 from torchrl_amago._cpu import ReusedMemory
-from torchrl_amago._facts import check_made_of
+from torchrl_amago._facts import check_same
 from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.data._trials import Trials
 from torchrl_amago.data.replay import _layout as layout
@@ -92,8 +92,9 @@ class TrialStorage(LazyMemmapStorage):
 
     def _open(self, file: Path) -> None:
         found = files.read_json(self._here / "schema.json")
+        facts = {name: found.get(name) for name in self._facts}
         remedy = "Use its capacity (None takes it), and the version and processor of then."
-        check_made_of(self.path, found, self._facts, remedy)
+        check_same(self.path, facts, self._facts, "format, byte order and capacity", remedy)
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
@@ -153,7 +154,7 @@ class TrialStorage(LazyMemmapStorage):
         with self.lock(writes=True):
             table = self.table()
             table = table if self.spec else self._create(spec)
-            layout.check_same(self.spec, spec, self.path)
+            check_same(self.path, self.spec, spec, *layout.ENTRIES)
             trials, begin = table.place(lengths)
             first = int(trials["first"][0])
             stop = first + len(rows)
@@ -238,7 +239,8 @@ class TrialStorage(LazyMemmapStorage):
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
         with self.lock(writes=True):
             self.table()
-            layout.check_same(saved.spec, self.spec, path)
+            if saved.spec and self.spec:
+                check_same(path, saved.spec, self.spec, *layout.ENTRIES)
             if saved.path != self.path:
                 saved.dumps(self.path)
 

@@ -15,7 +15,7 @@ from torchrl.envs import Transform
 
 from torchrl_amago import _files as files
 from torchrl_amago import keys
-from torchrl_amago._facts import check_made_of
+from torchrl_amago._facts import check_same
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data._trials import Trials, trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
@@ -48,6 +48,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         storage = storage if isinstance(storage, Storage) else storage()
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
         super().__init__(storage=storage, **options)
+        self._facts = {"format": _FORMAT, "kind": type(self).__name__}
 
     def append_transform(self, transform: Transform, **options: Any) -> TrialReplayBuffer:
         """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
@@ -184,8 +185,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
                 for name in _PARTS:
                     getattr(self, name).dumps(folder / name)
                 state = None if self._rng is None else bytes(self._rng.get_state().tolist()).hex()
-            about = {"format": _FORMAT, "kind": type(self).__name__, "generator": state}
-            files.write_manifest(folder, about)
+            files.write_manifest(folder, {"facts": self._facts, "generator": state})
 
     def loads(self, path: str | Path) -> None:
         """Replace the content by what :meth:`dumps` wrote; on an error, it stays.
@@ -196,8 +196,9 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         """
         if not (path := Path(path)).exists():
             files.recover(path.parent, path.name)  # a crash fell between the renames of dumps
-        manifest, remedy = files.verify_manifest(path), "Use that version, and the buffer of then."
-        check_made_of(path, manifest, {"format": _FORMAT, "kind": type(self).__name__}, remedy)
+        manifest, facts = files.verify_manifest(path), self._facts
+        remedy = "Use that version of torchrl_amago, and the buffer of then."
+        check_same(path, manifest.get("facts", {}), facts, "format and kind", remedy)
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
