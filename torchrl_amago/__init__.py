@@ -16,9 +16,7 @@ from torchrl_amago.data import (
     TrialCollector,
     TrialMixture,
     TrialSliceSampler,
-    load_replay,
     make_trial_buffer,
-    save_replay,
 )
 from torchrl_amago.envs import (
     DarkKeyDoor,
@@ -63,7 +61,6 @@ __all__ = [
     "MambaEncoder", "MazeRunner", "MetaFrozenLake", "Policy", "PopArt", "PreviousStepTransform",
     "Relabel", "TMaze", "TimestepEncoder", "TrajectoryEncoder", "TransformerEncoder",
     "TrialCollector", "TrialMixture", "TrialSliceSampler", "TrialTransform", "TwoHot",
-    "amago2_loss", "amago_loss", "evaluate", "load_policy", "load_replay", "make_critic",
-    "make_optimizer", "make_policy", "make_trainer", "make_trial_buffer", "make_trial_env",
-    "save_replay", "split_trials",
+    "amago2_loss", "amago_loss", "evaluate", "load_policy", "make_critic", "make_optimizer",
+    "make_policy", "make_trainer", "make_trial_buffer", "make_trial_env", "split_trials",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Branches that differ between CPUs and GPUs, each behind a named predicate, and their switch.
+"""Branches that differ between CPUs and GPUs, each behind a named predicate, and reused memory.
 
 A predicate is True for tensors on a CPU: there memory and random numbers are expensive, and
 branches on data are free, while a GPU would wait for the data. :func:`cpu_paths` overrides it.
@@ -7,9 +7,13 @@ branches on data are free, while a GPU would wait for the data. :func:`cpu_paths
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+import weakref
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
+import numpy as np
 import torch
 from tensordict import is_batchedtensor
 from torch import Tensor
@@ -86,3 +90,28 @@ def in_chunks(
 
 def _on_cpu(x: Tensor) -> bool:
     return x.device.type == "cpu" if _override is None else _override
+
+
+class ReusedMemory:
+    """Memory for one tensor of each batch, used again once no tensor refers to it.
+
+    The system needs longer to hand out fresh pages than a batch of long slices takes to fill them.
+    """
+
+    smallest = 1 << 16  # bytes; new memory is as fast for less
+    num_blocks = 4  # batches in use and drawn ahead, whole trials that are relabelled
+
+    def __init__(self) -> None:
+        self._blocks = defaultdict(partial(deque, maxlen=self.num_blocks))
+
+    def take(self, key: Hashable, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
+        """Return memory to which no tensor refers, for an entry of batches; None for little."""
+        size, blocks = shape.numel() * dtype.itemsize, self._blocks[key]
+        if size < self.smallest:
+            return None
+        block = next((x for x in blocks if x[1]() is None and len(x[0]) >= size), None)
+        if block is None:
+            blocks.append(block := [np.empty(size, np.uint8), None])
+        used = block[0][:size]  # lives as long as the tensor's storage, which views share
+        block[1] = weakref.ref(used)
+        return torch.from_numpy(used).view(dtype).view(shape)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from tensordict import NestedKey
 from torch import Tensor, nn
+
+from torchrl_amago.keys import as_tuple
 
 
 def policy_settings(policy: object) -> dict[str, Any]:
@@ -41,14 +43,20 @@ def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> dict[st
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def check_same(path: Path, saved: Mapping[str, object], current: Mapping[str, object]) -> None:
+def check_same(
+    place: object,
+    saved: Mapping[NestedKey, object],
+    current: Mapping[NestedKey, object],
+    what: str = "architecture, settings and parts",
+    remedy: str = "Build environment, policy, loss and optimizer as then, or start anew elsewhere.",
+) -> None:
     """Raise ValueError, with the first three differences, if saved facts differ from current."""
     if differing := differences(saved, current):
-        shown = [f"{name}: {old} there, {new} here" for name, (old, new) in differing.items()]
+        pairs = ((".".join(as_tuple(name)), *pair) for name, pair in differing.items())
+        shown = [f"{name}: {old} there, {new} here" for name, old, new in pairs]
         raise ValueError(
-            f"{path} must have been saved with the same architecture, settings and parts, but "
-            f"they differ in {len(differing)} entries: {'; '.join(shown[:3])}. Build environment, "
-            "policy, loss and optimizer with the arguments of that run, or start anew elsewhere."
+            f"{place} must have the same {what}, but they differ in {len(differing)} entries: "
+            f"{'; '.join(shown[:3])}. {remedy}"
         )
 
 

@@ -215,11 +215,16 @@ def reserve(file: Path, start: int, stop: int) -> None:
     """
     if stop <= start:
         return
-    with explain_full_disk(file, stop - start):
-        if hasattr(os, "posix_fallocate"):
-            with file.open("ab") as stream:
-                os.posix_fallocate(stream.fileno(), start, stop - start)
-        elif shutil.disk_usage(file.parent).free < stop - start:
+    if not hasattr(os, "posix_fallocate"):
+        return check_space(file.parent, stop - start)
+    with explain_full_disk(file, stop - start), file.open("ab") as stream:
+        os.posix_fallocate(stream.fileno(), start, stop - start)
+
+
+def check_space(folder: Path, needed: int) -> None:
+    """Raise the OSError of a full disk unless so many bytes are free."""
+    with explain_full_disk(folder, needed):
+        if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -263,6 +268,20 @@ def lock(file: Path, *, wait: bool = True, shared: bool = False) -> Iterator[Non
         if not wait:
             stream.truncate(0)
             stream.write(f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        yield
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold a folder's lock in the order of asking for it: readers that share it starve no writer.
+
+    Who shares it makes no files: without them, nobody has opened the folder for writing.
+    """
+    queue = folder / "queue"
+    with contextlib.ExitStack() as held:
+        if not shared or queue.exists():
+            with lock(queue, shared=shared):  # until the lock is had
+                held.enter_context(lock(folder / "lock", shared=shared))
         yield
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from tensordict import TensorDict
 
-from torchrl_amago.data import TrialSliceSampler, make_trial_buffer, save_replay
+from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time)
 
@@ -171,4 +171,4 @@ def test_write_of_many_short_trials(benchmark):
 
 
 def test_save(benchmark, half_million, tmp_path):
-    benchmark.pedantic(save_replay, (half_million, tmp_path / "replay"), rounds=2)
+    benchmark.pedantic(half_million.dumps, (tmp_path / "replay",), rounds=2)

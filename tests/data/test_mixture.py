@@ -11,7 +11,7 @@ from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictRepl
 from torchrl.data.replay_buffers import RandomSampler
 
 from tests.data.trials import make_trial
-from torchrl_amago.data import load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data import mixture as mixture_module
 from torchrl_amago.data.mixture import TrialMixture
 
@@ -282,12 +282,12 @@ def test_goes_on_as_if_nothing_had_been(tmp_path, own_generator):
     one.sample()
     one.extend(make_trial(7, 1000))
     one.sample()
-    save_replay(one.online, tmp_path / "replay")
+    one.online.dumps(tmp_path / "replay")
     state, rng = one.state_dict(), torch.get_rng_state()
     expected = [one.sample() for _ in range(4)]
 
     other = make()
-    load_replay(other.online, tmp_path / "replay")
+    other.online.loads(tmp_path / "replay")
     other.load_state_dict(state)
     torch.set_rng_state(rng)
     assert (other.updates, other.ready_at) == (2, {"old": 0, "new": 1})

@@ -447,7 +447,7 @@ def test_a_trial_of_two_episodes_by_hand():
         (rule(2), [episode(1, 2), episode(1, 2, None)], False),
     ],
 )
-def test_how_a_trial_ends(rule, episodes, terminated):
+def test_how_a_trials(rule, episodes, terminated):
     steps = joined(rule, *episodes)
     assert steps["next", "done"].flatten().tolist() == [False, False, False, True]
     assert steps["next", "terminated"][-1].item() is terminated

@@ -84,7 +84,7 @@ def test_rotation_keeps_the_last_written_and_a_users_own_folders(tmp_path):
     ("name", "content", "problem"),
     [
         ("state.npz", b"", "has 0 bytes"),
-        ("replay/generator.json", None, "is missing"),
+        ("replay/manifest.json", None, "is missing"),
         ("manifest.json", b"{", "cannot be read"),
         ("manifest.json", None, "cannot be read"),
         # A reader might prefer files that are not listed to the verified ones, and unpickle them.
@@ -111,7 +111,7 @@ def test_another_format_is_refused(tmp_path):
     path = save(CheckpointStore(tmp_path), 1)
     manifest = json.loads((path / "manifest.json").read_text())
     write_manifest(path, manifest | {"format_version": 99})
-    with pytest.raises(DamagedError, match="format version 99, and this code reads 5"):
+    with pytest.raises(DamagedError, match="format version 99, and this code reads 6"):
         CheckpointStore.load(path, STATE, SETTINGS)
 
 

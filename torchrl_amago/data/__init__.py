@@ -8,15 +8,9 @@ several buffers, and `offline` reads data from elsewhere.
 from torchrl_amago.data.collector import TrialCollector
 from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
-from torchrl_amago.data.replay import (
-    TrialReplayBuffer,
-    TrialSliceSampler,
-    load_replay,
-    make_trial_buffer,
-    save_replay,
-)
+from torchrl_amago.data.replay import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
 
 __all__ = [
     "GoalSequenceRelabel", "HindsightRelabel", "Relabel", "TrialCollector", "TrialMixture",
-    "TrialReplayBuffer", "TrialSliceSampler", "load_replay", "make_trial_buffer", "save_replay",
+    "TrialReplayBuffer", "TrialSliceSampler", "make_trial_buffer",
 ]  # fmt: skip

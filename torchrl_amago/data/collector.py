@@ -17,7 +17,7 @@ from torchrl.envs import EnvBase, TransformedEnv
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts
-from torchrl_amago.data._trial_ends import known_ends
+from torchrl_amago.data._trials import known_ends
 from torchrl_amago.data.replay.buffer import TrialReplayBuffer
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 

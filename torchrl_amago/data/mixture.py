@@ -199,7 +199,7 @@ class TrialMixture:
         self._entries[name] = entries
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of weights and generator; :attr:`online` needs :func:`save_replay`."""
+        """Return the state of weights and generator; :attr:`online` is saved by its `dumps`."""
         state = {"updates": self.updates, "ready_at": dict(self.ready_at), "facts": self._facts()}
         return state | {"generator": None if self._rng is None else self._rng.get_state()}
 
@@ -210,7 +210,7 @@ class TrialMixture:
                 f"a mixture must have the data and the generator that it was saved with, {saved}, "
                 f"got {here}. Load the same data in the same order; pass a generator if it had one."
             )
-        self.set_rng(self._rng)  # load_replay gives the online buffer one of its own
+        self.set_rng(self._rng)  # loads gives the online buffer one of its own
         if self._rng is not None:
             self._rng.set_state(state["generator"])
         self.updates, self.ready_at = int(state["updates"]), dict(state["ready_at"])

@@ -118,7 +118,7 @@ class Ranks:
         if self.machines == 1:
             return
         storage, news = buffer.storage, None
-        found = self.gather((storage.written, self.is_leader, storage.path))
+        found = self.gather((storage.trials().written, self.is_leader, storage.path))
         new = found[0][0] - min(written for written, is_leader, _ in found if is_leader)
         if self.is_first and 0 < new <= len(storage):
             length = buffer.sampler.trials(storage).length

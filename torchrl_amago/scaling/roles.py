@@ -30,7 +30,7 @@ from torchrl_amago._files import lock
 from torchrl_amago._signals import EXIT_CODES, Outcome, on_signals
 from torchrl_amago._validation import check_counts
 from torchrl_amago.data import TrialCollector
-from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data._trials import trial_lengths
 from torchrl_amago.data.replay._layout import entries_of
 from torchrl_amago.evaluation import Results, evaluation_metrics
 from torchrl_amago.progress import ProgressTable

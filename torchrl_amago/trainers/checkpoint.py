@@ -4,7 +4,7 @@ A checkpoint is a folder ``<run>/checkpoints/update_0000500``::
 
     manifest.json    counts, settings, options, versions, size and SHA-256 of the other files
     state.npz        all tensors and numbers, but for the replay's
-    replay/          the replay buffer, by its `dumps`
+    replay/          the replay buffer, by its `dumps`, with a manifest of its own
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torchrl_amago.modules.weights import save_policy
 from torchrl_amago.progress import PROGRESS_FILE
 
 CHECKPOINTS_FOLDER = "checkpoints"
-FORMAT_VERSION = 5
+FORMAT_VERSION = 6
 STATE, REPLAY = "state.npz", "replay"
 Values = Mapping[str, Any]
 _NAME = "update_{:07d}"

@@ -240,7 +240,7 @@ def test_other_than_whole_trials_raises():
         rb.extend(trial.exclude(("next", "done")))
     with pytest.raises(ValueError, match=r"got steps \[1, 5\]"):
         rb.extend(trial.unsqueeze(0))
-    with pytest.raises(RuntimeError, match="doesn't allow writing"):
+    with pytest.raises(TypeError, match="Write new ones with extend"):
         rb.add(trial[0])
     assert rb.write_count == 0
 

@@ -100,7 +100,8 @@ def test_entries_that_cannot_be_stored_raise():
     trial = make_trial(3)
     trial["next", "nested", "state"] = trial["next", "nested", "state"].float()
     with pytest.raises(
-        ValueError, match=r"those in the root.*state: float64 2 there, float32 2 here"
+        ValueError,
+        match=r"the root of steps must.*next\.nested\.state: float64 2 there, float32 2 here",
     ):
         layout.entries_of(trial)
     trial = make_trial(3)

@@ -18,7 +18,7 @@ from torchrl.envs import Compose, InitTracker, TransformedEnv
 from tests.data.trials import stored_trials
 from tests.evaluation.scripted import ScriptedTrials, act
 from tests.processes import fork_workers
-from torchrl_amago.data import TrialCollector, load_replay, make_trial_buffer, save_replay
+from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.envs import PreviousStepTransform
 
 CAPACITY = 3000
@@ -178,7 +178,7 @@ def test_killed_collection_goes_on(tmp_path):
 def assert_saved_is_intact(folder: Path) -> None:
     """What was saved beside writers are whole trials, each writer's without a gap."""
     rb = make_trial_buffer(CAPACITY, 8, 16, warn_short=False)
-    load_replay(rb, folder)
+    rb.loads(folder)
     found = [assert_intact(trial) for trial in stored_trials(rb)]
     for writer in {writer for writer, _ in found}:
         numbers = [number for who, number in found if who == writer]
@@ -200,7 +200,7 @@ def learn(folder: Path, seconds: float, queue) -> None:
             batch = rb.sample()
             batches += 1
             if batches % 5 == 0:
-                save_replay(rb, folder / "saved")
+                rb.dumps(folder / "saved")
                 assert_saved_is_intact(folder / "saved")
             for row, mask in zip(batch, batch["collector", "mask"], strict=True):
                 row = row[mask]

@@ -42,7 +42,7 @@ def test_trials_never_overlap_and_the_newest_are_kept(case):
         entries = table.look().entries
         begin, end = table.counters()
         assert end == len(lengths)
-        assert table.written() == sum(lengths)
+        assert table.look().written == sum(lengths)
         assert entries["length"].tolist() == lengths[begin:]
         assert sum(lengths[begin:]) <= capacity
         assert len(entries) >= len(batch)
@@ -73,7 +73,7 @@ def test_after_everything_was_given_up_writing_goes_on():
     table.evict(2)
     assert not len(table.look().entries)
     write(table, [5])
-    assert (table.counters(), table.written()) == ((2, 3), 12)
+    assert (table.counters(), table.look().written) == ((2, 3), 12)
 
 
 def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
@@ -130,4 +130,4 @@ def test_a_death_before_the_end_moves_keeps_the_last_entry(tmp_path):
     table.announce(trials)
     table._counters[1] = word
     again = TrialTable(tmp_path / "table.bin", 4)
-    assert (again.counters(), again.written()) == ((1, 1), 4)
+    assert (again.counters(), again.look().written) == ((1, 1), 4)

@@ -15,15 +15,16 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
 from tensordict import TensorDict, TensorDictBase, is_leaf_nontensor
 from torch import Tensor
 
-from torchrl_amago._facts import differences
+from torchrl_amago._facts import check_same
 from torchrl_amago._files import DamagedError
+from torchrl_amago.data._trials import Trials
 from torchrl_amago.keys import as_tuple
 
 Key = tuple[str, ...]
@@ -32,6 +33,8 @@ Spec = dict[Key, str]  # dtype and shape of each entry of a step, as in "float32
 ENTRY = np.dtype(
     [("stop", "<i8"), ("first", "<i4"), ("length", "<i4"), ("values", "<u4"), ("check", "<u4")]
 )
+#: What all steps of a folder share, and what to do if they don't.
+ENTRIES = "entries of steps", "Collect them in the same way, or make a new buffer."
 
 _CHECKED_PAIRS = 64  # pairs (next of step t, root of step t + 1) of a write that are compared
 
@@ -50,7 +53,8 @@ def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:
         entries[key] = value
         spec[key] = " ".join(map(str, (value.dtype, *value.shape[1:]))).removeprefix("torch.")
     twice = [key for key in spec if is_twice(key, spec)]
-    check_same({key: spec[key[1:]] for key in twice}, {key: spec[key] for key in twice}, "the root")
+    roots, nexts = {key: spec[key[1:]] for key in twice}, {key: spec[key] for key in twice}
+    check_same("the root of steps", roots, nexts, *ENTRIES)
     return entries, spec
 
 
@@ -66,14 +70,6 @@ def empty_row(spec: Spec) -> dict[Key, Tensor]:
         key: torch.empty([*map(int, shape)], dtype=getattr(torch, dtype))
         for key, (dtype, *shape) in parts.items()
     }
-
-
-def check_same(stored: Spec, given: Spec, place: object) -> None:
-    """Raise ValueError, naming the difference, unless two specs are the same or one is empty."""
-    if stored and given and (differing := differences(stored, given)):
-        shown = [f"{'.'.join(key)}: {x} there, {y} here" for key, (x, y) in differing.items()]
-        rule = f"steps must have the entries of those in {place}, and differ in {'; '.join(shown)}."
-        raise ValueError(f"{rule} Collect them in the same way, or make a new buffer.")
 
 
 def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:
@@ -109,31 +105,13 @@ def as_bytes(values: Tensor) -> Tensor:
 
 def checksums(rows: TensorDictBase, trials: np.ndarray, first: int = 0) -> np.ndarray:
     """Compute the CRC-32 of the values of trials, by their entries; row 0 is the row `first`."""
-    columns = [rows.get(key) for key in sorted(map(as_tuple, rows.keys(True, True)))]
-    columns = [as_bytes(x).numpy() for x in columns if x.numel()]
-    sums, start_K = np.zeros(len(trials), "<u4"), trials["first"] - first
-    runs = np.stack([start_K, start_K + trials["length"] + 1], 1).tolist()
-    for n, (start, stop) in enumerate(runs):
+    keys = sorted(map(as_tuple, rows.keys(True, True)))
+    columns = [as_bytes(rows.get(key)).numpy() for key in keys]
+    sums, start_K = [0] * len(trials), trials["first"] - first
+    for n, (start, length) in enumerate(zip(start_K, trials["length"], strict=True)):
         for column in columns:
-            sums[n] = zlib.crc32(column[start:stop], int(sums[n]))
-    return sums
-
-
-class Trials(NamedTuple):
-    """The trials ``[N]`` of a storage; a new object whenever its content has changed."""
-
-    seen: int = 0  # trials written so far
-    number: np.ndarray = np.empty(0, np.int64)  # unique among all trials, evicted ones too
-    start: np.ndarray = np.empty(0, np.int64)  # row, or place in `slot`, of the first step
-    length: np.ndarray = np.empty(0, np.int64)
-    slot: np.ndarray | None = None  # the index of each place in TorchRL's storages
-    entries: np.ndarray = np.empty(0, ENTRY)  # those of a table, and the rows up to their end
-    num_rows: int = 0
-
-    def index(self, position_B: np.ndarray, step_BT: Tensor) -> Tensor:
-        """Return the storage's index of steps of some of them."""
-        place_BT = torch.from_numpy(self.start[position_B]).unsqueeze(-1) + step_BT
-        return place_BT if self.slot is None else torch.from_numpy(self.slot[place_BT.numpy()])
+            sums[n] = zlib.crc32(column[start : start + length + 1], sums[n])
+    return np.array(sums, "<u4")
 
 
 class TrialTable:
@@ -151,7 +129,7 @@ class TrialTable:
             fail(f"{file} must have {expected} bytes, it has {size}")
         self._memory = np.asarray(np.memmap(file, ENTRY, "r+" if writable else "r"))
         self._counters, self.ring = self._memory[:1].view("<u8")[:2], self._memory[1:]
-        self._known = Trials()
+        self._known = Trials(entries=self.ring[:0])
         self.look()
 
     @classmethod
@@ -172,11 +150,6 @@ class TrialTable:
             fail(f"{self.file} has a counter that has changed")
         return numbers
 
-    def written(self) -> int:
-        """Return the number of steps written so far, including those of evicted trials."""
-        end = self.counters()[1]  # the last entry is in the ring even if its trial was evicted
-        return int(self._read(max(end - 1, 0), end)[0]["stop"].sum())
-
     def look(self) -> Trials:
         """Return the trials that are there now."""
         while True:
@@ -190,9 +163,10 @@ class TrialTable:
             start, length = (entries[name].astype(np.int64) for name in ("first", "length"))
             fits = len(entries) == end - begin and length.sum() <= self.capacity
             if is_intact and fits:
-                num_rows = int((start + length + 1).max(initial=0))
-                number = np.arange(begin, end)
-                self._known = Trials(end, number, start, length, None, entries, num_rows)
+                # The last entry is in the ring even if its trial was evicted.
+                written = int(self._read(max(end - 1, 0), end)[0]["stop"].sum())
+                num_rows, number = int((start + length + 1).max(initial=0)), np.arange(begin, end)
+                self._known = Trials(end, number, start, length, None, entries, num_rows, written)
             elif begin == self.counters()[0]:  # else some were evicted between the two looks
                 fail(f"{self.file} has {'trials that overlap' if is_intact else 'changed'}")
 
@@ -206,7 +180,7 @@ class TrialTable:
         """Find rows for new trials, under the writers' lock: entries, and the oldest that stays."""
         trials, new = self.look(), np.zeros(len(lengths), ENTRY)
         begin, old = trials.seen - len(trials.entries), trials.entries
-        new["length"], new["stop"] = lengths, self.written() + np.cumsum(lengths)
+        new["length"], new["stop"] = lengths, trials.written + np.cumsum(lengths)
         last_K = np.cumsum(new["length"] + 1)
         first, num_rows = old["first"], int(last_K[-1])
         oldest = np.searchsorted(old["stop"] - old["length"], new["stop"][-1] - self.capacity)

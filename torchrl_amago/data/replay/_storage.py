@@ -6,22 +6,14 @@
     trials/rows/         the rows of all trials, one file for each entry (see _layout)
     trials/table.bin     which trials are there (see _layout)
     lock, queue          held while trials are written or read, and before that
-
-A write evicts the trials that must make room, copies the new rows, then announces the new trials.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import reprlib
-import shutil
 import sys
-import weakref
-from collections import defaultdict, deque
-from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 from urllib.parse import quote
@@ -33,16 +25,17 @@ from torch import Tensor
 from torchrl.data import LazyMemmapStorage
 
 from torchrl_amago import _files as files
+from torchrl_amago._cpu import ReusedMemory
+from torchrl_amago._facts import check_same
 from torchrl_amago._validation import check_choice, check_counts
+from torchrl_amago.data._trials import Trials
 from torchrl_amago.data.replay import _layout as layout
-from torchrl_amago.data.replay._layout import Trials, TrialTable, fail
+from torchrl_amago.data.replay._layout import TrialTable, fail
 
 Mode = Literal["create", "continue", "read"]
 
 _FORMAT = "torchrl_amago trials 4"
 _CLAIM = 1 << 16  # disk space is claimed in pieces of at least so many bytes a file
-_SMALLEST_BLOCK = 1 << 16  # bytes of an entry of a sample whose memory is used again
-_NUM_BLOCKS = 4  # of each entry: batches in use and drawn ahead, whole trials that are relabelled
 
 
 class TrialStorage(LazyMemmapStorage):
@@ -54,10 +47,9 @@ class TrialStorage(LazyMemmapStorage):
 
     def __init__(self, capacity=None, *, path=None, mode: Mode = "create", flush=False) -> None:
         check_choice("mode", mode, get_args(Mode))
-        given, path = path, files.temporary_folder(self, "trials_") if path is None else Path(path)
-        self.path, self.mode, self.flush = path.absolute(), mode, flush
-        self._here, self._inode = self.path / "trials", None
-        self._blocks = defaultdict(partial(deque, maxlen=_NUM_BLOCKS))
+        folder = files.temporary_folder(self, "trials_") if path is None else Path(path)
+        self.path, self.mode, self.flush = folder.absolute(), mode, flush
+        self._here, self._inode, self._memory = self.path / "trials", None, ReusedMemory()
         if mode != "read":
             files.make_writable(self.path)
         with self.lock():
@@ -67,12 +59,11 @@ class TrialStorage(LazyMemmapStorage):
             if mode == "create" and found.get("entries"):
                 rule = f"a new replay buffer needs a folder without one, not {self.path}."
                 raise FileExistsError(f"{rule} Choose another, mode='continue' or mode='read'.")
-            if mode != "create" and (given is None or (mode == "read" and not found)):
-                rule = (
-                    f"mode={mode!r} needs the path of a folder with trials, and {given} has none."
+            if (mode != "create" and path is None) or (mode == "read" and not found):
+                raise FileNotFoundError(
+                    f"mode={mode!r} needs the path of a folder with trials, and {path} has none. "
+                    "Check the path; mode='continue' accepts a folder that has no trials yet."
                 )
-                remedy = "mode='continue' accepts a folder that has no trials yet."
-                raise FileNotFoundError(f"{rule} Check the path; {remedy}")
             capacity = found.get("capacity") if capacity is None else capacity
             check_counts("It is the number of steps to keep.", capacity=capacity)
             super().__init__(capacity, scratch_dir=self._here / "rows", auto_cleanup=False)
@@ -83,18 +74,11 @@ class TrialStorage(LazyMemmapStorage):
                 self._create({})
             self.table()
 
-    @contextlib.contextmanager
-    def lock(self, writes: bool = False) -> Iterator[None]:
+    def lock(self, writes: bool = False) -> contextlib.AbstractContextManager[None]:
         """Keep other processes from writing; in mode="read", they may read."""
         if writes and self.mode == "read":
             raise PermissionError(f"mode='read' can't write to {self.path}. Use mode='continue'.")
-        queue, shared = self.path / "queue", self.mode == "read"
-        with contextlib.ExitStack() as held:
-            if not shared or queue.exists():  # else nobody has opened the folder for writing
-                # A process that waits for the lock is first in the queue: readers can't starve it.
-                with files.lock(queue, shared=shared):
-                    held.enter_context(files.lock(self.path / "lock", shared=shared))
-            yield
+        return files.folder_lock(self.path, shared=self.mode == "read")
 
     def table(self) -> TrialTable:
         """Return the table of the trials that are there now."""
@@ -108,10 +92,9 @@ class TrialStorage(LazyMemmapStorage):
 
     def _open(self, file: Path) -> None:
         found = files.read_json(self._here / "schema.json")
-        if (facts := {key: found.get(key) for key in self._facts}) != self._facts:
-            remedy = "(None takes it), and the version of torchrl_amago and processor of then."
-            rule = f"{self.path} must be of {self._facts}, got {facts}."
-            raise ValueError(f"{rule} Use its capacity {remedy}")
+        facts = {name: found.get(name) for name in self._facts}
+        remedy = "Use its capacity (None takes it), and the version and processor of then."
+        check_same(self.path, facts, self._facts, "format, byte order and capacity", remedy)
         table = TrialTable(file, self.max_size, self.mode != "read")
         spec = {tuple(key): text for key, text in found["entries"]}
         # By the checked schema alone: tensordict's own metadata could make it unpickle something.
@@ -141,10 +124,8 @@ class TrialStorage(LazyMemmapStorage):
 
     def _create(self, spec: layout.Spec) -> TrialTable:
         """Start without trials; the files take no disk space until they are filled."""
-        needed = self.max_size * sum(x.nbytes for x in layout.empty_row(spec).values())
-        with files.explain_full_disk(self.path, needed):
-            if shutil.disk_usage(self.path).free < needed:
-                raise OSError(errno.ENOSPC, f"no room for capacity={self.max_size} steps")
+        row = layout.empty_row(spec).values()
+        files.check_space(self.path, self.max_size * sum(x.nbytes for x in row))
         self._write_folder(self._here, None, spec)
         return self.table()
 
@@ -173,7 +154,7 @@ class TrialStorage(LazyMemmapStorage):
         with self.lock(writes=True):
             table = self.table()
             table = table if self.spec else self._create(spec)
-            layout.check_same(self.spec, spec, self.path)
+            check_same(self.path, self.spec, spec, *layout.ENTRIES)
             trials, begin = table.place(lengths)
             first = int(trials["first"][0])
             stop = first + len(rows)
@@ -209,16 +190,9 @@ class TrialStorage(LazyMemmapStorage):
 
     def trials(self) -> Trials:
         """Return the trials that are there now, by the rows where they begin."""
-        trials = self.table().look()
-        if len(trials.entries) and trials.num_rows > len(self._storage):
+        while (trials := self.table().look()).num_rows > len(self._storage):
             self._inode = None  # others write to a saved folder, whose files have grown
-            return self.trials()
         return trials
-
-    @property
-    def written(self) -> int:
-        """Steps written so far, by all processes."""
-        return self.table().written()
 
     def get(self, row: Any, keys: Any = None, *, reuse: bool = False) -> TensorDict:
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
@@ -231,22 +205,10 @@ class TrialStorage(LazyMemmapStorage):
             # Single numbers as a vector: three times as fast.
             values = stored.reshape(-1) if stored.numel() == len(stored) else stored
             size = here.shape + values.shape[1:]
-            memory = self._memory(key, size, values.dtype) if reuse else None
+            memory = self._memory.take(key, size, values.dtype) if reuse else None
             found = torch.index_select(values, 0, after if is_twice else here, out=memory)
             out.set(key, found.reshape(row.shape + stored.shape[1:]))
         return out
-
-    def _memory(self, key: layout.Key, shape: torch.Size, dtype: torch.dtype) -> Tensor | None:
-        """Return memory to which no tensor refers; None for so little that new one is as fast."""
-        size, blocks = shape.numel() * dtype.itemsize, self._blocks[key]
-        if size < _SMALLEST_BLOCK:
-            return None
-        block = next((x for x in blocks if x[1]() is None and len(x[0]) >= size), None)
-        if block is None:
-            blocks.append(block := [np.empty(size, np.uint8), None])
-        used = block[0][:size]  # lives as long as the tensor's storage, which views share
-        block[1] = weakref.ref(used)
-        return torch.from_numpy(used).view(dtype).view(shape)
 
     def __getitem__(self, index: Any) -> TensorDict:
         """Read steps by their places among those stored: integers, a slice, or a mask."""
@@ -275,11 +237,12 @@ class TrialStorage(LazyMemmapStorage):
     def loads(self, path: str | Path) -> None:
         """Load a folder of :meth:`dumps` at once; raise ValueError if it doesn't fit."""
         saved = TrialStorage(self.max_size, path=path, mode="read", flush=self.flush)
-        is_here = saved.path == self.path
-        with self.lock(writes=True), contextlib.nullcontext() if is_here else saved.lock():
+        with self.lock(writes=True):
             self.table()
-            layout.check_same(saved.spec, self.spec, path)
-            saved._write_folder(self._here, saved.table(), saved.spec)
+            if saved.spec and self.spec:
+                check_same(path, saved.spec, self.spec, *layout.ENTRIES)
+            if saved.path != self.path:
+                saved.dumps(self.path)
 
     def _empty(self) -> None:
         with self.lock(writes=True):
@@ -287,7 +250,7 @@ class TrialStorage(LazyMemmapStorage):
             self._create(self.spec)
 
     def state_dict(self) -> NoReturn:
-        raise NotImplementedError("stored trials are saved to folders. Use save_replay, or dumps.")
+        raise NotImplementedError("stored trials are saved to folders. Use dumps.")
 
     def __getstate__(self) -> dict[str, Any]:
         mode = "read" if self.mode == "read" else "continue"
@@ -295,8 +258,6 @@ class TrialStorage(LazyMemmapStorage):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if not state["path"].is_dir():
-            remedy = "temporary folders go with their owner. Make the buffer with path=."
-            raise FileNotFoundError(
-                f"pickled trials must be there, {state['path']} isn't: {remedy}"
-            )
+            rule = f"pickled trials must be there, and {state['path']} isn't. Temporary folders go"
+            raise FileNotFoundError(f"{rule} with their owner. Make the buffer with path=.")
         self.__init__(**state)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,18 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor
 from torchrl.data import Storage, TensorDictReplayBuffer
-from torchrl.data.replay_buffers import ImmutableDatasetWriter
 from torchrl.envs import Transform
 
 from torchrl_amago import _files as files
 from torchrl_amago import keys
+from torchrl_amago._facts import check_same
 from torchrl_amago._validation import check_counts
-from torchrl_amago.data._trial_ends import trial_lengths
+from torchrl_amago.data._trials import Trials, trial_lengths
 from torchrl_amago.data.relabel.base import Relabel
-from torchrl_amago.data.replay._layout import Trials
 from torchrl_amago.data.replay._storage import Mode, TrialStorage
 from torchrl_amago.data.replay.sampler import TrialSliceSampler
 
-_FORMAT = "torchrl_amago replay 4"
+_FORMAT = "torchrl_amago replay 5"
 _PARTS = ("storage", "sampler", "writer")
 
 
@@ -49,9 +47,8 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         # RayReplayBuffer passes a function that makes the storage.
         storage = storage if isinstance(storage, Storage) else storage()
         self.relabel, self._is_ours = relabel, isinstance(storage, TrialStorage)
-        if self._is_ours:
-            options["writer"] = ImmutableDatasetWriter()  # trials are written whole, by extend
         super().__init__(storage=storage, **options)
+        self._facts = {"format": _FORMAT, "kind": type(self).__name__}
 
     def append_transform(self, transform: Transform, **options: Any) -> TrialReplayBuffer:
         """Append a transform of slices, or a relabeller as :meth:`insert_transform` does."""
@@ -104,11 +101,10 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Remove all trials, and restart the count."""
-        if not self._is_ours:
-            return super().empty(empty_write_count)
         with self._replay_lock, self._write_lock:
-            self.storage._empty()
+            self.storage._empty()  # first: it may raise
             self.sampler._empty()
+            self.writer._empty(empty_write_count)
 
     set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
 
@@ -122,7 +118,7 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     def write_count(self) -> int:
         """Number of steps written so far, by all processes."""
         with self._replay_lock:
-            return self.storage.written if self._is_ours else super().write_count
+            return self.storage.trials().written if self._is_ours else super().write_count
 
     def newest(self, count: int) -> TensorDictBase:
         """Return the last steps ``[n]``, at most `count`, in the order of writing."""
@@ -171,24 +167,46 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
     update_tensordict_priority = update_priority
 
     def dumps(self, path: str | Path) -> None:
-        """Write trials, priorities and generator to a folder, without batches drawn ahead."""
-        (path := Path(path)).mkdir(parents=True, exist_ok=True)
-        with self._replay_lock, self._write_lock:
-            for name in _PARTS:
-                getattr(self, name).dumps(path / name)
-            state = None if self._rng is None else self._rng.get_state().tolist()
-        (path / "generator.json").write_text(json.dumps(state))
+        """Write trials, priorities and generator to a folder, which replaces an older one at once.
+
+        Batches drawn ahead are not saved. Of a mixture, save its buffer ``online``.
+
+        Raises:
+            FileExistsError: if `path` exists and is neither empty nor a replay folder.
+            OSError: if the disk is full; the folder stays as it was.
+        """
+        path = Path(path)
+        is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+        if is_taken and not (path / files.MANIFEST).exists():
+            rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
+            raise FileExistsError(f"{rule} Choose another path, or remove it.")
+        with files.replace_folder(path) as folder:
+            with self._replay_lock, self._write_lock:
+                for name in _PARTS:
+                    getattr(self, name).dumps(folder / name)
+                state = None if self._rng is None else bytes(self._rng.get_state().tolist()).hex()
+            files.write_manifest(folder, {"facts": self._facts, "generator": state})
 
     def loads(self, path: str | Path) -> None:
-        """Load what :meth:`dumps` wrote; on a ValueError, nothing is changed."""
+        """Replace the content by what :meth:`dumps` wrote; on an error, it stays.
+
+        Raises:
+            DamagedError: if a file is missing, changed or unlisted; a :class:`RuntimeError`.
+            ValueError: if the saved buffer was made with other arguments than this one.
+        """
+        if not (path := Path(path)).exists():
+            files.recover(path.parent, path.name)  # a crash fell between the renames of dumps
+        manifest, facts = files.verify_manifest(path), self._facts
+        remedy = "Use that version of torchrl_amago, and the buffer of then."
+        check_same(path, manifest.get("facts", {}), facts, "format and kind", remedy)
         with self._futures_lock:
             self._clear_prefetch_queue_locked()
             with self._replay_lock, self._write_lock:
                 for name in _PARTS:
-                    getattr(self, name).loads(Path(path, name))
-        if (state := json.loads(Path(path, "generator.json").read_text())) is not None:
+                    getattr(self, name).loads(path / name)
+        if (state := manifest["generator"]) is not None:
             self.set_rng(torch.Generator())
-            self._rng.set_state(torch.tensor(state, dtype=torch.uint8))
+            self._rng.set_state(torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8))
 
 
 def make_trial_buffer(
@@ -245,37 +263,3 @@ def make_trial_buffer(
         storage.verify()
     draws = dict(batch_size=batch_size, prefetch=prefetch, generator=generator)
     return TrialReplayBuffer(storage=storage, sampler=sampler, relabel=relabel, **draws)
-
-
-def save_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Write trials, priorities and generator to a folder, which replaces an older one at once.
-
-    With `prefetch`, batches drawn ahead are not saved. Of a mixture, save its buffer ``online``.
-
-    Raises:
-        FileExistsError: if `path` exists and is something else than a replay folder.
-        OSError: if the disk is full; the folder stays as it was.
-    """
-    if (path := Path(path)).exists() and not (path / files.MANIFEST).exists():
-        rule = f"save_replay replaces only replay folders, and {path} has no {files.MANIFEST}."
-        raise FileExistsError(f"{rule} Choose another path, or remove it.")
-    with files.replace_folder(path) as folder:
-        rb.dumps(folder)
-        files.write_manifest(folder, {"format": _FORMAT, "kind": type(rb).__name__})
-
-
-def load_replay(rb: TrialReplayBuffer, path: str | Path) -> None:
-    """Replace a buffer's content by what :func:`save_replay` wrote; on an error, it stays.
-
-    Raises:
-        DamagedError: if a file is missing, changed or not the buffer's; a :class:`RuntimeError`.
-        ValueError: if the saved buffer was made with other arguments than this one.
-    """
-    if not (path := Path(path)).exists():
-        files.recover(path.parent, path.name)  # a crash fell between save_replay's two renames
-    manifest = files.verify_manifest(path)
-    saved, wanted = (manifest.get("format"), manifest.get("kind")), (_FORMAT, type(rb).__name__)
-    if saved != wanted:
-        rule = f"{path} must be of the format and kind {wanted}, got {saved}."
-        raise ValueError(f"{rule} Use that version of torchrl_amago, and the buffer of then.")
-    rb.loads(path)

@@ -16,8 +16,7 @@ from torchrl.data.replay_buffers import Sampler
 
 from torchrl_amago import keys
 from torchrl_amago._validation import check_choice, check_counts, check_fractions
-from torchrl_amago.data._trial_ends import trial_ends
-from torchrl_amago.data.replay._layout import Trials
+from torchrl_amago.data._trials import Trials, find_trials
 from torchrl_amago.data.replay._storage import TrialStorage
 
 Padding = Literal["right", "left"]
@@ -104,8 +103,8 @@ class TrialSliceSampler(Sampler):
         step_BT, mask_BT = self.windows(length_B)
         info = {key: x_B.unsqueeze(-1).expand(mask_BT.shape) for key, x_B in info_B.items()}
         if changed_BL is not None:
-            row_B1 = torch.arange(batch_size).unsqueeze(-1)
-            place = (step_BT + changed_BL.get(keys.MASK).shape[1] * row_B1).flatten()
+            first_B = changed_BL.shape[1] * torch.arange(batch_size)
+            place = (first_B.unsqueeze(-1) + step_BT).flatten()
             for key, x_BL in changed_BL.items(True, True):
                 found = x_BL.flatten(0, 1).index_select(0, place)
                 info[key] = found.unflatten(0, step_BT.shape)
@@ -120,60 +119,13 @@ class TrialSliceSampler(Sampler):
         if isinstance(storage, TrialStorage):
             return storage.trials()
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
-            got = f"{type(storage).__name__} of ndim={storage.ndim}"
-            raise TypeError(
-                f"trials need LazyMemmapStorage or LazyTensorStorage, ndim=1, got {got}"
-            )
+            rule = "trials need LazyMemmapStorage or LazyTensorStorage, ndim=1"
+            raise TypeError(f"{rule}, got {type(storage).__name__} of ndim={storage.ndim}")
         # TorchRL 0.14 has no public names for what was written last.
-        newest = storage._last_cursor_index
-        version = id(storage), len(storage), int(storage._mutation_revision), newest
+        version = id(storage), len(storage), storage._mutation_revision, storage._last_cursor_index
         if self._found[0] != version:
-            self._found = version, self._find(storage, newest)
+            self._found = version, find_trials(storage, self.traj_key, self.whole)
         return self._found[1]
-
-    def _find(self, storage: TensorStorage, newest: int | None) -> Trials:
-        """Find the trials in one of TorchRL's one-dimensional storages, by its newest slot.
-
-        Without ``is_init``, trials must lie side by side, and the oldest one of a full ring counts
-        as cut; without flags, all trajectories but the newest step's count as finished.
-        """
-        if not (size := len(storage)):
-            return Trials()
-        data = storage[:]
-        if data.ndim > 1:
-            remedy = "Use TrialCollector, trajs_per_batch=1, or postproc=lambda x: x.reshape(-1)."
-            raise ValueError(
-                f"each item of the storage must be one step, and is a batch {[*data.shape[1:]]} of "
-                f"steps. {remedy}"
-            )
-        marks = data.get(self.traj_key, None), trial_ends(data), data.get(keys.IS_INIT, None)
-        marks = (x if x is None else x.cpu().reshape(size, -1)[:, 0].numpy() for x in marks)
-        ids, ends, init = marks
-        if ids is None and ends is None:
-            got = f"there are only {sorted(map(str, data.keys(True, True)))}. Store one of them."
-            flags = "'done', 'terminated' or 'truncated' under 'next'"
-            raise KeyError(f"trials need {self.traj_key!r}, or {flags}, and {got}")
-        ids = np.zeros(size, np.int64) if ids is None else ids
-        if newest is None:  # after loading: any place where a trajectory ends will do
-            newest = int(np.argmax(np.append(ids[:-1] != ids[1:], True)))
-        is_full = size == storage.max_size
-        slot = np.roll(np.arange(size), -(newest + 1) if is_full else 0)
-        order = np.argsort(ids[slot], kind="stable")
-        slot = slot[order]
-        ids, ends, init = (x if x is None else x[slot] for x in (ids, ends, init))
-        begins = np.append(True, ids[1:] != ids[:-1])
-        begins[1:] |= False if ends is None else ends[:-1]
-        begins |= False if init is None else init
-        start = np.flatnonzero(begins)
-        length = np.diff(start, append=size)
-        if self.whole:
-            newest_id, last = ids[order.argmax()], start + length - 1
-            is_ended = ids[start] != newest_id if ends is None else ends[last]
-            is_begun = init[start] if init is not None else (order[start] > 0) | (not is_full)
-            start, length = start[is_ended & is_begun], length[is_ended & is_begun]
-        # Unique as long as the trajectories' numbers are: slots alone are used again.
-        number = ids[start] * storage.max_size + slot[start]
-        return Trials(len(start), number, start, length, slot)
 
     def draw(self, trials: Trials, batch_size: int) -> tuple[np.ndarray, dict[str, Tensor]]:
         """Draw trials with replacement: positions, then numbers and importance weights ``[B]``."""
@@ -214,13 +166,12 @@ class TrialSliceSampler(Sampler):
         """Return the cumulative weights of trials."""
         if trials is not self._weighted:
             if self.sample_by == "steps":
-                self._weights = self._step_fraction(trials.length)
+                weights = self._step_fraction(trials.length)
             else:  # those that are still there keep their weights
                 weights = np.full(len(trials.number), self._largest**self.alpha)
-                _, new, old = np.intersect1d(trials.number, self._numbers, True, True)
+                _, new, old = np.intersect1d(trials.number, self._weighted.number, True, True)
                 weights[new] = self._weights[old]
-                self._numbers, self._weights = trials.number, weights
-            self._weighted, self._running = trials, np.cumsum(self._weights)
+            self._weighted, self._weights, self._running = trials, weights, np.cumsum(weights)
         return self._running
 
     def _step_fraction(self, length: np.ndarray) -> np.ndarray:
@@ -267,13 +218,13 @@ class TrialSliceSampler(Sampler):
 
     def state_dict(self) -> dict[str, Any]:
         """Return priorities, as plain numbers and lists."""
-        trials = {"numbers": self._numbers.tolist(), "weights": self._weights.tolist()}
+        trials = {"numbers": self._weighted.number.tolist(), "weights": self._weights.tolist()}
         return {"warn_short": self._warn_short, "largest": self._largest} | trials
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._empty()
         self._warn_short, self._largest = state_dict["warn_short"], state_dict["largest"]
-        self._numbers = np.array(state_dict["numbers"], np.int64)
+        self._weighted = Trials(number=np.array(state_dict["numbers"], np.int64))
         self._weights = np.array(state_dict["weights"], np.float64)
 
     def dumps(self, path: str | Path) -> None:
@@ -284,8 +235,8 @@ class TrialSliceSampler(Sampler):
         self.load_state_dict(json.loads(Path(path, _STATE_FILE).read_text()))
 
     def _empty(self) -> None:
-        self._weighted, self._found = None, (None, None)
-        self._numbers, self._weights, self._largest = np.empty(0, np.int64), np.empty(0), 1.0
+        self._found = None, None  # what the trials depend on, and the trials
+        self._weighted, self._weights, self._largest = Trials(), np.empty(0), 1.0
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_found": (None, None), "_weighted": None}
+        return super().__getstate__() | {"_found": (None, None)}
