@@ -6,7 +6,7 @@ from tensordict import TensorDict
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 
 from torchrl_amago._state_file import load_state, save_state
-from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers import TrialMonitor
 
@@ -100,8 +100,13 @@ def test_trials_in_progress_are_saved(monitor, tmp_path):
 
 
 @pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
-def test_a_stock_buffer_s_newest_steps_are_read_off_its_ring(tmp_path, storage):
-    rb = TensorDictReplayBuffer(storage=storage(8), batch_size=2)
+@pytest.mark.parametrize("own", [False, True], ids=["stock", "TrialReplayBuffer"])
+def test_the_newest_steps_in_stock_storages_are_read_off_the_ring(tmp_path, storage, own):
+    rb = (
+        TrialReplayBuffer(storage=storage(8), sampler=TrialSliceSampler(4), batch_size=2)
+        if own
+        else TensorDictReplayBuffer(storage=storage(8), batch_size=2)
+    )
     monitor = TrialMonitor(rb, MetricWindow(), tmp_path)
     for gain in (1.0, 2.0, 3.0, 4.0):
         rb.extend(trial([gain] * 3))

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tensordict import NestedKey, TensorDictBase
 from torch import Tensor
-from torchrl.data import TensorStorage
+from torchrl.data import ReplayBuffer, TensorStorage
 
 from torchrl_amago import keys
 
@@ -111,3 +111,11 @@ def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> Tri
     # Unique as long as the trajectories' numbers are: slots alone are used again.
     number = ids[start] * storage.max_size + slot[start]
     return Trials(len(start), number, start, length, slot)
+
+
+def newest_steps(buffer: ReplayBuffer, count: int) -> TensorDictBase:
+    """Read the steps ``[n]`` that were written last, at most `count`, in the order of writing."""
+    storage, written, count = buffer.storage, buffer.write_count, min(count, len(buffer))
+    if hasattr(storage, "trials"):  # a folder of trials has its own order, and forgets whole ones
+        return storage[len(buffer) - count :]
+    return storage.get(torch.arange(written - count, written) % storage.max_size)

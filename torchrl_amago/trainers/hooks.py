@@ -14,6 +14,7 @@ from torchrl.data import ReplayBuffer
 from torchrl.trainers import Trainer, TrainerHookBase
 
 from torchrl_amago import keys
+from torchrl_amago.data._trials import newest_steps
 from torchrl_amago.evaluation import Evaluator, evaluation_metrics, run_evaluator
 from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers.nonfinite import check_data
@@ -101,16 +102,11 @@ class TrialMonitor(TrainerHookBase):
 
     def update(self) -> None:
         """Read the new steps into the window."""
-        buffer, written = self.replay_buffer, self.replay_buffer.write_count
+        written = self.replay_buffer.write_count
         count, self.seen = written - self.seen, written
         if count <= 0:
             return
-        if hasattr(buffer, "newest"):
-            steps = buffer.newest(count)
-        else:  # a ring of steps; those that have been overwritten already are lost
-            storage = buffer.storage
-            place = torch.arange(written - min(count, len(storage)), written) % storage.max_size
-            steps = storage.get(place)
+        steps = newest_steps(self.replay_buffer, count)  # not those that are overwritten already
         check_data(steps, Path(self.run_dir), "collected observations and rewards")
         done = steps.get(("next", "done")).reshape(-1)
         ended = self._ended_trials(steps, done)

@@ -120,10 +120,6 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
         with self._replay_lock:
             return self.storage.trials().written if self._is_ours else super().write_count
 
-    def newest(self, count: int) -> TensorDictBase:
-        """Return the last steps ``[n]``, at most `count`, in the order of writing."""
-        return self[-count:] if count > 0 else self[:0]
-
     def _sample(self, batch_size: int) -> tuple[TensorDictBase, dict]:
         lock = self.storage.lock() if self._is_ours else contextlib.nullcontext()
         relabel = None if self.relabel is None else self._relabel
