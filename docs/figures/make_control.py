@@ -1,7 +1,7 @@
-"""Draw cart_pole.png, pendulum.png and acrobot.png: greedy returns of all seeds.
+"""Draw the pictures of docs/results.md on control, such as cart_pole.png: returns of all seeds.
 
-Train with the commands of docs/results.md into runs/cart_pole_SEED, runs/pendulum_SEED and
-runs/acrobot_SEED; then `python docs/figures/make_control.py runs`.
+Train with its commands into runs/cart_pole_SEED, runs/pendulum_SEED and so on; then
+`python docs/figures/make_control.py runs`.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ TASKS = {
     "cart_pole": ("CartPole without velocities", 500.0, "most possible"),
     "pendulum": ("Pendulum", -150.0, "good control"),
     "acrobot": ("Acrobot", -72.1, "RL Zoo's DQN"),
+    "mountain_car": ("Mountain Car", -110.0, "solved"),
+    "lunar_lander": ("LunarLander", 200.0, "solved"),
 }
 
 
