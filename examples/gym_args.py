@@ -48,10 +48,9 @@ class GymArgs(TrainingArgs):
     noise_steps: float = 32.0
     """Largest mean number of steps over which random actions are held, to get further by chance;
     each trial draws its own, half of them less than six."""
-    final_noise: float = 0.3
+    final_noise: float = 1.0
     """Largest fraction of random actions once exploration has faded; each trial draws its own, up
-    to this. With several episodes it falls to a fifth within a trial. Larger ones meet rare goals
-    more often, but targets of several steps then say what chance leads to."""
+    to this. With several episodes it falls to a fifth within a trial."""
 
     def policy_options(self, **seq_model_options: Any) -> dict[str, Any]:
         """Arguments of `make_policy`, see :meth:`TrainingArgs.policy_options`."""
