@@ -109,8 +109,7 @@ def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> Tri
         is_whole = init[start] & ends[start + length - 1]
         start, length = start[is_whole], length[is_whole]
     # Unique as long as the trajectories' numbers are: slots alone are used again.
-    number = ids[start] * storage.max_size + slot[start]
-    return Trials(len(start), number, start, length, slot)
+    return Trials(len(start), ids[start] * storage.max_size + slot[start], start, length, slot)
 
 
 def newest_steps(buffer: ReplayBuffer, count: int) -> TensorDictBase:

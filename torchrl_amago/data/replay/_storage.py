@@ -216,8 +216,7 @@ class TrialStorage(LazyMemmapStorage):
             trials = self.trials()
             shift = trials.start - np.cumsum(trials.length) + trials.length
             row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
-            row = row[index if isinstance(index, slice) else np.asarray(index)]
-            return self.get(row)
+            return self.get(row[index if isinstance(index, slice) else np.asarray(index)])
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())
