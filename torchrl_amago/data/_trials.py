@@ -34,7 +34,7 @@ class Trials(NamedTuple):
 def trial_ends(steps: TensorDictBase) -> Tensor | None:
     """Find the steps ``[N]`` that end their trial: bool ``[N]``, or None without any flag."""
     flags = [steps.get(("next", key), None) for key in ("done", "terminated", "truncated")]
-    flags = [flag.reshape(len(steps), -1).any(-1) for flag in flags if flag is not None]
+    flags = [flag.unsqueeze(-1).flatten(1).any(-1) for flag in flags if flag is not None]
     return torch.stack(flags).any(0) if flags else None
 
 

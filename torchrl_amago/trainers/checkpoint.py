@@ -25,7 +25,6 @@ from torchrl_amago import _files as files
 from torchrl_amago._facts import as_json, check_same, facts, policy_settings
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
-from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.modules.weights import save_policy
 from torchrl_amago.progress import PROGRESS_FILE
 
@@ -73,7 +72,7 @@ class CheckpointStore:
         with files.replace_folder(final) as folder:
             save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
-            if isinstance(buffer, TrialReplayBuffer) or (buffer is not None and len(buffer)):
+            if buffer is not None and (hasattr(buffer.storage, "trials") or len(buffer)):
                 buffer.dumps(folder / REPLAY)
             numbers = {"format_version": FORMAT_VERSION, "update": update, "sequence": sequence}
             versions = {name: version(name) for name in ("torch", "torchrl", "tensordict")}

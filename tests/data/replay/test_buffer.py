@@ -55,6 +55,17 @@ def test_transforms_may_work_in_place_on_batches_only():
     assert (rb.storage[:]["nested", "state"][:, 0] == count[:-1]).all()
 
 
+def test_every_step_of_a_batch_has_its_own_memory():
+    rb = make_trial_buffer(40, slice_length=4, batch_size=3, sample_by="priority")
+    rb.extend(make_trial(4, 10))
+    batch = rb.sample()
+    batch["index"][0, 0] = 7
+    batch["priority_weight"][0, 0] = 8.0
+    assert (batch["index"].flatten()[1:] == 0).all()
+    assert (batch["priority_weight"].flatten()[1:] == 1.0).all()
+    assert batch.view(-1).shape == (12,)
+
+
 def test_stored_trials_do_not_change_in_place():
     rb = make_trial_buffer(40, slice_length=4, batch_size=3)
     rb.extend(make_trial(4, 10))
@@ -240,6 +251,8 @@ def test_other_than_whole_trials_raises():
         rb.extend(trial.exclude(("next", "done")))
     with pytest.raises(ValueError, match=r"got steps \[1, 5\]"):
         rb.extend(trial.unsqueeze(0))
+    with pytest.raises(ValueError, match=r"got steps \[0\] and lengths \[\]"):
+        rb.extend(trial[:0])
     with pytest.raises(TypeError, match="Write new ones with extend"):
         rb.add(trial[0])
     assert rb.write_count == 0
