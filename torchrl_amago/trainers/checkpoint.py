@@ -131,7 +131,7 @@ def check_no_existing_run(run_dir: str | Path) -> None:
 
 def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
     """Return a trainer's settings, which a resumed run must share, and its options."""
-    collector, stepper = trainer.collector, trainer.stepper
+    collector, stepper, sampler = trainer.collector, trainer.stepper, trainer.online_buffer.sampler
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     tau, env = getattr(trainer.target_updater, "eps", None), getattr(collector, "env", None)
     settings = {
@@ -147,11 +147,13 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         **{f"{name}_interval": value for name, value in asdict(trainer.intervals).items()},
         "learning_rate": max(getattr(trainer.scheduler, "base_lrs", rates)),
         **{x: getattr(stepper, x) for x in ("clip_norm", "clip_each", "precision")},
+        **{x: getattr(sampler, x, None) for x in ("slice_length", "crop", "sample_by")},
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
         "ranks": trainer.ranks.size,
         "num_envs": None if env is None else env.batch_size.numel(),
         "frames_per_batch": getattr(collector, "requested_frames_per_batch", None),
+        "fragment_length": getattr(collector, "fragment_length", None),
         **trainer.options,
     }
     return {"settings": as_json(settings), "options": as_json(options)}

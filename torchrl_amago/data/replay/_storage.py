@@ -153,6 +153,7 @@ class TrialStorage(LazyMemmapStorage):
         rows = layout.pack(entries, lengths)
         with self.lock(writes=True):
             table = self.table()
+            os.stat(table.file)  # raises if it was deleted: nothing of the write would stay
             table = table if self.spec else self._create(spec)
             check_same(self.path, self.spec, spec, *layout.ENTRIES)
             trials, begin = table.place(lengths)
