@@ -102,8 +102,9 @@ def test_prefetched_batches_are_like_the_others():
     rb.shutdown()
 
 
-def test_emptying_the_buffer_forgets_the_trials():
-    rb = make_trial_buffer(100, 4, 8, warn_short=False)
+@pytest.mark.parametrize("prefetch", [None, 3])
+def test_emptying_the_buffer_forgets_the_trials(prefetch):
+    rb = make_trial_buffer(100, 4, 8, warn_short=False, prefetch=prefetch)
     rb.extend(torch.cat(make_trials([4, 5])))
     rb.sample()
     rb.empty()
@@ -111,6 +112,7 @@ def test_emptying_the_buffer_forgets_the_trials():
     assert len(rb) == 0
     rb.extend(make_trial(3, first_id=50))
     assert {tuple(row) for row in rows(rb.sample())} == {(50, 51, 52)}
+    rb.shutdown()
 
 
 def test_a_pickled_buffer_is_the_same_folder():

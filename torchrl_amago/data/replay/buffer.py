@@ -101,10 +101,12 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Remove all trials, and restart the count."""
-        with self._replay_lock, self._write_lock:
-            self.storage._empty()  # first: it may raise
-            self.sampler._empty()
-            self.writer._empty(empty_write_count)
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+            with self._replay_lock, self._write_lock:
+                self.storage._empty()  # first: it may raise
+                self.sampler._empty()
+                self.writer._empty(empty_write_count)
 
     set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
 
