@@ -174,11 +174,11 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             OSError: if the disk is full; the folder stays as it was.
         """
         path = Path(path)
-        is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
-        if is_taken and not (path / files.MANIFEST).exists():
-            rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
-            raise FileExistsError(f"{rule} Choose another path, or remove it.")
         with files.replace_folder(path) as folder:
+            is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+            if is_taken and not (path / files.MANIFEST).exists():
+                rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
+                raise FileExistsError(f"{rule} Choose another path, or remove it.")
             with self._replay_lock, self._write_lock:
                 for name in _PARTS:
                     getattr(self, name).dumps(folder / name)
