@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -219,3 +220,35 @@ def test_the_death_of_its_holder_releases_a_lock(tmp_path):
     process.join()
     with lock(file, wait=False):
         pass
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
+def test_a_process_forked_while_a_lock_is_held_neither_keeps_nor_releases_it(tmp_path):
+    """A thread that draws batches ahead may hold it while workers are started."""
+    import fcntl
+
+    ours, theirs = os.pipe()
+    held = contextlib.ExitStack()
+    held.enter_context(lock(tmp_path / "lock", wait=False))
+    held.enter_context(replace_folder(tmp_path / "folder"))
+    if not (process := os.fork()):
+        os.close(theirs)
+        os.read(ours, 1)  # until the parent is done
+        os._exit(0)
+    if not (other := os.fork()):
+        held.pop_all().__exit__(SystemExit, SystemExit(), None)
+        os._exit(0)
+    os.waitpid(other, 0)
+    with pytest.raises(BlockingIOError), lock(tmp_path / "lock", wait=False):
+        pass
+    (tmp_path / ".folder.partial").mkdir(exist_ok=True)
+    held.close()
+    try:
+        descriptor = os.open(tmp_path, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
+        with lock(tmp_path / "lock", wait=False):
+            pass
+    finally:
+        os.close(theirs)
+        os.waitpid(process, 0)

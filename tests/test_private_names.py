@@ -57,10 +57,13 @@ IN_CLASSES: dict[str, str] = {
 _RESET = "part of EnvBase.reset, whose checks cost too much in every soft reset"
 _CRAFTER = "what the game holds has no public name"
 _CURSOR = "tells whether, and up to where, a storage was written"
+_LOADED = "loading brings back the writer's place in the ring, and not the storage's"
 
 # What is read of other objects: the class that has it, and why.
 ELSEWHERE: dict[str, tuple[str, str]] = {
+    "_attached_entities": ("torchrl.data.TensorStorage", _LOADED),
     "_complete_done": ("torchrl.envs.EnvBase", _RESET),
+    "_cursor": ("torchrl.data.RoundRobinWriter", _LOADED),
     "_dynamo": ("torch", "gradients are compiled with the loss only by a setting that is there"),
     "_foreach_copy_": ("torch", "one launch for many small tensors"),
     "_env": ("torchrl.envs.GymWrapper", "the Gymnasium environment below has no public name"),
@@ -72,6 +75,7 @@ ELSEWHERE: dict[str, tuple[str, str]] = {
     "_mutation_revision": ("torchrl.data.TensorStorage", _CURSOR),
     "_np_random_seed": ("gymnasium.Env", "np_random_seed would seed an environment that has none"),
     "_battles": ("poke_env.player.Player", "a player that only answers must know the battle"),
+    "_set_last_cursor": ("torchrl.data.TensorStorage", _LOADED),
     "_player": ("crafter.Env", _CRAFTER),
     "_sem_view": ("crafter.Env", _CRAFTER),
     "_world": ("crafter.Env", _CRAFTER),

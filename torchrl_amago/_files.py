@@ -83,15 +83,24 @@ def replace_folder(path: Path, *, flush: bool = True) -> Iterator[Path]:
 @contextlib.contextmanager
 def _turn(folder: Path) -> Iterator[None]:
     """Wait while another process or thread replaces a folder inside this one."""
-    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    with contextlib.ExitStack() as held:
+        if fcntl is not None:
+            held.callback(os.close, descriptor := os.open(folder, os.O_RDONLY))
+            with contextlib.suppress(OSError):  # some network file systems lock no folders
+                held.enter_context(_flock(descriptor, fcntl.LOCK_EX))
+        yield
+
+
+@contextlib.contextmanager
+def _flock(file: int | IO, kind: int) -> Iterator[None]:
+    """Lock an open file until the end, although a process forked meanwhile keeps it open."""
+    fcntl.flock(file, kind)
+    owner = os.getpid()
     try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders
-            if descriptor is not None:
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        if descriptor is not None:
-            os.close(descriptor)
+        if os.getpid() == owner:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def remove_folder(path: Path) -> None:
@@ -114,12 +123,11 @@ def recover(folder: Path, name: str | None = None) -> None:
             # Between its two renames a replacement has neither version under the name.
             if _beside(path, _PARTIAL).exists() and not path.exists():
                 os.replace(previous, path)
-        for suffix in (_PARTIAL, _PREVIOUS):
-            for leftover in folder.glob(f".{name}.{suffix}"):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+        for leftover in (x for end in (_PARTIAL, _PREVIOUS) for x in folder.glob(f".{name}.{end}")):
+            if leftover.is_dir():
+                shutil.rmtree(leftover, ignore_errors=True)
+            else:
+                leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -256,10 +264,11 @@ def lock(file: Path, *, wait: bool = True, shared: bool = False) -> Iterator[Non
         yield
         return
     # Opened anew each time: a descriptor that is shared after a fork would share the lock.
-    with open(file, "rb" if shared else "a+b", buffering=0) as stream:
+    with contextlib.ExitStack() as held:
+        stream = held.enter_context(open(file, "rb" if shared else "a+b", buffering=0))
         try:
             kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-            fcntl.flock(stream, kind | (0 if wait else fcntl.LOCK_NB))
+            held.enter_context(_flock(stream, kind | (0 if wait else fcntl.LOCK_NB)))
         except BlockingIOError as error:
             stream.seek(0)
             holder = stream.read().decode().strip() or "another process"
@@ -305,8 +314,7 @@ def temporary_folder(owner: object, prefix: str) -> Path:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON value beside its checksum, for :func:`read_json`."""
-    text = json.dumps({"value": value, "crc32": _crc32(value)}, indent=1)
-    file.write_text(text + "\n", encoding="utf-8")
+    file.write_text(json.dumps({"value": value, "crc32": _crc32(value)}, indent=1) + "\n", "utf-8")
 
 
 def read_json(file: Path) -> Any:

@@ -9,9 +9,10 @@ import pytest
 import torch
 from tensordict import TensorDict
 from torch import nn
+from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
 
 from torchrl_amago._files import DamagedError, write_manifest
-from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
 from torchrl_amago.trainers import check_no_existing_run
 from torchrl_amago.trainers.checkpoint import REPLAY, CheckpointStore
 
@@ -52,6 +53,19 @@ def test_replay_comes_back(tmp_path, make_buffer):
     other.loads(store.save(3, STATE, rb, {}) / REPLAY)
     assert len(rb) == len(other) == other.write_count
     assert not len(rb) or (other[:] == rb[:]).all()
+
+
+@pytest.mark.parametrize("buffer", [TensorDictReplayBuffer, TrialReplayBuffer])
+def test_a_stock_storage_is_saved_once_it_has_a_step(tmp_path, buffer):
+    store = CheckpointStore(tmp_path)
+    rb, other = (
+        buffer(storage=LazyTensorStorage(20), sampler=TrialSliceSampler(3), batch_size=2)
+        for _ in range(2)
+    )
+    assert not (store.save(0, STATE, rb, {}) / REPLAY).exists()
+    rb.extend(filled_buffer()[:])
+    other.loads(store.save(3, STATE, rb, {}) / REPLAY)
+    assert (other[:] == rb[:]).all()
 
 
 def test_manifest_lists_every_file_and_nothing_is_pickled(tmp_path):

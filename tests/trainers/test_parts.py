@@ -206,10 +206,15 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
         "updates_per_round": 2, "frames_per_batch": 16, "log_interval": 2, "eval_interval": 3,
         "checkpoint_interval": 7,
     }  # fmt: skip
-    make_trainer(tmp_path, options={"mine": 2, "same": [2]}, **changed).resume()
+    trainer = make_trainer(tmp_path, options={"mine": 2, "same": [2]}, **changed)
+    drawn = {"slice_length": 2, "crop": "left", "sample_by": "steps"}
+    vars(trainer.online_buffer.sampler).update(drawn)
+    changed |= drawn
+    trainer.resume()
     names = {"evaluate_interval" if name == "eval_interval" else name for name in changed}
     assert {line.split()[2].partition("=")[0] for line in lines} == {*names, "mine"}
     assert "resumed with tau=0.5 instead of 0.1" in lines
+    assert "resumed with crop=left instead of none" in lines
 
 
 # --- the lock ---

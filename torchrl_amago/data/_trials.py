@@ -34,7 +34,7 @@ class Trials(NamedTuple):
 def trial_ends(steps: TensorDictBase) -> Tensor | None:
     """Find the steps ``[N]`` that end their trial: bool ``[N]``, or None without any flag."""
     flags = [steps.get(("next", key), None) for key in ("done", "terminated", "truncated")]
-    flags = [flag.reshape(len(steps), -1).any(-1) for flag in flags if flag is not None]
+    flags = [flag.unsqueeze(-1).flatten(1).any(-1) for flag in flags if flag is not None]
     return torch.stack(flags).any(0) if flags else None
 
 
@@ -109,8 +109,7 @@ def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> Tri
         is_whole = init[start] & ends[start + length - 1]
         start, length = start[is_whole], length[is_whole]
     # Unique as long as the trajectories' numbers are: slots alone are used again.
-    number = ids[start] * storage.max_size + slot[start]
-    return Trials(len(start), number, start, length, slot)
+    return Trials(len(start), ids[start] * storage.max_size + slot[start], start, length, slot)
 
 
 def newest_steps(buffer: ReplayBuffer, count: int) -> TensorDictBase:

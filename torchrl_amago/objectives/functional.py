@@ -125,8 +125,7 @@ def exponential_filter(
         >>> exponential_filter(torch.tensor([0.0, 9.0]), weight_range=(None, 5.0))
         tensor([1., 5.])
     """
-    weight = torch.exp(beta * _clamp(advantage, advantage_range))
-    return _clamp(weight, weight_range)
+    return _clamp(torch.exp(beta * _clamp(advantage, advantage_range)), weight_range)
 
 
 def leaky_relu_filter(

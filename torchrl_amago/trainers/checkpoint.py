@@ -25,7 +25,6 @@ from torchrl_amago import _files as files
 from torchrl_amago._facts import as_json, check_same, facts, policy_settings
 from torchrl_amago._state_file import load_state, save_state
 from torchrl_amago._validation import check_counts
-from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.modules.weights import save_policy
 from torchrl_amago.progress import PROGRESS_FILE
 
@@ -73,7 +72,7 @@ class CheckpointStore:
         with files.replace_folder(final) as folder:
             save_state(folder / STATE, state)
             # TorchRL's storages can't be saved before the first step is there.
-            if isinstance(buffer, TrialReplayBuffer) or (buffer is not None and len(buffer)):
+            if buffer is not None and (hasattr(buffer.storage, "trials") or len(buffer)):
                 buffer.dumps(folder / REPLAY)
             numbers = {"format_version": FORMAT_VERSION, "update": update, "sequence": sequence}
             versions = {name: version(name) for name in ("torch", "torchrl", "tensordict")}
@@ -132,7 +131,7 @@ def check_no_existing_run(run_dir: str | Path) -> None:
 
 def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
     """Return a trainer's settings, which a resumed run must share, and its options."""
-    collector, stepper = trainer.collector, trainer.stepper
+    collector, stepper, sampler = trainer.collector, trainer.stepper, trainer.online_buffer.sampler
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
     tau, env = getattr(trainer.target_updater, "eps", None), getattr(collector, "env", None)
     settings = {
@@ -148,11 +147,13 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         **{f"{name}_interval": value for name, value in asdict(trainer.intervals).items()},
         "learning_rate": max(getattr(trainer.scheduler, "base_lrs", rates)),
         **{x: getattr(stepper, x) for x in ("clip_norm", "clip_each", "precision")},
+        **{x: getattr(sampler, x, None) for x in ("slice_length", "crop", "sample_by")},
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
         "ranks": trainer.ranks.size,
         "num_envs": None if env is None else env.batch_size.numel(),
         "frames_per_batch": getattr(collector, "requested_frames_per_batch", None),
+        "fragment_length": getattr(collector, "fragment_length", None),
         **trainer.options,
     }
     return {"settings": as_json(settings), "options": as_json(options)}

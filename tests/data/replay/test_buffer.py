@@ -55,6 +55,17 @@ def test_transforms_may_work_in_place_on_batches_only():
     assert (rb.storage[:]["nested", "state"][:, 0] == count[:-1]).all()
 
 
+def test_every_step_of_a_batch_has_its_own_memory():
+    rb = make_trial_buffer(40, slice_length=4, batch_size=3, sample_by="priority")
+    rb.extend(make_trial(4, 10))
+    batch = rb.sample()
+    batch["index"][0, 0] = 7
+    batch["priority_weight"][0, 0] = 8.0
+    assert (batch["index"].flatten()[1:] == 0).all()
+    assert (batch["priority_weight"].flatten()[1:] == 1.0).all()
+    assert batch.view(-1).shape == (12,)
+
+
 def test_stored_trials_do_not_change_in_place():
     rb = make_trial_buffer(40, slice_length=4, batch_size=3)
     rb.extend(make_trial(4, 10))
@@ -91,8 +102,9 @@ def test_prefetched_batches_are_like_the_others():
     rb.shutdown()
 
 
-def test_emptying_the_buffer_forgets_the_trials():
-    rb = make_trial_buffer(100, 4, 8, warn_short=False)
+@pytest.mark.parametrize("prefetch", [None, 3])
+def test_emptying_the_buffer_forgets_the_trials(prefetch):
+    rb = make_trial_buffer(100, 4, 8, warn_short=False, prefetch=prefetch)
     rb.extend(torch.cat(make_trials([4, 5])))
     rb.sample()
     rb.empty()
@@ -100,6 +112,7 @@ def test_emptying_the_buffer_forgets_the_trials():
     assert len(rb) == 0
     rb.extend(make_trial(3, first_id=50))
     assert {tuple(row) for row in rows(rb.sample())} == {(50, 51, 52)}
+    rb.shutdown()
 
 
 def test_a_pickled_buffer_is_the_same_folder():
@@ -240,6 +253,8 @@ def test_other_than_whole_trials_raises():
         rb.extend(trial.exclude(("next", "done")))
     with pytest.raises(ValueError, match=r"got steps \[1, 5\]"):
         rb.extend(trial.unsqueeze(0))
+    with pytest.raises(ValueError, match=r"got steps \[0\] and lengths \[\]"):
+        rb.extend(trial[:0])
     with pytest.raises(TypeError, match="Write new ones with extend"):
         rb.add(trial[0])
     assert rb.write_count == 0

@@ -265,3 +265,26 @@ def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path)
     torch.manual_seed(0)
     assert (buffers[1].sample() == expected).all()
     assert buffers[1].write_count == rb.write_count == 38
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("buffer", [TensorDictReplayBuffer, TrialReplayBuffer])
+@pytest.mark.parametrize("is_used", [False, True])
+def test_the_seam_is_where_it_was_before_saving(storage, buffer, is_used, tmp_path):
+    """Trials of two rows lie between each other, so that no change of trial shows the seam."""
+    rb, other = (make_buffer(storage(11), buffer=buffer, whole=False) for _ in range(2))
+    for number, pair in enumerate(zip(*[iter(make_trials([6] * 6))] * 2, strict=True)):
+        steps = torch.stack(pair, 1)
+        ids = torch.arange(2 * number, 2 * number + 2)
+        steps["collector", "traj_ids"] = ids.expand(6, 2)
+        rb.extend(steps[:3].reshape(-1))
+        if is_used:
+            other.extend(steps[:1].reshape(-1))
+            other.sample()
+        rb.extend(steps[3:].reshape(-1))
+        rb.dumps(tmp_path / str(number))
+        other.loads(tmp_path / str(number))
+        for brought_back in (other, rb):
+            assert found_trials(brought_back) == found_trials(rb)
+            for row in rows(brought_back.sample()):
+                assert row == [*range(row[0], row[0] + len(row))]

@@ -530,6 +530,14 @@ def test_a_full_disk_while_trials_are_loaded_or_the_folder_is_made(tmp_path, fol
     assert contents(storage) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
 
 
+def test_a_write_to_a_folder_whose_trials_were_deleted_raises(tmp_path):
+    storage = TrialStorage(20, path=tmp_path)
+    write(storage, [3])
+    shutil.rmtree(tmp_path / "trials")
+    with pytest.raises(FileNotFoundError, match="table.bin"):
+        write(storage, [4])
+
+
 def test_more_than_the_disk_holds_is_refused_at_once(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=379))

@@ -153,6 +153,7 @@ class TrialStorage(LazyMemmapStorage):
         rows = layout.pack(entries, lengths)
         with self.lock(writes=True):
             table = self.table()
+            os.stat(table.file)  # raises if it was deleted: nothing of the write would stay
             table = table if self.spec else self._create(spec)
             check_same(self.path, self.spec, spec, *layout.ENTRIES)
             trials, begin = table.place(lengths)
@@ -216,8 +217,7 @@ class TrialStorage(LazyMemmapStorage):
             trials = self.trials()
             shift = trials.start - np.cumsum(trials.length) + trials.length
             row = np.repeat(shift, trials.length) + np.arange(trials.length.sum())
-            row = row[index if isinstance(index, slice) else np.asarray(index)]
-            return self.get(row)
+            return self.get(row[index if isinstance(index, slice) else np.asarray(index)])
 
     def __len__(self) -> int:
         return int(self.trials().length.sum())

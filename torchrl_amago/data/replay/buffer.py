@@ -101,10 +101,12 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
 
     def empty(self, empty_write_count: bool = True) -> None:
         """Remove all trials, and restart the count."""
-        with self._replay_lock, self._write_lock:
-            self.storage._empty()  # first: it may raise
-            self.sampler._empty()
-            self.writer._empty(empty_write_count)
+        with self._futures_lock:
+            self._clear_prefetch_queue_locked()
+            with self._replay_lock, self._write_lock:
+                self.storage._empty()  # first: it may raise
+                self.sampler._empty()
+                self.writer._empty(empty_write_count)
 
     set_ = set_at_ = update_ = __setitem__ = TrialStorage.set
 
@@ -172,11 +174,11 @@ class TrialReplayBuffer(TensorDictReplayBuffer):
             OSError: if the disk is full; the folder stays as it was.
         """
         path = Path(path)
-        is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
-        if is_taken and not (path / files.MANIFEST).exists():
-            rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
-            raise FileExistsError(f"{rule} Choose another path, or remove it.")
         with files.replace_folder(path) as folder:
+            is_taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
+            if is_taken and not (path / files.MANIFEST).exists():
+                rule = f"dumps replaces only replay folders, and {path} has no {files.MANIFEST}."
+                raise FileExistsError(f"{rule} Choose another path, or remove it.")
             with self._replay_lock, self._write_lock:
                 for name in _PARTS:
                     getattr(self, name).dumps(folder / name)

@@ -101,7 +101,7 @@ class TrialSliceSampler(Sampler):
             changed_BL = relabel(trials, position_B)
             length_B = changed_BL.get(keys.MASK).sum(-1)
         step_BT, mask_BT = self.windows(length_B)
-        info = {key: x_B.unsqueeze(-1).expand(mask_BT.shape) for key, x_B in info_B.items()}
+        info = {key: x_B.unsqueeze(-1).repeat(1, mask_BT.shape[1]) for key, x_B in info_B.items()}
         if changed_BL is not None:
             first_B = changed_BL.shape[1] * torch.arange(batch_size)
             place = (first_B.unsqueeze(-1) + step_BT).flatten()
@@ -121,7 +121,11 @@ class TrialSliceSampler(Sampler):
         if not isinstance(storage, TensorStorage) or storage.ndim != 1:
             rule = "trials need LazyMemmapStorage or LazyTensorStorage, ndim=1"
             raise TypeError(f"{rule}, got {type(storage).__name__} of ndim={storage.ndim}")
-        # TorchRL 0.14 has no public names for what was written last.
+        # TorchRL 0.14 has no public names for what was written last, and loads the writer's alone.
+        for buffer in storage._attached_entities if self._is_loaded else ():
+            if buffer.sampler is self and hasattr(buffer.writer, "_cursor"):
+                storage._set_last_cursor((buffer.writer._cursor - 1) % storage.max_size)
+        self._is_loaded = False
         version = id(storage), len(storage), storage._mutation_revision, storage._last_cursor_index
         if self._found[0] != version:
             self._found = version, find_trials(storage, self.traj_key, self.whole)
@@ -225,7 +229,7 @@ class TrialSliceSampler(Sampler):
         self._empty()
         self._warn_short, self._largest = state_dict["warn_short"], state_dict["largest"]
         self._weighted = Trials(number=np.array(state_dict["numbers"], np.int64))
-        self._weights = np.array(state_dict["weights"], np.float64)
+        self._weights, self._is_loaded = np.array(state_dict["weights"], np.float64), True
 
     def dumps(self, path: str | Path) -> None:
         Path(path).mkdir(parents=True, exist_ok=True)
@@ -235,7 +239,7 @@ class TrialSliceSampler(Sampler):
         self.load_state_dict(json.loads(Path(path, _STATE_FILE).read_text()))
 
     def _empty(self) -> None:
-        self._found = None, None  # what the trials depend on, and the trials
+        self._found, self._is_loaded = (None, None), False  # what trials depend on, and the trials
         self._weighted, self._weights, self._largest = Trials(), np.empty(0), 1.0
 
     def __getstate__(self) -> dict[str, Any]:

@@ -165,8 +165,7 @@ class GoalEmbedding(EntryEmbedding):
     def _present(self, value: Tensor) -> Tensor:
         if self.padding is None:
             return torch.ones_like(value[..., 0], dtype=torch.bool)
-        missing = value.isnan() if math.isnan(self.padding) else value == self.padding
-        return ~missing.all(-1)
+        return ~(value.isnan() if math.isnan(self.padding) else value == self.padding).all(-1)
 
 
 class TokenEmbedding(GoalEmbedding):
