@@ -22,7 +22,8 @@ def dropout(x: Tensor, p: float, training: bool) -> Tensor:
         return x
     if not shared_dropout_bits(x):
         return F.dropout(x, p)
-    return x * (_mask_op if torch.compiler.is_compiling() else _mask)(x.detach(), p)
+    make = _mask_op if torch.compiler.is_compiling() else _mask
+    return x * make(x.detach(), p)
 
 
 def check_dropout(**probabilities: float) -> None:

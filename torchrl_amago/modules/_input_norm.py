@@ -63,7 +63,8 @@ class InputNorm(PreciseBuffers):
     def sigma(self) -> Tensor:
         """Standard deviation of every feature, `[size]`."""
         # The variance of a constant feature may come out below zero by rounding.
-        return (self.nu - self.mu.square() + 1e-5).clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
+        variance = self.nu - self.mu.square() + 1e-5
+        return variance.clamp(min=0.0).sqrt().clamp(1e-3, 1e6)
 
     @torch.no_grad()
     def update(self, x: Tensor, mask: Tensor | None = None) -> None:

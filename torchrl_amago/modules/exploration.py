@@ -119,7 +119,8 @@ class BilevelExploration(Configurable, TensorDictModuleBase, abc.ABC):
         trained = (self.frames / self.anneal_frames).clamp(max=1.0)
         (start, late_start), (end, late_end) = self.start_of_trial, self.end_of_trial
         start, end = start + trained * (late_start - start), end + trained * (late_end - end)
-        return start + (end - start) * (time_idx / self.horizon).clamp(0.0, 1.0) ** self.power
+        used_up = (time_idx / self.horizon).clamp(0.0, 1.0)
+        return start + (end - start) * used_up**self.power
 
     @property
     def keyword_keys(self) -> list[NestedKey]:
@@ -254,7 +255,8 @@ class BilevelGaussian(BilevelExploration):
     def explore(
         self, action: Tensor, epsilon: Tensor, noise: Tensor, tensordict: TensorDictBase
     ) -> Tensor:
-        return (action + (epsilon.to(action.dtype) * noise).reshape(action.shape)).clamp(-1.0, 1.0)
+        change = (epsilon.to(action.dtype) * noise).reshape(action.shape)
+        return (action + change).clamp(-1.0, 1.0)
 
 
 def make_exploration(space: ActionSpace, horizon: int, **options: Any) -> BilevelExploration:

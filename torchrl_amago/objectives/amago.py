@@ -345,7 +345,8 @@ class AMAGOLoss(ActorCriticLoss):
         *shape_M, C, G = next_v_MCG.shape
         shape = (*shape_M, self.num_target_critics, G)
         subset_MKG = draw_critic_subset(shape, C, next_v_MCG.device)
-        return batch.steps.restore(reduce_ensemble(next_v_MCG, subset_MKG, self.target_reduction))
+        next_v_MG = reduce_ensemble(next_v_MCG, subset_MKG, self.target_reduction)
+        return batch.steps.restore(next_v_MG)
 
     @torch.no_grad()
     def _td_target(self, batch: SliceBatch, next_v_BTG: Tensor, n: int) -> Tensor:

@@ -125,7 +125,8 @@ def exponential_filter(
         >>> exponential_filter(torch.tensor([0.0, 9.0]), weight_range=(None, 5.0))
         tensor([1., 5.])
     """
-    return _clamp(torch.exp(beta * _clamp(advantage, advantage_range)), weight_range)
+    weight = torch.exp(beta * _clamp(advantage, advantage_range))
+    return _clamp(weight, weight_range)
 
 
 def leaky_relu_filter(

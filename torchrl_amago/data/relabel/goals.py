@@ -43,7 +43,8 @@ def is_empty_goal(goals: Tensor, empty_goal: float | None, batch_dims: int) -> T
 
 def _all_of_goal(flags: Tensor, batch_dims: int) -> Tensor:
     # One number after the other: a reduction over so few takes several times as long.
-    return reduce(torch.logical_and, flags.reshape(*flags.shape[:batch_dims], -1).unbind(-1))
+    numbers = flags.reshape(*flags.shape[:batch_dims], -1).unbind(-1)
+    return reduce(torch.logical_and, numbers)
 
 
 def take_rows(x_BN: Tensor, index_BK: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def position_table(size: int, offsets: Sequence[tuple[int, int]] = ((0, 0),)) ->
 
 def _shifted(size: int, offset: tuple[int, int]) -> Tensor:
     cell = torch.arange(size * size)
-    return (torch.stack([cell // size, cell % size], -1) + torch.tensor(offset)).clamp(0, size - 1)
+    position = torch.stack([cell // size, cell % size], -1)
+    return (position + torch.tensor(offset)).clamp(0, size - 1)
 
 
 def check_size(size: int, smallest: int = 2, *, odd: bool = False) -> None:

@@ -37,4 +37,5 @@ def categorical(weights: Tensor, sample_shape: torch.Size) -> Tensor:
     """Draw indices ``[*sample_shape, ...]``, int64, with weights ``[..., A]`` of at least 0."""
     # The first of A exponential clocks to ring: what torch.multinomial does for one draw, and with
     # the same numbers, but without its checks, which cost more than the draw itself.
-    return (weights / exponential(torch.Size([*sample_shape, *weights.shape]), weights)).argmax(-1)
+    shape = torch.Size([*sample_shape, *weights.shape])
+    return (weights / exponential(shape, weights)).argmax(-1)

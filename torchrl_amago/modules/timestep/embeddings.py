@@ -165,7 +165,8 @@ class GoalEmbedding(EntryEmbedding):
     def _present(self, value: Tensor) -> Tensor:
         if self.padding is None:
             return torch.ones_like(value[..., 0], dtype=torch.bool)
-        return ~(value.isnan() if math.isnan(self.padding) else value == self.padding).all(-1)
+        missing = value.isnan() if math.isnan(self.padding) else value == self.padding
+        return ~missing.all(-1)
 
 
 class TokenEmbedding(GoalEmbedding):

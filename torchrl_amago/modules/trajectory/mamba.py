@@ -91,7 +91,8 @@ class MambaBlock(nn.Module):
         window_NKE.copy_(torch.cat((window_NKE[:, 1:], newest_N1E), 1))
         weight_KE = self.conv1d.weight.squeeze(1).t()
         x_NE = F.silu((window_NKE * weight_KE).sum(1) + self.conv1d.bias)
-        return self._out(selective_step(x_NE, *self._coefficients(x_NE), state_NSE), x_NE, gate_NE)
+        y_NE = selective_step(x_NE, *self._coefficients(x_NE), state_NSE)
+        return self._out(y_NE, x_NE, gate_NE)
 
     def _mix(self, kernels: MambaKernels, x_NTE: Tensor, gate_NTE: Tensor) -> Tensor:
         x_NET, dtype = x_NTE.transpose(1, 2).contiguous(), x_NTE.dtype

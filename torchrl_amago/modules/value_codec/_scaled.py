@@ -68,4 +68,5 @@ class ScaledCodec(ValueCodec):
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return squared errors of normalised values, ``[..., C, G]``."""
-        return (self.normalized(prediction) - self.encode(target.detach()).unsqueeze(-2)).square()
+        label = self.encode(target.detach()).unsqueeze(-2)
+        return (self.normalized(prediction) - label).square()

@@ -161,7 +161,8 @@ class BinCodec(ValueCodec):
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy with the label, ``[..., C, G]``."""
         log_prob_CGN = self._log_probs(prediction, target)
-        return -(self.encode(target.detach()).unsqueeze(-3) * log_prob_CGN).sum(-1)
+        label_1GN = self.encode(target.detach()).unsqueeze(-3)
+        return -(label_1GN * log_prob_CGN).sum(-1)
 
     def _log_probs(self, prediction: Tensor, target: Tensor) -> Tensor:
         fitting = prediction.shape[:-3] + prediction.shape[-2:-1]

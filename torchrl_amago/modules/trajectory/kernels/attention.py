@@ -204,7 +204,8 @@ def _attend_clipped(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, clip: float, dropout: float
 ) -> Tensor:
     score = q @ k.transpose(-1, -2) * (1.0 / math.sqrt(q.shape[-1]))
-    return F.dropout(_softmax(_clip(score, bias, clip)), dropout, training=dropout > 0) @ v
+    weight = _softmax(_clip(score, bias, clip))
+    return F.dropout(weight, dropout, training=dropout > 0) @ v
 
 
 def _softmax(score: Tensor) -> Tensor:
