@@ -48,7 +48,7 @@ class GymArgs(TrainingArgs):
     noise_steps: float = 32.0
     """Largest mean number of steps over which random actions are held, to get further by chance;
     each trial draws its own, half of them less than six."""
-    final_noise: float = 1.0
+    final_noise: float = 0.3
     """Largest fraction of random actions once exploration has faded; each trial draws its own, up
     to this. With several episodes it falls to a fifth within a trial."""
 

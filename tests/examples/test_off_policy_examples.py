@@ -80,7 +80,7 @@ TASK = {
         "max_episode_steps": None,
         "hide_prev_step": None,
         "noise_steps": 32.0,
-        "final_noise": 1.0,
+        "final_noise": 0.3,
         "timestep_encoder": "mlp",
         "context_length": 16,
         "slice_length": 16,
