@@ -61,7 +61,7 @@ TASKS = {
     ),
     "pendulum": Task("Pendulum", f"{GYM} Pendulum-v1", -1206, -150, -200),
     "acrobot": Task("Acrobot", f"{GYM} Acrobot-v1", -500, -72.1, -110),
-    "lunar-lander": Task("LunarLander", f"{GYM} LunarLander-v3", -194, 200, 200),
+    "lunar-lander": Task("LunarLander", f"{GYM} LunarLander-v3 --batch-size 128", -194, 200, 200),
     "mountain-car": Task("Mountain Car", f"{GYM} MountainCar-v0", -200, -110, -110),
     "half-cheetah-vel": Task("Half-Cheetah velocity", CHEETAH, -947, 0, -300),
     "offline-pendulum": Task("Pendulum, offline first", OFFLINE, -1206, -150, -200),
