@@ -123,11 +123,12 @@ def recover(folder: Path, name: str | None = None) -> None:
             # Between its two renames a replacement has neither version under the name.
             if _beside(path, _PARTIAL).exists() and not path.exists():
                 os.replace(previous, path)
-        for leftover in (x for end in (_PARTIAL, _PREVIOUS) for x in folder.glob(f".{name}.{end}")):
-            if leftover.is_dir():
-                shutil.rmtree(leftover, ignore_errors=True)
-            else:
-                leftover.unlink(missing_ok=True)
+        for suffix in (_PARTIAL, _PREVIOUS):
+            for leftover in folder.glob(f".{name}.{suffix}"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
@@ -314,7 +315,8 @@ def temporary_folder(owner: object, prefix: str) -> Path:
 
 def write_json(file: Path, value: Any) -> None:
     """Write a JSON value beside its checksum, for :func:`read_json`."""
-    file.write_text(json.dumps({"value": value, "crc32": _crc32(value)}, indent=1) + "\n", "utf-8")
+    text = json.dumps({"value": value, "crc32": _crc32(value)}, indent=1)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(file: Path) -> Any:

@@ -109,7 +109,8 @@ def find_trials(storage: TensorStorage, traj_key: NestedKey, whole: bool) -> Tri
         is_whole = init[start] & ends[start + length - 1]
         start, length = start[is_whole], length[is_whole]
     # Unique as long as the trajectories' numbers are: slots alone are used again.
-    return Trials(len(start), ids[start] * storage.max_size + slot[start], start, length, slot)
+    number = ids[start] * storage.max_size + slot[start]
+    return Trials(len(start), number, start, length, slot)
 
 
 def newest_steps(buffer: ReplayBuffer, count: int) -> TensorDictBase:
