@@ -7,14 +7,17 @@ from typing import NamedTuple
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.envs import EnvBase, InitTracker, TransformedEnv
+from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 
 from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import DarkKeyDoor, MetaFrozenLake, PreviousStepTransform, make_trial_env
 from torchrl_amago.action_space import ActionSpace
 from torchrl_amago.data import TrialCollector, make_trial_buffer
+from torchrl_amago.offline import OfflineReport, RecordedEnv, TrajectoryError, load_trials
 from torchrl_amago.offline.trajectory import TrajectoryChecker
 
 
@@ -31,9 +34,9 @@ class Collected(NamedTuple):
         return [*TrajectoryChecker(self.env).given]
 
 
-def vector_env(env_id: str, steps: int, rows: int = 3, **options) -> EnvBase:
+def vector_env(env_id: str, steps: int, **options) -> EnvBase:
     together = gym.vector.SyncVectorEnv(
-        [lambda: gym.make(env_id, max_episode_steps=steps)] * rows,
+        [lambda: gym.make(env_id, max_episode_steps=steps)] * 3,
         autoreset_mode=gym.vector.AutoresetMode.DISABLED,
     )
     return make_trial_env(together, **options)
@@ -57,20 +60,15 @@ ENVS: dict[str, Callable[[], EnvBase]] = {
 }
 
 
-def collect(name: str, rounds: int = 3) -> Collected:
+def collect(name: str) -> Collected:
     """At least a few complete trials with random actions."""
     torch.manual_seed(0)
     env = ENVS[name]()
     env.set_seed(0)
     buffer = make_trial_buffer(3000, slice_length=4, batch_size=2, warn_short=False)
-    collector = TrialCollector(
-        env,
-        env.rand_action,
-        replay_buffer=buffer,
-        frames_per_batch=env.batch_size.numel() * 30,
-        total_frames=env.batch_size.numel() * 30 * rounds,
-    )
-    for _ in collector:
+    frames = 30 * env.batch_size.numel()
+    options = dict(replay_buffer=buffer, frames_per_batch=frames, total_frames=3 * frames)
+    for _ in TrialCollector(env, env.rand_action, **options):
         pass
     return Collected(env, split(buffer[:]), 2.0 if name == "pendulum" else 1.0)
 
@@ -82,12 +80,6 @@ def split(steps: TensorDict) -> list[TensorDict]:
     return [steps[start : end + 1] for start, end in zip(starts, ends, strict=True)]
 
 
-def env_action(collected: Collected, trial: TensorDict) -> np.ndarray:
-    """Actions as the environment under the transforms took them."""
-    action = trial["action"]
-    return (collected.action_scale * action if action.is_floating_point() else action).numpy()
-
-
 def rows_of(trial: TensorDict, key) -> np.ndarray:
     return torch.cat([trial[key], trial["next", key][-1:]]).numpy()
 
@@ -95,7 +87,9 @@ def rows_of(trial: TensorDict, key) -> np.ndarray:
 def episodes_of(collected: Collected, trial: TensorDict) -> list[dict]:
     """The trial cut into its episodes, as mappings of arrays with what the task shows alone."""
     begins = trial["soft_reset"].reshape(-1).nonzero().reshape(-1).tolist()
-    action = env_action(collected, trial)
+    action = trial["action"].numpy()
+    if action.dtype.kind == "f":  # as the environment under the transforms took them
+        action = collected.action_scale * action
     episodes = []
     for start, stop in zip(begins, [*begins[1:], len(trial)], strict=True):
         observations = {}
@@ -105,8 +99,7 @@ def episodes_of(collected: Collected, trial: TensorDict) -> list[dict]:
                 rows[-1] = rows[0]  # what the episode led to isn't known: the next one's is there
             observations[key] = rows
         last = np.arange(start, stop) == stop - 1
-        is_end = stop == len(trial)
-        truncated = bool(trial["next", "truncated"][-1]) and is_end
+        truncated = bool(trial["next", "truncated"][-1]) and stop == len(trial)
         episodes.append(
             {
                 "observations": observations,
@@ -121,10 +114,7 @@ def episodes_of(collected: Collected, trial: TensorDict) -> list[dict]:
 
 def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
     """The arrays of AMAGO's .npz files, what the environment shows by its prefixed names."""
-    space = ActionSpace.from_spec(
-        collected.env.full_action_spec_unbatched[collected.env.action_keys[0]]
-    )
-    vector = space.to_vector(trial["action"]).numpy()
+    space = ActionSpace.from_spec(collected.env.full_action_spec_unbatched["action"])
     entries = [*collected.own_keys, "soft_reset"]
     rl2s = np.concatenate([rows_of(trial, "prev_reward"), rows_of(trial, "prev_action")], -1)
     np.savez(
@@ -134,12 +124,35 @@ def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
         time_idxs=rows_of(trial, "time_idx"),
         rews=trial["next", "reward"].numpy(),
         dones=trial["next", "terminated"].numpy(),
-        actions=vector,
+        actions=space.to_vector(trial["action"]).numpy(),
     )
 
 
-def plain_toy(action: str) -> EnvBase:
-    """Without a trial transform; never ends."""
-    env = TransformedEnv(Toy(ACTIONS[action]), PreviousStepTransform())
-    env.append_transform(InitTracker())
-    return env
+def plain_env(action: TensorSpec | None = None, **observation: TensorSpec) -> EnvBase:
+    """An environment of specs alone, whose trials are its episodes."""
+    observation = observation or dict(observation=Unbounded((2,)), cell=Categorical(5, shape=(1,)))
+    base = RecordedEnv(Composite(observation), Categorical(3) if action is None else action)
+    return TransformedEnv(base, Compose(PreviousStepTransform(), InitTracker()))
+
+
+def trial_env(episodes=None, horizon=None, trial_end="terminated") -> EnvBase:
+    """Trials of an environment of specs alone: one number to see, and one to answer."""
+    base = RecordedEnv(Composite(observation=Unbounded((1,))), Bounded(-1.0, 1.0, (1,)))
+    return make_trial_env(base, episodes=episodes, horizon=horizon, trial_end=trial_end)
+
+
+def load(trajectories, env: EnvBase, **options) -> tuple[TensorDict, OfflineReport]:
+    """The steps of a buffer into which trajectories were loaded, and the report."""
+    buffer = make_trial_buffer(4000, slice_length=2, batch_size=1, warn_short=False)
+    report = load_trials(buffer, trajectories, env, **options)
+    return buffer[:], report
+
+
+def assert_bad_one_is_named(trajectories, env: EnvBase, bad: int, message: str) -> OfflineReport:
+    """The bad one of several is named, or left out."""
+    with pytest.raises(TrajectoryError, match=f"trajectory {bad}: .*{message}"):
+        load(trajectories, env)
+    steps, report = load(trajectories, env, on_error="skip")
+    assert list(report.skipped) == [bad]
+    assert len(steps) == sum(report.lengths)
+    return report
