@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import gymnasium as gym
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import Bounded, Categorical, Composite, TensorSpec, Unbounded
+from torchrl.data import Bounded, Composite, TensorSpec, Unbounded
 from torchrl.envs import Compose, EnvBase, InitTracker, TransformedEnv
 
 from tests.toy_env import ACTIONS, Toy
@@ -20,42 +21,37 @@ from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.offline import OfflineReport, RecordedEnv, TrajectoryError, load_trials
 from torchrl_amago.offline.trajectory import TrajectoryChecker
 
+NUMBER, ANSWER = Unbounded((1,)), Bounded(-1.0, 1.0, (1,))
+
 
 class Collected(NamedTuple):
-    """Trials of an environment, and the environment."""
+    """Trials of one of `ENVS`."""
 
+    name: str
     env: EnvBase
     trials: list[TensorDict]
-    action_scale: float = 1.0  # from the policy's to the environment's
-
-    @property
-    def own_keys(self) -> list:
-        """Entries of the task, without those of transforms."""
-        return [*TrajectoryChecker(self.env).given]
+    own_keys: list  # entries of the task, without those of transforms
 
 
 def vector_env(env_id: str, steps: int, **options) -> EnvBase:
-    together = gym.vector.SyncVectorEnv(
-        [lambda: gym.make(env_id, max_episode_steps=steps)] * 3,
-        autoreset_mode=gym.vector.AutoresetMode.DISABLED,
-    )
-    return make_trial_env(together, **options)
+    rows = [lambda: gym.make(env_id, max_episode_steps=steps)] * 3
+    mode = gym.vector.AutoresetMode.DISABLED
+    together = gym.vector.SyncVectorEnv(rows, autoreset_mode=mode)
+    return make_trial_env(together, trial_end="episode", **options)
 
 
 def toy_env(action: str) -> EnvBase:
     return make_trial_env(Toy(ACTIONS[action]), horizon=7, trial_end="truncated")
 
 
-ENVS: dict[str, Callable[[], EnvBase]] = {
+ENVS = {
     "lake": lambda: make_trial_env(MetaFrozenLake(batch_size=(4,), seed=0), episodes=3),
     "room": lambda: make_trial_env(
         DarkKeyDoor(3, max_episode_steps=5, batch_size=(4,), seed=0), horizon=12
     ),
-    "pendulum": lambda: vector_env("Pendulum-v1", 9, episodes=1, trial_end="episode"),
-    "cart pole": lambda: vector_env("CartPole-v1", 12, episodes=2, trial_end="episode"),
-    "cart pole once": lambda: vector_env(
-        "CartPole-v1", 15, episodes=1, trial_end="episode", show_progress=False
-    ),
+    "pendulum": lambda: vector_env("Pendulum-v1", 9, episodes=1),
+    "cart pole": lambda: vector_env("CartPole-v1", 12, episodes=2),
+    "cart pole once": lambda: vector_env("CartPole-v1", 15, episodes=1, show_progress=False),
     **{f"toy {name}": lambda name=name: toy_env(name) for name in ACTIONS},
 }
 
@@ -70,7 +66,7 @@ def collect(name: str) -> Collected:
     options = dict(replay_buffer=buffer, frames_per_batch=frames, total_frames=3 * frames)
     for _ in TrialCollector(env, env.rand_action, **options):
         pass
-    return Collected(env, split(buffer[:]), 2.0 if name == "pendulum" else 1.0)
+    return Collected(name, env, split(buffer[:]), TrajectoryChecker(env).given)
 
 
 def split(steps: TensorDict) -> list[TensorDict]:
@@ -84,13 +80,12 @@ def rows_of(trial: TensorDict, key) -> np.ndarray:
     return torch.cat([trial[key], trial["next", key][-1:]]).numpy()
 
 
-def episodes_of(collected: Collected, trial: TensorDict) -> list[dict]:
+def episodes_of(collected: Collected, trial: TensorDict) -> Iterator[dict]:
     """The trial cut into its episodes, as mappings of arrays with what the task shows alone."""
     begins = trial["soft_reset"].reshape(-1).nonzero().reshape(-1).tolist()
     action = trial["action"].numpy()
-    if action.dtype.kind == "f":  # as the environment under the transforms took them
-        action = collected.action_scale * action
-    episodes = []
+    if collected.name == "pendulum":
+        action = 2.0 * action  # as the environment under the transforms took them
     for start, stop in zip(begins, [*begins[1:], len(trial)], strict=True):
         observations = {}
         for key in collected.own_keys:
@@ -100,27 +95,23 @@ def episodes_of(collected: Collected, trial: TensorDict) -> list[dict]:
             observations[key] = rows
         last = np.arange(start, stop) == stop - 1
         truncated = bool(trial["next", "truncated"][-1]) and stop == len(trial)
-        episodes.append(
-            {
-                "observations": observations,
-                "actions": action[start:stop],
-                "rewards": trial["next", "reward"][start:stop].numpy().reshape(-1),
-                "terminations": last & (not truncated),
-                "truncations": last & truncated,
-            }
-        )
-    return episodes
+        yield {
+            "observations": observations,
+            "actions": action[start:stop],
+            "rewards": trial["next", "reward"][start:stop].numpy().reshape(-1),
+            "terminations": last & (not truncated),
+            "truncations": last & truncated,
+        }
 
 
 def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
     """The arrays of AMAGO's .npz files, what the environment shows by its prefixed names."""
     space = ActionSpace.from_spec(collected.env.full_action_spec_unbatched["action"])
     entries = [*collected.own_keys, "soft_reset"]
-    rl2s = np.concatenate([rows_of(trial, "prev_reward"), rows_of(trial, "prev_action")], -1)
     np.savez(
         path,
         **{f"_OBS_KEY_{key}": rows_of(trial, key) for key in entries},
-        rl2s=rl2s,
+        rl2s=np.concatenate([rows_of(trial, "prev_reward"), rows_of(trial, "prev_action")], -1),
         time_idxs=rows_of(trial, "time_idx"),
         rews=trial["next", "reward"].numpy(),
         dones=trial["next", "terminated"].numpy(),
@@ -128,17 +119,20 @@ def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
     )
 
 
-def plain_env(action: TensorSpec | None = None, **observation: TensorSpec) -> EnvBase:
-    """An environment of specs alone, whose trials are its episodes."""
-    observation = observation or dict(observation=Unbounded((2,)), cell=Categorical(5, shape=(1,)))
-    base = RecordedEnv(Composite(observation), Categorical(3) if action is None else action)
-    return TransformedEnv(base, Compose(PreviousStepTransform(), InitTracker()))
+def recorded(action: TensorSpec = ANSWER, **observation: TensorSpec) -> RecordedEnv:
+    """An environment of specs alone: by default one number to see, and one to answer."""
+    return RecordedEnv(Composite(observation or {"observation": NUMBER}), action)
 
 
-def trial_env(episodes=None, horizon=None, trial_end="terminated") -> EnvBase:
-    """Trials of an environment of specs alone: one number to see, and one to answer."""
-    base = RecordedEnv(Composite(observation=Unbounded((1,))), Bounded(-1.0, 1.0, (1,)))
-    return make_trial_env(base, episodes=episodes, horizon=horizon, trial_end=trial_end)
+def plain_env(action: TensorSpec = ANSWER, **observation: TensorSpec) -> EnvBase:
+    """Its trials are its episodes."""
+    transforms = Compose(PreviousStepTransform(), InitTracker())
+    return TransformedEnv(recorded(action, **observation), transforms)
+
+
+def trial_env(episodes=None, horizon=None, trial_end="terminated", **specs: TensorSpec) -> EnvBase:
+    rule = dict(episodes=episodes, horizon=horizon, trial_end=trial_end)
+    return make_trial_env(recorded(**specs), **rule)
 
 
 def load(trajectories, env: EnvBase, **options) -> tuple[TensorDict, OfflineReport]:
@@ -146,6 +140,15 @@ def load(trajectories, env: EnvBase, **options) -> tuple[TensorDict, OfflineRepo
     buffer = make_trial_buffer(4000, slice_length=2, batch_size=1, warn_short=False)
     report = load_trials(buffer, trajectories, env, **options)
     return buffer[:], report
+
+
+def wrong(count: str, first: int, value: str = "") -> str:
+    rule = "must be finite numbers in the environment's space, and"
+    return re.escape(f"{rule} {count} aren't, the first at step {first}: {value}")
+
+
+def shape(wanted: list[int], got: list[int]) -> str:
+    return re.escape(f"must have the shape {wanted}, got {got}")
 
 
 def assert_bad_one_is_named(trajectories, env: EnvBase, bad: int, message: str) -> OfflineReport:

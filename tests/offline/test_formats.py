@@ -12,14 +12,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torchrl.data import (
-    Bounded,
-    Categorical,
-    Composite,
-    LazyTensorStorage,
-    TensorDictReplayBuffer,
-    Unbounded,
-)
+from torchrl.data import Bounded, Categorical, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
 from torchrl.envs import (
     ActionScaling,
     Compose,
@@ -33,7 +26,7 @@ from torchrl.envs import (
 )
 
 from tests.offline import formats
-from tests.offline.formats import ENVS, load, plain_env, split, trial_env
+from tests.offline.formats import ENVS, load, plain_env, recorded, split, trial_env, wrong
 from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import PreviousStepTransform, TrialTransform, make_trial_env
 from torchrl_amago.data import make_trial_buffer
@@ -48,32 +41,26 @@ from torchrl_amago.offline import (
 )
 from torchrl_amago.offline.trajectory import TrajectoryChecker
 
-# Written by collectors and policies, known by no dataset.
-PRIVATE = [("collector", "traj_ids")]
-
 
 @pytest.fixture(scope="module", params=ENVS)
 def collected(request):
     return formats.collect(request.param)
 
 
-trials_of_one_episode = pytest.mark.parametrize(
-    "collected", ["pendulum", "cart pole once"], indirect=True
-)
+IDS = {"pendulum": "Pendulum-v1", "cart pole once": "CartPole-v1"}
+trials_of_one_episode = pytest.mark.parametrize("collected", IDS, indirect=True)
 
 
 def assert_read_back(collected, trajectories, trials=None, **options):
     """The trials that were written, by default all, are those of the collector."""
     steps, report = load(trajectories, collected.env, **options)
     for one, other in zip(split(steps), trials or collected.trials, strict=True):
-        other = other.exclude(*PRIVATE)
+        other = other.exclude(("collector", "traj_ids"))  # known by no dataset
         assert set(one.keys(True, True)) == set(other.keys(True, True))
         for key, expected in other.items(True, True):
             # Continuous actions are scaled there and back.
-            is_scaled = "action" in str(key) and expected.is_floating_point()
-            torch.testing.assert_close(
-                one[key], expected, rtol=0, atol=1e-6 if is_scaled else 0, msg=str(key)
-            )
+            atol = 1e-6 if "action" in str(key) and expected.is_floating_point() else 0
+            torch.testing.assert_close(one[key], expected, rtol=0, atol=atol, msg=str(key))
     return report
 
 
@@ -87,17 +74,13 @@ def test_steps(collected):
 def test_steps_without_what_transforms_added(collected):
     """Only the task's own entries, and where episodes begin: the rest is worked out."""
     own = ["soft_reset", *collected.own_keys]
-    bare = [
-        trial.select("action", *own, ("next", "reward"), ("next", "done")).update(
-            {"next": trial["next"].select("terminated", "truncated", *own)}
-        )
-        for trial in collected.trials
-    ]
-    assert_read_back(collected, bare)
+    after = ("reward", "done", "terminated", "truncated", *own)
+    kept = ["action", *own, *(("next", key) for key in after)]
+    assert_read_back(collected, [trial.select(*kept) for trial in collected.trials])
 
 
 def test_episodes_as_arrays(collected):
-    episodes = [formats.episodes_of(collected, trial) for trial in collected.trials]
+    episodes = [[*formats.episodes_of(collected, trial)] for trial in collected.trials]
     for arrays, trial in [*zip(episodes, collected.trials, strict=True)][:2]:
         assert_read_back(collected, arrays, [trial], episodes_per_trial=len(arrays))
     if TrajectoryChecker(collected.env).trial.episodes:  # the environment says how many, by default
@@ -163,7 +146,7 @@ def test_steps_without_ends(flag, message):
 
 @trials_of_one_episode
 def test_d4rl_arrays(collected):
-    episodes = [formats.episodes_of(collected, trial)[0] for trial in collected.trials]
+    episodes = [next(formats.episodes_of(collected, trial)) for trial in collected.trials]
     (own,) = collected.own_keys
     rows = [arrays["observations"][own] for arrays in episodes]
     columns = {"terminals": "terminations", "timeouts": "truncations"}
@@ -199,8 +182,8 @@ def save_as_minari(minari, collected):
         observations = next(iter(arrays.pop("observations").values()))
         episodes.append(EpisodeBuffer(id=number, observations=list(observations), **arrays))
     names = ("algorithm_name", "author", "author_email", "code_permalink", "description")
-    names = dict.fromkeys(names, "test") | dict.fromkeys(("env", "eval_env"), "CartPole-v1")
-    return minari.create_dataset_from_buffers("here/test-v0", episodes, **names)
+    options = dict.fromkeys(names, "test") | dict.fromkeys(("env", "eval_env"), IDS[collected.name])
+    return minari.create_dataset_from_buffers("here/test-v0", episodes, **options)
 
 
 @trials_of_one_episode
@@ -249,9 +232,8 @@ def toy_trials():
 
 def trials_of_workers(worker):
     """Trials with the transform around the workers, which are never reset."""
-    return make_trial_env(
-        SerialEnv(2, worker), horizon=7, trial_end="truncated", repeat=lambda *args: None
-    )
+    options = dict(horizon=7, trial_end="truncated", repeat=lambda *args: None)
+    return make_trial_env(SerialEnv(2, worker), **options)
 
 
 def running(env):
@@ -309,15 +291,12 @@ def test_entries_are_those_of_the_environment():
 
 def test_what_an_environment_plays_is_up_to_its_rows():
     """By itself it is an environment like others."""
-    flags = torch.tensor([False, False, True, False, True]).unsqueeze(-1)
-    rows = TensorDict(
-        observation=torch.arange(5.0).unsqueeze(-1),
-        action=torch.tensor([0, 1, 1, 1, 0]),
-        reward=torch.ones(5, 1),
-        **{"done": flags, "terminated": flags.clone(), "truncated": torch.zeros_like(flags)},
-        batch_size=[5],
-    )
-    specs = Composite(observation=Unbounded((1,))), Categorical(2)
+    observation, action = torch.arange(5.0).unsqueeze(-1), torch.tensor([0, 1, 1, 1, 0])
+    steps = {"observation": observation, "action": action, "reward": torch.ones(5, 1)}
+    last = torch.tensor([False, False, True, False, True]).unsqueeze(-1)
+    ends = {"done": last, "terminated": last.clone(), "truncated": torch.zeros_like(last)}
+    rows = TensorDict(steps | ends, [5])
+    specs = recorded().observation_spec, Categorical(2)
     with pytest.raises(RuntimeError, match="has specs only"):
         RecordedEnv(*specs).reset()
     env = RecordedEnv(*specs, rows=rows, first=torch.tensor([0, 3]))
@@ -374,43 +353,38 @@ def test_every_d4rl_step_is_read_once(ends, complete):
         assert trajectory.truncated.tolist() == [*flags, end in "tb"]
 
 
-ONCE, TWICE = dict(episodes=1), dict(episodes=3, per_trial=2)
-
-
 @pytest.mark.parametrize(
-    ("ends", "is_complete", "rule", "expected"),
+    ("ends", "is_complete", "rule", "per_trial", "expected"),
     [
-        ("-x-", False, ONCE, [(2, True)]),
-        ("t--tt", False, ONCE, [(3, True)]),
-        ("t--tt", False, ONCE | dict(trial_end="truncated"), [(2, False)]),
-        # Where the arrays cut an episode off, it is truncated.
-        ("--x--", True, ONCE, [(3, True), (2, False)]),
-        ("--t--", True, ONCE, [(3, True), (2, False)]),  # the time limit ends the trial
-        ("--t--", False, ONCE, [(3, True), (1, False)]),  # what the last step led to isn't known
-        ("--t--", False, ONCE | dict(trial_end="episode"), [(2, False), (1, False)]),
+        ("-x-", False, dict(episodes=1), None, [(2, True)]),
+        ("t--tt", False, dict(episodes=1), None, [(3, True)]),
+        ("t--tt", False, dict(episodes=1, trial_end="truncated"), None, [(2, False)]),
+        # Where the arrays cut an episode off, it is truncated; a time limit ends the trial.
+        ("--x--", True, dict(episodes=1), None, [(3, True), (2, False)]),
+        ("--t--", True, dict(episodes=1), None, [(3, True), (2, False)]),
+        # What the last step led to isn't known.
+        ("--t--", False, dict(episodes=1), None, [(3, True), (1, False)]),
+        ("--t--", False, dict(episodes=1, trial_end="episode"), None, [(2, False), (1, False)]),
         # The step to a terminal that isn't the trial's termination is dropped: no value bootstraps
         # from an unknown observation.
-        ("--x-x", False, ONCE, [(3, True), (2, True)]),
-        ("--x-x", False, ONCE | dict(trial_end="episode"), [(3, True), (2, True)]),
-        ("--x-x", False, ONCE | dict(trial_end="truncated"), [(2, False), (1, False)]),
-        ("--x-x", False, TWICE, [(4, False)]),
-        ("--x-x", False, dict(horizon=5, trial_end="episode", per_trial=2), [(5, True)]),
-        ("--x-x", False, dict(horizon=5, trial_end="truncated", per_trial=2), [(4, False)]),
-        ("--x-x", True, TWICE, [(5, False)]),
-        ("x", False, ONCE, [(1, True)]),
+        ("--x-x", False, dict(episodes=1), None, [(3, True), (2, True)]),
+        ("--x-x", False, dict(episodes=1, trial_end="episode"), None, [(3, True), (2, True)]),
+        ("--x-x", False, dict(episodes=1, trial_end="truncated"), None, [(2, False), (1, False)]),
+        ("--x-x", False, dict(episodes=3), 2, [(4, False)]),
+        ("--x-x", False, dict(horizon=5, trial_end="episode"), 2, [(5, True)]),
+        ("--x-x", False, dict(horizon=5, trial_end="truncated"), 2, [(4, False)]),
+        ("--x-x", True, dict(episodes=3), 2, [(5, False)]),
+        ("x", False, dict(episodes=1), None, [(1, True)]),
     ],
 )
-def test_how_trials_of_d4rl_arrays_end(ends, is_complete, rule, expected):
+def test_how_trials_of_d4rl_arrays_end(ends, is_complete, rule, per_trial, expected):
     """By their lengths, and whether they are terminated."""
-    rule = dict(rule)
-    per_trial = rule.pop("per_trial", None)
     after = np.zeros((len(ends), 1)) if is_complete else None
     source = read_d4rl(d4rl_arrays(ends, next_observations=after))
     steps, _ = load(source, trial_env(**rule), episodes_per_trial=per_trial)
-    trials = split(steps)
-    last = [trial["next"].select("terminated", "truncated")[-1] for trial in trials]
-    assert [(len(x), y["terminated"].item()) for x, y in zip(trials, last, strict=True)] == expected
-    assert all(end["terminated"] != end["truncated"] for end in last)
+    assert [(len(x), x["next", "terminated"][-1].item()) for x in split(steps)] == expected
+    after = steps["next"]
+    assert torch.equal(after["terminated"] != after["truncated"], after["done"])
 
 
 def test_a_step_to_an_unknown_observation_is_dropped():
@@ -450,8 +424,7 @@ def test_d4rl_arrays_that_dont_fit(changes, message):
 
 def four_actions():
     """The environment of the files below."""
-    base = RecordedEnv(Composite(observation=Unbounded((2,))), Categorical(4))
-    return make_trial_env(base, episodes=1)
+    return trial_env(1, action=Categorical(4), observation=Unbounded((2,)))
 
 
 def save_amago(file, **changes):
@@ -475,7 +448,6 @@ def test_amago_fragments(tmp_path):
         tmp_path / "fragment.npz",
         rl2s=np.concatenate([[[0.5], [1.0], [2.0]], past], -1),
         time_idxs=np.arange(500, 503)[:, None],
-        rews=np.array([[1.0], [2.0]]),
         dones=np.zeros((2, 1), bool),
         actions=past[1:],
     )
@@ -514,10 +486,7 @@ BAD_FILES = {
     "rl2s without action": ({"rl2s": np.zeros((3, 1))}, r"'prev_action' must have the shape"),
     "no rl2s": ({"rl2s": None}, r"without \['rl2s'\]"),
     "action before": ({"rl2s": np.full((3, 5), 7.0)}, "'prev_action' must be finite numbers"),
-    "negative time": (
-        {"time_idxs": np.arange(3) - 7},
-        "'time_idx' must be finite numbers .* at step 0: -7",
-    ),
+    "negative time": ({"time_idxs": np.arange(3) - 7}, "'time_idx' " + wrong("3 of 3", 0, "-7")),
     "text as time": ({"time_idxs": np.full(3, "a")}, "'time_idx' must be one array of num"),
     "NaN flag": ({"dones": np.array([0.0, np.nan])}, "dones of .* must be finite numbers"),
     "no flag": ({"dones": np.array([0, 2])}, "dones of .* must be finite numbers .* step 1: 2"),
@@ -537,19 +506,14 @@ def packed_bytes(content: bytes) -> bytes:
     return content[:begin] + b"\xff" * 8 + content[begin + 8 :]
 
 
-def method(content: bytes) -> bytes:
-    """An unknown way of packing."""
-    return content[:8] + b"\x63\x00" + content[10:].replace(b"\x08\x00", b"\x63\x00")
-
-
 # As a disk or a copy can damage an archive.
 DAMAGES = {
-    "no archive": lambda content: b"no archive",
-    "nothing left": lambda content: b"",
-    "cut": lambda content: content[: len(content) // 2],
+    "no archive": lambda x: b"no archive",
+    "nothing left": lambda x: b"",
+    "cut": lambda x: x[: len(x) // 2],
     "one array": one_array,
     "packed bytes": packed_bytes,
-    "method": method,
+    "way of packing": lambda x: x[:8] + b"\x63\x00" + x[10:].replace(b"\x08\x00", b"\x63\x00"),
 }
 
 
