@@ -35,8 +35,7 @@ class Collected(NamedTuple):
 
 def vector_env(env_id: str, steps: int, **options) -> EnvBase:
     rows = [lambda: gym.make(env_id, max_episode_steps=steps)] * 3
-    mode = gym.vector.AutoresetMode.DISABLED
-    together = gym.vector.SyncVectorEnv(rows, autoreset_mode=mode)
+    together = gym.vector.SyncVectorEnv(rows, autoreset_mode="Disabled")
     return make_trial_env(together, trial_end="episode", **options)
 
 

@@ -423,7 +423,6 @@ def test_d4rl_arrays_that_dont_fit(changes, message):
 
 
 def four_actions():
-    """The environment of the files below."""
     return trial_env(1, action=Categorical(4), observation=Unbounded((2,)))
 
 
@@ -517,11 +516,13 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("bad", [*BAD_FILES, *DAMAGES])
-def test_bad_amago_files(bad, tmp_path):
-    save_amago(tmp_path / "0.npz")
-    file, (changes, message) = tmp_path / "1.npz", BAD_FILES.get(bad, ({}, "1.npz .*can't be read"))
+@pytest.mark.parametrize("kind", [*BAD_FILES, *DAMAGES])
+def test_bad_amago_files(kind, tmp_path):
+    good, file = tmp_path / "0.npz", tmp_path / "1.npz"
+    changes, message = BAD_FILES.get(kind, ({}, "1.npz .*can't be read"))
+    save_amago(good)
     save_amago(file, **changes)
-    file.write_bytes(DAMAGES.get(bad, bytes)(file.read_bytes()))
+    if kind in DAMAGES:
+        file.write_bytes(DAMAGES[kind](file.read_bytes()))
     report = formats.assert_bad_one_is_named(read_amago(tmp_path), four_actions(), 1, message)
     assert report.lengths == [2]
