@@ -518,11 +518,11 @@ DAMAGES = {
 
 @pytest.mark.parametrize("kind", [*BAD_FILES, *DAMAGES])
 def test_bad_amago_files(kind, tmp_path):
-    good, file = tmp_path / "0.npz", tmp_path / "1.npz"
     changes, message = BAD_FILES.get(kind, ({}, "1.npz .*can't be read"))
-    save_amago(good)
-    save_amago(file, **changes)
+    for number, arrays in enumerate(({}, changes, {})):
+        save_amago(tmp_path / f"{number}.npz", **arrays)
     if kind in DAMAGES:
+        file = tmp_path / "1.npz"
         file.write_bytes(DAMAGES[kind](file.read_bytes()))
     report = formats.assert_bad_one_is_named(read_amago(tmp_path), four_actions(), 1, message)
-    assert report.lengths == [2]
+    assert report.lengths == [2, 2]
