@@ -53,36 +53,24 @@ def test_may_start_anew_in_each_batch():
     assert_close(ours[1], theirs[1], rtol=0, atol=0)
 
 
-class Endless(ScriptedTrials):
-    """Rewards 1, 2, ... in every row; trials of 1,000 steps, with the time as an observation."""
-
-    def __init__(self, rows):
-        super().__init__([[[[float(n + 1) for n in range(1000)]]]] * rows)
-
-
-def collect_fragments(rounds, frames, fragment_length, stagger, rows=4, lengths=None):
-    env = Endless(rows)
-    if lengths is not None:
-        env = ScriptedTrials([[[[float(n + 1) for n in range(m)]] for m in lengths]] * rows)
-    env = TransformedEnv(env, Compose(InitTracker(), PreviousStepTransform()))
+def scripted(lengths, rows, frames, total_frames, **options):
+    """A collector of these trials in every row, with rewards 1, 2, ..., and its buffer."""
+    script = [[[float(n + 1) for n in range(length)]] for length in lengths]
+    prepare = Compose(InitTracker(), PreviousStepTransform())
+    env = TransformedEnv(ScriptedTrials([script] * rows), prepare)
     buffer = make_trial_buffer(5000, slice_length=3, batch_size=64, warn_short=False)
-    collector = TrialCollector(
-        env, act, frames_per_batch=frames, replay_buffer=buffer, total_frames=-1,
-        fragment_length=fragment_length, stagger=stagger,
-    )  # fmt: skip
-    batches = iter(collector)
-    counts = []
-    for _ in range(rounds):
-        next(batches)
-        counts.append(buffer.num_trials)
-    collector.shutdown()
-    return buffer, counts
+    options |= {"frames_per_batch": frames, "total_frames": total_frames}
+    return TrialCollector(env, act, replay_buffer=buffer, **options), buffer
+
+
+ENDLESS = [1000]
 
 
 @pytest.mark.parametrize("frames", [4, 20, 100])
 @pytest.mark.parametrize("stagger", [False, True])
 def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, stagger):
-    buffer, _ = collect_fragments(400 // frames, frames, fragment_length=10, stagger=stagger)
+    collector, buffer = scripted(ENDLESS, 4, frames, 400, fragment_length=10, stagger=stagger)
+    list(collector)
     firsts = []
     for fragment in stored_trials(buffer):
         time = fragment["time_idx"].squeeze(-1)
@@ -99,26 +87,23 @@ def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, st
     assert 4 * 90 < len(buffer) <= 400
 
 
-def test_staggered_fragments_come_one_after_another():
-    _, counts = collect_fragments(60, 4, fragment_length=20, stagger=True)
-    new = torch.tensor(counts).diff()
-    assert new.max() == 1
-    _, counts = collect_fragments(60, 4, fragment_length=20, stagger=False)
-    assert torch.tensor(counts).diff().max() == 4
+@pytest.mark.parametrize(("stagger", "at_once"), [(True, 1), (False, 4)])
+def test_staggered_fragments_come_one_after_another(stagger, at_once):
+    collector, buffer = scripted(ENDLESS, 4, 4, 240, fragment_length=20, stagger=stagger)
+    counts = [buffer.num_trials for _ in collector]
+    assert torch.tensor(counts).diff().max() == at_once
 
 
 @pytest.mark.parametrize("stagger", [False, True])
 def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
-    buffer, _ = collect_fragments(
-        30, 28, fragment_length=4, stagger=stagger, rows=2, lengths=[9, 3, 4, 1, 13]
-    )
-    steps, whole = [], []
-    for fragment in stored_trials(buffer):
-        assert 1 <= len(fragment) <= 4
-        assert not fragment["next", "done"][:-1].any()
+    collector, buffer = scripted([9, 3, 4, 1, 13], 2, 28, 840, fragment_length=4, stagger=stagger)
+    list(collector)
+    whole = []
     # Fragments of the two rows' trials alternate: tell them apart by their time.
     open_trials: list[list[float]] = []
     for fragment in stored_trials(buffer):
+        assert 1 <= len(fragment) <= 4
+        assert not fragment["next", "done"][:-1].any()
         rewards = fragment["next", "reward"].squeeze(-1).tolist()
         if rewards[0] == 1:
             open_trials.append([])
@@ -127,23 +112,9 @@ def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
         if fragment["next", "done"][-1]:
             whole.append(trial)
             open_trials = [t for t in open_trials if t is not trial]
-        steps += rewards
     assert {len(trial) for trial in whole} == {9, 3, 4, 1, 13}
     assert all(trial == [float(n + 1) for n in range(len(trial))] for trial in whole)
-    assert len(buffer) == len(steps)
-
-
-def test_empty_fragments_raise():
-    with pytest.raises(ValueError, match="fragment_length must be at least 1, got 0"):
-        TrialCollector(None, act, replay_buffer=None, frames_per_batch=1, fragment_length=0)
-
-
-def test_fragments_need_a_buffer_that_finds_trials():
-    buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    with pytest.raises(
-        ValueError, match="fragment_length needs .* TrialSliceSampler, got ReplayBuffer"
-    ):
-        TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, fragment_length=5)
+    assert len(buffer) == sum(map(len, whole + open_trials))
 
 
 def test_names_the_flags_that_are_missing():
@@ -151,26 +122,31 @@ def test_names_the_flags_that_are_missing():
     nested = RenameTransform(flags, [("agent", flag) for flag in flags])
     env = TransformedEnv(GymEnv("CartPole-v1"), nested)
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    collector = TrialCollector(
-        env, env.rand_action, replay_buffer=buffer, frames_per_batch=5, total_frames=5
-    )
+    options = {"replay_buffer": buffer, "frames_per_batch": 5, "total_frames": 5}
+    collector = TrialCollector(env, env.rand_action, **options)
     with pytest.raises(ValueError, match="with a flag 'done', 'terminated' or .* got steps"):
         list(collector)
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "reason"),
+    ("option", "value", "problem"),
     [
-        ("split_trajs", True, "without padding"),
-        ("set_truncated", True, "It would end each trial with the batch"),
-        ("track_traj_ids", False, "identified by their number"),
-        ("extend_buffer", False, "Steps wait until their trial is complete"),
-        ("trajs_per_write", 3, "are written together"),
+        ("split_trajs", True, "must be .* got True. .*without padding"),
+        ("set_truncated", True, "must be .* got True. .*It would end each trial with the batch"),
+        ("track_traj_ids", False, "must be .* got False. .*identified by their number"),
+        (
+            "extend_buffer",
+            False,
+            "must be .* got False. .*Steps wait until their trial is complete",
+        ),
+        ("trajs_per_write", 3, "must be .* got 3. .*are written together"),
+        ("fragment_length", 0, "must be at least 1, got 0"),
+        ("fragment_length", 5, "needs .* TrialSliceSampler, got ReplayBuffer"),
     ],
 )
-def test_options_that_contradict_whole_trials_raise(option, value, reason):
+def test_options_that_contradict_whole_trials_raise(option, value, problem):
     buffer = ReplayBuffer(storage=LazyTensorStorage(10))
-    with pytest.raises(ValueError, match=f"{option} must be .* got {value}. .*{reason}"):
+    with pytest.raises(ValueError, match=f"{option} {problem}"):
         TrialCollector(None, act, replay_buffer=buffer, frames_per_batch=1, **{option: value})
 
 
@@ -192,13 +168,9 @@ def test_postproc_sees_trials_as_padded_rows_and_may_shorten_them(fragment_lengt
             rows["next", "done"] = rows["next", "done"] | (rows["time_idx"] == 3)
         return rows.set(("collector", "mask"), left)
 
-    env = ScriptedTrials([[[[1.0] * m]] for m in lengths])
-    env = TransformedEnv(env, Compose(InitTracker(), PreviousStepTransform()))
-    buffer = make_trial_buffer(500, slice_length=3, batch_size=8, warn_short=False)
-    collector = TrialCollector(
-        env, act, frames_per_batch=30, total_frames=120, replay_buffer=buffer, postproc=cut_to_four,
-        fragment_length=fragment_length, stagger=False,
-    )  # fmt: skip
+    collector, buffer = scripted(
+        lengths, 3, 30, 120, postproc=cut_to_four, fragment_length=fragment_length, stagger=False
+    )
     list(collector)
     if fragment_length is None:
         assert {tuple(time) for time in seen} == {tuple(range(m)) for m in lengths}
@@ -210,12 +182,9 @@ def test_postproc_sees_trials_as_padded_rows_and_may_shorten_them(fragment_lengt
 
 
 def test_dropping_trials_at_each_batch_drops_fragments_begun():
-    env = TransformedEnv(Endless(2), Compose(InitTracker(), PreviousStepTransform()))
-    buffer = make_trial_buffer(500, slice_length=3, batch_size=8, warn_short=False)
-    collector = TrialCollector(
-        env, act, frames_per_batch=20, total_frames=100, replay_buffer=buffer, fragment_length=4,
-        stagger=False, reset_at_each_iter=True,
-    )  # fmt: skip
+    collector, buffer = scripted(
+        ENDLESS, 2, 20, 100, fragment_length=4, stagger=False, reset_at_each_iter=True
+    )
     list(collector)
     # 10 steps of each row in each batch: two fragments, and two steps that are dropped.
     times = [trial["time_idx"].flatten().tolist() for trial in stored_trials(buffer)]
@@ -224,12 +193,7 @@ def test_dropping_trials_at_each_batch_drops_fragments_begun():
 
 @pytest.mark.parametrize("prepared", ["next", "start"])
 def test_may_be_driven_step_by_step_or_from_a_thread(prepared):
-    env = TransformedEnv(Endless(2), Compose(InitTracker(), PreviousStepTransform()))
-    buffer = make_trial_buffer(500, slice_length=3, batch_size=8, warn_short=False)
-    collector = TrialCollector(
-        env, act, frames_per_batch=20, total_frames=100, replay_buffer=buffer, fragment_length=5,
-        stagger=False,
-    )  # fmt: skip
+    collector, buffer = scripted(ENDLESS, 2, 20, 100, fragment_length=5, stagger=False)
     if prepared == "next":
         for _ in range(5):
             assert collector.next() is None

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
-from tensordict import TensorDict, assert_close
+from tensordict import assert_close
 from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import RandomSampler
 
-from tests.data.trials import make_trial
+from tests.data.trials import make_trial, make_trials
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data import mixture as mixture_module
 from torchrl_amago.data.mixture import TrialMixture
@@ -19,13 +21,19 @@ SOURCE = ("collector", "source")
 MASK = ("collector", "mask")
 
 
-def make_buffer(lengths=(), first_id=0, **options):
-    options = {"slice_length": 4, "batch_size": 8, "warn_short": False, **options}
-    buffer = make_trial_buffer(200, **options)
-    for length in lengths:
-        buffer.extend(make_trial(length, first_id))
-        first_id += length
+def filled(buffer, lengths, first_id=0):
+    for trial in make_trials(lengths, first_id):
+        buffer.extend(trial)
     return buffer
+
+
+def make_buffer(lengths=(), first_id=0, capacity=200, **options):
+    options = {"slice_length": 4, "batch_size": 8, "warn_short": False, **options}
+    return filled(make_trial_buffer(capacity, **options), lengths, first_id)
+
+
+def even_mixture(buffers, batch_size=2, **options):
+    return TrialMixture(buffers, dict.fromkeys(buffers, 1), batch_size=batch_size, **options)
 
 
 def make_mixture(old=(5, 6), new=(), **options):
@@ -74,60 +82,23 @@ def fractions_of(mixture, updates):
     return fractions
 
 
-def test_a_buffer_that_comes_later_rises_from_nothing():
-    mixture = make_mixture(weights={"old": 0.5, "new": 0.5}, anneal_updates=4)
-    assert fractions_of(mixture, 3) == [0, 0, 0]
-    mixture.extend(make_trial(5, 1000))
-    # Its weight goes up by 0.125 a batch, to 0.5; the other one stays at 0.5.
-    expected = [0.125 / 0.625, 0.25 / 0.75, 0.375 / 0.875, 0.5, 0.5]
-    assert fractions_of(mixture, 5) == pytest.approx(expected)
-    assert mixture.ready_at == {"old": 0, "new": 3}
-
-
-def test_initial_weights():
-    mixture = make_mixture(
-        new=[5],
-        initial_weights={"old": 1.0, "new": 0.0},
-        weights={"old": 0, "new": 2},
-        anneal_updates=2,
-    )
-    # Weights 0.5 and 1 at the first batch, 0 and 2 from the second on.
-    assert fractions_of(mixture, 3) == pytest.approx([1 / 1.5, 1, 1])
-
-
-def test_all_at_once():
-    mixture = make_mixture()
-    assert fractions_of(mixture, 2) == [0, 0]
-    mixture.extend(make_trial(5, 1000))
-    assert fractions_of(mixture, 2) == pytest.approx([0.2, 0.2])
-
-
 def make_waiting_mixture(min_trials: int) -> TrialMixture:
     """Of a buffer that is ready and one that waits for so many trials, and holds 60 steps."""
-    new = make_trial_buffer(60, slice_length=4, batch_size=8, min_trials=min_trials)
-    return TrialMixture(
-        {"old": make_buffer([5]), "new": new},
-        {"old": 0.5, "new": 0.5},
-        anneal_updates=4,
-        online="new",
-        batch_size=16,
-    )
+    buffers = {"old": make_buffer([5]), "new": make_buffer(capacity=60, min_trials=min_trials)}
+    return even_mixture(buffers, 16, anneal_updates=4, online="new")
 
 
 def test_a_buffer_that_falls_below_its_minimum_waits_again():
     mixture = make_waiting_mixture(min_trials=5)
     new = mixture.online
-    for number in range(5):
-        mixture.extend(make_trial(10, 1000 + 10 * number))
+    filled(mixture, [10] * 5, 1000)
     assert fractions_of(mixture, 2) == pytest.approx([0.5, 0.5])
-    for number in range(2):  # long trials push the short ones out
-        mixture.extend(make_trial(28, 2000 + 30 * number))
+    filled(mixture, [28] * 2, 2000)  # long trials push the short ones out
     assert not new.can_sample()
     assert fractions_of(mixture, 2) == [0, 0]
     assert (mixture.sample()[SOURCE] == 0).all()
-    assert not TrialMixture({"new": new}, {"new": 1}, batch_size=2).can_sample()
-    for number in range(5):
-        mixture.extend(make_trial(10, 3000 + 10 * number))
+    assert not even_mixture({"new": new}).can_sample()
+    filled(mixture, [10] * 5, 3000)
     # The way to its weight is that of a buffer that was ready all along.
     assert fractions_of(mixture, 1) == pytest.approx([0.5])
     assert mixture.ready_at == {"old": 0, "new": 0}
@@ -136,14 +107,11 @@ def test_a_buffer_that_falls_below_its_minimum_waits_again():
 def test_a_late_buffer_goes_on_rising_after_a_pause():
     mixture = make_waiting_mixture(min_trials=3)
     mixture.sample()
-    for number in range(3):
-        mixture.extend(make_trial(10, 1000 + 10 * number))
+    filled(mixture, [10] * 3, 1000)
     assert fractions_of(mixture, 1) == pytest.approx([0.125 / 0.625])
-    for number in range(2):
-        mixture.extend(make_trial(28, 2000 + 30 * number))
+    filled(mixture, [28] * 2, 2000)
     assert fractions_of(mixture, 1) == [0]
-    for number in range(3):
-        mixture.extend(make_trial(10, 3000 + 10 * number))
+    filled(mixture, [10] * 3, 3000)
     assert fractions_of(mixture, 2) == pytest.approx([0.375 / 0.875, 0.5])
 
 
@@ -160,6 +128,9 @@ def test_a_late_buffer_goes_on_rising_after_a_pause():
     st.integers(0, 5),
     st.booleans(),
 )
+@example([(0, 0.5, 0), (0, 0.5, 3)], 4, False)  # a late one rises from nothing
+@example([(0, 0.8, 0), (0, 0.2, 2)], 0, False)  # a late one has its weight at once
+@example([(1, 0, 0), (0, 2, 0)], 2, True)  # from the initial weights to the final ones
 def test_weights_against_a_plain_account(parts, anneal_updates, gives_initial):
     buffers = {str(number): make_buffer() for number in range(len(parts))}
     initial = {str(number): part[0] for number, part in enumerate(parts)}
@@ -177,18 +148,20 @@ def test_weights_against_a_plain_account(parts, anneal_updates, gives_initial):
         for number, (_, _, at) in enumerate(parts):
             if at == round_number:
                 buffers[str(number)].extend(make_trial(5))
-                ready[number] = drawn
+                ready[str(number)] = drawn
         weights = []
         for number, (first, last, _) in enumerate(parts):
-            if number not in ready:
+            ready_at = ready.get(str(number))
+            if ready_at is None:
                 weights.append(0.0)
                 continue
-            start = first if gives_initial else (last if ready[number] == 0 else 0.0)
-            steps = drawn - ready[number] + 1
+            start = first if gives_initial else (last if ready_at == 0 else 0.0)
+            steps = drawn - ready_at + 1
             gone = 1.0 if not anneal_updates else min(steps / anneal_updates, 1.0)
             weights.append((1 - gone) * start + gone * last)
         fractions = list(mixture.fractions().values())
         total = sum(weights)
+        assert mixture.ready_at == ready
         assert mixture.can_sample() == (total > 0)
         assert fractions == pytest.approx([w / total if total else 0.0 for w in weights])
         if total > 0:
@@ -199,14 +172,12 @@ def test_weights_against_a_plain_account(parts, anneal_updates, gives_initial):
 def test_what_is_collected_goes_to_the_online_buffer():
     mixture = make_mixture()
     before = mixture.buffers["old"][:].clone()
-    for number in range(60):  # more than its capacity
-        mixture.extend(make_trial(7, 1000 + 10 * number))
+    filled(mixture, [7] * 60, 1000)  # more than its capacity
     assert_close(mixture.buffers["old"][:], before, rtol=0, atol=0)
     assert mixture.online is mixture.buffers["new"]
     assert len(mixture.online) > 150
-    alone = TrialMixture({"old": make_buffer([5])}, {"old": 1}, batch_size=2)
     with pytest.raises(RuntimeError, match=r"one of \['old'\], got online=None"):
-        alone.extend(make_trial(5))
+        even_mixture({"old": make_buffer([5])}).extend(make_trial(5))
 
 
 def contents(folder):
@@ -217,57 +188,42 @@ def test_a_folder_that_is_only_read(tmp_path):
     written = make_buffer([5, 6], path=tmp_path / "data")
     kept = written[:].clone()
     files = contents(tmp_path / "data")
-    protected = make_trial_buffer(
-        None, slice_length=4, batch_size=8, path=tmp_path / "data", mode="read", warn_short=False
-    )
-    buffers = {"old": protected, "new": make_buffer()}
-    mixture = TrialMixture(buffers, {"old": 1, "new": 1}, online="new", batch_size=16)
-    for number in range(40):
-        mixture.extend(make_trial(7, 1000 + 10 * number))
+    protected = make_buffer(capacity=None, path=tmp_path / "data", mode="read")
+    mixture = even_mixture({"old": protected, "new": make_buffer()}, 16, online="new")
+    for trial in make_trials([7] * 40, 1000):
+        mixture.extend(trial)
         mixture.sample()
     assert_close(protected[:], kept, rtol=0, atol=0)
     assert files == contents(tmp_path / "data")
     assert mixture.num_trials == 2 + mixture.online.num_trials
 
 
-def test_slices_of_another_width_are_padded():
-    buffers = {
-        "short": make_buffer([2], trim_padding=True),
-        "long": make_buffer([9], 1000, trim_padding=True),
-    }
-    mixture = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12)
-    batch = mixture.sample()
+@pytest.mark.parametrize(
+    ("padding", "mask", "ids"),
+    [
+        ("right", [True, True, False, False], [0, 1, 1, 1]),
+        ("left", [False, False, True, True], [0, 0, 0, 1]),
+    ],
+)
+def test_slices_of_another_width_are_padded_on_their_side(padding, mask, ids):
+    options = {"trim_padding": True, "padding": padding}
+    buffers = {"short": make_buffer([2], **options), "long": make_buffer([9], 1000, **options)}
+    batch = even_mixture(buffers, 12).sample()
     assert batch.shape == (12, 4)
     is_short = batch[SOURCE] == 0
     assert is_short.any()
     assert not is_short.all()
-    expected = ~is_short | (torch.arange(4) < 2)
-    assert torch.equal(batch[MASK], expected)
-    assert (batch["id"][is_short[:, 0]] == torch.tensor([0, 1, 1, 1])).all()
-
-
-def test_slices_padded_on_the_left_are_widened_there():
-    options = {"trim_padding": True, "padding": "left"}
-    buffers = {"short": make_buffer([2], **options), "long": make_buffer([9], 1000, **options)}
-    batch = TrialMixture(buffers, {"short": 1, "long": 1}, batch_size=12).sample()
-    is_short_B = batch[SOURCE][:, 0] == 0
-    assert is_short_B.any()
-    assert not is_short_B.all()
-    assert (batch[MASK][is_short_B] == torch.tensor([False, False, True, True])).all()
-    assert (batch["id"][is_short_B] == torch.tensor([0, 0, 0, 1])).all()
-    mixed = buffers | {"right": make_buffer([9], trim_padding=True)}
-    with pytest.raises(ValueError, match="pad slices on the same side, got .*'right': 'right'"):
-        TrialMixture(mixed, dict.fromkeys(mixed, 1), batch_size=2)
+    assert torch.equal(batch[MASK], ~is_short | torch.tensor(mask))
+    assert (batch["id"][is_short[:, 0]] == torch.tensor(ids)).all()
 
 
 def test_the_same_generator_gives_the_same_batches():
-    def batches():
-        torch.manual_seed(5)
+    def batches(global_seed):
+        torch.manual_seed(global_seed)  # it doesn't matter
         mixture = make_mixture(new=[7, 7], generator=torch.Generator().manual_seed(3))
-        torch.manual_seed(int(torch.randint(100, ())) + 1)  # the global one doesn't matter
         return [mixture.sample() for _ in range(4)]
 
-    for one, other in zip(batches(), batches(), strict=True):
+    for one, other in zip(batches(5), batches(6), strict=True):
         assert_close(one, other, rtol=0, atol=0)
 
 
@@ -302,99 +258,70 @@ def test_cant_go_on_with_other_generators(had_one):
         for has_one in (had_one, not had_one)
     )
     one.sample()
-    with pytest.raises(
-        ValueError,
-        match="the generator that it was saved with, .*; pass a generator if it had one",
-    ):
+    match = "the generator that it was saved with, .*; pass a generator if it had one"
+    with pytest.raises(ValueError, match=match):
         other.load_state_dict(one.state_dict())
     assert (other.updates, other.ready_at) == (0, {})
 
 
-def test_other_data_cant_go_on():
-    state = make_mixture().state_dict()
-    with pytest.raises(
-        ValueError, match=r"saved with, .*'11 steps, .*, got .*'9 steps, .* Load the same data"
-    ):
-        make_mixture(old=[9]).load_state_dict(state)
+def with_one_more(trial, key, step):
+    trial[key][step, 0] += 1
+    return trial
 
 
 @pytest.mark.parametrize(
-    "trials",
-    [((5, 1), (6, 6)), ((6, 0), (5, 6)), ((6, 5), (5, 0))],
-    ids=["content", "lengths", "order"],
+    ("first", "second"),
+    [
+        (make_trial(4), make_trial(5, 4)),
+        (make_trial(5, 1), make_trial(6, 6)),
+        (make_trial(6), make_trial(5, 6)),
+        (make_trial(6, 5), make_trial(5)),
+        (make_trial(5), with_one_more(make_trial(6, 5), ("next", "reward"), 0)),
+        (make_trial(5), with_one_more(make_trial(6, 5), ("next", "reward"), 5)),
+        (make_trial(5), with_one_more(make_trial(6, 5), ("next", "nested", "state"), 5)),
+    ],
+    ids=["steps", "content", "lengths", "order", "reward", "last reward", "what the last led to"],
 )
-def test_other_data_of_as_many_steps_cant_go_on(trials):
+def test_other_data_cant_go_on(first, second):
     state = make_mixture().state_dict()
-    other = make_buffer()
-    for length, first_id in trials:
-        other.extend(make_trial(length, first_id))
-    mixture = TrialMixture(
-        {"old": other, "new": make_buffer()}, {"old": 0.8, "new": 0.2}, online="new", batch_size=2
-    )
-    before = mixture.state_dict()
-    with pytest.raises(
-        ValueError, match=r"saved with, .*'11 steps, .*, got .*'11 steps, .* Load the same data"
-    ):
+    mixture = make_mixture(old=())
+    for trial in (first, second):
+        mixture.buffers["old"].extend(trial)
+    before, steps = mixture.state_dict(), len(first) + len(second)
+    match = rf"saved with, .*'11 steps, .*, got .*'{steps} steps, .* Load the same data in the same"
+    with pytest.raises(ValueError, match=match):
         mixture.load_state_dict(state | {"updates": 7})
     assert mixture.state_dict() == before
 
 
-def test_one_number_makes_other_data():
-    def mixture_of(trial):
-        buffer = make_buffer()
-        buffer.extend(trial)
-        return TrialMixture({"old": buffer}, {"old": 1}, batch_size=2)
-
-    state = mixture_of(make_trial(5)).state_dict()
-    mixture_of(make_trial(5)).load_state_dict(state)
-    for step in (0, 4):  # rewards, the last step's too, and what the last step led to
-        trial = make_trial(5)
-        trial["next", "reward"][step] += 1
-        with pytest.raises(ValueError, match="Load the same data in the same order"):
-            mixture_of(trial).load_state_dict(state)
-    trial = make_trial(5)
-    trial["next", "nested", "state"][4, 0] += 1
-    with pytest.raises(ValueError, match="Load the same data in the same order"):
-        mixture_of(trial).load_state_dict(state)
-
-
 def test_the_same_data_go_on_wherever_they_lie(tmp_path):
     written = make_buffer([5, 6], path=tmp_path / "data")
-    state = TrialMixture({"old": written}, {"old": 1}, batch_size=2).state_dict()
-    opened = make_trial_buffer(None, 4, 8, path=tmp_path / "data", mode="read", warn_short=False)
+    state = even_mixture({"old": written}).state_dict()
+    opened = make_buffer(capacity=None, path=tmp_path / "data", mode="read")
     at_once = make_buffer()
-    at_once.extend(torch.cat([make_trial(5), make_trial(6, 5)]))
-    moved = make_trial_buffer(12, 4, 8, warn_short=False)  # other trials lay there before
-    for trial in (make_trial(4, 900), make_trial(7, 950), make_trial(5), make_trial(6, 5)):
-        moved.extend(trial)
+    at_once.extend(torch.cat(make_trials([5, 6])))
+    # Other trials lay there before.
+    moved = filled(make_buffer([4, 7], 900, capacity=12), [5, 6])
     for buffer in (opened, at_once, moved):
-        TrialMixture({"old": buffer}, {"old": 1}, batch_size=2).load_state_dict(state)
+        even_mixture({"old": buffer}).load_state_dict(state)
 
 
 def test_data_are_read_through_once_for_all_checkpoints(monkeypatch):
-    read = []
-    checksum = mixture_module._checksum
-    monkeypatch.setattr(
-        mixture_module, "_checksum", lambda buffer: read.append(buffer) or checksum(buffer)
-    )
+    checksum = Mock(wraps=mixture_module._checksum)
+    monkeypatch.setattr(mixture_module, "_checksum", checksum)
     mixture = make_mixture(new=[5])
     first = mixture.state_dict()["facts"]
     assert mixture.state_dict()["facts"] == first
-    assert read == [mixture.buffers["old"]]
+    checksum.assert_called_once_with(mixture.buffers["old"])
     mixture.buffers["old"].extend(make_trial(5))
     assert mixture.state_dict()["facts"] != first
-
-
-def with_extra(length: int, key, value) -> TensorDict:
-    trial = make_trial(length)
-    return trial.set(key, value)
 
 
 @pytest.mark.parametrize("key", ["_stream", ("collector", "traj_ids")])
 def test_entries_of_the_collection_may_be_missing(key):
     buffers = {"with": make_buffer(), "without": make_buffer([5])}
-    buffers["with"].extend(with_extra(5, key, torch.ones(5)))
-    mixture = TrialMixture(buffers, {"with": 1, "without": 1}, batch_size=16)
+    buffers["with"].extend(make_trial(5).set(key, torch.ones(5)))
+    mixture = even_mixture(buffers, 16)
     batches = [mixture.sample() for _ in range(3)]
     assert all(key not in batch.keys(True) for batch in batches)
 
@@ -409,10 +336,9 @@ def test_entries_of_the_collection_may_be_missing(key):
 )
 def test_buffers_of_different_steps(key, value, message):
     buffers = {"one": make_buffer(), "other": make_buffer([5])}
-    buffers["one"].extend(with_extra(5, key, value))
-    mixture = TrialMixture(buffers, {"one": 1, "other": 1}, batch_size=64)
+    buffers["one"].extend(make_trial(5).set(key, value))
     with pytest.raises(ValueError, match=message):
-        mixture.sample()
+        even_mixture(buffers, 64).sample()
 
 
 def test_priorities_go_where_the_slices_came_from():
@@ -430,22 +356,26 @@ def test_priorities_go_where_the_slices_came_from():
 
 def test_wrong_arguments():
     buffers = {"a": make_buffer([5]), "b": make_buffer()}
-    for weights in ({"a": 1}, {"a": 1, "b": -1}, {"a": 0, "b": 0}, {"a": 1, "c": 1}, {}):
-        with pytest.raises(
-            ValueError, match="weights must have a number of at least 0 for each of"
-        ):
-            TrialMixture(buffers, weights, batch_size=2)
-    with pytest.raises(ValueError, match="initial_weights must have"):
-        TrialMixture(buffers, {"a": 1, "b": 1}, initial_weights={"a": 1}, batch_size=2)
+    wrong_weights = {"a": 1}, {"a": 1, "b": -1}, {"a": 0, "b": 0}, {"a": 1, "c": 1}, {}
+    needed = "weights must have a number of at least 0 for each of"
     for options, message in (
+        *(({"weights": weights}, f"^{needed}") for weights in wrong_weights),
+        ({"initial_weights": {"a": 1}}, f"^initial_{needed}"),
         ({"online": "c"}, "online must be one of None, 'a', 'b', got 'c'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        (
+            {"buffers": buffers | {"b": make_buffer(prefetch=2)}},
+            "must not prefetch, got .'b'. that",
+        ),
+        ({"buffers": buffers | {"b": make_buffer(padding="left")}}, "on the same side, .*'left'"),
     ):
+        arguments = {"buffers": buffers, "weights": {"a": 1, "b": 1}, "batch_size": 2, **options}
         with pytest.raises(ValueError, match=message):
-            TrialMixture(buffers, {"a": 1, "b": 1}, **{"batch_size": 2, **options})
-    with pytest.raises(ValueError, match=r"must not prefetch, got \['b'\] that do"):
-        TrialMixture(buffers | {"b": make_buffer(prefetch=2)}, {"a": 1, "b": 1}, batch_size=2)
-    empty = TrialMixture({"b": make_buffer()}, {"b": 1}, batch_size=2)
+            TrialMixture(**arguments)
+
+
+def test_nothing_to_sample():
+    empty = even_mixture({"b": make_buffer()})
     assert not empty.can_sample()
     assert empty.fractions() == {"b": 0.0}
     with pytest.raises(RuntimeError, match="needs a buffer that has a weight and is ready"):
@@ -472,21 +402,15 @@ class WholeTrials(RandomSampler):
         return len(storage) > 0
 
 
-def stock_buffer(lengths=(), first_id=0, **options):
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(200), sampler=WholeTrials(), batch_size=8, **options
-    )
-    for length in lengths:
-        buffer.extend(make_trial(length, first_id))
-        first_id += length
-    return buffer
+def stock_buffer(lengths=(), first_id=0, kind=TensorDictReplayBuffer):
+    buffer = kind(storage=LazyTensorStorage(200), sampler=WholeTrials(), batch_size=8)
+    return filled(buffer, lengths, first_id)
 
 
 def test_stock_buffers():
     def make(first_id=0, **options):
         buffers = {"old": stock_buffer([2, 3], first_id), "new": stock_buffer()}
-        weights = dict.fromkeys(buffers, 1)
-        return TrialMixture(buffers, weights, online="new", batch_size=32, **options)
+        return even_mixture(buffers, 32, online="new", **options)
 
     mixture = make(generator=torch.Generator().manual_seed(0))
     assert mixture.fractions() == {"old": 1.0, "new": 0.0}
@@ -507,7 +431,7 @@ def test_stock_buffers():
 
 def test_stock_and_trial_buffers_side_by_side():
     buffers = {"stock": stock_buffer([2, 3]), "trials": make_buffer([5], 1000)}
-    batch = TrialMixture(buffers, {"stock": 1, "trials": 1}, batch_size=32).sample()
+    batch = even_mixture(buffers, 32).sample()
     assert torch.equal(batch["id"] >= 1000, batch[SOURCE] == 1)
     assert len(batch[SOURCE].unique()) == 2
 
@@ -523,12 +447,8 @@ def test_torchrls_ensemble_lacks_what_a_mixture_needs():
             Counting.sampled += 1
             return super()._sample(batch_size)
 
-    def full(kind=TensorDictReplayBuffer):
-        buffer = kind(storage=LazyTensorStorage(50), sampler=WholeTrials(), batch_size=8)
-        buffer.extend(make_trial(3))
-        return buffer
-
-    ensemble = ReplayBufferEnsemble(full(Counting), full(), p=[1.0, 1.0], batch_size=8)
+    members = stock_buffer([3], kind=Counting), stock_buffer([3])
+    ensemble = ReplayBufferEnsemble(*members, p=[1.0, 1.0], batch_size=8)
     batch = ensemble.sample()
     assert batch.shape == (2, 4, 4)  # blocks of slices: fractions of a batch are halves
     assert Counting.sampled == 0  # a member's own way to sample is passed over
@@ -536,7 +456,8 @@ def test_torchrls_ensemble_lacks_what_a_mixture_needs():
     ensemble[0].sampler.update_priority = lambda *args, **kwargs: got.append(args)
     ensemble.update_priority(batch["index"], torch.ones(2, 4, 4))
     assert not got
-    waiting = ReplayBufferEnsemble(full(), stock_buffer(), p=[1e-6, 1.0], batch_size=64)
+    members = stock_buffer([3]), stock_buffer()
+    waiting = ReplayBufferEnsemble(*members, p=[1e-6, 1.0], batch_size=64)
     assert waiting.can_sample()
     with pytest.raises(RuntimeError, match="non-initialized storage"):
         waiting.sample()

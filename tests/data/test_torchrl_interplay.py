@@ -57,10 +57,10 @@ def make_answer():
     return TensorDictModule(Answer(), ["observation"], ["action"])
 
 
-def make_buffer(kind, capacity, **options):
+def make_buffer(kind, capacity):
     if kind == "trials":
         return make_trial_buffer(capacity, SLICE, batch_size=16, warn_short=False)
-    sampler = TrialSliceSampler(SLICE, warn_short=False, **options)
+    sampler = TrialSliceSampler(SLICE, warn_short=False)
     storage = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage}[kind](capacity)
     return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=16)
 
@@ -138,11 +138,7 @@ WORKERS = {
     ),
     "fragments, async": (
         MultiCollector,
-        {
-            "sync": False,
-            "collector_class": partial(TrialCollector, fragment_length=4),
-            "trajs_per_batch": 1,
-        },
+        {"sync": False, "collector_class": COLLECTORS["fragments"], "trajs_per_batch": 1},
         "memmap",
     ),
     "stock, sync": (MultiCollector, {"sync": True, "trajs_per_batch": 1}, "trials"),
