@@ -150,6 +150,9 @@ def test_no_env(make, trials):
     for key in set(trials.keys(True, True)) - set(relabel.out_keys):
         assert out[key] is trials[key]
     assert set(changed.keys(True, True)) <= {*relabel.out_keys, MASK}
+    match = f"{type(relabel).__name__} reads .*reward.*but the trials hold only"
+    with pytest.raises(KeyError, match=match):
+        relabel.relabel_trials(trials.exclude(REWARD))
 
 
 def test_compose_and_model(make, trials):
@@ -205,21 +208,25 @@ def test_batches_of_anything_but_whole_trials(make, trials, spoil, match):
         make()(spoil(trials.clone()))
 
 
-class Gap(Relabel):
-    """Leaves out a step in the middle."""
+class Masked(Relabel):
+    """Gives trials this mask, and says nothing of anything else."""
 
-    def __init__(self):
+    def __init__(self, mask):
         super().__init__([])
+        self.mask = mask
 
     def relabel(self, trials, generator):
-        mask = trials[MASK].clone()
-        mask[:, 1] = False
-        return TensorDict({MASK: mask}, trials.batch_size)
+        return TensorDict({MASK: self.mask & trials[MASK]}, trials.batch_size)
 
 
 def test_a_mask_must_be_the_beginning_of_each_trial(trials):
+    step = torch.arange(trials.shape[1]).expand(trials.shape)
+    first_half = step < (trials[MASK].sum(-1, keepdim=True) + 1) // 2
+    assert torch.equal(Masked(first_half)(trials)[MASK], first_half)
     with pytest.raises(ValueError, match="each trial's remaining first steps"):
-        Gap()(trials)
+        Masked(step != 1)(trials)
+    with pytest.raises(TypeError, match="abstract"):
+        Relabel([])
 
 
 # ------------------------------------------------------------------ in buffers
