@@ -59,8 +59,11 @@ def maze_env(rows=(8,), num_goals=1):
     return make_trial_env(maze, episodes=1)
 
 
+maze_row = partial(maze_env, [])
+
+
 def relabelling_env(relabel):
-    return TransformedEnv(maze_env([]).base_env, relabel)
+    return TransformedEnv(maze_row().base_env, relabel)
 
 
 @pytest.fixture(scope="module")
@@ -100,30 +103,26 @@ assert_equal = partial(assert_close, rtol=0, atol=0, equal_nan=False)
 # ------------------------------------------------------------------ in environments: nowhere
 
 
-@pytest.mark.parametrize(
-    "put",
-    [
-        lambda relabel: TransformedEnv(maze_env(), relabel),
-        lambda relabel: TransformedEnv(maze_env().base_env, Compose(relabel)),
-        lambda relabel: maze_env().append_transform(relabel),
-        lambda relabel: maze_env().append_transform(Compose(relabel)),
-        lambda relabel: maze_env().insert_transform(0, relabel),
-        lambda relabel: (env := maze_env()).transform.append(relabel) or env,
-        lambda relabel: SerialEnv(2, partial(relabelling_env, relabel)),
-        lambda relabel: TransformedEnv(SerialEnv(2, partial(maze_env, [])), relabel),
-        lambda relabel: ParallelEnv(2, partial(relabelling_env, relabel)),
-        lambda relabel: TransformedEnv(ParallelEnv(2, partial(maze_env, [])), relabel),
-    ],
-    ids=[
-        "single", "compose", "append", "append compose", "insert", "compose append",
-        "serial", "trans_serial", "parallel", "trans_parallel",
-    ],
-)  # fmt: skip
+PLACES = {
+    "single": lambda relabel: TransformedEnv(maze_env(), relabel),
+    "compose": lambda relabel: TransformedEnv(maze_env().base_env, Compose(relabel)),
+    "append": lambda relabel: maze_env().append_transform(relabel),
+    "append compose": lambda relabel: maze_env().append_transform(Compose(relabel)),
+    "insert": lambda relabel: maze_env().insert_transform(0, relabel),
+    "compose append": lambda relabel: (env := maze_env()).transform.append(relabel) or env,
+    "serial": lambda relabel: SerialEnv(2, partial(relabelling_env, relabel)),
+    "trans_serial": lambda relabel: TransformedEnv(SerialEnv(2, maze_row), relabel),
+    "parallel": lambda relabel: ParallelEnv(2, partial(relabelling_env, relabel)),
+    "trans_parallel": lambda relabel: TransformedEnv(ParallelEnv(2, maze_row), relabel),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.filterwarnings("ignore:Nested TransformedEnvs are automatically unwrapped")
-def test_environments_are_no_place_for_it(make, put):
+def test_environments_are_no_place_for_it(make, place):
     relabel = make()
     with pytest.raises(TypeError, match=r"put into an environment.*make_trial_buffer\(relabel="):
-        put(relabel)
+        PLACES[place](relabel)
     assert Compose(relabel)[0] is relabel  # it can go elsewhere
 
 
@@ -185,25 +184,28 @@ def test_draws_follow_the_generator(make, trials):
     assert_equal(make()(trials), first)
 
 
-@pytest.mark.parametrize(
-    ("spoil", "match"),
-    [
-        (lambda it: it.exclude(MASK), r"whole trials \[B, L\] with \(\('collector', 'mask'\)"),
-        (lambda it: it.exclude("time_idx"), "'time_idx'"),
-        (lambda it: it.exclude(("next", "done")), "'done'"),
-        (lambda it: it.flatten(), r"something else: a batch \[192\]"),
-        (lambda it: it[:, 1:], OTHER_ROWS),
-        (lambda it: it[:, :2], OTHER_ROWS),
-        (lambda it: torch.cat([it, it], 1), OTHER_ROWS),
-        (lambda it: it.flip(1), OTHER_ROWS),
-        (lambda it: it.set(MASK, it[MASK] & (torch.arange(12).unsqueeze(-1) > 0)), OTHER_ROWS),
-    ],
-    ids=[
-        "no mask", "no time", "no done", "flat", "no start", "no end", "several", "padded left",
-        "nothing real",
-    ],
-)  # fmt: skip
-def test_batches_of_anything_but_whole_trials(make, trials, spoil, match):
+SPOILT = {
+    "no mask": (
+        lambda it: it.exclude(MASK),
+        r"whole trials \[B, L\] with \(\('collector', 'mask'\)",
+    ),
+    "no time": (lambda it: it.exclude("time_idx"), "'time_idx'"),
+    "no done": (lambda it: it.exclude(("next", "done")), "'done'"),
+    "flat": (lambda it: it.flatten(), r"something else: a batch \[192\]"),
+    "no start": (lambda it: it[:, 1:], OTHER_ROWS),
+    "no end": (lambda it: it[:, :2], OTHER_ROWS),
+    "several": (lambda it: torch.cat([it, it], 1), OTHER_ROWS),
+    "padded left": (lambda it: it.flip(1), OTHER_ROWS),
+    "nothing real": (
+        lambda it: it.set(MASK, it[MASK] & (torch.arange(12).unsqueeze(-1) > 0)),
+        OTHER_ROWS,
+    ),
+}
+
+
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_batches_of_anything_but_whole_trials(make, trials, spoilt):
+    spoil, match = SPOILT[spoilt]
     with pytest.raises(ValueError, match=match):
         make()(spoil(trials.clone()))
 
@@ -312,26 +314,25 @@ def test_a_stock_buffer_that_writes_through_it(make, trials):
 
 def test_a_stock_buffer_that_relabels_after_the_sampler(trials):
     """As in the documentation: of 640 trials, each ends by its new goal."""
-    buffer = WholeTrialBuffer(
-        GoalSequenceRelabel("all", generator=seeded()),
-        storage=LazyTensorStorage(1000),
-        sampler=stock_sampler(),
-        batch_size=640 * LIMIT,
-    )
+    relabel = GoalSequenceRelabel("all", generator=seeded())
+    options = {"sampler": stock_sampler(), "batch_size": 640 * LIMIT}
+    buffer = WholeTrialBuffer(relabel, storage=LazyTensorStorage(1000), **options)
     buffer.extend(flat(trials))
     batch = buffer.sample()
     last = batch[MASK].sum(-1, keepdim=True) - 1
-    for key, expected in (("done", True), ("terminated", True), ("truncated", False)):
+    for key, expected in (
+        ("done", True),
+        ("terminated", True),
+        ("truncated", False),
+        ("reward", 1),
+    ):
         assert (batch["next", key].squeeze(-1).gather(1, last) == expected).sum() == 640, key
-    assert (batch[REWARD].squeeze(-1).gather(1, last) == 1).sum() == 640
     assert_equal(buffer[:].exclude("index"), flat(trials))
 
 
 def test_slices_of_a_stock_buffer(trials):
-    sampler, size = stock_sampler(LIMIT - 1), (LIMIT - 1) * 40
-    buffer = TensorDictReplayBuffer(
-        storage=LazyTensorStorage(1000), sampler=sampler, batch_size=size
-    )
+    options = {"sampler": stock_sampler(LIMIT - 1), "batch_size": (LIMIT - 1) * 40}
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), **options)
     buffer.extend(flat(trials))
     batch = buffer.sample().view(-1, LIMIT - 1)
     assert batch["is_init"][:, 0].all()  # the sampler's: they say nothing
@@ -346,10 +347,8 @@ def collected(steps: int, num_goals: int = 1, **options) -> list[TensorDict]:
     """Two batches of so many steps of eight rows."""
     torch.manual_seed(1)
     env = maze_env(num_goals=num_goals)
-    frames = 8 * steps
-    return list(
-        Collector(env, env.rand_action, frames_per_batch=frames, total_frames=2 * frames, **options)
-    )
+    options |= {"frames_per_batch": 8 * steps, "total_frames": 2 * 8 * steps}
+    return list(Collector(env, env.rand_action, **options))
 
 
 @pytest.mark.filterwarnings("ignore:split_trajs=True produces a:UserWarning")

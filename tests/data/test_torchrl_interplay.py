@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ COLLECTORS = {
     "trials": TrialCollector,
     "fragments": partial(TrialCollector, fragment_length=4),
 }
+BUFFERS = ["tensor", "memmap", "trials"]
+# A buffer of trials takes whole trials, and fragments count as such.
+PAIRS = [*itertools.product(BUFFERS[:2], COLLECTORS), ("trials", "stock"), ("trials", "trials")]
+
+
+def writing(collector, rb, rounds):
+    options = {"frames_per_batch": 21, "total_frames": 21 * rounds, "replay_buffer": rb}
+    return collector(make_env(), make_answer(), **options)
 
 
 def assert_slices_are_of_one_trial(rb, draws=25):
@@ -98,16 +107,10 @@ def assert_slices_are_of_one_trial(rb, draws=25):
 
 
 @pytest.mark.parametrize("capacity", [50, 1000])
-@pytest.mark.parametrize("collector", COLLECTORS)
-@pytest.mark.parametrize("kind", ["tensor", "memmap", "trials"])
+@pytest.mark.parametrize(("kind", "collector"), PAIRS)
 def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
-    if kind == "trials" and collector in ("stock, steps", "fragments"):
-        pytest.skip("a buffer of trials takes whole trials, and fragments count as such")
     rb = make_buffer(kind, capacity)
-    rounds = COLLECTORS[collector](
-        make_env(), make_answer(), frames_per_batch=21, total_frames=21 * 12, replay_buffer=rb
-    )
-    for number, _ in enumerate(rounds):
+    for number, _ in enumerate(writing(COLLECTORS[collector], rb, rounds=12)):
         if number in (5, 7, 11):
             seen = assert_slices_are_of_one_trial(rb)
     if capacity == 1000:
@@ -120,34 +123,26 @@ def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
 def test_buffer_of_batches_instead_of_steps_raises():
     """A batched environment's collector by itself writes items of [T] steps."""
     rb = make_buffer("tensor", 100)
-    list(
-        Collector(make_env(), make_answer(), frames_per_batch=21, total_frames=42, replay_buffer=rb)
-    )
+    list(writing(Collector, rb, rounds=2))
     with pytest.raises(ValueError, match=r"must be one step, and is a batch \[7\] of steps"):
         rb.sample()
 
 
 # --- several processes ---
 
+SYNC, ASYNC = {"sync": True}, {"sync": False, "trajs_per_batch": 1}
+OURS = {"collector_class": TrialCollector}
 WORKERS = {
-    "trials, sync": (MultiCollector, {"sync": True, "collector_class": TrialCollector}, "trials"),
-    "trials, async": (
-        MultiCollector,
-        {"sync": False, "collector_class": TrialCollector, "trajs_per_batch": 1},
-        "memmap",
-    ),
+    "trials, sync": (MultiCollector, SYNC | OURS, "trials"),
+    "trials, async": (MultiCollector, ASYNC | OURS, "memmap"),
     "fragments, async": (
         MultiCollector,
-        {"sync": False, "collector_class": COLLECTORS["fragments"], "trajs_per_batch": 1},
+        ASYNC | {"collector_class": COLLECTORS["fragments"]},
         "memmap",
     ),
-    "stock, sync": (MultiCollector, {"sync": True, "trajs_per_batch": 1}, "trials"),
-    "stock, async": (MultiCollector, {"sync": False, "trajs_per_batch": 1}, "memmap"),
-    "backend": (
-        Collector,
-        {"backend": "process", "backend_options": {"collector_class": TrialCollector}},
-        "trials",
-    ),
+    "stock, sync": (MultiCollector, SYNC | {"trajs_per_batch": 1}, "trials"),
+    "stock, async": (MultiCollector, ASYNC, "memmap"),
+    "backend": (Collector, {"backend": "process", "backend_options": OURS}, "trials"),
 }
 
 
@@ -181,50 +176,32 @@ def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
 # --- several buffers ---
 
 
-def fill(rb, rounds=10, **options):
-    collector = TrialCollector(
-        make_env(), make_answer(), frames_per_batch=21, total_frames=21 * rounds, replay_buffer=rb,
-        **options,
-    )  # fmt: skip
-    list(collector)
-    return rb
-
-
 @pytest.mark.parametrize("kinds", [("trials", "trials"), ("tensor", "memmap")])
 @pytest.mark.parametrize("p", [None, [0.9, 0.1]])
 def test_ensemble_of_buffers(kinds, p):
-    members = [fill(make_buffer(kind, 1000)) for kind in kinds]
+    members = [make_buffer(kind, 1000) for kind in kinds]
+    for member in members:
+        list(writing(TrialCollector, member, rounds=10))
     ensemble = ReplayBufferEnsemble(*members, p=p, num_buffer_sampled=4, batch_size=16)
     batch = ensemble.sample()
     assert batch.shape[:2] == (4, 4)
-    rows = batch.reshape(16, -1)
-
-    class Sampled:
-        def sample(self):
-            return rows
-
-    assert_slices_are_of_one_trial(Sampled(), draws=1)
+    sampled = SimpleNamespace(sample=lambda: batch.reshape(16, -1))
+    assert_slices_are_of_one_trial(sampled, draws=1)
 
 
 # --- into the loss ---
 
 
-@pytest.mark.parametrize("collector", ["stock", "stock, steps", "trials"])
-@pytest.mark.parametrize("kind", ["tensor", "memmap", "trials"])
+@pytest.mark.parametrize(("kind", "collector"), [pair for pair in PAIRS if "fragments" not in pair])
 def test_batches_feed_the_loss(kind, collector):
-    if (kind, collector) == ("trials", "stock, steps"):
-        pytest.skip("a buffer of trials takes whole trials")
     env = make_trial_env(MetaFrozenLake(batch_size=(4,), seed=0), episodes=2)
-    policy = make_policy(
-        env, context_length=18, seq_model="gru", seq_model_options={"d_model": 16, "num_layers": 1}
-    )
+    sizes = {"d_model": 16, "num_layers": 1}
+    policy = make_policy(env, context_length=18, seq_model="gru", seq_model_options=sizes)
     loss = amago_loss(policy)
     SoftUpdate(loss, tau=0.1)
     rb = make_buffer(kind, 150)
-    rounds = COLLECTORS[collector](
-        env, policy, frames_per_batch=40, total_frames=200, replay_buffer=rb
-    )
-    list(rounds)
+    options = {"frames_per_batch": 40, "total_frames": 200, "replay_buffer": rb}
+    list(COLLECTORS[collector](env, policy, **options))
     losses = loss(rb.sample())
     total = sum(value for key, value in losses.items() if key.startswith("loss_"))
     total.backward()
