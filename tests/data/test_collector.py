@@ -70,7 +70,9 @@ ENDLESS = [1000]
 @pytest.mark.parametrize("stagger", [False, True])
 def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, stagger):
     collector, buffer = scripted(ENDLESS, 4, frames, 400, fragment_length=10, stagger=stagger)
-    list(collector)
+    counts = [buffer.num_trials for _ in collector]
+    if frames == 4:  # staggered fragments come one after another
+        assert torch.tensor(counts).diff().max() == (1 if stagger else 4)
     firsts = []
     for fragment in stored_trials(buffer):
         time = fragment["time_idx"].squeeze(-1)
@@ -85,13 +87,6 @@ def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, st
     assert sorted(firsts) == ([3, 5, 8, 10] if stagger else [10] * 4)
     # 100 steps of each row, of which less than a fragment waits in the collector.
     assert 4 * 90 < len(buffer) <= 400
-
-
-@pytest.mark.parametrize(("stagger", "at_once"), [(True, 1), (False, 4)])
-def test_staggered_fragments_come_one_after_another(stagger, at_once):
-    collector, buffer = scripted(ENDLESS, 4, 4, 240, fragment_length=20, stagger=stagger)
-    counts = [buffer.num_trials for _ in collector]
-    assert torch.tensor(counts).diff().max() == at_once
 
 
 @pytest.mark.parametrize("stagger", [False, True])

@@ -43,17 +43,18 @@ class Recorder(list):
         self.append((trials.clone(), lengths))
 
 
-def make_env_and_policy(task, encoder, seed):
+def make_collector(task="lake", encoder="gru", seed=0, rounds=0, **options):
+    """A collector that has collected so many batches."""
     torch.manual_seed(seed)
     env = TASKS[task](seed)
-    sizes = {"context_length": 40, "exploration": {"horizon": 40}}
-    return env, make_policy(env, seq_model=encoder, seq_model_options=ENCODERS[encoder], **sizes)
-
-
-def make_collector(task="lake", encoder="gru", seed=0, **options):
-    env, policy = make_env_and_policy(task, encoder, seed)
+    policy = make_policy(
+        env, context_length=40, seq_model=encoder, seq_model_options=ENCODERS[encoder],
+        exploration={"horizon": 40},
+    )  # fmt: skip
     options |= {"replay_buffer": Recorder(), "frames_per_batch": 7 * env.batch_size.numel()}
-    return TrialCollector(env, policy, **options)
+    collector = TrialCollector(env, policy, **options)
+    collect(collector, rounds)
+    return collector
 
 
 def through_a_file(state):
@@ -79,41 +80,30 @@ def assert_same(found, expected):
         assert_close(trials, expected_trials, rtol=0, atol=0, equal_nan=False)
 
 
-def assert_goes_on(task, encoder, **options):
-    collector = make_collector(task, encoder, seed=0, **options)
-    collect(collector, 5)
+@pytest.mark.parametrize(
+    ("task", "encoder", "options"),
+    [
+        *(("lake", encoder, {}) for encoder in ENCODERS),
+        *((task, "gru", {}) for task in TASKS if task != "lake"),
+        *((task, "gru", {"fragment_length": 6}) for task in ("lake", "maze", "two dimensions")),
+    ],
+)
+def test_goes_on_as_if_it_had_never_stopped(task, encoder, options):
+    collector = make_collector(task, encoder, seed=0, rounds=5, **options)
     state, rng = through_a_file(collector.state_dict()), torch.get_rng_state()
     expected = collect(collector, 10)
-    other = make_collector(task, encoder, seed=1, **options)
-    collect(other, 2)
+    other = make_collector(task, encoder, seed=1, rounds=2, **options)
     other.load_state_dict(state)
     torch.set_rng_state(rng)
     assert_same(collect(other, 10), expected)
-    return state
-
-
-@pytest.mark.parametrize("encoder", ENCODERS)
-def test_with_every_encoder(encoder):
-    state = assert_goes_on("lake", encoder)
-    remembers = encoder != "feedforward"
-    assert (len(state["in_progress"]["memories"]["0"]["streams"]) > 0) == remembers
-    assert len(state["in_progress"]["pending"]["action"]) > 0
-
-
-@pytest.mark.parametrize("task", [task for task in TASKS if task != "lake"])
-def test_in_every_task(task):
-    assert_goes_on(task, "gru")
-
-
-@pytest.mark.parametrize("task", ["lake", "maze", "two dimensions"])
-def test_with_fragments(task):
-    state = assert_goes_on(task, "gru", fragment_length=6)
-    assert len(state["in_progress"]["begun"]) > 0
+    remembers, in_progress = encoder != "feedforward", state["in_progress"]
+    assert (len(in_progress["memories"]["0"]["streams"]) > 0) == remembers
+    assert len(in_progress["pending"]["action"]) > 0
+    assert (len(in_progress["begun"]) > 0) == bool(options)
 
 
 def test_state_is_not_shared_with_the_collector():
-    collector = make_collector()
-    collect(collector, 5)
+    collector = make_collector(rounds=5)
     state = collector.state_dict()["in_progress"]
     before = through_a_file(state)
     collect(collector, 3)
@@ -124,8 +114,7 @@ def test_state_is_not_shared_with_the_collector():
 
 @pytest.mark.parametrize("rows", [[1], [0, 3]])
 def test_rows_reset_right_after_loading(rows):
-    collector = make_collector()
-    collect(collector, 5)
+    collector = make_collector(rounds=5)
     state = through_a_file(collector.state_dict())
     other = make_collector(seed=1)
     other.load_state_dict(state)
@@ -155,8 +144,7 @@ def test_without_state_of_the_environment_trials_begin_anew():
 
 
 def test_loading_drops_the_steps_that_wait():
-    collector = make_collector()
-    collect(collector, 4)
+    collector = make_collector(rounds=4)
     state = collector.state_dict()
     del state["in_progress"]
     collector.load_state_dict(state)
@@ -179,11 +167,10 @@ def test_another_environment_raises():
 
 
 def test_torchrls_collector_loads_the_rest():
-    collector = make_collector()
-    collect(collector, 5)
+    collector = make_collector(rounds=5)
     state = collector.state_dict()
-    env, policy = make_env_and_policy("lake", "gru", seed=1)
-    other = Collector(env, policy, frames_per_batch=5)
+    policy = make_collector(seed=1).policy
+    other = Collector(TASKS["lake"](1), policy, frames_per_batch=5)
     other.load_state_dict(state)
     assert other.state_dict()["frames"] == state["frames"]
     for name, value in policy.state_dict().items():

@@ -54,25 +54,21 @@ def buffer():
 
 # TorchRL's loop over Ray's collectors ends at once with the default total_frames=-1.
 MANY = 10**9
-WORKERS = {
-    "async": {"sync": False},
-    "sync": {"sync": True},
-    "trajs_per_batch": {"sync": False, "backend_options": {"trajs_per_batch": 1}},
-    "fragments": {
-        "sync": False,
-        "backend_options": {"collector_kwargs": {"fragment_length": SLICE}},
-    },
+WORKERS = {  # sync, options of the backend
+    "async": (False, {}),
+    "sync": (True, {}),
+    "trajs_per_batch": (False, {"trajs_per_batch": 1}),
+    "fragments": (False, {"collector_kwargs": {"fragment_length": SLICE}}),
 }
 
 
 @pytest.mark.parametrize("workers", WORKERS)
 def test_actors_write_trials_and_follow_the_weights(buffer, workers):
-    policy, options = make_answer(), dict(WORKERS[workers])
-    chosen = {"collector_class": TrialCollector, "remote_configs": RESOURCES}
-    options["backend_options"] = {**chosen, **options.get("backend_options", {})}
+    policy, (sync, options) = make_answer(), WORKERS[workers]
     collector = Collector(
         [make_env] * 2, policy, backend="ray", frames_per_batch=42, total_frames=MANY,
-        replay_buffer=buffer, **options,
+        replay_buffer=buffer, sync=sync,
+        backend_options={"collector_class": TrialCollector, "remote_configs": RESOURCES, **options},
     )  # fmt: skip
     try:
         rounds = iter(collector)
