@@ -17,6 +17,8 @@ from torchrl_amago import MetaFrozenLake, make_policy, make_trial_buffer, make_t
 from torchrl_amago.data import TrialCollector
 from torchrl_amago.envs import PreviousStepTransform
 
+ENDLESS = [1000]  # lengths of trials
+
 
 def collect(kind, rounds, frames, reset_at=(), **options):
     torch.manual_seed(0)
@@ -61,9 +63,6 @@ def scripted(lengths, rows, frames, total_frames, **options):
     buffer = make_trial_buffer(5000, slice_length=3, batch_size=64, warn_short=False)
     options |= {"frames_per_batch": frames, "total_frames": total_frames}
     return TrialCollector(env, act, replay_buffer=buffer, **options), buffer
-
-
-ENDLESS = [1000]
 
 
 @pytest.mark.parametrize("frames", [4, 20, 100])
@@ -129,11 +128,7 @@ def test_names_the_flags_that_are_missing():
         ("split_trajs", True, "must be .* got True. .*without padding"),
         ("set_truncated", True, "must be .* got True. .*It would end each trial with the batch"),
         ("track_traj_ids", False, "must be .* got False. .*identified by their number"),
-        (
-            "extend_buffer",
-            False,
-            "must be .* got False. .*Steps wait until their trial is complete",
-        ),
+        ("extend_buffer", False, "must be .* got False.*Steps wait until their trial is complete"),
         ("trajs_per_write", 3, "must be .* got 3. .*are written together"),
         ("fragment_length", 0, "must be at least 1, got 0"),
         ("fragment_length", 5, "needs .* TrialSliceSampler, got ReplayBuffer"),

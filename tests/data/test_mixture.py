@@ -42,37 +42,25 @@ def make_mixture(old=(5, 6), new=(), **options):
     return TrialMixture(buffers, online="new", **options)
 
 
-def test_slices_come_from_the_buffer_they_say():
-    mixture = make_mixture(new=[7, 7])
+def test_slices_come_from_the_buffer_they_say_in_fractions_of_the_weights():
+    mixture = make_mixture(new=[7, 7], batch_size=500, generator=torch.Generator().manual_seed(0))
+    count = 0
     for _ in range(20):
         batch = mixture.sample()
-        assert batch.shape == (16, 4)
+        assert batch.shape == (500, 4)
         source = batch[SOURCE]
         assert source.dtype == torch.int64
         assert torch.equal(batch["id"] >= 1000, source == 1)
         assert (source == source[:, :1]).all()
+        count += int((source[:, 0] == 1).sum())
+    # 10,000 draws of probability 0.2: three standard deviations are 120.
+    assert count == pytest.approx(2000, abs=120)
+    assert mixture.fractions() == {"old": pytest.approx(0.8), "new": pytest.approx(0.2)}
+    assert mixture.metrics() == {f"fraction/{k}": x for k, x in mixture.fractions().items()}
     # Other sizes than the buffers' 8, of which TorchRL warns, and warnings are errors.
     for size in (1, 5):
         assert mixture.sample(size).shape == (size, 4)
     assert len(mixture) == 25
-
-
-def test_fractions_are_the_weights():
-    mixture = make_mixture(new=[7, 7], batch_size=500, generator=torch.Generator().manual_seed(0))
-    count = sum(int((mixture.sample()[SOURCE][:, 0] == 1).sum()) for _ in range(20))
-    # 10,000 draws of probability 0.2: three standard deviations are 120.
-    assert count == pytest.approx(2000, abs=120)
-    assert mixture.fractions() == {"old": pytest.approx(0.8), "new": pytest.approx(0.2)}
-    expected = {f"fraction/{name}": value for name, value in mixture.fractions().items()}
-    assert mixture.metrics() == expected
-
-
-def fractions_of(mixture, updates):
-    fractions = []
-    for _ in range(updates):
-        fractions.append(mixture.fractions()["new"])
-        mixture.sample()
-    return fractions
 
 
 @pytest.mark.parametrize(
@@ -87,30 +75,25 @@ def test_a_buffer_that_falls_below_its_minimum_waits_again(is_late, before, afte
     if is_late:
         mixture.sample()
     filled(mixture, [10] * 3, 1000)
-    assert fractions_of(mixture, 1) == pytest.approx([before])
+    assert mixture.fractions()["new"] == pytest.approx(before)
+    mixture.sample()
     filled(mixture, [28] * 2, 2000)  # long trials push the short ones out
     assert not new.can_sample()
     assert mixture.fractions()["new"] == 0
     assert (mixture.sample()[SOURCE] == 0).all()
     assert not even_mixture({"new": new}).can_sample()
     filled(mixture, [10] * 3, 3000)
-    assert fractions_of(mixture, 2) == pytest.approx(after)
+    for fraction in after:
+        assert mixture.fractions()["new"] == pytest.approx(fraction)
+        mixture.sample()
     assert mixture.ready_at == {"old": 0, "new": int(is_late)}
 
 
-@given(
-    st.lists(
-        st.tuples(
-            st.floats(0, 5),  # initial weight
-            st.floats(0.1, 5),  # final weight
-            st.integers(0, 6),  # batch at which it becomes ready
-        ),
-        min_size=1,
-        max_size=4,
-    ),
-    st.integers(0, 5),
-    st.booleans(),
-)
+# Initial weight, final weight, batch at which it becomes ready.
+part = st.tuples(st.floats(0, 5), st.floats(0.1, 5), st.integers(0, 6))
+
+
+@given(st.lists(part, min_size=1, max_size=4), st.integers(0, 5), st.booleans())
 @example([(0, 1, 2)], 0, False)  # there is nothing to sample at first
 @example([(0, 0.5, 0), (0, 0.5, 3)], 4, False)  # a late one rises from nothing
 @example([(0, 0.8, 0), (0, 0.2, 2)], 0, False)  # a late one has its weight at once
@@ -218,10 +201,8 @@ def test_goes_on_as_if_nothing_had_been(tmp_path, own_generator):
 
 @pytest.mark.parametrize("had_one", [True, False])
 def test_cant_go_on_with_other_generators(had_one):
-    one, other = (
-        make_mixture(generator=torch.Generator() if has_one else None)
-        for has_one in (had_one, not had_one)
-    )
+    generators = torch.Generator() if had_one else None, None if had_one else torch.Generator()
+    one, other = (make_mixture(generator=generator) for generator in generators)
     one.sample()
     match = "the generator that it was saved with, .*; pass a generator if it had one"
     with pytest.raises(ValueError, match=match):
@@ -362,9 +343,10 @@ def stock_buffer(lengths=(), first_id=0, kind=TensorDictReplayBuffer):
     return filled(buffer, lengths, first_id)
 
 
-def test_stock_buffers():
+@pytest.mark.parametrize("make_new", [stock_buffer, make_buffer])
+def test_stock_buffers(make_new):
     def make(first_id=0, **options):
-        buffers = {"old": stock_buffer([2, 3], first_id), "new": stock_buffer()}
+        buffers = {"old": stock_buffer([2, 3], first_id), "new": make_new()}
         return even_mixture(buffers, 32, online="new", **options)
 
     mixture = make(generator=torch.Generator().manual_seed(0))
@@ -382,13 +364,6 @@ def test_stock_buffers():
     assert_close(again.sample(), mixture.sample(), rtol=0, atol=0)
     with pytest.raises(ValueError, match="Load the same data"):
         make(first_id=1, generator=torch.Generator()).load_state_dict(state)
-
-
-def test_stock_and_trial_buffers_side_by_side():
-    buffers = {"stock": stock_buffer([2, 3]), "trials": make_buffer([5], 1000)}
-    batch = even_mixture(buffers, 32).sample()
-    assert torch.equal(batch["id"] >= 1000, batch[SOURCE] == 1)
-    assert len(batch[SOURCE].unique()) == 2
 
 
 @pytest.mark.filterwarnings("ignore:Calling update_priority")

@@ -35,11 +35,8 @@ LENGTHS = [[3, 12, 1, 7], [5, 5, 9, 2], [20, 1, 1, 4]]
 SLICE = 8
 
 
-def make_env(rows=3):
-    def episode(length):
-        return [[100.0 * length + n for n in range(length)]]
-
-    script = [[episode(length) for length in LENGTHS[row]] for row in range(rows)]
+def make_env():
+    script = [[[[100.0 * m + n for n in range(m)]] for m in lengths] for lengths in LENGTHS]
     return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
 
 
@@ -132,14 +129,11 @@ def test_buffer_of_batches_instead_of_steps_raises():
 
 SYNC, ASYNC = {"sync": True}, {"sync": False, "trajs_per_batch": 1}
 OURS = {"collector_class": TrialCollector}
+FRAGMENTS = {"collector_class": COLLECTORS["fragments"]}
 WORKERS = {
     "trials, sync": (MultiCollector, SYNC | OURS, "trials"),
     "trials, async": (MultiCollector, ASYNC | OURS, "memmap"),
-    "fragments, async": (
-        MultiCollector,
-        ASYNC | {"collector_class": COLLECTORS["fragments"]},
-        "memmap",
-    ),
+    "fragments, async": (MultiCollector, ASYNC | FRAGMENTS, "memmap"),
     "stock, sync": (MultiCollector, SYNC | {"trajs_per_batch": 1}, "trials"),
     "stock, async": (MultiCollector, ASYNC, "memmap"),
     "backend": (Collector, {"backend": "process", "backend_options": OURS}, "trials"),
