@@ -344,6 +344,8 @@ def test_trials_are_checked_until_a_goal_was_met():
     missed, met = as_batch([play([[X], [X]], [A])]), as_batch([play([[X], [A]], [A])])
     relabel = GoalSequenceRelabel(reward_fn=lambda achieved, goal: torch.zeros(1, 2, 1))
     relabel.relabel_trials(missed)  # says nothing of reward_fn
+    missed["prev_reward"] += 1
+    relabel.relabel_trials(missed)  # says no more than the first
     with pytest.raises(ValueError, match=r"reproduce the stored trials .*'reward'"):
         relabel.relabel_trials(met)
     relabel = GoalSequenceRelabel()
