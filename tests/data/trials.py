@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
-from tensordict import TensorDict
+from tensordict import TensorDict, assert_close
+from torchrl.collectors import MultiCollector
+from torchrl.envs import Compose, InitTracker, TransformedEnv
+
+from tests.evaluation.scripted import ScriptedTrials, act
+from tests.processes import fork_workers
+from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.envs import PreviousStepTransform
+
+LENGTHS = [[3, 5], [4], [7, 2, 6]]  # of the trials of each row of `make_env`
 
 
 def make_trial(length: int, first_id: int = 0, *, init_key: bool = True) -> TensorDict:
@@ -54,6 +65,18 @@ def surviving_trials(lengths: list[int], capacity: int) -> list[tuple[int, int]]
     return survivors[::-1]
 
 
+def make_buffer(lengths=(), *, capacity=100, slice_length=4, batch_size=8, **options):
+    """A buffer to which trials of these lengths were written, one by one."""
+    rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **options)
+    for trial in make_trials(list(lengths)):
+        rb.extend(trial)
+    return rb
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
 def stored_trials(rb) -> list[TensorDict]:
     """Every stored trial, oldest first, read step by step."""
     return list(rb[:].split(rb.storage.trials().length.tolist())) if len(rb) else []
@@ -63,3 +86,42 @@ def rows(batch, key="id") -> list[list[int]]:
     """The ids behind the mask, row by row."""
     mask_BT = batch["collector", "mask"]
     return [ids[mask].tolist() for ids, mask in zip(batch[key], mask_BT, strict=True)]
+
+
+def windows(batch) -> set[tuple[int, ...]]:
+    """The ids behind the mask of all rows that differ."""
+    return {tuple(row) for row in rows(batch)}
+
+
+def assert_same(found, expected) -> None:
+    """The same entries, bit by bit, and no others."""
+    assert_close(found, expected, rtol=0, atol=0)
+
+
+def make_env() -> TransformedEnv:
+    """Rows whose trials end at different steps; rewards number the steps of each trial from 1."""
+    script = [[[[float(step) for step in range(1, n + 1)]] for n in row] for row in LENGTHS]
+    return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
+
+
+def assert_counts_from_one(trial: TensorDict) -> None:
+    """It is a trial of :func:`make_env`, and whole."""
+    count = torch.arange(len(trial)) + 1.0
+    assert len(trial) in {length for row in LENGTHS for length in row}
+    assert torch.equal(trial["next", "reward"].squeeze(-1), count)
+    assert torch.equal(trial["next", "prev_reward"].squeeze(-1), count)
+    assert torch.equal(trial["prev_reward"].squeeze(-1), count - 1)
+    assert torch.equal(trial["next", "done"].squeeze(-1), count == len(trial))
+    assert torch.equal(trial["is_init"].squeeze(-1), count == 1)
+
+
+@contextlib.contextmanager
+def two_processes(monkeypatch, rb, num_batches: int, **options):
+    """TorchRL's collector with two processes that fill a buffer."""
+    fork_workers(monkeypatch)
+    options |= dict(frames_per_batch=24, total_frames=24 * num_batches, replay_buffer=rb)
+    collector = MultiCollector([make_env, make_env], policy_factory=lambda: act, **options)
+    try:
+        yield collector
+    finally:
+        collector.shutdown()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -16,9 +17,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tensordict import TensorDict, assert_close
+from tensordict import TensorDict
 
-from tests.data.trials import make_trial, make_trials
+from tests.data.trials import assert_same, make_trial, make_trials
 from torchrl_amago import _files as files
 from torchrl_amago._files import DamagedError
 from torchrl_amago.data import make_trial_buffer
@@ -42,7 +43,7 @@ def assert_holds(storage, trials):
     """Exactly these trials, bit by bit."""
     assert storage.trials().length.tolist() == [len(trial) for trial in trials]
     if trials:
-        assert_close(storage[:], torch.cat(trials), rtol=0, atol=0)
+        assert_same(storage[:], torch.cat(trials))
     storage.verify()
 
 
@@ -81,30 +82,31 @@ def test_rows_that_are_not_in_use_are_never_read():
             assert value.isfinite().all()
 
 
+def assert_refuses_places(storage, places, match="out of bounds"):
+    for place in places:
+        with pytest.raises(IndexError, match=match):
+            storage[place]
+
+
 def test_steps_are_found_by_place_mask_and_number():
     storage = TrialStorage(20)
-    for place in (-13, 12, [0, 40]):
-        with pytest.raises(IndexError, match="out of bounds"):
-            storage[place]
+    assert_refuses_places(storage, [-13, 12, [0, 40]])
     write(storage, [4, 3, 5])
-    assert storage[5]["id"].item() == 5
-    assert storage[-1]["id"].item() == 11
-    assert storage[[0, 4, 11]]["id"].tolist() == [0, 4, 11]
-    assert storage[torch.tensor([[1, 2], [3, 4]])]["id"].tolist() == [[1, 2], [3, 4]]
-    assert storage[3:9:2]["id"].tolist() == [3, 5, 7]
     mask = torch.arange(12) >= 10
-    for chosen in (mask, mask.numpy(), mask.tolist()):
-        assert storage[chosen]["id"].tolist() == [10, 11]
-    for place in (-13, -20, 12, [0, 40], [[3, -13]]):
-        with pytest.raises(IndexError, match="out of bounds"):
-            storage[place]
-    with pytest.raises(IndexError, match="boolean"):
-        storage[mask[:3]]
-    with pytest.raises(IndexError, match="integer"):
-        storage[torch.ones(3)]
+    for place, ids in [
+        (5, 5),
+        (-1, 11),
+        ([0, 4, 11], [0, 4, 11]),
+        (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (slice(3, 9, 2), [3, 5, 7]),
+        *((chosen, [10, 11]) for chosen in (mask, mask.numpy(), mask.tolist())),
+    ]:
+        assert storage[place]["id"].tolist() == ids
+    assert_refuses_places(storage, [-13, -20, 12, [0, 40], [[3, -13]]])
+    assert_refuses_places(storage, [mask[:3]], "boolean")
+    assert_refuses_places(storage, [torch.ones(3)], "integer")
     write(storage, [10], first_id=12)
-    trials = storage.trials()
-    row = trials.index(np.array([1, 0]), torch.tensor([[0, 1], [1, 2]]))
+    row = storage.trials().index(np.array([1, 0]), torch.tensor([[0, 1], [1, 2]]))
     assert storage.get(row)["id"].tolist() == [[7, 8], [5, 6]]
     some = storage.get(row, [("next", "nested", "state"), "id"])
     assert set(some.keys(True, True)) == {("next", "nested", "state"), "id"}
@@ -158,40 +160,37 @@ def test_readers_follow_writers(tmp_path):
         assert contents(learner) == contents(reader) == contents(writer)
 
 
-def write_beside(writer, storage, monkeypatch, lengths=(5, 5)):
-    """Let another process write while trials are read: it waits for the lock."""
-    threads, real = [], storage.table
+@contextlib.contextmanager
+def written_beside(writer, storage, lengths):
+    """Another process writes while trials are read: it waits for the lock."""
+    threads, table = [], storage.table
 
     def look_and_write():
         if not threads:
-            threads.append(threading.Thread(target=write, args=(writer, list(lengths), 100)))
+            threads.append(threading.Thread(target=write, args=(writer, lengths, 100)))
             threads[0].start()
             threads[0].join(0.2)
             assert threads[0].is_alive()
-        return real()
+        return table()
 
-    monkeypatch.setattr(storage, "table", look_and_write)
-    return lambda: threads[0].join()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "table", look_and_write)
+        yield
+        threads[0].join()
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
-def test_others_wait_while_trials_are_read_or_copied(tmp_path, monkeypatch, mode):
+def test_others_wait_while_trials_are_read_or_copied(tmp_path, mode):
     writer = TrialStorage(12, path=tmp_path / "replay")
     write(writer, [4, 5])
     storage = opened(tmp_path / "replay", mode)
-    with monkeypatch.context() as patch:
-        wait = write_beside(writer, storage, patch)
+    with written_beside(writer, storage, [5, 5]):
         assert storage[:]["id"].tolist() == [*range(9)]
-        wait()
     assert contents(storage) == [[*range(100, 105)], [*range(105, 110)]]
-    with monkeypatch.context() as patch:
-        wait = write_beside(writer, storage, patch, lengths=[3, 4])
+    with written_beside(writer, storage, [3, 4]):
         storage.verify()
-        wait()
-    with monkeypatch.context() as patch:
-        wait = write_beside(writer, storage, patch, lengths=[5])
+    with written_beside(writer, storage, [5]):
         storage.dumps(tmp_path / "copy")
-        wait()
     copy = opened(tmp_path / "copy", "continue")
     assert contents(copy) == [[*range(105, 110)], [100, 101, 102], [103, 104, 105, 106]]
     assert contents(writer) == [*contents(copy)[1:], [*range(100, 105)]]
@@ -255,37 +254,32 @@ def test_temporary_folders_are_removed_with_their_owner_and_at_exit():
 
 def test_bytes_per_step_are_those_of_one_file_per_trajectory(tmp_path):
     """The arrays of the public reference's trajectory files, in theirs and in our form."""
-    length, features, actions = 500, 39, 4
-    observation, action = torch.randn(length + 1, features), torch.randn(length, actions)
-    reward, time = torch.randn(length, 1), torch.arange(length + 1).unsqueeze(-1)
-    done = torch.arange(length).unsqueeze(-1) == length - 1
-    previous = torch.cat([torch.zeros(1, actions + 1), torch.cat([reward, action], -1)])
-    arrays = {
+    length = 500
+    observation, previous = torch.randn(length + 1, 39), torch.randn(length + 1, 5)
+    action, reward = torch.randn(length, 4), torch.randn(length, 1)
+    time, done = torch.arange(length + 1).unsqueeze(-1), torch.zeros(length, 1, dtype=torch.bool)
+    theirs = {
         "_OBS_KEY_observation": observation, "rl2s": previous, "time_idxs": time,
         "rews": reward, "dones": done, "actions": action,
     }  # fmt: skip
-    np.savez(tmp_path / "trajectory.npz", **{key: x.numpy() for key, x in arrays.items()})
+    np.savez(tmp_path / "trajectory.npz", **theirs)
+    size = 100 * (tmp_path / "trajectory.npz").stat().st_size
     both = {
         "observation": observation, "time_idx": time,
         "prev_reward": previous[:, :1], "prev_action": previous[:, 1:],
     }  # fmt: skip
-    trial = {key: x[:-1] for key, x in both.items()} | {"action": action}
-    trial["is_init"] = trial["time_idx"] == 0
-    trial["next"] = {key: x[1:] for key, x in both.items()}
-    trial["next"] |= {"reward": reward, "done": done, "terminated": done.clone()}
-    trial["next"] |= {"truncated": torch.zeros_like(done), "is_init": torch.zeros_like(done)}
-    storage, steps = (
-        TrialStorage(100 * length, path=tmp_path / "replay"),
-        TensorDict(trial, [length]),
-    )
+    trial = {key: x[:-1] for key, x in both.items()} | {"action": action, "is_init": time[1:] == 1}
+    trial["next"] = {key: x[1:] for key, x in both.items()} | {"reward": reward}
+    trial["next"] |= dict.fromkeys(["done", "terminated", "truncated", "is_init"], done)
+    steps = TensorDict(trial, [length])
+    storage = TrialStorage(100 * length, path=tmp_path / "replay")
     for _ in range(250):  # several rounds
         storage.write(steps, [length])
     storage.dumps(tmp_path / "saved")
-    theirs = 100 * (tmp_path / "trajectory.npz").stat().st_size
     for folder in ("replay", "saved"):
         found = [file for file in (tmp_path / folder).rglob("*") if file.is_file()]
-        assert sum(file.stat().st_blocks * 512 for file in found) <= 1.2 * theirs
-    assert sum(file.stat().st_size for file in found) <= 1.25 * theirs
+        assert sum(file.stat().st_blocks * 512 for file in found) <= 1.2 * size
+    assert sum(file.stat().st_size for file in found) <= 1.25 * size
 
 
 # -- what goes wrong ---------------------------------------------------------------------------
@@ -318,6 +312,10 @@ def test_folders_are_opened_as_their_mode_says(tmp_path, folder):
     with pytest.raises(ValueError, match="capacity must be at least 1, got 0"):
         TrialStorage(0)
     assert_intact(folder)
+    schema = files.read_json(folder / "trials/schema.json")
+    files.write_json(folder / "trials/schema.json", schema | {"format": "trials 9"})
+    with pytest.raises(ValueError, match=r"format: trials 9 there, torchrl_amago trials 4 here"):
+        opened(folder, "continue")
 
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
@@ -384,44 +382,44 @@ class Killed(BaseException):
     """The end of a process."""
 
 
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def die(*_):
+    raise Killed
+
+
+def fails_after(calls, function, fail):
+    """The function, which fails once the calls are used up."""
+
+    def call(*args, **kwargs):
+        return (fail if next(calls, None) is None else function)(*args, **kwargs)
+
+    return call
+
+
 @pytest.mark.parametrize("moment", range(3))
 @pytest.mark.parametrize("when", ["create", "load"])
 def test_a_process_that_dies_while_it_makes_or_replaces_the_folder(
     tmp_path, folder, monkeypatch, when, moment
 ):
-    saved = opened(folder)
     storage = TrialStorage(12, path=tmp_path / "other")
     kept = write(storage, [3, 2], first_id=50) if when == "load" else []
+    new = make_trials([4, 5] if kept else [4])
     calls = iter(range(moment))
-
-    def die(function):
-        def call(*args, **kwargs):
-            if next(calls, None) is None:
-                raise Killed
-            return function(*args, **kwargs)
-
-        return call
-
     with monkeypatch.context() as patch, pytest.raises(Killed):  # noqa: PT012
-        patch.setattr(os, "replace", die(os.replace))
-        patch.setattr(files, "write_json", die(files.write_json))
+        patch.setattr(os, "replace", fails_after(calls, os.replace, die))
+        patch.setattr(files, "write_json", fails_after(calls, files.write_json, die))
         patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # who dies doesn't tidy up
-        storage.loads(folder) if when == "load" else write(storage, [4])
-        raise Killed
-    storage = opened(tmp_path / "other", "continue") if kept else None
-    if when == "load":
-        assert contents(storage) in ([[50, 51, 52], [53, 54]], contents(saved))
-    else:
-        storage = TrialStorage(12, path=tmp_path / "other", mode="continue")
-        count = len(contents(storage))
-        assert_holds(storage, [*make_trials([4])[:count]])
+        storage.loads(folder) if kept else write(storage, [4])
+        die()
+    storage = TrialStorage(12, path=tmp_path / "other", mode="continue")
+    assert_holds(storage, new if len(storage) == sum(map(len, new)) else kept)
     write(storage, [5], first_id=70)
     assert contents(storage)[-1] == [*range(70, 75)]
-    assert sorted(file.name for file in (tmp_path / "other").iterdir()) == [
-        "lock",
-        "queue",
-        "trials",
-    ]
+    names = sorted(file.name for file in (tmp_path / "other").iterdir())
+    assert names == ["lock", "queue", "trials"]
 
 
 def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
@@ -440,13 +438,6 @@ def test_flush_waits_for_the_disk(tmp_path, monkeypatch):
     # An eviction before the rows that it frees are overwritten.
     assert synced[0] == synced[-1] == "table.bin"
     assert {Path(name).suffix for name in synced[1:-1]} == {".memmap"}
-
-
-def test_another_format_is_refused(folder):
-    schema = files.read_json(folder / "trials/schema.json")
-    files.write_json(folder / "trials/schema.json", schema | {"format": "trials 9"})
-    with pytest.raises(ValueError, match=r"format: trials 9 there, torchrl_amago trials 4 here"):
-        opened(folder, "continue")
 
 
 def test_nothing_that_lies_beside_is_read(folder):
@@ -495,18 +486,12 @@ def test_a_read_only_folder_can_be_read_and_says_no_to_writers(folder, monkeypat
         opened(folder, "continue")
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
 @pytest.mark.parametrize("room", range(8))
 def test_a_full_disk_is_named_and_nothing_is_lost(folder, monkeypatch, room):
     storage = opened(folder, "continue")
-    real, calls = os.posix_fallocate, iter(range(room))
+    claim = fails_after(iter(range(room)), os.posix_fallocate, full)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            os, "posix_fallocate", lambda *x: full() if next(calls, None) is None else real(*x)
-        )
+        patch.setattr(os, "posix_fallocate", claim)
         if room < 7:  # the table and six entries
             for _ in range(8):  # what was refused once isn't taken for claimed
                 with pytest.raises(OSError, match="the disk must have room.*Free some space"):
@@ -518,16 +503,15 @@ def test_a_full_disk_is_named_and_nothing_is_lost(folder, monkeypatch, room):
 
 def test_a_full_disk_while_trials_are_loaded_or_the_folder_is_made(tmp_path, folder, monkeypatch):
     storage = TrialStorage(12, path=tmp_path / "other")
-    for kept in ([], write(TrialStorage(12), [5, 1], first_id=20)):
-        if kept:
-            write(storage, [5, 1], first_id=20)
+    for lengths in ([], [5, 1]):
+        kept = write(storage, lengths, first_id=20) if lengths else []
         with monkeypatch.context() as patch:
             patch.setattr(files, "write_json", full)
             with pytest.raises(OSError, match="the disk must have room.*Free some space"):
                 storage.loads(folder) if kept else write(storage, [4])
         assert_holds(storage, kept)
     storage.loads(folder)
-    assert contents(storage) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
+    assert_holds(storage, make_trials([4, 5]))
 
 
 def test_a_write_to_a_folder_whose_trials_were_deleted_raises(tmp_path):
