@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
@@ -55,31 +55,25 @@ def opened(path, mode="read"):
     st.integers(9, 30),
     st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=2), min_size=1, max_size=15),
 )
+@example(20, [[4]] * 50)
 def test_what_is_stored_is_what_was_written_last(capacity, writes):
     storage = TrialStorage(capacity)
     written = []
     for lengths in writes:
         if sum(lengths) > capacity:
             continue
-        written += write(storage, lengths, first_id=sum(len(trial) for trial in written))
+        written += write(storage, lengths, first_id=sum(map(len, written)))
         count = len(storage.trials().length)
         assert count >= len(lengths)
-        assert_holds(storage, written[-count:])
-        assert len(storage) == sum(len(trial) for trial in written[-count:]) <= capacity
-        assert storage.trials().written == sum(len(trial) for trial in written)
-
-
-def test_rows_that_are_not_in_use_are_never_read():
-    storage = TrialStorage(20)
-    for first_id in range(0, 200, 4):
-        write(storage, [4], first_id)
+        # Rows that are not in use are never read.
         entries = storage.trials().entries
         in_use = {row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)}
         free = [row for row in range(len(storage._storage)) if row not in in_use]
         for _, content in storage._content.items():
             content[free] = 255  # NaN in every float
-        for value in storage[:].values(True, True):
-            assert value.isfinite().all()
+        assert_holds(storage, written[-count:])
+        assert len(storage) == sum(map(len, written[-count:])) <= capacity
+        assert storage.trials().written == sum(map(len, written))
 
 
 def assert_refuses_places(storage, places, match="out of bounds"):
@@ -119,45 +113,25 @@ def test_steps_are_found_by_place_mask_and_number():
 
 
 @pytest.mark.parametrize("flush", [False, True])
-def test_goes_on_where_it_stopped(tmp_path, flush):
-    storage = TrialStorage(12, path=tmp_path / "replay", flush=flush)
-    first = write(storage, [4, 5])
-    storage = opened(tmp_path / "replay", "continue")
-    assert_holds(storage, first)
-    second = write(storage, [6], first_id=9)
-    assert_holds(storage, [first[1], *second])
-    assert storage.trials().written == 15
-    assert_holds(opened(tmp_path / "replay"), [first[1], *second])
-
-
-def test_a_copied_folder_is_the_same_storage(tmp_path):
-    storage = TrialStorage(12, path=tmp_path / "a")
-    write(storage, [4, 5, 3])
-    write(storage, [6], first_id=12)
-    before = contents(storage)
+def test_other_processes_and_copies_go_on_where_it_stopped(tmp_path, flush):
+    storage = TrialStorage(12, path=tmp_path / "a", flush=flush)
+    learner = TrialStorage(12, path=tmp_path / "a", mode="continue")
+    assert contents(learner) == []
+    written = write(storage, [4, 5, 3]) + write(storage, [6], first_id=12)
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     storage.dumps(tmp_path / "c")
-    for name in ("b", "c"):
-        for mode in ("read", "continue"):
-            assert contents(opened(tmp_path / name, mode)) == before
-    copy = opened(tmp_path / "c", "continue")
-    reader = opened(tmp_path / "c")
-    for number in range(5):
-        write(storage, [2 + number], first_id=100 * number)
-        write(copy, [2 + number], first_id=100 * number)
-        assert contents(copy) == contents(storage) == contents(reader)
-
-
-def test_readers_follow_writers(tmp_path):
-    writer = TrialStorage(12, path=tmp_path)
-    learner = TrialStorage(12, path=tmp_path, mode="continue")
-    assert contents(learner) == []
-    write(writer, [4])
-    reader = opened(tmp_path)
-    other = pickle.loads(pickle.dumps(writer))  # noqa: S301
-    for number in range(20):
-        write(writer if number % 3 else other, [1 + number % 5], first_id=100 * number)
-        assert contents(learner) == contents(reader) == contents(writer)
+    readers = [opened(tmp_path / name) for name in "abc"]
+    writers = [opened(tmp_path / name, "continue") for name in "abc"]
+    writers_of_a = [storage, writers[0], pickle.loads(pickle.dumps(storage))]  # noqa: S301
+    count = 2
+    for number in range(21):
+        for each in (storage, learner, *readers, *writers):
+            assert_holds(each, written[-count:])
+            assert each.trials().written == sum(map(len, written))
+        for writer in (writers_of_a[number % 3], *writers[1:]):
+            new = write(writer, [1 + number % 5], first_id=100 * number)
+        written += new
+        count = len(storage.trials().length)
 
 
 @contextlib.contextmanager
@@ -203,13 +177,9 @@ def test_others_wait_while_trials_are_read_or_copied(tmp_path, mode):
 def test_readers_do_not_wait_for_each_other_and_writers_for_all(tmp_path):
     writer = TrialStorage(12, path=tmp_path)
     write(writer, [4])
-    reader, other = opened(tmp_path), opened(tmp_path)
-    with reader.lock():
-        with (
-            other.lock(),
-            pytest.raises(BlockingIOError),
-            files.lock(tmp_path / "lock", wait=False),
-        ):
+    one, two = opened(tmp_path), opened(tmp_path)
+    with one.lock():
+        with two.lock(), pytest.raises(BlockingIOError), files.lock(tmp_path / "lock", wait=False):
             pass
         thread = threading.Thread(target=write, args=(writer, [5]))
         thread.start()
@@ -218,18 +188,18 @@ def test_readers_do_not_wait_for_each_other_and_writers_for_all(tmp_path):
         with pytest.raises(BlockingIOError), files.lock(tmp_path / "queue", wait=False):
             pass
     thread.join()
-    assert len(other) == 9
+    assert len(two) == 9
 
 
-def test_a_copy_of_what_a_writer_left_empty_counts_on(tmp_path):
+def test_what_a_writer_left_empty_and_a_copy_of_it_count_on(tmp_path):
     storage = TrialStorage(12, path=tmp_path / "replay")
     write(storage, [4, 5])
     storage.table().evict(2)  # as one that dies before it announces what it wrote
     storage.dumps(tmp_path / "copy")
-    copy = opened(tmp_path / "copy", "continue")
-    assert (contents(copy), copy.trials().written) == ([], 9)
-    write(copy, [3])
-    assert (copy.trials().number.tolist(), copy.trials().written) == ([2], 12)
+    for left in (storage, opened(tmp_path / "copy", "continue")):
+        assert (contents(left), left.trials().written) == ([], 9)
+        write(left, [3])
+        assert (left.trials().number.tolist(), left.trials().written) == ([2], 12)
 
 
 def test_temporary_folders_are_removed_with_their_owner_and_at_exit():
