@@ -9,13 +9,21 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torchrl.collectors import Collector, MultiCollector
+from torchrl.collectors import Collector
 from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
-from torchrl.envs import InitTracker, TransformedEnv
 
-from tests.data.trials import make_trial, make_trials, rows, stored_trials
-from tests.evaluation.scripted import ScriptedTrials, act
-from tests.processes import fork_workers
+from tests.data.trials import (
+    LENGTHS,
+    assert_counts_from_one,
+    make_env,
+    make_trial,
+    make_trials,
+    rows,
+    stored_trials,
+    two_processes,
+    windows,
+)
+from tests.evaluation.scripted import act
 from torchrl_amago.data import (
     TrialCollector,
     TrialReplayBuffer,
@@ -23,18 +31,8 @@ from torchrl_amago.data import (
     make_trial_buffer,
 )
 
-LENGTHS = [[3, 5], [4], [7, 2, 6]]
 STORAGES = [LazyTensorStorage, LazyMemmapStorage]
-
-
-def make_env() -> TransformedEnv:
-    """Rows whose trials end at different steps; rewards number the steps of each trial from 1."""
-    script = [[[[float(step) for step in range(1, n + 1)]] for n in row] for row in LENGTHS]
-    return TransformedEnv(ScriptedTrials(script), InitTracker())
-
-
-def make_policy():
-    return act
+on_both = pytest.mark.parametrize("storage", STORAGES)
 
 
 def flatten(batch):
@@ -85,26 +83,29 @@ def assert_slices_are_whole(rb) -> None:
     assert (trajectory_BT == trajectory_BT[:, :1]).all()
 
 
-@pytest.mark.parametrize("storage", STORAGES)
-@pytest.mark.parametrize("trajs_per_batch", [None, 1])
+@on_both
 @pytest.mark.parametrize("capacity", [31, 1000])
-def test_a_stock_collector_fills_a_stock_buffer(storage, trajs_per_batch, capacity):
+@pytest.mark.parametrize(
+    "collector",
+    [TrialCollector, partial(Collector, trajs_per_batch=1), partial(Collector, postproc=flatten)],
+    ids=["ours", "whole", "pieces"],
+)
+def test_collectors_fill_a_stock_buffer(storage, collector, capacity):
     """Batches cut trials into pieces that lie apart, and the ring overwrites first steps."""
-    rb = make_buffer(storage(capacity))
-    collector = Collector(
-        make_env(), act, frames_per_batch=12, total_frames=12 * 30, replay_buffer=rb,
-        trajs_per_batch=trajs_per_batch, postproc=None if trajs_per_batch else flatten,
-    )  # fmt: skip
-    checked = 0
+    rb, checked = make_buffer(storage(capacity)), 0
+    collector = collector(
+        make_env(), act, frames_per_batch=12, total_frames=12 * 30, replay_buffer=rb
+    )
     for _ in collector:
         if not len(rb):
             continue
         assert found_trials(rb) == whole_trials(rb)
-        if rb.can_sample():
+        if rb.can_sample() or isinstance(collector, TrialCollector):
             checked += 1
             assert_slices_are_whole(rb)
     collector.shutdown()
     assert checked > 20
+    assert len(rb) == 31 or capacity == 1000
 
 
 @pytest.mark.parametrize("collector", [TrialCollector, partial(Collector, trajs_per_batch=1)])
@@ -112,29 +113,12 @@ def test_collectors_fill_a_buffer_of_whole_trials(collector):
     rb = make_trial_buffer(40, 5, 40, warn_short=False)
     for _ in collector(make_env(), act, frames_per_batch=9, total_frames=9 * 30, replay_buffer=rb):
         for trial in stored_trials(rb):
-            length = len(trial)
-            assert length in {n for row in LENGTHS for n in row}
-            assert trial["next", "reward"].flatten().tolist() == [*range(1, length + 1)]
-            assert trial["is_init"].flatten().tolist() == [True] + [False] * (length - 1)
-            assert trial["next", "done"].flatten().tolist() == [False] * (length - 1) + [True]
+            assert_counts_from_one(trial)
         if rb.can_sample():
             assert_slices_are_whole(rb)
     assert len(rb) <= 40
     assert rb.num_trials >= 5  # of at most 7 steps
     assert rb.write_count > 200
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-def test_our_collector_fills_a_stock_buffer(storage):
-    rb = make_buffer(storage(50))
-    collector = TrialCollector(
-        make_env(), act, frames_per_batch=12, total_frames=12 * 20, replay_buffer=rb
-    )
-    for _ in collector:
-        if len(rb):
-            assert found_trials(rb) == whole_trials(rb)
-            assert_slices_are_whole(rb)
-    assert len(rb) == 50
 
 
 @pytest.mark.slow
@@ -143,29 +127,16 @@ def test_our_collector_fills_a_stock_buffer(storage):
 )
 def test_stock_collectors_in_two_processes(sync, storage, monkeypatch):
     """The sampler sees what other processes write."""
-    fork_workers(monkeypatch)
-    rb = make_buffer(storage(150, shared_init=True))
+    rb, seen = make_buffer(storage(150, shared_init=True)), set()
     rb.share()
-    collector = MultiCollector(
-        [make_env, make_env],
-        policy_factory=make_policy,
-        sync=sync,
-        frames_per_batch=24,
-        total_frames=24 * 25,
-        replay_buffer=rb,
-        use_buffers=False,
-        postproc=flatten,
-    )
-    seen = set()
-    try:
+    options = dict(sync=sync, use_buffers=False, postproc=flatten)
+    with two_processes(monkeypatch, rb, 25, **options) as collector:
         for _ in collector:
             if len(rb) and rb.can_sample():
                 if sync:
                     assert found_trials(rb) == whole_trials(rb)
                     assert_slices_are_whole(rb)
                 seen |= set(rb.sample()["collector", "traj_ids"].unique().tolist())
-    finally:
-        collector.shutdown()
     assert len(seen) > 20
 
 
@@ -183,20 +154,17 @@ def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids,
         if has_ids:
             trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial)
-        ids = rb[:]["id"]
-        found = [tuple(ids[list(slots)].tolist()) for slots in found_trials(rb)]
-        expected = [tuple(x["id"].tolist()) for x in trials[: number + 1]]
         left, total = [], 0
-        for trial_ids in reversed(expected):
-            total += len(trial_ids)
+        for earlier in reversed(trials[: number + 1]):
+            total += len(earlier)
             if total > capacity or (total == capacity and not has_init):
                 break  # without is_init, the oldest trial counts as cut once the ring is full
-            left.append(trial_ids)
-        assert sorted(found) == sorted(left)
-        if found and rb.can_sample():
-            whole = {x for trial_ids in left for x in trial_ids}
+            left.append(earlier["id"].tolist())
+        ids = rb[:]["id"]
+        assert sorted(ids[list(slots)].tolist() for slots in found_trials(rb)) == left[::-1]
+        if left:
             for row in rows(rb.sample()):
-                assert set(row) <= whole
+                assert any(set(row) <= set(whole) for whole in left)
                 assert row == [*range(row[0], row[0] + len(row))]
 
 
@@ -212,11 +180,10 @@ def test_elements_of_several_steps_are_refused():
 def test_pieces_are_drawn_on_request():
     rb = make_buffer(LazyTensorStorage(10), whole=False)
     rb.extend(make_trial(9)[:7])
-    assert {tuple(row) for row in rows(rb.sample())} == {tuple(range(n, n + 5)) for n in range(3)}
+    assert windows(rb.sample()) == {tuple(range(n, n + 5)) for n in range(3)}
     rb.extend(make_trial(9)[7:])
     rb.extend(make_trial(3, 50))  # steps 0 and 1 are gone
-    found = {tuple(row) for row in rows(rb.sample())}
-    assert found == {*(tuple(range(n, n + 5)) for n in range(2, 5)), (50, 51, 52)}
+    assert windows(rb.sample()) == {*(tuple(range(n, n + 5)) for n in range(2, 5)), (50, 51, 52)}
 
 
 def test_trajectories_without_flags_are_whole_once_another_one_follows():
@@ -224,7 +191,7 @@ def test_trajectories_without_flags_are_whole_once_another_one_follows():
     for number, trial in enumerate(make_trials([3, 4], init_key=False)):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial.exclude(("next", "done")))
-    assert {tuple(row) for row in rows(rb.sample())} == {(0, 1, 2)}
+    assert windows(rb.sample()) == {(0, 1, 2)}
     rb = make_buffer(LazyTensorStorage(100))
     rb.extend(TensorDict({"id": torch.arange(3)}, [3]))
     with pytest.raises(KeyError, match=r"trials need .*traj_ids.*only \['id', 'index'\]"):
@@ -246,11 +213,11 @@ def test_what_torchrl_does_not_name_in_public_is_there():
     assert rb.sampler.trials(storage) is not found
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@on_both
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path):
-    buffers = [make_buffer(storage(30), buffer=TrialReplayBuffer, sample_by=draw) for _ in range(3)]
-    rb = buffers[0]
+    options = dict(buffer=TrialReplayBuffer, sample_by=draw)
+    rb, other = (make_buffer(storage(30), **options) for _ in range(2))
     for number, trial in enumerate(make_trials([7, 9, 5, 11, 6])):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial)
@@ -259,15 +226,15 @@ def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path)
         batch["td_error"] = batch["id"].float()
         rb.update_priority(batch)
     rb.dumps(tmp_path)
-    buffers[1].loads(tmp_path)
+    other.loads(tmp_path)
     torch.manual_seed(0)
     expected = rb.sample()
     torch.manual_seed(0)
-    assert (buffers[1].sample() == expected).all()
-    assert buffers[1].write_count == rb.write_count == 38
+    assert (other.sample() == expected).all()
+    assert other.write_count == rb.write_count == 38
 
 
-@pytest.mark.parametrize("storage", STORAGES)
+@on_both
 @pytest.mark.parametrize("buffer", [TensorDictReplayBuffer, TrialReplayBuffer])
 @pytest.mark.parametrize("is_used", [False, True])
 def test_the_seam_is_where_it_was_before_saving(storage, buffer, is_used, tmp_path):

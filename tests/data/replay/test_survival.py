@@ -13,7 +13,6 @@ import torch
 from tensordict import TensorDict
 
 from tests.data.trials import (
-    act,
     assert_counts_from_one,
     assert_same,
     make_buffer,
@@ -21,6 +20,7 @@ from tests.data.trials import (
     stored_trials,
     two_processes,
 )
+from tests.evaluation.scripted import act
 from torchrl_amago.data import TrialCollector
 
 CAPACITY = 3000
