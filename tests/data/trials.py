@@ -53,18 +53,6 @@ def make_trials(lengths: list[int], first_id: int = 0, **kwargs) -> list[TensorD
     return trials
 
 
-def surviving_trials(lengths: list[int], capacity: int) -> list[tuple[int, int]]:
-    """(first id, length) of the newest trials that `capacity` steps hold."""
-    survivors, total, stop = [], 0, sum(lengths)
-    for length in reversed(lengths):
-        total += length
-        if total > capacity:
-            break
-        stop -= length
-        survivors.append((stop, length))
-    return survivors[::-1]
-
-
 def make_buffer(lengths=(), *, capacity=100, slice_length=4, batch_size=8, **options):
     """A buffer to which trials of these lengths were written, one by one."""
     rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **options)

@@ -14,8 +14,16 @@ from tensordict import TensorDict
 from torchrl.data import ReplayBufferEnsemble
 from torchrl.trainers import ReplayBufferTrainer
 
-from tests.data.trials import make_trial, make_trials, rows
-from torchrl_amago.data import Relabel, make_trial_buffer
+from tests.data.trials import (
+    assert_same,
+    make_buffer,
+    make_trial,
+    make_trials,
+    rows,
+    seeded,
+    windows,
+)
+from torchrl_amago.data import Relabel
 
 
 @given(
@@ -25,22 +33,21 @@ from torchrl_amago.data import Relabel, make_trial_buffer
     st.sampled_from(["trials", "steps", "priority"]),
 )
 def test_sampled_are_the_trials_that_are_left_and_each_of_them(capacity, writes, looks, draw):
-    rb = make_trial_buffer(capacity, 9, 200, warn_short=False, sample_by=draw)
-    written: list[list[int]] = []
+    rb = make_buffer(capacity=capacity, slice_length=9, batch_size=200, sample_by=draw)
+    written: list[tuple[int, ...]] = []
     for lengths, looks_now in zip(writes, looks, strict=False):
         if sum(lengths) > capacity:
             continue
         trials = make_trials(lengths, first_id=sum(map(len, written)))
         numbers = rb.extend(torch.cat(trials))
-        written += [trial["id"].tolist() for trial in trials]
+        written += [tuple(trial["id"].tolist()) for trial in trials]
         assert numbers.tolist() == list(range(len(written) - len(lengths), len(written)))
         if looks_now:
-            left = {tuple(ids) for ids in written[-rb.num_trials :]}
-            assert {tuple(ids) for ids in rows(rb.sample())} == left
+            assert windows(rb.sample()) == set(written[-rb.num_trials :])
 
 
-def test_transforms_may_work_in_place_on_batches_only():
-    rb = make_trial_buffer(40, slice_length=4, batch_size=3)
+def test_batches_may_be_changed_in_place_and_stored_trials_may_not():
+    rb = make_buffer(batch_size=3, sample_by="priority")
     rb.extend(make_trial(4, 10))
 
     def halve(batch):
@@ -52,23 +59,12 @@ def test_transforms_may_work_in_place_on_batches_only():
     batch, count = rb.sample(), torch.arange(5) + 10.0
     assert (batch["nested", "state"][..., 0] == 0.5 * count[:-1]).all()
     assert (batch["next", "nested", "state"][..., 0] == 0.5 * count[1:]).all()
-    assert (rb.storage[:]["nested", "state"][:, 0] == count[:-1]).all()
-
-
-def test_every_step_of_a_batch_has_its_own_memory():
-    rb = make_trial_buffer(40, slice_length=4, batch_size=3, sample_by="priority")
-    rb.extend(make_trial(4, 10))
-    batch = rb.sample()
+    # Every step of a batch has its own memory.
     batch["index"][0, 0] = 7
     batch["priority_weight"][0, 0] = 8.0
     assert (batch["index"].flatten()[1:] == 0).all()
     assert (batch["priority_weight"].flatten()[1:] == 1.0).all()
     assert batch.view(-1).shape == (12,)
-
-
-def test_stored_trials_do_not_change_in_place():
-    rb = make_trial_buffer(40, slice_length=4, batch_size=3)
-    rb.extend(make_trial(4, 10))
     for change in (
         lambda: rb.set_("id", torch.zeros(4)),
         lambda: rb.set_at_("id", 0, 1),
@@ -77,13 +73,12 @@ def test_stored_trials_do_not_change_in_place():
     ):
         with pytest.raises(TypeError, match="stored trials can't be changed in place"):
             change()
+    assert (rb.storage[:]["nested", "state"][:, 0] == count[:-1]).all()
 
 
 def test_torchrls_trainer_hook_updates_priorities_only_if_they_are_used():
     for draw in ("trials", "priority"):
-        rb = make_trial_buffer(40, slice_length=4, batch_size=3, sample_by=draw)
-        rb.extend(make_trial(4, 10))
-        hook = ReplayBufferTrainer(rb, batch_size=3)
+        hook = ReplayBufferTrainer(make_buffer([4], sample_by=draw), batch_size=8)
         batch = hook.sample(None)
         if draw == "trials":
             hook.update_priority(batch)
@@ -92,32 +87,21 @@ def test_torchrls_trainer_hook_updates_priorities_only_if_they_are_used():
                 hook.update_priority(batch)
 
 
-def test_prefetched_batches_are_like_the_others():
-    rb = make_trial_buffer(
-        100, 4, 8, prefetch=2, generator=torch.Generator().manual_seed(0), warn_short=False
-    )
-    rb.extend(make_trial(3))
-    for _ in range(5):
-        assert rb.sample()["id"][:, :3].tolist() == [[0, 1, 2]] * 8
-    rb.shutdown()
-
-
-@pytest.mark.parametrize("prefetch", [None, 3])
-def test_emptying_the_buffer_forgets_the_trials(prefetch):
-    rb = make_trial_buffer(100, 4, 8, warn_short=False, prefetch=prefetch)
-    rb.extend(torch.cat(make_trials([4, 5])))
+@pytest.mark.parametrize("prefetch", [None, 2, 3])
+def test_prefetched_batches_are_like_the_others_and_forgotten_with_the_trials(prefetch):
+    rb = make_buffer([4, 5], prefetch=prefetch, generator=seeded(0))
     rb.sample()
     rb.empty()
     assert not rb.can_sample()
     assert len(rb) == 0
     rb.extend(make_trial(3, first_id=50))
-    assert {tuple(row) for row in rows(rb.sample())} == {(50, 51, 52)}
+    for _ in range(5):
+        assert rows(rb.sample()) == [[50, 51, 52]] * 8
     rb.shutdown()
 
 
 def test_a_pickled_buffer_is_the_same_folder():
-    rb = make_trial_buffer(100, 4, 8, generator=torch.Generator().manual_seed(0), warn_short=False)
-    rb.extend(torch.cat(make_trials([4, 5])))
+    rb = make_buffer([4, 5], generator=seeded(0))
     other = pickle.loads(pickle.dumps(rb))  # noqa: S301
     assert torch.equal(other.sample()["id"], rb.sample()["id"])
     other.extend(make_trial(3, first_id=50))
@@ -126,8 +110,7 @@ def test_a_pickled_buffer_is_the_same_folder():
 
 
 def test_shares_of_steps_follow_content_that_another_process_loaded(tmp_path):
-    rb = make_trial_buffer(100, 4, 400, path=tmp_path / "rb", sample_by="steps", warn_short=False)
-    rb.extend(make_trial(4))
+    rb = make_buffer([4], batch_size=400, path=tmp_path / "rb", sample_by="steps")
     rb.dumps(tmp_path / "saved")
     rb.extend(make_trial(40, first_id=10))
     rb.sample()
@@ -136,13 +119,6 @@ def test_shares_of_steps_follow_content_that_another_process_loaded(tmp_path):
     other.extend(make_trial(4, first_id=60))  # the number of the trial of 40 steps
     first_id = torch.tensor(rows(rb.sample()))[:, 0]
     assert 150 < int((first_id == 60).sum()) < 250  # of 400, one half
-
-
-def test_fragments_are_stored_by_their_lengths():
-    rb = make_trial_buffer(100, 4, 50, warn_short=False)
-    trial = make_trial(9)
-    rb.extend(trial[:7], lengths=[3, 4])
-    assert {tuple(row) for row in rows(rb.sample())} == {(0, 1, 2), (3, 4, 5, 6)}
 
 
 # -- relabelling -------------------------------------------------------------------------------
@@ -175,13 +151,11 @@ class Halve(Relabel):
 )
 def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_length, crop, padding):
     relabel = Halve()
-    rb = make_trial_buffer(
-        60, slice_length, 20, relabel=relabel, crop=crop, padding=padding, warn_short=False,
-        generator=torch.Generator().manual_seed(0),
+    rb = make_buffer(
+        lengths, slice_length=slice_length, batch_size=20, relabel=relabel, crop=crop,
+        padding=padding, generator=seeded(0),
     )  # fmt: skip
     trials = make_trials(lengths)
-    for trial in trials:
-        rb.extend(trial)
     before = rb[:].clone()
     state = rb._rng.get_state()
     batch = rb.sample()
@@ -203,9 +177,9 @@ def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_leng
         assert torch.equal(batch["next", "reward"][row][mask], -original["next", "reward"])
         for key in ("observation", ("nested", "state"), ("next", "nested", "state"), "is_init"):
             assert torch.equal(batch[key][row][mask], original[key])
-    assert (rb[:] == before).all()
+    assert_same(rb[:], before)
     rb._rng.set_state(state)
-    assert (rb.sample() == batch).all()
+    assert_same(rb.sample(), batch)
 
 
 class NothingLeft(Relabel):
@@ -213,48 +187,45 @@ class NothingLeft(Relabel):
         super().__init__(["id"])
 
     def relabel(self, trials, generator):
-        return TensorDict(
-            {"collector": {"mask": torch.zeros(trials.shape, dtype=bool)}}, trials.shape
-        )
+        mask = torch.zeros(trials.shape, dtype=bool)
+        return TensorDict({"collector": {"mask": mask}}, trials.shape)
 
 
 def test_relabelling_must_leave_a_step():
-    rb = make_trial_buffer(60, 4, 2, relabel=NothingLeft(), warn_short=False)
-    rb.extend(make_trial(5))
-    with pytest.raises(
-        ValueError, match=r"to at least one step, got lengths \[0, 0\] from \[5, 5\]"
-    ):
-        rb.sample()
+    message = r"to at least one step, got lengths \[0, 0\] from \[5, 5\]"
+    with pytest.raises(ValueError, match=message):
+        make_buffer([5], batch_size=2, relabel=NothingLeft()).sample()
 
 
 # -- what goes wrong ---------------------------------------------------------------------------
 
 
 def test_impossible_sizes_raise(tmp_path):
-    with pytest.raises(ValueError, match=r"slice_length must be in \[1, capacity=10\], got 11"):
-        make_trial_buffer(10, 11, 1)
-    make_trial_buffer(10, 5, 1, path=tmp_path, warn_short=False).extend(make_trial(5))
-    with pytest.raises(ValueError, match=r"slice_length must be in \[1, capacity=10\], got 11"):
-        make_trial_buffer(None, 11, 1, path=tmp_path, mode="continue")
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        make_trial_buffer(10, 5, 0)
-    with pytest.raises(FileNotFoundError, match="mode='read' needs the path"):
-        make_trial_buffer(10, 5, 1, mode="read")
+    make_buffer([5], capacity=10, path=tmp_path)
+    for options, error, message in [
+        (dict(slice_length=11), ValueError, r"slice_length must be in \[1, capacity=10\], got 11"),
+        (
+            dict(capacity=None, slice_length=11, path=tmp_path, mode="continue"),
+            ValueError,
+            r"slice_length must be in \[1, capacity=10\], got 11",
+        ),
+        (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
+        (dict(mode="read"), FileNotFoundError, "mode='read' needs the path"),
+    ]:
+        with pytest.raises(error, match=message):
+            make_buffer(**{"capacity": 10} | options)
 
 
 def test_other_than_whole_trials_raises():
-    rb = make_trial_buffer(100, 4, 8)
-    trial = make_trial(5)
-    with pytest.raises(
-        ValueError, match=r"end with the end of a trial, got 3 steps.*fragment_length"
-    ):
-        rb.extend(trial[:3])
-    with pytest.raises(ValueError, match=r"whole trials with a flag.*got steps \[5\]"):
-        rb.extend(trial.exclude(("next", "done")))
-    with pytest.raises(ValueError, match=r"got steps \[1, 5\]"):
-        rb.extend(trial.unsqueeze(0))
-    with pytest.raises(ValueError, match=r"got steps \[0\] and lengths \[\]"):
-        rb.extend(trial[:0])
+    rb, trial = make_buffer(), make_trial(5)
+    for steps, message in [
+        (trial[:3], r"end with the end of a trial, got 3 steps.*fragment_length"),
+        (trial.exclude(("next", "done")), r"whole trials with a flag.*got steps \[5\]"),
+        (trial.unsqueeze(0), r"got steps \[1, 5\]"),
+        (trial[:0], r"got steps \[0\] and lengths \[\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rb.extend(steps)
     with pytest.raises(TypeError, match="Write new ones with extend"):
         rb.add(trial[0])
     assert rb.write_count == 0
@@ -272,21 +243,18 @@ def test_other_than_whole_trials_raises():
 def test_the_same_seed_gives_the_same_batches_after_a_reopening(lengths, draw, relabel, seed):
     with tempfile.TemporaryDirectory() as folder:
 
-        def opened(mode):
-            return make_trial_buffer(
-                30, 4, 6, path=Path(folder, "replay"), mode=mode, sample_by=draw, crop="both",
-                relabel=relabel and relabel(), generator=torch.Generator().manual_seed(seed),
-                warn_short=False,
+        def opened(mode, lengths=()):
+            return make_buffer(
+                lengths, capacity=30, batch_size=6, path=Path(folder, "replay"), mode=mode,
+                sample_by=draw, crop="both", relabel=relabel and relabel(), generator=seeded(seed),
             )  # fmt: skip
 
-        rb = opened("create")
-        for trial in make_trials(lengths):
-            rb.extend(trial)
+        rb = opened("create", lengths)
         expected = [rb.sample() for _ in range(3)]
         for mode in ("continue", "read"):
             again = opened(mode)
             for batch in expected:
-                assert (again.sample() == batch).all()
+                assert_same(again.sample(), batch)
 
 
 class OnlyWhole(Relabel):
@@ -304,10 +272,9 @@ class OnlyWhole(Relabel):
 @pytest.mark.parametrize("mode", ["continue", "read"])
 @pytest.mark.parametrize("relabel", [None, OnlyWhole])
 def test_others_write_before_or_after_a_batch_is_read(relabel, mode, tmp_path, monkeypatch):
-    options = dict(path=tmp_path / "replay", warn_short=False)
-    writer = make_trial_buffer(12, 4, 8, **options)
-    writer.extend(torch.cat(make_trials([4, 4])))
-    learner = make_trial_buffer(12, 4, 8, mode=mode, relabel=relabel and relabel(), **options)
+    options = dict(capacity=12, path=tmp_path / "replay")
+    writer = make_buffer([4, 4], **options)
+    learner = make_buffer(mode=mode, relabel=relabel and relabel(), **options)
     get, threads = learner.storage.get, []
     new = torch.cat(make_trials([3, 9], 100))
 
@@ -326,10 +293,9 @@ def test_others_write_before_or_after_a_batch_is_read(relabel, mode, tmp_path, m
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
 def test_sampling_waits_for_a_writer_that_replaces_all_trials(tmp_path, mode):
-    options = dict(path=tmp_path / "replay", warn_short=False, min_trials=2)
-    writer = make_trial_buffer(12, 4, 8, **options)
-    writer.extend(torch.cat(make_trials([6, 6])))
-    learner = make_trial_buffer(12, 4, 8, mode=mode, **options)
+    options = dict(capacity=12, path=tmp_path / "replay", min_trials=2)
+    writer = make_buffer([6, 6], **options)
+    learner = make_buffer(mode=mode, **options)
     assert learner.can_sample()
     table = writer.storage.table()
     announce, evicted = table.announce, threading.Event()
@@ -353,11 +319,9 @@ def test_sampling_waits_for_a_writer_that_replaces_all_trials(tmp_path, mode):
 
 
 def test_several_buffers_in_an_ensemble():
-    parts = []
-    for first_id in (0, 100):
-        rb = make_trial_buffer(60, 4, 6, warn_short=False)
-        rb.extend(torch.cat(make_trials([5, 3, 8], first_id)))
-        parts.append(rb)
+    parts = [make_buffer(batch_size=6) for _ in range(2)]
+    for first_id, part in zip((0, 100), parts, strict=True):
+        part.extend(torch.cat(make_trials([5, 3, 8], first_id)))
     ensemble = ReplayBufferEnsemble(*parts, batch_size=6, num_buffer_sampled=2)
     for _ in range(10):
         batch = ensemble.sample()

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import NonTensorData, TensorDict
 
-from tests.data.trials import make_trial, make_trials
-from torchrl_amago.data import make_trial_buffer
+from tests.data.trials import assert_same, make_buffer, make_trial, make_trials
+from torchrl_amago._files import DamagedError
 from torchrl_amago.data.replay import _layout as layout
+from torchrl_amago.data.replay._layout import ENTRY, TrialTable
 
 DTYPES = [
     torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64,
@@ -43,9 +48,10 @@ entries = st.lists(
 @given(entries, st.lists(st.integers(1, 6), min_size=1, max_size=4))
 def test_what_is_written_is_read_back_bit_by_bit(kinds, lengths):
     trials = [random_trial(length, kinds) for length in lengths]
-    rb = make_trial_buffer(50, 1, 1, warn_short=False)
+    rb = make_buffer()
     rb.extend(torch.cat(trials), lengths=lengths)
-    other = make_trial_buffer(None, 1, 1, path=rb.storage.path, mode="read", verify=True)
+    assert rb.storage.trials().length.tolist() == lengths
+    other = make_buffer(capacity=None, path=rb.storage.path, mode="read", verify=True)
     for found in (rb[:], other[:]):
         for key, value in torch.cat(trials).items(True, True):
             assert found[key].dtype == value.dtype
@@ -58,9 +64,9 @@ def test_names_of_entries_may_be_odd(tmp_path):
     steps = TensorDict(batch_size=[3])
     for number, name in enumerate(names):
         steps[name] = torch.arange(3) + 10 * number
-    rb = make_trial_buffer(9, 1, 1, path=tmp_path / "replay", warn_short=False)
+    rb = make_buffer(path=tmp_path / "replay")
     rb.extend(steps, lengths=[3])
-    assert (rb[:] == steps).all()
+    assert_same(rb[:], steps)
     assert [file.name for file in tmp_path.iterdir()] == ["replay"]
 
 
@@ -85,26 +91,133 @@ def test_the_collectors_own_entries_are_left_out():
 def test_next_that_is_not_the_following_root_is_refused():
     trials = torch.cat(make_trials([4, 3]))
     trials["next", "nested", "state"][3] += 1  # the state after a last step is no root
-    trials["nested", "state"][1] = trials["next", "nested", "state"][0] = float(
-        "nan"
-    )  # equals itself
+    for state in (trials["nested", "state"][1], trials["next", "nested", "state"][0]):
+        state[:] = torch.nan  # equals itself
     layout.pack(layout.entries_of(trials)[0], [4, 3])
     trials["next", "nested", "state"][5, 0] += 1
-    with pytest.raises(
-        ValueError, match=r"'nested\.state'.*differs in 1 values.*Make the environment"
-    ):
+    message = r"'nested\.state'.*differs in 1 values.*Make the environment"
+    with pytest.raises(ValueError, match=message):
         layout.pack(layout.entries_of(trials)[0], [4, 3])
 
 
 def test_entries_that_cannot_be_stored_raise():
     trial = make_trial(3)
     trial["next", "nested", "state"] = trial["next", "nested", "state"].float()
-    with pytest.raises(
-        ValueError,
-        match=r"the root of steps must.*next\.nested\.state: float64 2 there, float32 2 here",
-    ):
+    message = r"the root of steps must.*next\.nested\.state: float64 2 there, float32 2 here"
+    with pytest.raises(ValueError, match=message):
         layout.entries_of(trial)
     trial = make_trial(3)
     trial["text"] = NonTensorData("a", batch_size=[3])
     with pytest.raises(TypeError, match="stores tensors, got .* at 'text'"):
         layout.entries_of(trial)
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def make_table(capacity: int) -> TrialTable:
+    with tempfile.TemporaryDirectory() as folder:
+        return TrialTable.create(Path(folder, "table.bin"), capacity)  # is mapped, and stays so
+
+
+def write(table: TrialTable, lengths: list[int]) -> list[int]:
+    entries, begin = table.place(lengths)
+    table.evict(begin)
+    table.announce(entries)
+    return entries["first"].tolist()
+
+
+writes = st.tuples(
+    st.integers(4, 30),
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=40),
+).map(lambda case: (case[0], [w for w in case[1] if sum(w) <= case[0]]))
+
+
+@given(writes)
+def test_trials_never_overlap_and_the_newest_are_kept(case):
+    capacity, batches = case
+    table = make_table(capacity)
+    lengths: list[int] = []
+    for batch in batches:
+        write(table, batch)
+        lengths += batch
+        entries = table.look().entries
+        begin, end = table.counters()
+        assert end == len(lengths)
+        assert table.look().written == sum(lengths)
+        assert entries["length"].tolist() == lengths[begin:]
+        assert sum(lengths[begin:]) <= capacity
+        assert len(entries) >= len(batch)
+        taken = [row for e in entries for row in range(e["first"], e["first"] + e["length"] + 1)]
+        assert len(set(taken)) == len(taken)
+        # Each step takes a row, each trial one more, and a round may end one write late.
+        assert max(taken) < 2 * capacity + max(sum(b) + len(b) for b in batches) <= 4 * capacity
+        new = entries[-len(batch) :]
+        assert (np.diff(new["first"]) == new["length"][:-1] + 1).all()
+        # Gaps between rounds cost at most the place of a trial or two.
+        assert not begin or sum(lengths[begin - 1 :]) > capacity - 2 * 9
+
+
+@given(st.integers(1, 12), st.integers(1, 6))
+def test_equal_trials_fill_the_capacity_exactly_and_no_more_rows(length, count):
+    table = make_table(capacity=length * count)
+    rows = set()
+    for number in range(5 * count):
+        rows |= set(write(table, [length]))
+        begin, end = table.counters()
+        assert end - begin == min(number + 1, count)
+    assert max(rows) + length + 1 == count * (length + 1)
+
+
+def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
+    capacity = 7
+    table = TrialTable.create(tmp_path / "table.bin", capacity)
+    for lengths in ([3], [2, 2], [4], [1, 1], [5]):
+        write(table, lengths)
+    entries, content, refused = table.look().entries, table.file.read_bytes(), 0
+    expected = table.counters(), entries.tolist()
+    for place in (*range(16), *range(ENTRY.itemsize, len(content))):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 8
+        (tmp_path / "damaged.bin").write_bytes(damaged)
+        try:
+            again = TrialTable(tmp_path / "damaged.bin", capacity)
+        except DamagedError:
+            refused += 1
+        else:
+            assert (again.counters(), again.look().entries.tolist()) == expected, place
+    assert refused == 16 + ENTRY.itemsize * len(entries)
+
+
+@pytest.mark.parametrize("size", [0, 16, ENTRY.itemsize, -1])
+def test_a_file_cut_short_is_refused(tmp_path, size):
+    table = TrialTable.create(tmp_path / "table.bin", 10)
+    write(table, [3])
+    content = table.file.read_bytes()
+    table.file.write_bytes(content[:size])
+    with pytest.raises(DamagedError, match=rf"must have {len(content)} bytes"):
+        TrialTable(table.file, 10)
+
+
+def test_an_older_counter_brings_no_evicted_trial_back(tmp_path):
+    table = TrialTable.create(tmp_path / "table.bin", 10)
+    write(table, [4])
+    older = table._counters[0]
+    write(table, [4])
+    write(table, [4])
+    table._counters[0] = older
+    with pytest.raises(DamagedError, match="trials that overlap"):
+        TrialTable(table.file, 10)
+
+
+def test_a_death_before_the_end_moves_keeps_the_last_entry(tmp_path):
+    """The largest number of entries never overwrites the last one before them."""
+    table = TrialTable.create(tmp_path / "table.bin", 4)
+    table.announce(table.place([4])[0])
+    trials, begin = table.place([1, 1, 1, 1])
+    table.evict(begin)
+    word = table._counters[1].copy()
+    table.announce(trials)
+    table._counters[1] = word
+    again = TrialTable(table.file, 4)
+    assert (again.counters(), again.look().written) == ((1, 1), 4)
