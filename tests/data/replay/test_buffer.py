@@ -202,13 +202,10 @@ def test_relabelling_must_leave_a_step():
 
 def test_impossible_sizes_raise(tmp_path):
     make_buffer([5], capacity=10, path=tmp_path)
+    again = dict(slice_length=11, capacity=None, path=tmp_path, mode="continue")
     for options, error, message in [
         (dict(slice_length=11), ValueError, r"slice_length must be in \[1, capacity=10\], got 11"),
-        (
-            dict(capacity=None, slice_length=11, path=tmp_path, mode="continue"),
-            ValueError,
-            r"slice_length must be in \[1, capacity=10\], got 11",
-        ),
+        (again, ValueError, r"slice_length must be in \[1, capacity=10\], got 11"),
         (dict(batch_size=0), ValueError, "batch_size must be at least 1, got 0"),
         (dict(mode="read"), FileNotFoundError, "mode='read' needs the path"),
     ]:

@@ -15,6 +15,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 from tests.data.trials import (
     LENGTHS,
     assert_counts_from_one,
+    make_buffer,
     make_env,
     make_trial,
     make_trials,
@@ -24,12 +25,7 @@ from tests.data.trials import (
     windows,
 )
 from tests.evaluation.scripted import act
-from torchrl_amago.data import (
-    TrialCollector,
-    TrialReplayBuffer,
-    TrialSliceSampler,
-    make_trial_buffer,
-)
+from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler
 
 STORAGES = [LazyTensorStorage, LazyMemmapStorage]
 on_both = pytest.mark.parametrize("storage", STORAGES)
@@ -39,7 +35,7 @@ def flatten(batch):
     return batch.reshape(-1)
 
 
-def make_buffer(storage, batch_size=40, buffer=TensorDictReplayBuffer, **options):
+def stock_buffer(storage, batch_size=40, buffer=TensorDictReplayBuffer, **options):
     sampler = TrialSliceSampler(5, warn_short=False, **options)
     return buffer(storage=storage, sampler=sampler, batch_size=batch_size)
 
@@ -92,7 +88,7 @@ def assert_slices_are_whole(rb) -> None:
 )
 def test_collectors_fill_a_stock_buffer(storage, collector, capacity):
     """Batches cut trials into pieces that lie apart, and the ring overwrites first steps."""
-    rb, checked = make_buffer(storage(capacity)), 0
+    rb, checked = stock_buffer(storage(capacity)), 0
     collector = collector(
         make_env(), act, frames_per_batch=12, total_frames=12 * 30, replay_buffer=rb
     )
@@ -110,7 +106,7 @@ def test_collectors_fill_a_stock_buffer(storage, collector, capacity):
 
 @pytest.mark.parametrize("collector", [TrialCollector, partial(Collector, trajs_per_batch=1)])
 def test_collectors_fill_a_buffer_of_whole_trials(collector):
-    rb = make_trial_buffer(40, 5, 40, warn_short=False)
+    rb = make_buffer(capacity=40, slice_length=5, batch_size=40)
     for _ in collector(make_env(), act, frames_per_batch=9, total_frames=9 * 30, replay_buffer=rb):
         for trial in stored_trials(rb):
             assert_counts_from_one(trial)
@@ -127,7 +123,7 @@ def test_collectors_fill_a_buffer_of_whole_trials(collector):
 )
 def test_stock_collectors_in_two_processes(sync, storage, monkeypatch):
     """The sampler sees what other processes write."""
-    rb, seen = make_buffer(storage(150, shared_init=True)), set()
+    rb, seen = stock_buffer(storage(150, shared_init=True)), set()
     rb.share()
     options = dict(sync=sync, use_buffers=False, postproc=flatten)
     with two_processes(monkeypatch, rb, 25, **options) as collector:
@@ -148,7 +144,7 @@ def test_stock_collectors_in_two_processes(sync, storage, monkeypatch):
     st.sampled_from(STORAGES),
 )
 def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids, storage):
-    rb = make_buffer(storage(capacity))
+    rb = stock_buffer(storage(capacity))
     trials = make_trials([n for n in lengths if n <= capacity], init_key=has_init)
     for number, trial in enumerate(trials):
         if has_ids:
@@ -169,7 +165,7 @@ def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids,
 
 
 def test_elements_of_several_steps_are_refused():
-    rb = make_buffer(LazyTensorStorage(100))
+    rb = stock_buffer(LazyTensorStorage(100))
     list(Collector(make_env(), act, frames_per_batch=12, total_frames=12, replay_buffer=rb))
     with pytest.raises(
         ValueError, match=r"must be one step, and is a batch \[4\].*trajs_per_batch=1"
@@ -178,7 +174,7 @@ def test_elements_of_several_steps_are_refused():
 
 
 def test_pieces_are_drawn_on_request():
-    rb = make_buffer(LazyTensorStorage(10), whole=False)
+    rb = stock_buffer(LazyTensorStorage(10), whole=False)
     rb.extend(make_trial(9)[:7])
     assert windows(rb.sample()) == {tuple(range(n, n + 5)) for n in range(3)}
     rb.extend(make_trial(9)[7:])
@@ -187,12 +183,12 @@ def test_pieces_are_drawn_on_request():
 
 
 def test_trajectories_without_flags_are_whole_once_another_one_follows():
-    rb = make_buffer(LazyTensorStorage(100))
+    rb = stock_buffer(LazyTensorStorage(100))
     for number, trial in enumerate(make_trials([3, 4], init_key=False)):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial.exclude(("next", "done")))
     assert windows(rb.sample()) == {(0, 1, 2)}
-    rb = make_buffer(LazyTensorStorage(100))
+    rb = stock_buffer(LazyTensorStorage(100))
     rb.extend(TensorDict({"id": torch.arange(3)}, [3]))
     with pytest.raises(KeyError, match=r"trials need .*traj_ids.*only \['id', 'index'\]"):
         rb.can_sample()
@@ -201,7 +197,7 @@ def test_trajectories_without_flags_are_whole_once_another_one_follows():
 def test_what_torchrl_does_not_name_in_public_is_there():
     """Without these, every draw would look for the trials anew, and rings would have no seam."""
     storage = LazyTensorStorage(10)
-    rb = make_buffer(storage)
+    rb = stock_buffer(storage)
     rb.extend(make_trial(7))
     before = storage._mutation_revision
     assert storage._last_cursor_index == 6
@@ -217,7 +213,7 @@ def test_what_torchrl_does_not_name_in_public_is_there():
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
 def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path):
     options = dict(buffer=TrialReplayBuffer, sample_by=draw)
-    rb, other = (make_buffer(storage(30), **options) for _ in range(2))
+    rb, other = (stock_buffer(storage(30), **options) for _ in range(2))
     for number, trial in enumerate(make_trials([7, 9, 5, 11, 6])):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial)
@@ -239,7 +235,7 @@ def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path)
 @pytest.mark.parametrize("is_used", [False, True])
 def test_the_seam_is_where_it_was_before_saving(storage, buffer, is_used, tmp_path):
     """Trials of two rows lie between each other, so that no change of trial shows the seam."""
-    rb, other = (make_buffer(storage(11), buffer=buffer, whole=False) for _ in range(2))
+    rb, other = (stock_buffer(storage(11), buffer=buffer, whole=False) for _ in range(2))
     for number, pair in enumerate(zip(*[iter(make_trials([6] * 6))] * 2, strict=True)):
         steps = torch.stack(pair, 1)
         ids = torch.arange(2 * number, 2 * number + 2)

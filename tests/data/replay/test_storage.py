@@ -505,12 +505,8 @@ def test_a_real_full_disk(tmp_path):
     """A file system of one megabyte, where the tests may mount one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = shutil.which("mount") and subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk],
-        capture_output=True,
-        check=False,
-    )
-    if not mounted or mounted.returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1200k", "tmpfs", disk]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("needs the right to mount a file system")
     try:
         storage = TrialStorage(25_000, path=disk / "replay")
