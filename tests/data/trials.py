@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 
+import pytest
 import torch
 from tensordict import TensorDict, assert_close
 from torchrl.collectors import MultiCollector
@@ -84,6 +86,25 @@ def windows(batch) -> set[tuple[int, ...]]:
 def assert_same(found, expected) -> None:
     """The same entries, bit by bit, and no others."""
     assert_close(found, expected, rtol=0, atol=0)
+
+
+@contextlib.contextmanager
+def written_beside(storage, method: str, write, *args):
+    """Another process writes as soon as trials are read by a method: it waits for the lock."""
+    threads, read = [], getattr(storage, method)
+
+    def write_and_read(*args_of_read, **options):
+        if not threads:
+            threads.append(threading.Thread(target=write, args=args))
+            threads[0].start()
+            threads[0].join(0.2)
+            assert threads[0].is_alive()
+        return read(*args_of_read, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, method, write_and_read)
+        yield
+        threads[0].join()
 
 
 def make_env() -> TransformedEnv:

@@ -22,6 +22,7 @@ from tests.data.trials import (
     rows,
     seeded,
     windows,
+    written_beside,
 )
 from torchrl_amago.data import Relabel
 
@@ -183,9 +184,6 @@ def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_leng
 
 
 class NothingLeft(Relabel):
-    def __init__(self):
-        super().__init__(["id"])
-
     def relabel(self, trials, generator):
         mask = torch.zeros(trials.shape, dtype=bool)
         return TensorDict({"collector": {"mask": mask}}, trials.shape)
@@ -194,7 +192,7 @@ class NothingLeft(Relabel):
 def test_relabelling_must_leave_a_step():
     message = r"to at least one step, got lengths \[0, 0\] from \[5, 5\]"
     with pytest.raises(ValueError, match=message):
-        make_buffer([5], batch_size=2, relabel=NothingLeft()).sample()
+        make_buffer([5], batch_size=2, relabel=NothingLeft(["id"])).sample()
 
 
 # -- what goes wrong ---------------------------------------------------------------------------
@@ -257,9 +255,6 @@ def test_the_same_seed_gives_the_same_batches_after_a_reopening(lengths, draw, r
 class OnlyWhole(Relabel):
     """Changes nothing, and sees to it that it is given whole trials."""
 
-    def __init__(self) -> None:
-        super().__init__(["id"])
-
     def relabel(self, trials, generator):
         id_BL, mask_BL = trials["id"], trials["collector", "mask"]
         assert (id_BL == id_BL[:, :1] + torch.arange(id_BL.shape[1]))[mask_BL].all()
@@ -268,23 +263,13 @@ class OnlyWhole(Relabel):
 
 @pytest.mark.parametrize("mode", ["continue", "read"])
 @pytest.mark.parametrize("relabel", [None, OnlyWhole])
-def test_others_write_before_or_after_a_batch_is_read(relabel, mode, tmp_path, monkeypatch):
+def test_others_write_before_or_after_a_batch_is_read(relabel, mode, tmp_path):
     options = dict(capacity=12, path=tmp_path / "replay")
     writer = make_buffer([4, 4], **options)
-    learner = make_buffer(mode=mode, relabel=relabel and relabel(), **options)
-    get, threads = learner.storage.get, []
+    learner = make_buffer(mode=mode, relabel=relabel and relabel(["id"]), **options)
     new = torch.cat(make_trials([3, 9], 100))
-
-    def interrupted(*args, **kwargs):
-        if not threads:  # another process replaces all trials just now
-            threads.append(threading.Thread(target=writer.extend, args=(new,)))
-            threads[0].start()
-            threads[0].join(0.2)
-        return get(*args, **kwargs)
-
-    monkeypatch.setattr(learner.storage, "get", interrupted)
-    assert {row[0] for row in rows(learner.sample())} <= {0, 4}
-    threads[0].join()
+    with written_beside(learner.storage, "get", writer.extend, new):  # all trials are replaced
+        assert {row[0] for row in rows(learner.sample())} <= {0, 4}
     assert {row[0] for row in rows(learner.sample())} <= {100, *range(103, 110)}
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -184,10 +185,6 @@ def flip(file):
     file.write_bytes(content)
 
 
-def remove(file):
-    file.unlink()
-
-
 def overwrite(file):
     file.write_text("{")
 
@@ -200,12 +197,12 @@ ROW, TABLE, SAMPLER = "trials/rows/id.memmap", "trials/table.bin", "trial_slice_
     [
         (f"storage/{ROW}", truncate, r"id\.memmap has \d+ bytes instead of \d+"),
         (f"storage/{ROW}", flip, r"id\.memmap has changed since it was written"),
-        (f"storage/{TABLE}", remove, r"table\.bin is missing"),
+        (f"storage/{TABLE}", Path.unlink, r"table\.bin is missing"),
         ("storage/trials/other", overwrite, r"other is not listed"),
         (f"sampler/{SAMPLER}", flip, r"sampler\.json has changed"),
         (f"sampler/{SAMPLER}", truncate, r"sampler\.json has \d+ bytes"),
         ("manifest.json", overwrite, r"manifest\.json is missing or cannot"),
-        ("manifest.json", remove, r"manifest\.json is missing or cannot"),
+        ("manifest.json", Path.unlink, r"manifest\.json is missing or cannot"),
     ],
 )
 def test_damaged_folder_is_named_and_leaves_the_buffer_alone(tmp_path, name, damage, message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import pickle
@@ -19,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tests.data.trials import assert_same, make_trial, make_trials
+from tests.data.trials import assert_same, make_trial, make_trials, written_beside
 from torchrl_amago import _files as files
 from torchrl_amago._files import DamagedError
 from torchrl_amago.data import make_trial_buffer
@@ -134,36 +133,17 @@ def test_other_processes_and_copies_go_on_where_it_stopped(tmp_path, flush):
         count = len(storage.trials().length)
 
 
-@contextlib.contextmanager
-def written_beside(writer, storage, lengths):
-    """Another process writes while trials are read: it waits for the lock."""
-    threads, table = [], storage.table
-
-    def look_and_write():
-        if not threads:
-            threads.append(threading.Thread(target=write, args=(writer, lengths, 100)))
-            threads[0].start()
-            threads[0].join(0.2)
-            assert threads[0].is_alive()
-        return table()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "table", look_and_write)
-        yield
-        threads[0].join()
-
-
 @pytest.mark.parametrize("mode", ["continue", "read"])
 def test_others_wait_while_trials_are_read_or_copied(tmp_path, mode):
     writer = TrialStorage(12, path=tmp_path / "replay")
     write(writer, [4, 5])
     storage = opened(tmp_path / "replay", mode)
-    with written_beside(writer, storage, [5, 5]):
+    with written_beside(storage, "table", write, writer, [5, 5], 100):
         assert storage[:]["id"].tolist() == [*range(9)]
     assert contents(storage) == [[*range(100, 105)], [*range(105, 110)]]
-    with written_beside(writer, storage, [3, 4]):
+    with written_beside(storage, "table", write, writer, [3, 4], 100):
         storage.verify()
-    with written_beside(writer, storage, [5]):
+    with written_beside(storage, "table", write, writer, [5], 100):
         storage.dumps(tmp_path / "copy")
     copy = opened(tmp_path / "copy", "continue")
     assert contents(copy) == [[*range(105, 110)], [100, 101, 102], [103, 104, 105, 106]]
