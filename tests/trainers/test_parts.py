@@ -11,21 +11,22 @@ from torch import nn
 
 from tests.processes import forked
 from tests.trainers.tiny import make_trainer, stop_at
-from torchrl_amago.trainers import make_schedule
+from torchrl_amago.trainers import (
+    FiniteOptimizationStepper,
+    Intervals,
+    make_optimizer,
+    make_schedule,
+)
 from torchrl_amago.trainers.optim import OptimizerState
-
-# --- components ---
 
 
 class Counter:
     """A part of a user's own."""
 
-    def __init__(self):
-        self.calls = 0
+    calls = 0
 
     def __call__(self, trainer):
         self.calls += 1
-        return {"calls": self.calls}
 
     def state_dict(self):
         return {"calls": self.calls, "history": torch.arange(self.calls)}
@@ -36,14 +37,15 @@ class Counter:
 
 
 def test_an_unknown_part_is_saved_and_restored(tmp_path):
-    one, other = Counter(), Counter()
-    options = {"components": {"mine": one}, "callbacks": [one]}
-    make_trainer(tmp_path, total_updates=7, **options).train()
-    options = {"components": {"mine": other}, "callbacks": [other]}
-    resumed = make_trainer(tmp_path, total_updates=9, **options).resume()
-    assert other.calls == 7
+    def make(total_updates, part):
+        options = {"components": {"mine": part}, "callbacks": [part]}
+        return make_trainer(tmp_path, total_updates=total_updates, **options)
+
+    make(7, Counter()).train()
+    resumed = make(9, counter := Counter()).resume()
+    assert counter.calls == 7
     resumed.train()
-    assert other.calls == 9
+    assert counter.calls == 9
     with pytest.raises(ValueError, match="differ in 1 entries: mine: present there, absent here"):
         make_trainer(tmp_path).resume()
 
@@ -58,30 +60,20 @@ def test_components_need_both_methods_and_names_of_their_own(tmp_path):
 def test_every_part_of_a_trainer_is_a_component(tmp_path):
     """Each attribute that has a state is in the dictionary, or inside of a part there."""
     trainer = make_trainer(tmp_path)
-    held = {
-        name: value
-        for name, value in vars(trainer).items()
-        if hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
-    }
     inside = {"optimizer", "scheduler", "collector", "policy", "online_buffer", "replay_buffer"}
-    # Without a state.
     assert trainer.stepper.state_dict() == {}
-    parts = [*trainer.components.values(), trainer.components, trainer.stepper]
-    assert {name for name, part in held.items() if not any(part is p for p in parts)} <= inside
+    parts = {id(p) for p in (*trainer.components.values(), trainer.components, trainer.stepper)}
+    held = {name: x for name, x in vars(trainer).items() if hasattr(x, "load_state_dict")}
+    assert {name for name, part in held.items() if id(part) not in parts} <= inside
     optimisation = trainer.components["optimizer"]
     assert optimisation.optimizer is trainer.optimizer
     assert optimisation.scheduler is trainer.scheduler
     assert trainer.components["rollouts"].collector is trainer.collector
 
 
-# --- optimisation ---
-
-
 def make_optimisation(learning_rate, make_scheduler):
-    net = nn.Linear(1, 1)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=learning_rate)
+    optimizer = make_optimizer(nn.Linear(1, 1), learning_rate)
     part = OptimizerState(optimizer, make_scheduler(optimizer))
-    net(torch.ones(1)).sum().backward()
     optimizer.step()
     if part.scheduler is not None:
         part.scheduler.step()
@@ -103,9 +95,6 @@ def test_the_learning_rate_is_that_of_the_run_that_resumes(make_scheduler, rate)
     part = make_optimisation(0.5, make_scheduler)
     part.load_state_dict(saved)
     assert part.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
-
-
-# --- random numbers and rollouts ---
 
 
 def first_steps(rollouts):
@@ -134,10 +123,9 @@ def test_the_saved_generator_decides_the_trials_that_begin(tmp_path):
 
 
 def test_a_resumed_run_forgets_trials_that_cannot_go_on(tmp_path):
-    first = make_trainer(tmp_path, total_updates=6)
     unfinished = {99: [(1.0, 99)]}
-    first.callbacks.append(lambda trainer: trainer.monitor._unfinished.update(unfinished))
-    first.train()
+    leave = lambda trainer: trainer.monitor._unfinished.update(unfinished)  # noqa: E731
+    make_trainer(tmp_path, total_updates=6, callbacks=[leave]).train()
     resumed = make_trainer(tmp_path, total_updates=7).resume()
     assert resumed.monitor._unfinished == unfinished
     resumed.train()
@@ -175,24 +163,21 @@ def test_restarting_drops_unfinished_trials_and_numbers_the_new(tmp_path, monkey
     assert written[0]["time_idx"][0] == 0
 
 
-# --- settings and options ---
-
-
-def with_settings(trainer, **settings):
-    trainer.loss_module.settings = settings
-    return trainer
-
-
 def test_settings_of_modules_must_be_those_that_were_saved(tmp_path):
-    with_settings(make_trainer(tmp_path, total_updates=4), n_step=(1,), gammas=[0.9]).train()
-    for options, n_step, match in (
-        ({}, [5], r"loss.n_step: \[1\] there, \[5\] here"),
-        ({"seed": 4}, [1], "1 entries: seed: 3 there, 4 here"),
-        ({"settings": {"size": 4}}, [1], "1 entries: size: absent there, 4 here"),
+    def make(n_step, **options):
+        trainer = make_trainer(tmp_path, **options)
+        trainer.loss_module.settings = {"n_step": n_step, "gammas": [0.9]}
+        return trainer
+
+    make((1,), total_updates=4).train()
+    for n_step, options, match in (
+        ([5], {}, r"loss.n_step: \[1\] there, \[5\] here"),
+        ([1], {"seed": 4}, "1 entries: seed: 3 there, 4 here"),
+        ([1], {"settings": {"size": 4}}, "1 entries: size: absent there, 4 here"),
     ):
         with pytest.raises(ValueError, match=match):
-            with_settings(make_trainer(tmp_path, **options), n_step=n_step, gammas=[0.9]).resume()
-    with_settings(make_trainer(tmp_path), n_step=[1], gammas=[0.9]).resume()
+            make(n_step, **options).resume()
+    make([1]).resume()
 
 
 def test_options_that_changed_are_logged(tmp_path, monkeypatch):
@@ -200,40 +185,37 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers.amago.torchrl_logger.info", lines.append)
     changed = {
-        "total_updates": 8, "learning_rate": 1e-3, "clip_norm": None, "clip_each": True,
-        "precision": "bf16",
-        "tau": 0.5,
-        "updates_per_round": 2, "frames_per_batch": 16, "log_interval": 2, "eval_interval": 3,
-        "checkpoint_interval": 7,
+        "total_updates": 8, "learning_rate": 1e-3, "tau": 0.5, "updates_per_round": 2,
+        "frames_per_batch": 16,
     }  # fmt: skip
-    trainer = make_trainer(tmp_path, options={"mine": 2, "same": [2]}, **changed)
     drawn = {"slice_length": 2, "crop": "left", "sample_by": "steps"}
+    steps = {"clip_norm": None, "clip_each": True, "precision": "bf16"}
+    intervals = {"log": 2, "evaluate": 3, "checkpoint": 7}
+    trainer = make_trainer(
+        tmp_path, options={"mine": 2, "same": [2]}, **changed, intervals=Intervals(**intervals),
+        stepper=FiniteOptimizationStepper(**steps),
+    )  # fmt: skip
     vars(trainer.online_buffer.sampler).update(drawn)
-    changed |= drawn
     trainer.resume()
-    names = {"evaluate_interval" if name == "eval_interval" else name for name in changed}
-    assert {line.split()[2].partition("=")[0] for line in lines} == {*names, "mine"}
+    names = {*changed, *drawn, *steps, *(f"{name}_interval" for name in intervals), "mine"}
+    assert {line.split()[2].partition("=")[0] for line in lines} == names
     assert "resumed with tau=0.5 instead of 0.1" in lines
     assert "resumed with crop=left instead of none" in lines
 
 
-# --- the lock ---
-
-
 def test_a_second_trainer_is_refused_with_the_name_of_the_first(tmp_path):
     first = make_trainer(tmp_path, total_updates=8)
-    seen = []
+    refused = []
 
-    def episode(trainer):
-        if trainer.counts.updates == 5:
-            for episode in (make_trainer(tmp_path).train, make_trainer(tmp_path).resume):
-                with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"):
-                    episode()
-                seen.append(sorted(path.name for path in tmp_path.iterdir()))
+    def try_another():
+        for start in (make_trainer(tmp_path).train, make_trainer(tmp_path).resume):
+            with pytest.raises(BlockingIOError, match=f"in use by process {os.getpid()} on"):
+                start()
+            refused.append(start)
 
-    first.callbacks.append(episode)
+    first.callbacks.append(stop_at(5, try_another))
     assert first.train() == "finished"
-    assert len(seen) == 2
+    assert len(refused) == 2
     # Released at the end.
     assert make_trainer(tmp_path, total_updates=9).resume().train() == "finished"
 
@@ -256,12 +238,3 @@ def test_a_crash_releases_the_lock(tmp_path):
     process.kill()
     process.join()
     assert make_trainer(tmp_path).resume().counts.updates == 6
-
-
-def test_a_checkpoint_that_was_half_replaced_is_found(tmp_path):
-    trainer = make_trainer(tmp_path, total_updates=6)
-    trainer.train()
-    path = trainer.checkpoints.latest()
-    path.rename(path.with_name(f".{path.name}.previous"))
-    path.with_name(f".{path.name}.partial").mkdir()
-    assert make_trainer(tmp_path, total_updates=8).resume().counts.updates == 6

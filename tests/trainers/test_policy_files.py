@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from copy import deepcopy
 
 import pytest
 import torch
@@ -15,15 +16,8 @@ from torchrl_amago.trainers import load_policy
 from torchrl_amago.trainers.checkpoint import PolicyFiles
 
 
-def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: x.detach().clone() for name, x in module.state_dict().items()}
-
-
-def assert_holds(path, expected) -> None:
-    stored = load_state(path)["weights"]
-    assert stored.keys() == expected.keys()
-    for name, x in expected.items():
-        assert torch.equal(stored[name], x), name
+def assert_holds(path, expected):
+    torch.testing.assert_close(load_state(path)["weights"], dict(expected), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -47,44 +41,41 @@ def test_the_best_is_kept(tmp_path, values, best):
 
 
 def test_nothing_is_written_without_weights_or_the_metric(tmp_path):
-    for policy, name in (
-        (lambda tensordict: tensordict, "trial_return"),
-        (nn.Linear(1, 1), "score"),
-    ):
+    linear, function = nn.Linear(1, 1), lambda tensordict: tensordict
+    for policy, name in ((linear, "score"), (function, "trial_return")):
         files = PolicyFiles(tmp_path, policy)
         files.save_if_best({f"eval/{name}": 1.0})
         assert files.best_value is None
-    PolicyFiles(tmp_path, lambda tensordict: tensordict).save_last()
+    files.save_last()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(FileNotFoundError, match="policy.npz"):
-        load_policy(files.last, nn.Linear(1, 1))
+        load_policy(files.last, linear)
 
 
 def test_a_resumed_run_writes_the_checkpoint_s_policy(tmp_path):
     """A crash may come between the checkpoint and the policy's file."""
+    file = tmp_path / "policy.npz"
     make_trainer(tmp_path, total_updates=6).train()
-    old = (tmp_path / "policy.npz").read_bytes()
-    longer = make_trainer(tmp_path, total_updates=12).resume()
-    longer.train()
-    new = (tmp_path / "policy.npz").read_bytes()
+    old = file.read_bytes()
+    make_trainer(tmp_path, total_updates=12).resume().train()
+    new = file.read_bytes()
     assert new != old
-    (tmp_path / "policy.npz").write_bytes(old)
-    finished = make_trainer(tmp_path, total_updates=12).resume()
-    assert finished.train() == "finished"
-    assert (tmp_path / "policy.npz").read_bytes() == new
+    file.write_bytes(old)
+    assert make_trainer(tmp_path, total_updates=12).resume().train() == "finished"
+    assert file.read_bytes() == new
 
 
 def test_a_run_writes_the_last_policy_and_the_best(tmp_path):
     returns, seen = deque([1.0, 3.0, 2.0, 0.0]), []
 
     def evaluator():
-        seen.append(weights_of(trainer.collector.policy))
+        seen.append(deepcopy(trainer.collector.policy.state_dict()))
         return {"trial_return": returns.popleft()}
 
     trainer = make_trainer(tmp_path / "run", total_updates=24, evaluator=evaluator)
     trainer.train()
     assert len(seen) == 4
-    assert_holds(trainer.policy_files.last, weights_of(trainer.collector.policy))
+    assert_holds(trainer.policy_files.last, trainer.collector.policy.state_dict())
     assert_holds(trainer.policy_files.best, seen[1])
 
 
@@ -92,21 +83,13 @@ def test_a_run_writes_the_last_policy_and_the_best(tmp_path):
 def test_a_resumed_run_knows_what_was_best(tmp_path, elsewhere, best):
     """But in another folder, where the best policy isn't, it begins anew."""
 
-    def run(folder, total_updates, returns, resume=None):
-        returns = deque(returns)
-        trainer = make_trainer(
-            folder,
-            total_updates=total_updates,
-            evaluator=lambda: {"trial_return": returns.popleft()},
-        )
-        if resume is not None:
-            trainer.resume(resume)
-        trainer.train()
-        return trainer.policy_files
+    def make(folder, total_updates, *returns):
+        results = ({"trial_return": value} for value in returns)
+        return make_trainer(folder, total_updates=total_updates, evaluator=results.__next__)
 
     # The last checkpoint is of the last update, before its evaluation, which is made again.
-    first = run(tmp_path / "run", 12, [3.0, 1.0])
-    again = tmp_path / ("other" if elsewhere else "run")
-    files = run(again, 18, [2.0], resume=first.best.parent)
-    assert files.best_value == best
-    assert files.best.exists()
+    make(tmp_path / "run", 12, 3.0, 1.0).train()
+    again = make(tmp_path / ("other" if elsewhere else "run"), 18, 2.0)
+    again.resume(tmp_path / "run").train()
+    assert again.policy_files.best_value == best
+    assert again.policy_files.best.exists()

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 from tensordict import TensorDict
-from tensordict.nn import (
-    ProbabilisticTensorDictModule,
-    TensorDictModule,
-    TensorDictParams,
-    TensorDictSequential,
-)
+from tensordict.nn import TensorDictModule, TensorDictParams, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
 from torchrl.data import Binary, Categorical, Composite, Unbounded
@@ -18,13 +13,7 @@ from torchrl.objectives import LossModule, SoftUpdate
 
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
-from torchrl_amago.trainers import (
-    AMAGOTrainer,
-    FiniteOptimizationStepper,
-    Intervals,
-    make_optimizer,
-    make_schedule,
-)
+from torchrl_amago.trainers import AMAGOTrainer, Intervals, make_optimizer, make_schedule
 
 
 class GuessTask(EnvBase):
@@ -51,21 +40,15 @@ class GuessTask(EnvBase):
         self.observation_spec = Composite(entries, shape=(rows,))
         self.action_spec = Categorical(3, shape=(rows,))
         self.reward_spec = Unbounded(shape)
-        done = {"done": flag.clone(), "terminated": flag.clone()}
-        self.full_done_spec = Composite(done, shape=(rows,))
-        self.hidden = torch.zeros(rows, dtype=torch.int64)
-        self.length = torch.zeros(rows, dtype=torch.int64)
-        self.time = torch.zeros(rows, dtype=torch.int64)
+        self.hidden, self.length, self.time = torch.zeros(3, rows, dtype=torch.int64)
         self.gain = torch.zeros(rows)
 
     def _set_seed(self, seed: int | None) -> None:
         self.generator.manual_seed(seed or 0)
 
     def _reset(self, tensordict=None):
-        rows = None if tensordict is None else tensordict.get("_reset", None)
-        if rows is None:
-            rows = torch.ones(self.batch_size, dtype=torch.bool)
-        rows = rows.reshape(self.batch_size)
+        every = torch.ones(self.batch_size, dtype=torch.bool)
+        rows = every if tensordict is None else tensordict.get("_reset", every).reshape(-1)
         count = int(rows.sum())
         self.hidden[rows] = torch.randint(3, (count,), generator=self.generator)
         self.length[rows] = 4 + 2 * torch.randint(2, (count,), generator=self.generator)
@@ -113,14 +96,6 @@ class TinyLoss(LossModule):
         self.register_buffer("mean_reward", torch.zeros(()))
         self.scale = 1.0
 
-    @property
-    def in_keys(self):
-        return ["observation", "action", ("next", "reward"), ("next", "observation")]
-
-    @property
-    def out_keys(self):
-        return ["loss_actor", "loss_qvalue", "td_error"]
-
     def forward(self, tensordict):
         mask = tensordict["collector", "mask"]
         reward = tensordict["next", "reward"].squeeze(-1)
@@ -162,13 +137,7 @@ def make_trainer(
     learning_rate=1e-2,
     warmup_updates=10,
     final_lr_fraction=1.0,
-    clip_norm=1.0,
-    clip_each=False,
-    precision="fp32",
     total_frames=-1,
-    eval_interval=6,
-    checkpoint_interval=6,
-    log_interval=4,
     tau=0.1,
     **options,
 ) -> AMAGOTrainer:
@@ -181,9 +150,7 @@ def make_trainer(
     env = TransformedEnv(GuessTask(poison=poison), InitTracker())
     actor = TensorDictModule(_mlp(3, hidden_size, 3), ["observation"], ["logits"])
     explore = BilevelEpsilonGreedy(num_actions=3, horizon=6, anneal_frames=200)
-    sample = ProbabilisticTensorDictModule(
-        in_keys=["logits"], out_keys=["action"], distribution_class=torch.distributions.Categorical
-    )
+    sample = TensorDictModule(lambda x: x.softmax(-1).multinomial(1)[:, 0], ["logits"], ["action"])
     rb = make_trial_buffer(
         capacity, slice_length=5, batch_size=3, min_trials=min_trials, warn_short=False
     )
@@ -199,6 +166,7 @@ def make_trainer(
     loss = TinyLoss(actor, hidden_size).to(device)
     optimizer = make_optimizer(loss, learning_rate=learning_rate)
     defaults = {"updates_per_round": 4, "progress_bar": False, "seed": 3}
+    defaults["intervals"] = Intervals(log=4, evaluate=6, checkpoint=6)
     return AMAGOTrainer(
         collector,
         loss,
@@ -206,20 +174,13 @@ def make_trainer(
         rb if replay is None else replay(rb),
         target_updater=SoftUpdate(loss, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
-        stepper=FiniteOptimizationStepper(clip_norm, precision, clip_each=clip_each),
         exploration=explore,
         total_updates=total_updates,
         run_dir=run_dir,
-        intervals=Intervals(log_interval, eval_interval, checkpoint_interval),
         **(defaults | options),
     )
 
 
 def stop_at(update, press):
     """A callback that presses a key, or sends a signal, once this update is done."""
-
-    def callback(trainer):
-        if trainer.counts.updates == update:
-            press()
-
-    return callback
+    return lambda trainer: press() if trainer.counts.updates == update else None
