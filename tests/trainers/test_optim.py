@@ -15,32 +15,23 @@ from torchrl_amago.trainers.optim import is_decayed
 
 
 def test_what_decays():
-    names = {
-        name: is_decayed(name, p)
-        for module in (
-            TransformerEncoder(4, context_length=3, d_model=8, num_heads=2, num_layers=1),
-            DiscreteCritic(4, num_actions=2, num_discounts=3),
-        )
-        for name, p in module.named_parameters()
-    }
-    assert names["blocks.0.qkv.weight"]
-    assert names["hidden.0.weight"]
-    assert names["out.weight"]
-    assert not names["blocks.0.head_scale"]  # [H, 1]
-    assert not names["blocks.0.qkv.gamma"]
-    assert not names["blocks.0.norm_ff.weight"]
-    assert not names["hidden.0.bias"]  # [C, out]
-    assert not any(decided for name, decided in names.items() if name.endswith("bias"))
+    encoder = TransformerEncoder(4, context_length=3, d_model=8, num_heads=2, num_layers=1)
+    critic = DiscreteCritic(4, num_actions=2, num_discounts=3)
+    named = [*encoder.named_parameters(), *critic.named_parameters()]
+    decayed = {name for name, p in named if is_decayed(name, p)}
+    assert {"blocks.0.qkv.weight", "hidden.0.weight", "out.weight"} <= decayed
+    # Shifts and scales of two dimensions: head_scale is [H, 1], hidden.0.bias [C, out].
+    others = {"blocks.0.head_scale", "blocks.0.qkv.gamma", "blocks.0.norm_ff.weight"}
+    assert others | {"hidden.0.bias"} <= {name for name, _ in named} - decayed
+    assert not any(name.endswith("bias") for name in decayed)
 
 
 def test_decay_shrinks_weights_only():
     net = nn.Linear(2, 2)
-    nn.init.ones_(net.weight)
-    nn.init.ones_(net.bias)
-    optimizer = make_optimizer(net, learning_rate=0.1, weight_decay=0.5)
     for p in net.parameters():
+        nn.init.ones_(p)
         p.grad = torch.zeros_like(p)
-    optimizer.step()
+    make_optimizer(net, learning_rate=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(net.weight, torch.full((2, 2), 1 - 0.1 * 0.5))
     torch.testing.assert_close(net.bias, torch.ones(2))
 
@@ -90,8 +81,7 @@ def test_updates_of_any_optimizer_and_of_weights_frozen_later(optimizer):
     chosen = make_optimizer(loss) if optimizer != "SGD" else torch.optim.SGD(loss.parameters(), 0.1)
     trainer = SimpleNamespace(loss_module=loss, optimizer=chosen, replay_buffer=None)
     linear.bias.requires_grad_(False)
-    before = [p.clone() for p in (linear.weight, linear.bias)]
+    weight, bias = linear.weight.detach().clone(), linear.bias.clone()
     FiniteOptimizationStepper().step(trainer, TensorDict(x=torch.tensor([1.0, -1.0])))
-    moved = linear.weight.detach() - before[0]
-    assert moved.sign().equal(torch.tensor([[-1.0, 1.0]] * 2))
-    assert linear.bias.equal(before[1])
+    assert (linear.weight - weight).sign().equal(torch.tensor([[-1.0, 1.0]] * 2))
+    assert linear.bias.equal(bias)
