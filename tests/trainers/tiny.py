@@ -7,75 +7,48 @@ from tensordict import TensorDict
 from tensordict.nn import TensorDictModule, TensorDictParams, TensorDictSequential
 from torch import nn
 from torchrl.collectors import Collector
-from torchrl.data import Binary, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase, InitTracker, TransformedEnv
 from torchrl.objectives import LossModule, SoftUpdate
 
 from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.envs import make_trial_env
+from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
 from torchrl_amago.trainers import AMAGOTrainer, Intervals, make_optimizer, make_schedule
 
 
-class GuessTask(EnvBase):
-    """Guess a hidden number from 0 to 2 in episodes of 2 steps; trials of 4 or 6 steps.
+class GuessTask(BatchedTask):
+    """Guess a hidden number from 0 to 2 in episodes of 2 or 3 steps, two of which are a trial.
 
-    Everything random comes from an own generator, which ``set_seed`` seeds. ``poison`` puts a
-    value that is not finite into an entry, from a given step on.
+    ``poison`` puts a value that is not finite into an entry, from a given step on.
     """
 
-    batch_locked = True
-
     def __init__(self, rows: int = 4, poison: tuple[str, int, float] | None = None) -> None:
-        super().__init__(batch_size=[rows])
+        options = {"num_actions": 3, "max_episode_steps": 3, "batch_size": [rows], "seed": 0}
+        super().__init__([(0.0, 1.0)] * 3, **options)
         self.poison, self.steps = poison, 0
-        self.generator = torch.Generator().manual_seed(0)
-        shape, flag = (rows, 1), Binary(1, (rows, 1), dtype=torch.bool)
-        entries = {
-            "observation": Unbounded((rows, 3)),
-            "time_idx": Unbounded(shape, dtype=torch.int64),
-            "episode_idx": Unbounded(shape, dtype=torch.int64),
-            "episode_return": Unbounded(shape),
-            "soft_reset": flag.clone(),
-        }
-        self.observation_spec = Composite(entries, shape=(rows,))
-        self.action_spec = Categorical(3, shape=(rows,))
-        self.reward_spec = Unbounded(shape)
-        self.hidden, self.length, self.time = torch.zeros(3, rows, dtype=torch.int64)
-        self.gain = torch.zeros(rows)
+        for name in ("_hidden", "_length", "_hit"):
+            self._state(name, torch.zeros(rows))
 
-    def _set_seed(self, seed: int | None) -> None:
-        self.generator.manual_seed(seed or 0)
+    def _draw_tasks(self, rows):
+        self._hidden[rows] = (3 * self._random()).floor()[rows]
+        self._length[rows] = (2 + 2 * self._random()).floor()[rows]
 
-    def _reset(self, tensordict=None):
-        every = torch.ones(self.batch_size, dtype=torch.bool)
-        rows = every if tensordict is None else tensordict.get("_reset", every).reshape(-1)
-        count = int(rows.sum())
-        self.hidden[rows] = torch.randint(3, (count,), generator=self.generator)
-        self.length[rows] = 4 + 2 * torch.randint(2, (count,), generator=self.generator)
-        self.time[rows] = 0
-        self.gain[rows] = 0.0
-        return self._observe(torch.zeros(self.batch_size))
+    def _begin_episodes(self, selected):
+        self._hit[selected] = 0.0
+
+    def _advance(self, action):
+        self._hit = (action == self._hidden).float()
+        return self._hit, self._num_steps >= self._length
+
+    def _observe(self):
+        return torch.stack([self._hit, self._num_steps % 2, self._random()], -1)
 
     def _step(self, tensordict):
         self.steps += 1
-        hit = (tensordict["action"] == self.hidden).float()
-        self.gain = torch.where(self.time % 2 == 0, hit, self.gain + hit)
-        self.time += 1
-        out = self._observe(hit).set("reward", hit.unsqueeze(-1))
-        done = (self.time >= self.length).unsqueeze(-1)
-        out.update({"done": done, "terminated": done.clone()})
+        out = super()._step(tensordict)
         if self.poison is not None and self.steps >= self.poison[1]:
-            out.get(self.poison[0])[0] = self.poison[2]
+            out[self.poison[0]][0] = self.poison[2]
         return out
-
-    def _observe(self, hit):
-        noise = torch.rand(*self.batch_size, generator=self.generator)
-        observation = torch.stack([hit, (self.time % 2).float(), noise], -1)
-        out = TensorDict(observation=observation, batch_size=self.batch_size)
-        out.set("time_idx", self.time.clone().unsqueeze(-1))
-        out.set("episode_idx", (self.time // 2).unsqueeze(-1))
-        out.set("episode_return", self.gain.clone().unsqueeze(-1))
-        return out.set("soft_reset", (self.time % 2 == 0).unsqueeze(-1))
 
 
 class TinyLoss(LossModule):
@@ -147,7 +120,7 @@ def make_trainer(
     from the one that is collected into.
     """
     torch.manual_seed(weights_seed)
-    env = TransformedEnv(GuessTask(poison=poison), InitTracker())
+    env = make_trial_env(GuessTask(poison=poison), episodes=2)
     actor = TensorDictModule(_mlp(3, hidden_size, 3), ["observation"], ["logits"])
     explore = BilevelEpsilonGreedy(num_actions=3, horizon=6, anneal_frames=200)
     sample = TensorDictModule(lambda x: x.softmax(-1).multinomial(1)[:, 0], ["logits"], ["action"])
