@@ -179,16 +179,6 @@ def test_ctrl_c_twice_stops_at_once(tmp_path):
     assert trainer.collector.closed
 
 
-def test_errors_close_everything_and_pass(tmp_path):
-    def fail(_):
-        raise KeyError("mine")
-
-    trainer = make_trainer(tmp_path, total_updates=100, callbacks=[fail])
-    with pytest.raises(KeyError, match="mine"):
-        trainer.train()
-    assert trainer.collector.closed
-
-
 def test_resume_if_there_is_a_checkpoint(tmp_path):
     with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
         make_trainer(tmp_path).resume()

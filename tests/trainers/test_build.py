@@ -21,12 +21,15 @@ def env():
     return make_trial_env(TMaze(3, batch_size=[6], seed=0), episodes=1)
 
 
+def small_policy(env, context_length=4):
+    memory = dict(d_model=16, num_heads=2, num_layers=1)
+    options = dict(seq_model_options=memory, exploration={}, discounts=(0.5, 0.9))
+    return make_policy(env, context_length=context_length, **options)
+
+
 @pytest.fixture
 def policy(env):
-    options = dict(d_model=16, num_heads=2, num_layers=1)
-    return make_policy(
-        env, context_length=4, seq_model_options=options, exploration={}, discounts=(0.5, 0.9)
-    )
+    return small_policy(env)
 
 
 def test_settings_arrive(env, policy, tmp_path):
@@ -85,13 +88,7 @@ CLONING = {"online_coeff": 0.0, "offline_coeff": 1.0, "advantage_filter": None}
 )
 def test_every_loss_trains_and_reports_every_discount(tmp_path, loss, loss_options, precision):
     env = make_trial_env(Toy(ACTIONS["continuous"], 4), horizon=6)
-    policy = make_policy(
-        env,
-        context_length=6,
-        seq_model_options={"d_model": 16, "num_heads": 2, "num_layers": 1},
-        exploration={},
-        discounts=(0.5, 0.9),
-    )
+    policy = small_policy(env, 6)
     before = [parameter.clone() for parameter in policy.parameters()]
     trainer = make_trainer(
         env, policy, trial_length=6, total_updates=4, updates_per_round=2, batch_size=3,
@@ -124,6 +121,7 @@ def test_every_loss_trains_and_reports_every_discount(tmp_path, loss, loss_optio
         ({"total_updates": 0}, "total_updates must be at least 1, got 0"),
         ({"updates_per_round": 0}, "updates_per_round must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
         ({"loss": "sac"}, r"loss must be one of \['amago', 'amago2'\].* got 'sac'"),
         ({"tau": 5.0}, r"tau must be in \[0, 1\], got 5.0"),
         ({"clip_norm": 0.0}, "clip_norm must be positive, got 0.0"),

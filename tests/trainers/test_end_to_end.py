@@ -43,50 +43,47 @@ def make_run(
     run_dir,
     make_env=lake,
     *,
-    weights_seed=0,
-    total_updates=TOTAL,
-    seq_model="transformer",
-    loss="amago",
     num_envs=6,
+    weights_seed=0,
+    seq_model="transformer",
+    memory=None,
     discounts=(0.9, 0.99),
-    seed=3,
     replay=lambda rb: rb,
-    loss_options=None,
     **options,
 ):
     torch.manual_seed(weights_seed)
-    env, held_out = make_env(num_envs), make_env(4)
-    sizes = {"d_model": 16, **({"num_heads": 2} if seq_model == "transformer" else {})}
+    env = make_env(num_envs)
     policy = make_policy(
         env,
         context_length=6,  # shorter than the trials: memory rolls over
         seq_model=seq_model,
-        seq_model_options={**sizes, **options},
+        seq_model_options={"d_model": 16, **(memory or {})},
         timestep_options={"hidden_size": 16, "output_size": 16},
         discounts=discounts,
         exploration={"anneal_frames": 500},
     )
     rb = make_trial_buffer(200, slice_length=6, batch_size=4, warn_short=False)
-    held_out = HeldOutEvaluator(policy, held_out, seed=7)
-    return make_trainer(
-        env,
-        policy,
-        trial_length=8,
-        round_steps=3,  # rounds end within trials
-        total_updates=total_updates,
-        updates_per_round=3,
-        run_dir=run_dir,
-        replay_buffer=replay(rb),
-        learning_rate=1e-3,
-        loss=loss,
-        loss_options=loss_options,
-        critic_options={"hidden_size": 16},
-        evaluator=lambda: held_out.evaluate(4),
-        intervals=Intervals(log=2, evaluate=5, checkpoint=5),
-        warmup_updates=5,
-        progress_bar=False,
-        seed=seed,
-    )
+    held_out = HeldOutEvaluator(policy, make_env(4), seed=7)
+    # Rounds end within trials.
+    defaults = dict(
+        trial_length=8, round_steps=3, updates_per_round=3, total_updates=TOTAL, seed=3,
+        learning_rate=1e-3, warmup_updates=5, critic_options={"hidden_size": 16},
+        intervals=Intervals(log=2, evaluate=5, checkpoint=5), progress_bar=False,
+        evaluator=lambda: held_out.evaluate(4), replay_buffer=replay(rb),
+    )  # fmt: skip
+    return make_trainer(env, policy, run_dir=run_dir, **(defaults | options))
+
+
+def mix(online):
+    """Mix the run's own trials half and half with others, the same at every call."""
+    torch.manual_seed(1)
+    offline = make_trial_buffer(100, slice_length=6, batch_size=4, warn_short=False)
+    env = lake(4)
+    env.set_seed(0)
+    collector = TrialCollector(env, env.rand_action, replay_buffer=offline, frames_per_batch=64)
+    next(iter(collector))
+    parts, fractions = {"data": offline, "online": online}, {"data": 0.5, "online": 0.5}
+    return TrialMixture(parts, fractions, online="online", batch_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -144,9 +141,12 @@ def test_resumed_after_its_end(uninterrupted, tmp_path):
     assert_same_run(uninterrupted, finish(make_run(tmp_path / "run", weights_seed=9).resume()))
 
 
-def run_or_resume(run_dir, weights_seed):
+def run_or_resume(run_dir):
     torch.set_num_threads(1)
-    make_run(run_dir, weights_seed=weights_seed).resume(missing_ok=True).train()
+    # Other weights than at the start, once a checkpoint has those of the run.
+    weights_seed = len(list(run_dir.glob("checkpoints/update_*")))
+    trainer = make_run(run_dir, weights_seed=weights_seed).resume(missing_ok=True)
+    return finish(trainer)
 
 
 def modification_times(folder):
@@ -159,95 +159,60 @@ def modification_times(folder):
 def test_killed_again_and_again(uninterrupted, tmp_path):
     """With SIGKILL, whatever the process is about, once it has begun to write."""
     rng = random.Random(0)
-    for number in range(3):
+    for _ in range(3):
         before = modification_times(tmp_path)
-        process = forked.Process(target=run_or_resume, args=(tmp_path, number))
+        process = forked.Process(target=run_or_resume, args=(tmp_path,))
         process.start()
         while process.is_alive() and modification_times(tmp_path) in (before, None):
             time.sleep(0.02)
         time.sleep(rng.random() * 0.5)
         process.kill()
         process.join()
-    torch.set_num_threads(1)
-    last = make_run(tmp_path, weights_seed=9).resume(missing_ok=True)
-    assert_same_run(uninterrupted, finish(last))
+    assert_same_run(uninterrupted, run_or_resume(tmp_path))
     assert [path.name for path in tmp_path.rglob(".*")] == [".lock"]
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("stop", "options"),
     [
-        {"seq_model": "gru", "loss": "amago2"},
-        {"seq_model": "mamba", "on_weight_update": "restart"},
+        (7, {"seq_model": "gru", "loss": "amago2"}),
+        (7, {"seq_model": "mamba", "memory": {"on_weight_update": "restart"}}),
+        (7, {"replay": mix}),
+        # Its state can't be saved: checkpoints end its trials, in the uninterrupted run as well.
+        (5, {"make_env": cart_poles}),
     ],
-    ids=str,
+    ids=["gru", "mamba", "mixture", "seed-repeated gymnasium task"],
 )
-def test_other_memories(tmp_path, options):
+def test_other_parts(tmp_path, stop, options):
     options = {"total_updates": 9, **options}
     whole = finish(make_run(tmp_path / "whole", **options))
     first = make_run(tmp_path / "parts", **options)
-    signal_at(first, 7, signal.SIGTERM)
+    signal_at(first, stop, signal.SIGTERM)
     assert first.train() == "preempted"
     parts = make_run(tmp_path / "parts", weights_seed=5, **options)
     assert_same_run(whole, finish(parts.resume()))
 
 
-@pytest.mark.parametrize("make_env", [cart_poles, lake], ids=["gymnasium", "other number of rows"])
-def test_trials_that_cannot_go_on_end_and_the_run_says_so(tmp_path, make_env, monkeypatch):
+@pytest.mark.parametrize(("make_env", "num_envs"), [(cart_poles, 6), (lake, 4)])
+def test_trials_that_cannot_go_on_end_and_the_run_says_so(
+    tmp_path, make_env, num_envs, monkeypatch
+):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers._components.torchrl_logger.info", lines.append)
-    first = make_run(tmp_path, make_env, num_envs=6)
+    first = make_run(tmp_path, make_env)
     signal_at(first, 4, signal.SIGTERM)
     assert first.train() == "preempted"
-    num_envs = 6 if make_env is cart_poles else 4
     second = make_run(tmp_path, make_env, num_envs=num_envs, total_updates=6)
     assert second.resume().train() == "finished"
     assert any("trials in progress" in line and "end" in line for line in lines)
-
-
-def test_seed_repeated_gymnasium_task(tmp_path):
-    """Its state can't be saved; checkpoints end its trials, in the uninterrupted run as well."""
-    whole = finish(make_run(tmp_path / "whole", cart_poles, total_updates=7))
-    make_run(tmp_path / "parts", cart_poles, total_updates=5).train()
-    parts = make_run(tmp_path / "parts", cart_poles, total_updates=7, weights_seed=5)
-    assert_same_run(whole, finish(parts.resume()))
-
-
-def test_a_mixture_goes_on_in_mid_trial(tmp_path):
-    def mix(online):
-        offline = make_trial_buffer(100, slice_length=6, batch_size=4, warn_short=False)
-        env = lake(4)
-        env.set_seed(0)
-        collector = TrialCollector(env, env.rand_action, replay_buffer=offline, frames_per_batch=64)
-        next(iter(collector))
-        return TrialMixture(
-            {"data": offline, "online": online},
-            {"data": 0.5, "online": 0.5},
-            online="online",
-            batch_size=4,
-        )
-
-    torch.manual_seed(1)
-    data_seed = torch.get_rng_state()
-
-    def make(run_dir, **options):
-        torch.set_rng_state(data_seed)
-        torch.manual_seed(0)
-        return make_run(run_dir, replay=mix, **options)
-
-    whole = finish(make(tmp_path / "whole", total_updates=9))
-    first = make(tmp_path / "run", total_updates=9)
-    signal_at(first, 7, signal.SIGTERM)
-    assert first.train() == "preempted"
-    assert_same_run(whole, finish(make(tmp_path / "run", total_updates=9).resume()))
 
 
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
         ({"discounts": (0.9, 0.95)}, r"policy.discounts: \[0.9, 0.99\] .*, \[0.9, 0.95\] here"),
-        ({"positions": "rotary"}, "policy.trajectory.positions"),
-        ({"window": 3}, "policy.trajectory.window"),
+        ({"memory": {"positions": "rotary"}}, "policy.trajectory.positions"),
+        ({"memory": {"window": 3}}, "policy.trajectory.window"),
         ({"loss_options": {"n_step": 3}}, "loss.n_step: 1 there, 3 here"),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,8 +15,8 @@ from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
 from tests.processes import forked
+from tests.trainers.test_end_to_end import lake
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
-from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import HeldOutEvaluator
 from torchrl_amago.modules import make_policy
 from torchrl_amago.objectives import amago_loss
@@ -31,12 +32,8 @@ from torchrl_amago.trainers import (
 )
 
 
-def make_env(rows=6):
-    return make_trial_env(MetaFrozenLake(batch_size=(rows,), max_episode_steps=4), episodes=2)
-
-
 def make_parts(**buffer_options):
-    env = make_env()
+    env = lake(6)
     policy = make_policy(
         env,
         context_length=8,
@@ -50,16 +47,11 @@ def make_parts(**buffer_options):
     return env, policy, loss, rb
 
 
-def make_our_trainer(collector, loss, rb, run_dir, **options):
-    defaults = {
-        "target_updater": SoftUpdate(loss, tau=0.01),
-        "updates_per_round": 2,
-        "intervals": Intervals(log=2, checkpoint=4),
-        "progress_bar": False,
-        "seed": 0,
-    }
+def make_our_trainer(collector, loss, rb, run_dir, total_updates, **options):
     optimizer = make_optimizer(loss, learning_rate=1e-3)
-    return AMAGOTrainer(collector, loss, optimizer, rb, run_dir=run_dir, **(defaults | options))
+    options |= {"updates_per_round": 2, "progress_bar": False, "seed": 0}
+    options |= {"target_updater": SoftUpdate(loss, tau=0.01), "run_dir": run_dir}
+    return AMAGOTrainer(collector, loss, optimizer, rb, total_updates=total_updates, **options)
 
 
 def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_options):
@@ -69,22 +61,15 @@ def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_o
         env, policy, frames_per_batch=6 * 8, total_frames=6 * 8 * 4, replay_buffer=rb, **options
     )
     trainer = Trainer(
-        collector=collector,
-        total_frames=6 * 8 * 4,
-        frame_skip=1,
-        optim_steps_per_batch=3,
-        loss_module=loss,
-        optimizer=make_optimizer(loss, learning_rate=1e-3),
+        collector=collector, total_frames=6 * 8 * 4, frame_skip=1, optim_steps_per_batch=3,
+        loss_module=loss, optimizer=make_optimizer(loss, learning_rate=1e-3), replay_buffer=rb,
         optimization_stepper=stepper or FiniteOptimizationStepper(dump_dir=folder),
-        replay_buffer=rb,
-        logger=logger,
-        log_interval=1,
-        progress_bar=False,
-    )
+        logger=logger, log_interval=1, progress_bar=False,
+    )  # fmt: skip
     trainer.register_op("process_optim_batch", ReplayBufferTrainer(rb, batch_size=4).sample)
     TargetNetUpdaterHook(SoftUpdate(loss, tau=0.01)).register(trainer, "targets")
     TrialMonitor(rb, run_dir=folder).register(trainer)
-    held_out = HeldOutEvaluator(policy, make_env(4))
+    held_out = HeldOutEvaluator(policy, lake(4))
     EvaluationHook(lambda: held_out.evaluate(4), interval=2).register(trainer)
     return trainer
 
@@ -147,14 +132,14 @@ def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole
         collector = Collector(
             env, policy, frames_per_batch=6 * 8, total_frames=-1, replay_buffer=rb, **options
         )
-        run_dir = tmp_path / "run"
-        return make_our_trainer(collector, loss, rb, run_dir, total_updates=total_updates)
+        intervals = Intervals(log=2, checkpoint=4)
+        return make_our_trainer(collector, loss, rb, tmp_path, total_updates, intervals=intervals)
 
     assert make(4).train() == "finished"
     resumed = make(8).resume()
     assert len(resumed.replay_buffer) > 0
     assert resumed.train() == "finished"
-    rows = read_progress(tmp_path / "run")
+    rows = read_progress(tmp_path)
     assert rows["frames"].tolist() == [48.0 * n for n in range(1, 5)]
     assert np.isfinite(rows["loss_actor"]).all()
     assert rows["trials"][-1] > rows["trials"][1] > 0
@@ -167,17 +152,12 @@ def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync, monke
     env, policy, loss, rb = make_parts(path=tmp_path / "replay")
     env.close()
     collector = MultiCollector(
-        [make_env] * 2,
-        policy,
-        sync=sync,
-        collector_class=TrialCollector,
-        frames_per_batch=2 * 6 * 8,
-        total_frames=-1,
-        replay_buffer=rb,
-    )
-    options = {"exploration": policy.exploration, "policy": policy, "total_updates": 4}
+        [partial(lake, 6)] * 2, policy, sync=sync, collector_class=TrialCollector,
+        frames_per_batch=2 * 6 * 8, total_frames=-1, replay_buffer=rb,
+    )  # fmt: skip
+    options = {"exploration": policy.exploration, "policy": policy}
     options["intervals"] = Intervals(log=2, checkpoint=2)  # and the workers go on
-    trainer = make_our_trainer(collector, loss, rb, tmp_path / "run", **options)
+    trainer = make_our_trainer(collector, loss, rb, tmp_path / "run", 4, **options)
     assert trainer.train() == "finished"
     rows = read_progress(tmp_path / "run")
     # Asynchronous workers go on writing.
