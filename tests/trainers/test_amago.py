@@ -52,6 +52,9 @@ def test_one_update_by_hand(tmp_path, clip_each):
     optimizer.step()
     updater.step()
     torch.testing.assert_close(trainer.loss_module.state_dict(), loss.state_dict())
+    # The first step of Adam is the same for gradients of any scale; its moments are not.
+    moments = [[s["exp_avg"] for s in o.state.values()] for o in (trainer.optimizer, optimizer)]
+    torch.testing.assert_close(*moments)
     assert trainer.optimizer.param_groups[0]["lr"] == pytest.approx(1e-2 * 2 / 4)
 
 
