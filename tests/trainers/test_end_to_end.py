@@ -66,11 +66,19 @@ def make_run(
     held_out = HeldOutEvaluator(policy, make_env(4), seed=7)
     # Rounds end within trials.
     defaults = dict(
-        trial_length=8, round_steps=3, updates_per_round=3, total_updates=TOTAL, seed=3,
-        learning_rate=1e-3, warmup_updates=5, critic_options={"hidden_size": 16},
-        intervals=Intervals(log=2, evaluate=5, checkpoint=5), progress_bar=False,
-        evaluator=lambda: held_out.evaluate(4), replay_buffer=replay(rb),
-    )  # fmt: skip
+        trial_length=8,
+        round_steps=3,
+        updates_per_round=3,
+        total_updates=TOTAL,
+        seed=3,
+        learning_rate=1e-3,
+        warmup_updates=5,
+        critic_options={"hidden_size": 16},
+        intervals=Intervals(log=2, evaluate=5, checkpoint=5),
+        progress_bar=False,
+        evaluator=lambda: held_out.evaluate(4),
+        replay_buffer=replay(rb),
+    )
     return make_trainer(env, policy, run_dir=run_dir, **(defaults | options))
 
 

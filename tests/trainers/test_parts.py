@@ -192,9 +192,12 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
     steps = {"clip_norm": None, "clip_each": True, "precision": "bf16"}
     intervals = {"log": 2, "evaluate": 3, "checkpoint": 7}
     trainer = make_trainer(
-        tmp_path, options={"mine": 2, "same": [2]}, **changed, intervals=Intervals(**intervals),
+        tmp_path,
+        options={"mine": 2, "same": [2]},
+        **changed,
+        intervals=Intervals(**intervals),
         stepper=FiniteOptimizationStepper(**steps),
-    )  # fmt: skip
+    )
     vars(trainer.online_buffer.sampler).update(drawn)
     trainer.resume()
     names = {*changed, *drawn, *steps, *(f"{name}_interval" for name in intervals), "mine"}

@@ -39,10 +39,13 @@ def test_rows_are_on_disk_and_columns_may_come_late(tmp_path):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b"2,0.25", b"2,0.75"), (b"0.25", b"0.2\xff"), (b"0.25", b"0.2\x00"), (b"1,0.5\n", b""),
+        (b"2,0.25", b"2,0.75"),
+        (b"0.25", b"0.2\xff"),
+        (b"0.25", b"0.2\x00"),
+        (b"1,0.5\n", b""),
         (b"2,0.25\n", b"2,0.25\n3,"),
     ],
-)  # fmt: skip
+)
 def test_a_resumed_run_has_the_rows_of_its_checkpoint(tmp_path, old, new):
     """And neither later rows and columns, nor damage."""
     table = ProgressTable(tmp_path / "progress.csv")
@@ -140,9 +143,11 @@ def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path, monke
     report.close()
     assert logger.logged[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
     expected = {
-        ("frames", 40, 5), ("eval/trial_return", 2.0, 5),
-        ("eval_episode_1/success", 0.5, 5), ("eval_episode_2/return", 1.5, 5),
-    }  # fmt: skip
+        ("frames", 40, 5),
+        ("eval/trial_return", 2.0, 5),
+        ("eval_episode_1/success", 0.5, 5),
+        ("eval_episode_2/return", 1.5, 5),
+    }
     assert expected <= set(logger.logged[1:])
     assert logger.pictures == ["eval/adaptation_curve"]
 

@@ -61,11 +61,18 @@ def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_o
         env, policy, frames_per_batch=6 * 8, total_frames=6 * 8 * 4, replay_buffer=rb, **options
     )
     trainer = Trainer(
-        collector=collector, total_frames=6 * 8 * 4, frame_skip=1, optim_steps_per_batch=3,
-        loss_module=loss, optimizer=make_optimizer(loss, learning_rate=1e-3), replay_buffer=rb,
+        collector=collector,
+        total_frames=6 * 8 * 4,
+        frame_skip=1,
+        optim_steps_per_batch=3,
+        loss_module=loss,
+        optimizer=make_optimizer(loss, learning_rate=1e-3),
+        replay_buffer=rb,
         optimization_stepper=stepper or FiniteOptimizationStepper(dump_dir=folder),
-        logger=logger, log_interval=1, progress_bar=False,
-    )  # fmt: skip
+        logger=logger,
+        log_interval=1,
+        progress_bar=False,
+    )
     trainer.register_op("process_optim_batch", ReplayBufferTrainer(rb, batch_size=4).sample)
     TargetNetUpdaterHook(SoftUpdate(loss, tau=0.01)).register(trainer, "targets")
     TrialMonitor(rb, run_dir=folder).register(trainer)
@@ -152,9 +159,14 @@ def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync, monke
     env, policy, loss, rb = make_parts(path=tmp_path / "replay")
     env.close()
     collector = MultiCollector(
-        [partial(lake, 6)] * 2, policy, sync=sync, collector_class=TrialCollector,
-        frames_per_batch=2 * 6 * 8, total_frames=-1, replay_buffer=rb,
-    )  # fmt: skip
+        [partial(lake, 6)] * 2,
+        policy,
+        sync=sync,
+        collector_class=TrialCollector,
+        frames_per_batch=2 * 6 * 8,
+        total_frames=-1,
+        replay_buffer=rb,
+    )
     options = {"exploration": policy.exploration, "policy": policy}
     options["intervals"] = Intervals(log=2, checkpoint=2)  # and the workers go on
     trainer = make_our_trainer(collector, loss, rb, tmp_path / "run", 4, **options)
