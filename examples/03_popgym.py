@@ -73,6 +73,7 @@ class Args(DomainArgs):
     def make_one(self, name: str, **options: Any) -> gym.Env:
         try:
             import popgym  # noqa: F401 - registers the ids
+            from popgym.wrappers import DiscreteAction
         except ImportError as error:
             raise ValueError('install the extra: pip install "torchrl-amago[popgym]"') from error
         try:
@@ -80,6 +81,8 @@ class Args(DomainArgs):
         except gym.error.UnregisteredEnv as error:
             known = [i[7:-3] for i in gym.registry if i.startswith("popgym-")]
             raise ValueError(f"--env-ids: {error} There are {', '.join(known)}.") from error
+        if isinstance(env.action_space, gym.spaces.MultiDiscrete):
+            env = DiscreteAction(env.unwrapped)  # cells of a board, not rows and columns apart
         limit = self.max_episode_steps
         return env if limit is None else gym.wrappers.TimeLimit(env, limit)
 

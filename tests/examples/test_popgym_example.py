@@ -30,8 +30,19 @@ def example(monkeypatch):
 def test_the_length_of_trials_is_that_of_the_tasks(options, length, example):
     args = example.Args(**options)
     assert args.trial_length == length
-    trial = args.make_env(1).rollout(length + 1, break_when_any_done=True)
+    env = args.make_env(1)
+    # The one action that all tasks have.
+    first = lambda step: step.set("action", env.full_action_spec.zero()["action"])  # noqa: E731
+    trial = env.rollout(length + 1, first, break_when_any_done=True)
     assert trial["next", "done"].any()
+
+
+def test_an_action_is_a_cell_of_a_board(example):
+    board = example.Args().make_one("BattleshipEasy")
+    assert board.action_space.n == 64
+    board.reset(seed=3)
+    board.step(8 + 2)
+    assert board.unwrapped.guesses.nonzero() == ([1], [2])
 
 
 @pytest.mark.parametrize("several", [False, True])
