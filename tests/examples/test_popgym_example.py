@@ -32,7 +32,7 @@ def test_the_length_of_trials_is_that_of_the_tasks(options, length, example):
     assert args.trial_length == length
     env = args.make_env(1)
     # The one action that all tasks have.
-    first = lambda step: step.set("action", env.full_action_spec.zero()["action"])  # noqa: E731
+    first = lambda td: td.set("action", env.full_action_spec.zero()["action"])  # noqa: E731
     trial = env.rollout(length + 1, first, break_when_any_done=True)
     assert trial["next", "done"].any()
 
