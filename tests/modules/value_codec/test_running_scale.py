@@ -1,4 +1,4 @@
-"""Values in units of their targets' root mean square: moments, masks, scales."""
+"""Values in units of the size of large targets: moments, masks, scales."""
 
 from __future__ import annotations
 
@@ -16,19 +16,24 @@ def everything(*shape):
     return torch.ones(*shape, 1, dtype=torch.bool)
 
 
-@given(seed=st.integers(0, 2**31), beta=st.floats(0.001, 0.9), batches=st.integers(1, 6))
-def test_moments_are_weighted_ones_of_all_targets(seed, beta, batches):
+@given(
+    seed=st.integers(0, 2**31),
+    beta=st.floats(0.001, 0.9),
+    batches=st.integers(1, 6),
+    power=st.sampled_from([2, 4]),
+)
+def test_moments_are_weighted_ones_of_all_targets(seed, beta, batches, power):
     generator = torch.Generator().manual_seed(seed)
-    codec = RunningScale(2, beta).double()
+    codec = RunningScale(2, beta, power).double()
     targets = 3 + 2 * torch.randn(batches, 7, 2, generator=generator, dtype=torch.float64)
     for target in targets:
         codec.update(target, everything(7))
     age = torch.arange(batches - 1, -1, -1, dtype=torch.float64)
     weight = (1 - beta) ** age[:, None, None] / (7 * ((1 - beta) ** age).sum())
     mean = (weight * targets).sum((0, 1))
-    square_mean = (weight * targets.square()).sum((0, 1))
+    moment = (weight * targets.abs().pow(power)).sum((0, 1))
     torch.testing.assert_close(codec.mu, mean, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(codec.sigma, square_mean.sqrt(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(codec.sigma, moment.pow(1 / power), rtol=1e-6, atol=1e-6)
 
 
 @given(scale=st.floats(1e-3, 1e5), offset=st.floats(-3, 3))
@@ -52,7 +57,7 @@ def test_padding_has_no_effect_and_an_all_masked_batch_moves_nothing():
     for name, buffer in clean.named_buffers():
         assert torch.equal(buffer, poisoned.get_buffer(name)), name
     assert clean.mu.item() == pytest.approx(4.0)
-    assert clean.sigma.item() == pytest.approx(17**0.5)
+    assert clean.sigma.item() == pytest.approx(((3**4 + 5**4) / 2) ** 0.25)
 
 
 def test_values_are_zero_before_the_first_targets():
@@ -118,6 +123,15 @@ def test_targets_that_are_all_alike_have_a_scale():
     assert codec.decode(torch.tensor([0.1])).item() == pytest.approx(-4.5, rel=1e-4)
 
 
+def test_the_scale_of_rare_rewards_is_close_to_their_size():
+    """With one target of 10 among 100 of nothing, no label is further than 4 from another."""
+    codec, target = RunningScale(1), torch.zeros(100, 1)
+    target[7] = 10.0
+    codec.update(target, everything(100))
+    label = codec.encode(target)
+    assert (label.max() - label.min()).item() == pytest.approx(100**0.25)  # 10 in units of the rms
+
+
 def test_encode_inverts_decode():
     codec = RunningScale(2)
     codec.update(torch.randn(4, 5, 2) * 7 + 3, everything(4, 5))
@@ -131,7 +145,7 @@ def test_loss_has_a_row_for_each_critic():
     assert loss.shape == (6, 4, 2)
 
 
-@pytest.mark.parametrize("beta", [0.0, 1.5])
-def test_step_sizes_are_fractions(beta):
-    with pytest.raises(ValueError, match="beta"):
-        RunningScale(1, beta=beta)
+@pytest.mark.parametrize("wrong", [{"beta": 0.0}, {"beta": 1.5}, {"power": 3}])
+def test_numbers_out_of_their_range_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        RunningScale(1, **wrong)

@@ -15,8 +15,10 @@ class ScaledCodec(ValueCodec):
     """Base of codecs whose ``weight * prediction + bias`` is ``(value - mu) / sigma``.
 
     All of them but sigma are buffers ``[G]``, which subclasses reset, and move by averages with a
-    step of `beta`; ``nu`` is a second moment.
+    step of `beta`; ``nu`` is the moment of targets' sizes to a power.
     """
+
+    power = 2
 
     def __init__(self, num_discounts: int, beta: float) -> None:
         super().__init__()
@@ -46,19 +48,21 @@ class ScaledCodec(ValueCodec):
         """Return ``weight * prediction + bias``, the space in which :meth:`loss` compares."""
         return self.weight * prediction + self.bias
 
-    def _count_moments(self, target: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Count a batch; return the averages' step, 0 without real targets, and two moments."""
+    @torch.no_grad()
+    def update(self, target: Tensor, mask: Tensor) -> None:
+        is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
         target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
-        sums = mask.sum(), target_NG.sum(0), target_NG.square().sum(0)
-        num_real, sum_G, square_sum_G = self.all_reduce(*sums)
+        sums = mask.sum(), target_NG.sum(0), target_NG.abs().pow(self.power).sum(0)
+        num_real, sum_G, power_sum_G = self.all_reduce(*sums)
         any_real, divisor = (num_real > 0).to(self.count.dtype), num_real.clamp_min(1)
         self.count += any_real
         step = any_real * self.beta / (1.0 - (1.0 - self.beta) ** self.count.clamp_min(1))
-        return step, sum_G / divisor, square_sum_G / divisor
-
-    def _preserve(self, old_mu: Tensor, old_sigma: Tensor) -> None:
-        """Move weight and bias so that every prediction keeps its value on the new scale."""
-        sigma = self.sigma
+        # Not lerp_: its rounding differs from the two products of the recorded numbers.
+        self.mu.mul_(1.0 - step).add_(step * (sum_G / divisor))
+        self.nu.mul_(1.0 - step).add_(step * (power_sum_G / divisor))
+        # Every prediction keeps its value on the new scale, unless critics know nothing yet.
+        old_mu = torch.where(is_first, self.mu, old_mu)
+        old_sigma, sigma = torch.where(is_first, self.sigma, old_sigma), self.sigma
         self.weight.mul_(old_sigma / sigma)
         self.bias.mul_(old_sigma).add_(old_mu - self.mu).div_(sigma)
 

@@ -44,7 +44,7 @@ class BinCodec(ValueCodec):
             critic times its bin's place, from ``-init_slope`` to ``init_slope``. It makes critics
             distinguish actions sooner (``docs/value_codecs.md``); 10 is a good value.
         relative: count the range from the running mean of the sums of discounted rewards to the
-            slice's end, in units of their root mean square, so that it fits rewards of any size.
+            slice's end, in units of :class:`RunningScale`, so that it fits rewards of any size.
         popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``,
             ``RunningScale(num_discounts)`` if `relative`.
 

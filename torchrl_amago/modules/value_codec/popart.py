@@ -5,7 +5,6 @@ Legend: N targets, G discounts.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from torchrl_amago._validation import check_positive
@@ -66,16 +65,9 @@ class PopArt(ScaledCodec):
     def sigma(self) -> Tensor:
         return (self.nu - self.mu.square()).clamp(self.MIN_VARIANCE, self.MAX_VARIANCE).sqrt()
 
-    @torch.no_grad()
     def update(self, target: Tensor, mask: Tensor) -> None:
-        if not self.enabled:
-            return
-        old_sigma, old_mu = self.sigma, self.mu.clone()
-        step, mean_G, square_mean_G = self._count_moments(target, mask)
-        # Not lerp_: its rounding differs from the two products of the recorded numbers.
-        self.mu.mul_(1.0 - step).add_(step * mean_G)
-        self.nu.mul_(1.0 - step).add_(step * square_mean_G)
-        self._preserve(old_mu, old_sigma)
+        if self.enabled:
+            super().update(target, mask)
 
     def normalize(self, value: Tensor) -> Tensor:
         return super().normalize(value) if self.enabled else value

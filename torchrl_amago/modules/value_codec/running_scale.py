@@ -1,4 +1,4 @@
-"""Scalar values in units of their targets' running root mean square.
+"""Scalar values in units of the size of their largest targets.
 
 Legend: N targets, G discounts.
 """
@@ -9,38 +9,45 @@ import torch
 from tensordict import TensorDictBase
 from torch import Tensor, nn
 
+from torchrl_amago._validation import check_choice
 from torchrl_amago.modules.value_codec._scaled import ScaledCodec
 
 
 class RunningScale(ScaledCodec):
-    """Scalar values less their mean, by their root mean square; the pace of learning follows it.
+    """Scalar values less their mean, by the size of large targets; the pace of learning follows it.
+
+    The scale is the fourth root of the targets' mean fourth power. Where few of them are large, as
+    near a rare reward, it is closer to their size than a root mean square; and it doesn't vanish
+    while all are alike, as a deviation does where each step costs 1.
 
     The first targets set mean and scale, later ones move them while outputs are preserved. The
     change then moves from codec into the critics' last layers, online and target alike, as in the
     original method (arXiv 1602.07714, Algorithm 1). So an optimizer whose steps don't depend on the
     gradient's scale, as Adam's, moves values by the same part of their size, whether rewards are
     hundredths or hundreds. :class:`PopArt` leaves the critics alone, as the public AMAGO code does,
-    which makes it the same part of ``sqrt(initial_nu)`` for ever. Unlike a deviation, the scale
-    doesn't vanish while all targets are alike, as where each step costs 1.
+    which makes it the same part of ``sqrt(initial_nu)`` for ever.
 
     Args:
         num_discounts: G, size of the predictions' last dimension.
         beta: step size of the moving averages, in (0, 1].
+        power: of the targets in the scale: 4, or 2 for the root mean square.
 
     Raises:
         ValueError: if a number is out of its range.
 
     Example:
         >>> codec = RunningScale(num_discounts=1)
-        >>> codec.update(torch.tensor([[4.0], [6.0]]), torch.ones(2, 1, dtype=torch.bool))
+        >>> codec.update(torch.tensor([[6.0], [6.0]]), torch.ones(2, 1, dtype=torch.bool))
         >>> codec.decode(torch.tensor([2.0]))
-        tensor([15.1980])
+        tensor([18.0000])
     """
 
-    MIN_SQUARE, MAX_SQUARE = 1e-8, 1e12
+    MIN_SCALE, MAX_SCALE = 1e-4, 1e6
 
-    def __init__(self, num_discounts: int, beta: float = 0.01) -> None:
+    def __init__(self, num_discounts: int, beta: float = 0.01, power: int = 4) -> None:
         super().__init__(num_discounts, beta)
+        check_choice("power", power, (2, 4), "2 is for the root mean square.")
+        self.power = power
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -50,18 +57,7 @@ class RunningScale(ScaledCodec):
 
     @property
     def sigma(self) -> Tensor:
-        return self.nu.clamp(self.MIN_SQUARE, self.MAX_SQUARE).sqrt()
-
-    @torch.no_grad()
-    def update(self, target: Tensor, mask: Tensor) -> None:
-        is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
-        step, mean_G, square_mean_G = self._count_moments(target, mask)
-        self.mu.lerp_(mean_G.to(self.mu.dtype), step)
-        self.nu.lerp_(square_mean_G.to(self.nu.dtype), step)
-        # Critics that haven't learned anything take the first scale as it is.
-        self._preserve(
-            torch.where(is_first, self.mu, old_mu), torch.where(is_first, self.sigma, old_sigma)
-        )
+        return self.nu.pow(1.0 / self.power).clamp(self.MIN_SCALE, self.MAX_SCALE)
 
     @torch.no_grad()
     def absorb_scale(self, critic: nn.Module, *params: TensorDictBase) -> None:
