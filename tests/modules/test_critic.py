@@ -29,9 +29,9 @@ ACTIVATIONS = {"leaky_relu": F.leaky_relu, "relu": F.relu, "gelu": F.gelu, "mish
 
 def member(critic: CriticEnsemble, c: int, x: Tensor, activation: str) -> Tensor:
     """One member's MLP."""
-    for layer in critic.hidden:
+    for index, layer in enumerate(critic.hidden):
         x = x @ layer.weight[c] + layer.bias[c]
-        if critic.norm == "layer":
+        if critic.norm == "layer" or (critic.norm == "first" and index == 0):
             x = (x - x.mean(-1, keepdim=True)) / (
                 x.var(-1, correction=0, keepdim=True) + 1e-5
             ).sqrt()
@@ -73,7 +73,7 @@ def assert_all_close(got, expected, **tolerances):
     num_outputs=st.sampled_from([None, 1, 4]),
     num_layers=st.integers(1, 3),
     activation=st.sampled_from(sorted(ACTIVATIONS)),
-    norm=st.sampled_from(["none", "layer"]),
+    norm=st.sampled_from(["none", "first", "layer"]),
     clip=st.sampled_from([0.999, None]),
     rows_at_once=st.sampled_from([1, 12, 2048]),
 )
@@ -357,7 +357,7 @@ def test_wrong_arguments():
         ActionCritic(D, A, DISCOUNTS, clip_actions=0)
     with pytest.raises(ValueError, match="action_gain must be positive, got 0"):
         ActionCritic(D, A, DISCOUNTS, action_gain=0)
-    with pytest.raises(ValueError, match="norm must be one of 'none', 'layer', got 'batch'"):
+    with pytest.raises(ValueError, match="norm must be one of 'none', 'first', 'layer', got"):
         DiscreteCritic(D, 5, G, norm="batch")
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         DiscreteCritic(D, 5, G, dropout=1.0)

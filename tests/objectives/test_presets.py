@@ -14,7 +14,7 @@ from torchrl_amago.objectives import LOSSES
 SMALL = {"d_model": 16, "num_layers": 1}
 PARTS = {
     ("amago", "paper"): (PopArt, "none"),
-    ("amago", "robust"): (RunningScale, "layer"),
+    ("amago", "robust"): (RunningScale, "first"),
     ("amago2", "paper"): (TwoHot, "none"),
     ("amago2", "robust"): (HLGauss, "none"),
 }

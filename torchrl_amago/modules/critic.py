@@ -62,7 +62,8 @@ class CriticEnsemble(Configurable, nn.Module):
         num_layers: number of hidden layers, at least 1.
         activation: see :class:`~torchrl_amago.modules.TimestepEncoder`.
         norm: ``"layer"`` normalises each hidden layer before its activation, without weights, which
-            steadies values (arXiv 2407.04811); ``"none"`` is the published form.
+            steadies values (arXiv 2407.04811); ``"first"`` the first one alone, which leaves what
+            is small in a state more to say; ``"none"`` is the published form.
         dropout: rate after each hidden layer, in [0, 1).
     """
 
@@ -78,12 +79,12 @@ class CriticEnsemble(Configurable, nn.Module):
         hidden_size: int = 256,
         num_layers: int = 2,
         activation: str = "leaky_relu",
-        norm: Literal["none", "layer"] = "none",
+        norm: Literal["none", "first", "layer"] = "none",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_counts("Use 2, as published.", num_layers=num_layers)
-        check_choice("norm", norm, ("none", "layer"))
+        check_choice("norm", norm, ("none", "first", "layer"))
         check_dropout(dropout=dropout)
         self.norm = norm
         self.num_critics, self.num_outputs, self.dropout = num_critics, num_outputs, dropout
@@ -135,9 +136,9 @@ class CriticEnsemble(Configurable, nn.Module):
             parameter.data.mul_(factor)
         return weight_G / factor, bias_G
 
-    def _activate(self, x: Tensor) -> Tensor:
+    def _activate(self, x: Tensor, is_first: bool = False) -> Tensor:
         """Apply norm, activation and dropout; `x` may be overwritten."""
-        if self.norm == "layer":
+        if self.norm == "layer" or (self.norm == "first" and is_first):
             x = nn.functional.layer_norm(x, x.shape[-1:])
         return dropout(self.activation(x), self.dropout, self.training)
 
@@ -181,7 +182,7 @@ class DiscreteCritic(CriticEnsemble):
 
     def forward(self, state: Tensor) -> Tensor:
         state_MD = state.reshape(-1, state.shape[-1])
-        hidden_CMH = self._activate(self.hidden[0](state_MD))
+        hidden_CMH = self._activate(self.hidden[0](state_MD), is_first=True)
         value_MCX = self._after_first(hidden_CMH).transpose(0, 1)
         shape = (self.num_critics, self.num_discounts, self.num_actions, *self.event_shape)
         return value_MCX.reshape(*state.shape[:-1], *shape)
@@ -273,7 +274,7 @@ class ActionCritic(CriticEnsemble, PreciseBuffers):
         of_rest_CRH = torch.bmm(x_KMGI.flatten(0, -2).expand(C, -1, -1), weight)
         # Nothing large is changed through a view: autograd would copy its whole gradient for that.
         hidden_CKMGH = self._activate(
-            of_rest_CRH.view(C, *shape_KMG, H) + of_state_CMH[:, None, :, None]
+            of_rest_CRH.view(C, *shape_KMG, H) + of_state_CMH[:, None, :, None], is_first=True
         )
         value_CRO = self._after_first(hidden_CKMGH.flatten(1, -2))
         return value_CRO.view(C, *shape_KMG, self.event_shape.numel()).permute(1, 2, 0, 3, 4)
