@@ -31,6 +31,7 @@ class PopArt(ScaledCodec):
         ValueError: if a number is out of its range.
 
     Example:
+        >>> import torch
         >>> codec = PopArt(num_discounts=1)
         >>> codec.update(torch.full((6, 1), 5.0), torch.ones(6, 1, dtype=torch.bool))
         >>> codec.mu.round(decimals=2), codec.decode(torch.tensor([1.0])).round(decimals=2)
