@@ -57,7 +57,12 @@ def test_a_missing_package_is_named_with_its_extra(name, package, extra, tmp_pat
         ("02_gymnax", "gymnax", "--params gravitation 1", "one of .*'gravity'.*got 'gravitation'"),
         ("02_gymnax", "craftax", "--env-id Craftax-v7", "one of 'Craftax-Classic-Symbolic-v1'"),
         ("03_popgym", "popgym", "--env-ids Foo", "There are AutoencodeEasy"),
-        ("03_popgym", "popgym", "--env-ids PositionOnlyPendulumEasy RepeatFirstEasy", "Discrete"),
+        (
+            "03_popgym",
+            "popgym",
+            "--env-ids PositionOnlyPendulumEasy RepeatFirstEasy",
+            "Discrete actions",
+        ),
         ("07_meta_world", "metaworld", "--problem reach", "got 'reach'.*reach-v3"),
         ("08_atari", "ale_py", "--games Pon", "--games: .*`Pon` doesn't exist"),
         ("09_procgen", "envpool", "--games coinrum", "one of 'bigfish'"),

@@ -357,7 +357,9 @@ def test_wrong_arguments():
         ActionCritic(D, A, DISCOUNTS, clip_actions=0)
     with pytest.raises(ValueError, match="action_gain must be positive, got 0"):
         ActionCritic(D, A, DISCOUNTS, action_gain=0)
-    with pytest.raises(ValueError, match="norm must be one of 'none', 'first', 'layer', got"):
+    with pytest.raises(
+        ValueError, match="norm must be one of 'none', 'first', 'layer', got 'batch'"
+    ):
         DiscreteCritic(D, 5, G, norm="batch")
     with pytest.raises(ValueError, match=r"dropout must be in \[0, 1\), got 1.0"):
         DiscreteCritic(D, 5, G, dropout=1.0)

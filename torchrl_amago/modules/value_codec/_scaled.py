@@ -15,10 +15,10 @@ class ScaledCodec(ValueCodec):
     """Base of codecs whose ``weight * prediction + bias`` is ``(value - mu) / sigma``.
 
     All of them but sigma are buffers ``[G]``, which subclasses reset, and move by averages with a
-    step of `beta`; ``nu`` is the moment of targets' sizes to a power.
+    step of `beta`; ``nu`` is the mean of targets to an even power.
     """
 
-    power = 2
+    power = 2  # of the moment `nu`
 
     def __init__(self, num_discounts: int, beta: float) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class ScaledCodec(ValueCodec):
     def update(self, target: Tensor, mask: Tensor) -> None:
         is_first, old_mu, old_sigma = self.count == 0, self.mu.clone(), self.sigma
         target_NG = torch.where(mask, target, 0.0).float().flatten(0, -2)
-        sums = mask.sum(), target_NG.sum(0), target_NG.abs().pow(self.power).sum(0)
+        sums = mask.sum(), target_NG.sum(0), target_NG.pow(self.power).sum(0)
         num_real, sum_G, power_sum_G = self.all_reduce(*sums)
         any_real, divisor = (num_real > 0).to(self.count.dtype), num_real.clamp_min(1)
         self.count += any_real
