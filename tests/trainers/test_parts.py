@@ -188,7 +188,8 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
         "total_updates": 8, "learning_rate": 1e-3, "tau": 0.5, "updates_per_round": 2,
         "frames_per_batch": 16,
     }  # fmt: skip
-    drawn = {"slice_length": 2, "crop": "left", "sample_by": "steps"}
+    drawn = {"slice_length": 2, "crop": "left", "sample_by": "steps", "padding": "left"}
+    drawn |= {"min_trials": 2, "alpha": 0.9, "beta": 0.1}
     steps = {"clip_norm": None, "clip_each": True, "precision": "bf16"}
     intervals = {"log": 2, "evaluate": 3, "checkpoint": 7}
     trainer = make_trainer(

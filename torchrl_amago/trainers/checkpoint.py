@@ -31,6 +31,7 @@ from torchrl_amago.progress import PROGRESS_FILE
 CHECKPOINTS_FOLDER = "checkpoints"
 FORMAT_VERSION = 6
 STATE, REPLAY = "state.npz", "replay"
+SAMPLING = ("slice_length", "crop", "sample_by", "padding", "min_trials", "alpha", "beta")
 Values = Mapping[str, Any]
 _NAME = "update_{:07d}"
 
@@ -147,7 +148,7 @@ def run_metadata(trainer: Any) -> dict[str, dict[str, Any]]:
         **{f"{name}_interval": value for name, value in asdict(trainer.intervals).items()},
         "learning_rate": max(getattr(trainer.scheduler, "base_lrs", rates)),
         **{x: getattr(stepper, x) for x in ("clip_norm", "clip_each", "precision")},
-        **{x: getattr(sampler, x, None) for x in ("slice_length", "crop", "sample_by")},
+        **{x: getattr(sampler, x, None) for x in SAMPLING},
         "tau": None if tau is None else round(1 - tau, 12),
         "batch_size": trainer.replay_buffer.batch_size,
         "ranks": trainer.ranks.size,
