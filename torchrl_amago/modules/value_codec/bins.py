@@ -9,6 +9,7 @@ Legend: C critics, G discounts, N bins.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -44,9 +45,9 @@ class BinCodec(ValueCodec):
             critic times its bin's place, from ``-init_slope`` to ``init_slope``. It makes critics
             distinguish actions sooner (``docs/value_codecs.md``); 10 is a good value.
         relative: count the range from the running mean of the sums of discounted rewards to the
-            slice's end, in units of :class:`RunningScale`, so that it fits rewards of any size.
+            slice's end, in units of their root mean square, so that it fits rewards of any size.
         popart: statistics of targets behind :meth:`normalize`; default ``PopArt(num_discounts)``,
-            ``RunningScale(num_discounts)`` if `relative`.
+            ``RunningScale(num_discounts, power=2)`` if `relative`.
 
     Raises:
         ValueError: if the range is too narrow for so many bins, or a number out of its range.
@@ -82,7 +83,8 @@ class BinCodec(ValueCodec):
             check_positive("Use None for weights without order.", init_slope=init_slope)
         self.symlog, self.init_value, self.init_slope = symlog, init_value, init_slope
         self.relative = self.follows_rewards = relative
-        self.popart = popart or (RunningScale if relative else PopArt)(num_discounts)
+        default = partial(RunningScale, power=2) if relative else PopArt
+        self.popart = popart or default(num_discounts)
         self.num_discounts = self.popart.num_discounts
         low, high = self._symlog(torch.tensor([min_return, max_return]))
         bins = torch.linspace(low, high, num_bins)
