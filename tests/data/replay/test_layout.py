@@ -106,10 +106,9 @@ def test_entries_that_cannot_be_stored_raise():
     message = r"the root of steps must.*next\.nested\.state: float64 2 there, float32 2 here"
     with pytest.raises(ValueError, match=message):
         layout.entries_of(trial)
-    trial = make_trial(3)
-    trial["text"] = NonTensorData("a", batch_size=[3])
-    with pytest.raises(TypeError, match="stores tensors, got .* at 'text'"):
-        layout.entries_of(trial)
+    for entry in NonTensorData("a", batch_size=[3]), torch.ones(3, dtype=torch.uint16):
+        with pytest.raises(TypeError, match="can't store .* at 'odd'. Convert or exclude it"):
+            layout.entries_of(make_trial(3).set("odd", entry))
 
 
 # -- the table ---------------------------------------------------------------------------------

@@ -43,15 +43,15 @@ def entries_of(steps: TensorDictBase) -> tuple[dict[Key, Tensor], Spec]:
     """Return the tensors of steps ``[N]``, but for TorchRL's own, and describe them."""
     entries, spec = {}, {}
     leaves = steps.items(True, True, is_leaf=is_leaf_nontensor)
-    for key, value in sorted((as_tuple(key), value) for key, value in leaves):
+    for key, x in sorted((as_tuple(key), x) for key, x in leaves):
         name = key[key[0] == "next" :]
         if name[0] == "collector" or any(part.startswith("_") for part in name):
             continue
-        if not isinstance(value, Tensor):
-            got = f"got {type(value).__name__} at {'.'.join(key)!r}. Encode or exclude it."
-            raise TypeError(f"a replay buffer stores tensors, {got}")
-        entries[key] = value
-        spec[key] = " ".join(map(str, (value.dtype, *value.shape[1:]))).removeprefix("torch.")
+        if not isinstance(x, Tensor) or x.dtype in (torch.uint16, torch.uint32, torch.uint64):
+            kind = getattr(x, "dtype", type(x).__name__)
+            raise TypeError(f"can't store {kind} at {'.'.join(key)!r}. Convert or exclude it.")
+        entries[key] = x
+        spec[key] = " ".join(map(str, (x.dtype, *x.shape[1:]))).removeprefix("torch.")
     twice = [key for key in spec if is_twice(key, spec)]
     roots, nexts = {key: spec[key[1:]] for key in twice}, {key: spec[key] for key in twice}
     check_same("the root of steps", roots, nexts, *ENTRIES)

@@ -150,7 +150,7 @@ class TrialStorage(LazyMemmapStorage):
                 f"at most capacity={self.max_size} steps at once, {got}. Use TrialCollector."
             )
         entries, spec = layout.entries_of(steps)
-        rows = layout.pack(entries, lengths)
+        rows = layout.pack(entries, lengths).detach()  # stored steps have no history
         with self.lock(writes=True):
             table = self.table()
             os.stat(table.file)  # raises if it was deleted: nothing of the write would stay
