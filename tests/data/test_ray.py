@@ -9,12 +9,8 @@ import torch
 from torchrl.collectors import Collector
 from torchrl.data import RayReplayBuffer
 
-from tests.data.test_torchrl_interplay import (
-    SLICE,
-    assert_slices_are_of_one_trial,
-    make_answer,
-    make_env,
-)
+from tests.data.test_torchrl_interplay import SLICE, assert_slices_are_of_one_trial, make_answer
+from tests.data.trials import make_env
 from torchrl_amago.data import TrialCollector, TrialReplayBuffer, TrialSliceSampler
 from torchrl_amago.data.replay._storage import TrialStorage
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, assert_close
 from torchrl.envs.utils import step_mdp
 
+from tests.data.trials import seeded
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel
 from torchrl_amago.data.relabel.goals import meeting_steps
@@ -76,10 +77,6 @@ def as_batch(trials: list[list[dict]]) -> TensorDict:
     length = torch.tensor([len(steps) for steps in trials])
     batch[MASK] = torch.arange(longest) < length.unsqueeze(-1)
     return batch
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def assert_shows(batch: TensorDict, trials: list[list[dict]], keys=REPLACED) -> None:
@@ -467,8 +464,8 @@ def collected():
     return buffer[:]
 
 
-def refilled(steps: TensorDict, slice_length: int, relabel, **options):
-    options = {"relabel": relabel, "warn_short": False, **options}
+def refilled(steps: TensorDict, slice_length: int, relabel=None, **options):
+    options |= {"relabel": relabel, "warn_short": False}
     buffer = make_trial_buffer(10_000, slice_length, 64, **options)
     buffer.extend(steps)
     return buffer

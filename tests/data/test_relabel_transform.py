@@ -18,7 +18,8 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs import Compose, ParallelEnv, RewardScaling, SerialEnv, TransformedEnv
 
-from tests.data.test_relabel import MASK, seeded
+from tests.data.test_relabel import MASK, refilled
+from tests.data.trials import seeded
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
 from torchrl_amago.envs import make_trial_env
@@ -88,9 +89,20 @@ def flat(trials: TensorDict) -> TensorDict:
 
 
 def buffer_of(trials: TensorDict, slice_length: int = LIMIT, **options):
-    buffer = make_trial_buffer(1000, slice_length, 64, warn_short=False, **options)
+    return refilled(flat(trials), slice_length, **options)
+
+
+def stock_buffer_of(trials: TensorDict, relabel=None, **options) -> TensorDictReplayBuffer:
+    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), **options)
+    if relabel is not None:
+        buffer.append_transform(relabel)
     buffer.extend(flat(trials))
     return buffer
+
+
+def assert_all_reach_their_goals(batch: TensorDict) -> None:
+    reward = batch[REWARD].squeeze(-1).where(batch[MASK], 0)
+    assert (reward.sum(-1) == 1).all()
 
 
 assert_equal = partial(assert_close, rtol=0, atol=0, equal_nan=False)
@@ -214,6 +226,9 @@ def test_a_mask_must_be_the_beginning_of_each_trial(trials):
     assert torch.equal(Masked(first_half)(trials)[MASK], first_half)
     with pytest.raises(ValueError, match="each trial's remaining first steps"):
         Masked(step != 1)(trials)
+    message = r"to at least one step, got lengths \[0, 0.* from \["
+    with pytest.raises(ValueError, match=message):
+        buffer_of(trials, relabel=Masked(torch.tensor(False))).sample()
     with pytest.raises(TypeError, match="abstract"):
         Relabel([])
 
@@ -255,9 +270,7 @@ def test_inside_a_compose_of_a_buffer_it_gets_slices(trials):
     """Slices are whole trials only where none is longer than a slice."""
     buffer = buffer_of(trials, generator=seeded())
     buffer.append_transform(Compose(GoalSequenceRelabel("all")))
-    batch = buffer.sample()
-    reward = batch[REWARD].squeeze(-1).where(batch[MASK], 0)
-    assert (reward.sum(-1) == 1).all()
+    assert_all_reach_their_goals(buffer.sample())
     buffer = buffer_of(trials, slice_length=2)
     buffer.append_transform(Compose(GoalSequenceRelabel("all")))
     with pytest.raises(ValueError, match=OTHER_ROWS):
@@ -269,25 +282,9 @@ def stock_sampler(slice_length: int = LIMIT) -> SliceSampler:
     return SliceSampler(slice_len=slice_length, **options)
 
 
-class WholeTrialBuffer(TensorDictReplayBuffer):
-    """Relabels once the sampler's mask is there."""
-
-    def __init__(self, relabel, **options):
-        super().__init__(**options)
-        self.relabel = relabel
-
-    def sample(self, batch_size=None, return_info=False):
-        batch, info = super().sample(batch_size, return_info=True)
-        batch = self.relabel(batch.view(-1, LIMIT))
-        return (batch, info) if return_info else batch
-
-
 @pytest.mark.parametrize("sampler", [None, stock_sampler])
 def test_a_stock_buffer_runs_transforms_before_there_is_a_mask(make, trials, sampler):
-    options = {} if sampler is None else {"sampler": sampler()}
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), batch_size=640, **options)
-    buffer.append_transform(make())
-    buffer.extend(flat(trials))
+    buffer = stock_buffer_of(trials, make(), sampler=sampler and sampler(), batch_size=640)
     with pytest.raises(ValueError, match=r"must get whole trials \[B, L\].*docs/hindsight.md"):
         buffer.sample()
 
@@ -299,25 +296,18 @@ def test_a_stock_buffer_that_writes_through_it(make, trials):
         buffer.extend(flat(trials))
 
 
-def test_a_stock_buffer_that_relabels_after_the_sampler(trials):
-    """As in the documentation: of 640 trials, each ends by its new goal."""
+def test_trials_that_a_stock_sampler_has_padded(trials):
+    """Of 640, each ends by its new goal."""
+    buffer = stock_buffer_of(trials, sampler=stock_sampler(), batch_size=640 * LIMIT)
     relabel = GoalSequenceRelabel("all", generator=seeded())
-    options = {"sampler": stock_sampler(), "batch_size": 640 * LIMIT}
-    buffer = WholeTrialBuffer(relabel, storage=LazyTensorStorage(1000), **options)
-    buffer.extend(flat(trials))
-    batch = buffer.sample()
+    batch = relabel(buffer.sample().view(-1, LIMIT))
     last = batch[MASK].sum(-1, keepdim=True) - 1
     ends = {"done": True, "terminated": True, "truncated": False, "reward": 1}
     for key, expected in ends.items():
         assert (batch["next", key].squeeze(-1).gather(1, last) == expected).sum() == 640, key
     assert_equal(buffer[:].exclude("index"), flat(trials))
-
-
-def test_slices_of_a_stock_buffer(trials):
     options = {"sampler": stock_sampler(LIMIT - 1), "batch_size": (LIMIT - 1) * 40}
-    buffer = TensorDictReplayBuffer(storage=LazyTensorStorage(1000), **options)
-    buffer.extend(flat(trials))
-    batch = buffer.sample().view(-1, LIMIT - 1)
+    batch = stock_buffer_of(trials, **options).sample().view(-1, LIMIT - 1)
     assert batch["is_init"][:, 0].all()  # the sampler's: they say nothing
     with pytest.raises(ValueError, match=OTHER_ROWS):
         GoalSequenceRelabel("all")(batch)
@@ -371,5 +361,4 @@ def test_on_the_trajectories_of_a_collector(trials):
     shown = list(map(GoalSequenceRelabel("all", generator=seeded()), batches))
     assert len(shown) == len(batches) > 2
     for batch in shown:
-        reward = batch[REWARD].squeeze(-1).where(batch[MASK], 0)
-        assert (reward.sum(-1) == 1).all()
+        assert_all_reach_their_goals(batch)

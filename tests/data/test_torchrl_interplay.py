@@ -1,7 +1,4 @@
-"""Every way through TorchRL's collectors and buffers ends in the same batches of slices.
-
-The environment shows where in which trial a step is, so that no slice can cross trials unnoticed.
-"""
+"""Every way through TorchRL's collectors and buffers ends in the same batches of slices."""
 
 from __future__ import annotations
 
@@ -21,23 +18,14 @@ from torchrl.data import (
     ReplayBufferEnsemble,
     TensorDictReplayBuffer,
 )
-from torchrl.envs import Compose, InitTracker, TransformedEnv
 from torchrl.objectives import SoftUpdate
 
-from tests.evaluation.scripted import ScriptedTrials
-from tests.processes import forked
+from tests.data.trials import LENGTHS, assert_stored_trials_are_whole, found_trials, make_env
+from tests.processes import fork_workers
 from torchrl_amago import MetaFrozenLake, amago_loss, make_policy, make_trial_env
 from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
-from torchrl_amago.envs import PreviousStepTransform
 
-# Trials of each row, by length; the n-th reward of a trial is 100 * length + n.
-LENGTHS = [[3, 12, 1, 7], [5, 5, 9, 2], [20, 1, 1, 4]]
 SLICE = 8
-
-
-def make_env():
-    script = [[[[100.0 * m + n for n in range(m)]] for m in lengths] for lengths in LENGTHS]
-    return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
 
 
 class Answer(nn.Module):
@@ -55,17 +43,21 @@ def make_answer():
     return TensorDictModule(Answer(), ["observation"], ["action"])
 
 
-def make_buffer(kind, capacity):
+def make_buffer(kind, capacity, **options):
     if kind == "trials":
         return make_trial_buffer(capacity, SLICE, batch_size=16, warn_short=False)
     sampler = TrialSliceSampler(SLICE, warn_short=False)
-    storage = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage}[kind](capacity)
+    storage = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage}[kind](capacity, **options)
     return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=16)
+
+
+def flatten(batch):
+    return batch.reshape(-1)
 
 
 COLLECTORS = {
     "stock": partial(Collector, trajs_per_batch=1),
-    "stock, steps": partial(Collector, postproc=lambda batch: batch.reshape(-1)),
+    "stock, steps": partial(Collector, postproc=flatten),
     "trials": TrialCollector,
     "fragments": partial(TrialCollector, fragment_length=4),
 }
@@ -75,8 +67,21 @@ PAIRS = [*itertools.product(BUFFERS[:2], COLLECTORS), ("trials", "stock"), ("tri
 
 
 def writing(collector, rb, rounds):
-    options = {"frames_per_batch": 21, "total_frames": 21 * rounds, "replay_buffer": rb}
+    options = {"frames_per_batch": 12, "total_frames": 12 * rounds, "replay_buffer": rb}
     return collector(make_env(), make_answer(), **options)
+
+
+def whole_trials(rb) -> list[tuple[int, ...]]:
+    """Slots of the trials that are whole, by looking at every step."""
+    steps = rb[:]
+    found = []
+    for trajectory in steps["collector", "traj_ids"].unique().tolist():
+        slots = (steps["collector", "traj_ids"] == trajectory).nonzero().squeeze(-1)
+        step, order = (steps["next", "reward"][slots].flatten() % 100).sort()
+        slots, is_begun = slots[order], step.tolist() == [*range(len(step))]
+        if is_begun and steps["next", "done"][slots[-1]]:
+            found.append(tuple(slots.tolist()))
+    return sorted(found)
 
 
 def assert_slices_are_of_one_trial(rb, draws=25):
@@ -84,7 +89,7 @@ def assert_slices_are_of_one_trial(rb, draws=25):
     seen = set()
     for _ in range(draws):
         batch = rb.sample()
-        assert batch.ndim == 2
+        assert batch.shape == (16, SLICE)
         mask, reward = batch["collector", "mask"], batch["next", "reward"].squeeze(-1)
         length, step = reward // 100, reward % 100
         first = mask.int().argmax(1, keepdim=True)
@@ -103,25 +108,37 @@ def assert_slices_are_of_one_trial(rb, draws=25):
     return seen
 
 
-@pytest.mark.parametrize("capacity", [50, 1000])
+@pytest.mark.parametrize("capacity", [31, 1000])
 @pytest.mark.parametrize(("kind", "collector"), PAIRS)
 def test_slices_of_what_a_collector_wrote(kind, collector, capacity):
-    rb = make_buffer(kind, capacity)
-    for number, _ in enumerate(writing(COLLECTORS[collector], rb, rounds=12)):
-        if number in (5, 7, 11):
-            seen = assert_slices_are_of_one_trial(rb)
+    """Batches cut trials into pieces that lie apart, and the ring overwrites first steps."""
+    rb, checked = make_buffer(kind, capacity), 0
+    for _ in writing(COLLECTORS[collector], rb, rounds=30):
+        if not len(rb):
+            continue
+        if kind == "trials":
+            assert_stored_trials_are_whole(rb)
+        else:
+            assert found_trials(rb) == whole_trials(rb)
+        if rb.can_sample() or collector == "trials":
+            checked += 1
+            seen = assert_slices_are_of_one_trial(rb, draws=2)
+    assert checked > 20
+    assert rb.write_count > 12 * 30 - 3 * 12
     if capacity == 1000:
+        seen |= assert_slices_are_of_one_trial(rb)
         assert seen == set(itertools.chain(*LENGTHS))
-        assert len(rb) > 21 * 12 - 3 * 20
+        assert len(rb) == rb.write_count
     else:
-        assert len(rb) <= 50
+        assert len(rb) == 31 or (kind == "trials" and 31 - 2 * 12 < len(rb) < 31)
 
 
 def test_buffer_of_batches_instead_of_steps_raises():
     """A batched environment's collector by itself writes items of [T] steps."""
     rb = make_buffer("tensor", 100)
     list(writing(Collector, rb, rounds=2))
-    with pytest.raises(ValueError, match=r"must be one step, and is a batch \[7\] of steps"):
+    message = r"must be one step, and is a batch \[4\] of steps.*trajs_per_batch=1"
+    with pytest.raises(ValueError, match=message):
         rb.sample()
 
 
@@ -143,7 +160,7 @@ WORKERS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", WORKERS)
 def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
-    monkeypatch.setattr("torchrl._utils._get_default_mp_start_method", forked.get_start_method)
+    fork_workers(monkeypatch)
     make, options, kind = WORKERS[workers]
     policy, rb = make_answer(), make_buffer(kind, 5000)
     collector = make(
@@ -153,6 +170,8 @@ def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
         rounds = iter(collector)
         while len(rb) < 200:
             assert next(rounds) is None
+            if kind == "trials":
+                assert_stored_trials_are_whole(rb)
         assert_slices_are_of_one_trial(rb)
         assert not rb[:]["action"].any()
         policy.module.weight.fill_(1.0)
@@ -165,6 +184,27 @@ def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
         assert_slices_are_of_one_trial(rb)
     finally:
         collector.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "sync"), [("tensor", True), ("memmap", False)])
+def test_the_ring_of_other_processes(kind, sync, monkeypatch):
+    """The sampler sees what they write."""
+    fork_workers(monkeypatch)
+    rb, seen = make_buffer(kind, 150, shared_init=True), set()
+    rb.share()
+    collector = MultiCollector(
+        [make_env] * 2, make_answer(), frames_per_batch=24, total_frames=24 * 25,
+        replay_buffer=rb, sync=sync, use_buffers=False, postproc=flatten,
+    )  # fmt: skip
+    for _ in collector:
+        if len(rb) and rb.can_sample():
+            if sync:
+                assert found_trials(rb) == whole_trials(rb)
+                assert_slices_are_of_one_trial(rb, draws=1)
+            seen |= set(rb.sample()["collector", "traj_ids"].unique().tolist())
+    collector.shutdown()
+    assert len(seen) > 20
 
 
 # --- several buffers ---

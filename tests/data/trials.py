@@ -8,15 +8,14 @@ import threading
 import pytest
 import torch
 from tensordict import TensorDict, assert_close
-from torchrl.collectors import MultiCollector
 from torchrl.envs import Compose, InitTracker, TransformedEnv
 
-from tests.evaluation.scripted import ScriptedTrials, act
-from tests.processes import fork_workers
+from tests.evaluation.scripted import ScriptedTrials
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.envs import PreviousStepTransform
 
-LENGTHS = [[3, 5], [4], [7, 2, 6]]  # of the trials of each row of `make_env`
+# Of the trials of each row of `make_env`; the n-th reward of a trial is 100 * length + n.
+LENGTHS = [[3, 12, 1, 7], [5, 5, 9, 2], [6, 1, 1, 4]]
 
 
 def make_trial(length: int, first_id: int = 0, *, init_key: bool = True) -> TensorDict:
@@ -55,15 +54,23 @@ def make_trials(lengths: list[int], first_id: int = 0, **kwargs) -> list[TensorD
     return trials
 
 
-def make_buffer(lengths=(), *, capacity=100, slice_length=4, batch_size=8, **options):
-    """A buffer to which trials of these lengths were written, one by one."""
-    rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **options)
-    for trial in make_trials(list(lengths)):
+def filled(rb, lengths, first_id: int = 0):
+    """The buffer, once trials of these lengths were written to it, one by one."""
+    for trial in make_trials(list(lengths), first_id):
         rb.extend(trial)
     return rb
 
 
-def seeded(seed: int) -> torch.Generator:
+def make_buffer(lengths=(), first_id=0, *, capacity=100, slice_length=4, batch_size=8, **options):
+    rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **options)
+    return filled(rb, lengths, first_id)
+
+
+def content_of(folder) -> dict:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -108,29 +115,27 @@ def written_beside(storage, method: str, write, *args):
 
 
 def make_env() -> TransformedEnv:
-    """Rows whose trials end at different steps; rewards number the steps of each trial from 1."""
-    script = [[[[float(step) for step in range(1, n + 1)]] for n in row] for row in LENGTHS]
+    """Show where in which trial a step is, so that no slice can cross trials unnoticed."""
+    script = [[[[100.0 * m + n for n in range(m)]] for m in row] for row in LENGTHS]
     return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
 
 
-def assert_counts_from_one(trial: TensorDict) -> None:
-    """It is a trial of :func:`make_env`, and whole."""
-    count = torch.arange(len(trial)) + 1.0
-    assert len(trial) in {length for row in LENGTHS for length in row}
-    assert torch.equal(trial["next", "reward"].squeeze(-1), count)
-    assert torch.equal(trial["next", "prev_reward"].squeeze(-1), count)
-    assert torch.equal(trial["prev_reward"].squeeze(-1), count - 1)
-    assert torch.equal(trial["next", "done"].squeeze(-1), count == len(trial))
-    assert torch.equal(trial["is_init"].squeeze(-1), count == 1)
+def assert_stored_trials_are_whole(rb) -> list[TensorDict]:
+    """All are trials of :func:`make_env`."""
+    for trial in (stored := stored_trials(rb)):
+        step = torch.arange(len(trial))
+        reward = 100.0 * len(trial) + step
+        assert len(trial) in {length for row in LENGTHS for length in row}
+        assert torch.equal(trial["next", "reward"].squeeze(-1), reward)
+        assert torch.equal(trial["next", "prev_reward"].squeeze(-1), reward)
+        assert trial["prev_reward"].flatten().tolist() == [0.0, *reward[:-1].tolist()]
+        assert torch.equal(trial["next", "done"].squeeze(-1), step == len(trial) - 1)
+        assert torch.equal(trial["is_init"].squeeze(-1), step == 0)
+    return stored
 
 
-@contextlib.contextmanager
-def two_processes(monkeypatch, rb, num_batches: int, **options):
-    """TorchRL's collector with two processes that fill a buffer."""
-    fork_workers(monkeypatch)
-    options |= dict(frames_per_batch=24, total_frames=24 * num_batches, replay_buffer=rb)
-    collector = MultiCollector([make_env, make_env], policy_factory=lambda: act, **options)
-    try:
-        yield collector
-    finally:
-        collector.shutdown()
+def found_trials(rb) -> list[tuple[int, ...]]:
+    """Slots of the trials that the sampler finds in a stock buffer."""
+    trials = rb.sampler.trials(rb.storage)
+    pairs = zip(trials.start, trials.length, strict=True)
+    return sorted(tuple(trials.slot[start : start + length].tolist()) for start, length in pairs)

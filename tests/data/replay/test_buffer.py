@@ -11,7 +11,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torchrl.data import ReplayBufferEnsemble
 from torchrl.trainers import ReplayBufferTrainer
 
 from tests.data.trials import (
@@ -89,8 +88,9 @@ def test_torchrls_trainer_hook_updates_priorities_only_if_they_are_used():
 
 
 @pytest.mark.parametrize("prefetch", [None, 2, 3])
-def test_prefetched_batches_are_like_the_others_and_forgotten_with_the_trials(prefetch):
+def test_prefetched_batches_are_like_the_others_and_forgotten_with_the_trials(prefetch, tmp_path):
     rb = make_buffer([4, 5], prefetch=prefetch, generator=seeded(0))
+    rb.dumps(tmp_path)
     rb.sample()
     rb.empty()
     assert not rb.can_sample()
@@ -98,6 +98,8 @@ def test_prefetched_batches_are_like_the_others_and_forgotten_with_the_trials(pr
     rb.extend(make_trial(3, first_id=50))
     for _ in range(5):
         assert rows(rb.sample()) == [[50, 51, 52]] * 8
+    rb.loads(tmp_path)
+    assert rb.sample()["id"].max() < 9
     rb.shutdown()
 
 
@@ -181,18 +183,6 @@ def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_leng
     assert_same(rb[:], before)
     rb._rng.set_state(state)
     assert_same(rb.sample(), batch)
-
-
-class NothingLeft(Relabel):
-    def relabel(self, trials, generator):
-        mask = torch.zeros(trials.shape, dtype=bool)
-        return TensorDict({"collector": {"mask": mask}}, trials.shape)
-
-
-def test_relabelling_must_leave_a_step():
-    message = r"to at least one step, got lengths \[0, 0\] from \[5, 5\]"
-    with pytest.raises(ValueError, match=message):
-        make_buffer([5], batch_size=2, relabel=NothingLeft(["id"])).sample()
 
 
 # -- what goes wrong ---------------------------------------------------------------------------
@@ -298,17 +288,3 @@ def test_sampling_waits_for_a_writer_that_replaces_all_trials(tmp_path, mode):
     thread.join()
     assert not learner.can_sample()
     assert learner.sample().shape == (8, 4)
-
-
-def test_several_buffers_in_an_ensemble():
-    parts = [make_buffer(batch_size=6) for _ in range(2)]
-    for first_id, part in zip((0, 100), parts, strict=True):
-        part.extend(torch.cat(make_trials([5, 3, 8], first_id)))
-    ensemble = ReplayBufferEnsemble(*parts, batch_size=6, num_buffer_sampled=2)
-    for _ in range(10):
-        batch = ensemble.sample()
-        assert batch.shape == (2, 3, 4)
-        for part in batch:
-            for row in rows(part):
-                assert row == list(range(row[0], row[0] + len(row)))
-                assert len({0 <= x < 5 or 100 <= x < 105 for x in row}) == 1

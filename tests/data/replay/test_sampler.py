@@ -24,10 +24,8 @@ def make_buffer(lengths, kind="trials", *, capacity=1000, slice_length=4, batch_
         return trials.make_buffer(lengths, **draws, **options)
     draws["storage"] = (LazyMemmapStorage if kind == "memmap" else LazyTensorStorage)(capacity)
     draws["sampler"] = TrialSliceSampler(slice_length, warn_short=False, **options)
-    rb = (TensorDictReplayBuffer if kind == "stock" else TrialReplayBuffer)(**draws)
-    for trial in make_trials(lengths):
-        rb.extend(trial)
-    return rb
+    buffer = TensorDictReplayBuffer if kind == "stock" else TrialReplayBuffer
+    return trials.filled(buffer(**draws), lengths)
 
 
 def trial_of(batch, lengths):
@@ -118,28 +116,18 @@ def test_starts_are_uniform_among_the_windows(crop, kind):
 
 
 @on_all
-@given(st.lists(st.integers(1, 15), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_cropped_on_both_sides_all_steps_of_a_trial_are_equally_likely(kind, lengths, size, seed):
-    draws = dict(batch_size=3000, crop="both", generator=seeded(seed))
+@pytest.mark.parametrize("draw", ["trials", "steps"])
+@given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
+def test_cropped_on_both_sides_all_steps_are_equally_likely(kind, draw, lengths, size, seed):
+    """All of a trial, and if draws are weighted by steps, all that are stored."""
+    draws = dict(batch_size=6000, crop="both", sample_by=draw, generator=seeded(seed))
     batch = make_buffer(lengths, kind, slice_length=size, **draws).sample()
     count = batch["id"][batch["collector", "mask"]].bincount(minlength=sum(lengths))
     assert (count > 0).all()
-    for count_of_trial in count.split(lengths):
-        if len(count_of_trial) > 1:
+    for equal in [count] if draw == "steps" else count.split(lengths):
+        if len(equal) > 1:
             # Steps of one slice come together: their counts vary less than independent ones.
-            assert chi_square(count_of_trial) < 6 * size
-
-
-@on_all
-@given(st.lists(st.integers(1, 30), min_size=2, max_size=8), st.integers(1, 6), st.integers(0, 99))
-def test_step_weighted_and_on_both_sides_all_stored_steps_are_equally_likely(
-    kind, lengths, size, seed
-):
-    draws = dict(batch_size=6000, crop="both", sample_by="steps", generator=seeded(seed))
-    batch = make_buffer(lengths, kind, slice_length=size, **draws).sample()
-    count = batch["id"][batch["collector", "mask"]].bincount(minlength=sum(lengths))
-    assert count.numel() == sum(lengths)
-    assert chi_square(count) < 6 * size
+            assert chi_square(equal) < 6 * size
 
 
 @on_all

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.data import trials
-from tests.data.trials import assert_same, make_trial, make_trials, seeded
+from tests.data.trials import assert_same, filled, make_trial, seeded
 from torchrl_amago._files import write_manifest
 
 LENGTHS = (3, 9, 4, 11, 2, 7)  # more steps than a buffer keeps
@@ -35,9 +35,7 @@ def assert_same_future(rb, *others):
     for lengths in ([], [5], [6, 8]):
         batches = []
         for each in (rb, *others):
-            for trial in make_trials(lengths, first_id=1000):
-                each.extend(trial)
-            assert_same(each[:], rb[:])
+            assert_same(filled(each, lengths, 1000)[:], rb[:])
             assert (len(each), each.write_count) == (len(rb), rb.write_count)
             torch.manual_seed(3)
             batches.append(each.sample())
@@ -74,22 +72,10 @@ def test_a_buffer_with_a_folder_is_brought_back_in_it(tmp_path):
     rb = make_buffer(LENGTHS, path=tmp_path / "live")
     rb.dumps(tmp_path / "saved")
     expected = rb[:].clone()
-    for trial in make_trials([8, 9], first_id=500):
-        rb.extend(trial)
+    filled(rb, [8, 9], 500)
     again = loaded(tmp_path / "saved", path=tmp_path / "live", mode="continue")
     for each in (again, make_buffer(path=tmp_path / "live", mode="read")):
         assert_same(each[:], expected)
-
-
-def test_prefetched_batches_of_the_old_content_are_dropped(tmp_path):
-    make_buffer((5, 5)).dumps(tmp_path / "replay")
-    rb = make_buffer(prefetch=2)
-    for trial in make_trials([5, 5], first_id=500):
-        rb.extend(trial)
-    rb.sample()
-    rb.loads(tmp_path / "replay")
-    assert rb.sample()["id"].max() < 10
-    rb.shutdown()
 
 
 def test_an_empty_buffer_saved_over_another_is_empty(tmp_path):
@@ -112,8 +98,7 @@ def test_what_was_saved_can_be_opened_and_follows_what_is_saved_over_it(tmp_path
     assert (other.sample()["id"] >= 0).all()
     assert names(path) == before or mode == "continue"
     for first_id, lengths in enumerate(([6, 2], [9], [1, 8, 3], [7]), start=1):
-        for trial in make_trials(lengths, 1000 * first_id):
-            rb.extend(trial)
+        filled(rb, lengths, 1000 * first_id)
         rb.dumps(tmp_path)
         assert_same(other[:], rb[:])
     if mode == "continue":

@@ -18,7 +18,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tests.data.trials import assert_same, make_trial, make_trials, written_beside
+from tests.data.trials import assert_same, content_of, make_trial, make_trials, written_beside
 from torchrl_amago import _files as files
 from torchrl_amago._files import DamagedError
 from torchrl_amago.data import make_trial_buffer
@@ -244,10 +244,6 @@ def folder(tmp_path):
 
 def assert_intact(folder):
     assert contents(opened(folder)) == [[0, 1, 2, 3], [4, 5, 6, 7, 8]]
-
-
-def content_of(folder):
-    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def test_folders_are_opened_as_their_mode_says(tmp_path, folder):

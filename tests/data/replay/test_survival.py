@@ -8,17 +8,10 @@ import signal
 import time
 from pathlib import Path
 
-import pytest
 import torch
 from tensordict import TensorDict
 
-from tests.data.trials import (
-    assert_counts_from_one,
-    make_buffer,
-    make_env,
-    stored_trials,
-    two_processes,
-)
+from tests.data.trials import assert_stored_trials_are_whole, make_buffer, make_env, stored_trials
 from tests.evaluation.scripted import act
 from torchrl_amago.data import TrialCollector
 
@@ -28,14 +21,8 @@ CONTEXT.set_forkserver_preload([__name__])
 
 
 def open_buffer(folder, mode="continue", **options):
-    return make_buffer(
-        capacity=CAPACITY,
-        slice_length=8,
-        batch_size=16,
-        path=folder / "replay",
-        mode=mode,
-        **options,
-    )
+    options |= dict(path=folder / "replay", mode=mode)
+    return make_buffer(capacity=CAPACITY, slice_length=8, batch_size=16, **options)
 
 
 def trial_of(writer: int, number: int) -> TensorDict:
@@ -155,13 +142,11 @@ def test_killed_collection_goes_on(tmp_path):
     chance = random.Random(1)
     for _ in range(20):
         rb = left_by_killed(tmp_path, collect_for_ever, chance=chance, more=100, delay=0.005)
-        trials = stored_trials(rb)
-        for trial in trials:
-            assert_counts_from_one(trial)
+        trials = assert_stored_trials_are_whole(rb)
         # All that was reported, and at most one batch more: 4 steps of 3 rows, whose first trials
-        # began up to 6 steps earlier.
+        # began up to 11, 8 and 5 steps earlier.
         written = rb.write_count
-        assert told(tmp_path, 0) <= written <= told(tmp_path, 0) + 3 * (4 + 6)
+        assert told(tmp_path, 0) <= written <= told(tmp_path, 0) + 3 * 4 + 11 + 8 + 5
         assert written < CAPACITY
         assert sum(len(trial) for trial in trials) == written
         tell(tmp_path, 0, written)  # the next one goes on from there
@@ -214,15 +199,3 @@ def test_two_processes_write_while_a_third_learns(tmp_path):
     assert set(numbers_of) == {0, 1}
     for writer, numbers in numbers_of.items():
         assert numbers[-1] >= told(tmp_path, writer) - 1
-
-
-@pytest.mark.slow
-def test_torchrls_collectors_in_two_processes(tmp_path, monkeypatch):
-    rb, checked = open_buffer(tmp_path), 0
-    with two_processes(monkeypatch, rb, 15, sync=True, trajs_per_batch=1) as collector:
-        for _ in collector:
-            for trial in stored_trials(rb):
-                assert_counts_from_one(trial)
-            checked += rb.can_sample()
-    assert checked > 5
-    assert rb.write_count > 120
