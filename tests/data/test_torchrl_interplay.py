@@ -12,18 +12,14 @@ import torch
 from tensordict.nn import TensorDictModule
 from torch import nn
 from torchrl.collectors import Collector, MultiCollector
-from torchrl.data import (
-    LazyMemmapStorage,
-    LazyTensorStorage,
-    ReplayBufferEnsemble,
-    TensorDictReplayBuffer,
-)
+from torchrl.data import ReplayBufferEnsemble
 from torchrl.objectives import SoftUpdate
 
+from tests.data import trials
 from tests.data.trials import LENGTHS, assert_stored_trials_are_whole, found_trials, make_env
 from tests.processes import fork_workers
 from torchrl_amago import MetaFrozenLake, amago_loss, make_policy, make_trial_env
-from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
+from torchrl_amago.data import TrialCollector
 
 SLICE = 8
 
@@ -44,11 +40,10 @@ def make_answer():
 
 
 def make_buffer(kind, capacity, **options):
-    if kind == "trials":
-        return make_trial_buffer(capacity, SLICE, batch_size=16, warn_short=False)
-    sampler = TrialSliceSampler(SLICE, warn_short=False)
-    storage = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage}[kind](capacity, **options)
-    return TensorDictReplayBuffer(storage=storage, sampler=sampler, batch_size=16)
+    options |= {"capacity": capacity, "slice_length": SLICE, "batch_size": 16}
+    return (
+        trials.make_buffer(**options) if kind == "trials" else trials.stock_buffer(kind, **options)
+    )
 
 
 def flatten(batch):
@@ -191,7 +186,7 @@ def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
 def test_the_ring_of_other_processes(kind, sync, monkeypatch):
     """The sampler sees what they write."""
     fork_workers(monkeypatch)
-    rb, seen = make_buffer(kind, 150, shared_init=True), set()
+    rb, seen = make_buffer(kind, 150, is_shared=True), set()
     rb.share()
     collector = MultiCollector(
         [make_env] * 2, make_answer(), frames_per_batch=24, total_frames=24 * 25,

@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 from tensordict import TensorDict, assert_close
+from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.envs import Compose, InitTracker, TransformedEnv
 
 from tests.evaluation.scripted import ScriptedTrials
-from torchrl_amago.data import make_trial_buffer
+from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
 from torchrl_amago.envs import PreviousStepTransform
 
 # Of the trials of each row of `make_env`; the n-th reward of a trial is 100 * length + n.
@@ -64,6 +65,16 @@ def filled(rb, lengths, first_id: int = 0):
 def make_buffer(lengths=(), first_id=0, *, capacity=100, slice_length=4, batch_size=8, **options):
     rb = make_trial_buffer(capacity, slice_length, batch_size, warn_short=False, **options)
     return filled(rb, lengths, first_id)
+
+
+def stock_buffer(kind="tensor", capacity=100, slice_length=4, batch_size=8, **options):
+    """Slices of whole trials from one of TorchRL's storages; further options are the sampler's."""
+    storage = {"tensor": LazyTensorStorage, "memmap": LazyMemmapStorage}[kind]
+    storage = storage(capacity, shared_init=options.pop("is_shared", False))
+    buffer = options.pop("buffer", TensorDictReplayBuffer)
+    draws = dict(batch_size=batch_size, generator=options.pop("generator", None))
+    sampler = TrialSliceSampler(slice_length, warn_short=False, **options)
+    return buffer(storage=storage, sampler=sampler, **draws)
 
 
 def content_of(folder) -> dict:

@@ -118,6 +118,15 @@ def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
     )
 
 
+def two_steps(after=(), **root) -> TensorDict:
+    """A trial as a collector would write it, with some entries, or what is under next, changed."""
+    done = torch.tensor([[False], [True]])
+    following = {"observation": torch.tensor([[1.0], [2.0]]), "reward": torch.ones(2, 1)}
+    before = {"observation": torch.tensor([[0.0], [1.0]]), "action": torch.zeros(2, 1)}
+    following = TensorDict({**following, "done": done, **dict(after)}, [2])
+    return TensorDict({**before, **root, "next": following}, [2])
+
+
 def recorded(action: TensorSpec = ANSWER, **observation: TensorSpec) -> RecordedEnv:
     """An environment of specs alone: by default one number to see, and one to answer."""
     return RecordedEnv(Composite(observation or {"observation": NUMBER}), action)

@@ -6,21 +6,13 @@ import numpy as np
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import (
-    Bounded,
-    Categorical,
-    Composite,
-    LazyMemmapStorage,
-    LazyTensorStorage,
-    OneHot,
-    TensorDictReplayBuffer,
-    Unbounded,
-)
+from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
+from tests.data.trials import make_buffer, stock_buffer
+from tests.offline import formats
 from tests.offline.formats import assert_bad_one_is_named, load, plain_env, shape, trial_env, wrong
 from torchrl_amago import MetaFrozenLake, TrialCollector, make_trial_env
-from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.offline import RecordedEnv, Trajectory, TrajectoryError, load_trials
 from torchrl_amago.offline.trajectory import TrajectoryChecker, as_trajectory
 
@@ -171,17 +163,10 @@ def test_what_is_no_trajectory(item, message):
         as_trajectory(item, "action", "reward")
 
 
-def steps_of(**after) -> TensorDict:
-    done = torch.tensor([[False], [True]])
-    after = {"observation": torch.ones(2, 3), "reward": torch.zeros(2), "done": done} | after
-    root = {"observation": torch.ones(2, 3), "action": torch.zeros(2, dtype=torch.int64)}
-    return TensorDict({**root, "next": TensorDict(after, [2])}, [2])
-
-
 @pytest.mark.parametrize(
     ("entry", "after", "problem"),
     [
-        ("observation", torch.full((2, 3), 3.0), "under 'next' must equal that of the fol"),
+        ("observation", torch.full((2, 1), 3.0), "under 'next' must equal that of the fol"),
         ("observation", torch.ones(2, 4), "under 'next' .* differs"),
         ("terminated", torch.zeros(2, 3, dtype=torch.bool), shape([2], [2, 3])),
         ("done", torch.tensor([0, 2]), wrong("1 of 2", 1, "2")),
@@ -189,15 +174,15 @@ def steps_of(**after) -> TensorDict:
     ],
 )
 def test_steps_that_are_no_trajectory(entry, after, problem):
-    trajectories = [steps_of(), steps_of(**{entry: after}), steps_of()]
-    env = plain_env(Categorical(3), observation=Unbounded((3,)))
-    assert_bad_one_is_named(trajectories, env, 1, f"'{entry}' {problem}")
+    flat, bad = formats.two_steps({"reward": torch.ones(2)}), formats.two_steps({entry: after})
+    trajectories = [flat, bad, formats.two_steps()]
+    assert_bad_one_is_named(trajectories, plain_env(), 1, f"'{entry}' {problem}")
 
 
 def test_the_last_observation_of_steps_is_that_under_next():
-    steps = steps_of(observation=torch.tensor([[1.0] * 3, [7.0] * 3]))
+    steps = formats.two_steps({"observation": torch.tensor([[1.0], [7.0]])})
     observation = as_trajectory(steps, "action", "reward").observation["observation"]
-    assert observation[:, 0].tolist() == [1, 1, 7]
+    assert observation[:, 0].tolist() == [0, 1, 7]
 
 
 @pytest.mark.parametrize("flag", [[0.0, 1.0], [0, 1]])
@@ -208,7 +193,7 @@ def test_flags_of_steps_may_be_numbers(flag):
         ({"terminated": 0 * done}, [False, True]),
         ({"terminated": done}, [False, False]),
     ):
-        one = as_trajectory(steps_of(done=done, **after), "action", "reward")
+        one = as_trajectory(formats.two_steps({"done": done, **after}), "action", "reward")
         assert one.truncated.tolist() == truncated
 
 
@@ -250,12 +235,8 @@ def test_one_hot_actions_and_observations(given):
 
 
 def test_data_are_read_on_the_cpu():
-    specs = (
-        Composite(observation=OneHot(3)).to("meta"),
-        Bounded(-1.0, 1.0, (1,)),
-        Unbounded((1,)).to("meta"),
-    )
-    rows = check(RecordedEnv(*specs), [0, 2], [0.5], 0.5)
+    observation, reward = Composite(observation=OneHot(3)).to("meta"), Unbounded((1,)).to("meta")
+    rows = check(RecordedEnv(observation, formats.ANSWER, reward), [0, 2], [0.5], 0.5)
     assert rows["reward"].tolist() == [[0.5], [0.5]]
     assert rows["observation"].tolist() == [[1, 0, 0], [0, 0, 1]]
 
@@ -433,12 +414,9 @@ def test_more_than_is_played_at_once(monkeypatch, limit):
     assert steps["time_idx"].flatten().tolist() == [t for n in report.lengths for t in range(n)]
 
 
-@pytest.mark.parametrize("storage", [None, LazyTensorStorage, LazyMemmapStorage])
-def test_any_buffer_with_room_will_do(storage):
-    if storage is None:
-        buffer = make_trial_buffer(20, slice_length=2, batch_size=2)
-    else:
-        buffer = TensorDictReplayBuffer(storage=storage(20), batch_size=4)
+@pytest.mark.parametrize("kind", ["trials", "tensor", "memmap"])
+def test_any_buffer_with_room_will_do(kind):
+    buffer = make_buffer(capacity=20) if kind == "trials" else stock_buffer(kind, capacity=20)
     load_trials(buffer, [arrays(3), arrays(4)], two_entries())
     assert buffer[:]["time_idx"].flatten().tolist() == [0, 1, 2, 0, 1, 2, 3]
     with pytest.raises(ValueError, match="it holds 7 of at most 20 steps, and 14 more"):
@@ -447,7 +425,7 @@ def test_any_buffer_with_room_will_do(storage):
 
 def test_a_collector_goes_on_where_data_were_loaded():
     env = make_trial_env(MetaFrozenLake(batch_size=(4,)), episodes=2)
-    buffer = make_trial_buffer(2000, slice_length=4, batch_size=2, warn_short=False)
+    buffer = make_buffer(capacity=2000, batch_size=2)
     last = [False, True]
     trajectory = Trajectory(np.zeros((3, 2)), [0, 1], [0, 1], last, [False] * 2)
     load_trials(buffer, [trajectory] * 2, env)

@@ -13,33 +13,17 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, LazyTensorStorage, TensorDictReplayBuffer, Unbounded
-from torchrl.envs import (
-    ActionScaling,
-    Compose,
-    ExcludeTransform,
-    InitTracker,
-    ParallelEnv,
-    RewardScaling,
-    SerialEnv,
-    TransformedEnv,
-    check_env_specs,
-)
+from torchrl.envs import Compose, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
+from torchrl.envs.transforms import ActionScaling, ExcludeTransform, InitTracker, RewardScaling
 
 from tests.offline import formats
 from tests.offline.formats import ENVS, load, plain_env, recorded, split, trial_env, wrong
 from tests.toy_env import ACTIONS, Toy
 from torchrl_amago import PreviousStepTransform, TrialTransform, make_trial_env
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.offline import (
-    RecordedEnv,
-    Trajectory,
-    TrajectoryError,
-    read_amago,
-    read_d4rl,
-    read_minari,
-    read_torchrl,
-)
-from torchrl_amago.offline.trajectory import TrajectoryChecker
+from torchrl_amago.offline import RecordedEnv
+from torchrl_amago.offline.readers import read_amago, read_d4rl, read_minari, read_torchrl
+from torchrl_amago.offline.trajectory import Trajectory, TrajectoryChecker, TrajectoryError
 
 
 @pytest.fixture(scope="module", params=ENVS)
@@ -103,15 +87,8 @@ def test_torchrls_datasets(collected):
     assert_read_back(collected, read_torchrl(buffer))
 
 
-def small_steps(**entries):
-    done = torch.tensor([[False], [True]])
-    after = {"observation": torch.tensor([[1.0], [2.0]]), "reward": torch.ones(2, 1), "done": done}
-    root = {"observation": torch.tensor([[0.0], [1.0]]), "action": torch.zeros(2, 1)}
-    return TensorDict({**root, **entries, "next": TensorDict(after, [2])}, [2])
-
-
 def test_actions_are_in_the_environments_scale_unless_they_are_known_to_be_a_policys():
-    bare, past = small_steps(), small_steps(prev_action=torch.zeros(2, 1))
+    bare, past = formats.two_steps(), formats.two_steps(prev_action=torch.zeros(2, 1))
     trials = make_trial_buffer(10, slice_length=2, batch_size=1)
     others = TensorDictReplayBuffer(storage=LazyTensorStorage(10), batch_size=1)
     for buffer in (trials, others):
@@ -123,7 +100,7 @@ def test_actions_are_in_the_environments_scale_unless_they_are_known_to_be_a_pol
 
 
 def test_a_datasets_action_and_reward_may_have_other_keys():
-    steps = small_steps(agent=TensorDict({"action": torch.full((2, 1), 0.5)}, [2]))
+    steps = formats.two_steps(agent=TensorDict({"action": torch.full((2, 1), 0.5)}, [2]))
     steps["next", "agent", "reward"] = steps["next"].pop("reward")
     names = dict(action_key=("agent", "action"), reward_key=("agent", "reward"))
     source = read_torchrl(steps.exclude("action"), **names)
@@ -138,10 +115,8 @@ def test_a_datasets_action_and_reward_may_have_other_keys():
     [(0.0, "must mark the last step"), (torch.nan, "'done' must be finite .* step 1")],
 )
 def test_steps_without_ends(flag, message):
-    steps = small_steps()
-    steps["next", "done"] = torch.tensor([[0.0], [flag]])
     with pytest.raises(ValueError, match=message):
-        read_torchrl(steps)
+        read_torchrl(formats.two_steps({"done": torch.tensor([[0.0], [flag]])}))
 
 
 @trials_of_one_episode
@@ -469,14 +444,6 @@ def test_amago_files_that_arent_there(tmp_path):
         read_amago(tmp_path)
     with pytest.raises(FileNotFoundError, match="absent.npz isn't there"):
         read_amago([tmp_path / "absent.npz"])
-
-
-@pytest.mark.parametrize("is_done", [True, False])
-def test_amago_files_that_end_without_done_are_cut_off(is_done, tmp_path):
-    save_amago(tmp_path / "0.npz", dones=np.array([[False], [is_done]]))
-    steps, _ = load(read_amago(tmp_path), four_actions())
-    assert steps["next", "terminated"].flatten().tolist() == [False, is_done]
-    assert steps["next", "truncated"].flatten().tolist() == [False, not is_done]
 
 
 BAD_FILES = {

@@ -171,6 +171,8 @@ def test_a_resumed_run_follows_its_own_learning_rate_and_schedule(
 
 
 def test_off_interval_end_may_be_resumed(tmp_path):
+    with pytest.raises(FileNotFoundError, match="resuming needs a checkpoint"):
+        make_trainer(tmp_path).resume()
     make_trainer(tmp_path, total_updates=7).train()
     longer = make_trainer(tmp_path, total_updates=15).resume()
     assert longer.train() == "finished"

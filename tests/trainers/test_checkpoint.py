@@ -7,12 +7,12 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 from torch import nn
-from torchrl.data import LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer
 
+from tests.data.trials import make_buffer, make_trial, stock_buffer
 from torchrl_amago._files import DamagedError, write_manifest
-from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
+from torchrl_amago.data import TrialReplayBuffer
 from torchrl_amago.trainers import check_no_existing_run
 from torchrl_amago.trainers.checkpoint import REPLAY, CheckpointStore
 
@@ -27,19 +27,8 @@ def state_of(net):
 STATE = state_of(nn.Linear(3, 2))
 
 
-def small_buffer():
-    return make_trial_buffer(20, slice_length=3, batch_size=2, warn_short=False)
-
-
-def filled_buffer():
-    rb = small_buffer()
-    done = (torch.arange(6) % 3 == 2).unsqueeze(-1)
-    rb.extend(TensorDict({"x": torch.randn(6, 2), "next": {"done": done}}, [6]))
-    return rb
-
-
 def save(store, update):
-    return store.save(update, STATE, filled_buffer(), {"settings": SETTINGS})
+    return store.save(update, STATE, make_buffer([3, 3]), {"settings": SETTINGS})
 
 
 def assert_loads(path):
@@ -48,8 +37,8 @@ def assert_loads(path):
 
 
 def test_replay_comes_back(tmp_path):
-    for rb in (filled_buffer(), empty := small_buffer()):
-        other = small_buffer()
+    for rb in (make_buffer([3, 3]), empty := make_buffer()):
+        other = make_buffer()
         other.loads(CheckpointStore(tmp_path).save(3, STATE, rb, {}) / REPLAY)
         assert len(rb) == len(other) == other.write_count
         assert rb is empty or (other[:] == rb[:]).all()
@@ -58,12 +47,9 @@ def test_replay_comes_back(tmp_path):
 @pytest.mark.parametrize("buffer", [TensorDictReplayBuffer, TrialReplayBuffer])
 def test_a_stock_storage_is_saved_once_it_has_a_step(tmp_path, buffer):
     store = CheckpointStore(tmp_path)
-    rb, other = (
-        buffer(storage=LazyTensorStorage(20), sampler=TrialSliceSampler(3), batch_size=2)
-        for _ in range(2)
-    )
+    rb, other = (stock_buffer(slice_length=3, buffer=buffer) for _ in range(2))
     assert not (store.save(0, STATE, rb, {}) / REPLAY).exists()
-    rb.extend(filled_buffer()[:])
+    rb.extend(make_trial(4))
     other.loads(store.save(3, STATE, rb, {}) / REPLAY)
     assert (other[:] == rb[:]).all()
 

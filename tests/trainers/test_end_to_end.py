@@ -39,46 +39,33 @@ def cart_poles(rows):
     return make_trial_env(base, episodes=2, repeat="seed")
 
 
-def make_run(
-    run_dir,
-    make_env=lake,
-    *,
-    num_envs=6,
-    weights_seed=0,
-    seq_model="transformer",
-    memory=None,
-    discounts=(0.9, 0.99),
-    replay=lambda rb: rb,
-    **options,
-):
-    torch.manual_seed(weights_seed)
-    env = make_env(num_envs)
-    policy = make_policy(
+def small_policy(env, memory=None, **options):
+    return make_policy(
         env,
-        context_length=6,  # shorter than the trials: memory rolls over
-        seq_model=seq_model,
         seq_model_options={"d_model": 16, **(memory or {})},
         timestep_options={"hidden_size": 16, "output_size": 16},
-        discounts=discounts,
         exploration={"anneal_frames": 500},
+        **options,
     )
+
+
+def make_run(
+    run_dir, make_env=lake, *, num_envs=6, weights_seed=0, seq_model="transformer", memory=None,
+    discounts=(0.9, 0.99), replay=lambda rb: rb, **options,
+):  # fmt: skip
+    torch.manual_seed(weights_seed)
+    env = make_env(num_envs)
+    model = {"seq_model": seq_model, "memory": memory, "discounts": discounts}
+    policy = small_policy(env, context_length=6, **model)  # memory rolls over: trials are longer
     rb = make_trial_buffer(200, slice_length=6, batch_size=4, warn_short=False)
     held_out = HeldOutEvaluator(policy, make_env(4), seed=7)
     # Rounds end within trials.
     defaults = dict(
-        trial_length=8,
-        round_steps=3,
-        updates_per_round=3,
-        total_updates=TOTAL,
-        seed=3,
-        learning_rate=1e-3,
-        warmup_updates=5,
-        critic_options={"hidden_size": 16},
-        intervals=Intervals(log=2, evaluate=5, checkpoint=5),
-        progress_bar=False,
-        evaluator=lambda: held_out.evaluate(4),
-        replay_buffer=replay(rb),
-    )
+        trial_length=8, round_steps=3, updates_per_round=3, total_updates=TOTAL, seed=3,
+        learning_rate=1e-3, warmup_updates=5, critic_options={"hidden_size": 16},
+        intervals=Intervals(log=2, evaluate=5, checkpoint=5), progress_bar=False,
+        evaluator=lambda: held_out.evaluate(4), replay_buffer=replay(rb),
+    )  # fmt: skip
     return make_trainer(env, policy, run_dir=run_dir, **(defaults | options))
 
 

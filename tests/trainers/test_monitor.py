@@ -3,10 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer
 
+from tests.data.trials import stock_buffer
 from torchrl_amago._state_file import load_state, save_state
-from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler, make_trial_buffer
+from torchrl_amago.data import TrialReplayBuffer, make_trial_buffer
 from torchrl_amago.progress import MetricWindow
 from torchrl_amago.trainers import TrialMonitor
 
@@ -19,12 +20,8 @@ def trial(*episodes):
     returns = torch.cat([torch.tensor(a).cumsum(0) for a in episodes]).unsqueeze(-1)
     done = torch.zeros_like(ends)
     done[-1] = True
-    following = {
-        "reward": rewards,
-        "done": done,
-        "soft_reset": ends & ~done,
-        "episode_return": returns,
-    }
+    following = {"reward": rewards, "done": done, "soft_reset": ends & ~done}
+    following["episode_return"] = returns
     return TensorDict({"episode_idx": index, "next": following}, [len(rewards)])
 
 
@@ -93,14 +90,10 @@ def test_trials_in_progress_are_saved(monitor, tmp_path):
     assert read(other, last)["train/trial_return"] == 5.0
 
 
-@pytest.mark.parametrize("storage", [LazyTensorStorage, LazyMemmapStorage])
-@pytest.mark.parametrize("own", [False, True], ids=["stock", "TrialReplayBuffer"])
-def test_the_newest_steps_in_stock_storages_are_read_off_the_ring(tmp_path, storage, own):
-    rb = (
-        TrialReplayBuffer(storage=storage(8), sampler=TrialSliceSampler(4), batch_size=2)
-        if own
-        else TensorDictReplayBuffer(storage=storage(8), batch_size=2)
-    )
+@pytest.mark.parametrize("kind", ["tensor", "memmap"])
+@pytest.mark.parametrize("buffer", [TensorDictReplayBuffer, TrialReplayBuffer])
+def test_the_newest_steps_in_stock_storages_are_read_off_the_ring(tmp_path, kind, buffer):
+    rb = stock_buffer(kind, capacity=8, buffer=buffer)
     monitor = TrialMonitor(rb, MetricWindow(), tmp_path)
     for gain in (1.0, 2.0, 3.0, 4.0):
         rb.extend(trial([gain] * 3))

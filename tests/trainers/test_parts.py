@@ -11,13 +11,8 @@ from torch import nn
 
 from tests.processes import forked
 from tests.trainers.tiny import make_trainer, stop_at
-from torchrl_amago.trainers import (
-    FiniteOptimizationStepper,
-    Intervals,
-    make_optimizer,
-    make_schedule,
-)
-from torchrl_amago.trainers.optim import OptimizerState
+from torchrl_amago.trainers import FiniteOptimizationStepper, Intervals
+from torchrl_amago.trainers.optim import OptimizerState, make_optimizer, make_schedule
 
 
 class Counter:
@@ -184,21 +179,14 @@ def test_options_that_changed_are_logged(tmp_path, monkeypatch):
     make_trainer(tmp_path, total_updates=4, options={"mine": 1, "same": (2,)}).train()
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers.amago.torchrl_logger.info", lines.append)
-    changed = {
-        "total_updates": 8, "learning_rate": 1e-3, "tau": 0.5, "updates_per_round": 2,
-        "frames_per_batch": 16,
-    }  # fmt: skip
+    changed = {"total_updates": 8, "learning_rate": 1e-3, "tau": 0.5, "updates_per_round": 2}
+    changed |= {"frames_per_batch": 16}
     drawn = {"slice_length": 2, "crop": "left", "sample_by": "steps", "padding": "left"}
     drawn |= {"min_trials": 2, "alpha": 0.9, "beta": 0.1}
     steps = {"clip_norm": None, "clip_each": True, "precision": "bf16"}
     intervals = {"log": 2, "evaluate": 3, "checkpoint": 7}
-    trainer = make_trainer(
-        tmp_path,
-        options={"mine": 2, "same": [2]},
-        **changed,
-        intervals=Intervals(**intervals),
-        stepper=FiniteOptimizationStepper(**steps),
-    )
+    parts = {"intervals": Intervals(**intervals), "stepper": FiniteOptimizationStepper(**steps)}
+    trainer = make_trainer(tmp_path, options={"mine": 2, "same": [2]}, **changed, **parts)
     vars(trainer.online_buffer.sampler).update(drawn)
     trainer.resume()
     names = {*changed, *drawn, *steps, *(f"{name}_interval" for name in intervals), "mine"}

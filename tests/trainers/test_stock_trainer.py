@@ -9,39 +9,24 @@ import numpy as np
 import pytest
 import torch
 from torchrl.collectors import Collector, MultiCollector
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
 from torchrl.objectives import SoftUpdate
 from torchrl.record.loggers import CSVLogger, TensorboardLogger
 from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 
-from tests.processes import forked
-from tests.trainers.test_end_to_end import lake
-from torchrl_amago.data import TrialCollector, TrialSliceSampler, make_trial_buffer
+from tests.data.trials import stock_buffer
+from tests.processes import fork_workers
+from tests.trainers.test_end_to_end import lake, small_policy
+from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.evaluation import HeldOutEvaluator
-from torchrl_amago.modules import make_policy
 from torchrl_amago.objectives import amago_loss
-from torchrl_amago.trainers import (
-    AMAGOTrainer,
-    EvaluationHook,
-    FiniteOptimizationStepper,
-    Intervals,
-    NonFiniteError,
-    TrialMonitor,
-    make_optimizer,
-    read_progress,
-)
+from torchrl_amago.trainers import AMAGOTrainer, Intervals, NonFiniteError, read_progress
+from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
+from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer
 
 
 def make_parts(**buffer_options):
     env = lake(6)
-    policy = make_policy(
-        env,
-        context_length=8,
-        seq_model="gru",
-        seq_model_options={"d_model": 16},
-        timestep_options={"hidden_size": 16, "output_size": 16},
-        exploration={"anneal_frames": 500},
-    )
+    policy = small_policy(env, context_length=8, seq_model="gru")
     loss = amago_loss(policy, critic_options={"hidden_size": 16})
     rb = make_trial_buffer(500, slice_length=8, batch_size=4, warn_short=False, **buffer_options)
     return env, policy, loss, rb
@@ -60,19 +45,13 @@ def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_o
     collector = collector_class(
         env, policy, frames_per_batch=6 * 8, total_frames=6 * 8 * 4, replay_buffer=rb, **options
     )
+    stepper = stepper or FiniteOptimizationStepper(dump_dir=folder)
     trainer = Trainer(
-        collector=collector,
-        total_frames=6 * 8 * 4,
-        frame_skip=1,
-        optim_steps_per_batch=3,
-        loss_module=loss,
-        optimizer=make_optimizer(loss, learning_rate=1e-3),
-        replay_buffer=rb,
-        optimization_stepper=stepper or FiniteOptimizationStepper(dump_dir=folder),
-        logger=logger,
-        log_interval=1,
-        progress_bar=False,
-    )
+        collector=collector, replay_buffer=rb, total_frames=6 * 8 * 4, frame_skip=1,
+        loss_module=loss, optimizer=make_optimizer(loss, learning_rate=1e-3),
+        optimization_stepper=stepper, optim_steps_per_batch=3,
+        logger=logger, log_interval=1, progress_bar=False,
+    )  # fmt: skip
     trainer.register_op("process_optim_batch", ReplayBufferTrainer(rb, batch_size=4).sample)
     TargetNetUpdaterHook(SoftUpdate(loss, tau=0.01)).register(trainer, "targets")
     TrialMonitor(rb, run_dir=folder).register(trainer)
@@ -126,14 +105,11 @@ def test_a_stock_trainer_stops_on_nan(tmp_path):
     assert (tmp_path / "nonfinite_batch").is_dir()
 
 
-@pytest.mark.parametrize(
-    ("storage", "whole_trials"), [(LazyTensorStorage, True), (LazyMemmapStorage, False)]
-)
-def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole_trials):
+@pytest.mark.parametrize(("kind", "whole_trials"), [("tensor", True), ("memmap", False)])
+def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, kind, whole_trials):
     def make(total_updates):
         env, policy, loss, _ = make_parts()
-        sampler = TrialSliceSampler(8, warn_short=False)
-        rb = TensorDictReplayBuffer(storage=storage(600), sampler=sampler, batch_size=4)
+        rb = stock_buffer(kind, 600, slice_length=8, batch_size=4)
         pieces = {"postproc": lambda batch: batch.reshape(-1)}
         options = {"trajs_per_batch": 1} if whole_trials else pieces
         collector = Collector(
@@ -155,18 +131,13 @@ def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, storage, whole
 
 @pytest.mark.parametrize("sync", [True, False])
 def test_our_trainer_takes_collectors_of_several_processes(tmp_path, sync, monkeypatch):
-    monkeypatch.setattr("torchrl._utils._get_default_mp_start_method", forked.get_start_method)
+    fork_workers(monkeypatch)
     env, policy, loss, rb = make_parts(path=tmp_path / "replay")
     env.close()
     collector = MultiCollector(
-        [partial(lake, 6)] * 2,
-        policy,
-        sync=sync,
-        collector_class=TrialCollector,
-        frames_per_batch=2 * 6 * 8,
-        total_frames=-1,
-        replay_buffer=rb,
-    )
+        [partial(lake, 6)] * 2, policy, sync=sync, collector_class=TrialCollector,
+        frames_per_batch=2 * 6 * 8, total_frames=-1, replay_buffer=rb,
+    )  # fmt: skip
     options = {"exploration": policy.exploration, "policy": policy}
     options["intervals"] = Intervals(log=2, checkpoint=2)  # and the workers go on
     trainer = make_our_trainer(collector, loss, rb, tmp_path / "run", 4, **options)

@@ -9,7 +9,7 @@ from torch import nn
 from torchrl.collectors import Collector
 from torchrl.objectives import LossModule, SoftUpdate
 
-from torchrl_amago.data import make_trial_buffer
+from tests.data.trials import make_buffer
 from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks.batched_task import BatchedTask
 from torchrl_amago.modules.exploration import BilevelEpsilonGreedy
@@ -96,24 +96,10 @@ def _mlp(size_in: int, hidden_size: int, size_out: int) -> nn.Sequential:
 
 
 def make_trainer(
-    run_dir,
-    *,
-    total_updates=24,
-    weights_seed=0,
-    hidden_size=8,
-    frames_per_batch=12,
-    capacity=100,
-    poison=None,
-    device="cpu",
-    replay=None,
-    min_trials=1,
-    learning_rate=1e-2,
-    warmup_updates=10,
-    final_lr_fraction=1.0,
-    total_frames=-1,
-    tau=0.1,
-    **options,
-) -> AMAGOTrainer:
+    run_dir, *, total_updates=24, weights_seed=0, hidden_size=8, poison=None, device="cpu",
+    capacity=100, min_trials=1, replay=None, frames_per_batch=12, total_frames=-1,
+    learning_rate=1e-2, warmup_updates=10, final_lr_fraction=1.0, tau=0.1, **options,
+) -> AMAGOTrainer:  # fmt: skip
     """A trainer of everything above. ``weights_seed`` decides the initial weights only.
 
     The environment stays on the CPU; ``device`` is the loss's. ``replay`` makes the sampled buffer
@@ -124,27 +110,19 @@ def make_trainer(
     actor = TensorDictModule(_mlp(3, hidden_size, 3), ["observation"], ["logits"])
     explore = BilevelEpsilonGreedy(num_actions=3, horizon=6, anneal_frames=200)
     sample = TensorDictModule(lambda x: x.softmax(-1).multinomial(1)[:, 0], ["logits"], ["action"])
-    rb = make_trial_buffer(
-        capacity, slice_length=5, batch_size=3, min_trials=min_trials, warn_short=False
-    )
+    rb = make_buffer(capacity=capacity, slice_length=5, batch_size=3, min_trials=min_trials)
+    policy = TensorDictSequential(actor, sample, explore).to(device)
     collector = Collector(
-        env,
-        TensorDictSequential(actor, sample, explore).to(device),
-        frames_per_batch=frames_per_batch,
-        total_frames=total_frames,
-        trajs_per_batch=1,
-        replay_buffer=rb,
-        policy_device="cpu",
-    )
+        env, policy, frames_per_batch=frames_per_batch, total_frames=total_frames,
+        trajs_per_batch=1, replay_buffer=rb, policy_device="cpu",
+    )  # fmt: skip
     loss = TinyLoss(actor, hidden_size).to(device)
     optimizer = make_optimizer(loss, learning_rate=learning_rate)
     defaults = {"updates_per_round": 4, "progress_bar": False, "seed": 3}
     defaults["intervals"] = Intervals(log=4, evaluate=6, checkpoint=6)
+    parts = (collector, loss, optimizer, rb if replay is None else replay(rb))
     return AMAGOTrainer(
-        collector,
-        loss,
-        optimizer,
-        rb if replay is None else replay(rb),
+        *parts,
         target_updater=SoftUpdate(loss, tau=tau),
         scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
         exploration=explore,

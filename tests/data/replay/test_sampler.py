@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, ListStorage, TensorDictReplayBuffer
+from torchrl.data import ListStorage, TensorDictReplayBuffer
 
 from tests.data import trials
 from tests.data.trials import make_trial, make_trials, rows, seeded, windows
@@ -16,16 +16,13 @@ on_all = pytest.mark.parametrize("kind", KINDS)
 with_priorities = pytest.mark.parametrize("kind", KINDS[:3])
 
 
-def make_buffer(lengths, kind="trials", *, capacity=1000, slice_length=4, batch_size=8, **options):
+def make_buffer(lengths, kind="trials", *, capacity=1000, **options):
     """Whole trials, in our storage or in one of TorchRL's."""
-    draws = dict(batch_size=batch_size, generator=options.pop("generator", None))
     if kind == "trials":
-        options |= dict(capacity=capacity, slice_length=slice_length)
-        return trials.make_buffer(lengths, **draws, **options)
-    draws["storage"] = (LazyMemmapStorage if kind == "memmap" else LazyTensorStorage)(capacity)
-    draws["sampler"] = TrialSliceSampler(slice_length, warn_short=False, **options)
-    buffer = TensorDictReplayBuffer if kind == "stock" else TrialReplayBuffer
-    return trials.filled(buffer(**draws), lengths)
+        return trials.make_buffer(lengths, capacity=capacity, **options)
+    options["buffer"] = TensorDictReplayBuffer if kind == "stock" else TrialReplayBuffer
+    kind = "memmap" if kind == "memmap" else "tensor"
+    return trials.filled(trials.stock_buffer(kind, capacity, **options), lengths)
 
 
 def trial_of(batch, lengths):

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import TensorDict
-from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayBuffer
+from torchrl.data import TensorDictReplayBuffer
 
+from tests.data import trials
 from tests.data.trials import found_trials, make_trial, make_trials, rows, windows
-from torchrl_amago.data import TrialReplayBuffer, TrialSliceSampler
+from torchrl_amago.data import TrialReplayBuffer
 
-STORAGES = [LazyTensorStorage, LazyMemmapStorage]
-on_both = pytest.mark.parametrize("storage", STORAGES)
-
-
-def stock_buffer(storage, batch_size=40, buffer=TensorDictReplayBuffer, **options):
-    sampler = TrialSliceSampler(5, warn_short=False, **options)
-    return buffer(storage=storage, sampler=sampler, batch_size=batch_size)
+KINDS = ["tensor", "memmap"]
+on_both = pytest.mark.parametrize("kind", KINDS)
+stock_buffer = partial(trials.stock_buffer, slice_length=5, batch_size=40)
 
 
 @given(
@@ -26,17 +25,17 @@ def stock_buffer(storage, batch_size=40, buffer=TensorDictReplayBuffer, **option
     st.lists(st.integers(1, 9), min_size=1, max_size=20),
     st.booleans(),
     st.booleans(),
-    st.sampled_from(STORAGES),
+    st.sampled_from(KINDS),
 )
-def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids, storage):
-    rb = stock_buffer(storage(capacity))
-    trials = make_trials([n for n in lengths if n <= capacity], init_key=has_init)
-    for number, trial in enumerate(trials):
+def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids, kind):
+    rb = stock_buffer(kind, capacity)
+    written = make_trials([n for n in lengths if n <= capacity], init_key=has_init)
+    for number, trial in enumerate(written):
         if has_ids:
             trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial)
         left, total = [], 0
-        for earlier in reversed(trials[: number + 1]):
+        for earlier in reversed(written[: number + 1]):
             total += len(earlier)
             if total > capacity or (total == capacity and not has_init):
                 break  # without is_init, the oldest trial counts as cut once the ring is full
@@ -50,7 +49,7 @@ def test_the_writing_seam_is_never_crossed(capacity, lengths, has_init, has_ids,
 
 
 def test_pieces_are_drawn_on_request():
-    rb = stock_buffer(LazyTensorStorage(10), whole=False)
+    rb = stock_buffer(capacity=10, whole=False)
     rb.extend(make_trial(9)[:7])
     assert windows(rb.sample()) == {tuple(range(n, n + 5)) for n in range(3)}
     rb.extend(make_trial(9)[7:])
@@ -59,12 +58,12 @@ def test_pieces_are_drawn_on_request():
 
 
 def test_trajectories_without_flags_are_whole_once_another_one_follows():
-    rb = stock_buffer(LazyTensorStorage(100))
+    rb = stock_buffer()
     for number, trial in enumerate(make_trials([3, 4], init_key=False)):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial.exclude(("next", "done")))
     assert windows(rb.sample()) == {(0, 1, 2)}
-    rb = stock_buffer(LazyTensorStorage(100))
+    rb = stock_buffer()
     rb.extend(TensorDict({"id": torch.arange(3)}, [3]))
     with pytest.raises(KeyError, match=r"trials need .*traj_ids.*only \['id', 'index'\]"):
         rb.can_sample()
@@ -72,9 +71,9 @@ def test_trajectories_without_flags_are_whole_once_another_one_follows():
 
 def test_what_torchrl_does_not_name_in_public_is_there():
     """Without these, every draw would look for the trials anew, and rings would have no seam."""
-    storage = LazyTensorStorage(10)
-    rb = stock_buffer(storage)
+    rb = stock_buffer(capacity=10)
     rb.extend(make_trial(7))
+    storage = rb.storage
     before = storage._mutation_revision
     assert storage._last_cursor_index == 6
     found = rb.sampler.trials(storage)
@@ -87,9 +86,9 @@ def test_what_torchrl_does_not_name_in_public_is_there():
 
 @on_both
 @pytest.mark.parametrize("draw", ["trials", "steps", "priority"])
-def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path):
+def test_a_stock_storage_is_brought_back_with_its_draws(kind, draw, tmp_path):
     options = dict(buffer=TrialReplayBuffer, sample_by=draw)
-    rb, other = (stock_buffer(storage(30), **options) for _ in range(2))
+    rb, other = (stock_buffer(kind, 30, **options) for _ in range(2))
     for number, trial in enumerate(make_trials([7, 9, 5, 11, 6])):
         trial["collector", "traj_ids"] = torch.full([len(trial)], number)
         rb.extend(trial)
@@ -109,9 +108,9 @@ def test_a_stock_storage_is_brought_back_with_its_draws(storage, draw, tmp_path)
 @on_both
 @pytest.mark.parametrize("buffer", [TensorDictReplayBuffer, TrialReplayBuffer])
 @pytest.mark.parametrize("is_used", [False, True])
-def test_the_seam_is_where_it_was_before_saving(storage, buffer, is_used, tmp_path):
+def test_the_seam_is_where_it_was_before_saving(kind, buffer, is_used, tmp_path):
     """Trials of two rows lie between each other, so that no change of trial shows the seam."""
-    rb, other = (stock_buffer(storage(11), buffer=buffer, whole=False) for _ in range(2))
+    rb, other = (stock_buffer(kind, 11, buffer=buffer, whole=False) for _ in range(2))
     for number, pair in enumerate(zip(*[iter(make_trials([6] * 6))] * 2, strict=True)):
         steps = torch.stack(pair, 1)
         ids = torch.arange(2 * number, 2 * number + 2)
