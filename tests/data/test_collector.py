@@ -9,13 +9,12 @@ import torch
 from tensordict import assert_close
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.envs import Compose, GymEnv, InitTracker, RenameTransform, TransformedEnv
+from torchrl.envs import GymEnv, RenameTransform, TransformedEnv
 
-from tests.data.trials import stored_trials
-from tests.evaluation.scripted import ScriptedTrials, act
+from tests.data.trials import make_buffer, make_env, stored_trials
+from tests.evaluation.scripted import act
 from torchrl_amago import MetaFrozenLake, make_policy, make_trial_buffer, make_trial_env
 from torchrl_amago.data import TrialCollector
-from torchrl_amago.envs import PreviousStepTransform
 
 ENDLESS = [1000]  # lengths of trials
 
@@ -56,13 +55,10 @@ def test_may_start_anew_in_each_batch():
 
 
 def scripted(lengths, rows, frames, total_frames, **options):
-    """A collector of these trials in every row, with rewards 1, 2, ..., and its buffer."""
-    script = [[[float(n + 1) for n in range(length)]] for length in lengths]
-    prepare = Compose(InitTracker(), PreviousStepTransform())
-    env = TransformedEnv(ScriptedTrials([script] * rows), prepare)
-    buffer = make_trial_buffer(5000, slice_length=3, batch_size=64, warn_short=False)
+    """A collector of these trials in every row, and its buffer."""
+    buffer = make_buffer(capacity=5000)
     options |= {"frames_per_batch": frames, "total_frames": total_frames}
-    return TrialCollector(env, act, replay_buffer=buffer, **options), buffer
+    return TrialCollector(make_env([lengths] * rows), act, replay_buffer=buffer, **options), buffer
 
 
 @pytest.mark.parametrize("frames", [4, 20, 100])
@@ -76,7 +72,7 @@ def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, st
     for fragment in stored_trials(buffer):
         time = fragment["time_idx"].squeeze(-1)
         assert time.tolist() == list(range(int(time[0]), int(time[0]) + len(fragment)))
-        assert torch.equal(fragment["next", "reward"].squeeze(-1), time + 1.0)
+        assert torch.equal(fragment["next", "reward"].squeeze(-1), 100.0 * ENDLESS[0] + time)
         assert fragment["is_init"].squeeze(-1).tolist() == (time == 0).tolist()
         assert not fragment["next", "done"].any()
         if time[0] == 0:
@@ -98,16 +94,16 @@ def test_fragments_of_trials_that_end_join_to_those_trials(stagger):
     for fragment in stored_trials(buffer):
         assert 1 <= len(fragment) <= 4
         assert not fragment["next", "done"][:-1].any()
-        rewards = fragment["next", "reward"].squeeze(-1).tolist()
-        if rewards[0] == 1:
+        steps = (fragment["next", "reward"].squeeze(-1) % 100).tolist()
+        if steps[0] == 0:
             open_trials.append([])
-        trial = next(t for t in open_trials if len(t) == rewards[0] - 1)
-        trial += rewards
+        trial = next(t for t in open_trials if len(t) == steps[0])
+        trial += steps
         if fragment["next", "done"][-1]:
             whole.append(trial)
             open_trials = [t for t in open_trials if t is not trial]
     assert {len(trial) for trial in whole} == {9, 3, 4, 1, 13}
-    assert all(trial == [float(n + 1) for n in range(len(trial))] for trial in whole)
+    assert all(trial == [*range(len(trial))] for trial in whole)
     assert len(buffer) == sum(map(len, whole + open_trials))
 
 

@@ -12,16 +12,13 @@ from tensordict import assert_close
 from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import RandomSampler
 
-from tests.data.trials import content_of, filled, make_buffer, make_trial, make_trials, seeded
+from tests.data import trials
+from tests.data.trials import even_mixture, filled, make_buffer, make_trial, make_trials, seeded
 from torchrl_amago.data import mixture as mixture_module
 from torchrl_amago.data.mixture import TrialMixture
 
 SOURCE = ("collector", "source")
 MASK = ("collector", "mask")
-
-
-def even_mixture(buffers, batch_size=2, **options):
-    return TrialMixture(buffers, dict.fromkeys(buffers, 1), batch_size=batch_size, **options)
 
 
 def make_mixture(old=(5, 6), new=(), **options):
@@ -125,7 +122,7 @@ def test_no_online_buffer():
 def test_a_folder_that_is_only_read(tmp_path):
     written = make_buffer([5, 6], path=tmp_path / "data")
     kept = written[:].clone()
-    files = content_of(tmp_path / "data")
+    files = trials.content_of(tmp_path / "data")
     protected = make_buffer(capacity=None, path=tmp_path / "data", mode="read")
     mixture = even_mixture({"old": protected, "new": make_buffer()}, 16, online="new")
     assert mixture.online is mixture.buffers["new"]
@@ -134,7 +131,7 @@ def test_a_folder_that_is_only_read(tmp_path):
         mixture.sample()
     assert len(mixture.online) > 80
     assert_close(protected[:], kept, rtol=0, atol=0)
-    assert files == content_of(tmp_path / "data")
+    assert files == trials.content_of(tmp_path / "data")
     assert mixture.num_trials == 2 + mixture.online.num_trials
 
 
@@ -284,15 +281,13 @@ def test_wrong_arguments():
     buffers = {"a": make_buffer([5]), "b": make_buffer()}
     wrong_weights = {"a": 1}, {"a": 1, "b": -1}, {"a": 0, "b": 0}, {"a": 1, "c": 1}, {}
     needed = "weights must have a number of at least 0 for each of"
+    prefetching = buffers | {"b": make_buffer(prefetch=2)}
     for options, message in (
         *(({"weights": weights}, f"^{needed}") for weights in wrong_weights),
         ({"initial_weights": {"a": 1}}, f"^initial_{needed}"),
         ({"online": "c"}, "online must be one of None, 'a', 'b', got 'c'"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        (
-            {"buffers": buffers | {"b": make_buffer(prefetch=2)}},
-            "must not prefetch, got .'b'. that",
-        ),
+        ({"buffers": prefetching}, "must not prefetch, got .'b'. that"),
         ({"buffers": buffers | {"b": make_buffer(padding="left")}}, "on the same side, .*'left'"),
     ):
         arguments = {"buffers": buffers, "weights": {"a": 1, "b": 1}, "batch_size": 2, **options}

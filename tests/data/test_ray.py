@@ -37,13 +37,10 @@ def cluster():
 @pytest.fixture
 def buffer():
     rb = RayReplayBuffer(
-        replay_buffer_cls=TrialReplayBuffer,
-        storage=partial(TrialStorage, 5000),
-        sampler=partial(TrialSliceSampler, SLICE, warn_short=False),
-        batch_size=16,
-        remote_config=RESOURCES,
-        transport="ray",
-    )
+        replay_buffer_cls=TrialReplayBuffer, storage=partial(TrialStorage, 5000),
+        sampler=partial(TrialSliceSampler, SLICE, warn_short=False), batch_size=16,
+        remote_config=RESOURCES, transport="ray",
+    )  # fmt: skip
     yield rb
     rb.shutdown()
 

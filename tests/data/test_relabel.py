@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tensordict import TensorDict, assert_close
 from torchrl.envs.utils import step_mdp
 
-from tests.data.trials import seeded
+from tests.data.trials import make_buffer, seeded
 from torchrl_amago.data import TrialCollector, make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel
 from torchrl_amago.data.relabel.goals import meeting_steps
@@ -19,6 +19,7 @@ from torchrl_amago.envs import make_trial_env
 from torchrl_amago.envs.tasks import MazeRunner
 
 MASK = ("collector", "mask")
+LIMIT = 16  # steps of an episode in a maze
 EMPTY = (-1.0, -1.0)
 A, B, X, Y = (0.0, 0.0), (0.75, 0.75), (0.25, 0.0), (0.5, 0.0)  # goals and other places
 FLAGS = [("next", flag) for flag in ("done", "terminated", "truncated")]
@@ -409,6 +410,11 @@ def test_meeting_steps_are_those_of_a_plain_loop(data):
 # ------------------------------------------------------------------ the environment itself
 
 
+def maze_env(rows=(8,), limit=LIMIT, trial_end="terminated", **options):
+    maze = MazeRunner(7, max_episode_steps=limit, batch_size=rows, seed=0, **options)
+    return make_trial_env(maze, episodes=1, trial_end=trial_end)
+
+
 def walk(env, td: TensorDict, actions: torch.Tensor) -> TensorDict:
     """All rows take these actions, whatever becomes of them, `[rows, steps]`."""
     steps = []
@@ -422,12 +428,9 @@ def walk(env, td: TensorDict, actions: torch.Tensor) -> TensorDict:
 @pytest.mark.parametrize("trial_end", ["terminated", "episode"])
 def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
     """The stored actions, in the same mazes with the new goals, give the relabelled trials."""
-    rows, limit = 48, 60
-    maze = MazeRunner(
-        7, num_goals=3, max_episode_steps=limit, randomize_actions=True, batch_size=[rows], seed=0
-    )
-    env = make_trial_env(maze, episodes=1, trial_end=trial_end)
-    actions = torch.randint(5, (limit, rows))
+    rows, limit = [48], 60
+    env = maze_env(rows, limit, trial_end, num_goals=3, randomize_actions=True)
+    actions = torch.randint(5, (limit, *rows))
     trials = walk(env, env.reset(), actions)
     is_over = trials["next", "done"].squeeze(-1).cumsum(1) > 0
     trials[MASK] = torch.ones_like(is_over)
@@ -438,9 +441,9 @@ def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
         assert torch.equal(own[key][trials[MASK]], trials[key][trials[MASK]])
     out = GoalSequenceRelabel(strategy).relabel_trials(trials, seeded())
     assert (out[MASK] != trials[MASK]).any()
-    state = maze.state_dict()
+    state = env.base_env.state_dict()
     state["_goals"] = (out["goals"][:, 0] * 7).round().long() @ torch.tensor([7, 1])
-    maze.load_state_dict(state)
+    env.base_env.load_state_dict(state)
     again = walk(env, env.reset(repeat_task=True), actions)
     for key in REPLACED:
         assert torch.equal(again[key][out[MASK]], out[key][out[MASK]]), key
@@ -454,9 +457,7 @@ def test_relabelled_mazes_are_what_the_environment_does(strategy, trial_end):
 @pytest.fixture(scope="module")
 def collected():
     """Trials of random actions, flat, as the collector writes them."""
-    maze = MazeRunner(7, num_goals=2, max_episode_steps=20, batch_size=[16], seed=0)
-    env = make_trial_env(maze, episodes=1)
-    buffer = make_trial_buffer(10_000, slice_length=20, batch_size=4, warn_short=False)
+    env, buffer = maze_env([16], 20, num_goals=2), make_buffer(capacity=10_000)
     torch.manual_seed(0)
     options = {"frames_per_batch": 16 * 60, "total_frames": 16 * 60}
     collector = TrialCollector(env, env.rand_action, replay_buffer=buffer, **options)

@@ -18,16 +18,13 @@ from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, SliceSampler, TensorDictReplayBuffer
 from torchrl.envs import Compose, ParallelEnv, RewardScaling, SerialEnv, TransformedEnv
 
-from tests.data.test_relabel import MASK, refilled
+from tests.data.test_relabel import LIMIT, MASK, maze_env, refilled
 from tests.data.trials import seeded
 from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
-from torchrl_amago.envs import make_trial_env
-from torchrl_amago.envs.tasks import MazeRunner
 
 REWARD = ("next", "reward")
 IDS = ("collector", "traj_ids")
-LIMIT = 16
 OTHER_ROWS = "rows that are something else"
 
 
@@ -53,11 +50,6 @@ RELABELLERS = {
 @pytest.fixture(params=RELABELLERS)
 def make(request):
     return RELABELLERS[request.param]
-
-
-def maze_env(rows=(8,), num_goals=1):
-    maze = MazeRunner(7, num_goals=num_goals, max_episode_steps=LIMIT, batch_size=rows, seed=0)
-    return make_trial_env(maze, episodes=1)
 
 
 maze_row = partial(maze_env, [])
@@ -296,15 +288,17 @@ def test_a_stock_buffer_that_writes_through_it(make, trials):
         buffer.extend(flat(trials))
 
 
-def test_trials_that_a_stock_sampler_has_padded(trials):
-    """Of 640, each ends by its new goal."""
+def test_trials_that_a_collector_or_a_stock_sampler_has_padded(trials):
+    """Each ends by its new goal."""
     buffer = stock_buffer_of(trials, sampler=stock_sampler(), batch_size=640 * LIMIT)
     relabel = GoalSequenceRelabel("all", generator=seeded())
-    batch = relabel(buffer.sample().view(-1, LIMIT))
-    last = batch[MASK].sum(-1, keepdim=True) - 1
     ends = {"done": True, "terminated": True, "truncated": False, "reward": 1}
-    for key, expected in ends.items():
-        assert (batch["next", key].squeeze(-1).gather(1, last) == expected).sum() == 640, key
+    for padded, count in ((trials, 12), (buffer.sample().view(-1, LIMIT), 640)):
+        batch = relabel(padded)
+        assert_all_reach_their_goals(batch)
+        last = batch[MASK].sum(-1, keepdim=True) - 1
+        for key, expected in ends.items():
+            assert (batch["next", key].squeeze(-1).gather(1, last) == expected).sum() == count, key
     assert_equal(buffer[:].exclude("index"), flat(trials))
     options = {"sampler": stock_sampler(LIMIT - 1), "batch_size": (LIMIT - 1) * 40}
     batch = stock_buffer_of(trials, **options).sample().view(-1, LIMIT - 1)
@@ -354,11 +348,3 @@ def test_as_a_postproc_of_anything_else(make, batches):
     steps, options = OTHER_BATCHES[batches]
     with pytest.raises(ValueError, match="must get whole trials"):
         collected(steps, postproc=make(), **options)
-
-
-def test_on_the_trajectories_of_a_collector(trials):
-    batches = collected(3 * LIMIT, trajs_per_batch=5, traj_format="padded")
-    shown = list(map(GoalSequenceRelabel("all", generator=seeded()), batches))
-    assert len(shown) == len(batches) > 2
-    for batch in shown:
-        assert_all_reach_their_goals(batch)

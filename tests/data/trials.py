@@ -13,6 +13,7 @@ from torchrl.envs import Compose, InitTracker, TransformedEnv
 
 from tests.evaluation.scripted import ScriptedTrials
 from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
+from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import PreviousStepTransform
 
 # Of the trials of each row of `make_env`; the n-th reward of a trial is 100 * length + n.
@@ -77,6 +78,10 @@ def stock_buffer(kind="tensor", capacity=100, slice_length=4, batch_size=8, **op
     return buffer(storage=storage, sampler=sampler, **draws)
 
 
+def even_mixture(buffers, batch_size=2, **options) -> TrialMixture:
+    return TrialMixture(buffers, dict.fromkeys(buffers, 1), batch_size=batch_size, **options)
+
+
 def content_of(folder) -> dict:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
@@ -125,9 +130,9 @@ def written_beside(storage, method: str, write, *args):
         threads[0].join()
 
 
-def make_env() -> TransformedEnv:
+def make_env(lengths=LENGTHS) -> TransformedEnv:
     """Show where in which trial a step is, so that no slice can cross trials unnoticed."""
-    script = [[[[100.0 * m + n for n in range(m)]] for m in row] for row in LENGTHS]
+    script = [[[[100.0 * m + n for n in range(m)]] for m in row] for row in lengths]
     return TransformedEnv(ScriptedTrials(script), Compose(InitTracker(), PreviousStepTransform()))
 
 

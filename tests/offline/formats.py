@@ -33,14 +33,14 @@ class Collected(NamedTuple):
     own_keys: list  # entries of the task, without those of transforms
 
 
-def vector_env(env_id: str, steps: int, **options) -> EnvBase:
-    rows = [lambda: gym.make(env_id, max_episode_steps=steps)] * 3
+def vector_env(env_id: str, steps: int, rows=3, trial_end="episode", **options) -> EnvBase:
+    rows = [lambda: gym.make(env_id, max_episode_steps=steps)] * rows
     together = gym.vector.SyncVectorEnv(rows, autoreset_mode="Disabled")
-    return make_trial_env(together, trial_end="episode", **options)
+    return make_trial_env(together, trial_end=trial_end, **options)
 
 
-def toy_env(action: str) -> EnvBase:
-    return make_trial_env(Toy(ACTIONS[action]), horizon=7, trial_end="truncated")
+def toy_env(action: TensorSpec, rows=3) -> EnvBase:
+    return make_trial_env(Toy(action, rows), horizon=7, trial_end="truncated")
 
 
 ENVS = {
@@ -51,7 +51,7 @@ ENVS = {
     "pendulum": lambda: vector_env("Pendulum-v1", 9, episodes=1),
     "cart pole": lambda: vector_env("CartPole-v1", 12, episodes=2),
     "cart pole once": lambda: vector_env("CartPole-v1", 15, episodes=1, show_progress=False),
-    **{f"toy {name}": lambda name=name: toy_env(name) for name in ACTIONS},
+    **{f"toy {name}": lambda name=name: toy_env(ACTIONS[name]) for name in ACTIONS},
 }
 
 
@@ -118,12 +118,12 @@ def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
     )
 
 
-def two_steps(after=(), **root) -> TensorDict:
+def two_steps(after: dict | None = None, **root) -> TensorDict:
     """A trial as a collector would write it, with some entries, or what is under next, changed."""
     done = torch.tensor([[False], [True]])
     following = {"observation": torch.tensor([[1.0], [2.0]]), "reward": torch.ones(2, 1)}
     before = {"observation": torch.tensor([[0.0], [1.0]]), "action": torch.zeros(2, 1)}
-    following = TensorDict({**following, "done": done, **dict(after)}, [2])
+    following = TensorDict({**following, "done": done, **(after or {})}, [2])
     return TensorDict({**before, **root, "next": following}, [2])
 
 

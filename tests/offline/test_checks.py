@@ -174,8 +174,8 @@ def test_what_is_no_trajectory(item, message):
     ],
 )
 def test_steps_that_are_no_trajectory(entry, after, problem):
-    flat, bad = formats.two_steps({"reward": torch.ones(2)}), formats.two_steps({entry: after})
-    trajectories = [flat, bad, formats.two_steps()]
+    changes = {"reward": torch.ones(2)}, {entry: after}, {}
+    trajectories = list(map(formats.two_steps, changes))
     assert_bad_one_is_named(trajectories, plain_env(), 1, f"'{entry}' {problem}")
 
 

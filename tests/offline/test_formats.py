@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -197,12 +198,9 @@ def test_a_dataset_that_isnt_there(minari):
 # -- what environments hide ----------------------------------------------------------------------
 
 
-def wide_toy():
-    return Toy(Bounded(-2.0, 2.0, shape=(1,)), rows=1)
-
-
-def toy_trials():
-    return make_trial_env(wide_toy(), horizon=7, trial_end="truncated")
+WIDE = Bounded(-2.0, 2.0, shape=(1,))
+wide_toy = partial(Toy, WIDE, rows=1)
+toy_trials = partial(formats.toy_env, WIDE, rows=1)
 
 
 def trials_of_workers(worker):

@@ -158,9 +158,7 @@ def test_resume_from_a_chosen_checkpoint_into_another_folder(uninterrupted, tmp_
         (6, {"warmup_updates": 2, "final_lr_fraction": 0.0}, 5e-3, 0.0),
     ],
 )
-def test_a_resumed_run_follows_its_own_learning_rate_and_schedule(
-    tmp_path, end, options, rate, rate_at_the_end
-):
+def test_a_resumed_run_follows_its_own_schedule(tmp_path, end, options, rate, rate_at_the_end):
     make_trainer(tmp_path, total_updates=end, **{**options, "learning_rate": 1e-2}).train()
     resumed = make_trainer(tmp_path, total_updates=end + 4, **options).resume()
     groups = resumed.optimizer.param_groups

@@ -7,9 +7,9 @@ import csv
 import pytest
 import torch
 
+from tests.data.trials import even_mixture
 from tests.toy_env import ACTIONS, Toy
 from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import TMaze, make_trial_env
 from torchrl_amago.modules import make_policy
 from torchrl_amago.objectives import amago_loss
@@ -140,9 +140,7 @@ def test_values_out_of_range_are_refused(env, policy, tmp_path, options, message
 def test_a_replay_buffer_of_ones_own(env, policy, tmp_path):
     online, data = (make_trial_buffer(50, slice_length=4, batch_size=5) for _ in range(2))
     data.extend(env.rollout(4).exclude("_stream").reshape(-1))
-    mixture = TrialMixture(
-        {"data": data, "online": online}, {"data": 1, "online": 1}, batch_size=5, online="online"
-    )
+    mixture = even_mixture({"data": data, "online": online}, 5, online="online")
     options = dict(trial_length=4, total_updates=3, run_dir=tmp_path, updates_per_round=1)
     trainer = make_trainer(env, policy, replay_buffer=mixture, online_after=2, **options)
     assert trainer.replay_buffer is mixture

@@ -7,16 +7,14 @@ import shutil
 import signal
 import time
 
-import gymnasium as gym
 import pytest
 import torch
-from torchrl.envs import GymWrapper
 
+from tests.data.trials import even_mixture, make_buffer
+from tests.offline.formats import vector_env
 from tests.processes import forked
 from tests.trainers.test_amago_resume import assert_same_run, finish, signal_at
-from torchrl_amago.data import make_trial_buffer
 from torchrl_amago.data.collector import TrialCollector
-from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.envs import MetaFrozenLake, make_trial_env
 from torchrl_amago.evaluation import HeldOutEvaluator
 from torchrl_amago.modules import make_policy
@@ -31,22 +29,13 @@ def lake(rows):
 
 
 def cart_poles(rows):
-    autoreset = gym.vector.AutoresetMode.DISABLED
-    envs = gym.vector.SyncVectorEnv(
-        [lambda: gym.make("CartPole-v1", max_episode_steps=4)] * rows, autoreset_mode=autoreset
-    )
-    base = GymWrapper(envs, categorical_action_encoding=True)
-    return make_trial_env(base, episodes=2, repeat="seed")
+    return vector_env("CartPole-v1", 4, rows, "terminated", episodes=2, repeat="seed")
 
 
 def small_policy(env, memory=None, **options):
-    return make_policy(
-        env,
-        seq_model_options={"d_model": 16, **(memory or {})},
-        timestep_options={"hidden_size": 16, "output_size": 16},
-        exploration={"anneal_frames": 500},
-        **options,
-    )
+    sizes = {"hidden_size": 16, "output_size": 16}
+    options |= {"timestep_options": sizes, "exploration": {"anneal_frames": 500}}
+    return make_policy(env, seq_model_options={"d_model": 16, **(memory or {})}, **options)
 
 
 def make_run(
@@ -57,7 +46,7 @@ def make_run(
     env = make_env(num_envs)
     model = {"seq_model": seq_model, "memory": memory, "discounts": discounts}
     policy = small_policy(env, context_length=6, **model)  # memory rolls over: trials are longer
-    rb = make_trial_buffer(200, slice_length=6, batch_size=4, warn_short=False)
+    rb = make_buffer(capacity=200, slice_length=6, batch_size=4)
     held_out = HeldOutEvaluator(policy, make_env(4), seed=7)
     # Rounds end within trials.
     defaults = dict(
@@ -72,13 +61,12 @@ def make_run(
 def mix(online):
     """Mix the run's own trials half and half with others, the same at every call."""
     torch.manual_seed(1)
-    offline = make_trial_buffer(100, slice_length=6, batch_size=4, warn_short=False)
+    offline = make_buffer(slice_length=6, batch_size=4)
     env = lake(4)
     env.set_seed(0)
     collector = TrialCollector(env, env.rand_action, replay_buffer=offline, frames_per_batch=64)
     next(iter(collector))
-    parts, fractions = {"data": offline, "online": online}, {"data": 0.5, "online": 0.5}
-    return TrialMixture(parts, fractions, online="online", batch_size=4)
+    return even_mixture({"data": offline, "online": online}, 4, online="online")
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +177,7 @@ def test_other_parts(tmp_path, stop, options):
 
 
 @pytest.mark.parametrize(("make_env", "num_envs"), [(cart_poles, 6), (lake, 4)])
-def test_trials_that_cannot_go_on_end_and_the_run_says_so(
-    tmp_path, make_env, num_envs, monkeypatch
-):
+def test_the_run_says_that_trials_end_here(tmp_path, make_env, num_envs, monkeypatch):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers._components.torchrl_logger.info", lines.append)
     first = make_run(tmp_path, make_env)

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.trials import even_mixture, make_buffer, seeded
 from tests.trainers.test_amago_resume import assert_same_run, fingerprint, signal_at
 from tests.trainers.tiny import make_trainer
-from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.data.mixture import TrialMixture
 from torchrl_amago.trainers import read_progress
 
 TOTAL = 24
@@ -25,11 +24,10 @@ def data(tmp_path_factory):
 
 def make_offline_trainer(run_dir, data, online_after=9, generator=None, **options):
     def mix(online):
-        offline = make_trial_buffer(100, slice_length=5, batch_size=3, warn_short=False)
+        offline = make_buffer(slice_length=5)
         offline.extend(data)
-        parts, fractions = {"data": offline, "online": online}, {"data": 0.5, "online": 0.5}
-        options = {"anneal_updates": 5, "online": "online", "batch_size": 3}
-        return TrialMixture(parts, fractions, generator=generator, **options)
+        options = {"anneal_updates": 5, "online": "online", "generator": generator}
+        return even_mixture({"data": offline, "online": online}, 3, **options)
 
     options = {"total_updates": TOTAL, "online_after": online_after, **options}
     return make_trainer(run_dir, replay=mix, **options)
@@ -79,12 +77,10 @@ def test_a_plain_buffer_needs_data_and_is_written_to_after_the_switch(tmp_path, 
 
 
 @pytest.mark.parametrize(("stops", "own_generator"), [((8, 20), True), ((14,), False)])
-def test_resumes_exactly_on_both_sides_of_the_switch_with_the_same_data_only(
-    tmp_path, data, stops, own_generator
-):
+def test_resumes_exactly_but_not_with_other_data(tmp_path, data, stops, own_generator):
     def make(run_dir, data=data, **options):
-        generator = torch.Generator().manual_seed(7) if own_generator else None
-        return make_offline_trainer(run_dir, data, generator=generator, **options)
+        options["generator"] = seeded(7) if own_generator else None
+        return make_offline_trainer(run_dir, data, **options)
 
     def finish(trainer):
         assert trainer.train() == "finished"

@@ -96,9 +96,7 @@ def test_window_means():
 @pytest.mark.parametrize(
     ("progress_bar", "is_terminal"), [(True, False), (True, True), (False, False)]
 )
-def test_a_bar_on_a_terminal_and_lines_elsewhere(
-    tmp_path, monkeypatch, capsys, progress_bar, is_terminal
-):
+def test_a_bar_on_a_terminal_else_lines(tmp_path, monkeypatch, capsys, progress_bar, is_terminal):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers.report.torchrl_logger.info", lines.append)
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)

@@ -121,15 +121,11 @@ def make_trainer(
     defaults = {"updates_per_round": 4, "progress_bar": False, "seed": 3}
     defaults["intervals"] = Intervals(log=4, evaluate=6, checkpoint=6)
     parts = (collector, loss, optimizer, rb if replay is None else replay(rb))
+    scheduler = make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction)
     return AMAGOTrainer(
-        *parts,
-        target_updater=SoftUpdate(loss, tau=tau),
-        scheduler=make_schedule(optimizer, warmup_updates, total_updates, final_lr_fraction),
-        exploration=explore,
-        total_updates=total_updates,
-        run_dir=run_dir,
-        **(defaults | options),
-    )
+        *parts, target_updater=SoftUpdate(loss, tau=tau), scheduler=scheduler, exploration=explore,
+        total_updates=total_updates, run_dir=run_dir, **(defaults | options),
+    )  # fmt: skip
 
 
 def stop_at(update, press):

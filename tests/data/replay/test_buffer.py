@@ -13,16 +13,8 @@ from hypothesis import strategies as st
 from tensordict import TensorDict
 from torchrl.trainers import ReplayBufferTrainer
 
-from tests.data.trials import (
-    assert_same,
-    make_buffer,
-    make_trial,
-    make_trials,
-    rows,
-    seeded,
-    windows,
-    written_beside,
-)
+from tests.data import trials
+from tests.data.trials import assert_same, make_buffer, make_trial, make_trials, rows, seeded
 from torchrl_amago.data import Relabel
 
 
@@ -38,12 +30,12 @@ def test_sampled_are_the_trials_that_are_left_and_each_of_them(capacity, writes,
     for lengths, looks_now in zip(writes, looks, strict=False):
         if sum(lengths) > capacity:
             continue
-        trials = make_trials(lengths, first_id=sum(map(len, written)))
-        numbers = rb.extend(torch.cat(trials))
-        written += [tuple(trial["id"].tolist()) for trial in trials]
+        new = make_trials(lengths, first_id=sum(map(len, written)))
+        numbers = rb.extend(torch.cat(new))
+        written += [tuple(trial["id"].tolist()) for trial in new]
         assert numbers.tolist() == list(range(len(written) - len(lengths), len(written)))
         if looks_now:
-            assert windows(rb.sample()) == set(written[-rb.num_trials :])
+            assert trials.windows(rb.sample()) == set(written[-rb.num_trials :])
 
 
 def test_batches_may_be_changed_in_place_and_stored_trials_may_not():
@@ -103,23 +95,16 @@ def test_prefetched_batches_are_like_the_others_and_forgotten_with_the_trials(pr
     rb.shutdown()
 
 
-def test_a_pickled_buffer_is_the_same_folder():
-    rb = make_buffer([4, 5], generator=seeded(0))
+def test_a_pickled_buffer_is_the_same_and_draws_follow_what_it_loads(tmp_path):
+    rb = make_buffer([4], batch_size=400, sample_by="steps", generator=seeded())
+    rb.dumps(tmp_path)
+    rb.extend(make_trial(40, first_id=10))
     other = pickle.loads(pickle.dumps(rb))  # noqa: S301
     assert torch.equal(other.sample()["id"], rb.sample()["id"])
-    other.extend(make_trial(3, first_id=50))
-    assert rb.num_trials == 3
-    assert rb[-1]["id"].item() == 52
-
-
-def test_shares_of_steps_follow_content_that_another_process_loaded(tmp_path):
-    rb = make_buffer([4], batch_size=400, path=tmp_path / "rb", sample_by="steps")
-    rb.dumps(tmp_path / "saved")
-    rb.extend(make_trial(40, first_id=10))
-    rb.sample()
-    other = pickle.loads(pickle.dumps(rb))  # noqa: S301
-    other.loads(tmp_path / "saved")
+    other.loads(tmp_path)
     other.extend(make_trial(4, first_id=60))  # the number of the trial of 40 steps
+    assert rb.num_trials == 2
+    assert rb[-1]["id"].item() == 63
     first_id = torch.tensor(rows(rb.sample()))[:, 0]
     assert 150 < int((first_id == 60).sum()) < 250  # of 400, one half
 
@@ -158,7 +143,7 @@ def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_leng
         lengths, slice_length=slice_length, batch_size=20, relabel=relabel, crop=crop,
         padding=padding, generator=seeded(0),
     )  # fmt: skip
-    trials = make_trials(lengths)
+    written = make_trials(lengths)
     before = rb[:].clone()
     state = rb._rng.get_state()
     batch = rb.sample()
@@ -169,14 +154,14 @@ def test_relabelled_entries_replace_stored_ones_step_by_step(lengths, slice_leng
     for row, trial in enumerate(number.tolist()):
         mask = whole["collector", "mask"][row]
         assert mask.sum() == lengths[trial]
-        assert torch.equal(whole["id"][row][mask], trials[trial]["id"])
+        assert torch.equal(whole["id"][row][mask], written[trial]["id"])
         mask = batch["collector", "mask"][row]
         ids = batch["id"][row][mask]
-        step = ids % 1000 - trials[trial]["id"][0]
+        step = ids % 1000 - written[trial]["id"][0]
         assert step.tolist() == list(range(int(step[0]), int(step[0]) + len(step)))
         assert int(step[-1]) < (lengths[trial] + 1) // 2
         assert len(set((ids // 1000).tolist())) == 1
-        original = trials[trial][step]
+        original = written[trial][step]
         assert torch.equal(batch["next", "reward"][row][mask], -original["next", "reward"])
         for key in ("observation", ("nested", "state"), ("next", "nested", "state"), "is_init"):
             assert torch.equal(batch[key][row][mask], original[key])
@@ -257,8 +242,8 @@ def test_others_write_before_or_after_a_batch_is_read(relabel, mode, tmp_path):
     options = dict(capacity=12, path=tmp_path / "replay")
     writer = make_buffer([4, 4], **options)
     learner = make_buffer(mode=mode, relabel=relabel and relabel(["id"]), **options)
-    new = torch.cat(make_trials([3, 9], 100))
-    with written_beside(learner.storage, "get", writer.extend, new):  # all trials are replaced
+    new = torch.cat(make_trials([3, 9], 100))  # in place of all others
+    with trials.written_beside(learner.storage, "get", writer.extend, new):
         assert {row[0] for row in rows(learner.sample())} <= {0, 4}
     assert {row[0] for row in rows(learner.sample())} <= {100, *range(103, 110)}
 

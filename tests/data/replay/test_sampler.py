@@ -60,9 +60,7 @@ def chi_square(count, chance=None) -> float:
 @example([3, 2, 3], 8, "none", "right", "trials", True)
 @example([3, 2, 3], 8, "none", "left", "trials", True)
 @example([9, 2], 4, "none", "right", "trials", True)
-def test_slices_are_runs_of_steps_of_one_trial(
-    kind, lengths, slice_length, crop, padding, draw, trim
-):
+def test_slices_are_runs_of_one_trial(kind, lengths, slice_length, crop, padding, draw, trim):
     rb = make_buffer(
         lengths, kind, slice_length=slice_length, batch_size=40, crop=crop, padding=padding,
         sample_by=draw, trim_padding=trim, capacity=200,

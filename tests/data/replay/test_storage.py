@@ -267,9 +267,7 @@ def test_folders_are_opened_as_their_mode_says(tmp_path, folder):
 @pytest.mark.parametrize("mode", ["continue", "read"])
 @pytest.mark.parametrize("name", ["rows/id.memmap", "table.bin", "schema.json"])
 @pytest.mark.parametrize("size", [None, 0, 7])
-def test_files_that_are_missing_or_cut_short_are_named_and_nothing_changes(
-    folder, mode, name, size
-):
+def test_missing_and_cut_files_are_named_and_nothing_changes(folder, mode, name, size):
     file = folder / "trials" / name
     if size is None:
         file.unlink()
@@ -347,9 +345,7 @@ def fails_after(calls, function, fail):
 
 @pytest.mark.parametrize("moment", range(3))
 @pytest.mark.parametrize("when", ["create", "load"])
-def test_a_process_that_dies_while_it_makes_or_replaces_the_folder(
-    tmp_path, folder, monkeypatch, when, moment
-):
+def test_a_death_while_a_folder_is_made_or_replaced(tmp_path, folder, monkeypatch, when, moment):
     storage = TrialStorage(12, path=tmp_path / "other")
     kept = write(storage, [3, 2], first_id=50) if when == "load" else []
     new = make_trials([4, 5] if kept else [4])
@@ -506,9 +502,8 @@ def test_writes_of_other_than_whole_trials_raise():
     for lengths in ([3], [4, 1], [4, 0], []):
         with pytest.raises(ValueError, match=r"steps \[N\] of whole trials.*TrialCollector"):
             storage.write(make_trial(4), lengths)
-    with pytest.raises(
-        ValueError, match="at most capacity=10 steps at once, got steps .11. and lengths .11."
-    ):
+    message = "at most capacity=10 steps at once, got steps .11. and lengths .11."
+    with pytest.raises(ValueError, match=message):
         storage.write(make_trial(11), [11])
     with pytest.raises(TypeError, match="can't be changed in place"):
         storage[0] = make_trial(1)
