@@ -411,7 +411,8 @@ def test_meeting_steps_are_those_of_a_plain_loop(data):
 
 
 def maze_env(rows=(8,), limit=LIMIT, trial_end="terminated", **options):
-    maze = MazeRunner(7, max_episode_steps=limit, batch_size=rows, seed=0, **options)
+    options = {"num_goals": 1, "max_episode_steps": limit, **options}
+    maze = MazeRunner(7, batch_size=rows, seed=0, **options)
     return make_trial_env(maze, episodes=1, trial_end=trial_end)
 
 
