@@ -38,6 +38,13 @@ def test_sampled_are_the_trials_that_are_left_and_each_of_them(capacity, writes,
             assert trials.windows(rb.sample()) == set(written[-rb.num_trials :])
 
 
+def test_steps_are_stored_without_their_history():
+    rb, trial = make_buffer([4]), make_trial(4)
+    trial["observation"] = trial["observation"].requires_grad_() * 1.0
+    rb.extend(trial)
+    assert not rb.sample()["observation"].requires_grad
+
+
 def test_batches_may_be_changed_in_place_and_stored_trials_may_not():
     rb = make_buffer(batch_size=3, sample_by="priority")
     rb.extend(make_trial(4, 10))
