@@ -192,13 +192,15 @@ def test_the_ring_of_other_processes(kind, sync, monkeypatch):
         [make_env] * 2, make_answer(), frames_per_batch=24, total_frames=24 * 25,
         replay_buffer=rb, sync=sync, use_buffers=False, postproc=flatten,
     )  # fmt: skip
-    for _ in collector:
-        if len(rb) and rb.can_sample():
-            if sync:
-                assert found_trials(rb) == whole_trials(rb)
-                assert_slices_are_of_one_trial(rb, draws=1)
-            seen |= set(rb.sample()["collector", "traj_ids"].unique().tolist())
-    collector.shutdown()
+    try:
+        for _ in collector:
+            if len(rb) and rb.can_sample():
+                if sync:
+                    assert found_trials(rb) == whole_trials(rb)
+                    assert_slices_are_of_one_trial(rb, draws=1)
+                seen |= set(rb.sample()["collector", "traj_ids"].unique().tolist())
+    finally:
+        collector.shutdown()
     assert len(seen) > 20
 
 
