@@ -27,8 +27,8 @@ from torchrl_amago.evaluation import EvaluationResults
 class Args(GymArgs):
     """Any Gymnasium environment with AMAGO."""
 
-    timestep_encoder: Literal["mlp", "combined"] = "mlp"
-    """Encoder of a step: mlp for vectors, combined for dictionaries of any observations."""
+    timestep_encoder: Literal["auto", "mlp", "combined"] = "auto"
+    """Encoder of a step: mlp for vectors, combined for any observations, auto by what they are."""
     context_length: int = 16
     """Steps that the policy sees."""
     slice_length: int = 16

@@ -40,8 +40,9 @@ class DomainArgs(TrainingArgs):
     """Rewards in a TD target; more of them bring late rewards forward sooner."""
     positions: Literal["rotary", "fixed"] = "rotary"
     """Positions of a Transformer: rotary for distances, fixed where the time itself matters."""
-    timestep_encoder: Literal[tuple(TIMESTEP_ENCODERS)] = "mlp"
-    """Encoder of a step: mlp for vectors, cnn for one image, combined for anything."""
+    timestep_encoder: Literal[("auto", *TIMESTEP_ENCODERS)] = "auto"
+    """Encoder of a step: mlp for vectors, cnn for one image, combined for anything, auto by what is
+    observed."""
 
     draws: ClassVar[bool] = True  # False for environments without pictures
 

@@ -54,7 +54,7 @@ def make_policy(
     context_length: int,
     seq_model: str | Callable[..., TrajectoryEncoder] = "transformer",
     seq_model_options: dict[str, Any] | None = None,
-    timestep_encoder: str | Callable[..., TimestepEncoder] | TimestepEncoder = "mlp",
+    timestep_encoder: str | Callable[..., TimestepEncoder] | TimestepEncoder = "auto",
     timestep_options: dict[str, Any] | None = None,
     actor: str | Callable[..., ActorHead] = "mlp",
     actor_options: dict[str, Any] | None = None,
@@ -75,8 +75,8 @@ def make_policy(
         context_length: number of steps that the policy remembers; the length of a trial, or less.
         seq_model: trajectory encoder, by name (:data:`SEQ_MODELS`) or as a class or function called
             with ``(input_size, context_length=..., **seq_model_options)``.
-        timestep_encoder: ``mlp``, ``cnn`` (one image), ``combined`` (observations of any kind), a
-            finished module, or a class or function as in :func:`make_timestep_encoder`.
+        timestep_encoder: ``mlp``, ``cnn`` (one image), ``combined`` (any observations), ``auto``
+            (by these), a finished module, or as in :func:`make_timestep_encoder`.
         actor: actor head, by name (:data:`ACTORS`) or as a class or function called with
             ``(state_size, num_params, num_discounts, **actor_options)``.
         actor_obs_keys: observations that the actor reads besides the state.

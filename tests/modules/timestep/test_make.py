@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import pytest
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from torchrl.objectives import SoftUpdate
 from torchrl_amago import AMAGOLoss, MetaFrozenLake, make_critic, make_policy, make_trial_env
 from torchrl_amago.modules import (
     TIMESTEP_ENCODERS,
+    CombinedTimestepEncoder,
     MLPTimestepEncoder,
     TimestepEncoder,
     make_timestep_encoder,
@@ -108,8 +110,21 @@ def test_named_encoders_act_and_learn(name, shown):
     assert {*shown, "prev_reward", "prev_action", "soft_reset"} <= set(encoder.in_keys)
 
 
-def test_the_default_is_the_mlp():
-    assert type(make_policy(make_env(), **SMALL).encoder.module[0]) is MLPTimestepEncoder
+@pytest.mark.parametrize("shown", [(), ("cards",), ("pixels",), ("cards", "pixels")])
+def test_the_default_is_the_mlp_for_vectors_alone(shown):
+    options = {"entries": {"pixels": {"trunk": "grid"}}} if "pixels" in shown else {}
+    encoder = make_policy(make_env(*shown), timestep_options=options, **SMALL).encoder.module[0]
+    assert type(encoder) is (CombinedTimestepEncoder if shown else MLPTimestepEncoder)
+
+
+def test_a_policy_tells_rooms_apart():
+    rows = gym.vector.SyncVectorEnv([lambda: gym.make("Taxi-v4")] * 2, autoreset_mode="Disabled")
+    env = make_trial_env(rows, episodes=1, trial_end="episode")
+    encoder = make_policy(env, **SMALL).encoder.module[0]
+    with torch.no_grad():  # 500 rooms, and the same previous step in each
+        step = env.reset()[:1].expand(500).clone()
+        out = encoder(step.set("observation", torch.arange(500)))["timestep"]
+    assert torch.cdist(out, out).fill_diagonal_(torch.inf).min() > 1e-2
 
 
 @pytest.mark.parametrize("form", ["class", "function", "module"])

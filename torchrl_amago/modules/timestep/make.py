@@ -11,14 +11,14 @@ from torchrl.envs import EnvBase
 
 from torchrl_amago import keys
 from torchrl_amago._validation import pick
+from torchrl_amago.modules.timestep import combined
 from torchrl_amago.modules.timestep.base import TimestepEncoder
-from torchrl_amago.modules.timestep.combined import CNNTimestepEncoder, CombinedTimestepEncoder
 from torchrl_amago.modules.timestep.mlp import MLPTimestepEncoder
 
 TIMESTEP_ENCODERS: dict[str, type[TimestepEncoder]] = {
     "mlp": MLPTimestepEncoder,
-    "cnn": CNNTimestepEncoder,
-    "combined": CombinedTimestepEncoder,
+    "cnn": combined.CNNTimestepEncoder,
+    "combined": combined.CombinedTimestepEncoder,
 }
 """Timestep encoders by name; each is built by its ``from_specs(specs, **options)``."""
 
@@ -31,7 +31,7 @@ _BOOKKEEPING = {
 
 def make_timestep_encoder(
     env: EnvBase,
-    encoder: str | type[TimestepEncoder] | Callable[..., TimestepEncoder] = "mlp",
+    encoder: str | type[TimestepEncoder] | Callable[..., TimestepEncoder] = "auto",
     *,
     obs_keys: Sequence[NestedKey] | None = None,
     **options: Any,
@@ -41,7 +41,7 @@ def make_timestep_encoder(
     Args:
         env: environment with trial and previous-step transforms.
         encoder: a name of :data:`TIMESTEP_ENCODERS`, a class (built by its ``from_specs``), or a
-            function called with ``(specs, **options)``.
+            function called with ``(specs, **options)``; ``auto`` is ``mlp`` for vectors alone.
         obs_keys: entries to read besides the previous step; default all observations but the
             trial's bookkeeping, sorted by name.
         options: further arguments of the encoder.
@@ -55,10 +55,13 @@ def make_timestep_encoder(
         >>> make_timestep_encoder(env, "combined", output_size=8)(env.reset())["timestep"].shape
         torch.Size([2, 8])
     """
-    hint = "Use 'combined' if observations are of several kinds."
-    encoder = pick("timestep_encoder", encoder, TIMESTEP_ENCODERS, hint)
+    specs = observation_specs(env, obs_keys)
+    if encoder == "auto":
+        kinds = {combined.default_kind(spec) for spec in specs.values()}
+        encoder = "mlp" if kinds <= {"vector", None} else "combined"
+    encoder = pick("timestep_encoder", encoder, TIMESTEP_ENCODERS, "Or use 'auto'.")
     build = encoder.from_specs if isinstance(encoder, type) else encoder
-    return build(observation_specs(env, obs_keys), **options)
+    return build(specs, **options)
 
 
 def observation_specs(
