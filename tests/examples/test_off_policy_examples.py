@@ -81,7 +81,7 @@ TASK = {
         "hide_prev_step": None,
         "noise_steps": 32.0,
         "final_noise": 0.3,
-        "timestep_encoder": "mlp",
+        "timestep_encoder": "auto",
         "context_length": 16,
         "slice_length": 16,
         "round_steps": 25,

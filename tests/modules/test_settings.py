@@ -137,9 +137,9 @@ def each_change():
             other = {**first, "distribution_options": {**same, name: value}}
             yield first, other, f"distribution.{name}"
     for other in OTHERS:
-        name = next(iter(other))
-        first = {"obs_keys": ["observation", "cell"]} if name == "obs_keys" else {}
-        yield first, other, ""
+        named = {"timestep_encoder": "mlp"} if "obs_keys" in other else {}
+        first = {"obs_keys": ["observation", "cell"], **named} if named else {}
+        yield first, {**other, **named}, ""
 
 
 @pytest.mark.parametrize(

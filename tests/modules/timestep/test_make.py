@@ -111,10 +111,9 @@ def test_named_encoders_act_and_learn(name, shown):
 
 
 @pytest.mark.parametrize("shown", [(), ("cards",), ("pixels",), ("cards", "pixels")])
-def test_the_default_is_the_mlp_for_vectors_alone(shown):
-    options = {"entries": {"pixels": {"trunk": "grid"}}} if "pixels" in shown else {}
-    encoder = make_policy(make_env(*shown), timestep_options=options, **SMALL).encoder.module[0]
-    assert type(encoder) is (CombinedTimestepEncoder if shown else MLPTimestepEncoder)
+def test_the_default_combines_if_there_are_categories(shown):
+    encoder = make_policy(make_env(*shown), **SMALL).encoder.module[0]
+    assert type(encoder) is (CombinedTimestepEncoder if shown == ("cards",) else MLPTimestepEncoder)
 
 
 def test_a_policy_tells_rooms_apart():

@@ -41,7 +41,7 @@ def make_timestep_encoder(
     Args:
         env: environment with trial and previous-step transforms.
         encoder: a name of :data:`TIMESTEP_ENCODERS`, a class (built by its ``from_specs``), or a
-            function called with ``(specs, **options)``; ``auto`` is ``mlp`` for vectors alone.
+            function called with ``(specs, **options)``; ``auto`` combines categories with vectors.
         obs_keys: entries to read besides the previous step; default all observations but the
             trial's bookkeeping, sorted by name.
         options: further arguments of the encoder.
@@ -58,7 +58,7 @@ def make_timestep_encoder(
     specs = observation_specs(env, obs_keys)
     if encoder == "auto":
         kinds = {combined.default_kind(spec) for spec in specs.values()}
-        encoder = "mlp" if kinds <= {"vector", None} else "combined"
+        encoder = "combined" if kinds & {"category", "grid"} and "image" not in kinds else "mlp"
     encoder = pick("timestep_encoder", encoder, TIMESTEP_ENCODERS, "Or use 'auto'.")
     build = encoder.from_specs if isinstance(encoder, type) else encoder
     return build(specs, **options)
