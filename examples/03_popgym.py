@@ -1,7 +1,7 @@
 r"""Train on POPGym's memory tasks, one of them or several at once.
 
     pip install "torchrl-amago[popgym]"
-    python examples/03_popgym.py                                  # RepeatPreviousEasy, two minutes
+    python examples/03_popgym.py                                  # RepeatPreviousEasy, ten minutes
     python examples/03_popgym.py --env-ids AutoencodeEasy --run-dir runs/autoencode
     python examples/03_popgym.py --multi-domain --run-dir runs/multi_domain
     python examples/03_popgym.py --debug                          # a test of the setup
@@ -63,7 +63,7 @@ class Args(DomainArgs):
     num_envs: int = 16
     positions: Literal["rotary", "fixed"] = "fixed"
     timestep_encoder: Literal["combined"] = "combined"
-    total_updates: int = 2000
+    total_updates: int = 4000
     anneal_frames: int = 50_000
     capacity: int = 200_000
     eval_trials: int = 128
