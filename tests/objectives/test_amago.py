@@ -134,7 +134,7 @@ def run(loss: AMAGOLoss, batch: TensorDict) -> tuple[TensorDict, list[torch.Tens
 
 
 FORMS = [
-    {},
+    {"entropy_coeff": 0.3},
     {"n_step": 3},
     {"actions": "continuous"},
     {"actions": "continuous", "codec": "hl_gauss", "online_coeff": 0.0, "num_policy_actions": 3},
@@ -223,7 +223,7 @@ def test_compact_changes_the_work_and_not_the_numbers(n_step, monkeypatch):
     outs, grads = [], []
     for compact, drawn in ((False, subset), (True, subset[mask])):
         monkeypatch.setattr(amago, "draw_critic_subset", lambda *_, drawn=drawn: drawn)
-        loss, batch = make_loss(n_step=n_step, compact=compact), make_batch()
+        loss, batch = make_loss(n_step=n_step, compact=compact, entropy_coeff=0.3), make_batch()
         rows = []
         loss.critic_network.module.register_forward_hook(
             lambda _, args, __, rows=rows: rows.append(args[0].shape[:-1].numel())
@@ -327,6 +327,31 @@ def test_behaviour_cloning_leaves_critics_alone():
     out, _ = run(loss, make_batch())
     assert out["loss_qvalue"].item() == 0.0
     assert all(p.grad is None for p in loss.critic_network_params.parameters())
+
+
+def test_an_entropy_bonus_is_in_units_of_the_advantage():
+    batch, losses = make_batch(), []
+    for entropy_coeff in (0.0, 0.3):
+        loss = make_loss(entropy_coeff=entropy_coeff, online_coeff=2.0).eval()
+        loss.actor_network_params.data.zero_()  # uniform actions
+        losses.append(loss(batch)["loss_actor"])
+    advantage = loss.estimates(batch)["advantage"][batch["collector", "mask"]]
+    unit = (advantage / loss.value_codec.sigma).square().mean(0).sqrt()
+    assert (unit > 0.01).all()
+    torch.testing.assert_close(losses[0] - losses[1], 2.0 * 0.3 * unit.mean() * math.log(A))
+
+
+@pytest.mark.parametrize("actions", ["discrete", "continuous"])
+def test_an_entropy_bonus_widens_the_policy(actions):
+    loss = make_loss(actions=actions, offline_coeff=0.0, entropy_coeff=1000.0)
+    loss.actor_network_params.data.mul_(3.0)  # far from uniform
+    optimizer, entropies = torch.optim.SGD(loss.actor_network_params.parameters(), 1e-3), []
+    for _ in range(10):
+        out, _ = run(loss, make_batch(actions=actions))
+        entropies.append(out["entropy"].item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert entropies[-1] > entropies[0] + 0.02, entropies
 
 
 @pytest.mark.parametrize("codec", ["popart", "two_hot"])

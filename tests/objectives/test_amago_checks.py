@@ -146,6 +146,7 @@ def test_a_single_critic_has_no_spread():
         ),
         ({"online_coeff": -1.0}, "online_coeff must be positive.*, got -1.0"),
         ({"offline_coeff": -0.1}, "offline_coeff must be positive.*, got -0.1"),
+        ({"entropy_coeff": -0.1}, "entropy_coeff must be positive.*, got -0.1"),
         ({"critic_coeff": float("nan")}, "critic_coeff must be positive.*, got nan"),
         ({"reward_scale": 0.0}, "reward_scale must be positive, got 0.0"),
         ({"reward_scale": -1.0}, "reward_scale must be positive, got -1.0"),

@@ -13,10 +13,10 @@ from torchrl_amago.objectives import LOSSES
 
 SMALL = {"d_model": 16, "num_layers": 1}
 PARTS = {
-    ("amago", "paper"): (PopArt, "none"),
-    ("amago", "robust"): (RunningScale, "first"),
-    ("amago2", "paper"): (TwoHot, "none"),
-    ("amago2", "robust"): (HLGauss, "none"),
+    ("amago", "paper"): (PopArt, "none", 0.0),
+    ("amago", "robust"): (RunningScale, "first", 0.3),
+    ("amago2", "paper"): (TwoHot, "none", 0.0),
+    ("amago2", "robust"): (HLGauss, "none", 0.3),
 }
 
 
@@ -33,8 +33,9 @@ def test_the_parts_of_a_preset(loss, preset, tmp_path):
     policy = policy_of(preset=preset)
     options = dict(trial_length=18, total_updates=1, run_dir=tmp_path, loss=loss, preset=preset)
     trainer = make_trainer(make_env(), policy, **options)
-    codec, critic = trainer.loss_module.value_codec, trainer.loss_module.critic_network.module
-    assert (type(codec), critic.norm) == PARTS[loss, preset]
+    module = trainer.loss_module
+    found = (type(module.value_codec), module.critic_network.module.norm, module.entropy_coeff)
+    assert found == PARTS[loss, preset]
     is_robust = preset == "robust"
     assert policy.encoder.trajectory.normalize_states == is_robust
     assert trainer.stepper.clip_each == is_robust

@@ -406,6 +406,7 @@ def test_settings_hold_every_option():
         {"reward_scale": 1.0},
         {"online_coeff": 0.5},
         {"offline_coeff": 0.5},
+        {"entropy_coeff": 0.5},
         {"critic_coeff": 0.5},
         {"advantage_filter": "exponential"},
         {"filter_space": "value"},
@@ -464,7 +465,9 @@ def test_statistics_move_in_training_with_gradient_alone(codec, compact):
 
 
 @pytest.mark.parametrize("takes_actions", [False, True])
-@pytest.mark.parametrize("form", [{}, {"online_coeff": 0.0}, {"offline_coeff": 0.0}], ids=str)
+@pytest.mark.parametrize(
+    "form", [{}, {"online_coeff": 0.0}, {"offline_coeff": 0.0, "entropy_coeff": 0.1}], ids=str
+)
 def test_which_loss_moves_which_network(form, takes_actions):
     moves = {
         "loss_actor": {"encoder_network", "actor_network"},

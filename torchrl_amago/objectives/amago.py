@@ -53,6 +53,7 @@ class AMAGOLoss(ActorCriticLoss):
                                                          of V under the target actor
         loss_qvalue = critic_coeff * codec.loss(Q_c(s, a), target)   regression or classification
         loss_actor  = - online_coeff  * min_c V_c(s)                 by the policy's actions alone
+                      - online_coeff  * entropy_coeff * u * H(pi(s))            not in the papers
                       - offline_coeff * filter(Q(s, a) - V(s)) * log pi(a|s)
 
     Critics list the values of all actions (``state -> [*B, C, G, A, *]``) or take actions
@@ -77,6 +78,8 @@ class AMAGOLoss(ActorCriticLoss):
         reward_scale: factor of rewards in the loss only.
         online_coeff: weight of the policy-gradient term, as ``offline_coeff`` of the filtered
             imitation term and ``critic_coeff`` of the critics' loss.
+        entropy_coeff: weight of the policy's entropy H, nats, in the policy-gradient term. Its unit
+            u is each discount's root mean square of Q(s, a) - V(s) over the batch's steps.
         advantage_filter: ``"binary"``, ``"exponential"``, ``"leaky_relu"``, a function of the
             advantage, or None to imitate everything (with ``online_coeff=0``: behaviour cloning,
             critics are left alone).
@@ -131,6 +134,7 @@ class AMAGOLoss(ActorCriticLoss):
         reward_scale: float = 10.0,
         online_coeff: float = 1.0,
         offline_coeff: float = 0.1,
+        entropy_coeff: float = 0.0,
         critic_coeff: float = 10.0,
         advantage_filter: str | AdvantageFilter | None = "binary",
         filter_space: ValueSpace = "raw",
@@ -150,7 +154,7 @@ class AMAGOLoss(ActorCriticLoss):
         self.target_reduction = target_reduction or ("min" if online_coeff > 0 else "mean")
         self.n_step, self.reward_scale = n_step, reward_scale
         self.online_coeff, self.offline_coeff = online_coeff, offline_coeff
-        self.critic_coeff = critic_coeff
+        self.entropy_coeff, self.critic_coeff = entropy_coeff, critic_coeff
         remedy = "Use None to imitate every action."
         self.filter = pick("advantage_filter", advantage_filter, FILTERS, remedy)
         self.filter_space = filter_space
@@ -172,7 +176,7 @@ class AMAGOLoss(ActorCriticLoss):
         counts = ("num_target_critics", "n_step", "num_target_actions", "num_policy_actions")
         check_counts("See AMAGOLoss's arguments.", **{x: getattr(self, x) for x in counts})
         check_positive("Use 1 for rewards as they are.", reward_scale=self.reward_scale)
-        for name in ("online_coeff", "offline_coeff", "critic_coeff"):
+        for name in ("online_coeff", "offline_coeff", "entropy_coeff", "critic_coeff"):
             if (value := getattr(self, name)) != 0:
                 check_positive("Use 0 to leave its term out.", **{name: value})
 
@@ -242,8 +246,11 @@ class AMAGOLoss(ActorCriticLoss):
             tensordict.set(self.tensor_keys.priority, batch.restore(td_error_M))
 
         if self.online_coeff > 0:
-            min_v_MG = codec.to_space(v_MCG, "normalized").amin(-2)
-            terms["loss_actor"] = terms["loss_actor"] - self.online_coeff * min_v_MG
+            gain_MG = codec.to_space(v_MCG, "normalized").amin(-2)
+            if self.entropy_coeff > 0:
+                unit_G = self._advantage_unit(q_MCG, v_MCG, mask_M)
+                gain_MG = gain_MG + self.entropy_coeff * unit_G * policy.entropy()
+            terms["loss_actor"] = terms["loss_actor"] - self.online_coeff * gain_MG
         if self.offline_coeff > 0:
             log_prob_MG = policy.log_prob(action_MA.unsqueeze(-2))
             imitation_MG = log_prob_MG if weight_MG is None else weight_MG * log_prob_MG
@@ -362,6 +369,12 @@ class AMAGOLoss(ActorCriticLoss):
         """Return A(s, a) = Q(s, a) - V(s), ensemble means, ``[M, G]``, of raw values."""
         to_space = self.value_codec.to_space
         return to_space(q_MCG, space).mean(-2) - to_space(v_MCG, space).mean(-2)
+
+    def _advantage_unit(self, q_MCG: Tensor, v_MCG: Tensor, mask_M: Tensor) -> Tensor:
+        """Return the root mean square of normalised advantages over real steps, ``[G]``."""
+        a_MG = self._advantage(q_MCG, v_MCG, "normalized").where(mask_M.unsqueeze(-1), 0.0)
+        square_sum_G, num_real = self.all_reduce(a_MG.square().flatten(0, -2).sum(0), mask_M.sum())
+        return (square_sum_G / num_real.clamp_min(1)).sqrt()
 
     def _imitation_weight(self, advantage_MG: Tensor) -> Tensor:
         return torch.ones_like(advantage_MG) if self.filter is None else self.filter(advantage_MG)

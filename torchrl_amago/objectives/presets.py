@@ -26,7 +26,7 @@ def amago_loss(
 
     Args:
         preset: "paper" for the published :class:`PopArt` and plain critics; "robust" has
-            :class:`RunningScale` and normalises the critics' first layer, and learns more tasks.
+            :class:`RunningScale`, normalises the critics' first layer, and has an entropy bonus.
         value_codec: default the preset's.
         critic_options: arguments of :func:`~torchrl_amago.modules.build.make_critic`.
         options: further arguments of :class:`AMAGOLoss`, whose defaults are AMAGO's.
@@ -38,11 +38,11 @@ def amago_loss(
         >>> loss.takes_actions, loss.online_coeff
         (False, 1.0)
     """
-    codec, norm = (RunningScale, "first") if is_robust(preset) else (PopArt, "none")
-    codec = value_codec or codec(len(policy.discounts))
-    critic_options = {"norm": norm, **(critic_options or {})}
+    robust = is_robust(preset)
+    codec = value_codec or (RunningScale if robust else PopArt)(len(policy.discounts))
+    critic_options = {"norm": "first" if robust else "none", **(critic_options or {})}
     critic = make_critic(policy, value_codec=codec, **critic_options)
-    return AMAGOLoss(policy, critic, codec, **options)
+    return AMAGOLoss(policy, critic, codec, **{"entropy_coeff": 0.3 * robust, **options})
 
 
 def amago2_loss(

@@ -236,15 +236,13 @@ def test_memory_of_a_rollout(name):
     encoder = build(name).eval()
     x, time_idx, is_init = random_trials(3, 30, reset_fraction=0.0)
     _, stream = take_steps(encoder, x[:, :1], time_idx[:, :1], is_init[:, :1])
-    td = TensorDict(_stream=stream, batch_size=[3])
-    memory = encoder.memory_of(td)
+    memory = encoder._streams.find(int(stream[0]))
     size = sum(z.nbytes for z in memory.tensors().values())
     take_steps(encoder, x[:, 1:], time_idx[:, 1:], is_init[:, 1:], stream)
-    assert encoder.memory_of(td) is memory
+    assert encoder._streams.find(int(stream[0])) is memory
     assert sum(z.nbytes for z in memory.tensors().values()) == size
     assert size > 0
-    with pytest.raises(KeyError, match="no memory of stream 0.*sequences have none"):
-        encoder.memory_of(td.exclude("_stream"))
+    assert encoder._streams.find(0) is None  # sequences' number
 
 
 # Between them they have every option that changes the code which is traced.

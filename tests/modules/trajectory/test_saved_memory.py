@@ -49,7 +49,7 @@ def test_every_rollout_is_saved_and_the_oldest_leave_first():
     rollouts = [random_trials(n, 6, reset_fraction=0.0) for n in (1, 2, 3)]
     streams = [take_steps(encoder, *(z[:, :3] for z in trials))[1] for trials in rollouts]
     # The first is used again, so that the second is now the oldest.
-    encoder.memory_of({"_stream": streams[0]})
+    encoder._streams.find(int(streams[0][0]))
     state = encoder.memory_state_dict()
     assert state["streams"].tolist() == [int(streams[i][0]) for i in (1, 2, 0)]
     other.load_memory_state_dict(state)

@@ -22,7 +22,6 @@ from torchrl_amago._validation import check_choice, check_counts
 from torchrl_amago.modules._settings import Configurable
 from torchrl_amago.modules._state_norm import StateNorm
 from torchrl_amago.modules.trajectory.memory import Memory, StreamTable
-from torchrl_amago.modules.trajectory.memory.streams import stream_of
 
 
 class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
@@ -260,18 +259,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
                 f"got {tuple(value.shape)}. Keep a last dimension of 1."
             )
         return value
-
-    def memory_of(self, tensordict: TensorDictBase) -> Memory:
-        """Return this encoder's memory of a tensordict's rollout; KeyError if there is none."""
-        stream = stream_of(tensordict.get(self.stream_key, None), self.stream_key)
-        memory = self._streams.find(stream)
-        if memory is None:
-            raise KeyError(
-                f"no memory of stream {stream} in this {type(self).__name__} (has_memory="
-                f"{self.has_memory}): rollouts get one at their first step, sequences have none. "
-                f"Pass a tensordict that this encoder has stepped, with its {self.stream_key!r}."
-            )
-        return memory
 
     def reset_streams(self) -> None:
         """Forget all rollouts; those under way continue with empty memories."""
