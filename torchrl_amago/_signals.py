@@ -14,8 +14,7 @@ Outcome = Literal["finished", "interrupted", "preempted"]
 EXIT_CODES = {"finished": 0, "interrupted": 130, "preempted": 75}
 
 # SIGHUP and SIGUSR1 do not exist on Windows.
-_NAMES = ("SIGTERM", "SIGHUP", "SIGUSR1")
-_PREEMPTION = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
+_PREEMPTION = [x for x in signal.Signals if x.name in ("SIGTERM", "SIGHUP", "SIGUSR1")]
 
 
 @contextlib.contextmanager

@@ -399,6 +399,7 @@ def test_settings_hold_every_option():
     settings = loss.settings
     assert json.loads(json.dumps(settings)) == settings
     assert settings["discounts"] == [*DISCOUNTS]
+    assert "entropy_coeff" not in settings  # as in runs from before there was one
     assert settings["advantage_filter"] == "binary_filter"
     changes = [
         {"discounts": (0.5, 0.95)},
