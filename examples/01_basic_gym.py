@@ -41,7 +41,7 @@ class Args(GymArgs):
     reward_scale: float = 1.0
     """Factor of rewards in the loss; the robust preset finds their scale by itself."""
     n_step: int = 10
-    """Rewards in a TD target."""
+    """Rewards in a TD target; 1 where a random action spoils the next ones, as on slippery ice."""
 
     # Other defaults of common fields.
     run_dir: Path = Path("runs/basic_gym")
