@@ -134,13 +134,14 @@ def run(loss: AMAGOLoss, batch: TensorDict) -> tuple[TensorDict, list[torch.Tens
 
 
 FORMS = [
-    {"entropy_coeff": 0.3},
+    {},
     {"n_step": 3},
     {"actions": "continuous"},
     {"actions": "continuous", "codec": "hl_gauss", "online_coeff": 0.0, "num_policy_actions": 3},
     {"actions": "discrete", "codec": "two_hot", "takes_actions": True},
     {"actions": "multi_discrete"},
     {"actions": "multi_binary", "codec": "two_hot"},
+    {"entropy_coeff": 0.3},
 ]
 
 
@@ -216,14 +217,14 @@ def test_chunks_of_steps_change_no_number(form, monkeypatch):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("n_step", [1, 4])
-def test_compact_changes_the_work_and_not_the_numbers(n_step, monkeypatch):
+@pytest.mark.parametrize("form", [{}, {"n_step": 4}, {"entropy_coeff": 0.3}], ids=str)
+def test_compact_changes_the_work_and_not_the_numbers(form, monkeypatch):
     subset = torch.randint(4, (B, T, 2, len(DISCOUNTS)))
     mask = make_batch()["collector", "mask"]
     outs, grads = [], []
     for compact, drawn in ((False, subset), (True, subset[mask])):
         monkeypatch.setattr(amago, "draw_critic_subset", lambda *_, drawn=drawn: drawn)
-        loss, batch = make_loss(n_step=n_step, compact=compact, entropy_coeff=0.3), make_batch()
+        loss, batch = make_loss(**form, compact=compact), make_batch()
         rows = []
         loss.critic_network.module.register_forward_hook(
             lambda _, args, __, rows=rows: rows.append(args[0].shape[:-1].numel())

@@ -400,6 +400,8 @@ def test_settings_hold_every_option():
     assert json.loads(json.dumps(settings)) == settings
     assert settings["discounts"] == [*DISCOUNTS]
     assert "entropy_coeff" not in settings  # as in runs from before there was one
+    without_term = make_loss(online_coeff=0.0)
+    assert make_loss(online_coeff=0.0, entropy_coeff=0.5).settings == without_term.settings
     assert settings["advantage_filter"] == "binary_filter"
     changes = [
         {"discounts": (0.5, 0.95)},
@@ -467,7 +469,9 @@ def test_statistics_move_in_training_with_gradient_alone(codec, compact):
 
 @pytest.mark.parametrize("takes_actions", [False, True])
 @pytest.mark.parametrize(
-    "form", [{}, {"online_coeff": 0.0}, {"offline_coeff": 0.0, "entropy_coeff": 0.1}], ids=str
+    "form",
+    [{}, {"online_coeff": 0.0}, {"offline_coeff": 0.0}, {"entropy_coeff": 0.1}],
+    ids=str,
 )
 def test_which_loss_moves_which_network(form, takes_actions):
     moves = {

@@ -189,7 +189,7 @@ class AMAGOLoss(ActorCriticLoss):
     def settings(self) -> dict[str, str | float | bool | list[float] | None]:
         """Options that change the loss but no shape of its weights, flat, as JSON values."""
         options = vars(self).keys() & inspect.getfullargspec(AMAGOLoss.__init__).kwonlyargs
-        silent = {"compact"} if self.entropy_coeff else {"compact", "entropy_coeff"}
+        off = () if self.online_coeff * self.entropy_coeff else ("entropy_coeff",)
         critic = getattr(self.critic_network, "module", None)
         parts = {
             "distribution": self.distribution,
@@ -199,8 +199,8 @@ class AMAGOLoss(ActorCriticLoss):
         return {
             "discounts": [float(f"{discount:.7g}") for discount in self.discounts.tolist()],
             "advantage_filter": name_of(self.filter),
-            # `compact` changes no number, and runs from before had no entropy bonus.
-            **{name: name_of(getattr(self, name)) for name in sorted(options - silent)},
+            # `compact` changes no number, nor does a bonus that is off; older runs don't name it.
+            **{name: name_of(getattr(self, name)) for name in sorted(options - {"compact", *off})},
             **flatten(plain(parts)),
         }
 
