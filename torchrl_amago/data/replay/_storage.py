@@ -103,7 +103,12 @@ class TrialStorage(LazyMemmapStorage):
         num_rows = min(map(len, columns.values()), default=0)
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
         self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
-        self.spec, self._table, self._claimed = spec, table, {}
+        self.spec, self._table, self._claimed, self._entries = spec, table, {}, {}
+        for key in spec:
+            is_twice = layout.is_twice(key, spec)
+            stored = self._storage[key[is_twice:]]
+            rows = stored.reshape(-1) if stored.numel() == len(stored) else stored  # faster
+            self._entries[key] = rows, stored.shape[1:], is_twice
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
@@ -201,14 +206,10 @@ class TrialStorage(LazyMemmapStorage):
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
         after = here + 1
         for key in self.spec if keys is None else map(layout.as_tuple, keys):
-            is_twice = layout.is_twice(key, self.spec)
-            stored = self._storage[key[is_twice:]]
-            # Single numbers as a vector: three times as fast.
-            values = stored.reshape(-1) if stored.numel() == len(stored) else stored
-            size = here.shape + values.shape[1:]
-            memory = self._memory.take(key, size, values.dtype) if reuse else None
-            found = torch.index_select(values, 0, after if is_twice else here, out=memory)
-            out.set(key, found.reshape(row.shape + stored.shape[1:]))
+            rows, shape, is_twice = self._entries[key]
+            to = self._memory.take(key, here.shape + rows.shape[1:], rows.dtype) if reuse else None
+            found = torch.index_select(rows, 0, after if is_twice else here, out=to)
+            out.set(key, found.view(row.shape + shape))
         return out
 
     def __getitem__(self, index: Any) -> TensorDict:
