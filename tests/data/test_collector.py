@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
-from tensordict import assert_close
+from tensordict import TensorDict, assert_close
 from torchrl.collectors import Collector
 from torchrl.data import LazyTensorStorage, ReplayBuffer
-from torchrl.envs import GymEnv, RenameTransform, TransformedEnv
+from torchrl.envs import GymEnv, RenameTransform, RewardSum, SerialEnv, TransformedEnv
 
-from tests.data.trials import make_buffer, make_env, stored_trials
+from tests.data import trials
+from tests.data.trials import assert_columns, assert_same, make_buffer, make_env, stored_trials
 from tests.evaluation.scripted import act
+from tests.modules.trajectory.test_saved_memory import through_a_file
 from torchrl_amago import MetaFrozenLake, make_policy, make_trial_buffer, make_trial_env
 from torchrl_amago.data import TrialCollector
+from torchrl_amago.envs.tasks import DarkKeyDoor, MazeRunner, TMaze
 
 ENDLESS = [1000]  # lengths of trials
 
@@ -45,13 +46,13 @@ def test_writes_what_torchrls_does(frames, reset_at):
     theirs = collect(Collector, rounds, frames, reset_at, trajs_per_batch=1)
     assert ours[0] == theirs[0]
     assert ours[0][-1] > 20
-    assert_close(ours[1], theirs[1], rtol=0, atol=0)
+    assert_same(ours[1], theirs[1])
 
 
 def test_may_start_anew_in_each_batch():
     ours = collect(TrialCollector, 6, 60, reset_at_each_iter=True)
     theirs = collect(Collector, 6, 60, reset_at_each_iter=True, trajs_per_batch=1)
-    assert_close(ours[1], theirs[1], rtol=0, atol=0)
+    assert_same(ours[1], theirs[1])
 
 
 def scripted(lengths, rows, frames, total_frames, **options):
@@ -70,15 +71,15 @@ def test_endless_trials_are_written_in_fragments_with_their_true_time(frames, st
         assert torch.tensor(counts).diff().max() == (1 if stagger else 4)
     firsts = []
     for fragment in stored_trials(buffer):
-        time = fragment["time_idx"].squeeze(-1)
-        assert time.tolist() == list(range(int(time[0]), int(time[0]) + len(fragment)))
-        assert torch.equal(fragment["next", "reward"].squeeze(-1), 100.0 * ENDLESS[0] + time)
-        assert fragment["is_init"].squeeze(-1).tolist() == (time == 0).tolist()
-        assert not fragment["next", "done"].any()
-        if time[0] == 0:
-            firsts.append(len(fragment))
+        first, length = int(fragment["time_idx"][0]), len(fragment)
+        time = range(first, first + length)
+        assert_columns(fragment, time_idx=time, is_init=[t == 0 for t in time])
+        reward = [100.0 * ENDLESS[0] + t for t in time]
+        assert_columns(fragment["next"], reward=reward, done=[False] * length)
+        if first == 0:
+            firsts.append(length)
         else:
-            assert len(fragment) == 10
+            assert length == 10
     assert sorted(firsts) == ([3, 5, 8, 10] if stagger else [10] * 4)
     # 100 steps of each row, of which less than a fragment waits in the collector.
     assert 4 * 90 < len(buffer) <= 400
@@ -154,9 +155,8 @@ def test_postproc_sees_trials_as_padded_rows_and_may_shorten_them(fragment_lengt
             rows["next", "done"] = rows["next", "done"] | (rows["time_idx"] == 3)
         return rows.set(("collector", "mask"), left)
 
-    collector, buffer = scripted(
-        lengths, 3, 30, 120, postproc=cut_to_four, fragment_length=fragment_length, stagger=False
-    )
+    options = {"fragment_length": fragment_length, "stagger": False, "postproc": cut_to_four}
+    collector, buffer = scripted(lengths, 3, 30, 120, **options)
     list(collector)
     if fragment_length is None:
         assert {tuple(time) for time in seen} == {tuple(range(m)) for m in lengths}
@@ -168,9 +168,8 @@ def test_postproc_sees_trials_as_padded_rows_and_may_shorten_them(fragment_lengt
 
 
 def test_dropping_trials_at_each_batch_drops_fragments_begun():
-    collector, buffer = scripted(
-        ENDLESS, 2, 20, 100, fragment_length=4, stagger=False, reset_at_each_iter=True
-    )
+    options = {"fragment_length": 4, "stagger": False, "reset_at_each_iter": True}
+    collector, buffer = scripted(ENDLESS, 2, 20, 100, **options)
     list(collector)
     # 10 steps of each row in each batch: two fragments, and two steps that are dropped.
     times = [trial["time_idx"].flatten().tolist() for trial in stored_trials(buffer)]
@@ -185,10 +184,158 @@ def test_may_be_driven_step_by_step_or_from_a_thread(prepared):
             assert collector.next() is None
     else:
         collector.start()
-        deadline = time.monotonic() + 60
-        while collector.is_running():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
+        trials.wait_for(lambda: not collector.is_running())
     assert len(buffer) == 100
     assert collector.stats()["frames"] == 100
     collector.shutdown()
+
+
+# -- stopped in mid-trial, and going on elsewhere as if it had never stopped ---------------------
+
+
+ENCODERS = {
+    "transformer": {"d_model": 16, "num_heads": 2, "num_layers": 1},
+    "gru": {"d_model": 16, "num_layers": 1},
+    "lstm": {"d_model": 16, "num_layers": 2},
+    "mamba": {"d_model": 16, "num_layers": 1},
+    "linear_attention": {"d_model": 16, "num_layers": 1, "num_heads": 2},
+    "feedforward": {"d_model": 16, "num_layers": 1},
+}
+TASKS = {
+    "lake": lambda seed: make_trial_env(MetaFrozenLake(batch_size=(5,), seed=seed), episodes=3),
+    "door": lambda seed: make_trial_env(DarkKeyDoor(batch_size=(4,), seed=seed), episodes=2),
+    "maze": lambda seed: make_trial_env(MazeRunner(batch_size=(3,), seed=seed), horizon=70),
+    "tmaze": lambda seed: make_trial_env(TMaze(8, batch_size=(6,), seed=seed), episodes=2),
+    "two dimensions": lambda seed: make_trial_env(
+        MetaFrozenLake(batch_size=(2, 3), seed=seed), episodes=2
+    ).append_transform(RewardSum()),
+}  # fmt: skip
+
+
+class Recorder(list):
+    """In place of a buffer: keeps what is written."""
+
+    def extend(self, trials, lengths=None):
+        self.append((trials.clone(), lengths))
+
+
+def make_collector(task="lake", encoder="gru", seed=0, rounds=0, **options):
+    """A collector that has collected so many batches."""
+    torch.manual_seed(seed)
+    env = TASKS[task](seed)
+    model = {"seq_model": encoder, "seq_model_options": ENCODERS[encoder]}
+    policy = make_policy(env, context_length=40, exploration={"horizon": 40}, **model)
+    options |= {"replay_buffer": Recorder(), "frames_per_batch": 7 * env.batch_size.numel()}
+    collector = TrialCollector(env, policy, **options)
+    next_writes(collector, rounds)
+    return collector
+
+
+def next_writes(collector, batches):
+    written = collector.replay_buffer
+    begin, rounds = len(written), iter(collector)
+    for _ in range(batches):
+        next(rounds)
+    return written[begin:]
+
+
+def assert_same_writes(found, expected):
+    assert len(found) == len(expected) > 0
+    for (steps, lengths), (expected_steps, expected_lengths) in zip(found, expected, strict=True):
+        assert lengths == expected_lengths
+        assert_close(steps, expected_steps, rtol=0, atol=0, equal_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("task", "encoder", "options"),
+    [
+        *(("lake", encoder, {}) for encoder in ENCODERS),
+        *((task, "gru", {}) for task in TASKS if task != "lake"),
+        *((task, "gru", {"fragment_length": 6}) for task in ("lake", "maze", "two dimensions")),
+    ],
+)
+def test_goes_on_as_if_it_had_never_stopped(task, encoder, options):
+    collector = make_collector(task, encoder, seed=0, rounds=5, **options)
+    state, rng = through_a_file(collector.state_dict()), torch.get_rng_state()
+    expected = next_writes(collector, 10)
+    other = make_collector(task, encoder, seed=1, rounds=2, **options)
+    other.load_state_dict(state)
+    torch.set_rng_state(rng)
+    assert_same_writes(next_writes(other, 10), expected)
+    remembers, in_progress = encoder != "feedforward", state["in_progress"]
+    assert (len(in_progress["memories"]["0"]["streams"]) > 0) == remembers
+    assert len(in_progress["pending"]["action"]) > 0
+    assert (len(in_progress["begun"]) > 0) == bool(options)
+
+
+def test_state_is_not_shared_with_the_collector():
+    collector = make_collector(rounds=5)
+    state = collector.state_dict()["in_progress"]
+    before = through_a_file(state)
+    next_writes(collector, 3)
+    for key in ("carrier", "pending", "memories"):
+        assert_close(TensorDict(state[key]), TensorDict(before[key]), rtol=0, atol=0)
+    assert torch.equal(before["env"]["_num_steps"], state["env"]["_num_steps"])
+
+
+@pytest.mark.parametrize("rows", [[1], [0, 3]])
+def test_rows_reset_right_after_loading(rows):
+    collector = make_collector(rounds=5)
+    state = through_a_file(collector.state_dict())
+    other = make_collector(seed=1)
+    other.load_state_dict(state)
+    found = []
+    for each in (collector, other):
+        torch.manual_seed(2)
+        each.reset(rows)
+        found.append(next_writes(each, 12))
+    assert_same_writes(*found)
+
+
+def test_without_state_of_the_environment_trials_begin_anew():
+    lakes = SerialEnv(2, lambda: MetaFrozenLake(batch_size=(2,), seed=0))
+    for env in (lakes, GymEnv("CartPole-v1")):
+        options = {"replay_buffer": Recorder(), "frames_per_batch": 20, "total_frames": -1}
+        collector = TrialCollector(env, env.rand_action, **options)
+        next_writes(collector, 2)
+        state = collector.state_dict()
+        assert "in_progress" not in state
+        collector.load_state_dict(state, strict=False)
+        collector.reset()
+        for steps, _ in next_writes(collector, 15):
+            # Each trial is whole: as many ends as there are trials.
+            assert steps["next", "done"].sum() == len(steps["collector", "traj_ids"].unique())
+        collector.shutdown()
+
+
+def test_loading_drops_the_steps_that_wait():
+    collector = make_collector(rounds=4)
+    state = collector.state_dict()
+    del state["in_progress"]
+    collector.load_state_dict(state)
+    collector.reset()
+    ids = [steps["collector", "traj_ids"] for steps, _ in next_writes(collector, 14)]
+    assert int(torch.cat(ids).min()) >= int(state["traj_pool"]["traj_id"])
+
+
+def test_another_environment_raises():
+    collector, other = (make_collector(task) for task in ("lake", "door"))
+    before = through_a_file(other.state_dict()["traj_pool"])
+    with pytest.raises(ValueError, match=r"batch size \[5\], got DarkKeyDoor with \[4\]"):
+        other.load_state_dict(collector.state_dict())
+    assert other.state_dict()["traj_pool"] == before
+    options = {"replay_buffer": Recorder(), "frames_per_batch": 4}
+    third = TrialCollector(GymEnv("CartPole-v1"), act, **options)
+    with pytest.raises(ValueError, match="only in an environment that can load its state"):
+        third.load_state_dict(collector.state_dict())
+
+
+def test_torchrls_collector_loads_the_rest():
+    collector = make_collector(rounds=5)
+    state = collector.state_dict()
+    policy = make_collector(seed=1).policy
+    other = Collector(TASKS["lake"](1), policy, frames_per_batch=5)
+    other.load_state_dict(state)
+    assert other.state_dict()["frames"] == state["frames"]
+    for name, value in policy.state_dict().items():
+        assert torch.equal(value, state["policy_state_dict"][name])

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tensordict import assert_close
 from torchrl.data import LazyTensorStorage, ReplayBufferEnsemble, TensorDictReplayBuffer
 from torchrl.data.replay_buffers import RandomSampler
 
 from tests.data import trials
-from tests.data.trials import even_mixture, filled, make_buffer, make_trial, make_trials, seeded
+from tests.data.trials import assert_same, even_mixture, filled, make_buffer, make_trial, seeded
 from torchrl_amago.data import mixture as mixture_module
 from torchrl_amago.data.mixture import TrialMixture
 
@@ -114,11 +113,6 @@ def test_weights_against_a_plain_account(parts, anneal_updates, gives_initial):
                 mixture.sample()
 
 
-def test_no_online_buffer():
-    with pytest.raises(RuntimeError, match=r"one of \['old'\], got online=None"):
-        even_mixture({"old": make_buffer([5])}).extend(make_trial(5))
-
-
 def test_a_folder_that_is_only_read(tmp_path):
     written = make_buffer([5, 6], path=tmp_path / "data")
     kept = written[:].clone()
@@ -126,13 +120,15 @@ def test_a_folder_that_is_only_read(tmp_path):
     protected = make_buffer(capacity=None, path=tmp_path / "data", mode="read")
     mixture = even_mixture({"old": protected, "new": make_buffer()}, 16, online="new")
     assert mixture.online is mixture.buffers["new"]
-    for trial in make_trials([7] * 60, 1000):  # more than its capacity
+    for trial in trials.make_trials([7] * 60, 1000):  # more than its capacity
         mixture.extend(trial)
         mixture.sample()
     assert len(mixture.online) > 80
-    assert_close(protected[:], kept, rtol=0, atol=0)
+    assert_same(protected[:], kept)
     assert files == trials.content_of(tmp_path / "data")
     assert mixture.num_trials == 2 + mixture.online.num_trials
+    with pytest.raises(RuntimeError, match=r"one of \['old'\], got online=None"):
+        even_mixture({"old": written}).extend(make_trial(5))
 
 
 @pytest.mark.parametrize(
@@ -176,7 +172,7 @@ def test_goes_on_as_if_nothing_had_been(tmp_path, own_generator):
         torch.set_rng_state(rng)
     assert (other.updates, other.ready_at) == (2, {"old": 0, "new": 1})
     for batch in expected:
-        assert_close(other.sample(), batch, rtol=0, atol=0)
+        assert_same(other.sample(), batch)
 
 
 @pytest.mark.parametrize("had_one", [True, False])
@@ -220,11 +216,10 @@ def test_other_data_cant_go_on(first, second):
 
 
 def test_the_same_data_go_on_wherever_they_lie(tmp_path):
-    written = make_buffer([5, 6], path=tmp_path / "data")
-    state = even_mixture({"old": written}).state_dict()
+    state = even_mixture({"old": make_buffer([5, 6], path=tmp_path / "data")}).state_dict()
     opened = make_buffer(capacity=None, path=tmp_path / "data", mode="read")
     at_once = make_buffer()
-    at_once.extend(torch.cat(make_trials([5, 6])))
+    at_once.extend(torch.cat(trials.make_trials([5, 6])))
     # Other trials lay there before.
     moved = filled(make_buffer([4, 7], 900, capacity=12), [5, 6])
     for buffer in (opened, at_once, moved):
@@ -247,8 +242,7 @@ def test_entries_of_the_collection_may_be_missing(key):
     buffers = {"with": make_buffer(), "without": make_buffer([5])}
     buffers["with"].extend(make_trial(5).set(key, torch.ones(5)))
     mixture = even_mixture(buffers, 16)
-    batches = [mixture.sample() for _ in range(3)]
-    assert all(key not in batch.keys(True) for batch in batches)
+    assert all(key not in mixture.sample().keys(True) for _ in range(3))
 
 
 @pytest.mark.parametrize(
@@ -338,7 +332,7 @@ def test_stock_buffers(make_new):
     again = make(generator=torch.Generator())
     again.extend(make_trial(4, 1000))
     again.load_state_dict(state)
-    assert_close(again.sample(), mixture.sample(), rtol=0, atol=0)
+    assert_same(again.sample(), mixture.sample())
     with pytest.raises(ValueError, match="Load the same data"):
         make(first_id=1, generator=torch.Generator()).load_state_dict(state)
 

@@ -8,15 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tensordict import TensorDict, assert_close
+from tensordict import TensorDict
 from torchrl.envs.utils import step_mdp
 
-from tests.data.trials import make_buffer, seeded
-from torchrl_amago.data import TrialCollector, make_trial_buffer
+from tests.data.trials import assert_columns, assert_same, make_buffer, seeded
+from torchrl_amago import MazeRunner, TrialCollector, make_trial_buffer, make_trial_env
 from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel
 from torchrl_amago.data.relabel.goals import meeting_steps
-from torchrl_amago.envs import make_trial_env
-from torchrl_amago.envs.tasks import MazeRunner
 
 MASK = ("collector", "mask")
 LIMIT = 16  # steps of an episode in a maze
@@ -147,7 +145,7 @@ def test_replay_with_any_goals_follows_the_rules(worlds, data):
     goals, nowhere = batch["goals"][:, 0], torch.zeros(len(worlds), dtype=torch.bool)
     assert_shows(GoalSequenceRelabel().with_goals(batch, goals), [play(*world) for world in worlds])
     kept = GoalSequenceRelabel().with_goals(batch, torch.tensor(new), nowhere)
-    assert_close(batch.clone().update(kept), batch, rtol=0, atol=0)  # padding included
+    assert_same(batch.clone().update(kept), batch)  # padding included
 
 
 @given(worlds(), st.sampled_from(["some", "all"]), st.integers(0, 2**31))
@@ -155,7 +153,7 @@ def test_relabelled_trials_are_those_with_new_goals_made_as_the_paper_says(world
     batch = stored(worlds)
     before = batch.clone()
     out = batch.clone().update(GoalSequenceRelabel(strategy).relabel_trials(batch, seeded(seed)))
-    assert_close(batch, before, rtol=0, atol=0)
+    assert_same(batch, before)
     assert_shows(out, replayed(worlds, goals_at_first(out)))
     for b, ((achieved, goals), new) in enumerate(zip(worlds, goals_at_first(out), strict=True)):
         steps = play(achieved, goals)
@@ -165,11 +163,8 @@ def test_relabelled_trials_are_those_with_new_goals_made_as_the_paper_says(world
         assert EMPTY not in new
         met = [t for t, step in enumerate(steps) if step[("next", "reward")][0]]
         done, open_ = old[: len(met)], old[len(met) :]
-        free = [
-            t
-            for t, step in enumerate(steps)
-            if t not in met and any(place != EMPTY for place in step[("next", "achieved")])
-        ]
+        gives = [any(place != EMPTY for place in step[("next", "achieved")]) for step in steps]
+        free = [t for t in range(len(steps)) if t not in met and gives[t]]
         num_met = int(out["next", "reward"][b][out[MASK][b]].sum())
         if strategy == "all":
             assert num_met >= min(len(old), len(done) + len(free))
@@ -231,10 +226,8 @@ def test_each_achieved_goal_is_as_likely_and_a_step_gives_one():
 def test_none_reads_and_changes_nothing():
     relabel = GoalSequenceRelabel("none")
     assert relabel.in_keys == []
-    mask = torch.tensor([[True, False]])
-    out = relabel.relabel_trials(TensorDict({MASK: mask}, [1, 2]))
-    assert list(out.keys(True, True)) == [MASK]
-    assert torch.equal(out[MASK], mask)
+    trials = TensorDict({MASK: torch.tensor([[True, False]])}, [1, 2])
+    assert_same(relabel.relabel_trials(trials), trials)
 
 
 def test_goals_that_stay_visible_and_trials_that_go_on():
@@ -248,8 +241,7 @@ def test_goals_that_stay_visible_and_trials_that_go_on():
     relabel.relabel_trials(batch)  # replays the stored trial, and finds it
     out = relabel.with_goals(batch, torch.tensor([[A, B]]))
     assert out[MASK].all()
-    assert out["next", "reward"].flatten().tolist() == [0, 1, 1, 0]
-    assert not out["next", "terminated"].any()
+    assert_columns(out["next"], reward=[0, 1, 1, 0], terminated=[False] * 4)
     assert (out["goals"] == torch.tensor([A, B])).all()
 
 
@@ -312,22 +304,16 @@ def test_integer_goals_of_one_number():
 
 
 YES = torch.tensor([[[True]]])
+HALF = {("next", "reward"): torch.tensor([[[0.5], [0.0]]])}
+CUT = {("next", "terminated"): ~YES, ("next", "truncated"): YES}
 
 
 @pytest.mark.parametrize(
     ("trial", "changes", "match"),
     [
         (play([[X], [A]], [A, X]) * 2, {}, r"\['goals'.*single episode"),  # two episodes
-        (
-            play([[A], [X]], [Y]),
-            {("next", "reward"): torch.tensor([[[0.5], [0.0]]])},
-            r"\[\('next', 'reward'\).*environment's reward as reward_fn",
-        ),
-        (
-            play([[A]], [A]),
-            {("next", "terminated"): ~YES, ("next", "truncated"): YES},
-            r"'terminated'\), .*ends `terminated` when it meets its goal, as",
-        ),
+        (play([[A], [X]], [Y]), HALF, r"\[\('next', 'reward'\).*environment's reward as reward_fn"),
+        (play([[A]], [A]), CUT, r"'terminated'\), .*ends `terminated` when it meets its goal, as"),
     ],
     ids=["episodes", "reward", "truncated"],
 )
@@ -360,9 +346,7 @@ def test_what_ended_a_trial_otherwise_still_does(make):
     if make is HindsightRelabel:
         batch, goals = with_single_goals(batch), goals[:, 0]
     out = make(check=False).with_goals(batch, goals)
-    assert out["next", "terminated"].squeeze(-1).tolist() == [[False, True], [False, False]]
-    assert out["next", "truncated"].squeeze(-1).tolist() == [[False, False], [False, True]]
-    assert out["next", "done"].squeeze(-1).tolist() == [[False, True]] * 2
+    assert_columns(out["next"], terminated=[0, 1, 0, 0], truncated=[0, 0, 0, 1], done=[0, 1] * 2)
 
 
 def test_a_time_limit_that_terminates_just_when_a_goal_is_met():
@@ -460,9 +444,8 @@ def collected():
     """Trials of random actions, flat, as the collector writes them."""
     env, buffer = maze_env([16], 20, num_goals=2), make_buffer(capacity=10_000)
     torch.manual_seed(0)
-    options = {"frames_per_batch": 16 * 60, "total_frames": 16 * 60}
-    collector = TrialCollector(env, env.rand_action, replay_buffer=buffer, **options)
-    list(collector)
+    options = {"frames_per_batch": 16 * 60, "total_frames": 16 * 60, "replay_buffer": buffer}
+    list(TrialCollector(env, env.rand_action, **options))
     return buffer[:]
 
 
@@ -477,16 +460,14 @@ def test_batches_of_a_buffer_hold_relabelled_trials(collected):
     buffer = refilled(collected, 20, GoalSequenceRelabel("some"))
     seen = Counter()
     for _ in range(3):
-        batch = buffer.sample()
-        for b in range(len(batch)):
-            length = int(batch[MASK][b].sum())
-            places = batch["next", "achieved"][b, :length].tolist()
-            achieved = [[tuple(place) for place in step] for step in places]
-            expected = play(achieved, goals_at_first(batch[b : b + 1])[0])
-            for step in expected[-1:]:  # trials out of time are terminated, too
-                step[("next", "terminated")], step[("next", "truncated")] = [True], [False]
-            assert_shows(batch[b : b + 1], [expected])
-            seen[int(batch["next", "reward"][b, :length].sum())] += 1
+        for trial in buffer.sample().split(1):
+            real = trial[trial[MASK]]["next"]
+            achieved = [[tuple(place) for place in step] for step in real["achieved"].tolist()]
+            expected = play(achieved, *goals_at_first(trial))
+            # Trials out of time are terminated, too.
+            expected[-1] |= {("next", "terminated"): [True], ("next", "truncated"): [False]}
+            assert_shows(trial, [expected])
+            seen[int(real["reward"].sum())] += 1
     assert set(seen) == {0, 1, 2}
     assert (buffer[:] == collected).all()
 
@@ -528,7 +509,7 @@ def test_single_goals_by_hand(strategy):
     batch = single_goal_trials(lengths)
     before = batch.clone()
     out = HindsightRelabel(strategy, fraction=1.0).relabel_trials(batch, seeded())
-    assert_close(batch, before, rtol=0, atol=0)
+    assert_same(batch, before)
     goals = out["desired_goal"][:, :1]
     assert (out["desired_goal"] == goals).all()
     assert (out["next", "desired_goal"] == goals).all()
@@ -537,10 +518,8 @@ def test_single_goals_by_hand(strategy):
     assert strategy != "final" or (goals == last).all()
     # The walk comes to n at step n, which ends it.
     assert torch.equal(out[MASK].sum(-1), goals.long() + 1)
-    expected = [
-        play(straight(m), [(goal,)]) for m, goal in zip(lengths, goals.tolist(), strict=True)
-    ]
-    assert_shows(out, expected, REWARDS + FLAGS)
+    pairs = zip(lengths, goals.tolist(), strict=True)
+    assert_shows(out, [play(straight(m), [(goal,)]) for m, goal in pairs], REWARDS + FLAGS)
 
 
 def test_where_single_goals_come_from():
@@ -569,11 +548,10 @@ def test_rewards_of_each_step_where_trials_go_on():
     batch = rewarded(single_goal_trials([5]), -1.0)
     options = {"fraction": 1.0, "reward_fn": sparse, "success_threshold": -0.5}
     out = HindsightRelabel("final", ends_trial=False, **options).relabel_trials(batch)
-    assert out["next", "reward"].flatten().tolist() == [-1, -1, -1, 0, 0]
-    assert out["prev_reward"].flatten().tolist() == [0, -1, -1, -1, 0]
+    assert_columns(out["next"], reward=[-1, -1, -1, 0, 0], terminated=[False] * 5)
+    assert_columns(out, prev_reward=[0, -1, -1, -1, 0])
     assert out[MASK].all()
     assert torch.equal(out["next", "done"], batch["next", "done"])
-    assert not out["next", "terminated"].any()
     out = HindsightRelabel("final", **options).relabel_trials(batch)
     assert out[MASK].flatten().tolist() == [True] * 4 + [False]
 
@@ -588,11 +566,9 @@ def test_each_place_but_empty_ones_may_be_the_goal():
 
     # The last step achieves nothing in every third trial, and else one or two things of three.
     places = torch.stack([torch.full_like(place, -1.0), place, place + 10], 2)
-    places[::3, -1] = -1.0
-    places[1::3, -1, 2] = -1.0
+    places[::3, -1] = places[1::3, -1, 2] = -1.0
     batch["next", "achieved_goal"] = places
-    relabel = HindsightRelabel("final", fraction=1.0, empty_goal=-1.0)
-    out = relabel.relabel_trials(batch, seeded())
+    out = HindsightRelabel("final", fraction=1.0, empty_goal=-1.0).relabel_trials(batch, seeded())
     goals = out["desired_goal"][:, 0, 0].view(-1, 3)
     assert (goals[:, 0] == 99).all()
     assert torch.equal(out[MASK], batch[MASK])

@@ -20,8 +20,7 @@ from torchrl.envs import Compose, ParallelEnv, RewardScaling, SerialEnv, Transfo
 
 from tests.data.test_relabel import LIMIT, MASK, maze_env, refilled
 from tests.data.trials import seeded
-from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.data.relabel import GoalSequenceRelabel, HindsightRelabel, Relabel
+from torchrl_amago import GoalSequenceRelabel, HindsightRelabel, Relabel, make_trial_buffer
 
 REWARD = ("next", "reward")
 IDS = ("collector", "traj_ids")
@@ -64,9 +63,9 @@ def trials():
     """Twelve whole trials `[12, L]`, padded with zeros, as TorchRL's collector gives them."""
     torch.manual_seed(0)
     env = maze_env()
-    options = {"trajs_per_batch": 12, "traj_format": "padded", "total_frames": 8 * 3 * LIMIT}
-    collector = Collector(env, env.rand_action, frames_per_batch=8 * 3 * LIMIT, **options)
-    batch = next(iter(collector))
+    frames = 8 * 3 * LIMIT
+    options = {"trajs_per_batch": 12, "frames_per_batch": frames, "total_frames": frames}
+    batch = next(iter(Collector(env, env.rand_action, traj_format="padded", **options)))
     lengths = batch[MASK].sum(-1)
     assert lengths.min() < lengths.max()
     goal = batch["goals"][:, :1, 0].expand(*batch.shape, 2).contiguous()
@@ -93,8 +92,7 @@ def stock_buffer_of(trials: TensorDict, relabel=None, **options) -> TensorDictRe
 
 
 def assert_all_reach_their_goals(batch: TensorDict) -> None:
-    reward = batch[REWARD].squeeze(-1).where(batch[MASK], 0)
-    assert (reward.sum(-1) == 1).all()
+    assert (batch[REWARD].squeeze(-1).where(batch[MASK], 0).sum(-1) == 1).all()
 
 
 assert_equal = partial(assert_close, rtol=0, atol=0, equal_nan=False)
@@ -218,8 +216,7 @@ def test_a_mask_must_be_the_beginning_of_each_trial(trials):
     assert torch.equal(Masked(first_half)(trials)[MASK], first_half)
     with pytest.raises(ValueError, match="each trial's remaining first steps"):
         Masked(step != 1)(trials)
-    message = r"to at least one step, got lengths \[0, 0.* from \["
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"to at least one step, got lengths \[0, 0.* from \["):
         buffer_of(trials, relabel=Masked(torch.tensor(False))).sample()
     with pytest.raises(TypeError, match="abstract"):
         Relabel([])
@@ -332,12 +329,10 @@ def test_as_a_postproc_of_whole_trials(make):
         assert_equal(by_hand(one).exclude(IDS), other.exclude(IDS))
 
 
+PADDED = {"trajs_per_batch": 2, "traj_format": "padded"}
 OTHER_BATCHES = {
     "raw": (LIMIT, {}),
-    "before trajectories are put together": (
-        LIMIT,
-        {"trajs_per_batch": 2, "traj_format": "padded"},
-    ),
+    "before trajectories are put together": (LIMIT, PADDED),
     "cut": (LIMIT - 1, {"split_trajs": True}),
 }
 

@@ -18,8 +18,7 @@ from torchrl.objectives import SoftUpdate
 from tests.data import trials
 from tests.data.trials import LENGTHS, assert_stored_trials_are_whole, found_trials, make_env
 from tests.processes import fork_workers
-from torchrl_amago import MetaFrozenLake, amago_loss, make_policy, make_trial_env
-from torchrl_amago.data import TrialCollector
+from torchrl_amago import MetaFrozenLake, TrialCollector, amago_loss, make_policy, make_trial_env
 
 SLICE = 8
 
@@ -41,9 +40,8 @@ def make_answer():
 
 def make_buffer(kind, capacity, **options):
     options |= {"capacity": capacity, "slice_length": SLICE, "batch_size": 16}
-    return (
-        trials.make_buffer(**options) if kind == "trials" else trials.stock_buffer(kind, **options)
-    )
+    make = trials.make_buffer if kind == "trials" else partial(trials.stock_buffer, kind)
+    return make(**options)
 
 
 def flatten(batch):
@@ -158,9 +156,8 @@ def test_workers_write_trials_and_follow_the_weights(workers, monkeypatch):
     fork_workers(monkeypatch)
     make, options, kind = WORKERS[workers]
     policy, rb = make_answer(), make_buffer(kind, 5000)
-    collector = make(
-        [make_env] * 2, policy, frames_per_batch=42, total_frames=-1, replay_buffer=rb, **options
-    )
+    options = {"frames_per_batch": 42, "total_frames": -1, "replay_buffer": rb, **options}
+    collector = make([make_env] * 2, policy, **options)
     try:
         rounds = iter(collector)
         while len(rb) < 200:
@@ -213,11 +210,9 @@ def test_ensemble_of_buffers(kinds, p):
     members = [make_buffer(kind, 1000) for kind in kinds]
     for member in members:
         list(writing(TrialCollector, member, rounds=10))
-    ensemble = ReplayBufferEnsemble(*members, p=p, num_buffer_sampled=4, batch_size=16)
-    batch = ensemble.sample()
+    batch = ReplayBufferEnsemble(*members, p=p, num_buffer_sampled=4, batch_size=16).sample()
     assert batch.shape[:2] == (4, 4)
-    sampled = SimpleNamespace(sample=lambda: batch.reshape(16, -1))
-    assert_slices_are_of_one_trial(sampled, draws=1)
+    assert_slices_are_of_one_trial(SimpleNamespace(sample=lambda: batch.reshape(16, -1)), draws=1)
 
 
 # --- into the loss ---
@@ -233,8 +228,7 @@ def test_batches_feed_the_loss(kind, collector):
     rb = make_buffer(kind, 150)
     options = {"frames_per_batch": 40, "total_frames": 200, "replay_buffer": rb}
     list(COLLECTORS[collector](env, policy, **options))
-    losses = loss(rb.sample())
-    total = sum(value for key, value in losses.items() if key.startswith("loss_"))
+    total = sum(value for key, value in loss(rb.sample()).items() if key.startswith("loss_"))
     total.backward()
     assert total.isfinite()
     assert all(p.grad.isfinite().all() for p in policy.parameters() if p.grad is not None)

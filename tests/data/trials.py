@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import threading
+import time
 
 import pytest
 import torch
@@ -12,9 +15,7 @@ from torchrl.data import LazyMemmapStorage, LazyTensorStorage, TensorDictReplayB
 from torchrl.envs import Compose, InitTracker, TransformedEnv
 
 from tests.evaluation.scripted import ScriptedTrials
-from torchrl_amago.data import TrialSliceSampler, make_trial_buffer
-from torchrl_amago.data.mixture import TrialMixture
-from torchrl_amago.envs import PreviousStepTransform
+from torchrl_amago import PreviousStepTransform, TrialMixture, TrialSliceSampler, make_trial_buffer
 
 # Of the trials of each row of `make_env`; the n-th reward of a trial is 100 * length + n.
 LENGTHS = [[3, 12, 1, 7], [5, 5, 9, 2], [6, 1, 1, 4]]
@@ -86,6 +87,25 @@ def content_of(folder) -> dict:
     return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
+    """The content with one bit changed."""
+    damaged = bytearray(content)
+    damaged[place] ^= 1 << bit
+    return bytes(damaged)
+
+
+def full(*_, **__):
+    """In place of a function that writes: the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def wait_for(condition) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -109,6 +129,12 @@ def windows(batch) -> set[tuple[int, ...]]:
 def assert_same(found, expected) -> None:
     """The same entries, bit by bit, and no others."""
     assert_close(found, expected, rtol=0, atol=0)
+
+
+def assert_columns(steps: TensorDict, **columns) -> None:
+    """Entries of one number in each step hold these."""
+    for name, column in columns.items():
+        assert steps[name].flatten().tolist() == list(column), name
 
 
 @contextlib.contextmanager

@@ -63,8 +63,7 @@ def collect(name: str) -> Collected:
     buffer = make_trial_buffer(3000, slice_length=4, batch_size=2, warn_short=False)
     frames = 30 * env.batch_size.numel()
     options = dict(replay_buffer=buffer, frames_per_batch=frames, total_frames=3 * frames)
-    for _ in TrialCollector(env, env.rand_action, **options):
-        pass
+    list(TrialCollector(env, env.rand_action, **options))
     return Collected(name, env, split(buffer[:]), TrajectoryChecker(env).given)
 
 
@@ -106,10 +105,9 @@ def episodes_of(collected: Collected, trial: TensorDict) -> Iterator[dict]:
 def save_as_amago(collected: Collected, trial: TensorDict, path) -> None:
     """The arrays of AMAGO's .npz files, what the environment shows by its prefixed names."""
     space = ActionSpace.from_spec(collected.env.full_action_spec_unbatched["action"])
-    entries = [*collected.own_keys, "soft_reset"]
     np.savez(
         path,
-        **{f"_OBS_KEY_{key}": rows_of(trial, key) for key in entries},
+        **{f"_OBS_KEY_{key}": rows_of(trial, key) for key in [*collected.own_keys, "soft_reset"]},
         rl2s=np.concatenate([rows_of(trial, "prev_reward"), rows_of(trial, "prev_action")], -1),
         time_idxs=rows_of(trial, "time_idx"),
         rews=trial["next", "reward"].numpy(),

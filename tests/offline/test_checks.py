@@ -9,7 +9,7 @@ from tensordict import TensorDict
 from torchrl.data import Bounded, Categorical, Composite, OneHot, Unbounded
 from torchrl.envs import EnvBase
 
-from tests.data.trials import make_buffer, stock_buffer
+from tests.data.trials import assert_columns, make_buffer, stock_buffer
 from tests.offline import formats
 from tests.offline.formats import assert_bad_one_is_named, load, plain_env, shape, trial_env, wrong
 from torchrl_amago import MetaFrozenLake, TrialCollector, make_trial_env
@@ -139,11 +139,9 @@ def test_a_fragment_remembers_what_came_before():
     before = {"observation": [1, 2, 3], "prev_reward": [5, 0, 0], "time_idx": [3, 0, 0]}
     before |= {"prev_action": [[0.5, -1.0]] * 3, "is_init": [0, 0, 0]}
     steps, _ = load([Trajectory(before, [[0.25, 0.0]] * 2, [7, 8], [0, 0], [0, 1])], env)
-    assert steps["time_idx"].flatten().tolist() == [3, 4]
-    assert steps["prev_reward"].flatten().tolist() == [5, 7]
+    assert_columns(steps, time_idx=[3, 4], prev_reward=[5, 7], is_init=[False] * 2)
     assert steps["prev_action"].tolist() == [[0.5, -1.0], [0.25, 0.0]]
-    assert not steps["is_init"].any()
-    assert steps["next", "time_idx"].flatten().tolist() == [4, 5]
+    assert_columns(steps["next"], time_idx=[4, 5])
 
 
 # -- steps ---------------------------------------------------------------------------------------
@@ -174,8 +172,7 @@ def test_what_is_no_trajectory(item, message):
     ],
 )
 def test_steps_that_are_no_trajectory(entry, after, problem):
-    changes = {"reward": torch.ones(2)}, {entry: after}, {}
-    trajectories = list(map(formats.two_steps, changes))
+    trajectories = list(map(formats.two_steps, ({"reward": torch.ones(2)}, {entry: after}, {})))
     assert_bad_one_is_named(trajectories, plain_env(), 1, f"'{entry}' {problem}")
 
 
@@ -264,24 +261,14 @@ def episode(first: float, length: int, terminated: bool | None = True) -> Trajec
 
 def test_a_trial_of_two_episodes_by_hand():
     steps, _ = load([episode(1, 2), episode(5, 3, terminated=False)], trial_env(2, 10))
+    root = dict(observation=[1, 2, 5, 6, 7], prev_reward=[0, 1, 2, 1, 2], time_idx=range(5))
+    root |= dict(soft_reset=[1, 0, 1, 0, 0], is_init=[1, 0, 0, 0, 0], done=[0] * 5)
+    assert_columns(steps, episode_idx=[0, 0, 1, 1, 1], episode_return=[0, 1, 3, 1, 3], **root)
+    after = dict(observation=[2, 5, 6, 7, 8], reward=[1, 2, 1, 2, 3], is_init=[0] * 5)
+    after |= dict(done=[0, 0, 0, 0, 1], terminated=[0, 0, 0, 0, 1], truncated=[0] * 5)
+    after |= dict(episode_idx=[0, 1, 1, 1, 1], episode_return=[1, 3, 1, 3, 6])
+    assert_columns(steps["next"], soft_reset=[0, 1, 0, 0, 0], **after)
     values = {
-        "observation": [1, 2, 5, 6, 7],
-        "soft_reset": [True, False, True, False, False],
-        "episode_idx": [0, 0, 1, 1, 1],
-        "episode_return": [0, 1, 3, 1, 3],
-        "prev_reward": [0, 1, 2, 1, 2],
-        "time_idx": [0, 1, 2, 3, 4],
-        "is_init": [True, False, False, False, False],
-        "done": [False] * 5,
-        ("next", "observation"): [2, 5, 6, 7, 8],
-        ("next", "soft_reset"): [False, True, False, False, False],
-        ("next", "episode_idx"): [0, 1, 1, 1, 1],
-        ("next", "episode_return"): [1, 3, 1, 3, 6],
-        ("next", "is_init"): [False] * 5,
-        ("next", "reward"): [1, 2, 1, 2, 3],
-        ("next", "done"): [False, False, False, False, True],
-        ("next", "terminated"): [False, False, False, False, True],
-        ("next", "truncated"): [False] * 5,
         "trial_progress": [0, 0.1, 0.5, 0.5, 0.5],
         ("next", "trial_progress"): [0.1, 0.5, 0.5, 0.5, 0.5],  # kept where the trial ends
         "prev_action": [0, 0.1, 0.1, 0.5, 0.5],
@@ -311,11 +298,10 @@ def test_a_trial_of_two_episodes_by_hand():
 def test_how_a_trial_ends(rule, first, last, terminated):
     episodes = [episode(1, 2, first), episode(1, 2, last)]
     steps, _ = load(episodes, trial_env(**rule), episodes_per_trial=2)
-    assert steps["next", "done"].flatten().tolist() == [False, False, False, True]
     assert steps["next", "terminated"][-1].item() is terminated
     assert steps["next", "truncated"][-1].item() is not terminated
     # No other episode begins with the last observation.
-    assert steps["next", "soft_reset"].flatten().tolist() == [False, True, False, False]
+    assert_columns(steps["next"], done=[0, 0, 0, 1], soft_reset=[0, 1, 0, 0])
     assert steps["next", "observation"][-1].item() == 3
 
 
@@ -367,10 +353,8 @@ def test_whole_trials_arent_joined():
 @pytest.mark.parametrize(("episodes", "is_over"), [(2, True), (3, False)])
 def test_the_ends_of_whole_trials_are_those_of_the_environment(episodes, is_over):
     steps, _ = load([whole_trial([True, False, True, False, False], False)], trial_env(episodes))
-    assert steps["next", "soft_reset"].flatten().tolist() == [False, True, False, False]
-    assert steps["next", "episode_return"].flatten().tolist() == [1, 3, 3, 7]
-    assert steps["next", "terminated"].flatten().tolist() == [False, False, False, is_over]
-    assert steps["next", "truncated"].flatten().tolist() == [False, False, False, not is_over]
+    assert_columns(steps["next"], soft_reset=[0, 1, 0, 0], episode_return=[1, 3, 3, 7])
+    assert_columns(steps["next"], terminated=[0, 0, 0, is_over], truncated=[0, 0, 0, not is_over])
 
 
 @pytest.mark.parametrize(("episodes", "is_over"), [(2, True), (3, False)])
@@ -381,11 +365,9 @@ def test_a_piece_in_which_no_episode_begins(time, episodes, is_over):
         held["time_idx"] = np.arange(time, time + 3)
     steps, _ = load([whole_trial([False] * 3, **held)], trial_env(episodes))
     # Played on from what came before: rewards are 1 and 2.
-    assert steps["episode_return"].flatten().tolist() == [4, 5]
-    assert steps["next", "episode_return"].flatten().tolist() == [5, 7]
-    assert steps["next", "episode_idx"].flatten().tolist() == [1, 1]
-    assert steps["time_idx"].flatten().tolist() == [time or 0, (time or 0) + 1]
-    assert steps["next", "terminated"].flatten().tolist() == [False, is_over]
+    assert_columns(steps, episode_return=[4, 5], time_idx=[time or 0, (time or 0) + 1])
+    after = {"episode_return": [5, 7], "episode_idx": [1, 1], "terminated": [False, is_over]}
+    assert_columns(steps["next"], **after)
     del held["episode_idx"]
     with pytest.raises(TrajectoryError, match=r"fragment of a trial must .* \['episode_idx'\]"):
         load([whole_trial([False] * 3, **held)], trial_env(episodes))
@@ -426,12 +408,10 @@ def test_any_buffer_with_room_will_do(kind):
 def test_a_collector_goes_on_where_data_were_loaded():
     env = make_trial_env(MetaFrozenLake(batch_size=(4,)), episodes=2)
     buffer = make_buffer(capacity=2000, batch_size=2)
-    last = [False, True]
-    trajectory = Trajectory(np.zeros((3, 2)), [0, 1], [0, 1], last, [False] * 2)
+    trajectory = Trajectory(np.zeros((3, 2)), [0, 1], [0, 1], [False, True], [False] * 2)
     load_trials(buffer, [trajectory] * 2, env)
     options = dict(replay_buffer=buffer, frames_per_batch=400, total_frames=400)
-    for _ in TrialCollector(env, env.rand_action, **options):
-        pass
+    list(TrialCollector(env, env.rand_action, **options))
     assert buffer.num_trials > 1
     assert buffer.sample()["next", "reward"].shape == (2, 4, 1)
 

@@ -17,11 +17,11 @@ from torchrl.data import Bounded, Categorical, LazyTensorStorage, TensorDictRepl
 from torchrl.envs import Compose, ParallelEnv, SerialEnv, TransformedEnv, check_env_specs
 from torchrl.envs.transforms import ActionScaling, ExcludeTransform, InitTracker, RewardScaling
 
+from tests.data.trials import assert_columns
 from tests.offline import formats
 from tests.offline.formats import ENVS, load, plain_env, recorded, split, trial_env, wrong
 from tests.toy_env import ACTIONS, Toy
-from torchrl_amago import PreviousStepTransform, TrialTransform, make_trial_env
-from torchrl_amago.data import make_trial_buffer
+from torchrl_amago import PreviousStepTransform, TrialTransform, make_trial_buffer, make_trial_env
 from torchrl_amago.offline import RecordedEnv
 from torchrl_amago.offline.readers import read_amago, read_d4rl, read_minari, read_torchrl
 from torchrl_amago.offline.trajectory import Trajectory, TrajectoryChecker, TrajectoryError
@@ -209,11 +209,6 @@ def trials_of_workers(worker):
     return make_trial_env(SerialEnv(2, worker), **options)
 
 
-def running(env):
-    env.reset()
-    return env
-
-
 def seven_steps(env):
     """Store seven actions 0.5 with rewards of 1."""
     last = [False] * 6 + [True]
@@ -226,7 +221,7 @@ HIDDEN = {
         lambda: TransformedEnv(wide_toy(), ActionScaling())
     ),
     "trials in workers": lambda: SerialEnv(2, toy_trials),
-    "trials in workers that run": lambda: running(SerialEnv(2, toy_trials)),
+    "trials in workers that run": lambda: SerialEnv(2, toy_trials),
     "trials in processes": lambda: ParallelEnv(2, toy_trials),
 }
 
@@ -234,11 +229,12 @@ HIDDEN = {
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_transforms_in_workers_are_seen(hidden):
     env = HIDDEN[hidden]()
+    if hidden == "trials in workers that run":
+        env.reset()
     steps = seven_steps(env)
-    assert steps["action"].flatten().tolist() == [0.25] * 7  # the environment's are in [-2, 2]
-    assert steps["next", "episode_return"].flatten().tolist() == list(range(1, 8))
-    assert steps["next", "truncated"].flatten().tolist() == [False] * 6 + [True]
-    assert not steps["next", "terminated"].any()
+    assert_columns(steps, action=[0.25] * 7)  # the environment's are in [-2, 2]
+    ends = {"truncated": [False] * 6 + [True], "terminated": [False] * 7}
+    assert_columns(steps["next"], episode_return=range(1, 8), **ends)
     env.close(raise_if_closed=False)
 
 
@@ -256,9 +252,8 @@ def test_entries_are_those_of_the_environment():
     hiding = ExcludeTransform("prev_reward")
     env = TransformedEnv(wide_toy(), Compose(trial, ActionScaling(), previous, hiding))
     steps = seven_steps(env)
-    assert steps["time"].flatten().tolist() == [*range(7)]
-    assert steps["trial", "return"].flatten().tolist() == [*range(7)]
-    assert steps["before"].flatten().tolist() == [0.0] + [0.25] * 6
+    assert_columns(steps, time=range(7), before=[0.0] + [0.25] * 6)
+    assert_columns(steps["trial"], **{"return": range(7)})
     assert "prev_reward" not in {*steps.keys(), *steps["next"].keys()}
 
 
@@ -268,11 +263,10 @@ def test_what_an_environment_plays_is_up_to_its_rows():
     steps = {"observation": observation, "action": action, "reward": torch.ones(5, 1)}
     last = torch.tensor([False, False, True, False, True]).unsqueeze(-1)
     ends = {"done": last, "terminated": last.clone(), "truncated": torch.zeros_like(last)}
-    rows = TensorDict(steps | ends, [5])
     specs = recorded().observation_spec, Categorical(2)
     with pytest.raises(RuntimeError, match="has specs only"):
         RecordedEnv(*specs).reset()
-    env = RecordedEnv(*specs, rows=rows, first=torch.tensor([0, 3]))
+    env = RecordedEnv(*specs, rows=TensorDict(steps | ends, [5]), first=torch.tensor([0, 3]))
     check_env_specs(env)
     steps = env.rollout(3, env.act, break_when_any_done=False)
     assert steps["next", "observation"].squeeze(-1).tolist() == [[1, 2, 1], [4, 4, 4]]
@@ -425,13 +419,10 @@ def test_amago_fragments(tmp_path):
     )
     env = plain_env(Categorical(4), observation=Unbounded((2,)))
     steps, _ = load(read_amago([tmp_path / "fragment.npz"]), env)
-    assert steps["time_idx"].flatten().tolist() == [500, 501]
-    assert not steps["is_init"].any()
-    assert steps["prev_reward"].flatten().tolist() == [0.5, 1.0]
+    shown = {"time_idx": [500, 501], "is_init": [False] * 2, "prev_reward": [0.5, 1.0]}
+    assert_columns(steps, action=[0, 1], **shown)
     assert steps["prev_action"].argmax(-1).tolist() == [2, 0]
-    assert steps["action"].tolist() == [0, 1]
-    assert steps["next", "truncated"].flatten().tolist() == [False, True]
-    assert not steps["next", "terminated"].any()
+    assert_columns(steps["next"], truncated=[False, True], terminated=[False] * 2)
     message = "trajectory 0: .*a fragment of a trial must hold .*'soft_reset'"
     with pytest.raises(TrajectoryError, match=message):
         load(read_amago(tmp_path), four_actions())

@@ -95,8 +95,7 @@ def test_total_frames_end_the_run(tmp_path):
 
 def test_a_buffer_too_small_for_min_trials_is_explained(tmp_path):
     trainer = make_trainer(tmp_path, total_updates=4, capacity=30, min_trials=9, total_frames=408)
-    message = "must hold min_trials=9 .* one of 30 steps .* capacity"
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(RuntimeError, match="must hold min_trials=9 .* one of 30 steps .* capacity"):
         trainer.train()
 
 
@@ -135,16 +134,9 @@ def test_bf16_precision(tmp_path):
     assert {p.dtype for p in trainer.loss_module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    ("number", "outcome", "saved_at"),
-    [
-        (signal.SIGINT, "interrupted", 6),
-        (signal.SIGTERM, "preempted", 9),
-        (signal.SIGHUP, "preempted", 9),
-        (signal.SIGUSR1, "preempted", 9),
-    ],
-)
-def test_signals_stop_in_good_order(tmp_path, caplog, number, outcome, saved_at):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_stop_in_good_order(tmp_path, caplog, number):
+    outcome, saved_at = ("interrupted", 6) if number == signal.SIGINT else ("preempted", 9)
     stop = stop_at(9, lambda: signal.raise_signal(number))
     trainer = make_trainer(tmp_path, total_updates=100, callbacks=[stop], loggers=["tensorboard"])
     handler = signal.getsignal(number)
@@ -182,8 +174,7 @@ def test_a_folder_with_a_run_is_refused(tmp_path):
     before = content_of(tmp_path)
     with pytest.raises(FileExistsError, match="holds progress.csv"):
         make_trainer(tmp_path, total_updates=4).train()
-    elsewhere = make_trainer(tmp_path / "b", total_updates=8).resume(tmp_path)
-    elsewhere.train()
+    make_trainer(tmp_path / "b", total_updates=8).resume(tmp_path).train()
     with pytest.raises(FileExistsError, match="holds progress.csv"):
         make_trainer(tmp_path, total_updates=8).resume(tmp_path / "b")
     assert before.items() <= content_of(tmp_path).items()

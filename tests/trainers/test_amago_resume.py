@@ -19,8 +19,8 @@ def noisy_evaluator():
     return {"score": float(torch.rand(()))}
 
 
-def signal_at(trainer, update, number=signal.SIGINT):
-    """Send a signal, by default Ctrl-C, while this update runs."""
+def stop_by_signal(trainer, update, number=signal.SIGINT):
+    """Train until a signal, by default Ctrl-C, that is sent while this update runs."""
     step = trainer.stepper.step
 
     def sending(*args):
@@ -29,6 +29,7 @@ def signal_at(trainer, update, number=signal.SIGINT):
         return step(*args)
 
     trainer.stepper.step = sending
+    assert trainer.train() == ("interrupted" if number == signal.SIGINT else "preempted")
 
 
 def fingerprint(trainer):
@@ -41,8 +42,7 @@ def fingerprint(trainer):
     buffer = trainer.online_buffer
     out |= {f"replay.{k}": v.clone() for k, v in buffer[:].items(True, True)}
     out["replay.written"] = buffer.write_count
-    batch = trainer.replay_buffer.sample()
-    out |= {f"next.{k}": v for k, v in batch.items(True, True)}
+    out |= {f"next.{k}": v for k, v in trainer.replay_buffer.sample().items(True, True)}
     return out
 
 
@@ -94,8 +94,7 @@ def test_finished_or_interrupted_then_resumed(uninterrupted, tmp_path, ends, int
         assert make_noisy(tmp_path, end).train() == "finished"
     for number, stop in enumerate(interrupts):
         trainer = make_noisy(tmp_path, weights_seed=number).resume(missing_ok=True)
-        signal_at(trainer, stop)
-        assert trainer.train() == "interrupted"
+        stop_by_signal(trainer, stop)
         assert trainer.counts.updates == stop
     assert_same_run(uninterrupted, finish(make_noisy(tmp_path, weights_seed=9).resume()))
 

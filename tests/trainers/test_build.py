@@ -9,10 +9,7 @@ import torch
 
 from tests.data.trials import even_mixture
 from tests.toy_env import ACTIONS, Toy
-from torchrl_amago.data import make_trial_buffer
-from torchrl_amago.envs import TMaze, make_trial_env
-from torchrl_amago.modules import make_policy
-from torchrl_amago.objectives import amago_loss
+from torchrl_amago import TMaze, amago_loss, make_policy, make_trial_buffer, make_trial_env
 from torchrl_amago.trainers import Intervals, make_trainer
 
 

@@ -13,19 +13,18 @@ import torch
 from tests.data.trials import even_mixture, make_buffer
 from tests.offline.formats import vector_env
 from tests.processes import forked
-from tests.trainers.test_amago_resume import assert_same_run, finish, signal_at
-from torchrl_amago.data.collector import TrialCollector
-from torchrl_amago.envs import MetaFrozenLake, make_trial_env
-from torchrl_amago.evaluation import HeldOutEvaluator
+from tests.trainers.test_amago_resume import assert_same_run, finish, stop_by_signal
+from torchrl_amago import HeldOutEvaluator, MetaFrozenLake, TrialCollector, make_trial_env
 from torchrl_amago.modules import make_policy
 from torchrl_amago.trainers import Intervals, load_policy, make_trainer, read_progress
 
 TOTAL = 14
+INT, TERM, HUP = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+STOPS = [[(1, INT), (7, TERM), (13, INT)], [(1, TERM), (9, INT), (10, HUP), (11, TERM)]]
 
 
 def lake(rows):
-    base = MetaFrozenLake(batch_size=(rows,), max_episode_steps=4)
-    return make_trial_env(base, episodes=2)
+    return make_trial_env(MetaFrozenLake(batch_size=(rows,), max_episode_steps=4), episodes=2)
 
 
 def cart_poles(rows):
@@ -61,11 +60,9 @@ def make_run(
 def mix(online):
     """Mix the run's own trials half and half with others, the same at every call."""
     torch.manual_seed(1)
-    offline = make_buffer(slice_length=6, batch_size=4)
-    env = lake(4)
+    offline, env = make_buffer(slice_length=6, batch_size=4), lake(4)
     env.set_seed(0)
-    collector = TrialCollector(env, env.rand_action, replay_buffer=offline, frames_per_batch=64)
-    next(iter(collector))
+    next(iter(TrialCollector(env, env.rand_action, replay_buffer=offline, frames_per_batch=64)))
     return even_mixture({"data": offline, "online": online}, 4, online="online")
 
 
@@ -74,21 +71,13 @@ def uninterrupted(tmp_path_factory):
     return finish(make_run(tmp_path_factory.mktemp("run") / "whole"))
 
 
-@pytest.mark.parametrize(
-    "stops",
-    [
-        [(1, signal.SIGINT), (7, signal.SIGTERM), (13, signal.SIGINT)],
-        [(1, signal.SIGTERM), (9, signal.SIGINT), (10, signal.SIGHUP), (11, signal.SIGTERM)],
-    ],
-)
+@pytest.mark.parametrize("stops", STOPS)
 def test_stopped_by_signals(uninterrupted, tmp_path, stops):
     for number, (stop, name) in enumerate(stops):
         trainer = make_run(tmp_path, weights_seed=number).resume(missing_ok=True)
-        signal_at(trainer, stop, name)
-        is_interrupt = name == signal.SIGINT
-        assert trainer.train() == ("interrupted" if is_interrupt else "preempted")
+        stop_by_signal(trainer, stop, name)
         saved = int(trainer.checkpoints.latest().name[-7:])
-        assert saved == (stop // 5 * 5 if is_interrupt else stop)
+        assert saved == (stop // 5 * 5 if name == INT else stop)
     assert_same_run(uninterrupted, finish(make_run(tmp_path, weights_seed=9).resume()))
 
 
@@ -99,7 +88,7 @@ def test_stopped_while_collecting(uninterrupted, tmp_path):
     def preempt():
         update()
         if trainer.counts.updates == 6:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(TERM)
 
     trainer.monitor.update = preempt
     assert trainer.train() == "preempted"
@@ -128,8 +117,7 @@ def run_or_resume(run_dir):
     torch.set_num_threads(1)
     # Other weights than at the start, once a checkpoint has those of the run.
     weights_seed = len(list(run_dir.glob("checkpoints/update_*")))
-    trainer = make_run(run_dir, weights_seed=weights_seed).resume(missing_ok=True)
-    return finish(trainer)
+    return finish(make_run(run_dir, weights_seed=weights_seed).resume(missing_ok=True))
 
 
 def modification_times(folder):
@@ -169,20 +157,15 @@ def test_killed_again_and_again(uninterrupted, tmp_path):
 def test_other_parts(tmp_path, stop, options):
     options = {"total_updates": 9, **options}
     whole = finish(make_run(tmp_path / "whole", **options))
-    first = make_run(tmp_path / "parts", **options)
-    signal_at(first, stop, signal.SIGTERM)
-    assert first.train() == "preempted"
-    parts = make_run(tmp_path / "parts", weights_seed=5, **options)
-    assert_same_run(whole, finish(parts.resume()))
+    stop_by_signal(make_run(tmp_path / "parts", **options), stop, TERM)
+    assert_same_run(whole, finish(make_run(tmp_path / "parts", weights_seed=5, **options).resume()))
 
 
 @pytest.mark.parametrize(("make_env", "num_envs"), [(cart_poles, 6), (lake, 4)])
 def test_the_run_says_that_trials_end_here(tmp_path, make_env, num_envs, monkeypatch):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers._components.torchrl_logger.info", lines.append)
-    first = make_run(tmp_path, make_env)
-    signal_at(first, 4, signal.SIGTERM)
-    assert first.train() == "preempted"
+    stop_by_signal(make_run(tmp_path, make_env), 4, TERM)
     second = make_run(tmp_path, make_env, num_envs=num_envs, total_updates=6)
     assert second.resume().train() == "finished"
     assert any("trials in progress" in line and "end" in line for line in lines)

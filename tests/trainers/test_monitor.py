@@ -31,15 +31,13 @@ def timed(steps):
 
 @pytest.fixture
 def monitor(tmp_path):
-    rb = make_trial_buffer(12, 1, 1)
-    return TrialMonitor(rb, MetricWindow(), tmp_path)
+    return TrialMonitor(make_trial_buffer(12, 1, 1), MetricWindow(), tmp_path)
 
 
 def read(monitor, *pieces):
     """Write trials, or pieces of some; return the means since the last time."""
     if pieces:
-        lengths = [len(piece) for piece in pieces]
-        monitor.replay_buffer.extend(torch.cat(pieces), lengths=lengths)
+        monitor.replay_buffer.extend(torch.cat(pieces), lengths=[len(piece) for piece in pieces])
     monitor.update()
     return monitor.window.means()
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 
 from tests.data.trials import even_mixture, make_buffer, seeded
-from tests.trainers.test_amago_resume import assert_same_run, fingerprint, signal_at
+from tests.trainers.test_amago_resume import TOTAL, assert_same_run, fingerprint, stop_by_signal
 from tests.trainers.tiny import make_trainer
 from torchrl_amago.trainers import read_progress
-
-TOTAL = 24
 
 
 @pytest.fixture(scope="module")
@@ -92,12 +90,9 @@ def test_resumes_exactly_but_not_with_other_data(tmp_path, data, stops, own_gene
 
     whole = finish(make(tmp_path / "whole"))
     for number, stop in enumerate(stops):
-        stopped = make(tmp_path / "run", weights_seed=number).resume(missing_ok=True)
-        signal_at(stopped, stop)
-        assert stopped.train() == "interrupted"
+        stop_by_signal(make(tmp_path / "run", weights_seed=number).resume(missing_ok=True), stop)
         torch.manual_seed(999)
-    last = make(tmp_path / "run", weights_seed=2)
-    assert_same_run(whole, finish(last.resume()))
+    assert_same_run(whole, finish(make(tmp_path / "run", weights_seed=2).resume()))
     first_trial = data[: int(data["next", "done"].flatten().int().argmax()) + 1]
     message = "must have the data and the generator that it was saved with"
     with pytest.raises(ValueError, match=message):

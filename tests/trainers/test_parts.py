@@ -86,9 +86,8 @@ def make_optimisation(learning_rate, make_scheduler):
     ids=["constant", "rise", "other"],
 )
 def test_the_learning_rate_is_that_of_the_run_that_resumes(make_scheduler, rate):
-    saved = make_optimisation(1.0, make_scheduler).state_dict()
     part = make_optimisation(0.5, make_scheduler)
-    part.load_state_dict(saved)
+    part.load_state_dict(make_optimisation(1.0, make_scheduler).state_dict())
     assert part.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 

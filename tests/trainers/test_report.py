@@ -93,14 +93,12 @@ def test_window_means():
     assert window.means() == {}
 
 
-@pytest.mark.parametrize(
-    ("progress_bar", "is_terminal"), [(True, False), (True, True), (False, False)]
-)
-def test_a_bar_on_a_terminal_else_lines(tmp_path, monkeypatch, capsys, progress_bar, is_terminal):
+@pytest.mark.parametrize(("bar", "is_terminal"), [(True, False), (True, True), (False, False)])
+def test_a_bar_on_a_terminal_else_lines(tmp_path, monkeypatch, capsys, bar, is_terminal):
     lines = []
     monkeypatch.setattr("torchrl_amago.trainers.report.torchrl_logger.info", lines.append)
     monkeypatch.setattr("sys.stderr.isatty", lambda: is_terminal, raising=False)
-    report = RunReport(tmp_path, progress_bar=progress_bar)
+    report = RunReport(tmp_path, progress_bar=bar)
     report.open(total_updates=10, update=4, hparams={})
     with report.timed("evaluation"):
         time.sleep(0.05)
@@ -112,7 +110,7 @@ def test_a_bar_on_a_terminal_else_lines(tmp_path, monkeypatch, capsys, progress_
     assert out == ""
     assert ("5/10" in shown and "last=0.96, frames/s=" in shown) == is_terminal
     assert "actor" not in shown  # NaN
-    assert len(lines) == (progress_bar and not is_terminal)
+    assert len(lines) == (bar and not is_terminal)
     if lines:
         assert lines[0].startswith("update 5/10, 40 frames: last 0.96, frames/s")
 
@@ -140,13 +138,9 @@ def test_loggers_get_settings_rows_and_the_evaluation_by_episode(tmp_path, monke
     report.write_row(update=5, frames=40, extra={}, evaluation=RESULTS)
     report.close()
     assert logger.logged[0] == ("hparams", {"tau": 0.01, "discounts": "(0.9, 0.99)"})
-    expected = {
-        ("frames", 40, 5),
-        ("eval/trial_return", 2.0, 5),
-        ("eval_episode_1/success", 0.5, 5),
-        ("eval_episode_2/return", 1.5, 5),
-    }
-    assert expected <= set(logger.logged[1:])
+    assert {("frames", 40, 5), ("eval/trial_return", 2.0, 5)} <= set(logger.logged[1:])
+    by_episode = {("eval_episode_1/success", 0.5, 5), ("eval_episode_2/return", 1.5, 5)}
+    assert by_episode <= set(logger.logged[1:])
     assert logger.pictures == ["eval/adaptation_curve"]
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.data.trials import flipped
 from torchrl_amago._files import DamagedError
 from torchrl_amago._state_file import load_state, save_state
 
@@ -78,21 +79,21 @@ def test_other_values_are_refused_and_the_old_file_stays(tmp_path, value, messag
     assert load_state(tmp_path / "x.npz") == {"a": 1}
 
 
+def assert_all_refused(path, contents):
+    for content in contents:
+        path.write_bytes(content)
+        with pytest.raises(DamagedError, match=r"x\.npz must be complete and unchanged"):
+            load_state(path)
+
+
 def test_any_flipped_bit_and_any_truncation_is_found(tmp_path):
     path = tmp_path / "x.npz"
     save_state(path, {"w": torch.randn(50), "b": torch.randn(3).bfloat16(), "n": 3})
     content, rng = path.read_bytes(), random.Random(0)
-    for _ in range(200):
-        place = rng.randrange(len(content))
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
-        with pytest.raises(DamagedError, match=r"x\.npz must be complete and unchanged"):
-            load_state(path)
-    for length in [0, 1, 72, 73, *rng.sample(range(len(content)), 100)]:
-        path.write_bytes(content[:length])
-        with pytest.raises(DamagedError, match="must be complete"):
-            load_state(path)
+    places = ((rng.randrange(len(content)), rng.randrange(8)) for _ in range(200))
+    assert_all_refused(path, (flipped(content, *place) for place in places))
+    lengths = [0, 1, 72, 73, *rng.sample(range(len(content)), 100)]
+    assert_all_refused(path, (content[:length] for length in lengths))
 
 
 def test_other_files_are_refused(tmp_path):
@@ -100,10 +101,7 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
         load_state(path)
     torch.save({"a": torch.ones(100)}, path)
-    for content in (path.read_bytes(), b"", b"some text", b"x" * 5000):
-        path.write_bytes(content)
-        with pytest.raises(DamagedError, match="must be complete and unchanged"):
-            load_state(path)
+    assert_all_refused(path, (path.read_bytes(), b"", b"some text", b"x" * 5000))
 
 
 def write_with_checksum(path, savez, tree, array):

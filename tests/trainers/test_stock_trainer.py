@@ -16,9 +16,7 @@ from torchrl.trainers import ReplayBufferTrainer, TargetNetUpdaterHook, Trainer
 from tests.data.trials import stock_buffer
 from tests.processes import fork_workers
 from tests.trainers.test_end_to_end import lake, small_policy
-from torchrl_amago.data import TrialCollector, make_trial_buffer
-from torchrl_amago.evaluation import HeldOutEvaluator
-from torchrl_amago.objectives import amago_loss
+from torchrl_amago import HeldOutEvaluator, TrialCollector, amago_loss, make_trial_buffer
 from torchrl_amago.trainers import AMAGOTrainer, Intervals, NonFiniteError, read_progress
 from torchrl_amago.trainers.hooks import EvaluationHook, TrialMonitor
 from torchrl_amago.trainers.optim import FiniteOptimizationStepper, make_optimizer
@@ -41,10 +39,9 @@ def make_our_trainer(collector, loss, rb, run_dir, total_updates, **options):
 
 def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_options):
     env, policy, loss, rb = make_parts(**buffer_options)
-    options = {"trajs_per_batch": 1} if collector_class is Collector else {}
-    collector = collector_class(
-        env, policy, frames_per_batch=6 * 8, total_frames=6 * 8 * 4, replay_buffer=rb, **options
-    )
+    options = {"frames_per_batch": 6 * 8, "total_frames": 6 * 8 * 4, "replay_buffer": rb}
+    options |= {"trajs_per_batch": 1} if collector_class is Collector else {}
+    collector = collector_class(env, policy, **options)
     stepper = stepper or FiniteOptimizationStepper(dump_dir=folder)
     trainer = Trainer(
         collector=collector, replay_buffer=rb, total_frames=6 * 8 * 4, frame_skip=1,
@@ -62,8 +59,7 @@ def make_stock_trainer(folder, collector_class, logger, stepper=None, **buffer_o
 
 @pytest.mark.parametrize("collector_class", [Collector, TrialCollector])
 def test_a_stock_trainer_trains_and_logs(tmp_path, collector_class):
-    logger = CSVLogger("run", str(tmp_path))
-    trainer = make_stock_trainer(tmp_path, collector_class, logger)
+    trainer = make_stock_trainer(tmp_path, collector_class, CSVLogger("run", str(tmp_path)))
     before = {name: p.clone() for name, p in trainer.loss_module.named_parameters()}
     trainer.collector.shutdown, shutdown = lambda: None, trainer.collector.shutdown
     trainer.train()
@@ -88,8 +84,7 @@ def test_a_stock_trainer_with_tensorboard_and_priorities(tmp_path):
     trainer.train()
     logger.experiment.flush()
     assert list(tmp_path.rglob("events*"))
-    weights = trainer.replay_buffer.sample()["priority_weight"]
-    assert len(weights.unique()) > 1  # set by the loss
+    assert len(trainer.replay_buffer.sample()["priority_weight"].unique()) > 1  # set by the loss
 
 
 def test_a_stock_trainer_stops_on_nan(tmp_path):
@@ -111,10 +106,9 @@ def test_our_trainer_takes_stock_buffers_and_collectors(tmp_path, kind, whole_tr
         env, policy, loss, _ = make_parts()
         rb = stock_buffer(kind, 600, slice_length=8, batch_size=4)
         pieces = {"postproc": lambda batch: batch.reshape(-1)}
-        options = {"trajs_per_batch": 1} if whole_trials else pieces
-        collector = Collector(
-            env, policy, frames_per_batch=6 * 8, total_frames=-1, replay_buffer=rb, **options
-        )
+        options = {"frames_per_batch": 6 * 8, "total_frames": -1, "replay_buffer": rb}
+        options |= {"trajs_per_batch": 1} if whole_trials else pieces
+        collector = Collector(env, policy, **options)
         intervals = Intervals(log=2, checkpoint=4)
         return make_our_trainer(collector, loss, rb, tmp_path, total_updates, intervals=intervals)
 

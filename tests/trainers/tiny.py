@@ -90,9 +90,8 @@ class TinyLoss(LossModule):
 
 
 def _mlp(size_in: int, hidden_size: int, size_out: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Linear(size_in, hidden_size), nn.LayerNorm(hidden_size), nn.Linear(hidden_size, size_out)
-    )
+    hidden = nn.Linear(size_in, hidden_size), nn.LayerNorm(hidden_size)
+    return nn.Sequential(*hidden, nn.Linear(hidden_size, size_out))
 
 
 def make_trainer(

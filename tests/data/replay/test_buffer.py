@@ -76,14 +76,11 @@ def test_batches_may_be_changed_in_place_and_stored_trials_may_not():
 
 
 def test_torchrls_trainer_hook_updates_priorities_only_if_they_are_used():
-    for draw in ("trials", "priority"):
-        hook = ReplayBufferTrainer(make_buffer([4], sample_by=draw), batch_size=8)
-        batch = hook.sample(None)
-        if draw == "trials":
-            hook.update_priority(batch)
-        else:
-            with pytest.raises(KeyError, match="td_error"):
-                hook.update_priority(batch)
+    buffers = [make_buffer([4], sample_by=draw) for draw in ("trials", "priority")]
+    without, having = (ReplayBufferTrainer(rb, batch_size=8) for rb in buffers)
+    without.update_priority(without.sample(None))
+    with pytest.raises(KeyError, match="td_error"):
+        having.update_priority(having.sample(None))
 
 
 @pytest.mark.parametrize("prefetch", [None, 2, 3])
@@ -128,8 +125,7 @@ class Halve(Relabel):
 
     def relabel(self, trials, generator):
         self.seen.append(trials.clone())
-        mask = trials["collector", "mask"]
-        length = (mask.sum(1, keepdim=True) + 1) // 2
+        length = (trials["collector", "mask"].sum(1, keepdim=True) + 1) // 2
         shift = torch.randint(100, (len(trials), 1), generator=generator)
         out = TensorDict(batch_size=trials.shape)
         out["id"] = trials["id"] + 1000 * shift

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tensordict import NonTensorData, TensorDict
 
-from tests.data.trials import assert_same, make_buffer, make_trial, make_trials
+from tests.data.trials import assert_same, flipped, make_buffer, make_trial, make_trials
 from torchrl_amago._files import DamagedError
 from torchrl_amago.data.replay import _layout as layout
 from torchrl_amago.data.replay._layout import ENTRY, TrialTable
@@ -60,9 +60,8 @@ def test_what_is_written_is_read_back_bit_by_bit(kinds, lengths):
 
 
 def test_names_of_entries_may_be_odd(tmp_path):
-    names = ["a.b", ("a", "b"), "../up", "/root", "a b%2E", ("..", "ä")]
     steps = TensorDict(batch_size=[3])
-    for number, name in enumerate(names):
+    for number, name in enumerate(["a.b", ("a", "b"), "../up", "/root", "a b%2E", ("..", "ä")]):
         steps[name] = torch.arange(3) + 10 * number
     rb = make_buffer(path=tmp_path / "replay")
     rb.extend(steps, lengths=[3])
@@ -70,22 +69,18 @@ def test_names_of_entries_may_be_odd(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["replay"]
 
 
-def test_each_value_is_stored_once():
-    steps, _ = layout.entries_of(make_trial(5))
+def test_each_value_is_stored_once_and_the_collectors_own_are_left_out():
+    trial = make_trial(5)
+    steps, entries = layout.entries_of(trial)
     rows = layout.pack(steps, [5])
     assert set(rows.keys(True, True)) == {
         "id", "observation", "is_init", ("nested", "state"), ("next", "done"), ("next", "reward"),
     }  # fmt: skip
     assert len(rows) == 6
     assert rows["nested", "state"][:, 0].tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_the_collectors_own_entries_are_left_out():
-    trial = make_trial(3)
-    trial["collector"] = TensorDict({"traj_ids": torch.zeros(3)}, [3])
-    trial["_stream"] = torch.zeros(3)
-    trial["next", "_stream"] = torch.zeros(3)
-    assert layout.entries_of(trial)[1] == layout.entries_of(make_trial(3))[1]
+    for key in ("_stream", ("next", "_stream"), ("collector", "traj_ids")):
+        trial[key] = torch.zeros(5)
+    assert layout.entries_of(trial)[1] == entries
 
 
 def test_next_that_is_not_the_following_root_is_refused():
@@ -176,9 +171,7 @@ def test_any_flipped_bit_is_refused_or_was_of_no_trial(tmp_path):
     entries, content, refused = table.look().entries, table.file.read_bytes(), 0
     expected = table.counters(), entries.tolist()
     for place in (*range(16), *range(ENTRY.itemsize, len(content))):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        (tmp_path / "damaged.bin").write_bytes(damaged)
+        (tmp_path / "damaged.bin").write_bytes(flipped(content, place, place % 8))
         try:
             again = TrialTable(tmp_path / "damaged.bin", capacity)
         except DamagedError:

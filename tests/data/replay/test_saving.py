@@ -4,12 +4,13 @@ import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.data import trials
-from tests.data.trials import assert_same, filled, make_trial, seeded
+from tests.data.trials import assert_same, filled, flipped, make_trial, seeded
 from torchrl_amago._files import write_manifest
 
 LENGTHS = (3, 9, 4, 11, 2, 7)  # more steps than a buffer keeps
@@ -63,11 +64,6 @@ def test_save_and_load_give_back_the_same_buffer(tmp_path, lengths, used, draw):
     assert_same_future(rb, other, loaded(tmp_path / "second", sample_by=draw))
 
 
-def test_a_state_dict_is_refused():
-    with pytest.raises(NotImplementedError, match=r"saved to folders.*Use dumps"):
-        make_buffer().state_dict()
-
-
 def test_a_buffer_with_a_folder_is_brought_back_in_it(tmp_path):
     rb = make_buffer(LENGTHS, path=tmp_path / "live")
     rb.dumps(tmp_path / "saved")
@@ -116,8 +112,10 @@ def test_only_the_filled_part_is_written_and_nothing_is_pickled(tmp_path):
     assert {file.suffix for file in files} == {".json", ".bin", ".memmap"}
 
 
-def test_saving_replaces_nothing_but_replay_and_empty_folders(tmp_path):
+def test_buffers_are_saved_to_replay_and_empty_folders_only(tmp_path):
     rb = make_buffer((6, 6, 6))
+    with pytest.raises(NotImplementedError, match=r"saved to folders.*Use dumps"):
+        rb.state_dict()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/draft").write_text("x")
     for taken in (tmp_path / "thesis", tmp_path / "thesis/draft"):
@@ -129,16 +127,18 @@ def test_saving_replaces_nothing_but_replay_and_empty_folders(tmp_path):
     assert_same(loaded(tmp_path / "empty")[:], rb[:])
 
 
-def test_interrupted_save_leaves_the_previous_one(tmp_path, monkeypatch):
-    def fail(*_):
-        raise OSError("full")
-
+def test_interrupted_saves_leave_the_previous_one(tmp_path, monkeypatch):
     path, rb = tmp_path / "replay", make_buffer((3, 9))
     rb.dumps(path)
     with monkeypatch.context() as patch:
-        patch.setattr(type(rb.sampler), "dumps", fail)
+        patch.setattr(type(rb.sampler), "dumps", Mock(side_effect=OSError("full")))
         with pytest.raises(OSError, match="full"):
             make_buffer((6, 6, 6)).dumps(path)
+    assert_same_future(rb, loaded(path))
+    # A crash between the renames.
+    rb.dumps(path)
+    path.rename(tmp_path / ".replay.previous")
+    (tmp_path / ".replay.partial").mkdir()
     assert_same_future(rb, loaded(path))
 
 
@@ -152,22 +152,13 @@ def test_several_may_save_to_one_path_at_once(tmp_path):
     assert names(tmp_path) == {"replay"}
 
 
-def test_crash_between_the_renames_is_recovered(tmp_path):
-    path, rb = tmp_path / "replay", make_buffer((3, 9))
-    rb.dumps(path)
-    path.rename(tmp_path / ".replay.previous")
-    (tmp_path / ".replay.partial").mkdir()
-    assert_same_future(rb, loaded(path))
-
-
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-1])
 
 
 def flip(file):
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
+    content = file.read_bytes()
+    file.write_bytes(flipped(content, len(content) // 2))
 
 
 def overwrite(file):

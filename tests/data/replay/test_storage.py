@@ -18,7 +18,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tensordict import TensorDict
 
-from tests.data.trials import assert_same, content_of, make_trial, make_trials, written_beside
+from tests.data import trials
+from tests.data.trials import assert_same, content_of, flipped, full, make_trial, make_trials
 from torchrl_amago import _files as files
 from torchrl_amago._files import DamagedError
 from torchrl_amago.data import make_trial_buffer
@@ -138,12 +139,12 @@ def test_others_wait_while_trials_are_read_or_copied(tmp_path, mode):
     writer = TrialStorage(12, path=tmp_path / "replay")
     write(writer, [4, 5])
     storage = opened(tmp_path / "replay", mode)
-    with written_beside(storage, "table", write, writer, [5, 5], 100):
+    with trials.written_beside(storage, "table", write, writer, [5, 5], 100):
         assert storage[:]["id"].tolist() == [*range(9)]
     assert contents(storage) == [[*range(100, 105)], [*range(105, 110)]]
-    with written_beside(storage, "table", write, writer, [3, 4], 100):
+    with trials.written_beside(storage, "table", write, writer, [3, 4], 100):
         storage.verify()
-    with written_beside(storage, "table", write, writer, [5], 100):
+    with trials.written_beside(storage, "table", write, writer, [5], 100):
         storage.dumps(tmp_path / "copy")
     copy = opened(tmp_path / "copy", "continue")
     assert contents(copy) == [[*range(105, 110)], [100, 101, 102], [103, 104, 105, 106]]
@@ -285,9 +286,7 @@ def test_any_flipped_bit_of_the_description_is_refused_or_changes_nothing(folder
     file = folder / "trials" / "schema.json"
     content, refused = file.read_bytes(), 0
     for place in range(len(content)):
-        damaged = bytearray(content)
-        damaged[place] ^= 1 << place % 8
-        file.write_bytes(damaged)
+        file.write_bytes(flipped(content, place, place % 8))
         try:
             assert_intact(folder)
         except (DamagedError, ValueError):
@@ -311,8 +310,7 @@ def test_damage_that_comes_later_stops_the_next_write(folder):
     storage, other = (opened(folder, "continue") for _ in range(2))
     write(other, [1, 1, 1], first_id=9)
     table = folder / "trials/table.bin"
-    damaged = bytearray(table.read_bytes())
-    damaged[(1 + 3) * ENTRY.itemsize] ^= 1
+    damaged = flipped(table.read_bytes(), (1 + 3) * ENTRY.itemsize)
     with table.open("r+b") as stream:
         stream.write(damaged)
     before = content_of(folder)
@@ -324,10 +322,6 @@ def test_damage_that_comes_later_stops_the_next_write(folder):
 
 class Killed(BaseException):
     """The end of a process."""
-
-
-def full(*_):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def die(*_):

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict
 
+from tests.data import trials
 from tests.data.trials import assert_stored_trials_are_whole, make_buffer, make_env, stored_trials
 from tests.evaluation.scripted import act
 from torchrl_amago.data import TrialCollector
@@ -92,9 +93,8 @@ def write_for_ever(folder: Path, writer: int) -> None:
 def collect_for_ever(folder: Path) -> None:
     torch.set_num_threads(1)
     rb = open_buffer(folder)
-    for _ in TrialCollector(
-        make_env(), act, frames_per_batch=12, total_frames=-1, replay_buffer=rb
-    ):
+    options = {"frames_per_batch": 12, "total_frames": -1, "replay_buffer": rb}
+    for _ in TrialCollector(make_env(), act, **options):
         tell(folder, 0, rb.write_count)
 
 
@@ -104,18 +104,11 @@ def start(target, *args):
     return process
 
 
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
-
-
 def left_by_killed(folder: Path, target, *args, chance: random.Random, more: int, delay: float):
     """Open what a process leaves that is killed a while after it has told of some more."""
     process = start(target, folder, *args)
     enough = told(folder, 0) + chance.randrange(1, more)
-    wait_for(lambda: told(folder, 0) > enough)
+    trials.wait_for(lambda: told(folder, 0) > enough)
     time.sleep(chance.random() * delay)
     process.kill()
     process.join()
@@ -158,7 +151,7 @@ def learn(folder: Path, seconds: float, queue) -> None:
     torch.set_num_threads(1)
     rb = open_buffer(folder, prefetch=1)
     try:
-        wait_for(rb.can_sample)
+        trials.wait_for(rb.can_sample)
         seen, batches = set(), 0
         stop = time.monotonic() + seconds
         while time.monotonic() < stop:
