@@ -368,6 +368,12 @@ def test_shapes_that_do_not_fit_raise(make):
         make().relabel_trials(batch)
 
 
+def test_stored_trials_without_goals_raise():
+    rb = make_buffer([5], relabel=HindsightRelabel())
+    with pytest.raises(KeyError, match=r"desired_goal.* not found .*observation"):
+        rb.sample()
+
+
 def test_wrong_arguments_raise():
     with pytest.raises(ValueError, match="strategy must be one of 'some', 'all', 'none'"):
         GoalSequenceRelabel("most")

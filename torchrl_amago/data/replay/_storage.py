@@ -206,7 +206,7 @@ class TrialStorage(LazyMemmapStorage):
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
         after = here + 1
         for key in self.spec if keys is None else map(layout.as_tuple, keys):
-            rows, shape, is_twice = self._entries[key]
+            rows, shape, is_twice = self._entries.get(key) or self._storage[key]  # KeyError
             to = self._memory.take(key, here.shape + rows.shape[1:], rows.dtype) if reuse else None
             found = torch.index_select(rows, 0, after if is_twice else here, out=to)
             out.set(key, found.view(row.shape + shape))
