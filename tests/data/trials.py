@@ -6,7 +6,6 @@ import contextlib
 import errno
 import os
 import threading
-import time
 
 import pytest
 import torch
@@ -97,13 +96,6 @@ def flipped(content: bytes, place: int, bit: int = 0) -> bytes:
 def full(*_, **__):
     """In place of a function that writes: the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.0005)
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -209,6 +209,11 @@ def trials_of_workers(worker):
     return make_trial_env(SerialEnv(2, worker), **options)
 
 
+def running(env):
+    env.reset()
+    return env
+
+
 def seven_steps(env):
     """Store seven actions 0.5 with rewards of 1."""
     last = [False] * 6 + [True]
@@ -221,7 +226,7 @@ HIDDEN = {
         lambda: TransformedEnv(wide_toy(), ActionScaling())
     ),
     "trials in workers": lambda: SerialEnv(2, toy_trials),
-    "trials in workers that run": lambda: SerialEnv(2, toy_trials),
+    "trials in workers that run": lambda: running(SerialEnv(2, toy_trials)),
     "trials in processes": lambda: ParallelEnv(2, toy_trials),
 }
 
@@ -229,8 +234,6 @@ HIDDEN = {
 @pytest.mark.parametrize("hidden", HIDDEN)
 def test_transforms_in_workers_are_seen(hidden):
     env = HIDDEN[hidden]()
-    if hidden == "trials in workers that run":
-        env.reset()
     steps = seven_steps(env)
     assert_columns(steps, action=[0.25] * 7)  # the environment's are in [-2, 2]
     ends = {"truncated": [False] * 6 + [True], "terminated": [False] * 7}

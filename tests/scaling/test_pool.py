@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from tests.processes import forked
+from tests.processes import forked, wait_for
 from tests.scaling.lakes import LENGTH, make_buffer, make_env, small_policy, small_trainer
 from torchrl_amago.scaling import WorkerPool, pool
 
@@ -47,13 +47,6 @@ def is_running(pid):
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except FileNotFoundError:
         return False
-
-
-def wait_for(condition, seconds=30.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_workers_that_die_or_hang_are_replaced(tmp_path):

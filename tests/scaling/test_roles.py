@@ -12,9 +12,8 @@ import time
 import numpy as np
 import pytest
 
-from tests.processes import forked
+from tests.processes import forked, wait_for
 from tests.scaling.lakes import LENGTH, make_env, small_policy, small_trainer
-from tests.scaling.test_pool import wait_for
 from torchrl_amago import HeldOutEvaluator
 from torchrl_amago.progress import read_rows
 from torchrl_amago.scaling import EXIT_CODES, collect, evaluate_run, roles

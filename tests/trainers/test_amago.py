@@ -134,9 +134,16 @@ def test_bf16_precision(tmp_path):
     assert {p.dtype for p in trainer.loss_module.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
-def test_signals_stop_in_good_order(tmp_path, caplog, number):
-    outcome, saved_at = ("interrupted", 6) if number == signal.SIGINT else ("preempted", 9)
+@pytest.mark.parametrize(
+    ("number", "outcome", "saved_at"),
+    [
+        (signal.SIGINT, "interrupted", 6),
+        (signal.SIGTERM, "preempted", 9),
+        (signal.SIGHUP, "preempted", 9),
+        (signal.SIGUSR1, "preempted", 9),
+    ],
+)
+def test_signals_stop_in_good_order(tmp_path, caplog, number, outcome, saved_at):
     stop = stop_at(9, lambda: signal.raise_signal(number))
     trainer = make_trainer(tmp_path, total_updates=100, callbacks=[stop], loggers=["tensorboard"])
     handler = signal.getsignal(number)

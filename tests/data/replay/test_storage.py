@@ -105,8 +105,14 @@ def test_steps_are_found_by_place_mask_and_number():
     some = storage.get(row, [("next", "nested", "state"), "id"])
     assert set(some.keys(True, True)) == {("next", "nested", "state"), "id"}
     assert some["next", "nested", "state"][..., 0].tolist() == [[8, 9], [6, 7]]
-    with pytest.raises(KeyError, match="colour"):
+    with pytest.raises(KeyError, match="colour.*not found.*observation"):
         storage.get(row, ["colour"])
+
+
+def test_an_entry_of_the_root_alone_is_read_under_next_from_the_row_after():
+    storage = TrialStorage(20)
+    storage.write(TensorDict({"goal": torch.arange(6)}, [6]), [6])
+    assert storage.get(torch.arange(4), [("next", "goal")])["next", "goal"].tolist() == [1, 2, 3, 4]
 
 
 # -- folders -----------------------------------------------------------------------------------

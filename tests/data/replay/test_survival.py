@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from tensordict import TensorDict
 
-from tests.data import trials
 from tests.data.trials import assert_stored_trials_are_whole, make_buffer, make_env, stored_trials
 from tests.evaluation.scripted import act
+from tests.processes import wait_for
 from torchrl_amago.data import TrialCollector
 
 CAPACITY = 3000
@@ -108,7 +108,7 @@ def left_by_killed(folder: Path, target, *args, chance: random.Random, more: int
     """Open what a process leaves that is killed a while after it has told of some more."""
     process = start(target, folder, *args)
     enough = told(folder, 0) + chance.randrange(1, more)
-    trials.wait_for(lambda: told(folder, 0) > enough)
+    wait_for(lambda: told(folder, 0) > enough, 120, pause=0.0005)
     time.sleep(chance.random() * delay)
     process.kill()
     process.join()
@@ -151,7 +151,7 @@ def learn(folder: Path, seconds: float, queue) -> None:
     torch.set_num_threads(1)
     rb = open_buffer(folder, prefetch=1)
     try:
-        trials.wait_for(rb.can_sample)
+        wait_for(rb.can_sample, 120, pause=0.0005)
         seen, batches = set(), 0
         stop = time.monotonic() + seconds
         while time.monotonic() < stop:

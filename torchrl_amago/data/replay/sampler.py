@@ -82,9 +82,10 @@ class TrialSliceSampler(Sampler):
         check_choice("crop", crop, get_args(Crop))
         check_choice("sample_by", sample_by, get_args(SampleBy))
         check_fractions("Use 0.6 and 0.4, as published.", alpha=alpha, beta=beta)
-        self.slice_length, self.padding, self.crop, self.alpha = slice_length, padding, crop, alpha
-        self.trim_padding, self.sample_by, self.min_trials = trim_padding, sample_by, min_trials
-        self.beta, self.whole, self.traj_key, self._warn_short = beta, whole, traj_key, warn_short
+        self.slice_length, self.padding, self.trim_padding = slice_length, padding, trim_padding
+        self.crop, self.sample_by, self.min_trials = crop, sample_by, min_trials
+        self.alpha, self.beta, self.whole, self.traj_key = alpha, beta, whole, traj_key
+        self._warn_short = warn_short
         self._empty()
 
     def sample(self, storage: Storage, batch_size: int, relabel: Any = None) -> tuple[Tensor, dict]:
