@@ -24,13 +24,14 @@ class Steps:
             raise ValueError(f"a mask must be bool, got {mask.dtype}. Use mask.bool() for 0 and 1.")
         self.full_mask = mask
         self.compact = compact_batches(mask) if compact is None else compact
+        self._place_M = mask.flatten().nonzero().squeeze(-1) if self.compact else None
         #: ``[M]``, True on the selected steps that are real.
-        self.mask = mask[mask] if self.compact else mask
+        self.mask = torch.ones_like(self._place_M, dtype=torch.bool) if self.compact else mask
 
     def select(self, x: Tensor, fill: float | None = None) -> Tensor:
         """Select steps, ``[*B, ...] -> [M, ...]``; ``fill`` replaces the padding that is kept."""
         if self.compact:
-            return x[self.full_mask]
+            return x.flatten(0, self.full_mask.ndim - 1).index_select(0, self._place_M)
         if fill is None:
             return x
         mask = self.full_mask
@@ -40,5 +41,5 @@ class Steps:
         """Undo the selection, ``[M, ...] -> [*B, ...]``; zero on padding if compact."""
         if not self.compact:
             return x_M
-        x = x_M.new_zeros(*self.full_mask.shape, *x_M.shape[1:])
-        return x.index_put((self.full_mask,), x_M)
+        x = x_M.new_zeros(self.full_mask.numel(), *x_M.shape[1:])
+        return x.index_copy(0, self._place_M, x_M).unflatten(0, self.full_mask.shape)

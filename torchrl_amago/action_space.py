@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -68,15 +69,15 @@ class ActionSpace:
         shape = tuple(spec.shape)
         # The order matters: OneHot and Categorical have subclasses for several parts at once.
         if isinstance(spec, MultiOneHot):
-            return _categories(spec, tuple(spec.nvec) * _product(shape[:-1]), one_hot=True)
+            return _categories(spec, tuple(spec.nvec) * math.prod(shape[:-1]), one_hot=True)
         if isinstance(spec, OneHot):
-            return _categories(spec, (shape[-1],) * _product(shape[:-1]), one_hot=True)
+            return _categories(spec, (shape[-1],) * math.prod(shape[:-1]), one_hot=True)
         if isinstance(spec, Binary):
             return cls("multi_binary", shape, spec.dtype)
         if isinstance(spec, MultiCategorical):
             return _categories(spec, tuple(spec.nvec.expand(shape).flatten().tolist()))
         if isinstance(spec, Categorical) and spec.n > 0:
-            return _categories(spec, (int(spec.n),) * _product(shape))
+            return _categories(spec, (int(spec.n),) * math.prod(shape))
         if isinstance(spec, Bounded | Unbounded) and spec.dtype.is_floating_point:
             if check_bounds:
                 _check_bounds(spec)
@@ -91,7 +92,7 @@ class ActionSpace:
     @property
     def size(self) -> int:
         """A, length of the vector."""
-        return sum(self.sizes) if self.sizes else _product(self.shape)
+        return sum(self.sizes) if self.sizes else math.prod(self.shape)
 
     def to_vector(self, action: Tensor) -> Tensor:
         """Turn stored actions ``[*B, *shape]`` into vectors ``[*B, A]``, float32."""
@@ -129,7 +130,7 @@ class ActionSpace:
         if action.shape != (*batch, *self.shape):
             rule = f"an action must have the shape [*batch, *{self.shape}]"
             raise ValueError(f"{rule}, got {list(action.shape)}.")
-        return action.reshape(*batch, _product(self.shape))
+        return action.reshape(*batch, math.prod(self.shape))
 
 
 def one_hot_parts(index: Tensor, sizes: Sequence[int]) -> Tensor:
@@ -169,20 +170,15 @@ def is_in_policy_scale(spec: TensorSpec) -> bool:
 def _check_bounds(spec: Bounded | Unbounded) -> None:
     if is_in_policy_scale(spec):
         return
+    remedy = "Bound them in the environment (for example with Gymnasium's RescaleAction)"
+    got = f"finite bounds, got {type(spec).__name__} without"
     if is_finitely_bounded(spec):
-        got = f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}"
         remedy = "Append torchrl.envs.ActionScaling() to the environment, before "
         remedy += "PreviousStepTransform (make_trial_env does both)"
-    else:
-        got = f"finite bounds, got {type(spec).__name__} without"
-        remedy = "Bound them in the environment (for example with Gymnasium's RescaleAction)"
+        got = f"the bounds -1 and 1, got {spec.low.min():g} to {spec.high.max():g}"
     raise ValueError(f"continuous actions must have {got}. {remedy}.")
 
 
 def _categories(spec: TensorSpec, sizes: tuple[int, ...], one_hot: bool = False) -> ActionSpace:
     kind = "discrete" if len(sizes) == 1 else "multi_discrete"
     return ActionSpace(kind, tuple(spec.shape), spec.dtype, tuple(map(int, sizes)), one_hot)
-
-
-def _product(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()

@@ -195,20 +195,22 @@ def plot_trial_strip(
     headings = headings or ["start", *(f"step {number}" for number in range(1, columns))]
     left = 0.1 + 0.075 * max(map(len, titles))  # inches for the episodes' titles
     top = 0.55 if title else 0.3  # and for the headings
-    width, height = size = left + columns * side, top + len(frames) * side
-    figure = Figure(figsize=size)
-    grid = dict(left=left / width, right=0.995, bottom=0.005, top=1 - top / height)
-    grid |= dict(wspace=0.06, hspace=0.06)
-    axes = figure.subplots(len(frames), columns, squeeze=False, gridspec_kw=grid)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    for ax, heading in zip(axes[0], headings, strict=True):
-        ax.set_title(heading, fontsize=7, pad=4)
-    beside = dict(fontsize=8, ha="right", va="center")
-    for row, episode, label in zip(axes, frames, titles, strict=True):
-        row[0].text(-0.09, 0.5, label, transform=row[0].transAxes, **beside)
-        for ax, picture in zip(row, episode, strict=False):
-            ax.imshow(picture, interpolation="nearest")
+    width, height = left + columns * side, top + len(frames) * side
+    figure = Figure(figsize=(width, height))
+    # One plane for all, in inches: axes for each picture would take five times as long.
+    ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+    ax.set_axis_off()
+    for column, heading in zip(range(columns), headings, strict=True):
+        x = left + (column + 0.5) * side
+        ax.text(x, top - 0.05, heading, fontsize=7, ha="center", va="bottom")
+    for row, (episode, label) in enumerate(zip(frames, titles, strict=True)):
+        middle = top + (row + 0.5) * side
+        ax.text(left - 0.06, middle, label, fontsize=8, ha="right", va="center")
+        for column, picture in enumerate(episode):
+            x, (down, right) = left + (column + 0.5) * side, picture.shape[:2]
+            half = 0.47 * side / max(down, right)  # a little space between pictures
+            place = (x - half * right, x + half * right, middle + half * down, middle - half * down)
+            ax.imshow(picture, extent=place, interpolation="nearest")
     _finish(figure, path, title, y=0.98, va="top")
 
 

@@ -123,6 +123,18 @@ def test_a_ring_that_rolled_over_is_as_fast_as_before(context):
     assert ratio <= 1.15
 
 
+def test_padding_takes_less_time_than_steps():
+    encoder, x, positions = window("transformer", 64, rows=32)
+    mask = torch.arange(64) < torch.linspace(16, 64, 32).long()[:, None]
+    whole, real = (
+        lambda mask=mask: encoder.sequence(x, positions, None, mask).sum().backward()
+        for mask in (None, mask)
+    )
+    ratio = ratio_of_medians(whole, real, rounds=30)
+    print(f"transformer: slices with {1 - mask.float().mean():.0%} of padding: {ratio:.2f}")  # noqa: T201
+    assert ratio <= 0.9
+
+
 @pytest.mark.parametrize("name", [*WINDOWED, "gru", "mamba", "linear_attention"])
 def test_time_grows_linearly(name):
     short, long = (functools.partial(training_pass, *window(name, n)) for n in (1000, 4000))

@@ -119,10 +119,8 @@ class TrialResults:
         """Pool the trials of several results; missing episodes become NaN."""
         width = max(result.episode_return.shape[1] for result in results)
         pooled: dict[str, list[Tensor]] = {}
-        for result in results:
-            for name, values in vars(result).items():
-                if not isinstance(values, Tensor):
-                    continue
+        for name, values in (entry for result in results for entry in vars(result).items()):
+            if isinstance(values, Tensor):
                 fill = torch.nan if name == "episode_return" else 0
                 missing = width - values.shape[1] if values.ndim == 2 else 0
                 values = nn.functional.pad(values, (0, missing), value=fill)

@@ -8,7 +8,9 @@ from tensordict import TensorDict
 from torchrl.modules import set_recurrent_mode
 
 from tests.modules.trajectory.helpers import needs_compiler
+from torchrl_amago._cpu import cpu_paths
 from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncoder
+from torchrl_amago.modules.trajectory.transformer import TransformerBlock
 
 
 def build(**options) -> TransformerEncoder:
@@ -86,6 +88,42 @@ def test_segments_never_raises_for_padding_on_the_left():
             match=r"segments='never' needs .* padded on the right, got .* segments='auto'",
         ):
             encode(encoder, padded)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"positions": "rotary"}, {"window": 3, "num_sinks": 1}, {"segments": "never"}],
+    ids=["plain", "rotary", "sinks", "never"],
+)
+def test_padding_is_skipped_and_changes_nothing(options, monkeypatch):
+    """States, gradients and singular vectors are those of whole rows; padding may be NaN."""
+    td, length = sequences(steps=8), torch.tensor([3, 8, 1])
+    td["timestep"] = td["timestep"].double()
+    mask = torch.arange(8) < length[:, None]
+    if options.get("segments") != "never":
+        mask[1, :2] = False  # on the left, then two trials
+        td["is_init"][1, 5] = True
+        td["time_idx"][1, 5:, 0] = torch.arange(3)
+    td["collector", "mask"] = mask
+    td["timestep"][~mask] = torch.nan
+    target, results, seen = torch.randn(3, 8, 16).double(), [], []
+    forward = TransformerBlock.forward
+    monkeypatch.setattr(
+        TransformerBlock,
+        "forward",
+        lambda block, x, *args: seen.append(x) or forward(block, x, *args),
+    )
+    for skips in (True, False):
+        torch.manual_seed(0)
+        encoder = build(dropout_ff=0.0, dropout_emb=0.0, **options).double()
+        with cpu_paths(None if skips else False):
+            state = encode(encoder, td)
+            ((state - target).square() * mask.unsqueeze(-1)).sum().backward()
+        found = {name: p.grad for name, p in encoder.named_parameters()}
+        results.append((state[mask], found, dict(encoder.named_buffers())))
+        assert state.isfinite().all()
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-9)
+    assert [x.shape for x in seen] == 2 * [(1, mask.sum(), 16)] + 2 * [(3, 8, 16)]
 
 
 def test_leading_dimensions():

@@ -76,8 +76,7 @@ class Nesting(NamedTuple):
 
 def nesting_of(env: EnvBase) -> Nesting:
     """Look through transforms and batched environments, down to a single environment."""
-    workers: tuple[int, ...] = ()
-    is_wrapped = False
+    workers, is_wrapped = (), False
     while isinstance(env, TransformedEnv | BatchedEnvBase):
         is_wrapped = True
         if isinstance(env, BatchedEnvBase):
@@ -178,12 +177,8 @@ class SeedRepeater(Repeater):
     """
 
     def __init__(self, nesting: Nesting, num_rows: int) -> None:
-        self._nesting = nesting
-        self._task_seed: list[int | None] = [None] * num_rows
-        self._row_seed: list[int | None] = [None] * num_rows
-        self._num_tasks = [0] * num_rows
-        self._last_seen: list[int | None] = [None] * num_rows
-        self._may_warn = True
+        self._nesting, self._may_warn, self._num_tasks = nesting, True, [0] * num_rows
+        self._task_seed, self._row_seed, self._last_seen = ([None] * num_rows for _ in range(3))
 
     def soft_reset(self, inner: InnerEnv, mask: Tensor, after: TensorDictBase) -> TensorDictBase:
         return self._reset(inner, mask)
@@ -205,7 +200,12 @@ class SeedRepeater(Repeater):
                 self._row_seed[row], self._num_tasks[row] = seed, 0
         rows = _rows(mask)
         for row in rows:
-            self._draw(row)
+            if self._row_seed[row] is None:
+                self._row_seed[row] = int(torch.randint(2**31, ()))
+            entropy = [self._row_seed[row], row, self._num_tasks[row]]
+            # 31 bits, because some environments hand the seed to libraries that take int32.
+            self._task_seed[row] = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
+            self._num_tasks[row] += 1
         out = self._reset(inner, mask)
         self._last_seen = _current_seeds(inner.env)
         if self._may_warn and any(self._last_seen[row] is None for row in rows):
@@ -216,14 +216,6 @@ class SeedRepeater(Repeater):
                 stacklevel=2,
             )
         return out
-
-    def _draw(self, row: int) -> None:
-        if self._row_seed[row] is None:
-            self._row_seed[row] = int(torch.randint(2**31, ()))
-        entropy = [self._row_seed[row], row, self._num_tasks[row]]
-        # 31 bits, because some environments hand the seed to libraries that take int32.
-        self._task_seed[row] = int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
-        self._num_tasks[row] += 1
 
 
 def _rows(mask: Tensor) -> list[int]:

@@ -95,6 +95,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     )
     #: Whether a rollout's step depends on those before it.
     has_memory: ClassVar[bool] = True
+    #: Whether `sequence` may be given the mask of real steps `[N, T]` too, to skip padding.
+    skips_padding: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -230,16 +232,18 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         rows = (-1, shape[-1])
         # A checked row holds one trial: to separate trials would cost T x T scores.
         is_init_NT = None if is_init is None or is_checked else is_init.reshape(rows)
-        return self._sequence(x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT)
+        mask_NT = [mask.reshape(rows)] if self.skips_padding and mask is not None else []
+        inputs = x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT
+        return self._sequence(*inputs, *mask_NT)
 
     def _encode_rows(
-        self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None
+        self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None, *mask_NT: Tensor
     ) -> Tensor:
         # No branch on data under `torch.compile` and `torch.vmap`: to cut rows is always right.
         is_used = self.has_memory and is_init_NT is not None
         if is_used and not is_traced(is_init_NT) and not is_init_NT[:, 1:].any():
             is_init_NT = None
-        return self.sequence(x_NTI, positions_NT, is_init_NT)
+        return self.sequence(x_NTI, positions_NT, is_init_NT, *mask_NT)
 
     def _get(
         self, tensordict: TensorDictBase, i: int, shape: tuple | None = None, required: bool = True

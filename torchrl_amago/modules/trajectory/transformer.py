@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torchrl.modules import recurrent_mode
 
+from torchrl_amago._cpu import compact_batches
+from torchrl_amago._masking import Steps
 from torchrl_amago._validation import check_choice
 from torchrl_amago.modules._dropout import check_dropout, dropout
 from torchrl_amago.modules._layers import SigmaReparamLinear, make_activation, make_norm
@@ -27,8 +29,8 @@ from torchrl_amago.modules.trajectory.kernels._attention_backends import (
 from torchrl_amago.modules.trajectory.kernels.attention import AttentionPattern
 from torchrl_amago.modules.trajectory.memory import RingCache
 
-# (query, key, value), each [..., H, head size] -> [..., H, head size]
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+# queries, keys and values [..., 3, H, head size] -> [..., H, head size]
+Attend = Callable[[Tensor], Tensor]
 
 
 def _project(layer: nn.Linear, x: Tensor, training: bool) -> Tensor:
@@ -84,7 +86,7 @@ class TransformerBlock(nn.Module):
         """Map `[..., D]` to the same shape, with attention by `attend`."""
         qkv = _project(self.qkv, self.norm_attention(x), training)
         qkv = dropout(qkv, self.dropout_qkv, training)
-        heads = attend(*qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(-3))
+        heads = attend(qkv.unflatten(-1, (3, self.num_heads, -1)))
         if self.head_scale is not None:
             heads = heads * self.head_scale
         x = x + self.norm_attention_out(_project(self.attention_out, heads.flatten(-2), training))
@@ -194,6 +196,8 @@ class TransformerEncoder(TrajectoryEncoder):
         )
         self.norm = make_norm(norm, d_model)
 
+    skips_padding = True
+
     def check_mask(self, mask: Tensor) -> None:
         # Only a mask would hide padding from later steps, and "never" builds none.
         if self.segments == "never" and (mask[..., 1:, :] & ~mask[..., :-1, :]).any():
@@ -202,13 +206,20 @@ class TransformerEncoder(TrajectoryEncoder):
                 "padding. Make the buffer with padding='right', or use segments='auto'."
             )
 
-    def sequence(self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None) -> Tensor:
+    def sequence(
+        self, x_NTI: Tensor, positions_NT: Tensor, is_init_NT: Tensor | None, mask_NT=None
+    ) -> Tensor:
+        steps, seen = None, (positions_NT, None if self.segments == "never" else is_init_NT)
+        if mask_NT is not None and compact_batches(mask_NT) and not mask_NT.all():
+            # All but attention reads the real steps alone, as one row of M.
+            steps = Steps(mask_NT)
+            x_NTI, positions_NT = (steps.select(z)[None] for z in (x_NTI, positions_NT))
+        attend = partial(self._attend_window, steps, *seen)
         x_NTD = dropout(self._embed(x_NTI, positions_NT), self.dropout_emb, self.training)
-        is_init_NT = None if self.segments == "never" else is_init_NT
-        attend = partial(self._attend_window, positions_NT, is_init_NT)
         for block in self.blocks:
             x_NTD = block(x_NTD, attend, self.training)
-        return self.norm(x_NTD)
+        x_NTD = self.norm(x_NTD)
+        return x_NTD if steps is None else steps.restore(x_NTD[0])
 
     def step(self, x_NI: Tensor, positions_N: Tensor, memory: RingCache) -> Tensor:
         x_ND = self._embed(x_NI, positions_N)
@@ -255,18 +266,21 @@ class TransformerEncoder(TrajectoryEncoder):
             )
 
     def _attend_window(
-        self, positions_NT: Tensor, is_init_NT: Tensor | None, q: Tensor, k: Tensor, v: Tensor
+        self, steps: Steps | None, positions_NT: Tensor, is_init_NT: Tensor | None, qkv: Tensor
     ) -> Tensor:
-        q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in (q, k, v))
+        qkv_NT3HD = qkv if steps is None else steps.restore(qkv[0])
+        q, k, v = (z_NTHD.transpose(1, 2) for z_NTHD in qkv_NT3HD.unbind(2))
         if self.positions == "rotary":
             q, k = rotate_by_position(q, positions_NT), rotate_by_position(k, positions_NT)
         rate = self.dropout_attn if self.training else 0.0
         seen = (self.pattern, positions_NT, is_init_NT)
-        return backend_attention(self.attention, q, k, v, *seen, rate).transpose(1, 2)
+        out_NTHD = backend_attention(self.attention, q, k, v, *seen, rate).transpose(1, 2)
+        return out_NTHD if steps is None else steps.select(out_NTHD)[None]
 
     def _attend_memory(
-        self, positions_N: Tensor, memory: RingCache, layer: int, q: Tensor, k: Tensor, v: Tensor
+        self, positions_N: Tensor, memory: RingCache, layer: int, qkv_N3HD: Tensor
     ) -> Tensor:
+        q, k, v = qkv_N3HD.unbind(1)
         if self.positions == "rotary":
             rotate = partial(rotate_by_position, positions_BT=positions_N.unsqueeze(1))
             q, k = (rotate(z_NHD.unsqueeze(2)).squeeze(2) for z_NHD in (q, k))

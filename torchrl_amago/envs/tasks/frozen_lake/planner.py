@@ -80,8 +80,7 @@ class LakePlanner:
     ) -> None:
         self._mass = _belief_mass(size, **prior)
         steps = size * size if max_episode_steps is None else max_episode_steps
-        remedy = "The standard 3x3 task has 5 episodes of 9 steps."
-        check_counts(remedy, episodes=episodes, max_episode_steps=steps)
+        check_counts("The standard has 5, of 9 steps.", episodes=episodes, max_episode_steps=steps)
         self.size, self.episodes, self.max_episode_steps = size, episodes, steps
         self._goal = size * size - 1
         self._neighbours = move_table(size).T.tolist()
@@ -119,7 +118,8 @@ class LakePlanner:
             if not known and distance <= steps_left:
                 success = self._step_on(belief, cell, steps_left - distance, episodes_left)
                 plans.append((success, cell))
-        return max(plans, key=_preference)
+        # Expected return, then success at the first episode, the second one, ...
+        return max(plans, key=lambda plan: [round(p, _DIGITS) for p in (sum(plan[0]), *plan[0])])
 
     def _step_on(
         self, belief: Belief, cell: int, steps_left: int, episodes_left: int
@@ -146,8 +146,7 @@ class LakePlanner:
 
     def _distances_over_safe(self, safe: int, start: int) -> dict[int, int]:
         """Count the steps to every cell that can be entered from a way over safe cells."""
-        distances = {start: 0}
-        queue = deque([start])
+        distances, queue = {start: 0}, deque([start])
         while queue:
             cell = queue.popleft()
             for neighbour in self._neighbours[cell]:
@@ -169,11 +168,6 @@ def bayes_optimal_success(
         (4.5, 0.576)
     """
     return LakePlanner(size, episodes, max_episode_steps, **prior).optimum()
-
-
-def _preference(plan: _Plan) -> tuple[float, ...]:
-    success, _ = plan  # expected return, then success at the first episode, the second one, ...
-    return tuple(round(value, _DIGITS) for value in (sum(success), *success))
 
 
 def _belief_mass(size: int, **prior: Any) -> list[float]:
