@@ -66,10 +66,7 @@ def is_twice(key: Key, entries: Iterable[Key]) -> bool:
 def empty_row(spec: Spec) -> dict[Key, Tensor]:
     """Make the entries of a row."""
     parts = {key: text.split() for key, text in spec.items() if not is_twice(key, spec)}
-    return {
-        key: torch.empty([*map(int, shape)], dtype=getattr(torch, dtype))
-        for key, (dtype, *shape) in parts.items()
-    }
+    return {k: torch.empty([*map(int, s)], dtype=getattr(torch, d)) for k, (d, *s) in parts.items()}
 
 
 def pack(entries: Mapping[Key, Tensor], lengths: Sequence[int]) -> TensorDict:

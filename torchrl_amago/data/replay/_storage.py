@@ -104,8 +104,11 @@ class TrialStorage(LazyMemmapStorage):
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
         self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
         self.spec, self._table, self._claimed = spec, table, {}
-        # Single numbers as a vector: three times as fast.
-        self._rows = {key: x.view(-1) if x.numel() == len(x) else x for key, x in columns.items()}
+        # Single numbers as a vector: three times as fast. The `next` of an entry is a row later.
+        flat = {key: x.view(-1) if x.numel() == len(x) else x for key, x in columns.items()}
+        rows = {key: (x, columns[key].shape[1:]) for key, x in flat.items()}
+        self._rows = {("next", *key): (*x, 1) for key, x in rows.items()}
+        self._rows |= {key: (*x, 0) for key, x in rows.items()}
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
@@ -201,14 +204,14 @@ class TrialStorage(LazyMemmapStorage):
         """Read steps, or some of their entries, by their rows, into memory that may be reused."""
         row = torch.as_tensor(row)
         out, here = TensorDict(batch_size=row.shape), row.reshape(-1)
-        after = here + 1
+        places = here, here + 1
         for key in self.spec if keys is None else map(layout.as_tuple, keys):
-            is_twice = layout.is_twice(key, self.spec)
-            stored, rows = self._storage[key[is_twice:]], self._rows[key[is_twice:]]
-            size = here.shape + rows.shape[1:]
-            memory = self._memory.take(key, size, rows.dtype) if reuse else None
-            found = torch.index_select(rows, 0, after if is_twice else here, out=memory)
-            out.set(key, found.view(row.shape + stored.shape[1:]))
+            if key not in self._rows:
+                raise KeyError(f"{key} not found among {[*self.spec]}")
+            x, shape, later = self._rows[key]
+            memory = self._memory.take(key, here.shape + x.shape[1:], x.dtype) if reuse else None
+            found = torch.index_select(x, 0, places[later], out=memory)
+            out.set(key, found.view(row.shape + shape))
         return out
 
     def __getitem__(self, index: Any) -> TensorDict:

@@ -101,7 +101,7 @@ class TrialSliceSampler(Sampler):
             changed_BL = relabel(trials, position_B)
             length_B = changed_BL.get(keys.MASK).sum(-1)
         step_BT, mask_BT = self.windows(length_B)
-        info = {key: x_B.unsqueeze(-1).repeat(1, mask_BT.shape[1]) for key, x_B in info_B.items()}
+        info = {key: x_B.unsqueeze(-1).expand_as(mask_BT).clone() for key, x_B in info_B.items()}
         if changed_BL is not None:
             first_B = changed_BL.shape[1] * torch.arange(batch_size)
             place = (first_B.unsqueeze(-1) + step_BT).flatten()
