@@ -126,6 +126,19 @@ def test_padding_is_skipped_and_changes_nothing(options, monkeypatch):
     assert [x.shape for x in seen] == 2 * [(1, mask.sum(), 16)] + 2 * [(3, 8, 16)]
 
 
+def test_a_subclass_may_take_no_mask():
+    class Louder(TransformerEncoder):
+        def sequence(self, x_NTI, positions_NT, is_init_NT):
+            return 2 * super().sequence(x_NTI, positions_NT, is_init_NT)
+
+    td = sequences()
+    td["collector", "mask"] = mask = torch.arange(6) < torch.tensor([2, 6, 1])[:, None]
+    options = dict(context_length=8, d_model=16, num_heads=2, num_layers=2)
+    louder, plain = Louder(4, **options).eval(), build().eval()
+    louder.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(encode(louder, td)[mask], 2 * encode(plain, td)[mask])
+
+
 def test_leading_dimensions():
     encoder = build().eval()
     td = sequences(6)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Collection, Mapping
+from inspect import signature
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -95,8 +96,6 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
     )
     #: Whether a rollout's step depends on those before it.
     has_memory: ClassVar[bool] = True
-    #: Whether `sequence` may be given the mask of real steps `[N, T]` too, to skip padding.
-    skips_padding: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -126,6 +125,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         self.state_norm = StateNorm(self.output_size) if normalize_states else None
         self.on_weight_update = on_weight_update
         self._streams = StreamTable(max_streams)
+        self._takes_mask = "mask_NT" in signature(self.sequence).parameters
         self._use_eager()
 
     @abc.abstractmethod
@@ -133,7 +133,8 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         """Encode whole sequences into states `[N, T, D]`, with gradient.
 
         `positions_NT` counts the steps since the trial began. `is_init_NT` is True at first steps
-        of trials, or None if none starts after a row's first step.
+        of trials, or None if none starts after a row's first step. A further argument `mask_NT`, of
+        those encoders that have it, is True on real steps; padding may be skipped.
         """
 
     @abc.abstractmethod
@@ -232,7 +233,7 @@ class TrajectoryEncoder(Configurable, TensorDictModuleBase, abc.ABC):
         rows = (-1, shape[-1])
         # A checked row holds one trial: to separate trials would cost T x T scores.
         is_init_NT = None if is_init is None or is_checked else is_init.reshape(rows)
-        mask_NT = [mask.reshape(rows)] if self.skips_padding and mask is not None else []
+        mask_NT = [mask.reshape(rows)] if self._takes_mask and mask is not None else []
         inputs = x.reshape(*rows, x.shape[-1]), positions.reshape(rows), is_init_NT
         return self._sequence(*inputs, *mask_NT)
 

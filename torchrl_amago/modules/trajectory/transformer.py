@@ -196,8 +196,6 @@ class TransformerEncoder(TrajectoryEncoder):
         )
         self.norm = make_norm(norm, d_model)
 
-    skips_padding = True
-
     def check_mask(self, mask: Tensor) -> None:
         # Only a mask would hide padding from later steps, and "never" builds none.
         if self.segments == "never" and (mask[..., 1:, :] & ~mask[..., :-1, :]).any():
