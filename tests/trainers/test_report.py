@@ -115,6 +115,19 @@ def test_a_bar_on_a_terminal_else_lines(tmp_path, monkeypatch, capsys, bar, is_t
         assert lines[0].startswith("update 5/10, 40 frames: last 0.96, frames/s")
 
 
+def test_lines_if_the_error_stream_is_closed(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr("torchrl_amago.trainers.report.torchrl_logger.info", lines.append)
+    monkeypatch.setattr("sys.stderr", None)
+    report = RunReport(tmp_path)
+    report.open(total_updates=10, update=4, hparams={})
+    report.add_update({})
+    report.write_row(5, 40, {}, {"success_last": 0.5})
+    report.close()
+    (line,) = lines
+    assert line.startswith("update 5/10, 40 frames: last 0.5")
+
+
 class ListLogger(CSVLogger):
     """Remembers everything that is logged."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -65,9 +66,8 @@ class RunReport:
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and progress bar, and log the run's settings."""
         hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
-        states = dict(enumerate(self._logger_states))
         for i, name in enumerate(self.loggers):
-            saved = states.get(i, {})
+            saved = dict(enumerate(self._logger_states)).get(i, {})
             run_id = saved.get("state", {}).get("local", {}).get("id")
             self.loggers[i] = logger = make_logger(name, self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:
@@ -75,7 +75,7 @@ class RunReport:
             # Other loggers would list a resumed run a second time.
             if not saved or "wandb" in type(logger).__name__.lower():
                 logger.log_hparams(hparams)
-        disable = None if self.progress_bar else True  # None is tqdm's own test for a terminal
+        disable = None if self.progress_bar and sys.stderr else True  # None: if it is no terminal
         self._bar = tqdm(total=total_updates, initial=update, disable=disable, unit="update")
         self._since = time.perf_counter()
 
