@@ -1,6 +1,6 @@
 """Transformer trajectory encoder, with pre-norm blocks that stay stable under the losses of RL.
 
-Legend: B batch, T steps, I input features, D width, H heads.
+Legend: N rows, T steps, M real steps of all rows, I input features, D width, H heads.
 """
 
 from __future__ import annotations
