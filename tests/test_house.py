@@ -25,7 +25,7 @@ DOMAINS = (
     "torchrl_amago/offline/showdown_logs",
 )
 SCALING = "torchrl_amago/scaling/"
-LARGEST_PACKAGE = 18_360  # without both; lower it as the package shrinks, never raise it
+LARGEST_PACKAGE = 18_359  # without both; lower it as the package shrinks, never raise it
 LARGEST_SCALING = 1_408
 LARGEST_DOMAINS = 3_500
 LARGEST_DOMAIN_CLASS = 150

@@ -200,17 +200,16 @@ def plot_trial_strip(
     # One plane for all, in inches: axes for each picture would take five times as long.
     ax = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     ax.set_axis_off()
-    for column, heading in zip(range(columns), headings, strict=True):
-        x = left + (column + 0.5) * side
+    middles = [left + (column + 0.5) * side for column in range(columns)]
+    for x, heading in zip(middles, headings, strict=True):
         ax.text(x, top - 0.05, heading, fontsize=7, ha="center", va="bottom")
     for row, (episode, label) in enumerate(zip(frames, titles, strict=True)):
-        middle = top + (row + 0.5) * side
-        ax.text(left - 0.06, middle, label, fontsize=8, ha="right", va="center")
-        for column, picture in enumerate(episode):
-            x, (down, right) = left + (column + 0.5) * side, picture.shape[:2]
-            half = 0.47 * side / max(down, right)  # a little space between pictures
-            place = (x - half * right, x + half * right, middle + half * down, middle - half * down)
-            ax.imshow(picture, extent=place, interpolation="nearest")
+        y = top + (row + 0.5) * side
+        ax.text(left - 0.06, y, label, fontsize=8, ha="right", va="center")
+        for x, picture in zip(middles, episode, strict=False):
+            scale = 0.47 * side / max(picture.shape[:2])  # a little space between pictures
+            h, w = (scale * pixels for pixels in picture.shape[:2])
+            ax.imshow(picture, extent=(x - w, x + w, y + h, y - h), interpolation="nearest")
     _finish(figure, path, title, y=0.98, va="top")
 
 

@@ -66,8 +66,9 @@ class RunReport:
     def open(self, total_updates: int, update: int, hparams: Mapping[str, Any]) -> None:
         """Make loggers and progress bar, and log the run's settings."""
         hparams = {k: v if isinstance(v, int | float | str) else str(v) for k, v in hparams.items()}
+        states = dict(enumerate(self._logger_states))
         for i, name in enumerate(self.loggers):
-            saved = dict(enumerate(self._logger_states)).get(i, {})
+            saved = states.get(i, {})
             run_id = saved.get("state", {}).get("local", {}).get("id")
             self.loggers[i] = logger = make_logger(name, self.run_dir, run_id)
             if saved.get("kind") == type(logger).__name__:

@@ -13,9 +13,9 @@ from torchrl_amago.modules.trajectory import TrajectoryEncoder, TransformerEncod
 from torchrl_amago.modules.trajectory.transformer import TransformerBlock
 
 
-def build(**options) -> TransformerEncoder:
+def build(kind=TransformerEncoder, **options) -> TransformerEncoder:
     defaults = {"context_length": 8, "d_model": 16, "num_heads": 2, "num_layers": 2}
-    return TransformerEncoder(4, **{**defaults, **options})
+    return kind(4, **{**defaults, **options})
 
 
 def sequences(batch=3, steps=6) -> TensorDict:
@@ -133,8 +133,7 @@ def test_a_subclass_may_take_no_mask():
 
     td = sequences()
     td["collector", "mask"] = mask = torch.arange(6) < torch.tensor([2, 6, 1])[:, None]
-    options = dict(context_length=8, d_model=16, num_heads=2, num_layers=2)
-    louder, plain = Louder(4, **options).eval(), build().eval()
+    louder, plain = build(Louder).eval(), build().eval()
     louder.load_state_dict(plain.state_dict())
     torch.testing.assert_close(encode(louder, td)[mask], 2 * encode(plain, td)[mask])
 

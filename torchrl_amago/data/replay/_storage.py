@@ -103,12 +103,11 @@ class TrialStorage(LazyMemmapStorage):
         num_rows = min(map(len, columns.values()), default=0)
         self._storage = TensorDict({key: x[:num_rows] for key, x in columns.items()}, [num_rows])
         self._content = {self._file(key): layout.as_bytes(x) for key, x in columns.items()}
-        self.spec, self._table, self._claimed = spec, table, {}
-        # Single numbers as a vector: three times as fast. The `next` of an entry is a row later.
-        flat = {key: x.view(-1) if x.numel() == len(x) else x for key, x in columns.items()}
-        rows = {key: (x, columns[key].shape[1:]) for key, x in flat.items()}
-        self._rows = {("next", *key): (*x, 1) for key, x in rows.items()}
-        self._rows |= {key: (*x, 0) for key, x in rows.items()}
+        self.spec, self._table, self._claimed, self._rows = spec, table, {}, {}
+        for key, x in columns.items():
+            rows = x.view(-1) if x.numel() == len(x) else x  # single numbers: three times as fast
+            for later, name in enumerate((key, ("next", *key))):  # by so many rows
+                self._rows[name] = rows, x.shape[1:], later
 
     def _map(self, file: Path, entry: Tensor, used: int) -> Tensor:
         """Map the file of an entry's rows, of which so many are used, into memory."""
